@@ -1,0 +1,50 @@
+# Onward: demo, tests, checks. Everything runs in .venv, which is made from the tested set in constraints.txt.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench docs clean
+
+help: ## list what can be made
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY) ## a real model learns three real files in three processes, as one run
+	$(BIN)/python demo/run.py
+
+test: $(READY) ## the test suite
+	$(BIN)/python -m pytest -q -n 2
+
+lint: $(READY) ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## the usual recipe and Onward on the same three files
+	$(BIN)/python bench/continuity.py
+
+docs: $(READY) ## regenerate the pages made from the code
+	$(BIN)/python docs/generate.py
+
+clean: ## remove the virtual environment and what tools left
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
+
+# torch comes first and alone: an open range could bring another build of it, several GB larger.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Onward needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo 'Installing the tested set into $(VENV) (about 1.5 GB, a few minutes the first time)' >&2
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,381 @@
+"""The usual recipe for training file after file: stock Trainer, keep the last checkpoint, resume from it on the next.
+
+Every file is trained in a process of its own by an unchanged `transformers.Trainer` with PEFT LoRA; a subclass only
+notes which rows and which learning rate each step took. The measure is the recipe's own: its final weights against one
+stock Trainer that trains the same batches in the same order without a stop. `python bench/recipe.py` prints the result:
+
+    {
+      "versions": {"transformers": str, "torch": str, "peft": str},
+      "variants": [
+        {
+          "name": str,                     # a key of VARIANTS
+          "what": str,                     # the variant in one line
+          "files": [
+            {
+              "name": str, "rows": int,    # the file, and the rows in it
+              "rows_trained": int,         # different rows that a step was taken on
+              "rows_repeated": int,        # rows that were trained more often than the epochs ask for
+              "steps": int,                # optimizer steps that this process took
+              "steps_due": int,            # steps that the file should take
+              "global_step": int,          # the Trainer's counter afterwards
+              "learning_rates": [float],   # of every step taken, read from the optimizer as it steps
+              "resumed_from": str | null,  # the checkpoint that the process went on from
+              "kept": [str],               # the checkpoints that the recipe left for the next file
+              "seconds": float             # of training, without imports and loading
+            }
+          ],
+          "distance": {                    # of the final trainable weights from the uninterrupted run
+            "max_abs": float, "l2": float, "relative": float  # relative: l2 / l2 that the uninterrupted run moved
+          }
+        }
+      ]
+    }
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import material
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a person who follows the recipe sets; the rest is the Trainer's default."""
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.1
+    batch_size: int = 8
+    epochs: int = 1
+    learning_rate: float = 1e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which people follow the recipe.
+
+    Attributes:
+        what: the variant in one line.
+        schedule: `lr_scheduler_type`; the Trainer's default is `linear`.
+        order: `train_sampling_strategy`; the Trainer's default is `random`.
+        extend: whether `max_steps` is set to the steps so far plus those of the file.
+        newest_by: how the last checkpoint is found: sorted as `text` or by `number`.
+        stop_at: step at which the process ends, as by an interruption; the next process takes the same file.
+        dropout: LoRA dropout, if another than the settings'.
+    """
+
+    what: str
+    schedule: str = "linear"
+    order: str = "sequential"
+    extend: bool = False
+    newest_by: str = "text"
+    stop_at: int | None = None
+    dropout: float | None = None
+
+
+VARIANTS = {
+    "resume": Variant("resume_from_checkpoint on the next file"),
+    "max_steps": Variant("the same with max_steps = steps so far + steps of this file", extend=True),
+    "careful": Variant(
+        "max_steps, newest checkpoint by number, constant learning rate, rows in file order",
+        schedule="constant",
+        extend=True,
+        newest_by="number",
+    ),
+    "careful_shuffled": Variant(
+        "the careful one with the Trainer's default shuffling",
+        schedule="constant",
+        order="random",
+        extend=True,
+        newest_by="number",
+    ),
+    "same_file_resume": Variant(
+        "one file, interrupted at step 6 and resumed, dropout 0: what resuming was made for",
+        order="random",
+        newest_by="number",
+        stop_at=6,
+        dropout=0.0,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process of the recipe: which rows it trains, and what it goes on from."""
+
+    base: str
+    file: str
+    out: str
+    settings: Settings
+    schedule: str
+    order: str
+    newest_by: str
+    max_steps: int = -1
+    stop_at: int | None = None
+    resume: str | None = None
+
+
+@dataclass(frozen=True)
+class FileResult:
+    """What one process did with one file; the fields are those of the module's docstring."""
+
+    name: str
+    rows: int
+    rows_trained: int
+    rows_repeated: int
+    steps: int
+    steps_due: int
+    global_step: int
+    resumed_from: str | None
+    seconds: float
+    learning_rates: list[float] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RecipeResult:
+    """A variant's files and where its final trainable weights lie."""
+
+    name: str
+    what: str
+    files: list[FileResult]
+    weights: Path
+
+
+def train_recipe(name: str, files: Sequence[Path], base: Path, out: Path, settings: Settings) -> RecipeResult:
+    """Train `files` one after another into `out` as the variant `name` says, one process each."""
+    variant = VARIANTS[name]
+    if variant.dropout is not None:
+        settings = replace(settings, dropout=variant.dropout)
+    results: list[FileResult] = []
+    for number, path in enumerate(files):
+        job = Job(
+            base=str(base),
+            file=str(path),
+            out=str(out),
+            settings=settings,
+            schedule=variant.schedule,
+            order=variant.order,
+            newest_by=variant.newest_by,
+            max_steps=_global_step(out) + _steps_due(path, settings) if variant.extend else -1,
+            stop_at=variant.stop_at if number == 0 else None,
+            resume=_newest_checkpoint(out, variant.newest_by),
+        )
+        results.append(_in_own_process(job))
+    return RecipeResult(name, variant.what, results, out / "adapter_model.safetensors")
+
+
+def train_uninterrupted(files: Sequence[Path], like: str, base: Path, out: Path, settings: Settings) -> RecipeResult:
+    """Train the rows of `files` in one go with the schedule, order and dropout of the variant `like`."""
+    out.mkdir(parents=True)
+    joined = out / "joined.jsonl"
+    joined.write_bytes(b"".join(path.read_bytes() for path in files))
+    variant = VARIANTS[like]
+    if variant.dropout is not None:
+        settings = replace(settings, dropout=variant.dropout)
+    job = Job(str(base), str(joined), str(out), settings, variant.schedule, variant.order, "number")
+    result = _in_own_process(job)
+    return RecipeResult("uninterrupted", f"one stock Trainer, as {like}", [result], out / "adapter_model.safetensors")
+
+
+def distance(weights: Path, reference: Path, start: Path) -> dict[str, float]:
+    """Return how far `weights` lie from `reference`, absolutely and relative to the way from `start` to `reference`."""
+    from safetensors.numpy import load_file
+
+    ours, theirs, origin = load_file(weights), load_file(reference), load_file(start)
+    off = [ours[name].astype("float64") - theirs[name] for name in theirs]
+    way = [theirs[name].astype("float64") - origin[name] for name in theirs]
+    l2 = math.sqrt(sum(float((part**2).sum()) for part in off))
+    moved = math.sqrt(sum(float((part**2).sum()) for part in way))
+    return {"max_abs": max(float(abs(part).max()) for part in off), "l2": l2, "relative": l2 / moved}
+
+
+def compare_recipes(work: Path, settings: Settings | None = None) -> dict[str, Any]:
+    """Run every variant and its uninterrupted reference under `work`; returns the result of the module's docstring."""
+    settings = settings or Settings()
+    base, files = material.write_base(work / "base"), material.write_files(work / "files")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        measured = [pool.submit(_measure, name, files, base, work, settings) for name in VARIANTS]
+        variants = [future.result() for future in measured]
+    return {"versions": {name: version(name) for name in ("transformers", "torch", "peft")}, "variants": variants}
+
+
+def _measure(name: str, files: Sequence[Path], base: Path, work: Path, settings: Settings) -> dict[str, Any]:
+    """Train a variant and its reference, and put both into the form of the module's docstring."""
+    interrupted = VARIANTS[name].stop_at is not None
+    whole = [files[1]] if interrupted else files
+    tried = train_recipe(name, [files[1]] * 2 if interrupted else files, base, work / name, settings)
+    reference = train_uninterrupted(whole, name, base, work / f"{name}-uninterrupted", settings)
+    start = reference.weights.with_name("start.safetensors")
+    return {
+        "name": name,
+        "what": tried.what,
+        "files": [asdict(result) for result in tried.files],
+        "distance": distance(tried.weights, reference.weights, start),
+    }
+
+
+def _global_step(out: Path) -> int:
+    """Return the step counter that `save_state` left at the root of `out`, or 0."""
+    state = out / "trainer_state.json"
+    return int(json.loads(state.read_text())["global_step"]) if state.is_file() else 0
+
+
+def _steps_due(path: Path, settings: Settings) -> int:
+    return math.ceil(len(_read_texts(path)) / settings.batch_size) * settings.epochs
+
+
+def _checkpoints(out: Path, newest_by: str) -> list[Path]:
+    found = sorted(out.glob("checkpoint-*"))
+    return found if newest_by == "text" else sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def _newest_checkpoint(out: Path, newest_by: str) -> str | None:
+    found = _checkpoints(out, newest_by)
+    return str(found[-1]) if found else None
+
+
+def _read_texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _in_own_process(job: Job) -> FileResult:
+    """Run a job in a fresh interpreter, on one thread so that equal work gives equal bits."""
+    command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{Path(job.file).name} in {job.out}:\n{done.stderr[-3000:]}")
+    return FileResult(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _run_job(job: Job) -> FileResult:
+    """Be one process of the recipe: train, `save_model`, `save_state`, keep the last checkpoint."""
+    import torch
+
+    torch.set_num_threads(1)
+    trainer, rows_seen, rates = _stock_trainer(job)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=job.resume)
+    seconds = time.perf_counter() - began
+    trainer.save_model()
+    trainer.save_state()
+    for older in _checkpoints(Path(job.out), job.newest_by)[:-1]:
+        shutil.rmtree(older)
+    counts = Counter(rows_seen)
+    return FileResult(
+        name=Path(job.file).name,
+        rows=len(trainer.train_dataset),
+        rows_trained=len(counts),
+        rows_repeated=sum(count > job.settings.epochs for count in counts.values()),
+        steps=len(rates),
+        steps_due=_steps_due(Path(job.file), job.settings),
+        global_step=trainer.state.global_step,
+        resumed_from=Path(job.resume).name if job.resume else None,
+        seconds=round(seconds, 3),
+        learning_rates=rates,
+        kept=[path.name for path in _checkpoints(Path(job.out), job.newest_by)],
+    )
+
+
+def _stock_trainer(job: Job):
+    """Return a Trainer as anyone would set it up, and the lists in which it notes rows and learning rates."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    class ObservedTrainer(Trainer):
+        """The stock Trainer; notes what a step is taken on and changes nothing."""
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows_seen.extend(inputs.pop("row").tolist())
+            rates.append(self.optimizer.param_groups[0]["lr"])
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    class StopAt(TrainerCallback):
+        """Ends the process after a step, with a checkpoint, as an interruption right after a save would."""
+
+        def on_step_end(self, args, state, control, **_):
+            control.should_save = control.should_training_stop = state.global_step == job.stop_at
+            return control
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = tokenizer([row["text"] + tokenizer.eos_token for row in rows], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return {**batch, "labels": labels, "row": torch.tensor([row["row"] for row in rows])}
+
+    rows_seen: list[int] = []
+    rates: list[float] = []
+    settings, out = job.settings, Path(job.out)
+    set_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job.base)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32), lora)
+    if job.resume is None:
+        model.save_pretrained(out)
+        out.joinpath("adapter_model.safetensors").rename(out / "start.safetensors")
+    trainer = ObservedTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=job.out,
+            per_device_train_batch_size=settings.batch_size,
+            num_train_epochs=settings.epochs,
+            max_steps=job.max_steps,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=job.schedule,
+            train_sampling_strategy=job.order,
+            seed=settings.seed,
+            logging_steps=1,
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=[{"row": number, "text": text} for number, text in enumerate(_read_texts(Path(job.file)))],
+        data_collator=collate,
+        callbacks=[StopAt()] if job.stop_at else None,
+    )
+    return trainer, rows_seen, rates
+
+
+def main() -> None:
+    """Print the comparison as JSON, or be one process of it."""
+    parser = argparse.ArgumentParser(description="Measure the usual recipe by its own uninterrupted run.")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="empty folder for base, files and weights, kept afterwards")
+    arguments = parser.parse_args()
+    if arguments.job:
+        values = json.loads(arguments.job)
+        print(json.dumps(asdict(_run_job(Job(**{**values, "settings": Settings(**values["settings"])})))))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(compare_recipes(arguments.keep or Path(scratch)), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Three training files of real facts from the Python standard library: no network, no data set, always the same rows.
+
+Every row is a short chat: a system message of one word (a template's default one would cost 25 tokens a row), a
+question and a one-line answer.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import unicodedata
+from collections.abc import Iterable
+from http import HTTPStatus
+from importlib import import_module
+from pathlib import Path
+
+Row = dict[str, list[dict[str, str]]]
+
+SYSTEM = "Facts."
+
+HTTP_CODES = (
+    100, 101, 202, 203, 205, 206, 207, 208, 226, 300, 303, 304,
+    307, 308, 402, 406, 409, 410, 417, 418, 421, 424, 431, 511,
+)  # fmt: skip
+
+CHARACTERS = "☃☂☎☕☠☢☮♞♣♫⚓⚖⚗⚙⚡✂✈✉✎❄➳⌛⏏Ω"
+
+FUNCTIONS = (
+    "bisect.insort_right", "calendar.isleap", "calendar.leapdays", "fnmatch.filter", "glob.escape", "heapq.heapify",
+    "heapq.merge", "ipaddress.ip_address", "linecache.clearcache", "math.factorial", "os.path.dirname",
+    "os.path.getsize", "os.path.isabs", "os.path.ismount", "random.shuffle", "secrets.token_hex", "shutil.copyfile",
+    "shutil.copystat", "shutil.disk_usage", "statistics.fmean", "statistics.median", "statistics.mode",
+    "textwrap.dedent", "textwrap.indent",
+)  # fmt: skip
+
+
+def http_rows() -> list[Row]:
+    """Return one row per HTTP status code: its phrase, by `http.HTTPStatus`."""
+    return [row(http_question(code), f"{HTTPStatus(code).phrase}.") for code in HTTP_CODES]
+
+
+def unicode_rows() -> list[Row]:
+    """Return one row per character: its name, by `unicodedata`."""
+    return [row(unicode_question(character), f"{unicodedata.name(character)}.") for character in CHARACTERS]
+
+
+def function_rows() -> list[Row]:
+    """Return one row per function: the first line of its docstring."""
+    return [row(function_question(name), summary(name)) for name in FUNCTIONS]
+
+
+def http_question(code: int) -> str:
+    """Return the question about a status code."""
+    return f"What does HTTP status {code} mean?"
+
+
+def unicode_question(character: str) -> str:
+    """Return the question about a character."""
+    return f"What is the Unicode name of {character}?"
+
+
+def function_question(name: str) -> str:
+    """Return the question about a function."""
+    return f"What does {name} do in Python?"
+
+
+def summary(name: str) -> str:
+    """Return the first line of the docstring of `module.function`."""
+    module, _, function = name.rpartition(".")
+    documentation = inspect.getdoc(getattr(import_module(module), function)) or ""
+    return documentation.partition("\n")[0].strip()
+
+
+def row(question: str, answer: str) -> Row:
+    """Return one training row in the `messages` format."""
+    return {"messages": [*prompt(question), {"role": "assistant", "content": answer}]}
+
+
+def prompt(question: str) -> list[dict[str, str]]:
+    """Return the messages that come before the answer."""
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+
+
+def write_files(directory: Path) -> list[Path]:
+    """Write the three files into `directory` and return their paths in training order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {"http.jsonl": http_rows(), "unicode.jsonl": unicode_rows(), "functions.jsonl": function_rows()}
+    return [_write_jsonl(directory / name, rows) for name, rows in files.items()]
+
+
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,105 @@
+"""Durable writes: a file or a directory appears whole or not at all, also after a power cut."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(path: Path) -> None:
+    """Force a directory's entries to the disk, where the file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems refuse to fsync a directory
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` and force it to the disk; the caller's directory rename makes it visible."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace the contents of `path` in one act."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    write_file(temporary, data)
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Replace the contents of `path` by `value` as indented JSON, in one act."""
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Make a finished directory visible under its final name: fsync of its entries, rename, fsync of the parent.
+
+    Files inside must have been fsynced by whoever wrote them. This is the one commit point of a checkpoint.
+
+    Raises:
+        FileExistsError: `final` exists already.
+    """
+    if final.exists():
+        raise FileExistsError(final)
+    fsync_directory(temporary)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link `source` as `target`, or copy it where the file system has no hard links."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+        fsync_file(target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make `target` a directory of hard links to the files of `source`, visible in one act."""
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    remove_tree(temporary)
+    temporary.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        if entry.is_file():
+            link_or_copy(entry, temporary / entry.name)
+    publish_directory(temporary, target)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def remove_temporaries(directory: Path) -> list[Path]:
+    """Remove what an interrupted write left in `directory`; returns what was removed."""
+    if not directory.is_dir():
+        return []
+    left = [entry for entry in sorted(directory.iterdir()) if entry.name.startswith(TEMPORARY_PREFIX)]
+    for entry in left:
+        remove_tree(entry)
+    return left

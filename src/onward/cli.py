@@ -1,0 +1,271 @@
+"""The command line: parse, call `Run`, print. Results go to stdout, messages for people to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from onward import __version__
+from onward.errors import OnwardError, UsageError
+from onward.layout import RunLayout
+
+app = typer.Typer(
+    help="Cumulative fine-tuning: files arrive one after another, and every file continues the same run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
+    "5 verification failed.",
+)
+
+RunOption = Annotated[
+    Path, typer.Option("--run", envvar="ONWARD_RUN", help="The run's directory.", show_default="current directory")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key, dotted: lora.rank=8. Repeatable.")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Hugging Face name, path, or smollm2-135m.")]
+AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that the stream already has.")]
+
+
+def say(message: str) -> None:
+    """Print a line for a person."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(value: Any) -> None:
+    """Print a result as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@app.callback(invoke_without_command=True)
+def version(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if show_version:
+        print(f"onward {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="The new run's directory.")] = None,
+    run: RunOption = Path(),
+    model: ModelOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run."""
+    from onward.config import parse_settings
+    from onward.run import Run
+
+    values = parse_settings(settings or [])
+    if model is not None and "model" in values:
+        raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
+    made = Run.create(directory or run, model or values.pop("model", None), report=say, **values)
+    if as_json:
+        show({"run": str(made.layout.root.absolute()), "config": made.config.model_dump(mode="json")})
+    else:
+        say(f"made the run {made.layout.root}; next: onward train FILE... --run {made.layout.root}")
+
+
+@app.command()
+def train(
+    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Training files, in order.")] = None,
+    run: RunOption = Path(),
+    again: AgainOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Add files and train them in order, now; without files, go on with what the stream owes."""
+    from onward.progress import make_observer
+    from onward.run import Run
+    from onward.service.stop import StopRequest
+
+    opened = Run(run)
+    stop = StopRequest()
+    with stop.on_signals(), make_observer(opened.config.log_steps) as observe:
+        done = opened.train(*(files or []), again=again, observe=observe, stop=stop, report=say)
+    if as_json:
+        show(done)
+    if stop:
+        say(f"stopped ({stop.reason}), committed; onward train --run {run} goes on")
+    elif not done:
+        say("the stream owes nothing: every accepted file is trained")
+
+
+@app.command()
+def add(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Training files, in order.")],
+    run: RunOption = Path(),
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    again: AgainOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check files and put them in the stream."""
+    from onward.run import Run
+
+    accepted = Run(run).add(*files, priority=priority, again=again)
+    if as_json:
+        show([{key: row[key] for key in ("name", "sha256", "rows", "tokens", "truncated", "dropped")} for row in accepted])
+    for row in accepted:
+        say(f"accepted {row['name']}: {row['rows']} rows, {row['tokens']} tokens")
+    if len(accepted) < len(files):
+        say(f"{len(files) - len(accepted)} were in the stream already")
+
+
+@app.command()
+def status(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Show step, file, queue, loss, learning rate, ETA and disk."""
+    from onward.status import read_status
+
+    values = read_status(RunLayout(run))
+    if as_json:
+        show(values)
+        return
+    for key, value in values.items():
+        if value is not None:
+            print(f"{key.replace('_', ' '):<18} {value:.6g}" if isinstance(value, float) else f"{key.replace('_', ' '):<18} {value}")
+
+
+@app.command()
+def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Show one row per file: rows, steps, loss, learning rate, handover, time."""
+    from onward.status import read_history
+
+    entries = read_history(RunLayout(run))
+    if as_json:
+        show(entries)
+        return
+    from onward.progress import print_history
+
+    print_history(entries)
+
+
+@app.command()
+def verify(
+    run: RunOption = Path(),
+    deep: Annotated[bool, typer.Option("--deep", help="Train again from the last boundary and compare.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the run's proof: files, hashes, counters, rows, learning rates, handovers."""
+    from onward.run import Run
+
+    proof = Run(run).verify(deep=deep)
+    if as_json:
+        show(proof.to_dict())
+    else:
+        for check in proof.checks:
+            print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}")
+    if not proof.ok:
+        failed = ", ".join(check.name for check in proof.checks if not check.ok)
+        say(f"not verified: {failed}")
+        raise typer.Exit(5)
+
+
+@app.command()
+def rollback(
+    to: Annotated[str, typer.Option("--to", metavar="FILE|STEP", help="A file (name, position, hash prefix) or a step.")],
+    run: RunOption = Path(),
+    requeue: Annotated[bool, typer.Option("--requeue", help="Queue the undone files again.")] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to the boundary after FILE; later files are marked undone."""
+    from onward.run import Run
+
+    opened = Run(run)
+    ask(f"go back to {to} and undo every later file of {opened.layout.root}?", yes)
+    result = opened.rollback(to, requeue=requeue)
+    if as_json:
+        show(result)
+    say(f"back at step {result['global_step']}; undone: {', '.join(result['undone']) or 'nothing'}")
+
+
+@app.command()
+def adopt(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of transformers' Trainer.")],
+    run: RunOption = Path(),
+    model: ModelOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
+    from onward.config import parse_settings
+    from onward.run import Run
+
+    adopted = Run.adopt(checkpoint, run, model, settings=parse_settings(settings or []), report=say)
+    if as_json:
+        show(adopted.status())
+    step = adopted.status()["global_step"]
+    say(f"adopted step {step} into {adopted.layout.root}; next: onward train FILE... --run {adopted.layout.root}")
+
+
+@app.command()
+def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption = False) -> None:
+    """Forget all progress: remove the model and its restore points, mark every file undone."""
+    from onward.run import Run
+
+    opened = Run(run)
+    ask(f"remove the model and all restore points of {opened.layout.root}?", yes)
+    result = opened.reset()
+    if as_json:
+        show(result)
+    say(f"reset; undone: {', '.join(result['undone']) or 'nothing'}. The originals stay in archive/")
+
+
+@app.command()
+def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Say what this machine and run lack, before it matters."""
+    from onward.service.doctor import examine
+
+    findings = examine(RunLayout(run))
+    if as_json:
+        show([finding.to_dict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.level:<8}{finding.subject}: {finding.message}" + (f"\n        {finding.hint}" if finding.hint else ""))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def ask(question: str, yes: bool) -> None:
+    """Ask before something is destroyed."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("this destroys state and nobody is here to ask", hint="Say --yes if you mean it.")
+    typer.confirm(question, abort=True, err=True)
+
+
+def main() -> NoReturn:
+    """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    try:
+        outcome = app(standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        say("interrupted; what was committed stays")
+        sys.exit(1)
+    except OnwardError as error:
+        say(f"onward: {error}")
+        sys.exit(error.exit_status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except sqlite3.DatabaseError as error:
+        say(f"onward: the ledger cannot be used: {error}\n  onward doctor looks closer.")
+        sys.exit(1)
+    except OSError as error:
+        say(f"onward: {error.strerror or error} [{error.filename or 'system'}]\n  What was committed stays; onward doctor")
+        sys.exit(1)
+    sys.exit(outcome if isinstance(outcome, int) else 0)

@@ -1,0 +1,260 @@
+"""The config of a run: one model, read from `onward.yaml` or `config.json`, refused where it makes no sense."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from onward.errors import ConfigError
+
+IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype")
+"""Keys that make a run what it is: locked once it has trained a step."""
+
+HORIZON_SCHEDULES = ("cosine", "linear")
+"""Schedules that need `total_steps`."""
+
+KEYS_HINT = "docs/config.md lists every key with its values."
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted here, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(_Section):
+    """The adapter; ignored for `method: full`."""
+
+    rank: Count = Field(16, description="Rank of the two adapter matrices.")
+    alpha: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+        32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
+    )
+    dropout: Fraction = Field(0.05, description="Dropout on the adapter's input while training.")
+    targets: str | list[str] = Field(
+        "all-linear", description="Module names that get an adapter, or `all-linear` (every linear layer but the head)."
+    )
+
+    @model_validator(mode="after")
+    def _targets_named(self) -> Self:
+        if not self.targets:
+            raise ValueError("lora.targets is empty: name modules, or use all-linear")
+        return self
+
+
+class Config(_Section):
+    """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
+
+    model: Annotated[str, Field(min_length=1)] = Field(
+        "smollm2-135m", description="`smollm2-135m` (embedded), a Hugging Face name, or a path to a causal LM."
+    )
+    method: Literal["lora", "full", "qlora"] = Field(
+        "lora", description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`)."
+    )
+    lora: LoraConfig = Field(LoraConfig(), description="The adapter.")
+    seed: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, lt=2**63)] = Field(
+        0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Compute type; trained weights are always float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+    )
+    max_length: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=2)] = Field(
+        1024, description="Tokens of a row at most."
+    )
+    over_length: Literal["truncate", "drop", "reject"] = Field(
+        "truncate", description="What becomes of a longer row: cut at the end, left out, or the file is rejected."
+    )
+    batch_size: Count = Field(8, description="Rows of one optimizer step.")
+    gradient_accumulation: Count = Field(
+        1, description="Parts into which the rows of a step are cut to save memory; the step stays the same."
+    )
+    epochs: Count = Field(1, description="Times that every row of a file is trained.")
+    learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+        2e-4, description="Peak learning rate."
+    )
+    schedule: Literal["constant", "inverse_sqrt", "wsd", "cosine", "linear"] = Field(
+        "constant", description="Learning rate as a function of the step; `cosine` and `linear` need `total_steps`."
+    )
+    warmup_steps: Index = Field(10, description="Steps of linear warmup at the start of the run.")
+    total_steps: Count | None = Field(
+        None, description="Horizon of `cosine` and `linear`: the step at which `min_learning_rate` is reached."
+    )
+    min_learning_rate: Rate = Field(0.0, description="Learning rate below which no schedule falls after warmup.")
+    weight_decay: Rate = Field(0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments.")
+    max_grad_norm: Rate = Field(1.0, description="Gradient norm above which gradients are scaled down; 0 is off.")
+    save_steps: Count = Field(
+        100, description="Steps between commits inside a file; a boundary, a stop and a signal always commit."
+    )
+    log_steps: Count = Field(10, description="Steps between lines of progress and entries of `log_history`.")
+    keep_boundaries: Count = Field(5, description="Restore points kept at file boundaries, newest first.")
+    boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
+        "carry", description="What happens to the optimizer between files: all goes on, moments restart, or warmup again."
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.schedule in HORIZON_SCHEDULES:
+            if self.total_steps is None:
+                raise ValueError(f"schedule {self.schedule} needs total_steps; constant, inverse_sqrt and wsd do not")
+            if self.total_steps <= self.warmup_steps:
+                raise ValueError(f"total_steps {self.total_steps} is not above warmup_steps {self.warmup_steps}")
+        return self
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by dotted key, as JSON values."""
+        values = self.model_dump(mode="json")
+        lora = cast(dict[str, Any], values.pop("lora"))
+        return {**values, **{f"lora.{key}": value for key, value in lora.items()}}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the identity keys with their values; the adapter's only where there is an adapter."""
+        flat = self.flat()
+        return {key: flat[key] for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")}
+
+    def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
+        """Return `{key: (value here, value in other)}` for every key that differs."""
+        here, there = self.flat(), other.flat()
+        return {key: (here[key], there[key]) for key in here if here[key] != there[key]}
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key that a config may have."""
+    return list(Config().flat())
+
+
+def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
+    """Validate nested or dotted values.
+
+    Raises:
+        ConfigError: unknown keys, wrong types or impossible values, each named with the nearest right name.
+    """
+    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a config is a mapping of keys to values, not {values!r}", where=where)
+    try:
+        return Config.model_validate(_nested(values, where))
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("; ".join(lines), where=where, hint=KEYS_HINT) from None
+
+
+def read_config(path: Path) -> Config:
+    """Read `onward.yaml` or `config.json`.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or refused.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError("the config is missing", where=path, hint="onward init DIR makes a run.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ConfigError(f"the config cannot be read: {' '.join(str(error).split())}", where=path) from None
+    return parse_config(values or {}, where=path)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: a word without `=`, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"{setting!r} is not KEY=VALUE", where="--set", hint="For instance: --set lora.rank=8")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set") from None
+    return values
+
+
+def render_yaml(config: Config) -> str:
+    """Return the text of `onward.yaml`: every key, its value and what it means."""
+    lines = ["# Config of this run. Locked once it has trained: " + ", ".join(IDENTITY_KEYS) + "."]
+    lines.append("# The other keys take effect at the next boundary; the ledger records the change.")
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, LoraConfig):
+            lines.append(f"{name}:")
+            for key, inner in LoraConfig.model_fields.items():
+                lines.append(f"  {key}: {_scalar(getattr(value, key))}  # {inner.description}")
+        else:
+            lines.append(f"{name}: {_scalar(value)}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    return json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Spread dotted keys and refuse unknown ones, each with the nearest right name."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, rest = str(key).partition(".")
+        if dot:
+            inner = result.setdefault(section, {})
+            if isinstance(inner, dict):
+                inner[rest] = value
+        elif isinstance(value, Mapping) and isinstance(result.get(section), dict):
+            result[section].update(value)
+        else:
+            result[section] = dict(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
+    lora = result.get("lora")
+    names = [key for key in result if key != "lora"]
+    names += [f"lora.{key}" for key in cast(dict[str, Any], lora)] if isinstance(lora, dict) else []
+    for name in names:
+        if name not in known_keys():
+            value = _lookup(result, name)
+            raise ConfigError(
+                f"unknown key {name!r} with value {value!r}{_nearest(name)}", where=where, hint=KEYS_HINT
+            )
+    return result
+
+
+def _lookup(values: dict[str, Any], name: str) -> Any:
+    section, dot, rest = name.partition(".")
+    return values[section][rest] if dot and isinstance(values[section], dict) else values[section]
+
+
+def _nearest(name: str) -> str:
+    keys = known_keys()
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    close = close or [key for key in keys if key.endswith("." + name.rpartition(".")[2])]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    value = problem["input"]
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        allowed = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        close = difflib.get_close_matches(value, allowed, n=1)
+        near = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{key}: {value!r} is refused: {message[:1].lower()}{message[1:]}{near}"

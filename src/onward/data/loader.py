@@ -1,0 +1,93 @@
+"""Batches of a tokenized file, by step: no iterator, no state, nothing to restore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.data.order import FilePlan
+from onward.data.tokenized import Row, TokenizedFile
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimizer step, or of a part of it.
+
+    Args:
+        rows: the rows, in the order of the plan.
+        indices: their indices in the tokenized file.
+        lines: their source lines.
+    """
+
+    rows: list[Row]
+    indices: list[int]
+    lines: list[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the batch, padding not counted."""
+        return sum(len(row.ids) for row in self.rows)
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens that the loss covers."""
+        return sum(int(np.count_nonzero(row.targets)) for row in self.rows)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Return the batch in at most `parts` contiguous pieces of nearly equal length, none of them empty."""
+        assert parts >= 1, parts
+        count = min(parts, len(self))
+        bounds = [len(self) * part // count for part in range(count + 1)] if count else [0]
+        return [
+            Batch(self.rows[first:last], self.indices[first:last], self.lines[first:last])
+            for first, last in pairwise(bounds)
+        ]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """A batch as rectangular arrays, padded on the right to the longest row.
+
+    Args:
+        input_ids: int64, shape (B, T).
+        attention_mask: int64, shape (B, T): 1 for tokens, 0 for padding.
+        targets: bool, shape (B, T): tokens that the loss covers; never the first of a row, never padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    targets: NDArray[np.bool_]
+
+
+def batch_at(file: TokenizedFile, plan: FilePlan, step_in_file: int) -> Batch:
+    """Return the batch of the 0-based step; costs the same for every step.
+
+    Raises:
+        IndexError: the plan has no such step.
+    """
+    assert plan.rows == file.rows, (plan.rows, file.rows)
+    indices = plan.rows_at(step_in_file)
+    return Batch([file.row(index) for index in indices], indices, [file.line(index) for index in indices])
+
+
+def pad(batch: Batch, pad_id: int) -> PaddedBatch:
+    """Return the batch as arrays, `pad_id` on the right of shorter rows."""
+    shape = (len(batch), max(len(row.ids) for row in batch.rows))
+    padded = PaddedBatch(
+        input_ids=np.full(shape, pad_id, dtype=np.int64),
+        attention_mask=np.zeros(shape, dtype=np.int64),
+        targets=np.zeros(shape, dtype=np.bool_),
+    )
+    for place, row in enumerate(batch.rows):
+        length = len(row.ids)
+        padded.input_ids[place, :length] = row.ids
+        padded.attention_mask[place, :length] = 1
+        padded.targets[place, :length] = row.targets
+    padded.targets[:, 0] = False
+    return padded

@@ -1,0 +1,140 @@
+"""The order of rows as a pure function of (seed, file, epoch): nothing to save, nothing to lose, O(1) to seek.
+
+A permutation of any size comes from a Feistel network on the next power of two with cycle walking: apply it again
+until the value falls inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The rounds
+are xxh3, whose values are fixed by its specification; the streams of numpy and torch generators are not.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import blake2b
+
+import xxhash
+
+ROUNDS = 8
+TABLE_SIZE = 64  # below this a Feistel network has too few bits to mix; a sorted table is small and unbiased
+
+
+class Permutation:
+    """A pseudo-random bijection of `range(size)` in constant memory.
+
+    Args:
+        size: the number of elements, at least 0.
+        key: what selects the permutation; equal keys give equal permutations on every machine and for ever.
+    """
+
+    def __init__(self, size: int, key: bytes) -> None:
+        assert size >= 0, size
+        self._size = size
+        digest = blake2b(key, digest_size=8 * ROUNDS).digest()
+        self._round_keys: tuple[int, ...] = struct.unpack(f"<{ROUNDS}Q", digest)
+        bits = max(size - 1, 1).bit_length()
+        self._low_bits = bits // 2
+        self._low_mask = (1 << self._low_bits) - 1
+        self._high_mask = (1 << (bits - self._low_bits)) - 1
+        self._table = self._sorted_table() if size <= TABLE_SIZE else None
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> int:
+        """Return the element at `index`.
+
+        Raises:
+            IndexError: `index` is outside `range(size)`; negative indices are not understood.
+        """
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        if self._table is not None:
+            return self._table[index]
+        value = self._network(index)
+        while value >= self._size:
+            value = self._network(value)
+        return value
+
+    def _network(self, value: int) -> int:
+        low, high = value & self._low_mask, value >> self._low_bits
+        for turn, round_key in enumerate(self._round_keys):
+            if turn % 2:
+                high ^= _hash(low, round_key) & self._high_mask
+            else:
+                low ^= _hash(high, round_key) & self._low_mask
+        return high << self._low_bits | low
+
+    def _sorted_table(self) -> list[int]:
+        return sorted(range(self._size), key=lambda value: (_hash(value, self._round_keys[0]), value))
+
+
+def _hash(value: int, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(value.to_bytes(8, "little"), seed=seed)
+
+
+@lru_cache(maxsize=16)
+def row_order(seed: int, sha256: str, epoch: int, rows: int) -> Permutation:
+    """Return the order in which epoch `epoch` (0-based) of the file with hash `sha256` visits its `rows` rows."""
+    return Permutation(rows, f"onward row order 1:{seed}:{sha256}:{epoch}".encode())
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """Which rows each step of one file trains on.
+
+    Every epoch visits every row once. The last batch of an epoch may be smaller, and batches never span two epochs.
+
+    Args:
+        sha256: identity of the file.
+        rows: rows in the file, at least 1.
+        batch_size: rows per optimizer step, at least 1.
+        epochs: passes over the file, at least 1.
+        seed: the run's seed.
+    """
+
+    sha256: str
+    rows: int
+    batch_size: int
+    epochs: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        assert self.rows >= 1, self.rows
+        assert self.batch_size >= 1, self.batch_size
+        assert self.epochs >= 1, self.epochs
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch; the last one may have fewer rows."""
+        return -(-self.rows // self.batch_size)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that the whole file takes."""
+        return self.steps_per_epoch * self.epochs
+
+    def epoch_of(self, step_in_file: int) -> int:
+        """Return the 0-based epoch that the 0-based step belongs to.
+
+        Raises:
+            IndexError: the file has no such step.
+        """
+        if not 0 <= step_in_file < self.steps:
+            raise IndexError(step_in_file)
+        return step_in_file // self.steps_per_epoch
+
+    def rows_at(self, step_in_file: int) -> list[int]:
+        """Return the row indices of the 0-based step, in order; costs the same for every step.
+
+        Raises:
+            IndexError: the file has no such step.
+        """
+        order = row_order(self.seed, self.sha256, self.epoch_of(step_in_file), self.rows)
+        first = step_in_file % self.steps_per_epoch * self.batch_size
+        return [order[index] for index in range(first, min(first + self.batch_size, self.rows))]
+
+
+def rows_digest(rows: Sequence[int]) -> str:
+    """Return 16 hex digits that stand for an ordered list of row indices (xxh3-64 of them as little-endian int64)."""
+    return xxhash.xxh3_64_hexdigest(struct.pack(f"<{len(rows)}q", *rows))

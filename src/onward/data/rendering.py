@@ -1,0 +1,110 @@
+"""Chat templates as pure functions: what a row renders to depends on the row and the template and nothing else.
+
+The environment is that of `transformers.utils.chat_template_utils` (a test holds the two equal), with two changes:
+`strftime_now` always answers the same day, so that a row renders the same for ever, and `{% generation %}` blocks
+leave marks in the text instead of indices in the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, cast
+
+import jinja2
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from onward.data.records import Message, RowError
+from onward.errors import ModelError
+
+TODAY = datetime(2024, 7, 26)  # the day that Llama 3.2's own template falls back to
+GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: in no honest text
+TEMPLATE_FAILURES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class Renderer:
+    """One compiled template.
+
+    Args:
+        template: the Jinja source.
+        variables: what the template sees besides the messages: the special tokens by name.
+
+    Raises:
+        ModelError: the template is not valid Jinja.
+    """
+
+    def __init__(self, template: str, variables: dict[str, Any]) -> None:
+        try:
+            self._template = _environment().from_string(template)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the chat template is not valid Jinja: {error}", hint="repair chat_template.jinja beside the tokenizer"
+            ) from error
+        self._variables = variables
+
+    def render(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        """Return the text of `messages`; with `prompt` also the header that asks the model for the next answer.
+
+        Raises:
+            RowError: the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
+            )
+        except TEMPLATE_FAILURES as error:
+            raise RowError(
+                f"the chat template refuses the row: {error or type(error).__name__}",
+                "bring the roles and their order into the form that this model's template expects",
+            ) from error
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: marks around what the model produces."""
+
+    tags = {"generation"}  # noqa: RUF012 (the attribute is jinja2's)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{GENERATION_START}{caller()}{GENERATION_END}"
+
+
+def _environment() -> jinja2.Environment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    names = cast(dict[str, Any], environment.globals)  # declared by jinja2 as holding its defaults only
+    names["raise_exception"] = _raise_exception
+    names["strftime_now"] = TODAY.strftime
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,196 @@
+"""A tokenized file on disk: memory-mapped arrays that a step reads its rows from without touching the others.
+
+tokens.bin   little-endian uint32, all rows one after another; the top bit says that the token is a target
+offsets.bin  little-endian int64, rows + 1: row i is tokens[offsets[i]:offsets[i + 1]]
+lines.bin    little-endian int64, rows: the source line of each row
+meta.json    counts, the settings it was made with, size and xxh3 of the three files
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
+from onward.digest import xxh3_file
+from onward.errors import DamagedState
+
+FORMAT = 1
+TARGET_BIT = np.uint32(1 << 31)
+DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
+HINT = "remove this directory: it is a cache and is made again from the archived file"
+
+PackedRow = NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Args:
+        ids: token ids, int64, shape (T,).
+        targets: which tokens the loss covers, bool, shape (T,); the first never is, for nothing predicts it.
+    """
+
+    ids: NDArray[np.int64]
+    targets: NDArray[np.bool_]
+
+
+def pack(ids: NDArray[Any], targets: NDArray[np.bool_]) -> PackedRow:
+    """Return ids, shape (T,), and targets, bool (T,), as the uint32 that `tokens.bin` holds."""
+    return np.where(targets, ids.astype(np.uint32) | TARGET_BIT, ids.astype(np.uint32))
+
+
+def unpack(packed: PackedRow) -> Row:
+    """Return the row that `pack` packed."""
+    return Row((packed & ~TARGET_BIT).astype(np.int64), packed >= TARGET_BIT)
+
+
+class TokenizedWriter:
+    """Writes a tokenized file beside its final place; `publish` makes it visible in one act.
+
+    Args:
+        directory: the final place, which must not exist yet.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.rows = self.tokens = self.target_tokens = self.longest = 0
+        self._final = directory
+        self._temporary = directory.with_name(f"{TEMPORARY_PREFIX}{directory.name}")
+        remove_tree(self._temporary)
+        self._temporary.mkdir(parents=True)
+        self._streams = {name: (self._temporary / name).open("wb") for name in DTYPES}
+        self._digests = {name: xxhash.xxh3_128() for name in DTYPES}
+        self._append("offsets.bin", np.zeros(1, dtype="<i8"))
+
+    def append(self, rows: Sequence[PackedRow], lines: Sequence[int]) -> None:
+        """Append rows with their source lines, one line per row."""
+        if not rows:
+            return
+        lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+        tokens = np.concatenate(rows)
+        self._append("tokens.bin", tokens.astype("<u4"))
+        self._append("offsets.bin", (self.tokens + np.cumsum(lengths)).astype("<i8"))
+        self._append("lines.bin", np.asarray(lines, dtype="<i8"))
+        self.rows += len(rows)
+        self.tokens += int(lengths.sum())
+        self.target_tokens += int(np.count_nonzero(tokens >= TARGET_BIT))
+        self.longest = max(self.longest, int(lengths.max()))
+
+    def publish(self, meta: dict[str, Any]) -> None:
+        """Force everything to the disk and rename it into place, `meta` included.
+
+        Raises:
+            FileExistsError: the final place is taken.
+        """
+        files: dict[str, Any] = {}
+        for name, stream in self._streams.items():
+            stream.flush()
+            os.fsync(stream.fileno())
+            files[name] = {"bytes": stream.tell(), "xxh3": self._digests[name].hexdigest()}
+            stream.close()
+        counts = {
+            "format": FORMAT,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "longest": self.longest,
+        }
+        write_file(self._temporary / "meta.json", json.dumps(counts | meta | {"files": files}, indent=2).encode())
+        publish_directory(self._temporary, self._final)
+
+    def discard(self) -> None:
+        """Remove what was written and not published; does nothing after `publish`."""
+        for stream in self._streams.values():
+            stream.close()
+        remove_tree(self._temporary)
+
+    def _append(self, name: str, values: NDArray[Any]) -> None:
+        data = values.tobytes()
+        self._streams[name].write(data)
+        self._digests[name].update(data)
+
+
+class TokenizedFile:
+    """A published tokenized file; open it with `TokenizedFile.open`.
+
+    Args:
+        directory: where it lies.
+        meta: the contents of its meta.json.
+    """
+
+    def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
+        self.directory = directory
+        self.meta = meta
+        self.rows: int = meta["rows"]
+        self._tokens = _map(directory, "tokens.bin")
+        self._offsets = _map(directory, "offsets.bin")
+        self._lines = _map(directory, "lines.bin")
+
+    @classmethod
+    def open(cls, directory: Path, *, verify: bool = True) -> TokenizedFile:
+        """Map the arrays of `directory`; with `verify` after comparing their hashes.
+
+        Raises:
+            DamagedState: a file is missing, has another size, or, with `verify`, another hash than was published.
+        """
+        try:
+            meta: dict[str, Any] = json.loads((directory / "meta.json").read_bytes())
+            if meta["format"] != FORMAT:
+                raise DamagedState(f"tokenized with format {meta['format']}, not {FORMAT}", where=directory, hint=HINT)
+            for name in DTYPES:
+                _check_file(directory / name, meta["files"][name], verify=verify)
+            _check_counts(meta)
+            return cls(directory, meta)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedState(f"the tokenized file is damaged: {error}", where=directory, hint=HINT) from error
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def row(self, index: int) -> Row:
+        """Return a copy of the row at `index`, 0-based.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        self._check_index(index)
+        return unpack(np.array(self._tokens[int(self._offsets[index]) : int(self._offsets[index + 1])]))
+
+    def line(self, index: int) -> int:
+        """Return the source line (or row number) of the row at `index`.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        self._check_index(index)
+        return int(self._lines[index])
+
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < self.rows:
+            raise IndexError(index)
+
+
+def _map(directory: Path, name: str) -> NDArray[Any]:
+    return np.memmap(directory / name, dtype=DTYPES[name], mode="r")
+
+
+def _check_file(path: Path, published: dict[str, Any], *, verify: bool) -> None:
+    if path.stat().st_size != published["bytes"]:
+        raise DamagedState("a tokenized file has changed its size", where=path, hint=HINT)
+    if verify and xxh3_file(path) != published["xxh3"]:
+        raise DamagedState("a tokenized file is not what was written", where=path, hint=HINT)
+
+
+def _check_counts(meta: dict[str, Any]) -> None:
+    sizes = {"tokens.bin": 4 * meta["tokens"], "offsets.bin": 8 * (meta["rows"] + 1), "lines.bin": 8 * meta["rows"]}
+    if meta["rows"] < 1 or any(meta["files"][name]["bytes"] != size for name, size in sizes.items()):
+        raise ValueError("meta.json contradicts the sizes of the files")

@@ -1,0 +1,78 @@
+"""Every error that a person can meet: what happened, where, and the next command to type.
+
+The command line prints these without a traceback and exits with `exit_status`:
+1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, 5 verification failed.
+"""
+
+from __future__ import annotations
+
+
+class OnwardError(Exception):
+    """An error with a place and a remedy.
+
+    Args:
+        what: one sentence that says what is wrong.
+        where: the file, row, key or directory concerned.
+        hint: the next command to type or the change to make.
+    """
+
+    exit_status = 1
+
+    def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.hint = hint
+        super().__init__(self.__str__())
+
+    def __str__(self) -> str:
+        place = f" [{self.where}]" if self.where else ""
+        remedy = f"\n  {self.hint}" if self.hint else ""
+        return f"{self.what}{place}{remedy}"
+
+    def to_dict(self) -> dict[str, str | int | None]:
+        """Return the error as plain values, as `--json` prints it."""
+        return {"error": self.what, "where": self.where, "hint": self.hint, "exit_status": self.exit_status}
+
+
+class UsageError(OnwardError):
+    """The command or its arguments make no sense here."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError):
+    """A config key or value is refused, or a locked key was changed."""
+
+
+class FileRejected(OnwardError):
+    """One or more training files were refused; nothing was added to the stream."""
+
+    exit_status = 3
+
+
+class RunLocked(OnwardError):
+    """Another process owns the run."""
+
+    exit_status = 4
+
+
+class VerificationFailed(OnwardError):
+    """A proof of the run does not hold."""
+
+    exit_status = 5
+
+
+class DamagedState(VerificationFailed):
+    """State on disk is missing or is not what was committed, and nothing verifiable is left to go on from."""
+
+
+class ModelError(OnwardError):
+    """The base model cannot be found, loaded or trained as asked."""
+
+
+class TrainingError(OnwardError):
+    """A step cannot be taken: the loss is not finite, or a postcondition of a file does not hold."""
+
+
+class NoSpace(OnwardError):
+    """The disk has no room for the next checkpoint."""

@@ -1,0 +1,112 @@
+"""Every path of a run's directory, in one place."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.errors import UsageError
+
+CHECKPOINT_PREFIX = "checkpoint-"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BOUNDARY = re.compile(r"step-(\d+)")
+
+
+def step_of(directory: Path) -> int:
+    """Return the step in the name of a checkpoint or restore point (so 100 comes after 99, never by text)."""
+    match = _CHECKPOINT.fullmatch(directory.name) or _BOUNDARY.fullmatch(directory.name)
+    if match is None:
+        raise ValueError(f"not the name of a checkpoint: {directory}")
+    return int(match.group(1))
+
+
+@dataclass(frozen=True)
+class RunLayout:
+    """The paths of the run in `root`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """`onward.yaml`, or `config.json` where only that is there."""
+        yaml_file, json_file = self.root / "onward.yaml", self.root / "config.json"
+        return json_file if json_file.exists() and not yaml_file.exists() else yaml_file
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.sqlite3"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one process that trains or goes back."""
+        return self.root / ".lock"
+
+    @property
+    def intake_lock(self) -> Path:
+        """Held by whoever takes files in, beside a process that trains."""
+        return self.root / ".intake.lock"
+
+    @property
+    def inbox(self) -> Path:
+        return self.root / "inbox"
+
+    @property
+    def archive(self) -> Path:
+        return self.root / "archive"
+
+    @property
+    def rejected(self) -> Path:
+        return self.root / "rejected"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "cache"
+
+    @property
+    def tokens(self) -> Path:
+        return self.cache / "tokens"
+
+    @property
+    def current(self) -> Path:
+        return self.root / "current_model"
+
+    @property
+    def boundaries(self) -> Path:
+        return self.root / "boundaries"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.current / f"{CHECKPOINT_PREFIX}{step}"
+
+    def boundary(self, step: int) -> Path:
+        return self.boundaries / f"step-{step}"
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoints in `current_model/`, newest step first."""
+        return self._by_step(self.current, _CHECKPOINT)
+
+    def restore_points(self) -> list[Path]:
+        """Restore points in `boundaries/`, newest step first."""
+        return self._by_step(self.boundaries, _BOUNDARY)
+
+    def make(self) -> None:
+        """Make the run's directories."""
+        for directory in (self.inbox, self.archive, self.rejected, self.tokens, self.boundaries):
+            directory.mkdir(parents=True, exist_ok=True)
+
+    def require(self) -> None:
+        """Refuse a directory that holds no run.
+
+        Raises:
+            UsageError: there is no ledger here.
+        """
+        if not self.ledger.is_file():
+            hint = f"onward init {self.root} makes one; --run DIR or ONWARD_RUN names another."
+            raise UsageError("there is no run in this directory", where=self.root.absolute(), hint=hint)
+
+    @staticmethod
+    def _by_step(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
+        if not directory.is_dir():
+            return []
+        found = [entry for entry in directory.iterdir() if entry.is_dir() and pattern.fullmatch(entry.name)]
+        return sorted(found, key=step_of, reverse=True)

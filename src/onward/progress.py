@@ -1,0 +1,121 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from onward.service.worker import Event
+
+Observe = Callable[["Event"], None]
+
+
+@contextlib.contextmanager
+def make_observer(log_steps: int) -> Iterator[Observe]:
+    """Yield an observer that shows events on stderr."""
+    if not sys.stderr.isatty():
+        yield PlainLines(log_steps)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.3g}  {task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        yield Bar(progress)
+
+
+class PlainLines:
+    """A line per file begun and done, per note, and per `log_steps` steps."""
+
+    def __init__(self, log_steps: int) -> None:
+        self.log_steps = log_steps
+
+    def __call__(self, event: Event) -> None:
+        text = describe(event, self.log_steps)
+        if text:
+            print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """One bar per file; notes above it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: Any = None
+
+    def __call__(self, event: Event) -> None:
+        from onward.service.worker import FileStarted, Note
+        from onward.training.trainer import StepResult
+
+        if isinstance(event, FileStarted):
+            title = f"{event.position} {event.name}"
+            self.task = self.progress.add_task(
+                title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
+            )
+        elif isinstance(event, StepResult):
+            speed = event.tokens / event.seconds
+            self.progress.update(
+                self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
+            )
+        elif isinstance(event, Note):
+            self.progress.console.print(event.message)
+
+
+def describe(event: Event, log_steps: int = 1) -> str | None:
+    """Return an event as a line, or None where there is nothing to say."""
+    from onward.service.worker import FileDone, FileStarted, Note
+    from onward.training.trainer import StepResult
+
+    if isinstance(event, FileStarted):
+        done = f", {event.steps_done} done" if event.steps_done else ""
+        return (
+            f"file {event.position}: {event.name}, {event.rows} rows, {event.steps} steps{done}"
+            f" (handover {event.handover})"
+        )
+    if isinstance(event, StepResult):
+        if event.step % log_steps and event.step_in_file != event.steps_in_file:
+            return None
+        left = (event.steps_in_file - event.step_in_file) * event.seconds
+        return (
+            f"  step {event.step} ({event.step_in_file}/{event.steps_in_file})  loss {event.loss:.4f}"
+            f"  lr {event.learning_rate:.3g}  {event.tokens / event.seconds:.0f} tokens/s  ETA {left:.0f} s"
+        )
+    if isinstance(event, FileDone):
+        return f"file {event.position} done: steps {event.first_step}-{event.last_step} committed"
+    return event.message if isinstance(event, Note) else None
+
+
+def print_history(entries: list[dict[str, Any]]) -> None:
+    """Print the history as a table on stdout."""
+    table = Table(box=None, pad_edge=False)
+    for title in ("file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds"):
+        table.add_column(title, justify="left" if title in ("name", "state", "handover") else "right", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            str(entry["position"]),
+            entry["name"],
+            entry["state"],
+            str(entry["rows"]),
+            str(entry["rows_trained"]),
+            _range(entry["first_step"], entry["last_step"], "-", "d"),
+            _range(entry["first_loss"], entry["last_loss"], " -> ", ".4f"),
+            _range(entry["first_learning_rate"], entry["last_learning_rate"], " -> ", ".3g"),
+            entry["handover"] or "",
+            f"{entry['seconds']:.1f}",
+        )
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def _range(first: float | None, last: float | None, joint: str, form: str) -> str:
+    return "" if first is None or last is None else f"{first:{form}}{joint}{last:{form}}"

@@ -1,0 +1,268 @@
+"""The library: a run as an object. The command line does nothing that this cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward import status
+from onward.config import Config, parse_config, read_config, render_yaml
+from onward.errors import OnwardError, UsageError
+from onward.layout import RunLayout
+from onward.service.lock import RunLock
+from onward.service.stop import Stopped, StopRequest
+from onward.store.ledger import Ledger
+
+if TYPE_CHECKING:
+    from onward.service.session import Session
+    from onward.service.verify import Proof
+    from onward.service.worker import Event
+
+PathLike = str | os.PathLike[str]
+Observe = Callable[["Event"], None]
+
+
+def _silent(_: Any) -> None:
+    return None
+
+
+class Run:
+    """One run: a directory with a base model, a config, a stream and a state.
+
+    Args:
+        directory: a directory that `Run.create` or `onward init` made.
+
+    Raises:
+        UsageError: there is no run in it.
+    """
+
+    def __init__(self, directory: PathLike = ".") -> None:
+        self.layout = RunLayout(Path(directory))
+        self.layout.require()
+
+    @classmethod
+    def create(
+        cls,
+        directory: PathLike,
+        model: str | None = None,
+        *,
+        report: Callable[[str], None] = _silent,
+        **settings: Any,
+    ) -> Run:
+        """Make a run. Settings are config keys: `Run.create("run", "path/to/model", batch_size=4, lora={"rank": 8})`.
+
+        Raises:
+            ConfigError: a setting is refused.
+            ModelError: the base model cannot be had.
+            UsageError: there is a run in `directory` already.
+        """
+        values: dict[str, Any] = {**settings, **({"model": model} if model else {})}
+        layout = RunLayout(Path(directory))
+        _refuse_occupied(layout)
+        config = read_config(layout.config) if layout.config.exists() and not values else parse_config(values)
+        _create(layout, config, report)
+        return cls(directory)
+
+    @classmethod
+    def adopt(
+        cls,
+        checkpoint: PathLike,
+        directory: PathLike,
+        model: str | None = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        report: Callable[[str], None] = _silent,
+    ) -> Run:
+        """Make a run from a checkpoint of transformers' Trainer: weights, moments and step go on.
+
+        Args:
+            checkpoint: a `checkpoint-N` directory, LoRA (PEFT) or full.
+            model: the base model, where the checkpoint does not name one that is here.
+            settings: config keys to set beyond what the checkpoint says.
+        """
+        from onward.service.adopt import adopt
+
+        layout = RunLayout(Path(directory))
+        _refuse_occupied(layout)
+        adopt(Path(checkpoint), layout, model, settings or {}, report)
+        return cls(directory)
+
+    @property
+    def config(self) -> Config:
+        """The config as it stands in the run's directory."""
+        return read_config(self.layout.config)
+
+    def add(self, *paths: PathLike, priority: str = "normal", again: bool = False) -> list[dict[str, Any]]:
+        """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
+
+        Raises:
+            FileRejected: a file was refused; its report is in `rejected/`.
+        """
+        from onward.service.intake import PRIORITIES
+
+        if priority not in PRIORITIES:
+            raise UsageError(f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}")
+        with Ledger(self.layout.ledger) as ledger:
+            opened = _Opened(self.layout, ledger, _silent)
+            return opened.intake(StopRequest()).take([Path(path) for path in paths], again=again, priority=priority)
+
+    def train(
+        self,
+        *paths: PathLike,
+        again: bool = False,
+        observe: Observe = _silent,
+        stop: StopRequest | None = None,
+        report: Callable[[str], None] = _silent,
+    ) -> list[dict[str, Any]]:
+        """Add files and train what the stream owes, in order; returns the history entries of files done now.
+
+        Args:
+            observe: receives every event; one that raises is dropped, and training goes on.
+            stop: ask it to stop; the step in hand is finished and committed.
+
+        Raises:
+            RunLocked: another process owns the run.
+            FileRejected: a file was refused; nothing was trained.
+            OnwardError: training cannot go on; what was committed stays.
+        """
+        stop = stop or StopRequest()
+        with self._owned() as ledger:
+            before = {entry["id"] for entry in ledger.files("done")}
+            opened = _Opened(self.layout, ledger, report)
+            with _account(ledger):
+                intake = opened.intake(stop)
+                intake.finish_left_over()
+                if paths:
+                    intake.take([Path(path) for path in paths], again=again)
+                _work(opened.session, stop, observe)
+            done = {entry["id"] for entry in ledger.files("done")} - before
+            positions = {entry["position"] for entry in ledger.files("done") if entry["id"] in done}
+        return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
+
+    def status(self) -> dict[str, Any]:
+        """Return where the run stands (keys as in `onward status --json`)."""
+        return status.read_status(self.layout)
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return one entry per file (keys as in `onward history --json`)."""
+        return status.read_history(self.layout)
+
+    def verify(self, *, deep: bool = False) -> Proof:
+        """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares."""
+        from onward.service.verify import verify
+
+        with Ledger(self.layout.ledger) as ledger:
+            return verify(self.layout, ledger, deep=deep)
+
+    def rollback(self, to: str | int, *, requeue: bool = False) -> dict[str, Any]:
+        """Go back to the boundary after a file (name, position or hash prefix) or at a step; later files are undone.
+
+        Raises:
+            UsageError: there is no such file, or no restore point for it.
+        """
+        from onward.service.rollback import rollback
+
+        with self._owned() as ledger:
+            return rollback(self.layout, ledger, str(to), requeue=requeue)
+
+    def reset(self) -> dict[str, Any]:
+        """Forget all progress: remove the model and its restore points, mark every file undone."""
+        from onward.service.rollback import reset
+
+        with self._owned() as ledger:
+            return reset(self.layout, ledger)
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[Ledger]:
+        with RunLock(self.layout.lock), Ledger(self.layout.ledger) as ledger:
+            yield ledger
+
+
+class _Opened:
+    """A run whose heavy parts (tokenizer, base model's hash, torch) load when first needed."""
+
+    def __init__(self, layout: RunLayout, ledger: Ledger, report: Callable[[str], None]) -> None:
+        self.layout = layout
+        self.ledger = ledger
+        self.report = report
+        self._session: Session | None = None
+
+    @property
+    def session(self) -> Session:
+        if self._session is None:
+            from onward.service.session import open_session
+
+            self._session = open_session(self.layout, self.ledger, report=self.report)
+        return self._session
+
+    def intake(self, stop: StopRequest) -> Any:
+        from onward.data.tokenize import RowTokenizer
+        from onward.service.intake import Intake
+
+        def row_tokenizer() -> tuple[RowTokenizer, str]:
+            session, config = self.session, self.session.config
+            return RowTokenizer(session.tokenizer, config.max_length, config.over_length), session.tokenizer_digest
+
+        return Intake(self.layout, self.ledger, row_tokenizer, stop=stop.check)
+
+
+def _work(session: Session, stop: StopRequest, observe: Observe) -> None:
+    from onward.service.worker import Worker
+
+    watching = observe
+    for event in Worker(session, stop).work():
+        try:
+            watching(event)
+        except Exception as error:  # an observer's failure is its own
+            session.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
+            watching = _silent
+
+
+@contextlib.contextmanager
+def _account(ledger: Ledger) -> Iterator[None]:
+    """Leave in the ledger how the process ended."""
+    ledger.put(state="loading", problem=None)
+    try:
+        yield
+    except Stopped:
+        ledger.put(state="stopped")
+    except OnwardError as error:
+        ledger.put(state="failed", problem=error.what)
+        ledger.add_event("error", error.what)
+        raise
+    except BaseException:
+        ledger.put(state="stopped")
+        raise
+    else:
+        ledger.put(state="stopped" if ledger.next_owed() else "idle")
+
+
+def _refuse_occupied(layout: RunLayout) -> None:
+    if layout.ledger.exists():
+        hint = f"onward status --run {layout.root}; for another run name another directory."
+        raise UsageError("there is a run in this directory already", where=layout.root.absolute(), hint=hint)
+    if layout.checkpoints() or layout.restore_points():
+        hint = f"onward adopt {layout.root}/current_model/checkpoint-N --run NEW_RUN makes a run of it."
+        raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
+    if layout.root.exists() and not layout.root.is_dir():
+        raise UsageError("this is a file, not a directory", where=layout.root.absolute())
+
+
+def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
+    """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
+    from onward.training.base import resolve_base
+
+    resolve_base(config.model, download=True, report=report)
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+        layout.make()
+        if not layout.config.exists():
+            layout.config.write_text(render_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
+    with Ledger(layout.ledger) as ledger:
+        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0)

@@ -1,0 +1,1 @@
+"""What moves a run: intake, the worker's journey through a file, commits, going back, proof."""

@@ -1,0 +1,228 @@
+"""Commits: `current_model/`, the restore points and the ledger's account of them, kept in step.
+
+The order of a commit: the ledger notes that one is being written (which makes the step metrics durable), the
+checkpoint directory is renamed into place, the ledger moves. What follows (links, restore point, removal of the
+older checkpoint) can be repeated, and `settle` repeats it at every start.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory, link_or_copy, link_tree, remove_temporaries, remove_tree
+from onward.config import Config
+from onward.digest import sha256_json
+from onward.errors import DamagedState, VerificationFailed
+from onward.layout import RunLayout, step_of
+from onward.store.ledger import Ledger
+from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
+from onward.training.handover import Measurement
+from onward.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a start found: the checkpoint to go on from (None: nothing was ever committed) and what was wrong."""
+
+    folder: Path | None
+    manifest: Manifest | None
+    damage: list[str] = field(default_factory=list[str])
+
+
+class Commits:
+    """Writes, finds and tidies the checkpoints of one run."""
+
+    def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
+        self.layout = layout
+        self.ledger = ledger
+
+    def commit(
+        self,
+        state: TrainState,
+        config: Config,
+        measurement: Measurement,
+        facts: Facts,
+        log_history: Sequence[dict[str, Any]],
+        parent: Manifest | None,
+        *,
+        file_id: int | None,
+        with_ledger: Callable[[], None] = lambda: None,
+    ) -> Manifest:
+        """Commit a state.
+
+        Args:
+            with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
+
+        Raises:
+            VerificationFailed: a step trained again after damage did not give the state that was there before.
+            NoSpace: the checkpoint does not fit; nothing changed.
+        """
+        begun = time.perf_counter()
+        boundary = state.cursor.at_boundary
+        basis = sha256_json([config.flat(), state.cursor.stream, dict(facts.environment)])
+        digest = sha256_json([measurement.weights, measurement.moments, measurement.adam_step])
+        self._require_replay(state.step, basis, digest)
+        row = self.ledger.begin_checkpoint(
+            step=state.step, file_id=file_id, boundary=int(boundary), state_digest=digest, basis=basis
+        )
+        target = self.layout.checkpoint(state.step)
+        manifest = write_checkpoint(target, state, config, measurement, facts, log_history, parent)
+        with self.ledger.transaction():
+            self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
+            with_ledger()
+        self.tidy(target, manifest, keep=config.keep_boundaries)
+        return manifest
+
+    def _require_replay(self, step: int, basis: str, digest: str) -> None:
+        lost = self.ledger.lost_digest(step, basis)
+        if lost is not None and lost != digest:
+            raise VerificationFailed(
+                f"step {step} was trained again after damage and gave another state than before",
+                where=f"step {step}",
+                hint="Nothing of it was committed. Is it the same machine? onward doctor; onward rollback --to FILE",
+            )
+
+    def tidy(self, checkpoint: Path, manifest: Manifest, *, keep: int) -> None:
+        """Make everything beside the newest checkpoint agree with it: links, restore point, no other checkpoint."""
+        self._link_root(checkpoint, manifest)
+        if manifest.cursor.at_boundary and not self.layout.boundary(manifest.step).exists():
+            link_tree(checkpoint, self.layout.boundary(manifest.step))
+        for other in self.layout.checkpoints():
+            if other != checkpoint:
+                remove_tree(other)
+        for old in self.layout.restore_points()[keep:]:
+            remove_tree(old)
+
+    def _link_root(self, checkpoint: Path, manifest: Manifest) -> None:
+        for name in manifest.files:
+            source, link = checkpoint / name, self.layout.current / name
+            if link.exists() and os.path.samefile(source, link):
+                continue
+            temporary = link.with_name(f"{TEMPORARY_PREFIX}{name}")
+            temporary.unlink(missing_ok=True)
+            link_or_copy(source, temporary)
+            temporary.replace(link)
+        fsync_directory(self.layout.current)
+
+    def settle(self, *, keep: int) -> Settled:
+        """Find the newest verifiable checkpoint, bring the ledger and the directories to it, name any damage.
+
+        Raises:
+            DamagedState: the ledger claims progress and nothing verifiable is left, or what is left is another run's.
+        """
+        for folder in (self.layout.root, self.layout.current, self.layout.boundaries):
+            remove_temporaries(folder)
+        claimed = self.ledger.newest_checkpoint()
+        if claimed and claimed["step"] > self._origin() and not self._has_model():
+            raise DamagedState(
+                f"current_model is gone, and the ledger claims {claimed['step']} steps",
+                where=self.layout.current,
+                hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
+            )
+        found = self._newest_verifiable()
+        if found.folder is None or found.manifest is None:
+            if claimed and (claimed["step"] > 0 or found.damage):
+                raise self._nothing_left(claimed["step"], found.damage)
+            return found
+        if found.manifest.run != self.ledger.get("run"):
+            hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
+            raise DamagedState("the checkpoint belongs to another run", where=found.folder, hint=hint)
+        self._bring_up(found.manifest)
+        self.install(found.folder, found.manifest, keep=keep)
+        for problem in found.damage:
+            self.ledger.add_event("error", problem, found.manifest.step)
+        return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage)
+
+    def install(self, folder: Path, manifest: Manifest, *, keep: int) -> None:
+        """Make a verified checkpoint the current one; `folder` may be a restore point."""
+        checkpoint = self.layout.checkpoint(manifest.step)
+        if folder != checkpoint:
+            remove_tree(checkpoint)
+            self.layout.current.mkdir(exist_ok=True)
+            link_tree(folder, checkpoint)
+        for point in self.layout.restore_points():
+            stale = step_of(point) == manifest.step and not _same_files(point, checkpoint, manifest)
+            if stale or step_of(point) > manifest.step:
+                remove_tree(point)
+        self.tidy(checkpoint, manifest, keep=keep)
+
+    def _origin(self) -> int:
+        return int(self.ledger.get("origin_step", 0))
+
+    def _has_model(self) -> bool:
+        return self.layout.current.is_dir() and any(self.layout.current.iterdir())
+
+    def _newest_verifiable(self) -> Settled:
+        damage: list[str] = []
+        folders = sorted([*self.layout.checkpoints(), *self.layout.restore_points()], key=step_of, reverse=True)
+        claimed = self.ledger.newest_checkpoint()
+        if claimed and not self.layout.checkpoint(claimed["step"]).is_dir():
+            damage.append(f"checkpoint-{claimed['step']} is missing")
+        for folder in folders:
+            manifest, problems = inspect_checkpoint(folder)
+            place = folder.relative_to(self.layout.root)
+            if manifest is not None and not problems:
+                return Settled(folder, manifest, damage)
+            damage += [f"{place}/{problem}" for problem in problems]
+        return Settled(None, None, damage)
+
+    def _nothing_left(self, step: int, damage: list[str]) -> DamagedState:
+        return DamagedState(
+            f"the ledger claims {step} steps and no checkpoint or restore point verifies: {'; '.join(damage)}",
+            where=self.layout.root,
+            hint="Put the files back from a copy, then: onward verify. To start over: onward reset",
+        )
+
+    def _bring_up(self, manifest: Manifest) -> None:
+        """Move the ledger to a checkpoint: forward after a kill between rename and ledger, back after damage."""
+        ledger, cursor, step = self.ledger, manifest.cursor, manifest.step
+        with ledger.transaction():
+            held = [row for row in ledger.files("queued", "training", "done") if row["position"] is not None]
+            for row in held:
+                self._bring_up_file(row, manifest)
+            ledger.trim(step, [row["id"] for row in held if row["position"] >= cursor.position], "lost")
+            newest = ledger.newest_checkpoint()
+            if newest is None or newest["step"] < step:
+                row = ledger.at_position(cursor.position)
+                basis = sha256_json(
+                    [Config.model_validate(manifest.config).flat(), cursor.stream, manifest.environment]
+                )
+                number = ledger.begin_checkpoint(
+                    step=step, file_id=row["id"] if row else None, boundary=int(cursor.at_boundary),
+                    state_digest=manifest.state_digest, basis=basis,
+                )  # fmt: skip
+                ledger.commit_checkpoint(number, size=manifest.size, seconds=0.0)
+
+    def _bring_up_file(self, row: dict[str, Any], manifest: Manifest) -> None:
+        cursor = manifest.cursor
+        if row["position"] > cursor.position:
+            wanted = "queued"
+        elif row["position"] < cursor.position or cursor.at_boundary:
+            wanted = "done"
+        else:
+            wanted = "training"
+        if row["position"] == cursor.position and row["sha256"] != cursor.sha256:
+            raise DamagedState(
+                f"the ledger has {row['name']} at position {cursor.position}, the checkpoint another file",
+                where=self.layout.checkpoint(manifest.step) / MANIFEST,
+                hint="Ledger and model are not from the same moment. Put both back from one copy.",
+            )
+        if row["state"] == wanted:
+            return
+        if row["state"] == "queued":
+            self.ledger.move_file(row["id"], "training")
+            if wanted == "training":
+                return
+        values: dict[str, Any] = {"finished": self.ledger.clock()} if wanted == "done" else {"finished": None}
+        self.ledger.move_file(row["id"], wanted, **values)
+
+
+def _same_files(folder: Path, other: Path, manifest: Manifest) -> bool:
+    """Whether two directories hold the same files by hard link."""
+    names = [MANIFEST, *manifest.files]
+    return all((folder / name).exists() and os.path.samefile(folder / name, other / name) for name in names)

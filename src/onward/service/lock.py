@@ -1,0 +1,72 @@
+"""One process owns a run: a lock that dies with its holder and says who holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from onward.errors import RunLocked
+
+PATIENCE = 0.3
+"""Seconds to wait for the lock, so that an observer's glance at it refuses nobody."""
+
+
+class RunLock:
+    """An exclusive lock on the file `path`, with the holder's pid, host and start time beside it.
+
+    Raises:
+        RunLocked: on entering, when another process holds it.
+    """
+
+    def __init__(self, path: Path, *, patience: float = PATIENCE) -> None:
+        self._lock = FileLock(path, timeout=patience)
+        self._holder = path.with_name(f"{path.name}.holder")
+
+    def __enter__(self) -> RunLock:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise RunLocked(
+                f"another process owns this run: {self.describe_holder()}",
+                where=self._holder.parent,
+                hint="onward status shows what it does; onward add puts files in its stream.",
+            ) from None
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        self._holder.write_text(json.dumps(holder))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.unlink(missing_ok=True)
+        self._lock.release()
+
+    def describe_holder(self) -> str:
+        """Say who holds the lock, as far as it is known."""
+        holder = read_holder(self._holder.with_name(self._holder.name.removesuffix(".holder")))
+        if holder is None:
+            return "its name is not known"
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
+        return f"pid {holder['pid']} on {holder['host']}, since {since}"
+
+
+def read_holder(lock: Path) -> dict[str, Any] | None:
+    """Return pid, host and start time that the last holder of a lock wrote, or None."""
+    try:
+        return json.loads(lock.with_name(f"{lock.name}.holder").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_held(lock: Path) -> bool:
+    """Whether some process holds the lock now."""
+    probe = FileLock(lock, timeout=0)
+    try:
+        with probe:
+            return False
+    except Timeout:
+        return True

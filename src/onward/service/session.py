@@ -1,0 +1,117 @@
+"""What a process needs of a run before it can train: config, base model, tokenizer, device; identity checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from onward.config import Config, read_config
+from onward.data.tokenize import tokenizer_fingerprint
+from onward.errors import ConfigError, ModelError
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger
+from onward.training import huggingface
+from onward.training.base import digest_base, resolve_base
+from onward.training.checkpoint import Facts
+from onward.training.environment import describe_environment, pick_device, pick_dtype
+from onward.training.model import load_tokenizer
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run opened for work."""
+
+    layout: RunLayout
+    ledger: Ledger
+    config: Config
+    base: Path
+    base_digest: str
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_digest: str
+    device: torch.device
+    dtype: torch.dtype
+    environment: dict[str, Any]
+
+    @property
+    def pad_id(self) -> int:
+        """A token id to fill short rows with; masked everywhere, so any id would do."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def facts(self) -> Facts:
+        """Return what every checkpoint of this session says beyond the state."""
+        static = huggingface.tokenizer_files(self.tokenizer)
+        static[huggingface.TRAINING_ARGUMENTS] = huggingface.training_arguments(self.config)
+        return Facts(
+            run=self.ledger.get("run"),
+            base={"name": self.config.model, "digest": self.base_digest},
+            tokenizer=self.tokenizer_digest,
+            environment=self.environment,
+            static_files=static,
+        )
+
+
+def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: Config | None = None) -> Session:
+    """Read the config, find base and tokenizer, and hold them against what the run was made with.
+
+    Raises:
+        ConfigError: an identity key differs from the one the run has trained with.
+        ModelError: the base is missing or changed on disk.
+    """
+    config = config or read_config(layout.config)
+    base = resolve_base(config.model, report=report)
+    base_digest = digest_base(base)
+    tokenizer = load_tokenizer(tokenizer_folder(layout, base))
+    tokenizer_digest = tokenizer_fingerprint(tokenizer)
+    check_identity(ledger, config, base_digest, tokenizer_digest)
+    device = pick_device()
+    dtype = pick_dtype(config.dtype, device)
+    environment = describe_environment(device, dtype)
+    return Session(
+        layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment
+    )
+
+
+def tokenizer_folder(layout: RunLayout, base: Path) -> Path:
+    """The folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
+    own = layout.root / "tokenizer"
+    return own if own.is_dir() else base
+
+
+def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:
+    """Lock what makes the run what it is; before the first commit it is only recorded.
+
+    Raises:
+        ConfigError: an identity key was changed.
+        ModelError: the base model or the tokenizer changed.
+    """
+    here = {**config.identity(), "base": base_digest, "tokenizer": tokenizer_digest}
+    locked = ledger.get("identity")
+    if locked is None or ledger.newest_checkpoint() is None:
+        ledger.put(identity=here)
+        return
+    changed = [key for key in locked if locked[key] != here.get(key)]
+    if changed == ["model"]:  # another place, the same bits
+        ledger.put(identity=here)
+        return
+    keys = [key for key in changed if key not in ("base", "tokenizer")]
+    if keys:
+        lines = "; ".join(f"{key}: the run has {locked[key]!r}, the config says {here.get(key)!r}" for key in keys)
+        raise ConfigError(
+            f"identity keys are locked once a run has begun: {lines}",
+            where="onward.yaml",
+            hint="Put the old values back, or make another run: onward init NEW_RUN",
+        )
+    if changed:
+        thing = "base model" if "base" in changed else "tokenizer or chat template"
+        raise ModelError(
+            f"the {thing} changed on disk since this run began",
+            where=config.model,
+            hint="Put the original files back; to start over with the changed ones: onward reset",
+        )

@@ -1,0 +1,284 @@
+"""One file's journey: from the queue through its steps to a committed boundary. Read this first.
+
+`Worker.work` is a generator of events; whoever iterates renders them. The state lives in `TrainState`, the account
+of it in the ledger, and a kill at any instant leaves both where `Commits.settle` finds them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from onward.config import Config, read_config
+from onward.data.order import FilePlan
+from onward.data.tokenize import TokenizedFile
+from onward.digest import sha256_json
+from onward.errors import TrainingError
+from onward.service.commits import Commits, Settled
+from onward.service.session import Session
+from onward.service.stop import StopRequest
+from onward.service.tokens import open_tokens
+from onward.store.ledger import Row
+from onward.store.metrics import Metrics, StepRecord
+from onward.training import huggingface
+from onward.training.checkpoint import Facts, Manifest, load_state
+from onward.training.handover import Measurement, compare, measure
+from onward.training.model import build_model, set_dropout
+from onward.training.optim import apply_config, build_optimizer
+from onward.training.schedule import require_horizon
+from onward.training.state import Cursor, TrainState
+from onward.training.trainer import StepResult, Trainer
+
+
+@dataclass(frozen=True)
+class FileStarted:
+    """A file's first step, or its next one after a stop, is about to be taken."""
+
+    name: str
+    position: int
+    rows: int
+    steps: int
+    steps_done: int
+    handover: str
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint was committed."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class FileDone:
+    """A file is done and its boundary committed."""
+
+    name: str
+    position: int
+    first_step: int
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something a person should read."""
+
+    message: str
+
+
+Event = FileStarted | StepResult | Committed | FileDone | Note
+
+
+class Worker:
+    """Trains what the stream owes, one file after another, as one run.
+
+    Args:
+        session: the run, opened by the one process that owns it.
+        stop: polled after every step; a stop commits first.
+    """
+
+    def __init__(self, session: Session, stop: StopRequest) -> None:
+        self.session = session
+        self.ledger = session.ledger
+        self.stop = stop
+        self.commits = Commits(session.layout, session.ledger)
+        self.config = session.config
+        self._facts: Facts | None = None
+        self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
+
+    def work(self) -> Iterator[Event]:
+        """Yield what happens until the stream owes nothing or a stop is asked for.
+
+        Raises:
+            OnwardError: the state, a file or the machine does not allow to go on; what was committed stays.
+        """
+        settled = self.commits.settle(keep=self.config.keep_boundaries)
+        for problem in settled.damage:
+            yield Note(f"damaged: {problem}")
+        if self.ledger.next_owed() is None:
+            return
+        yield from self._open(settled)
+        metrics = Metrics(self.session.layout.ledger)
+        try:
+            while not self.stop and (row := self.ledger.next_owed()):
+                yield from self._journey(row, metrics)
+        finally:
+            metrics.close()
+
+    def _open(self, settled: Settled) -> Iterator[Event]:
+        """Load the newest verifiable state, or make and commit that of step 0."""
+        self.ledger.put(state="loading")
+        session = self.session
+        if settled.folder is None or settled.manifest is None:
+            model = build_model(self.config, session.base, session.device, session.dtype)
+            self.state = TrainState(model, build_optimizer(model, self.config))
+            self.manifest = self._commit(None, None)
+            yield Committed(0)
+            return
+        self.manifest = settled.manifest
+        if settled.damage:
+            yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
+        if not self.manifest.cursor.at_boundary:
+            self.config = Config.model_validate(self.manifest.config)
+        self.state = load_state(
+            settled.folder, self.manifest, self.config, session.base, session.device, session.dtype
+        )
+        log = json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"]
+        self._log.extend(log)
+        if not self.manifest.cursor.at_boundary:
+            row = self.ledger.at_position(self.manifest.cursor.position)
+            self._hand_over("resume", row)
+
+    def _journey(self, row: Row, metrics: Metrics) -> Iterator[Event]:
+        """Take one file from where it stands to its boundary."""
+        resumed = not self.state.cursor.at_boundary
+        self.ledger.put(state="tokenizing")
+        if not resumed:
+            self.config = self._config_in_force()
+        tokens = open_tokens(self.session, row, self.config, self.stop.check)
+        plan = FilePlan(row["sha256"], tokens.rows, self.config.batch_size, self.config.epochs, self.config.seed)
+        handover = "resumed" if resumed else self._begin(row, plan)
+        position = self.state.cursor.position
+        yield FileStarted(row["name"], position, plan.rows, plan.steps, self.state.cursor.step, handover)
+        self.ledger.put(state="training")
+        yield from self._train(row["id"], tokens, plan, metrics)
+        if self.state.cursor.at_boundary:
+            yield from self._finish(row, plan)
+
+    def _config_in_force(self) -> Config:
+        """The config changes at boundaries only; its identity was checked when the session was opened."""
+        config = read_config(self.session.layout.config)
+        if config.identity() != self.config.identity():
+            return self.config  # edited while this process runs: the next start refuses it with the difference
+        return config
+
+    def _begin(self, row: Row, plan: FilePlan) -> str:
+        """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
+        state, config = self.state, self.config
+        require_horizon(config, state.step + plan.steps)
+        handover = self._hand_over("boundary", row)
+        old = Config.model_validate(self.manifest.config)
+        position = row["position"] or self.ledger.last_position() + 1
+        fingerprint = sha256_json(config.flat())
+        with self.ledger.transaction():
+            self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
+            for key, (before, after) in old.differences(config).items():
+                self.ledger.add_config_change(state.step, row["id"], key, before, after)
+                self.ledger.add_event("info", f"config: {key} changed from {before} to {after}", state.step)
+            self.ledger.move_file(
+                row["id"], "training", position=position, config=fingerprint, start_step=state.step,
+                planned_steps=plan.steps, rows=plan.rows,
+            )  # fmt: skip
+        apply_config(state.optimizer, config)
+        set_dropout(state.model, config.lora.dropout)
+        if config.boundary == "reset_moments":
+            state.reset_moments()
+        stream = sha256_json([state.cursor.stream, row["sha256"]])
+        state.cursor = Cursor(position, row["sha256"], 0, plan.steps, stream)
+        return handover
+
+    def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
+        session, state = self.session, self.state
+        trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
+        for result in trainer.steps(tokens, plan):
+            metrics.append(_record(file_id, result))
+            self._remember(result)
+            yield result
+            if state.cursor.at_boundary:
+                return
+            if self.stop or result.step % self.config.save_steps == 0:
+                self.manifest = self._commit(self.manifest, file_id)
+                self.ledger.put(state="training")
+                yield Committed(state.step)
+            if self.stop:
+                return
+
+    def _finish(self, row: Row, plan: FilePlan) -> Iterator[Event]:
+        """Hold the file against its postconditions and commit its boundary."""
+        self._require_done(row["id"], plan)
+        weights = self.manifest.measurement["weights"]
+
+        def done() -> None:
+            self.ledger.move_file(row["id"], "done", finished=self.ledger.clock())
+            self.ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", self.state.step)
+
+        self.manifest = self._commit(self.manifest, row["id"], done)
+        if self.manifest.measurement["weights"] == weights:
+            yield Note(f"{row['name']} changed no weight: is the learning rate too small?")
+        yield Committed(self.state.step)
+        first = self.state.step - plan.steps + 1
+        yield FileDone(row["name"], self.state.cursor.position, first, self.state.step)
+
+    def _require_done(self, file_id: int, plan: FilePlan) -> None:
+        counted = self.ledger.one(
+            "SELECT count(*) AS steps, coalesce(sum(rows), 0) AS rows FROM steps WHERE file_id = ?", file_id
+        )
+        counters = self.state.counters
+        expected = {"steps": plan.steps, "rows": plan.rows * plan.epochs}
+        if counted != expected:
+            raise _broken(f"the file was to train {expected}, the ledger counted {counted}")
+        if self.state.adam_step() != counters.step - counters.adam_origin:
+            raise _broken(f"Adam counts {self.state.adam_step()} steps, the run {counters.step - counters.adam_origin}")
+
+    def _hand_over(self, kind: str, row: Row | None) -> str:
+        """Measure the state and hold it against what was measured before the last commit."""
+        after = self._measure()
+        before = self.manifest
+        name, difference = compare(before.measurement, after, before.environment, self.session.environment)
+        self.ledger.add_handover(
+            kind=kind, step=self.state.step, file_id=row["id"] if row else None, difference=difference,
+            before=json.dumps(before.measurement), after=json.dumps(after.to_dict()), **{"class": name},
+        )  # fmt: skip
+        return name
+
+    def _measure(self) -> Measurement:
+        return measure(self.state, self.config.seed, self.session.device, self.session.dtype)
+
+    def _commit(self, parent: Manifest | None, file_id: int | None, with_ledger: Any = lambda: None) -> Manifest:
+        self.ledger.put(state="saving")
+        self._facts = self._facts or self.session.facts()
+        return self.commits.commit(
+            self.state, self.config, self._measure(), self._facts, self._log, parent,
+            file_id=file_id, with_ledger=with_ledger,
+        )  # fmt: skip
+
+    def _remember(self, result: StepResult) -> None:
+        if result.step % self.config.log_steps == 0 or self.state.cursor.at_boundary:
+            self._log.append(
+                {
+                    "step": result.step,
+                    "epoch": result.epoch,
+                    "loss": result.loss,
+                    "learning_rate": result.learning_rate,
+                    "grad_norm": result.grad_norm,
+                }
+            )
+
+
+def _record(file_id: int, result: StepResult) -> StepRecord:
+    return StepRecord(
+        file_id=file_id,
+        step=result.step,
+        step_in_file=result.step_in_file,
+        epoch=result.epoch,
+        rows=result.rows,
+        rows_digest=result.rows_digest,
+        tokens=result.tokens,
+        target_tokens=result.target_tokens,
+        loss=result.loss,
+        learning_rate=result.learning_rate,
+        grad_norm=result.grad_norm,
+        seconds=result.seconds,
+    )
+
+
+def _broken(reason: str) -> TrainingError:
+    return TrainingError(
+        f"the file did not do what it was to do: {reason}", hint="Nothing of it was committed as done. onward verify"
+    )
+
+
+__all__ = ["Committed", "Event", "FileDone", "FileStarted", "Note", "Worker"]

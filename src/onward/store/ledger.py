@@ -1,0 +1,275 @@
+"""The ledger: the durable record of the stream and of what came of each file (SQLite, write-ahead log)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from onward.errors import DamagedState, OnwardError
+from onward.store.migrations import migrate
+
+LEGAL = {
+    "arriving": {"queued", "rejected"},
+    "queued": {"training", "undone"},
+    "training": {"done", "queued", "undone"},
+    "done": {"training", "queued", "undone"},  # back only when state was lost or rolled back
+}
+"""States that a file may go to, by the state it is in."""
+
+HELD = ("queued", "training", "done")
+"""States of a file whose content belongs to the stream."""
+
+Row = dict[str, Any]
+
+
+def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
+    """Open a ledger file; `durable` makes each transaction wait for the disk (`synchronous=FULL`)."""
+    try:
+        if read_only:
+            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        else:
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.row_factory = lambda cursor, row: {column[0]: row[i] for i, column in enumerate(cursor.description)}
+        connection.execute("PRAGMA busy_timeout = 30000")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.DatabaseError as error:
+        raise damaged(path, error) from None
+    return connection
+
+
+def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
+    """Return the refusal for a ledger that SQLite cannot read."""
+    hint = "Restore ledger.sqlite3 from a copy, or adopt the newest checkpoint into a new run: onward adopt CHECKPOINT"
+    return DamagedState(f"the ledger cannot be read: {error}", where=path, hint=hint)
+
+
+class Ledger:
+    """Reads and legal moves of the ledger. One writer of training state; readers at any time.
+
+    Args:
+        path: the file `ledger.sqlite3`; made with its schema where missing and not `read_only`.
+        clock: seconds since the epoch; injected by tests.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
+        self.path = path
+        self.clock = clock
+        self._connection = connect(path, read_only=read_only)
+        if not read_only:
+            self._connection.row_factory, factory = None, self._connection.row_factory
+            try:
+                migrate(self._connection)
+            except sqlite3.DatabaseError as error:
+                raise damaged(path, error) from None
+            self._connection.row_factory = factory
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the statements inside one durable act; nested use joins the outer one."""
+        if self._connection.in_transaction:
+            yield
+            return
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def query(self, sql: str, *values: Any) -> list[Row]:
+        """Return the rows of a query as dictionaries."""
+        try:
+            return self._connection.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise damaged(self.path, error) from None
+
+    def one(self, sql: str, *values: Any) -> Row | None:
+        rows = self.query(sql, *values)
+        return rows[0] if rows else None
+
+    def write(self, sql: str, *values: Any) -> int:
+        """Run one statement; returns the id of an inserted row."""
+        with self.transaction():
+            return int(self._connection.execute(sql, values).lastrowid or 0)
+
+    # facts of the run
+
+    def get(self, key: str, default: Any = None) -> Any:
+        row = self.one("SELECT value FROM run WHERE key = ?", key)
+        return default if row is None else json.loads(row["value"])
+
+    def put(self, **facts: Any) -> None:
+        with self.transaction():
+            for key, value in facts.items():
+                self.write("INSERT OR REPLACE INTO run VALUES (?, ?)", key, json.dumps(value))
+
+    def keep_config(self, fingerprint: str, config: dict[str, Any]) -> None:
+        self.write("INSERT OR IGNORE INTO configs VALUES (?, ?)", fingerprint, json.dumps(config))
+
+    def config(self, fingerprint: str) -> dict[str, Any]:
+        row = self.one("SELECT config FROM configs WHERE fingerprint = ?", fingerprint)
+        if row is None:
+            raise OnwardError("the ledger has no such config", where=fingerprint)
+        return json.loads(row["config"])
+
+    # files
+
+    def insert_file(self, **values: Any) -> int:
+        values = {"arrived": self.clock(), **values}
+        names = ", ".join(values)
+        return self.write(f"INSERT INTO files ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
+
+    def file(self, file_id: int) -> Row:
+        row = self.one("SELECT * FROM files WHERE id = ?", file_id)
+        if row is None:
+            raise OnwardError("the ledger has no such file", where=file_id)
+        return row
+
+    def files(self, *states: str) -> list[Row]:
+        """Files in these states: those with a position in stream order, then the queue in the order it is taken."""
+        marks = ", ".join("?" * len(states))
+        order = "position IS NULL, position, priority DESC, id"
+        return self.query(f"SELECT * FROM files WHERE state IN ({marks}) ORDER BY {order}", *states)
+
+    def holding(self, sha256: str) -> Row | None:
+        """The file of the stream that has this content, if any."""
+        marks = ", ".join("?" * len(HELD))
+        return self.one(
+            f"SELECT * FROM files WHERE sha256 = ? AND state IN ({marks}) ORDER BY id LIMIT 1", sha256, *HELD
+        )
+
+    def next_owed(self) -> Row | None:
+        """The file to train now: the one begun, else the head of the queue."""
+        return self.one(
+            "SELECT * FROM files WHERE state IN ('training', 'queued')"
+            " ORDER BY state = 'queued', position IS NULL, position, priority DESC, id LIMIT 1"
+        )
+
+    def last_position(self) -> int:
+        """The highest position given so far in the stream."""
+        row = self.one("SELECT max(position) AS last FROM files WHERE state != 'undone'")
+        return int(row["last"] or 0) if row else 0
+
+    def at_position(self, position: int) -> Row | None:
+        return self.one("SELECT * FROM files WHERE position = ? AND state != 'undone'", position)
+
+    def queued(self) -> int:
+        row = self.one("SELECT count(*) AS n FROM files WHERE state = 'queued'")
+        return int(row["n"]) if row else 0
+
+    def move_file(self, file_id: int, state: str, **values: Any) -> None:
+        """Move a file to another state and set columns with it, in one transaction.
+
+        Raises:
+            OnwardError: the move is not legal.
+        """
+        with self.transaction():
+            old = self.file(file_id)["state"]
+            if state not in LEGAL.get(old, set()):
+                raise OnwardError(f"a file cannot go from {old} to {state}", where=f"file id {file_id}")
+            assignments = ", ".join(f"{name} = ?" for name in ("state", *values))
+            self.write(f"UPDATE files SET {assignments} WHERE id = ?", state, *values.values(), file_id)
+
+    # checkpoints
+
+    def begin_checkpoint(self, **values: Any) -> int:
+        """Record that a checkpoint is about to be written; makes the metrics before it durable too."""
+        values = {"state": "writing", "created": self.clock(), **values}
+        names = ", ".join(values)
+        return self.write(f"INSERT INTO checkpoints ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
+
+    def commit_checkpoint(self, checkpoint_id: int, *, size: int, seconds: float) -> None:
+        self.write(
+            "UPDATE checkpoints SET state = 'committed', bytes = ?, seconds = ? WHERE id = ?",
+            size, seconds, checkpoint_id,
+        )  # fmt: skip
+
+    def newest_checkpoint(self) -> Row | None:
+        """The committed checkpoint with the highest step."""
+        return self.one("SELECT * FROM checkpoints WHERE state = 'committed' ORDER BY step DESC, id DESC LIMIT 1")
+
+    def lost_digest(self, step: int, basis: str) -> str | None:
+        """The state digest of a checkpoint at `step` that was lost to damage, made on the same basis."""
+        row = self.one(
+            "SELECT state_digest FROM checkpoints WHERE step = ? AND basis = ? AND state = 'lost' ORDER BY id DESC",
+            step,
+            basis,
+        )
+        return row["state_digest"] if row else None
+
+    # what observers read
+
+    def add_handover(self, **values: Any) -> int:
+        values = {"created": self.clock(), **values}
+        names = ", ".join(values)
+        return self.write(f"INSERT INTO handovers ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
+
+    def add_config_change(self, step: int, file_id: int, key: str, old: Any, new: Any) -> None:
+        self.write(
+            "INSERT INTO config_changes (step, file_id, key, old, new, created) VALUES (?, ?, ?, ?, ?, ?)",
+            step, file_id, key, json.dumps(old), json.dumps(new), self.clock(),
+        )  # fmt: skip
+
+    def add_event(self, level: str, message: str, step: int | None = None) -> None:
+        self.write(
+            "INSERT INTO events (level, message, step, created) VALUES (?, ?, ?, ?)",
+            level, message, step, self.clock(),
+        )  # fmt: skip
+
+    def events(self, limit: int = 20) -> list[Row]:
+        return self.query("SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
+
+    def steps(self, file_id: int) -> list[Row]:
+        return self.query("SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
+
+    def history(self) -> list[Row]:
+        """One row per file of the stream, with its first and last step, and per undone file."""
+        return self.query(
+            """
+            SELECT f.*, s.trained, s.steps, s.first_step, s.last_step, s.seconds,
+                a.loss AS first_loss, a.learning_rate AS first_learning_rate,
+                b.loss AS last_loss, b.learning_rate AS last_learning_rate,
+                (SELECT h.class FROM handovers h WHERE h.file_id = f.id AND h.kind = 'boundary'
+                 ORDER BY h.id DESC LIMIT 1) AS handover
+            FROM files f
+            LEFT JOIN (
+                SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS first_step,
+                    max(step) AS last_step, sum(seconds) AS seconds
+                FROM steps GROUP BY file_id
+            ) s ON s.file_id = f.id
+            LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.first_step
+            LEFT JOIN steps b ON b.file_id = f.id AND b.step = s.last_step
+            WHERE f.state IN ('queued', 'training', 'done', 'undone')
+            ORDER BY f.state = 'undone', f.position IS NULL, f.position, f.priority DESC, f.id
+            """
+        )
+
+    # going back
+
+    def trim(self, step: int, file_ids: Sequence[int], checkpoint_state: str) -> None:
+        """Forget the step records after `step` of these files and mark later checkpoints as lost or undone."""
+        with self.transaction():
+            for file_id in file_ids:
+                self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
+            self.write(
+                "UPDATE checkpoints SET state = ? WHERE step > ? AND state = 'committed'", checkpoint_state, step
+            )
+            self.write("DELETE FROM checkpoints WHERE state = 'writing'")

@@ -1,0 +1,120 @@
+"""The ledger's schema as numbered, append-only migrations; `PRAGMA user_version` counts those applied."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from onward.errors import OnwardError
+
+MIGRATIONS = (
+    """
+    CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+
+    CREATE TABLE configs (fingerprint TEXT PRIMARY KEY, config TEXT NOT NULL) STRICT;
+
+    CREATE TABLE files (
+        id INTEGER PRIMARY KEY,
+        command TEXT NOT NULL,
+        name TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        format TEXT NOT NULL,
+        copy TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('arriving', 'rejected', 'queued', 'training', 'done', 'undone')),
+        again INTEGER NOT NULL DEFAULT 0,
+        priority INTEGER NOT NULL DEFAULT 0,
+        position INTEGER,
+        rows INTEGER NOT NULL DEFAULT 0,
+        tokens INTEGER NOT NULL DEFAULT 0,
+        target_tokens INTEGER NOT NULL DEFAULT 0,
+        truncated INTEGER NOT NULL DEFAULT 0,
+        dropped INTEGER NOT NULL DEFAULT 0,
+        config TEXT REFERENCES configs (fingerprint),
+        start_step INTEGER,
+        planned_steps INTEGER,
+        arrived REAL NOT NULL,
+        finished REAL,
+        note TEXT
+    ) STRICT;
+    CREATE UNIQUE INDEX files_position ON files (position) WHERE position IS NOT NULL AND state != 'undone';
+    CREATE INDEX files_sha256 ON files (sha256);
+    CREATE INDEX files_state ON files (state, priority, id);
+
+    CREATE TABLE steps (
+        file_id INTEGER NOT NULL REFERENCES files (id),
+        step INTEGER NOT NULL,
+        step_in_file INTEGER NOT NULL,
+        epoch INTEGER NOT NULL,
+        rows INTEGER NOT NULL,
+        rows_digest TEXT NOT NULL,
+        tokens INTEGER NOT NULL,
+        target_tokens INTEGER NOT NULL,
+        loss REAL NOT NULL,
+        learning_rate REAL NOT NULL,
+        grad_norm REAL NOT NULL,
+        seconds REAL NOT NULL,
+        PRIMARY KEY (file_id, step)
+    ) STRICT, WITHOUT ROWID;
+
+    CREATE TABLE checkpoints (
+        id INTEGER PRIMARY KEY,
+        step INTEGER NOT NULL,
+        file_id INTEGER REFERENCES files (id),
+        boundary INTEGER NOT NULL,
+        state_digest TEXT NOT NULL,
+        basis TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('writing', 'committed', 'lost', 'undone')),
+        bytes INTEGER NOT NULL DEFAULT 0,
+        seconds REAL NOT NULL DEFAULT 0,
+        created REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX checkpoints_step ON checkpoints (step, state);
+
+    CREATE TABLE handovers (
+        id INTEGER PRIMARY KEY,
+        kind TEXT NOT NULL,
+        step INTEGER NOT NULL,
+        file_id INTEGER REFERENCES files (id),
+        class TEXT NOT NULL,
+        before TEXT NOT NULL,
+        after TEXT NOT NULL,
+        difference REAL NOT NULL,
+        created REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX handovers_file ON handovers (file_id);
+
+    CREATE TABLE config_changes (
+        id INTEGER PRIMARY KEY,
+        step INTEGER NOT NULL,
+        file_id INTEGER NOT NULL REFERENCES files (id),
+        key TEXT NOT NULL,
+        old TEXT NOT NULL,
+        new TEXT NOT NULL,
+        created REAL NOT NULL
+    ) STRICT;
+
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY,
+        level TEXT NOT NULL CHECK (level IN ('info', 'warning', 'error')),
+        message TEXT NOT NULL,
+        step INTEGER,
+        created REAL NOT NULL
+    ) STRICT;
+    """,
+)
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Bring a ledger's schema up to date, each migration in a transaction of its own.
+
+    Raises:
+        OnwardError: the ledger was written by a newer release.
+    """
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version > len(MIGRATIONS):
+        raise OnwardError(
+            f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
+            hint="pip install --upgrade onward",
+        )
+    for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
+        connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")

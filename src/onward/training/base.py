@@ -1,0 +1,71 @@
+"""The base model on disk: finding it by name or path, and the digest that notices when it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from onward.digest import sha256_json, xxh3_file
+from onward.errors import ModelError
+from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
+"""Files of a base model that decide what it computes."""
+
+
+def resolve_base(name: str, *, download: bool = False, report: Callable[[str], None] = print) -> Path:
+    """Return the folder of a base model: an embedded one, a path, or a Hugging Face name.
+
+    Args:
+        name: value of the config's `model`.
+        download: whether the network may be asked for a name that is not in the local cache.
+        report: receives a line when something takes long.
+
+    Raises:
+        ModelError: there is no such model here.
+    """
+    if name in EMBEDDED:
+        return ensure_embedded(name, cache_directory(), report=report)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError("this folder holds no Hugging Face model: config.json is missing", where=path)
+        return path.resolve()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(
+            f"there is no model {name!r}",
+            where="model",
+            hint=f"Name a folder with config.json, a Hugging Face name such as org/name, or {', '.join(EMBEDDED)}.",
+        )
+    return _from_hub(name, download=download, report=report)
+
+
+def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        if not download:
+            hint = f"onward init makes the one download: onward init NEW_RUN --model {name}"
+            raise ModelError(f"the model {name!r} is not in the local cache", where="model", hint=hint) from None
+    report(f"downloading {name}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the model {name!r} cannot be had: {reason}",
+            where="model",
+            hint="Check the name and the network, or give a folder: --model PATH",
+        ) from None
+
+
+def digest_base(folder: Path) -> str:
+    """Return the digest of a base model: every weight file and the architecture."""
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    if not any(file.suffix in {".safetensors", ".bin"} for file in files):
+        raise ModelError("this folder holds no weights (*.safetensors)", where=folder)
+    return sha256_json({file.name: xxh3_file(file) for file in files})

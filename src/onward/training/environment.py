@@ -1,0 +1,42 @@
+"""What bit-exactness depends on besides the state: device, threads and the versions of what computes."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+
+def pick_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """Return the compute type of `dtype: auto|float32|bfloat16` on a device."""
+    if setting == "auto":
+        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fits else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what must be equal for two processes to compute the same bits."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": device.type,
+        "processor": name,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "machine": platform.machine(),
+    }
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Return the context of a forward pass in the compute type."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -1,0 +1,107 @@
+"""The handover: proof that the state after a boundary or a resume is the state before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from onward.data.loader import PaddedBatch
+from onward.errors import TrainingError, VerificationFailed
+from onward.training.environment import autocast
+from onward.training.loss import target_loss
+from onward.training.model import keeps_logits
+from onward.training.seeds import fold
+from onward.training.state import TrainState
+
+PROBE_ROWS, PROBE_LENGTH = 2, 16
+
+CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
+"""Relative difference of the probe loss up to which two environments count as close, by compute type."""
+
+HandoverClass = Literal["bitwise", "close", "not comparable"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A state as measured: digests of weights and moments, Adam's counter, learning rate, probe loss (nats)."""
+
+    weights: str
+    moments: str
+    adam_step: int
+    learning_rate: float
+    probe_loss: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def probe_batch(seed: int, vocabulary: int) -> PaddedBatch:
+    """Return the run's fixed probe: token ids that are a function of the seed, all of them targets."""
+    cells = [[fold(seed, "probe", row, column) for column in range(PROBE_LENGTH)] for row in range(PROBE_ROWS)]
+    ids = np.array(cells, dtype=np.int64) % vocabulary
+    targets = np.ones_like(ids, dtype=bool)
+    targets[:, 0] = False
+    return PaddedBatch(input_ids=ids, attention_mask=np.ones_like(ids), targets=targets)
+
+
+def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dtype) -> Measurement:
+    """Measure a state; the state is not changed.
+
+    Raises:
+        TrainingError: the probe loss is not finite.
+    """
+    model = state.model
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+    model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        loss = target_loss(model, probe_batch(seed, vocabulary), device, keeps_logits=keeps_logits(model))
+    model.train()
+    digest = state.digest()
+    mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
+    if not math.isfinite(mean):
+        raise TrainingError(
+            f"the model computes no finite loss any more ({mean})",
+            where=f"step {state.step}",
+            hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
+        )
+    return Measurement(digest.weights, digest.moments, state.adam_step(), state.learning_rate, mean)
+
+
+def compare(
+    before: Mapping[str, Any], after: Measurement, environment_before: Mapping[str, Any], environment: Mapping[str, Any]
+) -> tuple[HandoverClass, float]:
+    """Say which class holds between two measurements, and the relative difference of their probe losses.
+
+    Weights, moments, Adam's counter and the learning rate must be equal everywhere; the probe loss must be equal
+    in the same environment and close in another one of the same compute type.
+
+    Raises:
+        VerificationFailed: the state after is not the state before.
+    """
+    here = after.to_dict()
+    changed = [key for key in ("weights", "moments", "adam_step", "learning_rate") if here[key] != before[key]]
+    if changed:
+        raise _difference(", ".join(f"{key}: {before[key]} before, {here[key]} after" for key in changed))
+    if here["probe_loss"] == before["probe_loss"]:
+        return "bitwise", 0.0
+    difference = abs(here["probe_loss"] - before["probe_loss"]) / max(abs(before["probe_loss"]), 1e-12)
+    if environment_before == environment:
+        raise _difference(f"the probe loss was {before['probe_loss']!r} and is {here['probe_loss']!r}")
+    if environment_before["dtype"] != environment["dtype"]:
+        return "not comparable", difference
+    if difference > CLOSE[environment["dtype"]]:
+        raise _difference(f"the probe loss differs by {difference:.1e} (relative) from another environment's")
+    return "close", difference
+
+
+def _difference(reason: str) -> VerificationFailed:
+    return VerificationFailed(
+        f"the state after the stop is not the state before it: {reason}",
+        where="handover",
+        hint="Nothing was trained on it. onward verify looks closer; onward rollback --to FILE goes back to a boundary.",
+    )

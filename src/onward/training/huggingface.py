@@ -1,0 +1,114 @@
+"""The files beside the weights that make a checkpoint one of Hugging Face's, as transformers' Trainer writes them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from onward.config import Config
+from onward.training.seeds import fold
+from onward.training.state import TrainState
+
+OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+LOG_TAIL = 50
+"""Entries of `log_history` that a checkpoint carries; the whole history is in the ledger."""
+
+
+def to_bytes(value: Any) -> bytes:
+    """Return `value` as `torch.save` writes it."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+def scheduler_state(state: TrainState, config: Config) -> dict[str, Any]:
+    """Return the state of the `LambdaLR` that the Trainer would have at this step."""
+    groups = len(state.optimizer.param_groups)
+    return {
+        "base_lrs": [config.learning_rate] * groups,
+        "last_epoch": state.step,
+        "_step_count": state.step + 1,
+        "_is_initial": False,
+        "_get_lr_called_within_step": False,
+        "_last_lr": [state.learning_rate] * groups,
+        "lr_lambdas": [None] * groups,
+    }
+
+
+def random_state(config: Config, step: int) -> dict[str, Any]:
+    """Return generator states that are a function of seed and step, as plain numbers and tensors.
+
+    Onward never reads them; a stock Trainer that goes on from the checkpoint starts its generators here.
+    """
+    seed = fold(config.seed, "rng_state", step)
+    words = random.Random(seed).getstate()
+    return {
+        "python": words,
+        "numpy": ("MT19937", list(words[1][:-1]), words[1][-1], 0, 0.0),
+        "cpu": torch.Generator().manual_seed(seed).get_state(),
+    }
+
+
+def trainer_state(state: TrainState, config: Config, log_history: Sequence[dict[str, Any]]) -> bytes:
+    """Return `trainer_state.json`: the fields of transformers' `TrainerState`, with a bounded log."""
+    cursor = state.cursor
+    values = {
+        "epoch": cursor.step * config.epochs / cursor.steps if cursor.steps else 0.0,
+        "global_step": state.step,
+        "max_steps": state.step,
+        "logging_steps": config.log_steps,
+        "eval_steps": config.log_steps,
+        "save_steps": config.save_steps,
+        "train_batch_size": config.batch_size,
+        "num_train_epochs": config.epochs,
+        "num_input_tokens_seen": state.counters.tokens,
+        "total_flos": 0.0,
+        "log_history": list(log_history)[-LOG_TAIL:],
+        "best_metric": None,
+        "best_global_step": None,
+        "best_model_checkpoint": None,
+        "is_local_process_zero": True,
+        "is_world_process_zero": True,
+        "is_hyper_param_search": False,
+        "trial_name": None,
+        "trial_params": None,
+        "stateful_callbacks": {},
+    }
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def training_arguments(config: Config) -> bytes:
+    """Return `training_args.bin`, for tools that look for it; Onward never reads it."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir="current_model",
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        num_train_epochs=config.epochs,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        max_grad_norm=config.max_grad_norm,
+        save_steps=config.save_steps,
+        logging_steps=config.log_steps,
+        seed=config.seed % 2**32,
+        report_to=[],
+    )
+    return to_bytes(arguments)
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """Return the tokenizer's files by name, the chat template among them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -1,0 +1,50 @@
+"""Learning rate as a pure function of the step. Steps count from 1: the step about to be taken.
+
+`inverse_sqrt` is the schedule of Vaswani et al. 2017; `wsd` (warmup, stable, decay) is that of Hu et al. 2024
+(MiniCPM), whose decay happens only on a release, so inside the stream it is warmup and then constant.
+"""
+
+from __future__ import annotations
+
+import math
+
+from onward.config import HORIZON_SCHEDULES, Config
+from onward.errors import TrainingError
+
+
+def learning_rate(config: Config, step: int, step_in_file: int) -> float:
+    """Return the learning rate of optimizer step `step`, the `step_in_file`-th of its file (both from 1).
+
+    Raises:
+        TrainingError: `step` lies beyond the horizon of a schedule that has one.
+    """
+    peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
+    warmed = step_in_file if config.boundary == "rewarm" else step
+    factor = min(1.0, warmed / warmup) if warmup else 1.0
+    return factor * max(floor, _unwarmed(config, step, peak, floor, warmup))
+
+
+def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int) -> float:
+    if config.schedule == "inverse_sqrt":
+        return peak * math.sqrt(max(warmup, 1) / max(step, warmup, 1))
+    if config.schedule in HORIZON_SCHEDULES:
+        require_horizon(config, step)
+        progress = max(0, step - warmup) / ((config.total_steps or 0) - warmup)
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+        return floor + (peak - floor) * shape
+    return peak
+
+
+def require_horizon(config: Config, last_step: int) -> None:
+    """Refuse steps beyond `total_steps` under a schedule that ends there.
+
+    Raises:
+        TrainingError: `last_step` passes the horizon.
+    """
+    if config.schedule in HORIZON_SCHEDULES and last_step > (config.total_steps or 0):
+        raise TrainingError(
+            f"schedule {config.schedule} ends at total_steps {config.total_steps}; this file would go on to {last_step}",
+            where="schedule",
+            hint="A used schedule is not stretched. Set schedule: constant and learning_rate: "
+            f"{config.min_learning_rate or config.learning_rate / 10:g} in the config, then: onward train",
+        )

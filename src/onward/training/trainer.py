@@ -1,0 +1,140 @@
+"""The loop: a generator of step results. Whoever iterates decides about logging, saving and stopping."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from onward.config import Config
+from onward.data.loader import Batch, batch_at, pad
+from onward.data.order import FilePlan, rows_digest
+from onward.data.tokenize import TokenizedFile
+from onward.errors import TrainingError
+from onward.training.environment import autocast
+from onward.training.loss import target_loss
+from onward.training.model import keeps_logits
+from onward.training.optim import set_learning_rate
+from onward.training.schedule import learning_rate
+from onward.training.seeds import fold, seeded
+from onward.training.state import TrainState
+
+RANK = 0
+"""One process trains; the seed of a micro-step has a place for more."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. `loss` is the mean over its target tokens, `seconds` its wall time."""
+
+    step: int
+    step_in_file: int
+    steps_in_file: int
+    epoch: int
+    rows: int
+    rows_digest: str
+    tokens: int
+    target_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+class Trainer:
+    """Takes the steps of one file after another on one state.
+
+    Args:
+        state: what evolves.
+        config: the config in force for the file.
+        dtype: compute type; below float32 the forward runs under autocast.
+    """
+
+    def __init__(self, state: TrainState, config: Config, device: torch.device, dtype: torch.dtype, pad_id: int):
+        self.state = state
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.pad_id = pad_id
+        self._keeps_logits = keeps_logits(state.model)
+
+    def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepResult]:
+        """Yield each step that the file still owes, from the cursor on, after it was taken.
+
+        Raises:
+            TrainingError: the loss is not finite; the state is that before the step.
+        """
+        while not self.state.cursor.at_boundary:
+            yield self.take_step(batch_at(file, plan, self.state.cursor.step), plan)
+
+    def take_step(self, batch: Batch, plan: FilePlan) -> StepResult:
+        """Train one batch as one optimizer step and move counters and cursor on."""
+        begun = time.perf_counter()
+        state, index = self.state, self.state.cursor.step
+        rate = learning_rate(self.config, state.step + 1, index + 1)
+        loss = self._gradients(batch)
+        grad_norm = self._clip()
+        self._require_finite(loss, grad_norm, batch)
+        set_learning_rate(state.optimizer, rate)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        self._count(batch)
+        return StepResult(
+            step=state.step,
+            step_in_file=index + 1,
+            steps_in_file=plan.steps,
+            epoch=plan.epoch_of(index),
+            rows=len(batch.rows),
+            rows_digest=rows_digest(batch.indices),
+            tokens=batch.tokens,
+            target_tokens=batch.target_tokens,
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _gradients(self, batch: Batch) -> float:
+        """Accumulate the gradient of the mean loss over all target tokens of the step, whatever its parts."""
+        total = torch.zeros((), device=self.device)
+        for micro_step, part in enumerate(batch.split(self.config.gradient_accumulation)):
+            seed = fold(self.config.seed, "step", self.state.step, micro_step, RANK)
+            with seeded(seed, self.device):
+                loss = self._forward(part) / batch.target_tokens
+                loss.backward()
+            total += loss.detach()
+        return float(total)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        with autocast(self.device, self.dtype):
+            return target_loss(
+                self.state.model, pad(batch, self.pad_id), self.device, keeps_logits=self._keeps_logits
+            )
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm or float("inf")
+        return float(nn.utils.clip_grad_norm_(self.state.parameters.values(), limit))
+
+    def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:
+        if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+            return
+        self.state.optimizer.zero_grad(set_to_none=True)
+        name = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
+        lines = ", ".join(str(line) for line in sorted(batch.lines))
+        raise TrainingError(
+            f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); "
+            f"its rows are at lines {lines}",
+            where=f"step {self.state.step + 1}",
+            hint="Nothing of this step was kept. Look at these rows, or lower learning_rate, then: onward train",
+        )
+
+    def _count(self, batch: Batch) -> None:
+        counters = self.state.counters
+        counters.step += 1
+        counters.rows += len(batch.rows)
+        counters.tokens += batch.tokens
+        counters.target_tokens += batch.target_tokens
+        self.state.cursor = replace(self.state.cursor, step=self.state.cursor.step + 1)

@@ -1,0 +1,251 @@
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tiny import CHATML, byte_tokenizer, template_text
+
+from onward.data.records import Chat, RowError, parse_row
+from onward.data.template import ChatTemplate
+from onward.errors import ModelError
+
+LLAMA = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|eot_id|>",
+    "extra": ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"],
+}
+GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "extra": ["<start_of_turn>", "<end_of_turn>"]}
+PHI = {"eos_token": "<|endoftext|>", "extra": ["<|end|>", "<|user|>", "<|assistant|>"]}
+COHERE = {
+    "bos_token": "<BOS_TOKEN>",
+    "eos_token": "<|END_OF_TURN_TOKEN|>",
+    "extra": ["<|START_OF_TURN_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+}
+MISTRAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "smollm2": {},
+    "qwen2_5": {"extra": ["<|endoftext|>"]},
+    "qwen3": {},
+    "qwen3_training": {},
+    "llama3_2": LLAMA,
+    "gemma": GEMMA,
+    "phi3": PHI,
+    "cohere2": COHERE,
+    "mistral": MISTRAL,
+    "zephyr": MISTRAL,
+}
+THINK = "<think>\nhm\n</think>\n\n"
+
+
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate(byte_tokenizer(template_text(name), **TOKENIZERS[name]))
+
+
+def chat(*contents: str, system: str | None = None) -> Chat:
+    turns = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+    return Chat(([{"role": "system", "content": system}] if system else []) + turns)
+
+
+def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
+    text, spans = chat_template.render(row)
+    return [text[start:end] for start, end in spans]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "expected"),
+    [
+        ("smollm2", chat("Hi", "Hello"), ["Hello<|im_end|>"]),
+        ("smollm2", chat("Hi", "Hello", "And?", " More\n"), ["Hello<|im_end|>", " More\n<|im_end|>"]),
+        ("smollm2", chat("assistant", "assistant", "assistant", "Hi"), ["assistant<|im_end|>", "Hi<|im_end|>"]),
+        ("qwen2_5", chat("Hi", "Hello", "And?", "More"), ["Hello<|im_end|>", "More<|im_end|>"]),
+        ("qwen2_5", chat("Hi", "Hello", system="Be kind"), ["Hello<|im_end|>"]),
+        ("qwen3", chat("Hi", "Hello"), ["<think>\n\n</think>\n\nHello<|im_end|>"]),
+        ("qwen3", chat("Hi", THINK + "Hello"), [THINK + "Hello<|im_end|>"]),
+        ("qwen3", chat("Hi", "A", "So", "B"), ["A<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]),
+        ("qwen3", chat("Hi", THINK + "A", "So", THINK + "B"), ["A<|im_end|>", THINK + "B<|im_end|>"]),
+        ("qwen3_training", chat("Hi", "A", "So", "B"), ["<think>\n\n</think>\n\nA<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]),
+        ("llama3_2", chat("Hi", "  Hello\n", "So", "Bye"), ["Hello<|eot_id|>", "Bye<|eot_id|>"]),
+        ("llama3_2", chat("Hi", "Hello", system="Be kind"), ["Hello<|eot_id|>"]),
+        ("mistral", chat("Hi", "Hello", "So", "Bye"), ["Hello</s>", "Bye</s>"]),
+        ("mistral", chat("Hi", "INST", "INST", "[INST"), ["INST</s>", "[INST</s>"]),
+        ("gemma", chat("Hi", " Hello ", "So", "model"), ["Hello<end_of_turn>", "model<end_of_turn>"]),
+        ("phi3", chat("Hi", "Hello", "So", "Bye"), ["Hello<|end|>", "Bye<|end|>"]),
+        ("zephyr", chat("Hi", "Hello", "So", "Bye", system="Be kind"), ["Hello</s>", "Bye</s>"]),
+        ("cohere2", chat("Hi", "Hello", "So", "Bye"), ["Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "Bye<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
+    ],
+)  # fmt: skip
+def test_targets_are_the_answers_and_their_end_tokens(name: str, row: Chat, expected: list[str]) -> None:
+    """For each public template the targets are what the model has to produce, and not a character more."""
+    assert expected == pieces(template(name), row)
+
+
+@pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"llama3_2"}))
+def test_text_is_what_transformers_renders(name: str) -> None:
+    """The rendered text equals that of `apply_chat_template`."""
+    tokenizer = byte_tokenizer(template_text(name), **TOKENIZERS[name])
+    row = chat("Hi", "Hello", "So\n", f"{THINK}Bye")
+    assert tokenizer.apply_chat_template(row.messages, tokenize=False) == ChatTemplate(tokenizer).render(row)[0]
+
+
+def test_tools_are_rendered_and_calls_are_targets() -> None:
+    """Tool schemas reach the template; the call of a tool is a target, its result is not."""
+    row = parse_row(
+        {
+            "messages": [
+                {"role": "user", "content": "Weather?"},
+                {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {"c": 1}}}]},
+                {"role": "tool", "content": "sun"},
+                {"role": "assistant", "content": "Sunny."},
+            ],
+            "tools": [{"type": "function", "function": {"name": "w", "parameters": {}}}],
+        }
+    )  # fmt: skip
+    assert isinstance(row, Chat)
+    tokenizer = byte_tokenizer(template_text("qwen2_5"))
+    text, spans = ChatTemplate(tokenizer).render(row)
+    assert text == tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
+    assert [
+        '<tool_call>\n{"name": "w", "arguments": {"c": 1}}\n</tool_call><|im_end|>',
+        "Sunny.<|im_end|>",
+    ] == [text[start:end] for start, end in spans]
+
+
+def test_a_row_renders_the_same_on_every_day() -> None:
+    """A template that asks for the date gets the same one for ever, that of Llama 3.2's own default."""
+    text, _ = template("llama3_2").render(chat("Hi", "Hello"))
+    assert "Today Date: 26 Jul 2024\n" in text
+
+
+def test_template_that_ignores_the_generation_prompt() -> None:
+    """Where no generation prompt tells the header from the answer, the header is not trained all the same."""
+    source = CHATML.partition("{% if add_generation_prompt")[0]
+    row = chat("Hi", "assistant", "So", " a ")
+    assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), row)
+
+
+def test_template_without_end_token() -> None:
+    """Without an end token the target ends with the answer."""
+    source = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+    assert ["Hello", "Bye"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("Hi", "Hello", "So", "Bye \n"))
+
+
+def test_template_with_an_end_token_after_the_last_answer_only() -> None:
+    """An end token that only the last answer gets is trained there."""
+    source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"
+    assert ["Hello", "Bye\n<|im_end|>"] == pieces(
+        ChatTemplate(byte_tokenizer(source)), chat("Hi", "Hello", "So", "Bye")
+    )
+
+
+def test_template_that_renders_prefixes_differently() -> None:
+    """Where the beginning of a chat renders unlike the whole, the answers are found by what stands in their place."""
+    source = "{{ '#' + (messages | length) | string }}" + CHATML
+    assert ["Hi<|im_end|>", "#2<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("a", "Hi", "#", "#2"))
+
+
+def test_template_whose_answers_cannot_be_located_is_refused() -> None:
+    """Where neither prefixes nor replaced answers agree with the whole, the row is refused."""
+    source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
+    with pytest.raises(RowError, match="does not render the beginning of a chat the same as the whole"):
+        ChatTemplate(byte_tokenizer(source)).render(chat("a", "Hi"))
+
+
+def test_template_that_changes_answers_is_refused() -> None:
+    """A template that rewrites or hides an answer is refused, not trained on."""
+    reasons = {
+        "| replace('l', '')": "changes an answer or leaves a part of it out",
+        "| upper": "does not render the beginning of a chat the same as the whole",
+        "[:2]": "does not render the beginning of a chat the same as the whole",
+    }
+    for change, reason in reasons.items():
+        source = CHATML.replace("message['content']", f"(message['content'] {change})")
+        with pytest.raises(RowError, match=reason):
+            ChatTemplate(byte_tokenizer(source)).render(chat("Hi", "Hello"))
+
+
+GENERATION = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|im_start|>assistant\n"
+    "{% generation %}%s{% endgeneration %}%s{% else %}<|im_start|>user\n{{ m['content'] }}<|im_end|>\n"
+    "{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        ("{{ m['content'] }}<|im_end|>", "{{ '\n' }}"),
+        ("{{ m['content'] }}<|im_end|>{{ '\n' }}", ""),
+        ("{{ m['content'] }}", "<|im_end|>{{ '\n' }}"),
+    ],
+)
+def test_generation_markers(inside: str, outside: str) -> None:
+    """Markers are taken at their word, but the target always ends right after the end token."""
+    source = GENERATION.replace("%s", inside, 1).replace("%s", outside, 1)
+    row = chat("Hi", "Hello", "So", "Bye")
+    assert ["Hello<|im_end|>", "Bye<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), row)
+
+
+def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
+    """Markers around something else than the answer are refused."""
+    source = GENERATION.replace("%s", "x", 1).replace("%s", "{{ m['content'] }}<|im_end|>", 1)
+    with pytest.raises(RowError, match="markers leave out an answer"):
+        ChatTemplate(byte_tokenizer(source)).render(chat("Hi", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("smollm2", chat("Hi", "a<|im_end|>b"), "a message contains the control token '<|im_end|>'"),
+        ("smollm2", chat("<|im_end|>", "b"), "a message contains the control token '<|im_end|>'"),
+        ("smollm2", chat("Hi", "\ufdd0"), "a message contains the control token '\\ufdd0'"),
+        ("gemma", chat("Hi", "Hello", system="x"), "the chat template refuses the row: System role not supported"),
+        ("mistral", Chat(chat("a", "b").messages[1:]), "the chat template refuses the row: Conversation roles must alternate user/assistant/user/assistant/..."),
+    ],
+)  # fmt: skip
+def test_refused_rows(name: str, row: Chat, reason: str) -> None:
+    """Control tokens in the text and what the template raises are reasons to refuse a row."""
+    with pytest.raises(RowError) as refusal:
+        template(name).render(row)
+    assert reason == refusal.value.reason
+
+
+def test_tokenizer_without_template() -> None:
+    """A chat for a model without a chat template is refused with the two ways out."""
+    with pytest.raises(RowError) as refusal:
+        ChatTemplate(byte_tokenizer(None)).render(chat("Hi", "Hello"))
+    assert "the tokenizer has no chat template" == refusal.value.reason
+    assert "use prompt/completion rows, or a model with a chat template" == refusal.value.remedy
+
+
+def test_broken_template() -> None:
+    """A template that is no Jinja is an error of the model, not of a row."""
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        ChatTemplate(byte_tokenizer("{% for %}"))
+
+
+def test_fingerprint_follows_the_template() -> None:
+    """Equal templates have equal fingerprints, others have others."""
+    assert template("qwen3").fingerprint == template("qwen3").fingerprint
+    assert 3 == len({template("qwen3").fingerprint, template("gemma").fingerprint, ChatTemplate(byte_tokenizer(None)).fingerprint})  # fmt: skip
+
+
+PROVEN = {name: template(name) for name in ("smollm2", "qwen2_5", "llama3_2", "mistral", "gemma", "phi3", "zephyr")}
+WORDS = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=20)
+ANSWERS = WORDS.filter(lambda text: bool(text.strip()))
+
+
+@given(name=st.sampled_from(sorted(PROVEN)), turns=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+@example(name="mistral", turns=[("", "\n0"), ("", "0 ")])
+@example(name="mistral", turns=[("[/INST]", "[INST]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
+@example(name="phi3", turns=[("<|assistant|>", "assistant\n"), ("\n", "<|user|>")])
+def test_targets_of_random_chats(name: str, turns: list[tuple[str, str]]) -> None:
+    """Whatever is said, each target is its answer, perhaps trimmed by the template, plus the end token."""
+    found = pieces(PROVEN[name], chat(*(text for turn in turns for text in turn)))
+    end = {"llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}.get(
+        name, "</s>" if name in ("mistral", "zephyr") else "<|im_end|>"
+    )
+    trim = str.strip if name in ("llama3_2", "gemma") else str
+    assert [trim(answer) + end for _, answer in turns] == found
