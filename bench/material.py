@@ -13,9 +13,10 @@ ROWS = (40, 96, 24)
 """Rows of the three files. Batches of 8 divide them, so that one run over all rows has the same batches."""
 
 MODULES = (
-    "os.path", "shutil", "textwrap", "statistics", "random", "calendar", "inspect", "tempfile", "heapq", "bisect", "glob",
-    "fnmatch", "locale", "base64", "binascii", "gzip", "math", "operator", "functools", "itertools", "ast", "asyncio",
-    "email.utils", "html", "urllib.parse", "ipaddress", "colorsys", "cmath", "time", "datetime", "typing", "logging",
+    "os.path", "shutil", "textwrap", "statistics", "random", "calendar", "inspect", "tempfile", "heapq", "bisect",
+    "glob", "fnmatch", "locale", "base64", "binascii", "gzip", "math", "operator", "functools", "itertools", "ast",
+    "asyncio", "email.utils", "html", "urllib.parse", "ipaddress", "colorsys", "cmath", "time", "datetime",
+    "typing", "logging",
 )  # fmt: skip
 
 

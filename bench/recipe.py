@@ -26,7 +26,7 @@ stock Trainer that trains the same batches in the same order without a stop. `py
           ],
           "distance": {                    # of the final trainable weights from the uninterrupted run
             "max_abs": float, "l2": float, "relative": float  # relative: l2 / l2 that the uninterrupted run moved
-          }
+          } | null                         # null where one shuffle over all files would be another order
         }
       ]
     }
@@ -52,6 +52,9 @@ from pathlib import Path
 from typing import Any
 
 import material
+
+START = "start.safetensors"
+"""The adapter as a run began with it, kept beside the result."""
 
 
 @dataclass(frozen=True)
@@ -218,18 +221,18 @@ def compare_recipes(work: Path, settings: Settings | None = None) -> dict[str, A
 
 
 def _measure(name: str, files: Sequence[Path], base: Path, work: Path, settings: Settings) -> dict[str, Any]:
-    """Train a variant and its reference, and put both into the form of the module's docstring."""
-    interrupted = VARIANTS[name].stop_at is not None
-    whole = [files[1]] if interrupted else files
-    tried = train_recipe(name, [files[1]] * 2 if interrupted else files, base, work / name, settings)
-    reference = train_uninterrupted(whole, name, base, work / f"{name}-uninterrupted", settings)
-    start = reference.weights.with_name("start.safetensors")
-    return {
-        "name": name,
-        "what": tried.what,
-        "files": [asdict(result) for result in tried.files],
-        "distance": distance(tried.weights, reference.weights, start),
-    }
+    """Train a variant and, where one exists, its reference, and put both into the form of the module's docstring."""
+    variant = VARIANTS[name]
+    stops_inside = variant.stop_at is not None
+    stream = [files[1]] * 2 if stops_inside else files
+    tried = train_recipe(name, stream, base, work / name, settings)
+    off = None
+    if stops_inside or variant.order == "sequential":
+        reference = train_uninterrupted(
+            list(dict.fromkeys(stream)), name, base, work / f"{name}-uninterrupted", settings
+        )
+        off = distance(tried.weights, reference.weights, reference.weights.with_name(START))
+    return {"name": name, "what": tried.what, "files": [asdict(result) for result in tried.files], "distance": off}
 
 
 def _global_step(out: Path) -> int:
@@ -299,7 +302,6 @@ def _stock_trainer(job: Job):
     """Return a Trainer as anyone would set it up, and the lists in which it notes rows and learning rates."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
 
     class ObservedTrainer(Trainer):
@@ -337,7 +339,7 @@ def _stock_trainer(job: Job):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32), lora)
     if job.resume is None:
         model.save_pretrained(out)
-        out.joinpath("adapter_model.safetensors").rename(out / "start.safetensors")
+        out.joinpath("adapter_model.safetensors").rename(out / START)
     trainer = ObservedTrainer(
         model=model,
         args=TrainingArguments(

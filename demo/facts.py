@@ -1,6 +1,6 @@
 """Three training files of real facts from the Python standard library: no network, no data set, always the same rows.
 
-Every row is a short chat: a system message of one word (a template's default one would cost 25 tokens a row), a
+Every row is a short chat: a system message of two words (a template's default one would cost 25 tokens a row), a
 question and a one-line answer.
 """
 
@@ -15,8 +15,6 @@ from importlib import import_module
 from pathlib import Path
 
 Row = dict[str, list[dict[str, str]]]
-
-SYSTEM = "Facts."
 
 HTTP_CODES = (
     100, 101, 202, 203, 205, 206, 207, 208, 226, 300, 303, 304,
@@ -36,32 +34,23 @@ FUNCTIONS = (
 
 def http_rows() -> list[Row]:
     """Return one row per HTTP status code: its phrase, by `http.HTTPStatus`."""
-    return [row(http_question(code), f"{HTTPStatus(code).phrase}.") for code in HTTP_CODES]
+    return [
+        row("HTTP statuses.", f"What does HTTP status {code} mean?", f"{HTTPStatus(code).phrase}.")
+        for code in HTTP_CODES
+    ]
 
 
 def unicode_rows() -> list[Row]:
     """Return one row per character: its name, by `unicodedata`."""
-    return [row(unicode_question(character), f"{unicodedata.name(character)}.") for character in CHARACTERS]
+    return [
+        row("Unicode names.", f"What is the Unicode name of {character}?", f"{unicodedata.name(character)}.")
+        for character in CHARACTERS
+    ]
 
 
 def function_rows() -> list[Row]:
     """Return one row per function: the first line of its docstring."""
-    return [row(function_question(name), summary(name)) for name in FUNCTIONS]
-
-
-def http_question(code: int) -> str:
-    """Return the question about a status code."""
-    return f"What does HTTP status {code} mean?"
-
-
-def unicode_question(character: str) -> str:
-    """Return the question about a character."""
-    return f"What is the Unicode name of {character}?"
-
-
-def function_question(name: str) -> str:
-    """Return the question about a function."""
-    return f"What does {name} do in Python?"
+    return [row("Python functions.", f"What does {name} do in Python?", summary(name)) for name in FUNCTIONS]
 
 
 def summary(name: str) -> str:
@@ -71,20 +60,16 @@ def summary(name: str) -> str:
     return documentation.partition("\n")[0].strip()
 
 
-def row(question: str, answer: str) -> Row:
+def row(topic: str, question: str, answer: str) -> Row:
     """Return one training row in the `messages` format."""
-    return {"messages": [*prompt(question), {"role": "assistant", "content": answer}]}
-
-
-def prompt(question: str) -> list[dict[str, str]]:
-    """Return the messages that come before the answer."""
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    turns = (("system", topic), ("user", question), ("assistant", answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def write_files(directory: Path) -> list[Path]:
     """Write the three files into `directory` and return their paths in training order."""
     directory.mkdir(parents=True, exist_ok=True)
-    files = {"http.jsonl": http_rows(), "unicode.jsonl": unicode_rows(), "functions.jsonl": function_rows()}
+    files = {"functions.jsonl": function_rows(), "http.jsonl": http_rows(), "unicode.jsonl": unicode_rows()}
     return [_write_jsonl(directory / name, rows) for name, rows in files.items()]
 
 

@@ -103,7 +103,7 @@ class Config(_Section):
         100, description="Steps between commits inside a file; a boundary, a stop and a signal always commit."
     )
     log_steps: Count = Field(10, description="Steps between lines of progress and entries of `log_history`.")
-    keep_boundaries: Count = Field(5, description="Restore points kept at file boundaries, newest first.")
+    keep_boundaries: Count = Field(5, description="Restore points kept at earlier file boundaries, besides the newest.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         "carry", description="What happens to the optimizer between files: all goes on, moments restart, or warmup again."
     )

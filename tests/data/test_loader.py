@@ -9,11 +9,13 @@ from onward.data.tokenized import Row
 
 
 def row(*ids: int) -> Row:
+    """Return a row whose odd ids are targets."""
     return Row(np.array(ids, dtype=np.int64), np.array([value % 2 == 1 for value in ids]))
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenizedFile:
+    """Return a tokenized file of 21 chats."""
     directory = tmp_path_factory.mktemp("file")
     path = write_jsonl(directory / "a.jsonl", chat_rows(21))
     assert tokenize_file(path, directory / "tokens", "00", RowTokenizer(byte_tokenizer(), 500)).ok

@@ -6,6 +6,7 @@ from onward.data.records import Chat, Completion, RowError, Text, parse_row
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
+HALF = "holds half of a surrogate pair, which is no character"
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,10 @@ ANSWER = {"role": "assistant", "content": "Hello"}
         ({"messages": None, "text": "good"}, Text("good")),
         ({"prompt": "a", "text": "good"}, Text("good")),
         ({"messages": [USER, ANSWER], "text": "other"}, Chat([USER, ANSWER])),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}, Chat([USER, ANSWER])),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+            Chat([USER, ANSWER]),
+        ),
         ({"conversations": [USER, ANSWER]}, Chat([USER, ANSWER])),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "bot", "value": "Hello"}], "system": "S"},
@@ -38,7 +42,12 @@ ANSWER = {"role": "assistant", "content": "Hello"}
         ),
         ({"text": " as is \n"}, Text(" as is \n")),
         (
-            {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, ANSWER]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                    ANSWER,
+                ]
+            },
             Chat([USER, ANSWER]),
         ),
         (
@@ -50,7 +59,7 @@ ANSWER = {"role": "assistant", "content": "Hello"}
             Chat([USER, {**ANSWER, "reasoning_content": "hm", "thinking": "hm"}]),
         ),
     ],
-)  # fmt: skip
+)
 def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
     """Each format is recognised by its keys; nulls and unknown keys do not count."""
     assert expected == parse_row(row)
@@ -76,13 +85,16 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "unknown \"from\": ['gpt']"),
         ({"messages": [{"role": "user"}, ANSWER]}, "message 1 has no content"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "the content of message 1 is a number"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "the content of message 1 is a list"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+            "the content of message 1 is a list",
+        ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 has no content"),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "the answer in message 2 is empty"),
         ({"messages": [USER]}, "the chat has no assistant turn"),
         ({"messages": [USER, ANSWER, USER]}, "the last message is the user's: the answer is missing"),
-        ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "the answer in message 2 holds half of a surrogate pair, which is no character"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{"a": "\udc00"}]}]}, "message 2 holds half of a surrogate pair, which is no character"),
+        ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "the answer in message 2 " + HALF),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"a": "\udc00"}]}]}, "message 2 " + HALF),
         ({"messages": [USER, ANSWER], "tools": "[]"}, '"tools" is a string, not a list'),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"prompt": "x", "completion": [ANSWER]}, '"prompt" is a string and "completion" is a list'),
@@ -90,9 +102,9 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"instruction": "x", "output": ""}, "the answer in message 2 is empty"),
         ({"text": "  "}, "text is empty"),
         ({"text": True}, '"text" is a boolean, not a string'),
-        ({"text": "a\udfff"}, "text holds half of a surrogate pair, which is no character"),
+        ({"text": "a\udfff"}, "text " + HALF),
     ],
-)  # fmt: skip
+)
 def test_refused_rows(row: Any, reason: str) -> None:
     """A row that cannot be trained on is refused with its reason and a remedy."""
     with pytest.raises(RowError) as refusal:

@@ -17,12 +17,14 @@ JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
 
 
 def put(directory: Path, name: str, data: bytes) -> Path:
+    """Write a file and return its path."""
     path = directory / name
     path.write_bytes(data)
     return path
 
 
 def values(path: Path) -> list[Any]:
+    """Return the values of all rows of a file."""
     return [row.value for row in read_rows(path)]
 
 
@@ -50,7 +52,10 @@ def test_unknown_endings(name: str) -> None:
     assert ".jsonl, .ndjson, .json, .txt, .parquet" in refusal.value.remedy
 
 
-@pytest.mark.parametrize(("name", "unit"), [("a.jsonl", "line"), ("a.txt.gz", "line"), ("a.json", "row"), ("a.json.gz", "row"), ("a.parquet", "row")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("a.jsonl", "line"), ("a.txt.gz", "line"), ("a.json", "row"), ("a.json.gz", "row"), ("a.parquet", "row")],
+)
 def test_units(name: str, unit: str) -> None:
     """Places are lines where the format has lines, and rows elsewhere."""
     assert unit == row_unit(name)

@@ -34,19 +34,23 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "mistral": MISTRAL,
     "zephyr": MISTRAL,
 }
+ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
 THINK = "<think>\nhm\n</think>\n\n"
 
 
 def template(name: str) -> ChatTemplate:
+    """Return the public template of that name with the special tokens of its model."""
     return ChatTemplate(byte_tokenizer(template_text(name), **TOKENIZERS[name]))
 
 
 def chat(*contents: str, system: str | None = None) -> Chat:
+    """Return a chat of alternating user and assistant turns."""
     turns = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
     return Chat(([{"role": "system", "content": system}] if system else []) + turns)
 
 
 def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
+    """Return the texts of the targets of a rendered chat."""
     text, spans = chat_template.render(row)
     return [text[start:end] for start, end in spans]
 
@@ -63,7 +67,11 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
         ("qwen3", chat("Hi", THINK + "Hello"), [THINK + "Hello<|im_end|>"]),
         ("qwen3", chat("Hi", "A", "So", "B"), ["A<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]),
         ("qwen3", chat("Hi", THINK + "A", "So", THINK + "B"), ["A<|im_end|>", THINK + "B<|im_end|>"]),
-        ("qwen3_training", chat("Hi", "A", "So", "B"), ["<think>\n\n</think>\n\nA<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]),
+        (
+            "qwen3_training",
+            chat("Hi", "A", "So", "B"),
+            ["<think>\n\n</think>\n\nA<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"],
+        ),
         ("llama3_2", chat("Hi", "  Hello\n", "So", "Bye"), ["Hello<|eot_id|>", "Bye<|eot_id|>"]),
         ("llama3_2", chat("Hi", "Hello", system="Be kind"), ["Hello<|eot_id|>"]),
         ("mistral", chat("Hi", "Hello", "So", "Bye"), ["Hello</s>", "Bye</s>"]),
@@ -71,9 +79,13 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
         ("gemma", chat("Hi", " Hello ", "So", "model"), ["Hello<end_of_turn>", "model<end_of_turn>"]),
         ("phi3", chat("Hi", "Hello", "So", "Bye"), ["Hello<|end|>", "Bye<|end|>"]),
         ("zephyr", chat("Hi", "Hello", "So", "Bye", system="Be kind"), ["Hello</s>", "Bye</s>"]),
-        ("cohere2", chat("Hi", "Hello", "So", "Bye"), ["Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "Bye<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]),
+        (
+            "cohere2",
+            chat("Hi", "Hello", "So", "Bye"),
+            ["Hello<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "Bye<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_targets_are_the_answers_and_their_end_tokens(name: str, row: Chat, expected: list[str]) -> None:
     """For each public template the targets are what the model has to produce, and not a character more."""
     assert expected == pieces(template(name), row)
@@ -89,17 +101,18 @@ def test_text_is_what_transformers_renders(name: str) -> None:
 
 def test_tools_are_rendered_and_calls_are_targets() -> None:
     """Tool schemas reach the template; the call of a tool is a target, its result is not."""
+    call = {"function": {"name": "w", "arguments": {"c": 1}}}
     row = parse_row(
         {
             "messages": [
                 {"role": "user", "content": "Weather?"},
-                {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": {"c": 1}}}]},
+                {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "tool", "content": "sun"},
                 {"role": "assistant", "content": "Sunny."},
             ],
             "tools": [{"type": "function", "function": {"name": "w", "parameters": {}}}],
         }
-    )  # fmt: skip
+    )
     assert isinstance(row, Chat)
     tokenizer = byte_tokenizer(template_text("qwen2_5"))
     text, spans = ChatTemplate(tokenizer).render(row)
@@ -201,9 +214,9 @@ def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
         ("smollm2", chat("<|im_end|>", "b"), "a message contains the control token '<|im_end|>'"),
         ("smollm2", chat("Hi", "\ufdd0"), "a message contains the control token '\\ufdd0'"),
         ("gemma", chat("Hi", "Hello", system="x"), "the chat template refuses the row: System role not supported"),
-        ("mistral", Chat(chat("a", "b").messages[1:]), "the chat template refuses the row: Conversation roles must alternate user/assistant/user/assistant/..."),
+        ("mistral", Chat(chat("a", "b").messages[1:]), f"the chat template refuses the row: {ALTERNATE}"),
     ],
-)  # fmt: skip
+)
 def test_refused_rows(name: str, row: Chat, reason: str) -> None:
     """Control tokens in the text and what the template raises are reasons to refuse a row."""
     with pytest.raises(RowError) as refusal:
@@ -228,7 +241,8 @@ def test_broken_template() -> None:
 def test_fingerprint_follows_the_template() -> None:
     """Equal templates have equal fingerprints, others have others."""
     assert template("qwen3").fingerprint == template("qwen3").fingerprint
-    assert 3 == len({template("qwen3").fingerprint, template("gemma").fingerprint, ChatTemplate(byte_tokenizer(None)).fingerprint})  # fmt: skip
+    templates = [template("qwen3"), template("gemma"), ChatTemplate(byte_tokenizer(None))]
+    assert 3 == len({item.fingerprint for item in templates})
 
 
 PROVEN = {name: template(name) for name in ("smollm2", "qwen2_5", "llama3_2", "mistral", "gemma", "phi3", "zephyr")}

@@ -19,18 +19,22 @@ from onward.errors import DamagedState, ModelError
 
 TOKENIZER = byte_tokenizer()
 SHA = "cd" * 32
+SMILE = "\U0001f600"  # four bytes, so four tokens of one character
 
 
 def encode(tokenizer: Any, *rows: Any) -> list[Row]:
+    """Return the rows as the tokenizer encodes them."""
     row_tokenizer = RowTokenizer(tokenizer, 1000)
     return [unpack(packed) for packed in row_tokenizer.encode([row_tokenizer.prepare(row) for row in rows])]
 
 
 def decoded(tokenizer: Any, row: Row, *, only_targets: bool) -> str:
+    """Return the text of a row, or of its targets."""
     return tokenizer.decode(row.ids[row.targets] if only_targets else row.ids)
 
 
 def intake(path: Path, max_length: int = 1000, over_length: OverLength = "truncate") -> IntakeReport:
+    """Tokenize a file into the directory `tokens` beside it."""
     return tokenize_file(path, path.parent / "tokens", SHA, RowTokenizer(TOKENIZER, max_length, over_length))
 
 
@@ -41,14 +45,14 @@ def intake(path: Path, max_length: int = 1000, over_length: OverLength = "trunca
         (Completion("", "yes"), "yes<|im_end|>", "es<|im_end|>"),
         (Completion("2+2=", "4<|im_end|>"), "2+2=4<|im_end|>", "4<|im_end|>"),
         (Text("abc"), "abc<|im_end|>", "bc<|im_end|>"),
-        (Completion("\U0001f600", "\u00e9\U0001f600"), "\U0001f600\u00e9\U0001f600<|im_end|>", "\u00e9\U0001f600<|im_end|>"),
+        (Completion(SMILE, "\u00e9" + SMILE), f"{SMILE}\u00e9{SMILE}<|im_end|>", f"\u00e9{SMILE}<|im_end|>"),
         (
             Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]),
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
             "Hello<|im_end|>",
         ),
     ],
-)  # fmt: skip
+)
 def test_targets_of_each_kind_of_row(row: Any, text: str, targets: str) -> None:
     """Targets are the completion or the text with one end token; the first token of a row never is one."""
     (encoded,) = encode(TOKENIZER, row)
@@ -249,9 +253,11 @@ def test_files_without_rows_or_readable_content(tmp_path: Path) -> None:
 
 def test_deeply_nested_values_are_a_problem_of_their_row(tmp_path: Path) -> None:
     """Nesting that the checks cannot follow is reported, not raised."""
-    deep = json.loads("[" * 900 + "]" * 900)
-    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": deep}]}
-    report = intake(write_jsonl(tmp_path / "a.jsonl", [chat]))
+    (line,) = write_jsonl(tmp_path / "a.jsonl", chat_rows(1)).read_text().splitlines()
+    depth = 5000  # some Python versions parse this
+    line = line.replace('"assistant"', '"assistant", "tool_calls": ' + "[" * depth + "]" * depth)
+    (tmp_path / "a.jsonl").write_text(line)
+    report = intake(tmp_path / "a.jsonl")
     assert [Problem(1, "the JSON is nested too deeply", "flatten the row")] == report.problems
 
 
@@ -317,7 +323,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Tokenizing ten times the rows takes no more memory."""
     peaks: list[int] = []
     for count in (1_500, 15_000):
-        path = write_jsonl(tmp_path / f"{count}.jsonl", chat_rows(count))
+        path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": f"row {place}"} for place in range(count)])
         row_tokenizer = RowTokenizer(TOKENIZER, 200)
         tracemalloc.start()
         report = tokenize_file(path, tmp_path / str(count), SHA, row_tokenizer)

@@ -26,13 +26,13 @@ class RowText:
 
     Args:
         text: what is tokenized.
-        spans: the character ranges that are targets, in order; None for all of the text.
+        spans: the character ranges [start, end) that are targets, in order.
         closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
-            are added and one end token, which is a target, closes the row.
+            are added, and an end token closes the row; it stands for one more character after the text.
     """
 
     text: str
-    spans: list[Span] | None
+    spans: list[Span]
     closed: bool
 
 
@@ -76,9 +76,9 @@ class RowTokenizer:
             text, spans = self._template.render(record)
             return RowText(text, spans, closed=True)
         if isinstance(record, Completion):
-            start = len(record.prompt)
-            return RowText(record.prompt + record.completion, [(start, start + len(record.completion))], closed=False)
-        return RowText(record.text, None, closed=False)
+            text = record.prompt + record.completion
+            return RowText(text, [(len(record.prompt), len(text) + 1)], closed=False)
+        return RowText(record.text, [(0, len(record.text) + 1)], closed=False)
 
     def encode(self, rows: Sequence[RowText]) -> list[PackedRow]:
         """Return the packed tokens of each row, whatever their length.
@@ -117,57 +117,47 @@ class RowTokenizer:
             return []
         encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=not closed)
         all_ids: list[list[int]] = [encoding.ids for encoding in encodings]
+        all_offsets: list[list[Span]] = [encoding.offsets for encoding in encodings]
         if not closed:
-            all_ids = [self._without_end(ids) for ids in all_ids]
+            for row, ids, offsets in zip(rows, all_ids, all_offsets, strict=True):
+                self._close(row, ids, offsets)
         lengths = [len(ids) for ids in all_ids]
-        bounds = np.cumsum(lengths)
-        ids = np.fromiter(chain.from_iterable(all_ids), dtype=np.int64, count=int(bounds[-1]))
-        offsets = [encoding.offsets[:length] for encoding, length in zip(encodings, lengths, strict=True)]
-        targets = _targets(rows, offsets, lengths)
-        pairs = zip(np.split(ids, bounds[:-1]), np.split(targets, bounds[:-1]), strict=True)
-        return [self._finish(row_ids, row_targets, closed=closed) for row_ids, row_targets in pairs]
+        flat_ids = np.fromiter(chain.from_iterable(all_ids), dtype=np.uint32, count=sum(lengths))
+        packed = pack(flat_ids, _targets(rows, all_offsets, lengths))
+        return np.split(packed, np.cumsum(lengths)[:-1])
 
-    def _without_end(self, ids: list[int]) -> list[int]:
-        count = len(ids)
-        while count and ids[count - 1] == self._end_id:
-            count -= 1
-        return ids[:count]
-
-    def _finish(self, ids: NDArray[np.int64], targets: NDArray[np.bool_], *, closed: bool) -> PackedRow:
-        if not closed:
-            ids, targets = np.append(ids, self._end_id), np.append(targets, True)
-        targets[:1] = False  # nothing predicts the first token
-        return pack(ids, targets)
+    def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
+        """Let a row end with exactly one end token, whether the tokenizer or the text put one there or not."""
+        while ids and ids[-1] == self._end_id:
+            ids.pop()
+        del offsets[len(ids) :]
+        ids.append(self._end_id)
+        offsets.append((len(row.text), len(row.text) + 1))
 
 
 def _targets(rows: Sequence[RowText], offsets: list[list[Span]], lengths: list[int]) -> NDArray[np.bool_]:
-    """Return for every token of every row, laid end to end, whether it overlaps one of its row's spans.
+    """Return for every token of every row, laid end to end, whether it is a target.
 
     Some tokenizers trim white space off their offsets (GPT-2's `trim_offsets`), which leaves a token of nothing but
     white space with an empty range. A token therefore starts no later than where the one before it ended.
     """
-    total = sum(lengths)
-    flat = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), dtype=np.int64, count=2 * total)
-    bases = np.concatenate(([0], np.cumsum([len(row.text) + 1 for row in rows])))[:-1]
-    shift = np.repeat(bases, lengths)
-    starts, ends = flat[0::2] + shift, flat[1::2] + shift
+    lengths_array = np.asarray(lengths)
+    firsts = (np.cumsum(lengths_array) - lengths_array)[lengths_array > 0]
+    bases = np.cumsum([0] + [len(row.text) + 2 for row in rows])[:-1]
+    flat = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), dtype=np.int64, count=2 * sum(lengths))
+    starts, ends = flat.reshape(-1, 2).T + np.repeat(bases, lengths_array)
     previous = np.concatenate((starts[:1], ends[:-1]))
-    firsts = np.cumsum([0, *lengths[:-1]])
-    firsts = firsts[np.asarray(lengths) > 0]
     previous[firsts] = starts[firsts]
     starts = np.minimum(starts, previous)
-    spans = np.array(
-        [(base + a, base + b) for base, row in zip(bases, rows, strict=True) for a, b in _spans(row)], dtype=np.int64
-    ).reshape(-1, 2)
-    if not len(spans):
-        return np.zeros(total, dtype=np.bool_)
-    place = np.searchsorted(spans[:, 1], starts, side="right")
-    inside = place < len(spans)
-    return inside & (spans[np.minimum(place, len(spans) - 1), 0] < ends)
-
-
-def _spans(row: RowText) -> list[Span]:
-    return [(0, len(row.text))] if row.spans is None else row.spans
+    spans = [
+        (base + start, base + end) for base, row in zip(bases.tolist(), rows, strict=True) for start, end in row.spans
+    ]
+    span_starts, span_ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    place = np.searchsorted(span_ends, starts, side="right")  # the first span that ends after the token starts
+    span_starts = np.append(span_starts, np.iinfo(np.int64).max)
+    targets = span_starts[place] < ends
+    targets[firsts] = False  # nothing predicts the first token of a row
+    return targets
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

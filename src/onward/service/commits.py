@@ -95,7 +95,7 @@ class Commits:
         for other in self.layout.checkpoints():
             if other != checkpoint:
                 remove_tree(other)
-        for old in self.layout.restore_points()[keep:]:
+        for old in self.layout.restore_points()[keep + 1 :]:
             remove_tree(old)
 
     def _link_root(self, checkpoint: Path, manifest: Manifest) -> None:

@@ -24,12 +24,13 @@ from onward.service.tokens import open_tokens
 from onward.store.ledger import Row
 from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface
+from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Facts, Manifest, load_state
 from onward.training.handover import Measurement, compare, measure
-from onward.training.model import build_model, set_dropout
-from onward.training.optim import apply_config, build_optimizer
+from onward.training.model import build_model
+from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon
-from onward.training.state import Cursor, TrainState
+from onward.training.state import TrainState
 from onward.training.trainer import StepResult, Trainer
 
 
@@ -139,7 +140,7 @@ class Worker:
         if not resumed:
             self.config = self._config_in_force()
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
-        plan = FilePlan(row["sha256"], tokens.rows, self.config.batch_size, self.config.epochs, self.config.seed)
+        plan = make_plan(row["sha256"], tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
         position = self.state.cursor.position
         yield FileStarted(row["name"], position, plan.rows, plan.steps, self.state.cursor.step, handover)
@@ -172,12 +173,7 @@ class Worker:
                 row["id"], "training", position=position, config=fingerprint, start_step=state.step,
                 planned_steps=plan.steps, rows=plan.rows,
             )  # fmt: skip
-        apply_config(state.optimizer, config)
-        set_dropout(state.model, config.lora.dropout)
-        if config.boundary == "reset_moments":
-            state.reset_moments()
-        stream = sha256_json([state.cursor.stream, row["sha256"]])
-        state.cursor = Cursor(position, row["sha256"], 0, plan.steps, stream)
+        cross_boundary(state, config, plan, position)
         return handover
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
@@ -258,6 +254,11 @@ class Worker:
             )
 
 
+def make_plan(sha256: str, rows: int, config: Config) -> FilePlan:
+    """Return which rows each step of a file trains under a config."""
+    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed)
+
+
 def _record(file_id: int, result: StepResult) -> StepRecord:
     return StepRecord(
         file_id=file_id,
@@ -280,5 +281,3 @@ def _broken(reason: str) -> TrainingError:
         f"the file did not do what it was to do: {reason}", hint="Nothing of it was committed as done. onward verify"
     )
 
-
-__all__ = ["Committed", "Event", "FileDone", "FileStarted", "Note", "Worker"]

@@ -1,0 +1,91 @@
+"""The deep proof: train again what came after the last boundary, apart from the run, and compare bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from onward.config import Config
+from onward.digest import xxh3_file
+from onward.errors import VerificationFailed
+from onward.layout import RunLayout, step_of
+from onward.service.session import Session, open_session
+from onward.service.tokens import open_tokens
+from onward.service.worker import make_plan
+from onward.store.ledger import Ledger, Row
+from onward.training.boundary import cross_boundary
+from onward.training.checkpoint import Manifest, inspect_checkpoint, load_state
+from onward.training.model import save_weights
+from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+
+
+def replay(layout: RunLayout, ledger: Ledger) -> str:
+    """Train from the newest restore point before the current state up to it; returns what was compared.
+
+    Raises:
+        VerificationFailed: a loss, a weight or a moment differs, or there is no restore point to start from.
+    """
+    newest = ledger.newest_checkpoint() or {"step": 0}
+    target, problems = inspect_checkpoint(layout.checkpoint(newest["step"]))
+    if target is None or problems:
+        raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(problems)}")
+    folder, start = _start(layout, target)
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_session(layout, ledger, report=lambda _: None)
+        if session.environment != target.environment:
+            raise VerificationFailed(
+                f"the state was made elsewhere: {target.environment}, here {session.environment}",
+                hint="A replay is exact on the same machine with the same versions and thread count only.",
+            )
+        state = load_state(
+            folder, start, Config.model_validate(start.config), session.base, session.device, session.dtype
+        )
+        steps = sum(1 for _ in _train_again(session, ledger, state, target))
+        _require_equal(state, target, Path(scratch))
+    return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"
+
+
+def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
+    for point in layout.restore_points():
+        if step_of(point) < target.step:
+            manifest, problems = inspect_checkpoint(point)
+            if manifest is not None and not problems:
+                return point, manifest
+    raise VerificationFailed("there is no restore point before the current state", where=layout.boundaries)
+
+
+def _train_again(session: Session, ledger: Ledger, state: TrainState, target: Manifest) -> Iterator[None]:
+    for row in ledger.files("training", "done"):
+        if row["position"] <= state.cursor.position or row["position"] > target.cursor.position:
+            continue
+        yield from _train_file(session, ledger, state, target, row)
+
+
+def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: Row) -> Iterator[None]:
+    config = Config.model_validate(ledger.config(row["config"]))
+    tokens = open_tokens(session, row, config, lambda: None)
+    plan = make_plan(row["sha256"], tokens.rows, config)
+    cross_boundary(state, config, plan, row["position"])
+    recorded = {step["step"]: step["loss"] for step in ledger.steps(row["id"])}
+    for result in Trainer(state, config, session.device, session.dtype, session.pad_id).steps(tokens, plan):
+        if result.loss != recorded.get(result.step):
+            raise VerificationFailed(
+                f"step {result.step} of {row['name']} had loss {recorded.get(result.step)!r}, again {result.loss!r}"
+            )
+        yield
+        if result.step == target.step:
+            return
+
+
+def _require_equal(state: TrainState, target: Manifest, scratch: Path) -> None:
+    digest = state.digest()
+    here = {"weights": digest.weights, "moments": digest.moments, "adam_step": state.adam_step()}
+    differing = [key for key, value in here.items() if value != target.measurement[key]]
+    if differing or state.state_dict() != target.state:
+        raise VerificationFailed(f"trained again, the state differs in: {', '.join(differing) or 'counters'}")
+    save_weights(state.model, scratch)
+    for path in scratch.glob("*.safetensors"):
+        if xxh3_file(path) != target.files[path.name]["xxh3"]:
+            raise VerificationFailed(f"trained again, {path.name} is another file")

@@ -1,0 +1,225 @@
+"""The proof of a run: every claim recomputed from what lies on disk, and named where it does not hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+
+from onward.atomic import TEMPORARY_PREFIX
+from onward.config import Config, read_config
+from onward.data.order import FilePlan, rows_digest
+from onward.digest import sha256_file, xxh3_file
+from onward.errors import OnwardError
+from onward.layout import RunLayout, step_of
+from onward.service.replay import replay
+from onward.store.ledger import Ledger, Row
+from onward.training import huggingface
+from onward.training.base import digest_base, resolve_base
+from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: its name, whether it holds, and what was seen."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All checks of a run, in order."""
+
+    checks: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+class _Failed(Exception):
+    """A claim does not hold; the message says why."""
+
+
+def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
+    """Check every claim of the run; nothing is changed.
+
+    Args:
+        deep: also train again from the last boundary, in a scratch directory, and compare bit for bit.
+    """
+    newest = ledger.newest_checkpoint()
+    if newest is None:
+        return Proof([Check("state", True, "nothing was trained yet"), _check("queue", lambda: _queue(ledger))])
+    folder = layout.checkpoint(newest["step"])
+    manifest, problems = inspect_checkpoint(folder)
+    checks = [_check("state files", lambda: _state_files(manifest, problems))]
+    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest["step"])))
+    if manifest is not None:
+        known = manifest
+        checks.append(_check("root files", lambda: _root_files(layout, known)))
+        checks.append(_check("step counters", lambda: _counters(layout, ledger, known)))
+    checks += [
+        _check("rows", lambda: _rows(ledger)),
+        _check("learning rates", lambda: _learning_rates(ledger)),
+        _check("handovers", lambda: _handovers(ledger)),
+        _check("restore points", lambda: _restore_points(layout)),
+        _check("originals", lambda: _originals(layout, ledger)),
+        _check("base model", lambda: _base(layout, ledger)),
+    ]
+    if deep:
+        checks.append(_check("replay", lambda: replay(layout, ledger)))
+    return Proof(checks)
+
+
+def _check(name: str, claim: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, claim())
+    except (_Failed, OnwardError) as error:
+        return Check(name, False, str(error))
+    except Exception as error:  # damage takes forms that nobody foresaw; it is still a failed check
+        return Check(name, False, f"{type(error).__name__}: {error}")
+
+
+def _require(holds: bool, problem: str) -> None:
+    if not holds:
+        raise _Failed(problem)
+
+
+def _queue(ledger: Ledger) -> str:
+    return f"{ledger.queued()} files wait"
+
+
+def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
+    if manifest is None or problems:
+        raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
+    return f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, hashes equal"
+
+
+def _one_checkpoint(layout: RunLayout, step: int) -> str:
+    names = [folder.name for folder in layout.checkpoints()]
+    _require(names == [f"checkpoint-{step}"], f"current_model holds {names}, the ledger says checkpoint-{step}")
+    folders = (layout.root, layout.current, layout.boundaries, layout.archive)
+    left = [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]
+    _require(not left, f"temporary files: {', '.join(map(str, left))}")
+    return names[0]
+
+
+def _root_files(layout: RunLayout, manifest: Manifest) -> str:
+    for name, entry in manifest.files.items():
+        path = layout.current / name
+        _require(path.is_file(), f"current_model/{name} is missing")
+        same = os.path.samefile(path, layout.checkpoint(manifest.step) / name) or xxh3_file(path) == entry["xxh3"]
+        _require(same, f"current_model/{name} is not that of checkpoint-{manifest.step}")
+    return f"{len(manifest.files)} files are those of the checkpoint"
+
+
+def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
+    folder = layout.checkpoint(manifest.step)
+    saved = cast(
+        dict[str, Any], torch.load(folder / huggingface.OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
+    )
+    adam = {int(entry["step"]) for entry in saved["state"].values()} or {0}
+    counters = manifest.state["counters"]
+    recorded = ledger.one(
+        "SELECT count(*) AS n FROM steps s JOIN files f ON f.id = s.file_id"
+        " WHERE f.state IN ('training', 'done') AND s.step <= ?",
+        manifest.step,
+    )
+    newest = ledger.newest_checkpoint() or {"step": None}
+    values = {
+        "ledger": newest["step"],
+        "ledger's steps": int(ledger.get("origin_step", 0)) + (recorded["n"] if recorded else 0),
+        "manifest": counters["step"],
+        "trainer_state.json": json.loads((folder / huggingface.TRAINER_STATE).read_bytes())["global_step"],
+        "Adam": (adam.pop() if len(adam) == 1 else -1) + counters["adam_origin"],
+    }
+    _require(set(values.values()) == {manifest.step}, f"the counters differ: {values}")
+    return f"{manifest.step} in {', '.join(values)}"
+
+
+def _trained(ledger: Ledger) -> list[tuple[Row, Config, list[Row]]]:
+    newest = ledger.newest_checkpoint() or {"step": 0}
+    return [
+        (row, Config.model_validate(ledger.config(row["config"])), [s for s in ledger.steps(row["id"]) if s["step"] <= newest["step"]])
+        for row in ledger.files("training", "done")
+        if row["config"]
+    ]  # fmt: skip
+
+
+def _rows(ledger: Ledger) -> str:
+    total = 0
+    for row, config, steps in _trained(ledger):
+        plan = FilePlan(row["sha256"], row["rows"], config.batch_size, config.epochs, config.seed)
+        place = f"file {row['position']} ({row['name']})"
+        wanted = plan.steps if row["state"] == "done" else len(steps)
+        _require(len(steps) == wanted > 0 or not wanted, f"{place} has {len(steps)} steps instead of {wanted}")
+        for index, step in enumerate(steps):
+            indices = plan.rows_at(index)
+            here = (step["step_in_file"], step["step"], step["rows"], step["rows_digest"])
+            planned = (index + 1, row["start_step"] + index + 1, len(indices), rows_digest(indices))
+            _require(here == planned, f"{place}, step {step['step']} trained other rows than its order says")
+        total += sum(step["rows"] for step in steps)
+    return f"{total} rows trained, every row of every finished file exactly `epochs` times"
+
+
+def _learning_rates(ledger: Ledger) -> str:
+    count = 0
+    for row, config, steps in _trained(ledger):
+        for step in steps:
+            formula = learning_rate(config, step["step"], step["step_in_file"])
+            problem = f"step {step['step']} of {row['name']} had {step['learning_rate']!r}, the formula says {formula!r}"
+            _require(step["learning_rate"] == formula, problem)
+            count += 1
+    return f"{count} steps equal to the schedule's formula"
+
+
+def _handovers(ledger: Ledger) -> str:
+    classes: list[str] = []
+    for row in ledger.files("training", "done"):
+        found = ledger.query("SELECT * FROM handovers WHERE file_id = ? AND step = ?", row["id"], row["start_step"])
+        boundary = [entry for entry in found if entry["kind"] == "boundary"]
+        _require(bool(boundary), f"file {row['position']} ({row['name']}) has no handover at step {row['start_step']}")
+    for entry in ledger.query(
+        "SELECT h.* FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
+    ):
+        before, after = json.loads(entry["before"]), json.loads(entry["after"])
+        for key in ("weights", "moments", "adam_step", "learning_rate"):
+            _require(before[key] == after[key], f"the handover at step {entry['step']} differs in {key}")
+        _require(entry["class"] != "bitwise" or before == after, f"the handover at step {entry['step']} is not bitwise")
+        classes.append(entry["class"])
+    counts = {name: classes.count(name) for name in dict.fromkeys(classes)}
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none yet"
+
+
+def _restore_points(layout: RunLayout) -> str:
+    points = layout.restore_points()
+    for point in points:
+        manifest, problems = inspect_checkpoint(point)
+        _require(manifest is not None and not problems, f"{point.name}: {'; '.join(problems)}")
+    return f"{len(points)} verify (steps {', '.join(str(step_of(point)) for point in reversed(points))})"
+
+
+def _originals(layout: RunLayout, ledger: Ledger) -> str:
+    rows = ledger.files("queued", "training", "done")
+    for row in rows:
+        path = layout.root / row["copy"]
+        _require(path.is_file(), f"{row['copy']} is missing")
+        _require(sha256_file(path) == row["sha256"], f"{row['copy']} was changed")
+    return f"{len(rows)} files, SHA-256 equal"
+
+
+def _base(layout: RunLayout, ledger: Ledger) -> str:
+    recorded = (ledger.get("identity") or {}).get("base")
+    digest = digest_base(resolve_base(read_config(layout.config).model, report=lambda _: None))
+    _require(digest == recorded, "the base model changed on disk since this run began")
+    return f"unchanged ({digest[:12]})"
