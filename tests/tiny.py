@@ -69,7 +69,7 @@ def save_tiny_model(
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).to(torch.float32)
+        model = LlamaForCausalLM(config).float()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import stat
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.jsonl", gzip.compress(JSONL), "the content is gz, but the name does not say so"),
         ("a.jsonl.zst", gzip.compress(JSONL), "the content is gz, but the name does not say so"),
         ("a.json", b"PAR1....", "the content is parquet, but the name does not say so"),
-        ("a.jsonl.zst", zstandard.compress(os.urandom(5000))[:-30], "the compressed file is cut off"),
+        ("a.jsonl.zst", zstandard.compress(os.urandom(5000).hex().encode())[:-30], "the compressed file is cut off"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 50, "the compressed file is damaged"),
         ("a.jsonl", JSONL.decode().encode("utf-16"), "the text is not UTF-8"),
         ("a.txt", JSONL.decode().encode("utf-16-le"), "the text is not UTF-8"),
@@ -243,3 +244,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + (1 << 19)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, a .parquet file is refused with the command that installs it."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(FileError) as refusal:
+        values(put(tmp_path, "a.parquet", b"PAR1"))
+    assert "reading .parquet needs pyarrow" == refusal.value.reason
+    assert "pip install 'onward[parquet]'" == refusal.value.remedy

@@ -261,9 +261,10 @@ def test_deeply_nested_values_are_a_problem_of_their_row(tmp_path: Path) -> None
     assert [Problem(1, "the JSON is nested too deeply", "flatten the row")] == report.problems
 
 
-def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
-    """What `stop` raises ends the work, and what was written so far is gone."""
-    path = write_jsonl(tmp_path / "a.jsonl", chat_rows(1200))
+@pytest.mark.parametrize("rows", [chat_rows(1200), [{"no": "format"}] * 1200])
+def test_stopping_leaves_nothing_behind(tmp_path: Path, rows: list[Any]) -> None:
+    """What `stop` raises ends the work, among good rows or bad ones, and what was written so far is gone."""
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
     calls: list[int] = []
 
     def stop() -> None:

@@ -111,9 +111,10 @@ class ChatTemplate:
             limit = starts[place + 1] if place + 1 < len(starts) else len(text)
             if not 0 <= start < limit:
                 raise _unprovable()
-            if turn + 1 < len(chat.messages):
+            is_last = turn + 1 == len(chat.messages)
+            token = self._end.last if is_last else self._end.inner
+            if not is_last and not _is_plain(chat.messages[turn], text, start, token):
                 limit = _turn_limit(renderer, chat, turn, text, limit)
-            token = self._end.inner if turn + 1 < len(chat.messages) else self._end.last
             end = _end_of_turn(text, start, limit, token, located[place] if located else None)
             _prove(chat.messages[turn], text[start : end - len(token)])
             yield start, end
@@ -127,6 +128,12 @@ class ChatTemplate:
         except RowError:
             return None
         return len(prefix) if text.startswith(prefix) else None
+
+
+def _is_plain(message: Message, text: str, start: int, token: str) -> bool:
+    """Say whether the template writes just the answer and the end token, so that the turn surely ends there."""
+    content = message["content"]
+    return bool(token and content) and text.startswith(content + token, start)
 
 
 def _turn_limit(renderer: Renderer, chat: Chat, turn: int, text: str, otherwise: int) -> int:

@@ -86,7 +86,7 @@ def tokenize_file(
         directory: where the tokens go; must not exist yet.
         sha256: the hash of `source`, kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
-        stop: called between chunks of rows; may raise to give up, and then nothing is left behind.
+        stop: called every 512 rows, good or bad; may raise to give up, and then nothing is left behind.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -126,8 +126,7 @@ class _Intake:
 
     def read(self, source: Path, stop: Callable[[], None]) -> None:
         try:
-            for chunk in _chunks(self._prepared(read_rows(source))):
-                stop()
+            for chunk in _chunks(self._prepared(read_rows(source), stop)):
                 self._take(chunk)
         except FileError as error:
             self._refuse(error.line, error)
@@ -149,8 +148,10 @@ class _Intake:
             unit=unit,
         )
 
-    def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
-        for row in rows:
+    def _prepared(self, rows: Iterable[SourceRow], stop: Callable[[], None]) -> Iterator[tuple[int, RowText]]:
+        for count, row in enumerate(rows):
+            if count % CHUNK_ROWS == 0:
+                stop()
             try:
                 yield row.line, self._prepare(row)
             except RowError as error:

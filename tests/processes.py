@@ -1,0 +1,58 @@
+"""Real processes that train, started fast (imports are forked, not repeated) and killed by real signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import onward.service.adopt
+import onward.service.intake
+import onward.service.session
+import onward.service.worker  # noqa: F401  (loaded once, before the fork)
+from onward.errors import OnwardError
+from onward.run import Run
+from onward.service.stop import StopRequest
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["processes"])
+
+
+def _train(directory: str, files: list[str], threads: int) -> None:
+    torch.set_num_threads(threads)
+    stop = StopRequest()
+    try:
+        with stop.on_signals():
+            Run(directory).train(*files, stop=stop)
+    except OnwardError as error:
+        print(error, flush=True)
+        os._exit(error.exit_status)
+
+
+def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
+    """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
+    process = _CONTEXT.Process(target=_train, args=(str(run), [str(file) for file in files], threads))
+    process.start()
+    return process
+
+
+def train(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> int:
+    """Train `files` in a process of its own to its end; returns its exit status."""
+    process = start(run, files, threads=threads)
+    process.join()
+    return process.exitcode if process.exitcode is not None else -1
+
+
+def kill_after(process: BaseProcess, seconds: float, number: signal.Signals = signal.SIGKILL) -> bool:
+    """Send a signal after a while; returns whether the process was still running."""
+    process.join(seconds)
+    running = process.is_alive()
+    if running and process.pid is not None:
+        os.kill(process.pid, number)
+    process.join()
+    return running
