@@ -49,7 +49,10 @@ def show(value: Any) -> None:
 
 
 @app.callback(invoke_without_command=True)
-def version(show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Answer `--version`."""
     if show_version:
         print(f"onward {__version__}")
         raise typer.Exit
@@ -114,7 +117,12 @@ def add(
 
     accepted = Run(run).add(*files, priority=priority, again=again)
     if as_json:
-        show([{key: row[key] for key in ("name", "sha256", "rows", "tokens", "truncated", "dropped")} for row in accepted])
+        show(
+            [
+                {key: row[key] for key in ("name", "sha256", "rows", "tokens", "truncated", "dropped")}
+                for row in accepted
+            ]
+        )
     for row in accepted:
         say(f"accepted {row['name']}: {row['rows']} rows, {row['tokens']} tokens")
     if len(accepted) < len(files):
@@ -132,7 +140,11 @@ def status(run: RunOption = Path(), as_json: JsonOption = False) -> None:
         return
     for key, value in values.items():
         if value is not None:
-            print(f"{key.replace('_', ' '):<18} {value:.6g}" if isinstance(value, float) else f"{key.replace('_', ' '):<18} {value}")
+            print(
+                f"{key.replace('_', ' '):<18} {value:.6g}"
+                if isinstance(value, float)
+                else f"{key.replace('_', ' '):<18} {value}"
+            )
 
 
 @app.command()
@@ -172,7 +184,9 @@ def verify(
 
 @app.command()
 def rollback(
-    to: Annotated[str, typer.Option("--to", metavar="FILE|STEP", help="A file (name, position, hash prefix) or a step.")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="FILE|STEP", help="A file (name, position, hash prefix) or a step.")
+    ],
     run: RunOption = Path(),
     requeue: Annotated[bool, typer.Option("--requeue", help="Queue the undone files again.")] = False,
     yes: YesOption = False,
@@ -231,7 +245,10 @@ def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
         show([finding.to_dict() for finding in findings])
     else:
         for finding in findings:
-            print(f"{finding.level:<8}{finding.subject}: {finding.message}" + (f"\n        {finding.hint}" if finding.hint else ""))
+            print(
+                f"{finding.level:<8}{finding.subject}: {finding.message}"
+                + (f"\n        {finding.hint}" if finding.hint else "")
+            )
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
@@ -266,6 +283,7 @@ def main() -> NoReturn:
         say(f"onward: the ledger cannot be used: {error}\n  onward doctor looks closer.")
         sys.exit(1)
     except OSError as error:
-        say(f"onward: {error.strerror or error} [{error.filename or 'system'}]\n  What was committed stays; onward doctor")
+        say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
+        say("  What was committed stays; onward doctor looks closer.")
         sys.exit(1)
     sys.exit(outcome if isinstance(outcome, int) else 0)

@@ -41,13 +41,14 @@ class _Section(BaseModel):
 class LoraConfig(_Section):
     """The adapter; ignored for `method: full`."""
 
-    rank: Count = Field(16, description="Rank of the two adapter matrices.")
+    rank: Count = Field(default=16, description="Rank of the two adapter matrices.")
     alpha: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
-        32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
+        default=32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
     )
-    dropout: Fraction = Field(0.05, description="Dropout on the adapter's input while training.")
+    dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input while training.")
     targets: str | list[str] = Field(
-        "all-linear", description="Module names that get an adapter, or `all-linear` (every linear layer but the head)."
+        default="all-linear",
+        description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
     )
 
     @model_validator(mode="after")
@@ -61,51 +62,63 @@ class Config(_Section):
     """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
-        "smollm2-135m", description="`smollm2-135m` (embedded), a Hugging Face name, or a path to a causal LM."
+        default="smollm2-135m", description="`smollm2-135m` (embedded), a Hugging Face name, or a path to a causal LM."
     )
     method: Literal["lora", "full", "qlora"] = Field(
-        "lora", description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`)."
+        default="lora",
+        description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`).",
     )
-    lora: LoraConfig = Field(LoraConfig(), description="The adapter.")
+    lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
     seed: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, lt=2**63)] = Field(
-        0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
+        default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Compute type; trained weights are always float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+        default="auto",
+        description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
     )
     max_length: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=2)] = Field(
-        1024, description="Tokens of a row at most."
+        default=1024, description="Tokens of a row at most."
     )
     over_length: Literal["truncate", "drop", "reject"] = Field(
-        "truncate", description="What becomes of a longer row: cut at the end, left out, or the file is rejected."
+        default="truncate",
+        description="What becomes of a longer row: cut at the end, left out, or the file is rejected.",
     )
-    batch_size: Count = Field(8, description="Rows of one optimizer step.")
+    batch_size: Count = Field(default=8, description="Rows of one optimizer step.")
     gradient_accumulation: Count = Field(
-        1, description="Parts into which the rows of a step are cut to save memory; the step stays the same."
+        default=1, description="Parts into which the rows of a step are cut to save memory; the step stays the same."
     )
-    epochs: Count = Field(1, description="Times that every row of a file is trained.")
+    epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
-        2e-4, description="Peak learning rate."
+        default=2e-4, description="Peak learning rate."
     )
     schedule: Literal["constant", "inverse_sqrt", "wsd", "cosine", "linear"] = Field(
-        "constant", description="Learning rate as a function of the step; `cosine` and `linear` need `total_steps`."
+        default="constant",
+        description="Learning rate as a function of the step; `cosine` and `linear` need `total_steps`.",
     )
-    warmup_steps: Index = Field(10, description="Steps of linear warmup at the start of the run.")
+    warmup_steps: Index = Field(default=10, description="Steps of linear warmup at the start of the run.")
     total_steps: Count | None = Field(
-        None, description="Horizon of `cosine` and `linear`: the step at which `min_learning_rate` is reached."
+        default=None, description="Horizon of `cosine` and `linear`: the step at which `min_learning_rate` is reached."
     )
-    min_learning_rate: Rate = Field(0.0, description="Learning rate below which no schedule falls after warmup.")
-    weight_decay: Rate = Field(0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW's decay rates of the two moments.")
-    max_grad_norm: Rate = Field(1.0, description="Gradient norm above which gradients are scaled down; 0 is off.")
+    min_learning_rate: Rate = Field(
+        default=0.0, description="Learning rate below which no schedule falls after warmup."
+    )
+    weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
+    betas: tuple[Fraction, Fraction] = Field(
+        default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
+    )
+    max_grad_norm: Rate = Field(
+        default=1.0, description="Gradient norm above which gradients are scaled down; 0 is off."
+    )
     save_steps: Count = Field(
-        100, description="Steps between commits inside a file; a boundary, a stop and a signal always commit."
+        default=100, description="Steps between commits inside a file; a boundary, a stop and a signal always commit."
     )
-    log_steps: Count = Field(10, description="Steps between lines of progress and entries of `log_history`.")
-    keep_boundaries: Count = Field(5, description="Restore points kept at earlier file boundaries, besides the newest.")
+    log_steps: Count = Field(default=10, description="Steps between lines of progress and entries of `log_history`.")
+    keep_boundaries: Count = Field(
+        default=5, description="Restore points kept at earlier file boundaries, besides the newest."
+    )
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
-        "carry", description="What happens to the optimizer between files: all goes on, moments restart, or warmup again."
+        default="carry",
+        description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
     )
 
     @model_validator(mode="after")
@@ -228,9 +241,7 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     for name in names:
         if name not in known_keys():
             value = _lookup(result, name)
-            raise ConfigError(
-                f"unknown key {name!r} with value {value!r}{_nearest(name)}", where=where, hint=KEYS_HINT
-            )
+            raise ConfigError(f"unknown key {name!r} with value {value!r}{_nearest(name)}", where=where, hint=KEYS_HINT)
     return result
 
 

@@ -35,6 +35,7 @@ class RunLayout:
 
     @property
     def ledger(self) -> Path:
+        """The durable record, `ledger.sqlite3`."""
         return self.root / "ledger.sqlite3"
 
     @property
@@ -49,36 +50,45 @@ class RunLayout:
 
     @property
     def inbox(self) -> Path:
+        """Where files are dropped."""
         return self.root / "inbox"
 
     @property
     def archive(self) -> Path:
+        """Originals of accepted files."""
         return self.root / "archive"
 
     @property
     def rejected(self) -> Path:
+        """Refused files, each with its report."""
         return self.root / "rejected"
 
     @property
     def cache(self) -> Path:
+        """What can be made again."""
         return self.root / "cache"
 
     @property
     def tokens(self) -> Path:
+        """Tokenized files."""
         return self.cache / "tokens"
 
     @property
     def current(self) -> Path:
+        """`current_model/`, what Hugging Face tools are pointed at."""
         return self.root / "current_model"
 
     @property
     def boundaries(self) -> Path:
+        """Restore points."""
         return self.root / "boundaries"
 
     def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
         return self.current / f"{CHECKPOINT_PREFIX}{step}"
 
     def boundary(self, step: int) -> Path:
+        """The restore point of a step."""
         return self.boundaries / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:

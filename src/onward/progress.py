@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,7 +18,7 @@ Observe = Callable[["Event"], None]
 
 
 @contextlib.contextmanager
-def make_observer(log_steps: int) -> Iterator[Observe]:
+def make_observer(log_steps: int) -> Generator[Observe]:
     """Yield an observer that shows events on stderr."""
     if not sys.stderr.isatty():
         yield PlainLines(log_steps)
@@ -41,6 +41,7 @@ class PlainLines:
         self.log_steps = log_steps
 
     def __call__(self, event: Event) -> None:
+        """Print an event."""
         text = describe(event, self.log_steps)
         if text:
             print(text, file=sys.stderr, flush=True)
@@ -54,6 +55,7 @@ class Bar:
         self.task: Any = None
 
     def __call__(self, event: Event) -> None:
+        """Draw an event."""
         from onward.service.worker import FileStarted, Note
         from onward.training.trainer import StepResult
 

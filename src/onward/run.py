@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,9 @@ class Run:
         from onward.service.intake import PRIORITIES
 
         if priority not in PRIORITIES:
-            raise UsageError(f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}")
+            raise UsageError(
+                f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
+            )
         with Ledger(self.layout.ledger) as ledger:
             opened = _Opened(self.layout, ledger, _silent)
             return opened.intake(StopRequest()).take([Path(path) for path in paths], again=again, priority=priority)
@@ -177,7 +179,7 @@ class Run:
             return reset(self.layout, ledger)
 
     @contextlib.contextmanager
-    def _owned(self) -> Iterator[Ledger]:
+    def _owned(self) -> Generator[Ledger]:
         with RunLock(self.layout.lock), Ledger(self.layout.ledger) as ledger:
             yield ledger
 
@@ -223,7 +225,7 @@ def _work(session: Session, stop: StopRequest, observe: Observe) -> None:
 
 
 @contextlib.contextmanager
-def _account(ledger: Ledger) -> Iterator[None]:
+def _account(ledger: Ledger) -> Generator[None]:
     """Leave in the ledger how the process ended."""
     ledger.put(state="loading", problem=None)
     try:

@@ -61,7 +61,9 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_instants(seed: int, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path) -> None:
+def test_killed_at_random_instants(
+    seed: int, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
+) -> None:
     """Killed again and again at random instants, a run ends in the state of one that was left alone."""
     root = tmp_path / "run"
     Run.create(root, str(model), **SETTINGS)
@@ -89,7 +91,9 @@ def test_killed_while_files_arrive(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop(number: signal.Signals, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path) -> None:
+def test_asked_to_stop(
+    number: signal.Signals, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
+) -> None:
     """SIGTERM and SIGINT finish the step, commit it and exit 0; the next process goes on from exactly there."""
     root = tmp_path / "run"
     Run.create(root, str(model), **{**SETTINGS, "save_steps": 1000})

@@ -7,7 +7,6 @@ older checkpoint) can be repeated, and `settle` repeats it at every start.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -101,7 +100,7 @@ class Commits:
     def _link_root(self, checkpoint: Path, manifest: Manifest) -> None:
         for name in manifest.files:
             source, link = checkpoint / name, self.layout.current / name
-            if link.exists() and os.path.samefile(source, link):
+            if link.exists() and source.samefile(link):
                 continue
             temporary = link.with_name(f"{TEMPORARY_PREFIX}{name}")
             temporary.unlink(missing_ok=True)
@@ -225,4 +224,4 @@ class Commits:
 def _same_files(folder: Path, other: Path, manifest: Manifest) -> bool:
     """Whether two directories hold the same files by hard link."""
     names = [MANIFEST, *manifest.files]
-    return all((folder / name).exists() and os.path.samefile(folder / name, other / name) for name in names)
+    return all((folder / name).exists() and (folder / name).samefile(other / name) for name in names)

@@ -34,6 +34,7 @@ class Finding:
     hint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the finding as plain values."""
         return asdict(self)
 
 
@@ -41,7 +42,10 @@ def examine(layout: RunLayout) -> list[Finding]:
     """Look at the machine and, where there is one, at the run in `layout`."""
     findings = list(_machine())
     if not layout.ledger.exists():
-        return [*findings, Finding("warning", "run", f"no run in {layout.root.absolute()}", "onward init DIR makes one")]
+        return [
+            *findings,
+            Finding("warning", "run", f"no run in {layout.root.absolute()}", "onward init DIR makes one"),
+        ]
     looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("config", lambda: _config(layout)),
         ("base model", lambda: _base(layout)),
@@ -66,7 +70,9 @@ def _machine() -> Iterator[Finding]:
         yield Finding("ok", "device", torch.cuda.get_device_name(device))
         return
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Finding("ok", "device", f"CPU ({capability}), {torch.get_num_threads()} threads; float32 is the fast type here")
+    yield Finding(
+        "ok", "device", f"CPU ({capability}), {torch.get_num_threads()} threads; float32 is the fast type here"
+    )
 
 
 def _config(layout: RunLayout) -> Iterator[Finding]:
@@ -104,7 +110,9 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
         answer = ledger.query("PRAGMA quick_check")[0]["quick_check"]
         problem = ledger.get("problem")
     level = "ok" if answer == "ok" else "error"
-    yield Finding(level, "ledger", "sound" if level == "ok" else answer, None if level == "ok" else "Restore it from a copy")
+    yield Finding(
+        level, "ledger", "sound" if level == "ok" else answer, None if level == "ok" else "Restore it from a copy"
+    )
     if problem:
         yield Finding("warning", "last failure", problem, "onward train goes on from the last commit")
     holder = read_holder(layout.lock)
@@ -129,9 +137,13 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
     size = inspect_checkpoint(newest)[0] if newest else None
     needed = size.size if size else 0
     kept = _kept(layout) * needed
-    message = f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
+    message = (
+        f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
+    )
     enough = free > max(kept, LITTLE_DISK)
-    yield Finding("ok" if enough else "warning", "disk", message, None if enough else "Free space or lower keep_boundaries")
+    yield Finding(
+        "ok" if enough else "warning", "disk", message, None if enough else "Free space or lower keep_boundaries"
+    )
 
 
 def _kept(layout: RunLayout) -> int:

@@ -142,7 +142,9 @@ class Intake:
             digest = _copy_and_hash(path, temporary)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise FileError(f"the file cannot be copied: {os.strerror(error.errno or 0)}", "mend that, then add it") from None
+            raise FileError(
+                f"the file cannot be copied: {os.strerror(error.errno or 0)}", "mend that, then add it"
+            ) from None
         after = path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             temporary.unlink(missing_ok=True)
@@ -245,7 +247,9 @@ class Intake:
             copy = self.layout.root / row["copy"]
             if refusal and copy.exists():
                 self._keep_refused(copy, refusal, move=True)
-            self._drop(row, "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused")
+            self._drop(
+                row, "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
+            )
             if refusal:
                 self.ledger.add_event("warning", f"{row['name']} rejected: {refusal.lines()[0]}")
 
@@ -300,4 +304,6 @@ def _duplicate(row: Row, twin: Row) -> Refusal:
 def _rejected(refusals: list[Refusal], given: int) -> FileRejected:
     lines = [line for refusal in refusals for line in refusal.lines()]
     what = f"{len(refusals)} of {given} files rejected, none added:\n" + "\n".join(f"  {line}" for line in lines)
-    return FileRejected(what, where=refusals[0].name, hint="Reports are in rejected/. Mend the rows and add the file again.")
+    return FileRejected(
+        what, where=refusals[0].name, hint="Reports are in rejected/. Mend the rows and add the file again."
+    )

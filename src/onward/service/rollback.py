@@ -13,7 +13,19 @@ from onward.service.commits import Commits
 from onward.store.ledger import HELD, Ledger, Row
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 
-KEPT = ("command", "name", "sha256", "bytes", "format", "copy", "rows", "tokens", "target_tokens", "truncated", "dropped")
+KEPT = (
+    "command",
+    "name",
+    "sha256",
+    "bytes",
+    "format",
+    "copy",
+    "rows",
+    "tokens",
+    "target_tokens",
+    "truncated",
+    "dropped",
+)
 
 
 def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class Session:
     @property
     def pad_id(self) -> int:
         """A token id to fill short rows with; masked everywhere, so any id would do."""
-        return int(self.tokenizer.pad_token_id or 0)
+        pad_id = self.tokenizer.pad_token_id
+        return pad_id if isinstance(pad_id, int) else 0
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""
@@ -73,9 +74,7 @@ def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: C
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
-    return Session(
-        layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment
-    )
+    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)
 
 
 def tokenizer_folder(layout: RunLayout, base: Path) -> Path:

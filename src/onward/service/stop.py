@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from types import FrameType
 
 
@@ -22,6 +22,7 @@ class StopRequest:
         return self.reason is not None
 
     def ask(self, reason: str) -> None:
+        """Ask for a stop; the first reason is kept."""
         self.reason = self.reason or reason
 
     def check(self) -> None:
@@ -30,7 +31,7 @@ class StopRequest:
             raise Stopped(self.reason)
 
     @contextlib.contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self) -> Generator[None]:
         """Take SIGINT and SIGTERM as a wish to stop; a second SIGINT ends at once, losing nothing committed."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 

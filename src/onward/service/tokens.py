@@ -36,7 +36,11 @@ def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], N
             hint=f"Put back the file with SHA-256 {row['sha256']}, then: onward train",
         )
     report = tokenize_file(
-        original, folder, row["sha256"], RowTokenizer(session.tokenizer, config.max_length, config.over_length), stop=stop
+        original,
+        folder,
+        row["sha256"],
+        RowTokenizer(session.tokenizer, config.max_length, config.over_length),
+        stop=stop,
     )
     if not report.ok:
         first = report.problems[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -41,9 +40,11 @@ class Proof:
 
     @property
     def ok(self) -> bool:
+        """Whether every claim holds."""
         return all(check.ok for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the proof as `--json` prints it."""
         return {"ok": self.ok, "checks": [asdict(check) for check in self.checks]}
 
 
@@ -118,7 +119,7 @@ def _root_files(layout: RunLayout, manifest: Manifest) -> str:
     for name, entry in manifest.files.items():
         path = layout.current / name
         _require(path.is_file(), f"current_model/{name} is missing")
-        same = os.path.samefile(path, layout.checkpoint(manifest.step) / name) or xxh3_file(path) == entry["xxh3"]
+        same = path.samefile(layout.checkpoint(manifest.step) / name) or xxh3_file(path) == entry["xxh3"]
         _require(same, f"current_model/{name} is not that of checkpoint-{manifest.step}")
     return f"{len(manifest.files)} files are those of the checkpoint"
 
@@ -148,12 +149,12 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
 
 
 def _trained(ledger: Ledger) -> list[tuple[Row, Config, list[Row]]]:
-    newest = ledger.newest_checkpoint() or {"step": 0}
-    return [
-        (row, Config.model_validate(ledger.config(row["config"])), [s for s in ledger.steps(row["id"]) if s["step"] <= newest["step"]])
-        for row in ledger.files("training", "done")
-        if row["config"]
-    ]  # fmt: skip
+    """Return each file that was begun, the config in force for it and its committed steps."""
+    last = (ledger.newest_checkpoint() or {"step": 0})["step"]
+    begun = [row for row in ledger.files("training", "done") if row["config"]]
+    committed = [[step for step in ledger.steps(row["id"]) if step["step"] <= last] for row in begun]
+    configs = [Config.model_validate(ledger.config(row["config"])) for row in begun]
+    return list(zip(begun, configs, committed, strict=True))
 
 
 def _rows(ledger: Ledger) -> str:
@@ -177,7 +178,9 @@ def _learning_rates(ledger: Ledger) -> str:
     for row, config, steps in _trained(ledger):
         for step in steps:
             formula = learning_rate(config, step["step"], step["step_in_file"])
-            problem = f"step {step['step']} of {row['name']} had {step['learning_rate']!r}, the formula says {formula!r}"
+            problem = (
+                f"step {step['step']} of {row['name']} had {step['learning_rate']!r}, the formula says {formula!r}"
+            )
             _require(step["learning_rate"] == formula, problem)
             count += 1
     return f"{count} steps equal to the schedule's formula"

@@ -124,9 +124,7 @@ class Worker:
             yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
         if not self.manifest.cursor.at_boundary:
             self.config = Config.model_validate(self.manifest.config)
-        self.state = load_state(
-            settled.folder, self.manifest, self.config, session.base, session.device, session.dtype
-        )
+        self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
         log = json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"]
         self._log.extend(log)
         if not self.manifest.cursor.at_boundary:
@@ -280,4 +278,3 @@ def _broken(reason: str) -> TrainingError:
     return TrainingError(
         f"the file did not do what it was to do: {reason}", hint="Nothing of it was committed as done. onward verify"
     )
-

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Ledger:
             self._connection.row_factory = factory
 
     def close(self) -> None:
+        """Close the connection."""
         self._connection.close()
 
     def __enter__(self) -> Ledger:
@@ -81,7 +82,7 @@ class Ledger:
         self.close()
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> Generator[None]:
         """Make the statements inside one durable act; nested use joins the outer one."""
         if self._connection.in_transaction:
             yield
@@ -102,6 +103,7 @@ class Ledger:
             raise damaged(self.path, error) from None
 
     def one(self, sql: str, *values: Any) -> Row | None:
+        """Return the first row of a query, or None."""
         rows = self.query(sql, *values)
         return rows[0] if rows else None
 
@@ -113,18 +115,22 @@ class Ledger:
     # facts of the run
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return a fact of the run."""
         row = self.one("SELECT value FROM run WHERE key = ?", key)
         return default if row is None else json.loads(row["value"])
 
     def put(self, **facts: Any) -> None:
+        """Set facts of the run."""
         with self.transaction():
             for key, value in facts.items():
                 self.write("INSERT OR REPLACE INTO run VALUES (?, ?)", key, json.dumps(value))
 
     def keep_config(self, fingerprint: str, config: dict[str, Any]) -> None:
+        """Keep a config under its fingerprint."""
         self.write("INSERT OR IGNORE INTO configs VALUES (?, ?)", fingerprint, json.dumps(config))
 
     def config(self, fingerprint: str) -> dict[str, Any]:
+        """Return the config of a fingerprint."""
         row = self.one("SELECT config FROM configs WHERE fingerprint = ?", fingerprint)
         if row is None:
             raise OnwardError("the ledger has no such config", where=fingerprint)
@@ -133,11 +139,13 @@ class Ledger:
     # files
 
     def insert_file(self, **values: Any) -> int:
+        """Record a file; returns its id."""
         values = {"arrived": self.clock(), **values}
         names = ", ".join(values)
         return self.write(f"INSERT INTO files ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
 
     def file(self, file_id: int) -> Row:
+        """Return the file with this id."""
         row = self.one("SELECT * FROM files WHERE id = ?", file_id)
         if row is None:
             raise OnwardError("the ledger has no such file", where=file_id)
@@ -169,9 +177,11 @@ class Ledger:
         return int(row["last"] or 0) if row else 0
 
     def at_position(self, position: int) -> Row | None:
+        """Return the file at a place in the stream."""
         return self.one("SELECT * FROM files WHERE position = ? AND state != 'undone'", position)
 
     def queued(self) -> int:
+        """Return how many files wait."""
         row = self.one("SELECT count(*) AS n FROM files WHERE state = 'queued'")
         return int(row["n"]) if row else 0
 
@@ -194,9 +204,12 @@ class Ledger:
         """Record that a checkpoint is about to be written; makes the metrics before it durable too."""
         values = {"state": "writing", "created": self.clock(), **values}
         names = ", ".join(values)
-        return self.write(f"INSERT INTO checkpoints ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
+        return self.write(
+            f"INSERT INTO checkpoints ({names}) VALUES ({', '.join('?' * len(values))})", *values.values()
+        )
 
     def commit_checkpoint(self, checkpoint_id: int, *, size: int, seconds: float) -> None:
+        """Record that a checkpoint is in place."""
         self.write(
             "UPDATE checkpoints SET state = 'committed', bytes = ?, seconds = ? WHERE id = ?",
             size, seconds, checkpoint_id,
@@ -218,26 +231,31 @@ class Ledger:
     # what observers read
 
     def add_handover(self, **values: Any) -> int:
+        """Record a handover."""
         values = {"created": self.clock(), **values}
         names = ", ".join(values)
         return self.write(f"INSERT INTO handovers ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
 
     def add_config_change(self, step: int, file_id: int, key: str, old: Any, new: Any) -> None:
+        """Record that a key took another value at a boundary."""
         self.write(
             "INSERT INTO config_changes (step, file_id, key, old, new, created) VALUES (?, ?, ?, ?, ?, ?)",
             step, file_id, key, json.dumps(old), json.dumps(new), self.clock(),
         )  # fmt: skip
 
     def add_event(self, level: str, message: str, step: int | None = None) -> None:
+        """Record what an operator should be able to read later."""
         self.write(
             "INSERT INTO events (level, message, step, created) VALUES (?, ?, ?, ?)",
             level, message, step, self.clock(),
         )  # fmt: skip
 
     def events(self, limit: int = 20) -> list[Row]:
+        """Return the newest events, oldest first."""
         return self.query("SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
 
     def steps(self, file_id: int) -> list[Row]:
+        """Return the step records of a file."""
         return self.query("SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
 
     def history(self) -> list[Row]:

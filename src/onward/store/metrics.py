@@ -45,7 +45,9 @@ class Metrics:
         self._connection = connect(path, durable=False)
 
     def append(self, record: StepRecord) -> None:
+        """Write one record."""
         self._connection.execute(self._INSERT, astuple(record))
 
     def close(self) -> None:
+        """Close the connection."""
         self._connection.close()

@@ -54,6 +54,7 @@ class Manifest(BaseModel):
 
     @property
     def cursor(self) -> Cursor:
+        """Where in the stream the checkpoint stands."""
         return Cursor(**self.state["cursor"])
 
     @property

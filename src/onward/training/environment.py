@@ -37,6 +37,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, 
         "machine": platform.machine(),
     }
 
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context of a forward pass in the compute type."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)

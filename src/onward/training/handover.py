@@ -37,6 +37,7 @@ class Measurement:
     probe_loss: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the measurement as JSON values."""
         return asdict(self)
 
 
@@ -103,5 +104,5 @@ def _difference(reason: str) -> VerificationFailed:
     return VerificationFailed(
         f"the state after the stop is not the state before it: {reason}",
         where="handover",
-        hint="Nothing was trained on it. onward verify looks closer; onward rollback --to FILE goes back to a boundary.",
+        hint="Nothing was trained on it. onward verify looks closer; onward rollback --to FILE goes back.",
     )

@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None]:
     """Keep transformers' bars and advice off a person's screen; errors still come as exceptions."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -72,12 +72,12 @@ def build_model(
     if config.method == "full":
         model = _load(checkpoint or base, torch.float32, {})
         _own_memory(model)
-        return model.to(device).train()
+        return cast(nn.Module, model).to(device).train()
     base_model = _load(base, dtype, _quantization(config, dtype, device))
     base_model.requires_grad_(False)
     if config.method != "qlora":
         _own_memory(base_model)
-        base_model = base_model.to(device)
+        cast(nn.Module, base_model).to(device)
     with quiet(), seeded(fold(config.seed, "adapter"), device):
         model = _wrap(base_model, _adapter_config(config, base, checkpoint))
         if checkpoint is not None:
@@ -151,7 +151,7 @@ def set_dropout(model: nn.Module, probability: float) -> None:
     """Put another adapter dropout in force (the key may change at a boundary)."""
     if isinstance(model, PeftModel):
         cast(Any, model.peft_config["default"]).lora_dropout = probability
-        for name, part in model.named_modules():
+        for name in [name for name, _ in model.named_modules()]:
             if name.endswith("lora_dropout.default"):
                 parent = model.get_submodule(name.rpartition(".")[0])
                 cast(Any, parent)["default"] = nn.Dropout(probability) if probability else nn.Identity()

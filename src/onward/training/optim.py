@@ -42,5 +42,6 @@ def apply_config(optimizer: torch.optim.AdamW, config: Config) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
+    """Put a learning rate in force for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

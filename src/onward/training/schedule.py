@@ -43,7 +43,7 @@ def require_horizon(config: Config, last_step: int) -> None:
     """
     if config.schedule in HORIZON_SCHEDULES and last_step > (config.total_steps or 0):
         raise TrainingError(
-            f"schedule {config.schedule} ends at total_steps {config.total_steps}; this file would go on to {last_step}",
+            f"schedule {config.schedule} ends at step {config.total_steps} (total_steps), this file at {last_step}",
             where="schedule",
             hint="A used schedule is not stretched. Set schedule: constant and learning_rate: "
             f"{config.min_learning_rate or config.learning_rate / 10:g} in the config, then: onward train",

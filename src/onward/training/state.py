@@ -104,6 +104,7 @@ class TrainState:
         return {"counters": asdict(self.counters), "cursor": asdict(self.cursor)}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""
         self.counters = Counters(**values["counters"])
         self.cursor = Cursor(**values["cursor"])
 

@@ -110,9 +110,7 @@ class Trainer:
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.dtype):
-            return target_loss(
-                self.state.model, pad(batch, self.pad_id), self.device, keeps_logits=self._keeps_logits
-            )
+            return target_loss(self.state.model, pad(batch, self.pad_id), self.device, keeps_logits=self._keeps_logits)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
