@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from onward import __version__
-from onward.errors import OnwardError, UsageError
+from onward.errors import ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 
 app = typer.Typer(
@@ -25,6 +24,10 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
     "5 verification failed.",
 )
+CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
+"""click's `ClickException`, be it click's own or of the copy of click inside typer."""
+INTERRUPTED = 130
+"""What typer makes of a second Ctrl-C."""
 
 RunOption = Annotated[
     Path, typer.Option("--run", envvar="ONWARD_RUN", help="The run's directory.", show_default="current directory")
@@ -73,7 +76,16 @@ def init(
     values = parse_settings(settings or [])
     if model is not None and "model" in values:
         raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
-    made = Run.create(directory or run, model or values.pop("model", None), report=say, **values)
+    if model is not None:
+        values["model"] = model
+    if "model" in values and not values["model"]:
+        raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
+    try:
+        made = Run.create(directory or run, report=say, **values)
+    except ModelError as error:
+        raise UsageError(
+            error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
+        ) from None
     if as_json:
         show({"run": str(made.layout.root.absolute()), "config": made.config.model_dump(mode="json")})
     else:
@@ -267,10 +279,10 @@ def main() -> NoReturn:
     try:
         outcome = app(standalone_mode=False)
         sys.stdout.flush()
-    except click.ClickException as error:
+    except CommandLineError as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         say("interrupted; what was committed stays")
         sys.exit(1)
     except OnwardError as error:
@@ -285,5 +297,8 @@ def main() -> NoReturn:
     except OSError as error:
         say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
         say("  What was committed stays; onward doctor looks closer.")
+        sys.exit(1)
+    if outcome == INTERRUPTED:
+        say("interrupted; what was committed stays")
         sys.exit(1)
     sys.exit(outcome if isinstance(outcome, int) else 0)

@@ -20,6 +20,10 @@ HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
 KEYS_HINT = "docs/config.md lists every key with its values."
+MISSING_HINT = (
+    "Put it back; the values last trained with stand in current_model/checkpoint-*/onward.json, under config."
+)
+BROKEN_HINT = "Mend it, or put back the values of current_model/checkpoint-*/onward.json, under config."
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -179,17 +183,20 @@ def read_config(path: Path) -> Config:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except FileNotFoundError:
-        raise ConfigError("the config is missing", where=path, hint="onward init DIR makes a run.") from None
+        raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"the config cannot be read: {' '.join(str(error).split())}", where=path) from None
-    return parse_config(values or {}, where=path)
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
+    if values is None:
+        raise ConfigError("the config is empty", where=path, hint=MISSING_HINT)
+    return parse_config(values, where=path)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
     """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML.
 
     Raises:
-        ConfigError: a word without `=`, or a value that is not YAML.
+        ConfigError: a word without `=`, an unknown key, or a value that is not YAML.
     """
     values: dict[str, Any] = {}
     for setting in settings:
@@ -199,7 +206,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
         try:
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set") from None
+            hint = "Values are YAML: a number, a word, or a list such as [q_proj, v_proj]."
+            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set", hint=hint) from None
+    _nested(values, "--set")
     return values
 
 

@@ -26,8 +26,8 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             state = "stopped"
         checkpoint = ledger.newest_checkpoint()
         current = next(iter(ledger.files("training")), None)
-        last = ledger.query("SELECT * FROM steps ORDER BY step DESC LIMIT ?", PACE)
-        live = [row for row in last if current and row["file_id"] == current["id"]]
+        last = _last_steps(ledger, current)
+        live = last if current else []
         step = last[0]["step"] if last and state in BUSY else (checkpoint["step"] if checkpoint else 0)
         file_step = live[0]["step_in_file"] if live else 0
         return {
@@ -45,6 +45,14 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "disk_free_bytes": shutil.disk_usage(layout.root).free,
             "problem": ledger.get("problem"),
         }
+
+
+def _last_steps(ledger: Ledger, current: Row | None) -> list[Row]:
+    """Return the newest step records of the file in training, or else of the last finished one."""
+    row = current or ledger.at_position(ledger.last_position())
+    if row is None:
+        return []
+    return ledger.query("SELECT * FROM steps WHERE file_id = ? ORDER BY step DESC LIMIT ?", row["id"], PACE)
 
 
 def _pace(live: list[Row], current: Row | None, file_step: int, state: str) -> dict[str, Any]:

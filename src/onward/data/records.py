@@ -93,7 +93,7 @@ def parse_row(value: object) -> Record:
     for key, missing in HALVES.items():
         if key in row:
             raise RowError(f'the row has "{key}" but no "{missing}"', f'add "{missing}" to the row')
-    found = ", ".join(f'"{key}"' for key in list(row)[:10]) or "none"
+    found = ", ".join(f'"{key[:80]}"' for key in list(row)[:10]) or "none"
     raise RowError(f"no known row format (keys with a value: {found})", f"write each row as {SHAPES}")
 
 

@@ -6,6 +6,7 @@ The files of one command stand or fall together, so that a refused one never cha
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import os
 import shutil
@@ -29,6 +30,10 @@ from onward.store.ledger import Ledger, Row
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
 REPORTED = 20
 """Rows that a rejection names at most."""
+REASON_LENGTH = 500
+"""Characters of a reason: it may quote what the row holds."""
+NAME_BYTES, NAME_ENDING = 180, 12
+"""Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class Intake:
 
     def _copy(self, path: Path) -> tuple[Path, dict[str, Any]]:
         form = file_format(path)
-        name = "".join(character if character.isprintable() else "_" for character in path.name)
+        name = plain_name(path.name)
         target = unused_name(self.layout.archive, name)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
         before = path.stat()
@@ -225,9 +230,7 @@ class Intake:
         report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
         if report.ok:
             return report
-        problems = [
-            {"line": problem.line, "reason": problem.reason, "remedy": problem.remedy} for problem in report.problems
-        ]
+        problems = [_problem(problem.line, problem.reason, problem.remedy) for problem in report.problems]
         return Refusal(row["name"], problems, report.problem_count, report.unit)
 
     def _accept(self, row: Row, report: IntakeReport) -> None:
@@ -258,8 +261,10 @@ class Intake:
         (self.layout.root / row["copy"]).unlink(missing_ok=True)
 
     def _keep_refused(self, path: Path, refusal: Refusal, *, move: bool = False) -> None:
-        target = self.layout.rejected / refusal.name
         self.layout.rejected.mkdir(exist_ok=True)
+        target = self.layout.rejected / refusal.name
+        if target.exists() and path.is_file() and not filecmp.cmp(path, target, shallow=False):
+            target = unused_name(self.layout.rejected, refusal.name)
         if move:
             path.replace(target)
         elif path.is_file() and os.access(path, os.R_OK):
@@ -267,6 +272,17 @@ class Intake:
         report = {"file": refusal.name, "problem_count": refusal.problem_count, "unit": refusal.unit}
         report |= {"rejected": self.ledger.clock(), "problems": refusal.problems}
         replace_json(target.with_name(f"{target.name}.report.json"), report)
+
+
+def plain_name(name: str) -> str:
+    """Return a file's name without what a terminal, a report or a longer name beside it would stumble over."""
+    plain = "".join(character if character.isprintable() else "_" for character in name)
+    if plain.startswith(TEMPORARY_PREFIX):
+        plain = f"_{plain[1:]}"
+    head, ending = plain[:-NAME_ENDING], plain[-NAME_ENDING:]
+    while len(head.encode()) > NAME_BYTES:
+        head = head[:-1]
+    return head + ending
 
 
 def unused_name(folder: Path, name: str) -> Path:
@@ -292,13 +308,23 @@ def _copy_and_hash(source: Path, target: Path) -> str:
 
 
 def _refusal(name: str, error: FileError) -> Refusal:
-    return Refusal(name, [{"line": error.line, "reason": error.reason, "remedy": error.remedy}], 1)
+    return Refusal(plain_name(name), [_problem(error.line, error.reason, error.remedy)], 1)
+
+
+def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:
+    """A problem as one line of plain text each: what a row holds must not steer a terminal or break a report."""
+    return {"line": line, "reason": _one_line(reason), "remedy": _one_line(remedy)}
+
+
+def _one_line(text: str) -> str:
+    shown = text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def _duplicate(row: Row, twin: Row) -> Refusal:
     place = f"file {twin['position']} of the stream" if twin["position"] else "a file of the stream or this command"
     reason = f"its content is that of {place} ({twin['name']}, {twin['state']})"
-    return Refusal(row["name"], [{"line": None, "reason": reason, "remedy": "to train it once more: --again"}], 1)
+    return Refusal(row["name"], [_problem(None, reason, "to train it once more: --again")], 1)
 
 
 def _rejected(refusals: list[Refusal], given: int) -> FileRejected:

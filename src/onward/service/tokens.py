@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 
+from filelock import FileLock
+
+from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.tokenize import RowTokenizer, TokenizedFile, cache_key, tokenize_file
 from onward.digest import sha256_file
 from onward.errors import DamagedState, FileRejected
+from onward.layout import step_of
 from onward.service.session import Session
 from onward.store.ledger import Row
+
+LATELY = 8
+"""Finished files looked at when tokens are forgotten; a boundary frees one file's, as a rule."""
 
 
 def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], None]) -> TokenizedFile:
@@ -20,14 +26,13 @@ def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], N
         DamagedState: the cache is damaged and the archived original is not the file that was accepted.
         FileRejected: the config changed so that rows of the file are refused now.
     """
-    key = cache_key(row["sha256"], session.tokenizer_digest, config.max_length, config.over_length)
-    folder = session.layout.tokens / key
+    folder = session.layout.tokens / _key(session, row, config)
     if folder.is_dir():
         try:
             return TokenizedFile.open(folder)
         except DamagedState as error:
             session.ledger.add_event("warning", f"the tokens of {row['name']} are made again: {error.what}")
-            shutil.rmtree(folder)
+            remove_tree(folder)
     original = session.layout.root / row["copy"]
     if not original.is_file() or sha256_file(original) != row["sha256"]:
         raise DamagedState(
@@ -35,13 +40,9 @@ def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], N
             where=original,
             hint=f"Put back the file with SHA-256 {row['sha256']}, then: onward train",
         )
-    report = tokenize_file(
-        original,
-        folder,
-        row["sha256"],
-        RowTokenizer(session.tokenizer, config.max_length, config.over_length),
-        stop=stop,
-    )
+    row_tokenizer = RowTokenizer(session.tokenizer, config.max_length, config.over_length)
+    with FileLock(session.layout.intake_lock):  # intake removes what an interrupted one left half written
+        report = tokenize_file(original, folder, row["sha256"], row_tokenizer, stop=stop)
     if not report.ok:
         first = report.problems[0]
         raise FileRejected(
@@ -50,3 +51,19 @@ def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], N
             hint="The file was accepted under another config. Put it back, then: onward train",
         )
     return TokenizedFile.open(folder)
+
+
+def forget_tokens(session: Session) -> None:
+    """Remove tokens of finished files that no kept restore point would train again; `archive/` has the originals."""
+    points = session.layout.restore_points()
+    oldest = step_of(points[-1]) if points else 0
+    rows = session.ledger.query(
+        "SELECT * FROM files WHERE state = 'done' AND start_step < ? ORDER BY position DESC LIMIT ?", oldest, LATELY
+    )
+    for row in rows:
+        config = Config.model_validate(session.ledger.config(row["config"]))
+        remove_tree(session.layout.tokens / _key(session, row, config))
+
+
+def _key(session: Session, row: Row, config: Config) -> str:
+    return cache_key(row["sha256"], session.tokenizer_digest, config.max_length, config.over_length)

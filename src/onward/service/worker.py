@@ -18,9 +18,9 @@ from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
 from onward.service.commits import Commits, Settled
-from onward.service.session import Session
+from onward.service.session import Session, check_identity
 from onward.service.stop import StopRequest
-from onward.service.tokens import open_tokens
+from onward.service.tokens import forget_tokens, open_tokens
 from onward.store.ledger import Row
 from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface
@@ -148,10 +148,10 @@ class Worker:
             yield from self._finish(row, plan)
 
     def _config_in_force(self) -> Config:
-        """The config changes at boundaries only; its identity was checked when the session was opened."""
-        config = read_config(self.session.layout.config)
-        if config.identity() != self.config.identity():
-            return self.config  # edited while this process runs: the next start refuses it with the difference
+        """Read the config as it is now: it changes at boundaries only, and never its identity."""
+        session = self.session
+        config = read_config(session.layout.config)
+        check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
         return config
 
     def _begin(self, row: Row, plan: FilePlan) -> str:
@@ -202,6 +202,7 @@ class Worker:
         self.manifest = self._commit(self.manifest, row["id"], done)
         if self.manifest.measurement["weights"] == weights:
             yield Note(f"{row['name']} changed no weight: is the learning rate too small?")
+        forget_tokens(self.session)
         yield Committed(self.state.step)
         first = self.state.step - plan.steps + 1
         yield FileDone(row["name"], self.state.cursor.position, first, self.state.step)

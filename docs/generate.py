@@ -1,0 +1,367 @@
+"""Write the pages of docs/ that are made from the code: config.md, file-formats.md, cli.md.
+
+python docs/generate.py           write them
+python docs/generate.py --check   write nothing; exit status 1 when one is stale
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from onward import cli
+from onward.config import IDENTITY_KEYS, Config, LoraConfig, parse_config
+from onward.data import records, sources
+from onward.data.containers import COMPRESSIONS
+from onward.data.records import RowError, parse_row
+from onward.data.sources import FileError, read_rows
+from onward.data.tokenize import PROBLEMS_SHOWN
+from onward.errors import ConfigError
+
+DOCS = Path(__file__).parent
+NOTE = "<!-- Made by `python docs/generate.py` from the code. Change the code, not this page. -->"
+HELP_WIDTH = 100
+
+USER = {"role": "user", "content": "What does HTTP status 404 mean?"}
+ANSWER = {"role": "assistant", "content": "Not Found."}
+EXAMPLES: Sequence[tuple[str, str, dict[str, Any]]] = (
+    ("`messages`", "Chat of OpenAI and TRL.", {"messages": [USER, ANSWER]}),
+    (
+        "`conversations`",
+        "ShareGPT. A `system` key beside it becomes the system message.",
+        {"conversations": [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": ANSWER["content"]}]},
+    ),
+    (
+        "`prompt` and `completion`",
+        "Two strings, laid end to end without a template. Two lists of messages are a chat.",
+        {"prompt": "HTTP status 404 means: ", "completion": "Not Found."},
+    ),
+    (
+        "`instruction`, `input` and `output`",
+        "Alpaca. The question is `instruction`, a blank line and `input` (which may be absent or empty); `system` "
+        "becomes the system message. The row is a chat.",
+        {"instruction": "Say what this HTTP status means.", "input": "404", "output": "Not Found."},
+    ),
+    ("`text`", "Plain text.", {"text": "HTTP status 404 means: Not Found."}),
+)
+"""Name, what it is, and a row that `parse_row` accepts, in the order in which a row's keys are looked at."""
+
+REFUSED_ROWS: Sequence[Any] = (
+    "a string",
+    {"question": "404?", "answer": "Not Found."},
+    {"prompt": "404?"},
+    {"messages": []},
+    {"messages": [USER]},
+    {"messages": [USER, {"role": "assistant", "content": " "}]},
+    {"messages": [USER, {"role": "bot", "content": "Not Found."}]},
+    {"messages": [USER, {"role": "assistant", "content": 404}]},
+    {"conversations": [{"from": "me", "value": "404?"}]},
+    {"prompt": "404?", "completion": ""},
+    {"text": ""},
+    {"text": "\ud800"},
+)
+
+REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
+    ("another ending", "rows.csv", b"a,b\n"),
+    ("UTF-16", "rows.jsonl", '{"text": "a"}\n'.encode("utf-16")),
+    ("gzip without its ending", "rows.jsonl", gzip.compress(b'{"text": "a"}\n')),
+    ("an ending without gzip", "rows.jsonl.gz", b'{"text": "a"}\n'),
+    ("gzip that is cut off", "rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9]),
+    ("a byte that is not UTF-8", "rows.jsonl", b'{"text": "caf\xe9"}\n'),
+    ("a line that is not JSON", "rows.jsonl", b"text: a\n"),
+    ("a .json file that is cut off", "rows.json", b'[{"text": "a"},'),
+)
+
+REFUSED_SETTINGS: Sequence[dict[str, Any]] = (
+    {"lora.rnak": 8},
+    {"batch_size": 0},
+    {"batch_size": True},
+    {"schedule": "constnat"},
+    {"schedule": "cosine"},
+    {"schedule": "cosine", "total_steps": 10, "warmup_steps": 10},
+    {"min_learning_rate": 1.0},
+    {"betas": [0.9, 1.0]},
+)
+
+CONFIG_RULES = """\
+A config is `onward.yaml` in the run's directory, or a `config.json` with the same keys where there is no `onward.yaml`.
+`onward init` writes every key with its value; a key that is left out has its default. On the command line keys of
+`lora` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
+"""
+
+CONFIG_CHANGES = """\
+## When a change takes effect
+
+An **identity** key makes the run what it is. Once the run has a checkpoint, a changed identity key is refused with
+both values; put the old one back, or make another run. `model` alone may name another place with the same bits. The
+base model, the tokenizer and the chat template are locked too, by their content.
+
+Every other key takes effect at the next boundary. A file that was begun goes on under the config it began with, also
+after a stop. The ledger records each change with its step. Files that wait under another `max_length` or
+`over_length` are tokenized again.
+
+## Learning rate
+
+`s` is the step about to be taken, counted from 1 over the whole run; `w` is `warmup_steps`, `peak` is `learning_rate`,
+`floor` is `min_learning_rate`. The value below is never under `floor`, and then times `min(1, s / w)`.
+
+| schedule | value at step `s` |
+|---|---|
+| `constant` | `peak` |
+| `wsd` | `peak` (warmup and stable; its decay belongs to a release, which is not built yet) |
+| `inverse_sqrt` | `peak * sqrt(max(w, 1) / max(s, w, 1))` |
+| `linear` | `floor + (peak - floor) * (1 - p)` with `p = max(0, s - w) / (total_steps - w)` |
+| `cosine` | `floor + (peak - floor) * (1 + cos(pi * p)) / 2` with the same `p` |
+
+`linear` and `cosine` end at `total_steps`. A file that would pass it is refused before its first step.
+
+## Boundary policies
+
+| boundary | weights | moments and Adam's counter | learning rate |
+|---|---|---|---|
+| `carry` | go on | go on | goes on |
+| `reset_moments` | go on | start from nothing at each file | goes on |
+| `rewarm` | go on | go on | the warmup counts steps of the file, not of the run |
+"""
+
+FORMATS_HEAD = """\
+A training file is a sequence of rows. Intake checks every row. Either the whole file enters the stream, or none of it
+does: it goes to `rejected/` with a report that names up to {shown} rows, each with a reason and a remedy. The files of
+one command stand or fall together.
+
+## Endings
+
+| ending | what it holds | a place in it |
+|---|---|---|
+| `.jsonl`, `.ndjson` | one JSON object per line; blank lines are skipped | line |
+| `.json` | an array of objects, or objects one after another | row |
+| `.txt` | one row per line, as `{{"text": LINE}}`; blank lines are skipped | line |
+| `.parquet` | one row per table row, columns are keys; needs `pip install 'onward[parquet]'` | row |
+
+{compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order mark at the
+start and CRLF line ends are fine. A line, or a row of a `.json` file, has at most {limit} Mi bytes or characters.
+
+## Row formats
+
+The format of a row is read from its keys, in the order of this page: the first format whose keys are all there wins.
+Keys whose value is null do not count. Unknown keys are ignored. Rows of several formats may stand in one file.
+"""
+
+CHAT_RULES = """\
+## Rules of chats
+
+- Roles: {roles}. ShareGPT's `from` may be {from_roles}.
+- Content is a string, or a list of text parts `{{"type": "text", "text": ...}}`, which are joined.
+- There is at least one assistant turn, and the last message is one. No assistant turn is empty, unless it calls tools.
+- {passed} of a message and `tools` of a row reach the chat template. {reasoning} of an assistant message reach it as
+  `reasoning_content` and as `thinking`.
+- No message contains the template's own end token.
+- The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
+  day, so that a row renders the same for ever.
+"""
+
+FORMATS_TAIL = """\
+A special file, a file that may not be read, one that changes while it is read and one without rows are refused too. A
+refused file is exit status 3; a path that is missing or a directory is wrong usage, exit status 2.
+
+## What the loss covers
+
+| row | covered |
+|---|---|
+| chat | every assistant turn and its end token, nothing else: no header, no other role, no white space after it |
+| `prompt` and `completion` | every token of the completion, and the end token after it |
+| `text` | every token but the first, and the end token after it |
+
+A token that overlaps a covered character is covered. The first token of a row never is, for nothing predicts it. Where
+the assistant turns of a rendered chat lie is read from the template's `{% generation %}` markers, else from what the
+beginning of the chat renders to, else by rendering the chat with unique words for the answers. It is then proven that
+each range holds its answer. A row where that fails is refused; no row is trained with an empty mask.
+
+The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is.
+
+## Rows that are too long
+
+A row of more than `max_length` tokens meets `over_length`:
+
+| `over_length` | what happens |
+|---|---|
+| `truncate` | its end is cut off; a row with no covered token left is dropped |
+| `drop` | the row is left out |
+| `reject` | the file is rejected |
+
+The ledger counts cut and dropped rows; `onward history --json` shows them as `truncated` and `dropped`. A file whose
+rows are all dropped is rejected.
+
+## Duplicates
+
+A file is identified by the SHA-256 of its bytes. Content that the stream has already is refused, whatever its name;
+`--again` accepts it. After a kill the same `onward train FILE...` may be given again: files that the stream still owes
+are not refused. Undone files do not count.
+
+## Order
+
+Rows are trained in an order that is a function of the run's seed, the file's SHA-256 and the epoch. Every row of a file
+is trained exactly `epochs` times. The last step of an epoch has the rows that are left.
+"""
+
+
+def config_page() -> str:
+    """Return the text of config.md."""
+    lines = [NOTE, "", "# Config", "", CONFIG_RULES]
+    lines += ["| key | values | default | what it is | identity |", "|---|---|---|---|---|"]
+    schema = Config.model_json_schema()
+    for name, field in Config.model_fields.items():
+        if name == "lora":
+            inner = schema["$defs"]["LoraConfig"]["properties"]
+            lines += [_config_row(f"lora.{key}", inner[key], LoraConfig.model_fields[key]) for key in inner]
+        else:
+            lines.append(_config_row(name, schema["properties"][name], field))
+    lines += ["", "`lora` keys do not matter, and are no identity keys, under `method: full`.", "", CONFIG_CHANGES]
+    lines += ["## What is refused", "", "Exit status 2. For instance:", "", "| settings | answer |", "|---|---|"]
+    for settings in REFUSED_SETTINGS:
+        shown = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in settings.items())
+        lines.append(f"| {shown} | {_cell(_refusal(parse_config, settings, ConfigError).what)} |")
+    return "\n".join(lines) + "\n"
+
+
+def formats_page() -> str:
+    """Return the text of file-formats.md."""
+    compressions = " or ".join(f"`.{name}`" for name in COMPRESSIONS)
+    head = FORMATS_HEAD.format(shown=PROBLEMS_SHOWN, compressions=compressions, limit=sources.ROW_LIMIT >> 20)
+    lines = [NOTE, "", "# Training files", "", head]
+    for name, what, row in EXAMPLES:
+        kind = type(parse_row(row)).__name__.lower()
+        lines += [f"### {name}", "", f"{what} Kind: {kind}.", "", "```json", json.dumps(row), "```", ""]
+    lines.append(
+        CHAT_RULES.format(
+            roles=_names(records.ROLES), from_roles=_names(records.SHAREGPT_ROLES), passed=_names(records.PASSED_ON),
+            reasoning=_names(records.REASONING_KEYS),
+        )
+    )  # fmt: skip
+    lines += ["## What is refused", "", "Rows:", "", "| row | reason | remedy |", "|---|---|---|"]
+    for value in REFUSED_ROWS:
+        error = _refusal(parse_row, value, RowError)
+        lines.append(f"| `{_cell(json.dumps(value))}` | {_cell(error.reason)} | {_cell(error.remedy)} |")
+    lines += ["", "Files:", "", "| file | reason | remedy |", "|---|---|---|"]
+    for what, name, content in REFUSED_FILES:
+        reason, remedy = _file_refusal(name, content)
+        lines.append(f"| {what} | {_cell(reason)} | {_cell(remedy)} |")
+    lines += ["", FORMATS_TAIL]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def cli_page() -> str:
+    """Return the text of cli.md."""
+    group: Any = get_command(cli.app)
+    lines = [NOTE, "", "# Command line", "", "Results go to stdout, messages for people to stderr.", ""]
+    lines += ["```text", _help(group, typer.Context(group, info_name="onward")), "```", ""]
+    for name, command in group.commands.items():
+        context = typer.Context(command, info_name=f"onward {name}")
+        lines += [f"## onward {name}", "", "```text", _help(command, context), "```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "config.md": config_page,
+    "file-formats.md": formats_page,
+    "cli.md": cli_page,
+}
+"""The pages by file name."""
+
+
+def _config_row(key: str, schema: Mapping[str, Any], field: Any) -> str:
+    default = json.dumps(field.get_default(call_default_factory=True))
+    identity = "yes" if key in IDENTITY_KEYS else ""
+    return f"| `{key}` | {_values(schema)} | `{default}` | {_cell(field.description)} | {identity} |"
+
+
+def _values(schema: Mapping[str, Any]) -> str:
+    """Describe in words what values a JSON schema admits."""
+    if "anyOf" in schema:
+        return " or ".join(_values(choice) for choice in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "prefixItems" in schema:
+        return f"{len(schema['prefixItems'])} values, each {_values(schema['prefixItems'][0])}"
+    if schema["type"] == "array":
+        return f"list of {_values(schema['items'])}"
+    name = {"integer": "integer", "number": "number", "string": "text", "null": "null"}[schema["type"]]
+    return ", ".join([name, *_bounds(schema)])
+
+
+def _bounds(schema: Mapping[str, Any]) -> Iterable[str]:
+    words = (
+        (("ge", "minimum"), "at least"),
+        (("gt", "exclusiveMinimum"), "above"),
+        (("le", "maximum"), "at most"),
+        (("lt", "exclusiveMaximum"), "below"),
+    )
+    for keys, word in words:
+        for key in keys:
+            if key in schema:
+                yield f"{word} {'2^63' if schema[key] == 2**63 else format(schema[key], 'g')}"
+
+
+def _refusal(parse: Callable[[Any], object], value: Any, error_type: type[Any]) -> Any:
+    try:
+        parse(value)
+    except error_type as error:
+        return error
+    raise AssertionError(f"this was to be refused: {value!r}")
+
+
+def _file_refusal(name: str, content: bytes) -> tuple[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            row = next(row for row in read_rows(path) if row.problem)
+        except FileError as error:
+            return error.reason, error.remedy
+    return row.problem or "", row.remedy or ""
+
+
+def _help(command: Any, context: Any) -> str:
+    context.terminal_width = context.max_content_width = HELP_WIDTH
+    lines = (line.rstrip() for line in command.get_help(context).splitlines())
+    return "\n".join(lines).strip("\n")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages, or with `--check` say which are stale; returns the exit status."""
+    os.environ.pop("ONWARD_RUN", None)
+    stale: list[str] = []
+    for name, make in PAGES.items():
+        path, text = DOCS / name, make()
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if "--check" not in arguments:
+            path.write_text(text, encoding="utf-8")
+    if "--check" not in arguments:
+        print(f"written: {', '.join(stale) or 'nothing; all pages are fresh'}")
+        return 0
+    if stale:
+        print(f"stale: {', '.join(stale)}; python docs/generate.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

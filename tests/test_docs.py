@@ -1,0 +1,194 @@
+"""The documentation is true: generated pages are fresh, its commands run, its links and lists are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import onward
+from onward.data.records import parse_row
+from onward.training.checkpoint import Manifest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PACKAGE = Path(onward.__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+BLOCK = re.compile(
+    r"^(?:<!-- run(?P<statuses>:[ \d]+)? -->\n(?P<run>))?```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$", re.M | re.S
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+SECONDS = 300
+"""Longest time that one block may take."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page; `statuses` are the exit statuses that the page allows."""
+
+    page: Path
+    language: str
+    body: str
+    runnable: bool
+    statuses: frozenset[int]
+
+    def script(self) -> str:
+        """Return what a shell runs: the lines after `$` of a console block, or all of it."""
+        if self.language != "console":
+            return self.body
+        return "".join(f"{line[2:]}\n" for line in self.body.splitlines() if line.startswith("$ "))
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the fenced blocks of a page."""
+    return [
+        Block(
+            page=page,
+            language=match["language"],
+            body=match["body"],
+            runnable=match["run"] is not None,
+            statuses=frozenset(int(word) for word in (match["statuses"] or ": 0").strip(": ").split()),
+        )
+        for match in BLOCK.finditer(page.read_text(encoding="utf-8"))
+    ]
+
+
+def load_generator() -> ModuleType:
+    """Import docs/generate.py, which is no module of a package."""
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section(page: Path, title: str) -> str:
+    """Return the text of a page between a heading of the second level and the next one."""
+    text = page.read_text(encoding="utf-8")
+    return re.split(r"^## ", text.split(f"\n## {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return what links may name inside a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["cli.md", "config.md", "file-formats.md"])
+def test_generated_pages_are_fresh(name: str) -> None:
+    """A page made from the code says what the code says now; `python docs/generate.py` mends it."""
+    assert load_generator().PAGES[name]() == (DOCS / name).read_text(encoding="utf-8")
+
+
+def test_check_says_which_page_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--check` writes nothing, names the stale pages and returns 1; without it they are written."""
+    generator = load_generator()
+    monkeypatch.setattr(generator, "DOCS", tmp_path)
+    assert 1 == generator.main(["--check"])
+    assert "stale: config.md, file-formats.md, cli.md" in capsys.readouterr().err
+    assert [] == list(tmp_path.iterdir())
+    assert 0 == generator.main([])
+    assert 0 == generator.main(["--check"])
+
+
+def test_example_rows_are_accepted() -> None:
+    """Each row format's example on the page is one that the parser takes, and no format lacks one."""
+    rows = [json.loads(block.body) for block in blocks(DOCS / "file-formats.md") if block.language == "json"]
+    assert [row for _, _, row in load_generator().EXAMPLES] == rows
+    assert ["Chat", "Chat", "Completion", "Chat", "Text"] == [type(parse_row(row)).__name__ for row in rows]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every link of a page to a file or a heading of this repository is good."""
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_module_is_in_the_house() -> None:
+    """The picture of the house names every module of the package, and none that is not there."""
+    picture = section(DOCS / "architecture.md", "The house").split("```text", 1)[1].split("```", 1)[0]
+    modules = {path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
+    assert modules == set(re.findall(r"\w+\.py\b", picture))
+
+
+def test_every_dependency_has_a_reason() -> None:
+    """The table of dependencies is that of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {re.split(r"[<>=\[ ]", requirement)[0] for requirement in declared} - {"onward"}
+    table = section(DOCS / "architecture.md", "Dependencies")
+    assert names == set(re.findall(r"^\| ([\w-]+) \|", table, re.M)) - {"package"}
+
+
+def test_every_key_of_the_manifest_is_explained() -> None:
+    """The checkpoint format names each key that `onward.json` has."""
+    table = section(DOCS / "checkpoint-format.md", "onward.json")
+    assert set(Manifest.model_fields) == {
+        key.partition(".")[0] for key in re.findall(r"^\| `([\w.]+)` \|", table, re.M)
+    }
+
+
+@pytest.mark.slow
+def test_quickstart_and_readme_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the Python of the quickstart work as written, in order, and end as the page says.
+
+    A tiny model stands in the place of the default one. A block of the README whose commands are all in the quickstart
+    is not run twice.
+    """
+    prepare(model, tmp_path, monkeypatch)
+    commands: set[str] = set()
+    for block in [*blocks(DOCS / "quickstart.md"), *blocks(ROOT / "README.md")]:
+        script = block.script()
+        if block.language == "python" and block.page.name == "quickstart.md":
+            exec(compile(block.body, block.page.name, "exec"), {"__name__": "quickstart"})
+        elif block.runnable and not commands.issuperset(script.splitlines()):
+            assert run(script) in block.statuses, script
+            commands.update(script.splitlines())
+
+
+def run(script: str) -> int:
+    """Run a script in bash; a command that fails ends it."""
+    done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=SECONDS, check=False)
+    print(script, done.stdout, done.stderr)
+    return done.returncode
+
+
+def prepare(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `folder` the working directory, `onward` a command, and a tiny model the default one."""
+    cache, programs = folder / "cache", folder / "bin"
+    default = cache / "models" / "smollm2-135m"
+    default.parent.mkdir(parents=True)
+    default.symlink_to(model)
+    (model / "ORIGIN.json").write_text("{}")
+    programs.mkdir()
+    for name, command in (("onward", f'"{sys.executable}" -m onward'), ("python3", f'"{sys.executable}"')):
+        (programs / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("ONWARD_RUN", raising=False)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", f"{PACKAGE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("ONWARD_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
