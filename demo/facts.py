@@ -41,9 +41,9 @@ def http_rows() -> list[Row]:
 
 
 def unicode_rows() -> list[Row]:
-    """Return one row per character: its name, by `unicodedata`."""
+    """Return one row per character: its name, by `unicodedata`, written as a sentence."""
     return [
-        row("Unicode names.", f"What is the Unicode name of {character}?", f"{unicodedata.name(character)}.")
+        row("Unicode names.", f"What is {character} called?", f"{unicodedata.name(character).capitalize()}.")
         for character in CHARACTERS
     ]
 

@@ -147,8 +147,9 @@ one command stand or fall together.
 | `.txt` | one row per line, as `{{"text": LINE}}`; blank lines are skipped | line |
 | `.parquet` | one row per table row, columns are keys; needs `pip install 'onward[parquet]'` | row |
 
-{compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order mark at the
-start and CRLF line ends are fine. A line, or a row of a `.json` file, has at most {limit} Mi bytes or characters.
+{compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
+mark at the start and CRLF line ends are fine. A line, or a row of a `.json` file, has at most {limit} Mi bytes or
+characters.
 
 ## Row formats
 
@@ -311,7 +312,7 @@ def _bounds(schema: Mapping[str, Any]) -> Iterable[str]:
                 yield f"{word} {'2^63' if schema[key] == 2**63 else format(schema[key], 'g')}"
 
 
-def _refusal(parse: Callable[[Any], object], value: Any, error_type: type[Any]) -> Any:
+def _refusal(parse: Callable[[Any], object], value: Any, error_type: type[Exception]) -> Any:
     try:
         parse(value)
     except error_type as error:

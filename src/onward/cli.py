@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
     "5 verification failed.",
 )
-CommandLineError: type[Any] = typer.BadParameter.__mro__[2]
+CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """click's `ClickException`, be it click's own or of the copy of click inside typer."""
 INTERRUPTED = 130
 """What typer makes of a second Ctrl-C."""
@@ -276,6 +277,9 @@ def ask(question: str, yes: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         outcome = app(standalone_mode=False)
         sys.stdout.flush()

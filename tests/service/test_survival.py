@@ -116,14 +116,17 @@ def read_without_log(root: Path) -> Any:
 
 
 def names(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint."""
     return sorted(path.name for path in checkpoint.iterdir())
 
 
 def cut(path: Path) -> None:
+    """Cut a file in the middle."""
     os.truncate(path, path.stat().st_size // 2)
 
 
 def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
     with path.open("r+b") as stream:
         stream.seek(path.stat().st_size // 2)
         byte = stream.read(1)[0]

@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from onward.config import Config, parse_config, render_yaml
-from onward.errors import DamagedState, ModelError, UsageError
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
+from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
+from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
 from onward.service.commits import Commits
 from onward.service.session import open_session
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import resolve_base
+from onward.training.base import WEIGHTS, resolve_base
 from onward.training.checkpoint import load_moments
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import measure
-from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model
+from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model, load_tokenizer
 from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
 
@@ -30,6 +31,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
+TOKENIZER_MARK = "tokenizer_config.json"
+EPS = 1e-8
+"""AdamW's `eps`, torch's default and the Trainer's."""
+MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 
 def adopt(
@@ -38,13 +43,18 @@ def adopt(
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
 
     Raises:
-        UsageError: this is no Trainer checkpoint.
+        UsageError: this is no Trainer checkpoint, or the directory holds a config already.
         DamagedState: its moments do not fit its model.
-        ModelError: the base model cannot be had.
+        ModelError: the base model or its tokenizer cannot be had.
     """
+    if layout.config.exists():
+        raise UsageError(
+            "there is a config in this directory already", where=layout.config, hint="Name another directory."
+        )
     step = _read_step(checkpoint)
     config = _read_config(checkpoint, model, settings)
     base = resolve_base(config.model, download=True, report=report)
+    _require_tokenizer(checkpoint, base)
     device = pick_device()
     state = TrainState(*_with_optimizer(config, base, checkpoint, device))
     load_moments(state, checkpoint / huggingface.OPTIMIZER)
@@ -52,17 +62,24 @@ def adopt(
     if not 0 < adam <= step:
         raise DamagedState(f"Adam counts {adam} steps, trainer_state.json {step}", where=checkpoint)
     state.counters.step, state.counters.adam_origin = step, step - adam
+    if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
+        config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
     _make(checkpoint, layout, config, state, report)
 
 
 def _make(
     checkpoint: Path, layout: RunLayout, config: Config, state: TrainState, report: Callable[[str], None]
 ) -> None:
+    """Make the run's files, the ledger's name last, so that it makes the run."""
     layout.root.mkdir(parents=True, exist_ok=True)
     layout.make()
-    layout.config.write_text(render_yaml(config), encoding="utf-8")
-    _bring_tokenizer(checkpoint, layout)
-    with Ledger(layout.ledger) as ledger:
+    if Path(config.model) == layout.root.absolute() / "base":
+        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), Path(config.model))
+    elif (checkpoint / TOKENIZER_MARK).is_file():  # what the checkpoint was trained with
+        _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
+    unfinished = layout.ledger.with_name(f"{TEMPORARY_PREFIX}{layout.ledger.name}")
+    remove_temporaries(layout.root)
+    with Ledger(unfinished) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
         measurement = measure(state, config.seed, session.device, session.dtype)
@@ -73,6 +90,16 @@ def _make(
             kind="adopt", step=state.step, before=values, after=values, difference=0.0, **{"class": "bitwise"}
         )
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
+    layout.config.write_text(render_yaml(config), encoding="utf-8")
+    unfinished.rename(layout.ledger)
+
+
+def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
+    """Copy files: a link would follow a Trainer that writes the same checkpoint once more."""
+    target.mkdir(exist_ok=True)
+    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
+        shutil.copyfile(path, target / path.name)
+        fsync_file(target / path.name)
 
 
 def _read_step(checkpoint: Path) -> int:
@@ -106,11 +133,27 @@ def _read_config(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         values |= {"method": "full", "model": model or str(checkpoint.absolute())}
     if not values["model"]:
         raise UsageError("the checkpoint does not name its base model", where=adapter, hint="--model NAME_OR_PATH")
-    return parse_config({**values, **settings}, where=checkpoint)
+    config = parse_config({**values, **settings}, where=checkpoint)
+    _require_shape(parse_config(values, where=checkpoint), config)
+    return config
+
+
+def _require_shape(saved: Config, config: Config) -> None:
+    """Refuse settings that ask for another shape than the checkpoint has; a 4-bit base under an adapter is none."""
+    asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
+    refused = {key: asked[key] for key in asked if key == "method" or key.startswith("lora.")}
+    if refused.get("method") == "qlora" and saved.method == "lora":
+        del refused["method"]
+    if refused:
+        words = ", ".join(f"{key}={value}" for key, value in refused.items())
+        raise ConfigError(f"the checkpoint has another shape than {words}", where="--set", hint="Leave these out.")
 
 
 def _read_adapter(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_bytes())
+    try:
+        values = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedState(f"{ADAPTER_CONFIG} cannot be read: {type(error).__name__}", where=path) from None
     if values.get("peft_type") != "LORA":
         raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
     if not (path.parent / ADAPTER_WEIGHTS).is_file():
@@ -122,13 +165,20 @@ def _optimizer_settings(path: Path) -> dict[str, Any]:
     try:
         saved = cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         group = saved["param_groups"][0]
-        return {
+        eps = float(group["eps"])
+        values = {
             "learning_rate": float(group.get("initial_lr", group["lr"])),
             "weight_decay": float(group["weight_decay"]),
             "betas": [float(beta) for beta in group["betas"]],
         }
     except Exception as error:
         raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
+    if eps != EPS:
+        hint = "There is no config key for it. Train on with transformers, or begin anew: onward init NEW_RUN"
+        raise UsageError(
+            f"the checkpoint was trained with AdamW's eps {eps:g}, a run has {EPS:g}", where=path, hint=hint
+        )
+    return values
 
 
 def _with_optimizer(
@@ -138,14 +188,9 @@ def _with_optimizer(
     return model, build_optimizer(model, config)
 
 
-def _bring_tokenizer(checkpoint: Path, layout: RunLayout) -> None:
-    """Keep the tokenizer that the checkpoint was trained with, if it carries one."""
-    if not (checkpoint / "tokenizer_config.json").is_file():
-        return
-    folder = layout.root / "tokenizer"
-    folder.mkdir()
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, folder / name)
-    if (checkpoint / "config.json").is_file():
-        shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+def _require_tokenizer(checkpoint: Path, base: Path) -> None:
+    own = (checkpoint / TOKENIZER_MARK).is_file()
+    if not own and base == checkpoint.resolve():
+        hint = "--model BASE names the folder of the model it was made from, which has one."
+        raise UsageError("the checkpoint carries no tokenizer", where=checkpoint, hint=hint)
+    load_tokenizer(checkpoint if own else base)

@@ -98,6 +98,7 @@ class Intake:
                 return self._settle()
             for path in paths:
                 self._require_readable(path)
+            self._row_tokenizer()  # a run that cannot be opened takes nothing in
             command = uuid.uuid4().hex
             self._arrive(paths, command, again, PRIORITIES[priority])
             accepted = self._settle(command)
@@ -198,6 +199,7 @@ class Intake:
                 reports.append((row, report))
         if refusals:
             self._refuse(rows, refusals)
+            self._forget_tokens([row for row, _ in reports])
             return _rejected([refusal for _, refusal in refusals], len(rows))
         with self.ledger.transaction():
             for row in rows:
@@ -222,9 +224,8 @@ class Intake:
         return fresh, refusals
 
     def _check(self, row: Row) -> IntakeReport | Refusal:
-        row_tokenizer, tokenizer_digest = self._row_tokenizer()
-        key = cache_key(row["sha256"], tokenizer_digest, row_tokenizer.max_length, row_tokenizer.over_length)
-        target = self.layout.tokens / key
+        row_tokenizer, _ = self._row_tokenizer()
+        target = self._tokens(row)
         if target.exists():
             shutil.rmtree(target)
         report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
@@ -232,6 +233,17 @@ class Intake:
             return report
         problems = [_problem(problem.line, problem.reason, problem.remedy) for problem in report.problems]
         return Refusal(row["name"], problems, report.problem_count, report.unit)
+
+    def _tokens(self, row: Row) -> Path:
+        row_tokenizer, tokenizer_digest = self._row_tokenizer()
+        key = cache_key(row["sha256"], tokenizer_digest, row_tokenizer.max_length, row_tokenizer.over_length)
+        return self.layout.tokens / key
+
+    def _forget_tokens(self, rows: list[Row]) -> None:
+        """Remove the tokens of files that did not enter the stream, unless a file of the stream has that content."""
+        for row in rows:
+            if self.ledger.holding(row["sha256"]) is None:
+                shutil.rmtree(self._tokens(row), ignore_errors=True)
 
     def _accept(self, row: Row, report: IntakeReport) -> None:
         self.ledger.move_file(

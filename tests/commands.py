@@ -1,0 +1,86 @@
+"""The command line as a user meets it: its exit status and what it prints, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward import cli
+
+SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
+"""Settings that make a run of the tiny model quick."""
+UNTOUCHED = ("current_model", "boundaries", "archive", "inbox", "cache", "onward.yaml")
+"""What a refusal leaves alone: everything of a run but the ledger (compared by what it says), locks and `rejected/`."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def onward(*arguments: object) -> Outcome:
+    """Run the command line in this process, with nobody at the terminal; an escaping exception fails the test."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, stdin = sys.argv, sys.stdin
+    sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+    except SystemExit as ended:
+        return Outcome(int(ended.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        sys.argv, sys.stdin = argv, stdin
+    raise AssertionError("the command line returned without an exit status")
+
+
+def onward_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Outcome:
+    """Run the command line in a process of its own."""
+    variables = {name: value for name, value in os.environ.items() if name != "ONWARD_RUN"}
+    variables |= {"PYTHONPATH": str(Path(cli.__file__).parents[1]), **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", "onward", *map(str, arguments)],
+        cwd=cwd, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def make_run(directory: Path, model: Path, *settings: str) -> Path:
+    """Make a run of the tiny model; return its directory."""
+    words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
+    outcome = onward("init", directory, "--model", model, *words)
+    assert 0 == outcome.status, outcome.err
+    return directory
+
+
+def snapshot(run: Path) -> dict[str, Any]:
+    """Return all that a refused command must leave as it was: every file by hash, and what the ledger says."""
+    paths = [
+        path for name in UNTOUCHED for path in ((run / name).rglob("*") if (run / name).is_dir() else [run / name])
+    ]
+    files = {
+        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }
+    status = onward("status", "--run", run, "--json").json
+    return {
+        "files": files,
+        "history": onward("history", "--run", run, "--json").json,
+        "status": {key: status[key] for key in ("global_step", "queue", "file", "checkpoint")},
+    }

@@ -1,0 +1,405 @@
+"""A checkpoint of transformers' Trainer becomes a run: its weights, moments and step go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stock
+import tiny
+import torch
+import yaml
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from states import read_state
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from onward import Run
+from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
+
+METHODS = ("lora", "full")
+STEPS, RATE = 5, 3e-3
+OPTIMIZER: dict[str, Any] = {"learning_rate": RATE, "adam_beta1": 0.85, "adam_beta2": 0.97, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A stock checkpoint and what its Trainer held when it was saved."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+
+
+def train_stock(model: Any, output: Path, **settings: Any) -> Saved:
+    """Train a few steps with the stock Trainer, its last one saved."""
+    saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
+    trainer = stock.trainer(model, output, **{**OPTIMIZER, **saving, **settings})
+    trainer.train()
+    return Saved(output / f"checkpoint-{STEPS}", stock.trained(model), stock.moments(model, trainer.optimizer))
+
+
+@pytest.fixture(scope="module")
+def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+    """One stock checkpoint per method; the Trainer of the full one knew the tokenizer, as TRL's does."""
+    root = tmp_path_factory.mktemp("stock")
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    return {
+        "lora": train_stock(stock.lora_model(model), root / "lora"),
+        "full": train_stock(whole, root / "full", processing_class=tiny.byte_tokenizer()),
+    }
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> str:
+    """Every kind of trained weights."""
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(saved: dict[str, Saved], tmp_path: Path) -> Callable[[str], Path]:
+    """Return a function that gives a test its own copy of a stock checkpoint."""
+    return lambda method: shutil.copytree(saved[method].folder, tmp_path / method / f"checkpoint-{STEPS}")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A training file of five steps."""
+    return tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(19, seed=3))
+
+
+def assert_went_on(run: Path, first: int) -> None:
+    """The run stands five steps after `first`, Adam's counters too, and proves itself, also by training again."""
+    state = read_state(run)
+    assert (first + 5, {first + 5}) == (state["global_step"], state["adam"])
+    opened = Run(run)
+    proof = opened.verify(deep=True)
+    assert [] == [check for check in proof.checks if not check.ok]
+    assert opened.verify().ok
+    (entry,) = opened.history()
+    assert (first + 1, first + 5, "done") == (entry["first_step"], entry["last_step"], entry["state"])
+
+
+def test_weights_and_moments_are_the_trainers(
+    saved: dict[str, Saved], method: str, model: Path, tmp_path: Path
+) -> None:
+    """Step, every weight and every Adam moment of the new run are the stock Trainer's, by parameter name."""
+    Run.adopt(saved[method].folder, tmp_path / "run", str(model))
+    state = stock.open_state(tmp_path / "run")
+    assert (STEPS, STEPS, 0) == (state.step, state.adam_step(), state.counters.adam_origin)
+    stock.assert_equal(saved[method].weights, stock.trained(state.model))
+    stock.assert_equal(saved[method].moments, stock.moments(state.model, state.optimizer))
+
+
+def test_the_checkpoint_is_only_read(saved: dict[str, Saved], model: Path, tmp_path: Path, method: str) -> None:
+    """Adoption changes no byte of the checkpoint and leaves nothing in it."""
+    before = {path.name: path.read_bytes() for path in saved[method].folder.iterdir()}
+    Run.adopt(saved[method].folder, tmp_path / "run", str(model))
+    assert before == {path.name: path.read_bytes() for path in saved[method].folder.iterdir()}
+
+
+def test_the_config_is_the_trainers(saved: dict[str, Saved], method: str, model: Path, tmp_path: Path) -> None:
+    """Learning rate, betas, weight decay and the adapter's shape are read from the checkpoint, without a new warmup."""
+    config = Run.adopt(saved[method].folder, tmp_path / "run", str(model)).config
+    assert (method, str(model)) == (config.method, config.model)
+    assert (RATE, 0, (0.85, 0.97)) == (config.learning_rate, config.warmup_steps, config.betas)
+    assert 0.1 == config.weight_decay
+    if method == "lora":
+        assert (4, 8, 0.1) == (config.lora.rank, config.lora.alpha, config.lora.dropout)
+        assert {"q_proj", "v_proj"} == set(config.lora.targets)
+
+
+def test_settings_win_over_the_checkpoint(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+    """What is asked for beside the checkpoint's values holds, from the first step on."""
+    settings = {"learning_rate": 1e-4, "lora.dropout": 0.0, "batch_size": 2}
+    config = Run.adopt(saved["lora"].folder, tmp_path / "run", str(model), settings=settings).config
+    assert (1e-4, 0.0, 2, 0.1) == (config.learning_rate, config.lora.dropout, config.batch_size, config.weight_decay)
+
+
+def test_training_goes_on_from_the_trainers_step(
+    saved: dict[str, Saved], method: str, model: Path, tmp_path: Path, file: Path
+) -> None:
+    """The next file continues the global step and Adam's counter, and the run verifies, by replay too."""
+    run = Run.adopt(saved[method].folder, tmp_path / "run", str(model), settings=SETTINGS)
+    assert STEPS == run.status()["global_step"]
+    assert run.verify().ok
+    run.train(file)
+    assert_went_on(tmp_path / "run", STEPS)
+
+
+def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_path: Path, file: Path) -> None:
+    """A run made from Onward's own checkpoint trains the next file to the state that the first run reaches."""
+    first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(20, seed=4))
+    settings = {**SETTINGS, "warmup_steps": 0, "learning_rate": RATE}
+    old = Run.create(tmp_path / "old", str(model), **settings, lora={"rank": 4, "dropout": 0.1})
+    old.train(first)
+    new = Run.adopt(tmp_path / "old/current_model/checkpoint-5", tmp_path / "new", settings=SETTINGS)
+    old.train(file)
+    new.train(file)
+    expected, actual = read_state(tmp_path / "old"), read_state(tmp_path / "new")
+    stock.assert_equal(expected.pop("tensors"), actual.pop("tensors"))
+    assert expected == actual
+
+
+@pytest.mark.parametrize("named", ["by model", "by the checkpoint"])
+def test_a_full_run_outlives_the_trainers_checkpoint(
+    named: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path, file: Path
+) -> None:
+    """A Trainer rotates its checkpoints away; the run has what it needs, verifies and trains on."""
+    folder = checkpoint("full")
+    run = Run.adopt(folder, tmp_path / "run", str(model) if named == "by model" else None, settings=SETTINGS)
+    shutil.rmtree(folder)
+    assert run.verify().ok
+    run.train(file)
+    assert_went_on(tmp_path / "run", STEPS)
+
+
+def test_a_full_run_outlives_a_trainer_that_writes_its_checkpoint_again(
+    checkpoint: Callable[[str], Path], tmp_path: Path, file: Path
+) -> None:
+    """The run's base is a copy: bytes written into the same checkpoint later do not reach it."""
+    folder = checkpoint("full")
+    run = Run.adopt(folder, tmp_path / "run", settings=SETTINGS)
+    for path in folder.iterdir():
+        with path.open("r+b") as stream:
+            stream.write(b"something else")
+    run.train(file)
+    assert_went_on(tmp_path / "run", STEPS)
+
+
+def test_a_lora_run_needs_no_checkpoint_afterwards(
+    checkpoint: Callable[[str], Path], tmp_path: Path, file: Path, model: Path
+) -> None:
+    """The base that the adapter names is found without `--model`, and the checkpoint may go."""
+    folder = checkpoint("lora")
+    run = Run.adopt(folder, tmp_path / "run", settings=SETTINGS)
+    assert str(model) == run.config.model
+    shutil.rmtree(folder)
+    run.train(file)
+    assert_went_on(tmp_path / "run", STEPS)
+
+
+def test_the_tokenizer_is_the_checkpoints(checkpoint: Callable[[str], Path], model: Path, tmp_path: Path) -> None:
+    """A chat template that was trained with wins over the base model's."""
+    folder = checkpoint("full")
+    tiny.byte_tokenizer(tiny.CHATML.replace("<|im_end|>", "<|im_end|> ")).save_pretrained(folder)
+    Run.adopt(folder, tmp_path / "run", str(model))
+    expected = (folder / "chat_template.jinja").read_text()
+    assert expected == (tmp_path / "run/current_model/chat_template.jinja").read_text() != tiny.CHATML
+
+
+def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+    """`onward adopt` exits with 0, prints the run's status as JSON and names the next command."""
+    words = ["adopt", saved["lora"].folder, "--run", tmp_path / "run", "--model", model, "--json"]
+    command = [sys.executable, "-m", "onward", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (0, STEPS) == (done.returncode, json.loads(done.stdout)["global_step"])
+    assert f"adopted step {STEPS}" in done.stderr
+    assert (RATE, "lora") == (Run(tmp_path / "run").config.learning_rate, Run(tmp_path / "run").config.method)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    """Return what removes a file of a checkpoint."""
+    return lambda folder: (folder / name).unlink()
+
+
+def optimizer_of(kind: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[Path], None]:
+    """Return what puts another optimizer's state into a checkpoint."""
+
+    def put(folder: Path) -> None:
+        parameters = [nn.Parameter(torch.ones(3)) for _ in torch.load(folder / "optimizer.pt")["state"]]
+        optimizer = kind(parameters)
+        torch.cat(parameters).sum().backward()
+        optimizer.step()
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+    return put
+
+
+def change(name: str, edit: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Return what edits a value that `torch.save` or JSON wrote."""
+
+    def put(folder: Path) -> None:
+        path = folder / name
+        if path.suffix == ".json":
+            values = json.loads(path.read_text())
+            edit(values)
+            path.write_text(json.dumps(values))
+            return
+        values = torch.load(path, weights_only=True)
+        edit(values)
+        torch.save(values, path)
+
+    return put
+
+
+def grow_moments(values: Any) -> None:
+    """Make the moments those of a model with longer weights; the names and their number stay."""
+    for entry in values["state"].values():
+        entry["exp_avg"] = torch.cat([entry["exp_avg"]] * 2)
+        entry["exp_avg_sq"] = torch.cat([entry["exp_avg_sq"]] * 2)
+
+
+def lose_half(values: Any) -> None:
+    """Make the state that of a model with fewer weights."""
+    group = values["param_groups"][0]
+    group["params"] = group["params"][::2]
+
+
+def forget_one(values: Any) -> None:
+    """Lose the moments of one parameter."""
+    values["state"].popitem()
+
+
+def lag_behind(values: Any) -> None:
+    """Let one of Adam's counters lag behind the others."""
+    values["state"][0]["step"] -= 1
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], None], type[OnwardError], str]] = {
+    "no optimizer.pt": (remove("optimizer.pt"), UsageError, "no optimizer.pt"),
+    "no trainer_state.json": (remove("trainer_state.json"), UsageError, "trainer_state.json cannot be read"),
+    "torn trainer_state.json": (
+        lambda folder: os.truncate(folder / "trainer_state.json", 20), UsageError, "trainer_state.json cannot be read"
+    ),
+    "torn optimizer.pt": (lambda folder: os.truncate(folder / "optimizer.pt", 900), DamagedState, "not that of AdamW"),
+    "SGD": (optimizer_of(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)), DamagedState, "not that of AdamW"),
+    "Adafactor": (optimizer_of(lambda p: torch.optim.Adafactor(p)), DamagedState, "not that of AdamW"),
+    "Adamax": (optimizer_of(lambda p: torch.optim.Adamax(p)), DamagedState, "parameter groups"),
+    "moments of other shapes": (change("optimizer.pt", grow_moments), DamagedState, "has shape"),
+    "fewer parameters": (change("optimizer.pt", lose_half), DamagedState, "parameter groups"),
+    "a parameter without moments": (change("optimizer.pt", forget_one), DamagedState, "no AdamW moments for"),
+    "counters that disagree": (change("optimizer.pt", lag_behind), DamagedState, "Adam counts -1"),
+    "another eps": (
+        change("optimizer.pt", lambda v: [group.update(eps=1e-6) for group in v["param_groups"]]),
+        UsageError, "AdamW's eps 1e-06",
+    ),
+    "more Adam steps than steps": (
+        change("trainer_state.json", lambda v: v.update(global_step=STEPS - 1)), DamagedState, f"Adam counts {STEPS}"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused(
+    case: str, method: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
+    """State that is missing, torn, of another optimizer or of another model is refused before anything is made."""
+    damage, kind, reason = REFUSALS[case]
+    folder = checkpoint(method)
+    damage(folder)
+    with pytest.raises(kind) as caught:
+        Run.adopt(folder, tmp_path / "run", str(model))
+    assert reason in caught.value.what
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_optimizer_of_a_larger_model_is_refused(model: Path, saved: dict[str, Saved], tmp_path: Path) -> None:
+    """The moments of a LoRA twice as wide do not enter this one's run."""
+    wide = train_stock(stock.lora_model(model, r=8), tmp_path / "wide", max_steps=1, save_steps=1)
+    folder = shutil.copytree(saved["lora"].folder, tmp_path / f"checkpoint-{STEPS}")
+    shutil.copyfile(wide.folder.with_name("checkpoint-1") / "optimizer.pt", folder / "optimizer.pt")
+    with pytest.raises(DamagedState, match="has shape"):
+        Run.adopt(folder, tmp_path / "run", str(model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_is_no_lora_is_refused(model: Path, tmp_path: Path) -> None:
+    """Prompt tuning has no step that Onward could take."""
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    prompted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), prompts)
+    folder = train_stock(prompted, tmp_path / "prompts").folder
+    with pytest.raises(ModelError, match="adapters of type PROMPT_TUNING"):
+        Run.adopt(folder, tmp_path / "run", str(model))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_refused(
+    name: str, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
+    """Neither half an adapter config nor missing weights become a run."""
+    folder = checkpoint("lora")
+    if name.endswith(".json"):
+        os.truncate(folder / name, 10)
+    else:
+        (folder / name).unlink()
+    with pytest.raises(OnwardError, match=name):
+        Run.adopt(folder, tmp_path / "run", str(model))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_checkpoint_without_a_tokenizer_needs_a_base(
+    checkpoint: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
+    """A Trainer that was given no tokenizer saves none; the refusal names the option, and with it all is well."""
+    folder = checkpoint("full")
+    for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
+        path.unlink()
+    with pytest.raises(UsageError, match="no tokenizer") as caught:
+        Run.adopt(folder, tmp_path / "run")
+    assert "--model" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()
+    assert STEPS == Run.adopt(folder, tmp_path / "run", str(model)).status()["global_step"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("lora", {"method": "full"}), ("full", {"method": "lora"}), ("lora", {"lora.rank": 8, "lora.alpha": 2})],
+)
+def test_settings_cannot_change_the_shape(
+    kind: str, settings: dict[str, Any], saved: dict[str, Saved], model: Path, tmp_path: Path
+) -> None:
+    """What the checkpoint's weights are is not a matter of settings."""
+    with pytest.raises(ConfigError, match="another shape"):
+        Run.adopt(saved[kind].folder, tmp_path / "run", str(model), settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_not_touched(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+    """A directory that has a run is refused, and every file of it stays as it was."""
+    Run.create(tmp_path / "run", str(model))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="there is a run in this directory already"):
+        Run.adopt(saved["lora"].folder, tmp_path / "run", str(model))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A directory with a model's config.json is no place for a run; the model stays readable."""
+    output = checkpoint("full").parent
+    shutil.copyfile(output / f"checkpoint-{STEPS}/config.json", output / "config.json")
+    with pytest.raises(UsageError, match="there is a config in this directory already"):
+        Run.adopt(output / f"checkpoint-{STEPS}", output)
+    assert "llama" == json.loads((output / "config.json").read_text())["model_type"]
+    assert {f"checkpoint-{STEPS}", "config.json"} == {path.name for path in output.iterdir()}
+
+
+def test_refusals_are_lines_and_a_status(tmp_path: Path) -> None:
+    """On the command line a refusal is a sentence with a place and a hint, exit status 2, and no traceback."""
+    command = [sys.executable, "-m", "onward", "adopt", str(tmp_path / "nothing"), "--run", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (2, "") == (done.returncode, done.stdout)
+    assert "there is no such checkpoint directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_run_on_disk_is_a_run(saved: dict[str, Saved], tmp_path: Path) -> None:
+    """An adopted full run carries its base: config and files name no place outside of it."""
+    Run.adopt(saved["full"].folder, tmp_path / "run")
+    base = tmp_path / "run/base"
+    assert str(base) == yaml.safe_load((tmp_path / "run/onward.yaml").read_text())["model"]
+    stock.assert_equal(load_file(saved["full"].folder / "model.safetensors"), load_file(base / "model.safetensors"))
+    assert [] == [path for path in base.iterdir() if path.suffix in (".pt", ".pth")]
+    assert [] == list((tmp_path / "run").rglob(".tmp-*"))

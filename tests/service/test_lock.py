@@ -1,0 +1,40 @@
+"""One process owns a run, and the lock dies with it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from onward.errors import RunLocked
+from onward.service.lock import RunLock, is_held, read_holder
+
+
+def test_second_owner_is_refused_with_the_first_named(tmp_path: Path) -> None:
+    """While one holds the run, another is refused with pid and host; afterwards the run is free."""
+    lock = tmp_path / ".lock"
+    with RunLock(lock):
+        assert is_held(lock)
+        assert os.getpid() == (read_holder(lock) or {})["pid"]
+        with pytest.raises(RunLocked, match=f"pid {os.getpid()}"), RunLock(lock, patience=0):
+            pass
+    assert not is_held(lock)
+    with RunLock(lock):
+        pass
+
+
+def test_name_of_a_dead_holder_refuses_nobody(tmp_path: Path) -> None:
+    """What a killed process wrote about itself is no lock: only the kernel's lock counts."""
+    lock = tmp_path / ".lock"
+    (tmp_path / ".lock.holder").write_text('{"pid": 1, "host": "elsewhere", "started": 0}')
+    with RunLock(lock):
+        assert os.getpid() == (read_holder(lock) or {})["pid"]
+
+
+def test_holder_without_a_name_is_still_an_owner(tmp_path: Path) -> None:
+    """A lock whose holder left no name refuses all the same."""
+    lock = tmp_path / ".lock"
+    with FileLock(lock), pytest.raises(RunLocked, match="not known"), RunLock(lock, patience=0):
+        pass

@@ -1,0 +1,98 @@
+"""Going back to a boundary returns exactly the state of then, and keeps the record of what is undone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from states import assert_same_state
+
+from onward import Run
+from onward.errors import FileRejected, UsageError
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "lora": {"rank": 4, "dropout": 0.1}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 14, 6)]
+
+
+@pytest.fixture
+def run(model: Path, files: list[Path], tmp_path: Path) -> Run:
+    """A run of the three files."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run.train(*files)
+    return run
+
+
+@pytest.mark.parametrize("to", ["9.jsonl", "1", "step-3", "hash"])
+def test_back_to_a_boundary(to: str, run: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """Name, position, step and hash prefix name a boundary; the state is that of a run which stopped there."""
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin.train(files[0])
+    result = run.rollback(run.history()[0]["sha256"][:8] if to == "hash" else to)
+    assert {"global_step": 3, "undone": ["14.jsonl", "6.jsonl"]} == result
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert ["done", "undone", "undone"] == [entry["state"] for entry in run.history()]
+    assert run.verify().ok
+    run.train(files[2])
+    twin.train(files[2])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_undone_files_can_come_again(run: Run, files: list[Path], tmp_path: Path) -> None:
+    """`requeue` puts undone files back in their order; trained again they give the same state."""
+    before = shutil.copytree(run.layout.current, tmp_path / "before" / "current_model").parent
+    run.rollback(1, requeue=True)
+    assert 2 == run.status()["queue"]
+    run.train()
+    assert_same_state(before, run.layout.root)
+    assert run.verify().ok
+
+
+def test_undone_content_is_no_duplicate(run: Run, files: list[Path]) -> None:
+    """A file that was undone may be added anew; one that counts is a duplicate unless asked for."""
+    run.rollback(2)
+    run.train(files[2])
+    with pytest.raises(FileRejected, match="--again"):
+        run.train(files[2])
+    run.train(files[2], again=True)
+    assert 4 == sum(entry["state"] == "done" for entry in run.history())
+    assert run.verify().ok
+
+
+def test_unknown_boundaries_are_refused(run: Run) -> None:
+    """What names no finished file and no boundary is refused with what there is; nothing changes."""
+    for to in ("nothing.jsonl", "17", "step-1"):
+        with pytest.raises(UsageError, match="no finished file"):
+            run.rollback(to)
+    assert run.verify().ok
+
+
+def test_only_kept_boundaries_can_be_reached(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """`keep_boundaries` bounds the restore points, and a boundary no longer kept is named as such."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS, keep_boundaries=1)
+    run.train(*files)
+    assert ["step-9", "step-7"] == [point.name for point in run.layout.restore_points()]
+    with pytest.raises(UsageError, match="no longer kept"):
+        run.rollback(1)
+    assert 7 == run.rollback(2)["global_step"]
+
+
+def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path], model: Path, tmp_path: Path) -> None:
+    """After a reset the run starts at step 0 with its archive and its record, and trains as a new run would."""
+    run.reset()
+    assert 0 == run.status()["global_step"]
+    assert 3 == len(list(run.layout.archive.iterdir()))
+    run.train(files[1])
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin.train(files[1])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify().ok

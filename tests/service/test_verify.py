@@ -1,0 +1,95 @@
+"""The proof fails on everything that it claims, one thing at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from onward import Run
+from onward.store.ledger import Ledger
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two files."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = Run.create(folder / "run", str(model), batch_size=4, max_length=256, epochs=2, lora={"rank": 4})
+    run.train(*[tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 6)])
+    return run.layout.root
+
+
+def sql(statement: str) -> Callable[[Path], None]:
+    """Return a way to tamper with the ledger."""
+
+    def tamper(root: Path) -> None:
+        with Ledger(root / "ledger.sqlite3") as ledger:
+            ledger.write(statement)
+
+    return tamper
+
+
+def raise_counter(root: Path) -> None:
+    """Let `trainer_state.json` claim another step, in every place it is linked to."""
+    path = next((root / "current_model").glob("checkpoint-*")) / "trainer_state.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "global_step": values["global_step"] + 1}))
+
+
+def touch_original(root: Path) -> None:
+    """Change the archived original of a file."""
+    path = next((root / "archive").iterdir())
+    path.write_bytes(path.read_bytes() + b"\n")
+
+
+ANOTHER_BASE = """UPDATE run SET value = replace(value, '"base": "', '"base": "0') WHERE key = 'identity'"""
+ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(step) FROM checkpoints)"
+
+TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a file of the state": (raise_counter, "state files"),
+    "a second checkpoint": (lambda root: (root / "current_model" / "checkpoint-3").mkdir(), "one checkpoint"),
+    "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-9").mkdir(), "one checkpoint"),
+    "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
+    "a step too few": (sql("DELETE FROM steps WHERE step = 4"), "rows"),
+    "other rows": (sql("UPDATE steps SET rows_digest = 'x' WHERE step = 2"), "rows"),
+    "a learning rate": (sql("UPDATE steps SET learning_rate = 0.0 WHERE step = 5"), "learning rates"),
+    "a handover": (sql("UPDATE handovers SET after = replace(after, 'weights\": \"', 'weights\": \"0')"), "handovers"),
+    "no handover": (sql("DELETE FROM handovers"), "handovers"),
+    "a restore point": (lambda root: (root / "boundaries" / "step-0" / "optimizer.pt").unlink(), "restore points"),
+    "an original": (touch_original, "originals"),
+    "the base": (sql(ANOTHER_BASE), "base model"),
+    "a counter": (sql(ANOTHER_STEP), "one checkpoint"),
+    "a loss": (sql("UPDATE steps SET loss = loss + 1 WHERE step = (SELECT max(step) FROM steps)"), "replay"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
+    """Each thing changed behind the run's back fails the check that claims it."""
+    tamper, check = TAMPERING[name]
+    root = shutil.copytree(trained, tmp_path / "run", copy_function=shutil.copy2)
+    assert Run(root).verify().ok
+    tamper(root)
+    proof = Run(root).verify(deep=check == "replay")
+    assert not proof.ok
+    assert check in [entry.name for entry in proof.checks if not entry.ok]
+
+
+def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:
+    """A run that has trained nothing verifies as that."""
+    proof = Run.create(tmp_path / "run", str(model)).verify(deep=True)
+    assert proof.ok
+    assert "nothing was trained yet" == proof.checks[0].detail
+
+
+def test_deep_proof_trains_again(trained: Path) -> None:
+    """`deep` trains the last file again from its boundary and finds the same bits; the run is not touched."""
+    before = {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+    proof = Run(trained).verify(deep=True)
+    assert proof.ok
+    assert "4 steps from step 6 trained again" in proof.checks[-1].detail
+    assert before == {path: path.read_bytes() for path in trained.rglob("*.safetensors")}

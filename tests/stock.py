@@ -1,0 +1,96 @@
+"""The other side: transformers' own Trainer, which writes checkpoints that Onward adopts and goes on from ours."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from onward.config import read_config
+from onward.layout import RunLayout
+from onward.training.base import resolve_base
+from onward.training.checkpoint import inspect_checkpoint, load_state
+from onward.training.state import TrainState
+
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "use_cpu": True,
+    "report_to": [],
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+}
+LENGTH = 24
+
+
+def lora_model(base: Path, **settings: Any) -> PeftModel:
+    """Return a fresh adapter on a base model."""
+    torch.manual_seed(7)
+    shape: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "v_proj"],
+        **settings,
+    }
+    adapter = LoraConfig(task_type="CAUSAL_LM", **shape)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return model
+
+
+def trainer(model: Any, output: Path, *, rows: int = 40, **settings: Any) -> Trainer:
+    """Return a Trainer over `rows` chats of equal length; settings are its own or those of its arguments."""
+    own = {key: settings.pop(key) for key in ("callbacks", "processing_class") if key in settings}
+    tokenizer = tiny.byte_tokenizer()
+    data: Any = []
+    for row in tiny.chat_rows(rows, seed=11):
+        ids = tokenizer(row["messages"][0]["content"] * 2)["input_ids"][:LENGTH]
+        data.append({"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": ids})
+    arguments = TrainingArguments(output_dir=str(output), **{**ARGUMENTS, **settings})
+    return Trainer(model=model, args=arguments, train_dataset=data, **own)
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of every trainable weight by name."""
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def moments(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Return a copy of everything that an optimizer keeps, by parameter and key."""
+    return {
+        f"{name}.{key}": value.detach().clone()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+        for key, value in optimizer.state[weight].items()
+    }
+
+
+def open_state(run: Path) -> TrainState:
+    """Load what a run's newest checkpoint holds, as Onward does."""
+    layout = RunLayout(run)
+    config = read_config(layout.config)
+    folder = layout.checkpoints()[0]
+    manifest, problems = inspect_checkpoint(folder)
+    assert manifest is not None
+    assert problems == []
+    base = resolve_base(config.model)
+    return load_state(folder, manifest, config, base, torch.device("cpu"), torch.float32)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    """Return what a model computes for one fixed row; its tensors are copied, so that their alignment is the same."""
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(input_ids=torch.arange(3, 3 + LENGTH)[None]).logits
+
+
+def assert_equal(expected: dict[str, torch.Tensor], actual: dict[str, torch.Tensor]) -> None:
+    """The same names, and every tensor equal bit for bit."""
+    assert expected
+    assert expected.keys() == actual.keys()
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []

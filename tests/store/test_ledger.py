@@ -1,0 +1,116 @@
+"""The ledger is durable, moves legally, and is readable by others."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from onward.errors import DamagedState, OnwardError
+from onward.store.ledger import Ledger
+from onward.store.metrics import Metrics, StepRecord
+from onward.store.migrations import MIGRATIONS
+
+
+def add(ledger: Ledger, name: str, **values: object) -> int:
+    """Record a queued file."""
+    known = {"command": "c", "sha256": name * 8, "bytes": 1, "format": "jsonl", "copy": f"archive/{name}"}
+    return ledger.insert_file(name=name, state="queued", **{**known, **values})
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """An empty ledger with a clock that stands still."""
+    return Ledger(tmp_path / "ledger.sqlite3", clock=lambda: 1000.0)
+
+
+def test_queue_is_taken_by_priority_then_arrival(ledger: Ledger) -> None:
+    """The file begun goes first, then those that had a place in the stream, then priority, then arrival."""
+    ids = {name: add(ledger, name, priority=priority) for name, priority in [("a", 0), ("b", 1), ("c", 0), ("d", -1)]}
+    order: list[str] = []
+    while row := ledger.next_owed():
+        order.append(row["name"])
+        ledger.move_file(row["id"], "training", position=len(order))
+        assert ledger.next_owed() == ledger.file(row["id"])
+        ledger.move_file(row["id"], "done")
+    assert ["b", "a", "c", "d"] == order
+    ledger.move_file(ids["c"], "queued")
+    add(ledger, "e", priority=1)
+    assert "c" == (ledger.next_owed() or {})["name"]
+
+
+def test_illegal_moves_are_refused(ledger: Ledger) -> None:
+    """A file cannot be done without having been trained, and nothing of a refused move is written."""
+    file_id = add(ledger, "a")
+    with pytest.raises(OnwardError, match="from queued to done"):
+        ledger.move_file(file_id, "done", note="x")
+    assert ("queued", None) == (ledger.file(file_id)["state"], ledger.file(file_id)["note"])
+
+
+def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
+    """What was written inside a transaction that fails is gone, nested ones included."""
+
+    def fail() -> None:
+        with ledger.transaction():
+            add(ledger, "a")
+            with ledger.transaction():
+                ledger.put(fact=1)
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        fail()
+    assert [] == ledger.files("queued")
+    assert ledger.get("fact") is None
+
+
+def test_foreign_keys_hold(ledger: Ledger) -> None:
+    """A step of a file that does not exist is refused."""
+    metrics = Metrics(ledger.path)
+    with pytest.raises(sqlite3.IntegrityError):
+        metrics.append(StepRecord(99, 1, 1, 0, 1, "d", 1, 1, 0.5, 0.1, 1.0, 0.1))
+
+
+def test_readers_see_steps_while_they_are_written(ledger: Ledger) -> None:
+    """A reader sees each step record as soon as it is written, and a reader cannot write."""
+    file_id = add(ledger, "a")
+    metrics = Metrics(ledger.path)
+    with Ledger(ledger.path, read_only=True) as reader:
+        for step in (1, 2):
+            metrics.append(StepRecord(file_id, step, step, 0, 1, "d", 1, 1, 0.5, 0.1, 1.0, 0.1))
+            assert step == len(reader.steps(file_id))
+        with pytest.raises(sqlite3.OperationalError):
+            reader.put(fact=1)
+
+
+def test_going_back_forgets_steps_and_marks_checkpoints(ledger: Ledger) -> None:
+    """`trim` forgets later steps of the files named and keeps later checkpoints under another state."""
+    file_id = add(ledger, "a")
+    metrics = Metrics(ledger.path)
+    for step in (1, 2, 3):
+        metrics.append(StepRecord(file_id, step, step, 0, 1, "d", 1, 1, 0.5, 0.1, 1.0, 0.1))
+        number = ledger.begin_checkpoint(step=step, boundary=0, state_digest=f"digest {step}", basis="b")
+        ledger.commit_checkpoint(number, size=1, seconds=0.1)
+    ledger.begin_checkpoint(step=4, boundary=0, state_digest="never written", basis="b")
+    ledger.trim(1, [file_id], "lost")
+    assert [1] == [row["step"] for row in ledger.steps(file_id)]
+    assert 1 == (ledger.newest_checkpoint() or {})["step"]
+    assert "digest 3" == ledger.lost_digest(3, "b")
+    assert ledger.lost_digest(3, "another basis") is None
+    assert ledger.lost_digest(4, "b") is None
+
+
+def test_a_ledger_of_the_future_is_refused(ledger: Ledger) -> None:
+    """A schema that this release does not know is refused with the remedy."""
+    ledger.write(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    with pytest.raises(OnwardError, match="pip install --upgrade onward"):
+        Ledger(ledger.path)
+
+
+def test_a_ledger_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    """Garbage in place of the ledger is damage, never a fresh ledger."""
+    path = tmp_path / "ledger.sqlite3"
+    path.write_bytes(b"garbage" * 1000)
+    with pytest.raises(DamagedState, match="cannot be read"):
+        Ledger(path)
+    assert b"garbage" * 1000 == path.read_bytes()

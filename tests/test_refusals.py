@@ -1,0 +1,511 @@
+"""Bad files and bad use, against the command line: a clear refusal, an exit status, and a run left as it was."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import zstandard
+from commands import Outcome, make_run, onward, onward_process, snapshot
+
+from onward.service.lock import RunLock
+
+GOOD = b'{"prompt": "one", "completion": "two"}\n'
+SHAPES = 'write each row as {"messages": [...]}'
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A run that has trained one file; every test here must leave it as it is."""
+    directory = make_run(tmp_path_factory.mktemp("refusals") / "run", model)
+    outcome = onward("train", tiny.write_jsonl(directory.parent / "good.jsonl", tiny.chat_rows(8)), "--run", directory)
+    assert 0 == outcome.status, outcome.err
+    return directory
+
+
+@pytest.fixture
+def untouched(run: Path) -> Iterator[Path]:
+    """The run; the test fails if anything of it has changed at its end."""
+    before = snapshot(run)
+    yield run
+    assert before == snapshot(run)
+
+
+def lines(*rows: Any) -> bytes:
+    """Return rows as JSON lines."""
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def chat(*turns: tuple[str, Any]) -> bytes:
+    """Return one row of `messages` from roles and contents."""
+    return lines({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+def assert_refused(outcome: Outcome, status: int, *words: str) -> None:
+    """The exit status is `status`, stderr holds every word, stdout nothing, and no traceback shows."""
+    assert "Traceback" not in outcome.err
+    assert status == outcome.status, outcome.err
+    assert "" == outcome.out
+    assert [] == [word for word in words if word not in outcome.err], outcome.err
+
+
+BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    # name: content, and what stderr says: the place, the reason, the remedy
+    "empty.jsonl": (b"", ("empty.jsonl: the file has no rows", "write at least one row")),
+    "empty.jsonl.gz": (b"", ("empty.jsonl.gz: the file has no rows", "write at least one row")),
+    "space.jsonl": (b" \n\n\t\r\n", ("space.jsonl: the file has no rows", "write at least one row")),
+    "no-rows.json": (b"[]", ("no-rows.json: the file has no rows", "write at least one row")),
+    "prose.jsonl": (GOOD + b"hello\n", ("prose.jsonl, line 2: not valid JSON", "write one JSON object per line")),
+    "cut.jsonl": (GOOD + GOOD[:20], ("cut.jsonl, line 2: not valid JSON", "write one JSON object per line")),
+    "array.json": (b'[{"prompt": "a", "completion": "b"}, {"pro', ("array.json, row 2: not valid JSON", "repair")),
+    "scalar.json": (b'"text"', ("scalar.json, row 1: not valid JSON", "repair the file")),
+    "latin-1.jsonl": (
+        GOOD + '{"text": "é"}\n'.encode("latin-1"),
+        ("latin-1.jsonl, line 2: byte 0xe9 is not UTF-8", "export the file again as UTF-8"),
+    ),
+    "utf-16.jsonl": (GOOD.decode().encode("utf-16"), ("utf-16.jsonl, line 1: the text is not UTF-8", "iconv")),
+    "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the text is not UTF-8", "convert")),
+    "late-nul.jsonl": (GOOD * 20 + b'{"text": "\x00"}\n', ("late-nul.jsonl, line 21: not valid JSON",)),
+    "list.jsonl": (GOOD + b"[1, 2]\n", ("list.jsonl, line 2: the row is a list, not an object", SHAPES)),
+    "number.jsonl": (GOOD + b"42\n", ("number.jsonl, line 2: the row is a number, not an object", SHAPES)),
+    "null.jsonl": (b"null\n", ("null.jsonl, line 1: the row is null, not an object", SHAPES)),
+    "keys.jsonl": (lines({"question": "a"}), ("keys.jsonl, line 1: no known row format", '"question"', SHAPES)),
+    "half-a-key.jsonl": (b'{"\\ud800": 1}\n', ("half-a-key.jsonl, line 1: no known row format", "\\ud800", SHAPES)),
+    "escape-key.jsonl": (b'{"a\\nb\\u001b[31m": 1}\n', ("line 1: no known row format", '"a\\nb\\x1b[31m"', SHAPES)),
+    "prompt.jsonl": (lines({"prompt": "a"}), ('line 1: the row has "prompt" but no "completion"', 'add "completion"')),
+    "no-answer.jsonl": (
+        lines({"prompt": "a", "completion": ""}),
+        ("no-answer.jsonl, line 1: completion is empty", "or remove the row"),
+    ),
+    "blank.jsonl": (
+        chat(("user", "a"), ("assistant", " \n")),
+        ("blank.jsonl, line 1: the answer in message 2 is empty", "write what the model should answer"),
+    ),
+    "unanswered.jsonl": (
+        chat(("user", "a")),
+        ("unanswered.jsonl, line 1: the chat has no assistant turn", "add the assistant's answer"),
+    ),
+    "user-last.jsonl": (
+        chat(("user", "a"), ("assistant", "b"), ("user", "c")),
+        ("user-last.jsonl, line 1: the last message is the user's", "end the chat with an assistant message"),
+    ),
+    "role.jsonl": (
+        chat(("wizard", "a"), ("assistant", "b")),
+        ("role.jsonl, line 1: message 1 has the unknown role 'wizard'", "use one of system"),
+    ),
+    "endless-role.jsonl": (chat(("w" * 1_000_000, "a")), ("line 1: message 1 has the unknown role", "www...")),
+    "content.jsonl": (
+        chat(("user", 5), ("assistant", "b")),
+        ("content.jsonl, line 1: the content of message 1 is a number", "write the content as a string"),
+    ),
+    "messages.jsonl": (
+        lines({"messages": "hi"}),
+        ('messages.jsonl, line 1: "messages" is a string, not a list', "as a list of messages"),
+    ),
+    "no-messages.jsonl": (lines({"messages": []}), ('no-messages.jsonl, line 1: "messages" is empty', "add at least")),
+    "bare-messages.jsonl": (lines({"messages": ["a"]}), ("line 1:", "write each message as an object")),
+    "sharegpt.jsonl": (
+        lines({"conversations": [{"from": "alien", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        ("sharegpt.jsonl, line 1: unknown \"from\": 'alien'", "use one of human"),
+    ),
+    "surrogate.jsonl": (
+        b'{"prompt": "a", "completion": "\\ud800"}\n',
+        ("surrogate.jsonl, line 1: completion holds half of a surrogate pair", "export the file again"),
+    ),
+    "deep.jsonl": (
+        GOOD + b'{"text": ' + b"[" * 100_000 + b"\n",
+        ("deep.jsonl, line 2: the JSON is nested too deeply", "flatten the row"),
+    ),
+    "deep.json": (b"[" * 100_000, ("deep.json, row 1: the JSON is nested too deeply", "flatten the row")),
+    "digits.jsonl": (b'{"n": ' + b"9" * 5000 + b"}\n", ("line 1: not usable JSON", "write the number as a string")),
+    "endless-line.jsonl.gz": (
+        gzip.compress(b'{"text": "' + b"a" * (65 << 20), 1),
+        ("endless-line.jsonl.gz, line 1: the line is longer than 64 MiB", "put each row on a line of its own"),
+    ),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-9], ("cut.jsonl.gz: the compressed file is cut off", "again")),
+    "plain.jsonl.gz": (GOOD, ("plain.jsonl.gz: the content is not gz", "rename it without .gz")),
+    "gzip.jsonl": (gzip.compress(GOOD), ("gzip.jsonl: the content is gz, but the name does not say so", "rename")),
+    "flipped.jsonl.zst": (
+        b"\x28\xb5\x2f\xfd" + b"garbage" * 9,
+        ("the compressed file is damaged", "download it again"),
+    ),
+    "cut.jsonl.zst": (zstandard.compress(GOOD * 50)[:-3], ("cut.jsonl.zst: the compressed file is cut off", "again")),
+    "plain.jsonl.zst": (GOOD, ("plain.jsonl.zst: the content is not zst", "rename it without .zst")),
+    "garbage.parquet": (b"PAR1" + b"garbage" * 50 + b"PAR1", ("garbage.parquet: not a readable parquet file", "again")),
+    "table.csv": (b"a,b\n1,2\n", ("the ending of table.csv is not one that Onward reads", ".jsonl", ".parquet")),
+    "nameless": (GOOD, ("the ending of nameless is not one that Onward reads", "rename or convert it")),
+    "row-101.jsonl": (
+        lines(*({"prompt": f"{number}", "completion": "" if number == 101 else "x"} for number in range(1, 201))),
+        ("row-101.jsonl, line 101: completion is empty", "or remove the row"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_refused_whole(name: str, untouched: Path, tmp_path: Path) -> None:
+    """A bad file ends with status 3 and a line that names file, place and remedy; it and its report are kept aside."""
+    content, words = BAD_FILES[name]
+    bad = tmp_path / name
+    bad.write_bytes(content)
+    assert_refused(onward("train", bad, "--run", untouched), 3, "1 of 1 files rejected, none added", name, *words)
+    report = json.loads((untouched / "rejected" / f"{name}.report.json").read_text())
+    assert name == report["file"]
+    assert all(problem["reason"] and problem["remedy"] for problem in report["problems"])
+    assert 1 <= len(report["problems"]) <= report["problem_count"]
+    assert content == (untouched / "rejected" / name).read_bytes()
+    assert content == bad.read_bytes()
+
+
+def test_the_first_twenty_problems_are_named(untouched: Path, tmp_path: Path) -> None:
+    """A file with many bad rows names the first 20 of them and counts the rest, on screen and in its report."""
+    outcome = onward("add", tiny.write_jsonl(tmp_path / "many.jsonl", [{}] * 50), "--run", untouched)
+    assert_refused(outcome, 3, "many.jsonl, line 1:", "many.jsonl, line 20:", "many.jsonl: and 30 more")
+    assert "line 21" not in outcome.err
+    report = json.loads((untouched / "rejected/many.jsonl.report.json").read_text())
+    assert list(range(1, 21)) == [problem["line"] for problem in report["problems"]]
+    assert (50, "line") == (report["problem_count"], report["unit"])
+
+
+def test_one_bad_file_keeps_out_the_whole_command(untouched: Path, tmp_path: Path) -> None:
+    """Of a good and a bad file in one command neither is added, so that the order of a stream never depends on luck."""
+    good = tiny.write_jsonl(tmp_path / "fine.jsonl", tiny.chat_rows(8, seed=5))
+    bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{}])
+    assert_refused(
+        onward("train", good, bad, "--run", untouched), 3, "1 of 2 files rejected, none added", "bad.jsonl, line 1"
+    )
+    assert not (untouched / "rejected/fine.jsonl").exists()
+    bad.rename(tmp_path / "bad.csv")
+    assert_refused(
+        onward("train", good, tmp_path / "bad.csv", "--run", untouched), 3, "1 of 2 files rejected", "bad.csv"
+    )
+    assert_refused(
+        onward("train", good, tmp_path / "gone.jsonl", "--run", untouched), 2, "no such file", "nothing was added"
+    )
+
+
+def test_a_file_of_the_stream_is_refused_as_a_duplicate(untouched: Path, tmp_path: Path) -> None:
+    """Content that was trained is refused under any name, and the refusal says how to train it once more."""
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(untouched.parent / "good.jsonl", copy)
+    words = ("copy.jsonl: its content is that of file 1 of the stream (good.jsonl, done)", "--again")
+    assert_refused(onward("train", copy, "--run", untouched), 3, *words)
+
+
+def test_the_same_content_twice_in_one_command_is_refused(untouched: Path, tmp_path: Path) -> None:
+    """A file given twice, or a copy beside it, is a duplicate within the command."""
+    first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(8, seed=6))
+    second = Path(shutil.copy(first, tmp_path / "second.jsonl"))
+    assert_refused(
+        onward("train", first, first, "--run", untouched), 3, "first.jsonl: its content is that of", "--again"
+    )
+    assert_refused(
+        onward("train", first, second, "--run", untouched), 3, "second.jsonl: its content is that of", "--again"
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "we ird $(rm) [red].jsonl",
+        "new\nline\ttab\x1b[31m.jsonl",
+        ".tmp-x.jsonl",
+        "x" * 249 + ".jsonl",
+        "中" * 83 + ".jsonl",
+    ],
+    ids=["shell", "control", "temporary", "long", "wide"],
+)
+def test_a_strange_name_is_kept_printable(name: str, untouched: Path, tmp_path: Path) -> None:
+    """Whatever a refused file is called, it is named in one printable line and kept under a name that fits."""
+    bad = tmp_path / name
+    bad.write_bytes(b"{}\n")
+    before = set((untouched / "rejected").iterdir())
+    outcome = onward("train", bad, "--run", untouched)
+    assert_refused(outcome, 3, ".jsonl, line 1: no known row format", SHAPES)
+    assert outcome.err.replace("\n", "").isprintable()
+    assert 2 == len(set((untouched / "rejected").iterdir()) - before)
+
+
+def test_a_name_that_is_no_text_is_refused_like_any_other(untouched: Path, tmp_path: Path) -> None:
+    """A name of bytes that are not UTF-8 breaks neither the refusal nor its report."""
+    bad = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    bad.write_bytes(b"{}\n")
+    assert_refused(onward("train", bad, "--run", untouched), 3, "caf_.csv: the ending of", "rename or convert it")
+    assert "caf_.csv" == json.loads((untouched / "rejected/caf_.csv.report.json").read_text())["file"]
+
+
+def test_refused_files_of_one_name_are_all_kept(untouched: Path, tmp_path: Path) -> None:
+    """A refused file never overwrites another of its name; the same content again does not pile up."""
+    bad = tmp_path / "daily.jsonl"
+    for content in (b"{}\n", b'{"a": 1}\n', b"{}\n"):
+        bad.write_bytes(content)
+        assert 3 == onward("train", bad, "--run", untouched).status
+    kept = {path.name: path.read_bytes() for path in (untouched / "rejected").glob("daily*.jsonl")}
+    assert {"daily.jsonl": b"{}\n", "daily-2.jsonl": b'{"a": 1}\n'} == kept
+
+
+def test_what_is_no_regular_file_is_refused(untouched: Path, tmp_path: Path) -> None:
+    """A directory and a missing file are wrong usage; a fifo is refused without waiting for a writer."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert_refused(onward("train", tmp_path, "--run", untouched), 2, "this is a directory", str(tmp_path), "*.jsonl")
+    assert_refused(
+        onward("train", tmp_path / "gone.jsonl", "--run", untouched), 2, "no such file", "gone.jsonl", "Check"
+    )
+    assert_refused(onward("train", tmp_path / "pipe.jsonl", "--run", untouched), 3, "special file", "copy its content")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("Usage:", "Commands:")),
+        (["learn"], ("No such command 'learn'", "onward --help")),
+        (["train", "--fast"], ("No such option: --fast", "onward train --help")),
+        (["add"], ("Missing argument", "onward add --help")),
+        (["rollback"], ("Missing option '--to'", "onward rollback --help")),
+        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is no finished file", "1 good.jsonl")),
+        (["rollback", "--to", "1"], ("nobody is here to ask", "--yes")),
+        (["reset"], ("nobody is here to ask", "--yes")),
+        (["add", "{good}", "--priority", "urgent"], ("no priority 'urgent'", "high, normal, low")),
+        (["init"], ("there is a run in this directory already", "onward status")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_use_is_refused(
+    arguments: list[str], words: tuple[str, ...], untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong usage ends with status 2 and says what is right."""
+    monkeypatch.setenv("ONWARD_RUN", str(untouched))
+    good = str(untouched.parent / "good.jsonl")
+    assert_refused(onward(*(argument.format(good=good) for argument in arguments)), 2, *words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["add", "x.jsonl"],
+        ["status"],
+        ["history"],
+        ["verify"],
+        ["rollback", "--to", "1", "-y"],
+        ["reset", "-y"],
+    ],
+)
+def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) -> None:
+    """Every command on a directory without a run ends with status 2 and the way to make one; nothing is left."""
+    words = ("there is no run in this directory", str(tmp_path), f"onward init {tmp_path}")
+    assert_refused(onward(*command, "--run", tmp_path), 2, *words)
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("learnig_rate=1", ("unknown key 'learnig_rate'", "did you mean 'learning_rate'")),
+        ("lora.rang=8", ("unknown key 'lora.rang'", "did you mean 'lora.rank'")),
+        ("report=1", ("unknown key 'report'",)),
+        ("batch_size=two", ("batch_size: 'two'", "integer")),
+        ("batch_size=0", ("batch_size: 0", "greater than or equal to 1")),
+        ("batch_size=true", ("batch_size: True", "a number is wanted here")),
+        ("learning_rate=.nan", ("learning_rate: nan",)),
+        ("schedule=cosinus", ("schedule: 'cosinus'", "did you mean 'cosine'")),
+        ("schedule=cosine", ("needs total_steps",)),
+        ("betas=[0.9]", ("betas",)),
+        ("lora.rank=[", ("the value of lora.rank cannot be read", "YAML")),
+        ("batch_size", ("'batch_size' is not KEY=VALUE", "--set lora.rank=8")),
+        ("model=", ("the model has no name", "--model")),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    """`init --set` refuses unknown keys, wrong types and impossible values by key and value, and makes nothing."""
+    assert_refused(onward("init", tmp_path / "new", "--set", setting), 2, *words)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda text: text.replace("batch_size", "batch"), ("unknown key 'batch'", "did you mean 'batch_size'")),
+        (lambda text: text.replace("epochs: 1", "epochs: often"), ("epochs: 'often'", "integer")),
+        (lambda text: text.replace("epochs: 1", "epochs: -1"), ("epochs: -1", "greater than or equal to 1")),
+        (lambda text: text + "a: [\n", ("cannot be read", "line", "Mend it")),
+        (lambda _: "- a\n", ("a config is a mapping of keys to values",)),
+        (lambda _: "", ("the config is empty", "Put it back")),
+        (lambda _: "!!python/object:os.system x", ("cannot be read",)),
+        (lambda _: "\udcff", ("cannot be read", "utf-8")),
+        (lambda text: text.replace("seed: 0", "seed: 1"), ("locked", "seed: the run has 0, the config says 1")),
+        (lambda text: text.replace("rank: 2", "rank: 4"), ("lora.rank: the run has 2", "onward init NEW_RUN")),
+        (lambda _: None, ("the config is missing", "Put it back")),
+    ],
+    ids=["key", "type", "value", "yaml", "list", "empty", "object", "encoding", "seed", "rank", "missing"],
+)  # fmt: skip
+def test_an_edited_config_that_makes_no_sense_is_refused(
+    edit: Callable[[str], str | None], words: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """An edit of onward.yaml is refused with file, key and value; with the old text back the run is as it was."""
+    config = run / "onward.yaml"
+    before, text = snapshot(run), config.read_text()
+    edited = edit(text)
+    config.unlink() if edited is None else config.write_text(edited, errors="surrogateescape")
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "next.jsonl", tiny.chat_rows(4, seed=7)), "--run", run)
+    config.write_text(text)
+    assert_refused(outcome, 2, "onward.yaml", *words)
+    assert before == snapshot(run)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A path without a model is wrong usage, be it empty or a folder of something else; nothing is made."""
+    (tmp_path / "folder").mkdir()
+    for name, words in (("gone", ("there is no model", "config.json")), ("folder", ("config.json is missing",))):
+        assert_refused(onward("init", tmp_path / "new", "--model", tmp_path / name), 2, str(tmp_path / name), *words)
+        assert not (tmp_path / "new").exists()
+    assert_refused(onward("init", tmp_path / "new", "--model", ""), 2, "the model has no name", "smollm2-135m")
+    both = onward("init", tmp_path / "new", "--model", "a", "--set", "model=b")
+    assert_refused(both, 2, "the model is named twice", "Name it once")
+
+
+def test_a_model_without_weights_trains_nothing(model: Path, tmp_path: Path) -> None:
+    """A folder with a config and no weights is refused by name before a file is taken in."""
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    made = onward("init", tmp_path / "new", "--model", bare)
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4)), "--run", tmp_path / "new")
+    assert "no weights" in made.err + outcome.err
+    assert str(bare) in made.err + outcome.err
+    assert "Traceback" not in made.err + outcome.err
+    assert 0 != outcome.status
+    assert not (tmp_path / "new/current_model").exists()
+
+
+def test_a_run_cannot_be_made_in_a_file(model: Path, tmp_path: Path) -> None:
+    """`init` on a path that is a file, or lies below one, is wrong usage."""
+    (tmp_path / "file").write_text("mine")
+    for place, word in (("file", "this is a file"), ("file/below", "the run cannot be made")):
+        assert_refused(onward("init", tmp_path / place, "--model", model), 2, word, str(tmp_path / place))
+    assert "mine" == (tmp_path / "file").read_text()
+
+
+def test_rows_that_are_all_too_long_to_keep_are_refused(model: Path, tmp_path: Path) -> None:
+    """With over_length=drop a file of which nothing would be left is refused: it would train no step."""
+    run = make_run(tmp_path / "run", model, "max_length=20", "over_length=drop")
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "long.jsonl", tiny.chat_rows(5)), "--run", run)
+    assert_refused(outcome, 3, "long.jsonl: all 5 rows are longer than max_length = 20", "raise max_length")
+
+
+def test_one_row_too_long_refuses_the_file_if_told_so(model: Path, tmp_path: Path) -> None:
+    """With over_length=reject the one long row is named with its length."""
+    run = make_run(tmp_path / "run", model, "max_length=60", "over_length=reject")
+    long = tmp_path / "long.jsonl"
+    long.write_bytes(GOOD + lines({"prompt": "a", "completion": "b" * 100}))
+    assert_refused(
+        onward("train", long, "--run", run), 3, "long.jsonl, line 2: the row has 102 tokens", "shorten the row"
+    )
+
+
+def test_chats_need_a_chat_template(tmp_path: Path) -> None:
+    """Where the tokenizer has no chat template chat rows are refused, and the remedy names what works."""
+    bare = tiny.save_tiny_model(tmp_path / "bare", layers=1, tokenizer=tiny.byte_tokenizer(None))
+    run = make_run(tmp_path / "run", bare)
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "chat.jsonl", tiny.chat_rows(2)), "--run", run)
+    assert_refused(outcome, 3, "chat.jsonl, line 1: the tokenizer has no chat template", "use prompt/completion rows")
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["history"], ["train"], ["add", "{good}"], ["rollback", "--to", "1", "-y"]]
+)
+def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run: Path, tmp_path: Path) -> None:
+    """A ledger that SQLite cannot read ends every command with status 5 and the way out; the model stays as it is."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "ledger.sqlite3").write_bytes(b"garbage " * 1000)
+    weights = (copy / "current_model/adapter_model.safetensors").read_bytes()
+    good = str(run.parent / "good.jsonl")
+    outcome = onward(*(argument.format(good=good) for argument in command), "--run", copy)
+    assert_refused(outcome, 5, "the ledger cannot be read", str(copy / "ledger.sqlite3"), "onward adopt")
+    assert weights == (copy / "current_model/adapter_model.safetensors").read_bytes()
+    assert_refused(onward("init", copy), 2, "there is a run in this directory already")
+
+
+def test_a_second_process_is_turned_away_at_once(untouched: Path) -> None:
+    """While one process owns the run, another that wants to train ends with status 4 and the name of the owner."""
+    with RunLock(untouched / ".lock"):
+        turned_away = [onward_process("train", "--run", untouched)]
+        turned_away += [
+            onward(*command, "--run", untouched) for command in (["rollback", "--to", "1", "-y"], ["reset", "-y"])
+        ]
+        for outcome in turned_away:
+            assert_refused(outcome, 4, "another process owns this run", f"pid {os.getpid()}", "onward status")
+        assert 0 == onward_process("status", "--run", untouched).status
+
+
+@pytest.mark.slow
+def test_a_real_process_refuses_the_same_way(untouched: Path, tmp_path: Path) -> None:
+    """The exit statuses and lines are those of `python -m onward`, traceback-free."""
+    bad = tmp_path / "real.jsonl"
+    bad.write_bytes(GOOD + b"oops\n")
+    assert_refused(onward_process("train", bad, "--run", untouched), 3, "real.jsonl, line 2: not valid JSON")
+    assert_refused(onward_process("learn"), 2, "No such command 'learn'")
+    assert_refused(onward_process("status", cwd=tmp_path), 2, "there is no run in this directory")
+
+
+def test_every_format_is_trained(model: Path, tmp_path: Path) -> None:
+    """Files of every format and kind of row, with BOM, CRLF and blank lines, train in one command, every row once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pair = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(3)]
+    shares = [{"conversations": [{"from": "human", "value": str(n)}, {"from": "gpt", "value": "b"}]} for n in range(2)]
+    alpaca = [{"instruction": "add", "input": f"{number} and 1", "output": f"{number + 1}"} for number in range(4)]
+    dos = b"\xef\xbb\xbf" + lines(*tiny.chat_rows(5)).replace(b"\n", b"\r\n") + b"\r\n\r\n"
+    contents = {
+        "dos.jsonl": (5, dos),
+        "pairs.jsonl.gz": (3, gzip.compress(lines(*pair))),
+        "shares.jsonl.zst": (2, zstandard.compress(lines(*shares))),
+        "alpaca.json": (4, json.dumps(alpaca, indent=1).encode()),
+        "lines.txt": (2, b"\xef\xbb\xbfone line\r\n\r\nanother\n"),
+        "upper.JSONL": (1, lines({"text": "no newline at the end"})[:-1]),
+    }
+    files = [tmp_path / name for name in contents]
+    for file, (_, content) in zip(files, contents.values(), strict=True):
+        file.write_bytes(content)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tiny.chat_rows(6)), tmp_path / "table.parquet")
+    run = make_run(tmp_path / "run", model)
+    outcome = onward("train", *files, tmp_path / "table.parquet", "--run", run, "--json")
+    assert 0 == outcome.status, outcome.err
+    expected = {name: rows for name, (rows, _) in contents.items()} | {"table.parquet": 6}
+    assert expected == {entry["name"]: entry["rows"] for entry in outcome.json}
+    assert expected == {entry["name"]: entry["rows_trained"] for entry in outcome.json}
+    assert 0 == onward("verify", "--run", run).status
+
+
+def test_strange_names_are_trained(model: Path, tmp_path: Path) -> None:
+    """A good file trains whatever it is called, and its original is kept under a name that fits."""
+    names = ["a b\n[bold].jsonl", ".tmp-x.jsonl", "x" * 249 + ".jsonl", os.fsdecode(b"caf\xe9.jsonl")]
+    files = [tiny.write_jsonl(tmp_path / name, tiny.chat_rows(2, seed)) for seed, name in enumerate(names)]
+    run = make_run(tmp_path / "run", model)
+    outcome = onward("train", *files, "--run", run, "--json")
+    assert 0 == outcome.status, outcome.err
+    assert 4 == len(outcome.json) == len(list((run / "archive").iterdir()))
+    assert 0 == onward("verify", "--run", run).status
+    assert 0 == onward("history", "--run", run).status
+
+
+def test_the_run_goes_on_after_every_refusal(run: Path, tmp_path: Path) -> None:
+    """After all that was refused above, a good file continues the run, and so does a duplicate that is asked for."""
+    bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{}])
+    assert 3 == onward("train", bad, "--run", run).status
+    bad.write_bytes(lines(*tiny.chat_rows(8, seed=9)))
+    mended = onward("train", bad, "--run", run, "--json")
+    assert 0 == mended.status, mended.err
+    assert [("bad.jsonl", 3, 4, "bitwise")] == [
+        (entry["name"], entry["first_step"], entry["last_step"], entry["handover"]) for entry in mended.json
+    ]
+    again = onward("train", run.parent / "good.jsonl", "--again", "--run", run, "--json")
+    assert 0 == again.status, again.err
+    assert [3] == [entry["position"] for entry in again.json]
+    assert 0 == onward("verify", "--run", run).status

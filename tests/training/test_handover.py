@@ -1,0 +1,56 @@
+"""Which class of handover holds, and when the run stops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from onward.errors import VerificationFailed
+from onward.training.handover import Measurement, compare, probe_batch
+
+BEFORE = Measurement(weights="w", moments="m", adam_step=7, learning_rate=1e-3, probe_loss=2.0)
+HERE = {"device": "cpu", "threads": 2, "dtype": "float32"}
+ELSEWHERE = {"device": "cpu", "threads": 4, "dtype": "float32"}
+OTHER_TYPE = {"device": "cuda", "threads": 2, "dtype": "bfloat16"}
+
+
+def test_equal_is_bitwise() -> None:
+    """Equal measurements are `bitwise`, wherever they were made."""
+    assert ("bitwise", 0.0) == compare(BEFORE.to_dict(), BEFORE, HERE, HERE)
+    assert ("bitwise", 0.0) == compare(BEFORE.to_dict(), BEFORE, ELSEWHERE, HERE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weights": "x"}, {"moments": "x"}, {"adam_step": 6}, {"learning_rate": 0.0}],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("environment", [HERE, ELSEWHERE, OTHER_TYPE], ids=["here", "elsewhere", "other type"])
+def test_another_state_stops_the_run(change: dict[str, object], environment: dict[str, object]) -> None:
+    """Weights, moments, Adam's counter and learning rate must be equal in every environment."""
+    with pytest.raises(VerificationFailed, match=next(iter(change))):
+        compare(BEFORE.to_dict(), replace(BEFORE, **change), environment, HERE)  # type: ignore[arg-type]
+
+
+def test_another_probe_loss_here_stops_the_run() -> None:
+    """The same bits in the same environment give the same loss; another one is an error."""
+    with pytest.raises(VerificationFailed, match="probe loss"):
+        compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.0000001), HERE, HERE)
+
+
+def test_elsewhere_is_close_or_not_comparable() -> None:
+    """Another thread count may move the last bits; another compute type cannot be compared; a leap is an error."""
+    name, difference = compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.0002), ELSEWHERE, HERE)
+    assert "close" == name
+    assert 0 < difference < 2e-4
+    assert "not comparable" == compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.5), OTHER_TYPE, HERE)[0]
+    with pytest.raises(VerificationFailed, match="differs by"):
+        compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.5), ELSEWHERE, HERE)
+
+
+def test_probe_is_a_function_of_the_seed() -> None:
+    """The probe batch depends on seed and vocabulary only, and stays inside the vocabulary."""
+    assert probe_batch(1, 50).input_ids.tolist() == probe_batch(1, 50).input_ids.tolist()
+    assert probe_batch(1, 50).input_ids.tolist() != probe_batch(2, 50).input_ids.tolist()
+    assert probe_batch(3, 5).input_ids.max() < 5
