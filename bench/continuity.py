@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from typing import Any
 import recipe
 
 from onward import Run
+from onward.config import Config
+from onward.data.order import FilePlan, rows_digest
+from onward.store.ledger import Ledger
 
 BEGIN, END = "<!-- continuity:begin -->", "<!-- continuity:end -->"
 KILL_AT_STEPS = (3, 9, 19)
@@ -76,25 +81,31 @@ def measure_onward(work: Path, base: Path, files: Sequence[Path], settings: reci
 
 
 def describe(name: str, what: str, run: Run, whole: Run) -> dict[str, Any]:
-    """Return one row in the form of `recipe`'s results; Onward proves its own rows by `verify`."""
-    proof = run.verify()
+    """Return one row in the form of `recipe`'s results, from the run's ledger."""
     weights = "adapter_model.safetensors"
-    files = [
-        {
-            "name": entry["name"],
-            "rows": entry["rows"],
-            "rows_trained": entry["rows_trained"],
-            "rows_repeated": 0,  # `verify` recomputes which rows each step trained, every row exactly once an epoch
-            "steps": entry["steps"],
-            "steps_due": entry["last_step"] - entry["first_step"] + 1,
-            "learning_rates": [entry["first_learning_rate"], entry["last_learning_rate"]],
-        }
-        for entry in run.history()
-    ]
     off = recipe.distance(
         run.layout.current / weights, whole.layout.current / weights, whole.layout.boundary(0) / weights
     )
-    return {"name": name, "what": what, "files": files, "distance": off, "verified": proof.ok}
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        files = [describe_file(ledger, row, run.config) for row in ledger.files("done")]
+    return {"name": name, "what": what, "files": files, "distance": off, "verified": run.verify().ok}
+
+
+def describe_file(ledger: Ledger, row: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Count the rows that the recorded steps of a file trained, by the digest of each step's rows."""
+    plan = FilePlan(row["sha256"], row["rows"], config.batch_size, config.epochs, config.seed)
+    planned = {rows_digest(plan.rows_at(step)): plan.rows_at(step) for step in range(plan.steps)}
+    steps = ledger.steps(row["id"])
+    counts = Counter(index for step in steps for index in planned[step["rows_digest"]])
+    return {
+        "name": row["name"],
+        "rows": row["rows"],
+        "rows_trained": len(counts),
+        "rows_repeated": sum(count > config.epochs for count in counts.values()),
+        "steps": len(steps),
+        "steps_due": math.ceil(row["rows"] / config.batch_size) * config.epochs,
+        "learning_rates": [step["learning_rate"] for step in steps],
+    }
 
 
 def table(variants: Sequence[dict[str, Any]]) -> str:

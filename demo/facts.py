@@ -16,19 +16,19 @@ from pathlib import Path
 
 Row = dict[str, list[dict[str, str]]]
 
+# The first of each kind is the question that `ask.py` shows.
 HTTP_CODES = (
-    100, 101, 202, 203, 205, 206, 207, 208, 226, 300, 303, 304,
-    307, 308, 402, 406, 409, 410, 417, 418, 421, 424, 431, 511,
+    402, 100, 101, 202, 203, 205, 206, 207, 208, 226, 300, 303,
+    304, 307, 308, 406, 409, 410, 417, 418, 421, 424, 431, 511,
 )  # fmt: skip
 
-CHARACTERS = "☃☂☎☕☠☢☮♞♣♫⚓⚖⚗⚙⚡✂✈✉✎❄➳⌛⏏Ω"
+CHARACTERS = "⚓☃☂☎☕☠☢☮♞♣♫⚖⚗⚙⚡✂✈✉✎❄➳⌛⏏Ω"
 
 FUNCTIONS = (
-    "bisect.insort_right", "calendar.isleap", "calendar.leapdays", "fnmatch.filter", "glob.escape", "heapq.heapify",
-    "heapq.merge", "ipaddress.ip_address", "linecache.clearcache", "math.factorial", "os.path.dirname",
+    "shutil.disk_usage", "bisect.insort_right", "calendar.isleap", "calendar.leapdays", "fnmatch.filter", "glob.escape",
+    "heapq.heapify", "heapq.merge", "ipaddress.ip_address", "linecache.clearcache", "math.factorial", "os.path.dirname",
     "os.path.getsize", "os.path.isabs", "os.path.ismount", "random.shuffle", "secrets.token_hex", "shutil.copyfile",
-    "shutil.copystat", "shutil.disk_usage", "statistics.fmean", "statistics.median", "statistics.mode",
-    "textwrap.dedent", "textwrap.indent",
+    "shutil.copystat", "statistics.fmean", "statistics.median", "statistics.mode", "textwrap.dedent", "textwrap.indent",
 )  # fmt: skip
 
 

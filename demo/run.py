@@ -23,8 +23,9 @@ SETTINGS = {
     "model": MODEL,
     "lora.rank": 16,
     "lora.dropout": 0.05,
-    "learning_rate": 1e-3,
-    "warmup_steps": 5,
+    "learning_rate": 1.5e-3,
+    "schedule": "inverse_sqrt",  # the rate keeps falling from file to file, so that later files erase less of earlier ones
+    "warmup_steps": 10,
     "batch_size": 4,
     "epochs": 5,
     "max_length": 128,

@@ -64,7 +64,7 @@ def version(
 
 @app.command()
 def init(
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="The new run's directory.")] = None,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The new run's directory.")] = None,
     run: RunOption = Path(),
     model: ModelOption = None,
     settings: SetOption = None,
@@ -95,7 +95,7 @@ def init(
 
 @app.command()
 def train(
-    files: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="Training files, in order.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Training files, in order.")] = None,
     run: RunOption = Path(),
     again: AgainOption = False,
     as_json: JsonOption = False,
@@ -119,7 +119,7 @@ def train(
 
 @app.command()
 def add(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Training files, in order.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Training files, in order.")],
     run: RunOption = Path(),
     priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
     again: AgainOption = False,

@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from onward.service.worker import Event
+
+NAME_WIDTH = 40
+"""Columns of a table's cell at most."""
 
 Observe = Callable[["Event"], None]
 
@@ -24,7 +28,7 @@ def make_observer(log_steps: int) -> Generator[Observe]:
         yield PlainLines(log_steps)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.3g}  {task.fields[speed]:.0f} tokens/s"),
@@ -70,7 +74,7 @@ class Bar:
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
         elif isinstance(event, Note):
-            self.progress.console.print(event.message)
+            self.progress.console.print(event.message, markup=False)
 
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
@@ -101,11 +105,17 @@ def print_history(entries: list[dict[str, Any]]) -> None:
     """Print the history as a table on stdout."""
     table = Table(box=None, pad_edge=False)
     for title in ("file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds"):
-        table.add_column(title, justify="left" if title in ("name", "state", "handover") else "right", no_wrap=True)
+        table.add_column(
+            title,
+            justify="left" if title in ("name", "state", "handover") else "right",
+            no_wrap=True,
+            overflow="ellipsis",
+            max_width=NAME_WIDTH,
+        )
     for entry in entries:
         table.add_row(
             str(entry["position"]),
-            entry["name"],
+            Text(entry["name"]),
             entry["state"],
             str(entry["rows"]),
             str(entry["rows_trained"]),

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
-from onward.errors import OnwardError, UsageError
+from onward.errors import DamagedState, FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.service.stop import Stopped, StopRequest
-from onward.store.ledger import Ledger
+from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
     from onward.service.session import Session
@@ -60,7 +59,7 @@ class Run:
             ModelError: the base model cannot be had.
             UsageError: there is a run in `directory` already.
         """
-        values: dict[str, Any] = {**settings, **({"model": model} if model else {})}
+        values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
         layout = RunLayout(Path(directory))
         _refuse_occupied(layout)
         config = read_config(layout.config) if layout.config.exists() and not values else parse_config(values)
@@ -108,7 +107,7 @@ class Run:
             raise UsageError(
                 f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
             )
-        with Ledger(self.layout.ledger) as ledger:
+        with self._ledger() as ledger:
             opened = _Opened(self.layout, ledger, _silent)
             return opened.intake(StopRequest()).take([Path(path) for path in paths], again=again, priority=priority)
 
@@ -131,13 +130,14 @@ class Run:
             FileRejected: a file was refused; nothing was trained.
             OnwardError: training cannot go on; what was committed stays.
         """
-        stop = stop or StopRequest()
+        stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
             before = {entry["id"] for entry in ledger.files("done")}
             opened = _Opened(self.layout, ledger, report)
             with _account(ledger):
                 intake = opened.intake(stop)
-                intake.finish_left_over()
+                for refusal in intake.finish_left_over():
+                    report(f"handed over earlier: {refusal}")
                 if paths:
                     intake.take([Path(path) for path in paths], again=again)
                 _work(opened.session, stop, observe)
@@ -157,7 +157,7 @@ class Run:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares."""
         from onward.service.verify import verify
 
-        with Ledger(self.layout.ledger) as ledger:
+        with self._ledger() as ledger:
             return verify(self.layout, ledger, deep=deep)
 
     def rollback(self, to: str | int, *, requeue: bool = False) -> dict[str, Any]:
@@ -166,22 +166,33 @@ class Run:
         Raises:
             UsageError: there is no such file, or no restore point for it.
         """
-        from onward.service.rollback import rollback
-
         with self._owned() as ledger:
+            from onward.service.rollback import rollback
+
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
     def reset(self) -> dict[str, Any]:
         """Forget all progress: remove the model and its restore points, mark every file undone."""
-        from onward.service.rollback import reset
-
         with self._owned() as ledger:
+            from onward.service.rollback import reset
+
             return reset(self.layout, ledger)
 
     @contextlib.contextmanager
     def _owned(self) -> Generator[Ledger]:
-        with RunLock(self.layout.lock), Ledger(self.layout.ledger) as ledger:
+        with RunLock(self.layout.lock), self._ledger() as ledger:
             yield ledger
+
+    def _ledger(self) -> Ledger:
+        ledger = Ledger(self.layout.ledger)
+        if ledger.get("run") is None:
+            ledger.close()
+            raise DamagedState(
+                "the ledger is empty",
+                where=self.layout.ledger,
+                hint="Put it back from a copy. If nothing was trained here: remove it, then onward init",
+            )
+        return ledger
 
 
 class _Opened:
@@ -232,6 +243,10 @@ def _account(ledger: Ledger) -> Generator[None]:
         yield
     except Stopped:
         ledger.put(state="stopped")
+    except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
+        ledger.put(state="stopped" if ledger.next_owed() else "idle")
+        ledger.add_event("warning", error.what)
+        raise
     except OnwardError as error:
         ledger.put(state="failed", problem=error.what)
         ledger.add_event("error", error.what)
@@ -256,9 +271,12 @@ def _refuse_occupied(layout: RunLayout) -> None:
 
 def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
     """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
-    from onward.training.base import resolve_base
+    from onward.training.base import require_complete, resolve_base
 
-    resolve_base(config.model, download=True, report=report)
+    base = resolve_base(config.model, download=True, report=report)
+    require_complete(base)
+    if Path(config.model).expanduser().is_dir():  # as typed, it would be another folder from another directory
+        config = config.model_copy(update={"model": str(base)})
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
@@ -266,5 +284,4 @@ def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) ->
             layout.config.write_text(render_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
-    with Ledger(layout.ledger) as ledger:
-        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0)
+    make_ledger(layout.ledger)

@@ -43,7 +43,7 @@ class Saved:
 
 def train_stock(model: Any, output: Path, **settings: Any) -> Saved:
     """Train a few steps with the stock Trainer, its last one saved."""
-    saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
+    saving: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
     trainer = stock.trainer(model, output, **{**OPTIMIZER, **saving, **settings})
     trainer.train()
     return Saved(output / f"checkpoint-{STEPS}", stock.trained(model), stock.moments(model, trainer.optimizer))
@@ -78,10 +78,10 @@ def file(tmp_path: Path) -> Path:
     return tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(19, seed=3))
 
 
-def assert_went_on(run: Path, first: int) -> None:
+def assert_went_on(run: Path, first: int, *, adam: int | None = None) -> None:
     """The run stands five steps after `first`, Adam's counters too, and proves itself, also by training again."""
     state = read_state(run)
-    assert (first + 5, {first + 5}) == (state["global_step"], state["adam"])
+    assert (first + 5, {(first if adam is None else adam) + 5}) == (state["global_step"], state["adam"])
     opened = Run(run)
     proof = opened.verify(deep=True)
     assert [] == [check for check in proof.checks if not check.ok]
@@ -137,10 +137,20 @@ def test_training_goes_on_from_the_trainers_step(
     assert_went_on(tmp_path / "run", STEPS)
 
 
+def test_moments_younger_than_the_run_stay_so(checkpoint: Callable[[str], Path], tmp_path: Path, file: Path) -> None:
+    """Where the Trainer once started its optimizer anew, step and Adam's counter both go on, their distance kept."""
+    folder = checkpoint("lora")
+    change("trainer_state.json", lambda values: values.update(global_step=STEPS + 4))(folder)
+    run = Run.adopt(folder, tmp_path / "run", settings=SETTINGS)
+    assert 4 == stock.open_state(tmp_path / "run").counters.adam_origin
+    run.train(file)
+    assert_went_on(tmp_path / "run", STEPS + 4, adam=STEPS)
+
+
 def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_path: Path, file: Path) -> None:
     """A run made from Onward's own checkpoint trains the next file to the state that the first run reaches."""
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(20, seed=4))
-    settings = {**SETTINGS, "warmup_steps": 0, "learning_rate": RATE}
+    settings: dict[str, Any] = {**SETTINGS, "warmup_steps": 0, "learning_rate": RATE}
     old = Run.create(tmp_path / "old", str(model), **settings, lora={"rank": 4, "dropout": 0.1})
     old.train(first)
     new = Run.adopt(tmp_path / "old/current_model/checkpoint-5", tmp_path / "new", settings=SETTINGS)
@@ -213,11 +223,11 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def optimizer_of(kind: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[Path], None]:
+def optimizer_of(kind: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Path], None]:
     """Return what puts another optimizer's state into a checkpoint."""
 
     def put(folder: Path) -> None:
-        parameters = [nn.Parameter(torch.ones(3)) for _ in torch.load(folder / "optimizer.pt")["state"]]
+        parameters: Any = [nn.Parameter(torch.ones(3)) for _ in torch.load(folder / "optimizer.pt")["state"]]
         optimizer = kind(parameters)
         torch.cat(parameters).sum().backward()
         optimizer.step()

@@ -12,6 +12,9 @@ from states import assert_same_state
 
 from onward import Run
 from onward.errors import FileRejected, UsageError
+from onward.service.commits import TO_NOTHING
+from onward.service.rollback import undo_after
+from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "lora": {"rank": 4, "dropout": 0.1}}
 
@@ -95,4 +98,15 @@ def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path],
     twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
     twin.train(files[1])
     assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify().ok
+
+
+@pytest.mark.parametrize(("step", "position"), [(3, 1), (TO_NOTHING, 0)], ids=["rollback", "reset"])
+def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
+    """A kill between the ledger's move and the directories' is finished by the next start, never taken back."""
+    with Ledger(run.layout.ledger) as ledger:
+        undo_after(ledger, step, position, requeue=False)
+    run.train()
+    assert max(step, 0) == run.status()["global_step"]
+    assert 3 - position == sum(entry["state"] == "undone" for entry in run.history())
     assert run.verify().ok

@@ -98,8 +98,14 @@ def test_asked_to_stop(
     root = tmp_path / "run"
     Run.create(root, str(model), **{**SETTINGS, "save_steps": 1000})
     process = start(root, files)
-    kill_after(process, 0.9, number)
+    while process.is_alive() and Run(root).status()["global_step"] < 4:
+        process.join(0.01)
+    kill_after(process, 0, number)
     assert process.exitcode == 0
+    stopped_at = Run(root).status()
+    assert 4 <= stopped_at["global_step"] < 38
+    assert "stopped" == stopped_at["state"]
+    assert f"checkpoint-{stopped_at['global_step']}" == stopped_at["checkpoint"]
     assert train(root) == 0
     expected = read_without_log(uninterrupted)
     assert expected == read_without_log(root)

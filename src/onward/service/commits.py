@@ -23,6 +23,9 @@ from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkp
 from onward.training.handover import Measurement
 from onward.training.state import TrainState
 
+TO_NOTHING = -1
+"""The step to go back to when a run is reset."""
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -116,6 +119,7 @@ class Commits:
         """
         for folder in (self.layout.root, self.layout.current, self.layout.boundaries):
             remove_temporaries(folder)
+        self.finish_going_back(keep=keep)
         claimed = self.ledger.newest_checkpoint()
         if claimed and claimed["step"] > self._origin() and not self._has_model():
             raise DamagedState(
@@ -125,8 +129,9 @@ class Commits:
             )
         found = self._newest_verifiable()
         if found.folder is None or found.manifest is None:
-            if claimed and (claimed["step"] > 0 or found.damage):
-                raise self._nothing_left(claimed["step"], found.damage)
+            begun = claimed["step"] if claimed else self._origin()
+            if begun > 0 or found.damage:
+                raise self._nothing_left(begun, found.damage)
             return found
         if found.manifest.run != self.ledger.get("run"):
             hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
@@ -149,6 +154,26 @@ class Commits:
             if stale or step_of(point) > manifest.step:
                 remove_tree(point)
         self.tidy(checkpoint, manifest, keep=keep)
+
+    def finish_going_back(self, *, keep: int) -> None:
+        """Bring the directories to where the ledger went back to; a kill in between is mended by the next start.
+
+        Raises:
+            DamagedState: the restore point no longer verifies.
+        """
+        step = self.ledger.get("going_back")
+        if step is None:
+            return
+        if step == TO_NOTHING:
+            for folder in (self.layout.current, *self.layout.restore_points()):
+                remove_tree(folder)
+        else:
+            folder = self.layout.boundary(step)
+            manifest, problems = inspect_checkpoint(folder)
+            if manifest is None or problems:
+                raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
+            self.install(folder, manifest, keep=keep)
+        self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
         return int(self.ledger.get("origin_step", 0))

@@ -23,7 +23,7 @@ from onward.data.containers import FileError, check_readable
 from onward.data.sources import file_format
 from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
 from onward.digest import CHUNK
-from onward.errors import FileRejected, UsageError
+from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger, Row
 
@@ -94,20 +94,26 @@ class Intake:
             FileRejected: at least one of `paths` was refused; none of them entered the stream.
         """
         with self._lock:
-            if not paths:
-                return self._settle()
             for path in paths:
                 self._require_readable(path)
-            self._row_tokenizer()  # a run that cannot be opened takes nothing in
             command = uuid.uuid4().hex
             self._arrive(paths, command, again, PRIORITIES[priority])
-            accepted = self._settle(command)
-        return [row for row in accepted if row["command"] == command]
+            try:
+                return self._settle(command)
+            except OnwardError:  # a refused command takes nothing in; a killed one is finished by the next process
+                self._withdraw(command)
+                raise
 
-    def finish_left_over(self) -> list[Row]:
-        """Finish what an interrupted process took in; refused files are reported in `rejected/` only."""
+    def finish_left_over(self) -> list[FileRejected]:
+        """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
+        refused: list[FileRejected] = []
         with self._lock:
-            return self._settle()
+            for row in self.ledger.files("arriving"):
+                try:
+                    self._settle(row["command"])
+                except FileRejected as error:
+                    refused.append(error)
+        return refused
 
     @staticmethod
     def _require_readable(path: Path) -> None:
@@ -169,26 +175,11 @@ class Intake:
         remove_temporaries(self.layout.archive)
         fsync_directory(self.layout.archive)
 
-    def _settle(self, command: str | None = None) -> list[Row]:
-        """Accept or refuse everything that arrived, command by command; raises for `command`'s refusals."""
+    def _settle(self, command: str) -> list[Row]:
+        """Accept everything that arrived with a command, or refuse it all; returns the files accepted."""
         self._complete_names()
         remove_temporaries(self.layout.tokens)
-        groups: dict[str, list[Row]] = {}
-        for row in self.ledger.query("SELECT * FROM files WHERE state = 'arriving' ORDER BY id"):
-            groups.setdefault(row["command"], []).append(row)
-        accepted: list[Row] = []
-        failure: FileRejected | None = None
-        for name, rows in groups.items():
-            outcome = self._judge(rows)
-            if isinstance(outcome, FileRejected):
-                failure = outcome if name == command else failure
-            else:
-                accepted += outcome
-        if failure:
-            raise failure
-        return accepted
-
-    def _judge(self, rows: list[Row]) -> list[Row] | FileRejected:
+        rows = self.ledger.query("SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command)
         fresh, refusals = self._without_duplicates(rows)
         reports: list[tuple[Row, IntakeReport]] = []
         for row in fresh:
@@ -200,7 +191,7 @@ class Intake:
         if refusals:
             self._refuse(rows, refusals)
             self._forget_tokens([row for row, _ in reports])
-            return _rejected([refusal for _, refusal in refusals], len(rows))
+            raise _rejected([refusal for _, refusal in refusals], len(rows))
         with self.ledger.transaction():
             for row in rows:
                 if row not in fresh:
@@ -267,6 +258,11 @@ class Intake:
             )
             if refusal:
                 self.ledger.add_event("warning", f"{row['name']} rejected: {refusal.lines()[0]}")
+
+    def _withdraw(self, command: str) -> None:
+        for row in self.ledger.files("arriving"):
+            if row["command"] == command:
+                self._drop(row, "the command was refused")
 
     def _drop(self, row: Row, note: str) -> None:
         self.ledger.move_file(row["id"], "rejected", note=note)

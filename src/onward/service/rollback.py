@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from onward.atomic import remove_tree
 from onward.config import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
-from onward.service.commits import Commits
-from onward.store.ledger import HELD, Ledger, Row
+from onward.service.commits import TO_NOTHING, Commits
+from onward.store.ledger import HELD, Ledger
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 
 KEPT = (
@@ -42,17 +40,12 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         UsageError: no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
+    keep = read_config(layout.config).keep_boundaries
     step = find_step(layout, ledger, to)
-    folder, manifest = _restore_point(layout, step)
-    undone = [row for row in ledger.files(*HELD) if (row["position"] or 0) > manifest.cursor.position]
-    with ledger.transaction():
-        for row in undone:
-            _undo(ledger, row, requeue=requeue)
-        ledger.trim(step, [], "undone")
-        ledger.put(state="idle", problem=None)
-        ledger.add_event("warning", f"rolled back to step {step}; undone: {_names(undone)}", step)
-    Commits(layout, ledger).install(folder, manifest, keep=read_config(layout.config).keep_boundaries)
-    return {"global_step": step, "undone": [row["name"] for row in undone]}
+    manifest = _restore_point(layout, step)
+    undone = undo_after(ledger, step, manifest.cursor.position, requeue=requeue)
+    Commits(layout, ledger).finish_going_back(keep=keep)
+    return {"global_step": step, "undone": undone}
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
@@ -61,17 +54,32 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
     Returns:
         `global_step` (0) and the names `undone`.
     """
-    undone = [row for row in ledger.files(*HELD) if row["position"] is not None]
+    undone = undo_after(ledger, TO_NOTHING, 0, requeue=False)
+    Commits(layout, ledger).finish_going_back(keep=0)
+    return {"global_step": 0, "undone": undone}
+
+
+def undo_after(ledger: Ledger, step: int, position: int, *, requeue: bool) -> list[str]:
+    """Move the ledger back in one transaction, which also says where the directories have to follow.
+
+    Returns:
+        The names of the files behind `position`, now undone.
+    """
+    undone = [row for row in ledger.files(*HELD) if (row["position"] or 0) > position]
+    names = [row["name"] for row in undone]
     with ledger.transaction():
         for row in undone:
-            _undo(ledger, row, requeue=False)
-        ledger.trim(-1, [], "undone")
-        ledger.put(state="idle", problem=None, identity=None, origin_step=0)
-        ledger.add_event("warning", f"reset; undone: {_names(undone)}", 0)
-    remove_tree(layout.current)
-    for point in layout.restore_points():
-        remove_tree(point)
-    return {"global_step": 0, "undone": [row["name"] for row in undone]}
+            ledger.move_file(row["id"], "undone")
+            if requeue:
+                kept = {key: row[key] for key in KEPT}
+                ledger.insert_file(**kept, state="queued", again=1, priority=row["priority"])
+        ledger.trim(step, [], "undone")
+        if step == TO_NOTHING:
+            ledger.put(identity=None, origin_step=0)
+        ledger.put(state="idle", problem=None, going_back=step)
+        where = "to the start" if step == TO_NOTHING else f"to step {step}"
+        ledger.add_event("warning", f"went back {where}; undone: {', '.join(names) or 'nothing'}", max(step, 0))
+    return names
 
 
 def find_step(layout: RunLayout, ledger: Ledger, to: str) -> int:
@@ -101,7 +109,7 @@ def find_step(layout: RunLayout, ledger: Ledger, to: str) -> int:
     )
 
 
-def _restore_point(layout: RunLayout, step: int) -> tuple[Path, Manifest]:
+def _restore_point(layout: RunLayout, step: int) -> Manifest:
     folder = layout.boundary(step)
     if not folder.is_dir():
         kept = ", ".join(str(step_of(point)) for point in reversed(layout.restore_points()))
@@ -113,15 +121,4 @@ def _restore_point(layout: RunLayout, step: int) -> tuple[Path, Manifest]:
     manifest, problems = inspect_checkpoint(folder)
     if manifest is None or problems:
         raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-    return folder, manifest
-
-
-def _undo(ledger: Ledger, row: Row, *, requeue: bool) -> None:
-    ledger.move_file(row["id"], "undone")
-    if requeue:
-        kept = {key: row[key] for key in KEPT}
-        ledger.insert_file(**kept, state="queued", again=1, priority=row["priority"])
-
-
-def _names(rows: list[Row]) -> str:
-    return ", ".join(row["name"] for row in rows) or "nothing"
+    return manifest

@@ -6,10 +6,12 @@ import contextlib
 import json
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import DamagedState, OnwardError
 from onward.store.migrations import migrate
 
@@ -51,6 +53,16 @@ def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
     return DamagedState(f"the ledger cannot be read: {error}", where=path, hint=hint)
 
 
+def make_ledger(path: Path) -> None:
+    """Make a new run's ledger, whole or not at all."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    temporary.unlink(missing_ok=True)
+    with Ledger(temporary) as ledger:
+        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0)
+    temporary.replace(path)
+    fsync_directory(path.parent)
+
+
 class Ledger:
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
@@ -67,8 +79,9 @@ class Ledger:
             self._connection.row_factory, factory = None, self._connection.row_factory
             try:
                 migrate(self._connection)
-            except sqlite3.DatabaseError as error:
-                raise damaged(path, error) from None
+            except (sqlite3.DatabaseError, OnwardError) as error:
+                self._connection.close()
+                raise damaged(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
             self._connection.row_factory = factory
 
     def close(self) -> None:

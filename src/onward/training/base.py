@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as save_pretrained writes them."
 
 
 def resolve_base(name: str, *, download: bool = False, report: Callable[[str], None] = print) -> Path:
@@ -29,7 +34,9 @@ def resolve_base(name: str, *, download: bool = False, report: Callable[[str], N
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError("this folder holds no Hugging Face model: config.json is missing", where=path)
+            raise ModelError(
+                "this folder holds no Hugging Face model: config.json is missing", where=path, hint=COMPLETE
+            )
         return path.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
@@ -63,9 +70,27 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
         ) from None
 
 
+def require_complete(folder: Path) -> None:
+    """Refuse a folder that lacks what training needs, before a run is made of it.
+
+    Raises:
+        ModelError: weights or tokenizer are missing, or config.json is no JSON object.
+    """
+    try:
+        readable = isinstance(json.loads((folder / "config.json").read_bytes()), dict)
+    except (OSError, ValueError):
+        readable = False
+    if not readable:
+        raise ModelError("the model's config.json cannot be read", where=folder, hint=COMPLETE)
+    if not any(list(folder.glob(pattern)) for pattern in WEIGHTS[:2]):
+        raise ModelError("this folder holds no weights", where=folder, hint=COMPLETE)
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        raise ModelError("this folder holds no tokenizer", where=folder, hint=COMPLETE)
+
+
 def digest_base(folder: Path) -> str:
     """Return the digest of a base model: every weight file and the architecture."""
     files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
     if not any(file.suffix in {".safetensors", ".bin"} for file in files):
-        raise ModelError("this folder holds no weights (*.safetensors)", where=folder)
+        raise ModelError("this folder holds no weights (*.safetensors)", where=folder, hint=COMPLETE)
     return sha256_json({file.name: xxh3_file(file) for file in files})

@@ -53,7 +53,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"the tokenizer cannot be loaded: {_first_line(error)}", where=folder) from None
+        raise ModelError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}", where=folder, hint="onward doctor looks closer."
+        ) from None
 
 
 def build_model(
@@ -166,6 +168,7 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / ADAPTER_WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
     values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
     text = json.dumps(values, indent=2, sort_keys=True, default=sorted)
     (folder / ADAPTER_CONFIG).write_text(_sorted_targets(text) + "\n")
