@@ -62,7 +62,10 @@ class Run:
         values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
         layout = RunLayout(Path(directory))
         _refuse_occupied(layout)
-        config = read_config(layout.config) if layout.config.exists() and not values else parse_config(values)
+        if layout.config.exists() and values:
+            hint = "Leave the settings out to use it, or remove it."
+            raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)
+        config = read_config(layout.config) if layout.config.exists() else parse_config(values)
         _create(layout, config, report)
         return cls(directory)
 
@@ -172,7 +175,10 @@ class Run:
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
     def reset(self) -> dict[str, Any]:
-        """Forget all progress: remove the model and its restore points, mark every file undone."""
+        """Forget all progress: remove the model and its restore points, mark every file undone.
+
+        An adopted run begins again at its base model, not at the checkpoint that was adopted.
+        """
         with self._owned() as ledger:
             from onward.service.rollback import reset
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -196,6 +197,16 @@ def test_a_lora_run_needs_no_checkpoint_afterwards(
     assert str(model) == run.config.model
     shutil.rmtree(folder)
     run.train(file)
+    assert_went_on(tmp_path / "run", STEPS)
+
+
+def test_a_base_named_relatively_is_found_from_anywhere(
+    saved: dict[str, Saved], model: Path, tmp_path: Path, file: Path
+) -> None:
+    """The run keeps the base model's absolute path, so that it trains from any directory."""
+    with contextlib.chdir(model.parent):
+        Run.adopt(saved["lora"].folder, tmp_path / "run", model.name, settings=SETTINGS)
+    Run(tmp_path / "run").train(file)
     assert_went_on(tmp_path / "run", STEPS)
 
 

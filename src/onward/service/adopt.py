@@ -64,6 +64,8 @@ def adopt(
     state.counters.step, state.counters.adam_origin = step, step - adam
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
         config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
+    elif Path(config.model).expanduser().is_dir():  # as typed, it would be another folder from another directory
+        config = config.model_copy(update={"model": str(base)})
     _make(checkpoint, layout, config, state, report)
 
 

@@ -31,6 +31,8 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
     target, problems = inspect_checkpoint(layout.checkpoint(newest["step"]))
     if target is None or problems:
         raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(problems)}")
+    if target.cursor.position == 0:
+        return "nothing was trained since the run began"
     folder, start = _start(layout, target)
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(layout, ledger, report=lambda _: None)
