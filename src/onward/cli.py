@@ -277,6 +277,10 @@ def ask(question: str, yes: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other burn a core that other work on this machine may want: then a step took
+        # up to 100 times longer. Read by libgomp when torch is loaded; the bits are the same.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
