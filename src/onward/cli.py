@@ -126,6 +126,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check files and put them in the stream."""
+    from onward.progress import over_length
     from onward.run import Run
 
     accepted = Run(run).add(*files, priority=priority, again=again)
@@ -137,7 +138,8 @@ def add(
             ]
         )
     for row in accepted:
-        say(f"accepted {row['name']}: {row['rows']} rows, {row['tokens']} tokens")
+        long = over_length(row["truncated"], row["dropped"])
+        say(f"accepted {row['name']}: {row['rows']} rows{long}, {row['tokens']} tokens")
     if len(accepted) < len(files):
         say(f"{len(files) - len(accepted)} were in the stream already")
 

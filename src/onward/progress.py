@@ -73,8 +73,8 @@ class Bar:
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
-        elif isinstance(event, Note):
-            self.progress.console.print(event.message, markup=False)
+        if isinstance(event, FileStarted | Note):
+            self.progress.console.print(describe(event), markup=False)
 
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
@@ -85,8 +85,8 @@ def describe(event: Event, log_steps: int = 1) -> str | None:
     if isinstance(event, FileStarted):
         done = f", {event.steps_done} done" if event.steps_done else ""
         return (
-            f"file {event.position}: {event.name}, {event.rows} rows, {event.steps} steps{done}"
-            f" (handover {event.handover})"
+            f"file {event.position}: {event.name}, {event.rows} rows{over_length(event.truncated, event.dropped)},"
+            f" {event.steps} steps{done} (handover {event.handover})"
         )
     if isinstance(event, StepResult):
         if event.step % log_steps and event.step_in_file != event.steps_in_file:
@@ -99,6 +99,12 @@ def describe(event: Event, log_steps: int = 1) -> str | None:
     if isinstance(event, FileDone):
         return f"file {event.position} done: steps {event.first_step}-{event.last_step} committed"
     return event.message if isinstance(event, Note) else None
+
+
+def over_length(truncated: int, dropped: int) -> str:
+    """Say what became of rows longer than `max_length`; empty where there were none."""
+    counts = [f"{count} {word}" for count, word in ((truncated, "cut"), (dropped, "dropped")) if count]
+    return f" ({' and '.join(counts)} for length)" if counts else ""
 
 
 def print_history(entries: list[dict[str, Any]]) -> None:

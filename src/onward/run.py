@@ -157,10 +157,14 @@ class Run:
         return status.read_history(self.layout)
 
     def verify(self, *, deep: bool = False) -> Proof:
-        """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares."""
-        from onward.service.verify import verify
+        """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.
 
-        with self._ledger() as ledger:
+        Raises:
+            RunLocked: another process trains; a proof needs a state that stands still.
+        """
+        with self._owned() as ledger:
+            from onward.service.verify import verify
+
             return verify(self.layout, ledger, deep=deep)
 
     def rollback(self, to: str | int, *, requeue: bool = False) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 import tiny
 
 from onward import Run
+from onward.errors import RunLocked
+from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
 
 
@@ -93,3 +95,9 @@ def test_deep_proof_trains_again(trained: Path) -> None:
     assert proof.ok
     assert "4 steps from step 6 trained again" in proof.checks[-1].detail
     assert before == {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+
+
+def test_no_proof_of_a_state_that_moves(trained: Path) -> None:
+    """While a process owns the run there is no proof of it, and the refusal says who owns it."""
+    with RunLock(Run(trained).layout.lock), pytest.raises(RunLocked, match="another process owns"):
+        Run(trained).verify()

@@ -111,7 +111,7 @@ def _one_checkpoint(layout: RunLayout, step: int) -> str:
     _require(names == [f"checkpoint-{step}"], f"current_model holds {names}, the ledger says checkpoint-{step}")
     folders = (layout.root, layout.current, layout.boundaries, layout.archive)
     left = [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]
-    _require(not left, f"temporary files: {', '.join(map(str, left))}")
+    _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
     return names[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from onward.config import Config, read_config
@@ -36,11 +36,16 @@ from onward.training.trainer import StepResult, Trainer
 
 @dataclass(frozen=True)
 class FileStarted:
-    """A file's first step, or its next one after a stop, is about to be taken."""
+    """A file's first step, or its next one after a stop, is about to be taken.
+
+    `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`.
+    """
 
     name: str
     position: int
     rows: int
+    truncated: int
+    dropped: int
     steps: int
     steps_done: int
     handover: str
@@ -140,8 +145,16 @@ class Worker:
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
         plan = make_plan(row["sha256"], tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
-        position = self.state.cursor.position
-        yield FileStarted(row["name"], position, plan.rows, plan.steps, self.state.cursor.step, handover)
+        yield FileStarted(
+            name=row["name"],
+            position=self.state.cursor.position,
+            rows=plan.rows,
+            truncated=tokens.meta["truncated"],
+            dropped=tokens.meta["dropped"],
+            steps=plan.steps,
+            steps_done=self.state.cursor.step,
+            handover=handover,
+        )
         self.ledger.put(state="training")
         yield from self._train(row["id"], tokens, plan, metrics)
         if self.state.cursor.at_boundary:
@@ -259,20 +272,9 @@ def make_plan(sha256: str, rows: int, config: Config) -> FilePlan:
 
 
 def _record(file_id: int, result: StepResult) -> StepRecord:
-    return StepRecord(
-        file_id=file_id,
-        step=result.step,
-        step_in_file=result.step_in_file,
-        epoch=result.epoch,
-        rows=result.rows,
-        rows_digest=result.rows_digest,
-        tokens=result.tokens,
-        target_tokens=result.target_tokens,
-        loss=result.loss,
-        learning_rate=result.learning_rate,
-        grad_norm=result.grad_norm,
-        seconds=result.seconds,
-    )
+    values = asdict(result)
+    del values["steps_in_file"]
+    return StepRecord(file_id, **values)
 
 
 def _broken(reason: str) -> TrainingError:

@@ -1,0 +1,45 @@
+"""What a person reads while a run trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import tiny
+
+from onward import Run
+from onward.progress import describe
+from onward.service.worker import Event
+
+
+def lines(run: Run, *files: Path) -> list[str]:
+    """Train files and return what is said on the way."""
+    events: list[Event] = []
+    run.train(*files, observe=events.append)
+    return [line for event in events if (line := describe(event, log_steps=100))]
+
+
+def test_long_rows_are_counted_and_shown(model: Path, tmp_path: Path) -> None:
+    """Rows longer than `max_length` are cut or dropped by policy, and the line of their file says how many."""
+    rows = [{"text": "short"}, {"text": "x" * 60}, {"text": "y" * 60}, {"text": "short too"}]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    cut = Run.create(tmp_path / "cut", str(model), max_length=32)
+    assert "file 1: rows.jsonl, 4 rows (2 cut for length), 1 steps (handover bitwise)" == lines(cut, file)[0]
+    dropped = Run.create(tmp_path / "dropped", str(model), max_length=32, over_length="drop")
+    assert "file 1: rows.jsonl, 2 rows (2 dropped for length), 1 steps (handover bitwise)" == lines(dropped, file)[0]
+    assert [(2, 0), (0, 2)] == [
+        (entry["truncated"], entry["dropped"]) for run in (cut, dropped) for entry in run.history()
+    ]
+
+
+def test_an_observer_that_fails_is_dropped(model: Path, tmp_path: Path) -> None:
+    """An observer that raises sees nothing more, and the file is trained all the same."""
+    seen: list[Event] = []
+
+    def observe(event: Event) -> None:
+        seen.append(event)
+        raise RuntimeError("broken observer")
+
+    run = Run.create(tmp_path / "run", str(model), max_length=256)
+    run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(9)), observe=observe)
+    assert 1 == len(seen)
+    assert ["done"] == [entry["state"] for entry in run.history()]
