@@ -123,6 +123,7 @@ after a stop. The ledger records each change with its step. Files that wait unde
 | `cosine` | `floor + (peak - floor) * (1 + cos(pi * p)) / 2` with the same `p` |
 
 `linear` and `cosine` end at `total_steps`. A file that would pass it is refused before its first step.
+Once used, their `total_steps` cannot change: a used schedule is not stretched.
 
 ## Boundary policies
 

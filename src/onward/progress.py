@@ -52,7 +52,7 @@ class PlainLines:
 
 
 class Bar:
-    """One bar per file; notes above it."""
+    """A bar for the file in hand; finished files and notes above it."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -60,7 +60,7 @@ class Bar:
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
-        from onward.service.worker import FileStarted, Note
+        from onward.service.worker import FileDone, FileStarted, Note
         from onward.training.trainer import StepResult
 
         if isinstance(event, FileStarted):
@@ -73,7 +73,9 @@ class Bar:
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
-        if isinstance(event, FileStarted | Note):
+        elif isinstance(event, FileDone) and self.task is not None:
+            self.progress.remove_task(self.task)  # a bar per finished file would fill the screen
+        if isinstance(event, FileStarted | FileDone | Note):
             self.progress.console.print(describe(event), markup=False)
 
 

@@ -14,6 +14,7 @@ from states import assert_same_state, read_state
 
 from onward import Run
 from onward.config import Config
+from onward.errors import ConfigError, TrainingError
 from onward.training.schedule import learning_rate
 
 LENGTHS = (40, 91, 23)
@@ -113,3 +114,21 @@ def test_file_of_one_row(model: Path, tmp_path: Path) -> None:
     (entry,) = run.train(tiny.write_jsonl(tmp_path / "one.jsonl", tiny.chat_rows(1)))
     assert (1, 1, 1, "done") == (entry["rows"], entry["rows_trained"], entry["steps"], entry["state"])
     assert "checkpoint-1" == run.status()["checkpoint"]
+
+
+def test_a_used_horizon_is_never_stretched(model: Path, tmp_path: Path) -> None:
+    """A file beyond `total_steps` waits; a longer horizon is refused; a constant rate goes on."""
+    settings: dict[str, Any] = {"schedule": "linear", "total_steps": 5, "warmup_steps": 1, "batch_size": 4}
+    run = Run.create(tmp_path / "run", str(model), **settings, max_length=256)
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(12, seed=1)))
+    with pytest.raises(TrainingError, match="this file at 6"):
+        run.train(tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chat_rows(12, seed=2)))
+    assert (3, 1) == (run.status()["global_step"], run.status()["queue"])
+    config = run.layout.config.read_text()
+    run.layout.config.write_text(config.replace("total_steps: 5", "total_steps: 9"))
+    with pytest.raises(ConfigError, match="from 5 to 9"):
+        run.train()
+    run.layout.config.write_text(config.replace('schedule: "linear"', 'schedule: "constant"'))
+    run.train()
+    assert [3, 6] == [entry["last_step"] for entry in run.history()]
+    assert run.verify(deep=True).ok

@@ -29,7 +29,7 @@ from onward.training.checkpoint import Facts, Manifest, load_state
 from onward.training.handover import Measurement, compare, measure
 from onward.training.model import build_model
 from onward.training.optim import build_optimizer
-from onward.training.schedule import require_horizon
+from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import TrainState
 from onward.training.trainer import StepResult, Trainer
 
@@ -170,9 +170,11 @@ class Worker:
     def _begin(self, row: Row, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
         state, config = self.state, self.config
+        old = Config.model_validate(self.manifest.config)
+        if state.step > 0:
+            require_unstretched(old, config)
         require_horizon(config, state.step + plan.steps)
         handover = self._hand_over("boundary", row)
-        old = Config.model_validate(self.manifest.config)
         position = row["position"] or self.ledger.last_position() + 1
         fingerprint = sha256_json(config.flat())
         with self.ledger.transaction():

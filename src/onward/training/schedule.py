@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from onward.config import HORIZON_SCHEDULES, Config
-from onward.errors import TrainingError
+from onward.errors import ConfigError, TrainingError
 
 
 def learning_rate(config: Config, step: int, step_in_file: int) -> float:
@@ -33,6 +33,21 @@ def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int)
         shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
         return floor + (peak - floor) * shape
     return peak
+
+
+def require_unstretched(used: Config, wanted: Config) -> None:
+    """Refuse another horizon for a schedule that has been used: every learning rate so far was a function of it.
+
+    Raises:
+        ConfigError: `total_steps` of the same schedule differs.
+    """
+    same = used.schedule in HORIZON_SCHEDULES and wanted.schedule == used.schedule
+    if same and wanted.total_steps != used.total_steps:
+        raise ConfigError(
+            f"total_steps of a used {used.schedule} schedule cannot go from {used.total_steps} to {wanted.total_steps}",
+            where="total_steps",
+            hint="Put the old value back; to train further: schedule: constant with a learning_rate of its own.",
+        )
 
 
 def require_horizon(config: Config, last_step: int) -> None:

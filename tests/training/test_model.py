@@ -1,0 +1,64 @@
+"""Full, LoRA and quantized LoRA are choices of one model builder."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from onward import Run
+from onward.config import Config
+from onward.errors import ModelError
+from onward.training.model import build_model
+
+CPU = torch.device("cpu")
+
+
+def config(model: Path, **settings: Any) -> Config:
+    """Return a config for a model."""
+    return Config.model_validate({"model": str(model), **settings})
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bfloat16_computes_and_float32_is_trained(method: str, model: Path, tmp_path: Path) -> None:
+    """With `dtype: bfloat16` the trained weights and their files stay float32, and a replay gives the same bits."""
+    run = Run.create(tmp_path / "run", str(model), method=method, dtype="bfloat16", batch_size=4, max_length=256)
+    run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(9)))
+    built = build_model(run.config, model, CPU, torch.bfloat16)
+    assert {torch.float32} == {parameter.dtype for parameter in built.parameters() if parameter.requires_grad}
+    assert run.verify(deep=True).ok
+
+
+def test_adapter_is_a_function_of_the_seed(model: Path) -> None:
+    """The same seed gives the same fresh adapter whatever the caller's random state; another seed another one."""
+    weights: list[torch.Tensor] = []
+    for seed, state in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(state)
+        built = build_model(config(model, seed=seed), model, CPU, torch.float32)
+        assert torch.initial_seed() == state
+        weights.append(next(value for name, value in built.named_parameters() if "lora_A" in name).detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_targets_that_do_not_exist_are_named(model: Path) -> None:
+    """An adapter for modules that the model lacks is refused with those it has."""
+    with pytest.raises(ModelError, match=r"Linear layers of this model: .*q_proj"):
+        build_model(config(model, lora={"targets": ["attention_query"]}), model, CPU, torch.float32)
+
+
+def test_qlora_trains_where_bitsandbytes_is_there(tmp_path: Path) -> None:
+    """Quantized LoRA trains and verifies where bitsandbytes is installed; elsewhere it is refused with the command."""
+    base = tiny.save_tiny_model(tmp_path / "base", hidden=64)
+    run = Run.create(tmp_path / "run", str(base), method="qlora", batch_size=4, max_length=256)
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(6))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ModelError, match=r"onward\[qlora\]"):
+            run.train(file)
+        return
+    run.train(file)
+    assert run.verify(deep=True).ok
