@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from typing import Any
 
@@ -21,6 +22,13 @@ def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
         fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fits else torch.float32
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Ask CUDA for kernels that give the same bits every time; the CPU's do so by themselves."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
