@@ -84,3 +84,11 @@ def snapshot(run: Path) -> dict[str, Any]:
         "history": onward("history", "--run", run, "--json").json,
         "status": {key: status[key] for key in ("global_step", "queue", "file", "checkpoint")},
     }
+
+
+def assert_refused(outcome: Outcome, status: int, *words: str) -> None:
+    """The exit status is `status`, stderr holds every word, stdout nothing, and no traceback shows."""
+    assert "Traceback" not in outcome.err
+    assert status == outcome.status, outcome.err
+    assert "" == outcome.out
+    assert [] == [word for word in words if word not in outcome.err], outcome.err

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from commands import make_run, onward, snapshot
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
@@ -17,3 +19,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that te
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random two-layer model with a byte-level tokenizer."""
     return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A run that has trained one file; every test here must leave it as it is."""
+    directory = make_run(tmp_path_factory.mktemp("refusals") / "run", model)
+    outcome = onward("train", tiny.write_jsonl(directory.parent / "good.jsonl", tiny.chat_rows(8)), "--run", directory)
+    assert 0 == outcome.status, outcome.err
+    return directory
+
+
+@pytest.fixture
+def untouched(run: Path) -> Iterator[Path]:
+    """The run; the test fails if anything of it has changed at its end."""
+    before = snapshot(run)
+    yield run
+    assert before == snapshot(run)

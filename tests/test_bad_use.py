@@ -1,0 +1,182 @@
+"""Bad use, against the command line: a clear refusal, an exit status, and the run left as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import assert_refused, onward, onward_process, snapshot
+
+from onward.service.lock import RunLock
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("Usage:", "Commands:")),
+        (["learn"], ("No such command 'learn'", "onward --help")),
+        (["train", "--fast"], ("No such option: --fast", "onward train --help")),
+        (["add"], ("Missing argument", "onward add --help")),
+        (["rollback"], ("Missing option '--to'", "onward rollback --help")),
+        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is no finished file", "1 good.jsonl")),
+        (["rollback", "--to", "1"], ("nobody is here to ask", "--yes")),
+        (["reset"], ("nobody is here to ask", "--yes")),
+        (["add", "{good}", "--priority", "urgent"], ("no priority 'urgent'", "high, normal, low")),
+        (["init"], ("there is a run in this directory already", "onward status")),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_bad_use_is_refused(
+    arguments: list[str], words: tuple[str, ...], untouched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong usage ends with status 2 and says what is right."""
+    monkeypatch.setenv("ONWARD_RUN", str(untouched))
+    good = str(untouched.parent / "good.jsonl")
+    assert_refused(onward(*(argument.format(good=good) for argument in arguments)), 2, *words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train"],
+        ["add", "x.jsonl"],
+        ["status"],
+        ["history"],
+        ["verify"],
+        ["rollback", "--to", "1", "-y"],
+        ["reset", "-y"],
+    ],
+)
+def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) -> None:
+    """Every command on a directory without a run ends with status 2 and the way to make one; nothing is left."""
+    words = ("there is no run in this directory", str(tmp_path), f"onward init {tmp_path}")
+    assert_refused(onward(*command, "--run", tmp_path), 2, *words)
+    assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("learnig_rate=1", ("unknown key 'learnig_rate'", "did you mean 'learning_rate'")),
+        ("lora.rang=8", ("unknown key 'lora.rang'", "did you mean 'lora.rank'")),
+        ("report=1", ("unknown key 'report'",)),
+        ("batch_size=two", ("batch_size: 'two'", "integer")),
+        ("batch_size=0", ("batch_size: 0", "greater than or equal to 1")),
+        ("batch_size=true", ("batch_size: True", "a number is wanted here")),
+        ("learning_rate=.nan", ("learning_rate: nan",)),
+        ("schedule=cosinus", ("schedule: 'cosinus'", "did you mean 'cosine'")),
+        ("schedule=cosine", ("needs total_steps",)),
+        ("betas=[0.9]", ("betas",)),
+        ("lora.rank=[", ("the value of lora.rank cannot be read", "YAML")),
+        ("batch_size", ("'batch_size' is not KEY=VALUE", "--set lora.rank=8")),
+        ("model=", ("the model has no name", "--model")),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_refused(setting: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    """`init --set` refuses unknown keys, wrong types and impossible values by key and value, and makes nothing."""
+    assert_refused(onward("init", tmp_path / "new", "--set", setting), 2, *words)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda text: text.replace("batch_size", "batch"), ("unknown key 'batch'", "did you mean 'batch_size'")),
+        (lambda text: text.replace("epochs: 1", "epochs: often"), ("epochs: 'often'", "integer")),
+        (lambda text: text.replace("epochs: 1", "epochs: -1"), ("epochs: -1", "greater than or equal to 1")),
+        (lambda text: text + "a: [\n", ("cannot be read", "line", "Mend it")),
+        (lambda _: "- a\n", ("a config is a mapping of keys to values",)),
+        (lambda _: "", ("the config is empty", "Put it back")),
+        (lambda _: "!!python/object:os.system x", ("cannot be read",)),
+        (lambda _: "\udcff", ("cannot be read", "utf-8")),
+        (lambda text: text.replace("seed: 0", "seed: 1"), ("locked", "seed: the run has 0, the config says 1")),
+        (lambda text: text.replace("rank: 2", "rank: 4"), ("lora.rank: the run has 2", "onward init NEW_RUN")),
+        (lambda _: None, ("the config is missing", "Put it back")),
+    ],
+    ids=["key", "type", "value", "yaml", "list", "empty", "object", "encoding", "seed", "rank", "missing"],
+)  # fmt: skip
+def test_an_edited_config_that_makes_no_sense_is_refused(
+    edit: Callable[[str], str | None], words: tuple[str, ...], run: Path, tmp_path: Path
+) -> None:
+    """An edit of onward.yaml is refused with file, key and value; with the old text back the run is as it was."""
+    config = run / "onward.yaml"
+    before, text = snapshot(run), config.read_text()
+    edited = edit(text)
+    config.unlink() if edited is None else config.write_text(edited, errors="surrogateescape")
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "next.jsonl", tiny.chat_rows(4, seed=7)), "--run", run)
+    config.write_text(text)
+    assert_refused(outcome, 2, "onward.yaml", *words)
+    assert before == snapshot(run)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A path without a model is wrong usage, be it empty or a folder of something else; nothing is made."""
+    (tmp_path / "folder").mkdir()
+    for name, words in (("gone", ("there is no model", "config.json")), ("folder", ("config.json is missing",))):
+        assert_refused(onward("init", tmp_path / "new", "--model", tmp_path / name), 2, str(tmp_path / name), *words)
+        assert not (tmp_path / "new").exists()
+    assert_refused(onward("init", tmp_path / "new", "--model", ""), 2, "the model has no name", "smollm2-135m")
+    both = onward("init", tmp_path / "new", "--model", "a", "--set", "model=b")
+    assert_refused(both, 2, "the model is named twice", "Name it once")
+
+
+def test_a_model_without_weights_trains_nothing(model: Path, tmp_path: Path) -> None:
+    """A folder with a config and no weights is refused by name before a file is taken in."""
+    bare = Path(shutil.copytree(model, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    made = onward("init", tmp_path / "new", "--model", bare)
+    outcome = onward("train", tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4)), "--run", tmp_path / "new")
+    assert "no weights" in made.err + outcome.err
+    assert str(bare) in made.err + outcome.err
+    assert "Traceback" not in made.err + outcome.err
+    assert 0 != outcome.status
+    assert not (tmp_path / "new/current_model").exists()
+
+
+def test_a_run_cannot_be_made_in_a_file(model: Path, tmp_path: Path) -> None:
+    """`init` on a path that is a file, or lies below one, is wrong usage."""
+    (tmp_path / "file").write_text("mine")
+    for place, word in (("file", "this is a file"), ("file/below", "the run cannot be made")):
+        assert_refused(onward("init", tmp_path / place, "--model", model), 2, word, str(tmp_path / place))
+    assert "mine" == (tmp_path / "file").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", [["status"], ["history"], ["train"], ["add", "{good}"], ["rollback", "--to", "1", "-y"]]
+)
+def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run: Path, tmp_path: Path) -> None:
+    """A ledger that SQLite cannot read ends every command with status 5 and the way out; the model stays as it is."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "ledger.sqlite3").write_bytes(b"garbage " * 1000)
+    weights = (copy / "current_model/adapter_model.safetensors").read_bytes()
+    good = str(run.parent / "good.jsonl")
+    outcome = onward(*(argument.format(good=good) for argument in command), "--run", copy)
+    assert_refused(outcome, 5, "the ledger cannot be read", str(copy / "ledger.sqlite3"), "onward adopt")
+    assert weights == (copy / "current_model/adapter_model.safetensors").read_bytes()
+    assert_refused(onward("init", copy), 2, "there is a run in this directory already")
+
+
+def test_a_second_process_is_turned_away_at_once(untouched: Path) -> None:
+    """While one process owns the run, another that wants to train ends with status 4 and the name of the owner."""
+    with RunLock(untouched / ".lock"):
+        turned_away = [onward_process("train", "--run", untouched)]
+        turned_away += [
+            onward(*command, "--run", untouched) for command in (["rollback", "--to", "1", "-y"], ["reset", "-y"])
+        ]
+        for outcome in turned_away:
+            assert_refused(outcome, 4, "another process owns this run", f"pid {os.getpid()}", "onward status")
+        assert 0 == onward_process("status", "--run", untouched).status
+
+
+@pytest.mark.slow
+def test_a_real_process_refuses_the_same_way(untouched: Path, tmp_path: Path) -> None:
+    """The exit statuses and lines are those of `python -m onward`, traceback-free."""
+    bad = tmp_path / "real.jsonl"
+    bad.write_bytes(b'{"prompt": "one", "completion": "two"}\noops\n')
+    assert_refused(onward_process("train", bad, "--run", untouched), 3, "real.jsonl, line 2: not valid JSON")
+    assert_refused(onward_process("learn"), 2, "No such command 'learn'")
+    assert_refused(onward_process("status", cwd=tmp_path), 2, "there is no run in this directory")
