@@ -281,12 +281,11 @@ def _refuse_occupied(layout: RunLayout) -> None:
 
 def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
     """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
-    from onward.training.base import require_complete, resolve_base
+    from onward.training.base import require_complete, resolve_base, with_absolute_path
 
     base = resolve_base(config.model, download=True, report=report)
     require_complete(base)
-    if Path(config.model).expanduser().is_dir():  # as typed, it would be another folder from another directory
-        config = config.model_copy(update={"model": str(base)})
+    config = with_absolute_path(config, base)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()

@@ -19,7 +19,7 @@ from onward.service.commits import Commits
 from onward.service.session import open_session
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import WEIGHTS, resolve_base
+from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
 from onward.training.checkpoint import load_moments
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import measure
@@ -64,8 +64,8 @@ def adopt(
     state.counters.step, state.counters.adam_origin = step, step - adam
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
         config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
-    elif Path(config.model).expanduser().is_dir():  # as typed, it would be another folder from another directory
-        config = config.model_copy(update={"model": str(base)})
+    else:
+        config = with_absolute_path(config, base)
     _make(checkpoint, layout, config, state, report)
 
 

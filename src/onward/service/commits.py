@@ -8,7 +8,7 @@ older checkpoint) can be repeated, and `settle` repeats it at every start.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,8 @@ class Commits:
         """
         begun = time.perf_counter()
         boundary = state.cursor.at_boundary
-        basis = sha256_json([config.flat(), state.cursor.stream, dict(facts.environment)])
-        digest = sha256_json([measurement.weights, measurement.moments, measurement.adam_step])
+        basis = _basis(config, state.cursor.stream, facts.environment)
+        digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
         row = self.ledger.begin_checkpoint(
             step=state.step, file_id=file_id, boundary=int(boundary), state_digest=digest, basis=basis
@@ -213,9 +213,7 @@ class Commits:
             newest = ledger.newest_checkpoint()
             if newest is None or newest["step"] < step:
                 row = ledger.at_position(cursor.position)
-                basis = sha256_json(
-                    [Config.model_validate(manifest.config).flat(), cursor.stream, manifest.environment]
-                )
+                basis = _basis(Config.model_validate(manifest.config), cursor.stream, manifest.environment)
                 number = ledger.begin_checkpoint(
                     step=step, file_id=row["id"] if row else None, boundary=int(cursor.at_boundary),
                     state_digest=manifest.state_digest, basis=basis,
@@ -244,6 +242,11 @@ class Commits:
                 return
         values: dict[str, Any] = {"finished": self.ledger.clock()} if wanted == "done" else {"finished": None}
         self.ledger.move_file(row["id"], wanted, **values)
+
+
+def _basis(config: Config, stream: str, environment: Mapping[str, Any]) -> str:
+    """Return the digest of what a step's state follows from: two states on one basis have to be equal."""
+    return sha256_json([config.flat(), stream, dict(environment)])
 
 
 def _same_files(folder: Path, other: Path, manifest: Manifest) -> bool:

@@ -134,8 +134,7 @@ def _state(layout: RunLayout) -> Iterator[Finding]:
 def _disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
     newest = next(iter(layout.checkpoints()), None)
-    size = inspect_checkpoint(newest)[0] if newest else None
-    needed = size.size if size else 0
+    needed = sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
     kept = _kept(layout) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError
 from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded
@@ -68,6 +69,13 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
             where="model",
             hint="Check the name and the network, or give a folder: --model PATH",
         ) from None
+
+
+def with_absolute_path(config: Config, base: Path) -> Config:
+    """Return the config with a model path that means the same folder from any directory."""
+    if config.model in EMBEDDED or not Path(config.model).expanduser().is_dir():
+        return config
+    return config.model_copy(update={"model": str(base)})
 
 
 def require_complete(folder: Path) -> None:

@@ -59,8 +59,8 @@ class Manifest(BaseModel):
 
     @property
     def state_digest(self) -> str:
-        """One digest for weights and moments together."""
-        return sha256_json([self.measurement["weights"], self.measurement["moments"], self.measurement["adam_step"]])
+        """One digest for weights, moments and Adam's counter together."""
+        return Measurement(**self.measurement).state_digest
 
     @property
     def size(self) -> int:

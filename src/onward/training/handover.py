@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from onward.data.loader import PaddedBatch
+from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.environment import autocast
 from onward.training.loss import target_loss
@@ -35,6 +36,11 @@ class Measurement:
     adam_step: int
     learning_rate: float
     probe_loss: float
+
+    @property
+    def state_digest(self) -> str:
+        """One digest for weights, moments and Adam's counter together."""
+        return sha256_json([self.weights, self.moments, self.adam_step])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurement as JSON values."""

@@ -170,17 +170,8 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone
     values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
-    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)
-    (folder / ADAPTER_CONFIG).write_text(_sorted_targets(text) + "\n")
-
-
-def _sorted_targets(text: str) -> str:
-    """Sets become lists in an order that differs between processes: sort them."""
-    values = json.loads(text)
-    for key in ("target_modules", "modules_to_save"):
-        if isinstance(values.get(key), list):
-            values[key] = sorted(values[key])
-    return json.dumps(values, indent=2, sort_keys=True)
+    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # a set's own order differs between processes
+    (folder / ADAPTER_CONFIG).write_text(text + "\n")
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
