@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
 """click's `ClickException`, be it click's own or of the copy of click inside typer."""
+REFRESH_SECONDS = 1.0
 INTERRUPTED = 130
 """What typer makes of a second Ctrl-C."""
 
@@ -145,21 +146,92 @@ def add(
 
 
 @app.command()
-def status(run: RunOption = Path(), as_json: JsonOption = False) -> None:
-    """Show step, file, queue, loss, learning rate, ETA and disk."""
-    from onward.status import read_status
+def watch(
+    run: RunOption = Path(),
+    once: Annotated[bool, typer.Option("--once", help="End when inbox and queue are empty.")] = False,
+) -> None:
+    """Train whatever arrives in inbox/, until stopped."""
+    from onward.progress import make_observer
+    from onward.run import Run
+    from onward.service.stop import StopRequest
 
-    values = read_status(RunLayout(run))
+    opened = Run(run)
+    stop = StopRequest()
+    with stop.on_signals(), make_observer(opened.config.log_steps) as observe:
+        say(f"watching {opened.layout.inbox}; onward stop --run {run} or Ctrl-C ends it, committed")
+        refused = opened.watch(once=once, observe=observe, stop=stop, report=say)
+    if stop:
+        say(f"stopped ({stop.reason}), committed; onward watch --run {run} goes on")
+    elif once and refused:
+        say(f"{refused} refused or quarantined; the reports are in {opened.layout.rejected}")
+        raise typer.Exit(3)
+
+
+@app.command()
+def pause(
+    run: RunOption = Path(),
+    release: Annotated[bool, typer.Option("--release", help="Give the model's memory back meanwhile.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Finish the step, commit and hold still."""
+    from onward.run import Run
+
+    answer(Run(run).pause(release=release), as_json)
+
+
+@app.command()
+def resume(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Go on after a pause."""
+    from onward.run import Run
+
+    answer(Run(run).resume(), as_json)
+
+
+@app.command()
+def stop(
+    run: RunOption = Path(),
+    after_file: Annotated[bool, typer.Option("--after-file", help="Finish the file in hand first.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Commit and end the process that trains; the file goes on at the next start."""
+    from onward.run import Run
+
+    answer(Run(run).stop(after_file=after_file), as_json)
+
+
+@app.command()
+def skip(
+    file: Annotated[
+        str | None, typer.Argument(metavar="[FILE]", help="A waiting file; without it, the one in hand.")
+    ] = None,
+    run: RunOption = Path(),
+    reason: Annotated[str | None, typer.Option("--reason", help="Kept in the ledger.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take a file out of the stream, back at the boundary before it."""
+    from onward.run import Run
+
+    answer(Run(run).skip(file, reason=reason), as_json)
+
+
+@app.command()
+def status(
+    run: RunOption = Path(),
+    keep_showing: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show step, file, queue, loss, learning rate, ETA, disk and what happened last."""
+    from onward.status import read_status, recent_events
+
+    layout = RunLayout(run)
     if as_json:
-        show(values)
+        show(read_status(layout))
         return
-    for key, value in values.items():
-        if value is not None:
-            print(
-                f"{key.replace('_', ' '):<18} {value:.6g}"
-                if isinstance(value, float)
-                else f"{key.replace('_', ' '):<18} {value}"
-            )
+    from onward.progress import print_status, status_lines, watch_status
+
+    if keep_showing:
+        watch_status(lambda: status_lines(read_status(layout), recent_events(layout)), REFRESH_SECONDS)
+    print_status(read_status(layout), recent_events(layout))
 
 
 @app.command()
@@ -219,6 +291,40 @@ def rollback(
 
 
 @app.command()
+def rebuild(
+    without: Annotated[str, typer.Option("--without", metavar="FILE", help="A name, position or hash prefix.")],
+    run: RunOption = Path(),
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the run as if it had never seen FILE: train the later files again, from the boundary before it."""
+    from onward.progress import make_observer
+    from onward.run import Run
+    from onward.service.stop import StopRequest
+
+    opened = Run(run)
+    ask(f"go back to before {without} and train every later file of {opened.layout.root} again?", yes)
+    asked = StopRequest()
+    with asked.on_signals(), make_observer(opened.config.log_steps) as observe:
+        result = opened.rebuild(without, observe=observe, stop=asked, report=say)
+    if as_json:
+        show(result)
+    if asked:
+        say(f"stopped ({asked.reason}), committed; onward train --run {run} goes on")
+    say(f"without {result['without']}: step {result['global_step']}; trained again: {len(result['queued'])} files")
+
+
+@app.command()
+def service(run: RunOption = Path()) -> None:
+    """Print a systemd unit that watches this run."""
+    from onward.service.unit import systemd_unit
+
+    layout = RunLayout(run)
+    layout.require()
+    print(systemd_unit(layout.root), end="")
+
+
+@app.command()
 def adopt(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of transformers' Trainer.")],
     run: RunOption = Path(),
@@ -266,6 +372,14 @@ def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
             )
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
+
+
+def answer(text: str, as_json: bool) -> None:
+    """Print what a control command was answered."""
+    if as_json:
+        show({"answer": text})
+    else:
+        say(text)
 
 
 def ask(question: str, yes: bool) -> None:

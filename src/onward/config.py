@@ -16,6 +16,15 @@ from onward.errors import ConfigError
 IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype")
 """Keys that make a run what it is: locked once it has trained a step."""
 
+SECTIONS = ("lora", "notify")
+"""Keys that have keys of their own."""
+
+OPERATION_KEYS = (
+    "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
+    "compress_archive", "notify",
+)  # fmt: skip
+"""Keys that no weight depends on."""
+
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
@@ -60,6 +69,20 @@ class LoraConfig(_Section):
         if not self.targets:
             raise ValueError("lora.targets is empty: name modules, or use all-linear")
         return self
+
+
+class NotifyConfig(_Section):
+    """Who is told what a daemon meets; nobody unless named here."""
+
+    command: Annotated[str, Field()] = Field(
+        default="", description="A program and its arguments; it gets the event as JSON on its standard input."
+    )
+    url: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = Field(
+        default="", description="A webhook: the event is posted to it as JSON."
+    )
+    events: list[Literal["done", "rejected", "failed", "paused"]] = Field(
+        default=["rejected", "failed", "paused"], description="What to tell of: done, rejected, failed, paused."
+    )
 
 
 class Config(_Section):
@@ -120,6 +143,22 @@ class Config(_Section):
     keep_boundaries: Count = Field(
         default=5, description="Restore points kept at earlier file boundaries, besides the newest."
     )
+    keep_days: Index = Field(
+        default=7, description="Days back for which the last restore point of each day is kept too; 0 is off."
+    )
+    settle_seconds: Rate = Field(
+        default=3.0, description="Seconds that a file in the inbox must stand still before it is taken."
+    )
+    retries: Index = Field(
+        default=1, description="Times that a daemon trains a file again that failed, before it is quarantined."
+    )
+    disk_margin_mb: Index = Field(
+        default=4, description="Free megabytes, beyond the next checkpoint, below which training pauses."
+    )
+    compress_archive: bool = Field(
+        default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
+    )
+    notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is told what a daemon meets.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
@@ -139,8 +178,13 @@ class Config(_Section):
     def flat(self) -> dict[str, Any]:
         """Return every setting by dotted key, as JSON values."""
         values = self.model_dump(mode="json")
-        lora = cast(dict[str, Any], values.pop("lora"))
-        return {**values, **{f"lora.{key}": value for key, value in lora.items()}}
+        sections = {name: cast(dict[str, Any], values.pop(name)) for name in SECTIONS}
+        inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+        return {**values, **inner}
+
+    def training(self) -> dict[str, Any]:
+        """Return the settings that a step's result depends on, by dotted key."""
+        return {key: value for key, value in self.flat().items() if key.partition(".")[0] not in OPERATION_KEYS}
 
     def identity(self) -> dict[str, Any]:
         """Return the identity keys with their values; the adapter's only where there is an adapter."""
@@ -218,9 +262,9 @@ def render_yaml(config: Config) -> str:
     lines.append("# The other keys take effect at the next boundary; the ledger records the change.")
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
-        if isinstance(value, LoraConfig):
+        if isinstance(value, _Section):
             lines.append(f"{name}:")
-            for key, inner in LoraConfig.model_fields.items():
+            for key, inner in type(value).model_fields.items():
                 lines.append(f"  {key}: {_scalar(getattr(value, key))}  # {inner.description}")
         else:
             lines.append(f"{name}: {_scalar(value)}  # {field.description}")
@@ -243,10 +287,10 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
         elif isinstance(value, Mapping) and isinstance(result.get(section), dict):
             result[section].update(value)
         else:
-            result[section] = dict(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value
-    lora = result.get("lora")
-    names = [key for key in result if key != "lora"]
-    names += [f"lora.{key}" for key in cast(dict[str, Any], lora)] if isinstance(lora, dict) else []
+            result[section] = {str(k): v for k, v in cast(Any, value).items()} if isinstance(value, Mapping) else value
+    sections = {name: result[name] for name in SECTIONS if isinstance(result.get(name), dict)}
+    names = [key for key in result if key not in SECTIONS]
+    names += [f"{name}.{key}" for name, section in sections.items() for key in section]
     for name in names:
         if name not in known_keys():
             value = _lookup(result, name)

@@ -64,6 +64,11 @@ class RunLayout:
         return self.root / "rejected"
 
     @property
+    def log(self) -> Path:
+        """What the daemon did, in lines, with its older parts beside it."""
+        return self.root / "logs" / "onward.log"
+
+    @property
     def cache(self) -> Path:
         """What can be made again."""
         return self.root / "cache"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -135,6 +137,33 @@ def print_history(entries: list[dict[str, Any]]) -> None:
         )
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
+
+
+def print_status(values: dict[str, Any], events: list[dict[str, Any]]) -> None:
+    """Print a run's status and what happened last, on stdout."""
+    for line in status_lines(values, events):
+        print(line)
+
+
+def status_lines(values: dict[str, Any], events: list[dict[str, Any]]) -> list[str]:
+    """Return a run's status and what happened last as lines, one screen."""
+    lines = [f"{key.replace('_', ' '):<18} {_plain(value)}" for key, value in values.items() if value is not None]
+    for event in events:
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(event["created"]))
+        lines.append(f"{at}  {event['level']:<8}{event['message']}")
+    return lines
+
+
+def watch_status(read: Callable[[], list[str]], seconds: float) -> None:
+    """Show lines on the terminal and refresh them until interrupted."""
+    with Live(Text("\n".join(read())), console=Console(), auto_refresh=False) as live:
+        while True:
+            live.update(Text("\n".join(read())), refresh=True)
+            time.sleep(seconds)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _range(first: float | None, last: float | None, joint: str, form: str) -> str:

@@ -12,11 +12,16 @@ from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
 from onward.errors import DamagedState, FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.lock import RunLock
+from onward.service.control import AFTER_FILE, POLL_SECONDS, RELEASE, find_file, request
+from onward.service.heartbeat import SECONDS as BEAT_SECONDS
+from onward.service.lock import RunLock, is_held
 from onward.service.stop import Stopped, StopRequest
 from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
+    from onward.service.background import Job
+    from onward.service.daemon import Daemon
+    from onward.service.intake import Intake
     from onward.service.session import Session
     from onward.service.verify import Proof
     from onward.service.worker import Event
@@ -112,7 +117,7 @@ class Run:
             )
         with self._ledger() as ledger:
             opened = _Opened(self.layout, ledger, _silent)
-            return opened.intake(StopRequest()).take([Path(path) for path in paths], again=again, priority=priority)
+            return opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
 
     def train(
         self,
@@ -137,16 +142,96 @@ class Run:
         with self._owned() as ledger:
             before = {entry["id"] for entry in ledger.files("done")}
             opened = _Opened(self.layout, ledger, report)
-            with _account(ledger):
-                intake = opened.intake(stop)
+            with _account(ledger), opened.operate(stop, observe) as daemon:
+                intake = opened.intake(stop.check)
                 for refusal in intake.finish_left_over():
                     report(f"handed over earlier: {refusal}")
                 if paths:
                     intake.take([Path(path) for path in paths], again=again)
-                _work(opened.session, stop, observe)
-            done = {entry["id"] for entry in ledger.files("done")} - before
-            positions = {entry["position"] for entry in ledger.files("done") if entry["id"] in done}
+                daemon.run(once=True)
+            positions = {entry["position"] for entry in ledger.files("done") if entry["id"] not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
+
+    def watch(
+        self,
+        *,
+        once: bool = False,
+        observe: Observe = _silent,
+        stop: StopRequest | None = None,
+        report: Callable[[str], None] = _silent,
+    ) -> int:
+        """Train whatever arrives in the inbox and the stream, until stopped; outlive what can be outlived.
+
+        Args:
+            once: end when inbox and queue are empty.
+            observe, stop, report: as for `train`.
+
+        Returns:
+            How many files were refused or quarantined meanwhile.
+
+        Raises:
+            RunLocked: another process owns the run.
+            ConfigError, ModelError: the run cannot even be opened.
+            DamagedState: the state cannot be trusted.
+        """
+        stop = StopRequest() if stop is None else stop
+        with self._owned() as ledger:
+            seen = ledger.one("SELECT coalesce(max(id), 0) AS id FROM events") or {"id": 0}
+            opened = _Opened(self.layout, ledger, report)
+            with _account(ledger), opened.operate(stop, observe, watch=True) as daemon:
+                daemon.run(once=once)
+            refused = ledger.one(
+                "SELECT count(*) AS n FROM events WHERE id > ? AND (kind = 'rejected' OR message LIKE ?)",
+                seen["id"], "%quarantined:%",
+            )  # fmt: skip
+        return int(refused["n"]) if refused else 0
+
+    def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
+        """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
+
+        Without such a process the pause is noted, and the next `watch` begins paused.
+        """
+        with self._ledger() as ledger:
+            if not is_held(self.layout.lock):
+                ledger.put(paused={"release": release}, state="paused")
+                return "no process works on this run; the next onward watch begins paused"
+            return request(self.layout, ledger, "pause", RELEASE if release else None, patience=patience)
+
+    def resume(self, *, patience: float = 60.0) -> str:
+        """Ask a paused process to go on."""
+        with self._ledger() as ledger:
+            if not is_held(self.layout.lock):
+                was_paused = ledger.get("paused") is not None
+                ledger.put(paused=None, state="stopped" if ledger.next_owed() else "idle")
+                return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
+            return request(self.layout, ledger, "resume", patience=patience)
+
+    def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
+        """Ask the process that trains to commit and end, now or at the next boundary."""
+        with self._ledger() as ledger:
+            if not is_held(self.layout.lock):
+                return "no process works on this run"
+            until = (lambda: False) if after_file else (lambda: not is_held(self.layout.lock))
+            argument = AFTER_FILE if after_file else None
+            return request(self.layout, ledger, "stop", argument, patience=patience, until=until)
+
+    def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
+        """Take the file in hand, or a waiting one, out of the stream; the run is as if it had never begun it.
+
+        Raises:
+            UsageError: no such file waits, or none is in hand.
+        """
+        with self._ledger() as ledger:
+            row = find_file(ledger, file, "queued", "training") if file else next(iter(ledger.files("training")), None)
+            if row is None:
+                hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
+                raise UsageError("no file is being trained", where=self.layout.root.absolute(), hint=hint)
+            if row["state"] == "training" and is_held(self.layout.lock):
+                return request(self.layout, ledger, "skip", reason, patience=patience)
+        with self._owned() if row["state"] == "training" else self._ledger() as ledger:
+            from onward.service.failures import skip
+
+            return skip(self.layout, ledger, ledger.file(row["id"]), reason or "skipped by an operator")
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands (keys as in `onward status --json`)."""
@@ -177,6 +262,28 @@ class Run:
             from onward.service.rollback import rollback
 
             return rollback(self.layout, ledger, str(to), requeue=requeue)
+
+    def rebuild(
+        self,
+        without: str,
+        *,
+        observe: Observe = _silent,
+        stop: StopRequest | None = None,
+        report: Callable[[str], None] = _silent,
+    ) -> dict[str, Any]:
+        """Make the run as if it had never seen a file: go back to before it and train the later ones again.
+
+        Stopped or killed, `train` or `watch` goes on with it.
+
+        Raises:
+            UsageError: no such file.
+        """
+        from onward.service.rollback import leave_out
+
+        with self._owned() as ledger:
+            result = leave_out(self.layout, ledger, without)
+        self.train(observe=observe, stop=stop, report=report)
+        return {**result, "global_step": self.status()["global_step"]}
 
     def reset(self) -> dict[str, Any]:
         """Forget all progress: remove the model and its restore points, mark every file undone.
@@ -216,13 +323,16 @@ class _Opened:
 
     @property
     def session(self) -> Session:
-        if self._session is None:
-            from onward.service.session import open_session
+        return self._session or self.open()
 
-            self._session = open_session(self.layout, self.ledger, report=self.report)
+    def open(self) -> Session:
+        """Open the run, or open it again: the config may have been mended."""
+        from onward.service.session import open_session
+
+        self._session = open_session(self.layout, self.ledger, report=self.report)
         return self._session
 
-    def intake(self, stop: StopRequest) -> Any:
+    def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
         from onward.data.tokenize import RowTokenizer
         from onward.service.intake import Intake
 
@@ -230,25 +340,41 @@ class _Opened:
             session, config = self.session, self.session.config
             return RowTokenizer(session.tokenizer, config.max_length, config.over_length), session.tokenizer_digest
 
-        return Intake(self.layout, self.ledger, row_tokenizer, stop=stop.check)
+        return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
 
+    @contextlib.contextmanager
+    def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
+        """Make the daemon with all that goes on beside it: requests, heartbeat, log and notifications."""
+        config = read_config(self.layout.config)
+        with stop.interruptible():
+            from onward.service.background import Background
+            from onward.service.control import Control
+            from onward.service.daemon import Daemon
+            from onward.service.heartbeat import Heartbeat
+            from onward.service.inbox import Inbox
+            from onward.service.reporting import Reporter
 
-def _work(session: Session, stop: StopRequest, observe: Observe) -> None:
-    from onward.service.worker import Worker
-
-    watching = observe
-    for event in Worker(session, stop).work():
-        try:
-            watching(event)
-        except Exception as error:  # an observer's failure is its own
-            session.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
-            watching = _silent
+            if watch:
+                _ = self.session  # what is wrong with config or model is said at once
+        control, heartbeat = Control(self.layout, stop), Heartbeat(self.layout.ledger)
+        reporter = Reporter(self.layout, config.notify)
+        inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
+        daemon = Daemon(
+            self.ledger, config, self.open, self.intake(control.check), control, heartbeat, root=self.layout.root,
+            inbox=inbox, patient=watch, observe=observe,
+        )  # fmt: skip
+        vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
+        with Background([(1.0, reporter.report)]), Background(vital):
+            daemon.begin()
+            self.ledger.put(state="loading", problem=None)
+            yield daemon
+        control.close()
+        reporter.close()
 
 
 @contextlib.contextmanager
 def _account(ledger: Ledger) -> Generator[None]:
     """Leave in the ledger how the process ended."""
-    ledger.put(state="loading", problem=None)
     try:
         yield
     except Stopped:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from typing import Any
 
 from onward.layout import RunLayout
+from onward.service.heartbeat import read_heartbeat
 from onward.service.lock import is_held
 from onward.store.ledger import Ledger, Row
 
@@ -17,13 +19,16 @@ PACE = 20
 def read_status(layout: RunLayout) -> dict[str, Any]:
     """Return where the run stands, as `onward status --json` prints it.
 
+    `heartbeat_seconds` is the age of the owner's last sign of life, None where no process owns the run.
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:
         state = str(ledger.get("state", "idle"))
-        if state in BUSY and not is_held(layout.lock):
+        held = is_held(layout.lock)
+        if state in BUSY and not held:
             state = "stopped"
+        age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
         checkpoint = ledger.newest_checkpoint()
         current = next(iter(ledger.files("training")), None)
         last = _last_steps(ledger, current)
@@ -43,7 +48,8 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             **_pace(live, current, file_step, state),
             "checkpoint": f"checkpoint-{checkpoint['step']}" if checkpoint else None,
             "disk_free_bytes": shutil.disk_usage(layout.root).free,
-            "problem": ledger.get("problem"),
+            "heartbeat_seconds": age,
+            "problem": stuck or ledger.get("problem"),
         }
 
 
@@ -64,6 +70,13 @@ def _pace(live: list[Row], current: Row | None, file_step: int, state: str) -> d
         "tokens_per_second": sum(row["tokens"] for row in live) / seconds,
         "eta_seconds": left * seconds / len(live),
     }
+
+
+def recent_events(layout: RunLayout, limit: int = 5) -> list[Row]:
+    """Return the newest events, oldest first."""
+    layout.require()
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        return ledger.events(limit)
 
 
 def read_history(layout: RunLayout) -> list[dict[str, Any]]:
@@ -95,5 +108,6 @@ def _entry(row: Row, place: int) -> dict[str, Any]:
         "first_learning_rate": row["first_learning_rate"],
         "last_learning_rate": row["last_learning_rate"],
         "handover": row["handover"],
+        "note": row["note"],
         "seconds": row["seconds"] or 0.0,
     }

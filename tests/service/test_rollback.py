@@ -13,7 +13,7 @@ from states import assert_same_state
 from onward import Run
 from onward.errors import FileRejected, UsageError
 from onward.service.commits import TO_NOTHING
-from onward.service.rollback import undo_after
+from onward.service.rollback import move_ledger_back, undone
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "lora": {"rank": 4, "dropout": 0.1}}
@@ -105,7 +105,8 @@ def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path],
 def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
     """A kill between the ledger's move and the directories' is finished by the next start, never taken back."""
     with Ledger(run.layout.ledger) as ledger:
-        undo_after(ledger, step, position, requeue=False)
+        later = [row for row in ledger.files("done") if row["position"] > position]
+        move_ledger_back(ledger, step, undone(later, position, requeue=False), "test")
     run.train()
     assert max(step, 0) == run.status()["global_step"]
     assert 3 - position == sum(entry["state"] == "undone" for entry in run.history())

@@ -18,7 +18,8 @@ from onward.config import Config
 from onward.digest import sha256_json
 from onward.errors import DamagedState, VerificationFailed
 from onward.layout import RunLayout, step_of
-from onward.store.ledger import Ledger
+from onward.service.retention import Retention
+from onward.store.ledger import IN_STREAM, Ledger
 from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
 from onward.training.handover import Measurement
 from onward.training.state import TrainState
@@ -77,7 +78,7 @@ class Commits:
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
             with_ledger()
-        self.tidy(target, manifest, keep=config.keep_boundaries)
+        self.tidy(target, manifest, Retention.of(config))
         return manifest
 
     def _require_replay(self, step: int, basis: str, digest: str) -> None:
@@ -89,7 +90,7 @@ class Commits:
                 hint="Nothing of it was committed. Is it the same machine? onward doctor; onward rollback --to FILE",
             )
 
-    def tidy(self, checkpoint: Path, manifest: Manifest, *, keep: int) -> None:
+    def tidy(self, checkpoint: Path, manifest: Manifest, retention: Retention) -> None:
         """Make everything beside the newest checkpoint agree with it: links, restore point, no other checkpoint."""
         self._link_root(checkpoint, manifest)
         if manifest.cursor.at_boundary and not self.layout.boundary(manifest.step).exists():
@@ -97,8 +98,14 @@ class Commits:
         for other in self.layout.checkpoints():
             if other != checkpoint:
                 remove_tree(other)
-        for old in self.layout.restore_points()[keep + 1 :]:
+        created = {point: self._created(point) for point in self.layout.restore_points()}
+        for old in retention.superfluous(created, self.ledger.clock()):
             remove_tree(old)
+
+    def _created(self, point: Path) -> float:
+        """When the state of a restore point was committed, seconds since the epoch."""
+        row = self.ledger.one("SELECT max(created) AS at FROM checkpoints WHERE step = ?", step_of(point))
+        return float(row["at"]) if row and row["at"] is not None else point.stat().st_mtime
 
     def _link_root(self, checkpoint: Path, manifest: Manifest) -> None:
         for name in manifest.files:
@@ -111,7 +118,7 @@ class Commits:
             temporary.replace(link)
         fsync_directory(self.layout.current)
 
-    def settle(self, *, keep: int) -> Settled:
+    def settle(self, retention: Retention) -> Settled:
         """Find the newest verifiable checkpoint, bring the ledger and the directories to it, name any damage.
 
         Raises:
@@ -119,7 +126,7 @@ class Commits:
         """
         for folder in (self.layout.root, self.layout.current, self.layout.boundaries):
             remove_temporaries(folder)
-        self.finish_going_back(keep=keep)
+        self.finish_going_back(retention)
         claimed = self.ledger.newest_checkpoint()
         if claimed and claimed["step"] > self._origin() and not self._has_model():
             raise DamagedState(
@@ -137,12 +144,12 @@ class Commits:
             hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
             raise DamagedState("the checkpoint belongs to another run", where=found.folder, hint=hint)
         self._bring_up(found.manifest)
-        self.install(found.folder, found.manifest, keep=keep)
+        self.install(found.folder, found.manifest, retention)
         for problem in found.damage:
             self.ledger.add_event("error", problem, found.manifest.step)
         return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage)
 
-    def install(self, folder: Path, manifest: Manifest, *, keep: int) -> None:
+    def install(self, folder: Path, manifest: Manifest, retention: Retention) -> None:
         """Make a verified checkpoint the current one; `folder` may be a restore point."""
         checkpoint = self.layout.checkpoint(manifest.step)
         if folder != checkpoint:
@@ -153,9 +160,9 @@ class Commits:
             stale = step_of(point) == manifest.step and not _same_files(point, checkpoint, manifest)
             if stale or step_of(point) > manifest.step:
                 remove_tree(point)
-        self.tidy(checkpoint, manifest, keep=keep)
+        self.tidy(checkpoint, manifest, retention)
 
-    def finish_going_back(self, *, keep: int) -> None:
+    def finish_going_back(self, retention: Retention) -> None:
         """Bring the directories to where the ledger went back to; a kill in between is mended by the next start.
 
         Raises:
@@ -172,7 +179,7 @@ class Commits:
             manifest, problems = inspect_checkpoint(folder)
             if manifest is None or problems:
                 raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-            self.install(folder, manifest, keep=keep)
+            self.install(folder, manifest, retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
@@ -206,7 +213,10 @@ class Commits:
         """Move the ledger to a checkpoint: forward after a kill between rename and ledger, back after damage."""
         ledger, cursor, step = self.ledger, manifest.cursor, manifest.step
         with ledger.transaction():
-            held = [row for row in ledger.files("queued", "training", "done") if row["position"] is not None]
+            held = ledger.query(
+                f"SELECT * FROM files WHERE {IN_STREAM} AND (position >= ? OR state != 'done') ORDER BY position",
+                cursor.position,
+            )
             for row in held:
                 self._bring_up_file(row, manifest)
             ledger.trim(step, [row["id"] for row in held if row["position"] >= cursor.position], "lost")
@@ -246,7 +256,7 @@ class Commits:
 
 def _basis(config: Config, stream: str, environment: Mapping[str, Any]) -> str:
     """Return the digest of what a step's state follows from: two states on one basis have to be equal."""
-    return sha256_json([config.flat(), stream, dict(environment)])
+    return sha256_json([config.training(), stream, dict(environment)])
 
 
 def _same_files(folder: Path, other: Path, manifest: Manifest) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from onward.config import Config, read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
+from onward.service.heartbeat import read_heartbeat
 from onward.service.lock import is_held, read_holder
 from onward.store.ledger import Ledger
 from onward.training.base import digest_base, resolve_base
@@ -52,6 +55,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("ledger", lambda: _ledger(layout)),
         ("state", lambda: _state(layout)),
         ("disk", lambda: _disk(layout)),
+        ("inbox", lambda: _inbox(layout)),
     ]
     for subject, look in looks:
         try:
@@ -109,6 +113,7 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         answer = ledger.query("PRAGMA quick_check")[0]["quick_check"]
         problem = ledger.get("problem")
+        fact = ledger.get("heartbeat")
     level = "ok" if answer == "ok" else "error"
     yield Finding(
         level, "ledger", "sound" if level == "ok" else answer, None if level == "ok" else "Restore it from a copy"
@@ -118,6 +123,9 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
     holder = read_holder(layout.lock)
     if is_held(layout.lock):
         yield Finding("ok", "lock", f"held by pid {holder['pid']} on {holder['host']}" if holder else "held")
+        _, stuck = read_heartbeat(fact, time.time())
+        if stuck:
+            yield Finding("error", "heartbeat", stuck, "onward stop; if that does not help, kill it: commits are safe")
 
 
 def _state(layout: RunLayout) -> Iterator[Finding]:
@@ -143,6 +151,15 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
     yield Finding(
         "ok" if enough else "warning", "disk", message, None if enough else "Free space or lower keep_boundaries"
     )
+
+
+def _inbox(layout: RunLayout) -> Iterator[Finding]:
+    if not layout.inbox.is_dir():
+        yield Finding("warning", "inbox", "there is none", f"mkdir {layout.inbox}, or mount it again")
+    elif not os.access(layout.inbox, os.W_OK):
+        yield Finding("error", "inbox", "files cannot be taken out of it", "Make it writable for the daemon's user")
+    else:
+        yield Finding("ok", "inbox", "files can be taken out of it")
 
 
 def _kept(layout: RunLayout) -> int:

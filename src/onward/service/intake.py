@@ -1,60 +1,31 @@
-"""Intake: a file is copied, hashed and recorded first, then every row is checked, and it enters whole or not at all.
+"""Intake: what arrived is checked row by row, and every file enters the stream whole or not at all.
 
-What was handed over survives a kill: `arrive` is durable before anything slow begins, `settle` finishes it later.
-The files of one command stand or fall together, so that a refused one never changes the order of the others.
+What was handed over survives a kill: a file arrives, durably, before anything slow begins, and is settled later.
+The files of one command stand or fall together, so that a refused one never changes the order of the others; each
+file of the inbox stands for itself.
 """
 
 from __future__ import annotations
 
-import filecmp
-import hashlib
-import os
+import contextlib
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries, replace_json
-from onward.data.containers import FileError, check_readable
-from onward.data.sources import file_format
+from onward.atomic import remove_temporaries
+from onward.data.containers import FileError
 from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
-from onward.digest import CHUNK
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
+from onward.service.arrivals import Arrivals, Values
+from onward.service.refusals import Refusal, keep_refused, rejection
 from onward.store.ledger import Ledger, Row
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
-REPORTED = 20
-"""Rows that a rejection names at most."""
-REASON_LENGTH = 500
-"""Characters of a reason: it may quote what the row holds."""
-NAME_BYTES, NAME_ENDING = 180, 12
-"""Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a file was not accepted. `problems` are `{"line", "reason", "remedy"}`, at most `REPORTED`."""
-
-    name: str
-    problems: list[dict[str, Any]]
-    problem_count: int
-    unit: str = "line"
-
-    def lines(self) -> list[str]:
-        """Return the refusal as lines for a person: file, row, reason, remedy."""
-        shown = [self._line(problem) for problem in self.problems]
-        hidden = self.problem_count - len(shown)
-        return shown + ([f"{self.name}: and {hidden} more"] if hidden > 0 else [])
-
-    def _line(self, problem: dict[str, Any]) -> str:
-        row = f", {self.unit} {problem['line']}" if problem["line"] is not None else ""
-        remedy = f" ({problem['remedy']})" if problem["remedy"] else ""
-        return f"{self.name}{row}: {problem['reason']}{remedy}"
 
 
 class Intake:
@@ -78,6 +49,8 @@ class Intake:
         self.stop = stop
         self._row_tokenizer = row_tokenizer
         self._lock = FileLock(layout.intake_lock)
+        self._arrivals = Arrivals(layout, ledger)
+        self._is_clean = False
 
     def take(self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal") -> list[Row]:
         """Take in files in order, after whatever an earlier process left unfinished.
@@ -93,7 +66,7 @@ class Intake:
         Raises:
             FileRejected: at least one of `paths` was refused; none of them entered the stream.
         """
-        with self._lock:
+        with self._owned():
             for path in paths:
                 self._require_readable(path)
             command = uuid.uuid4().hex
@@ -104,16 +77,65 @@ class Intake:
                 self._withdraw(command)
                 raise
 
+    def take_inbox(self, found: Sequence[tuple[Path, int]]) -> int:
+        """Take settled files of the inbox, given with their priority; returns how many arrived.
+
+        Their rows are checked by `check_ahead`. While another process takes files in, nothing happens.
+        """
+        with self._owned(patience=0) as mine:
+            return len(self._arrivals.move_in(found, uuid.uuid4().hex)) if mine else 0
+
+    def check_ahead(self, *, seconds: float, largest: float = float("inf")) -> bool:
+        """Check arrived files in the order of the queue; returns whether some are left to check.
+
+        Checking goes on while a file that would be trained before the head of the queue is unchecked.
+
+        Args:
+            seconds: time after which no further file is begun, once the head of the queue is known.
+            largest: bytes of a file above which checking waits.
+        """
+        ends = time.monotonic() + seconds
+        with self._owned(patience=0) as mine:
+            while mine and (row := self.ledger.next_arriving()):
+                if row["bytes"] > largest or (time.monotonic() > ends and not self._outranks_queue(row)):
+                    return True
+                with contextlib.suppress(FileRejected):  # reported by `_refuse`
+                    self._settle(row["command"])
+            return not mine
+
     def finish_left_over(self) -> list[FileRejected]:
         """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
         refused: list[FileRejected] = []
-        with self._lock:
-            for row in self.ledger.files("arriving"):
+        with self._owned():
+            while row := self.ledger.next_arriving():
                 try:
                     self._settle(row["command"])
                 except FileRejected as error:
                     refused.append(error)
         return refused
+
+    @contextlib.contextmanager
+    def _owned(self, patience: float = -1) -> Generator[bool]:
+        """Hold the intake lock, and once finish what a killed process left; False where others hold it."""
+        try:
+            self._lock.acquire(timeout=patience)
+        except Timeout:
+            yield False
+            return
+        try:
+            if not self._is_clean:
+                self._arrivals.clean()
+                remove_temporaries(self.layout.tokens)
+                self._is_clean = True
+            yield True
+        finally:
+            self._lock.release()
+
+    def _outranks_queue(self, row: Row) -> bool:
+        head = self.ledger.next_owed()
+        if head is None:
+            return True
+        return head["state"] == "queued" and head["position"] is None and row["priority"] > head["priority"]
 
     @staticmethod
     def _require_readable(path: Path) -> None:
@@ -124,62 +146,27 @@ class Intake:
 
     def _arrive(self, paths: Sequence[Path], command: str, again: bool, priority: int) -> None:
         """Copy files into the archive under names of their own and record them, durably."""
-        arrived: list[tuple[Path, dict[str, Any]]] = []
+        arrived: list[tuple[Path, Values]] = []
         refusals: list[Refusal] = []
         for path in paths:
             try:
-                check_readable(path)
-                arrived.append(self._copy(path))
+                arrived.append(self._arrivals.copy(path))
             except FileError as error:
-                refusals.append(_refusal(path.name, error))
-                self._keep_refused(path, refusals[-1])
+                refusals.append(Refusal.of_file(path.name, error))
+                keep_refused(self.layout, path, refusals[-1], self.ledger.clock())
         if refusals:
             for temporary, _ in arrived:
                 temporary.unlink(missing_ok=True)
-            raise _rejected(refusals, len(paths))
-        with self.ledger.transaction():
-            for _, values in arrived:
-                self.ledger.insert_file(
-                    command=command, again=int(again), priority=priority, state="arriving", **values
-                )
-        self._complete_names()
-
-    def _copy(self, path: Path) -> tuple[Path, dict[str, Any]]:
-        form = file_format(path)
-        name = plain_name(path.name)
-        target = unused_name(self.layout.archive, name)
-        temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-        before = path.stat()
-        try:
-            digest = _copy_and_hash(path, temporary)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise FileError(
-                f"the file cannot be copied: {os.strerror(error.errno or 0)}", "mend that, then add it"
-            ) from None
-        after = path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            temporary.unlink(missing_ok=True)
-            raise FileError("the file changed while it was read", "add it when its writer is done")
-        copy = target.relative_to(self.layout.root).as_posix()
-        values = {"name": name, "sha256": digest, "bytes": after.st_size, "format": form, "copy": copy}
-        return temporary, values
-
-    def _complete_names(self) -> None:
-        """Give recorded copies their names and remove copies that were never recorded."""
-        for row in self.ledger.files("arriving"):
-            copy = self.layout.root / row["copy"]
-            temporary = copy.with_name(f"{TEMPORARY_PREFIX}{copy.name}")
-            if temporary.exists():
-                temporary.replace(copy)
-        remove_temporaries(self.layout.archive)
-        fsync_directory(self.layout.archive)
+            raise rejection(refusals, len(paths))
+        common = {"command": command, "again": int(again), "priority": priority}
+        self._arrivals.record([{**values, **common} for _, values in arrived])
 
     def _settle(self, command: str) -> list[Row]:
         """Accept everything that arrived with a command, or refuse it all; returns the files accepted."""
-        self._complete_names()
-        remove_temporaries(self.layout.tokens)
-        rows = self.ledger.query("SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command)
+        rows = self._arriving(command)
+        if any(not (self.layout.root / row["copy"]).exists() for row in rows):
+            self._arrivals.complete(rows)
+            rows = self._arriving(command)
         fresh, refusals = self._without_duplicates(rows)
         reports: list[tuple[Row, IntakeReport]] = []
         for row in fresh:
@@ -191,7 +178,7 @@ class Intake:
         if refusals:
             self._refuse(rows, refusals)
             self._forget_tokens([row for row, _ in reports])
-            raise _rejected([refusal for _, refusal in refusals], len(rows))
+            raise rejection([refusal for _, refusal in refusals], len(rows))
         with self.ledger.transaction():
             for row in rows:
                 if row not in fresh:
@@ -199,6 +186,9 @@ class Intake:
             for row, report in reports:
                 self._accept(row, report)
         return [self.ledger.file(row["id"]) for row in fresh]
+
+    def _arriving(self, command: str) -> list[Row]:
+        return self.ledger.query("SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command)
 
     def _without_duplicates(self, rows: list[Row]) -> tuple[list[Row], list[tuple[Row, Refusal]]]:
         """Sort out content the stream has. Where it still owes some of the same command, that command goes on."""
@@ -210,8 +200,8 @@ class Intake:
             twin = held[row["id"]] or next((other for other in fresh if other["sha256"] == row["sha256"]), None)
             if twin is None or row["again"]:
                 fresh.append(row)
-            elif twin in fresh or not goes_on:
-                refusals.append((row, _duplicate(row, twin)))
+            elif twin in fresh or not goes_on or row["inbox"]:
+                refusals.append((row, Refusal.of_duplicate(row, twin)))
         return fresh, refusals
 
     def _check(self, row: Row) -> IntakeReport | Refusal:
@@ -220,10 +210,7 @@ class Intake:
         if target.exists():
             shutil.rmtree(target)
         report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
-        if report.ok:
-            return report
-        problems = [_problem(problem.line, problem.reason, problem.remedy) for problem in report.problems]
-        return Refusal(row["name"], problems, report.problem_count, report.unit)
+        return report if report.ok else Refusal.of_rows(row["name"], report)
 
     def _tokens(self, row: Row) -> Path:
         row_tokenizer, tokenizer_digest = self._row_tokenizer()
@@ -252,12 +239,12 @@ class Intake:
             refusal = reasons.get(row["id"])
             copy = self.layout.root / row["copy"]
             if refusal and copy.exists():
-                self._keep_refused(copy, refusal, move=True)
-            self._drop(
-                row, "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
-            )
-            if refusal:
-                self.ledger.add_event("warning", f"{row['name']} rejected: {refusal.lines()[0]}")
+                keep_refused(self.layout, copy, refusal, self.ledger.clock(), move=True)
+            note = "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
+            with self.ledger.transaction():
+                self._drop(row, note)
+                if refusal:
+                    self.ledger.add_event("warning", f"{row['name']} rejected: {refusal.lines()[0]}", kind="rejected")
 
     def _withdraw(self, command: str) -> None:
         for row in self.ledger.files("arriving"):
@@ -267,77 +254,3 @@ class Intake:
     def _drop(self, row: Row, note: str) -> None:
         self.ledger.move_file(row["id"], "rejected", note=note)
         (self.layout.root / row["copy"]).unlink(missing_ok=True)
-
-    def _keep_refused(self, path: Path, refusal: Refusal, *, move: bool = False) -> None:
-        self.layout.rejected.mkdir(exist_ok=True)
-        target = self.layout.rejected / refusal.name
-        if target.exists() and path.is_file() and not filecmp.cmp(path, target, shallow=False):
-            target = unused_name(self.layout.rejected, refusal.name)
-        if move:
-            path.replace(target)
-        elif path.is_file() and os.access(path, os.R_OK):
-            shutil.copyfile(path, target)
-        report = {"file": refusal.name, "problem_count": refusal.problem_count, "unit": refusal.unit}
-        report |= {"rejected": self.ledger.clock(), "problems": refusal.problems}
-        replace_json(target.with_name(f"{target.name}.report.json"), report)
-
-
-def plain_name(name: str) -> str:
-    """Return a file's name without what a terminal, a report or a longer name beside it would stumble over."""
-    plain = "".join(character if character.isprintable() else "_" for character in name)
-    if plain.startswith(TEMPORARY_PREFIX):
-        plain = f"_{plain[1:]}"
-    head, ending = plain[:-NAME_ENDING], plain[-NAME_ENDING:]
-    while len(head.encode()) > NAME_BYTES:
-        head = head[:-1]
-    return head + ending
-
-
-def unused_name(folder: Path, name: str) -> Path:
-    """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings."""
-    stem, dot, endings = name.partition(".")
-    number = 1
-    path = folder / name
-    while path.exists() or path.with_name(f"{TEMPORARY_PREFIX}{path.name}").exists():
-        number += 1
-        path = folder / f"{stem}-{number}{dot}{endings}"
-    return path
-
-
-def _copy_and_hash(source: Path, target: Path) -> str:
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while chunk := reader.read(CHUNK):
-            digest.update(chunk)
-            writer.write(chunk)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return digest.hexdigest()
-
-
-def _refusal(name: str, error: FileError) -> Refusal:
-    return Refusal(plain_name(name), [_problem(error.line, error.reason, error.remedy)], 1)
-
-
-def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:
-    """A problem as one line of plain text each: what a row holds must not steer a terminal or break a report."""
-    return {"line": line, "reason": _one_line(reason), "remedy": _one_line(remedy)}
-
-
-def _one_line(text: str) -> str:
-    shown = text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
-
-
-def _duplicate(row: Row, twin: Row) -> Refusal:
-    place = f"file {twin['position']} of the stream" if twin["position"] else "a file of the stream or this command"
-    reason = f"its content is that of {place} ({twin['name']}, {twin['state']})"
-    return Refusal(row["name"], [_problem(None, reason, "to train it once more: --again")], 1)
-
-
-def _rejected(refusals: list[Refusal], given: int) -> FileRejected:
-    lines = [line for refusal in refusals for line in refusal.lines()]
-    what = f"{len(refusals)} of {given} files rejected, none added:\n" + "\n".join(f"  {line}" for line in lines)
-    return FileRejected(
-        what, where=refusals[0].name, hint="Reports are in rejected/. Mend the rows and add the file again."
-    )

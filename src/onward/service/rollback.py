@@ -1,14 +1,18 @@
-"""Going back: to the boundary after a file, or to nothing. The ledger keeps what is undone, marked so."""
+"""Going back: to the boundary after a file, to that before one, or to nothing. The ledger keeps what is undone."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from onward.config import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
 from onward.service.commits import TO_NOTHING, Commits
-from onward.store.ledger import HELD, Ledger
+from onward.service.control import find_file
+from onward.service.retention import Retention
+from onward.store.ledger import HELD, IN_STREAM, Ledger, Row
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 
 KEPT = (
@@ -23,7 +27,18 @@ KEPT = (
     "target_tokens",
     "truncated",
     "dropped",
+    "priority",
 )
+
+
+@dataclass(frozen=True)
+class Move:
+    """What becomes of a file when the run goes back: its new state, columns set with it, and a successor's columns."""
+
+    row: Row
+    state: str
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+    successor: dict[str, Any] | None = None
 
 
 def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> dict[str, Any]:
@@ -40,12 +55,11 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         UsageError: no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
-    keep = read_config(layout.config).keep_boundaries
     step = find_step(layout, ledger, to)
-    manifest = _restore_point(layout, step)
-    undone = undo_after(ledger, step, manifest.cursor.position, requeue=requeue)
-    Commits(layout, ledger).finish_going_back(keep=keep)
-    return {"global_step": step, "undone": undone}
+    position = _restore_point(layout, step).cursor.position
+    later = [row for row in ledger.files(*HELD) if (row["position"] or 0) > position]
+    go_back(layout, ledger, step, undone(later, position, requeue=requeue), f"went back to step {step}")
+    return {"global_step": step, "undone": [row["name"] for row in later]}
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
@@ -54,32 +68,80 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
     Returns:
         `global_step` (0) and the names `undone`.
     """
-    undone = undo_after(ledger, TO_NOTHING, 0, requeue=False)
-    Commits(layout, ledger).finish_going_back(keep=0)
-    return {"global_step": 0, "undone": undone}
+    begun = ledger.query(f"SELECT * FROM files WHERE {IN_STREAM} ORDER BY position")
+    go_back(layout, ledger, TO_NOTHING, undone(begun, 0, requeue=False), "went back to the start")
+    return {"global_step": 0, "undone": [row["name"] for row in begun]}
 
 
-def undo_after(ledger: Ledger, step: int, position: int, *, requeue: bool) -> list[str]:
-    """Move the ledger back in one transaction, which also says where the directories have to follow.
+def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
+    """Go back to before a file and queue the later ones again, in their order and under their configs, without it.
+
+    Where the boundary before the file is no longer kept, an older one serves, and after that the start: the files
+    in between are queued again too. A file that only waits is taken out of the queue.
 
     Returns:
-        The names of the files behind `position`, now undone.
+        `global_step`, the name `without`, and the names `queued` again.
+
+    Raises:
+        UsageError: no such file.
     """
-    undone = [row for row in ledger.files(*HELD) if (row["position"] or 0) > position]
-    names = [row["name"] for row in undone]
+    row = find_file(ledger, name, *HELD)
+    if row["start_step"] is None:
+        ledger.move_file(row["id"], "skipped", position=None, note="left out")
+        ledger.add_event("warning", f"{row['name']} left out of the queue")
+        step = (ledger.newest_checkpoint() or {"step": 0})["step"]
+        return {"global_step": step, "without": row["name"], "queued": []}
+    step, position = _boundary_before(layout, ledger, row)
+    begun = ledger.query(f"SELECT * FROM files WHERE {IN_STREAM} AND position > ? ORDER BY position", position)
+    others = [other for other in begun if other["id"] != row["id"]]
+    moves = undone(others, position, requeue=True, with_config=True)
+    moves.append(Move(row, "skipped", {"note": "left out by rebuild", "position": None}))
+    go_back(layout, ledger, step, moves, f"rebuild without {row['name']}")
+    return {
+        "global_step": max(step, 0),
+        "without": row["name"],
+        "queued": [other["name"] for other in others],
+    }
+
+
+def undone(rows: Sequence[Row], position: int, *, requeue: bool, with_config: bool = False) -> list[Move]:
+    """Mark files undone; requeued, they take the places after `position` in their order, before all that waits."""
+    moves: list[Move] = []
+    for place, row in enumerate(rows, start=position + 1):
+        successor = None
+        if requeue:
+            successor = {key: row[key] for key in KEPT} | {"again": 1, "position": place}
+            successor |= {"config": row["config"], "parts": row["parts"]} if with_config else {}
+        moves.append(Move(row, "undone", successor=successor))
+    return moves
+
+
+def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
+    """Move the ledger back, then the directories; a kill in between is mended by the next start.
+
+    Args:
+        step: that of a restore point, or `TO_NOTHING`.
+        what: why, for the event.
+    """
+    move_ledger_back(ledger, step, moves, what)
+    retention = Retention(0, 0) if step == TO_NOTHING else Retention.of(read_config(layout.config))
+    Commits(layout, ledger).finish_going_back(retention)
+
+
+def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
+    """Move the ledger back in one transaction, which also says where the directories have to follow."""
+    names = ", ".join(move.row["name"] for move in moves) or "nothing"
     with ledger.transaction():
-        for row in undone:
-            ledger.move_file(row["id"], "undone")
-            if requeue:
-                kept = {key: row[key] for key in KEPT}
-                ledger.insert_file(**kept, state="queued", again=1, priority=row["priority"])
-        ledger.trim(step, [], "undone")
+        for move in moves:
+            ledger.move_file(move.row["id"], move.state, **move.values)
+        for move in moves:
+            if move.successor is not None:
+                ledger.insert_file(**move.successor, state="queued")
+        ledger.trim(step, [move.row["id"] for move in moves if move.state == "queued"], "undone")
         if step == TO_NOTHING:
             ledger.put(identity=None, origin_step=0)
         ledger.put(state="idle", problem=None, going_back=step)
-        where = "to the start" if step == TO_NOTHING else f"to step {step}"
-        ledger.add_event("warning", f"went back {where}; undone: {', '.join(names) or 'nothing'}", max(step, 0))
-    return names
+        ledger.add_event("warning", f"{what}; concerned: {names}", max(step, 0))
 
 
 def find_step(layout: RunLayout, ledger: Ledger, to: str) -> int:
@@ -107,6 +169,19 @@ def find_step(layout: RunLayout, ledger: Ledger, to: str) -> int:
         where="--to",
         hint=f"Finished files: {files}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
     )
+
+
+def _boundary_before(layout: RunLayout, ledger: Ledger, row: Row) -> tuple[int, int]:
+    """Return step and position of the newest restore point at or before a file's beginning that verifies."""
+    for point in layout.restore_points():
+        if step_of(point) <= row["start_step"]:
+            manifest, problems = inspect_checkpoint(point)
+            if manifest is not None and not problems and manifest.cursor.position < row["position"]:
+                return manifest.step, manifest.cursor.position
+    if ledger.get("origin_step", 0) > 0:
+        hint = "Its beginning was an adopted checkpoint: adopt that into a new run, and train the other files there."
+        raise UsageError(f"no restore point before {row['name']} is kept", where=layout.boundaries, hint=hint)
+    return TO_NOTHING, 0
 
 
 def _restore_point(layout: RunLayout, step: int) -> Manifest:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Generator
 from types import FrameType
+from typing import Protocol
 
 
 class Stopped(Exception):
     """Work ended early because a stop was asked for; what was done is committed."""
+
+
+class Interruption(Protocol):
+    """What a worker polls: true once the file in hand is to be left."""
+
+    def __bool__(self) -> bool: ...
+
+    def check(self) -> None:
+        """Raise `Stopped` where nothing needs to be committed first."""
+        ...
+
+    def interruptible(self) -> contextlib.AbstractContextManager[None]:
+        """Mark what only reads, so that a wish to stop may end it at once."""
+        ...
 
 
 class StopRequest:
@@ -17,18 +33,37 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._listens = False
+        self._interruptible = False
 
     def __bool__(self) -> bool:
         return self.reason is not None
 
     def ask(self, reason: str) -> None:
-        """Ask for a stop; the first reason is kept."""
+        """Ask for a stop; the first reason is kept. From another thread it ends what is interruptible, too."""
         self.reason = self.reason or reason
+        if self._listens and self._interruptible and threading.current_thread() is not threading.main_thread():
+            signal.raise_signal(signal.SIGTERM)  # handled in the main thread
 
     def check(self) -> None:
         """Raise `Stopped` if a stop was asked for."""
         if self:
             raise Stopped(self.reason)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Generator[None]:
+        """Mark what only reads (imports, loading): a stop ends it at once.
+
+        Raises:
+            Stopped: a stop was asked for, before or inside.
+        """
+        self._interruptible = True
+        try:
+            self.check()
+            yield
+            self.check()
+        finally:
+            self._interruptible = False
 
     @contextlib.contextmanager
     def on_signals(self) -> Generator[None]:
@@ -39,11 +74,15 @@ class StopRequest:
             if self and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.ask(signal.Signals(number).name)
+            if self._interruptible:
+                raise Stopped(self.reason)
 
         for number in before:
             signal.signal(number, handle)
+        self._listens = True
         try:
             yield
         finally:
+            self._listens = False
             for number, handler in before.items():
                 signal.signal(number, handler)

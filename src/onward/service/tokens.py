@@ -9,9 +9,9 @@ from filelock import FileLock
 from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.tokenize import RowTokenizer, TokenizedFile, cache_key, tokenize_file
-from onward.digest import sha256_file
 from onward.errors import DamagedState, FileRejected
 from onward.layout import step_of
+from onward.service.archive import require_original
 from onward.service.session import Session
 from onward.store.ledger import Row
 
@@ -33,13 +33,7 @@ def open_tokens(session: Session, row: Row, config: Config, stop: Callable[[], N
         except DamagedState as error:
             session.ledger.add_event("warning", f"the tokens of {row['name']} are made again: {error.what}")
             remove_tree(folder)
-    original = session.layout.root / row["copy"]
-    if not original.is_file() or sha256_file(original) != row["sha256"]:
-        raise DamagedState(
-            f"the archived original of {row['name']} is missing or changed",
-            where=original,
-            hint=f"Put back the file with SHA-256 {row['sha256']}, then: onward train",
-        )
+    original = require_original(session.layout.root, row)
     row_tokenizer = RowTokenizer(session.tokenizer, config.max_length, config.over_length)
     with FileLock(session.layout.intake_lock):  # intake removes what an interrupted one left half written
         report = tokenize_file(original, folder, row["sha256"], row_tokenizer, stop=stop)

@@ -12,9 +12,10 @@ import torch
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, read_config
 from onward.data.order import FilePlan, rows_digest
-from onward.digest import sha256_file, xxh3_file
+from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
+from onward.service.archive import require_original
 from onward.service.replay import replay
 from onward.store.ledger import Ledger, Row
 from onward.training import huggingface
@@ -215,9 +216,8 @@ def _restore_points(layout: RunLayout) -> str:
 def _originals(layout: RunLayout, ledger: Ledger) -> str:
     rows = ledger.files("queued", "training", "done")
     for row in rows:
-        path = layout.root / row["copy"]
-        _require(path.is_file(), f"{row['copy']} is missing")
-        _require(sha256_file(path) == row["sha256"], f"{row['copy']} was changed")
+        _require((layout.root / row["copy"]).is_file(), f"{row['copy']} is missing")
+        require_original(layout.root, row)
     return f"{len(rows)} files, SHA-256 equal"
 
 

@@ -18,14 +18,15 @@ from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
 from onward.service.commits import Commits, Settled
+from onward.service.retention import Retention
 from onward.service.session import Session, check_identity
-from onward.service.stop import StopRequest
+from onward.service.stop import Interruption
 from onward.service.tokens import forget_tokens, open_tokens
 from onward.store.ledger import Row
 from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import Facts, Manifest, load_state
+from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
 from onward.training.handover import Measurement, compare, measure
 from onward.training.model import build_model
 from onward.training.optim import build_optimizer
@@ -83,15 +84,17 @@ class Worker:
 
     Args:
         session: the run, opened by the one process that owns it.
-        stop: polled after every step; a stop commits first.
+        stop: polled after every step; once it is true the state is committed and the file is left.
     """
 
-    def __init__(self, session: Session, stop: StopRequest) -> None:
+    def __init__(self, session: Session, stop: Interruption) -> None:
         self.session = session
         self.ledger = session.ledger
         self.stop = stop
         self.commits = Commits(session.layout, session.ledger)
         self.config = session.config
+        self._settled: Settled | None = None
+        self._is_open = False
         self._facts: Facts | None = None
         self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
 
@@ -101,47 +104,80 @@ class Worker:
         Raises:
             OnwardError: the state, a file or the machine does not allow to go on; what was committed stays.
         """
-        settled = self.commits.settle(keep=self.config.keep_boundaries)
-        for problem in settled.damage:
-            yield Note(f"damaged: {problem}")
+        yield from self._settle()
+        while not self.stop and self.ledger.next_owed():
+            yield from self.train_next()
+
+    def train_next(self) -> Iterator[Event]:
+        """Take the file that the stream owes now to its boundary, or as far as `stop` lets it come.
+
+        A worker that was left at a step goes on from there when it is called again.
+
+        Raises:
+            OnwardError: as `work` does; this worker cannot be used again then.
+        """
+        yield from self._settle()
         if self.ledger.next_owed() is None:
             return
-        yield from self._open(settled)
+        if not self._is_open:
+            with self.stop.interruptible():
+                self._load()
+            yield from self._begin_run()
+            self._is_open = True
+        row = self.ledger.next_owed()
+        if row is None:
+            return
         metrics = Metrics(self.session.layout.ledger)
         try:
-            while not self.stop and (row := self.ledger.next_owed()):
-                yield from self._journey(row, metrics)
+            yield from self._journey(row, metrics)
         finally:
             metrics.close()
 
-    def _open(self, settled: Settled) -> Iterator[Event]:
-        """Load the newest verifiable state, or make and commit that of step 0."""
+    def bytes_needed(self) -> int:
+        """Return the free bytes that the next checkpoint wants."""
+        self._facts = self._facts or self.session.facts()
+        return int(estimate_size(self.state, self._facts) * SPACE_MARGIN)
+
+    def _settle(self) -> Iterator[Event]:
+        """Once: find the state to go on from, and bring ledger and directories to it."""
+        if self._settled is not None:
+            return
+        self._settled = self.commits.settle(Retention.of(self.config))
+        for problem in self._settled.damage:
+            yield Note(f"damaged: {problem}")
+
+    def _load(self) -> None:
+        """Load the newest verifiable state, or make that of step 0; nothing is written."""
         self.ledger.put(state="loading")
-        session = self.session
-        if settled.folder is None or settled.manifest is None:
+        session, settled = self.session, self._settled
+        if settled is None or settled.folder is None or settled.manifest is None:
             model = build_model(self.config, session.base, session.device, session.dtype)
             self.state = TrainState(model, build_optimizer(model, self.config))
-            self.manifest = self._commit(None, None)
-            yield Committed(0)
             return
         self.manifest = settled.manifest
-        if settled.damage:
-            yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
         if not self.manifest.cursor.at_boundary:
             self.config = Config.model_validate(self.manifest.config)
         self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
-        log = json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"]
-        self._log.extend(log)
+        self._log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
+
+    def _begin_run(self) -> Iterator[Event]:
+        """Commit the state of step 0, or measure the handover of a resume."""
+        settled = self._settled
+        if settled is None or settled.manifest is None:
+            self.manifest = self._commit(None, None)
+            yield Committed(0)
+            return
+        if settled.damage:
+            yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
         if not self.manifest.cursor.at_boundary:
-            row = self.ledger.at_position(self.manifest.cursor.position)
-            self._hand_over("resume", row)
+            self._hand_over("resume", self.ledger.at_position(self.manifest.cursor.position))
 
     def _journey(self, row: Row, metrics: Metrics) -> Iterator[Event]:
         """Take one file from where it stands to its boundary."""
-        resumed = not self.state.cursor.at_boundary
+        resumed = row["state"] == "training" and self.state.cursor.position == row["position"]
         self.ledger.put(state="tokenizing")
         if not resumed:
-            self.config = self._config_in_force()
+            self.config = self._config_in_force(row)
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
         plan = make_plan(row["sha256"], tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
@@ -160,11 +196,19 @@ class Worker:
         if self.state.cursor.at_boundary:
             yield from self._finish(row, plan)
 
-    def _config_in_force(self) -> Config:
-        """Read the config as it is now: it changes at boundaries only, and never its identity."""
+    def _config_in_force(self, row: Row) -> Config:
+        """Read the config as it is now: it changes at boundaries only, and never its identity.
+
+        A file that was begun before and lost is trained again under the config that it had, and one that did not
+        fit into memory in smaller parts.
+        """
         session = self.session
+        if row["config"] is not None:
+            return Config.model_validate(self.ledger.config(row["config"]))
         config = read_config(session.layout.config)
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
+        if row["parts"] is not None:
+            config = config.model_copy(update={"gradient_accumulation": row["parts"]})
         return config
 
     def _begin(self, row: Row, plan: FilePlan) -> str:
@@ -175,7 +219,7 @@ class Worker:
             require_unstretched(old, config)
         require_horizon(config, state.step + plan.steps)
         handover = self._hand_over("boundary", row)
-        position = row["position"] or self.ledger.last_position() + 1
+        position = state.cursor.position + 1
         fingerprint = sha256_json(config.flat())
         with self.ledger.transaction():
             self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
@@ -212,7 +256,7 @@ class Worker:
 
         def done() -> None:
             self.ledger.move_file(row["id"], "done", finished=self.ledger.clock())
-            self.ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", self.state.step)
+            self.ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", self.state.step, kind="done")
 
         self.manifest = self._commit(self.manifest, row["id"], done)
         if self.manifest.measurement["weights"] == weights:

@@ -17,14 +17,17 @@ from onward.store.migrations import migrate
 
 LEGAL = {
     "arriving": {"queued", "rejected"},
-    "queued": {"training", "undone"},
-    "training": {"done", "queued", "undone"},
-    "done": {"training", "queued", "undone"},  # back only when state was lost or rolled back
+    "queued": {"training", "undone", "skipped", "quarantined"},
+    "training": {"done", "queued", "undone", "skipped", "quarantined"},
+    "done": {"training", "queued", "undone", "skipped"},  # back only when state was lost or rolled back
 }
 """States that a file may go to, by the state it is in."""
 
 HELD = ("queued", "training", "done")
 """States of a file whose content belongs to the stream."""
+
+IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
+"""What holds for the files that have a place in the stream; worded as the index `files_position` is."""
 
 Row = dict[str, Any]
 
@@ -33,7 +36,8 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sql
     """Open a ledger file; `durable` makes each transaction wait for the disk (`synchronous=FULL`)."""
     try:
         if read_only:
-            connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            address = f"{path.absolute().as_uri()}?mode=ro"
+            connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
         else:
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         connection.row_factory = lambda cursor, row: {column[0]: row[i] for i, column in enumerate(cursor.description)}
@@ -179,23 +183,32 @@ class Ledger:
 
     def next_owed(self) -> Row | None:
         """The file to train now: the one begun, else the head of the queue."""
-        return self.one(
-            "SELECT * FROM files WHERE state IN ('training', 'queued')"
-            " ORDER BY state = 'queued', position IS NULL, position, priority DESC, id LIMIT 1"
-        )
+        for where in (
+            "state = 'training' ORDER BY position",
+            "state = 'queued' AND position IS NOT NULL ORDER BY position",
+            "state = 'queued' ORDER BY priority DESC, id",
+        ):
+            row = self.one(f"SELECT * FROM files WHERE {where} LIMIT 1")
+            if row is not None:
+                return row
+        return None
+
+    def next_arriving(self) -> Row | None:
+        """The file that is to be checked next: the order of the queue that it wants to enter."""
+        return self.one("SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
 
     def last_position(self) -> int:
         """The highest position given so far in the stream."""
-        row = self.one("SELECT max(position) AS last FROM files WHERE state != 'undone'")
+        row = self.one(f"SELECT max(position) AS last FROM files WHERE {IN_STREAM}")
         return int(row["last"] or 0) if row else 0
 
     def at_position(self, position: int) -> Row | None:
         """Return the file at a place in the stream."""
-        return self.one("SELECT * FROM files WHERE position = ? AND state != 'undone'", position)
+        return self.one(f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)
 
     def queued(self) -> int:
-        """Return how many files wait."""
-        row = self.one("SELECT count(*) AS n FROM files WHERE state = 'queued'")
+        """Return how many files wait, those included whose rows are still to be checked."""
+        row = self.one("SELECT count(*) AS n FROM files WHERE state IN ('queued', 'arriving')")
         return int(row["n"]) if row else 0
 
     def move_file(self, file_id: int, state: str, **values: Any) -> None:
@@ -208,8 +221,12 @@ class Ledger:
             old = self.file(file_id)["state"]
             if state not in LEGAL.get(old, set()):
                 raise OnwardError(f"a file cannot go from {old} to {state}", where=f"file id {file_id}")
-            assignments = ", ".join(f"{name} = ?" for name in ("state", *values))
-            self.write(f"UPDATE files SET {assignments} WHERE id = ?", state, *values.values(), file_id)
+            self.set_file(file_id, state=state, **values)
+
+    def set_file(self, file_id: int, **values: Any) -> None:
+        """Set columns of a file that stays in its state."""
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        self.write(f"UPDATE files SET {assignments} WHERE id = ?", *values.values(), file_id)
 
     # checkpoints
 
@@ -256,23 +273,27 @@ class Ledger:
             step, file_id, key, json.dumps(old), json.dumps(new), self.clock(),
         )  # fmt: skip
 
-    def add_event(self, level: str, message: str, step: int | None = None) -> None:
-        """Record what an operator should be able to read later."""
+    def add_event(self, level: str, message: str, step: int | None = None, *, kind: str | None = None) -> None:
+        """Record what an operator should be able to read later; `kind` is what `notify.events` chooses by."""
         self.write(
-            "INSERT INTO events (level, message, step, created) VALUES (?, ?, ?, ?)",
-            level, message, step, self.clock(),
+            "INSERT INTO events (level, message, step, created, kind) VALUES (?, ?, ?, ?, ?)",
+            level, message, step, self.clock(), kind,
         )  # fmt: skip
 
     def events(self, limit: int = 20) -> list[Row]:
         """Return the newest events, oldest first."""
         return self.query("SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
 
+    def events_after(self, event_id: int, limit: int = 1000) -> list[Row]:
+        """Return the events recorded after one, oldest first."""
+        return self.query("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", event_id, limit)
+
     def steps(self, file_id: int) -> list[Row]:
         """Return the step records of a file."""
         return self.query("SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
 
     def history(self) -> list[Row]:
-        """One row per file of the stream, with its first and last step, and per undone file."""
+        """One row per file of the stream, with its first and last step, then those that were taken out of it."""
         return self.query(
             """
             SELECT f.*, s.trained, s.steps, s.first_step, s.last_step, s.seconds,
@@ -288,10 +309,27 @@ class Ledger:
             ) s ON s.file_id = f.id
             LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.first_step
             LEFT JOIN steps b ON b.file_id = f.id AND b.step = s.last_step
-            WHERE f.state IN ('queued', 'training', 'done', 'undone')
-            ORDER BY f.state = 'undone', f.position IS NULL, f.position, f.priority DESC, f.id
+            WHERE f.state IN ('queued', 'training', 'done', 'undone', 'skipped', 'quarantined')
+            ORDER BY f.state IN ('undone', 'skipped', 'quarantined'), f.position IS NULL, f.position,
+                f.priority DESC, f.id
             """
         )
+
+    # control
+
+    def add_request(self, kind: str, argument: str | None = None) -> int:
+        """Record what an operator asks of the process that owns the run; returns the request's id."""
+        return self.write(
+            "INSERT INTO requests (kind, argument, created) VALUES (?, ?, ?)", kind, argument, self.clock()
+        )
+
+    def open_requests(self) -> list[Row]:
+        """Return the requests that nobody acknowledged yet, oldest first."""
+        return self.query("SELECT * FROM requests WHERE acknowledged IS NULL ORDER BY id")
+
+    def acknowledge(self, request_id: int, answer: str) -> None:
+        """Answer a request."""
+        self.write("UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ?", self.clock(), answer, request_id)
 
     # going back
 

@@ -101,6 +101,58 @@ MIGRATIONS = (
         created REAL NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE files_2 (
+        id INTEGER PRIMARY KEY,
+        command TEXT NOT NULL,
+        name TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        bytes INTEGER NOT NULL,
+        format TEXT NOT NULL,
+        copy TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN (
+            'arriving', 'rejected', 'queued', 'training', 'done', 'undone', 'skipped', 'quarantined'
+        )),
+        again INTEGER NOT NULL DEFAULT 0,
+        priority INTEGER NOT NULL DEFAULT 0,
+        position INTEGER,
+        rows INTEGER NOT NULL DEFAULT 0,
+        tokens INTEGER NOT NULL DEFAULT 0,
+        target_tokens INTEGER NOT NULL DEFAULT 0,
+        truncated INTEGER NOT NULL DEFAULT 0,
+        dropped INTEGER NOT NULL DEFAULT 0,
+        config TEXT REFERENCES configs (fingerprint),
+        start_step INTEGER,
+        planned_steps INTEGER,
+        arrived REAL NOT NULL,
+        finished REAL,
+        note TEXT,
+        inbox TEXT,
+        failures INTEGER NOT NULL DEFAULT 0,
+        parts INTEGER
+    ) STRICT;
+    INSERT INTO files_2 SELECT *, NULL, 0, NULL FROM files;
+    DROP TABLE files;
+    ALTER TABLE files_2 RENAME TO files;
+    CREATE UNIQUE INDEX files_position ON files (position)
+        WHERE position IS NOT NULL AND state IN ('queued', 'training', 'done');
+    CREATE INDEX files_sha256 ON files (sha256);
+    CREATE INDEX files_queue ON files (state, priority DESC, id);
+    CREATE INDEX files_stream ON files (state, position);
+    CREATE INDEX files_command ON files (command);
+
+    ALTER TABLE events ADD COLUMN kind TEXT;
+
+    CREATE TABLE requests (
+        id INTEGER PRIMARY KEY,
+        kind TEXT NOT NULL CHECK (kind IN ('pause', 'resume', 'stop', 'skip')),
+        argument TEXT,
+        created REAL NOT NULL,
+        acknowledged REAL,
+        answer TEXT
+    ) STRICT;
+    CREATE INDEX requests_open ON requests (id) WHERE acknowledged IS NULL;
+    """,
 )
 
 
@@ -116,5 +168,9 @@ def migrate(connection: sqlite3.Connection) -> None:
             f"the ledger has schema {version}, this release knows {len(MIGRATIONS)}",
             hint="pip install --upgrade onward",
         )
+    if version == len(MIGRATIONS):
+        return
+    connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name; SQLite's own way to do it
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
+    connection.execute("PRAGMA foreign_keys = ON")

@@ -1,0 +1,44 @@
+"""What goes on beside the work in one thread: polling for requests, the heartbeat, the log, notifications."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+Job = tuple[float, Callable[[], None]]
+TICK = 0.1
+
+
+class Background:
+    """Calls jobs at their intervals, `(seconds, job)`; a job that fails is tried again and disturbs nobody."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="onward-background", daemon=True)
+
+    def __enter__(self) -> Background:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5.0)
+        for _, job in self._jobs:  # the last words
+            _attempt(job)
+
+    def _run(self) -> None:
+        due = [0.0] * len(self._jobs)
+        while not self._ended.wait(TICK):
+            now = time.monotonic()
+            for number, (seconds, job) in enumerate(self._jobs):
+                if now >= due[number]:
+                    due[number] = now + seconds
+                    _attempt(job)
+
+
+def _attempt(job: Callable[[], None]) -> None:
+    with contextlib.suppress(Exception):
+        job()

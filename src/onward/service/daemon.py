@@ -1,0 +1,424 @@
+"""The daemon: files in, files trained, control obeyed, faults outlived, until it is stopped.
+
+One turn takes in what lies in the inbox, then trains one file. `train` drives the same loop without an inbox, to
+the end of the queue, and lets a failure end it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from onward.config import Config
+from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
+from onward.service import failures
+from onward.service.archive import compress_original
+from onward.service.commits import Commits
+from onward.service.control import Control, expire_requests, pause_fact
+from onward.service.heartbeat import Heartbeat, tell_systemd
+from onward.service.inbox import POLL_SECONDS, Inbox, Watcher
+from onward.service.intake import Intake
+from onward.service.retention import Retention
+from onward.service.session import Session
+from onward.service.stop import Stopped
+from onward.service.worker import Committed, Event, FileDone, FileStarted, Note, Worker
+from onward.store.ledger import Ledger
+from onward.training.trainer import StepResult
+
+TICK = 0.1
+"""Seconds between two looks at what was asked, while nothing is done."""
+MOVED_AT_ONCE = 512
+"""Files of the inbox that are taken in one transaction."""
+CHECKING_SECONDS = 1.0
+"""Time for checking files ahead, between two files that are trained."""
+BESIDE_STEPS = 5.0
+"""Seconds between looks at the inbox while a file is trained."""
+SMALL_FILE = 1 << 20
+"""Bytes of a file whose rows may be checked between two steps."""
+LONGEST_PAUSE = 300.0
+"""Seconds that a daemon waits at most before it tries again."""
+CRASHES = 5
+"""Times that the process may die in one file without a commit before the file is quarantined."""
+BUSY = ("loading", "tokenizing", "training", "saving", "evaluating")
+
+Observe = Callable[[Event], None]
+
+
+class Daemon:
+    """Works on one run that this process owns.
+
+    Args:
+        open_session: opens the run; called again after a failure, so that a mended config or model is seen.
+        inbox: None for a process that only empties the queue.
+        patient: outlive failures (retry, quarantine, wait); else the first one is raised.
+        observe: receives every event; one that raises is dropped.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        config: Config,
+        open_session: Callable[[], Session],
+        intake: Intake,
+        control: Control,
+        heartbeat: Heartbeat,
+        *,
+        root: Path,
+        inbox: Inbox | None = None,
+        patient: bool = True,
+        observe: Observe = lambda _: None,
+    ) -> None:
+        self.ledger = ledger
+        self.config = config
+        self.control = control
+        self.refused = 0
+        self._open_session = open_session
+        self._intake = intake
+        self._heartbeat = heartbeat
+        self._root = root
+        self._inbox = inbox
+        self._patient = patient
+        self._observe = observe
+        self._worker: Worker | None = None
+        self._wake = threading.Event()
+        self._scanned = float("-inf")
+        self._waiting_in_inbox = 0
+        self._inbox_problem: str | None = None
+        self._strange: set[str] = set()
+        self._failures = 0
+        self._state = ""
+
+    def begin(self) -> None:
+        """Account for how the process before this one ended; call it once, before anything else."""
+        self._after_crashes()
+        expire_requests(self.ledger)
+        if self.ledger.get("paused") is not None:
+            if self._patient:
+                self.control.is_paused = True
+            else:  # a person trains now: that says more than an earlier pause
+                self.ledger.put(paused=None)
+
+    def run(self, *, once: bool = False) -> None:
+        """Work until a stop is asked for; with `once`, until inbox and queue are empty or the run is paused.
+
+        Raises:
+            DamagedState, VerificationFailed: the state cannot be trusted; nothing goes on without a person.
+            OnwardError: as above, and any failure where the daemon is not `patient`.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._inbox is not None:
+                stack.enter_context(Watcher(self._inbox.folder, self._wake))
+            if self.ledger.next_owed() is None:
+                self._settle()
+            tell_systemd("READY=1")
+            while not self.control.stop:
+                try:
+                    if not self._turn(once):
+                        break
+                    self._failures = 0
+                except Stopped:
+                    continue
+                except (DamagedState, VerificationFailed, RunLocked):
+                    raise
+                except Exception as error:
+                    if not self._patient:
+                        raise
+                    self._outlive(error)
+        tell_systemd("STOPPING=1")
+        self.control.answer(self.ledger, "stop", f"stopped at step {self._step()}")
+
+    def _settle(self) -> None:
+        """Mend what the process before left, where no worker is going to; what is lost is owed again."""
+        settled = Commits(self._intake.layout, self.ledger).settle(Retention.of(self.config))
+        for problem in settled.damage:
+            self._show(f"damaged: {problem}")
+
+    def _turn(self, once: bool) -> bool:
+        """Do the next thing; False when there is nothing left to do."""
+        self._heartbeat.moved()
+        if "skip" in self.control.wishes:
+            self._skip()
+        if "pause" in self.control.wishes or self.control.is_paused:
+            return self._pause(once)
+        self.control.answer(self.ledger, "resume", "it was not paused")
+        self._take_in()
+        if self.ledger.next_owed() is not None:
+            self._wait_for_room(self._next_bytes())
+            self._train_file()
+            return not self.control.after_file
+        if self.control.after_file:
+            return False
+        if once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
+            return False
+        if self._inbox is None:
+            return self.ledger.next_arriving() is not None
+        self._set_state("idle")
+        self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
+        return True
+
+    # files in
+
+    def _take_in(self, *, seconds: float = CHECKING_SECONDS, largest: float = float("inf")) -> None:
+        """Move settled files out of the inbox and check arrived ones, for a bounded time."""
+        if self._inbox is not None:
+            self._scan(self._inbox)
+        if self.ledger.next_arriving() is None:
+            return
+        if self._state == "idle":
+            self._set_state("tokenizing")
+        self._intake.check_ahead(seconds=seconds, largest=largest)
+
+    def _scan(self, inbox: Inbox) -> None:
+        now = time.monotonic()
+        soon = 5 * TICK if self._waiting_in_inbox or self._wake.is_set() else POLL_SECONDS
+        if now - self._scanned < soon:
+            return
+        self._wake.clear()
+        try:
+            scan = inbox.scan()
+            self._waiting_in_inbox = scan.unsettled
+            for start in range(0, len(scan.settled), MOVED_AT_ONCE):
+                taken = scan.settled[start : start + MOVED_AT_ONCE]
+                self._intake.take_inbox(taken)
+                inbox.forget([path for path, _ in taken])
+                self._heartbeat.moved()
+                if self.control:
+                    break
+        except OSError as error:
+            if failures.is_out_of_space(error):
+                raise
+            self._report_inbox(f"the inbox cannot be used: {error}")
+        else:
+            self._report_inbox(None)
+            self._warn_of_strange(scan.strange)
+        self._scanned = time.monotonic()
+
+    def _report_inbox(self, problem: str | None) -> None:
+        if problem == self._inbox_problem:
+            return
+        if problem is not None:
+            self.ledger.add_event("error", problem, kind="failed")
+        else:
+            self.ledger.add_event("info", "the inbox can be used again")
+        self.ledger.put(problem=problem)
+        self._inbox_problem = problem
+
+    def _warn_of_strange(self, names: list[str]) -> None:
+        for name in sorted(set(names) - self._strange):
+            self.ledger.add_event("warning", f"inbox/{name} is left alone: only high/ and low/ are looked into")
+        self._strange |= set(names)
+
+    # files trained
+
+    def _train_file(self) -> None:
+        """Train the file that is owed, to its boundary or until something is asked for."""
+        try:
+            if self._worker is None:
+                self._set_state("loading")
+                with self.control.interruptible():
+                    self._worker = Worker(self._open_session(), self.control)
+            for event in self._worker.train_next():
+                self._see(event)
+        except Stopped:
+            raise
+        except BaseException as error:
+            self._drop_worker()
+            if not self._patient or not failures.blames_file(error):
+                raise
+            self._handle_failed_file(error)
+        finally:
+            self._state = ""  # the worker moved it
+
+    def _see(self, event: Event) -> None:
+        """Show an event, and do what has to be done between two steps."""
+        self._heartbeat.moved(event.seconds if isinstance(event, StepResult) else None)
+        try:
+            self._observe(event)
+        except Exception as error:  # an observer's failure is its own
+            self.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
+            self._observe = lambda _: None
+        if self.control.after_file:
+            self._acknowledge_after_file()
+        if isinstance(event, FileStarted | StepResult | Committed) and not self.control:
+            if self._worker is not None:
+                self._wait_for_room(self._worker.bytes_needed())
+            if self._inbox is not None and time.monotonic() - self._scanned > BESIDE_STEPS:
+                with contextlib.suppress(Exception):  # whatever it is, it comes again between two files
+                    self._take_in(seconds=TICK, largest=SMALL_FILE)
+        if isinstance(event, FileDone) and self.config.compress_archive:
+            row = self.ledger.at_position(event.position)
+            if row is not None:
+                compress_original(self._intake.layout, self.ledger, row)
+
+    def _acknowledge_after_file(self) -> None:
+        wish = self.control.wishes["stop"]
+        if wish["acknowledged"] is None:
+            wish["acknowledged"] = self.ledger.clock()
+            self.ledger.acknowledge(wish["id"], "stops after the file in hand")
+
+    def _handle_failed_file(self, error: BaseException) -> None:
+        row = self.ledger.next_owed()
+        if row is None:
+            raise error
+        done = failures.handle(self._intake.layout, self.ledger, row, error)
+        self._show(done)
+
+    def _drop_worker(self) -> None:
+        """Let go of model and optimizer; the next file is begun from the last commit."""
+        self._worker = None
+        gc.collect()
+        _empty_cache()
+
+    # control
+
+    def _skip(self) -> None:
+        wish = self.control.wishes["skip"]
+        reason = wish["argument"] or "skipped by an operator"
+        row = next(iter(self.ledger.files("training")), None)
+        if row is None:
+            self.control.answer(
+                self.ledger, "skip", "no file is being trained; onward skip FILE takes a waiting one out"
+            )
+            return
+        self._drop_worker()
+        answer = failures.skip(self._intake.layout, self.ledger, row, reason)
+        self.control.answer(self.ledger, "skip", answer)
+        self._show(answer)
+
+    def _pause(self, once: bool) -> bool:
+        """Hold still until a resume or a stop; on request without the model in memory."""
+        wish = self.control.wishes.get("pause")
+        if wish is not None:
+            release = wish["argument"] == "release"
+            if release:
+                self._drop_worker()
+            with self.ledger.transaction():
+                self.ledger.put(paused=pause_fact(release))
+                self.control.answer(self.ledger, "pause", f"paused at step {self._step()}")
+                self.ledger.add_event("warning", "paused by an operator", self._step(), kind="paused")
+            self.control.is_paused = True
+        if once:
+            return False
+        self._set_state("paused", "paused by an operator; onward resume goes on")
+        if "resume" in self.control.wishes:
+            with self.ledger.transaction():
+                self.ledger.put(paused=None, problem=None)
+                self.control.answer(self.ledger, "resume", "goes on")
+                self.ledger.add_event("info", "resumed by an operator")
+            self.control.is_paused = False
+            return True
+        if self.control.after_file:
+            return False
+        self._take_in()
+        self._wait(2 * TICK)
+        return True
+
+    # faults
+
+    def _wait_for_room(self, needed: int) -> None:
+        """Hold still while the disk has no room for the next checkpoint and the margin; memory keeps what was done.
+
+        A process that is not patient goes on: the write itself refuses in words.
+        """
+        needed += self.config.disk_margin_mb << 20
+        if not self._patient or shutil.disk_usage(self._root).free >= needed:
+            return
+        free = shutil.disk_usage(self._root).free
+        before = self.ledger.get("state")
+        problem = f"the disk is too full: {free / 1e6:.0f} MB free, {needed / 1e6:.0f} MB needed; goes on by itself"
+        self.ledger.put(state="paused", problem=problem)
+        self.ledger.add_event("warning", problem, kind="paused")
+        while shutil.disk_usage(self._root).free < needed and not self.control:
+            self._heartbeat.moved()
+            self._wait(5 * TICK)
+        self.ledger.put(state=before, problem=None)
+        self.ledger.add_event("info", "the disk has room again")
+        self._state = ""
+
+    def _next_bytes(self) -> int:
+        if self._worker is not None:
+            return 0  # it asks between steps, knowing the size
+        newest = self.ledger.newest_checkpoint()
+        return int(newest["bytes"] * 1.1) if newest else 0
+
+    def _outlive(self, error: Exception) -> None:
+        """Wait a while after a failure of the machine or the config, then go on from the last commit."""
+        self._drop_worker()
+        self._failures += 1
+        seconds = min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
+        what = error.what if isinstance(error, OnwardError) else f"{type(error).__name__}: {error}"
+        problem = f"{what}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
+        self._show(problem)
+        try:
+            self.ledger.put(state="paused" if failures.is_out_of_space(error) else "failed", problem=problem)
+            self.ledger.add_event("error", problem, kind="failed")
+        except sqlite3.Error:
+            pass  # the disk is full or fails: said on the terminal, and again at the next try
+        self._state = "failed"
+        self._wait_out(seconds)
+        try:
+            self.ledger.put(problem=None)
+        except sqlite3.Error:
+            return
+
+    def _after_crashes(self) -> None:
+        """Count how often the process died without a commit in between: wait longer each time, then give a file up."""
+        state, died = self.ledger.get("state"), self.ledger.get("died") or {"step": None, "file": None, "count": 0}
+        if state not in BUSY:
+            self.ledger.put(died=None)
+            return
+        row = next(iter(self.ledger.files("training")), None)
+        step, file_id = self._step(), row["id"] if row else None
+        same = died["step"] == step and died["file"] == file_id
+        count = died["count"] + 1 if same else 1
+        self.ledger.put(died={"step": step, "file": file_id, "count": count})
+        self.ledger.add_event("warning", f"the process before this one died while it was {state}, after step {step}")
+        if not self._patient:
+            return
+        if row is not None and count >= CRASHES and state in ("training", "saving"):
+            reason = f"the process died {count} times in it without getting past step {step}"
+            self._show(failures.quarantine(self._intake.layout, self.ledger, row, reason))
+            self.ledger.put(died=None)
+        elif count >= 3:
+            seconds = min(2.0 ** (count - 2), LONGEST_PAUSE)
+            problem = f"the process died {count} times after step {step}; goes on in {seconds:.0f} s"
+            self.ledger.put(state="failed", problem=problem)
+            self._wait_out(seconds)
+            self.ledger.put(problem=None)
+
+    def _wait_out(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not self.control.stop and "skip" not in self.control.wishes:
+            self._heartbeat.moved()
+            time.sleep(TICK)
+
+    # the rest
+
+    def _wait(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not (self.control.stop or self.control.wishes or self._wake.is_set()):
+            time.sleep(TICK / 2)
+
+    def _step(self) -> int:
+        return int((self.ledger.newest_checkpoint() or {"step": 0})["step"])
+
+    def _set_state(self, state: str, problem: str | None = None) -> None:
+        if state != self._state:
+            self.ledger.put(state=state, problem=problem or self._inbox_problem)
+            self._state = state
+
+    def _show(self, message: str) -> None:
+        self._see(Note(message))
+
+
+def _empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

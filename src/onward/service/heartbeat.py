@@ -1,0 +1,85 @@
+"""The heartbeat: how others see that a process is alive and whether its work moves on.
+
+Written from a background thread, so that a step that hangs is told from a process that is gone. Under systemd it
+feeds the watchdog too (protocol: sd_notify(3)), but only while the work moves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from onward.store.ledger import connect
+
+SECONDS = 5.0
+"""Seconds between two beats."""
+SILENCE = 30.0
+"""Seconds without a beat after which a process that holds the lock counts as stuck."""
+STEP_SLACK, SHORTEST = 20.0, 60.0
+"""A step hangs when it takes 20 times as long as the last one, and a minute at least."""
+
+
+class Heartbeat:
+    """Notes progress on the one side and writes it down on the other.
+
+    Args:
+        path: the ledger's file.
+        clock: seconds since the epoch.
+        monotonic: seconds that never jump.
+    """
+
+    def __init__(
+        self, path: Path, *, clock: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._path = path
+        self._clock = clock
+        self._monotonic = monotonic
+        self._moved = monotonic()
+        self._limit: float | None = None
+
+    def moved(self, step_seconds: float | None = None) -> None:
+        """Note that the work moves; after a step, with its seconds: the next one is measured against it."""
+        self._moved = self._monotonic()
+        self._limit = None if step_seconds is None else max(SHORTEST, STEP_SLACK * step_seconds)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the step in hand takes longer than a step could."""
+        return self._limit is not None and self._monotonic() - self._moved > self._limit
+
+    def beat(self) -> None:
+        """Write the heartbeat to the ledger, without waiting for the disk."""
+        fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": self.hangs, "pid": os.getpid()}
+        connection = connect(self._path, durable=False)
+        try:
+            connection.execute("INSERT OR REPLACE INTO run VALUES ('heartbeat', ?)", (json.dumps(fact),))
+        finally:
+            connection.close()
+        if not self.hangs:
+            tell_systemd("WATCHDOG=1")
+
+
+def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
+    """Return the seconds since the last beat and what is wrong, if anything; a clock that went back shows 0."""
+    if fact is None:
+        return None, None
+    age = max(0.0, now - fact["at"])
+    if age > SILENCE:
+        return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or was frozen"
+    if fact["hangs"]:
+        return age, f"the step in hand hangs: no progress for {fact['quiet'] + age:.0f} s"
+    return age, None
+
+
+def tell_systemd(message: str) -> None:
+    """Send a line to systemd, where a service manager listens."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.sendto(message.encode(), f"\0{address[1:]}" if address.startswith("@") else address)

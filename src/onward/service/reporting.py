@@ -1,0 +1,99 @@
+"""Reporting: the ledger's events as lines of a rotating log, and told to whom the config names.
+
+Runs beside the work, reads the ledger like any observer, and may fail without anybody noticing but the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import urllib.request
+from logging.handlers import RotatingFileHandler
+from typing import Any
+
+from onward.config import NotifyConfig
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger, Row
+
+LOG_BYTES, LOG_PARTS = 5 << 20, 3
+PATIENCE = 4.0
+"""Seconds that a notification may take."""
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _Log(RotatingFileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
+        del record
+
+
+class Reporter:
+    """Writes events that are new since it was made to `logs/onward.log`, and notifies.
+
+    Args:
+        notify: whom to tell of which kinds of event.
+    """
+
+    def __init__(self, layout: RunLayout, notify: NotifyConfig) -> None:
+        self._layout = layout
+        self.notify = notify
+        self._ledger: Ledger | None = None
+        with Ledger(layout.ledger, read_only=True) as ledger:
+            newest = ledger.one("SELECT max(id) AS id FROM events")
+        self._last = int(newest["id"] or 0) if newest else 0
+        layout.log.parent.mkdir(exist_ok=True)
+        self._log = _Log(layout.log, maxBytes=LOG_BYTES, backupCount=LOG_PARTS, encoding="utf-8", delay=True)
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+
+    def report(self) -> None:
+        """Report what happened since the last call."""
+        if self._ledger is None:
+            self._ledger = Ledger(self._layout.ledger, read_only=True)
+        for event in self._ledger.events_after(self._last):
+            self._last = event["id"]
+            self.write(event["level"], event["message"], event["created"])
+            if event["kind"] in self.notify.events:
+                self._tell(event)
+
+    def write(self, level: str, message: str, created: float | None = None) -> None:
+        """Write a line to the log."""
+        record = logging.LogRecord("onward", LEVELS[level], "", 0, message, None, None)
+        if created is not None:
+            record.created = created
+        self._log.handle(record)
+
+    def close(self) -> None:
+        """Close log and ledger."""
+        self._log.close()
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+    def _tell(self, event: Row) -> None:
+        message = {
+            "run": str(self._layout.root.absolute()),
+            **{key: event[key] for key in ("kind", "level", "message", "step", "created")},
+        }
+        for name, send in (("command", _send_to_command), ("url", _send_to_url)):
+            target = getattr(self.notify, name)
+            if not target:
+                continue
+            try:
+                send(target, message)
+            except Exception as error:
+                self.write("warning", f"notify.{name} failed: {error}")
+
+
+def _send_to_command(command: str, message: dict[str, Any]) -> None:
+    subprocess.run(
+        shlex.split(command), input=json.dumps(message).encode(), check=True, timeout=PATIENCE, capture_output=True
+    )
+
+
+def _send_to_url(url: str, message: dict[str, Any]) -> None:
+    request = urllib.request.Request(
+        url, json.dumps(message).encode(), {"Content-Type": "application/json", "User-Agent": "onward"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE):
+        pass
