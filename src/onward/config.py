@@ -28,6 +28,9 @@ OPERATION_KEYS = (
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's safe loader where PyYAML has it: ten times faster, and the config is read at every boundary."""
+
 KEYS_HINT = "docs/config.md lists every key with its values."
 MISSING_HINT = (
     "Put it back; the values last trained with stand in current_model/checkpoint-*/onward.json, under config."
@@ -225,7 +228,7 @@ def read_config(path: Path) -> Config:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:

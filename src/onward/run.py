@@ -336,9 +336,13 @@ class _Opened:
         from onward.data.tokenize import RowTokenizer
         from onward.service.intake import Intake
 
+        made: list[tuple[Session, RowTokenizer]] = []
+
         def row_tokenizer() -> tuple[RowTokenizer, str]:
             session, config = self.session, self.session.config
-            return RowTokenizer(session.tokenizer, config.max_length, config.over_length), session.tokenizer_digest
+            if not made or made[0][0] is not session:  # it compiles the chat template: too slow for every file
+                made[:] = [(session, RowTokenizer(session.tokenizer, config.max_length, config.over_length))]
+            return made[0][1], session.tokenizer_digest
 
         return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
 

@@ -9,7 +9,6 @@ meta.json    counts, the settings it was made with, size and xxh3 of the three f
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
+from onward.atomic import TEMPORARY_PREFIX, remove_tree
 from onward.digest import xxh3_file
 from onward.errors import DamagedState
 
@@ -86,7 +85,9 @@ class TokenizedWriter:
         self.longest = max(self.longest, int(lengths.max()))
 
     def publish(self, meta: dict[str, Any]) -> None:
-        """Force everything to the disk and rename it into place, `meta` included.
+        """Rename everything into place, `meta` included.
+
+        Nothing is forced to the disk: what a power cut damages is noticed when it is opened, and made again.
 
         Raises:
             FileExistsError: the final place is taken.
@@ -94,7 +95,6 @@ class TokenizedWriter:
         files: dict[str, Any] = {}
         for name, stream in self._streams.items():
             stream.flush()
-            os.fsync(stream.fileno())
             files[name] = {"bytes": stream.tell(), "xxh3": self._digests[name].hexdigest()}
             stream.close()
         counts = {
@@ -104,8 +104,10 @@ class TokenizedWriter:
             "target_tokens": self.target_tokens,
             "longest": self.longest,
         }
-        write_file(self._temporary / "meta.json", json.dumps(counts | meta | {"files": files}, indent=2).encode())
-        publish_directory(self._temporary, self._final)
+        (self._temporary / "meta.json").write_text(json.dumps(counts | meta | {"files": files}, indent=2))
+        if self._final.exists():
+            raise FileExistsError(self._final)
+        self._temporary.rename(self._final)
 
     def discard(self) -> None:
         """Remove what was written and not published; does nothing after `publish`."""
