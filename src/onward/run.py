@@ -12,14 +12,16 @@ from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
 from onward.errors import DamagedState, FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.control import AFTER_FILE, POLL_SECONDS, RELEASE, find_file, request
+from onward.service.background import Background, Job
+from onward.service.control import AFTER_FILE, POLL_SECONDS, RELEASE, Control, expire_requests, find_file, request
 from onward.service.heartbeat import SECONDS as BEAT_SECONDS
+from onward.service.heartbeat import Heartbeat
 from onward.service.lock import RunLock, is_held
+from onward.service.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
 from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
-    from onward.service.background import Job
     from onward.service.daemon import Daemon
     from onward.service.intake import Intake
     from onward.service.session import Session
@@ -350,25 +352,22 @@ class _Opened:
     def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
         """Make the daemon with all that goes on beside it: requests, heartbeat, log and notifications."""
         config = read_config(self.layout.config)
-        with stop.interruptible():
-            from onward.service.background import Background
-            from onward.service.control import Control
-            from onward.service.daemon import Daemon
-            from onward.service.heartbeat import Heartbeat
-            from onward.service.inbox import Inbox
-            from onward.service.reporting import Reporter
-
-            if watch:
-                _ = self.session  # what is wrong with config or model is said at once
+        expire_requests(self.ledger)
         control, heartbeat = Control(self.layout, stop), Heartbeat(self.layout.ledger)
         reporter = Reporter(self.layout, config.notify)
-        inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
-        daemon = Daemon(
-            self.ledger, config, self.open, self.intake(control.check), control, heartbeat, root=self.layout.root,
-            inbox=inbox, patient=watch, observe=observe,
-        )  # fmt: skip
         vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
-        with Background([(1.0, reporter.report)]), Background(vital):
+        with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
+            with stop.interruptible():
+                from onward.service.daemon import Daemon
+                from onward.service.inbox import Inbox
+
+                if watch:
+                    _ = self.session  # what is wrong with config or model is said at once
+            inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
+            daemon = Daemon(
+                self.ledger, config, self.open, self.intake(control.check), control, heartbeat,
+                root=self.layout.root, inbox=inbox, patient=watch, observe=observe,
+            )  # fmt: skip
             daemon.begin()
             self.ledger.put(state="loading", problem=None)
             yield daemon

@@ -114,3 +114,39 @@ def test_a_ledger_that_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DamagedState, match="cannot be read"):
         Ledger(path)
     assert b"garbage" * 1000 == path.read_bytes()
+
+
+def test_a_ledger_of_the_first_release_is_brought_up(tmp_path: Path) -> None:
+    """A ledger of schema 1 keeps its files, steps and events, references included, and takes the new states."""
+    path = tmp_path / "ledger.sqlite3"
+    with sqlite3.connect(path) as old:
+        old.executescript(f"BEGIN;\n{MIGRATIONS[0]}\nPRAGMA user_version = 1;\nCOMMIT;")
+        old.execute(
+            "INSERT INTO files (id, command, name, sha256, bytes, format, copy, state, position, arrived)"
+            " VALUES (7, 'c', 'a.jsonl', 'aa', 1, 'jsonl', 'archive/a.jsonl', 'training', 1, 5.0)"
+        )
+        old.execute("INSERT INTO steps VALUES (7, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1)")
+        old.execute("INSERT INTO events (level, message, created) VALUES ('info', 'old', 1.0)")
+    old.close()
+    with Ledger(path) as ledger:
+        assert [] == ledger.query("PRAGMA foreign_key_check")
+        assert [{"foreign_keys": 1}] == ledger.query("PRAGMA foreign_keys")
+        assert [1] == [row["step"] for row in ledger.steps(7)]
+        assert [("old", None)] == [(event["message"], event["kind"]) for event in ledger.events()]
+        ledger.move_file(7, "skipped", position=None, note="no use")
+        assert "skipped" == ledger.file(7)["state"]
+        with pytest.raises(sqlite3.IntegrityError):
+            ledger.write("INSERT INTO steps VALUES (8, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1)")
+
+
+def test_a_transaction_that_the_disk_refuses_leaves_none_open(tmp_path: Path) -> None:
+    """After a commit that failed, the next transaction is one of its own and is kept."""
+    ledger = Ledger(tmp_path / "ledger.sqlite3")
+    pages = ledger.query("PRAGMA page_count")[0]["page_count"]
+    ledger.query(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        ledger.put(large="x" * 100_000)
+    ledger.query("PRAGMA max_page_count = 100000")
+    ledger.put(small=1)
+    with Ledger(ledger.path, read_only=True) as reader:
+        assert (None, 1) == (reader.get("large"), reader.get("small"))

@@ -112,7 +112,7 @@ def request(
         if row.get("acknowledged") is not None:
             return str(row["answer"])
         if until():
-            return "done"
+            return "it ended; what was trained is committed"
         if not is_held(layout.lock):
             ledger.acknowledge(number, "the process ended first")
             raise OnwardError("the process ended before it answered", where=layout.root, hint="onward status")

@@ -20,7 +20,7 @@ from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFail
 from onward.service import failures
 from onward.service.archive import compress_original
 from onward.service.commits import Commits
-from onward.service.control import Control, expire_requests, pause_fact
+from onward.service.control import Control, pause_fact
 from onward.service.heartbeat import Heartbeat, tell_systemd
 from onward.service.inbox import POLL_SECONDS, Inbox, Watcher
 from onward.service.intake import Intake
@@ -92,15 +92,15 @@ class Daemon:
         self._inbox_problem: str | None = None
         self._strange: set[str] = set()
         self._failures = 0
+        self._began_paused = False
         self._state = ""
 
     def begin(self) -> None:
         """Account for how the process before this one ended; call it once, before anything else."""
         self._after_crashes()
-        expire_requests(self.ledger)
         if self.ledger.get("paused") is not None:
             if self._patient:
-                self.control.is_paused = True
+                self.control.is_paused = self._began_paused = True
             else:  # a person trains now: that says more than an earlier pause
                 self.ledger.put(paused=None)
 
@@ -303,7 +303,7 @@ class Daemon:
                 self.control.answer(self.ledger, "pause", f"paused at step {self._step()}")
                 self.ledger.add_event("warning", "paused by an operator", self._step(), kind="paused")
             self.control.is_paused = True
-        if once:
+        if once and self._began_paused:
             return False
         self._set_state("paused", "paused by an operator; onward resume goes on")
         if "resume" in self.control.wishes:
@@ -311,7 +311,7 @@ class Daemon:
                 self.ledger.put(paused=None, problem=None)
                 self.control.answer(self.ledger, "resume", "goes on")
                 self.ledger.add_event("info", "resumed by an operator")
-            self.control.is_paused = False
+            self.control.is_paused = self._began_paused = False
             return True
         if self.control.after_file:
             return False
