@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -362,14 +363,15 @@ class _Opened:
                 from onward.service.inbox import Inbox
 
                 if watch:
-                    _ = self.session  # what is wrong with config or model is said at once
+                    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
+                        _ = self.session  # what is wrong with config or model is said at once
             inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
             daemon = Daemon(
                 self.ledger, config, self.open, self.intake(control.check), control, heartbeat,
                 root=self.layout.root, inbox=inbox, patient=watch, observe=observe,
             )  # fmt: skip
-            daemon.begin()
-            self.ledger.put(state="loading", problem=None)
+            if not watch:
+                daemon.begin()
             yield daemon
         control.close()
         reporter.close()
@@ -381,20 +383,25 @@ def _account(ledger: Ledger) -> Generator[None]:
     try:
         yield
     except Stopped:
-        ledger.put(state="stopped")
+        _note(ledger, state="stopped")
     except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
-        ledger.put(state="stopped" if ledger.next_owed() else "idle")
-        ledger.add_event("warning", error.what)
+        _note(ledger, ("warning", error.what), state="stopped" if ledger.next_owed() else "idle")
         raise
     except OnwardError as error:
-        ledger.put(state="failed", problem=error.what)
-        ledger.add_event("error", error.what)
+        _note(ledger, ("error", error.what), state="failed", problem=error.what)
         raise
     except BaseException:
-        ledger.put(state="stopped")
+        _note(ledger, state="stopped")
         raise
     else:
-        ledger.put(state="stopped" if ledger.next_owed() else "idle")
+        _note(ledger, state="stopped" if ledger.next_owed() else "idle")
+
+
+def _note(ledger: Ledger, event: tuple[str, str] | None = None, **facts: Any) -> None:
+    with contextlib.suppress(sqlite3.OperationalError), ledger.transaction():  # the disk may be full
+        ledger.put(**facts)
+        if event is not None:
+            ledger.add_event(*event)
 
 
 def _refuse_occupied(layout: RunLayout) -> None:

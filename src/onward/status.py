@@ -12,6 +12,8 @@ from onward.service.lock import is_held
 from onward.store.ledger import Ledger, Row
 
 BUSY = ("loading", "tokenizing", "training", "saving", "evaluating")
+FULL = 1 << 20
+"""Free bytes below which nothing goes on."""
 PACE = 20
 """Steps over which speed is averaged."""
 
@@ -29,6 +31,9 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         if state in BUSY and not held:
             state = "stopped"
         age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
+        free = shutil.disk_usage(layout.root).free
+        if held and free < FULL:  # its owner waits, and cannot even say so in the ledger
+            state, stuck = "paused", f"the disk is full: {free} bytes free"
         checkpoint = ledger.newest_checkpoint()
         current = next(iter(ledger.files("training")), None)
         last = _last_steps(ledger, current)
@@ -47,7 +52,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "loss": last[0]["loss"] if last else None,
             **_pace(live, current, file_step, state),
             "checkpoint": f"checkpoint-{checkpoint['step']}" if checkpoint else None,
-            "disk_free_bytes": shutil.disk_usage(layout.root).free,
+            "disk_free_bytes": free,
             "heartbeat_seconds": age,
             "problem": stuck or ledger.get("problem"),
         }

@@ -92,17 +92,23 @@ class Daemon:
         self._inbox_problem: str | None = None
         self._strange: set[str] = set()
         self._failures = 0
+        self._has_begun = False
         self._began_paused = False
+        self._is_settled = False
         self._state = ""
 
     def begin(self) -> None:
-        """Account for how the process before this one ended; call it once, before anything else."""
+        """Once: account for how the process before this one ended, and mend what it left."""
+        if self._has_begun:
+            return
         self._after_crashes()
         if self.ledger.get("paused") is not None:
             if self._patient:
                 self.control.is_paused = self._began_paused = True
             else:  # a person trains now: that says more than an earlier pause
                 self.ledger.put(paused=None)
+        self.ledger.put(state="loading", problem=None)
+        self._has_begun = True
 
     def run(self, *, once: bool = False) -> None:
         """Work until a stop is asked for; with `once`, until inbox and queue are empty or the run is paused.
@@ -114,11 +120,10 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             if self._inbox is not None:
                 stack.enter_context(Watcher(self._inbox.folder, self._wake))
-            if self.ledger.next_owed() is None:
-                self._settle()
             tell_systemd("READY=1")
             while not self.control.stop:
                 try:
+                    self.begin()
                     if not self._turn(once):
                         break
                     self._failures = 0
@@ -131,13 +136,17 @@ class Daemon:
                         raise
                     self._outlive(error)
         tell_systemd("STOPPING=1")
-        self.control.answer(self.ledger, "stop", f"stopped at step {self._step()}")
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is no reason not to stop
+            self.control.answer(self.ledger, "stop", f"stopped at step {self._step()}")
 
     def _settle(self) -> None:
-        """Mend what the process before left, where no worker is going to; what is lost is owed again."""
+        """Once: mend what the process before left, where no worker is going to; what is lost is owed again."""
+        if self._is_settled or self._worker is not None:
+            return
         settled = Commits(self._intake.layout, self.ledger).settle(Retention.of(self.config))
         for problem in settled.damage:
             self._show(f"damaged: {problem}")
+        self._is_settled = True
 
     def _turn(self, once: bool) -> bool:
         """Do the next thing; False when there is nothing left to do."""
@@ -148,6 +157,8 @@ class Daemon:
             return self._pause(once)
         self.control.answer(self.ledger, "resume", "it was not paused")
         self._take_in()
+        if self.ledger.next_owed() is None:
+            self._settle()
         if self.ledger.next_owed() is not None:
             self._wait_for_room(self._next_bytes())
             self._train_file()
@@ -351,12 +362,13 @@ class Daemon:
         """Wait a while after a failure of the machine or the config, then go on from the last commit."""
         self._drop_worker()
         self._failures += 1
-        seconds = min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
+        full = failures.is_out_of_space(error)
+        seconds = 2.0 if full else min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
         what = error.what if isinstance(error, OnwardError) else f"{type(error).__name__}: {error}"
         problem = f"{what}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
         self._show(problem)
         try:
-            self.ledger.put(state="paused" if failures.is_out_of_space(error) else "failed", problem=problem)
+            self.ledger.put(state="paused" if full else "failed", problem=problem)
             self.ledger.add_event("error", problem, kind="failed")
         except sqlite3.Error:
             pass  # the disk is full or fails: said on the terminal, and again at the next try

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -38,7 +39,8 @@ class RunLock:
                 hint="onward status shows what it does; onward add puts files in its stream.",
             ) from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        self._holder.write_text(json.dumps(holder))
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+            self._holder.write_text(json.dumps(holder))
         return self
 
     def __exit__(self, *_: object) -> None:
