@@ -5,16 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 import onward.service.adopt
+import onward.service.daemon
 import onward.service.intake
 import onward.service.session
 import onward.service.worker  # noqa: F401  (loaded once, before the fork)
+from onward import cli
 from onward.errors import OnwardError
 from onward.run import Run
 from onward.service.stop import StopRequest
@@ -32,6 +35,34 @@ def _train(directory: str, files: list[str], threads: int) -> None:
     except OnwardError as error:
         print(error, flush=True)
         os._exit(error.exit_status)
+
+
+def _command(arguments: list[str], output: str, prepare: Callable[[], None]) -> None:
+    torch.set_num_threads(1)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = ["onward", *arguments]
+    prepare()
+    cli.main()
+
+
+def _as_it_is() -> None:
+    """Prepare nothing."""
+
+
+def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = _as_it_is) -> BaseProcess:
+    """Start the command line in a process of its own; `prepare` runs in it first, `output` gets what it prints."""
+    process = _CONTEXT.Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
+    process.start()
+    return process
+
+
+def command(output: Path, *arguments: object, prepare: Callable[[], None] = _as_it_is) -> int | None:
+    """Run the command line in a process of its own to its end; returns its exit status, negative for a signal."""
+    process = start_command(output, *arguments, prepare=prepare)
+    process.join()
+    return process.exitcode
 
 
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:

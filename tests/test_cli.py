@@ -16,11 +16,13 @@ from onward import cli
 
 HISTORY_KEYS = [
     "position", "name", "state", "sha256", "rows", "rows_trained", "truncated", "dropped", "steps", "first_step",
-    "last_step", "first_loss", "last_loss", "first_learning_rate", "last_learning_rate", "handover", "seconds",
+    "last_step", "first_loss", "last_loss", "first_learning_rate", "last_learning_rate", "handover", "note",
+    "seconds",
 ]  # fmt: skip
 STATUS_KEYS = [
     "run", "state", "global_step", "file", "file_step", "file_steps", "queue", "learning_rate", "loss",
-    "tokens_per_second", "eta_seconds", "checkpoint", "disk_free_bytes", "problem",
+    "tokens_per_second", "eta_seconds", "checkpoint", "disk_free_bytes", "heartbeat_seconds",
+    "problem",
 ]  # fmt: skip
 COMMANDS = ["init", "train", "add", "status", "history", "verify", "rollback", "adopt", "reset", "doctor"]
 HEAVY = ("torch", "transformers", "peft", "numpy")

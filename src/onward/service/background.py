@@ -30,11 +30,11 @@ class Background:
             _attempt(job)
 
     def _run(self) -> None:
-        due = [0.0] * len(self._jobs)
+        due: dict[int, float] = {}
         while not self._ended.wait(TICK):
             now = time.monotonic()
             for number, (seconds, job) in enumerate(self._jobs):
-                if now >= due[number]:
+                if now >= due.get(number, 0.0):
                     due[number] = now + seconds
                     _attempt(job)
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from onward.config import Config
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
@@ -92,6 +93,7 @@ class Daemon:
         self._inbox_problem: str | None = None
         self._strange: set[str] = set()
         self._failures = 0
+        self._once = False
         self._has_begun = False
         self._began_paused = False
         self._is_settled = False
@@ -117,6 +119,7 @@ class Daemon:
             DamagedState, VerificationFailed: the state cannot be trusted; nothing goes on without a person.
             OnwardError: as above, and any failure where the daemon is not `patient`.
         """
+        self._once = once
         with contextlib.ExitStack() as stack:
             if self._inbox is not None:
                 stack.enter_context(Watcher(self._inbox.folder, self._wake))
@@ -124,7 +127,7 @@ class Daemon:
             while not self.control.stop:
                 try:
                     self.begin()
-                    if not self._turn(once):
+                    if not self._turn():
                         break
                     self._failures = 0
                 except Stopped:
@@ -148,13 +151,13 @@ class Daemon:
             self._show(f"damaged: {problem}")
         self._is_settled = True
 
-    def _turn(self, once: bool) -> bool:
+    def _turn(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""
         self._heartbeat.moved()
         if "skip" in self.control.wishes:
             self._skip()
         if "pause" in self.control.wishes or self.control.is_paused:
-            return self._pause(once)
+            return self._pause()
         self.control.answer(self.ledger, "resume", "it was not paused")
         self._take_in()
         if self.ledger.next_owed() is None:
@@ -165,7 +168,7 @@ class Daemon:
             return not self.control.after_file
         if self.control.after_file:
             return False
-        if once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
+        if self._once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
             return False
         if self._inbox is None:
             return self.ledger.next_arriving() is not None
@@ -194,8 +197,9 @@ class Daemon:
         try:
             scan = inbox.scan()
             self._waiting_in_inbox = scan.unsettled
-            for start in range(0, len(scan.settled), MOVED_AT_ONCE):
-                taken = scan.settled[start : start + MOVED_AT_ONCE]
+            settled = [] if self._once and scan.unsettled else scan.settled  # then priority decides, not luck
+            for start in range(0, len(settled), MOVED_AT_ONCE):
+                taken = settled[start : start + MOVED_AT_ONCE]
                 self._intake.take_inbox(taken)
                 inbox.forget([path for path, _ in taken])
                 self._heartbeat.moved()
@@ -302,7 +306,7 @@ class Daemon:
         self.control.answer(self.ledger, "skip", answer)
         self._show(answer)
 
-    def _pause(self, once: bool) -> bool:
+    def _pause(self) -> bool:
         """Hold still until a resume or a stop; on request without the model in memory."""
         wish = self.control.wishes.get("pause")
         if wish is not None:
@@ -314,7 +318,7 @@ class Daemon:
                 self.control.answer(self.ledger, "pause", f"paused at step {self._step()}")
                 self.ledger.add_event("warning", "paused by an operator", self._step(), kind="paused")
             self.control.is_paused = True
-        if once and self._began_paused:
+        if self._once and self._began_paused:
             return False
         self._set_state("paused", "paused by an operator; onward resume goes on")
         if "resume" in self.control.wishes:
@@ -381,7 +385,8 @@ class Daemon:
 
     def _after_crashes(self) -> None:
         """Count how often the process died without a commit in between: wait longer each time, then give a file up."""
-        state, died = self.ledger.get("state"), self.ledger.get("died") or {"step": None, "file": None, "count": 0}
+        state = self.ledger.get("state")
+        died: dict[str, Any] = self.ledger.get("died") or {"step": None, "file": None, "count": 0}
         if state not in BUSY:
             self.ledger.put(died=None)
             return

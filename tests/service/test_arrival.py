@@ -1,0 +1,275 @@
+"""The inbox: what is settled is taken, in order, moved and never lost; the rest is left alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+
+from onward import Run
+from onward.layout import RunLayout
+from onward.service.arrivals import Arrivals
+from onward.service.inbox import Inbox
+from onward.service.retention import DAY, Retention
+from onward.store.ledger import Ledger, make_ledger
+
+NOW = 1_700_000_000.0
+"""A moment, in seconds since the epoch."""
+
+
+class Clocks:
+    """A wall clock and one that never jumps, both moved by hand."""
+
+    def __init__(self) -> None:
+        self.wall = NOW
+        self.seconds = 0.0
+
+    def tick(self, seconds: float) -> None:
+        self.wall += seconds
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    """Clocks that stand still."""
+    return Clocks()
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, clocks: Clocks) -> Inbox:
+    """An empty inbox in which a file settles in 3 seconds."""
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    return Inbox(folder, 3.0, clock=lambda: clocks.wall, monotonic=lambda: clocks.seconds)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> RunLayout:
+    """The directories and the ledger of a run without a model."""
+    made = RunLayout(tmp_path / "run")
+    made.root.mkdir()
+    made.make()
+    make_ledger(made.ledger)
+    return made
+
+
+def write(path: Path, text: str = '{"text": "a"}\n') -> Path:
+    """Write a file as a writer in place does: its inode changes when its content does."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    status = path.stat()
+    while status.st_ctime_ns != status.st_mtime_ns:  # only where the file system's clock ticked in between
+        path.write_text(text)
+        status = path.stat()
+    return path
+
+
+def taken(inbox: Inbox) -> list[str]:
+    """Names of the settled files of a scan, in order."""
+    return [path.name for path, _ in inbox.scan().settled]
+
+
+def test_a_file_settles_by_standing_still(inbox: Inbox, clocks: Clocks) -> None:
+    """It is taken once size and time stood still for `settle_seconds`, counted anew whenever it grows."""
+    path = write(inbox.folder / "a.jsonl")
+    assert [] == taken(inbox)
+    clocks.tick(2.9)
+    write(path, '{"text": "longer"}\n')
+    assert [] == taken(inbox)
+    clocks.tick(2.9)
+    assert [] == taken(inbox)
+    assert 1 == inbox.scan().unsettled
+    clocks.tick(0.2)
+    assert ["a.jsonl"] == taken(inbox)
+
+
+def test_a_file_that_is_open_for_writing_is_left(inbox: Inbox, clocks: Clocks) -> None:
+    """However long it stands still, a file whose writer has it open is not taken."""
+    path = inbox.folder / "a.jsonl"
+    with path.open("w") as writer:
+        writer.write("{")
+        writer.flush()
+        taken(inbox)
+        clocks.tick(1000)
+        assert [] == taken(inbox)
+    assert ["a.jsonl"] == taken(inbox)
+
+
+def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
+    """A writer that renames says that it is done."""
+    part = write(inbox.folder / "a.jsonl.part")
+    os.utime(part, ns=(part.stat().st_mtime_ns - 10, part.stat().st_mtime_ns - 10))  # finer than the system's clock
+    assert [] == taken(inbox)
+    part.rename(inbox.folder / "a.jsonl")
+    assert ["a.jsonl"] == taken(inbox)
+
+
+@pytest.mark.parametrize("name", [".a.jsonl", "a.jsonl.part", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.crdownload"])
+def test_what_is_not_done_is_ignored(inbox: Inbox, clocks: Clocks, name: str) -> None:
+    """Names by which writers and editors mark what is not done are not looked at."""
+    write(inbox.folder / name)
+    taken(inbox)
+    clocks.tick(1000)
+    scan = inbox.scan()
+    assert ([], 0) == (scan.settled, scan.unsettled)
+
+
+def test_order_is_priority_then_first_sight_then_name(inbox: Inbox, clocks: Clocks) -> None:
+    """high, normal, low; among equals the one seen in an earlier scan, whatever the wall clock does meanwhile."""
+    write(inbox.folder / "z.jsonl")
+    taken(inbox)
+    clocks.wall -= DAY
+    for name in ("low/y.jsonl", "a.jsonl", "high/x.jsonl"):
+        write(inbox.folder / name)
+    inbox.scan()
+    clocks.tick(4)
+    assert ["x.jsonl", "z.jsonl", "a.jsonl", "y.jsonl"] == taken(inbox)
+    assert [1, 0, 0, -1] == [priority for _, priority in inbox.scan().settled]
+
+
+def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
+    """A directory without a priority is not looked into; an inbox that is gone is an error of the system."""
+    write(inbox.folder / "other" / "a.jsonl")
+    assert ([], ["other"]) == (inbox.scan().settled, inbox.scan().strange)
+    inbox.folder.rename(inbox.folder.with_name("away"))
+    with pytest.raises(FileNotFoundError):
+        inbox.scan()
+
+
+def move_in(layout: RunLayout, *paths: Path) -> list[str]:
+    """Take files out of the inbox; returns their places in the archive."""
+    with Ledger(layout.ledger) as ledger:
+        return [row["copy"] for row in Arrivals(layout, ledger).move_in([(path, 0) for path in paths], "c")]
+
+
+def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
+    """The same name twice is two files in the archive, and the inbox is empty."""
+    for number in range(3):
+        write(layout.inbox / "a.jsonl", f'{{"text": "{number}"}}\n')
+        move_in(layout, layout.inbox / "a.jsonl")
+    write(layout.inbox / "high" / "b.jsonl")
+    write(layout.inbox / "b.jsonl", '{"text": "other"}\n')
+    assert ["archive/b.jsonl", "archive/b-2.jsonl"] == move_in(
+        layout, layout.inbox / "high" / "b.jsonl", layout.inbox / "b.jsonl"
+    )
+    assert ["a-2.jsonl", "a-3.jsonl", "a.jsonl", "b-2.jsonl", "b.jsonl"] == sorted(
+        path.name for path in layout.archive.iterdir()
+    )
+    assert [] == [path for path in layout.inbox.rglob("*") if path.is_file()]
+
+
+def test_what_is_no_training_file_is_rejected(layout: RunLayout, tmp_path: Path) -> None:
+    """A link, a fifo and an unknown ending go to `rejected/` with a report; what a link points to is untouched."""
+    secret = write(tmp_path / "secret.jsonl")
+    (layout.inbox / "link.jsonl").symlink_to(secret)
+    os.mkfifo(layout.inbox / "fifo.jsonl")
+    write(layout.inbox / "notes.md")
+    assert [] == move_in(layout, *(layout.inbox / name for name in ("link.jsonl", "fifo.jsonl", "notes.md")))
+    names = ["fifo.jsonl", "link.jsonl", "notes.md"]
+    assert sorted(names + [f"{name}.report.json" for name in names]) == sorted(
+        path.name for path in layout.rejected.iterdir()
+    )
+    assert (layout.rejected / "link.jsonl").is_symlink()
+    assert '{"text": "a"}\n' == secret.read_text()
+
+
+def killed_before_the_move(layout: RunLayout, path: Path) -> None:
+    """Record a file of the inbox and die before it is moved."""
+
+    class Killed(Arrivals):
+        def complete(self, rows: object) -> None:
+            raise KeyboardInterrupt
+
+    with Ledger(layout.ledger) as ledger, pytest.raises(KeyboardInterrupt):
+        Killed(layout, ledger).move_in([(path, 0)], "c")
+
+
+def clean(layout: RunLayout) -> list[tuple[str, str]]:
+    """Start again; returns name and state of each file."""
+    with Ledger(layout.ledger) as ledger:
+        Arrivals(layout, ledger).clean()
+        return [(row["name"], row["state"]) for row in ledger.files("arriving", "rejected")]
+
+
+def test_a_kill_before_the_move_is_finished_by_the_next_start(layout: RunLayout) -> None:
+    """What the ledger has and the archive has not is moved by the next start."""
+    path = write(layout.inbox / "a.jsonl")
+    killed_before_the_move(layout, path)
+    assert path.exists()
+    assert [("a.jsonl", "arriving")] == clean(layout)
+    assert (False, True) == (path.exists(), (layout.archive / "a.jsonl").exists())
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: write(path, '{"text": "another"}\n')])
+def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: Callable[[Path], object]) -> None:
+    """A file that vanished or was replaced after it was recorded is let go of, and never mistaken for another."""
+    path = write(layout.inbox / "a.jsonl")
+    killed_before_the_move(layout, path)
+    change(path)
+    there = path.exists()
+    assert [("a.jsonl", "rejected")] == clean(layout)
+    assert (there, False) == (path.exists(), (layout.archive / "a.jsonl").exists())
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system to put an inbox on")
+def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
+    """The file is copied, then removed; a kill in between makes no duplicate."""
+    folder = Path("/dev/shm") / f"onward-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        if folder.stat().st_dev == layout.root.stat().st_dev:
+            pytest.skip("not another file system")
+        layout.inbox.rmdir()
+        layout.inbox.symlink_to(folder)
+        path = write(layout.inbox / "a.jsonl")
+        killed_before_the_move(layout, path)
+        shutil.copy(path, layout.archive)
+        assert [("a.jsonl", "arriving")] == clean(layout)
+        assert [] == list(folder.iterdir())
+        write(layout.inbox / "b.jsonl", '{"text": "b"}\n')
+        assert ["archive/b.jsonl"] == move_in(layout, layout.inbox / "b.jsonl")
+        assert [] == list(folder.iterdir())
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_an_inbox_that_cannot_be_emptied_takes_nothing(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a read-only mount nothing is recorded that could not be moved."""
+    path = write(layout.inbox / "a.jsonl")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="cannot be taken out of the inbox"):
+        move_in(layout, path)
+    with Ledger(layout.ledger) as ledger:
+        assert 0 == ledger.queued()
+
+
+def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
+    """With `compress_archive` finished originals are packed; the proof and a replay read them as before."""
+    run = Run.create(tmp_path / "run", str(model), max_length=256, compress_archive=True, lora={"rank": 2})
+    files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 5)]
+    run.train(*files)
+    assert ["5.jsonl.zst", "9.jsonl.zst"] == sorted(path.name for path in run.layout.archive.iterdir())
+    shutil.rmtree(run.layout.tokens)
+    assert run.verify(deep=True).ok
+    packed = run.layout.archive / "5.jsonl.zst"
+    packed.write_bytes(packed.read_bytes()[:-3])
+    assert ["originals"] == [check.name for check in run.verify().checks if not check.ok]
+
+
+def test_retention_keeps_the_newest_and_one_a_day() -> None:
+    """The newest, and the last of each recent day; a clock that went back removes none that it would have kept."""
+    created = {Path(f"step-{n}"): NOW - (9 - n) * DAY / 2 for n in range(10)}
+
+    def kept(boundaries: int, days: int, now: float = NOW) -> list[int]:
+        gone = Retention(boundaries, days).superfluous(created, now)
+        return sorted(int(point.name[5:]) for point in created if point not in gone)
+
+    assert [8, 9] == kept(1, 0)
+    assert [7, 8, 9] == kept(1, 2)
+    assert [3, 5, 7, 8, 9] == kept(1, 4)
+    assert set(kept(1, 2)) <= set(kept(1, 2, NOW - DAY))
+    assert list(range(10)) == kept(9, 0)

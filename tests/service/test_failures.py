@@ -1,0 +1,279 @@
+"""What a daemon outlives: files that cannot be trained, lack of memory, crashes, full disks, observers that fail."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from states import assert_same_state
+
+from onward import Run
+from onward.data.loader import Batch
+from onward.errors import ModelError, TrainingError
+from onward.layout import RunLayout
+from onward.service import daemon as daemon_module
+from onward.service.doctor import examine
+from onward.service.heartbeat import Heartbeat, read_heartbeat
+from onward.service.stop import StopRequest
+from onward.service.worker import FileDone, Note
+from onward.status import read_status
+from onward.store.ledger import Ledger
+from onward.training.trainer import StepResult, Trainer
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "save_steps": 2,
+    "max_length": 256,
+    "learning_rate": 1e-2,
+    "settle_seconds": 0.2,
+    "disk_margin_mb": 1,
+    "lora": {"rank": 4, "dropout": 0.0},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run with three files in its inbox, taken in by name."""
+    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    for file in files(tmp_path):
+        made.add(file)
+    return made
+
+
+def files(folder: Path) -> list[Path]:
+    """Files of 10, 14 and 7 rows."""
+    return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (10, 14, 7)]
+
+
+def twin(run: Run, model: Path, *names: str, **settings: Any) -> Path:
+    """A run that had only the files named."""
+    root = run.layout.root.parent / f"twin-{len(names)}"
+    made = Run.create(root, str(model), **{**SETTINGS, **settings})
+    made.train(*[run.layout.root.parent / name for name in names])
+    return root
+
+
+def states(run: Run) -> dict[str, str]:
+    """States of the files by name."""
+    return {entry["name"]: entry["state"] for entry in run.history()}
+
+
+def fail_in(monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Exception], times: int = 99) -> list[int]:
+    """Make the third step of the file with this many rows fail; returns the list that counts the failures."""
+    plain, failed = Trainer.take_step, list[int]()
+
+    def take_step(self: Trainer, batch: Batch, plan: Any) -> StepResult:
+        if plan.rows == rows and self.state.cursor.step == 2 and len(failed) < times:
+            failed.append(self.state.step)
+            raise error()
+        return plain(self, batch, plan)
+
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+    return failed
+
+
+def test_a_file_that_fails_is_tried_again_then_quarantined(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is taken back to its boundary each time; then it is out, with a report, and the state is one without it."""
+    failed = fail_in(monkeypatch, 14, lambda: TrainingError("the loss of step 6 is not finite"))
+    assert 1 == run.watch(once=True)
+    assert [5, 5] == failed
+    assert {"10.jsonl": "done", "7.jsonl": "done", "14.jsonl": "quarantined"} == states(run)
+    report = json.loads((run.layout.rejected / "14.jsonl.report.json").read_text())
+    assert "the loss of step 6 is not finite" == report["problems"][0]["reason"]
+    assert (run.layout.archive / "14.jsonl").read_bytes() == (run.layout.rejected / "14.jsonl").read_bytes()
+    assert_same_state(twin(run, model, "10.jsonl", "7.jsonl"), run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_a_file_that_fails_once_is_trained_as_if_it_had_not(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second try that succeeds leaves the state of a run without failure."""
+    failed = fail_in(monkeypatch, 14, lambda: TrainingError("a cosmic ray"), times=1)
+    assert 0 == run.watch(once=True)
+    assert [5] == failed
+    assert {"done"} == set(states(run).values())
+    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_train_lets_a_failure_end_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the foreground the first failure is said, and nothing is retried or taken out."""
+    fail_in(monkeypatch, 14, lambda: TrainingError("the loss is not finite"))
+    with pytest.raises(TrainingError):
+        run.train()
+    assert {"10.jsonl": "done", "14.jsonl": "training", "7.jsonl": "queued"} == states(run)
+
+
+def test_out_of_memory_halves_the_parts_of_a_step(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same optimizer steps in smaller parts, as the ledger records; other files keep the config's."""
+    plain = Trainer._forward
+
+    def forward(self: Trainer, batch: Batch) -> torch.Tensor:
+        if self.state.cursor.steps == 4 and len(batch.rows) > 1:  # the file of 14 rows
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return plain(self, batch)
+
+    monkeypatch.setattr(Trainer, "_forward", forward)
+    assert 0 == run.watch(once=True)
+    history = {entry["name"]: entry for entry in run.history()}
+    assert [(3, 10), (4, 14), (2, 7)] == [
+        (history[name]["steps"], history[name]["rows_trained"]) for name in ("10.jsonl", "14.jsonl", "7.jsonl")
+    ]
+    with Ledger(run.layout.ledger) as ledger:
+        configs = [ledger.config(row["config"])["gradient_accumulation"] for row in ledger.files("done")]
+    assert [1, 4, 1] == configs
+    assert run.verify(deep=True).ok
+
+
+def test_a_row_too_large_for_memory_is_quarantined(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where even one row at a time does not fit, the file is taken out."""
+    fail_in(monkeypatch, 14, lambda: MemoryError("out of memory"))
+    assert 1 == run.watch(once=True)
+    assert {"10.jsonl": "done", "7.jsonl": "done", "14.jsonl": "quarantined"} == states(run)
+
+
+def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that no file is to blame for is said in the status, and tried again from the last commit."""
+    notes: list[str] = []
+    fail_in(monkeypatch, 14, lambda: OSError(5, "Input/output error"), times=2)
+    assert 0 == run.watch(
+        once=True, observe=lambda event: notes.append(str(event)) if isinstance(event, Note) else None
+    )
+    assert 2 == sum("tried again in" in note for note in notes)
+    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+
+
+def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) -> None:
+    """A config broken at a boundary fails visibly, and mending it is enough."""
+    text, problems = run.layout.config.read_text(), list[str]()
+
+    def break_and_mend(event: object) -> None:
+        if isinstance(event, FileDone) and event.name == "10.jsonl":
+            run.layout.config.write_text(text.replace("batch_size: 4", "batch_size: many"))
+        if isinstance(event, Note):
+            problems.append(event.message)
+            run.layout.config.write_text(text)
+
+    assert 0 == run.watch(once=True, observe=break_and_mend)
+    assert "batch_size: 'many' is refused" in problems[0]
+    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+
+
+def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Path) -> None:
+    """What a person can mend at once is said at once, not tried for ever."""
+    run.layout.config.write_text(run.layout.config.read_text().replace(str(model), "/nowhere/model"))
+    with pytest.raises(ModelError):
+        run.watch()
+
+
+@pytest.mark.parametrize(("before", "refused", "state"), [(0, 0, "done"), (4, 1, "quarantined")])
+def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, state: str) -> None:
+    """A process that died in a file goes on with it; the fifth death without a commit between takes the file out."""
+    stop = StopRequest()
+    run.train(stop=stop, observe=lambda event: stop.ask("test") if getattr(event, "step", 0) == 4 else None)
+    with Ledger(run.layout.ledger) as ledger:
+        row = ledger.files("training")[0]
+        ledger.put(state="training", died={"step": 4, "file": row["id"], "count": before})
+    assert refused == run.watch(once=True)
+    assert {"10.jsonl": "done", "14.jsonl": state, "7.jsonl": "done"} == states(run)
+    assert run.verify().ok
+
+
+def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With too little room the daemon holds still in the middle of a file, says so, and goes on by itself."""
+    usage, seen = namedtuple("usage", "total used free"), list[dict[str, Any]]()
+    room = {"free": 1 << 40, "asked": 0}
+
+    def disk_usage(_: Any) -> Any:
+        if room["free"] == 0:
+            room["asked"] += 1
+            if room["asked"] == 4:
+                seen.append(read_status(run.layout))
+                room["free"] = 1 << 40
+        return usage(0, 0, room["free"])
+
+    def fill(event: object) -> None:
+        if isinstance(event, StepResult) and event.step == 5:
+            room["free"] = 0
+
+    monkeypatch.setattr(daemon_module.shutil, "disk_usage", disk_usage)
+    assert 0 == run.watch(once=True, observe=fill)
+    assert ["paused"] == [status["state"] for status in seen]
+    assert 1 == len(seen)
+    assert_same_state(twin(run, model, "10.jsonl", "14.jsonl", "7.jsonl"), run.layout.root)
+
+
+def test_an_observer_that_fails_is_dropped(run: Run) -> None:
+    """Training goes on without it."""
+
+    def observe(_: object) -> None:
+        raise ValueError("no terminal")
+
+    assert 0 == run.watch(once=True, observe=observe)
+    assert {"done"} == set(states(run).values())
+
+
+def test_who_is_named_is_told(run: Run, tmp_path: Path) -> None:
+    """The command of `notify` gets each event asked for as JSON; the log has every event."""
+    told = tmp_path / "told"
+    script = tmp_path / "tell.sh"
+    script.write_text(f"#!/bin/sh\ncat >> {told}\necho >> {told}\n")
+    script.chmod(0o755)
+    text = run.layout.config.read_text()
+    text = text.replace('command: ""', f'command: "{script}"').replace(
+        'events: ["rejected", "failed", "paused"]', 'events: ["done", "rejected"]'
+    )
+    run.layout.config.write_text(text)
+    (run.layout.inbox / "bad.jsonl").write_text("nonsense\n")
+    assert 1 == run.watch(once=True)
+    kinds = [json.loads(line)["kind"] for line in told.read_text().splitlines() if line]
+    assert ["done", "done", "done", "rejected"] == sorted(kinds)
+    log = run.layout.log.read_text()
+    assert [True] * 4 == [f"{name} done" in log for name in ("10.jsonl", "14.jsonl", "7.jsonl")] + ["rejected" in log]
+
+
+def test_a_notification_that_fails_is_a_line_in_the_log(run: Run) -> None:
+    """Nobody who is told can hold up or end training."""
+    text = run.layout.config.read_text().replace('command: ""', 'command: "/nowhere/tell"')
+    run.layout.config.write_text(text.replace('events: ["rejected", "failed", "paused"]', 'events: ["done"]'))
+    assert 0 == run.watch(once=True)
+    assert {"done"} == set(states(run).values())
+    assert "notify.command failed" in run.layout.log.read_text()
+
+
+def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
+    """A step that takes 20 times as long as the last one hangs; a clock that went back shows no age below zero."""
+    now = {"at": 100.0}
+    heart = Heartbeat(run.layout.ledger, clock=lambda: 1000.0, monotonic=lambda: now["at"])
+    heart.moved(5.0)
+    now["at"] += 99.0
+    assert not heart.hangs
+    now["at"] += 2.0
+    assert heart.hangs
+    heart.beat()
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        fact = ledger.get("heartbeat")
+    assert (0.0, "the step in hand hangs: no progress for 101 s") == read_heartbeat(fact, 900.0)
+    age, problem = read_heartbeat(fact, 1031.0)
+    assert (31.0, True) == (age, "no heartbeat for 31 s" in str(problem))
+    heart.moved()
+    assert not heart.hangs
+
+
+def test_status_and_doctor_read_the_heartbeat(run: Run) -> None:
+    """A process that holds the lock and hangs is named by both."""
+    with run._owned() as ledger:
+        ledger.put(state="training", heartbeat={"at": 0.0, "quiet": 0.0, "hangs": False, "pid": 1})
+        assert "no heartbeat for" in run.status()["problem"]
+        (finding,) = [finding for finding in examine(RunLayout(run.layout.root)) if finding.subject == "heartbeat"]
+        assert "error" == finding.level
+    assert run.status()["heartbeat_seconds"] is None

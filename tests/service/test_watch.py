@@ -1,0 +1,314 @@
+"""A watching daemon: what lands in the inbox is trained as one run, and what operators ask is done at the next step."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from processes import start_command, train
+from states import assert_same_state, temporary_files
+
+from onward import Run
+from onward.errors import RunLocked, UsageError
+from onward.store.ledger import Ledger
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "save_steps": 5,
+    "max_length": 256,
+    "learning_rate": 1e-2,
+    "settle_seconds": 0.3,
+    "disk_margin_mb": 1,
+    "lora": {"rank": 4, "dropout": 0.1},
+}
+PATIENCE = 60.0
+LONG = 160
+"""Rows of a file whose training takes long enough to be met in the middle."""
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run that nothing was trained in."""
+    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+
+
+def rows_file(path: Path, rows: int, seed: int | None = None) -> Path:
+    """Write `rows` chats, a function of the seed."""
+    return tiny.write_jsonl(path, tiny.chat_rows(rows, seed=rows if seed is None else seed))
+
+
+def watch(run: Run, *arguments: str) -> BaseProcess:
+    """Start `onward watch` on a run."""
+    return start_command(run.layout.root.parent / "log", "watch", "--run", run.layout.root, *arguments)
+
+
+def until(holds: Callable[[], bool], process: BaseProcess | None = None) -> None:
+    """Wait until something holds, for a while that is long enough on any machine."""
+    ends = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < ends, "waited in vain"
+        assert process is None or process.is_alive(), "the daemon ended"
+        time.sleep(0.05)
+
+
+def is_in(run: Run, name: str, step: int = 3) -> Callable[[], bool]:
+    """Return whether a file is being trained and some of its steps are done."""
+
+    def holds() -> bool:
+        status = run.status()
+        return status["file"] == name and status["file_step"] >= step and status["state"] == "training"
+
+    return holds
+
+
+def end(process: BaseProcess, number: signal.Signals = signal.SIGTERM) -> int | None:
+    """Signal a process and return its exit status."""
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    return process.exitcode
+
+
+def done(run: Run) -> list[str]:
+    """Names of the files that are done, in the order of the stream."""
+    return [entry["name"] for entry in run.history() if entry["state"] == "done"]
+
+
+def twin_of(run: Run, model: Path, files: list[Path]) -> Path:
+    """Train files in one uninterrupted run of the same settings."""
+    root = run.layout.root.parent / "twin"
+    Run.create(root, str(model), **SETTINGS)
+    assert 0 == train(root, files)
+    return root
+
+
+def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
+    """`watch --once` empties the inbox by priority and ends; the state is that of one run over the same files."""
+    names = {"b.jsonl": "", "c.jsonl": "low", "a.jsonl": "high"}
+    files = [rows_file(tmp_path / name, 7 + place) for place, name in enumerate(names)]
+    for file, folder in zip(files, names.values(), strict=True):
+        (run.layout.inbox / folder).mkdir(exist_ok=True)
+        shutil.copy(file, run.layout.inbox / folder)
+    assert 0 == run.watch(once=True)
+    assert ["a.jsonl", "b.jsonl", "c.jsonl"] == done(run)
+    assert [] == [path for path in run.layout.inbox.rglob("*") if path.is_file()]
+    assert_same_state(twin_of(run, model, [tmp_path / name for name in sorted(names)]), run.layout.root)
+    assert run.verify().ok
+
+
+def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tmp_path: Path) -> None:
+    """A bad file and content the stream has go to `rejected/` with a report, and nothing else is held up."""
+    good = rows_file(tmp_path / "good.jsonl", 6)
+    shutil.copy(good, run.layout.inbox / "good.jsonl")
+    run.watch(once=True)
+    shutil.copy(good, run.layout.inbox / "good.jsonl")
+    (run.layout.inbox / "bad.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    rows_file(run.layout.inbox / "other.jsonl", 5)
+    assert 2 == run.watch(once=True)
+    assert ["good.jsonl", "other.jsonl"] == done(run)
+    assert ["bad.jsonl", "bad.jsonl.report.json", "good.jsonl", "good.jsonl.report.json"] == sorted(
+        path.name for path in run.layout.rejected.iterdir()
+    )
+    assert [2] == [
+        p["line"] for p in json.loads((run.layout.rejected / "bad.jsonl.report.json").read_text())["problems"]
+    ]
+
+
+def test_killed_at_random_while_files_arrive(run: Run, model: Path, tmp_path: Path) -> None:
+    """Files dropped in while the daemon is killed again and again: each trained once, the state that of one run."""
+    chance = random.Random(11)
+    files = [rows_file(tmp_path / f"{n:02}.jsonl", 8, seed=n) for n in range(12)]
+    process = watch(run)
+    for number, file in enumerate(files):
+        shutil.copy(file, run.layout.inbox)
+        if number % 3 == 2:
+            process.join(chance.uniform(0.4, 2.0))
+            end(process, signal.SIGKILL)
+            process = watch(run)
+    until(lambda: len(done(run)) == len(files), process)
+    assert 0 == end(process)
+    history = run.history()
+    assert {(8, "done")} == {(entry["rows_trained"], entry["state"]) for entry in history}
+    assert sorted(file.name for file in files) == sorted(done(run))
+    assert [] == temporary_files(run.layout.root)
+    assert_same_state(twin_of(run, model, [tmp_path / name for name in done(run)]), run.layout.root)
+    assert run.verify().ok
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_stop(run: Run, model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """A signal in the middle of a file commits the step, exits 0, and the next start goes on as if it had not been."""
+    file = rows_file(tmp_path / "long.jsonl", LONG)
+    shutil.copy(file, run.layout.inbox)
+    process = watch(run)
+    until(is_in(run, "long.jsonl"), process)
+    assert 0 == end(process, number)
+    status = run.status()
+    assert ("stopped", f"checkpoint-{status['global_step']}") == (status["state"], status["checkpoint"])
+    assert 0 < status["file_step"] < status["file_steps"]
+    run.watch(once=True)
+    assert_same_state(twin_of(run, model, [file]), run.layout.root)
+
+
+def test_a_stop_while_it_loads(run: Run, tmp_path: Path) -> None:
+    """A stop asked for before the first step ends the process with 0; the file is trained by the next one."""
+    rows_file(run.layout.inbox / "a.jsonl", 6)
+    process = watch(run)
+    until(lambda: run.layout.lock.with_name(".lock.holder").exists(), process)
+    run.stop()
+    process.join(PATIENCE)
+    assert 0 == process.exitcode
+    run.watch(once=True)
+    assert ["a.jsonl"] == done(run)
+
+
+def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
+    """A pause commits and holds still, with and without the model in memory; a resume goes on; nothing is changed."""
+    file = rows_file(tmp_path / "long.jsonl", LONG)
+    shutil.copy(file, run.layout.inbox)
+    process = watch(run)
+    for release in (False, True):
+        until(is_in(run, "long.jsonl"), process)
+        answer = run.pause(release=release)
+        status = run.status()
+        assert (f"paused at step {status['global_step']}", "paused") == (answer, status["state"])
+        assert f"checkpoint-{status['global_step']}" == status["checkpoint"]
+        assert "goes on" == run.resume()
+        until(lambda step=status["global_step"]: run.status()["global_step"] > step, process)
+    until(lambda: done(run) == ["long.jsonl"], process)
+    assert 0 == end(process)
+    assert_same_state(twin_of(run, model, [file]), run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
+    """A daemon that is started again stays paused; to train in the foreground lifts the pause."""
+    assert "begins paused" in run.pause()
+    rows_file(run.layout.inbox / "a.jsonl", 6)
+    process = watch(run)
+    until(lambda: run.status()["state"] == "paused" and run.status()["queue"] == 1, process)
+    assert 0 == run.status()["global_step"]
+    assert 0 == end(process)
+    run.watch(once=True)
+    assert [] == done(run)
+    run.train()
+    assert ["a.jsonl"] == done(run)
+
+
+def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
+    """`stop --after-file` is acknowledged at once and ends the daemon at the boundary, with the queue as it is."""
+    rows_file(run.layout.inbox / "1.jsonl", 60)
+    rows_file(run.layout.inbox / "2.jsonl", 61)
+    process = watch(run)
+    until(is_in(run, "1.jsonl"), process)
+    assert "stops after the file in hand" == run.stop(after_file=True)
+    process.join(PATIENCE)
+    assert (0, ["1.jsonl"], 1) == (process.exitcode, done(run), run.status()["queue"])
+
+
+def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:
+    """The file in hand is taken back to its boundary and kept as skipped; the state is that of a run without it."""
+    files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", 9), ("b", LONG), ("c", 7))]
+    for file in files:
+        shutil.copy(file, run.layout.inbox)
+        if file.name == "a.jsonl":
+            run.watch(once=True)
+    process = watch(run)
+    until(is_in(run, "b.jsonl", step=7), process)
+    answer = run.skip(reason="no use")
+    assert "skipped b.jsonl, back at step 5" == answer
+    until(lambda: done(run) == ["a.jsonl", "c.jsonl"], process)
+    assert 0 == end(process)
+    (skipped,) = [entry for entry in run.history() if entry["state"] == "skipped"]
+    assert ("b.jsonl", "no use") == (skipped["name"], skipped["note"])
+    assert_same_state(twin_of(run, model, [files[0], files[2]]), run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_skip_without_a_daemon(run: Run, tmp_path: Path) -> None:
+    """A waiting file is taken out by name, the file a stop left half trained without one; else it is refused."""
+    run.add(rows_file(tmp_path / "a.jsonl", 6), rows_file(tmp_path / "b.jsonl", 7))
+    with pytest.raises(UsageError, match="no file is being trained"):
+        run.skip()
+    with pytest.raises(UsageError, match=r"'z\.jsonl' is no file"):
+        run.skip("z.jsonl")
+    assert "skipped a.jsonl" == run.skip("a.jsonl")
+    run.train()
+    assert ["b.jsonl"] == done(run)
+
+
+def test_others_may_look_and_add_but_not_train(run: Run, tmp_path: Path) -> None:
+    """Beside a daemon `status`, `history` and `add` work; a second owner is refused with pid and host."""
+    rows_file(run.layout.inbox / "long.jsonl", LONG)
+    process = watch(run)
+    until(is_in(run, "long.jsonl"), process)
+    with pytest.raises(RunLocked, match=f"pid {process.pid} on "):
+        run.watch(once=True)
+    with pytest.raises(RunLocked):
+        run.train()
+    assert 1 == len(run.add(rows_file(tmp_path / "next.jsonl", 6)))
+    with Ledger(run.layout.ledger, read_only=True) as reader:
+        reader.query("BEGIN")
+        reader.query("SELECT * FROM files")  # a reader that keeps its view open holds nobody up
+        until(lambda: done(run) == ["long.jsonl", "next.jsonl"], process)
+    assert 0 == end(process)
+
+
+def test_what_was_asked_of_a_dead_process_is_closed(run: Run, tmp_path: Path) -> None:
+    """A request that its process did not live to see does not stop the next one."""
+    with Ledger(run.layout.ledger) as ledger:
+        number = ledger.add_request("stop")
+    rows_file(run.layout.inbox / "a.jsonl", 6)
+    run.watch(once=True)
+    assert ["a.jsonl"] == done(run)
+    with Ledger(run.layout.ledger) as ledger:
+        (request,) = ledger.query("SELECT * FROM requests WHERE id = ?", number)
+    assert "the process it was meant for had ended" == request["answer"]
+
+
+def test_control_of_a_run_that_nobody_works_on(run: Run) -> None:
+    """Stop and resume say that there is nothing to do, and do nothing."""
+    assert ("no process works on this run", "it was not paused") == (run.stop(), run.resume())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl", "c.jsonl"])
+@pytest.mark.parametrize("kept", [5, 1])
+def test_rebuild_is_a_run_that_never_had_the_file(run: Run, model: Path, tmp_path: Path, name: str, kept: int) -> None:
+    """Without a first, middle or last file, its boundary kept or not, with a file waiting: the state of such a run."""
+    config = run.layout.config.read_text()
+    config = config.replace("keep_boundaries: 5", f"keep_boundaries: {kept}").replace("keep_days: 7", "keep_days: 0")
+    run.layout.config.write_text(config)
+    files = [rows_file(tmp_path / f"{letter}.jsonl", rows) for letter, rows in zip("abc", (9, 5, 7), strict=True)]
+    run.train(*files)
+    waiting = rows_file(tmp_path / "d.jsonl", 6)
+    run.add(waiting)
+    result = run.rebuild(name)
+    rest = [file for file in (*files, waiting) if file.name != name]
+    assert (name, [file.name for file in rest]) == (result["without"], done(run))
+    assert_same_state(twin_of(run, model, rest), run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_rebuild_keeps_the_configs_that_files_had(run: Run, model: Path, tmp_path: Path) -> None:
+    """A file that was trained under an older config is trained again under that one."""
+    files = [rows_file(tmp_path / f"{letter}.jsonl", rows) for letter, rows in zip("abc", (9, 5, 7), strict=True)]
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    for one, names in ((run, files), (twin, files[1:])):
+        one.train(*names[:-1])
+        one.layout.config.write_text(
+            one.layout.config.read_text().replace("learning_rate: 0.01", "learning_rate: 0.003")
+        )
+        one.train(names[-1])
+    run.rebuild("a.jsonl")
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify(deep=True).ok
