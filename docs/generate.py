@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from onward import cli
-from onward.config import IDENTITY_KEYS, Config, LoraConfig, parse_config
+from onward.config import IDENTITY_KEYS, SECTIONS, Config, parse_config
 from onward.data import records, sources
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_row
@@ -90,12 +90,14 @@ REFUSED_SETTINGS: Sequence[dict[str, Any]] = (
     {"schedule": "cosine", "total_steps": 10, "warmup_steps": 10},
     {"min_learning_rate": 1.0},
     {"betas": [0.9, 1.0]},
+    {"notify.url": "example.org/hook"},
+    {"notify.events": ["finished"]},
 )
 
 CONFIG_RULES = """\
 A config is `onward.yaml` in the run's directory, or a `config.json` with the same keys where there is no `onward.yaml`.
 `onward init` writes every key with its value; a key that is left out has its default. On the command line keys of
-`lora` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
+`lora` and `notify` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
 """
 
 CONFIG_CHANGES = """\
@@ -108,6 +110,9 @@ base model, the tokenizer and the chat template are locked too, by their content
 Every other key takes effect at the next boundary. A file that was begun goes on under the config it began with, also
 after a stop. The ledger records each change with its step. Files that wait under another `max_length` or
 `over_length` are tokenized again.
+
+`retries` is read when a file fails. `log_steps`, `settle_seconds`, `disk_margin_mb`, `compress_archive` and `notify`
+are read when a process starts; a process that runs keeps those it began with.
 
 ## Learning rate
 
@@ -222,9 +227,10 @@ def config_page() -> str:
     lines += ["| key | values | default | what it is | identity |", "|---|---|---|---|---|"]
     schema = Config.model_json_schema()
     for name, field in Config.model_fields.items():
-        if name == "lora":
-            inner = schema["$defs"]["LoraConfig"]["properties"]
-            lines += [_config_row(f"lora.{key}", inner[key], LoraConfig.model_fields[key]) for key in inner]
+        if name in SECTIONS:
+            section: Any = field.annotation
+            inner = schema["$defs"][section.__name__]["properties"]
+            lines += [_config_row(f"{name}.{key}", inner[key], section.model_fields[key]) for key in inner]
         else:
             lines.append(_config_row(name, schema["properties"][name], field))
     lines += ["", "`lora` keys do not matter, and are no identity keys, under `method: full`.", "", CONFIG_CHANGES]
@@ -294,8 +300,12 @@ def _values(schema: Mapping[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} values, each {_values(schema['prefixItems'][0])}"
+    if schema["type"] == "boolean":
+        return "`true`, `false`"
     if schema["type"] == "array":
         return f"list of {_values(schema['items'])}"
+    if "pattern" in schema:
+        return f"text that matches `{_cell(schema['pattern'])}`"
     name = {"integer": "integer", "number": "number", "string": "text", "null": "null"}[schema["type"]]
     return ", ".join([name, *_bounds(schema)])
 

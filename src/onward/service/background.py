@@ -26,7 +26,7 @@ class Background:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5.0)
-        for _, job in self._jobs:  # the last words
+        for _seconds, job in self._jobs:  # the last words
             _attempt(job)
 
     def _run(self) -> None:

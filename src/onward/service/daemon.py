@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
 from onward.service import failures
 from onward.service.archive import compress_original
-from onward.service.commits import Commits
+from onward.service.commits import Commits, Settled
 from onward.service.control import Control, pause_fact
 from onward.service.heartbeat import Heartbeat, tell_systemd
 from onward.service.inbox import POLL_SECONDS, Inbox, Watcher
@@ -96,7 +96,7 @@ class Daemon:
         self._once = False
         self._has_begun = False
         self._began_paused = False
-        self._is_settled = False
+        self._settled: Settled | None = None
         self._state = ""
 
     def begin(self) -> None:
@@ -110,6 +110,7 @@ class Daemon:
             else:  # a person trains now: that says more than an earlier pause
                 self.ledger.put(paused=None)
         self.ledger.put(state="loading", problem=None)
+        self._settle()
         self._has_begun = True
 
     def run(self, *, once: bool = False) -> None:
@@ -143,13 +144,10 @@ class Daemon:
             self.control.answer(self.ledger, "stop", f"stopped at step {self._step()}")
 
     def _settle(self) -> None:
-        """Once: mend what the process before left, where no worker is going to; what is lost is owed again."""
-        if self._is_settled or self._worker is not None:
-            return
-        settled = Commits(self._intake.layout, self.ledger).settle(Retention.of(self.config))
-        for problem in settled.damage:
+        """Mend what the process before left; what is lost is owed again."""
+        self._settled = Commits(self._intake.layout, self.ledger).settle(Retention.of(self.config))
+        for problem in self._settled.damage:
             self._show(f"damaged: {problem}")
-        self._is_settled = True
 
     def _turn(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""
@@ -160,8 +158,6 @@ class Daemon:
             return self._pause()
         self.control.answer(self.ledger, "resume", "it was not paused")
         self._take_in()
-        if self.ledger.next_owed() is None:
-            self._settle()
         if self.ledger.next_owed() is not None:
             self._wait_for_room(self._next_bytes())
             self._train_file()
@@ -237,7 +233,7 @@ class Daemon:
             if self._worker is None:
                 self._set_state("loading")
                 with self.control.interruptible():
-                    self._worker = Worker(self._open_session(), self.control)
+                    self._worker = Worker(self._open_session(), self.control, self._settled)
             for event in self._worker.train_next():
                 self._see(event)
         except Stopped:
@@ -286,7 +282,7 @@ class Daemon:
 
     def _drop_worker(self) -> None:
         """Let go of model and optimizer; the next file is begun from the last commit."""
-        self._worker = None
+        self._worker = self._settled = None
         gc.collect()
         _empty_cache()
 

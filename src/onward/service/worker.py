@@ -1,7 +1,7 @@
 """One file's journey: from the queue through its steps to a committed boundary. Read this first.
 
-`Worker.work` is a generator of events; whoever iterates renders them. The state lives in `TrainState`, the account
-of it in the ledger, and a kill at any instant leaves both where `Commits.settle` finds them.
+`Worker.train_next` is a generator of events; whoever iterates renders them. The state lives in `TrainState`, the
+account of it in the ledger, and a kill at any instant leaves both where `Commits.settle` finds them.
 """
 
 from __future__ import annotations
@@ -85,28 +85,19 @@ class Worker:
     Args:
         session: the run, opened by the one process that owns it.
         stop: polled after every step; once it is true the state is committed and the file is left.
+        settled: the state to go on from, where it was found already and nothing moved since.
     """
 
-    def __init__(self, session: Session, stop: Interruption) -> None:
+    def __init__(self, session: Session, stop: Interruption, settled: Settled | None = None) -> None:
         self.session = session
         self.ledger = session.ledger
         self.stop = stop
         self.commits = Commits(session.layout, session.ledger)
         self.config = session.config
-        self._settled: Settled | None = None
+        self._settled = settled
         self._is_open = False
         self._facts: Facts | None = None
         self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
-
-    def work(self) -> Iterator[Event]:
-        """Yield what happens until the stream owes nothing or a stop is asked for.
-
-        Raises:
-            OnwardError: the state, a file or the machine does not allow to go on; what was committed stays.
-        """
-        yield from self._settle()
-        while not self.stop and self.ledger.next_owed():
-            yield from self.train_next()
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that the stream owes now to its boundary, or as far as `stop` lets it come.
@@ -114,7 +105,8 @@ class Worker:
         A worker that was left at a step goes on from there when it is called again.
 
         Raises:
-            OnwardError: as `work` does; this worker cannot be used again then.
+            OnwardError: the state, the file or the machine does not allow to go on; what was committed stays, and this
+                worker cannot be used again.
         """
         yield from self._settle()
         if self.ledger.next_owed() is None:

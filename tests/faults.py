@@ -1,0 +1,241 @@
+"""Faults at the n-th change that a process makes on the disk: no space left, a failing disk, a kill.
+
+They are put in from two sides. `Fault` counts in the process itself the calls of Python that change files, and needs
+nothing but Python. `Traced` lets strace count the system calls, those of SQLite and safetensors included.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from onward.layout import RunLayout
+from onward.run import Run
+from onward.store.ledger import Ledger
+from onward.training import model
+from onward.training.checkpoint import inspect_checkpoint
+
+ERRORS = ("ENOSPC", "EIO")
+KILL = "SIGKILL"
+KINDS = (*ERRORS, KILL)
+FULL_SIZE = os.environ.get("ONWARD_SOAK") == "1"
+CALLS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "chmod")
+"""Functions of `os` that change files, or wait until they are changed."""
+SYSTEM_CALLS = {
+    "write": ("write",),
+    "pwrite64": ("pwrite64",),
+    "fsync": ("fsync",),
+    "fdatasync": ("fdatasync",),
+    "rename": ("rename", "renameat", "renameat2"),
+    "link": ("link", "linkat"),
+}
+"""System calls that a fault is put into, under one name where processors differ in which they have."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The n-th change that the main thread of a process makes on the disk fails or is its last.
+
+    Args:
+        at: which change, from 1; 0 for none, to count them.
+        kind: one of `KINDS`. A write is cut in the middle before it fails.
+        record: a file that gets a line for every change.
+    """
+
+    at: int
+    kind: str
+    record: Path
+
+    def __call__(self) -> None:
+        """Arm the process that this is called in."""
+        record = os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        main = threading.main_thread()
+        count = 0
+
+        def change(name: str, half: Callable[[], object] = lambda: None) -> None:
+            nonlocal count
+            if threading.current_thread() is not main:
+                return
+            count += 1
+            os.write(record, f"{name}\n".encode())
+            if count == self.at:
+                half()
+                self._strike()
+
+        for name in CALLS:
+            setattr(os, name, _counted(getattr(os, name), name, change))
+        opener = io.open
+
+        def counted_open(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+            if not set(mode) & set("wax+") or isinstance(file, int):
+                return opener(file, mode, *args, **options)
+            change("open")
+            return _Stream(opener(file, mode, *args, **options), change)
+
+        io.open = builtins.open = counted_open  # type: ignore[assignment]
+        save_file = model.save_file
+
+        def counted_save_file(tensors: Any, path: Any, **options: Any) -> None:
+            def half() -> None:
+                save_file(tensors, path, **options)
+                os.truncate(path, Path(path).stat().st_size // 2)
+
+            change("write", half)
+            save_file(tensors, path, **options)
+
+        model.save_file = counted_save_file
+
+    def _strike(self) -> None:
+        if self.kind == KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = getattr(errno, self.kind)
+        raise OSError(number, os.strerror(number))
+
+
+def _counted(function: Callable[..., Any], name: str, change: Callable[[str], None]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        change(name)
+        return function(*args, **options)
+
+    return call
+
+
+class _Stream:
+    """A stream whose writes count."""
+
+    def __init__(self, stream: Any, change: Callable[[str, Callable[[], object]], None]) -> None:
+        self._stream = stream
+        self._change = change
+
+    def write(self, data: Any) -> int:
+        def half() -> None:
+            self._stream.write(data[: len(data) // 2])
+            self._stream.flush()
+
+        self._change("write", half)
+        return self._stream.write(data)
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def wait_for_tracer() -> None:
+    """Wait until strace follows this process."""
+    ends = time.monotonic() + 30
+    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
+        assert time.monotonic() < ends, "no tracer came"
+        time.sleep(0.002)
+
+
+def strace_reason() -> str | None:
+    """Return why strace cannot be used here, or None."""
+    strace = shutil.which("strace")
+    if strace is None:
+        return "strace is not installed"
+    probe = subprocess.run(
+        [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1", "true"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return None if probe.returncode == 0 else f"strace cannot trace here: {probe.stderr.strip()}"
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The n-th system call of a kind fails, or is the last of its process.
+
+    Args:
+        call: a key of `SYSTEM_CALLS`, or None to count them all.
+        at: which of these calls, from 1, in each thread.
+        kind: one of `KINDS`.
+    """
+
+    call: str | None = None
+    at: int = 0
+    kind: str = KILL
+
+    def follow(self, process: BaseProcess, output: Path) -> int | None:
+        """Trace a process that waits for its tracer, to its end; returns its exit code."""
+        names = SYSTEM_CALLS[self.call] if self.call else [name for names in SYSTEM_CALLS.values() for name in names]
+        calls = ",".join(f"?{name}" for name in names)
+        fault = f"signal={KILL}" if self.kind == KILL else f"error={self.kind}"
+        inject = ["-e", f"inject={calls}:{fault}:when={self.at}"] if self.call else []
+        words = ["strace", "-f", "-qq", "-o", str(output), "-e", f"trace={calls}", *inject, "-p", str(process.pid)]
+        tracer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process.join()
+        tracer.wait()
+        return process.exitcode
+
+
+def count_calls(output: Path, pid: int) -> Counter[str]:
+    """Count the system calls of a process's main thread in what strace wrote, by the keys of `SYSTEM_CALLS`."""
+    keys = {name: key for key, names in SYSTEM_CALLS.items() for name in names}
+    found: Counter[str] = Counter()
+    for line in output.read_text(errors="replace").splitlines():
+        number, _, rest = line.partition(" ")
+        name = rest.strip().partition("(")[0]
+        if number == str(pid) and name in keys:
+            found[keys[name]] += 1
+    return found
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """Copy a run as it is: files that are hard links of each other stay so."""
+    links: dict[int, str] = {}
+
+    def copy(origin: str, place: str) -> str:
+        inode = Path(origin).stat().st_ino
+        if inode in links:
+            os.link(links[inode], place)
+        else:
+            shutil.copy2(origin, place)
+        links.setdefault(inode, place)
+        return place
+
+    return Path(shutil.copytree(source, target, copy_function=copy))
+
+
+def committed_states(root: Path) -> dict[int, str]:
+    """Return the digest of every state that a run has committed, by step."""
+    with Ledger(root / "ledger.sqlite3", read_only=True) as ledger:
+        rows = ledger.query("SELECT step, state_digest FROM checkpoints WHERE state = 'committed'")
+    return {row["step"]: row["state_digest"] for row in rows}
+
+
+def assert_committed(states: dict[int, str], root: Path) -> None:
+    """What the ledger claims is there, and all that verifies is among `states`: nothing half-made passes for one."""
+    layout = RunLayout(root)
+    found: dict[int, str] = {}
+    for folder in (*layout.checkpoints(), *layout.restore_points()):
+        manifest, problems = inspect_checkpoint(folder)
+        if manifest is not None and not problems:
+            found[manifest.step] = manifest.state_digest
+    assert found.items() <= states.items()
+    assert max(found, default=-1) >= max(committed_states(root), default=-1)
+
+
+def assert_complete(root: Path) -> None:
+    """Every file of the stream was trained once, and the run proves it."""
+    history = Run(root).history()
+    assert {"done"} == {entry["state"] for entry in history}
+    assert [entry["rows"] for entry in history] == [entry["rows_trained"] for entry in history]
+    proof = Run(root).verify()
+    assert proof.ok, [check for check in proof.checks if not check.ok]

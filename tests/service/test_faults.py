@@ -1,0 +1,136 @@
+"""A write that fails or a kill at any point of a commit leaves a committed state, and the next start goes on from it.
+
+The changes that a process makes on the disk are counted in the process itself. With ONWARD_SOAK=1 each of them gets
+each fault, and once more by system call, with strace.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from faults import (
+    FULL_SIZE,
+    KILL,
+    KINDS,
+    Fault,
+    assert_committed,
+    assert_complete,
+    committed_states,
+    copy_run,
+)
+from processes import command
+from states import assert_same_state, temporary_files
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "save_steps": 2,
+    "max_length": 128,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "lora": {"rank": 2, "dropout": 0.1},
+}
+SHARES = 4
+"""Tests that a sweep is dealt out to, so that they run side by side."""
+STRIDE = 1 if FULL_SIZE else 11
+"""The small form takes every so many changes, each with one of the faults in turn."""
+BEYOND = 2
+"""Points after the last change that are tried too: nothing happens there."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A run at the start of a file that takes one commit inside and one at its boundary, and how it has to end.
+
+    Args:
+        before: the run, with the file accepted.
+        after: the same run, the file trained by a process that nothing befell.
+        file: the file.
+        states: digests of all states that the run commits, by step.
+    """
+
+    before: Path
+    after: Path
+    file: Path
+    states: dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def sweep(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A run with one file trained and one owed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    first, second = (tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 6))
+    run = Run.create(folder / "before", str(model), **SETTINGS)
+    assert 0 == command(folder / "output", "train", first, "--run", run.layout.root)
+    run.add(second)
+    after = copy_run(folder / "before", folder / "after")
+    assert 0 == command(folder / "output", "train", "--run", after)
+    return Sweep(folder / "before", after, second, committed_states(after))
+
+
+def points(total: int, share: int, shares: int = SHARES) -> Iterator[tuple[int, str]]:
+    """Yield the points of a sweep that belong to a share, with their faults."""
+    chosen = range(1, total + BEYOND + 1, STRIDE)
+    cases = [(at, kind) for at in chosen for kind in (KINDS if FULL_SIZE else [KINDS[at // STRIDE % len(KINDS)]])]
+    yield from cases[share::shares]
+
+
+def assert_goes_on(sweep: Sweep, root: Path, status: int | None, *words: object) -> None:
+    """What a fault left is a committed state, and the next process ends where the uninterrupted run ended."""
+    output = root.with_name("output")
+    printed = output.read_text()
+    assert "Traceback" not in printed, printed
+    assert_committed(sweep.states, root)
+    if status == 0:  # it was outlived: as if it had not happened
+        assert_same_state(sweep.after, root)
+    done = command(output, "train", *words, "--run", root)
+    assert done in ((0, 3) if words else (0,)), output.read_text()  # 3: everything was trained already
+    assert_same_state(sweep.after, root)
+    assert [] == temporary_files(root)
+    assert_complete(root)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_faults_while_training(share: int, sweep: Sweep, tmp_path: Path) -> None:
+    """No space, a failing disk or a kill at the n-th change of a process that trains and commits costs nothing."""
+    assert_every_point(share, sweep, tmp_path, sweep.before)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_faults_while_a_file_arrives(share: int, sweep: Sweep, model: Path, tmp_path: Path) -> None:
+    """The same from the arrival of the first file on: the command that failed is given again."""
+    whole = Run.create(tmp_path / "whole", str(model), **SETTINGS).layout.root
+    empty = copy_run(whole, tmp_path / "empty")
+    assert 0 == command(tmp_path / "output", "train", sweep.file, "--run", whole)
+    alone = Sweep(empty, whole, sweep.file, committed_states(whole))
+    assert_every_point(share, alone, tmp_path, empty, sweep.file)
+
+
+def assert_every_point(share: int, sweep: Sweep, folder: Path, before: Path, *words: object) -> None:
+    """Put every fault of a share into a copy of a run of its own, and let the next process go on."""
+    record = folder / "record"
+    counted = copy_run(before, folder / "counted" / "run")
+    assert 0 == command(folder / "output", "train", *words, "--run", counted, prepare=Fault(0, KILL, record))
+    total = len(record.read_text().splitlines())
+    assert 100 < total
+    for at, kind in points(total, share):
+        root = copy_run(before, folder / f"{at}-{kind}" / "run")
+        fault = Fault(at, kind, record)
+        status = command(root.with_name("output"), "train", *words, "--run", root, prepare=fault)
+        struck = len(record.read_text().splitlines()) >= at
+        assert struck or status == 0
+        assert (status == -signal.SIGKILL) is (kind == KILL and struck)
+        try:
+            assert_goes_on(sweep, root, status, *words)
+        except (AssertionError, OSError) as error:
+            error.add_note(f"{kind} at change {at}: {record.read_text().splitlines()[-1:]}")
+            raise
+        shutil.rmtree(root.parent)
