@@ -8,7 +8,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test soak lint format bench docs clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -18,6 +18,10 @@ demo: $(READY) ## a real model learns three real files in three processes, as on
 
 test: $(READY) ## the test suite
 	$(BIN)/python -m pytest -q -n 2
+
+soak: $(READY) ## kills and faults at full size (hours)
+	ONWARD_SOAK=1 ONWARD_KILLS=30 $(BIN)/python -m pytest -q -n 2 tests/service/test_faults.py tests/service/test_survival.py \
+	  tests/service/test_watch.py
 
 lint: $(READY) ## style, types, layers
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Faults at the n-th change that a process makes on the disk: no space left, a failing disk, a kill.
 
-They are put in from two sides. `Fault` counts in the process itself the calls of Python that change files, and needs
-nothing but Python. `Traced` lets strace count the system calls, those of SQLite and safetensors included.
+`Fault` counts in the process itself the calls of Python that change files; those of SQLite are not among them.
 """
 
 from __future__ import annotations
@@ -12,13 +11,9 @@ import io
 import os
 import shutil
 import signal
-import subprocess
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +29,6 @@ KINDS = (*ERRORS, KILL)
 FULL_SIZE = os.environ.get("ONWARD_SOAK") == "1"
 CALLS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "chmod")
 """Functions of `os` that change files, or wait until they are changed."""
-SYSTEM_CALLS = {
-    "write": ("write",),
-    "pwrite64": ("pwrite64",),
-    "fsync": ("fsync",),
-    "fdatasync": ("fdatasync",),
-    "rename": ("rename", "renameat", "renameat2"),
-    "link": ("link", "linkat"),
-}
-"""System calls that a fault is put into, under one name where processors differ in which they have."""
 
 
 @dataclass(frozen=True)
@@ -136,65 +122,6 @@ class _Stream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def wait_for_tracer() -> None:
-    """Wait until strace follows this process."""
-    ends = time.monotonic() + 30
-    while "TracerPid:\t0\n" in Path("/proc/self/status").read_text():
-        assert time.monotonic() < ends, "no tracer came"
-        time.sleep(0.002)
-
-
-def strace_reason() -> str | None:
-    """Return why strace cannot be used here, or None."""
-    strace = shutil.which("strace")
-    if strace is None:
-        return "strace is not installed"
-    probe = subprocess.run(
-        [strace, "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync", "-e", "inject=fsync:error=EIO:when=1", "true"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return None if probe.returncode == 0 else f"strace cannot trace here: {probe.stderr.strip()}"
-
-
-@dataclass(frozen=True)
-class Traced:
-    """The n-th system call of a kind fails, or is the last of its process.
-
-    Args:
-        call: a key of `SYSTEM_CALLS`, or None to count them all.
-        at: which of these calls, from 1, in each thread.
-        kind: one of `KINDS`.
-    """
-
-    call: str | None = None
-    at: int = 0
-    kind: str = KILL
-
-    def follow(self, process: BaseProcess, output: Path) -> int | None:
-        """Trace a process that waits for its tracer, to its end; returns its exit code."""
-        names = SYSTEM_CALLS[self.call] if self.call else [name for names in SYSTEM_CALLS.values() for name in names]
-        calls = ",".join(f"?{name}" for name in names)
-        fault = f"signal={KILL}" if self.kind == KILL else f"error={self.kind}"
-        inject = ["-e", f"inject={calls}:{fault}:when={self.at}"] if self.call else []
-        words = ["strace", "-f", "-qq", "-o", str(output), "-e", f"trace={calls}", *inject, "-p", str(process.pid)]
-        tracer = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        process.join()
-        tracer.wait()
-        return process.exitcode
-
-
-def count_calls(output: Path, pid: int) -> Counter[str]:
-    """Count the system calls of a process's main thread in what strace wrote, by the keys of `SYSTEM_CALLS`."""
-    keys = {name: key for key, names in SYSTEM_CALLS.items() for name in names}
-    found: Counter[str] = Counter()
-    for line in output.read_text(errors="replace").splitlines():
-        number, _, rest = line.partition(" ")
-        name = rest.strip().partition("(")[0]
-        if number == str(pid) and name in keys:
-            found[keys[name]] += 1
-    return found
 
 
 def copy_run(source: Path, target: Path) -> Path:

@@ -192,3 +192,11 @@ def prepare(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONWARD_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_tests_that_the_docs_name_exist() -> None:
+    """Where a page says which test shows something, that test is there."""
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {name for page in pages for name in re.findall(r"(tests/[a-z_/]+\.py)::(\w+)", page.read_text())}
+    assert 10 < len(named)
+    assert [] == [name for name in sorted(named) if f"def {name[1]}(" not in (ROOT / name[0]).read_text()]

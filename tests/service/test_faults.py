@@ -1,7 +1,7 @@
 """A write that fails or a kill at any point of a commit leaves a committed state, and the next start goes on from it.
 
 The changes that a process makes on the disk are counted in the process itself. With ONWARD_SOAK=1 each of them gets
-each fault, and once more by system call, with strace.
+each fault.
 """
 
 from __future__ import annotations

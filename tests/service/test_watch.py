@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+from faults import FULL_SIZE
 from processes import start_command, train
 from states import assert_same_state, temporary_files
 
@@ -31,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "disk_margin_mb": 1,
     "lora": {"rank": 4, "dropout": 0.1},
 }
-PATIENCE = 60.0
+PATIENCE = 600.0 if FULL_SIZE else 60.0
 LONG = 160
 """Rows of a file whose training takes long enough to be met in the middle."""
 
@@ -127,11 +128,12 @@ def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tm
 def test_killed_at_random_while_files_arrive(run: Run, model: Path, tmp_path: Path) -> None:
     """Files dropped in while the daemon is killed again and again: each trained once, the state that of one run."""
     chance = random.Random(11)
-    files = [rows_file(tmp_path / f"{n:02}.jsonl", 8, seed=n) for n in range(12)]
+    count, kills = (1000, 30) if FULL_SIZE else (12, 4)
+    files = [rows_file(tmp_path / f"{n:04}.jsonl", 8, seed=n) for n in range(count)]
     process = watch(run)
-    for number, file in enumerate(files):
+    for number, file in enumerate(files, start=1):
         shutil.copy(file, run.layout.inbox)
-        if number % 3 == 2:
+        if number % (count // kills) == 0:
             process.join(chance.uniform(0.4, 2.0))
             end(process, signal.SIGKILL)
             process = watch(run)
