@@ -74,6 +74,10 @@ class LoraConfig(_Section):
         return self
 
 
+MICRO_BATCH_TOKENS = 8192
+"""Tokens of a part of a step under `gradient_accumulation: auto`. The last bits of a step depend on it."""
+
+
 class NotifyConfig(_Section):
     """Who is told what a daemon meets; nobody unless named here."""
 
@@ -114,8 +118,10 @@ class Config(_Section):
         description="What becomes of a longer row: cut at the end, left out, or the file is rejected.",
     )
     batch_size: Count = Field(default=8, description="Rows of one optimizer step.")
-    gradient_accumulation: Count = Field(
-        default=1, description="Parts into which the rows of a step are cut to save memory; the step stays the same."
+    gradient_accumulation: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Parts into which the rows of a step are cut to save memory; the step stays the same. "
+        f"`auto`: as few as have at most {MICRO_BATCH_TOKENS} tokens, or one row.",
     )
     epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
@@ -177,6 +183,13 @@ class Config(_Section):
             if self.total_steps <= self.warmup_steps:
                 raise ValueError(f"total_steps {self.total_steps} is not above warmup_steps {self.warmup_steps}")
         return self
+
+    @property
+    def most_parts(self) -> int:
+        """Parts into which a step is cut at most."""
+        if self.gradient_accumulation != "auto":
+            return self.gradient_accumulation
+        return min(self.batch_size, -(-self.batch_size * self.max_length // MICRO_BATCH_TOKENS))
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by dotted key, as JSON values."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from tiny import byte_tokenizer, chat_rows, write_jsonl
 
-from onward.data.loader import Batch, batch_at, pad
+from onward.data.loader import Batch, batch_at, flatten, pad
 from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row
@@ -62,3 +62,23 @@ def test_padding() -> None:
     assert [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]] == padded.attention_mask.tolist()
     assert [[False, False, True, False, False], [False, True, False, True, False]] == padded.targets.tolist()
     assert (np.int64, np.int64, np.bool_) == (padded.input_ids.dtype, padded.attention_mask.dtype, padded.targets.dtype)
+
+
+def test_end_to_end() -> None:
+    """Rows laid end to end keep their places, and each target is predicted by the token before it in its row."""
+    flat = flatten(Batch([row(7, 2, 3), row(4, 5, 6, 7, 8), row(9)], [0, 1, 2], [1, 2, 3]))
+    assert [7, 2, 3, 4, 5, 6, 7, 8, 9] == flat.input_ids.tolist()
+    assert [0, 1, 2, 0, 1, 2, 3, 4, 0] == flat.position_ids.tolist()
+    assert [3, 5, 7] == flat.input_ids[flat.before_targets + 1].tolist()
+    assert (3, 5, 1) == flat.lengths
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(1, [1, 1, 1, 1]), (5, [1, 2, 1]), (6, [2, 1, 1]), (7, [2, 2]), (99, [4])]
+)
+def test_split_by_tokens(limit: int, expected: list[int]) -> None:
+    """The parts have as many rows as fit; a row that is too long is a part by itself."""
+    batch = Batch([row(*range(length)) for length in (4, 2, 3, 4)], [0, 1, 2, 3], [1, 2, 3, 4])
+    split = batch.split_by_tokens(limit)
+    assert expected == [len(part) for part in split]
+    assert batch.indices == [index for part in split for index in part.indices]

@@ -44,6 +44,19 @@ class Batch:
         assert parts >= 1, parts
         count = min(parts, len(self))
         bounds = [len(self) * part // count for part in range(count + 1)] if count else [0]
+        return self._cut(bounds)
+
+    def split_by_tokens(self, tokens: int) -> list[Batch]:
+        """Return the batch in contiguous pieces of at most `tokens` tokens; a longer row is a piece by itself."""
+        bounds, filled = [0], 0
+        for place, row in enumerate(self.rows):
+            if filled and filled + len(row.ids) > tokens:
+                bounds.append(place)
+                filled = 0
+            filled += len(row.ids)
+        return self._cut([*bounds, len(self)])
+
+    def _cut(self, bounds: list[int]) -> list[Batch]:
         return [
             Batch(self.rows[first:last], self.indices[first:last], self.lines[first:last])
             for first, last in pairwise(bounds)
@@ -65,6 +78,23 @@ class PaddedBatch:
     targets: NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class FlatBatch:
+    """A batch as one sequence: its rows laid end to end, without padding.
+
+    Args:
+        input_ids: int64, shape (tokens,).
+        position_ids: int64, shape (tokens,): the place of each token in its row.
+        before_targets: int64, shape (targets,): the places whose next token is a target.
+        lengths: tokens of each row.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    before_targets: NDArray[np.int64]
+    lengths: tuple[int, ...]
+
+
 def batch_at(file: TokenizedFile, plan: FilePlan, step_in_file: int) -> Batch:
     """Return the batch of the 0-based step; costs the same for every step.
 
@@ -74,6 +104,20 @@ def batch_at(file: TokenizedFile, plan: FilePlan, step_in_file: int) -> Batch:
     assert plan.rows == file.rows, (plan.rows, file.rows)
     indices = plan.rows_at(step_in_file)
     return Batch([file.row(index) for index in indices], indices, [file.line(index) for index in indices])
+
+
+def flatten(batch: Batch) -> FlatBatch:
+    """Return the rows of a batch laid end to end."""
+    targets = [row.targets.copy() for row in batch.rows]
+    for row_targets in targets:
+        row_targets[0] = False
+    lengths = tuple(len(row.ids) for row in batch.rows)
+    return FlatBatch(
+        input_ids=np.concatenate([row.ids for row in batch.rows]),
+        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+        before_targets=np.flatnonzero(np.concatenate(targets)) - 1,
+        lengths=lengths,
+    )
 
 
 def pad(batch: Batch, pad_id: int) -> PaddedBatch:

@@ -30,6 +30,7 @@ from onward.service.session import Session
 from onward.service.stop import Stopped
 from onward.service.worker import Committed, Event, FileDone, FileStarted, Note, Worker
 from onward.store.ledger import Ledger
+from onward.training.environment import release_freed_memory
 from onward.training.trainer import StepResult
 
 TICK = 0.1
@@ -284,7 +285,7 @@ class Daemon:
         """Let go of model and optimizer; the next file is begun from the last commit."""
         self._worker = self._settled = None
         gc.collect()
-        _empty_cache()
+        release_freed_memory()
 
     # control
 
@@ -428,10 +429,3 @@ class Daemon:
 
     def _show(self, message: str) -> None:
         self._see(Note(message))
-
-
-def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -107,7 +107,7 @@ def _take_back(layout: RunLayout, ledger: Ledger, row: Row, move: Move, what: st
 def _smaller_parts(row: Row, ledger: Ledger, config: Config) -> int | None:
     """Return twice as many parts as the file was tried with, or None where a part was one row already."""
     used = Config.model_validate(ledger.config(row["config"])) if row["config"] else config
-    tried = row["parts"] or used.gradient_accumulation
+    tried = row["parts"] or used.most_parts
     return min(2 * tried, used.batch_size) if tried < used.batch_size else None
 
 

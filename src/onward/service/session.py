@@ -18,7 +18,13 @@ from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.base import digest_base, resolve_base
 from onward.training.checkpoint import Facts
-from onward.training.environment import describe_environment, make_deterministic, pick_device, pick_dtype
+from onward.training.environment import (
+    describe_environment,
+    keep_freed_memory,
+    make_deterministic,
+    pick_device,
+    pick_dtype,
+)
 from onward.training.model import load_tokenizer
 
 Report = Callable[[str], None]
@@ -73,6 +79,7 @@ def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: C
     check_identity(ledger, config, base_digest, tokenizer_digest)
     device = pick_device()
     make_deterministic(device)
+    keep_freed_memory()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)

@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from onward.data.loader import PaddedBatch
+from onward.data.loader import Batch
+from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
-from onward.training.environment import autocast
-from onward.training.loss import target_loss
-from onward.training.model import keeps_logits
+from onward.training.loss import TargetLoss
 from onward.training.seeds import fold
 from onward.training.state import TrainState
 
@@ -47,13 +46,13 @@ class Measurement:
         return asdict(self)
 
 
-def probe_batch(seed: int, vocabulary: int) -> PaddedBatch:
+def probe_batch(seed: int, vocabulary: int) -> Batch:
     """Return the run's fixed probe: token ids that are a function of the seed, all of them targets."""
     cells = [[fold(seed, "probe", row, column) for column in range(PROBE_LENGTH)] for row in range(PROBE_ROWS)]
     ids = np.array(cells, dtype=np.int64) % vocabulary
-    targets = np.ones_like(ids, dtype=bool)
-    targets[:, 0] = False
-    return PaddedBatch(input_ids=ids, attention_mask=np.ones_like(ids), targets=targets)
+    targets = np.arange(PROBE_LENGTH) > 0
+    places = list(range(PROBE_ROWS))
+    return Batch([Row(row, targets) for row in ids], places, places)
 
 
 def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dtype) -> Measurement:
@@ -65,8 +64,8 @@ def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dty
     model = state.model
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
     model.eval()
-    with torch.no_grad(), autocast(device, dtype):
-        loss = target_loss(model, probe_batch(seed, vocabulary), device, keeps_logits=keeps_logits(model))
+    with torch.no_grad():
+        loss = TargetLoss(model, device, dtype)(probe_batch(seed, vocabulary))
     model.train()
     digest = state.digest()
     mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))

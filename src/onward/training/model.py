@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from onward.config import Config
 from onward.errors import ModelError
+from onward.training.attention import ROW_ATTENTION, is_padding_free
+from onward.training.fused_lora import fuse_lora
 from onward.training.seeds import fold, seeded
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -84,6 +86,8 @@ def build_model(
         model = _wrap(base_model, _adapter_config(config, base, checkpoint))
         if checkpoint is not None:
             load_adapter(model, checkpoint)
+    if dtype == torch.float32:
+        fuse_lora(model)
     return model.to(device).train() if config.method != "qlora" else model.train()
 
 
@@ -98,6 +102,8 @@ def _load(folder: Path, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrained
             f"the model cannot be loaded: {_first_line(error)}", where=folder, hint="onward doctor looks closer."
         ) from None
     model.config.use_cache = False
+    if is_padding_free(model.config.model_type):
+        model.set_attn_implementation(ROW_ATTENTION)
     return model
 
 
@@ -188,10 +194,14 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def keeps_logits(model: nn.Module) -> bool:
+def causal_lm(model: nn.Module) -> PreTrainedModel:
+    """Return the Hugging Face model, without the adapter's wrapper around it."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def keeps_logits(model: PreTrainedModel) -> bool:
     """Whether the model can be asked for the logits of some positions only (`logits_to_keep`)."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(cast(Any, model).forward).parameters
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from onward.config import Config
-from onward.data.loader import Batch, batch_at, pad
+from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.data.loader import Batch, batch_at
 from onward.data.order import FilePlan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
-from onward.training.environment import autocast
-from onward.training.loss import target_loss
-from onward.training.model import keeps_logits
+from onward.training.loss import TargetLoss
 from onward.training.optim import set_learning_rate
 from onward.training.schedule import learning_rate
 from onward.training.seeds import fold, seeded
@@ -57,9 +55,7 @@ class Trainer:
         self.state = state
         self.config = config
         self.device = device
-        self.dtype = dtype
-        self.pad_id = pad_id
-        self._keeps_logits = keeps_logits(state.model)
+        self.loss = TargetLoss(state.model, device, dtype, pad_id)
 
     def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepResult]:
         """Yield each step that the file still owes, from the cursor on, after it was taken.
@@ -100,17 +96,17 @@ class Trainer:
     def _gradients(self, batch: Batch) -> float:
         """Accumulate the gradient of the mean loss over all target tokens of the step, whatever its parts."""
         total = torch.zeros((), device=self.device)
-        for micro_step, part in enumerate(batch.split(self.config.gradient_accumulation)):
+        for micro_step, part in enumerate(self._parts(batch)):
             seed = fold(self.config.seed, "step", self.state.step, micro_step, RANK)
             with seeded(seed, self.device):
-                loss = self._forward(part) / batch.target_tokens
+                loss = self.loss(part) / batch.target_tokens
                 loss.backward()
             total += loss.detach()
         return float(total)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
-        with autocast(self.device, self.dtype):
-            return target_loss(self.state.model, pad(batch, self.pad_id), self.device, keeps_logits=self._keeps_logits)
+    def _parts(self, batch: Batch) -> list[Batch]:
+        parts = self.config.gradient_accumulation
+        return batch.split_by_tokens(MICRO_BATCH_TOKENS) if parts == "auto" else batch.split(parts)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
