@@ -33,7 +33,7 @@ CALLS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "chmo
 
 @dataclass(frozen=True)
 class Fault:
-    """The n-th change that the main thread of a process makes on the disk fails or is its last.
+    """The n-th change that a process makes on the disk, in training or behind it, fails or is its last.
 
     Args:
         at: which change, from 1; 0 for none, to count them.
@@ -48,12 +48,12 @@ class Fault:
     def __call__(self) -> None:
         """Arm the process that this is called in."""
         record = os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        main = threading.main_thread()
+        counted = {"MainThread", "onward-writer"}
         count = 0
 
         def change(name: str, half: Callable[[], object] = lambda: None) -> None:
             nonlocal count
-            if threading.current_thread() is not main:
+            if threading.current_thread().name not in counted:
                 return
             count += 1
             os.write(record, f"{name}\n".encode())

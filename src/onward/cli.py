@@ -167,6 +167,15 @@ def watch(
         raise typer.Exit(3)
 
 
+@app.command(hidden=True)
+def check(run: RunOption = Path()) -> None:
+    """Check the rows of files that arrived; a daemon lets this be done beside its steps."""
+    from onward.run import Run
+
+    os.nice(10)
+    Run(run).check_arrived()
+
+
 @app.command()
 def pause(
     run: RunOption = Path(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +191,17 @@ class Run:
             )  # fmt: skip
         return int(refused["n"]) if refused else 0
 
+    def check_arrived(self) -> None:
+        """Check the rows of files that arrived, while another process trains; end when that process does."""
+        parent = os.getppid()
+
+        def stop() -> None:
+            if os.getppid() != parent:
+                raise Stopped("the process that wanted it is gone")
+
+        with self._ledger() as ledger, contextlib.suppress(Stopped):
+            _Opened(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
+
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
 
@@ -326,13 +339,14 @@ class _Opened:
 
     @property
     def session(self) -> Session:
-        return self._session or self.open()
+        return self.open(again=False)
 
-    def open(self) -> Session:
-        """Open the run, or open it again: the config may have been mended."""
+    def open(self, again: bool) -> Session:
+        """Open the run; with `again` also if it is open: the config may have been mended."""
         from onward.service.session import open_session
 
-        self._session = open_session(self.layout, self.ledger, report=self.report)
+        if again or self._session is None:
+            self._session = open_session(self.layout, self.ledger, report=self.report)
         return self._session
 
     def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
@@ -348,6 +362,10 @@ class _Opened:
             return made[0][1], session.tokenizer_digest
 
         return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
+
+    def _start_checker(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "onward", "check", "--run", str(self.layout.root)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     @contextlib.contextmanager
     def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
@@ -368,7 +386,7 @@ class _Opened:
             inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
             daemon = Daemon(
                 self.ledger, config, self.open, self.intake(control.check), control, heartbeat,
-                root=self.layout.root, inbox=inbox, patient=watch, observe=observe,
+                root=self.layout.root, inbox=inbox, patient=watch, observe=observe, start_checker=self._start_checker,
             )  # fmt: skip
             if not watch:
                 daemon.begin()

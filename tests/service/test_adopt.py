@@ -97,7 +97,7 @@ def test_weights_and_moments_are_the_trainers(
     """Step, every weight and every Adam moment of the new run are the stock Trainer's, by parameter name."""
     Run.adopt(saved[method].folder, tmp_path / "run", str(model))
     state = stock.open_state(tmp_path / "run")
-    assert (STEPS, STEPS, 0) == (state.step, state.adam_step(), state.counters.adam_origin)
+    assert (STEPS, STEPS, 0) == (state.step, state.view().adam_step(), state.counters.adam_origin)
     stock.assert_equal(saved[method].weights, stock.trained(state.model))
     stock.assert_equal(saved[method].moments, stock.moments(state.model, state.optimizer))
 

@@ -21,6 +21,7 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.errors import RunLocked, UsageError
+from onward.service.daemon import SMALL_FILE
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {
@@ -105,6 +106,18 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
     assert [] == [path for path in run.layout.inbox.rglob("*") if path.is_file()]
     assert_same_state(twin_of(run, model, [tmp_path / name for name in sorted(names)]), run.layout.root)
     assert run.verify().ok
+
+
+def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
+    """While one file trains, a large one that arrives is checked in another process and waits in the queue."""
+    process = watch(run)
+    tiny.write_jsonl(run.layout.inbox / "first.jsonl", tiny.chat_rows(3000))
+    until(is_in(run, "first.jsonl"), process)
+    shutil.copy(rows_file(tmp_path / "large.jsonl", 9000), run.layout.inbox)
+    assert (tmp_path / "large.jsonl").stat().st_size > SMALL_FILE
+    until(lambda: "large.jsonl" in [entry["name"] for entry in run.history() if entry["state"] == "queued"], process)
+    assert is_in(run, "first.jsonl")()
+    assert 0 == end(process)
 
 
 def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tmp_path: Path) -> None:

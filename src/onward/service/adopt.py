@@ -15,14 +15,14 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.commits import Commits
+from onward.service.commits import Commit, Commits
 from onward.service.session import open_session
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
 from onward.training.checkpoint import load_moments
 from onward.training.environment import pick_device, pick_dtype
-from onward.training.handover import measure
+from onward.training.handover import measure_probe
 from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model, load_tokenizer
 from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
@@ -58,7 +58,7 @@ def adopt(
     device = pick_device()
     state = TrainState(*_with_optimizer(config, base, checkpoint, device))
     load_moments(state, checkpoint / huggingface.OPTIMIZER)
-    adam = state.adam_step()
+    adam = state.view().adam_step()
     if not 0 < adam <= step:
         raise DamagedState(f"Adam counts {adam} steps, trainer_state.json {step}", where=checkpoint)
     state.counters.step, state.counters.adam_origin = step, step - adam
@@ -84,10 +84,9 @@ def _make(
     with Ledger(unfinished) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
-        measurement = measure(state, config.seed, session.device, session.dtype)
-        facts = session.facts()
-        Commits(layout, ledger).commit(state, config, measurement, facts, [], None, file_id=None)
-        values = json.dumps(measurement.to_dict())
+        probe_loss = measure_probe(state, config.seed, session.device, session.dtype)
+        commit = Commit(state.model, state.view(), config, probe_loss, session.facts())
+        values = json.dumps(Commits(layout, ledger).commit(commit).measurement)
         ledger.add_handover(
             kind="adopt", step=state.step, before=values, after=values, difference=0.0, **{"class": "bitwise"}
         )

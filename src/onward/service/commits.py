@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, link_or_copy, link_tree, remove_temporaries, remove_tree
 from onward.config import Config
 from onward.digest import sha256_json
@@ -21,8 +23,8 @@ from onward.layout import RunLayout, step_of
 from onward.service.retention import Retention
 from onward.store.ledger import IN_STREAM, Ledger
 from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
-from onward.training.handover import Measurement
-from onward.training.state import TrainState
+from onward.training.handover import measure
+from onward.training.state import Snapshot
 
 TO_NOTHING = -1
 """The step to go back to when a run is reset."""
@@ -37,6 +39,27 @@ class Settled:
     damage: list[str] = field(default_factory=list[str])
 
 
+@dataclass(frozen=True)
+class Commit:
+    """What is to be committed.
+
+    Args:
+        model: gives names and configuration; the weights are those of `state`.
+        parent: the checkpoint before.
+        with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
+    """
+
+    model: nn.Module
+    state: Snapshot
+    config: Config
+    probe_loss: float
+    facts: Facts
+    log_history: Sequence[dict[str, Any]] = ()
+    parent: Manifest | None = None
+    file_id: int | None = None
+    with_ledger: Callable[[Ledger], None] = lambda _: None
+
+
 class Commits:
     """Writes, finds and tidies the checkpoints of one run."""
 
@@ -44,40 +67,30 @@ class Commits:
         self.layout = layout
         self.ledger = ledger
 
-    def commit(
-        self,
-        state: TrainState,
-        config: Config,
-        measurement: Measurement,
-        facts: Facts,
-        log_history: Sequence[dict[str, Any]],
-        parent: Manifest | None,
-        *,
-        file_id: int | None,
-        with_ledger: Callable[[], None] = lambda: None,
-    ) -> Manifest:
+    def commit(self, commit: Commit) -> Manifest:
         """Commit a state.
-
-        Args:
-            with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
 
         Raises:
             VerificationFailed: a step trained again after damage did not give the state that was there before.
             NoSpace: the checkpoint does not fit; nothing changed.
         """
         begun = time.perf_counter()
-        boundary = state.cursor.at_boundary
+        state, config, facts = commit.state, commit.config, commit.facts
+        measurement = measure(state, commit.probe_loss)
         basis = _basis(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
         row = self.ledger.begin_checkpoint(
-            step=state.step, file_id=file_id, boundary=int(boundary), state_digest=digest, basis=basis
-        )
+            step=state.step, file_id=commit.file_id, boundary=int(state.cursor.at_boundary), state_digest=digest,
+            basis=basis,
+        )  # fmt: skip
         target = self.layout.checkpoint(state.step)
-        manifest = write_checkpoint(target, state, config, measurement, facts, log_history, parent)
+        manifest = write_checkpoint(
+            target, commit.model, state, config, measurement, facts, commit.log_history, commit.parent
+        )
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
-            with_ledger()
+            commit.with_ledger(self.ledger)
         self.tidy(target, manifest, Retention.of(config))
         return manifest
 

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import shutil
 import sqlite3
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -42,7 +43,7 @@ CHECKING_SECONDS = 1.0
 BESIDE_STEPS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
 SMALL_FILE = 1 << 20
-"""Bytes of a file whose rows may be checked between two steps."""
+"""Bytes of a file whose rows may be checked between two steps; larger ones are checked in a process of their own."""
 LONGEST_PAUSE = 300.0
 """Seconds that a daemon waits at most before it tries again."""
 CRASHES = 5
@@ -56,17 +57,18 @@ class Daemon:
     """Works on one run that this process owns.
 
     Args:
-        open_session: opens the run; called again after a failure, so that a mended config or model is seen.
+        open_session: opens the run; called with True to open it again, so that a mended config or model is seen.
         inbox: None for a process that only empties the queue.
         patient: outlive failures (retry, quarantine, wait); else the first one is raised.
         observe: receives every event; one that raises is dropped.
+        start_checker: starts a process that checks what arrived.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         config: Config,
-        open_session: Callable[[], Session],
+        open_session: Callable[[bool], Session],
         intake: Intake,
         control: Control,
         heartbeat: Heartbeat,
@@ -75,6 +77,7 @@ class Daemon:
         inbox: Inbox | None = None,
         patient: bool = True,
         observe: Observe = lambda _: None,
+        start_checker: Callable[[], subprocess.Popen[bytes]],
     ) -> None:
         self.ledger = ledger
         self.config = config
@@ -87,7 +90,10 @@ class Daemon:
         self._inbox = inbox
         self._patient = patient
         self._observe = observe
+        self._start_checker = start_checker
+        self._checker: subprocess.Popen[bytes] | None = None
         self._worker: Worker | None = None
+        self._was_dropped = False
         self._wake = threading.Event()
         self._scanned = float("-inf")
         self._waiting_in_inbox = 0
@@ -125,6 +131,7 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             if self._inbox is not None:
                 stack.enter_context(Watcher(self._inbox.folder, self._wake))
+                stack.callback(self._end_checker)
             tell_systemd("READY=1")
             while not self.control.stop:
                 try:
@@ -158,8 +165,9 @@ class Daemon:
         if "pause" in self.control.wishes or self.control.is_paused:
             return self._pause()
         self.control.answer(self.ledger, "resume", "it was not paused")
-        self._take_in()
-        if self.ledger.next_owed() is not None:
+        self._take_in(largest=float("inf") if self._intake.outranks_queue() else SMALL_FILE)
+        if self.ledger.next_owed() is not None and not (self._is_checking() and self._intake.outranks_queue()):
+            self._check_beside()
             self._wait_for_room(self._next_bytes())
             self._train_file()
             return not self.control.after_file
@@ -175,7 +183,7 @@ class Daemon:
 
     # files in
 
-    def _take_in(self, *, seconds: float = CHECKING_SECONDS, largest: float = float("inf")) -> None:
+    def _take_in(self, *, largest: float, seconds: float = CHECKING_SECONDS) -> None:
         """Move settled files out of the inbox and check arrived ones, for a bounded time."""
         if self._inbox is not None:
             self._scan(self._inbox)
@@ -234,7 +242,7 @@ class Daemon:
             if self._worker is None:
                 self._set_state("loading")
                 with self.control.interruptible():
-                    self._worker = Worker(self._open_session(), self.control, self._settled)
+                    self._worker = Worker(self._open_session(self._was_dropped), self.control, self._settled)
             for event in self._worker.train_next():
                 self._see(event)
         except Stopped:
@@ -263,10 +271,27 @@ class Daemon:
             if self._inbox is not None and time.monotonic() - self._scanned > BESIDE_STEPS:
                 with contextlib.suppress(Exception):  # whatever it is, it comes again between two files
                     self._take_in(seconds=TICK, largest=SMALL_FILE)
+                    self._check_beside()
         if isinstance(event, FileDone) and self.config.compress_archive:
             row = self.ledger.at_position(event.position)
             if row is not None:
                 compress_original(self._intake.layout, self.ledger, row)
+
+    def _check_beside(self) -> None:
+        """Let a large file that arrived be checked in another process while this one trains."""
+        if self._inbox is None:
+            return
+        row = self.ledger.next_arriving()
+        if row is not None and row["bytes"] > SMALL_FILE and not self._is_checking():
+            self._checker = self._start_checker()
+
+    def _is_checking(self) -> bool:
+        return self._checker is not None and self._checker.poll() is None
+
+    def _end_checker(self) -> None:
+        if self._checker is not None:
+            self._checker.kill()  # what it had not finished is checked again by the next process
+            self._checker.wait()
 
     def _acknowledge_after_file(self) -> None:
         wish = self.control.wishes["stop"]
@@ -284,6 +309,7 @@ class Daemon:
     def _drop_worker(self) -> None:
         """Let go of model and optimizer; the next file is begun from the last commit."""
         self._worker = self._settled = None
+        self._was_dropped = True
         gc.collect()
         release_freed_memory()
 
@@ -327,7 +353,7 @@ class Daemon:
             return True
         if self.control.after_file:
             return False
-        self._take_in()
+        self._take_in(largest=float("inf"))
         self._wait(2 * TICK)
         return True
 

@@ -97,11 +97,18 @@ class Intake:
         ends = time.monotonic() + seconds
         with self._owned(patience=0) as mine:
             while mine and (row := self.ledger.next_arriving()):
-                if row["bytes"] > largest or (time.monotonic() > ends and not self._outranks_queue(row)):
+                if row["bytes"] > largest or (time.monotonic() > ends and not self.outranks_queue()):
                     return True
                 with contextlib.suppress(FileRejected):  # reported by `_refuse`
                     self._settle(row["command"])
             return not mine
+
+    def outranks_queue(self) -> bool:
+        """Whether the next file to be checked would be trained before those that are queued."""
+        row, head = self.ledger.next_arriving(), self.ledger.next_owed()
+        if row is None or head is None:
+            return row is not None
+        return head["state"] == "queued" and head["position"] is None and row["priority"] > head["priority"]
 
     def finish_left_over(self) -> list[FileRejected]:
         """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
@@ -130,12 +137,6 @@ class Intake:
             yield True
         finally:
             self._lock.release()
-
-    def _outranks_queue(self, row: Row) -> bool:
-        head = self.ledger.next_owed()
-        if head is None:
-            return True
-        return head["state"] == "queued" and head["position"] is None and row["priority"] > head["priority"]
 
     @staticmethod
     def _require_readable(path: Path) -> None:

@@ -82,12 +82,13 @@ def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Man
 
 
 def _require_equal(state: TrainState, target: Manifest, scratch: Path) -> None:
-    digest = state.digest()
-    here = {"weights": digest.weights, "moments": digest.moments, "adam_step": state.adam_step()}
+    now = state.view()
+    digest = now.digest()
+    here = {"weights": digest.weights, "moments": digest.moments, "adam_step": now.adam_step()}
     differing = [key for key, value in here.items() if value != target.measurement[key]]
-    if differing or state.state_dict() != target.state:
+    if differing or now.plain() != target.state:
         raise VerificationFailed(f"trained again, the state differs in: {', '.join(differing) or 'counters'}")
-    save_weights(state.model, scratch)
+    save_weights(state.model, now.weights, scratch)
     for path in scratch.glob("*.safetensors"):
         if xxh3_file(path) != target.files[path.name]["xxh3"]:
             raise VerificationFailed(f"trained again, {path.name} is another file")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,21 +17,22 @@ from onward.data.order import FilePlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
-from onward.service.commits import Commits, Settled
+from onward.service.commits import Commit, Commits, Settled
 from onward.service.retention import Retention
 from onward.service.session import Session, check_identity
 from onward.service.stop import Interruption
 from onward.service.tokens import forget_tokens, open_tokens
-from onward.store.ledger import Row
+from onward.service.writer import Writer
+from onward.store.ledger import Ledger, Row
 from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
-from onward.training.handover import Measurement, compare, measure
+from onward.training.handover import compare, measure, measure_probe
 from onward.training.model import build_model
 from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon, require_unstretched
-from onward.training.state import TrainState
+from onward.training.state import Snapshot, TrainState
 from onward.training.trainer import StepResult, Trainer
 
 
@@ -76,6 +77,7 @@ class Note:
     message: str
 
 
+LedgerMoves = Callable[[Ledger], None]
 Event = FileStarted | StepResult | Committed | FileDone | Note
 
 
@@ -92,12 +94,20 @@ class Worker:
         self.session = session
         self.ledger = session.ledger
         self.stop = stop
-        self.commits = Commits(session.layout, session.ledger)
+        self._writer = Writer(session.layout, session.ledger.clock)
+        self._newest: Manifest | None = None
+        self._copy: Snapshot | None = None
         self.config = session.config
         self._settled = settled
         self._is_open = False
         self._facts: Facts | None = None
         self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest checkpoint."""
+        assert self._newest is not None
+        return self._newest
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that the stream owes now to its boundary, or as far as `stop` lets it come.
@@ -122,19 +132,24 @@ class Worker:
         metrics = Metrics(self.session.layout.ledger)
         try:
             yield from self._journey(row, metrics)
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self._writer.join()  # whoever goes back must not meet a commit that still goes on
+            raise
         finally:
             metrics.close()
 
     def bytes_needed(self) -> int:
         """Return the free bytes that the next checkpoint wants."""
         self._facts = self._facts or self.session.facts()
-        return int(estimate_size(self.state, self._facts) * SPACE_MARGIN)
+        return int(estimate_size(self.state.view(), self._facts) * SPACE_MARGIN)
 
     def _settle(self) -> Iterator[Event]:
         """Once: find the state to go on from, and bring ledger and directories to it."""
         if self._settled is not None:
             return
-        self._settled = self.commits.settle(Retention.of(self.config))
+        self._settled = Commits(self.session.layout, self.ledger).settle(Retention.of(self.config))
         for problem in self._settled.damage:
             yield Note(f"damaged: {problem}")
 
@@ -146,7 +161,7 @@ class Worker:
             model = build_model(self.config, session.base, session.device, session.dtype)
             self.state = TrainState(model, build_optimizer(model, self.config))
             return
-        self.manifest = settled.manifest
+        self._newest = settled.manifest
         if not self.manifest.cursor.at_boundary:
             self.config = Config.model_validate(self.manifest.config)
         self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
@@ -156,8 +171,7 @@ class Worker:
         """Commit the state of step 0, or measure the handover of a resume."""
         settled = self._settled
         if settled is None or settled.manifest is None:
-            self.manifest = self._commit(None, None)
-            yield Committed(0)
+            yield from self._commit()
             return
         if settled.damage:
             yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
@@ -232,31 +246,29 @@ class Worker:
             metrics.append(_record(file_id, result))
             self._remember(result)
             yield result
+            yield from self._collect(wait=False)
             if state.cursor.at_boundary:
                 return
-            if self.stop or result.step % self.config.save_steps == 0:
-                self.manifest = self._commit(self.manifest, file_id)
-                self.ledger.put(state="training")
-                yield Committed(state.step)
             if self.stop:
+                yield from self._commit(file_id)
                 return
+            if result.step % self.config.save_steps == 0:
+                yield from self._begin_commit(file_id)
 
     def _finish(self, row: Row, plan: FilePlan) -> Iterator[Event]:
         """Hold the file against its postconditions and commit its boundary."""
         self._require_done(row["id"], plan)
-        weights = self.manifest.measurement["weights"]
+        weights, step = self.manifest.measurement["weights"], self.state.step
 
-        def done() -> None:
-            self.ledger.move_file(row["id"], "done", finished=self.ledger.clock())
-            self.ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", self.state.step, kind="done")
+        def done(ledger: Ledger) -> None:
+            ledger.move_file(row["id"], "done", finished=ledger.clock())
+            ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", step, kind="done")
 
-        self.manifest = self._commit(self.manifest, row["id"], done)
+        yield from self._commit(row["id"], done)
         if self.manifest.measurement["weights"] == weights:
             yield Note(f"{row['name']} changed no weight: is the learning rate too small?")
         forget_tokens(self.session)
-        yield Committed(self.state.step)
-        first = self.state.step - plan.steps + 1
-        yield FileDone(row["name"], self.state.cursor.position, first, self.state.step)
+        yield FileDone(row["name"], self.state.cursor.position, step - plan.steps + 1, step)
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
         counted = self.ledger.one(
@@ -266,12 +278,13 @@ class Worker:
         expected = {"steps": plan.steps, "rows": plan.rows * plan.epochs}
         if counted != expected:
             raise _broken(f"the file was to train {expected}, the ledger counted {counted}")
-        if self.state.adam_step() != counters.step - counters.adam_origin:
-            raise _broken(f"Adam counts {self.state.adam_step()} steps, the run {counters.step - counters.adam_origin}")
+        adam_step = self.state.view().adam_step()
+        if adam_step != counters.step - counters.adam_origin:
+            raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
 
     def _hand_over(self, kind: str, row: Row | None) -> str:
         """Measure the state and hold it against what was measured before the last commit."""
-        after = self._measure()
+        after = measure(self.state.view(), self._measure_probe())
         before = self.manifest
         name, difference = compare(before.measurement, after, before.environment, self.session.environment)
         self.ledger.add_handover(
@@ -280,16 +293,33 @@ class Worker:
         )  # fmt: skip
         return name
 
-    def _measure(self) -> Measurement:
-        return measure(self.state, self.config.seed, self.session.device, self.session.dtype)
+    def _measure_probe(self) -> float:
+        return measure_probe(self.state, self.config.seed, self.session.device, self.session.dtype)
 
-    def _commit(self, parent: Manifest | None, file_id: int | None, with_ledger: Any = lambda: None) -> Manifest:
+    def _commit(self, file_id: int | None = None, with_ledger: LedgerMoves = lambda _: None) -> Iterator[Event]:
+        """Commit the state and wait for it."""
+        yield from self._begin_commit(file_id, with_ledger)
         self.ledger.put(state="saving")
+        yield from self._collect(wait=True)
+
+    def _begin_commit(self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None) -> Iterator[Event]:
+        """Copy the state, to be committed while training goes on; the commit before is waited for."""
+        yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
-        return self.commits.commit(
-            self.state, self.config, self._measure(), self._facts, self._log, parent,
-            file_id=file_id, with_ledger=with_ledger,
+        self._copy = self.state.snapshot(into=self._copy)
+        self._writer.submit(
+            Commit(
+                self.state.model, self._copy, self.config, self._measure_probe(), self._facts, tuple(self._log),
+                self._newest, file_id, with_ledger,
+            )
         )  # fmt: skip
+
+    def _collect(self, *, wait: bool) -> Iterator[Event]:
+        """Take note of a commit that is finished; what made it fail is raised here."""
+        manifest = self._writer.collect(wait=wait)
+        if manifest is not None:
+            self._newest = manifest
+            yield Committed(manifest.step)
 
     def _remember(self, result: StepResult) -> None:
         if result.step % self.config.log_steps == 0 or self.state.cursor.at_boundary:

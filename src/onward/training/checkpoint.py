@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
@@ -25,7 +26,7 @@ from onward.training import huggingface
 from onward.training.handover import Measurement
 from onward.training.model import build_model, save_weights
 from onward.training.optim import apply_config, build_optimizer
-from onward.training.state import Cursor, TrainState
+from onward.training.state import Cursor, Snapshot, TrainState
 
 FORMAT = 1
 MANIFEST = "onward.json"
@@ -86,7 +87,8 @@ class Facts:
 
 def write_checkpoint(
     target: Path,
-    state: TrainState,
+    model: nn.Module,
+    state: Snapshot,
     config: Config,
     measurement: Measurement,
     facts: Facts,
@@ -94,6 +96,9 @@ def write_checkpoint(
     parent: Manifest | None,
 ) -> Manifest:
     """Write a checkpoint directory and commit it by one rename.
+
+    Args:
+        model: gives names and configuration of what is saved; its weights may have moved on.
 
     Raises:
         NoSpace: the disk has no room; nothing is left behind and earlier checkpoints are untouched.
@@ -104,7 +109,7 @@ def write_checkpoint(
     remove_tree(temporary)
     temporary.mkdir()
     try:
-        _write_files(temporary, state, config, facts, log_history)
+        _write_files(temporary, model, state, config, facts, log_history)
         manifest = _describe(temporary, state, config, measurement, facts, parent)
         write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
         remove_tree(target)  # only ever a directory that did not verify, or a replayed step
@@ -117,10 +122,9 @@ def write_checkpoint(
     return manifest
 
 
-def estimate_size(state: TrainState, facts: Facts) -> int:
+def estimate_size(state: Snapshot, facts: Facts) -> int:
     """Return the bytes that the next checkpoint needs: weights, two moments, the static files."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in state.parameters.values())
-    return 3 * weights + sum(len(data) for data in facts.static_files.values()) + (1 << 16)
+    return state.size + sum(len(data) for data in facts.static_files.values()) + (1 << 16)
 
 
 def require_space(folder: Path, size: int) -> None:
@@ -143,11 +147,16 @@ def _no_space(folder: Path, size: int) -> NoSpace:
 
 
 def _write_files(
-    folder: Path, state: TrainState, config: Config, facts: Facts, log_history: Sequence[dict[str, Any]]
+    folder: Path,
+    model: nn.Module,
+    state: Snapshot,
+    config: Config,
+    facts: Facts,
+    log_history: Sequence[dict[str, Any]],
 ) -> None:
-    save_weights(state.model, folder)
+    save_weights(model, state.weights, folder)
     plain = {
-        huggingface.OPTIMIZER: huggingface.to_bytes(state.optimizer.state_dict()),
+        huggingface.OPTIMIZER: huggingface.to_bytes(state.optimizer),
         huggingface.SCHEDULER: huggingface.to_bytes(huggingface.scheduler_state(state, config)),
         huggingface.RNG: huggingface.to_bytes(huggingface.random_state(config, state.step)),
         huggingface.TRAINER_STATE: huggingface.trainer_state(state, config, log_history),
@@ -160,7 +169,7 @@ def _write_files(
 
 
 def _describe(
-    folder: Path, state: TrainState, config: Config, measurement: Measurement, facts: Facts, parent: Manifest | None
+    folder: Path, state: Snapshot, config: Config, measurement: Measurement, facts: Facts, parent: Manifest | None
 ) -> Manifest:
     files = {
         path.name: {"size": path.stat().st_size, "xxh3": xxh3_file(path)}
@@ -171,7 +180,7 @@ def _describe(
         format=FORMAT,
         run=facts.run,
         step=state.step,
-        state=state.state_dict(),
+        state=state.plain(),
         measurement=measurement.to_dict(),
         config=config.model_dump(mode="json"),
         identity=sha256_json(config.identity()),
@@ -223,11 +232,11 @@ def load_state(
     """
     model = build_model(config, base, device, dtype, checkpoint=folder)
     state = TrainState(model, build_optimizer(model, config))
-    if state.describe_parameters() != manifest.parameters:
+    if state.view().describe_parameters() != manifest.parameters:
         raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
     load_moments(state, folder / huggingface.OPTIMIZER)
     apply_config(state.optimizer, config)
-    state.load_state_dict(manifest.state)
+    state.load_plain(manifest.state)
     return state
 
 

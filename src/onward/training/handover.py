@@ -16,7 +16,7 @@ from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.loss import TargetLoss
 from onward.training.seeds import fold
-from onward.training.state import TrainState
+from onward.training.state import Snapshot, TrainState
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 
@@ -55,11 +55,11 @@ def probe_batch(seed: int, vocabulary: int) -> Batch:
     return Batch([Row(row, targets) for row in ids], places, places)
 
 
-def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dtype) -> Measurement:
-    """Measure a state; the state is not changed.
+def measure_probe(state: TrainState, seed: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the mean loss (nats) of the probe; the state is not changed.
 
     Raises:
-        TrainingError: the probe loss is not finite.
+        TrainingError: it is not finite.
     """
     model = state.model
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
@@ -67,7 +67,6 @@ def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dty
     with torch.no_grad():
         loss = TargetLoss(model, device, dtype)(probe_batch(seed, vocabulary))
     model.train()
-    digest = state.digest()
     mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
     if not math.isfinite(mean):
         raise TrainingError(
@@ -75,7 +74,13 @@ def measure(state: TrainState, seed: int, device: torch.device, dtype: torch.dty
             where=f"step {state.step}",
             hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
         )
-    return Measurement(digest.weights, digest.moments, state.adam_step(), state.learning_rate, mean)
+    return mean
+
+
+def measure(snapshot: Snapshot, probe_loss: float) -> Measurement:
+    """Measure a state whose probe loss is known."""
+    digest = snapshot.digest()
+    return Measurement(digest.weights, digest.moments, snapshot.adam_step(), snapshot.learning_rate, probe_loss)
 
 
 def compare(

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
 from onward.training.seeds import fold
-from onward.training.state import TrainState
+from onward.training.state import Snapshot
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
@@ -30,9 +30,9 @@ def to_bytes(value: Any) -> bytes:
     return stream.getvalue()
 
 
-def scheduler_state(state: TrainState, config: Config) -> dict[str, Any]:
+def scheduler_state(state: Snapshot, config: Config) -> dict[str, Any]:
     """Return the state of the `LambdaLR` that the Trainer would have at this step."""
-    groups = len(state.optimizer.param_groups)
+    groups = len(state.optimizer["param_groups"])
     return {
         "base_lrs": [config.learning_rate] * groups,
         "last_epoch": state.step,
@@ -58,7 +58,7 @@ def random_state(config: Config, step: int) -> dict[str, Any]:
     }
 
 
-def trainer_state(state: TrainState, config: Config, log_history: Sequence[dict[str, Any]]) -> bytes:
+def trainer_state(state: Snapshot, config: Config, log_history: Sequence[dict[str, Any]]) -> bytes:
     """Return `trainer_state.json`: the fields of transformers' `TrainerState`, with a bounded log."""
     cursor = state.cursor
     values = {

@@ -8,7 +8,7 @@ import inspect
 import json
 import logging
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -165,13 +165,20 @@ def set_dropout(model: nn.Module, probability: float) -> None:
                 cast(Any, parent)["default"] = nn.Dropout(probability) if probability else nn.Identity()
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write the trained weights as Hugging Face files: an adapter with its config, or a whole model."""
+def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained weights as Hugging Face files: an adapter with its config, or a whole model.
+
+    Args:
+        model: gives names, config and what is not trained.
+        weights: the trained weights by the names of `model`'s parameters.
+    """
     if not isinstance(model, PeftModel):
+        own = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
+        tensors = {name: own.get(id(value), value) for name, value in model.state_dict(keep_vars=True).items()}
         with quiet():
-            cast(PreTrainedModel, model).save_pretrained(folder)
+            cast(PreTrainedModel, model).save_pretrained(folder, state_dict=tensors)
         return
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     (folder / ADAPTER_WEIGHTS).chmod(0o644)  # safetensors makes it readable by its owner alone

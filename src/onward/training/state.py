@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,71 @@ class StateDigest:
     moments: str
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from: a TrainState at one step.
+
+    Args:
+        weights: trained weights by name, in the order of `optimizer.pt`.
+        optimizer: AdamW's moments and groups, as its `state_dict` gives them.
+    """
+
+    counters: Counters
+    cursor: Cursor
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken since the run began."""
+        return self.counters.step
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer["param_groups"][0]["lr"])
+
+    @property
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Adam's counter and moments by name of their parameter; empty before the first step."""
+        held = self.optimizer["state"]
+        return {name: held[index] for index, name in enumerate(self.weights) if index in held}
+
+    @property
+    def size(self) -> int:
+        """Bytes of weights and two moments."""
+        return 3 * sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+
+    def adam_step(self) -> int:
+        """Return Adam's own step counter, on which all parameters must agree (-1 where they do not)."""
+        counts = {int(entry["step"]) for entry in self.moments.values()}
+        if len(counts) > 1 or (counts and len(self.moments) != len(self.weights)):
+            return -1
+        return counts.pop() if counts else 0
+
+    def describe_parameters(self) -> dict[str, list[Any]]:
+        """Return `{name: [shape, dtype]}` in optimizer order."""
+        return {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in self.weights.items()}
+
+    def digest(self) -> StateDigest:
+        """Hash every trained weight and every moment, in order of name."""
+        moments = (
+            (f"{name}.{key}", value)
+            for name, entry in sorted(self.moments.items())
+            for key, value in sorted(entry.items())
+        )
+        return StateDigest(digest_tensors(sorted(self.weights.items())), digest_tensors(moments))
+
+    def plain(self) -> dict[str, Any]:
+        """Return what is neither weight nor moment, as JSON values."""
+        return {"counters": asdict(self.counters), "cursor": asdict(self.cursor)}
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor, in an order that depends on names alone."""
+        entries = (value for entry in self.moments.values() for _, value in sorted(entry.items()))
+        return [*self.weights.values(), *entries]
+
+
 class TrainState:
     """Trainable weights, optimizer moments, counters and cursor.
 
@@ -79,42 +144,40 @@ class TrainState:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def adam_step(self) -> int:
-        """Return Adam's own step counter, on which all parameters must agree (-1 where they do not)."""
-        counts = {int(moment["step"]) for moment in self.optimizer.state.values()}
-        if len(counts) > 1 or (counts and len(self.optimizer.state) != len(self.parameters)):
-            return -1
-        return counts.pop() if counts else 0
+    def view(self) -> Snapshot:
+        """Return the state as it is now, in the memory that training changes."""
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return Snapshot(replace(self.counters), self.cursor, weights, self.optimizer.state_dict())
 
-    def describe_parameters(self) -> dict[str, list[Any]]:
-        """Return `{name: [shape, dtype]}` in optimizer order."""
-        return {name: [list(p.shape), str(p.dtype).removeprefix("torch.")] for name, p in self.parameters.items()}
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """Return a copy of the state in main memory.
 
-    def digest(self) -> StateDigest:
-        """Hash every trained weight and every moment, in order of name."""
-        return StateDigest(digest_tensors(self._weights()), digest_tensors(self._moments()))
+        Args:
+            into: an earlier copy that nobody needs any more; its memory is used again.
+        """
+        now = self.view()
+        sources = now.tensors()
+        targets = into.tensors() if into is not None else []
+        if [tensor.shape for tensor in targets] != [tensor.shape for tensor in sources]:
+            targets = [torch.empty_like(tensor, device="cpu") for tensor in sources]
+        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        copies = dict(zip(map(id, sources), targets, strict=True))
+        held = {
+            index: {key: copies[id(value)] for key, value in entry.items()}
+            for index, entry in now.optimizer["state"].items()
+        }
+        weights = {name: copies[id(tensor)] for name, tensor in now.weights.items()}
+        return replace(now, weights=weights, optimizer={**now.optimizer, "state": held})
 
     def reset_moments(self) -> None:
         """Start Adam's moments and its counter from nothing."""
         self.optimizer.state.clear()
         self.counters.adam_origin = self.step
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is neither weight nor moment, as JSON values."""
-        return {"counters": asdict(self.counters), "cursor": asdict(self.cursor)}
-
-    def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+    def load_plain(self, values: dict[str, Any]) -> None:
+        """Take back what `Snapshot.plain` returned."""
         self.counters = Counters(**values["counters"])
         self.cursor = Cursor(**values["cursor"])
-
-    def _weights(self) -> Iterable[tuple[str, torch.Tensor]]:
-        return ((name, parameter) for name, parameter in sorted(self.parameters.items()))
-
-    def _moments(self) -> Iterable[tuple[str, torch.Tensor]]:
-        for name, parameter in sorted(self.parameters.items()):
-            for key, value in sorted(self.optimizer.state.get(parameter, {}).items()):
-                yield f"{name}.{key}", value
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

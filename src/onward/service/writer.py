@@ -1,0 +1,59 @@
+"""Commits behind training: a copy of the state is written while the next steps are trained, one at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from onward.layout import RunLayout
+from onward.service.commits import Commit, Commits
+from onward.store.ledger import Ledger
+from onward.training.checkpoint import Manifest
+
+
+class Writer:
+    """Commits in a thread of its own, on a connection of its own.
+
+    A process that ends without waiting leaves what a kill leaves.
+    """
+
+    def __init__(self, layout: RunLayout, clock: Callable[[], float]) -> None:
+        self._layout = layout
+        self._clock = clock
+        self._thread: threading.Thread | None = None
+        self._manifest: Manifest | None = None
+        self._error: BaseException | None = None
+
+    def submit(self, commit: Commit) -> None:
+        """Begin a commit; the one before must have been collected."""
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, args=(commit,), name="onward-writer", daemon=True)
+        self._thread.start()
+
+    def collect(self, *, wait: bool) -> Manifest | None:
+        """Return the manifest of a finished commit, once; None where there is none or it still goes on.
+
+        Raises:
+            OnwardError, OSError: what made the commit fail; nothing of it remains.
+        """
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return None
+        self.join()
+        self._thread = None
+        manifest, error = self._manifest, self._error
+        self._manifest = self._error = None
+        if error is not None:
+            raise error
+        return manifest
+
+    def join(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, commit: Commit) -> None:
+        try:
+            with Ledger(self._layout.ledger, clock=self._clock) as ledger:
+                self._manifest = Commits(self._layout, ledger).commit(commit)
+        except BaseException as error:  # raised where the commit is collected
+            self._error = error
