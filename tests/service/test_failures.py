@@ -24,6 +24,7 @@ from onward.service.stop import StopRequest
 from onward.service.worker import FileDone, Note
 from onward.status import read_status
 from onward.store.ledger import Ledger
+from onward.training.loss import TargetLoss
 from onward.training.trainer import StepResult, Trainer
 
 SETTINGS: dict[str, Any] = {
