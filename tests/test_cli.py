@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -135,6 +136,16 @@ def test_added_files_are_trained_later(copy: Path, tmp_path: Path) -> None:
         (entry["name"], entry["position"]) for entry in done.json
     ]
     assert 0 == onward("status", "--run", copy, "--json").json["queue"]
+
+
+def test_a_profile_is_a_trace_and_the_top_costs(copy: Path, tmp_path: Path) -> None:
+    """`train --profile` leaves a trace in Chrome's format and says what cost most; training is the same."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4, 30))
+    outcome = onward("train", file, "--run", copy, "--profile", "--json")
+    assert ["a.jsonl"] == [entry["name"] for entry in outcome.json]
+    assert "aten::mm" in outcome.err
+    trace = json.loads((copy / "logs" / "profile" / "trace.json").read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
 
 
 def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Path) -> None:

@@ -99,9 +99,13 @@ def train(
     files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Training files, in order.")] = None,
     run: RunOption = Path(),
     again: AgainOption = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile the first steps: a trace for Perfetto, the top costs.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add files and train them in order, now; without files, go on with what the stream owes."""
+    from onward.profiling import StepProfile
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.stop import StopRequest
@@ -109,7 +113,11 @@ def train(
     opened = Run(run)
     stop = StopRequest()
     with stop.on_signals(), make_observer(opened.config.log_steps) as observe:
-        done = opened.train(*(files or []), again=again, observe=observe, stop=stop, report=say)
+        steps = StepProfile(opened.layout.profile, observe)
+        done = opened.train(*(files or []), again=again, observe=steps if profile else observe, stop=stop, report=say)
+    if profile:
+        steps.end()
+        say(steps.describe())
     if as_json:
         show(done)
     if stop:

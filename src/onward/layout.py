@@ -69,6 +69,11 @@ class RunLayout:
         return self.root / "logs" / "onward.log"
 
     @property
+    def profile(self) -> Path:
+        """Where `train --profile` leaves its trace."""
+        return self.root / "logs" / "profile"
+
+    @property
     def cache(self) -> Path:
         """What can be made again."""
         return self.root / "cache"

@@ -1,0 +1,78 @@
+"""A profile of some steps: a trace for Perfetto (ui.perfetto.dev) and the top costs as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onward.service.worker import Event
+
+STEPS = 5
+TOP = 12
+
+Observe = Callable[["Event"], None]
+
+
+class StepProfile:
+    """An observer that profiles the first steps of a command, between two of its events.
+
+    Args:
+        folder: where `trace.json` goes.
+        observe: the observer that sees every event too.
+    """
+
+    def __init__(self, folder: Path, observe: Observe) -> None:
+        self.path = folder / "trace.json"
+        self._observe = observe
+        self._profiler: Any = None
+        self._steps = 0
+        self._table: str | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Begin with a file, end after `STEPS` steps or with the file."""
+        from onward.service.worker import FileDone, FileStarted
+        from onward.training.trainer import StepResult
+
+        if isinstance(event, FileStarted) and self._profiler is None:
+            self._begin()
+        self._steps += isinstance(event, StepResult)
+        if isinstance(event, FileDone) or self._steps == STEPS:
+            self.end()
+        self._observe(event)
+
+    def _begin(self) -> None:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(activities=activities)
+        self._profiler.start()
+
+    def end(self) -> None:
+        """Write the trace, once."""
+        if self._profiler is None or self._table is not None:
+            return
+        self._profiler.stop()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self.path))
+        averages = self._profiler.key_averages()
+        costs = sorted(averages, key=_own_time, reverse=True)[:TOP]
+        total = sum(map(_own_time, averages)) or 1.0
+        lines = [f"{_own_time(c) / total:6.1%} {_own_time(c) / 1e3:9.0f} ms {c.count:8} calls  {c.key}" for c in costs]
+        self._table = "\n".join(lines)
+
+    def describe(self) -> str:
+        """Return the top costs, by time spent in the operation itself."""
+        if self._table is None:
+            return "nothing was profiled: no step was taken"
+        count = min(self._steps, STEPS)
+        return f"steps profiled: {count}; trace for ui.perfetto.dev: {self.path}\n{self._table}"
+
+
+def _own_time(cost: Any) -> float:
+    """Return the microseconds of an operation without those it calls, on the device if there is one."""
+    return float(cost.self_device_time_total or cost.self_cpu_time_total)
