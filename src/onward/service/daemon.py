@@ -180,7 +180,7 @@ class Daemon:
             self._scan(self._inbox)
         if self.ledger.next_arriving() is None:
             return
-        if self._state == "idle":
+        if self._state in ("", "idle") and largest > SMALL_FILE:  # beside steps the state is theirs
             self._set_state("tokenizing")
         self._intake.check_ahead(seconds=seconds, largest=largest)
 
