@@ -37,9 +37,9 @@ def rows_file(path: Path, rows: int, seed: int | None = None) -> Path:
     return tiny.write_jsonl(path, tiny.chat_rows(rows, seed=rows if seed is None else seed))
 
 
-def watch(run: Run, *arguments: str, prepare: Callable[[], None] = as_it_is) -> BaseProcess:
-    """Start `onward watch` on a run; `prepare` is called in its process first."""
-    log = run.layout.root.parent / "log"
+def watch(run: Run, *arguments: str, prepare: Callable[[], None] = as_it_is, log: Path | None = None) -> BaseProcess:
+    """Start `onward watch` on a run; `prepare` is called in its process first, `log` gets what it prints."""
+    log = log or run.layout.root.parent / "log"
     return start_command(log, "watch", "--run", run.layout.root, *arguments, prepare=prepare)
 
 
