@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from processes import train
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.training.trainer import StepResult
 
 ROWS = 60
 MEGABYTE = 1 << 20
@@ -114,3 +118,22 @@ def test_a_file_that_arrives_on_a_full_disk(disk: Path, model: Path, tmp_path: P
     assert 0 == end(process)
     assert [] == list(inbox.iterdir())
     assert file.read_bytes() == (run.layout.archive / "a.jsonl").read_bytes()
+
+
+def test_an_observer_that_fails_on_a_full_disk(disk: Path, model: Path, tmp_path: Path) -> None:
+    """An observer whose own disk is the full one, a terminal in a file there, does not end the daemon."""
+    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run.add(rows_file(tmp_path / "a.jsonl", 8))
+    is_full = False
+
+    def observe(event: object) -> None:
+        nonlocal is_full
+        if isinstance(event, StepResult) and not is_full:
+            is_full = True
+            threading.Timer(1.0, fill(disk, leave=0).unlink).start()
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert 0 == run.watch(once=True, observe=observe)
+    assert ["a.jsonl"] == done(run)
+    assert run.verify().ok
