@@ -26,6 +26,8 @@ from onward.training.checkpoint import inspect_checkpoint
 ERRORS = ("ENOSPC", "EIO")
 KILL = "SIGKILL"
 KINDS = (*ERRORS, KILL)
+SIGNALS = {"SIGTERM": (signal.SIGTERM,), "SIGINT twice": (signal.SIGINT, signal.SIGINT)}
+"""Faults that ask the process to end, and leave the change itself alone."""
 FULL_SIZE = os.environ.get("ONWARD_SOAK") == "1"
 CALLS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "chmod")
 """Functions of `os` that change files, or wait until they are changed."""
@@ -37,8 +39,8 @@ class Fault:
 
     Args:
         at: which change, from 1; 0 for none, to count them.
-        kind: one of `KINDS`. A write is cut in the middle before it fails.
-        record: a file that gets a line for every change.
+        kind: one of `KINDS` or `SIGNALS`. A write is cut in the middle before it fails.
+        record: a file that gets a line for every change; beside it the file `struck` is made when the fault comes.
     """
 
     at: int
@@ -58,7 +60,9 @@ class Fault:
             count += 1
             os.write(record, f"{name}\n".encode())
             if count == self.at:
-                half()
+                self.struck.touch()
+                if self.kind not in SIGNALS:
+                    half()
                 self._strike()
 
         for name in CALLS:
@@ -84,7 +88,15 @@ class Fault:
 
         model.save_file = counted_save_file
 
+    @property
+    def struck(self) -> Path:
+        return self.record.with_name("struck")
+
     def _strike(self) -> None:
+        if self.kind in SIGNALS:
+            for number in SIGNALS[self.kind]:
+                os.kill(os.getpid(), number)
+            return
         if self.kind == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         number = getattr(errno, self.kind)

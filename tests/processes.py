@@ -47,18 +47,18 @@ def _command(arguments: list[str], output: str, prepare: Callable[[], None]) -> 
     cli.main()
 
 
-def _as_it_is() -> None:
+def as_it_is() -> None:
     """Prepare nothing."""
 
 
-def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = _as_it_is) -> BaseProcess:
+def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> BaseProcess:
     """Start the command line in a process of its own; `prepare` runs in it first, `output` gets what it prints."""
     process = _CONTEXT.Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
     process.start()
     return process
 
 
-def command(output: Path, *arguments: object, prepare: Callable[[], None] = _as_it_is) -> int | None:
+def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> int | None:
     """Run the command line in a process of its own to its end; returns its exit status, negative for a signal."""
     process = start_command(output, *arguments, prepare=prepare)
     process.join()

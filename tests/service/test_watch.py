@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
+from daemons import LONG, PATIENCE, SETTINGS, done, end, is_in, rows_file, twin_of, until, watch
 from faults import FULL_SIZE
-from processes import start_command, train
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -24,74 +18,11 @@ from onward.errors import RunLocked, UsageError
 from onward.service.daemon import SMALL_FILE
 from onward.store.ledger import Ledger
 
-SETTINGS: dict[str, Any] = {
-    "batch_size": 2,
-    "save_steps": 5,
-    "max_length": 256,
-    "learning_rate": 1e-2,
-    "settle_seconds": 0.3,
-    "disk_margin_mb": 1,
-    "lora": {"rank": 4, "dropout": 0.1},
-}
-PATIENCE = 600.0 if FULL_SIZE else 60.0
-LONG = 160
-"""Rows of a file whose training takes long enough to be met in the middle."""
-
 
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
     return Run.create(tmp_path / "run", str(model), **SETTINGS)
-
-
-def rows_file(path: Path, rows: int, seed: int | None = None) -> Path:
-    """Write `rows` chats, a function of the seed."""
-    return tiny.write_jsonl(path, tiny.chat_rows(rows, seed=rows if seed is None else seed))
-
-
-def watch(run: Run, *arguments: str) -> BaseProcess:
-    """Start `onward watch` on a run."""
-    return start_command(run.layout.root.parent / "log", "watch", "--run", run.layout.root, *arguments)
-
-
-def until(holds: Callable[[], bool], process: BaseProcess | None = None) -> None:
-    """Wait until something holds, for a while that is long enough on any machine."""
-    ends = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < ends, "waited in vain"
-        assert process is None or process.is_alive(), "the daemon ended"
-        time.sleep(0.05)
-
-
-def is_in(run: Run, name: str, step: int = 3) -> Callable[[], bool]:
-    """Return whether a file is being trained and some of its steps are done."""
-
-    def holds() -> bool:
-        status = run.status()
-        return status["file"] == name and status["file_step"] >= step and status["state"] == "training"
-
-    return holds
-
-
-def end(process: BaseProcess, number: signal.Signals = signal.SIGTERM) -> int | None:
-    """Signal a process and return its exit status."""
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    process.join(PATIENCE)
-    return process.exitcode
-
-
-def done(run: Run) -> list[str]:
-    """Names of the files that are done, in the order of the stream."""
-    return [entry["name"] for entry in run.history() if entry["state"] == "done"]
-
-
-def twin_of(run: Run, model: Path, files: list[Path]) -> Path:
-    """Train files in one uninterrupted run of the same settings."""
-    root = run.layout.root.parent / "twin"
-    Run.create(root, str(model), **SETTINGS)
-    assert 0 == train(root, files)
-    return root
 
 
 def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:

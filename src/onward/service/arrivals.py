@@ -10,7 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ from onward.data.sources import file_format
 from onward.digest import CHUNK, sha256_file
 from onward.layout import RunLayout
 from onward.service.refusals import Refusal, keep_refused, plain_name, unused_name
+from onward.service.stop import Stopped
 from onward.store.ledger import Ledger, Row
 
 MANY = 32
@@ -33,11 +34,16 @@ class Changed(Exception):
 
 
 class Arrivals:
-    """Brings files into the archive of one run. The caller holds the intake lock."""
+    """Brings files into the archive of one run. The caller holds the intake lock.
 
-    def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
+    Args:
+        stop: polled while a file is read; raises to leave it as if it had not been looked at.
+    """
+
+    def __init__(self, layout: RunLayout, ledger: Ledger, stop: Callable[[], None] = lambda: None) -> None:
         self.layout = layout
         self.ledger = ledger
+        self.stop = stop
         self._hashed: dict[Path, tuple[int, int, int]] = {}
 
     def copy(self, path: Path) -> tuple[Path, Values]:
@@ -52,11 +58,13 @@ class Arrivals:
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
         try:
             with temporary.open("wb") as writer:
-                digest, size = _read_whole(path, writer)
+                digest, size = _read_whole(path, self.stop, writer)
                 writer.flush()
                 os.fsync(writer.fileno())
-        except (OSError, Changed) as error:
+        except (OSError, Changed, Stopped) as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, Stopped):
+                raise
             raise _unreadable(error) from None
         return temporary, self._values(name, digest, size, form, target)
 
@@ -142,7 +150,7 @@ class Arrivals:
             raise FileError("is a symbolic link", "put the file itself into the inbox")
         check_readable(path)
         form, name = file_format(path), plain_name(path.name)
-        digest, size = _read_whole(path)
+        digest, size = _read_whole(path, self.stop)
         self._hashed[path] = _signature(path)
         target = unused_name(self.layout.archive, name, reserved=reserved)
         reserved.add(target.name)
@@ -159,7 +167,7 @@ class Arrivals:
         self.ledger.add_event("warning", f"{path.name} rejected: {refusal.lines()[0]}", kind="rejected")
 
 
-def _read_whole(path: Path, writer: BinaryIO | None = None) -> tuple[str, int]:
+def _read_whole(path: Path, stop: Callable[[], None], writer: BinaryIO | None = None) -> tuple[str, int]:
     """Hash a file, and write it along; returns digest and size.
 
     Raises:
@@ -169,6 +177,7 @@ def _read_whole(path: Path, writer: BinaryIO | None = None) -> tuple[str, int]:
     before = path.stat()
     with path.open("rb") as reader:
         while chunk := reader.read(CHUNK):
+            stop()
             digest.update(chunk)
             if writer is not None:
                 writer.write(chunk)

@@ -189,7 +189,7 @@ class Daemon:
             self._scan(self._inbox)
         if self.ledger.next_arriving() is None:
             return
-        if self._state == "idle":
+        if self._state in ("", "idle") and largest > SMALL_FILE:  # beside steps the state is theirs
             self._set_state("tokenizing")
         self._intake.check_ahead(seconds=seconds, largest=largest)
 
@@ -261,8 +261,9 @@ class Daemon:
         try:
             self._observe(event)
         except Exception as error:  # an observer's failure is its own
-            self.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
             self._observe = lambda _: None
+            with contextlib.suppress(sqlite3.Error):  # its terminal may be a file on the same full disk
+                self.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
         if self.control.after_file:
             self._acknowledge_after_file()
         if isinstance(event, FileStarted | StepResult | Committed) and not self.control:
@@ -375,7 +376,7 @@ class Daemon:
         while shutil.disk_usage(self._root).free < needed and not self.control:
             self._heartbeat.moved()
             self._wait(5 * TICK)
-        self.ledger.put(state=before, problem=None)
+        self.ledger.put(state=before, problem=self._inbox_problem)
         self.ledger.add_event("info", "the disk has room again")
         self._state = ""
 
@@ -402,7 +403,7 @@ class Daemon:
         self._state = "failed"
         self._wait_out(seconds)
         try:
-            self.ledger.put(problem=None)
+            self.ledger.put(problem=self._inbox_problem)
         except sqlite3.Error:
             return
 

@@ -6,6 +6,7 @@ feeds the watchdog too (protocol: sd_notify(3)), but only while the work moves.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -77,9 +78,10 @@ def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | Non
 
 
 def tell_systemd(message: str) -> None:
-    """Send a line to systemd, where a service manager listens."""
+    """Send a line to systemd, where a service manager listens; one that does not is no reason to wait or to fail."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.setblocking(False)
         channel.sendto(message.encode(), f"\0{address[1:]}" if address.startswith("@") else address)

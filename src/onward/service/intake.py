@@ -33,7 +33,7 @@ class Intake:
 
     Args:
         row_tokenizer: makes the tokenizer of rows when the first file needs it; loading one is slow.
-        stop: polled while rows are read; raises to end early, and what arrived stays for the next start.
+        stop: polled while files are read; raises to end early, and what arrived stays for the next start.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Intake:
         self.stop = stop
         self._row_tokenizer = row_tokenizer
         self._lock = FileLock(layout.intake_lock)
-        self._arrivals = Arrivals(layout, ledger)
+        self._arrivals = Arrivals(layout, ledger, stop)
         self._is_clean = False
 
     def take(self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal") -> list[Row]:

@@ -57,10 +57,11 @@ class RunLock:
 
 
 def read_holder(lock: Path) -> dict[str, Any] | None:
-    """Return pid, host and start time that the last holder of a lock wrote, or None."""
+    """Return pid, host and start time that the last holder of a lock wrote, or None where that cannot be read."""
     try:
-        return json.loads(lock.with_name(f"{lock.name}.holder").read_text())
-    except (OSError, ValueError):
+        holder = json.loads(lock.with_name(f"{lock.name}.holder").read_text())
+        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

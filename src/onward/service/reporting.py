@@ -9,7 +9,10 @@ import json
 import logging
 import shlex
 import subprocess
+import time
 import urllib.request
+from collections import deque
+from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
@@ -20,6 +23,10 @@ from onward.store.ledger import Ledger, Row
 LOG_BYTES, LOG_PARTS = 5 << 20, 3
 PATIENCE = 4.0
 """Seconds that a notification may take."""
+REST = 30.0
+"""Seconds after a failed notification in which nobody is told: what is due waits, so that a stop does not."""
+DUE = 1000
+"""Notifications that wait at most; the oldest are let go of first."""
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -33,11 +40,17 @@ class Reporter:
 
     Args:
         notify: whom to tell of which kinds of event.
+        monotonic: seconds that never jump.
     """
 
-    def __init__(self, layout: RunLayout, notify: NotifyConfig) -> None:
+    def __init__(
+        self, layout: RunLayout, notify: NotifyConfig, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         self._layout = layout
         self.notify = notify
+        self._monotonic = monotonic
+        self._due: deque[Row] = deque(maxlen=DUE)
+        self._rests_until = float("-inf")
         self._ledger: Ledger | None = None
         with Ledger(layout.ledger, read_only=True) as ledger:
             newest = ledger.one("SELECT max(id) AS id FROM events")
@@ -54,7 +67,10 @@ class Reporter:
             self._last = event["id"]
             self.write(event["level"], event["message"], event["created"])
             if event["kind"] in self.notify.events:
-                self._tell(event)
+                self._due.append(event)
+        while self._due and self._monotonic() >= self._rests_until:
+            if not self._tell(self._due.popleft()):
+                self._rests_until = self._monotonic() + REST
 
     def write(self, level: str, message: str, created: float | None = None) -> None:
         """Write a line to the log."""
@@ -70,11 +86,13 @@ class Reporter:
             self._ledger.close()
             self._ledger = None
 
-    def _tell(self, event: Row) -> None:
+    def _tell(self, event: Row) -> bool:
+        """Tell of an event; False where somebody could not be told."""
         message = {
             "run": str(self._layout.root.absolute()),
             **{key: event[key] for key in ("kind", "level", "message", "step", "created")},
         }
+        told = True
         for name, send in (("command", _send_to_command), ("url", _send_to_url)):
             target = getattr(self.notify, name)
             if not target:
@@ -83,12 +101,15 @@ class Reporter:
                 send(target, message)
             except Exception as error:
                 self.write("warning", f"notify.{name} failed: {error}")
+                told = False
+        return told
 
 
 def _send_to_command(command: str, message: dict[str, Any]) -> None:
-    subprocess.run(
-        shlex.split(command), input=json.dumps(message).encode(), check=True, timeout=PATIENCE, capture_output=True
-    )
+    subprocess.run(  # without pipes to read from: whatever the command leaves running would hold them open
+        shlex.split(command), input=json.dumps(message).encode(), check=True, timeout=PATIENCE,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def _send_to_url(url: str, message: dict[str, Any]) -> None:

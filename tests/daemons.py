@@ -1,0 +1,105 @@
+"""A daemon in a process of its own, waited for and asked as an operator would."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import tiny
+import yaml
+from faults import FULL_SIZE
+from processes import as_it_is, start_command, train
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "save_steps": 5,
+    "max_length": 256,
+    "learning_rate": 1e-2,
+    "settle_seconds": 0.3,
+    "disk_margin_mb": 1,
+    "lora": {"rank": 4, "dropout": 0.1},
+}
+PATIENCE = 600.0 if FULL_SIZE else 60.0
+LONG = 160
+"""Rows of a file whose training takes long enough to be met in the middle."""
+
+
+def rows_file(path: Path, rows: int, seed: int | None = None) -> Path:
+    """Write `rows` chats, a function of the seed."""
+    return tiny.write_jsonl(path, tiny.chat_rows(rows, seed=rows if seed is None else seed))
+
+
+def watch(run: Run, *arguments: str, prepare: Callable[[], None] = as_it_is, log: Path | None = None) -> BaseProcess:
+    """Start `onward watch` on a run; `prepare` is called in its process first, `log` gets what it prints."""
+    log = log or run.layout.root.parent / "log"
+    return start_command(log, "watch", "--run", run.layout.root, *arguments, prepare=prepare)
+
+
+def variable(name: str, value: object) -> Callable[[], None]:
+    """Return what sets a variable of the environment in the process that it is called in."""
+    return functools.partial(_set, name, str(value))
+
+
+def _set(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
+def configure(run: Run, **keys: Any) -> None:
+    """Change keys of a run's config."""
+    values = yaml.safe_load(run.layout.config.read_text())
+    run.layout.config.write_text(yaml.safe_dump({**values, **keys}))
+
+
+def seconds_to_end(process: BaseProcess, number: signal.Signals = signal.SIGTERM) -> float:
+    """Signal a process and return how long it takes to end."""
+    begun = time.monotonic()
+    end(process, number)
+    return time.monotonic() - begun
+
+
+def until(holds: Callable[[], bool], process: BaseProcess | None = None) -> None:
+    """Wait until something holds, for a while that is long enough on any machine."""
+    ends = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < ends, "waited in vain"
+        assert process is None or process.is_alive(), "the daemon ended"
+        time.sleep(0.05)
+
+
+def is_in(run: Run, name: str, step: int = 3) -> Callable[[], bool]:
+    """Return whether a file is being trained and some of its steps are done."""
+
+    def holds() -> bool:
+        status = run.status()
+        return status["file"] == name and status["file_step"] >= step and status["state"] == "training"
+
+    return holds
+
+
+def end(process: BaseProcess, number: signal.Signals = signal.SIGTERM) -> int | None:
+    """Signal a process and return its exit status."""
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(PATIENCE)
+    return process.exitcode
+
+
+def done(run: Run) -> list[str]:
+    """Names of the files that are done, in the order of the stream."""
+    return [entry["name"] for entry in run.history() if entry["state"] == "done"]
+
+
+def twin_of(run: Run, model: Path, files: list[Path]) -> Path:
+    """Train files in one uninterrupted run of the same settings."""
+    root = run.layout.root.parent / "twin"
+    Run.create(root, str(model), **SETTINGS)
+    assert 0 == train(root, files)
+    return root

@@ -1,0 +1,139 @@
+"""A disk that really fills up, and is really emptied: a small file system in memory under the run."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import SETTINGS, done, end, is_in, rows_file, until, watch
+from processes import train
+from states import assert_same_state, temporary_files
+
+from onward import Run
+from onward.training.trainer import StepResult
+
+ROWS = 60
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Generator[Path]:
+    """A file system of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    mounted = subprocess.run(words, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Fill a disk up to a number of free bytes; returns the file that takes the room."""
+    ballast = disk / "ballast"
+    with ballast.open("ab", buffering=0) as stream:
+        while (free := shutil.disk_usage(disk).free - leave) > 0:
+            if not stream.write(bytes(min(free, MEGABYTE))):
+                break
+    return ballast
+
+
+def waits(run: Run) -> bool:
+    """Whether a daemon says that it waits for room."""
+    status: dict[str, Any] = run.status()
+    return status["state"] == "paused" and "full" in (status["problem"] or "")
+
+
+@pytest.mark.parametrize(
+    ("leave", "log"),
+    [(MEGABYTE, "elsewhere"), (0, "on the same disk")],
+    ids=["below the margin", "to the last byte, the terminal's file too"],
+)
+def test_a_disk_that_fills_up_while_a_file_is_trained(
+    disk: Path, model: Path, tmp_path: Path, leave: int, log: str
+) -> None:
+    """The daemon holds still, says so, goes on by itself when there is room, and ends as if there had been none."""
+    files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS), ("b", 7))]
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    assert 0 == train(twin.layout.root, files)
+    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run.add(*files)
+    process = watch(run, log=disk / "log" if log == "on the same disk" else tmp_path / "log")
+    until(is_in(run, "a.jsonl", step=2), process)
+    ballast = fill(disk, leave=leave)
+    until(lambda: waits(run), process)
+    process.join(0.5)
+    assert waits(run)
+    ballast.unlink()
+    until(lambda: done(run) == ["a.jsonl", "b.jsonl"], process)
+    until(lambda: run.status()["problem"] is None, process)
+    assert 0 == end(process)
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert [] == temporary_files(run.layout.root)
+    assert run.verify().ok
+
+
+def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) -> None:
+    """A stop ends the process although nothing can be written; what was committed is gone on from."""
+    file = rows_file(tmp_path / "a.jsonl", ROWS)
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    assert 0 == train(twin.layout.root, [file])
+    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run.add(file)
+    process = watch(run, log=tmp_path / "log")
+    until(is_in(run, "a.jsonl", step=2), process)
+    ballast = fill(disk, leave=0)
+    until(lambda: waits(run), process)
+    assert 0 == end(process)
+    ballast.unlink()
+    assert 0 == train(run.layout.root)
+    assert_same_state(twin.layout.root, run.layout.root)
+
+
+def test_a_file_that_arrives_on_a_full_disk(disk: Path, model: Path, tmp_path: Path) -> None:
+    """An inbox on another disk than the run: a file that cannot be brought in stays, and is taken when it can."""
+    file = rows_file(tmp_path / "a.jsonl", ROWS)
+    run = Run.create(disk / "run", str(model), **SETTINGS)
+    inbox = tmp_path / "inbox"
+    inbox.mkdir()
+    run.layout.inbox.rmdir()
+    run.layout.inbox.symlink_to(inbox)
+    process = watch(run, log=tmp_path / "log")
+    until(lambda: run.status()["heartbeat_seconds"] is not None, process)
+    ballast = fill(disk, leave=0)
+    shutil.copy(file, inbox)
+    until(lambda: waits(run), process)
+    process.join(1.5)
+    assert ([], True) == (done(run), (inbox / "a.jsonl").exists())
+    ballast.unlink()
+    until(lambda: done(run) == ["a.jsonl"], process)
+    assert 0 == end(process)
+    assert [] == list(inbox.iterdir())
+    assert file.read_bytes() == (run.layout.archive / "a.jsonl").read_bytes()
+
+
+def test_an_observer_that_fails_on_a_full_disk(disk: Path, model: Path, tmp_path: Path) -> None:
+    """An observer whose own disk is the full one, a terminal in a file there, does not end the daemon."""
+    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run.add(rows_file(tmp_path / "a.jsonl", 8))
+    is_full = False
+
+    def observe(event: object) -> None:
+        nonlocal is_full
+        if isinstance(event, StepResult) and not is_full:
+            is_full = True
+            threading.Timer(1.0, fill(disk, leave=0).unlink).start()
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert 0 == run.watch(once=True, observe=observe)
+    assert ["a.jsonl"] == done(run)
+    assert run.verify().ok

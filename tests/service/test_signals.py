@@ -1,0 +1,169 @@
+"""A signal at any moment: SIGTERM commits and ends with 0 in seconds, a second SIGINT ends at once; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from daemons import LONG, done, is_in, rows_file, seconds_to_end, twin_of, until, watch
+from daemons import SETTINGS as DAEMON
+from faults import FULL_SIZE, KILL, SIGNALS, Fault, assert_committed, assert_complete, committed_states, copy_run
+from processes import command
+from states import assert_same_state, temporary_files
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 2,
+    "save_steps": 2,
+    "max_length": 128,
+    "learning_rate": 1e-2,
+    "warmup_steps": 0,
+    "lora": {"rank": 2, "dropout": 0.1},
+}
+IN_TIME = 5.0
+"""Seconds in which a process ends that was asked to."""
+STATUS = {"SIGTERM": 0, "SIGINT twice": 1}
+POINTS = 10**6 if FULL_SIZE else 5
+"""Changes on the disk that a test strikes at, spread over all of them."""
+
+
+@dataclass(frozen=True)
+class Journey:
+    """A command on a run and how it has to end.
+
+    Args:
+        before: the run before.
+        words: the command.
+        after: the run after it, if nothing befalls it.
+        states: digests of the states after each step.
+    """
+
+    before: Path
+    words: tuple[object, ...]
+    after: Path
+    states: dict[int, str]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that takes one commit inside and one at its boundary."""
+    return tiny.write_jsonl(tmp_path_factory.mktemp("file") / "6.jsonl", tiny.chat_rows(6, seed=6))
+
+
+@pytest.fixture(scope="module")
+def journey(model: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
+    """The first file of a run, from its arrival to its boundary."""
+    folder = tmp_path_factory.mktemp("journey")
+    before = Run.create(folder / "before", str(model), **SETTINGS).layout.root
+    after = copy_run(before, folder / "after")
+    every_step = Run.create(folder / "every_step", str(model), **{**SETTINGS, "save_steps": 1}).layout.root
+    for root in (after, every_step):
+        assert 0 == command(folder / "output", "train", file, "--run", root)
+    return Journey(before, ("train", file), after, committed_states(every_step))
+
+
+def points(total: int, offset: int = 0) -> Iterator[int]:
+    """Yield changes spread over all that there are but the very last: how many there are differs by a few."""
+    yield from range(1 + offset, total - 5, max(1, total // POINTS))
+
+
+def count_changes(journey: Journey, folder: Path) -> int:
+    """Return how many changes the command makes on the disk."""
+    record = folder / "record"
+    root = copy_run(journey.before, folder / "counted")
+    assert 0 == command(folder / "output", *journey.words, "--run", root, prepare=Fault(0, KILL, record))
+    return len(record.read_text().splitlines())
+
+
+@pytest.mark.parametrize("kind", list(SIGNALS))
+def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> None:
+    """While a file arrives, is checked, trained and saved: the process ends in time, and the next one goes on."""
+    for at in points(count_changes(journey, tmp_path), offset=list(SIGNALS).index(kind) * 7):
+        root, output = copy_run(journey.before, tmp_path / str(at) / "run"), tmp_path / str(at) / "output"
+        fault = Fault(at, kind, tmp_path / str(at) / "record")
+        status = command(output, *journey.words, "--run", root, prepare=fault)
+        took = time.time() - fault.struck.stat().st_mtime
+        try:
+            assert (STATUS[kind], True) == (status, took < IN_TIME), took
+            assert "Traceback" not in output.read_text()
+            assert_committed(journey.states, root)
+            assert command(output, *journey.words, "--run", root) in (0, 3)  # 3: all was trained before the signal came
+            assert_same_state(journey.after, root)
+            assert [] == temporary_files(root)
+            assert_complete(root)
+        except (AssertionError, OSError) as error:
+            error.add_note(f"{kind} at change {at}: {fault.record.read_text().splitlines()[at - 1 : at]}")
+            error.add_note(output.read_text())
+            raise
+        shutil.rmtree(root.parent)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run for a daemon."""
+    return Run.create(tmp_path / "run", str(model), **DAEMON)
+
+
+def test_a_second_interrupt_while_a_file_is_trained(run: Run, model: Path, tmp_path: Path) -> None:
+    """Pressed twice, Ctrl-C does not wait for anything; what was committed stays, and the next start goes on."""
+    file = rows_file(tmp_path / "long.jsonl", LONG)
+    shutil.copy(file, run.layout.inbox)
+    process = watch(run)
+    until(is_in(run, "long.jsonl", step=7), process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    assert IN_TIME > seconds_to_end(process, signal.SIGINT)
+    assert process.exitcode in (0, 1)  # 0: the first one was faster
+    assert 5 <= run.status()["global_step"]
+    assert 0 == run.watch(once=True)
+    assert_same_state(twin_of(run, model, [file]), run.layout.root)
+
+
+def is_open_in(pid: int | None, path: Path) -> Callable[[], bool]:
+    """Return whether a process has a file open."""
+
+    def holds() -> bool:
+        found = [os.path.realpath(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+        return str(path.resolve()) in found
+
+    return holds
+
+
+def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> None:
+    """Checking many rows ends in time with status 0, and the next start ends as if there had been no stop."""
+    settings = {**DAEMON, "max_length": 16, "batch_size": 1000}
+    run, twin = (Run.create(tmp_path / name, str(model), **settings) for name in ("run", "twin"))
+    file = tiny.write_jsonl(tmp_path / "large.jsonl", ({"text": f"{number} {'word ' * 9}"} for number in range(5_000)))
+    shutil.copy(file, run.layout.inbox)
+    process = watch(run)
+    until(lambda: (run.status()["state"], run.status()["queue"]) == ("tokenizing", 1), process)
+    assert IN_TIME > seconds_to_end(process)
+    assert (0, 1, []) == (process.exitcode, run.status()["queue"], done(run))
+    assert [] == temporary_files(run.layout.root)
+    for root, words in ((run.layout.root, ()), (twin.layout.root, (file,))):
+        assert 0 == command(tmp_path / "output", "train", *words, "--run", root)
+    assert_same_state(twin.layout.root, run.layout.root)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to see which files a process has open")
+def test_a_stop_while_a_huge_file_is_hashed(run: Run) -> None:
+    """A file that takes long to read is left in the inbox by a stop, as it was."""
+    huge = run.layout.inbox / "huge.jsonl"
+    huge.touch()
+    os.truncate(huge, 200 << 30)  # it takes no space
+    process = watch(run)
+    until(is_open_in(process.pid, huge), process)
+    process.join(0.3)
+    assert IN_TIME > seconds_to_end(process)
+    assert (0, 0) == (process.exitcode, run.status()["queue"])
+    assert 200 << 30 == huge.stat().st_size
+    assert [] == temporary_files(run.layout.root)
