@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,8 @@ class Fault:
         if self.kind in SIGNALS:
             for number in SIGNALS[self.kind]:
                 os.kill(os.getpid(), number)
+                if threading.current_thread() is not threading.main_thread():
+                    time.sleep(0.1)  # the main thread takes the first one before the second comes
             return
         if self.kind == KILL:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -29,9 +30,10 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-IN_TIME = 5.0
-"""Seconds in which a process ends that was asked to."""
-STATUS = {"SIGTERM": 0, "SIGINT twice": 1}
+IN_TIME = 5.0 if FULL_SIZE else 30.0
+"""Seconds in which a process ends that was asked to; the small form runs where others are at work."""
+STATUS = {"SIGTERM": (0,), "SIGINT twice": (1, 0)}
+"""How the process ends; 0 for two interrupts that the system made one of."""
 POINTS = 10**6 if FULL_SIZE else 5
 """Changes on the disk that a test strikes at, spread over all of them."""
 
@@ -93,7 +95,8 @@ def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> 
         status = command(output, *journey.words, "--run", root, prepare=fault)
         took = time.time() - fault.struck.stat().st_mtime
         try:
-            assert (STATUS[kind], True) == (status, took < IN_TIME), took
+            assert status in STATUS[kind]
+            assert IN_TIME > took
             assert "Traceback" not in output.read_text()
             assert_committed(journey.states, root)
             assert command(output, *journey.words, "--run", root) in (0, 3)  # 3: all was trained before the signal came
@@ -132,17 +135,21 @@ def is_open_in(pid: int | None, path: Path) -> Callable[[], bool]:
     """Return whether a process has a file open."""
 
     def holds() -> bool:
-        found = [os.path.realpath(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return str(path.resolve()) in found
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if link.readlink() == path.resolve():
+                    return True
+        return False
 
     return holds
 
 
 def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> None:
-    """Checking many rows ends in time with status 0, and the next start ends as if there had been no stop."""
+    """Checking long rows ends in time with status 0, and the next start ends as if there had been no stop."""
     settings = {**DAEMON, "max_length": 16, "batch_size": 1000}
     run, twin = (Run.create(tmp_path / name, str(model), **settings) for name in ("run", "twin"))
-    file = tiny.write_jsonl(tmp_path / "large.jsonl", ({"text": f"{number} {'word ' * 9}"} for number in range(5_000)))
+    rows = ({"text": f"{number} {'word ' * 5_000}"} for number in range(2_000))  # 50 MB to check, little to train
+    file = tiny.write_jsonl(tmp_path / "large.jsonl", rows)
     shutil.copy(file, run.layout.inbox)
     process = watch(run)
     until(lambda: (run.status()["state"], run.status()["queue"]) == ("tokenizing", 1), process)

@@ -42,7 +42,7 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
 def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
     """While one file trains, a large one that arrives is checked in another process and waits in the queue."""
     process = watch(run)
-    tiny.write_jsonl(run.layout.inbox / "first.jsonl", tiny.chat_rows(3000))
+    rows_file(run.layout.inbox / "first.jsonl", 3000)
     until(is_in(run, "first.jsonl"), process)
     shutil.copy(rows_file(tmp_path / "large.jsonl", 9000), run.layout.inbox)
     assert (tmp_path / "large.jsonl").stat().st_size > SMALL_FILE
