@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -23,7 +24,20 @@ from onward.run import Run
 from onward.service.stop import StopRequest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["processes"])
+
+
+def _start_server() -> None:
+    """Start the process that others are forked from; Python 3.11 hands it no `sys.path` to find this module with."""
+    _CONTEXT.set_forkserver_preload(["processes"])
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), path)))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def _train(directory: str, files: list[str], threads: int) -> None:
@@ -53,6 +67,7 @@ def as_it_is() -> None:
 
 def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> BaseProcess:
     """Start the command line in a process of its own; `prepare` runs in it first, `output` gets what it prints."""
+    _start_server()
     process = _CONTEXT.Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
     process.start()
     return process
@@ -67,6 +82,7 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
 
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
     """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
+    _start_server()
     process = _CONTEXT.Process(target=_train, args=(str(run), [str(file) for file in files], threads))
     process.start()
     return process
