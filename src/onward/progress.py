@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -24,8 +25,12 @@ Observe = Callable[["Event"], None]
 
 
 @contextlib.contextmanager
-def make_observer(log_steps: int) -> Generator[Observe]:
-    """Yield an observer that shows events on stderr."""
+def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
+    """Yield an observer that shows events on stderr.
+
+    Args:
+        log_steps: reads the config; called at the first event, when the run is owned and the config was found sound.
+    """
     if not sys.stderr.isatty():
         yield PlainLines(log_steps)
         return
@@ -43,12 +48,12 @@ def make_observer(log_steps: int) -> Generator[Observe]:
 class PlainLines:
     """A line per file begun and done, per note, and per `log_steps` steps."""
 
-    def __init__(self, log_steps: int) -> None:
-        self.log_steps = log_steps
+    def __init__(self, log_steps: Callable[[], int]) -> None:
+        self.log_steps = functools.cache(log_steps)
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
-        text = describe(event, self.log_steps)
+        text = describe(event, self.log_steps())
         if text:
             print(text, file=sys.stderr, flush=True)
 
