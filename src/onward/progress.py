@@ -9,17 +9,21 @@ import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from onward.service.worker import Event
 
 NAME_WIDTH = 40
-"""Columns of a table's cell at most."""
+"""Columns of a name in a table at most."""
+_HISTORY_TITLES = (
+    "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
+)  # fmt: skip
+_LEFT = ("name", "state", "handover")
 
 Observe = Callable[["Event"], None]
 
@@ -117,31 +121,37 @@ def over_length(truncated: int, dropped: int) -> str:
 
 
 def print_history(entries: list[dict[str, Any]]) -> None:
-    """Print the history as a table on stdout."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds"):
-        table.add_column(
-            title,
-            justify="left" if title in ("name", "state", "handover") else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            max_width=NAME_WIDTH,
+    """Print the history as a table on stdout; written line by line, since a run may have 100,000 files."""
+    rows = [_HISTORY_TITLES, *map(_history_cells, entries)]
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HISTORY_TITLES))]
+    limit = Console().width if sys.stdout.isatty() else None
+    for row in rows:
+        line = "  ".join(
+            f"{'' if title in _LEFT else ' ' * (width - cell_len(cell))}{cell}"
+            f"{' ' * (width - cell_len(cell)) if title in _LEFT else ''}"
+            for title, width, cell in zip(_HISTORY_TITLES, widths, row, strict=True)
         )
-    for entry in entries:
-        table.add_row(
-            str(entry["position"]),
-            Text(entry["name"]),
-            entry["state"],
-            str(entry["rows"]),
-            str(entry["rows_trained"]),
-            _range(entry["first_step"], entry["last_step"], "-", "d"),
-            _range(entry["first_loss"], entry["last_loss"], " -> ", ".4f"),
-            _range(entry["first_learning_rate"], entry["last_learning_rate"], " -> ", ".3g"),
-            entry["handover"] or "",
-            f"{entry['seconds']:.1f}",
-        )
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+        print(_cut(line, limit) if limit else line)
+
+
+def _history_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(entry["position"]),
+        _cut(entry["name"], NAME_WIDTH),
+        entry["state"],
+        str(entry["rows"]),
+        str(entry["rows_trained"]),
+        _range(entry["first_step"], entry["last_step"], "-", "d"),
+        _range(entry["first_loss"], entry["last_loss"], " -> ", ".4f"),
+        _range(entry["first_learning_rate"], entry["last_learning_rate"], " -> ", ".3g"),
+        entry["handover"] or "",
+        f"{entry['seconds']:.1f}",
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    """Shorten a text to a number of columns of the terminal."""
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
 
 
 def print_status(values: dict[str, Any], events: list[dict[str, Any]]) -> None:
