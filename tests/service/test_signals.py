@@ -21,6 +21,7 @@ from processes import command
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.service.stop import Stopped, StopRequest
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -111,6 +112,35 @@ def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> 
             error.add_note(output.read_text())
             raise
         shutil.rmtree(root.parent)
+
+
+def swallow() -> None:
+    """Go on after any error, as some libraries do while they are imported."""
+    with contextlib.suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def break_later() -> None:
+    """Fail because of what an interruption left half done."""
+    with contextlib.suppress(BaseException):
+        swallow()
+    raise RecursionError
+
+
+@pytest.mark.parametrize("work", [swallow, break_later])
+def test_a_stop_while_modules_are_imported(work: Callable[[], None]) -> None:
+    """Code that outlives an error, or fails in its own way later, neither holds up a stop nor changes its end."""
+    stop = StopRequest()
+
+    def load() -> None:
+        with stop.interruptible():
+            work()
+            raise AssertionError("it went on")
+
+    with stop.on_signals(), pytest.raises(Stopped):
+        load()
+    assert "SIGTERM" == stop.reason
 
 
 @pytest.fixture
