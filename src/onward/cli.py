@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -44,8 +45,9 @@ AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that 
 
 
 def say(message: str) -> None:
-    """Print a line for a person."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line for a person; a terminal that is a file on a full disk is no reason to end otherwise."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def show(value: Any) -> None:
