@@ -16,6 +16,7 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.errors import RunLocked, UsageError
+from onward.service.control import AFTER_FILE
 from onward.service.daemon import SMALL_FILE
 from onward.service.lock import read_holder
 from onward.store.ledger import Ledger
@@ -166,6 +167,25 @@ def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
     assert "stops after the file in hand" == run.stop(after_file=True)
     process.join(PATIENCE)
     assert (0, ["1.jsonl"], 1) == (process.exitcode, done(run), run.status()["queue"])
+
+
+def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
+    """A file that is skipped while the daemon is to stop after it is skipped, and then the daemon ends."""
+    rows_file(run.layout.inbox / "1.jsonl", 20)
+    rows_file(run.layout.inbox / "2.jsonl", 21)
+    process = watch(run, prepare=hold(run))
+    until(is_in(run, "1.jsonl"), process)
+    with Ledger(run.layout.ledger) as ledger:  # in one act: the daemon sees both at the same step
+        ledger.query("BEGIN IMMEDIATE")
+        number = ledger.add_request("stop", AFTER_FILE)
+        ledger.add_request("skip")
+        ledger.query("COMMIT")
+        process.join(PATIENCE)
+        answers = [
+            row["answer"] for row in ledger.query("SELECT answer FROM requests WHERE id >= ? ORDER BY id", number)
+        ]
+    assert (0, [], 1) == (process.exitcode, done(run), run.status()["queue"])
+    assert ["stops after the file in hand", "skipped 1.jsonl, back at step 0"] == answers
 
 
 def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:

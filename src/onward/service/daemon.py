@@ -165,14 +165,14 @@ class Daemon:
         if "pause" in self.control.wishes or self.control.is_paused:
             return self._pause()
         self.control.answer(self.ledger, "resume", "it was not paused")
+        if self.control.after_file and not self.ledger.files("training"):
+            return False
         self._take_in(largest=float("inf") if self._intake.outranks_queue() else SMALL_FILE)
         if self.ledger.next_owed() is not None and not (self._is_checking() and self._intake.outranks_queue()):
             self._check_beside()
             self._wait_for_room(self._next_bytes())
             self._train_file()
-            return not self.control.after_file
-        if self.control.after_file:
-            return False
+            return True
         if self._once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
             return False
         if self._inbox is None:
