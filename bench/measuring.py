@@ -9,6 +9,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from inspect import getdoc
@@ -48,9 +49,9 @@ def _public(module: str) -> Iterator[tuple[str, Any]]:
                     yield f"{module}.{name}.{method}", function
 
 
-def write_rows(path: Path, count: int, *, skip: int = 0) -> Path:
-    """Write `count` docstrings as `text` rows; from the start again where there are too few."""
-    texts = docstrings()
+def write_rows(path: Path, count: int, *, skip: int = 0, longest: int | None = None) -> Path:
+    """Write `count` docstrings, of at most `longest` characters, as `text` rows; again from the start at their end."""
+    texts = [text for text in docstrings() if longest is None or len(text) <= longest]
     rows = [json.dumps({"text": texts[(skip + i) % len(texts)]}) for i in range(count)]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
@@ -92,13 +93,42 @@ def child(script: Path, *arguments: object) -> Any:
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
-    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-W", "ignore", str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = python(script, *arguments)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{script.name} {' '.join(map(str, arguments))}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def python(*words: object) -> list[str]:
+    """Return the command that runs this interpreter on `words`."""
+    return [sys.executable, "-W", "ignore", *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a process that measures."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+
+
+def seconds_until(command: Sequence[str], line: str) -> float:
+    """Return the seconds from the start of a process to the first line on its stderr that begins so; end it there.
+
+    Raises:
+        RuntimeError: it ended before; with the end of what it said.
+    """
+    begun = time.perf_counter()
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    said: list[str] = []
+    assert process.stderr is not None
+    with process:
+        for text in process.stderr:
+            if text.startswith(line):
+                seconds = time.perf_counter() - begun
+                process.kill()
+                return seconds
+            said.append(text)
+    raise RuntimeError(f"{' '.join(command)}:\n{''.join(said)[-2000:]}")
 
 
 def interleaved(sides: Sequence[str], rounds: int, measure: Callable[[str], Any]) -> dict[str, list[Any]]:
