@@ -106,9 +106,10 @@ def python(*words: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process that measures."""
+    """Return the environment of a process that measures; every side waits for its threads without burning a core."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+    own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
+    return {"GOMP_SPINCOUNT": "1000", **os.environ, **own}
 
 
 def seconds_until(command: Sequence[str], line: str) -> float:
@@ -138,6 +139,11 @@ def interleaved(sides: Sequence[str], rounds: int, measure: Callable[[str], Any]
         for side in sides:
             found[side].append(measure(side))
     return found
+
+
+def held_against(goal: float, value: float, *, at_most: bool = False) -> dict[str, Any]:
+    """Return a figure beside its goal, and whether it is met."""
+    return {"value": value, "goal": goal, "at_most": at_most, "met": value <= goal if at_most else value >= goal}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Training throughput: tokens of real rows per second, against TRL's and transformers' trainers and the machine's limit.
+"""Training throughput: tokens of real rows a second, beside TRL's and transformers' trainers and the machine's limit.
 
 Every side trains the rows of mixed length, LoRA of rank 16 on all linear layers, eight rows a step. The peers run with
 each of the settings in `steps.PEERS`, and the best of them counts. The limit is the time of the matrix multiplications
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import measuring
 import steps as sides
 
 STEPS_SCRIPT = Path(sides.__file__)
+LIMIT_GOAL, TRL_GOAL, PEER_GOAL, LOSS_GOAL = 0.75, 2.0, 1.2, 1e-4
 WARMUP = 2
 """Steps that are not counted."""
 
@@ -34,18 +36,23 @@ def measure(model: Path, rows: Path, *, steps: int, rounds: int, peers: bool = T
         names, rounds, lambda side: measuring.child(STEPS_SCRIPT, side, model, rows, steps, "lora")
     )
     speeds = {side: [_speed(records) for records in every] for side, every in found.items()}
-    trl = [name for name in names if name.startswith("trl")]
-    ratios = {"limit": _ratios(speeds["onward"], speeds["limit"])}
-    if peers:
-        best = max(trl, key=lambda name: measuring.spread(speeds[name])["median"])
-        ratios |= {name: _ratios(speeds["onward"], speeds[name]) for name in ("trainer", *trl)}
-        ratios["trl at its best"] = ratios[best]
-    return {
+    figures: dict[str, Any] = {
         "steps": steps,
         "rounds": rounds,
         "tokens_per_second": {side: measuring.spread(values) for side, values in speeds.items()},
-        "onward_against": ratios,
-        "largest_loss_difference": _loss_difference(found["onward"][0], found["trl"][0]) if peers else None,
+        "share_of_limit": measuring.held_against(LIMIT_GOAL, _ratio(speeds["onward"], speeds["limit"])),
+    }
+    if not peers:
+        return figures
+    against = {name: _ratio(speeds["onward"], speeds[name]) for name in sides.PEERS}
+    best = min(ratio for name, ratio in against.items() if name.startswith("trl"))
+    difference = _loss_difference(found["onward"][0], found["trl"][0])
+    return {
+        **figures,
+        "onward_against": against,
+        "against_trl_at_its_best": measuring.held_against(TRL_GOAL, best),
+        "against_any_peer": measuring.held_against(PEER_GOAL, min(against.values())),
+        "largest_loss_difference": measuring.held_against(LOSS_GOAL, difference, at_most=True),
     }
 
 
@@ -54,8 +61,9 @@ def _speed(records: list[dict[str, float]]) -> float:
     return sum(record["tokens"] for record in counted) / sum(record["seconds"] for record in counted)
 
 
-def _ratios(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    return measuring.spread([mine / other for mine, other in zip(ours, theirs, strict=True)])
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Return the median of the ratios of each round."""
+    return statistics.median([mine / other for mine, other in zip(ours, theirs, strict=True)])
 
 
 def _loss_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
