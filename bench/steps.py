@@ -21,7 +21,7 @@ from onward.config import Config
 from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.digest import sha256_file
-from onward.training.environment import pick_dtype
+from onward.training.environment import keep_freed_memory, pick_dtype
 from onward.training.model import build_model, load_tokenizer
 from onward.training.trainer import StepResult
 
@@ -165,6 +165,7 @@ def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
     Per linear layer: forward and gradient of the input, and those of its two adapter matrices with their gradients;
     the head for target tokens. For a full model the gradient of the weight too.
     """
+    keep_freed_memory()  # the limit is not that of the allocator
     model = build_model(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
     device = torch.device("cuda" if ON_GPU else "cpu")
     dtype = pick_dtype("auto", device)
@@ -180,10 +181,9 @@ def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
         targets = sum(label >= 0 for row in batch for label in row["labels"])
         seconds = 0.0
         for out, into in shapes:
-            is_head = out == model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr,operator]
-            seconds += _layer(
-                targets if is_head else tokens, out, into, 0 if is_head else rank, rank == 0, device, dtype
-            )
+            is_head = out == vocabulary
+            seen, adapter = (targets, 0) if is_head else (tokens, rank)
+            seconds += _layer(seen, out, into, adapter, rank == 0, device, dtype)
         records.append({"seconds": seconds, "tokens": tokens, "loss": 0.0})
     return records
 
@@ -196,11 +196,8 @@ def _layer(
     tokens: int, out: int, into: int, rank: int, trains_weight: bool, device: torch.device, dtype: torch.dtype
 ) -> float:
     make = {"device": device, "dtype": dtype}
-    x, grad, weight = (
-        torch.randn(tokens, into, **make),
-        torch.randn(tokens, out, **make),
-        torch.randn(out, into, **make),
-    )
+    x, grad = torch.randn(tokens, into, **make), torch.randn(tokens, out, **make)
+    weight = torch.randn(out, into, **make)
     down, up = torch.randn(max(rank, 1), into, **make), torch.randn(out, max(rank, 1), **make)
     _synchronize()
     begun = time.perf_counter()
