@@ -4,11 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_READY := $(VENV)/.bench-ready
+DATA ?= $(wildcard ../shared/data)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench docs clean
+.PHONY: help demo test soak lint format bench recipe docs clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -33,7 +35,10 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## the usual recipe and Onward on the same three files
+bench: $(BENCH_READY) ## speed beside the peers, into bench/RESULTS.md (half an hour; DATA=folder for more rows)
+	$(BIN)/python bench/suite.py $(addprefix --data ,$(DATA))
+
+recipe: $(READY) ## the usual recipe and Onward on the same three files
 	$(BIN)/python bench/continuity.py
 
 docs: $(READY) ## regenerate the pages made from the code
@@ -51,4 +56,8 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(BENCH_READY): $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	@touch $@

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
-from onward.errors import VerificationFailed
-from onward.training.handover import Measurement, compare, probe_batch
+from onward.config import Config
+from onward.errors import TrainingError, VerificationFailed
+from onward.training.handover import Measurement, Probe, compare, probe_batch
+from onward.training.model import build_model
+from onward.training.optim import build_optimizer
+from onward.training.state import TrainState
 
 BEFORE = Measurement(weights="w", moments="m", adam_step=7, learning_rate=1e-3, probe_loss=2.0)
 HERE = {"device": "cpu", "threads": 2, "dtype": "float32"}
@@ -58,3 +65,38 @@ def test_probe_is_a_function_of_the_seed() -> None:
     assert ids(1, 50) == ids(1, 50)
     assert ids(1, 50) != ids(2, 50)
     assert max(map(max, ids(3, 5))) < 5
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_copy_is_measured_while_training_goes_on(method: str, model: Path) -> None:
+    """In another thread, after the weights moved on, a copy has the loss that the state had when it was copied."""
+    config, cpu = Config.model_validate({"model": str(model), "method": method}), torch.device("cpu")
+    built = build_model(config, model, cpu, torch.float32)
+    state = TrainState(built, build_optimizer(built, config))
+    probe = Probe(built, config.seed, cpu, torch.float32)
+    copied, losses = None, []
+    with ThreadPoolExecutor(1) as other:
+        for _ in range(3):  # the first copy has no moments, the third goes into the memory of the second
+            losses.append(probe.of_model())
+            copied = state.snapshot(into=copied)
+            measure = probe.of_copy(copied)
+            for parameter in state.parameters.values():
+                parameter.grad = torch.ones_like(parameter)
+            state.optimizer.step()
+            assert losses[-1] == other.submit(measure).result()
+            assert losses[-1] != probe.of_model()
+    assert built.training
+    assert 3 == len(set(losses))
+
+
+def test_a_loss_that_is_not_finite_is_no_commit(model: Path) -> None:
+    """A state whose probe has no finite loss is refused, measured now or behind training."""
+    config, cpu = Config.model_validate({"model": str(model)}), torch.device("cpu")
+    built = build_model(config, model, cpu, torch.float32)
+    state = TrainState(built, build_optimizer(built, config))
+    for parameter in state.parameters.values():
+        parameter.data.fill_(float("nan"))
+    probe = Probe(built, config.seed, cpu, torch.float32)
+    for measure in (probe.of_model, probe.of_copy(state.snapshot())):
+        with pytest.raises(TrainingError, match="no finite loss"):
+            measure()

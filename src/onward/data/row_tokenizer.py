@@ -85,14 +85,30 @@ class RowTokenizer:
 
         One call with some hundred rows is much faster than one call per row.
         """
+        return self.pack(rows, self.tokenize(rows))
+
+    def tokenize(self, rows: Sequence[RowText]) -> list[Any]:
+        """Return the encodings of rows, for `pack`. Nearly all of it leaves Python free for other threads."""
         self._backend.no_padding()  # the Hugging Face tokenizer around it may have switched these on
         self._backend.no_truncation()
-        packed: dict[int, PackedRow] = {}
+        encodings: list[Any] = [None] * len(rows)
         for closed in (True, False):
             places = [place for place, row in enumerate(rows) if row.closed is closed]
-            encoded = self._encode_alike([rows[place] for place in places], closed=closed)
-            packed.update(zip(places, encoded, strict=True))
-        return [packed[place] for place in range(len(rows))]
+            texts = [rows[place].text for place in places]
+            made = self._backend.encode_batch(texts, add_special_tokens=not closed) if texts else []
+            for place, encoding in zip(places, made, strict=True):
+                encodings[place] = encoding
+        return encodings
+
+    def pack(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
+        """Return the packed tokens of each row from its encoding."""
+        if not rows:
+            return []
+        tokens = [self._tokens(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
+        lengths = np.array([len(ids) for ids, _ in tokens])
+        offsets = np.concatenate([offsets for _, offsets in tokens])
+        packed = pack(np.concatenate([ids for ids, _ in tokens]), _targets(rows, offsets, lengths))
+        return np.split(packed, np.cumsum(lengths)[:-1])
 
     def fit(self, packed: PackedRow) -> Fitted:
         """Apply the length policy to one row.
@@ -112,19 +128,17 @@ class RowTokenizer:
             return Fitted(None)
         return Fitted(kept, truncated=True)
 
-    def _encode_alike(self, rows: Sequence[RowText], *, closed: bool) -> list[PackedRow]:
-        if not rows:
-            return []
-        encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=not closed)
-        all_ids: list[list[int]] = [encoding.ids for encoding in encodings]
-        all_offsets: list[list[Span]] = [encoding.offsets for encoding in encodings]
-        if not closed:
-            for row, ids, offsets in zip(rows, all_ids, all_offsets, strict=True):
-                self._close(row, ids, offsets)
-        lengths = [len(ids) for ids in all_ids]
-        flat_ids = np.fromiter(chain.from_iterable(all_ids), dtype=np.uint32, count=sum(lengths))
-        packed = pack(flat_ids, _targets(rows, all_offsets, lengths))
-        return np.split(packed, np.cumsum(lengths)[:-1])
+    def _tokens(self, row: RowText, encoding: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """Return the ids of a row, shape (T,), and their character ranges, laid end to end, shape (2 * T,).
+
+        They become arrays row by row: lists of a whole chunk would keep the garbage collector busy.
+        """
+        ids: list[int] = encoding.ids
+        offsets: list[Span] = encoding.offsets
+        if not row.closed:
+            self._close(row, ids, offsets)
+        flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
+        return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
     def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
         """Let a row end with exactly one end token, whether the tokenizer or the text put one there or not."""
@@ -135,17 +149,15 @@ class RowTokenizer:
         offsets.append((len(row.text), len(row.text) + 1))
 
 
-def _targets(rows: Sequence[RowText], offsets: list[list[Span]], lengths: list[int]) -> NDArray[np.bool_]:
+def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for every token of every row, laid end to end, whether it is a target.
 
     Some tokenizers trim white space off their offsets (GPT-2's `trim_offsets`), which leaves a token of nothing but
     white space with an empty range. A token therefore starts no later than where the one before it ended.
     """
-    lengths_array = np.asarray(lengths)
-    firsts = (np.cumsum(lengths_array) - lengths_array)[lengths_array > 0]
+    firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
     bases = np.cumsum([0] + [len(row.text) + 2 for row in rows])[:-1]
-    flat = np.fromiter(chain.from_iterable(chain.from_iterable(offsets)), dtype=np.int64, count=2 * sum(lengths))
-    starts, ends = flat.reshape(-1, 2).T + np.repeat(bases, lengths_array)
+    starts, ends = offsets.reshape(-1, 2).T + np.repeat(bases, lengths)
     previous = np.concatenate((starts[:1], ends[:-1]))
     previous[firsts] = starts[firsts]
     starts = np.minimum(starts, previous)

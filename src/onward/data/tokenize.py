@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from onward.data.records import RowError, parse_row
 from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
@@ -15,6 +16,8 @@ from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 4 << 20  # a chunk of long rows ends earlier
 PROBLEMS_SHOWN = 20
+
+_Chunk: TypeAlias = list[tuple[int, RowText]]
 
 __all__ = [
     "IntakeReport",
@@ -125,11 +128,19 @@ class _Intake:
         self._problem_count = self._truncated = self._dropped = 0
 
     def read(self, source: Path, stop: Callable[[], None]) -> None:
-        try:
-            for chunk in _chunks(self._prepared(read_rows(source), stop)):
-                self._take(chunk)
-        except FileError as error:
-            self._refuse(error.line, error)
+        """Read the file in chunks; one is tokenized in another thread while the next is read and the last written."""
+        with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
+            ahead: tuple[_Chunk, Future[list[Any]]] | None = None
+            try:
+                for chunk in _chunks(self._prepared(read_rows(source), stop)):
+                    encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
+                    if ahead is not None:
+                        self._take(*ahead)
+                    ahead = chunk, encoding
+            except FileError as error:
+                self._refuse(error.line, error)
+            if ahead is not None:
+                self._take(*ahead)
 
     def report(self, unit: str) -> IntakeReport:
         if not self._problem_count and not self._writer.rows:
@@ -165,10 +176,10 @@ class _Intake:
         except RecursionError:
             raise RowError("the JSON is nested too deeply", "flatten the row") from None
 
-    def _take(self, chunk: list[tuple[int, RowText]]) -> None:
+    def _take(self, chunk: _Chunk, encodings: Future[list[Any]]) -> None:
         kept: list[PackedRow] = []
         lines: list[int] = []
-        encoded = self._row_tokenizer.encode([text for _, text in chunk])
+        encoded = self._row_tokenizer.pack([text for _, text in chunk], encodings.result())
         for (line, _), packed in zip(chunk, encoded, strict=True):
             try:
                 fitted = self._row_tokenizer.fit(packed)
@@ -198,8 +209,8 @@ class _Intake:
         return FileError("the file has no rows", "write at least one row")
 
 
-def _chunks(rows: Iterable[tuple[int, RowText]]) -> Iterator[list[tuple[int, RowText]]]:
-    chunk: list[tuple[int, RowText]] = []
+def _chunks(rows: Iterable[tuple[int, RowText]]) -> Iterator[_Chunk]:
+    chunk: _Chunk = []
     characters = 0
     for row in rows:
         chunk.append(row)

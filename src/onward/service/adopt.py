@@ -22,7 +22,7 @@ from onward.training import huggingface
 from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
 from onward.training.checkpoint import load_moments
 from onward.training.environment import pick_device, pick_dtype
-from onward.training.handover import measure_probe
+from onward.training.handover import Probe
 from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model, load_tokenizer
 from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
@@ -84,8 +84,8 @@ def _make(
     with Ledger(unfinished) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
-        probe_loss = measure_probe(state, config.seed, session.device, session.dtype)
-        commit = Commit(state.model, state.view(), config, probe_loss, session.facts())
+        probe = Probe(state.model, config.seed, session.device, session.dtype)
+        commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
         values = json.dumps(Commits(layout, ledger).commit(commit).measurement)
         ledger.add_handover(
             kind="adopt", step=state.step, before=values, after=values, difference=0.0, **{"class": "bitwise"}

@@ -45,6 +45,7 @@ class Commit:
 
     Args:
         model: gives names and configuration; the weights are those of `state`.
+        probe_loss: measures the state's loss on the probe; called where the commit is made.
         parent: the checkpoint before.
         with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
     """
@@ -52,7 +53,7 @@ class Commit:
     model: nn.Module
     state: Snapshot
     config: Config
-    probe_loss: float
+    probe_loss: Callable[[], float]
     facts: Facts
     log_history: Sequence[dict[str, Any]] = ()
     parent: Manifest | None = None
@@ -76,7 +77,7 @@ class Commits:
         """
         begun = time.perf_counter()
         state, config, facts = commit.state, commit.config, commit.facts
-        measurement = measure(state, commit.probe_loss)
+        measurement = measure(state, commit.probe_loss())
         basis = _basis(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)

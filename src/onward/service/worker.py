@@ -28,7 +28,7 @@ from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
-from onward.training.handover import compare, measure, measure_probe
+from onward.training.handover import Probe, compare, measure
 from onward.training.model import build_model
 from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon, require_unstretched
@@ -97,6 +97,7 @@ class Worker:
         self._writer = Writer(session.layout, session.ledger.clock)
         self._newest: Manifest | None = None
         self._copy: Snapshot | None = None
+        self._probed: Probe | None = None
         self.config = session.config
         self._settled = settled
         self._is_open = False
@@ -284,7 +285,7 @@ class Worker:
 
     def _hand_over(self, kind: str, row: Row | None) -> str:
         """Measure the state and hold it against what was measured before the last commit."""
-        after = measure(self.state.view(), self._measure_probe())
+        after = measure(self.state.view(), self._probe().of_model())
         before = self.manifest
         name, difference = compare(before.measurement, after, before.environment, self.session.environment)
         self.ledger.add_handover(
@@ -293,8 +294,11 @@ class Worker:
         )  # fmt: skip
         return name
 
-    def _measure_probe(self) -> float:
-        return measure_probe(self.state, self.config.seed, self.session.device, self.session.dtype)
+    def _probe(self) -> Probe:
+        if self._probed is None:
+            session = self.session
+            self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype)
+        return self._probed
 
     def _commit(self, file_id: int | None = None, with_ledger: LedgerMoves = lambda _: None) -> Iterator[Event]:
         """Commit the state and wait for it."""
@@ -309,8 +313,8 @@ class Worker:
         self._copy = self.state.snapshot(into=self._copy)
         self._writer.submit(
             Commit(
-                self.state.model, self._copy, self.config, self._measure_probe(), self._facts, tuple(self._log),
-                self._newest, file_id, with_ledger,
+                self.state.model, self._copy, self.config, self._probe().of_copy(self._copy), self._facts,
+                tuple(self._log), self._newest, file_id, with_ledger,
             )
         )  # fmt: skip
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from onward.data.loader import Batch
 from onward.data.tokenized import Row
@@ -16,7 +19,7 @@ from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.loss import TargetLoss
 from onward.training.seeds import fold
-from onward.training.state import Snapshot, TrainState
+from onward.training.state import Snapshot
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 
@@ -55,26 +58,67 @@ def probe_batch(seed: int, vocabulary: int) -> Batch:
     return Batch([Row(row, targets) for row in ids], places, places)
 
 
-def measure_probe(state: TrainState, seed: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the mean loss (nats) of the probe; the state is not changed.
+class Probe:
+    """The mean loss (nats) of a model on the run's fixed probe batch.
 
-    Raises:
-        TrainingError: it is not finite.
+    Args:
+        model: the model that is trained.
+        seed: the run's seed.
+        dtype: compute type.
     """
-    model = state.model
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
-    model.eval()
-    with torch.no_grad():
-        loss = TargetLoss(model, device, dtype)(probe_batch(seed, vocabulary))
-    model.train()
-    mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
-    if not math.isfinite(mean):
-        raise TrainingError(
-            f"the model computes no finite loss any more ({mean})",
-            where=f"step {state.step}",
-            hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
-        )
-    return mean
+
+    def __init__(self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+        self._batch = probe_batch(seed, vocabulary)
+        self._model = model
+        self._device, self._dtype = device, dtype
+        self._copied: Mapping[str, torch.Tensor] = {}
+        self._copy: nn.Module | None = None
+
+    def of_model(self) -> float:
+        """Measure the model as it is now; nothing of it changes.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        self._model.eval()
+        try:
+            return self._measure(self._model)
+        finally:
+            self._model.train()
+
+    def of_copy(self, snapshot: Snapshot) -> Callable[[], float]:
+        """Return what measures a copy of the state, in any thread, while the model is trained on.
+
+        Where the model does not compute in main memory, which copies lie in, it is measured at once.
+        """
+        if self._device.type != "cpu":
+            loss = self.of_model()
+            return lambda: loss
+        if self._copy is None or any(self._copied[name] is not weight for name, weight in snapshot.weights.items()):
+            self._copied, self._copy = snapshot.weights, with_weights(self._model, snapshot.weights)
+        return partial(self._measure, self._copy)
+
+    def _measure(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            loss = TargetLoss(model, self._device, self._dtype)(self._batch)
+        mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"the model computes no finite loss any more ({mean})",
+                where="the probe batch",
+                hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
+            )
+        return mean
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a model for inference that has these weights, by name of `model`'s parameters, and shares all others."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            memo[id(parameter)] = nn.Parameter(weights[name], requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
 
 
 def measure(snapshot: Snapshot, probe_loss: float) -> Measurement:

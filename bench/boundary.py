@@ -1,0 +1,124 @@
+"""Boundaries: from the last step of a file to the first of the next, and twenty small files end to end.
+
+`python bench/boundary.py [ROWS] [FILES] [PEER_FILES] [LONGEST]`, LONGEST in characters of a row. Onward trains all
+files in one process; the peer, a stock Trainer at its best settings, takes one process per file. Where it trains fewer
+files than Onward, its time for all of them is extrapolated from the median of its files, and `extrapolated` says so.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from measuring import child, small_llama, spread, write_rows
+
+METHODS = ("lora", "full")
+BATCH = 8
+GAP_GOAL, PEER_GAP_GOAL, END_TO_END_GOAL = 1.0, 20.0, 5.0
+STOCK = Path(__file__).with_name("stock.py")
+
+
+def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
+    """Be Onward's process: train all files in order; returns the gaps between them and the seconds of its steps."""
+    from onward import Run
+    from onward.training.trainer import StepResult
+
+    steps: list[tuple[float, StepResult]] = []
+
+    def observe(event: object) -> None:
+        if isinstance(event, StepResult):
+            steps.append((time.perf_counter(), event))
+
+    settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method}
+    run = Run.create(folder, str(model), lora={"rank": 16, "alpha": 32, "dropout": 0.0}, **settings)
+    run.train(*files, observe=observe)
+    crossed = [
+        now - step.seconds - before
+        for (before, last), (now, step) in pairwise(steps)
+        if last.step_in_file == last.steps_in_file
+    ]
+    return {"gaps": crossed, "steps": [step.seconds for _, step in steps], "loss": steps[-1][1].loss}
+
+
+def measure_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
+    """Run Onward's process; returns its gaps, its steps and its seconds from start to end."""
+    begun = time.perf_counter()
+    found = child(Path(__file__), "--onward", folder, model, method, *files)
+    return {**found, "seconds": time.perf_counter() - begun}
+
+
+def measure_peer(folder: Path, model: Path, method: str, files: list[Path], steps: int) -> dict[str, Any]:
+    """Run the peer's processes, one per file; returns their gaps, steps and seconds."""
+    resume: str | None = None
+    seconds: list[float] = []
+    gaps: list[float] = []
+    taken: list[float] = []
+    last_end: float | None = None
+    for number, path in enumerate(files, start=1):
+        job = {
+            "model": str(model), "rows": str(path), "out": str(folder), "method": method, "steps": number * steps,
+            "resume": resume, "ignore_data_skip": True,
+        }  # fmt: skip
+        begun = time.perf_counter()
+        found = child(STOCK, json.dumps(job))
+        seconds.append(time.perf_counter() - begun)
+        assert len(found["began"]) == steps
+        gaps += [] if last_end is None else [found["began"][0] - last_end]
+        taken += [end - begin for begin, end in zip(found["began"], found["ended"], strict=True)]
+        last_end, resume = found["ended"][-1], found["checkpoint"]
+    return {"gaps": gaps, "steps": taken, "seconds": seconds}
+
+
+def compare(folder: Path, model: Path, method: str, files: list[Path], peer_files: int, rows: int) -> dict[str, Any]:
+    """Measure both sides with one method."""
+    steps = -(-rows // BATCH)
+    ours = measure_onward(folder / f"onward-{method}", model, method, files)
+    peer = measure_peer(folder / f"peer-{method}", model, method, files[:peer_files], steps)
+    assert len(ours["steps"]) == steps * len(files)
+    whole = sum(peer["seconds"]) + (len(files) - peer_files) * statistics.median(peer["seconds"])
+    step = statistics.median(ours["steps"])
+    gap = statistics.median(ours["gaps"])
+    in_steps, less, faster = gap / step, statistics.median(peer["gaps"]) / gap, whole / ours["seconds"]
+    return {
+        "step_seconds": {"onward": spread(ours["steps"]), "trainer": spread(peer["steps"])},
+        "gap_seconds": {"onward": spread(ours["gaps"]), "trainer": spread(peer["gaps"])},
+        "gap_in_steps": {"value": in_steps, "goal": GAP_GOAL, "met": in_steps <= GAP_GOAL},
+        "gap_against_trainer": {"value": less, "goal": PEER_GAP_GOAL, "met": less >= PEER_GAP_GOAL},
+        "end_to_end": {
+            "seconds": {"onward": ours["seconds"], "trainer": whole}, "extrapolated": peer_files < len(files),
+            "peer_files": peer_files, "value": faster, "goal": END_TO_END_GOAL, "met": faster >= END_TO_END_GOAL,
+        },
+    }  # fmt: skip
+
+
+def measure(
+    rows: int = 100, files: int = 20, peer_files: int | None = None, longest: int | None = None
+) -> dict[str, Any]:
+    """Return gaps and end-to-end times of both methods on the 15M Llama."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = small_llama(folder / "model")
+        paths = [write_rows(folder / f"day-{n + 1}.jsonl", rows, skip=n * rows, longest=longest) for n in range(files)]
+        found = {
+            method: compare(folder, model, method, paths, min(peer_files or files, files), rows) for method in METHODS
+        }
+    return {"rows": rows, "files": files, "longest_row": longest, **found}
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    if sys.argv[1:2] == ["--onward"]:
+        folder, model, method, *files = sys.argv[2:]
+        print(json.dumps(train_onward(Path(folder), Path(model), method, [Path(file) for file in files])))
+        return
+    print(json.dumps(measure(*map(int, sys.argv[1:])), indent=2))
+
+
+if __name__ == "__main__":
+    main()
