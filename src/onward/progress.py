@@ -68,6 +68,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.task: Any = None
+        self.tasks: dict[int, Any] = {}
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
@@ -76,7 +77,7 @@ class Bar:
 
         if isinstance(event, FileStarted):
             title = f"{event.position} {event.name}"
-            self.task = self.progress.add_task(
+            self.task = self.tasks[event.position] = self.progress.add_task(
                 title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
             )
         elif isinstance(event, StepResult):
@@ -84,8 +85,8 @@ class Bar:
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
-        elif isinstance(event, FileDone) and self.task is not None:
-            self.progress.remove_task(self.task)  # a bar per finished file would fill the screen
+        elif isinstance(event, FileDone) and event.position in self.tasks:
+            self.progress.remove_task(self.tasks.pop(event.position))  # a bar per finished file would fill the screen
         if isinstance(event, FileStarted | FileDone | Note):
             self.progress.console.print(describe(event), markup=False)
 

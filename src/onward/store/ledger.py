@@ -202,15 +202,15 @@ class Ledger:
 
     def next_owed(self) -> Row | None:
         """The file to train now: the one begun, else the head of the queue."""
-        for where in (
-            "state = 'training' ORDER BY position",
-            "state = 'queued' AND position IS NOT NULL ORDER BY position",
-            "state = 'queued' ORDER BY priority DESC, id",
-        ):
-            row = self.one(f"SELECT * FROM files WHERE {where} LIMIT 1")
-            if row is not None:
-                return row
-        return None
+        begun = self.one("SELECT * FROM files WHERE state = 'training' ORDER BY position LIMIT 1")
+        return begun or self.next_queued()
+
+    def next_queued(self) -> Row | None:
+        """The head of the queue: what has a position already, else by priority."""
+        placed = self.one(
+            "SELECT * FROM files WHERE state = 'queued' AND position IS NOT NULL ORDER BY position LIMIT 1"
+        )
+        return placed or self.one("SELECT * FROM files WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1")
 
     def next_arriving(self) -> Row | None:
         """The file that is to be checked next: the order of the queue that it wants to enter."""
