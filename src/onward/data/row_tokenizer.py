@@ -51,12 +51,15 @@ class RowTokenizer:
         tokenizer: a fast Hugging Face tokenizer with an end token.
         max_length: tokens that a row may have.
         over_length: what happens to longer rows: cut their end off, leave them out, or refuse them.
+        fingerprint: what `tokenizer_fingerprint` said of the tokenizer, where that is known; it takes long.
 
     Raises:
         ModelError: the tokenizer is a slow one, or has no end token.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, over_length: OverLength = "truncate") -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, over_length: OverLength = "truncate", fingerprint: str | None = None
+    ) -> None:
         self._backend = _backend(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
@@ -64,7 +67,7 @@ class RowTokenizer:
         self._template = ChatTemplate(tokenizer)
         self.max_length = max_length
         self.over_length: OverLength = over_length
-        self.fingerprint = tokenizer_fingerprint(tokenizer)
+        self.fingerprint = fingerprint or tokenizer_fingerprint(tokenizer)
 
     def prepare(self, record: Record) -> RowText:
         """Return the text of a row and which of its characters are targets.
