@@ -38,9 +38,9 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-SHARES = 4
+SHARES = 4 if FULL_SIZE else 2
 """Tests that a sweep is dealt out to, so that they run side by side."""
-STRIDE = 1 if FULL_SIZE else 13
+STRIDE = 1 if FULL_SIZE else 17
 """The small form takes every so many changes, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""

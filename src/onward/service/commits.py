@@ -154,6 +154,7 @@ class Commits:
             begun = claimed["step"] if claimed else self._origin()
             if begun > 0 or found.damage:
                 raise self._nothing_left(begun, found.damage)
+            self._owe_again()
             return found
         if found.manifest.run != self.ledger.get("run"):
             hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
@@ -223,6 +224,14 @@ class Commits:
             where=self.layout.root,
             hint="Put the files back from a copy, then: onward verify. To start over: onward reset",
         )
+
+    def _owe_again(self) -> None:
+        """Put back what was begun before anything was committed."""
+        begun = self.ledger.files("training")
+        with self.ledger.transaction():
+            for row in begun:
+                self.ledger.move_file(row["id"], "queued")
+            self.ledger.trim(0, [row["id"] for row in begun], "lost")
 
     def _bring_up(self, manifest: Manifest) -> None:
         """Move the ledger to a checkpoint: forward after a kill between rename and ledger, back after damage."""

@@ -182,10 +182,10 @@ class Worker:
         self._log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
 
     def _begin_run(self) -> Iterator[Event]:
-        """Commit the state of step 0, or measure the handover of a resume."""
+        """Begin to commit the state of step 0, or measure the handover of a resume."""
         settled = self._settled
         if settled is None or settled.manifest is None:
-            yield from self._commit()
+            yield from self._begin_commit(None)
             return
         if settled.damage:
             yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
