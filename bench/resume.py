@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from measuring import interleaved, python, seconds_until, small_llama, spread
+from measuring import held_against, interleaved, python, seconds_until, small_llama, spread
 
 from onward import Run
 from onward.config import Config
@@ -131,9 +131,9 @@ def measure(rounds: int = 3, far: int = 1_000_000) -> dict[str, Any]:
             shutil.rmtree(fresh)
             return found
 
-        sides = [f"{who} {place}" for who in ("onward", "trainer") for place in ("cold", *places)]
-        interleaved(sides[:1], 1, seconds)  # libraries, model and tokens are in memory for all
-        found = interleaved(sides, rounds, seconds)
+        ours, theirs = ([f"{who} {place}" for place in ("cold", *places)] for who in ("onward", "trainer"))
+        interleaved(ours[:1], 1, seconds)  # libraries, model and tokens are in memory for all
+        found = interleaved(ours, rounds, seconds) | interleaved(theirs, 1, seconds)  # theirs may take minutes
     return {
         "rows": {"near": NEAR, "far": far},
         "seconds": {side: spread(times) for side, times in found.items()},
@@ -147,7 +147,7 @@ def _ratio(found: dict[str, list[float]], place: str, other: str, goal: float) -
         who: statistics.median(found[f"{who} {place}"]) / statistics.median(found[f"{who} {other}"])
         for who in ("onward", "trainer")
     }
-    return {**ratios, "goal": goal, "met": ratios["onward"] <= goal}
+    return {**ratios, "held": held_against(goal, ratios["onward"], at_most=True)}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The whole suite, as `make bench` runs it: every measurement in turn, and `RESULTS.md` from what was measured.
 
-`python bench/suite.py [--data FOLDER] [--only NAME ...] [--quick]`. What is measured is kept as JSON in `bench/out/`;
+`python bench/suite.py [--data FOLDER] [--only NAME ...] [--render]`. What is measured is kept as JSON in `bench/out/`;
 with `--only` the other figures come from there.
 """
 
@@ -42,7 +42,7 @@ def stall(work: Path, _data: Path | None) -> Any:
     """Measure what checkpoints cost."""
     from stall import measure
 
-    return measure(work)
+    return measure(work, rounds=1)
 
 
 def script(name: str, *arguments: int) -> Callable[[Path, Path | None], Any]:
@@ -61,10 +61,10 @@ def script(name: str, *arguments: int) -> Callable[[Path, Path | None], Any]:
 
 
 MEASUREMENTS: dict[str, tuple[str, Callable[[Path, Path | None], Any]]] = {
-    "throughput-15m": ("Training throughput, random Llama of 15M parameters", throughput(None, steps=24, rounds=1)),
+    "throughput-15m": ("Training throughput, random Llama of 15M parameters", throughput(None, steps=16, rounds=1)),
     "throughput-135m": (
         "Training throughput, smollm2-135m",
-        throughput(Path("smollm2-135m"), steps=7, rounds=1),
+        throughput(Path("smollm2-135m"), steps=6, rounds=1),
     ),
     "boundary": ("Boundaries between files", script("boundary", 100, 20, 4)),
     "stall": ("Checkpoints behind training", stall),

@@ -19,7 +19,7 @@ import steps as sides
 
 STEPS_SCRIPT = Path(sides.__file__)
 LIMIT_GOAL, TRL_GOAL, PEER_GOAL, LOSS_GOAL = 0.75, 2.0, 1.2, 1e-4
-WARMUP = 2
+WARMUP = 1
 """Steps that are not counted."""
 
 
@@ -39,7 +39,7 @@ def measure(model: Path, rows: Path, *, steps: int, rounds: int, peers: bool = T
     figures: dict[str, Any] = {
         "steps": steps,
         "rounds": rounds,
-        "tokens_per_second": {side: measuring.spread(values) for side, values in speeds.items()},
+        "tokens_per_second": {side: _by_step(every) for side, every in found.items()},
         "share_of_limit": measuring.held_against(LIMIT_GOAL, _ratio(speeds["onward"], speeds["limit"])),
     }
     if not peers:
@@ -54,6 +54,14 @@ def measure(model: Path, rows: Path, *, steps: int, rounds: int, peers: bool = T
         "against_any_peer": measuring.held_against(PEER_GOAL, min(against.values())),
         "largest_loss_difference": measuring.held_against(LOSS_GOAL, difference, at_most=True),
     }
+
+
+def _by_step(rounds: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Return the speed over all counted steps, that of the slowest and that of the fastest one."""
+    counted = [record for records in rounds for record in records[WARMUP:]]
+    each = [record["tokens"] / record["seconds"] for record in counted]
+    whole = sum(record["tokens"] for record in counted) / sum(record["seconds"] for record in counted)
+    return {"median": whole, "min": min(each), "max": max(each)}
 
 
 def _speed(records: list[dict[str, float]]) -> float:

@@ -6,7 +6,8 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from faults import FULL_SIZE
 from processes import as_it_is, start_command, train
 
 from onward import Run
+from onward.service.control import Control
+from onward.service.worker import Event, Worker
+from onward.training.trainer import StepResult
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -28,8 +32,43 @@ SETTINGS: dict[str, Any] = {
     "lora": {"rank": 4, "dropout": 0.1},
 }
 PATIENCE = 600.0 if FULL_SIZE else 60.0
-LONG = 160
-"""Rows of a file whose training takes long enough to be met in the middle."""
+LONG = 40
+"""Rows of a file in whose middle a daemon is met: more steps than any test holds one at."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A process holds still after each step of a file from one on, while nothing is asked of it: nobody can miss it.
+
+    Args:
+        step: the first step in a file at which it holds.
+        let_go: a file that ends all holding once it exists.
+    """
+
+    step: int
+    let_go: Path
+
+    def __call__(self) -> None:
+        """Arm the process that this is called in."""
+        plain = Worker.train_next
+
+        def train_next(worker: Worker) -> Iterator[Event]:
+            for event in plain(worker):
+                yield event
+                if isinstance(event, StepResult) and event.step_in_file >= self.step:
+                    self._hold(worker.stop)
+
+        Worker.train_next = train_next  # type: ignore[method-assign]
+
+    def _hold(self, asked: object) -> None:
+        assert isinstance(asked, Control)
+        while not (asked or asked.wishes or self.let_go.exists()):
+            time.sleep(0.01)
+
+
+def hold(run: Run, step: int = 3) -> Hold:
+    """Return what holds a process of a run at a step."""
+    return Hold(step, run.layout.root.parent / "let_go")
 
 
 def rows_file(path: Path, rows: int, seed: int | None = None) -> Path:

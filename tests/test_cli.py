@@ -249,3 +249,11 @@ def test_a_terminal_of_another_encoding_gets_its_answer(model: Path, tmp_path: P
         shown = onward_process(*arguments, "--run", run, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
         assert (0, "") == (shown.status, shown.err)
     assert "queued" in onward_process("history", "--run", run, PYTHONIOENCODING="ascii").out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here that refuses every write")
+def test_a_refusal_that_cannot_be_written_keeps_its_status(tmp_path: Path) -> None:
+    """Where the terminal is a file on a full disk, the exit status still says what happened."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "onward", "status", "--run", tmp_path], stderr=full, check=False)
+    assert 2 == done.returncode

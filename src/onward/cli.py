@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -44,8 +45,9 @@ AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that 
 
 
 def say(message: str) -> None:
-    """Print a line for a person."""
-    print(message, file=sys.stderr, flush=True)
+    """Print a line for a person; a terminal that is a file on a full disk is no reason to end otherwise."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def show(value: Any) -> None:
@@ -112,7 +114,7 @@ def train(
 
     opened = Run(run)
     stop = StopRequest()
-    with stop.on_signals(), make_observer(opened.config.log_steps) as observe:
+    with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         steps = StepProfile(opened.layout.profile, observe)
         done = opened.train(*(files or []), again=again, observe=steps if profile else observe, stop=stop, report=say)
     if profile:
@@ -165,7 +167,7 @@ def watch(
 
     opened = Run(run)
     stop = StopRequest()
-    with stop.on_signals(), make_observer(opened.config.log_steps) as observe:
+    with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         say(f"watching {opened.layout.inbox}; onward stop --run {run} or Ctrl-C ends it, committed")
         refused = opened.watch(once=once, observe=observe, stop=stop, report=say)
     if stop:
@@ -322,7 +324,7 @@ def rebuild(
     opened = Run(run)
     ask(f"go back to before {without} and train every later file of {opened.layout.root} again?", yes)
     asked = StopRequest()
-    with asked.on_signals(), make_observer(opened.config.log_steps) as observe:
+    with asked.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         result = opened.rebuild(without, observe=observe, stop=asked, report=say)
     if as_json:
         show(result)

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from onward.service.worker import Event
 
 NAME_WIDTH = 40
-"""Columns of a table's cell at most."""
+"""Columns of a name in a table at most."""
+_HISTORY_TITLES = (
+    "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
+)  # fmt: skip
+_LEFT = ("name", "state", "handover")
 
 Observe = Callable[["Event"], None]
 
 
 @contextlib.contextmanager
-def make_observer(log_steps: int) -> Generator[Observe]:
-    """Yield an observer that shows events on stderr."""
+def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
+    """Yield an observer that shows events on stderr.
+
+    Args:
+        log_steps: reads the config; called at the first event, when the run is owned and the config was found sound.
+    """
     if not sys.stderr.isatty():
         yield PlainLines(log_steps)
         return
@@ -43,12 +52,12 @@ def make_observer(log_steps: int) -> Generator[Observe]:
 class PlainLines:
     """A line per file begun and done, per note, and per `log_steps` steps."""
 
-    def __init__(self, log_steps: int) -> None:
-        self.log_steps = log_steps
+    def __init__(self, log_steps: Callable[[], int]) -> None:
+        self.log_steps = functools.cache(log_steps)
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
-        text = describe(event, self.log_steps)
+        text = describe(event, self.log_steps())
         if text:
             print(text, file=sys.stderr, flush=True)
 
@@ -59,6 +68,7 @@ class Bar:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.task: Any = None
+        self.tasks: dict[int, Any] = {}
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
@@ -67,7 +77,7 @@ class Bar:
 
         if isinstance(event, FileStarted):
             title = f"{event.position} {event.name}"
-            self.task = self.progress.add_task(
+            self.task = self.tasks[event.position] = self.progress.add_task(
                 title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
             )
         elif isinstance(event, StepResult):
@@ -75,8 +85,8 @@ class Bar:
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
-        elif isinstance(event, FileDone) and self.task is not None:
-            self.progress.remove_task(self.task)  # a bar per finished file would fill the screen
+        elif isinstance(event, FileDone) and event.position in self.tasks:
+            self.progress.remove_task(self.tasks.pop(event.position))  # a bar per finished file would fill the screen
         if isinstance(event, FileStarted | FileDone | Note):
             self.progress.console.print(describe(event), markup=False)
 
@@ -112,31 +122,37 @@ def over_length(truncated: int, dropped: int) -> str:
 
 
 def print_history(entries: list[dict[str, Any]]) -> None:
-    """Print the history as a table on stdout."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds"):
-        table.add_column(
-            title,
-            justify="left" if title in ("name", "state", "handover") else "right",
-            no_wrap=True,
-            overflow="ellipsis",
-            max_width=NAME_WIDTH,
+    """Print the history as a table on stdout; written line by line, since a run may have 100,000 files."""
+    rows = [_HISTORY_TITLES, *map(_history_cells, entries)]
+    widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HISTORY_TITLES))]
+    limit = Console().width if sys.stdout.isatty() else None
+    for row in rows:
+        line = "  ".join(
+            f"{'' if title in _LEFT else ' ' * (width - cell_len(cell))}{cell}"
+            f"{' ' * (width - cell_len(cell)) if title in _LEFT else ''}"
+            for title, width, cell in zip(_HISTORY_TITLES, widths, row, strict=True)
         )
-    for entry in entries:
-        table.add_row(
-            str(entry["position"]),
-            Text(entry["name"]),
-            entry["state"],
-            str(entry["rows"]),
-            str(entry["rows_trained"]),
-            _range(entry["first_step"], entry["last_step"], "-", "d"),
-            _range(entry["first_loss"], entry["last_loss"], " -> ", ".4f"),
-            _range(entry["first_learning_rate"], entry["last_learning_rate"], " -> ", ".3g"),
-            entry["handover"] or "",
-            f"{entry['seconds']:.1f}",
-        )
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+        print(_cut(line, limit) if limit else line)
+
+
+def _history_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(entry["position"]),
+        _cut(entry["name"], NAME_WIDTH),
+        entry["state"],
+        str(entry["rows"]),
+        str(entry["rows_trained"]),
+        _range(entry["first_step"], entry["last_step"], "-", "d"),
+        _range(entry["first_loss"], entry["last_loss"], " -> ", ".4f"),
+        _range(entry["first_learning_rate"], entry["last_learning_rate"], " -> ", ".3g"),
+        entry["handover"] or "",
+        f"{entry['seconds']:.1f}",
+    )
+
+
+def _cut(text: str, width: int) -> str:
+    """Shorten a text to a number of columns of the terminal."""
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
 
 
 def print_status(values: dict[str, Any], events: list[dict[str, Any]]) -> None:

@@ -163,13 +163,14 @@ def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
 
 
 def test_what_is_no_training_file_is_rejected(layout: RunLayout, tmp_path: Path) -> None:
-    """A link, a fifo and an unknown ending go to `rejected/` with a report; what a link points to is untouched."""
+    """A link, a fifo, an unknown ending and a name that is no text are rejected; what a link points to is untouched."""
     secret = write(tmp_path / "secret.jsonl")
     (layout.inbox / "link.jsonl").symlink_to(secret)
     os.mkfifo(layout.inbox / "fifo.jsonl")
     write(layout.inbox / "notes.md")
-    assert [] == move_in(layout, *(layout.inbox / name for name in ("link.jsonl", "fifo.jsonl", "notes.md")))
-    names = ["fifo.jsonl", "link.jsonl", "notes.md"]
+    odd = write(layout.inbox / os.fsdecode(b"caf\xe9.jsonl"))
+    assert [] == move_in(layout, odd, *(layout.inbox / name for name in ("link.jsonl", "fifo.jsonl", "notes.md")))
+    names = ["caf_.jsonl", "fifo.jsonl", "link.jsonl", "notes.md"]
     assert sorted(names + [f"{name}.report.json" for name in names]) == sorted(
         path.name for path in layout.rejected.iterdir()
     )

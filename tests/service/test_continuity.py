@@ -71,9 +71,8 @@ def test_three_processes_equal_one(variant: str, model: Path, files: list[Path],
 def test_command_line_equals_library(model: Path, files: list[Path], tmp_path: Path) -> None:
     """The console command trains the same bits as the library, with the machine's own thread count in both."""
     command = [sys.executable, "-m", "onward"]
-    sets = ["--set=batch_size=8", "--set=lora.dropout=0.1", "--set=lora.rank=4", "--set=max_length=256"]
     for name in ("one", "two"):
-        subprocess.run([*command, "init", str(tmp_path / name), "--model", str(model), *sets], check=True)
+        Run.create(tmp_path / name, str(model), batch_size=8, max_length=256, lora={"dropout": 0.1, "rank": 4})
     subprocess.run([*command, "train", *map(str, files[:2]), "--run", str(tmp_path / "one")], check=True)
     for file in files[:2]:
         subprocess.run([*command, "train", str(file), "--run", str(tmp_path / "two")], check=True)
@@ -98,7 +97,7 @@ def test_accumulation_changes_memory_only(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [10, 100])
 def test_steps_cross_powers_of_ten(steps: int, model: Path, tmp_path: Path) -> None:
     """Around steps 9/10 and 99/100 the kept checkpoint is the one with the highest number."""
-    run = Run.create(tmp_path / "run", str(model), batch_size=1, max_length=256, save_steps=1, keep_boundaries=2)
+    run = Run.create(tmp_path / "run", str(model), batch_size=1, max_length=256, save_steps=9, keep_boundaries=2)
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(steps - 1, seed=1))
     run.train(first)
     assert [f"checkpoint-{steps - 1}"] == [path.name for path in run.layout.checkpoints()]

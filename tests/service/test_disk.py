@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import SETTINGS, done, end, is_in, rows_file, until, watch
+from daemons import SETTINGS, Hold, done, end, is_in, rows_file, until, watch
 from processes import train
 from states import assert_same_state, temporary_files
 
@@ -66,9 +66,11 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
     assert 0 == train(twin.layout.root, files)
     run = Run.create(disk / "run", str(model), **SETTINGS)
     run.add(*files)
-    process = watch(run, log=disk / "log" if log == "on the same disk" else tmp_path / "log")
+    held = Hold(2, tmp_path / "let_go")
+    process = watch(run, prepare=held, log=disk / "log" if log == "on the same disk" else tmp_path / "log")
     until(is_in(run, "a.jsonl", step=2), process)
     ballast = fill(disk, leave=leave)
+    held.let_go.touch()
     until(lambda: waits(run), process)
     process.join(0.5)
     assert waits(run)
@@ -88,9 +90,11 @@ def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) 
     assert 0 == train(twin.layout.root, [file])
     run = Run.create(disk / "run", str(model), **SETTINGS)
     run.add(file)
-    process = watch(run, log=tmp_path / "log")
+    held = Hold(2, tmp_path / "let_go")
+    process = watch(run, prepare=held, log=tmp_path / "log")
     until(is_in(run, "a.jsonl", step=2), process)
     ballast = fill(disk, leave=0)
+    held.let_go.touch()
     until(lambda: waits(run), process)
     assert 0 == end(process)
     ballast.unlink()

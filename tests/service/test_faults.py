@@ -38,9 +38,9 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-SHARES = 4
+SHARES = 4 if FULL_SIZE else 2
 """Tests that a sweep is dealt out to, so that they run side by side."""
-STRIDE = 1 if FULL_SIZE else 11
+STRIDE = 1 if FULL_SIZE else 17
 """The small form takes every so many changes, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""
@@ -102,6 +102,21 @@ def assert_goes_on(sweep: Sweep, root: Path, status: int | None, *words: object)
 def test_faults_while_training(share: int, sweep: Sweep, tmp_path: Path) -> None:
     """No space, a failing disk or a kill at the n-th change of a process that trains and commits costs nothing."""
     assert_every_point(share, sweep, tmp_path, sweep.before)
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_faults_while_a_boundary_is_committed_behind_the_next_file(share: int, model: Path, tmp_path: Path) -> None:
+    """The same where one file's boundary is written while the next one is begun and trained."""
+    run = Run.create(tmp_path / "before", str(model), **SETTINGS)
+    files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (2, 5, 3)]
+    for file in files:
+        run.add(file)
+    after = copy_run(run.layout.root, tmp_path / "after")
+    assert 0 == command(tmp_path / "output", "train", "--run", after)
+    assert ["bitwise"] * 3 == [entry["handover"] for entry in Run(after).history()]
+    assert_every_point(
+        share, Sweep(run.layout.root, after, files[0], committed_states(after)), tmp_path, run.layout.root
+    )
 
 
 @pytest.mark.parametrize("share", range(SHARES))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from commands import assert_refused, onward_process
-from daemons import LONG, SETTINGS, configure, done, end, is_in, rows_file, twin_of, until, watch
+from daemons import LONG, SETTINGS, configure, done, end, hold, is_in, rows_file, twin_of, until, watch
 from processes import command, kill_after
 from states import assert_same_state
 
@@ -54,7 +54,7 @@ def test_a_killed_owner_keeps_nobody_out(run: Run, model: Path, tmp_path: Path) 
     """After a SIGKILL the name of the dead process is still there, and the next one trains at once."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     run.add(file)
-    process = watch(run)
+    process = watch(run, prepare=hold(run))
     until(is_in(run, "long.jsonl"), process)
     assert kill_after(process, 0)
     assert process.pid == json.loads(run.layout.lock.with_name(".lock.holder").read_text())["pid"]
@@ -178,10 +178,11 @@ def test_an_inbox_that_goes_while_a_file_is_trained(run: Run, tmp_path: Path) ->
     """Files that lay in it are taken when it is back, and what is in hand is trained meanwhile."""
     configure(run, settle_seconds=1.0)
     run.add(rows_file(tmp_path / "long.jsonl", LONG))
-    process = watch(run)
+    process = watch(run, prepare=hold(run))
     until(is_in(run, "long.jsonl"), process)
     rows_file(run.layout.inbox / "later.jsonl", 5)
     mend = away(run.layout.inbox)
+    hold(run).let_go.touch()
     until(lambda: done(run) == ["long.jsonl"], process)
     until(lambda: "inbox" in (run.status()["problem"] or ""), process)
     mend()

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import tiny
-from daemons import LONG, done, is_in, rows_file, seconds_to_end, twin_of, until, watch
+from daemons import LONG, done, hold, is_in, rows_file, seconds_to_end, twin_of, until, watch
 from daemons import SETTINGS as DAEMON
 from faults import FULL_SIZE, KILL, SIGNALS, Fault, assert_committed, assert_complete, committed_states, copy_run
 from processes import command
 from states import assert_same_state, temporary_files
 
 from onward import Run
+from onward.service.stop import Stopped, StopRequest
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -30,6 +31,8 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
+LONG_ROWS = {**DAEMON, "max_length": 16, "batch_size": 1000}
+"""Settings under which there is much to check and little to train."""
 IN_TIME = 5.0 if FULL_SIZE else 30.0
 """Seconds in which a process ends that was asked to; the small form runs where others are at work."""
 STATUS = {"SIGTERM": (0,), "SIGINT twice": (1, 0)}
@@ -93,9 +96,10 @@ def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> 
         root, output = copy_run(journey.before, tmp_path / str(at) / "run"), tmp_path / str(at) / "output"
         fault = Fault(at, kind, tmp_path / str(at) / "record")
         status = command(output, *journey.words, "--run", root, prepare=fault)
-        took = time.time() - fault.struck.stat().st_mtime
+        struck = fault.struck.exists()  # how many changes there are differs by a few
+        took = time.time() - fault.struck.stat().st_mtime if struck else 0.0
         try:
-            assert status in STATUS[kind]
+            assert status in (STATUS[kind] if struck else (0,))
             assert IN_TIME > took
             assert "Traceback" not in output.read_text()
             assert_committed(journey.states, root)
@@ -110,6 +114,35 @@ def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> 
         shutil.rmtree(root.parent)
 
 
+def swallow() -> None:
+    """Go on after any error, as some libraries do while they are imported."""
+    with contextlib.suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def break_later() -> None:
+    """Fail because of what an interruption left half done."""
+    with contextlib.suppress(BaseException):
+        swallow()
+    raise RecursionError
+
+
+@pytest.mark.parametrize("work", [swallow, break_later])
+def test_a_stop_while_modules_are_imported(work: Callable[[], None]) -> None:
+    """Code that outlives an error, or fails in its own way later, neither holds up a stop nor changes its end."""
+    stop = StopRequest()
+
+    def load() -> None:
+        with stop.interruptible():
+            work()
+            raise AssertionError("it went on")
+
+    with stop.on_signals(), pytest.raises(Stopped):
+        load()
+    assert "SIGTERM" == stop.reason
+
+
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run for a daemon."""
@@ -120,7 +153,7 @@ def test_a_second_interrupt_while_a_file_is_trained(run: Run, model: Path, tmp_p
     """Pressed twice, Ctrl-C does not wait for anything; what was committed stays, and the next start goes on."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     shutil.copy(file, run.layout.inbox)
-    process = watch(run)
+    process = watch(run, prepare=hold(run, step=7))
     until(is_in(run, "long.jsonl", step=7), process)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGINT)
@@ -146,16 +179,19 @@ def is_open_in(pid: int | None, path: Path) -> Callable[[], bool]:
 
 def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> None:
     """Checking long rows ends in time with status 0, and the next start ends as if there had been no stop."""
-    settings = {**DAEMON, "max_length": 16, "batch_size": 1000}
-    run, twin = (Run.create(tmp_path / name, str(model), **settings) for name in ("run", "twin"))
-    rows = ({"text": f"{number} {'word ' * 5_000}"} for number in range(2_000))  # 50 MB to check, little to train
-    file = tiny.write_jsonl(tmp_path / "large.jsonl", rows)
-    shutil.copy(file, run.layout.inbox)
-    process = watch(run)
-    until(lambda: (run.status()["state"], run.status()["queue"]) == ("tokenizing", 1), process)
-    assert IN_TIME > seconds_to_end(process)
-    assert (0, 1, []) == (process.exitcode, run.status()["queue"], done(run))
+    for rows in (200, 1_000, 5_000):  # large enough for this machine: not checked before anybody can ask for a stop
+        run, file = Run.create(tmp_path / f"run-{rows}", str(model), **LONG_ROWS), tmp_path / f"{rows}.jsonl"
+        tiny.write_jsonl(file, ({"text": f"{number} {'word ' * 5_000}"} for number in range(rows)))
+        shutil.copy(file, run.layout.inbox)
+        process = watch(run)
+        until(lambda run=run: run.status()["state"] == "tokenizing" or bool(done(run)), process)
+        assert IN_TIME > seconds_to_end(process)
+        assert 0 == process.exitcode
+        if run.status()["queue"] == 1:
+            break
+    assert (1, []) == (run.status()["queue"], done(run))
     assert [] == temporary_files(run.layout.root)
+    twin = Run.create(tmp_path / "twin", str(model), **LONG_ROWS)
     for root, words in ((run.layout.root, ()), (twin.layout.root, (file,))):
         assert 0 == command(tmp_path / "output", "train", *words, "--run", root)
     assert_same_state(twin.layout.root, run.layout.root)

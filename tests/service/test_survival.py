@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import tiny
-from processes import kill_after, start, train
+from daemons import hold, until
+from processes import kill_after, start, start_command, train
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -97,9 +98,8 @@ def test_asked_to_stop(
     """SIGTERM and SIGINT finish the step, commit it and exit 0; the next process goes on from exactly there."""
     root = tmp_path / "run"
     Run.create(root, str(model), **{**SETTINGS, "save_steps": 1000})
-    process = start(root, files)
-    while process.is_alive() and Run(root).status()["global_step"] < 4:
-        process.join(0.01)
+    process = start_command(tmp_path / "output", "train", *files, "--run", root, prepare=hold(Run(root), step=4))
+    until(lambda: Run(root).status()["global_step"] >= 4, process)
     kill_after(process, 0, number)
     assert process.exitcode == 0
     stopped_at = Run(root).status()

@@ -9,13 +9,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from daemons import LONG, PATIENCE, SETTINGS, done, end, is_in, rows_file, twin_of, until, watch
+import tiny
+from daemons import LONG, PATIENCE, SETTINGS, configure, done, end, hold, is_in, rows_file, twin_of, until, watch
 from faults import FULL_SIZE
 from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.errors import RunLocked, UsageError
+from onward.service.control import AFTER_FILE
 from onward.service.daemon import SMALL_FILE
+from onward.service.lock import read_holder
 from onward.store.ledger import Ledger
 
 
@@ -41,13 +44,15 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
 
 def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
     """While one file trains, a large one that arrives is checked in another process and waits in the queue."""
+    configure(run, epochs=10_000, save_steps=10**6)  # steps, and nothing but steps, until the end of the test
     process = watch(run)
-    rows_file(run.layout.inbox / "first.jsonl", 3000)
+    rows_file(run.layout.inbox / "first.jsonl", 20)
     until(is_in(run, "first.jsonl"), process)
-    shutil.copy(rows_file(tmp_path / "large.jsonl", 9000), run.layout.inbox)
+    rows = ({"text": f"{number} {'word ' * 2_000}"} for number in range(120))
+    shutil.copy(tiny.write_jsonl(tmp_path / "large.jsonl", rows), run.layout.inbox)
     assert (tmp_path / "large.jsonl").stat().st_size > SMALL_FILE
     until(lambda: "large.jsonl" in [entry["name"] for entry in run.history() if entry["state"] == "queued"], process)
-    assert is_in(run, "first.jsonl")()
+    assert [] == done(run)
     assert 0 == end(process)
 
 
@@ -82,6 +87,7 @@ def test_killed_at_random_while_files_arrive(run: Run, model: Path, tmp_path: Pa
             end(process, signal.SIGKILL)
             process = watch(run)
     until(lambda: len(done(run)) == len(files), process)
+    until(lambda: (read_holder(run.layout.lock) or {}).get("pid") == process.pid, process)  # it listens to signals
     assert 0 == end(process)
     history = run.history()
     assert {(8, "done")} == {(entry["rows_trained"], entry["state"]) for entry in history}
@@ -96,7 +102,7 @@ def test_a_signal_is_a_stop(run: Run, model: Path, tmp_path: Path, number: signa
     """A signal in the middle of a file commits the step, exits 0, and the next start goes on as if it had not been."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     shutil.copy(file, run.layout.inbox)
-    process = watch(run)
+    process = watch(run, prepare=hold(run))
     until(is_in(run, "long.jsonl"), process)
     assert 0 == end(process, number)
     status = run.status()
@@ -122,7 +128,7 @@ def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
     """A pause commits and holds still, with and without the model in memory; a resume goes on; nothing is changed."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     shutil.copy(file, run.layout.inbox)
-    process = watch(run)
+    process = watch(run, prepare=hold(run))
     for release in (False, True):
         until(is_in(run, "long.jsonl"), process)
         answer = run.pause(release=release)
@@ -131,6 +137,7 @@ def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
         assert f"checkpoint-{status['global_step']}" == status["checkpoint"]
         assert "goes on" == run.resume()
         until(lambda step=status["global_step"]: run.status()["global_step"] > step, process)
+    hold(run).let_go.touch()
     until(lambda: done(run) == ["long.jsonl"], process)
     assert 0 == end(process)
     assert_same_state(twin_of(run, model, [file]), run.layout.root)
@@ -153,13 +160,32 @@ def test_a_pause_outlasts_the_process(run: Run, tmp_path: Path) -> None:
 
 def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
     """`stop --after-file` is acknowledged at once and ends the daemon at the boundary, with the queue as it is."""
-    rows_file(run.layout.inbox / "1.jsonl", 60)
-    rows_file(run.layout.inbox / "2.jsonl", 61)
-    process = watch(run)
+    rows_file(run.layout.inbox / "1.jsonl", 20)
+    rows_file(run.layout.inbox / "2.jsonl", 21)
+    process = watch(run, prepare=hold(run))
     until(is_in(run, "1.jsonl"), process)
     assert "stops after the file in hand" == run.stop(after_file=True)
     process.join(PATIENCE)
     assert (0, ["1.jsonl"], 1) == (process.exitcode, done(run), run.status()["queue"])
+
+
+def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
+    """A file that is skipped while the daemon is to stop after it is skipped, and then the daemon ends."""
+    rows_file(run.layout.inbox / "1.jsonl", 20)
+    rows_file(run.layout.inbox / "2.jsonl", 21)
+    process = watch(run, prepare=hold(run))
+    until(is_in(run, "1.jsonl"), process)
+    with Ledger(run.layout.ledger) as ledger:  # in one act: the daemon sees both at the same step
+        ledger.query("BEGIN IMMEDIATE")
+        number = ledger.add_request("stop", AFTER_FILE)
+        ledger.add_request("skip")
+        ledger.query("COMMIT")
+        process.join(PATIENCE)
+        answers = [
+            row["answer"] for row in ledger.query("SELECT answer FROM requests WHERE id >= ? ORDER BY id", number)
+        ]
+    assert (0, [], 1) == (process.exitcode, done(run), run.status()["queue"])
+    assert ["stopped at step 0", "skipped 1.jsonl, back at step 0"] == answers
 
 
 def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:
@@ -169,7 +195,7 @@ def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: 
         shutil.copy(file, run.layout.inbox)
         if file.name == "a.jsonl":
             run.watch(once=True)
-    process = watch(run)
+    process = watch(run, prepare=hold(run, step=7))
     until(is_in(run, "b.jsonl", step=7), process)
     answer = run.skip(reason="no use")
     assert "skipped b.jsonl, back at step 5" == answer
@@ -191,12 +217,14 @@ def test_skip_without_a_daemon(run: Run, tmp_path: Path) -> None:
     assert "skipped a.jsonl" == run.skip("a.jsonl")
     run.train()
     assert ["b.jsonl"] == done(run)
+    with pytest.raises(UsageError, match=r"'b\.jsonl' is done.*\n.*rebuild --without 1"):
+        run.skip("b.jsonl")
 
 
 def test_others_may_look_and_add_but_not_train(run: Run, tmp_path: Path) -> None:
     """Beside a daemon `status`, `history` and `add` work; a second owner is refused with pid and host."""
     rows_file(run.layout.inbox / "long.jsonl", LONG)
-    process = watch(run)
+    process = watch(run, prepare=hold(run))
     until(is_in(run, "long.jsonl"), process)
     with pytest.raises(RunLocked, match=f"pid {process.pid} on "):
         run.watch(once=True)
@@ -206,6 +234,7 @@ def test_others_may_look_and_add_but_not_train(run: Run, tmp_path: Path) -> None
     with Ledger(run.layout.ledger, read_only=True) as reader:
         reader.query("BEGIN")
         reader.query("SELECT * FROM files")  # a reader that keeps its view open holds nobody up
+        hold(run).let_go.touch()
         until(lambda: done(run) == ["long.jsonl", "next.jsonl"], process)
     assert 0 == end(process)
 

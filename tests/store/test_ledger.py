@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from onward.errors import DamagedState, OnwardError
-from onward.store.ledger import Ledger
+from onward.store.ledger import LOG_BYTES, Ledger, make_ledger, refusal
 from onward.store.metrics import Metrics, StepRecord
 from onward.store.migrations import MIGRATIONS
 
@@ -150,3 +150,37 @@ def test_a_transaction_that_the_disk_refuses_leaves_none_open(tmp_path: Path) ->
     ledger.put(small=1)
     with Ledger(ledger.path, read_only=True) as reader:
         assert (None, 1) == (reader.get("large"), reader.get("small"))
+
+
+def test_the_log_is_cut_back_after_a_long_reader(tmp_path: Path) -> None:
+    """While a reader keeps its view the log grows; once it is gone the next commits cut the log back to its bound."""
+    path = tmp_path / "ledger.sqlite3"
+    log = path.with_name("ledger.sqlite3-wal")
+    make_ledger(path)
+    with Ledger(path) as ledger:
+        with Ledger(path, read_only=True) as reader:
+            reader.query("BEGIN")
+            reader.query("SELECT * FROM files")
+            for _ in range(24):
+                ledger.add_event("info", "x" * (1 << 20))
+            assert LOG_BYTES < log.stat().st_size
+            assert [] == reader.events()
+        for _ in range(3):
+            ledger.add_event("info", "short")
+        assert LOG_BYTES >= log.stat().st_size
+        assert 27 == len(ledger.events(100))
+
+
+@pytest.mark.parametrize(
+    ("code", "is_damage"),
+    [(sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True)],
+)
+def test_a_machine_that_fails_is_no_damage(tmp_path: Path, code: int, is_damage: bool) -> None:
+    """A disk that is full or fails is said as it is; what SQLite finds wrong in the file, or no file, is damage."""
+    path = tmp_path / "ledger.sqlite3"
+    error = sqlite3.DatabaseError("what SQLite said")
+    error.sqlite_errorcode = code
+    assert isinstance(refusal(path, error), DamagedState)
+    make_ledger(path)
+    assert is_damage is isinstance(refusal(path, error), DamagedState)
+    assert is_damage is (refusal(path, error) is not error)

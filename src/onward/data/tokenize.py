@@ -14,7 +14,7 @@ from onward.data.sources import FileError, SourceRow, read_rows, row_unit
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
-CHUNK_CHARACTERS = 4 << 20  # a chunk of long rows ends earlier
+CHUNK_CHARACTERS = 1 << 20  # a chunk of long rows ends earlier: nothing ends the work within one
 PROBLEMS_SHOWN = 20
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
@@ -89,7 +89,7 @@ def tokenize_file(
         directory: where the tokens go; must not exist yet.
         sha256: the hash of `source`, kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
-        stop: called every 1,024 rows, good or bad; may raise to give up, and then nothing is left behind.
+        stop: called for every row, good or bad; may raise to give up, and then nothing is left behind.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -160,9 +160,8 @@ class _Intake:
         )
 
     def _prepared(self, rows: Iterable[SourceRow], stop: Callable[[], None]) -> Iterator[tuple[int, RowText]]:
-        for count, row in enumerate(rows):
-            if count % CHUNK_ROWS == 0:
-                stop()
+        for row in rows:
+            stop()
             try:
                 yield row.line, self._prepare(row)
             except RowError as error:

@@ -148,6 +148,8 @@ class Arrivals:
     def _read_in(self, path: Path, reserved: set[str]) -> Values:
         if path.is_symlink():
             raise FileError("is a symbolic link", "put the file itself into the inbox")
+        if not _is_text(path.name):  # the ledger could not say where it lies
+            raise FileError("its name is not UTF-8", "rename it and put it into the inbox again")
         check_readable(path)
         form, name = file_format(path), plain_name(path.name)
         digest, size = _read_whole(path, self.stop)
@@ -164,7 +166,7 @@ class Arrivals:
     def _refuse_unread(self, path: Path, error: FileError) -> None:
         refusal = Refusal.of_file(path.name, error)
         keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
-        self.ledger.add_event("warning", f"{path.name} rejected: {refusal.lines()[0]}", kind="rejected")
+        self.ledger.add_event("warning", f"{refusal.name} rejected: {refusal.lines()[0]}", kind="rejected")
 
 
 def _read_whole(path: Path, stop: Callable[[], None], writer: BinaryIO | None = None) -> tuple[str, int]:
@@ -190,6 +192,14 @@ def _read_whole(path: Path, stop: Callable[[], None], writer: BinaryIO | None = 
 def _signature(path: Path) -> tuple[int, int, int]:
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unreadable(error: Exception) -> FileError:

@@ -23,7 +23,7 @@ from onward.layout import RunLayout, step_of
 from onward.service.retention import Retention
 from onward.store.ledger import IN_STREAM, Ledger
 from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
-from onward.training.handover import measure
+from onward.training.handover import Measurement, measure
 from onward.training.state import Snapshot
 
 TO_NOTHING = -1
@@ -68,8 +68,8 @@ class Commits:
         self.layout = layout
         self.ledger = ledger
 
-    def commit(self, commit: Commit) -> Manifest:
-        """Commit a state.
+    def commit(self, commit: Commit, measured: Callable[[Measurement], None] = lambda _: None) -> Manifest:
+        """Commit a state; `measured` is told what was measured of it before anything is written.
 
         Raises:
             VerificationFailed: a step trained again after damage did not give the state that was there before.
@@ -78,6 +78,7 @@ class Commits:
         begun = time.perf_counter()
         state, config, facts = commit.state, commit.config, commit.facts
         measurement = measure(state, commit.probe_loss())
+        measured(measurement)
         basis = _basis(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
@@ -153,6 +154,7 @@ class Commits:
             begun = claimed["step"] if claimed else self._origin()
             if begun > 0 or found.damage:
                 raise self._nothing_left(begun, found.damage)
+            self._owe_again()
             return found
         if found.manifest.run != self.ledger.get("run"):
             hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
@@ -222,6 +224,14 @@ class Commits:
             where=self.layout.root,
             hint="Put the files back from a copy, then: onward verify. To start over: onward reset",
         )
+
+    def _owe_again(self) -> None:
+        """Put back what was begun before anything was committed."""
+        begun = self.ledger.files("training")
+        with self.ledger.transaction():
+            for row in begun:
+                self.ledger.move_file(row["id"], "queued")
+            self.ledger.trim(0, [row["id"] for row in begun], "lost")
 
     def _bring_up(self, manifest: Manifest) -> None:
         """Move the ledger to a checkpoint: forward after a kill between rename and ledger, back after damage."""

@@ -135,6 +135,9 @@ def find_file(ledger: Ledger, name: str, *states: str) -> Row:
     if matches:
         places = ", ".join(str(row["position"] or row["sha256"][:12]) for row in matches)
         raise UsageError(f"{name!r} names several files: {places}", where="FILE", hint="Give position or hash.")
+    for row in ledger.query("SELECT * FROM files WHERE name = ? AND state = 'done' LIMIT 1", name):
+        hint = f"onward rebuild --without {row['position']} makes the run as if it had never seen it."
+        raise UsageError(f"{name!r} is done, file {row['position']} of the stream", where="FILE", hint=hint)
     files = ", ".join(f"{row['position'] or 'queued'} {row['name']}" for row in rows[:20]) or "none"
     raise UsageError(f"{name!r} is no file of this kind here", where="FILE", hint=f"There are: {files}.")
 

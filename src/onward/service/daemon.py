@@ -165,14 +165,14 @@ class Daemon:
         if "pause" in self.control.wishes or self.control.is_paused:
             return self._pause()
         self.control.answer(self.ledger, "resume", "it was not paused")
+        if self.control.after_file and not self.ledger.files("training"):
+            return False
         self._take_in(largest=float("inf") if self._intake.outranks_queue() else SMALL_FILE)
         if self.ledger.next_owed() is not None and not (self._is_checking() and self._intake.outranks_queue()):
             self._check_beside()
             self._wait_for_room(self._next_bytes())
             self._train_file()
-            return not self.control.after_file
-        if self.control.after_file:
-            return False
+            return True
         if self._once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
             return False
         if self._inbox is None:
@@ -194,9 +194,7 @@ class Daemon:
         self._intake.check_ahead(seconds=seconds, largest=largest)
 
     def _scan(self, inbox: Inbox) -> None:
-        now = time.monotonic()
-        soon = 5 * TICK if self._waiting_in_inbox or self._wake.is_set() else POLL_SECONDS
-        if now - self._scanned < soon:
+        if not self._scan_is_due():
             return
         self._wake.clear()
         try:
@@ -219,6 +217,10 @@ class Daemon:
             self._warn_of_strange(scan.strange)
         self._scanned = time.monotonic()
 
+    def _scan_is_due(self) -> bool:
+        soon = 5 * TICK if self._waiting_in_inbox or self._wake.is_set() else POLL_SECONDS
+        return time.monotonic() - self._scanned >= soon
+
     def _report_inbox(self, problem: str | None) -> None:
         if problem == self._inbox_problem:
             return
@@ -237,12 +239,13 @@ class Daemon:
     # files trained
 
     def _train_file(self) -> None:
-        """Train the file that is owed, to its boundary or until something is asked for."""
+        """Train the file that is owed, and those that follow at once, until something is asked for."""
         try:
             if self._worker is None:
                 self._set_state("loading")
                 with self.control.interruptible():
-                    self._worker = Worker(self._open_session(self._was_dropped), self.control, self._settled)
+                    session = self._open_session(self._was_dropped)
+                    self._worker = Worker(session, self.control, self._settled, goes_on=self._goes_on)
             for event in self._worker.train_next():
                 self._see(event)
         except Stopped:
@@ -254,6 +257,12 @@ class Daemon:
             self._handle_failed_file(error)
         finally:
             self._state = ""  # the worker moved it
+
+    def _goes_on(self) -> bool:
+        """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
+        if self.control.after_file or self.ledger.next_arriving() is not None:
+            return False
+        return self._inbox is None or not (self._wake.is_set() or self._scan_is_due())
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""

@@ -14,6 +14,10 @@ class Stopped(Exception):
     """Work ended early because a stop was asked for; what was done is committed."""
 
 
+class _Interrupted(BaseException):
+    """Raised by a signal wherever the main thread is; libraries that outlive any `Exception` let it through."""
+
+
 class Interruption(Protocol):
     """What a worker polls: true once the file in hand is to be left."""
 
@@ -57,13 +61,19 @@ class StopRequest:
         Raises:
             Stopped: a stop was asked for, before or inside.
         """
-        self._interruptible = True
         try:
-            self.check()
-            yield
-            self.check()
-        finally:
-            self._interruptible = False
+            try:
+                self._interruptible = True
+                self.check()
+                yield
+                self.check()
+            finally:
+                self._interruptible = False
+        except _Interrupted:
+            raise Stopped(self.reason) from None
+        except Exception:
+            self.check()  # an import that was cut short and carried on fails later, and anyhow: that is the stop
+            raise
 
     @contextlib.contextmanager
     def on_signals(self) -> Generator[None]:
@@ -75,7 +85,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.ask(signal.Signals(number).name)
             if self._interruptible:
-                raise Stopped(self.reason)
+                self._interruptible = False
+                raise _Interrupted
 
         for number in before:
             signal.signal(number, handle)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,9 +88,17 @@ class Worker:
         session: the run, opened by the one process that owns it.
         stop: polled after every step; once it is true the state is committed and the file is left.
         settled: the state to go on from, where it was found already and nothing moved since.
+        goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
     """
 
-    def __init__(self, session: Session, stop: Interruption, settled: Settled | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        stop: Interruption,
+        settled: Settled | None = None,
+        *,
+        goes_on: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.session = session
         self.ledger = session.ledger
         self.stop = stop
@@ -100,6 +108,8 @@ class Worker:
         self._probed: Probe | None = None
         self.config = session.config
         self._settled = settled
+        self._goes_on = goes_on
+        self._finished: FileDone | None = None
         self._is_open = False
         self._facts: Facts | None = None
         self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
@@ -113,7 +123,8 @@ class Worker:
     def train_next(self) -> Iterator[Event]:
         """Take the file that the stream owes now to its boundary, or as far as `stop` lets it come.
 
-        A worker that was left at a step goes on from there when it is called again.
+        Files that may begin at once follow, each while the boundary before it is committed. A worker that was left at
+        a step goes on from there when it is called again; nothing is being written then.
 
         Raises:
             OnwardError: the state, the file or the machine does not allow to go on; what was committed stays, and this
@@ -128,15 +139,15 @@ class Worker:
             yield from self._begin_run()
             self._is_open = True
         row = self.ledger.next_owed()
-        if row is None:
-            return
         metrics = Metrics(self.session.layout.ledger)
         try:
-            yield from self._journey(row, metrics)
-        except KeyboardInterrupt:
+            while row is not None:
+                row = yield from self._journey(row, metrics)
+        except Exception:
+            yield from self._collect(wait=True)  # whoever goes back must not meet a commit that still goes on
             raise
-        except BaseException:
-            self._writer.join()  # whoever goes back must not meet a commit that still goes on
+        except GeneratorExit:
+            self._writer.join()
             raise
         finally:
             metrics.close()
@@ -161,30 +172,34 @@ class Worker:
         if settled is None or settled.folder is None or settled.manifest is None:
             model = build_model(self.config, session.base, session.device, session.dtype)
             self.state = TrainState(model, build_optimizer(model, self.config))
+            self._in_force = self.config
             return
         self._newest = settled.manifest
+        self._in_force = Config.model_validate(self.manifest.config)
         if not self.manifest.cursor.at_boundary:
-            self.config = Config.model_validate(self.manifest.config)
+            self.config = self._in_force
         self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
         self._log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
 
     def _begin_run(self) -> Iterator[Event]:
-        """Commit the state of step 0, or measure the handover of a resume."""
+        """Begin to commit the state of step 0, or measure the handover of a resume."""
         settled = self._settled
         if settled is None or settled.manifest is None:
-            yield from self._commit()
+            yield from self._begin_commit(None)
             return
         if settled.damage:
             yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
         if not self.manifest.cursor.at_boundary:
             self._hand_over("resume", self.ledger.at_position(self.manifest.cursor.position))
 
-    def _journey(self, row: Row, metrics: Metrics) -> Iterator[Event]:
-        """Take one file from where it stands to its boundary."""
+    def _journey(self, row: Row, metrics: Metrics) -> Generator[Event, None, Row | None]:
+        """Take one file from where it stands to its boundary; returns the file that follows at once."""
         resumed = row["state"] == "training" and self.state.cursor.position == row["position"]
-        self.ledger.put(state="tokenizing")
         if not resumed:
             self.config = self._config_in_force(row)
+            if self.config != self._in_force:  # what is being written must not meet another config
+                yield from self._collect(wait=True)
+        self.ledger.put(state="tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
         plan = make_plan(row["sha256"], tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
@@ -200,8 +215,7 @@ class Worker:
         )
         self.ledger.put(state="training")
         yield from self._train(row["id"], tokens, plan, metrics)
-        if self.state.cursor.at_boundary:
-            yield from self._finish(row, plan)
+        return (yield from self._finish(row, plan)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: Row) -> Config:
         """Read the config as it is now: it changes at boundaries only, and never its identity.
@@ -220,8 +234,7 @@ class Worker:
 
     def _begin(self, row: Row, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
-        state, config = self.state, self.config
-        old = Config.model_validate(self.manifest.config)
+        state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
             require_unstretched(old, config)
         require_horizon(config, state.step + plan.steps)
@@ -238,6 +251,7 @@ class Worker:
                 planned_steps=plan.steps, rows=plan.rows,
             )  # fmt: skip
         cross_boundary(state, config, plan, position)
+        self._in_force = config
         return handover
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
@@ -256,20 +270,22 @@ class Worker:
             if result.step % self.config.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: Row, plan: FilePlan) -> Iterator[Event]:
-        """Hold the file against its postconditions and commit its boundary."""
+    def _finish(self, row: Row, plan: FilePlan) -> Generator[Event, None, Row | None]:
+        """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
         self._require_done(row["id"], plan)
-        weights, step = self.manifest.measurement["weights"], self.state.step
+        step = self.state.step
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row["id"], "done", finished=ledger.clock())
             ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", step, kind="done")
 
-        yield from self._commit(row["id"], done)
-        if self.manifest.measurement["weights"] == weights:
-            yield Note(f"{row['name']} changed no weight: is the learning rate too small?")
-        forget_tokens(self.session)
-        yield FileDone(row["name"], self.state.cursor.position, step - plan.steps + 1, step)
+        yield from self._begin_commit(row["id"], done)
+        self._finished = FileDone(row["name"], self.state.cursor.position, step - plan.steps + 1, step)
+        following = None if self.stop or not self._goes_on() else self.ledger.next_queued()
+        if following is None:
+            self.ledger.put(state="saving")
+            yield from self._collect(wait=True)
+        return following
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
         counted = self.ledger.one(
@@ -284,13 +300,15 @@ class Worker:
             raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
 
     def _hand_over(self, kind: str, row: Row | None) -> str:
-        """Measure the state and hold it against what was measured before the last commit."""
+        """Measure the state and hold it against what was measured before the last commit, written or not."""
         after = measure(self.state.view(), self._probe().of_model())
-        before = self.manifest
-        name, difference = compare(before.measurement, after, before.environment, self.session.environment)
+        measured = self._writer.measured()
+        before = self.manifest.measurement if measured is None else measured.to_dict()
+        environment = self.manifest.environment if measured is None else self.session.environment
+        name, difference = compare(before, after, environment, self.session.environment)
         self.ledger.add_handover(
             kind=kind, step=self.state.step, file_id=row["id"] if row else None, difference=difference,
-            before=json.dumps(before.measurement), after=json.dumps(after.to_dict()), **{"class": name},
+            before=json.dumps(before), after=json.dumps(after.to_dict()), **{"class": name},
         )  # fmt: skip
         return name
 
@@ -321,9 +339,16 @@ class Worker:
     def _collect(self, *, wait: bool) -> Iterator[Event]:
         """Take note of a commit that is finished; what made it fail is raised here."""
         manifest = self._writer.collect(wait=wait)
-        if manifest is not None:
-            self._newest = manifest
-            yield Committed(manifest.step)
+        if manifest is None:
+            return
+        before, self._newest = self._newest, manifest
+        finished, self._finished = self._finished, None
+        yield Committed(manifest.step)
+        if finished is not None:
+            if before is not None and manifest.measurement["weights"] == before.measurement["weights"]:
+                yield Note(f"{finished.name} changed no weight: is the learning rate too small?")
+            forget_tokens(self.session)
+            yield finished
 
     def _remember(self, result: StepResult) -> None:
         if result.step % self.config.log_steps == 0 or self.state.cursor.at_boundary:

@@ -6,11 +6,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from onward.layout import RunLayout
 from onward.service.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import Manifest
+from onward.training.handover import Measurement
 
 NICENESS = 19
 
@@ -27,10 +29,12 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._manifest: Manifest | None = None
         self._error: BaseException | None = None
+        self._measured: Future[Measurement] = Future()
 
     def submit(self, commit: Commit) -> None:
         """Begin a commit; the one before must have been collected."""
         assert self._thread is None
+        self._measured = Future()
         self._thread = threading.Thread(target=self._run, args=(commit,), name="onward-writer", daemon=True)
         self._thread.start()
 
@@ -50,6 +54,14 @@ class Writer:
             raise error
         return manifest
 
+    def measured(self) -> Measurement | None:
+        """Return what was measured of the state that is being committed, as soon as it is; None where none is.
+
+        Raises:
+            OnwardError, OSError: what made the commit fail.
+        """
+        return None if self._thread is None else self._measured.result()
+
     def join(self) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
@@ -59,9 +71,11 @@ class Writer:
         _give_way()
         try:
             with Ledger(self._layout.ledger, clock=self._clock) as ledger:
-                self._manifest = Commits(self._layout, ledger).commit(commit)
+                self._manifest = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
         except BaseException as error:  # raised where the commit is collected
             self._error = error
+            if not self._measured.done():
+                self._measured.set_exception(error)
 
 
 def _give_way() -> None:

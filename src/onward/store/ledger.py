@@ -29,6 +29,15 @@ HELD = ("queued", "training", "done")
 IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
 """What holds for the files that have a place in the stream; worded as the index `files_position` is."""
 
+PASSING = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+}  # fmt: skip
+"""Errors of SQLite that say nothing of the ledger's content: the disk is full or fails, or others are at work."""
+
+LOG_BYTES = 16 << 20
+"""Bytes that SQLite's log is cut back to, after a reader that kept its view for long let it grow."""
+
 Row = dict[str, Any]
 
 
@@ -45,10 +54,19 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sql
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
     except sqlite3.DatabaseError as error:
-        raise damaged(path, error) from None
+        raise refusal(path, error) from None
     return connection
+
+
+def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
+    """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
+    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
+    if code & 0xFF in PASSING and path.exists():
+        return error
+    return damaged(path, error)
 
 
 def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
@@ -85,7 +103,7 @@ class Ledger:
                 migrate(self._connection)
             except (sqlite3.DatabaseError, OnwardError) as error:
                 self._connection.close()
-                raise damaged(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
+                raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
             self._connection.row_factory = factory
 
     def close(self) -> None:
@@ -118,7 +136,7 @@ class Ledger:
         try:
             return self._connection.execute(sql, values).fetchall()
         except sqlite3.DatabaseError as error:
-            raise damaged(self.path, error) from None
+            raise refusal(self.path, error) from None
 
     def one(self, sql: str, *values: Any) -> Row | None:
         """Return the first row of a query, or None."""
@@ -184,15 +202,15 @@ class Ledger:
 
     def next_owed(self) -> Row | None:
         """The file to train now: the one begun, else the head of the queue."""
-        for where in (
-            "state = 'training' ORDER BY position",
-            "state = 'queued' AND position IS NOT NULL ORDER BY position",
-            "state = 'queued' ORDER BY priority DESC, id",
-        ):
-            row = self.one(f"SELECT * FROM files WHERE {where} LIMIT 1")
-            if row is not None:
-                return row
-        return None
+        begun = self.one("SELECT * FROM files WHERE state = 'training' ORDER BY position LIMIT 1")
+        return begun or self.next_queued()
+
+    def next_queued(self) -> Row | None:
+        """The head of the queue: what has a position already, else by priority."""
+        placed = self.one(
+            "SELECT * FROM files WHERE state = 'queued' AND position IS NOT NULL ORDER BY position LIMIT 1"
+        )
+        return placed or self.one("SELECT * FROM files WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1")
 
     def next_arriving(self) -> Row | None:
         """The file that is to be checked next: the order of the queue that it wants to enter."""
@@ -278,7 +296,7 @@ class Ledger:
         """Record what an operator should be able to read later; `kind` is what `notify.events` chooses by."""
         self.write(
             "INSERT INTO events (level, message, step, created, kind) VALUES (?, ?, ?, ?, ?)",
-            level, message, step, self.clock(), kind,
+            level, message.encode(errors="backslashreplace").decode(), step, self.clock(), kind,
         )  # fmt: skip
 
     def events(self, limit: int = 20) -> list[Row]:
