@@ -1,7 +1,7 @@
 """Intake: rows checked, hashed and tokenized a second, beside what the `tokenizers` library alone reaches.
 
-`python bench/intake.py [ROWS] [ROUNDS]`. Both sides tokenize the same texts on the same cores in chunks of 512 rows.
-The peer has them rendered and in memory, and writes nothing.
+`python bench/intake.py [ROWS] [ROUNDS]`. Both sides tokenize the same texts on the same cores, in chunks of as many
+rows. The peer has them rendered and in memory, and writes nothing.
 """
 
 from __future__ import annotations

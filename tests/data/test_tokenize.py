@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, chat_rows, write_jsonl
-from tokenizers import pre_tokenizers, processors
+from tokenizers import models, pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.data.records import Chat, Completion, RowError, Text, parse_row
-from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key, tokenizer_fingerprint
+from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
 from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row, unpack
 from onward.errors import DamagedState, ModelError
@@ -115,6 +115,32 @@ def test_targets_of_random_chats_decode_to_the_answers(chats: list[list[str]]) -
         answers = [message["content"] for message in row.messages if message["role"] == "assistant"]
         expected = "".join(answer + "<|im_end|>" for answer in answers)
         assert expected == decoded(TOKENIZER, encoded, only_targets=True)
+
+
+LETTERS = st.lists(st.sampled_from(["a", "b", " ", "\n", "7", "\u00e9", SMILE, "<|im_end|>"]), max_size=8).map("".join)
+
+
+@given(LETTERS, LETTERS, LETTERS, st.booleans(), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_targets_from_span_ends_equal_those_from_all_offsets(
+    before: str, answer: str, after: str, closed: bool, gap: bool
+) -> None:
+    """Where tokens tile the text, looking up the ends of the spans gives what the range of every token gives."""
+    tokenizer = byte_tokenizer()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [("a", "b"), ("\u00c3", "\u00a9"), ("a", "\u00c3"), ("\u0120", "a"), ("ab", "\u00f0"), ("\u00f0", "\u0141")]
+    if gap:
+        alphabet.remove("7")
+    vocabulary = [*alphabet, *map("".join, pairs)]
+    tokenizer.backend_tokenizer.model = models.BPE({token: place for place, token in enumerate(vocabulary)}, pairs)
+    text = before + answer + after
+    end = len(before + answer) if closed else len(text) + 1
+    row = RowText(text, [(len(before), end)] if end > len(before) else [], closed)
+    by_ends, by_offsets = (RowTokenizer(tokenizer, 1000) for _ in range(2))
+    assert by_ends._tiles
+    by_offsets._tiles = False
+    (expected,), (actual,) = by_offsets.encode([row]), by_ends.encode([row])
+    assert expected.tolist() == actual.tolist()
 
 
 def test_batches_equal_single_calls() -> None:
@@ -323,7 +349,7 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Tokenizing ten times the rows takes no more memory."""
     peaks: list[int] = []
-    for count in (1_500, 15_000):
+    for count in (6_000, 60_000):
         path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": f"row {place}"} for place in range(count)])
         row_tokenizer = RowTokenizer(TOKENIZER, 200)
         tracemalloc.start()

@@ -16,6 +16,7 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from onward.data.records import Message, RowError
@@ -23,6 +24,7 @@ from onward.errors import ModelError
 
 TODAY = datetime(2024, 7, 26)  # the day that Llama 3.2's own template falls back to
 GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: in no honest text
+LOOP_ATTRIBUTES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
 TEMPLATE_FAILURES = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -86,10 +88,17 @@ class _Generation(jinja2.ext.Extension):
         return f"{GENERATION_START}{caller()}{GENERATION_END}"
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with a short way to the public attributes of `loop`: templates ask for them in every message."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is LoopContext and attribute in LOOP_ATTRIBUTES:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
 def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     names = cast(dict[str, Any], environment.globals)  # declared by jinja2 as holding its defaults only
     names["raise_exception"] = _raise_exception

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from onward.data.records import Chat, Completion, Record, RowError
 from onward.data.template import ChatTemplate, Span
+from onward.data.tiling import pack_tiled, tiles_text
 from onward.data.tokenized import FORMAT, PackedRow, pack
 from onward.digest import sha256_json
 from onward.errors import ModelError
@@ -64,6 +65,7 @@ class RowTokenizer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
         self._end_id: int = tokenizer.eos_token_id
+        self._tiles = tiles_text(self._backend)
         self._template = ChatTemplate(tokenizer)
         self.max_length = max_length
         self.over_length: OverLength = over_length
@@ -105,6 +107,19 @@ class RowTokenizer:
 
     def pack(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
         """Return the packed tokens of each row from its encoding."""
+        packed = [self._pack_tiled(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
+        rest = [place for place, row in enumerate(packed) if row is None]
+        others = self._pack_by_offsets([rows[place] for place in rest], [encodings[place] for place in rest])
+        for place, row in zip(rest, others, strict=True):
+            packed[place] = row
+        return [row for row in packed if row is not None]
+
+    def _pack_tiled(self, row: RowText, encoding: Any) -> PackedRow | None:
+        if not self._tiles:
+            return None
+        return pack_tiled(encoding, len(row.text), row.spans, None if row.closed else self._end_id)
+
+    def _pack_by_offsets(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
         if not rows:
             return []
         tokens = [self._tokens(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]

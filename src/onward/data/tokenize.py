@@ -13,7 +13,7 @@ from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_k
 from onward.data.sources import FileError, SourceRow, read_rows, row_unit
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 20  # a chunk of long rows ends earlier: nothing ends the work within one
 PROBLEMS_SHOWN = 20
 
@@ -129,8 +129,8 @@ class _Intake:
 
     def read(self, source: Path, stop: Callable[[], None]) -> None:
         """Read the file in chunks; one is tokenized in another thread while the next is read and the last written."""
+        ahead: tuple[_Chunk, Future[list[Any]]] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
-            ahead: tuple[_Chunk, Future[list[Any]]] | None = None
             try:
                 for chunk in _chunks(self._prepared(read_rows(source), stop)):
                     encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
