@@ -313,8 +313,11 @@ class Run:
 
     @contextlib.contextmanager
     def _owned(self) -> Generator[Ledger]:
-        with RunLock(self.layout.lock), self._ledger() as ledger:
-            yield ledger
+        with self._ledger() as ledger:
+            asked = ledger.last_request()  # what is asked from here on is asked of this process
+            with RunLock(self.layout.lock):
+                expire_requests(ledger, asked)
+                yield ledger
 
     def _ledger(self) -> Ledger:
         ledger = Ledger(self.layout.ledger)
@@ -372,7 +375,6 @@ class _Opened:
     def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
         """Make the daemon with all that goes on beside it: requests, heartbeat, log and notifications."""
         config = read_config(self.layout.config)
-        expire_requests(self.ledger)
         control, heartbeat = Control(self.layout, stop), Heartbeat(self.layout.ledger)
         reporter = Reporter(self.layout, config.notify)
         vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]

@@ -79,9 +79,11 @@ class Control:
             self._ledger = None
 
 
-def expire_requests(ledger: Ledger) -> None:
-    """Close what was asked of a process that is gone."""
+def expire_requests(ledger: Ledger, last: int) -> None:
+    """Close what was asked of a process that is gone: requests up to the one with the id `last`."""
     for request in ledger.open_requests():
+        if request["id"] > last:
+            return
         ledger.acknowledge(request["id"], "the process it was meant for had ended")
 
 

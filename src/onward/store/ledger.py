@@ -346,6 +346,11 @@ class Ledger:
         """Return the requests that nobody acknowledged yet, oldest first."""
         return self.query("SELECT * FROM requests WHERE acknowledged IS NULL ORDER BY id")
 
+    def last_request(self) -> int:
+        """The id of the newest request, 0 where none was made."""
+        row = self.one("SELECT coalesce(max(id), 0) AS id FROM requests")
+        return int(row["id"]) if row else 0
+
     def acknowledge(self, request_id: int, answer: str) -> None:
         """Answer a request."""
         self.write("UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ?", self.clock(), answer, request_id)
