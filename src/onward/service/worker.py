@@ -265,7 +265,8 @@ class Worker:
             if state.cursor.at_boundary:
                 return
             if self.stop:
-                yield from self._commit(file_id)
+                yield from self._begin_commit(file_id)
+                yield from self._wait_for_commit()
                 return
             if result.step % self.config.save_steps == 0:
                 yield from self._begin_commit(file_id)
@@ -283,8 +284,7 @@ class Worker:
         self._finished = FileDone(row["name"], self.state.cursor.position, step - plan.steps + 1, step)
         following = None if self.stop or not self._goes_on() else self.ledger.next_queued()
         if following is None:
-            self.ledger.put(state="saving")
-            yield from self._collect(wait=True)
+            yield from self._wait_for_commit()
         return following
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
@@ -318,9 +318,8 @@ class Worker:
             self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype)
         return self._probed
 
-    def _commit(self, file_id: int | None = None, with_ledger: LedgerMoves = lambda _: None) -> Iterator[Event]:
-        """Commit the state and wait for it."""
-        yield from self._begin_commit(file_id, with_ledger)
+    def _wait_for_commit(self) -> Iterator[Event]:
+        """Wait until what was begun is committed."""
         self.ledger.put(state="saving")
         yield from self._collect(wait=True)
 
