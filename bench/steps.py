@@ -21,7 +21,7 @@ from onward.config import Config
 from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.digest import sha256_file
-from onward.training.environment import keep_freed_memory, pick_dtype
+from onward.training.environment import pick_dtype, tune_memory
 from onward.training.model import build_model, load_tokenizer
 from onward.training.trainer import StepResult
 
@@ -165,7 +165,7 @@ def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
     Per linear layer: forward and gradient of the input, and those of its two adapter matrices with their gradients;
     the head for target tokens. For a full model the gradient of the weight too.
     """
-    keep_freed_memory()  # the limit is not that of the allocator
+    tune_memory()  # the limit is not that of the allocator
     model = build_model(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
     device = torch.device("cuda" if ON_GPU else "cpu")
     dtype = pick_dtype("auto", device)

@@ -158,11 +158,42 @@ def test_template_that_renders_prefixes_differently() -> None:
     assert ["Hi<|im_end|>", "#2<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("a", "Hi", "#", "#2"))
 
 
+NAMED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+
+
 def test_template_whose_answers_cannot_be_located_is_refused() -> None:
     """Where neither prefixes nor replaced answers agree with the whole, the row is refused."""
-    source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
+    source = "{{ '#' + (messages | tojson | length) | string }}" + NAMED
     with pytest.raises(RowError, match="does not render the beginning of a chat the same as the whole"):
         ChatTemplate(byte_tokenizer(source)).render(chat("a", "Hi"))
+
+
+def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
+    """Where only the template can have written what stands around an answer, nothing else has to agree."""
+    source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
+    assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("a", "Hi", "a", "a"))
+
+
+def test_a_message_that_holds_the_generation_prompt() -> None:
+    """A generation prompt that a message quotes, with the answer after it, is not taken for the template's."""
+    for quoted in ("<|im_start|>assistant\nHi", "a<|im_start|>assistant\n"):
+        assert ["Hi<|im_end|>"] == pieces(template("smollm2"), chat(quoted, "Hi"))
+        assert ["Hi<|im_end|>", f"{quoted}<|im_end|>"] == pieces(template("smollm2"), chat("a", "Hi", "b", quoted))
+
+
+@pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"mistral"}))
+def test_both_proofs_agree(name: str) -> None:
+    """What the generation prompt and the end token prove is what the beginnings of the chat prove."""
+    proven, slow = template(name), template(name)
+    slow._prompt = ""  # pyright: ignore[reportPrivateUsage]
+    rows = [
+        chat("Hi", "Hello"), chat("Hi", "Hello", "So", "Bye\n", system="Be brief."), chat("", "a", "b", f"{THINK}c"),
+        chat("assistant", "assistant", "assistant\n", " assistant "), Chat(chat("Hi", "Hello", "So").messages),
+    ]  # fmt: skip
+    for row in rows[1:] if name == "gemma" else rows:
+        if name == "gemma" and row.messages[0]["role"] == "system":
+            continue
+        assert proven.render(row) == slow.render(row)
 
 
 def test_template_that_changes_answers_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from onward.training.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.fused_lora import FusedLoraLinear, fuse_lora
 from onward.training.loss import TargetLoss
+from onward.training.matmul import LARGE, times
 
 CPU = torch.device("cpu")
 VOCABULARY = 60
@@ -84,7 +86,7 @@ def test_a_row_does_not_see_the_others(model_type: str) -> None:
 
 
 def test_chunks_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chunked loss and its gradients are those of the whole logits, however many chunks there are."""
+    """The loss of a trained head and its gradients are those of the whole logits, however many chunks there are."""
     torch.manual_seed(0)
     hidden, weight, labels = torch.randn(13, 8), torch.randn(VOCABULARY, 8), torch.randint(0, VOCABULARY, (13,))
     outcomes: list[tuple[torch.Tensor, ...]] = []
@@ -102,6 +104,73 @@ def test_chunks_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     for outcome in outcomes[:-1]:
         for value, expected in zip(outcome, outcomes[-1], strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [5, 17, VOCABULARY])
+def test_a_frozen_head_by_parts_of_its_vocabulary(monkeypatch: pytest.MonkeyPatch, words: int) -> None:
+    """The loss of a frozen head and its gradient are those of the whole logits, also where these are far apart."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cross_entropy, "WORDS", words)
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", {"cpu": 0})
+    weight, labels = torch.randn(VOCABULARY, 8), torch.randint(0, VOCABULARY, (13,))
+    hidden = (torch.randn(13, 8) * torch.logspace(-2, 2, 13)[:, None]).requires_grad_()
+    expected = functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected / 3, hidden)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    (loss / 3).backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, labels) == loss
+
+
+def test_a_product_has_the_same_bits_wherever_it_lies() -> None:
+    """A large product is that of PyTorch but for rounding; no bit of it depends on where in memory its factors lie."""
+    rows, into, out = 300, 512, 1024
+    assert rows * into * out >= LARGE
+    x, weight = torch.randn(rows, into), torch.randn(out, into)
+    product = times(x, weight)
+    torch.testing.assert_close(product, x @ weight.T, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(times(x, weight.T.contiguous().T), x @ weight.T, rtol=1e-4, atol=1e-3)
+    for shift in (1, 4, 9, 16):
+        moved = torch.zeros(x.numel() + shift)[shift:].view_as(x).copy_(x)
+        other = torch.zeros(weight.numel() + 3 * shift)[3 * shift :].view_as(weight).copy_(weight)
+        assert torch.equal(times(moved, other), product)
+
+
+class Attention(nn.Module):
+    """Three layers with one input, called in the order of a decoder, then one of them on another input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(6, 5), nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return all outputs side by side."""
+        first = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+        return torch.cat([first, self.k_proj(first[..., :6]), self.q_proj(x)], -1)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_layers_with_one_input_compute_what_peft_computes(dropout: float, targets: list[str]) -> None:
+    """Layers that share a node give PEFT's outputs and gradients, whichever of them have adapters."""
+    outcomes: list[list[torch.Tensor]] = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        adapter = LoraConfig(r=3, lora_dropout=dropout, target_modules=targets, init_lora_weights=False)
+        model = get_peft_model(Attention(), adapter).train()  # type: ignore[arg-type]
+        if fused:
+            fuse_lora(model)
+            model = copy.deepcopy(model)
+        x = torch.randn(2, 7, 6, requires_grad=True)
+        torch.manual_seed(1)
+        out = model(x)
+        out.square().sum().backward()
+        outcomes.append([out.detach(), *(t.grad for t in (x, *model.parameters()) if t.grad is not None)])
+    assert len(outcomes[0]) == len(outcomes[1]) == 2 + 2 * len(targets)
+    for plain, fused in zip(*outcomes, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])

@@ -1,7 +1,8 @@
 """Which characters of a rendered chat the model has to produce: every assistant turn with its end token, proven.
 
-Templates with `{% generation %}` markers say it themselves. For the others the start of a turn is where the rendered
-beginning of the chat plus the generation prompt ends (prefix differences). Where that does not hold, the contents are
+Templates with `{% generation %}` markers say it themselves. For the others a turn is what stands between the generation
+prompt and the end token, where the template writes just that; else its start is where the rendered beginning of the
+chat plus the generation prompt ends (prefix differences). Where that does not hold, the contents are
 replaced by unique words to see where the template puts them. What cannot be proven is refused: transformers only
 warns and trains on an empty mask.
 """
@@ -54,8 +55,9 @@ class ChatTemplate:
         self._marked = bool(GENERATION_BLOCK.search(source))
         if self._renderer is None:
             return
-        self._end = _end_tokens(self._renderer, _special_tokens(tokenizer))
-        self._has_prompt = _has_generation_prompt(self._renderer)
+        special_tokens = _special_tokens(tokenizer)
+        self._end = _end_tokens(self._renderer, special_tokens)
+        self._has_prompt, self._prompt = _generation_prompt(self._renderer, special_tokens)
         endings = (self._end.inner, self._end.last, GENERATION_START, GENERATION_END)
         self._control = tuple(dict.fromkeys(ending for ending in endings if ending))
 
@@ -77,7 +79,8 @@ class ChatTemplate:
             spans = [self._with_end_token(text, span) for span in spans]
             _prove_marked(chat, text, spans)
             return text, spans
-        return text, list(self._turns(self._renderer, chat, text))
+        turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        return text, self._plain_turns(chat, turns, text) or list(self._turns(self._renderer, chat, turns, text))
 
     def _refuse_control_tokens(self, value: Any) -> None:
         if isinstance(value, str):
@@ -100,8 +103,26 @@ class ChatTemplate:
             return start, start + len(text[start:end].rstrip())
         return (start, end + len(token)) if text.startswith(token, end) else span
 
-    def _turns(self, renderer: Renderer, chat: Chat, text: str) -> Iterator[Span]:
-        turns = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    def _plain_turns(self, chat: Chat, turns: list[int], text: str) -> list[Span] | None:
+        """Return the turns of a chat in which the template writes the generation prompt, an answer and the end token.
+
+        No other rendering is needed: the prompt stands in no message, so that the template wrote it; nor does the end
+        token. None where it is otherwise.
+        """
+        prompt, last = self._prompt, len(chat.messages) - 1
+        if not prompt or text.count(prompt) != len(turns) or any(prompt in m["content"] for m in chat.messages):
+            return None
+        spans: list[Span] = []
+        at = 0
+        for turn in turns:
+            content, token = chat.messages[turn]["content"], self._end.last if turn == last else self._end.inner
+            at = text.find(prompt, at) + len(prompt)
+            if not content or not token or not text.startswith(content + token, at):
+                return None
+            spans.append((at, at + len(content) + len(token)))
+        return spans
+
+    def _turns(self, renderer: Renderer, chat: Chat, turns: list[int], text: str) -> Iterator[Span]:
         prompt_ends = [self._prompt_end(renderer, chat, turn, text) for turn in turns]
         located = None if self._end.inner and None not in prompt_ends else _locate(renderer, chat, turns, text)
         starts = [
@@ -273,9 +294,15 @@ def _tokens_after(text: str, word: str, special_tokens: list[str]) -> list[str]:
     return tokens
 
 
-def _has_generation_prompt(renderer: Renderer) -> bool:
+def _generation_prompt(renderer: Renderer, special_tokens: list[str]) -> tuple[bool, str]:
+    """Say whether the template asks for an answer, and with what: "" where that is not a text of its own.
+
+    A text with a special token in it is the template's own.
+    """
     question: list[Message] = [{"role": "user", "content": "Question"}]
     try:
-        return renderer.render(question) != renderer.render(question, prompt=True)
+        without, asking = renderer.render(question), renderer.render(question, prompt=True)
     except RowError:
-        return False
+        return False, ""
+    prompt = asking.removeprefix(without) if asking.startswith(without) else ""
+    return asking != without, prompt if any(token in prompt for token in special_tokens) else ""

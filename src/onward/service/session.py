@@ -20,10 +20,10 @@ from onward.training.base import digest_base, resolve_base
 from onward.training.checkpoint import Facts
 from onward.training.environment import (
     describe_environment,
-    keep_freed_memory,
     make_deterministic,
     pick_device,
     pick_dtype,
+    tune_memory,
 )
 from onward.training.model import load_tokenizer
 
@@ -79,7 +79,7 @@ def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: C
     check_identity(ledger, config, base_digest, tokenizer_digest)
     device = pick_device()
     make_deterministic(device)
-    keep_freed_memory()
+    tune_memory()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)

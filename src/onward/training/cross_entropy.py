@@ -1,7 +1,10 @@
-"""Cross-entropy of a linear head without the logits: chunk by chunk, its gradient made in the forward pass.
+"""Cross-entropy of a linear head that never holds all logits.
 
-The idea is that of the fused linear cross-entropy of Liger Kernel (Hsu et al., 2024) and of Apple's Cut Cross-Entropy
-(Wijmans et al., 2024); here it is plain PyTorch.
+The gradient is made in the forward pass, as in the fused linear cross-entropy of Liger Kernel (Hsu et al., 2024) and
+Apple's Cut Cross-Entropy (Wijmans et al., 2024); here it is plain PyTorch, in one of two orders. A frozen head is
+attention: tokens are queries, the vocabulary is both keys and values. So its logits are made for a part of the
+vocabulary at a time, with a running log-sum-exp (FlashAttention, Dao et al., 2022), and never leave the processor's
+cache. The gradient of a trained head wants whole rows of logits: they are made for some tokens at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +14,14 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
+from onward.training.matmul import times
+
 LOGITS_BYTES = 128 << 20
-"""Memory for the logits of one chunk. Larger chunks read the head's weights less often."""
+"""Memory for the logits of some tokens. More of them read the head's weights less often."""
+TILE_BYTES = {"cpu": 12 << 20}
+"""Memory for the logits of a part of the vocabulary, by device: what a processor's cache holds; else `LOGITS_BYTES`."""
+WORDS = 512
+"""Such a part is a multiple of these: kernels like round shapes."""
 
 
 def linear_cross_entropy(
@@ -27,41 +36,81 @@ def linear_cross_entropy(
         dtype: type of the matrix multiplications; exponents and sums are float32.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return cast(Any, _LinearCrossEntropy).apply(hidden, weight, labels, dtype)
+        if weight.requires_grad and torch.is_grad_enabled():
+            return cast(Any, _OfTrainedHead).apply(hidden, weight, labels, dtype)
+        return cast(Any, _OfFrozenHead).apply(hidden, weight.detach(), labels, dtype, torch.is_grad_enabled())
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _OfFrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, graph: bool
     ) -> torch.Tensor:
-        chunk = max(1, LOGITS_BYTES // (4 * weight.shape[0]))
-        rows, head = hidden.to(dtype), weight.to(dtype)
-        buffer = rows.new_empty(min(chunk, len(rows)), len(head))
-        hidden_grad = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        total = torch.zeros((), device=hidden.device)
-        for first in range(0, len(rows), chunk):
-            part, wanted = rows[first : first + chunk], labels[first : first + chunk, None]
-            logits = torch.mm(part, head.T, out=buffer[: len(part)]).float()
-            chosen, largest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
-            shares = torch.softmax(logits, 1, out=logits)  # one pass: row by row in the processor's cache
-            total += (largest - shares.amax(1, keepdim=True).log() - chosen).sum()
-            if hidden_grad is None and weight_grad is None:
-                continue
-            grad = shares.scatter_add_(1, wanted, torch.full_like(chosen, -1.0)).to(dtype)
-            if hidden_grad is not None:
-                torch.mm(grad, head, out=hidden_grad[first : first + chunk])
-            if weight_grad is not None:
-                weight_grad.addmm_(grad.T, part)
-        ctx.save_for_backward(
-            None if hidden_grad is None else hidden_grad.to(hidden.dtype),
-            None if weight_grad is None else weight_grad.to(weight.dtype),
-        )
+        total, grad = _by_vocabulary(hidden.to(dtype), weight.to(dtype), labels[:, None], wants_grad=graph)
+        ctx.save_for_backward(None if grad is None else grad.to(hidden.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (scale,) = grad_outputs
-        return (*(None if grad is None else grad * scale for grad in ctx.saved_tensors), None, None)
+        return ctx.saved_tensors[0] * grad_outputs[0], None, None, None, None
+
+
+class _OfTrainedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        total, hidden_grad, weight_grad = _by_tokens(hidden.to(dtype), weight.to(dtype), labels[:, None])
+        ctx.save_for_backward(hidden_grad.to(hidden.dtype), weight_grad.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*(grad * grad_outputs[0] for grad in ctx.saved_tensors), None, None)
+
+
+def _by_vocabulary(
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, wants_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the loss and the gradient of `rows`: softmax times the weights, less the target's."""
+    budget = TILE_BYTES.get(rows.device.type, LOGITS_BYTES)
+    words = WORDS * max(1, budget // (4 * WORDS * max(1, len(rows))))
+    log_sum = rows.new_full((len(rows), 1), float("-inf"), dtype=torch.float32)
+    chosen = torch.zeros_like(log_sum)
+    seen = torch.zeros_like(rows, dtype=torch.float32) if wants_grad else None
+    for first in range(0, len(head), words):
+        part = head[first : first + words]
+        logits = times(rows, part).float()
+        place = labels - first
+        found = logits.gather(1, place.clamp(0, len(part) - 1))
+        chosen = torch.where((place >= 0) & (place < len(part)), found, chosen)
+        largest = logits.amax(1, keepdim=True)
+        shares = torch.softmax(logits, 1, out=logits)  # one pass: row by row in the processor's cache
+        own_sum = largest - shares.amax(1, keepdim=True).log_()
+        before, log_sum = log_sum, torch.logaddexp(log_sum, own_sum)
+        if seen is not None:
+            seen.mul_((before - log_sum).exp_())
+            seen.addcmul_(times(shares.to(rows.dtype), part.T), (own_sum - log_sum).exp_())
+    return (log_sum - chosen).sum(), None if seen is None else seen.sub_(head[labels[:, 0]])
+
+
+def _by_tokens(
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss and the gradients of both."""
+    chunk = max(1, LOGITS_BYTES // (4 * len(head)))
+    buffer = rows.new_empty(min(chunk, len(rows)), len(head))
+    hidden_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(head)
+    total = torch.zeros((), device=rows.device)
+    for first in range(0, len(rows), chunk):
+        part, wanted = rows[first : first + chunk], labels[first : first + chunk]
+        logits = torch.mm(part, head.T, out=buffer[: len(part)]).float()
+        chosen, largest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
+        shares = torch.softmax(logits, 1, out=logits)
+        total += (largest - shares.amax(1, keepdim=True).log_() - chosen).sum()
+        grad = shares.scatter_add_(1, wanted, torch.full_like(chosen, -1.0)).to(head.dtype)
+        torch.mm(grad, head, out=hidden_grad[first : first + chunk])
+        weight_grad.addmm_(grad.T, part)
+    return total, hidden_grad, weight_grad

@@ -1,10 +1,14 @@
 """LoRA layers in one autograd node: PEFT's arithmetic with fewer passes over memory and fewer tensors kept.
 
-The base weight is frozen, so that backward needs the layer's input for the small matrices only.
+The base weight is frozen, so that backward needs the layer's input for the small matrices only. Layers that read the
+same input (query, key and value; gate and up) are one node together, as in Unsloth: their small matrices are
+multiplied as one, and their input gets one gradient.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,17 +16,29 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from onward.training.matmul import times
+
 ADAPTER = "default"
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that a decoder calls one after another on the same input."""
 
 
 def fuse_lora(model: nn.Module) -> None:
     """Let the plain LoRA layers of a model compute in one node; others stay as PEFT made them."""
     for layer in model.modules():
-        if type(layer) is LoraLinear and _is_plain(layer):
+        if type(layer) is LoraLinear and _can_fuse(layer):
             layer.__class__ = FusedLoraLinear
+            cast(FusedLoraLinear, layer).siblings = None
+    for parent in model.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), FusedLoraLinear)]
+            if len(layers) > 1:
+                siblings = _Siblings(layers)
+                for layer in layers:
+                    layer.siblings = siblings
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def _can_fuse(layer: LoraLinear) -> bool:
     return (
         type(layer.base_layer) is nn.Linear
         and list(layer.lora_A) == [ADAPTER]
@@ -35,45 +51,105 @@ def _is_plain(layer: LoraLinear) -> bool:
 class FusedLoraLinear(LoraLinear):
     """A LoRA layer with one adapter: `x W^T + b + scaling * dropout(x) A^T B^T`."""
 
+    siblings: _Siblings | None
+
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output, shape (..., out)."""
-        if self.disable_adapters or self.merged or self.active_adapters != [ADAPTER]:
+        if not self.adapts:
             return super().forward(x, *args, **kwargs)
+        if self.siblings is None or not self.siblings.compute_alike:
+            return _compute([self], x)[0]
+        return self.siblings.output(self, x)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the adapter is in force, and not merged into the weight."""
+        return not self.disable_adapters and not self.merged and self.active_adapters == [ADAPTER]
+
+    @property
+    def dropout(self) -> float:
+        """The probability of the adapter's dropout now."""
+        return getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor | None, ...]:
+        """Base weight, bias, and the two matrices of the adapter."""
         base = cast(nn.Linear, self.base_layer)
-        down, up = cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
-        dropout = getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
-        return cast(Any, _Lora).apply(x, base.weight, base.bias, down, up, float(self.scaling[ADAPTER]), dropout)
+        return base.weight, base.bias, cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
+
+
+class _Siblings:
+    """Layers that read the same input: the first one called computes for all, the others take what is theirs."""
+
+    def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
+        self._layers = layers
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[FusedLoraLinear, torch.Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Siblings:
+        return _Siblings(copy.deepcopy(self._layers, memo))
+
+    @property
+    def compute_alike(self) -> bool:
+        """Whether all of them are trained and read the same input: dropout gives each another one."""
+        return all(layer.training and layer.adapts and not layer.dropout for layer in self._layers)
+
+    def output(self, layer: FusedLoraLinear, x: torch.Tensor) -> torch.Tensor:
+        """Return one layer's output."""
+        if self._input is not x or layer not in self._outputs:
+            self._input, self._outputs = x, dict(zip(self._layers, _compute(self._layers, x), strict=True))
+        output = self._outputs.pop(layer)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+def _compute(layers: Sequence[FusedLoraLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    scalings = [float(layer.scaling[ADAPTER]) for layer in layers]
+    return cast(Any, _Lora).apply(x, layers[0].dropout, scalings, *(m for layer in layers for m in layer.matrices))
 
 
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor,
-        up: torch.Tensor, scaling: float, dropout: float,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, x: torch.Tensor, dropout: float, scalings: list[float], *matrices: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        weights, biases, downs, ups = (cast(Any, matrices[kind::4]) for kind in range(4))
         flat = x.reshape(-1, x.shape[-1])
         seen, mask = torch.native_dropout(flat, dropout, train=True) if dropout else (flat, None)
+        down = torch.cat(downs) if len(downs) > 1 else downs[0]
+        ranks = [len(each) for each in downs]
         inner = seen @ down.T
-        out = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-        out.addmm_(inner, up.T, alpha=scaling)
-        ctx.save_for_backward(seen, mask, inner, weight, down, up)
-        ctx.scaling, ctx.kept = scaling, 1.0 - dropout
-        return out.view(*x.shape[:-1], -1)
+        outs: list[torch.Tensor] = []
+        for weight, bias, up, scaling, part in zip(weights, biases, ups, scalings, inner.split(ranks, 1), strict=True):
+            out = times(flat, weight)
+            if bias is not None:
+                out += bias
+            outs.append(out.addmm_(part, up.T, alpha=scaling).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(seen, mask, inner, down, *weights, *ups)
+        ctx.scalings, ctx.kept, ctx.ranks = scalings, 1.0 - dropout, ranks
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        seen, mask, inner, weight, down, up = ctx.saved_tensors
-        grad = grad_outputs[0].reshape(-1, weight.shape[0])
-        inner_grad = (grad @ up).mul_(ctx.scaling)
-        down_grad = inner_grad.T @ seen
-        up_grad = (grad.T @ inner).mul_(ctx.scaling)
+        seen, mask, inner, down, *rest = ctx.saved_tensors
+        layers = len(rest) // 2
+        weights, ups = rest[:layers], rest[layers:]
+        grads = [grad.reshape(-1, len(weight)) for grad, weight in zip(grad_outputs, weights, strict=True)]
+        inner_grad = torch.cat([(g @ up).mul_(s) for g, up, s in zip(grads, ups, ctx.scalings, strict=True)], 1)
+        down_grads = (inner_grad.T @ seen).split(ctx.ranks)
+        parts = inner.split(ctx.ranks, 1)
+        up_grads = [(g.T @ part).mul_(s) for g, part, s in zip(grads, parts, ctx.scalings, strict=True)]
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = grad @ weight
+            x_grad = times(grads[0], weights[0].T)
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                x_grad += times(grad, weight.T)
             if mask is None:
                 x_grad.addmm_(inner_grad, down)
             else:
                 x_grad.addcmul_(inner_grad @ down, mask.to(x_grad.dtype), value=1.0 / ctx.kept)
             x_grad = x_grad.view(*grad_outputs[0].shape[:-1], -1)
-        return x_grad, None, None, down_grad, up_grad, None, None
+        adapters = [grad for pair in zip(down_grads, up_grads, strict=True) for grad in (None, None, *pair)]
+        return (x_grad, None, None, *adapters)
