@@ -72,7 +72,8 @@ class ChatTemplate:
         if self._renderer is None:
             raise NO_TEMPLATE
         for message in chat.messages:
-            self._refuse_control_tokens(message)
+            for value in message.values():
+                self._refuse_control_tokens(value)
         text = self._renderer.render(chat.messages, chat.tools)
         if self._marked:
             text, spans = _split_marks(text)
