@@ -22,6 +22,7 @@ from onward.service.heartbeat import Heartbeat
 from onward.service.lock import RunLock, is_held
 from onward.service.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
+from onward.startup import large_imports
 from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
@@ -346,7 +347,8 @@ class _Opened:
 
     def open(self, again: bool) -> Session:
         """Open the run; with `again` also if it is open: the config may have been mended."""
-        from onward.service.session import open_session
+        with large_imports():
+            from onward.service.session import open_session
 
         if again or self._session is None:
             self._session = open_session(self.layout, self.ledger, report=self.report)
@@ -380,8 +382,9 @@ class _Opened:
         vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
         with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
             with stop.interruptible():
-                from onward.service.daemon import Daemon
-                from onward.service.inbox import Inbox
+                with large_imports():
+                    from onward.service.daemon import Daemon
+                    from onward.service.inbox import Inbox
 
                 if watch:
                     with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for

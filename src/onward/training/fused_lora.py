@@ -7,7 +7,6 @@ multiplied as one, and their input gets one gradient.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -57,9 +56,9 @@ class FusedLoraLinear(LoraLinear):
         """Return the layer's output, shape (..., out)."""
         if not self.adapts:
             return super().forward(x, *args, **kwargs)
-        if self.siblings is None or not self.siblings.compute_alike:
-            return _compute([self], x)[0]
-        return self.siblings.output(self, x)
+        if self.training and self.siblings is not None and self.siblings.compute_alike:
+            return self.siblings.output(self, x)
+        return _compute([self], x)[0]
 
     @property
     def adapts(self) -> bool:
@@ -79,20 +78,17 @@ class FusedLoraLinear(LoraLinear):
 
 
 class _Siblings:
-    """Layers that read the same input: the first one called computes for all, the others take what is theirs."""
+    """Layers that read the same input in training: the first one called computes for all, the others take theirs."""
 
     def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
         self._layers = layers
         self._input: torch.Tensor | None = None
         self._outputs: dict[FusedLoraLinear, torch.Tensor] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Siblings:
-        return _Siblings(copy.deepcopy(self._layers, memo))
-
     @property
     def compute_alike(self) -> bool:
-        """Whether all of them are trained and read the same input: dropout gives each another one."""
-        return all(layer.training and layer.adapts and not layer.dropout for layer in self._layers)
+        """Whether all of them read the same input: dropout gives each another one."""
+        return all(layer.adapts and not layer.dropout for layer in self._layers)
 
     def output(self, layer: FusedLoraLinear, x: torch.Tensor) -> torch.Tensor:
         """Return one layer's output."""

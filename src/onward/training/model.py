@@ -9,6 +9,7 @@ import json
 import logging
 import warnings
 from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,14 +76,12 @@ def build_model(
     """
     if config.method == "full":
         model = _load(checkpoint or base, torch.float32, {})
-        _own_memory(model)
-        return cast(nn.Module, model).to(device).train()
+        with _in_memory(model, device):
+            return cast(nn.Module, model).train()
     base_model = _load(base, dtype, _quantization(config, dtype, device))
     base_model.requires_grad_(False)
-    if config.method != "qlora":
-        _own_memory(base_model)
-        cast(nn.Module, base_model).to(device)
-    with quiet(), seeded(fold(config.seed, "adapter"), device):
+    weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
+    with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
         model = _wrap(base_model, _adapter_config(config, base, checkpoint))
         if checkpoint is not None:
             load_adapter(model, checkpoint)
@@ -107,10 +106,25 @@ def _load(folder: Path, dtype: torch.dtype, extra: dict[str, Any]) -> PreTrained
     return model
 
 
-def _own_memory(model: nn.Module) -> None:
-    """Copy weights out of the mapped file: kernels may give other last bits for other memory alignments."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
+@contextlib.contextmanager
+def _in_memory(model: nn.Module, device: torch.device) -> Generator[None]:
+    """Bring weights from the mapped file to the device; the body may do all but compute with them.
+
+    Also on a CPU: kernels may give other last bits for other memory alignments. There the copy goes on behind the body.
+    """
+    if device.type != "cpu":
+        model.to(device)
+        yield
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    mapped = [tensor.detach() for tensor in tensors]
+    own = [torch.empty_like(tensor) for tensor in mapped]
+    with ThreadPoolExecutor(1, thread_name_prefix="onward-weights") as thread:
+        copied = thread.submit(cast(Any, torch)._foreach_copy_, own, mapped)
+        yield
+        copied.result()
+    for tensor, data in zip(tensors, own, strict=True):
+        tensor.data = data
 
 
 def _quantization(config: Config, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
