@@ -122,10 +122,10 @@ LETTERS = st.lists(st.sampled_from(["a", "b", " ", "\n", "7", "\u00e9", SMILE, "
 
 @given(LETTERS, LETTERS, LETTERS, st.booleans(), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_targets_from_span_ends_equal_those_from_all_offsets(
+def test_targets_from_lengths_of_tokens_equal_those_from_offsets(
     before: str, answer: str, after: str, closed: bool, gap: bool
 ) -> None:
-    """Where tokens tile the text, looking up the ends of the spans gives what the range of every token gives."""
+    """Where tokens tile the text, their lengths in bytes say what the range of every token says."""
     tokenizer = byte_tokenizer()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [("a", "b"), ("\u00c3", "\u00a9"), ("a", "\u00c3"), ("\u0120", "a"), ("ab", "\u00f0"), ("\u00f0", "\u0141")]
@@ -136,10 +136,10 @@ def test_targets_from_span_ends_equal_those_from_all_offsets(
     text = before + answer + after
     end = len(before + answer) if closed else len(text) + 1
     row = RowText(text, [(len(before), end)] if end > len(before) else [], closed)
-    by_ends, by_offsets = (RowTokenizer(tokenizer, 1000) for _ in range(2))
-    assert by_ends._tiles
-    by_offsets._tiles = False
-    (expected,), (actual,) = by_offsets.encode([row]), by_ends.encode([row])
+    by_lengths, by_offsets = (RowTokenizer(tokenizer, 1000) for _ in range(2))
+    assert by_lengths._lengths is not None  # pyright: ignore[reportPrivateUsage]
+    by_offsets._lengths = None  # pyright: ignore[reportPrivateUsage]
+    (expected,), (actual,) = by_offsets.encode([row]), by_lengths.encode([row])
     assert expected.tolist() == actual.tolist()
 
 

@@ -193,6 +193,15 @@ def test_the_log_is_rotated(layout: RunLayout) -> None:
     assert layout.log.read_text().endswith("the last one\n")
 
 
+def test_a_log_on_a_full_disk_is_no_failure(layout: RunLayout) -> None:
+    """What a full disk did not take is no failure when the log is closed either."""
+    layout.log.parent.mkdir(exist_ok=True)
+    layout.log.symlink_to("/dev/full")
+    reporter = Reporter(layout, NotifyConfig())
+    reporter.write("info", "a line")
+    reporter.close()
+
+
 def test_a_log_that_cannot_be_written_is_no_failure(layout: RunLayout, capfd: pytest.CaptureFixture[str]) -> None:
     """Where the log's place is taken by a directory, nothing is raised or printed, and others are still told."""
     layout.log.parent.mkdir(exist_ok=True)

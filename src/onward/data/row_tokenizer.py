@@ -12,29 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onward.data.records import Chat, Completion, Record, RowError
-from onward.data.template import ChatTemplate, Span
-from onward.data.tiling import pack_tiled, tiles_text
+from onward.data.template import ChatTemplate, RowText, Span
+from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, PackedRow, pack
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
 OverLength: TypeAlias = Literal["truncate", "drop", "reject"]
-
-
-@dataclass(frozen=True)
-class RowText:
-    """A row as text, ready for the tokenizer.
-
-    Args:
-        text: what is tokenized.
-        spans: the character ranges [start, end) that are targets, in order.
-        closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
-            are added, and an end token closes the row; it stands for one more character after the text.
-    """
-
-    text: str
-    spans: list[Span]
-    closed: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +49,7 @@ class RowTokenizer:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
         self._end_id: int = tokenizer.eos_token_id
-        self._tiles = tiles_text(self._backend)
+        self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(tokenizer)
         self.max_length = max_length
         self.over_length: OverLength = over_length
@@ -96,28 +80,26 @@ class RowTokenizer:
         """Return the encodings of rows, for `pack`. Nearly all of it leaves Python free for other threads."""
         self._backend.no_padding()  # the Hugging Face tokenizer around it may have switched these on
         self._backend.no_truncation()
+        encode = self._backend.encode_batch if self._lengths is None else self._backend.encode_batch_fast
         encodings: list[Any] = [None] * len(rows)
         for closed in (True, False):
             places = [place for place, row in enumerate(rows) if row.closed is closed]
             texts = [rows[place].text for place in places]
-            made = self._backend.encode_batch(texts, add_special_tokens=not closed) if texts else []
+            made = encode(texts, add_special_tokens=not closed) if texts else []
             for place, encoding in zip(places, made, strict=True):
                 encodings[place] = encoding
         return encodings
 
     def pack(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
         """Return the packed tokens of each row from its encoding."""
-        packed = [self._pack_tiled(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
-        rest = [place for place, row in enumerate(packed) if row is None]
-        others = self._pack_by_offsets([rows[place] for place in rest], [encodings[place] for place in rest])
-        for place, row in zip(rest, others, strict=True):
-            packed[place] = row
+        if self._lengths is None:
+            return self._pack_by_offsets(rows, encodings)
+        packed = pack_tiled(rows, [encoding.ids for encoding in encodings], self._lengths, self._end_id)
+        for place in [place for place, row in enumerate(packed) if row is None]:
+            row = rows[place]
+            again = self._backend.encode(row.text, add_special_tokens=not row.closed)
+            (packed[place],) = self._pack_by_offsets([row], [again])
         return [row for row in packed if row is not None]
-
-    def _pack_tiled(self, row: RowText, encoding: Any) -> PackedRow | None:
-        if not self._tiles:
-            return None
-        return pack_tiled(encoding, len(row.text), row.spans, None if row.closed else self._end_id)
 
     def _pack_by_offsets(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
         if not rows:

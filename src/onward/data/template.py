@@ -31,6 +31,22 @@ NO_TEMPLATE = RowError(
 
 
 @dataclass(frozen=True)
+class RowText:
+    """A row as text, ready for the tokenizer.
+
+    Args:
+        text: what is tokenized.
+        spans: the character ranges [start, end) that are targets, in order.
+        closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
+            are added, and an end token closes the row; it stands for one more character after the text.
+    """
+
+    text: str
+    spans: list[Span]
+    closed: bool
+
+
+@dataclass(frozen=True)
 class _EndTokens:
     """What the template writes after an answer in the middle of a chat, and after the last one; "" for nothing."""
 

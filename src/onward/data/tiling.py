@@ -1,28 +1,100 @@
-"""Targets without offsets: where the tokens of a text tile it, the ends of each span say which tokens are its own.
+"""Targets without offsets: where the tokens of a text tile its bytes, their lengths say where each one stands.
 
-A list of every token's character range costs more than all else that intake does in Python. Byte-level tokenizers
-without a normalizer (SmolLM2, GPT-2, StarCoder) tile a text; all others are packed from the ranges.
+The `tokenizers` library takes a sixth of its time to keep the character range of every token, and to make a list of
+them in Python takes longer than all else that intake does. The tokens of a byte-level tokenizer without a normalizer
+(SmolLM2, GPT-2, StarCoder) tile a text. All others are packed from the ranges, and so is a row whose tokens turn out
+not to cover it exactly.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from onward.data.tokenized import TARGET_BIT, PackedRow
+from onward.data.template import RowText
+from onward.data.tokenized import PackedRow, pack
 
 SPLITTERS = ("Digits", "Split")
 """Pre-tokenizers that only cut a text."""
 
 
-def tiles_text(backend: Any) -> bool:
-    """Whether the tokens of this tokenizer follow each other in the text, each where the one before it ended."""
+def byte_lengths(backend: Any) -> NDArray[np.int64] | None:
+    """Return how many bytes of a text each token id stands for; None where tokens do not tile a text."""
+    if not _tiles_text(backend):
+        return None
+    added = backend.get_added_tokens_decoder()
+    lengths = np.zeros(backend.get_vocab_size(with_added_tokens=True) + len(added), dtype=np.int64)
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
+        lengths[index] = len(token)  # one character of the byte-level alphabet stands for one byte
+    for index, token in added.items():
+        lengths[index] = len(token.content.encode())
+    return lengths
+
+
+def pack_tiled(
+    rows: Sequence[RowText], ids: Sequence[list[int]], lengths: NDArray[np.int64], end_id: int
+) -> list[PackedRow | None]:
+    """Return the packed tokens of rows from their token ids; None where these do not cover a row's text exactly.
+
+    Args:
+        ids: the token ids of each row; a row that is not closed gets the end token here.
+        lengths: as `byte_lengths` gives them.
+        end_id: the token that closes a row and stands for one more byte after its text.
+    """
+    if not rows:
+        return []
+    is_open = np.array([not row.closed for row in rows])
+    fits = np.array([row.closed or not own or own[-1] != end_id for row, own in zip(rows, ids, strict=True)])
+    closed = [own if row.closed else [*own, end_id] for row, own in zip(rows, ids, strict=True)]
+    counts = np.array([len(own) for own in closed])
+    flat = np.fromiter(chain.from_iterable(closed), dtype=np.uint32, count=counts.sum())
+    sizes, stops = lengths[flat], np.cumsum(counts)
+    sizes[stops[is_open] - 1] = 1
+    ends = np.cumsum(sizes)
+    totals = np.diff(np.append(0, ends)[stops], prepend=0)
+    fits &= totals == np.array([_byte(row.text, len(row.text)) for row in rows]) + is_open
+    targets = _targets(rows, fits, ends, np.cumsum(totals) - totals)
+    targets[(stops - counts)[counts > 0]] = False  # nothing predicts the first token of a row
+    packed = np.split(pack(flat, targets), stops[:-1])
+    return [row if fit else None for row, fit in zip(packed, fits, strict=True)]
+
+
+def _targets(
+    rows: Sequence[RowText], fits: NDArray[np.bool_], ends: NDArray[np.int64], bases: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return which of all tokens overlap a span; `ends` and `bases` count the bytes of all rows laid end to end."""
+    spans = [
+        (base + _byte(row.text, start), base + _byte(row.text, end))
+        for row, fit, base in zip(rows, fits.tolist(), bases.tolist(), strict=True)
+        if fit
+        for start, end in row.spans
+    ]
+    starts, stops = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    marks = np.zeros(len(ends) + 2, dtype=np.int64)
+    np.add.at(marks, np.searchsorted(ends, starts, side="right"), 1)
+    np.add.at(marks, np.searchsorted(ends, stops, side="left") + 1, -1)
+    return np.cumsum(marks)[: len(ends)] > 0
+
+
+def _byte(text: str, place: int) -> int:
+    """Return the byte at which a character starts; each place after the end of the text counts as one."""
+    return place if text.isascii() else len(text[:place].encode()) + max(0, place - len(text))
+
+
+def _tiles_text(backend: Any) -> bool:
     from tokenizers import models
 
-    if backend.normalizer is not None or not isinstance(backend.model, models.BPE):
+    model = backend.model
+    if backend.normalizer is not None or not isinstance(model, models.BPE):
+        return False
+    if model.unk_token or model.continuing_subword_prefix or model.end_of_word_suffix or model.dropout:
+        return False
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
         return False
     first = _state(backend.pre_tokenizer)
     parts = first.get("pretokenizers", [first])
@@ -33,38 +105,6 @@ def tiles_text(backend: Any) -> bool:
         return False
     after = _state(backend.post_processor)
     return not after or (after["type"] == "TemplateProcessing" and not after["special_tokens"])
-
-
-def pack_tiled(encoding: Any, length: int, spans: Sequence[tuple[int, int]], end_id: int | None) -> PackedRow | None:
-    """Return the packed tokens of a text; None where the end of a span lies in no token.
-
-    Args:
-        length: characters of the text.
-        spans: character ranges that are targets, in order.
-        end_id: the token that closes the text and stands for one more character; None for a text with its own.
-    """
-    ids: list[int] = encoding.ids
-    if end_id is not None:
-        while ids and ids[-1] == end_id:
-            ids.pop()
-        ids.append(end_id)
-    count = len(ids)
-    packed = np.fromiter(ids, dtype=np.uint32, count=count)
-    for start, end in spans:
-        first = encoding.char_to_token(start) if start < length else count - 1
-        last = _tokens_before(encoding, end, count) if end < length else count
-        if first is None or last is None:
-            return None
-        packed[(min(first, count - 1) if end_id is not None else first) or 1 : last] |= TARGET_BIT
-    return packed
-
-
-def _tokens_before(encoding: Any, end: int, count: int) -> int | None:
-    """Return how many tokens start before a character; None where it or the one before it lies in no token."""
-    token = encoding.char_to_token(end)
-    if token is None or encoding.char_to_token(end - 1) is None:
-        return None
-    return min(token + (encoding.token_to_chars(token)[0] < end), count)
 
 
 def _state(part: Any) -> dict[str, Any]:

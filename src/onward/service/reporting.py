@@ -5,6 +5,7 @@ Runs beside the work, reads the ledger like any observer, and may fail without a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shlex
@@ -33,6 +34,10 @@ LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERR
 class _Log(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
         del record
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more here
+            super().close()
 
 
 class Reporter:
