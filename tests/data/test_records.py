@@ -111,3 +111,12 @@ def test_refused_rows(row: Any, reason: str) -> None:
         parse_row(row)
     assert reason == refusal.value.reason
     assert refusal.value.remedy
+
+
+def test_calls_of_an_answer_without_content_are_kept() -> None:
+    """An assistant's turn of two keys may be a role and calls of tools: they are no less a part of it."""
+    calls = [{"function": {"name": "time", "arguments": {}}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]
+    record = parse_row({"messages": turns})
+    assert isinstance(record, Chat)
+    assert calls == record.messages[1]["tool_calls"]

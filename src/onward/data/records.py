@@ -179,7 +179,7 @@ def _message(turn: Message, where: str) -> Message:
         _check_answer(message["content"], f"the answer in {where}")
     else:
         _check_text(message["content"], where)
-    if len(turn) == 2:  # nearly every message
+    if len(turn) == 2 and "content" in turn:  # role and content alone, as in nearly every message
         return message
     extra = {key: turn[key] for key in PASSED_ON if turn.get(key) is not None}
     reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key) is not None), None)
