@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
-from onward.errors import DamagedState, FileRejected, OnwardError, UsageError
+from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.service.background import Background, Job
-from onward.service.control import AFTER_FILE, POLL_SECONDS, RELEASE, Control, expire_requests, find_file, request
-from onward.service.heartbeat import SECONDS as BEAT_SECONDS
-from onward.service.heartbeat import Heartbeat
+from onward.service.control import AFTER_FILE, RELEASE, expire_requests, find_file, request
 from onward.service.lock import RunLock, is_held
-from onward.service.reporting import Reporter
+from onward.service.opened import OpenedRun, account
 from onward.service.stop import Stopped, StopRequest
-from onward.startup import large_imports
 from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
-    from onward.service.daemon import Daemon
-    from onward.service.intake import Intake
-    from onward.service.session import Session
     from onward.service.verify import Proof
     from onward.service.worker import Event
 
@@ -122,7 +112,7 @@ class Run:
                 f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
             )
         with self._ledger() as ledger:
-            opened = _Opened(self.layout, ledger, _silent)
+            opened = OpenedRun(self.layout, ledger, _silent)
             return opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
 
     def train(
@@ -147,8 +137,8 @@ class Run:
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
             before = {entry["id"] for entry in ledger.files("done")}
-            opened = _Opened(self.layout, ledger, report)
-            with _account(ledger), opened.operate(stop, observe) as daemon:
+            opened = OpenedRun(self.layout, ledger, report)
+            with account(ledger), opened.operate(stop, observe) as daemon:
                 intake = opened.intake(stop.check)
                 for refusal in intake.finish_left_over():
                     report(f"handed over earlier: {refusal}")
@@ -183,8 +173,8 @@ class Run:
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
             seen = ledger.one("SELECT coalesce(max(id), 0) AS id FROM events") or {"id": 0}
-            opened = _Opened(self.layout, ledger, report)
-            with _account(ledger), opened.operate(stop, observe, watch=True) as daemon:
+            opened = OpenedRun(self.layout, ledger, report)
+            with account(ledger), opened.operate(stop, observe, watch=True) as daemon:
                 daemon.run(once=once)
             refused = ledger.one(
                 "SELECT count(*) AS n FROM events WHERE id > ? AND (kind = 'rejected' OR message LIKE ?)",
@@ -201,7 +191,7 @@ class Run:
                 raise Stopped("the process that wanted it is gone")
 
         with self._ledger() as ledger, contextlib.suppress(Stopped):
-            _Opened(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
+            OpenedRun(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
@@ -330,102 +320,6 @@ class Run:
                 hint="Put it back from a copy. If nothing was trained here: remove it, then onward init",
             )
         return ledger
-
-
-class _Opened:
-    """A run whose heavy parts (tokenizer, base model's hash, torch) load when first needed."""
-
-    def __init__(self, layout: RunLayout, ledger: Ledger, report: Callable[[str], None]) -> None:
-        self.layout = layout
-        self.ledger = ledger
-        self.report = report
-        self._session: Session | None = None
-
-    @property
-    def session(self) -> Session:
-        return self.open(again=False)
-
-    def open(self, again: bool) -> Session:
-        """Open the run; with `again` also if it is open: the config may have been mended."""
-        with large_imports():
-            from onward.service.session import open_session
-
-        if again or self._session is None:
-            self._session = open_session(self.layout, self.ledger, report=self.report)
-        return self._session
-
-    def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
-        from onward.data.tokenize import RowTokenizer
-        from onward.service.intake import Intake
-
-        made: list[tuple[Session, RowTokenizer]] = []
-
-        def row_tokenizer() -> tuple[RowTokenizer, str]:
-            session, config = self.session, self.session.config
-            if not made or made[0][0] is not session:  # it compiles the chat template: too slow for every file
-                known = session.tokenizer_digest
-                made[:] = [(session, RowTokenizer(session.tokenizer, config.max_length, config.over_length, known))]
-            return made[0][1], session.tokenizer_digest
-
-        return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
-
-    def _start_checker(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "onward", "check", "--run", str(self.layout.root)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    @contextlib.contextmanager
-    def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
-        """Make the daemon with all that goes on beside it: requests, heartbeat, log and notifications."""
-        config = read_config(self.layout.config)
-        control, heartbeat = Control(self.layout, stop), Heartbeat(self.layout.ledger)
-        reporter = Reporter(self.layout, config.notify)
-        vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
-        with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
-            with stop.interruptible():
-                with large_imports():
-                    from onward.service.daemon import Daemon
-                    from onward.service.inbox import Inbox
-
-                if watch:
-                    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-                        _ = self.session  # what is wrong with config or model is said at once
-            inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
-            daemon = Daemon(
-                self.ledger, config, self.open, self.intake(control.check), control, heartbeat,
-                root=self.layout.root, inbox=inbox, patient=watch, observe=observe, start_checker=self._start_checker,
-            )  # fmt: skip
-            if not watch:
-                daemon.begin()
-            yield daemon
-        control.close()
-        reporter.close()
-
-
-@contextlib.contextmanager
-def _account(ledger: Ledger) -> Generator[None]:
-    """Leave in the ledger how the process ended."""
-    try:
-        yield
-    except Stopped:
-        _note(ledger, state="stopped")
-    except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
-        _note(ledger, ("warning", error.what), state="stopped" if ledger.next_owed() else "idle")
-        raise
-    except OnwardError as error:
-        _note(ledger, ("error", error.what), state="failed", problem=error.what)
-        raise
-    except BaseException:
-        _note(ledger, state="stopped")
-        raise
-    else:
-        _note(ledger, state="stopped" if ledger.next_owed() else "idle")
-
-
-def _note(ledger: Ledger, event: tuple[str, str] | None = None, **facts: Any) -> None:
-    with contextlib.suppress(sqlite3.OperationalError), ledger.transaction():  # the disk may be full
-        ledger.put(**facts)
-        if event is not None:
-            ledger.add_event(*event)
 
 
 def _refuse_occupied(layout: RunLayout) -> None:

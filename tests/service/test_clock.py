@@ -11,8 +11,8 @@ from states import assert_same_state
 
 from onward import Run
 from onward.layout import step_of
-from onward.run import _Opened
 from onward.service.lock import RunLock
+from onward.service.opened import OpenedRun
 from onward.service.retention import DAY
 from onward.service.stop import StopRequest
 from onward.store.ledger import Ledger
@@ -58,7 +58,7 @@ def twin(model: Path, tmp_path: Path, files: list[Path]) -> Path:
 def train(run: Run, file: Path, clock: Clock) -> None:
     """Train a file as `onward train` does, by another clock."""
     with RunLock(run.layout.lock), Ledger(run.layout.ledger, clock=clock) as ledger:
-        opened = _Opened(run.layout, ledger, lambda _: None)
+        opened = OpenedRun(run.layout, ledger, lambda _: None)
         with opened.operate(StopRequest(), lambda _: None) as daemon:
             opened.intake().take([file])
             daemon.run(once=True)

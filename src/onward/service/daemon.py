@@ -11,7 +11,6 @@ import gc
 import shutil
 import sqlite3
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,8 @@ from onward.service.archive import compress_original
 from onward.service.commits import Commits, Settled
 from onward.service.control import Control, pause_fact
 from onward.service.heartbeat import Heartbeat, tell_systemd
-from onward.service.inbox import POLL_SECONDS, Inbox, Watcher
+from onward.service.inbox import Inbox
+from onward.service.incoming import SMALL_FILE, Incoming
 from onward.service.intake import Intake
 from onward.service.retention import Retention
 from onward.service.session import Session
@@ -36,14 +36,10 @@ from onward.training.trainer import StepResult
 
 TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
-MOVED_AT_ONCE = 512
-"""Files of the inbox that are taken in one transaction."""
 CHECKING_SECONDS = 1.0
 """Time for checking files ahead, between two files that are trained."""
 BESIDE_STEPS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
-SMALL_FILE = 1 << 20
-"""Bytes of a file whose rows may be checked between two steps; larger ones are checked in a process of their own."""
 LONGEST_PAUSE = 300.0
 """Seconds that a daemon waits at most before it tries again."""
 CRASHES = 5
@@ -82,23 +78,16 @@ class Daemon:
         self.ledger = ledger
         self.config = config
         self.control = control
-        self.refused = 0
         self._open_session = open_session
         self._intake = intake
         self._heartbeat = heartbeat
         self._root = root
-        self._inbox = inbox
+        self._incoming = Incoming(ledger, intake, inbox, control, heartbeat, start_checker)
+        self._is_watching = inbox is not None
         self._patient = patient
         self._observe = observe
-        self._start_checker = start_checker
-        self._checker: subprocess.Popen[bytes] | None = None
         self._worker: Worker | None = None
         self._was_dropped = False
-        self._wake = threading.Event()
-        self._scanned = float("-inf")
-        self._waiting_in_inbox = 0
-        self._inbox_problem: str | None = None
-        self._strange: set[str] = set()
         self._failures = 0
         self._once = False
         self._has_begun = False
@@ -128,10 +117,7 @@ class Daemon:
             OnwardError: as above, and any failure where the daemon is not `patient`.
         """
         self._once = once
-        with contextlib.ExitStack() as stack:
-            if self._inbox is not None:
-                stack.enter_context(Watcher(self._inbox.folder, self._wake))
-                stack.callback(self._end_checker)
+        with self._incoming.watching():
             tell_systemd("READY=1")
             while not self.control.stop:
                 try:
@@ -168,73 +154,27 @@ class Daemon:
         if self.control.after_file and not self.ledger.files("training"):
             return False
         self._take_in(largest=float("inf") if self._intake.outranks_queue() else SMALL_FILE)
-        if self.ledger.next_owed() is not None and not (self._is_checking() and self._intake.outranks_queue()):
-            self._check_beside()
+        if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self._intake.outranks_queue()):
+            self._incoming.check_beside()
             self._wait_for_room(self._next_bytes())
             self._train_file()
             return True
-        if self._once and not self._waiting_in_inbox and self.ledger.next_arriving() is None:
+        if self._once and not self._incoming.unsettled and self.ledger.next_arriving() is None:
             return False
-        if self._inbox is None:
+        if not self._is_watching:
             return self.ledger.next_arriving() is not None
         self._set_state("idle")
         self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
         return True
 
-    # files in
-
     def _take_in(self, *, largest: float, seconds: float = CHECKING_SECONDS) -> None:
         """Move settled files out of the inbox and check arrived ones, for a bounded time."""
-        if self._inbox is not None:
-            self._scan(self._inbox)
+        self._incoming.scan(all_or_none=self._once)
         if self.ledger.next_arriving() is None:
             return
         if self._state in ("", "idle") and largest > SMALL_FILE:  # beside steps the state is theirs
             self._set_state("tokenizing")
         self._intake.check_ahead(seconds=seconds, largest=largest)
-
-    def _scan(self, inbox: Inbox) -> None:
-        if not self._scan_is_due():
-            return
-        self._wake.clear()
-        try:
-            scan = inbox.scan()
-            self._waiting_in_inbox = scan.unsettled
-            settled = [] if self._once and scan.unsettled else scan.settled  # then priority decides, not luck
-            for start in range(0, len(settled), MOVED_AT_ONCE):
-                taken = settled[start : start + MOVED_AT_ONCE]
-                self._intake.take_inbox(taken)
-                inbox.forget([path for path, _ in taken])
-                self._heartbeat.moved()
-                if self.control:
-                    break
-        except OSError as error:
-            if failures.is_out_of_space(error):
-                raise
-            self._report_inbox(f"the inbox cannot be used: {error}")
-        else:
-            self._report_inbox(None)
-            self._warn_of_strange(scan.strange)
-        self._scanned = time.monotonic()
-
-    def _scan_is_due(self) -> bool:
-        soon = 5 * TICK if self._waiting_in_inbox or self._wake.is_set() else POLL_SECONDS
-        return time.monotonic() - self._scanned >= soon
-
-    def _report_inbox(self, problem: str | None) -> None:
-        if problem == self._inbox_problem:
-            return
-        if problem is not None:
-            self.ledger.add_event("error", problem, kind="failed")
-        else:
-            self.ledger.add_event("info", "the inbox can be used again")
-        self.ledger.put(problem=problem)
-        self._inbox_problem = problem
-
-    def _warn_of_strange(self, names: list[str]) -> None:
-        for name in sorted(set(names) - self._strange):
-            self.ledger.add_event("warning", f"inbox/{name} is left alone: only high/ and low/ are looked into")
-        self._strange |= set(names)
 
     # files trained
 
@@ -262,7 +202,7 @@ class Daemon:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
         if self.control.after_file or self.ledger.next_arriving() is not None:
             return False
-        return self._inbox is None or not (self._wake.is_set() or self._scan_is_due())
+        return not self._incoming.is_due()
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""
@@ -278,30 +218,14 @@ class Daemon:
         if isinstance(event, FileStarted | StepResult | Committed) and not self.control:
             if self._worker is not None:
                 self._wait_for_room(self._worker.bytes_needed())
-            if self._inbox is not None and time.monotonic() - self._scanned > BESIDE_STEPS:
+            if self._is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
                 with contextlib.suppress(Exception):  # whatever it is, it comes again between two files
                     self._take_in(seconds=TICK, largest=SMALL_FILE)
-                    self._check_beside()
+                    self._incoming.check_beside()
         if isinstance(event, FileDone) and self.config.compress_archive:
             row = self.ledger.at_position(event.position)
             if row is not None:
                 compress_original(self._intake.layout, self.ledger, row)
-
-    def _check_beside(self) -> None:
-        """Let a large file that arrived be checked in another process while this one trains."""
-        if self._inbox is None:
-            return
-        row = self.ledger.next_arriving()
-        if row is not None and row["bytes"] > SMALL_FILE and not self._is_checking():
-            self._checker = self._start_checker()
-
-    def _is_checking(self) -> bool:
-        return self._checker is not None and self._checker.poll() is None
-
-    def _end_checker(self) -> None:
-        if self._checker is not None:
-            self._checker.kill()  # what it had not finished is checked again by the next process
-            self._checker.wait()
 
     def _acknowledge_after_file(self) -> None:
         wish = self.control.wishes["stop"]
@@ -385,7 +309,7 @@ class Daemon:
         while shutil.disk_usage(self._root).free < needed and not self.control:
             self._heartbeat.moved()
             self._wait(5 * TICK)
-        self.ledger.put(state=before, problem=self._inbox_problem)
+        self.ledger.put(state=before, problem=self._incoming.problem)
         self.ledger.add_event("info", "the disk has room again")
         self._state = ""
 
@@ -412,7 +336,7 @@ class Daemon:
         self._state = "failed"
         self._wait_out(seconds)
         try:
-            self.ledger.put(problem=self._inbox_problem)
+            self.ledger.put(problem=self._incoming.problem)
         except sqlite3.Error:
             return
 
@@ -452,7 +376,9 @@ class Daemon:
 
     def _wait(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends and not (self.control.stop or self.control.wishes or self._wake.is_set()):
+        while time.monotonic() < ends and not (
+            self.control.stop or self.control.wishes or self._incoming.wake.is_set()
+        ):
             time.sleep(TICK / 2)
 
     def _step(self) -> int:
@@ -460,7 +386,7 @@ class Daemon:
 
     def _set_state(self, state: str, problem: str | None = None) -> None:
         if state != self._state:
-            self.ledger.put(state=state, problem=problem or self._inbox_problem)
+            self.ledger.put(state=state, problem=problem or self._incoming.problem)
             self._state = state
 
     def _show(self, message: str) -> None:

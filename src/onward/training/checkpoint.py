@@ -155,17 +155,14 @@ def _write_files(
     log_history: Sequence[dict[str, Any]],
 ) -> None:
     save_weights(model, state.weights, folder)
-    plain = {
-        huggingface.OPTIMIZER: huggingface.to_bytes(state.optimizer),
-        huggingface.SCHEDULER: huggingface.to_bytes(huggingface.scheduler_state(state, config)),
-        huggingface.RNG: huggingface.to_bytes(huggingface.random_state(config, state.step)),
-        huggingface.TRAINER_STATE: huggingface.trainer_state(state, config, log_history),
-        **facts.static_files,
-    }
+    huggingface.save(state.optimizer, folder / huggingface.OPTIMIZER)
+    huggingface.save(huggingface.scheduler_state(state, config), folder / huggingface.SCHEDULER)
+    huggingface.save(huggingface.random_state(config, state.step), folder / huggingface.RNG)
+    (folder / huggingface.TRAINER_STATE).write_bytes(huggingface.trainer_state(state, config, log_history))
+    for name, data in facts.static_files.items():
+        (folder / name).write_bytes(data)
     for path in folder.iterdir():
         fsync_file(path)
-    for name, data in plain.items():
-        write_file(folder / name, data)
 
 
 def _describe(

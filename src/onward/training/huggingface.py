@@ -30,6 +30,19 @@ def to_bytes(value: Any) -> bytes:
     return stream.getvalue()
 
 
+def save(value: Any, path: Path) -> None:
+    """Write `value` as `torch.save` does, without a copy of it in memory.
+
+    Raises:
+        OSError: the disk is full or fails; PyTorch's writer hides it behind an error of its own.
+    """
+    try:
+        with path.open("wb") as stream:
+            torch.save(value, stream)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
 def scheduler_state(state: Snapshot, config: Config) -> dict[str, Any]:
     """Return the state of the `LambdaLR` that the Trainer would have at this step."""
     groups = len(state.optimizer["param_groups"])
