@@ -42,7 +42,7 @@ def stall(work: Path, _data: Path | None) -> Any:
     """Measure what checkpoints cost."""
     from stall import measure
 
-    return measure(work, rounds=1)
+    return measure(work)
 
 
 def script(name: str, *arguments: int) -> Callable[[Path, Path | None], Any]:

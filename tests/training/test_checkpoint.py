@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from onward.errors import NoSpace
+from onward.training import huggingface
 from onward.training.checkpoint import inspect_checkpoint, require_space
 
 
@@ -22,3 +25,18 @@ def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     assert (None, ["onward.json is missing"]) == inspect_checkpoint(tmp_path)
     (tmp_path / "onward.json").write_text('{"format": 1}')
     assert (None, ["onward.json cannot be read"]) == inspect_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("room", [0, 1 << 12, 1 << 20])
+def test_what_the_disk_refuses_in_the_middle_of_a_file_is_told_as_the_disks(tmp_path: Path, room: int) -> None:
+    """PyTorch's writer hides what made it fail; whoever waits for room on the disk has to see it."""
+    value = {"moments": torch.zeros(1 << 20)}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            huggingface.save(value, tmp_path / "optimizer.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    huggingface.save(value, tmp_path / "optimizer.pt")
+    assert (tmp_path / "optimizer.pt").read_bytes() == huggingface.to_bytes(value)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from onward.config import read_config
+from onward.config import Config, read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.background import Background, Job
@@ -20,6 +20,7 @@ from onward.service.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
 from onward.startup import large_imports
 from onward.store.ledger import Ledger
+from onward.training.base import BaseDigest, find_here
 
 if TYPE_CHECKING:
     from onward.data.tokenize import RowTokenizer
@@ -39,6 +40,7 @@ class OpenedRun:
         self.ledger = ledger
         self.report = report
         self._session: Session | None = None
+        self._begun: BaseDigest | None = None
 
     @property
     def session(self) -> Session:
@@ -46,13 +48,21 @@ class OpenedRun:
         return self.open(again=False)
 
     def open(self, again: bool) -> Session:
-        """Open the run; with `again` also if it is open: the config may have been mended."""
+        """Open the run; with `again` also if it is open: config or model may have been mended."""
         with large_imports():
+            self._hash_base(read_config(self.layout.config))
             from onward.service.session import open_session
 
         if again or self._session is None:
-            self._session = open_session(self.layout, self.ledger, report=self.report)
+            begun, self._begun = self._begun, None
+            self._session = open_session(self.layout, self.ledger, report=self.report, begun=begun)
         return self._session
+
+    def _hash_base(self, config: Config) -> None:
+        """Begin to hash the base model beside the large imports; later there is nothing to hide behind."""
+        folder = None if "torch" in sys.modules else find_here(config.model)
+        if folder is not None and self._begun is None:
+            self._begun = BaseDigest(folder)
 
     def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
         """Make what checks files; `stop` is called at every row and may raise `Stopped`."""
@@ -84,6 +94,7 @@ class OpenedRun:
         with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
             with stop.interruptible():
                 with large_imports():
+                    self._hash_base(config)
                     from onward.service.daemon import Daemon
                     from onward.service.inbox import Inbox
 

@@ -16,7 +16,7 @@ from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import digest_base, resolve_base
+from onward.training.base import BaseDigest, digest_base, resolve_base
 from onward.training.checkpoint import Facts
 from onward.training.environment import (
     describe_environment,
@@ -64,8 +64,18 @@ class Session:
         )
 
 
-def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: Config | None = None) -> Session:
+def open_session(
+    layout: RunLayout,
+    ledger: Ledger,
+    *,
+    report: Report,
+    config: Config | None = None,
+    begun: BaseDigest | None = None,
+) -> Session:
     """Read the config, find base and tokenizer, and hold them against what the run was made with.
+
+    Args:
+        begun: a digest that this process began to take; used if it is that of the base.
 
     Raises:
         ConfigError: an identity key differs from the one the run has trained with.
@@ -73,7 +83,7 @@ def open_session(layout: RunLayout, ledger: Ledger, *, report: Report, config: C
     """
     config = config or read_config(layout.config)
     base = resolve_base(config.model, report=report)
-    base_digest = digest_base(base)
+    base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(tokenizer_folder(layout, base))
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
     check_identity(ledger, config, base_digest, tokenizer_digest)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError
-from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded
+from onward.training.embedded import EMBEDDED, ORIGIN_FILE, cache_directory, embedded_path, ensure_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""
@@ -46,6 +48,15 @@ def resolve_base(name: str, *, download: bool = False, report: Callable[[str], N
             hint=f"Name a folder with config.json, a Hugging Face name such as org/name, or {', '.join(EMBEDDED)}.",
         )
     return _from_hub(name, download=download, report=report)
+
+
+def find_here(name: str) -> Path | None:
+    """Return the folder of a base model where a look at the disk tells it; None leaves it to `resolve_base`."""
+    if name in EMBEDDED:
+        folder = embedded_path(name, cache_directory())
+        return folder if (folder / ORIGIN_FILE).is_file() else None
+    path = Path(name).expanduser()
+    return path.resolve() if (path / "config.json").is_file() else None
 
 
 def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Path:
@@ -102,3 +113,29 @@ def digest_base(folder: Path) -> str:
     if not any(file.suffix in {".safetensors", ".bin"} for file in files):
         raise ModelError("this folder holds no weights (*.safetensors)", where=folder, hint=COMPLETE)
     return sha256_json({file.name: xxh3_file(file) for file in files})
+
+
+class BaseDigest:
+    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports beside it.
+
+    A process that ends does not wait for it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._future: Future[str] = Future()
+        threading.Thread(target=self._run, name="onward-base", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(digest_base(self.folder))
+        except Exception as error:  # raised where the digest is wanted
+            self._future.set_exception(error)
+
+    def result(self) -> str:
+        """Wait for the digest.
+
+        Raises:
+            ModelError, OSError: as `digest_base`.
+        """
+        return self._future.result()
