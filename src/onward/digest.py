@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-CHUNK = 1 << 22
+CHUNK = 1 << 23
 """Bytes read at once: they fit the cache, and a thread that hashes asks seldom for Python's lock."""
 
 
