@@ -61,7 +61,7 @@ def script(name: str, *arguments: int) -> Callable[[Path, Path | None], Any]:
 
 
 MEASUREMENTS: dict[str, tuple[str, Callable[[Path, Path | None], Any]]] = {
-    "throughput-15m": ("Training throughput, random Llama of 15M parameters", throughput(None, steps=16, rounds=1)),
+    "throughput-15m": ("Training throughput, random Llama of 15M parameters", throughput(None, steps=12, rounds=1)),
     "throughput-135m": (
         "Training throughput, smollm2-135m",
         throughput(Path("smollm2-135m"), steps=6, rounds=1),

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from onward.config import Config
 from onward.errors import NoSpace
 from onward.training import huggingface
 from onward.training.checkpoint import inspect_checkpoint, require_space
+from onward.training.model import build_model
+from onward.training.optim import build_optimizer
+from onward.training.state import TrainState
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
@@ -40,3 +44,26 @@ def test_what_the_disk_refuses_in_the_middle_of_a_file_is_told_as_the_disks(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     huggingface.save(value, tmp_path / "optimizer.pt")
     assert (tmp_path / "optimizer.pt").read_bytes() == huggingface.to_bytes(value)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_copied_state_is_the_state_and_its_moments_share_one_storage(
+    method: str, model: Path, tmp_path: Path
+) -> None:
+    """Digests are equal, and so is what is loaded from the file, of which one storage is most of the bytes."""
+    config, cpu = Config.model_validate({"model": str(model), "method": method}), torch.device("cpu")
+    built = build_model(config, model, cpu, torch.float32)
+    state, copy = TrainState(built, build_optimizer(built, config)), None
+    torch.manual_seed(0)
+    for _ in range(3):
+        copy = state.snapshot(into=copy)
+        assert state.view().digest() == copy.digest()
+        for parameter in state.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        state.optimizer.step()
+    assert copy is not None
+    huggingface.save(copy.optimizer, tmp_path / "optimizer.pt")
+    saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)["state"]
+    loaded = [value for index in sorted(saved) for _, value in sorted(saved[index].items())]
+    assert all(map(torch.equal, loaded, copy.tensors()[len(copy.weights) :]))
+    assert 1 == len({value.untyped_storage().data_ptr() for value in loaded})
