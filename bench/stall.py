@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,17 @@ def measure(work: Path, *, steps: int = STEPS) -> dict[str, Any]:
     model = measuring.small_llama(work / "model")
     rows = measuring.mixed_rows(work / "rows.jsonl", None, steps * 8)
 
-    def seconds(side: str, every: int) -> list[float]:
+    def seconds(side: str, every: str) -> list[float]:
         records = measuring.child(STEPS_SCRIPT, side, model, rows, steps, "full", every)
         return [record["seconds"] for record in records[EVERY // 2 :]]
 
     loss: dict[str, float] = {}
     spread: dict[str, dict[str, float]] = {}
     for side, rounds in ROUNDS.items():
-        found: dict[int, list[list[float]]] = {NEVER: [], EVERY: []}
-        for _ in range(rounds):
-            for every, runs in found.items():
-                runs.append(seconds(side, every))
-        spread[side] = measuring.spread(
-            [saving / plain - 1 for plain, saving in zip(*map(_sums, found.values()), strict=True)]
-        )
-        loss[side] = _usual(found[EVERY]) / _usual(found[NEVER]) - 1
+        found = measuring.interleaved([str(NEVER), str(EVERY)], rounds, partial(seconds, side))
+        plain, saving = found.values()
+        spread[side] = measuring.spread([sum(s) / sum(p) - 1 for p, s in zip(plain, saving, strict=True)])
+        loss[side] = _usual(saving) / _usual(plain) - 1
     return {
         "steps": steps,
         "save_steps": EVERY,
@@ -62,10 +59,6 @@ def measure(work: Path, *, steps: int = STEPS) -> dict[str, Any]:
         "loss_of_throughput": measuring.held_against(LOSS_GOAL, loss["onward"], at_most=True),
         "stall": measuring.child(Path(__file__), "copy", model),
     }
-
-
-def _sums(runs: list[list[float]]) -> list[float]:
-    return [sum(run) for run in runs]
 
 
 def _usual(runs: list[list[float]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ CHUNK = 1 << 23
 
 def _read_chunks(path: Path) -> Iterable[memoryview]:
     """Yield a file's bytes, each time in the same memory."""
-    memory = memoryview(bytearray(CHUNK))
     with path.open("rb", buffering=0) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        memory = memoryview(bytearray(min(max(size, 1), CHUNK)))
         while size := stream.readinto(memory):
             yield memory[:size]
 

@@ -202,7 +202,7 @@ class Daemon:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
         if self.control.after_file or self.ledger.next_arriving() is not None:
             return False
-        return not self._incoming.is_due()
+        return not (self._incoming.wake.is_set() or self._incoming.is_due())
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""

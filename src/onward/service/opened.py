@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
-from onward.config import Config, read_config
+from onward.config import read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.background import Background, Job
@@ -49,19 +49,21 @@ class OpenedRun:
 
     def open(self, again: bool) -> Session:
         """Open the run; with `again` also if it is open: config or model may have been mended."""
-        with large_imports():
-            self._hash_base(read_config(self.layout.config))
-            from onward.service.session import open_session
-
         if again or self._session is None:
+            with large_imports():
+                self._hash_base()
+                from onward.service.session import open_session
+
             begun, self._begun = self._begun, None
             self._session = open_session(self.layout, self.ledger, report=self.report, begun=begun)
         return self._session
 
-    def _hash_base(self, config: Config) -> None:
+    def _hash_base(self) -> None:
         """Begin to hash the base model beside the large imports; later there is nothing to hide behind."""
-        folder = None if "torch" in sys.modules else find_here(config.model)
-        if folder is not None and self._begun is None:
+        if "torch" in sys.modules or self._begun is not None:
+            return
+        folder = find_here(read_config(self.layout.config).model)
+        if folder is not None:
             self._begun = BaseDigest(folder)
 
     def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
@@ -94,7 +96,7 @@ class OpenedRun:
         with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
             with stop.interruptible():
                 with large_imports():
-                    self._hash_base(config)
+                    self._hash_base()
                     from onward.service.daemon import Daemon
                     from onward.service.inbox import Inbox
 

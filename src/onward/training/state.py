@@ -191,16 +191,11 @@ def _in_one_storage(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     `torch.save` writes a storage at a time and asks for Python's lock some four times for each. Beside a thread that
     computes in Python, 249 storages took it 2.7 s, one takes 0.15 s.
     """
-    result: list[torch.Tensor] = []
-    ends: dict[torch.dtype, int] = {}
-    begins: list[int] = []
+    sizes: dict[torch.dtype, list[int]] = {}
     for tensor in tensors:
-        begins.append(ends.get(tensor.dtype, 0))
-        ends[tensor.dtype] = begins[-1] + -(-tensor.numel() // ALIGNMENT) * ALIGNMENT
-    storages = {dtype: torch.zeros(size, dtype=dtype) for dtype, size in ends.items()}
-    for tensor, begin in zip(tensors, begins, strict=True):
-        result.append(storages[tensor.dtype][begin : begin + tensor.numel()].view(tensor.shape))
-    return result
+        sizes.setdefault(tensor.dtype, []).append(-(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
+    parts = {dtype: iter(torch.zeros(sum(own), dtype=dtype).split(own)) for dtype, own in sizes.items()}
+    return [next(parts[tensor.dtype])[: tensor.numel()].view(tensor.shape) for tensor in tensors]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
