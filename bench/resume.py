@@ -22,8 +22,8 @@ from measuring import held_against, interleaved, python, seconds_until, small_ll
 
 from onward import Run
 from onward.config import Config
-from onward.service.commits import Commit, Commits
-from onward.service.retention import Retention
+from onward.service.state.commits import Commit, Commits
+from onward.service.state.retention import Retention
 from onward.service.session import open_session
 from onward.service.stop import StopRequest
 from onward.store.ledger import Ledger

@@ -18,8 +18,8 @@ from faults import FULL_SIZE
 from processes import as_it_is, start_command, train
 
 from onward import Run
-from onward.service.control import Control
-from onward.service.worker import Event, Worker
+from onward.service.owner.control import Control
+from onward.service.owner.worker import Event, Worker
 from onward.training.trainer import StepResult
 
 SETTINGS: dict[str, Any] = {

@@ -8,7 +8,7 @@ import tiny
 
 from onward import Run
 from onward.progress import describe
-from onward.service.worker import Event
+from onward.service.owner.worker import Event
 
 
 def lines(run: Run, *files: Path) -> list[str]:

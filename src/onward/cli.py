@@ -336,7 +336,7 @@ def rebuild(
 @app.command()
 def service(run: RunOption = Path()) -> None:
     """Print a systemd unit that watches this run."""
-    from onward.service.unit import systemd_unit
+    from onward.service.outside.unit import systemd_unit
 
     layout = RunLayout(run)
     layout.require()
@@ -378,7 +378,7 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
 @app.command()
 def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
     """Say what this machine and run lack, before it matters."""
-    from onward.service.doctor import examine
+    from onward.service.proof.doctor import examine
 
     findings = examine(RunLayout(run))
     if as_json:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onward.service.worker import Event
+    from onward.service.owner.worker import Event
 
 STEPS = 5
 TOP = 12
@@ -32,7 +32,7 @@ class StepProfile:
 
     def __call__(self, event: Event) -> None:
         """Begin with a file, end after `STEPS` steps or with the file."""
-        from onward.service.worker import FileDone, FileStarted
+        from onward.service.owner.worker import FileDone, FileStarted
         from onward.training.trainer import StepResult
 
         if isinstance(event, FileStarted) and self._profiler is None:

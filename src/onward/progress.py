@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from onward.service.worker import Event
+    from onward.service.owner.worker import Event
 
 NAME_WIDTH = 40
 """Columns of a name in a table at most."""
@@ -72,7 +72,7 @@ class Bar:
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
-        from onward.service.worker import FileDone, FileStarted, Note
+        from onward.service.owner.worker import FileDone, FileStarted, Note
         from onward.training.trainer import StepResult
 
         if isinstance(event, FileStarted):
@@ -93,7 +93,7 @@ class Bar:
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
     """Return an event as a line, or None where there is nothing to say."""
-    from onward.service.worker import FileDone, FileStarted, Note
+    from onward.service.owner.worker import FileDone, FileStarted, Note
     from onward.training.trainer import StepResult
 
     if isinstance(event, FileStarted):

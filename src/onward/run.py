@@ -12,15 +12,15 @@ from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.service.control import AFTER_FILE, RELEASE, expire_requests, find_file, request
+from onward.service.owner.control import AFTER_FILE, RELEASE, expire_requests, find_file, request
 from onward.service.lock import RunLock, is_held
-from onward.service.opened import OpenedRun, account
+from onward.service.owner.process import OpenedRun, account
 from onward.service.stop import Stopped, StopRequest
 from onward.store.ledger import Ledger, make_ledger
 
 if TYPE_CHECKING:
-    from onward.service.verify import Proof
-    from onward.service.worker import Event
+    from onward.service.proof.verify import Proof
+    from onward.service.owner.worker import Event
 
 PathLike = str | os.PathLike[str]
 Observe = Callable[["Event"], None]
@@ -87,7 +87,7 @@ class Run:
             model: the base model, where the checkpoint does not name one that is here.
             settings: config keys to set beyond what the checkpoint says.
         """
-        from onward.service.adopt import adopt
+        from onward.service.state.adopt import adopt
 
         layout = RunLayout(Path(directory))
         _refuse_occupied(layout)
@@ -105,7 +105,7 @@ class Run:
         Raises:
             FileRejected: a file was refused; its report is in `rejected/`.
         """
-        from onward.service.intake import PRIORITIES
+        from onward.service.intake.checking import PRIORITIES
 
         if priority not in PRIORITIES:
             raise UsageError(
@@ -236,7 +236,7 @@ class Run:
             if row["state"] == "training" and is_held(self.layout.lock):
                 return request(self.layout, ledger, "skip", reason, patience=patience)
         with self._owned() if row["state"] == "training" else self._ledger() as ledger:
-            from onward.service.failures import skip
+            from onward.service.owner.faults import skip
 
             return skip(self.layout, ledger, ledger.file(row["id"]), reason or "skipped by an operator")
 
@@ -255,7 +255,7 @@ class Run:
             RunLocked: another process trains; a proof needs a state that stands still.
         """
         with self._owned() as ledger:
-            from onward.service.verify import verify
+            from onward.service.proof.verify import verify
 
             return verify(self.layout, ledger, deep=deep)
 
@@ -266,7 +266,7 @@ class Run:
             UsageError: there is no such file, or no restore point for it.
         """
         with self._owned() as ledger:
-            from onward.service.rollback import rollback
+            from onward.service.state.rollback import rollback
 
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
@@ -285,7 +285,7 @@ class Run:
         Raises:
             UsageError: no such file.
         """
-        from onward.service.rollback import leave_out
+        from onward.service.state.rollback import leave_out
 
         with self._owned() as ledger:
             result = leave_out(self.layout, ledger, without)
@@ -298,7 +298,7 @@ class Run:
         An adopted run begins again at its base model, not at the checkpoint that was adopted.
         """
         with self._owned() as ledger:
-            from onward.service.rollback import reset
+            from onward.service.state.rollback import reset
 
             return reset(self.layout, ledger)
 

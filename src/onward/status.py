@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from onward.layout import RunLayout
-from onward.service.heartbeat import read_heartbeat
+from onward.service.owner.heartbeat import read_heartbeat
 from onward.service.lock import is_held
 from onward.store.ledger import Ledger, Row
 

@@ -12,9 +12,9 @@ import tiny
 
 from onward import Run
 from onward.layout import RunLayout
-from onward.service.arrivals import Arrivals
-from onward.service.inbox import Inbox
-from onward.service.retention import DAY, Retention
+from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.inbox import Inbox
+from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
 
 NOW = 1_700_000_000.0

@@ -12,8 +12,8 @@ from states import assert_same_state
 from onward import Run
 from onward.layout import step_of
 from onward.service.lock import RunLock
-from onward.service.opened import OpenedRun
-from onward.service.retention import DAY
+from onward.service.owner.process import OpenedRun
+from onward.service.state.retention import DAY
 from onward.service.stop import StopRequest
 from onward.store.ledger import Ledger
 

@@ -18,11 +18,11 @@ from onward import Run
 from onward.data.loader import Batch
 from onward.errors import ModelError, TrainingError
 from onward.layout import RunLayout
-from onward.service import daemon as daemon_module
-from onward.service.doctor import examine
-from onward.service.heartbeat import Heartbeat, read_heartbeat
+from onward.service.owner import daemon as daemon_module
+from onward.service.proof.doctor import examine
+from onward.service.owner.heartbeat import Heartbeat, read_heartbeat
 from onward.service.stop import StopRequest
-from onward.service.worker import FileDone, Note
+from onward.service.owner.worker import FileDone, Note
 from onward.status import read_status
 from onward.store.ledger import Ledger
 from onward.training.loss import TargetLoss

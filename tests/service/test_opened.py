@@ -8,7 +8,7 @@ import pytest
 
 from onward import Run
 from onward.errors import ConfigError
-from onward.service.opened import OpenedRun
+from onward.service.owner.process import OpenedRun
 from onward.store.ledger import Ledger
 
 

@@ -1,1 +1,1 @@
-"""What moves a run: intake, the worker's journey through a file, commits, going back, proof."""
+"""What moves a run. `intake` takes files in, `state` keeps what is committed, `owner` trains, `proof` verifies, `outside` reports."""

@@ -19,7 +19,7 @@ from onward.data.containers import FileError, check_readable
 from onward.data.sources import file_format
 from onward.digest import CHUNK, sha256_file
 from onward.layout import RunLayout
-from onward.service.refusals import Refusal, keep_refused, plain_name, unused_name
+from onward.service.intake.refusals import Refusal, keep_refused, plain_name, unused_name
 from onward.service.stop import Stopped
 from onward.store.ledger import Ledger, Row
 

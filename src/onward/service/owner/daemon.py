@@ -18,18 +18,18 @@ from typing import Any
 
 from onward.config import Config
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
-from onward.service import failures
-from onward.service.archive import compress_original
-from onward.service.commits import Commits, Settled
-from onward.service.control import Control, pause_fact
-from onward.service.heartbeat import Heartbeat, tell_systemd
-from onward.service.inbox import Inbox
-from onward.service.incoming import SMALL_FILE, Incoming
-from onward.service.intake import Intake
-from onward.service.retention import Retention
+from onward.service.owner import faults
+from onward.service.intake.archive import compress_original
+from onward.service.state.commits import Commits, Settled
+from onward.service.owner.control import Control, pause_fact
+from onward.service.owner.heartbeat import Heartbeat, tell_systemd
+from onward.service.intake.inbox import Inbox
+from onward.service.owner.incoming import SMALL_FILE, Incoming
+from onward.service.intake.checking import Intake
+from onward.service.state.retention import Retention
 from onward.service.session import Session
 from onward.service.stop import Stopped
-from onward.service.worker import Committed, Event, FileDone, FileStarted, Note, Worker
+from onward.service.owner.worker import Committed, Event, FileDone, FileStarted, Note, Worker
 from onward.store.ledger import Ledger
 from onward.training.environment import release_freed_memory
 from onward.training.trainer import StepResult
@@ -192,7 +192,7 @@ class Daemon:
             raise
         except BaseException as error:
             self._drop_worker()
-            if not self._patient or not failures.blames_file(error):
+            if not self._patient or not faults.blames_file(error):
                 raise
             self._handle_failed_file(error)
         finally:
@@ -237,7 +237,7 @@ class Daemon:
         row = self.ledger.next_owed()
         if row is None:
             raise error
-        done = failures.handle(self._intake.layout, self.ledger, row, error)
+        done = faults.handle(self._intake.layout, self.ledger, row, error)
         self._show(done)
 
     def _drop_worker(self) -> None:
@@ -259,7 +259,7 @@ class Daemon:
             )
             return
         self._drop_worker()
-        answer = failures.skip(self._intake.layout, self.ledger, row, reason)
+        answer = faults.skip(self._intake.layout, self.ledger, row, reason)
         self.control.answer(self.ledger, "skip", answer)
         self._show(answer)
 
@@ -323,7 +323,7 @@ class Daemon:
         """Wait a while after a failure of the machine or the config, then go on from the last commit."""
         self._drop_worker()
         self._failures += 1
-        full = failures.is_out_of_space(error)
+        full = faults.is_out_of_space(error)
         seconds = 2.0 if full else min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
         what = error.what if isinstance(error, OnwardError) else f"{type(error).__name__}: {error}"
         problem = f"{what}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
@@ -357,7 +357,7 @@ class Daemon:
             return
         if row is not None and count >= CRASHES and state in ("training", "saving"):
             reason = f"the process died {count} times in it without getting past step {step}"
-            self._show(failures.quarantine(self._intake.layout, self.ledger, row, reason))
+            self._show(faults.quarantine(self._intake.layout, self.ledger, row, reason))
             self.ledger.put(died=None)
         elif count >= 3:
             seconds = min(2.0 ** (count - 2), LONGEST_PAUSE)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from onward.layout import RunLayout
-from onward.service.commits import Commit, Commits
+from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import Manifest
 from onward.training.handover import Measurement

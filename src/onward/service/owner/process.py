@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from onward.config import read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.background import Background, Job
-from onward.service.control import POLL_SECONDS, Control
-from onward.service.heartbeat import SECONDS as BEAT_SECONDS
-from onward.service.heartbeat import Heartbeat
-from onward.service.reporting import Reporter
+from onward.service.owner.background import Background, Job
+from onward.service.owner.control import POLL_SECONDS, Control
+from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
+from onward.service.owner.heartbeat import Heartbeat
+from onward.service.outside.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
 from onward.startup import large_imports
 from onward.store.ledger import Ledger
@@ -24,10 +24,10 @@ from onward.training.base import BaseDigest, find_here
 
 if TYPE_CHECKING:
     from onward.data.tokenize import RowTokenizer
-    from onward.service.daemon import Daemon
-    from onward.service.intake import Intake
+    from onward.service.owner.daemon import Daemon
+    from onward.service.intake.checking import Intake
     from onward.service.session import Session
-    from onward.service.worker import Event
+    from onward.service.owner.worker import Event
 
     Observe = Callable[[Event], None]
 
@@ -69,7 +69,7 @@ class OpenedRun:
     def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
         """Make what checks files; `stop` is called at every row and may raise `Stopped`."""
         from onward.data.tokenize import RowTokenizer
-        from onward.service.intake import Intake
+        from onward.service.intake.checking import Intake
 
         made: list[tuple[Session, RowTokenizer]] = []
 
@@ -97,8 +97,8 @@ class OpenedRun:
             with stop.interruptible():
                 with large_imports():
                     self._hash_base()
-                    from onward.service.daemon import Daemon
-                    from onward.service.inbox import Inbox
+                    from onward.service.owner.daemon import Daemon
+                    from onward.service.intake.inbox import Inbox
 
                 if watch:
                     with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for

@@ -16,7 +16,7 @@ import torch
 from onward.config import Config, read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
-from onward.service.heartbeat import read_heartbeat
+from onward.service.owner.heartbeat import read_heartbeat
 from onward.service.lock import is_held, read_holder
 from onward.store.ledger import Ledger
 from onward.training.base import digest_base, resolve_base

@@ -11,7 +11,7 @@ from onward.config import Config
 from onward.data.tokenize import RowTokenizer, TokenizedFile, cache_key, tokenize_file
 from onward.errors import DamagedState, FileRejected
 from onward.layout import step_of
-from onward.service.archive import require_original
+from onward.service.intake.archive import require_original
 from onward.service.session import Session
 from onward.store.ledger import Row
 

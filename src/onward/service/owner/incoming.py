@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
-from onward.service import failures
-from onward.service.control import Control
-from onward.service.heartbeat import Heartbeat
-from onward.service.inbox import POLL_SECONDS, Inbox, Watcher
-from onward.service.intake import Intake
+from onward.service.owner import faults
+from onward.service.owner.control import Control
+from onward.service.owner.heartbeat import Heartbeat
+from onward.service.intake.inbox import POLL_SECONDS, Inbox, Watcher
+from onward.service.intake.checking import Intake
 from onward.store.ledger import Ledger
 
 MOVED_AT_ONCE = 512
@@ -96,7 +96,7 @@ class Incoming:
                 if self._control:
                     break
         except OSError as error:
-            if failures.is_out_of_space(error):
+            if faults.is_out_of_space(error):
                 raise
             self._report(f"the inbox cannot be used: {error}")
         else:

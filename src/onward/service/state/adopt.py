@@ -15,7 +15,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.commits import Commit, Commits
+from onward.service.state.commits import Commit, Commits
 from onward.service.session import open_session
 from onward.store.ledger import Ledger
 from onward.training import huggingface

@@ -21,8 +21,8 @@ from onward.data.containers import FileError
 from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.arrivals import Arrivals, Values
-from onward.service.refusals import Refusal, keep_refused, rejection
+from onward.service.intake.arrivals import Arrivals, Values
+from onward.service.intake.refusals import Refusal, keep_refused, rejection
 from onward.store.ledger import Ledger, Row
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}

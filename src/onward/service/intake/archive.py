@@ -12,7 +12,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout
-from onward.service.refusals import unused_name
+from onward.service.intake.refusals import unused_name
 from onward.store.ledger import Ledger, Row
 
 PACKED = ".zst"

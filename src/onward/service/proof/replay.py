@@ -11,8 +11,8 @@ from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.session import Session, open_session
-from onward.service.tokens import open_tokens
-from onward.service.worker import make_plan
+from onward.service.intake.tokens import open_tokens
+from onward.service.owner.worker import make_plan
 from onward.store.ledger import Ledger, Row
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint, load_state

@@ -16,8 +16,8 @@ from onward.atomic import link_or_copy
 from onward.config import Config, read_config
 from onward.errors import FileRejected, NoSpace, OnwardError, TrainingError
 from onward.layout import RunLayout
-from onward.service.refusals import Refusal, keep_refused
-from onward.service.rollback import Move, go_back
+from onward.service.intake.refusals import Refusal, keep_refused
+from onward.service.state.rollback import Move, go_back
 from onward.store.ledger import Ledger, Row
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")

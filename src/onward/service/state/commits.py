@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.digest import sha256_json
 from onward.errors import DamagedState, VerificationFailed
 from onward.layout import RunLayout, step_of
-from onward.service.retention import Retention
+from onward.service.state.retention import Retention
 from onward.store.ledger import IN_STREAM, Ledger
 from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
 from onward.training.handover import Measurement, measure

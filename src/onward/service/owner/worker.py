@@ -17,12 +17,12 @@ from onward.data.order import FilePlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
-from onward.service.commits import Commit, Commits, Settled
-from onward.service.retention import Retention
+from onward.service.state.commits import Commit, Commits, Settled
+from onward.service.state.retention import Retention
 from onward.service.session import Session, check_identity
 from onward.service.stop import Interruption
-from onward.service.tokens import forget_tokens, open_tokens
-from onward.service.writer import Writer
+from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger, Row
 from onward.store.metrics import Metrics, StepRecord
 from onward.training import huggingface

@@ -15,8 +15,8 @@ from onward.data.order import FilePlan, rows_digest
 from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
-from onward.service.archive import require_original
-from onward.service.replay import replay
+from onward.service.intake.archive import require_original
+from onward.service.proof.replay import replay
 from onward.store.ledger import Ledger, Row
 from onward.training import huggingface
 from onward.training.base import digest_base, resolve_base

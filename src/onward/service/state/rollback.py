@@ -9,9 +9,9 @@ from typing import Any
 from onward.config import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
-from onward.service.commits import TO_NOTHING, Commits
-from onward.service.control import find_file
-from onward.service.retention import Retention
+from onward.service.state.commits import TO_NOTHING, Commits
+from onward.service.owner.control import find_file
+from onward.service.state.retention import Retention
 from onward.store.ledger import HELD, IN_STREAM, Ledger, Row
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 

@@ -1,0 +1,1 @@
+"""The proof of a run, and what machine and run lack. Nothing here writes."""
