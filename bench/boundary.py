@@ -26,12 +26,12 @@ STOCK = Path(__file__).with_name("stock.py")
 def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
     """Be Onward's process: train all files in order; returns the gaps between them and the seconds of its steps."""
     from onward import Run
-    from onward.training.trainer import StepResult
+    from onward.events import StepTaken
 
-    steps: list[tuple[float, StepResult]] = []
+    steps: list[tuple[float, StepTaken]] = []
 
     def observe(event: object) -> None:
-        if isinstance(event, StepResult):
+        if isinstance(event, StepTaken):
             steps.append((time.perf_counter(), event))
 
     settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method}

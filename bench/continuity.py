@@ -27,6 +27,7 @@ from onward import Run
 from onward.config import Config
 from onward.data.order import FilePlan, rows_digest
 from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
 
 BEGIN, END = "<!-- continuity:begin -->", "<!-- continuity:end -->"
 KILL_AT_STEPS = (3, 9, 19)
@@ -91,20 +92,20 @@ def describe(name: str, what: str, run: Run, whole: Run) -> dict[str, Any]:
     return {"name": name, "what": what, "files": files, "distance": off, "verified": run.verify().ok}
 
 
-def describe_file(ledger: Ledger, row: dict[str, Any], config: Config) -> dict[str, Any]:
+def describe_file(ledger: Ledger, row: FileRow, config: Config) -> dict[str, Any]:
     """Count the rows that the recorded steps of a file trained, by the digest of each step's rows."""
-    plan = FilePlan(row["sha256"], row["rows"], config.batch_size, config.epochs, config.seed)
+    plan = FilePlan(row.sha256, row.rows, config.batch_size, config.epochs, config.seed)
     planned = {rows_digest(plan.rows_at(step)): plan.rows_at(step) for step in range(plan.steps)}
-    steps = ledger.steps(row["id"])
-    counts = Counter(index for step in steps for index in planned[step["rows_digest"]])
+    steps = ledger.steps(row.id)
+    counts = Counter(index for step in steps for index in planned[step.rows_digest])
     return {
-        "name": row["name"],
-        "rows": row["rows"],
+        "name": row.name,
+        "rows": row.rows,
         "rows_trained": len(counts),
         "rows_repeated": sum(count > config.epochs for count in counts.values()),
         "steps": len(steps),
-        "steps_due": math.ceil(row["rows"] / config.batch_size) * config.epochs,
-        "learning_rates": [step["learning_rate"] for step in steps],
+        "steps_due": math.ceil(row.rows / config.batch_size) * config.epochs,
+        "learning_rates": [step.learning_rate for step in steps],
     }
 
 

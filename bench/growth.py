@@ -39,7 +39,7 @@ def train(folder: Path, count: int) -> dict[str, Any]:
     import torch
 
     from onward import Run
-    from onward.service.owner.worker import FileDone
+    from onward.events import FileDone
 
     torch.set_num_threads(1)
     base, files = write_base(folder / "base"), write_files(folder / "files", count)

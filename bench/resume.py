@@ -22,9 +22,10 @@ from measuring import held_against, interleaved, python, seconds_until, small_ll
 
 from onward import Run
 from onward.config import Config
+from onward.service.session import open_session
 from onward.service.state.commits import Commit, Commits
 from onward.service.state.retention import Retention
-from onward.service.session import open_session
+from onward.service.state.settle import Settlement
 from onward.service.stop import StopRequest
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import load_state
@@ -62,7 +63,7 @@ def move(run: Run, step: int) -> None:
     with Ledger(run.layout.ledger) as ledger:
         session = open_session(run.layout, ledger, report=silent)
         commits = Commits(run.layout, ledger)
-        settled = commits.settle(Retention.of(session.config))
+        settled = Settlement(run.layout, ledger, Retention.of(session.config)).settle()
         assert settled.folder is not None
         assert settled.manifest is not None
         config = Config.model_validate(settled.manifest.config)
@@ -77,7 +78,7 @@ def move(run: Run, step: int) -> None:
         commits.commit(
             Commit(
                 state.model, state.snapshot(), config, lambda: loss, session.facts(), parent=settled.manifest,
-                file_id=row["id"],
+                file_id=row.id,
             )
         )  # fmt: skip
 

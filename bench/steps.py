@@ -21,9 +21,9 @@ from onward.config import Config
 from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.digest import sha256_file
+from onward.events import StepTaken
 from onward.training.environment import pick_dtype, tune_memory
 from onward.training.model import build_model, load_tokenizer
-from onward.training.trainer import StepResult
 
 BATCH, MAX_LENGTH, RATE = 8, 512, 2e-4
 ON_GPU = torch.cuda.is_available()
@@ -59,7 +59,7 @@ def train_onward(folder: Path, rows: Path, steps: int, values: dict[str, Any]) -
     def observe(event: object) -> None:
         nonlocal last
         now = time.perf_counter()
-        if isinstance(event, StepResult):
+        if isinstance(event, StepTaken):
             records.append({"seconds": now - last, "tokens": event.tokens, "loss": event.loss})
             if len(records) == steps:
                 raise Enough

@@ -18,9 +18,9 @@ from faults import FULL_SIZE
 from processes import as_it_is, start_command, train
 
 from onward import Run
+from onward.events import Event, StepTaken
 from onward.service.owner.control import Control
-from onward.service.owner.worker import Event, Worker
-from onward.training.trainer import StepResult
+from onward.service.owner.worker import Worker
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -55,7 +55,7 @@ class Hold:
         def train_next(worker: Worker) -> Iterator[Event]:
             for event in plain(worker):
                 yield event
-                if isinstance(event, StepResult) and event.step_in_file >= self.step:
+                if isinstance(event, StepTaken) and event.step_in_file >= self.step:
                     self._hold(worker.stop)
 
         Worker.train_next = train_next  # type: ignore[method-assign]

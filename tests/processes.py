@@ -13,11 +13,6 @@ from pathlib import Path
 
 import torch
 
-import onward.service.state.adopt
-import onward.service.owner.daemon
-import onward.service.intake
-import onward.service.session
-import onward.service.owner.worker  # noqa: F401  (loaded once, before the fork)
 from onward import cli
 from onward.errors import OnwardError
 from onward.run import Run

@@ -177,7 +177,7 @@ def test_a_change_takes_effect_at_the_next_boundary(model: Path, tmp_path: Path)
     assert 0.0005 == train(run, 3)["first_learning_rate"]
     with Ledger(run / "ledger.sqlite3", read_only=True) as ledger:
         changes = ledger.query("SELECT key, step, old, new FROM config_changes ORDER BY id")
-        events = [event["message"] for event in ledger.events(1000)]
+        events = [event.message for event in ledger.events(1000)]
     assert [("batch_size", 2, "4", "2"), ("learning_rate", 2, "0.001", "0.0005")] == sorted(
         (entry["key"], entry["step"], entry["old"], entry["new"]) for entry in changes
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 import tiny
 
 from onward import Run
+from onward.events import Event
 from onward.progress import describe
-from onward.service.owner.worker import Event
 
 
 def lines(run: Run, *files: Path) -> list[str]:

@@ -213,6 +213,9 @@ class Config(_Section):
         return {key: (here[key], there[key]) for key in here if here[key] != there[key]}
 
 
+SECTION_FIELDS = {"lora": frozenset(LoraConfig.model_fields), "notify": frozenset(NotifyConfig.model_fields)}
+
+
 def known_keys() -> list[str]:
     """Return every dotted key that a config may have."""
     return list(Config().flat())
@@ -231,6 +234,19 @@ def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
     except ValidationError as error:
         lines = [_describe(problem) for problem in error.errors(include_url=False)]
         raise ConfigError("; ".join(lines), where=where, hint=KEYS_HINT) from None
+
+
+def stored_config(values: Mapping[str, Any]) -> Config:
+    """Return a config that a manifest or the ledger kept: keys that this release no longer has are left out.
+
+    What a run was trained with is a fact, so it is not judged by what today's keys allow.
+    """
+    known = {name: values[name] for name in Config.model_fields if name in values}
+    for name in SECTIONS:
+        if isinstance(known.get(name), Mapping):
+            fields = SECTION_FIELDS[name]
+            known[name] = {key: value for key, value in known[name].items() if key in fields}
+    return Config.model_validate(known)
 
 
 def read_config(path: Path) -> Config:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from onward.service.owner.worker import Event
+from onward.events import Event, FileDone, FileStarted, Observe, StepTaken
 
 STEPS = 5
 TOP = 12
-
-Observe = Callable[["Event"], None]
 
 
 class StepProfile:
@@ -32,12 +28,10 @@ class StepProfile:
 
     def __call__(self, event: Event) -> None:
         """Begin with a file, end after `STEPS` steps or with the file."""
-        from onward.service.owner.worker import FileDone, FileStarted
-        from onward.training.trainer import StepResult
 
         if isinstance(event, FileStarted) and self._profiler is None:
             self._begin()
-        self._steps += isinstance(event, StepResult)
+        self._steps += isinstance(event, StepTaken)
         if isinstance(event, FileDone) or self._steps == STEPS:
             self.end()
         self._observe(event)

@@ -7,7 +7,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from onward.service.owner.worker import Event
+from onward.events import Event, FileDone, FileStarted, Note, Observe, StepTaken
+from onward.store.rows import EventRow
 
 NAME_WIDTH = 40
 """Columns of a name in a table at most."""
@@ -24,8 +24,6 @@ _HISTORY_TITLES = (
     "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
 )  # fmt: skip
 _LEFT = ("name", "state", "handover")
-
-Observe = Callable[["Event"], None]
 
 
 @contextlib.contextmanager
@@ -72,15 +70,13 @@ class Bar:
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
-        from onward.service.owner.worker import FileDone, FileStarted, Note
-        from onward.training.trainer import StepResult
 
         if isinstance(event, FileStarted):
             title = f"{event.position} {event.name}"
             self.task = self.tasks[event.position] = self.progress.add_task(
                 title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
             )
-        elif isinstance(event, StepResult):
+        elif isinstance(event, StepTaken):
             speed = event.tokens / event.seconds
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
@@ -93,8 +89,6 @@ class Bar:
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
     """Return an event as a line, or None where there is nothing to say."""
-    from onward.service.owner.worker import FileDone, FileStarted, Note
-    from onward.training.trainer import StepResult
 
     if isinstance(event, FileStarted):
         done = f", {event.steps_done} done" if event.steps_done else ""
@@ -102,7 +96,7 @@ def describe(event: Event, log_steps: int = 1) -> str | None:
             f"file {event.position}: {event.name}, {event.rows} rows{over_length(event.truncated, event.dropped)},"
             f" {event.steps} steps{done} (handover {event.handover})"
         )
-    if isinstance(event, StepResult):
+    if isinstance(event, StepTaken):
         if event.step % log_steps and event.step_in_file != event.steps_in_file:
             return None
         left = (event.steps_in_file - event.step_in_file) * event.seconds
@@ -155,18 +149,18 @@ def _cut(text: str, width: int) -> str:
     return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
 
 
-def print_status(values: dict[str, Any], events: list[dict[str, Any]]) -> None:
+def print_status(values: dict[str, Any], events: list[EventRow]) -> None:
     """Print a run's status and what happened last, on stdout."""
     for line in status_lines(values, events):
         print(line)
 
 
-def status_lines(values: dict[str, Any], events: list[dict[str, Any]]) -> list[str]:
+def status_lines(values: dict[str, Any], events: list[EventRow]) -> list[str]:
     """Return a run's status and what happened last as lines, one screen."""
     lines = [f"{key.replace('_', ' '):<18} {_plain(value)}" for key, value in values.items() if value is not None]
     for event in events:
-        at = time.strftime("%m-%d %H:%M:%S", time.localtime(event["created"]))
-        lines.append(f"{at}  {event['level']:<8}{event['message']}")
+        at = time.strftime("%m-%d %H:%M:%S", time.localtime(event.created))
+        lines.append(f"{at}  {event.level:<8}{event.message}")
     return lines
 
 

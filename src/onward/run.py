@@ -5,25 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward import status
 from onward.config import Config, parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
+from onward.events import Observe
 from onward.layout import RunLayout
-from onward.service.owner.control import AFTER_FILE, RELEASE, expire_requests, find_file, request
-from onward.service.lock import RunLock, is_held
+from onward.service.holder import is_held
+from onward.service.lock import RunLock
+from onward.service.owner.control import AFTER_FILE, RELEASE, expire_requests, request
 from onward.service.owner.process import OpenedRun, account
 from onward.service.stop import Stopped, StopRequest
 from onward.store.ledger import Ledger, make_ledger
+from onward.store.lookup import find_file
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
-    from onward.service.owner.worker import Event
 
 PathLike = str | os.PathLike[str]
-Observe = Callable[["Event"], None]
 
 
 def _silent(_: Any) -> None:
@@ -105,7 +107,7 @@ class Run:
         Raises:
             FileRejected: a file was refused; its report is in `rejected/`.
         """
-        from onward.service.intake.checking import PRIORITIES
+        from onward.service.intake.inbox import PRIORITIES
 
         if priority not in PRIORITIES:
             raise UsageError(
@@ -113,7 +115,8 @@ class Run:
             )
         with self._ledger() as ledger:
             opened = OpenedRun(self.layout, ledger, _silent)
-            return opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
+            taken = opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
+            return [asdict(row) for row in taken]
 
     def train(
         self,
@@ -136,7 +139,7 @@ class Run:
         """
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
-            before = {entry["id"] for entry in ledger.files("done")}
+            before = {row.id for row in ledger.files("done")}
             opened = OpenedRun(self.layout, ledger, report)
             with account(ledger), opened.operate(stop, observe) as daemon:
                 intake = opened.intake(stop.check)
@@ -145,7 +148,7 @@ class Run:
                 if paths:
                     intake.take([Path(path) for path in paths], again=again)
                 daemon.run(once=True)
-            positions = {entry["position"] for entry in ledger.files("done") if entry["id"] not in before}
+            positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 
     def watch(
@@ -172,15 +175,11 @@ class Run:
         """
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
-            seen = ledger.one("SELECT coalesce(max(id), 0) AS id FROM events") or {"id": 0}
+            seen = ledger.last_event()
             opened = OpenedRun(self.layout, ledger, report)
             with account(ledger), opened.operate(stop, observe, watch=True) as daemon:
                 daemon.run(once=once)
-            refused = ledger.one(
-                "SELECT count(*) AS n FROM events WHERE id > ? AND (kind = 'rejected' OR message LIKE ?)",
-                seen["id"], "%quarantined:%",
-            )  # fmt: skip
-        return int(refused["n"]) if refused else 0
+            return ledger.count_events(seen, ("rejected", "quarantined"))
 
     def check_arrived(self) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
@@ -233,12 +232,12 @@ class Run:
             if row is None:
                 hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
                 raise UsageError("no file is being trained", where=self.layout.root.absolute(), hint=hint)
-            if row["state"] == "training" and is_held(self.layout.lock):
+            if row.state == "training" and is_held(self.layout.lock):
                 return request(self.layout, ledger, "skip", reason, patience=patience)
-        with self._owned() if row["state"] == "training" else self._ledger() as ledger:
+        with self._owned() if row.state == "training" else self._ledger() as ledger:
             from onward.service.owner.faults import skip
 
-            return skip(self.layout, ledger, ledger.file(row["id"]), reason or "skipped by an operator")
+            return skip(self.layout, ledger, ledger.file(row.id), reason or "skipped by an operator")
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands (keys as in `onward status --json`)."""

@@ -143,7 +143,7 @@ def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
 def move_in(layout: RunLayout, *paths: Path) -> list[str]:
     """Take files out of the inbox; returns their places in the archive."""
     with Ledger(layout.ledger) as ledger:
-        return [row["copy"] for row in Arrivals(layout, ledger).move_in([(path, 0) for path in paths], "c")]
+        return [row.copy for row in Arrivals(layout, ledger).move_in([(path, 0) for path in paths], "c")]
 
 
 def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
@@ -193,7 +193,7 @@ def clean(layout: RunLayout) -> list[tuple[str, str]]:
     """Start again; returns name and state of each file."""
     with Ledger(layout.ledger) as ledger:
         Arrivals(layout, ledger).clean()
-        return [(row["name"], row["state"]) for row in ledger.files("arriving", "rejected")]
+        return [(row.name, row.state) for row in ledger.files("arriving", "rejected")]
 
 
 def test_a_kill_before_the_move_is_finished_by_the_next_start(layout: RunLayout) -> None:

@@ -17,7 +17,7 @@ from processes import train
 from states import assert_same_state, temporary_files
 
 from onward import Run
-from onward.training.trainer import StepResult
+from onward.events import StepTaken
 
 ROWS = 60
 MEGABYTE = 1 << 20
@@ -132,7 +132,7 @@ def test_an_observer_that_fails_on_a_full_disk(disk: Path, model: Path, tmp_path
 
     def observe(event: object) -> None:
         nonlocal is_full
-        if isinstance(event, StepResult) and not is_full:
+        if isinstance(event, StepTaken) and not is_full:
             is_full = True
             threading.Timer(1.0, fill(disk, leave=0).unlink).start()
         if is_full:

@@ -17,16 +17,17 @@ from states import assert_same_state
 from onward import Run
 from onward.data.loader import Batch
 from onward.errors import ModelError, TrainingError
+from onward.events import FileDone, Note, StepTaken
 from onward.layout import RunLayout
+from onward.service.holder import read_heartbeat
 from onward.service.owner import daemon as daemon_module
+from onward.service.owner.heartbeat import Heartbeat
 from onward.service.proof.doctor import examine
-from onward.service.owner.heartbeat import Heartbeat, read_heartbeat
 from onward.service.stop import StopRequest
-from onward.service.owner.worker import FileDone, Note
 from onward.status import read_status
 from onward.store.ledger import Ledger
 from onward.training.loss import TargetLoss
-from onward.training.trainer import StepResult, Trainer
+from onward.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 4,
@@ -70,7 +71,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Exce
     """Make the third step of the file with this many rows fail; returns the list that counts the failures."""
     plain, failed = Trainer.take_step, list[int]()
 
-    def take_step(self: Trainer, batch: Batch, plan: Any) -> StepResult:
+    def take_step(self: Trainer, batch: Batch, plan: Any) -> StepTaken:
         if plan.rows == rows and self.state.cursor.step == 2 and len(failed) < times:
             failed.append(self.state.step)
             raise error()
@@ -131,7 +132,7 @@ def test_out_of_memory_halves_the_parts_of_a_step(run: Run, model: Path, monkeyp
         (history[name]["steps"], history[name]["rows_trained"]) for name in ("10.jsonl", "14.jsonl", "7.jsonl")
     ]
     with Ledger(run.layout.ledger) as ledger:
-        configs = [ledger.config(row["config"])["gradient_accumulation"] for row in ledger.files("done")]
+        configs = [ledger.config(row.config)["gradient_accumulation"] for row in ledger.files("done")]
     assert ["auto", 4, "auto"] == configs
     assert run.verify(deep=True).ok
 
@@ -184,7 +185,7 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
     run.train(stop=stop, observe=lambda event: stop.ask("test") if getattr(event, "step", 0) == 4 else None)
     with Ledger(run.layout.ledger) as ledger:
         row = ledger.files("training")[0]
-        ledger.put(state="training", died={"step": 4, "file": row["id"], "count": before})
+        ledger.put(state="training", died={"step": 4, "file": row.id, "count": before})
     assert refused == run.watch(once=True)
     assert {"10.jsonl": "done", "14.jsonl": state, "7.jsonl": "done"} == states(run)
     assert run.verify().ok
@@ -206,7 +207,7 @@ def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeyp
         return usage(0, 0, room["free"])
 
     def fill(event: object) -> None:
-        if isinstance(event, StepResult) and event.step == 5:
+        if isinstance(event, StepTaken) and event.step == 5:
             room["free"] = 0
 
     monkeypatch.setattr(daemon_module.shutil, "disk_usage", disk_usage)

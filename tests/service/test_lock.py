@@ -9,7 +9,8 @@ import pytest
 from filelock import FileLock
 
 from onward.errors import RunLocked
-from onward.service.lock import RunLock, is_held, read_holder
+from onward.service.holder import is_held, read_holder
+from onward.service.lock import RunLock
 
 
 def test_second_owner_is_refused_with_the_first_named(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from states import assert_same_state
 from onward import Run
 from onward.config import NotifyConfig
 from onward.layout import RunLayout
+from onward.service.outside.reporting import LOG_BYTES, LOG_PARTS, Reporter
 from onward.service.owner.background import Background
 from onward.service.owner.heartbeat import Heartbeat
-from onward.service.outside.reporting import LOG_BYTES, LOG_PARTS, Reporter
 from onward.store.ledger import Ledger, make_ledger
 
 

@@ -12,7 +12,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.errors import FileRejected, UsageError
-from onward.service.state.commits import TO_NOTHING
+from onward.service.state.settle import TO_NOTHING
 from onward.service.state.rollback import move_ledger_back, undone
 from onward.store.ledger import Ledger
 
@@ -105,7 +105,7 @@ def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path],
 def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
     """A kill between the ledger's move and the directories' is finished by the next start, never taken back."""
     with Ledger(run.layout.ledger) as ledger:
-        later = [row for row in ledger.files("done") if row["position"] > position]
+        later = [row for row in ledger.files("done") if row.place > position]
         move_ledger_back(ledger, step, undone(later, position, requeue=False), "test")
     run.train()
     assert max(step, 0) == run.status()["global_step"]

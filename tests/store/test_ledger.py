@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from onward.errors import DamagedState, OnwardError
-from onward.store.ledger import LOG_BYTES, Ledger, make_ledger, refusal
-from onward.store.metrics import Metrics, StepRecord
+from onward.store.database import LOG_BYTES, refusal
+from onward.store.ledger import Ledger, make_ledger
+from onward.store.metrics import Metrics
 from onward.store.migrations import MIGRATIONS
+from onward.store.rows import StepRecord
 
 
 def add(ledger: Ledger, name: str, **values: object) -> int:
@@ -30,14 +32,14 @@ def test_queue_is_taken_by_priority_then_arrival(ledger: Ledger) -> None:
     ids = {name: add(ledger, name, priority=priority) for name, priority in [("a", 0), ("b", 1), ("c", 0), ("d", -1)]}
     order: list[str] = []
     while row := ledger.next_owed():
-        order.append(row["name"])
-        ledger.move_file(row["id"], "training", position=len(order))
-        assert ledger.next_owed() == ledger.file(row["id"])
-        ledger.move_file(row["id"], "done")
+        order.append(row.name)
+        ledger.move_file(row.id, "training", position=len(order))
+        assert ledger.next_owed() == ledger.file(row.id)
+        ledger.move_file(row.id, "done")
     assert ["b", "a", "c", "d"] == order
     ledger.move_file(ids["c"], "queued")
     add(ledger, "e", priority=1)
-    assert "c" == (ledger.next_owed() or {})["name"]
+    assert "c" == getattr(ledger.next_owed(), "name", None)
 
 
 def test_illegal_moves_are_refused(ledger: Ledger) -> None:
@@ -45,7 +47,7 @@ def test_illegal_moves_are_refused(ledger: Ledger) -> None:
     file_id = add(ledger, "a")
     with pytest.raises(OnwardError, match="from queued to done"):
         ledger.move_file(file_id, "done", note="x")
-    assert ("queued", None) == (ledger.file(file_id)["state"], ledger.file(file_id)["note"])
+    assert ("queued", None) == (ledger.file(file_id).state, ledger.file(file_id).note)
 
 
 def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
@@ -93,8 +95,8 @@ def test_going_back_forgets_steps_and_marks_checkpoints(ledger: Ledger) -> None:
         ledger.commit_checkpoint(number, size=1, seconds=0.1)
     ledger.begin_checkpoint(step=4, boundary=0, state_digest="never written", basis="b")
     ledger.trim(1, [file_id], "lost")
-    assert [1] == [row["step"] for row in ledger.steps(file_id)]
-    assert 1 == (ledger.newest_checkpoint() or {})["step"]
+    assert [1] == [row.step for row in ledger.steps(file_id)]
+    assert 1 == ledger.committed_step()
     assert "digest 3" == ledger.lost_digest(3, "b")
     assert ledger.lost_digest(3, "another basis") is None
     assert ledger.lost_digest(4, "b") is None
@@ -131,10 +133,10 @@ def test_a_ledger_of_the_first_release_is_brought_up(tmp_path: Path) -> None:
     with Ledger(path) as ledger:
         assert [] == ledger.query("PRAGMA foreign_key_check")
         assert [{"foreign_keys": 1}] == ledger.query("PRAGMA foreign_keys")
-        assert [1] == [row["step"] for row in ledger.steps(7)]
-        assert [("old", None)] == [(event["message"], event["kind"]) for event in ledger.events()]
+        assert [1] == [row.step for row in ledger.steps(7)]
+        assert [("old", None)] == [(event.message, event.kind) for event in ledger.events()]
         ledger.move_file(7, "skipped", position=None, note="no use")
-        assert "skipped" == ledger.file(7)["state"]
+        assert "skipped" == ledger.file(7).state
         with pytest.raises(sqlite3.IntegrityError):
             ledger.write("INSERT INTO steps VALUES (8, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1)")
 

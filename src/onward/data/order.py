@@ -15,6 +15,8 @@ from hashlib import blake2b
 
 import xxhash
 
+from onward.config import Config
+
 ROUNDS = 8
 TABLE_SIZE = 64  # below this a Feistel network has too few bits to mix; a sorted table is small and unbiased
 
@@ -133,6 +135,11 @@ class FilePlan:
         order = row_order(self.seed, self.sha256, self.epoch_of(step_in_file), self.rows)
         first = step_in_file % self.steps_per_epoch * self.batch_size
         return [order[index] for index in range(first, min(first + self.batch_size, self.rows))]
+
+
+def make_plan(sha256: str, rows: int, config: Config) -> FilePlan:
+    """Return which rows each step of a file trains under a config."""
+    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed)
 
 
 def rows_digest(rows: Sequence[int]) -> str:

@@ -1,1 +1,1 @@
-"""What moves a run. `intake` takes files in, `state` keeps what is committed, `owner` trains, `proof` verifies, `outside` reports."""
+"""What moves a run, in five rooms: `intake`, `state`, `owner`, `proof`, `outside`; the files here are their ground."""

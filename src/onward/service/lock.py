@@ -8,11 +8,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from onward.errors import RunLocked
+from onward.service.holder import read_holder
 
 PATIENCE = 0.3
 """Seconds to wait for the lock, so that an observer's glance at it refuses nobody."""
@@ -54,22 +54,3 @@ class RunLock:
             return "its name is not known"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
         return f"pid {holder['pid']} on {holder['host']}, since {since}"
-
-
-def read_holder(lock: Path) -> dict[str, Any] | None:
-    """Return pid, host and start time that the last holder of a lock wrote, or None where that cannot be read."""
-    try:
-        holder = json.loads(lock.with_name(f"{lock.name}.holder").read_text())
-        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def is_held(lock: Path) -> bool:
-    """Whether some process holds the lock now."""
-    probe = FileLock(lock, timeout=0)
-    try:
-        with probe:
-            return False
-    except Timeout:
-        return True

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
-from onward.errors import DamagedState, OnwardError
+from onward.errors import OnwardError
+from onward.store.database import refusal
+from onward.store.files import Files, marks
 from onward.store.migrations import migrate
+from onward.store.requests import Requests
+from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
 
-LEGAL = {
-    "arriving": {"queued", "rejected"},
-    "queued": {"training", "undone", "skipped", "quarantined"},
-    "training": {"done", "queued", "undone", "skipped", "quarantined"},
-    "done": {"training", "queued", "undone", "skipped"},  # back only when state was lost or rolled back
-}
-"""States that a file may go to, by the state it is in."""
-
-HELD = ("queued", "training", "done")
-"""States of a file whose content belongs to the stream."""
-
-IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
-"""What holds for the files that have a place in the stream; worded as the index `files_position` is."""
-
-PASSING = {
-    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
-    sqlite3.SQLITE_NOMEM,
-}  # fmt: skip
-"""Errors of SQLite that say nothing of the ledger's content: the disk is full or fails, or others are at work."""
-
-LOG_BYTES = 16 << 20
-"""Bytes that SQLite's log is cut back to, after a reader that kept its view for long let it grow."""
-
-Row = dict[str, Any]
-
-
-def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
-    """Open a ledger file; `durable` makes each transaction wait for the disk (`synchronous=FULL`)."""
-    try:
-        if read_only:
-            address = f"{path.absolute().as_uri()}?mode=ro"
-            connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
-        else:
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        connection.row_factory = lambda cursor, row: {column[0]: row[i] for i, column in enumerate(cursor.description)}
-        connection.execute("PRAGMA busy_timeout = 30000")
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
-        connection.execute("PRAGMA foreign_keys = ON")
-    except sqlite3.DatabaseError as error:
-        raise refusal(path, error) from None
-    return connection
-
-
-def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
-    """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
-    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
-    if code & 0xFF in PASSING and path.exists():
-        return error
-    return damaged(path, error)
-
-
-def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
-    """Return the refusal for a ledger that SQLite cannot read."""
-    hint = "Restore ledger.sqlite3 from a copy, or adopt the newest checkpoint into a new run: onward adopt CHECKPOINT"
-    return DamagedState(f"the ledger cannot be read: {error}", where=path, hint=hint)
+HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 
 
 def make_ledger(path: Path) -> None:
@@ -85,7 +31,7 @@ def make_ledger(path: Path) -> None:
     fsync_directory(path.parent)
 
 
-class Ledger:
+class Ledger(Files, Requests):
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
     Args:
@@ -94,21 +40,13 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
-        self.path = path
-        self.clock = clock
-        self._connection = connect(path, read_only=read_only)
+        super().__init__(path, clock=clock, read_only=read_only)
         if not read_only:
-            self._connection.row_factory, factory = None, self._connection.row_factory
             try:
                 migrate(self._connection)
             except (sqlite3.DatabaseError, OnwardError) as error:
                 self._connection.close()
                 raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
-            self._connection.row_factory = factory
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._connection.close()
 
     def __enter__(self) -> Ledger:
         return self
@@ -116,44 +54,12 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def transaction(self) -> Generator[None]:
-        """Make the statements inside one durable act; nested use joins the outer one."""
-        if self._connection.in_transaction:
-            yield
-            return
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:  # a full or failing disk may have rolled back by itself
-                self._connection.execute("ROLLBACK")
-            raise
-
-    def query(self, sql: str, *values: Any) -> list[Row]:
-        """Return the rows of a query as dictionaries."""
-        try:
-            return self._connection.execute(sql, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise refusal(self.path, error) from None
-
-    def one(self, sql: str, *values: Any) -> Row | None:
-        """Return the first row of a query, or None."""
-        rows = self.query(sql, *values)
-        return rows[0] if rows else None
-
-    def write(self, sql: str, *values: Any) -> int:
-        """Run one statement; returns the id of an inserted row."""
-        with self.transaction():
-            return int(self._connection.execute(sql, values).lastrowid or 0)
-
     # facts of the run
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a fact of the run."""
-        row = self.one("SELECT value FROM run WHERE key = ?", key)
-        return default if row is None else json.loads(row["value"])
+        value = self.scalar("SELECT value FROM run WHERE key = ?", key)
+        return default if value is None else json.loads(value)
 
     def put(self, **facts: Any) -> None:
         """Set facts of the run."""
@@ -167,95 +73,25 @@ class Ledger:
 
     def config(self, fingerprint: str) -> dict[str, Any]:
         """Return the config of a fingerprint."""
-        row = self.one("SELECT config FROM configs WHERE fingerprint = ?", fingerprint)
-        if row is None:
+        text = self.scalar("SELECT config FROM configs WHERE fingerprint = ?", fingerprint)
+        if text is None:
             raise OnwardError("the ledger has no such config", where=fingerprint)
-        return json.loads(row["config"])
+        return json.loads(text)
 
-    # files
+    def config_of(self, row: FileRow) -> dict[str, Any]:
+        """Return the config that was in force when a file began."""
+        assert row.config is not None, row.name
+        return self.config(row.config)
 
-    def insert_file(self, **values: Any) -> int:
-        """Record a file; returns its id."""
-        values = {"arrived": self.clock(), **values}
-        names = ", ".join(values)
-        return self.write(f"INSERT INTO files ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
-
-    def file(self, file_id: int) -> Row:
-        """Return the file with this id."""
-        row = self.one("SELECT * FROM files WHERE id = ?", file_id)
-        if row is None:
-            raise OnwardError("the ledger has no such file", where=file_id)
-        return row
-
-    def files(self, *states: str) -> list[Row]:
-        """Files in these states: those with a position in stream order, then the queue in the order it is taken."""
-        marks = ", ".join("?" * len(states))
-        order = "position IS NULL, position, priority DESC, id"
-        return self.query(f"SELECT * FROM files WHERE state IN ({marks}) ORDER BY {order}", *states)
-
-    def holding(self, sha256: str) -> Row | None:
-        """The file of the stream that has this content, if any."""
-        marks = ", ".join("?" * len(HELD))
-        return self.one(
-            f"SELECT * FROM files WHERE sha256 = ? AND state IN ({marks}) ORDER BY id LIMIT 1", sha256, *HELD
-        )
-
-    def next_owed(self) -> Row | None:
-        """The file to train now: the one begun, else the head of the queue."""
-        begun = self.one("SELECT * FROM files WHERE state = 'training' ORDER BY position LIMIT 1")
-        return begun or self.next_queued()
-
-    def next_queued(self) -> Row | None:
-        """The head of the queue: what has a position already, else by priority."""
-        placed = self.one(
-            "SELECT * FROM files WHERE state = 'queued' AND position IS NOT NULL ORDER BY position LIMIT 1"
-        )
-        return placed or self.one("SELECT * FROM files WHERE state = 'queued' ORDER BY priority DESC, id LIMIT 1")
-
-    def next_arriving(self) -> Row | None:
-        """The file that is to be checked next: the order of the queue that it wants to enter."""
-        return self.one("SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
-
-    def last_position(self) -> int:
-        """The highest position given so far in the stream."""
-        row = self.one(f"SELECT max(position) AS last FROM files WHERE {IN_STREAM}")
-        return int(row["last"] or 0) if row else 0
-
-    def at_position(self, position: int) -> Row | None:
-        """Return the file at a place in the stream."""
-        return self.one(f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)
-
-    def queued(self) -> int:
-        """Return how many files wait, those included whose rows are still to be checked."""
-        row = self.one("SELECT count(*) AS n FROM files WHERE state IN ('queued', 'arriving')")
-        return int(row["n"]) if row else 0
-
-    def move_file(self, file_id: int, state: str, **values: Any) -> None:
-        """Move a file to another state and set columns with it, in one transaction.
-
-        Raises:
-            OnwardError: the move is not legal.
-        """
-        with self.transaction():
-            old = self.file(file_id)["state"]
-            if state not in LEGAL.get(old, set()):
-                raise OnwardError(f"a file cannot go from {old} to {state}", where=f"file id {file_id}")
-            self.set_file(file_id, state=state, **values)
-
-    def set_file(self, file_id: int, **values: Any) -> None:
-        """Set columns of a file that stays in its state."""
-        assignments = ", ".join(f"{name} = ?" for name in values)
-        self.write(f"UPDATE files SET {assignments} WHERE id = ?", *values.values(), file_id)
+    def quick_check(self) -> str:
+        """Return what SQLite's own check says: `ok`, or what is broken."""
+        return str(self.scalar("PRAGMA quick_check"))
 
     # checkpoints
 
     def begin_checkpoint(self, **values: Any) -> int:
         """Record that a checkpoint is about to be written; makes the metrics before it durable too."""
-        values = {"state": "writing", "created": self.clock(), **values}
-        names = ", ".join(values)
-        return self.write(
-            f"INSERT INTO checkpoints ({names}) VALUES ({', '.join('?' * len(values))})", *values.values()
-        )
+        return self.insert("checkpoints", {"state": "writing", "created": self.clock(), **values})
 
     def commit_checkpoint(self, checkpoint_id: int, *, size: int, seconds: float) -> None:
         """Record that a checkpoint is in place."""
@@ -264,96 +100,105 @@ class Ledger:
             size, seconds, checkpoint_id,
         )  # fmt: skip
 
-    def newest_checkpoint(self) -> Row | None:
+    def newest_checkpoint(self) -> CheckpointRow | None:
         """The committed checkpoint with the highest step."""
-        return self.one("SELECT * FROM checkpoints WHERE state = 'committed' ORDER BY step DESC, id DESC LIMIT 1")
+        return self.record(
+            CheckpointRow,
+            "SELECT * FROM checkpoints WHERE state = 'committed' ORDER BY step DESC, id DESC LIMIT 1",
+        )
+
+    def committed_step(self) -> int:
+        """The step of the newest committed checkpoint, 0 where there is none."""
+        newest = self.newest_checkpoint()
+        return newest.step if newest else 0
+
+    def checkpoint_created(self, step: int) -> float | None:
+        """When the newest checkpoint of a step was begun, seconds since the epoch; None where there is none."""
+        return self.scalar("SELECT max(created) FROM checkpoints WHERE step = ?", step)
 
     def lost_digest(self, step: int, basis: str) -> str | None:
         """The state digest of a checkpoint at `step` that was lost to damage, made on the same basis."""
-        row = self.one(
+        return self.scalar(
             "SELECT state_digest FROM checkpoints WHERE step = ? AND basis = ? AND state = 'lost' ORDER BY id DESC",
             step,
             basis,
         )
-        return row["state_digest"] if row else None
 
     # what observers read
 
     def add_handover(self, **values: Any) -> int:
-        """Record a handover."""
-        values = {"created": self.clock(), **values}
-        names = ", ".join(values)
-        return self.write(f"INSERT INTO handovers ({names}) VALUES ({', '.join('?' * len(values))})", *values.values())
+        """Record a handover; `name` is the class that held."""
+        values = {"created": self.clock(), **values, "class": values["name"]}
+        del values["name"]
+        return self.insert("handovers", values)
 
-    def add_config_change(self, step: int, file_id: int, key: str, old: Any, new: Any) -> None:
-        """Record that a key took another value at a boundary."""
-        self.write(
-            "INSERT INTO config_changes (step, file_id, key, old, new, created) VALUES (?, ?, ?, ?, ?, ?)",
-            step, file_id, key, json.dumps(old), json.dumps(new), self.clock(),
-        )  # fmt: skip
+    def handovers(self, file_id: int | None = None) -> list[HandoverRow]:
+        """Return the handovers of a file, or all but those of files that were undone, in order."""
+        if file_id is not None:
+            return self.records(HandoverRow, f"SELECT {HANDOVER} FROM handovers h WHERE h.file_id = ?", file_id)
+        return self.records(
+            HandoverRow,
+            f"SELECT {HANDOVER} FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'",
+        )
+
+    def add_config_change(self, step: int, file_id: int, key: str, values: tuple[Any, Any]) -> None:
+        """Record that a key took another value at a boundary: `values` are the old and the new one."""
+        old, new = map(json.dumps, values)
+        self.insert(
+            "config_changes",
+            {"step": step, "file_id": file_id, "key": key, "old": old, "new": new, "created": self.clock()},
+        )
 
     def add_event(self, level: str, message: str, step: int | None = None, *, kind: str | None = None) -> None:
         """Record what an operator should be able to read later; `kind` is what `notify.events` chooses by."""
-        self.write(
-            "INSERT INTO events (level, message, step, created, kind) VALUES (?, ?, ?, ?, ?)",
-            level, message.encode(errors="backslashreplace").decode(), step, self.clock(), kind,
-        )  # fmt: skip
+        text = message.encode(errors="backslashreplace").decode()
+        self.insert("events", {"level": level, "message": text, "step": step, "created": self.clock(), "kind": kind})
 
-    def events(self, limit: int = 20) -> list[Row]:
+    def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""
-        return self.query("SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
+        return self.records(EventRow, "SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
 
-    def events_after(self, event_id: int, limit: int = 1000) -> list[Row]:
+    def events_after(self, event_id: int, limit: int = 1000) -> list[EventRow]:
         """Return the events recorded after one, oldest first."""
-        return self.query("SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", event_id, limit)
+        return self.records(EventRow, "SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", event_id, limit)
 
-    def steps(self, file_id: int) -> list[Row]:
+    def last_event(self) -> int:
+        """The id of the newest event, 0 where there is none."""
+        return int(self.scalar("SELECT coalesce(max(id), 0) FROM events"))
+
+    def count_events(self, after: int, kinds: Iterable[str]) -> int:
+        """Return how many events of these kinds were recorded after one."""
+        wanted = tuple(kinds)
+        return int(
+            self.scalar(f"SELECT count(*) FROM events WHERE id > ? AND kind IN ({marks(wanted)})", after, *wanted)
+        )
+
+    def steps(self, file_id: int) -> list[StepRecord]:
         """Return the step records of a file."""
-        return self.query("SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
+        return self.records(StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
 
-    def history(self) -> list[Row]:
-        """One row per file of the stream, with its first and last step, then those that were taken out of it."""
-        return self.query(
-            """
-            SELECT f.*, s.trained, s.steps, s.first_step, s.last_step, s.seconds,
-                a.loss AS first_loss, a.learning_rate AS first_learning_rate,
-                b.loss AS last_loss, b.learning_rate AS last_learning_rate,
-                (SELECT h.class FROM handovers h WHERE h.file_id = f.id AND h.kind = 'boundary'
-                 ORDER BY h.id DESC LIMIT 1) AS handover
-            FROM files f
-            LEFT JOIN (
-                SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS first_step,
-                    max(step) AS last_step, sum(seconds) AS seconds
-                FROM steps GROUP BY file_id
-            ) s ON s.file_id = f.id
-            LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.first_step
-            LEFT JOIN steps b ON b.file_id = f.id AND b.step = s.last_step
-            WHERE f.state IN ('queued', 'training', 'done', 'undone', 'skipped', 'quarantined')
-            ORDER BY f.state IN ('undone', 'skipped', 'quarantined'), f.position IS NULL, f.position,
-                f.priority DESC, f.id
-            """
+    def last_steps(self, file_id: int, limit: int) -> list[StepRecord]:
+        """Return the newest step records of a file, newest first."""
+        return self.records(
+            StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step DESC LIMIT ?", file_id, limit
         )
 
-    # control
+    def count_trained(self, file_id: int) -> tuple[int, int]:
+        """Return how many steps of a file were recorded, and how many rows in them."""
+        row = self.query("SELECT count(*) AS n, coalesce(sum(rows), 0) AS rows FROM steps WHERE file_id = ?", file_id)[
+            0
+        ]
+        return int(row["n"]), int(row["rows"])
 
-    def add_request(self, kind: str, argument: str | None = None) -> int:
-        """Record what an operator asks of the process that owns the run; returns the request's id."""
-        return self.write(
-            "INSERT INTO requests (kind, argument, created) VALUES (?, ?, ?)", kind, argument, self.clock()
+    def count_steps(self, up_to: int) -> int:
+        """Return how many steps of files of the stream were recorded up to a global step."""
+        return int(
+            self.scalar(
+                "SELECT count(*) FROM steps s JOIN files f ON f.id = s.file_id"
+                " WHERE f.state IN ('training', 'done') AND s.step <= ?",
+                up_to,
+            )
         )
-
-    def open_requests(self) -> list[Row]:
-        """Return the requests that nobody acknowledged yet, oldest first."""
-        return self.query("SELECT * FROM requests WHERE acknowledged IS NULL ORDER BY id")
-
-    def last_request(self) -> int:
-        """The id of the newest request, 0 where none was made."""
-        row = self.one("SELECT coalesce(max(id), 0) AS id FROM requests")
-        return int(row["id"]) if row else 0
-
-    def acknowledge(self, request_id: int, answer: str) -> None:
-        """Answer a request."""
-        self.write("UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ?", self.clock(), answer, request_id)
 
     # going back
 
@@ -362,6 +207,7 @@ class Ledger:
         with self.transaction():
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
+                self.write("DELETE FROM boundary_results WHERE file_id = ? AND step > ?", file_id, step)
             self.write(
                 "UPDATE checkpoints SET state = ? WHERE step > ? AND state = 'committed'", checkpoint_state, step
             )

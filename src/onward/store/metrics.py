@@ -5,32 +5,11 @@ The next checkpoint's transaction is durable and carries them with it: SQLite's 
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
 
-from onward.store.ledger import connect
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step of one file, as it was trained.
-
-    `loss` is the mean over the step's target tokens, `seconds` wall time, `rows_digest` the digest of the row
-    indices that went in.
-    """
-
-    file_id: int
-    step: int
-    step_in_file: int
-    epoch: int
-    rows: int
-    rows_digest: str
-    tokens: int
-    target_tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
+from onward.store.database import connect
+from onward.store.rows import StepRecord
 
 
 class Metrics:

@@ -153,6 +153,28 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX requests_open ON requests (id) WHERE acknowledged IS NULL;
     """,
+    """
+    ALTER TABLE files ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE files ADD COLUMN occurrence INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE requests ADD COLUMN file_id INTEGER;
+
+    CREATE TABLE intents (
+        id INTEGER PRIMARY KEY,
+        paths TEXT NOT NULL,
+        again INTEGER NOT NULL,
+        priority INTEGER NOT NULL,
+        created REAL NOT NULL
+    ) STRICT;
+
+    CREATE TABLE boundary_results (
+        file_id INTEGER NOT NULL REFERENCES files (id),
+        step INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        value TEXT NOT NULL,
+        created REAL NOT NULL,
+        PRIMARY KEY (file_id, step, name)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 
 

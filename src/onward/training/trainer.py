@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from onward.data.loader import Batch, batch_at
 from onward.data.order import FilePlan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
+from onward.events import StepTaken
 from onward.training.loss import TargetLoss
 from onward.training.optim import set_learning_rate
 from onward.training.schedule import learning_rate
@@ -22,24 +23,6 @@ from onward.training.state import TrainState
 
 RANK = 0
 """One process trains; the seed of a micro-step has a place for more."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step. `loss` is the mean over its target tokens, `seconds` its wall time."""
-
-    step: int
-    step_in_file: int
-    steps_in_file: int
-    epoch: int
-    rows: int
-    rows_digest: str
-    tokens: int
-    target_tokens: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    seconds: float
 
 
 class Trainer:
@@ -57,7 +40,7 @@ class Trainer:
         self.device = device
         self.loss = TargetLoss(state.model, device, dtype, pad_id)
 
-    def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepResult]:
+    def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepTaken]:
         """Yield each step that the file still owes, from the cursor on, after it was taken.
 
         Raises:
@@ -66,7 +49,7 @@ class Trainer:
         while not self.state.cursor.at_boundary:
             yield self.take_step(batch_at(file, plan, self.state.cursor.step), plan)
 
-    def take_step(self, batch: Batch, plan: FilePlan) -> StepResult:
+    def take_step(self, batch: Batch, plan: FilePlan) -> StepTaken:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
@@ -78,7 +61,7 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch)
-        return StepResult(
+        return StepTaken(
             step=state.step,
             step_in_file=index + 1,
             steps_in_file=plan.steps,

@@ -12,35 +12,35 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout
-from onward.service.intake.refusals import unused_name
-from onward.store.ledger import Ledger, Row
+from onward.service.intake.names import unused_name
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
 
 PACKED = ".zst"
 TEXT = (".jsonl", ".ndjson", ".json", ".txt")
 """Endings of originals that are worth compressing; the reader of rows unpacks them by their name."""
 
 
-def require_original(root: Path, row: Row) -> Path:
+def require_original(root: Path, row: FileRow) -> Path:
     """Return the archived original of a file, held against its hash.
 
     Raises:
         DamagedState: it is missing or changed.
     """
-    path = root / row["copy"]
-    if not path.is_file() or _digest(path, row) != row["sha256"]:
+    path = root / row.copy
+    if not path.is_file() or _digest(path, row) != row.sha256:
         raise DamagedState(
-            f"the archived original of {row['name']} is missing or changed",
+            f"the archived original of {row.name} is missing or changed",
             where=path,
-            hint=f"Put back the file with SHA-256 {row['sha256']}, then: onward train",
+            hint=f"Put back the file with SHA-256 {row.sha256}, then: onward train",
         )
     return path
 
 
-def compress_original(layout: RunLayout, ledger: Ledger, row: Row) -> None:
+def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
     """Replace the archived original of a finished file by a compressed one that gives the same bytes."""
-    plain = layout.root / row["copy"]
-    shared = ledger.one("SELECT count(*) AS n FROM files WHERE copy = ?", row["copy"])
-    if plain.suffix not in TEXT or not plain.is_file() or (shared and shared["n"] > 1):
+    plain = layout.root / row.copy
+    if plain.suffix not in TEXT or not plain.is_file() or ledger.sharing_copy(row.copy) > 1:
         return
     packed = unused_name(layout.archive, f"{plain.name}{PACKED}")
     temporary = packed.with_name(f"{TEMPORARY_PREFIX}{packed.name}")
@@ -48,17 +48,17 @@ def compress_original(layout: RunLayout, ledger: Ledger, row: Row) -> None:
         zstandard.ZstdCompressor(level=9).copy_stream(source, target)
         target.flush()
         os.fsync(target.fileno())
-    if _unpacked_digest(temporary) != row["sha256"]:
+    if _unpacked_digest(temporary) != row.sha256:
         temporary.unlink()
-        raise DamagedState(f"the archived original of {row['name']} was changed", where=plain)
+        raise DamagedState(f"the archived original of {row.name} was changed", where=plain)
     temporary.replace(packed)
     fsync_directory(layout.archive)
-    ledger.set_file(row["id"], copy=packed.relative_to(layout.root).as_posix())
+    ledger.set_file(row.id, copy=packed.relative_to(layout.root).as_posix())
     plain.unlink()
 
 
-def _digest(path: Path, row: Row) -> str:
-    is_packed = path.suffix == PACKED and not row["name"].endswith(PACKED)
+def _digest(path: Path, row: FileRow) -> str:
+    is_packed = path.suffix == PACKED and not row.name.endswith(PACKED)
     return _unpacked_digest(path) if is_packed else sha256_file(path)
 
 

@@ -19,9 +19,11 @@ from onward.data.containers import FileError, check_readable
 from onward.data.sources import file_format
 from onward.digest import CHUNK, sha256_file
 from onward.layout import RunLayout
-from onward.service.intake.refusals import Refusal, keep_refused, plain_name, unused_name
+from onward.service.intake.names import plain_name, unused_name
+from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.stop import Stopped
-from onward.store.ledger import Ledger, Row
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
 
 MANY = 32
 """Files above which one flush of all disks is cheaper than one per file."""
@@ -68,7 +70,7 @@ class Arrivals:
             raise _unreadable(error) from None
         return temporary, self._values(name, digest, size, form, target)
 
-    def record(self, arrived: Sequence[Values]) -> list[Row]:
+    def record(self, arrived: Sequence[Values]) -> list[FileRow]:
         """Record files as arriving, durably, and give them their places."""
         with self.ledger.transaction():
             ids = [self.ledger.insert_file(state="arriving", **values) for values in arrived]
@@ -76,7 +78,7 @@ class Arrivals:
         self.complete(rows)
         return rows
 
-    def move_in(self, found: Sequence[tuple[Path, int]], command: str) -> list[Row]:
+    def move_in(self, found: Sequence[tuple[Path, int]], command: str) -> list[FileRow]:
         """Take files of the inbox: hash them, record them, move them; what is no training file goes to `rejected/`.
 
         Args:
@@ -107,13 +109,13 @@ class Arrivals:
         _flush([path for path, _ in found if path.exists()])
         return self.record(arrived) if arrived else []
 
-    def complete(self, rows: Sequence[Row]) -> None:
+    def complete(self, rows: Sequence[FileRow]) -> None:
         """Bring recorded files to their places in the archive, wherever a kill left them."""
         inboxes: set[Path] = set()
         for row in rows:
-            copy = self.layout.root / row["copy"]
+            copy = self.layout.root / row.copy
             temporary = copy.with_name(f"{TEMPORARY_PREFIX}{copy.name}")
-            source = self.layout.inbox / row["inbox"] if row["inbox"] else None
+            source = self.layout.inbox / row.inbox if row.inbox else None
             if temporary.exists() and source is None:
                 temporary.replace(copy)
             elif source is not None:
@@ -129,21 +131,21 @@ class Arrivals:
         self.complete(self.ledger.files("arriving"))
         remove_temporaries(self.layout.archive)
 
-    def _move(self, row: Row, source: Path, copy: Path) -> None:
+    def _move(self, row: FileRow, source: Path, copy: Path) -> None:
         there = copy.exists()
         if not there and source.is_file() and self._is_as_hashed(source, row):
             _rename_or_copy(source, copy)
         elif there and source.is_file() and source.stat().st_dev != copy.stat().st_dev:
             # copied from another disk and killed before the original went: the same file, not a second one
-            if sha256_file(source) == row["sha256"]:
+            if sha256_file(source) == row.sha256:
                 source.unlink()
         elif not there:
-            self.ledger.move_file(row["id"], "rejected", note="it left the inbox before it was taken")
-            self.ledger.add_event("warning", f"{row['name']} left the inbox before it was taken", kind="rejected")
+            self.ledger.move_file(row.id, "rejected", note="it left the inbox before it was taken")
+            self.ledger.add_event("warning", f"{row.name} left the inbox before it was taken", kind="rejected")
 
-    def _is_as_hashed(self, source: Path, row: Row) -> bool:
+    def _is_as_hashed(self, source: Path, row: FileRow) -> bool:
         known = self._hashed.get(source)
-        return _signature(source) == known if known else sha256_file(source) == row["sha256"]
+        return _signature(source) == known if known else sha256_file(source) == row.sha256
 
     def _read_in(self, path: Path, reserved: set[str]) -> Values:
         if path.is_symlink():

@@ -22,10 +22,10 @@ from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals, Values
+from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.refusals import Refusal, keep_refused, rejection
-from onward.store.ledger import Ledger, Row
-
-PRIORITIES = {"high": 1, "normal": 0, "low": -1}
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
 
 
 class Intake:
@@ -52,7 +52,7 @@ class Intake:
         self._arrivals = Arrivals(layout, ledger, stop)
         self._is_clean = False
 
-    def take(self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal") -> list[Row]:
+    def take(self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal") -> list[FileRow]:
         """Take in files in order, after whatever an earlier process left unfinished.
 
         Files that the stream still owes are not an error: the same command may be given again after a kill.
@@ -97,10 +97,10 @@ class Intake:
         ends = time.monotonic() + seconds
         with self._owned(patience=0) as mine:
             while mine and (row := self.ledger.next_arriving()):
-                if row["bytes"] > largest or (time.monotonic() > ends and not self.outranks_queue()):
+                if row.bytes > largest or (time.monotonic() > ends and not self.outranks_queue()):
                     return True
                 with contextlib.suppress(FileRejected):  # reported by `_refuse`
-                    self._settle(row["command"])
+                    self._settle(row.command)
             return not mine
 
     def outranks_queue(self) -> bool:
@@ -108,7 +108,7 @@ class Intake:
         row, head = self.ledger.next_arriving(), self.ledger.next_owed()
         if row is None or head is None:
             return row is not None
-        return head["state"] == "queued" and head["position"] is None and row["priority"] > head["priority"]
+        return head.state == "queued" and head.position is None and row.priority > head.priority
 
     def finish_left_over(self) -> list[FileRejected]:
         """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
@@ -116,7 +116,7 @@ class Intake:
         with self._owned():
             while row := self.ledger.next_arriving():
                 try:
-                    self._settle(row["command"])
+                    self._settle(row.command)
                 except FileRejected as error:
                     refused.append(error)
         return refused
@@ -162,14 +162,14 @@ class Intake:
         common = {"command": command, "again": int(again), "priority": priority}
         self._arrivals.record([{**values, **common} for _, values in arrived])
 
-    def _settle(self, command: str) -> list[Row]:
+    def _settle(self, command: str) -> list[FileRow]:
         """Accept everything that arrived with a command, or refuse it all; returns the files accepted."""
         rows = self._arriving(command)
-        if any(not (self.layout.root / row["copy"]).exists() for row in rows):
+        if any(not (self.layout.root / row.copy).exists() for row in rows):
             self._arrivals.complete(rows)
             rows = self._arriving(command)
         fresh, refusals = self._without_duplicates(rows)
-        reports: list[tuple[Row, IntakeReport]] = []
+        reports: list[tuple[FileRow, IntakeReport]] = []
         for row in fresh:
             report = self._check(row)
             if isinstance(report, Refusal):
@@ -186,72 +186,72 @@ class Intake:
                     self._drop(row, "already in the stream")
             for row, report in reports:
                 self._accept(row, report)
-        return [self.ledger.file(row["id"]) for row in fresh]
+        return [self.ledger.file(row.id) for row in fresh]
 
-    def _arriving(self, command: str) -> list[Row]:
-        return self.ledger.query("SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command)
+    def _arriving(self, command: str) -> list[FileRow]:
+        return self.ledger.arriving(command)
 
-    def _without_duplicates(self, rows: list[Row]) -> tuple[list[Row], list[tuple[Row, Refusal]]]:
+    def _without_duplicates(self, rows: list[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
         """Sort out content the stream has. Where it still owes some of the same command, that command goes on."""
-        held = {row["id"]: self.ledger.holding(row["sha256"]) for row in rows}
-        goes_on = any(other and other["state"] != "done" for other in held.values())
-        fresh: list[Row] = []
-        refusals: list[tuple[Row, Refusal]] = []
+        held = {row.id: self.ledger.holding(row.sha256) for row in rows}
+        goes_on = any(other and other.state != "done" for other in held.values())
+        fresh: list[FileRow] = []
+        refusals: list[tuple[FileRow, Refusal]] = []
         for row in rows:
-            twin = held[row["id"]] or next((other for other in fresh if other["sha256"] == row["sha256"]), None)
-            if twin is None or row["again"]:
+            twin = held[row.id] or next((other for other in fresh if other.sha256 == row.sha256), None)
+            if twin is None or row.again:
                 fresh.append(row)
-            elif twin in fresh or not goes_on or row["inbox"]:
+            elif twin in fresh or not goes_on or row.inbox:
                 refusals.append((row, Refusal.of_duplicate(row, twin)))
         return fresh, refusals
 
-    def _check(self, row: Row) -> IntakeReport | Refusal:
+    def _check(self, row: FileRow) -> IntakeReport | Refusal:
         row_tokenizer, _ = self._row_tokenizer()
         target = self._tokens(row)
         if target.exists():
             shutil.rmtree(target)
-        report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
-        return report if report.ok else Refusal.of_rows(row["name"], report)
+        report = tokenize_file(self.layout.root / row.copy, target, row.sha256, row_tokenizer, stop=self.stop)
+        return report if report.ok else Refusal.of_rows(row.name, report)
 
-    def _tokens(self, row: Row) -> Path:
+    def _tokens(self, row: FileRow) -> Path:
         row_tokenizer, tokenizer_digest = self._row_tokenizer()
-        key = cache_key(row["sha256"], tokenizer_digest, row_tokenizer.max_length, row_tokenizer.over_length)
+        key = cache_key(row.sha256, tokenizer_digest, row_tokenizer.max_length, row_tokenizer.over_length)
         return self.layout.tokens / key
 
-    def _forget_tokens(self, rows: list[Row]) -> None:
+    def _forget_tokens(self, rows: list[FileRow]) -> None:
         """Remove the tokens of files that did not enter the stream, unless a file of the stream has that content."""
         for row in rows:
-            if self.ledger.holding(row["sha256"]) is None:
+            if self.ledger.holding(row.sha256) is None:
                 shutil.rmtree(self._tokens(row), ignore_errors=True)
 
-    def _accept(self, row: Row, report: IntakeReport) -> None:
+    def _accept(self, row: FileRow, report: IntakeReport) -> None:
         self.ledger.move_file(
-            row["id"], "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
+            row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
             truncated=report.truncated, dropped=report.dropped,
         )  # fmt: skip
         notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
         detail = f" ({', '.join(notes)} for length)" if notes else ""
-        self.ledger.add_event("info", f"{row['name']} accepted: {report.rows} rows{detail}")
+        self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
 
-    def _refuse(self, rows: list[Row], refusals: list[tuple[Row, Refusal]]) -> None:
+    def _refuse(self, rows: list[FileRow], refusals: list[tuple[FileRow, Refusal]]) -> None:
         """Move the refused files to `rejected/` with their reports, and let go of the others of the command."""
-        reasons = {row["id"]: refusal for row, refusal in refusals}
+        reasons = {row.id: refusal for row, refusal in refusals}
         for row in rows:
-            refusal = reasons.get(row["id"])
-            copy = self.layout.root / row["copy"]
+            refusal = reasons.get(row.id)
+            copy = self.layout.root / row.copy
             if refusal and copy.exists():
                 keep_refused(self.layout, copy, refusal, self.ledger.clock(), move=True)
             note = "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
             with self.ledger.transaction():
                 self._drop(row, note)
                 if refusal:
-                    self.ledger.add_event("warning", f"{row['name']} rejected: {refusal.lines()[0]}", kind="rejected")
+                    self.ledger.add_event("warning", f"{row.name} rejected: {refusal.lines()[0]}", kind="rejected")
 
     def _withdraw(self, command: str) -> None:
         for row in self.ledger.files("arriving"):
-            if row["command"] == command:
+            if row.command == command:
                 self._drop(row, "the command was refused")
 
-    def _drop(self, row: Row, note: str) -> None:
-        self.ledger.move_file(row["id"], "rejected", note=note)
-        (self.layout.root / row["copy"]).unlink(missing_ok=True)
+    def _drop(self, row: FileRow, note: str) -> None:
+        self.ledger.move_file(row.id, "rejected", note=note)
+        (self.layout.root / row.copy).unlink(missing_ok=True)

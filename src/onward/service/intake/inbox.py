@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.service.intake.checking import PRIORITIES
-
+PRIORITIES = {"high": 1, "normal": 0, "low": -1}
+"""Folders of the inbox, and what `--priority` takes, with their rank."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep what is not done."""
 POLL_SECONDS = 2.0

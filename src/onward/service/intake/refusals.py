@@ -9,21 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, replace_json
+from onward.atomic import replace_json
 from onward.data.containers import FileError
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout
-from onward.store.ledger import Row
+from onward.service.intake.names import plain_name, unused_name
+from onward.store.rows import FileRow
 
 REPORTED = 20
 """Rows that a rejection names at most."""
 REASON_LENGTH = 500
 """Characters of a reason: it may quote what the row holds."""
-NAME_BYTES, NAME_ENDING = 180, 12
-"""Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
-NUMBERED = 100
-"""Numbers tried for a name that is taken, before a random one."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,11 @@ class Refusal:
         return cls(name, problems, report.problem_count, report.unit)
 
     @classmethod
-    def of_duplicate(cls, row: Row, twin: Row) -> Refusal:
+    def of_duplicate(cls, row: FileRow, twin: FileRow) -> Refusal:
         """The refusal of content that the stream has already."""
-        place = f"file {twin['position']} of the stream" if twin["position"] else "a file of the stream or this command"
-        reason = f"its content is that of {place} ({twin['name']}, {twin['state']})"
-        return cls(row["name"], [_problem(None, reason, "to train it once more: onward add --again")], 1)
+        place = f"file {twin.position} of the stream" if twin.position else "a file of the stream or this command"
+        reason = f"its content is that of {place} ({twin.name}, {twin.state})"
+        return cls(row.name, [_problem(None, reason, "to train it once more: onward add --again")], 1)
 
     @classmethod
     def of_training(cls, name: str, reason: str, remedy: str) -> Refusal:
@@ -97,33 +94,6 @@ def rejection(refusals: list[Refusal], given: int) -> FileRejected:
     return FileRejected(
         what, where=refusals[0].name, hint="Reports are in rejected/. Mend the rows and add the file again."
     )
-
-
-def plain_name(name: str) -> str:
-    """Return a file's name without what a terminal, a report or a longer name beside it would stumble over."""
-    plain = "".join(character if character.isprintable() else "_" for character in name)
-    if plain.startswith(TEMPORARY_PREFIX):
-        plain = f"_{plain[1:]}"
-    head, ending = plain[:-NAME_ENDING], plain[-NAME_ENDING:]
-    while len(head.encode()) > NAME_BYTES:
-        head = head[:-1]
-    return head + ending
-
-
-def unused_name(folder: Path, name: str, *, reserved: frozenset[str] | set[str] = frozenset()) -> Path:
-    """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings."""
-    stem, dot, endings = name.partition(".")
-    path = folder / name
-    for number in range(2, NUMBERED):
-        if not _is_taken(path, reserved):
-            return path
-        path = folder / f"{stem}-{number}{dot}{endings}"
-    return folder / f"{stem}-{os.urandom(8).hex()}{dot}{endings}"
-
-
-def _is_taken(path: Path, reserved: frozenset[str] | set[str]) -> bool:
-    beside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    return path.name in reserved or os.path.lexists(path) or os.path.lexists(beside)
 
 
 def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from typing import Any
 
 from onward.config import NotifyConfig
 from onward.layout import RunLayout
-from onward.store.ledger import Ledger, Row
+from onward.store.ledger import Ledger
+from onward.store.rows import EventRow
 
 LOG_BYTES, LOG_PARTS = 5 << 20, 3
 PATIENCE = 4.0
@@ -54,12 +55,11 @@ class Reporter:
         self._layout = layout
         self.notify = notify
         self._monotonic = monotonic
-        self._due: deque[Row] = deque(maxlen=DUE)
+        self._due: deque[EventRow] = deque(maxlen=DUE)
         self._rests_until = float("-inf")
         self._ledger: Ledger | None = None
         with Ledger(layout.ledger, read_only=True) as ledger:
-            newest = ledger.one("SELECT max(id) AS id FROM events")
-        self._last = int(newest["id"] or 0) if newest else 0
+            self._last = ledger.last_event()
         layout.log.parent.mkdir(exist_ok=True)
         self._log = _Log(layout.log, maxBytes=LOG_BYTES, backupCount=LOG_PARTS, encoding="utf-8", delay=True)
         self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -69,9 +69,9 @@ class Reporter:
         if self._ledger is None:
             self._ledger = Ledger(self._layout.ledger, read_only=True)
         for event in self._ledger.events_after(self._last):
-            self._last = event["id"]
-            self.write(event["level"], event["message"], event["created"])
-            if event["kind"] in self.notify.events:
+            self._last = event.id
+            self.write(event.level, event.message, event.created)
+            if event.kind in self.notify.events:
                 self._due.append(event)
         while self._due and self._monotonic() >= self._rests_until:
             if not self._tell(self._due.popleft()):
@@ -91,11 +91,11 @@ class Reporter:
             self._ledger.close()
             self._ledger = None
 
-    def _tell(self, event: Row) -> bool:
+    def _tell(self, event: EventRow) -> bool:
         """Tell of an event; False where somebody could not be told."""
         message = {
             "run": str(self._layout.root.absolute()),
-            **{key: event[key] for key in ("kind", "level", "message", "step", "created")},
+            **{key: getattr(event, key) for key in ("kind", "level", "message", "step", "created")},
         }
         told = True
         for name, send in (("command", _send_to_command), ("url", _send_to_url)):

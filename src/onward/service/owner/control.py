@@ -13,9 +13,10 @@ from typing import Any
 
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.lock import is_held
+from onward.service.holder import is_held
 from onward.service.stop import Stopped, StopRequest
-from onward.store.ledger import Ledger, Row
+from onward.store.ledger import Ledger
+from onward.store.rows import RequestRow
 
 POLL_SECONDS = 0.2
 AFTER_FILE = "after-file"
@@ -31,7 +32,7 @@ class Control:
 
     def __init__(self, layout: RunLayout, stop: StopRequest) -> None:
         self.stop = stop
-        self.wishes: dict[str, Row] = {}
+        self.wishes: dict[str, RequestRow] = {}
         self.is_paused = False
         self._layout = layout
         self._ledger: Ledger | None = None
@@ -53,24 +54,24 @@ class Control:
     def after_file(self) -> bool:
         """Whether the process is to end at the next boundary."""
         wish = self.wishes.get("stop")
-        return wish is not None and wish["argument"] == AFTER_FILE
+        return wish is not None and wish.argument == AFTER_FILE
 
     def poll(self) -> None:
         """Look for new requests; called from a background thread, on a connection of its own."""
         if self._ledger is None:
             self._ledger = Ledger(self._layout.ledger, read_only=True)
         for request in self._ledger.open_requests():
-            if request["id"] > self._seen:
-                self._seen = request["id"]
-                self.wishes[request["kind"]] = request
-                if request["kind"] == "stop" and not self.after_file:
+            if request.id > self._seen:
+                self._seen = request.id
+                self.wishes[request.kind] = request
+                if request.kind == "stop" and not self.after_file:
                     self.stop.ask("onward stop")
 
     def answer(self, ledger: Ledger, kind: str, answer: str) -> None:
         """Acknowledge a wish; one that came by signal has no request to answer."""
         wish = self.wishes.pop(kind, None)
         if wish is not None:
-            ledger.acknowledge(wish["id"], answer)
+            ledger.acknowledge(wish.id, answer)
 
     def close(self) -> None:
         """Close the connection."""
@@ -82,9 +83,9 @@ class Control:
 def expire_requests(ledger: Ledger, last: int) -> None:
     """Close what was asked of a process that is gone: requests up to the one with the id `last`."""
     for request in ledger.open_requests():
-        if request["id"] > last:
+        if request.id > last:
             return
-        ledger.acknowledge(request["id"], "the process it was meant for had ended")
+        ledger.acknowledge(request.id, "the process it was meant for had ended")
 
 
 def request(
@@ -110,9 +111,9 @@ def request(
     number = ledger.add_request(kind, argument)
     ends = time.monotonic() + patience
     while time.monotonic() < ends:
-        row = ledger.one("SELECT * FROM requests WHERE id = ?", number) or {}
-        if row.get("acknowledged") is not None:
-            return str(row["answer"])
+        row = ledger.request(number)
+        if row is not None and row.acknowledged is not None:
+            return str(row.answer)
         if until():
             return "it ended; what was trained is committed"
         if not is_held(layout.lock):
@@ -120,28 +121,6 @@ def request(
             raise OnwardError("the process ended before it answered", where=layout.root, hint="onward status")
         time.sleep(POLL_SECONDS / 2)
     return f"asked; not yet acknowledged after {patience:.0f} s. onward status shows when it is"
-
-
-def find_file(ledger: Ledger, name: str, *states: str) -> Row:
-    """Return the one file that a name, a position or a hash prefix means.
-
-    Raises:
-        UsageError: none, or several.
-    """
-    rows = ledger.files(*states)
-    matches = [row for row in rows if name in (row["name"], str(row["position"]))]
-    if not matches and len(name) >= 4:
-        matches = [row for row in rows if row["sha256"].startswith(name.lower())]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        places = ", ".join(str(row["position"] or row["sha256"][:12]) for row in matches)
-        raise UsageError(f"{name!r} names several files: {places}", where="FILE", hint="Give position or hash.")
-    for row in ledger.query("SELECT * FROM files WHERE name = ? AND state = 'done' LIMIT 1", name):
-        hint = f"onward rebuild --without {row['position']} makes the run as if it had never seen it."
-        raise UsageError(f"{name!r} is done, file {row['position']} of the stream", where="FILE", hint=hint)
-    files = ", ".join(f"{row['position'] or 'queued'} {row['name']}" for row in rows[:20]) or "none"
-    raise UsageError(f"{name!r} is no file of this kind here", where="FILE", hint=f"There are: {files}.")
 
 
 def pause_fact(release: bool) -> dict[str, Any]:

@@ -18,21 +18,21 @@ from typing import Any
 
 from onward.config import Config
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
-from onward.service.owner import faults
+from onward.events import Committed, Event, FileDone, FileStarted, Note, StepTaken
 from onward.service.intake.archive import compress_original
-from onward.service.state.commits import Commits, Settled
+from onward.service.intake.checking import Intake
+from onward.service.intake.inbox import Inbox
+from onward.service.owner import faults
 from onward.service.owner.control import Control, pause_fact
 from onward.service.owner.heartbeat import Heartbeat, tell_systemd
-from onward.service.intake.inbox import Inbox
 from onward.service.owner.incoming import SMALL_FILE, Incoming
-from onward.service.intake.checking import Intake
-from onward.service.state.retention import Retention
+from onward.service.owner.worker import Worker
 from onward.service.session import Session
+from onward.service.state.retention import Retention
+from onward.service.state.settle import Settled, Settlement
 from onward.service.stop import Stopped
-from onward.service.owner.worker import Committed, Event, FileDone, FileStarted, Note, Worker
 from onward.store.ledger import Ledger
 from onward.training.environment import release_freed_memory
-from onward.training.trainer import StepResult
 
 TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
@@ -94,6 +94,7 @@ class Daemon:
         self._began_paused = False
         self._settled: Settled | None = None
         self._state = ""
+        self._answered = 0
 
     def begin(self) -> None:
         """Once: account for how the process before this one ended, and mend what it left."""
@@ -139,7 +140,7 @@ class Daemon:
 
     def _settle(self) -> None:
         """Mend what the process before left; what is lost is owed again."""
-        self._settled = Commits(self._intake.layout, self.ledger).settle(Retention.of(self.config))
+        self._settled = Settlement(self._intake.layout, self.ledger, Retention.of(self.config)).settle()
         for problem in self._settled.damage:
             self._show(f"damaged: {problem}")
 
@@ -206,7 +207,7 @@ class Daemon:
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""
-        self._heartbeat.moved(event.seconds if isinstance(event, StepResult) else None)
+        self._heartbeat.moved(event.seconds if isinstance(event, StepTaken) else None)
         try:
             self._observe(event)
         except Exception as error:  # an observer's failure is its own
@@ -215,7 +216,7 @@ class Daemon:
                 self.ledger.add_event("warning", f"the observer failed and is dropped: {error!r}")
         if self.control.after_file:
             self._acknowledge_after_file()
-        if isinstance(event, FileStarted | StepResult | Committed) and not self.control:
+        if isinstance(event, FileStarted | StepTaken | Committed) and not self.control:
             if self._worker is not None:
                 self._wait_for_room(self._worker.bytes_needed())
             if self._is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
@@ -229,9 +230,9 @@ class Daemon:
 
     def _acknowledge_after_file(self) -> None:
         wish = self.control.wishes["stop"]
-        if wish["acknowledged"] is None:
-            wish["acknowledged"] = self.ledger.clock()
-            self.ledger.acknowledge(wish["id"], "stops after the file in hand")
+        if wish.id != self._answered:
+            self._answered = wish.id
+            self.ledger.acknowledge(wish.id, "stops after the file in hand")
 
     def _handle_failed_file(self, error: BaseException) -> None:
         row = self.ledger.next_owed()
@@ -251,7 +252,7 @@ class Daemon:
 
     def _skip(self) -> None:
         wish = self.control.wishes["skip"]
-        reason = wish["argument"] or "skipped by an operator"
+        reason = wish.argument or "skipped by an operator"
         row = next(iter(self.ledger.files("training")), None)
         if row is None:
             self.control.answer(
@@ -267,7 +268,7 @@ class Daemon:
         """Hold still until a resume or a stop; on request without the model in memory."""
         wish = self.control.wishes.get("pause")
         if wish is not None:
-            release = wish["argument"] == "release"
+            release = wish.argument == "release"
             if release:
                 self._drop_worker()
             with self.ledger.transaction():
@@ -317,7 +318,7 @@ class Daemon:
         if self._worker is not None:
             return 0  # it asks between steps, knowing the size
         newest = self.ledger.newest_checkpoint()
-        return int(newest["bytes"] * 1.1) if newest else 0
+        return int(newest.bytes * 1.1) if newest else 0
 
     def _outlive(self, error: Exception) -> None:
         """Wait a while after a failure of the machine or the config, then go on from the last commit."""
@@ -348,7 +349,7 @@ class Daemon:
             self.ledger.put(died=None)
             return
         row = next(iter(self.ledger.files("training")), None)
-        step, file_id = self._step(), row["id"] if row else None
+        step, file_id = self._step(), row.id if row else None
         same = died["step"] == step and died["file"] == file_id
         count = died["count"] + 1 if same else 1
         self.ledger.put(died={"step": step, "file": file_id, "count": count})
@@ -382,7 +383,7 @@ class Daemon:
             time.sleep(TICK / 2)
 
     def _step(self) -> int:
-        return int((self.ledger.newest_checkpoint() or {"step": 0})["step"])
+        return self.ledger.committed_step()
 
     def _set_state(self, state: str, problem: str | None = None) -> None:
         if state != self._state:

@@ -13,14 +13,11 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from onward.store.ledger import connect
+from onward.store.database import connect
 
 SECONDS = 5.0
 """Seconds between two beats."""
-SILENCE = 30.0
-"""Seconds without a beat after which a process that holds the lock counts as stuck."""
 STEP_SLACK, SHORTEST = 20.0, 60.0
 """A step hangs when it takes 20 times as long as the last one, and a minute at least."""
 
@@ -63,18 +60,6 @@ class Heartbeat:
             connection.close()
         if not self.hangs:
             tell_systemd("WATCHDOG=1")
-
-
-def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
-    """Return the seconds since the last beat and what is wrong, if anything; a clock that went back shows 0."""
-    if fact is None:
-        return None, None
-    age = max(0.0, now - fact["at"])
-    if age > SILENCE:
-        return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or was frozen"
-    if fact["hangs"]:
-        return age, f"the step in hand hangs: no progress for {fact['quiet'] + age:.0f} s"
-    return age, None
 
 
 def tell_systemd(message: str) -> None:

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
+from onward.service.intake.checking import Intake
+from onward.service.intake.inbox import POLL_SECONDS, Inbox, Watcher
 from onward.service.owner import faults
 from onward.service.owner.control import Control
 from onward.service.owner.heartbeat import Heartbeat
-from onward.service.intake.inbox import POLL_SECONDS, Inbox, Watcher
-from onward.service.intake.checking import Intake
 from onward.store.ledger import Ledger
 
 MOVED_AT_ONCE = 512
@@ -113,7 +113,7 @@ class Incoming:
         if self._inbox is None:
             return
         row = self._ledger.next_arriving()
-        if row is not None and row["bytes"] > SMALL_FILE and not self.is_checking():
+        if row is not None and row.bytes > SMALL_FILE and not self.is_checking():
             self._checker = self._start_checker()
 
     def is_checking(self) -> bool:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from onward.config import read_config
 from onward.errors import FileRejected, OnwardError, UsageError
+from onward.events import Observe
 from onward.layout import RunLayout
+from onward.service.outside.reporting import Reporter
 from onward.service.owner.background import Background, Job
 from onward.service.owner.control import POLL_SECONDS, Control
 from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
 from onward.service.owner.heartbeat import Heartbeat
-from onward.service.outside.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
 from onward.startup import large_imports
 from onward.store.ledger import Ledger
@@ -24,12 +25,9 @@ from onward.training.base import BaseDigest, find_here
 
 if TYPE_CHECKING:
     from onward.data.tokenize import RowTokenizer
-    from onward.service.owner.daemon import Daemon
     from onward.service.intake.checking import Intake
+    from onward.service.owner.daemon import Daemon
     from onward.service.session import Session
-    from onward.service.owner.worker import Event
-
-    Observe = Callable[[Event], None]
 
 
 class OpenedRun:
@@ -97,8 +95,8 @@ class OpenedRun:
             with stop.interruptible():
                 with large_imports():
                     self._hash_base()
-                    from onward.service.owner.daemon import Daemon
                     from onward.service.intake.inbox import Inbox
+                    from onward.service.owner.daemon import Daemon
 
                 if watch:
                     with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for

@@ -9,22 +9,25 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from onward.config import Config, read_config
-from onward.data.order import FilePlan
+from onward.config import Config, read_config, stored_config
+from onward.data.order import FilePlan, make_plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
-from onward.service.state.commits import Commit, Commits, Settled
-from onward.service.state.retention import Retention
-from onward.service.session import Session, check_identity
-from onward.service.stop import Interruption
+from onward.events import Committed, Event, FileDone, FileStarted, Note, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.session import Session, check_identity
+from onward.service.state.commits import Commit
+from onward.service.state.retention import Retention
+from onward.service.state.settle import Settled, Settlement
 from onward.service.state.writer import Writer
-from onward.store.ledger import Ledger, Row
+from onward.service.stop import Interruption
+from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics, StepRecord
+from onward.store.rows import FileRow
 from onward.training import huggingface
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
@@ -33,52 +36,9 @@ from onward.training.model import build_model
 from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, TrainState
-from onward.training.trainer import StepResult, Trainer
-
-
-@dataclass(frozen=True)
-class FileStarted:
-    """A file's first step, or its next one after a stop, is about to be taken.
-
-    `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`.
-    """
-
-    name: str
-    position: int
-    rows: int
-    truncated: int
-    dropped: int
-    steps: int
-    steps_done: int
-    handover: str
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A checkpoint was committed."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class FileDone:
-    """A file is done and its boundary committed."""
-
-    name: str
-    position: int
-    first_step: int
-    last_step: int
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something a person should read."""
-
-    message: str
-
+from onward.training.trainer import Trainer
 
 LedgerMoves = Callable[[Ledger], None]
-Event = FileStarted | StepResult | Committed | FileDone | Note
 
 
 class Worker:
@@ -161,7 +121,7 @@ class Worker:
         """Once: find the state to go on from, and bring ledger and directories to it."""
         if self._settled is not None:
             return
-        self._settled = Commits(self.session.layout, self.ledger).settle(Retention.of(self.config))
+        self._settled = Settlement(self.session.layout, self.ledger, Retention.of(self.config)).settle()
         for problem in self._settled.damage:
             yield Note(f"damaged: {problem}")
 
@@ -175,7 +135,7 @@ class Worker:
             self._in_force = self.config
             return
         self._newest = settled.manifest
-        self._in_force = Config.model_validate(self.manifest.config)
+        self._in_force = stored_config(self.manifest.config)
         if not self.manifest.cursor.at_boundary:
             self.config = self._in_force
         self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
@@ -192,19 +152,19 @@ class Worker:
         if not self.manifest.cursor.at_boundary:
             self._hand_over("resume", self.ledger.at_position(self.manifest.cursor.position))
 
-    def _journey(self, row: Row, metrics: Metrics) -> Generator[Event, None, Row | None]:
+    def _journey(self, row: FileRow, metrics: Metrics) -> Generator[Event, None, FileRow | None]:
         """Take one file from where it stands to its boundary; returns the file that follows at once."""
-        resumed = row["state"] == "training" and self.state.cursor.position == row["position"]
+        resumed = row.state == "training" and self.state.cursor.position == row.position
         if not resumed:
             self.config = self._config_in_force(row)
             if self.config != self._in_force:  # what is being written must not meet another config
                 yield from self._collect(wait=True)
         self.ledger.put(state="tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
-        plan = make_plan(row["sha256"], tokens.rows, self.config)
+        plan = make_plan(row.sha256, tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
-            name=row["name"],
+            name=row.name,
             position=self.state.cursor.position,
             rows=plan.rows,
             truncated=tokens.meta["truncated"],
@@ -214,25 +174,25 @@ class Worker:
             handover=handover,
         )
         self.ledger.put(state="training")
-        yield from self._train(row["id"], tokens, plan, metrics)
+        yield from self._train(row.id, tokens, plan, metrics)
         return (yield from self._finish(row, plan)) if self.state.cursor.at_boundary else None
 
-    def _config_in_force(self, row: Row) -> Config:
+    def _config_in_force(self, row: FileRow) -> Config:
         """Read the config as it is now: it changes at boundaries only, and never its identity.
 
         A file that was begun before and lost is trained again under the config that it had, and one that did not
         fit into memory in smaller parts.
         """
         session = self.session
-        if row["config"] is not None:
-            return Config.model_validate(self.ledger.config(row["config"]))
+        if row.config is not None:
+            return stored_config(self.ledger.config_of(row))
         config = read_config(session.layout.config)
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
-        if row["parts"] is not None:
-            config = config.model_copy(update={"gradient_accumulation": row["parts"]})
+        if row.parts is not None:
+            config = config.model_copy(update={"gradient_accumulation": row.parts})
         return config
 
-    def _begin(self, row: Row, plan: FilePlan) -> str:
+    def _begin(self, row: FileRow, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
         state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
@@ -244,10 +204,10 @@ class Worker:
         with self.ledger.transaction():
             self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
             for key, (before, after) in old.differences(config).items():
-                self.ledger.add_config_change(state.step, row["id"], key, before, after)
+                self.ledger.add_config_change(state.step, row.id, key, (before, after))
                 self.ledger.add_event("info", f"config: {key} changed from {before} to {after}", state.step)
             self.ledger.move_file(
-                row["id"], "training", position=position, config=fingerprint, start_step=state.step,
+                row.id, "training", position=position, config=fingerprint, start_step=state.step,
                 planned_steps=plan.steps, rows=plan.rows,
             )  # fmt: skip
         cross_boundary(state, config, plan, position)
@@ -271,35 +231,33 @@ class Worker:
             if result.step % self.config.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: Row, plan: FilePlan) -> Generator[Event, None, Row | None]:
+    def _finish(self, row: FileRow, plan: FilePlan) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
-        self._require_done(row["id"], plan)
+        self._require_done(row.id, plan)
         step = self.state.step
 
         def done(ledger: Ledger) -> None:
-            ledger.move_file(row["id"], "done", finished=ledger.clock())
-            ledger.add_event("info", f"{row['name']} done: {plan.steps} steps", step, kind="done")
+            ledger.move_file(row.id, "done", finished=ledger.clock())
+            ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
-        yield from self._begin_commit(row["id"], done)
-        self._finished = FileDone(row["name"], self.state.cursor.position, step - plan.steps + 1, step)
+        yield from self._begin_commit(row.id, done)
+        self._finished = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
         following = None if self.stop or not self._goes_on() else self.ledger.next_queued()
         if following is None:
             yield from self._wait_for_commit()
         return following
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
-        counted = self.ledger.one(
-            "SELECT count(*) AS steps, coalesce(sum(rows), 0) AS rows FROM steps WHERE file_id = ?", file_id
-        )
+        counted = self.ledger.count_trained(file_id)
         counters = self.state.counters
-        expected = {"steps": plan.steps, "rows": plan.rows * plan.epochs}
+        expected = (plan.steps, plan.rows * plan.epochs)
         if counted != expected:
-            raise _broken(f"the file was to train {expected}, the ledger counted {counted}")
+            raise _broken(f"the file was to train (steps, rows) {expected}, the ledger counted {counted}")
         adam_step = self.state.view().adam_step()
         if adam_step != counters.step - counters.adam_origin:
             raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
 
-    def _hand_over(self, kind: str, row: Row | None) -> str:
+    def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         after = measure(self.state.view(), self._probe().of_model())
         measured = self._writer.measured()
@@ -307,8 +265,8 @@ class Worker:
         environment = self.manifest.environment if measured is None else self.session.environment
         name, difference = compare(before, after, environment, self.session.environment)
         self.ledger.add_handover(
-            kind=kind, step=self.state.step, file_id=row["id"] if row else None, difference=difference,
-            before=json.dumps(before), after=json.dumps(after.to_dict()), **{"class": name},
+            kind=kind, step=self.state.step, file_id=row.id if row else None, difference=difference,
+            before=json.dumps(before), after=json.dumps(after.to_dict()), name=name,
         )  # fmt: skip
         return name
 
@@ -349,7 +307,7 @@ class Worker:
             forget_tokens(self.session)
             yield finished
 
-    def _remember(self, result: StepResult) -> None:
+    def _remember(self, result: StepTaken) -> None:
         if result.step % self.config.log_steps == 0 or self.state.cursor.at_boundary:
             self._log.append(
                 {
@@ -362,12 +320,7 @@ class Worker:
             )
 
 
-def make_plan(sha256: str, rows: int, config: Config) -> FilePlan:
-    """Return which rows each step of a file trains under a config."""
-    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed)
-
-
-def _record(file_id: int, result: StepResult) -> StepRecord:
+def _record(file_id: int, result: StepTaken) -> StepRecord:
     values = asdict(result)
     del values["steps_in_file"]
     return StepRecord(file_id, **values)

@@ -16,8 +16,7 @@ import torch
 from onward.config import Config, read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
-from onward.service.owner.heartbeat import read_heartbeat
-from onward.service.lock import is_held, read_holder
+from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.store.ledger import Ledger
 from onward.training.base import digest_base, resolve_base
 from onward.training.checkpoint import inspect_checkpoint
@@ -111,7 +110,7 @@ def _template(tokenizer: Any) -> Iterator[Finding]:
 
 def _ledger(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
-        answer = ledger.query("PRAGMA quick_check")[0]["quick_check"]
+        answer = ledger.quick_check()
         problem = ledger.get("problem")
         fact = ledger.get("heartbeat")
     level = "ok" if answer == "ok" else "error"

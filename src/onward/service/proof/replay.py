@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from onward.config import Config
+from onward.config import stored_config
+from onward.data.order import make_plan
 from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
-from onward.service.session import Session, open_session
 from onward.service.intake.tokens import open_tokens
-from onward.service.owner.worker import make_plan
-from onward.store.ledger import Ledger, Row
+from onward.service.session import Session, open_session
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint, load_state
 from onward.training.model import save_weights
@@ -27,8 +28,7 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
     Raises:
         VerificationFailed: a loss, a weight or a moment differs, or there is no restore point to start from.
     """
-    newest = ledger.newest_checkpoint() or {"step": 0}
-    target, problems = inspect_checkpoint(layout.checkpoint(newest["step"]))
+    target, problems = inspect_checkpoint(layout.checkpoint(ledger.committed_step()))
     if target is None or problems:
         raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(problems)}")
     if target.cursor.position == 0:
@@ -41,9 +41,7 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
                 hint="A replay is exact on the same machine with the same versions and thread count only.",
             )
-        state = load_state(
-            folder, start, Config.model_validate(start.config), session.base, session.device, session.dtype
-        )
+        state = load_state(folder, start, stored_config(start.config), session.base, session.device, session.dtype)
         steps = sum(1 for _ in _train_again(session, ledger, state, target))
         _require_equal(state, target, Path(scratch))
     return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"
@@ -60,21 +58,21 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
 
 def _train_again(session: Session, ledger: Ledger, state: TrainState, target: Manifest) -> Iterator[None]:
     for row in ledger.files("training", "done"):
-        if row["position"] <= state.cursor.position or row["position"] > target.cursor.position:
+        if row.place <= state.cursor.position or row.place > target.cursor.position:
             continue
         yield from _train_file(session, ledger, state, target, row)
 
 
-def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: Row) -> Iterator[None]:
-    config = Config.model_validate(ledger.config(row["config"]))
+def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: FileRow) -> Iterator[None]:
+    config = stored_config(ledger.config_of(row))
     tokens = open_tokens(session, row, config, lambda: None)
-    plan = make_plan(row["sha256"], tokens.rows, config)
-    cross_boundary(state, config, plan, row["position"])
-    recorded = {step["step"]: step["loss"] for step in ledger.steps(row["id"])}
+    plan = make_plan(row.sha256, tokens.rows, config)
+    cross_boundary(state, config, plan, row.place)
+    recorded = {step.step: step.loss for step in ledger.steps(row.id)}
     for result in Trainer(state, config, session.device, session.dtype, session.pad_id).steps(tokens, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
-                f"step {result.step} of {row['name']} had loss {recorded.get(result.step)!r}, again {result.loss!r}"
+                f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"
             )
         yield
         if result.step == target.step:

@@ -10,14 +10,15 @@ from typing import Any, cast
 import torch
 
 from onward.atomic import TEMPORARY_PREFIX
-from onward.config import Config, read_config
+from onward.config import Config, read_config, stored_config
 from onward.data.order import FilePlan, rows_digest
 from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.proof.replay import replay
-from onward.store.ledger import Ledger, Row
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
 from onward.training.base import digest_base, resolve_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
@@ -62,10 +63,10 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     newest = ledger.newest_checkpoint()
     if newest is None:
         return Proof([Check("state", True, "nothing was trained yet"), _check("queue", lambda: _queue(ledger))])
-    folder = layout.checkpoint(newest["step"])
+    folder = layout.checkpoint(newest.step)
     manifest, problems = inspect_checkpoint(folder)
     checks = [_check("state files", lambda: _state_files(manifest, problems))]
-    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest["step"])))
+    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest.step)))
     if manifest is not None:
         known = manifest
         checks.append(_check("root files", lambda: _root_files(layout, known)))
@@ -132,15 +133,9 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     )
     adam = {int(entry["step"]) for entry in saved["state"].values()} or {0}
     counters = manifest.state["counters"]
-    recorded = ledger.one(
-        "SELECT count(*) AS n FROM steps s JOIN files f ON f.id = s.file_id"
-        " WHERE f.state IN ('training', 'done') AND s.step <= ?",
-        manifest.step,
-    )
-    newest = ledger.newest_checkpoint() or {"step": None}
     values = {
-        "ledger": newest["step"],
-        "ledger's steps": int(ledger.get("origin_step", 0)) + (recorded["n"] if recorded else 0),
+        "ledger": ledger.committed_step(),
+        "ledger's steps": int(ledger.get("origin_step", 0)) + ledger.count_steps(manifest.step),
         "manifest": counters["step"],
         "trainer_state.json": json.loads((folder / huggingface.TRAINER_STATE).read_bytes())["global_step"],
         "Adam": (adam.pop() if len(adam) == 1 else -1) + counters["adam_origin"],
@@ -149,28 +144,28 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     return f"{manifest.step} in {', '.join(values)}"
 
 
-def _trained(ledger: Ledger) -> list[tuple[Row, Config, list[Row]]]:
+def _trained(ledger: Ledger) -> list[tuple[FileRow, Config, list[StepRecord]]]:
     """Return each file that was begun, the config in force for it and its committed steps."""
-    last = (ledger.newest_checkpoint() or {"step": 0})["step"]
-    begun = [row for row in ledger.files("training", "done") if row["config"]]
-    committed = [[step for step in ledger.steps(row["id"]) if step["step"] <= last] for row in begun]
-    configs = [Config.model_validate(ledger.config(row["config"])) for row in begun]
+    last = ledger.committed_step()
+    begun = [row for row in ledger.files("training", "done") if row.config]
+    committed = [[step for step in ledger.steps(row.id) if step.step <= last] for row in begun]
+    configs = [stored_config(ledger.config_of(row)) for row in begun]
     return list(zip(begun, configs, committed, strict=True))
 
 
 def _rows(ledger: Ledger) -> str:
     total = 0
     for row, config, steps in _trained(ledger):
-        plan = FilePlan(row["sha256"], row["rows"], config.batch_size, config.epochs, config.seed)
-        place = f"file {row['position']} ({row['name']})"
-        wanted = plan.steps if row["state"] == "done" else len(steps)
+        plan = FilePlan(row.sha256, row.rows, config.batch_size, config.epochs, config.seed)
+        place = f"file {row.position} ({row.name})"
+        wanted = plan.steps if row.state == "done" else len(steps)
         _require(len(steps) == wanted > 0 or not wanted, f"{place} has {len(steps)} steps instead of {wanted}")
         for index, step in enumerate(steps):
             indices = plan.rows_at(index)
-            here = (step["step_in_file"], step["step"], step["rows"], step["rows_digest"])
-            planned = (index + 1, row["start_step"] + index + 1, len(indices), rows_digest(indices))
-            _require(here == planned, f"{place}, step {step['step']} trained other rows than its order says")
-        total += sum(step["rows"] for step in steps)
+            here = (step.step_in_file, step.step, step.rows, step.rows_digest)
+            planned = (index + 1, row.first_step + index + 1, len(indices), rows_digest(indices))
+            _require(here == planned, f"{place}, step {step.step} trained other rows than its order says")
+        total += sum(step.rows for step in steps)
     return f"{total} rows trained, every row of every finished file exactly `epochs` times"
 
 
@@ -178,11 +173,9 @@ def _learning_rates(ledger: Ledger) -> str:
     count = 0
     for row, config, steps in _trained(ledger):
         for step in steps:
-            formula = learning_rate(config, step["step"], step["step_in_file"])
-            problem = (
-                f"step {step['step']} of {row['name']} had {step['learning_rate']!r}, the formula says {formula!r}"
-            )
-            _require(step["learning_rate"] == formula, problem)
+            formula = learning_rate(config, step.step, step.step_in_file)
+            problem = f"step {step.step} of {row.name} had {step.learning_rate!r}, the formula says {formula!r}"
+            _require(step.learning_rate == formula, problem)
             count += 1
     return f"{count} steps equal to the schedule's formula"
 
@@ -190,17 +183,15 @@ def _learning_rates(ledger: Ledger) -> str:
 def _handovers(ledger: Ledger) -> str:
     classes: list[str] = []
     for row in ledger.files("training", "done"):
-        found = ledger.query("SELECT * FROM handovers WHERE file_id = ? AND step = ?", row["id"], row["start_step"])
-        boundary = [entry for entry in found if entry["kind"] == "boundary"]
-        _require(bool(boundary), f"file {row['position']} ({row['name']}) has no handover at step {row['start_step']}")
-    for entry in ledger.query(
-        "SELECT h.* FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
-    ):
-        before, after = json.loads(entry["before"]), json.loads(entry["after"])
+        found = [entry for entry in ledger.handovers(row.id) if entry.step == row.start_step]
+        boundary = [entry for entry in found if entry.kind == "boundary"]
+        _require(bool(boundary), f"file {row.position} ({row.name}) has no handover at step {row.start_step}")
+    for entry in ledger.handovers():
+        before, after = json.loads(entry.before), json.loads(entry.after)
         for key in ("weights", "moments", "adam_step", "learning_rate"):
-            _require(before[key] == after[key], f"the handover at step {entry['step']} differs in {key}")
-        _require(entry["class"] != "bitwise" or before == after, f"the handover at step {entry['step']} is not bitwise")
-        classes.append(entry["class"])
+            _require(before[key] == after[key], f"the handover at step {entry.step} differs in {key}")
+        _require(entry.name != "bitwise" or before == after, f"the handover at step {entry.step} is not bitwise")
+        classes.append(entry.name)
     counts = {name: classes.count(name) for name in dict.fromkeys(classes)}
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none yet"
 
@@ -216,7 +207,7 @@ def _restore_points(layout: RunLayout) -> str:
 def _originals(layout: RunLayout, ledger: Ledger) -> str:
     rows = ledger.files("queued", "training", "done")
     for row in rows:
-        _require((layout.root / row["copy"]).is_file(), f"{row['copy']} is missing")
+        _require((layout.root / row.copy).is_file(), f"{row.copy} is missing")
         require_original(layout.root, row)
     return f"{len(rows)} files, SHA-256 equal"
 

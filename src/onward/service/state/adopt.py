@@ -15,8 +15,8 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.state.commits import Commit, Commits
 from onward.service.session import open_session
+from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
@@ -87,9 +87,7 @@ def _make(
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
         values = json.dumps(Commits(layout, ledger).commit(commit).measurement)
-        ledger.add_handover(
-            kind="adopt", step=state.step, before=values, after=values, difference=0.0, **{"class": "bitwise"}
-        )
+        ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     layout.config.write_text(render_yaml(config), encoding="utf-8")
     unfinished.rename(layout.ledger)

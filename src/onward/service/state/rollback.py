@@ -9,10 +9,12 @@ from typing import Any
 from onward.config import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
-from onward.service.state.commits import TO_NOTHING, Commits
-from onward.service.owner.control import find_file
 from onward.service.state.retention import Retention
-from onward.store.ledger import HELD, IN_STREAM, Ledger, Row
+from onward.service.state.settle import TO_NOTHING, Settlement
+from onward.store.files import HELD
+from onward.store.ledger import Ledger
+from onward.store.lookup import find_file, find_step
+from onward.store.rows import FileRow
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 
 KEPT = (
@@ -35,7 +37,7 @@ KEPT = (
 class Move:
     """What becomes of a file when the run goes back: its new state, columns set with it, and a successor's columns."""
 
-    row: Row
+    row: FileRow
     state: str
     values: dict[str, Any] = field(default_factory=dict[str, Any])
     successor: dict[str, Any] | None = None
@@ -55,11 +57,11 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         UsageError: no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
-    step = find_step(layout, ledger, to)
+    step = find_step(ledger, to, [step_of(point) for point in layout.restore_points()])
     position = _restore_point(layout, step).cursor.position
-    later = [row for row in ledger.files(*HELD) if (row["position"] or 0) > position]
+    later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
     go_back(layout, ledger, step, undone(later, position, requeue=requeue), f"went back to step {step}")
-    return {"global_step": step, "undone": [row["name"] for row in later]}
+    return {"global_step": step, "undone": [row.name for row in later]}
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
@@ -68,9 +70,9 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
     Returns:
         `global_step` (0) and the names `undone`.
     """
-    begun = ledger.query(f"SELECT * FROM files WHERE {IN_STREAM} ORDER BY position")
+    begun = ledger.in_stream(after=0)
     go_back(layout, ledger, TO_NOTHING, undone(begun, 0, requeue=False), "went back to the start")
-    return {"global_step": 0, "undone": [row["name"] for row in begun]}
+    return {"global_step": 0, "undone": [row.name for row in begun]}
 
 
 def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
@@ -86,32 +88,32 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
         UsageError: no such file.
     """
     row = find_file(ledger, name, *HELD)
-    if row["start_step"] is None:
-        ledger.move_file(row["id"], "skipped", position=None, note="left out")
-        ledger.add_event("warning", f"{row['name']} left out of the queue")
-        step = (ledger.newest_checkpoint() or {"step": 0})["step"]
-        return {"global_step": step, "without": row["name"], "queued": []}
+    if row.start_step is None:
+        ledger.move_file(row.id, "skipped", position=None, note="left out")
+        ledger.add_event("warning", f"{row.name} left out of the queue")
+        step = ledger.committed_step()
+        return {"global_step": step, "without": row.name, "queued": []}
     step, position = _boundary_before(layout, ledger, row)
-    begun = ledger.query(f"SELECT * FROM files WHERE {IN_STREAM} AND position > ? ORDER BY position", position)
-    others = [other for other in begun if other["id"] != row["id"]]
+    begun = ledger.in_stream(after=position)
+    others = [other for other in begun if other.id != row.id]
     moves = undone(others, position, requeue=True, with_config=True)
     moves.append(Move(row, "skipped", {"note": "left out by rebuild", "position": None}))
-    go_back(layout, ledger, step, moves, f"rebuild without {row['name']}")
+    go_back(layout, ledger, step, moves, f"rebuild without {row.name}")
     return {
         "global_step": max(step, 0),
-        "without": row["name"],
-        "queued": [other["name"] for other in others],
+        "without": row.name,
+        "queued": [other.name for other in others],
     }
 
 
-def undone(rows: Sequence[Row], position: int, *, requeue: bool, with_config: bool = False) -> list[Move]:
+def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config: bool = False) -> list[Move]:
     """Mark files undone; requeued, they take the places after `position` in their order, before all that waits."""
     moves: list[Move] = []
     for place, row in enumerate(rows, start=position + 1):
         successor = None
         if requeue:
-            successor = {key: row[key] for key in KEPT} | {"again": 1, "position": place}
-            successor |= {"config": row["config"], "parts": row["parts"]} if with_config else {}
+            successor = {key: getattr(row, key) for key in KEPT} | {"again": 1, "position": place}
+            successor |= {"config": row.config, "parts": row.parts} if with_config else {}
         moves.append(Move(row, "undone", successor=successor))
     return moves
 
@@ -125,62 +127,35 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
     """
     move_ledger_back(ledger, step, moves, what)
     retention = Retention(0, 0) if step == TO_NOTHING else Retention.of(read_config(layout.config))
-    Commits(layout, ledger).finish_going_back(retention)
+    Settlement(layout, ledger, retention).finish_going_back()
 
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
     """Move the ledger back in one transaction, which also says where the directories have to follow."""
-    names = ", ".join(move.row["name"] for move in moves) or "nothing"
+    names = ", ".join(move.row.name for move in moves) or "nothing"
     with ledger.transaction():
         for move in moves:
-            ledger.move_file(move.row["id"], move.state, **move.values)
+            ledger.move_file(move.row.id, move.state, **move.values)
         for move in moves:
             if move.successor is not None:
                 ledger.insert_file(**move.successor, state="queued")
-        ledger.trim(step, [move.row["id"] for move in moves if move.state == "queued"], "undone")
+        ledger.trim(step, [move.row.id for move in moves if move.state == "queued"], "undone")
         if step == TO_NOTHING:
             ledger.put(identity=None, origin_step=0)
         ledger.put(state="idle", problem=None, going_back=step)
         ledger.add_event("warning", f"{what}; concerned: {names}", max(step, 0))
 
 
-def find_step(layout: RunLayout, ledger: Ledger, to: str) -> int:
-    """Return the step of the boundary that `to` names.
-
-    Raises:
-        UsageError: it names no file and no boundary of this run.
-    """
-    done = ledger.files("done")
-    matches = [row for row in done if to in (row["name"], str(row["position"]))]
-    if not matches and len(to) >= 4:
-        matches = [row for row in done if row["sha256"].startswith(to.lower())]
-    if len(matches) > 1:
-        places = ", ".join(str(row["position"]) for row in matches)
-        raise UsageError(f"{to!r} names several files, at positions {places}", where="--to", hint="Give the position.")
-    if matches:
-        return int(matches[0]["start_step"] + matches[0]["planned_steps"])
-    steps = [step_of(point) for point in layout.restore_points()]
-    number = to.removeprefix("step-")
-    if number.isdigit() and int(number) in steps:
-        return int(number)
-    files = ", ".join(f"{row['position']} {row['name']}" for row in done) or "none"
-    raise UsageError(
-        f"{to!r} is no finished file and no boundary's step",
-        where="--to",
-        hint=f"Finished files: {files}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
-    )
-
-
-def _boundary_before(layout: RunLayout, ledger: Ledger, row: Row) -> tuple[int, int]:
+def _boundary_before(layout: RunLayout, ledger: Ledger, row: FileRow) -> tuple[int, int]:
     """Return step and position of the newest restore point at or before a file's beginning that verifies."""
     for point in layout.restore_points():
-        if step_of(point) <= row["start_step"]:
+        if step_of(point) <= row.first_step:
             manifest, problems = inspect_checkpoint(point)
-            if manifest is not None and not problems and manifest.cursor.position < row["position"]:
+            if manifest is not None and not problems and manifest.cursor.position < row.place:
                 return manifest.step, manifest.cursor.position
     if ledger.get("origin_step", 0) > 0:
         hint = "Its beginning was an adopted checkpoint: adopt that into a new run, and train the other files there."
-        raise UsageError(f"no restore point before {row['name']} is kept", where=layout.boundaries, hint=hint)
+        raise UsageError(f"no restore point before {row.name} is kept", where=layout.boundaries, hint=hint)
     return TO_NOTHING, 0
 
 

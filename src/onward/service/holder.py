@@ -1,0 +1,43 @@
+"""What others can see of the process that owns a run: that there is one, which it is, and whether its work moves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+SILENCE = 30.0
+"""Seconds without a beat after which a process that holds the lock counts as stuck."""
+
+
+def read_holder(lock: Path) -> dict[str, Any] | None:
+    """Return pid, host and start time that the last holder of a lock wrote, or None where that cannot be read."""
+    try:
+        holder = json.loads(lock.with_name(f"{lock.name}.holder").read_text())
+        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_held(lock: Path) -> bool:
+    """Whether some process holds the lock now."""
+    probe = FileLock(lock, timeout=0)
+    try:
+        with probe:
+            return False
+    except Timeout:
+        return True
+
+
+def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
+    """Return the seconds since the last beat and what is wrong, if anything; a clock that went back shows 0."""
+    if fact is None:
+        return None, None
+    age = max(0.0, now - fact["at"])
+    if age > SILENCE:
+        return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or was frozen"
+    if fact["hangs"]:
+        return age, f"the step in hand hangs: no progress for {fact['quiet'] + age:.0f} s"
+    return age, None

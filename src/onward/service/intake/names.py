@@ -1,0 +1,40 @@
+"""Names of files in `archive/` and `rejected/`: plain, not too long, and never one that is taken."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from onward.atomic import TEMPORARY_PREFIX
+
+NAME_BYTES, NAME_ENDING = 180, 12
+"""Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
+NUMBERED = 100
+"""Numbers tried for a name that is taken, before a random one."""
+
+
+def plain_name(name: str) -> str:
+    """Return a file's name without what a terminal, a report or a longer name beside it would stumble over."""
+    plain = "".join(character if character.isprintable() else "_" for character in name)
+    if plain.startswith(TEMPORARY_PREFIX):
+        plain = f"_{plain[1:]}"
+    head, ending = plain[:-NAME_ENDING], plain[-NAME_ENDING:]
+    while len(head.encode()) > NAME_BYTES:
+        head = head[:-1]
+    return head + ending
+
+
+def unused_name(folder: Path, name: str, *, reserved: frozenset[str] | set[str] = frozenset()) -> Path:
+    """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings."""
+    stem, dot, endings = name.partition(".")
+    path = folder / name
+    for number in range(2, NUMBERED):
+        if not _is_taken(path, reserved):
+            return path
+        path = folder / f"{stem}-{number}{dot}{endings}"
+    return folder / f"{stem}-{os.urandom(8).hex()}{dot}{endings}"
+
+
+def _is_taken(path: Path, reserved: frozenset[str] | set[str]) -> bool:
+    beside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    return path.name in reserved or os.path.lexists(path) or os.path.lexists(beside)

@@ -1,0 +1,127 @@
+"""One SQLite file: how it is opened, its transactions, and which of its errors are damage."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onward.errors import DamagedState
+
+PASSING = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_NOMEM,
+}  # fmt: skip
+"""Errors of SQLite that say nothing about the content: the disk is full or fails, or others are at work."""
+
+LOG_BYTES = 16 << 20
+"""Bytes that SQLite's log is cut back to, after a reader that kept its view for long let it grow."""
+
+Values = dict[str, Any]
+Record = TypeVar("Record")
+
+
+def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
+    """Open a ledger file; `durable` makes each transaction wait for the disk (`synchronous=FULL`).
+
+    Raises:
+        DamagedState: it is no database.
+        sqlite3.DatabaseError: the machine fails.
+    """
+    try:
+        if read_only:
+            address = f"{path.absolute().as_uri()}?mode=ro"
+            connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+        else:
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA busy_timeout = 30000")
+        if not read_only:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except sqlite3.DatabaseError as error:
+        raise refusal(path, error) from None
+    return connection
+
+
+def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
+    """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
+    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
+    if code & 0xFF in PASSING and path.exists():
+        return error
+    return damaged(path, error)
+
+
+def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
+    """Return the refusal for a ledger that SQLite cannot read."""
+    hint = "Restore ledger.sqlite3 from a copy, or adopt the newest checkpoint into a new run: onward adopt CHECKPOINT"
+    return DamagedState(f"the ledger cannot be read: {error}", where=path, hint=hint)
+
+
+class Database:
+    """A connection with transactions that nest and rows that are records.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
+        self.path = path
+        self.clock = clock
+        self._connection = connect(path, read_only=read_only)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Generator[None]:
+        """Make the statements inside one durable act; nested use joins the outer one."""
+        if self._connection.in_transaction:
+            yield
+            return
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # a full or failing disk may have rolled back by itself
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def query(self, sql: str, *values: Any) -> list[Values]:
+        """Return the rows of a query as dictionaries."""
+        try:
+            cursor = self._connection.execute(sql, values)
+            names = [column[0] for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+        except sqlite3.DatabaseError as error:
+            raise refusal(self.path, error) from None
+
+    def records(self, kind: type[Record], sql: str, *values: Any) -> list[Record]:
+        """Return the rows of a query as records of a class whose fields are the query's columns."""
+        return [kind(**row) for row in self.query(sql, *values)]
+
+    def record(self, kind: type[Record], sql: str, *values: Any) -> Record | None:
+        """Return the first row of a query as a record, or None."""
+        return next(iter(self.records(kind, sql, *values)), None)
+
+    def scalar(self, sql: str, *values: Any) -> Any:
+        """Return the one value of a query of one row and column, None where there is no row."""
+        rows = self.query(sql, *values)
+        return next(iter(rows[0].values())) if rows else None
+
+    def write(self, sql: str, *values: Any) -> int:
+        """Run one statement; returns the id of an inserted row."""
+        with self.transaction():
+            return int(self._connection.execute(sql, values).lastrowid or 0)
+
+    def insert(self, table: str, values: Values) -> int:
+        """Insert a row, given by column; returns its id."""
+        names = ", ".join(values)
+        marks = ", ".join("?" * len(values))
+        return self.write(f"INSERT INTO {table} ({names}) VALUES ({marks})", *values.values())

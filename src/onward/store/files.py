@@ -1,0 +1,153 @@
+"""The files of the stream: their rows in the ledger, the order of the queue, and the moves between states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from onward.errors import OnwardError
+from onward.store.database import Database
+from onward.store.rows import FileRow, HistoryRow
+
+LEGAL = {
+    "arriving": {"queued", "rejected", "skipped"},
+    "queued": {"training", "undone", "skipped", "quarantined"},
+    "training": {"done", "queued", "undone", "skipped", "quarantined"},
+    "done": {"training", "queued", "undone", "skipped"},  # back only when state was lost or rolled back
+}
+"""States that a file may go to, by the state it is in."""
+
+HELD = ("queued", "training", "done")
+"""States of a file whose content belongs to the stream."""
+
+IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
+"""What holds for the files that have a place in the stream; worded as the index `files_position` is."""
+
+
+class Files(Database):
+    """Reads and moves files."""
+
+    def insert_file(self, **values: Any) -> int:
+        """Record a file; returns its id."""
+        return self.insert("files", {"arrived": self.clock(), **values})
+
+    def file(self, file_id: int) -> FileRow:
+        """Return the file with this id."""
+        row = self.record(FileRow, "SELECT * FROM files WHERE id = ?", file_id)
+        if row is None:
+            raise OnwardError("the ledger has no such file", where=file_id)
+        return row
+
+    def files(self, *states: str) -> list[FileRow]:
+        """Files in these states: those with a position in stream order, then the queue in the order it is taken."""
+        order = "position IS NULL, position, priority DESC, id"
+        return self.records(FileRow, f"SELECT * FROM files WHERE state IN ({marks(states)}) ORDER BY {order}", *states)
+
+    def arriving(self, command: str) -> list[FileRow]:
+        """Files that arrived with one command and are not settled, in the order given."""
+        return self.records(
+            FileRow, "SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command
+        )
+
+    def holding(self, sha256: str) -> FileRow | None:
+        """The file of the stream that has this content, if any."""
+        return self.record(
+            FileRow, f"SELECT * FROM files WHERE sha256 = ? AND state IN ({marks(HELD)}) ORDER BY id LIMIT 1",
+            sha256, *HELD,
+        )  # fmt: skip
+
+    def in_stream(self, after: int) -> list[FileRow]:
+        """Files that have a place in the stream after a position, in order."""
+        return self.records(FileRow, f"SELECT * FROM files WHERE {IN_STREAM} AND position > ? ORDER BY position", after)
+
+    def unfinished_from(self, position: int) -> list[FileRow]:
+        """Files of the stream that are not done or stand at a position or after it, in order."""
+        return self.records(
+            FileRow,
+            f"SELECT * FROM files WHERE {IN_STREAM} AND (position >= ? OR state != 'done') ORDER BY position",
+            position,
+        )
+
+    def done_before(self, step: int, limit: int) -> list[FileRow]:
+        """The newest finished files that began before a step, at most `limit`, newest first."""
+        return self.records(
+            FileRow, "SELECT * FROM files WHERE state = 'done' AND start_step < ? ORDER BY position DESC LIMIT ?",
+            step, limit,
+        )  # fmt: skip
+
+    def next_owed(self) -> FileRow | None:
+        """The file to train now: the one begun, else the head of the queue."""
+        begun = self.record(FileRow, "SELECT * FROM files WHERE state = 'training' ORDER BY position LIMIT 1")
+        return begun or self.next_queued()
+
+    def next_queued(self) -> FileRow | None:
+        """The head of the queue: what has a position already, else by priority."""
+        queued = "SELECT * FROM files WHERE state = 'queued'"
+        placed = self.record(FileRow, f"{queued} AND position IS NOT NULL ORDER BY position LIMIT 1")
+        return placed or self.record(FileRow, f"{queued} ORDER BY priority DESC, id LIMIT 1")
+
+    def next_arriving(self) -> FileRow | None:
+        """The file that is to be checked next: the order of the queue that it wants to enter."""
+        return self.record(FileRow, "SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
+
+    def last_position(self) -> int:
+        """The highest position given so far in the stream."""
+        return int(self.scalar(f"SELECT max(position) FROM files WHERE {IN_STREAM}") or 0)
+
+    def at_position(self, position: int) -> FileRow | None:
+        """Return the file at a place in the stream."""
+        return self.record(FileRow, f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)
+
+    def queued(self) -> int:
+        """Return how many files wait, those included whose rows are still to be checked."""
+        return int(self.scalar("SELECT count(*) FROM files WHERE state IN ('queued', 'arriving')"))
+
+    def sharing_copy(self, copy: str) -> int:
+        """Return how many files have their original at this path of the archive."""
+        return int(self.scalar("SELECT count(*) FROM files WHERE copy = ?", copy))
+
+    def move_file(self, file_id: int, state: str, **values: Any) -> None:
+        """Move a file to another state and set columns with it, in one transaction.
+
+        Raises:
+            OnwardError: the move is not legal.
+        """
+        with self.transaction():
+            old = self.file(file_id).state
+            if state not in LEGAL.get(old, set()):
+                raise OnwardError(f"a file cannot go from {old} to {state}", where=f"file id {file_id}")
+            self.set_file(file_id, state=state, **values)
+
+    def set_file(self, file_id: int, **values: Any) -> None:
+        """Set columns of a file that stays in its state."""
+        assignments = ", ".join(f"{name} = ?" for name in values)
+        self.write(f"UPDATE files SET {assignments} WHERE id = ?", *values.values(), file_id)
+
+    def history(self) -> list[HistoryRow]:
+        """One row per file of the stream, with its first and last step, then those that were taken out of it."""
+        return self.records(HistoryRow, HISTORY)
+
+
+def marks(values: Sequence[object]) -> str:
+    """Return a question mark for each value, for SQL's IN."""
+    return ", ".join("?" * len(values))
+
+
+HISTORY = """
+    SELECT f.*, s.trained, s.steps, s.step_from, s.step_to, s.seconds,
+        a.loss AS first_loss, a.learning_rate AS first_learning_rate,
+        b.loss AS last_loss, b.learning_rate AS last_learning_rate,
+        (SELECT h.class FROM handovers h WHERE h.file_id = f.id AND h.kind = 'boundary'
+         ORDER BY h.id DESC LIMIT 1) AS handover
+    FROM files f
+    LEFT JOIN (
+        SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS step_from,
+            max(step) AS step_to, sum(seconds) AS seconds
+        FROM steps GROUP BY file_id
+    ) s ON s.file_id = f.id
+    LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.step_from
+    LEFT JOIN steps b ON b.file_id = f.id AND b.step = s.step_to
+    WHERE f.state IN ('queued', 'training', 'done', 'undone', 'skipped', 'quarantined')
+    ORDER BY f.state IN ('undone', 'skipped', 'quarantined'), f.position IS NULL, f.position,
+        f.priority DESC, f.id
+"""

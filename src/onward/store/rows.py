@@ -1,0 +1,164 @@
+"""The ledger's rows as typed records: one class per table, one field per column.
+
+Columns that later migrations added have defaults: an observer may read a ledger that was not migrated yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRow:
+    """One file: where it came from, what was counted in it and where it stands.
+
+    `inbox` is its path below the inbox if it came from there, `copy` its path below the run's directory. `attempts`
+    counts how often checking its rows was begun without an end. `occurrence` counts the files with the same content
+    that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
+    each of its steps is cut after lack of memory.
+    """
+
+    id: int
+    command: str
+    name: str
+    sha256: str
+    bytes: int
+    format: str
+    copy: str
+    state: str
+    again: int
+    priority: int
+    position: int | None
+    rows: int
+    tokens: int
+    target_tokens: int
+    truncated: int
+    dropped: int
+    config: str | None
+    start_step: int | None
+    planned_steps: int | None
+    arrived: float
+    finished: float | None
+    note: str | None
+    inbox: str | None = None
+    failures: int = 0
+    parts: int | None = None
+    attempts: int = 0
+    occurrence: int = 0
+
+    @property
+    def first_step(self) -> int:
+        """The global step that the file began after."""
+        assert self.start_step is not None, self.name
+        return self.start_step
+
+    @property
+    def place(self) -> int:
+        """The position of a file that has one."""
+        assert self.position is not None, self.name
+        return self.position
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryRow(FileRow):
+    """A file with what its step records add up to; None where none was trained."""
+
+    trained: int | None
+    steps: int | None
+    step_from: int | None
+    step_to: int | None
+    seconds: float | None
+    first_loss: float | None
+    first_learning_rate: float | None
+    last_loss: float | None
+    last_learning_rate: float | None
+    handover: str | None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step of one file, as it was trained.
+
+    `loss` is the mean over the step's target tokens, `seconds` wall time, `rows_digest` the digest of the row
+    indices that went in.
+    """
+
+    file_id: int
+    step: int
+    step_in_file: int
+    epoch: int
+    rows: int
+    rows_digest: str
+    tokens: int
+    target_tokens: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointRow:
+    """A checkpoint: being written, committed, lost to damage or undone by going back."""
+
+    id: int
+    step: int
+    file_id: int | None
+    boundary: int
+    state_digest: str
+    basis: str
+    state: str
+    bytes: int
+    seconds: float
+    created: float
+
+
+@dataclass(frozen=True)
+class HandoverRow:
+    """A handover: what was measured before and after, as JSON text, and the class that held."""
+
+    id: int
+    kind: str
+    step: int
+    file_id: int | None
+    name: str
+    before: str
+    after: str
+    difference: float
+    created: float
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """What an operator should be able to read later; `kind` is what `notify.events` chooses by."""
+
+    id: int
+    level: str
+    message: str
+    step: int | None
+    created: float
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class RequestRow:
+    """What an operator asks of the owner; `file_id` names the file that is meant."""
+
+    id: int
+    kind: str
+    argument: str | None
+    created: float
+    acknowledged: float | None
+    answer: str | None
+    file_id: int | None = None
+
+
+@dataclass(frozen=True)
+class IntentRow:
+    """A command that was given files and has not taken them in yet; `paths` is a JSON list."""
+
+    id: int
+    paths: str
+    again: int
+    priority: int
+    created: float
