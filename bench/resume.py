@@ -26,7 +26,7 @@ from onward.service.session import open_session
 from onward.service.state.commits import Commit, Commits
 from onward.service.state.retention import Retention
 from onward.service.state.settle import Settlement
-from onward.service.stop import StopRequest
+from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import load_state
 from onward.training.handover import Probe
@@ -49,7 +49,7 @@ def write_rows(path: Path, rows: int) -> Path:
 
 def train_some(run: Run) -> None:
     """Train the first steps of what the stream owes, and commit."""
-    stop = StopRequest()
+    stop = Wishes()
 
     def observe(event: object) -> None:
         if getattr(event, "step", 0) >= TRAINED:

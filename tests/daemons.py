@@ -19,8 +19,8 @@ from processes import as_it_is, start_command, train
 
 from onward import Run
 from onward.events import Event, StepTaken
-from onward.service.owner.control import Control
 from onward.service.owner.worker import Worker
+from onward.service.wishes import Wishes
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -56,13 +56,12 @@ class Hold:
             for event in plain(worker):
                 yield event
                 if isinstance(event, StepTaken) and event.step_in_file >= self.step:
-                    self._hold(worker.stop)
+                    self._hold(worker.around.wishes)
 
         Worker.train_next = train_next  # type: ignore[method-assign]
 
-    def _hold(self, asked: object) -> None:
-        assert isinstance(asked, Control)
-        while not (asked or asked.wishes or self.let_go.exists()):
+    def _hold(self, asked: Wishes) -> None:
+        while not (asked.pending or self.let_go.exists()):
             time.sleep(0.01)
 
 

@@ -16,7 +16,7 @@ import torch
 from onward import cli
 from onward.errors import OnwardError
 from onward.run import Run
-from onward.service.stop import StopRequest
+from onward.service.wishes import Wishes
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -37,7 +37,7 @@ def _start_server() -> None:
 
 def _train(directory: str, files: list[str], threads: int) -> None:
     torch.set_num_threads(threads)
-    stop = StopRequest()
+    stop = Wishes()
     try:
         with stop.on_signals():
             Run(directory).train(*files, stop=stop)

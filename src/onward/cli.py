@@ -110,10 +110,10 @@ def train(
     from onward.profiling import StepProfile
     from onward.progress import make_observer
     from onward.run import Run
-    from onward.service.stop import StopRequest
+    from onward.service.wishes import Wishes
 
     opened = Run(run)
-    stop = StopRequest()
+    stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         steps = StepProfile(opened.layout.profile, observe)
         done = opened.train(*(files or []), again=again, observe=steps if profile else observe, stop=stop, report=say)
@@ -122,7 +122,7 @@ def train(
         say(steps.describe())
     if as_json:
         show(done)
-    if stop:
+    if stop.reason:
         say(f"stopped ({stop.reason}), committed; onward train --run {run} goes on")
     elif not done:
         say("the stream owes nothing: every accepted file is trained")
@@ -163,14 +163,14 @@ def watch(
     """Train whatever arrives in inbox/, until stopped."""
     from onward.progress import make_observer
     from onward.run import Run
-    from onward.service.stop import StopRequest
+    from onward.service.wishes import Wishes
 
     opened = Run(run)
-    stop = StopRequest()
+    stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         say(f"watching {opened.layout.inbox}; onward stop --run {run} or Ctrl-C ends it, committed")
         refused = opened.watch(once=once, observe=observe, stop=stop, report=say)
-    if stop:
+    if stop.reason:
         say(f"stopped ({stop.reason}), committed; onward watch --run {run} goes on")
     elif once and refused:
         say(f"{refused} refused or quarantined; the reports are in {opened.layout.rejected}")
@@ -319,16 +319,16 @@ def rebuild(
     """Make the run as if it had never seen FILE: train the later files again, from the boundary before it."""
     from onward.progress import make_observer
     from onward.run import Run
-    from onward.service.stop import StopRequest
+    from onward.service.wishes import Wishes
 
     opened = Run(run)
     ask(f"go back to before {without} and train every later file of {opened.layout.root} again?", yes)
-    asked = StopRequest()
+    asked = Wishes()
     with asked.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         result = opened.rebuild(without, observe=observe, stop=asked, report=say)
     if as_json:
         show(result)
-    if asked:
+    if asked.reason:
         say(f"stopped ({asked.reason}), committed; onward train --run {run} goes on")
     say(f"without {result['without']}: step {result['global_step']}; trained again: {len(result['queued'])} files")
 

@@ -23,7 +23,7 @@ OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
     "compress_archive", "notify",
 )  # fmt: skip
-"""Keys that no weight depends on."""
+"""Keys that no weight depends on: they act at once, also in a process that runs."""
 
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
@@ -202,6 +202,10 @@ class Config(_Section):
         """Return the settings that a step's result depends on, by dotted key."""
         return {key: value for key, value in self.flat().items() if key.partition(".")[0] not in OPERATION_KEYS}
 
+    def with_operation_keys_of(self, other: Config) -> Config:
+        """Return this config with the keys that act at once taken from another."""
+        return self.model_copy(update={key: getattr(other, key) for key in OPERATION_KEYS})
+
     def identity(self) -> dict[str, Any]:
         """Return the identity keys with their values; the adapter's only where there is an adapter."""
         flat = self.flat()
@@ -211,6 +215,16 @@ class Config(_Section):
         """Return `{key: (value here, value in other)}` for every key that differs."""
         here, there = self.flat(), other.flat()
         return {key: (here[key], there[key]) for key in here if here[key] != there[key]}
+
+
+Acts = Literal["never", "at the next file", "at once"]
+
+
+def acts(key: str) -> Acts:
+    """Say when a change of a key takes effect in a run that has trained: the one table of that."""
+    if key in IDENTITY_KEYS:
+        return "never"
+    return "at once" if key.partition(".")[0] in OPERATION_KEYS else "at the next file"
 
 
 SECTION_FIELDS = {"lora": frozenset(LoraConfig.model_fields), "notify": frozenset(NotifyConfig.model_fields)}

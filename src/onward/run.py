@@ -14,11 +14,13 @@ from onward.config import Config, parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.events import Observe
 from onward.layout import RunLayout
+from onward.service.client import Patience, expire_requests, request
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
-from onward.service.owner.control import AFTER_FILE, RELEASE, expire_requests, request
-from onward.service.owner.process import OpenedRun, account
-from onward.service.stop import Stopped, StopRequest
+from onward.service.owner.process import OpenedRun, account, operate
+from onward.service.settings import Settings
+from onward.service.shown import PAUSED, Shown
+from onward.service.wishes import AFTER_FILE, RELEASE, Stopped, Wishes, interrupts_of_host
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.lookup import find_file
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
 
 PathLike = str | os.PathLike[str]
+
+
+REMOVABLE = ("arriving", "queued", "training")
+"""States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
 
 
 def _silent(_: Any) -> None:
@@ -45,6 +51,10 @@ class Run:
     def __init__(self, directory: PathLike = ".") -> None:
         self.layout = RunLayout(Path(directory))
         self.layout.require()
+        self._settings: Settings | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.layout.root)!r})"
 
     @classmethod
     def create(
@@ -98,8 +108,10 @@ class Run:
 
     @property
     def config(self) -> Config:
-        """The config as it stands in the run's directory."""
-        return read_config(self.layout.config)
+        """The config as it stands in the run's directory; read again only when it changed."""
+        if self._settings is None:
+            self._settings = Settings(self.layout.config)
+        return self._settings.read()
 
     def add(self, *paths: PathLike, priority: str = "normal", again: bool = False) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
@@ -123,31 +135,34 @@ class Run:
         *paths: PathLike,
         again: bool = False,
         observe: Observe = _silent,
-        stop: StopRequest | None = None,
+        stop: Wishes | None = None,
         report: Callable[[str], None] = _silent,
     ) -> list[dict[str, Any]]:
-        """Add files and train what the stream owes, in order; returns the history entries of files done now.
+        """Add files and train everything that waits, in order; returns the history entries of files done now.
 
         Args:
-            observe: receives every event; one that raises is dropped, and training goes on.
-            stop: ask it to stop; the step in hand is finished and committed.
+            observe: receives every event; what it raises is told once, and training goes on.
+            stop: `stop.ask(reason)` ends it: the step in hand is finished and committed. Without one, Ctrl-C does that
+                in a program that has not made SIGINT its own.
 
         Raises:
             RunLocked: another process owns the run.
             FileRejected: a file was refused; nothing was trained.
             OnwardError: training cannot go on; what was committed stays.
+            KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
-        stop = StopRequest() if stop is None else stop
-        with self._owned() as ledger:
+        wishes, files = stop or Wishes(), [Path(path) for path in paths]
+        with self._owned() as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = OpenedRun(self.layout, ledger, report)
-            with account(ledger), opened.operate(stop, observe) as daemon:
-                intake = opened.intake(stop.check)
-                for refusal in intake.finish_left_over():
-                    report(f"handed over earlier: {refusal}")
-                if paths:
-                    intake.take([Path(path) for path in paths], again=again)
-                daemon.run(once=True)
+            with account(ledger, wishes):
+                intent = ledger.add_intent(files, again=again, priority=0) if files else None
+                with operate(opened, wishes, observe) as daemon:
+                    for refusal in daemon.intake.finish_left_over(but=intent):
+                        report(f"handed over earlier: {refusal}")
+                    if intent is not None:
+                        daemon.intake.take(files, again=again, intent=intent)
+                    daemon.run(once=True)
             positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 
@@ -156,7 +171,7 @@ class Run:
         *,
         once: bool = False,
         observe: Observe = _silent,
-        stop: StopRequest | None = None,
+        stop: Wishes | None = None,
         report: Callable[[str], None] = _silent,
     ) -> int:
         """Train whatever arrives in the inbox and the stream, until stopped; outlive what can be outlived.
@@ -172,12 +187,13 @@ class Run:
             RunLocked: another process owns the run.
             ConfigError, ModelError: the run cannot even be opened.
             DamagedState: the state cannot be trusted.
+            KeyboardInterrupt: as for `train`.
         """
-        stop = StopRequest() if stop is None else stop
-        with self._owned() as ledger:
+        wishes = stop or Wishes()
+        with self._owned() as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
             opened = OpenedRun(self.layout, ledger, report)
-            with account(ledger), opened.operate(stop, observe, watch=True) as daemon:
+            with account(ledger, wishes), operate(opened, wishes, observe, watch=True) as daemon:
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
 
@@ -199,45 +215,50 @@ class Run:
         """
         with self._ledger() as ledger:
             if not is_held(self.layout.lock):
-                ledger.put(paused={"release": release}, state="paused")
+                ledger.put(paused={"release": release})
+                Shown(ledger).set(PAUSED)
                 return "no process works on this run; the next onward watch begins paused"
-            return request(self.layout, ledger, "pause", RELEASE if release else None, patience=patience)
+            return request(self.layout, ledger, Patience(patience), "pause", RELEASE if release else None)
 
     def resume(self, *, patience: float = 60.0) -> str:
         """Ask a paused process to go on."""
         with self._ledger() as ledger:
             if not is_held(self.layout.lock):
                 was_paused = ledger.get("paused") is not None
-                ledger.put(paused=None, state="stopped" if ledger.next_owed() else "idle")
+                ledger.put(paused=None)
+                Shown(ledger).at_rest()
                 return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
-            return request(self.layout, ledger, "resume", patience=patience)
+            return request(self.layout, ledger, Patience(patience), "resume")
 
     def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
         """Ask the process that trains to commit and end, now or at the next boundary."""
         with self._ledger() as ledger:
             if not is_held(self.layout.lock):
                 return "no process works on this run"
-            until = (lambda: False) if after_file else (lambda: not is_held(self.layout.lock))
-            argument = AFTER_FILE if after_file else None
-            return request(self.layout, ledger, "stop", argument, patience=patience, until=until)
+            ended = Patience(patience, lambda: not is_held(self.layout.lock))
+            wait = Patience(patience) if after_file else ended
+            return request(self.layout, ledger, wait, "stop", AFTER_FILE if after_file else None)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
-        """Take the file in hand, or a waiting one, out of the stream; the run is as if it had never begun it.
+        """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
 
         Raises:
             UsageError: no such file waits, or none is in hand.
         """
         with self._ledger() as ledger:
-            row = find_file(ledger, file, "queued", "training") if file else next(iter(ledger.files("training")), None)
+            row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
             if row is None:
                 hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
                 raise UsageError("no file is being trained", where=self.layout.root.absolute(), hint=hint)
-            if row.state == "training" and is_held(self.layout.lock):
-                return request(self.layout, ledger, "skip", reason, patience=patience)
-        with self._owned() if row.state == "training" else self._ledger() as ledger:
+            if is_held(self.layout.lock):
+                return request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
+            reason = reason or "skipped by an operator"
+            if row.state == "arriving":
+                return OpenedRun(self.layout, ledger, _silent).intake().withdraw(row, reason)
+        with self._owned() as ledger:
             from onward.service.owner.faults import skip
 
-            return skip(self.layout, ledger, ledger.file(row.id), reason or "skipped by an operator")
+            return skip(self.layout, ledger, ledger.file(row.id), reason)
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands (keys as in `onward status --json`)."""
@@ -274,7 +295,7 @@ class Run:
         without: str,
         *,
         observe: Observe = _silent,
-        stop: StopRequest | None = None,
+        stop: Wishes | None = None,
         report: Callable[[str], None] = _silent,
     ) -> dict[str, Any]:
         """Make the run as if it had never seen a file: go back to before it and train the later ones again.
@@ -319,6 +340,11 @@ class Run:
                 hint="Put it back from a copy. If nothing was trained here: remove it, then onward init",
             )
         return ledger
+
+
+def _ctrl_c(given: Wishes | None, wishes: Wishes) -> contextlib.AbstractContextManager[None]:
+    """Let Ctrl-C commit first, unless the caller looks after signals and stops itself."""
+    return contextlib.nullcontext() if given is not None else interrupts_of_host(wishes)
 
 
 def _refuse_occupied(layout: RunLayout) -> None:

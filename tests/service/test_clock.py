@@ -12,9 +12,9 @@ from states import assert_same_state
 from onward import Run
 from onward.layout import step_of
 from onward.service.lock import RunLock
-from onward.service.owner.process import OpenedRun
+from onward.service.owner.process import OpenedRun, operate
 from onward.service.state.retention import DAY
-from onward.service.stop import StopRequest
+from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 
 NOON = 1_700_000_000.0 - 1_700_000_000.0 % DAY + DAY / 2
@@ -59,8 +59,8 @@ def train(run: Run, file: Path, clock: Clock) -> None:
     """Train a file as `onward train` does, by another clock."""
     with RunLock(run.layout.lock), Ledger(run.layout.ledger, clock=clock) as ledger:
         opened = OpenedRun(run.layout, ledger, lambda _: None)
-        with opened.operate(StopRequest(), lambda _: None) as daemon:
-            opened.intake().take([file])
+        with operate(opened, Wishes(), lambda _: None) as daemon:
+            daemon.intake.take([file])
             daemon.run(once=True)
 
 

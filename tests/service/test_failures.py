@@ -20,10 +20,10 @@ from onward.errors import ModelError, TrainingError
 from onward.events import FileDone, Note, StepTaken
 from onward.layout import RunLayout
 from onward.service.holder import read_heartbeat
-from onward.service.owner import daemon as daemon_module
+from onward.service.owner import disk
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.proof.doctor import examine
-from onward.service.stop import StopRequest
+from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
 from onward.training.loss import TargetLoss
@@ -181,7 +181,7 @@ def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Pa
 @pytest.mark.parametrize(("before", "refused", "state"), [(0, 0, "done"), (4, 1, "quarantined")])
 def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, state: str) -> None:
     """A process that died in a file goes on with it; the fifth death without a commit between takes the file out."""
-    stop = StopRequest()
+    stop = Wishes()
     run.train(stop=stop, observe=lambda event: stop.ask("test") if getattr(event, "step", 0) == 4 else None)
     with Ledger(run.layout.ledger) as ledger:
         row = ledger.files("training")[0]
@@ -210,7 +210,7 @@ def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeyp
         if isinstance(event, StepTaken) and event.step == 5:
             room["free"] = 0
 
-    monkeypatch.setattr(daemon_module.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", disk_usage)
     assert 0 == run.watch(once=True, observe=fill)
     assert ["paused"] == [status["state"] for status in seen]
     assert 1 == len(seen)
@@ -259,7 +259,7 @@ def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
     """A step that takes 20 times as long as the last one hangs; a clock that went back shows no age below zero."""
     now = {"at": 100.0}
     heart = Heartbeat(run.layout.ledger, clock=lambda: 1000.0, monotonic=lambda: now["at"])
-    heart.moved(5.0)
+    heart.expect_step(5.0)
     now["at"] += 99.0
     assert not heart.hangs
     now["at"] += 2.0

@@ -149,7 +149,7 @@ def test_what_was_due_is_told_when_the_listener_is_back(layout: RunLayout, liste
     now = {"at": 0.0}
     listener.status = 500
     notify = NotifyConfig(url=listener.url, events=["done"])
-    reporter = Reporter(layout, notify, monotonic=lambda: now["at"])
+    reporter = Reporter(layout, lambda: notify, monotonic=lambda: now["at"])
     with Ledger(layout.ledger) as ledger:
         for number in range(4):
             ledger.add_event("info", str(number), kind="done")
@@ -166,7 +166,7 @@ def test_what_was_due_is_told_when_the_listener_is_back(layout: RunLayout, liste
 def test_a_command_may_leave_something_running(layout: RunLayout, tmp_path: Path) -> None:
     """A command is done when it ends, whatever it started; nobody waits for that."""
     notify = NotifyConfig(command="sh -c 'sleep 60 & exit 0'", events=["done"])
-    reporter = Reporter(layout, notify)
+    reporter = Reporter(layout, lambda: notify)
     with Ledger(layout.ledger) as ledger:
         ledger.add_event("info", "one", kind="done")
     begun = time.monotonic()
@@ -178,7 +178,7 @@ def test_a_command_may_leave_something_running(layout: RunLayout, tmp_path: Path
 
 def test_the_log_is_rotated(layout: RunLayout) -> None:
     """Whatever is written, the log and its older parts stay below their bound, each, and the newest line is there."""
-    reporter = Reporter(layout, NotifyConfig())
+    reporter = Reporter(layout, NotifyConfig)
     with Ledger(layout.ledger) as ledger:
         for number in range(12 * (LOG_PARTS + 2)):
             ledger.add_event("info", f"{number} {'x' * (LOG_BYTES // 10)}")
@@ -197,7 +197,7 @@ def test_a_log_on_a_full_disk_is_no_failure(layout: RunLayout) -> None:
     """What a full disk did not take is no failure when the log is closed either."""
     layout.log.parent.mkdir(exist_ok=True)
     layout.log.symlink_to("/dev/full")
-    reporter = Reporter(layout, NotifyConfig())
+    reporter = Reporter(layout, NotifyConfig)
     reporter.write("info", "a line")
     reporter.close()
 
@@ -206,7 +206,7 @@ def test_a_log_that_cannot_be_written_is_no_failure(layout: RunLayout, capfd: py
     """Where the log's place is taken by a directory, nothing is raised or printed, and others are still told."""
     layout.log.parent.mkdir(exist_ok=True)
     layout.log.mkdir()
-    reporter = Reporter(layout, NotifyConfig())
+    reporter = Reporter(layout, NotifyConfig)
     with Ledger(layout.ledger) as ledger:
         ledger.add_event("info", "one")
     with Background([(0.1, reporter.report)]):

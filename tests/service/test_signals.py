@@ -21,7 +21,7 @@ from processes import command
 from states import assert_same_state, temporary_files
 
 from onward import Run
-from onward.service.stop import Stopped, StopRequest
+from onward.service.wishes import Stopped, Wishes
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 2,
@@ -131,7 +131,7 @@ def break_later() -> None:
 @pytest.mark.parametrize("work", [swallow, break_later])
 def test_a_stop_while_modules_are_imported(work: Callable[[], None]) -> None:
     """Code that outlives an error, or fails in its own way later, neither holds up a stop nor changes its end."""
-    stop = StopRequest()
+    stop = Wishes()
 
     def load() -> None:
         with stop.interruptible():

@@ -17,8 +17,8 @@ from states import assert_same_state, temporary_files
 from onward import Run
 from onward.errors import RunLocked, UsageError
 from onward.service.lock import read_holder
-from onward.service.owner.control import AFTER_FILE
 from onward.service.owner.incoming import SMALL_FILE
+from onward.service.wishes import AFTER_FILE
 from onward.store.ledger import Ledger
 
 
@@ -185,7 +185,7 @@ def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
             row["answer"] for row in ledger.query("SELECT answer FROM requests WHERE id >= ? ORDER BY id", number)
         ]
     assert (0, [], 1) == (process.exitcode, done(run), run.status()["queue"])
-    assert ["stopped at step 0", "skipped 1.jsonl, back at step 0"] == answers
+    assert ["stops after the file in hand", "skipped 1.jsonl, back at step 0"] == answers
 
 
 def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:

@@ -48,6 +48,14 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sql
     return connection
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
     code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
@@ -73,10 +81,15 @@ class Database:
         self.path = path
         self.clock = clock
         self._connection = connect(path, read_only=read_only)
+        self._identity = _identity(path)
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+    def is_in_place(self) -> bool:
+        """Whether the file that was opened is still the one at its path."""
+        return _identity(self.path) == self._identity
 
     @contextlib.contextmanager
     def transaction(self) -> Generator[None]:

@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,17 @@ class Ledger(Files, Requests):
         """Record what an operator should be able to read later; `kind` is what `notify.events` chooses by."""
         text = message.encode(errors="backslashreplace").decode()
         self.insert("events", {"level": level, "message": text, "step": step, "created": self.clock(), "kind": kind})
+
+    def keep_boundary_results(self, file_id: int, step: int, results: Mapping[str, Any]) -> None:
+        """Keep what hooks measured at the boundary after a file, by name, as JSON values."""
+        for name, value in results.items():
+            values = {"file_id": file_id, "step": step, "name": name, "value": json.dumps(value)}
+            self.insert("boundary_results", {**values, "created": self.clock()})
+
+    def boundary_results(self, file_id: int) -> dict[str, Any]:
+        """Return what hooks measured at the boundary after a file, by name."""
+        rows = self.query("SELECT name, value FROM boundary_results WHERE file_id = ? ORDER BY name", file_id)
+        return {row["name"]: json.loads(row["value"]) for row in rows}
 
     def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""

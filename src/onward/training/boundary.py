@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
 from onward.config import Config
 from onward.data.order import FilePlan
+from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.training.model import set_dropout
 from onward.training.optim import apply_config
+from onward.training.seeds import fold, seeded
 from onward.training.state import Cursor, TrainState
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A boundary that was reached and is not committed yet, as hooks see it: the model is in eval mode."""
+
+    step: int
+    file: str
+    model: nn.Module
+    tokens: TokenizedFile
+    plan: FilePlan
+    config: Config
+
+
+AtBoundary = Callable[[Boundary], Mapping[str, Any]]
+"""What is done at a boundary; returns JSON values by name, which the ledger keeps. It may change no weight."""
+
+
+def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.device) -> dict[str, Any]:
+    """Call hooks with the model in eval mode and random generators of their own; returns all their results."""
+    results: dict[str, Any] = {}
+    boundary.model.eval()
+    try:
+        for hook in hooks:
+            with torch.no_grad(), seeded(fold(boundary.config.seed, "boundary", boundary.step), device):
+                results.update(hook(boundary))
+    finally:
+        boundary.model.train()
+    return results
 
 
 def cross_boundary(state: TrainState, config: Config, plan: FilePlan, position: int) -> None:

@@ -21,7 +21,7 @@ from onward.digest import CHUNK, sha256_file
 from onward.layout import RunLayout
 from onward.service.intake.names import plain_name, unused_name
 from onward.service.intake.refusals import Refusal, keep_refused
-from onward.service.stop import Stopped
+from onward.service.wishes import Stopped
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 

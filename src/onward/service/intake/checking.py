@@ -52,7 +52,9 @@ class Intake:
         self._arrivals = Arrivals(layout, ledger, stop)
         self._is_clean = False
 
-    def take(self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal") -> list[FileRow]:
+    def take(
+        self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal", intent: int | None = None
+    ) -> list[FileRow]:
         """Take in files in order, after whatever an earlier process left unfinished.
 
         Files that the stream still owes are not an error: the same command may be given again after a kill.
@@ -110,7 +112,13 @@ class Intake:
             return row is not None
         return head.state == "queued" and head.position is None and row.priority > head.priority
 
-    def finish_left_over(self) -> list[FileRejected]:
+    def withdraw(self, row: FileRow, reason: str) -> str:
+        """Take a file whose rows are not checked yet out of the stream; returns what was done."""
+        with self._owned():
+            self.ledger.move_file(row.id, "skipped", note=reason)
+        return f"skipped {row.name}"
+
+    def finish_left_over(self, but: int | None = None) -> list[FileRejected]:
         """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
         refused: list[FileRejected] = []
         with self._owned():

@@ -32,6 +32,11 @@ DUE = 1000
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+def _kind_told(event: EventRow) -> str | None:
+    """Return the kind that `notify.events` knows an event by: a file in quarantine is a failure."""
+    return "failed" if event.kind == "quarantined" else event.kind
+
+
 class _Log(RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # a full disk must not fill the terminal too
         del record
@@ -45,12 +50,12 @@ class Reporter:
     """Writes events that are new since it was made to `logs/onward.log`, and notifies.
 
     Args:
-        notify: whom to tell of which kinds of event.
+        notify: says whom to tell of which kinds of event, as the config is now.
         monotonic: seconds that never jump.
     """
 
     def __init__(
-        self, layout: RunLayout, notify: NotifyConfig, *, monotonic: Callable[[], float] = time.monotonic
+        self, layout: RunLayout, notify: Callable[[], NotifyConfig], *, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self._layout = layout
         self.notify = notify
@@ -71,7 +76,7 @@ class Reporter:
         for event in self._ledger.events_after(self._last):
             self._last = event.id
             self.write(event.level, event.message, event.created)
-            if event.kind in self.notify.events:
+            if _kind_told(event) in self.notify().events:
                 self._due.append(event)
         while self._due and self._monotonic() >= self._rests_until:
             if not self._tell(self._due.popleft()):
@@ -99,7 +104,7 @@ class Reporter:
         }
         told = True
         for name, send in (("command", _send_to_command), ("url", _send_to_url)):
-            target = getattr(self.notify, name)
+            target = getattr(self.notify(), name)
             if not target:
                 continue
             try:

@@ -1,4 +1,4 @@
-"""Failures: what a daemon does with a file that cannot be trained, and which errors are of the machine.
+"""Faults: what a daemon does with a file that cannot be trained, and which errors are of the machine.
 
 The file is taken back to its boundary, tried again, after lack of memory in smaller parts of the same optimizer
 step, and then quarantined with a report; the run is as if it had never begun.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +22,66 @@ from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+
+
+class StepFailed(Exception):
+    """A step of a file failed, whatever the reason.
+
+    Args:
+        file_id: the file in hand.
+        cause: what was raised.
+    """
+
+    def __init__(self, file_id: int, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.file_id = file_id
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is kept of an error: an exception's traceback would keep the model in memory.
+
+    `reason` is for a person, `out_of_memory` whether smaller parts may help.
+    """
+
+    reason: str
+    out_of_memory: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Describe an error."""
+        cause = error.cause if isinstance(error, StepFailed) else error
+        return cls(describe(cause), is_out_of_memory(cause))
+
+
+def for_person(error: Exception, row: FileRow | None) -> Exception:
+    """Return what is raised of an error that ends the process: in words where it is the file that cannot be trained."""
+    cause = error.cause if isinstance(error, StepFailed) else error
+    if isinstance(cause, OnwardError) or row is None or not blames_file(error):
+        return cause
+    return TrainingError(
+        f"{row.name} cannot be trained: {describe(cause)}",
+        where=f"file {row.position}",
+        hint=f"Nothing after the last commit was kept. onward skip {row.position} takes the file out.",
+    )
+
+
+def describe(error: BaseException) -> str:
+    """Say what went wrong, in a line."""
+    if isinstance(error, OnwardError):
+        return error.what
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        following = error.__cause__ or error.__context__
+        error.__traceback__ = None
+        error = following
+
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -38,25 +100,41 @@ def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
 
 
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that the GPU can no longer be used by this process."""
+    if is_out_of_memory(error):
+        return False
+    lost = getattr(torch, "AcceleratorError", None)
+    named = str(error).startswith(("CUDA error", "HIP error"))
+    return (lost is not None and isinstance(error, lost)) or (isinstance(error, RuntimeError) and named)
+
+
 def blames_file(error: BaseException) -> bool:
-    """Whether an error is about the file in hand, so that the queue can go on without it."""
-    return isinstance(error, TrainingError | FileRejected) or is_out_of_memory(error)
+    """Whether an error is about the file in hand, so that the queue can go on without it.
+
+    A file is to blame for what its rows cause, after its first step began; the machine for everything else: its disk,
+    its ledger, its GPU, and memory that ran out while the model was loaded.
+    """
+    if isinstance(error, StepFailed):
+        cause = error.cause
+        return not (isinstance(cause, OSError | sqlite3.Error | NoSpace) or is_device_lost(cause))
+    return isinstance(error, TrainingError | FileRejected)
 
 
-def handle(layout: RunLayout, ledger: Ledger, row: FileRow, error: BaseException) -> str:
+def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure) -> str:
     """Take a file back to its boundary after a failure, and queue it again or quarantine it.
 
     Returns:
         What was done, for a person.
     """
     config = read_config(layout.config)
-    reason = error.what if isinstance(error, OnwardError) else str(error)
+    reason = failure.reason
     failures = row.failures + 1
-    parts = _smaller_parts(row, ledger, config) if is_out_of_memory(error) else row.parts
-    if is_out_of_memory(error) and parts is not None:
+    parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
+    if failure.out_of_memory and parts is not None:
         values = {"failures": row.failures, "parts": parts}
         decision = f"tried again with each step in {parts} parts"
-    elif not is_out_of_memory(error) and failures <= config.retries:
+    elif not failure.out_of_memory and failures <= config.retries:
         values = {"failures": failures, "parts": row.parts}
         decision = f"tried again ({failures} of {config.retries})"
     else:
@@ -77,7 +155,7 @@ def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> 
     keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
-    ledger.add_event("error", f"{row.name} quarantined: {reason}", kind="failed")
+    ledger.add_event("error", f"{row.name} quarantined: {reason}", kind="quarantined")
     return f"{row.name} quarantined (rejected/{row.name}.report.json): {reason}"
 
 

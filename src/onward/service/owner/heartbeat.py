@@ -40,10 +40,15 @@ class Heartbeat:
         self._moved = monotonic()
         self._limit: float | None = None
 
-    def moved(self, step_seconds: float | None = None) -> None:
-        """Note that the work moves; after a step, with its seconds: the next one is measured against it."""
+    def moved(self) -> None:
+        """Note that the work moves, and that what follows may take any time."""
         self._moved = self._monotonic()
-        self._limit = None if step_seconds is None else max(SHORTEST, STEP_SLACK * step_seconds)
+        self._limit = None
+
+    def expect_step(self, seconds: float) -> None:
+        """Note that a step begins: it is measured against the one before, which took so many seconds."""
+        self._moved = self._monotonic()
+        self._limit = max(SHORTEST, STEP_SLACK * seconds)
 
     @property
     def hangs(self) -> bool:

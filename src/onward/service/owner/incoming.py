@@ -11,9 +11,7 @@ from collections.abc import Callable, Generator
 from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import POLL_SECONDS, Inbox, Watcher
 from onward.service.owner import faults
-from onward.service.owner.control import Control
-from onward.service.owner.heartbeat import Heartbeat
-from onward.store.ledger import Ledger
+from onward.service.owner.owned import Owned
 
 MOVED_AT_ONCE = 512
 """Files of the inbox that are taken in one transaction."""
@@ -33,24 +31,22 @@ class Incoming:
 
     def __init__(
         self,
-        ledger: Ledger,
+        owned: Owned,
         intake: Intake,
         inbox: Inbox | None,
-        control: Control,
-        heartbeat: Heartbeat,
         start_checker: Callable[[], subprocess.Popen[bytes]],
     ) -> None:
+        self.is_watching = inbox is not None
         self.unsettled = 0
         """Files of the inbox that were still being written when it was last looked at."""
         self.problem: str | None = None
         """Why the inbox cannot be used."""
         self.wake = threading.Event()
         """Set when something changes in the inbox."""
-        self._ledger = ledger
+        self._owned = owned
+        self._ledger = owned.ledger
         self._intake = intake
         self._inbox = inbox
-        self._control = control
-        self._heartbeat = heartbeat
         self._start_checker = start_checker
         self._checker: subprocess.Popen[bytes] | None = None
         self._scanned = float("-inf")
@@ -85,6 +81,7 @@ class Incoming:
             return
         self.wake.clear()
         try:
+            self._inbox.settle_seconds = self._owned.settings.current.settle_seconds
             scan = self._inbox.scan()
             self.unsettled = scan.unsettled
             settled = [] if all_or_none and scan.unsettled else scan.settled
@@ -92,8 +89,8 @@ class Incoming:
                 taken = settled[start : start + MOVED_AT_ONCE]
                 self._intake.take_inbox(taken)
                 self._inbox.forget([path for path, _ in taken])
-                self._heartbeat.moved()
-                if self._control:
+                self._owned.heartbeat.moved()
+                if self._owned.wishes:
                     break
         except OSError as error:
             if faults.is_out_of_space(error):
@@ -127,7 +124,6 @@ class Incoming:
             self._ledger.add_event("error", problem, kind="failed")
         else:
             self._ledger.add_event("info", "the inbox can be used again")
-        self._ledger.put(problem=problem)
         self.problem = problem
 
     def _warn_of_strange(self, names: list[str]) -> None:

@@ -1,24 +1,30 @@
-"""A run opened by a process: its heavy parts when first needed, what goes on beside the work, how it ended."""
+"""A run in the process that owns it: its heavy parts when first needed, what goes on alongside, how it ended."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from onward import __version__
 from onward.config import read_config
 from onward.errors import FileRejected, OnwardError, UsageError
-from onward.events import Observe
+from onward.events import Hub, Observe
 from onward.layout import RunLayout
 from onward.service.outside.reporting import Reporter
 from onward.service.owner.background import Background, Job
-from onward.service.owner.control import POLL_SECONDS, Control
+from onward.service.owner.crashes import Crash, find_crash
 from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
 from onward.service.owner.heartbeat import Heartbeat
-from onward.service.stop import Stopped, StopRequest
+from onward.service.owner.owned import Owned
+from onward.service.settings import Settings
+from onward.service.shown import FAILED, STOPPED, Shown
+from onward.service.wishes import Stopped, Wishes
 from onward.startup import large_imports
 from onward.store.ledger import Ledger
 from onward.training.base import BaseDigest, find_here
@@ -28,6 +34,9 @@ if TYPE_CHECKING:
     from onward.service.intake.checking import Intake
     from onward.service.owner.daemon import Daemon
     from onward.service.session import Session
+
+POLL_SECONDS = 0.2
+"""Seconds between two looks at the requests in the ledger."""
 
 
 class OpenedRun:
@@ -49,15 +58,15 @@ class OpenedRun:
         """Open the run; with `again` also if it is open: config or model may have been mended."""
         if again or self._session is None:
             with large_imports():
-                self._hash_base()
+                self.hash_base()
                 from onward.service.session import open_session
 
             begun, self._begun = self._begun, None
             self._session = open_session(self.layout, self.ledger, report=self.report, begun=begun)
         return self._session
 
-    def _hash_base(self) -> None:
-        """Begin to hash the base model beside the large imports; later there is nothing to hide behind."""
+    def hash_base(self) -> None:
+        """Begin to hash the base model alongside the large imports; later there is nothing to hide behind."""
         if "torch" in sys.modules or self._begun is not None:
             return
         folder = find_here(read_config(self.layout.config).model)
@@ -80,61 +89,110 @@ class OpenedRun:
 
         return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
 
-    def _start_checker(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "onward", "check", "--run", str(self.layout.root)]
+    def start_checker(self) -> subprocess.Popen[bytes]:
+        """Start a process that checks what arrived, while this one trains."""
+        command = [sys.executable, "-P", "-m", "onward", "check", "--run", str(self.layout.root)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    @contextlib.contextmanager
-    def operate(self, stop: StopRequest, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
-        """Make the daemon with all that goes on beside it: requests, heartbeat, log and notifications."""
-        config = read_config(self.layout.config)
-        control, heartbeat = Control(self.layout, stop), Heartbeat(self.layout.ledger)
-        reporter = Reporter(self.layout, config.notify)
-        vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
-        with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
-            with stop.interruptible():
-                with large_imports():
-                    self._hash_base()
-                    from onward.service.intake.inbox import Inbox
-                    from onward.service.owner.daemon import Daemon
-
-                if watch:
-                    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-                        _ = self.session  # what is wrong with config or model is said at once
-            inbox = Inbox(self.layout.inbox, config.settle_seconds) if watch else None
-            daemon = Daemon(
-                self.ledger, config, self.open, self.intake(control.check), control, heartbeat,
-                root=self.layout.root, inbox=inbox, patient=watch, observe=observe, start_checker=self._start_checker,
-            )  # fmt: skip
-            if not watch:
-                daemon.begin()
-            yield daemon
-        control.close()
-        reporter.close()
 
 
 @contextlib.contextmanager
-def account(ledger: Ledger) -> Generator[None]:
-    """Leave in the ledger how the process ended."""
+def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
+    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications."""
+    crash = find_crash(opened.ledger)
+    owned = _own(opened, wishes, observe)
+    reporter = Reporter(opened.layout, lambda: owned.settings.current.notify)
+    requests = Ledger(opened.layout.ledger, read_only=True)
+    vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
+    try:
+        with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
+            daemon = _make_daemon(opened, owned, crash, watch=watch)
+            if not watch:
+                daemon.begin()
+            yield daemon
+    finally:
+        _close_wishes(opened.ledger, wishes)
+        requests.close()
+        reporter.close()
+
+
+def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
+    ledger = opened.ledger
+
+    def warn(message: str) -> None:
+        with contextlib.suppress(sqlite3.Error):  # the observer's terminal may be a file on the same full disk
+            ledger.add_event("warning", message)
+
+    return Owned(
+        layout=opened.layout,
+        ledger=ledger,
+        settings=Settings(opened.layout.config),
+        wishes=wishes,
+        heartbeat=Heartbeat(opened.layout.ledger),
+        hub=Hub([observe], warn),
+        shown=Shown(ledger),
+    )
+
+
+def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch: bool) -> Daemon:
+    owned.shown.set("loading")
+    with owned.wishes.interruptible():
+        with large_imports():
+            opened.hash_base()
+            from onward.service.intake.inbox import Inbox
+            from onward.service.owner.daemon import Daemon
+            from onward.service.owner.incoming import Incoming
+
+        if watch:
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
+                _ = opened.session  # what is wrong with config or model is said at once
+    intake = opened.intake(owned.wishes.check)
+    inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
+    incoming = Incoming(owned, intake, inbox, opened.start_checker)
+    return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)
+
+
+def _close_wishes(ledger: Ledger, wishes: Wishes) -> None:
+    """Answer what was asked while the process ended, and what it failed at."""
+    with contextlib.suppress(sqlite3.Error, OnwardError):
+        while (wish := wishes.take()) is not None:
+            if wish.request is not None:
+                ledger.acknowledge(wish.request, f"the process ended first, at step {ledger.committed_step()}")
+
+
+@contextlib.contextmanager
+def account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
+    """Leave in the ledger that a process began, how it ended, and who ended it."""
+    shown = Shown(ledger)
+    here = f"onward {__version__}, pid {os.getpid()} on {socket.gethostname()}"
+    _note(ledger, "info", f"started: {here}", "started")
     try:
         yield
     except Stopped:
-        _note(ledger, state="stopped")
+        _note_stop(ledger, wishes)
+        shown.set(STOPPED)
     except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
-        _note(ledger, ("warning", error.what), state="stopped" if ledger.next_owed() else "idle")
+        _note(ledger, "warning", error.what)
+        shown.at_rest()
         raise
     except OnwardError as error:
-        _note(ledger, ("error", error.what), state="failed", problem=error.what)
+        _note(ledger, "error", error.what)
+        shown.set(FAILED, error.what)
         raise
-    except BaseException:
-        _note(ledger, state="stopped")
+    except BaseException as error:
+        _note(ledger, "error", f"ended by {type(error).__name__}: {error}", "stopped")
+        shown.set(STOPPED)
         raise
     else:
-        _note(ledger, state="stopped" if ledger.next_owed() else "idle")
+        if wishes.reason is not None:
+            _note_stop(ledger, wishes)
+        with contextlib.suppress(sqlite3.OperationalError):
+            shown.at_rest()
 
 
-def _note(ledger: Ledger, event: tuple[str, str] | None = None, **facts: Any) -> None:
-    with contextlib.suppress(sqlite3.OperationalError), ledger.transaction():  # the disk may be full
-        ledger.put(**facts)
-        if event is not None:
-            ledger.add_event(*event)
+def _note_stop(ledger: Ledger, wishes: Wishes) -> None:
+    _note(ledger, "info", f"stopped by {wishes.reason or 'a request'} at step {ledger.committed_step()}", "stopped")
+
+
+def _note(ledger: Ledger, level: str, message: str, kind: str | None = None) -> None:
+    with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
+        ledger.add_event(level, message, kind=kind)

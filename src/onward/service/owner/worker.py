@@ -1,106 +1,103 @@
 """One file's journey: from the queue through its steps to a committed boundary. Read this first.
 
 `Worker.train_next` is a generator of events; whoever iterates renders them. The state lives in `TrainState`, the
-account of it in the ledger, and a kill at any instant leaves both where `Commits.settle` finds them.
+account of it in the ledger, and a kill at any instant leaves both where `Settlement` finds them.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from onward.config import Config, read_config, stored_config
+from onward.config import Config, stored_config
 from onward.data.order import FilePlan, make_plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
-from onward.events import Committed, Event, FileDone, FileStarted, Note, StepTaken
+from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.owner.faults import StepFailed
+from onward.service.owner.start import Start
 from onward.service.session import Session, check_identity
+from onward.service.settings import Settings
+from onward.service.shown import Shown
 from onward.service.state.commits import Commit
-from onward.service.state.retention import Retention
-from onward.service.state.settle import Settled, Settlement
 from onward.service.state.writer import Writer
-from onward.service.stop import Interruption
+from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
-from onward.store.metrics import Metrics, StepRecord
-from onward.store.rows import FileRow
-from onward.training import huggingface
-from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
+from onward.store.metrics import Metrics
+from onward.store.rows import FileRow, StepRecord
+from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
+from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.handover import Probe, compare, measure
-from onward.training.model import build_model
-from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon, require_unstretched
-from onward.training.state import Snapshot, TrainState
+from onward.training.state import Snapshot
 from onward.training.trainer import Trainer
 
 LedgerMoves = Callable[[Ledger], None]
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker looks at and tells while it trains.
+
+    Args:
+        wishes: polled after every step; once it is true the state is committed and the file is left.
+        settings: the config as it stands on disk.
+        shown: where the run's state is shown.
+        goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
+        hooks: called at each boundary, before it is committed.
+    """
+
+    wishes: Wishes
+    settings: Settings
+    shown: Shown
+    goes_on: Callable[[], bool] = lambda: True
+    hooks: tuple[AtBoundary, ...] = ()
+
+
 class Worker:
-    """Trains what the stream owes, one file after another, as one run.
+    """Trains what is owed, one file after another, as one run.
 
     Args:
         session: the run, opened by the one process that owns it.
-        stop: polled after every step; once it is true the state is committed and the file is left.
-        settled: the state to go on from, where it was found already and nothing moved since.
-        goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
+        start: the state to go on from.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        stop: Interruption,
-        settled: Settled | None = None,
-        *,
-        goes_on: Callable[[], bool] = lambda: True,
-    ) -> None:
+    def __init__(self, session: Session, start: Start, around: Surroundings) -> None:
         self.session = session
         self.ledger = session.ledger
-        self.stop = stop
+        self.state = start.state
+        self.around = around
+        self.config = session.config if start.manifest is None or start.manifest.cursor.at_boundary else start.config
+        self._in_force = start.config
+        self._newest = start.manifest
+        self._log = start.log
+        self._has_begun = False
         self._writer = Writer(session.layout, session.ledger.clock)
-        self._newest: Manifest | None = None
         self._copy: Snapshot | None = None
         self._probed: Probe | None = None
-        self.config = session.config
-        self._settled = settled
-        self._goes_on = goes_on
-        self._finished: FileDone | None = None
-        self._is_open = False
         self._facts: Facts | None = None
-        self._log: deque[dict[str, Any]] = deque(maxlen=huggingface.LOG_TAIL)
-
-    @property
-    def manifest(self) -> Manifest:
-        """The newest checkpoint."""
-        assert self._newest is not None
-        return self._newest
 
     def train_next(self) -> Iterator[Event]:
-        """Take the file that the stream owes now to its boundary, or as far as `stop` lets it come.
+        """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
 
         Files that may begin at once follow, each while the boundary before it is committed. A worker that was left at
         a step goes on from there when it is called again; nothing is being written then.
 
         Raises:
-            OnwardError: the state, the file or the machine does not allow to go on; what was committed stays, and this
-                worker cannot be used again.
+            StepFailed: a step of the file in hand failed.
+            OnwardError: the state or the machine does not allow to go on. What was committed stays, and this worker
+                cannot be used again.
         """
-        yield from self._settle()
-        if self.ledger.next_owed() is None:
-            return
-        if not self._is_open:
-            with self.stop.interruptible():
-                self._load()
-            yield from self._begin_run()
-            self._is_open = True
         row = self.ledger.next_owed()
+        if row is None:
+            return
         metrics = Metrics(self.session.layout.ledger)
         try:
+            yield from self._begin_run()
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
@@ -110,57 +107,38 @@ class Worker:
             self._writer.join()
             raise
         finally:
+            self.around.wishes.in_hand = None
             metrics.close()
 
     def bytes_needed(self) -> int:
-        """Return the free bytes that the next checkpoint wants."""
+        """Return the free bytes that the next checkpoint needs."""
         self._facts = self._facts or self.session.facts()
         return int(estimate_size(self.state.view(), self._facts) * SPACE_MARGIN)
 
-    def _settle(self) -> Iterator[Event]:
-        """Once: find the state to go on from, and bring ledger and directories to it."""
-        if self._settled is not None:
-            return
-        self._settled = Settlement(self.session.layout, self.ledger, Retention.of(self.config)).settle()
-        for problem in self._settled.damage:
-            yield Note(f"damaged: {problem}")
-
-    def _load(self) -> None:
-        """Load the newest verifiable state, or make that of step 0; nothing is written."""
-        self.ledger.put(state="loading")
-        session, settled = self.session, self._settled
-        if settled is None or settled.folder is None or settled.manifest is None:
-            model = build_model(self.config, session.base, session.device, session.dtype)
-            self.state = TrainState(model, build_optimizer(model, self.config))
-            self._in_force = self.config
-            return
-        self._newest = settled.manifest
-        self._in_force = stored_config(self.manifest.config)
-        if not self.manifest.cursor.at_boundary:
-            self.config = self._in_force
-        self.state = load_state(settled.folder, self.manifest, self.config, session.base, session.device, session.dtype)
-        self._log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
-
     def _begin_run(self) -> Iterator[Event]:
-        """Begin to commit the state of step 0, or measure the handover of a resume."""
-        settled = self._settled
-        if settled is None or settled.manifest is None:
-            yield from self._begin_commit(None)
+        """Once: begin to commit the state of step 0, or say what is resumed and measure its handover."""
+        if self._has_begun:
             return
-        if settled.damage:
-            yield Note(f"went back to step {self.manifest.step}, which verifies; what came after is trained again")
-        if not self.manifest.cursor.at_boundary:
-            self._hand_over("resume", self.ledger.at_position(self.manifest.cursor.position))
+        newest = self._newest
+        if newest is None:
+            yield from self._begin_commit(None)
+        else:
+            checkpoint = self.session.layout.checkpoint(newest.step).relative_to(self.session.layout.root)
+            yield Resumed(newest.step, checkpoint.as_posix(), self.state.learning_rate)
+            if not newest.cursor.at_boundary:
+                self._hand_over("resume", self.ledger.at_position(newest.cursor.position))
+        self._has_begun = True
 
     def _journey(self, row: FileRow, metrics: Metrics) -> Generator[Event, None, FileRow | None]:
         """Take one file from where it stands to its boundary; returns the file that follows at once."""
+        self.around.wishes.in_hand = row.id
         resumed = row.state == "training" and self.state.cursor.position == row.position
         if not resumed:
             self.config = self._config_in_force(row)
             if self.config != self._in_force:  # what is being written must not meet another config
                 yield from self._collect(wait=True)
-        self.ledger.put(state="tokenizing")
-        tokens = open_tokens(self.session, row, self.config, self.stop.check)
+        self.around.shown.set("tokenizing")
+        tokens = open_tokens(self.session, row, self.config, self.around.wishes.check)
         plan = make_plan(row.sha256, tokens.rows, self.config)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
@@ -173,9 +151,9 @@ class Worker:
             steps_done=self.state.cursor.step,
             handover=handover,
         )
-        self.ledger.put(state="training")
+        self.around.shown.set("training")
         yield from self._train(row.id, tokens, plan, metrics)
-        return (yield from self._finish(row, plan)) if self.state.cursor.at_boundary else None
+        return (yield from self._finish(row, plan, tokens)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: FileRow) -> Config:
         """Read the config as it is now: it changes at boundaries only, and never its identity.
@@ -186,7 +164,7 @@ class Worker:
         session = self.session
         if row.config is not None:
             return stored_config(self.ledger.config_of(row))
-        config = read_config(session.layout.config)
+        config = self.around.settings.read()
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
@@ -203,9 +181,9 @@ class Worker:
         fingerprint = sha256_json(config.flat())
         with self.ledger.transaction():
             self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
-            for key, (before, after) in old.differences(config).items():
-                self.ledger.add_config_change(state.step, row.id, key, (before, after))
-                self.ledger.add_event("info", f"config: {key} changed from {before} to {after}", state.step)
+            for key, values in old.differences(config).items():
+                self.ledger.add_config_change(state.step, row.id, key, values)
+                self.ledger.add_event("info", f"config: {key} changed from {values[0]} to {values[1]}", state.step)
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
                 planned_steps=plan.steps, rows=plan.rows,
@@ -217,42 +195,52 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
-        for result in trainer.steps(tokens, plan):
+        for result in _naming_failures(trainer.steps(tokens, plan), file_id):
             metrics.append(_record(file_id, result))
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
             if state.cursor.at_boundary:
                 return
-            if self.stop:
+            if self.around.wishes:
                 yield from self._begin_commit(file_id)
                 yield from self._wait_for_commit()
                 return
-            if result.step % self.config.save_steps == 0:
+            if result.step % self.around.settings.current.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: FileRow, plan: FilePlan) -> Generator[Event, None, FileRow | None]:
+    def _finish(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
         self._require_done(row.id, plan)
         step = self.state.step
+        results = self._at_boundary(row, plan, tokens)
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row.id, "done", finished=ledger.clock())
+            ledger.keep_boundary_results(row.id, step, results)
             ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
-        yield from self._begin_commit(row.id, done)
-        self._finished = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
-        following = None if self.stop or not self._goes_on() else self.ledger.next_queued()
+        end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
+        yield from self._begin_commit(row.id, done, end)
+        may_go_on = not self.around.wishes.pending and self.around.goes_on()
+        following = self.ledger.next_queued() if may_go_on else None
         if following is None:
             yield from self._wait_for_commit()
         return following
+
+    def _at_boundary(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> dict[str, Any]:
+        if not self.around.hooks:
+            return {}
+        self.around.shown.set("evaluating")
+        boundary = Boundary(self.state.step, row.name, self.state.model, tokens, plan, self.config)
+        return run_hooks(self.around.hooks, boundary, self.session.device)
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
         counted = self.ledger.count_trained(file_id)
         counters = self.state.counters
         expected = (plan.steps, plan.rows * plan.epochs)
         if counted != expected:
-            raise _broken(f"the file was to train (steps, rows) {expected}, the ledger counted {counted}")
+            raise _broken(f"(steps, rows) were to be {expected}, the ledger counted {counted}")
         adam_step = self.state.view().adam_step()
         if adam_step != counters.step - counters.adam_origin:
             raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
@@ -261,8 +249,11 @@ class Worker:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         after = measure(self.state.view(), self._probe().of_model())
         measured = self._writer.measured()
-        before = self.manifest.measurement if measured is None else measured.to_dict()
-        environment = self.manifest.environment if measured is None else self.session.environment
+        if measured is not None:
+            before, environment = measured.to_dict(), self.session.environment
+        else:
+            assert self._newest is not None
+            before, environment = self._newest.measurement, self._newest.environment
         name, difference = compare(before, after, environment, self.session.environment)
         self.ledger.add_handover(
             kind=kind, step=self.state.step, file_id=row.id if row else None, difference=difference,
@@ -278,37 +269,39 @@ class Worker:
 
     def _wait_for_commit(self) -> Iterator[Event]:
         """Wait until what was begun is committed."""
-        self.ledger.put(state="saving")
+        self.around.shown.set("saving")
         yield from self._collect(wait=True)
 
-    def _begin_commit(self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None) -> Iterator[Event]:
+    def _begin_commit(
+        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None
+    ) -> Iterator[Event]:
         """Copy the state, to be committed while training goes on; the commit before is waited for."""
         yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
         self._copy = self.state.snapshot(into=self._copy)
+        config = self.around.settings.over(self.config)
         self._writer.submit(
             Commit(
-                self.state.model, self._copy, self.config, self._probe().of_copy(self._copy), self._facts,
-                tuple(self._log), self._newest, file_id, with_ledger,
+                self.state.model, self._copy, config, self._probe().of_copy(self._copy), self._facts,
+                tuple(self._log), self._newest, file_id, with_ledger, done,
             )
         )  # fmt: skip
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:
         """Take note of a commit that is finished; what made it fail is raised here."""
-        manifest = self._writer.collect(wait=wait)
-        if manifest is None:
+        written = self._writer.collect(wait=wait)
+        if written is None:
             return
-        before, self._newest = self._newest, manifest
-        finished, self._finished = self._finished, None
-        yield Committed(manifest.step)
-        if finished is not None:
-            if before is not None and manifest.measurement["weights"] == before.measurement["weights"]:
-                yield Note(f"{finished.name} changed no weight: is the learning rate too small?")
+        before, self._newest = self._newest, written.manifest
+        yield Committed(written.manifest.step, written.removed, written.restore_point)
+        if written.done is not None:
+            if before is not None and written.manifest.measurement["weights"] == before.measurement["weights"]:
+                yield Note(f"{written.done.name} changed no weight: is the learning rate too small?")
             forget_tokens(self.session)
-            yield finished
+            yield written.done
 
     def _remember(self, result: StepTaken) -> None:
-        if result.step % self.config.log_steps == 0 or self.state.cursor.at_boundary:
+        if result.step % self.around.settings.current.log_steps == 0 or self.state.cursor.at_boundary:
             self._log.append(
                 {
                     "step": result.step,
@@ -320,6 +313,18 @@ class Worker:
             )
 
 
+def _naming_failures(steps: Iterator[StepTaken], file_id: int) -> Iterator[StepTaken]:
+    """Yield steps; what fails inside one is raised as a failure of the file in hand."""
+    while True:
+        try:
+            result = next(steps)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise StepFailed(file_id, error) from error
+        yield result
+
+
 def _record(file_id: int, result: StepTaken) -> StepRecord:
     values = asdict(result)
     del values["steps_in_file"]
@@ -328,5 +333,5 @@ def _record(file_id: int, result: StepTaken) -> StepRecord:
 
 def _broken(reason: str) -> TrainingError:
     return TrainingError(
-        f"the file did not do what it was to do: {reason}", hint="Nothing of it was committed as done. onward verify"
+        f"the file was not trained as planned: {reason}", hint="Nothing of it was committed as done. onward verify"
     )

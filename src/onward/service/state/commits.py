@@ -19,6 +19,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory, link_or_copy, link_
 from onward.config import Config
 from onward.digest import sha256_json
 from onward.errors import VerificationFailed
+from onward.events import FileDone
 from onward.layout import RunLayout, step_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
@@ -35,6 +36,7 @@ class Commit:
         model: gives names and configuration; the weights are those of `state`.
         probe_loss: measures the state's loss on the probe; called where the commit is made.
         parent: the checkpoint before.
+        done: what is to be told once it is committed.
         with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
     """
 
@@ -47,6 +49,7 @@ class Commit:
     parent: Manifest | None = None
     file_id: int | None = None
     with_ledger: Callable[[Ledger], None] = lambda _: None
+    done: FileDone | None = None
 
 
 class Commits:

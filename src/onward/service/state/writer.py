@@ -7,7 +7,9 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
+from onward.events import FileDone
 from onward.layout import RunLayout
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
@@ -15,6 +17,16 @@ from onward.training.checkpoint import Manifest
 from onward.training.handover import Measurement
 
 NICENESS = 19
+
+
+@dataclass(frozen=True)
+class Written:
+    """A commit that is finished: its manifest, what it removed, the restore point it made, what is to be told."""
+
+    manifest: Manifest
+    removed: tuple[str, ...] = ()
+    restore_point: str | None = None
+    done: FileDone | None = None
 
 
 class Writer:
@@ -27,7 +39,7 @@ class Writer:
         self._layout = layout
         self._clock = clock
         self._thread: threading.Thread | None = None
-        self._manifest: Manifest | None = None
+        self._written: Written | None = None
         self._error: BaseException | None = None
         self._measured: Future[Measurement] = Future()
 
@@ -38,8 +50,8 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(commit,), name="onward-writer", daemon=True)
         self._thread.start()
 
-    def collect(self, *, wait: bool) -> Manifest | None:
-        """Return the manifest of a finished commit, once; None where there is none or it still goes on.
+    def collect(self, *, wait: bool) -> Written | None:
+        """Return a finished commit, once; None where there is none or it still goes on.
 
         Raises:
             OnwardError, OSError: what made the commit fail; nothing of it remains.
@@ -48,11 +60,11 @@ class Writer:
             return None
         self.join()
         self._thread = None
-        manifest, error = self._manifest, self._error
-        self._manifest = self._error = None
+        written, error = self._written, self._error
+        self._written = self._error = None
         if error is not None:
             raise error
-        return manifest
+        return written
 
     def measured(self) -> Measurement | None:
         """Return what was measured of the state that is being committed, as soon as it is; None where none is.
@@ -71,7 +83,8 @@ class Writer:
         _give_way()
         try:
             with Ledger(self._layout.ledger, clock=self._clock) as ledger:
-                self._manifest = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
+                manifest = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
+                self._written = Written(manifest, done=commit.done)
         except BaseException as error:  # raised where the commit is collected
             self._error = error
             if not self._measured.done():

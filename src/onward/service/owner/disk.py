@@ -1,0 +1,64 @@
+"""Waiting for room on the disk: memory keeps what was trained meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+
+from onward.service.owner.owned import Owned
+from onward.service.shown import IDLE, PAUSED
+
+TICK = 0.1
+"""Seconds between two looks at the disk."""
+
+
+class DiskRoom:
+    """Holds training still while the disk has no room for the next checkpoint and the margin of the config.
+
+    Args:
+        patient: False for a process that goes on: the write itself refuses in words.
+        obey: called while it waits, to do what needs no file to be left.
+    """
+
+    def __init__(
+        self,
+        owned: Owned,
+        patient: bool,
+        obey: Callable[[], None],
+    ) -> None:
+        self._owned = owned
+        self._patient = patient
+        self._obey = obey
+
+    def wait(self, needed: int) -> None:
+        """Wait until `needed` bytes and the margin are free, or the file in hand is to be left."""
+        if not self._patient or self._has(needed):
+            return
+        owned, before = self._owned, self._owned.shown.state
+        problem = (
+            f"the disk is too full: {self._free() / 1e6:.0f} MB free, {self._with_margin(needed) / 1e6:.0f} MB needed; "
+            "goes on by itself"
+        )
+        owned.shown.set(PAUSED, problem)
+        with contextlib.suppress(sqlite3.OperationalError):
+            owned.ledger.add_event("warning", problem, kind="paused")
+        while not self._has(needed) and not owned.wishes:
+            owned.heartbeat.moved()
+            owned.settings.refresh()
+            self._obey()
+            time.sleep(TICK)
+        owned.shown.set(before or IDLE)
+        with contextlib.suppress(sqlite3.OperationalError):
+            owned.ledger.add_event("info", "the disk has room again")
+
+    def _free(self) -> int:
+        return shutil.disk_usage(self._owned.layout.root).free
+
+    def _with_margin(self, needed: int) -> int:
+        return needed + (self._owned.settings.current.disk_margin_mb << 20)
+
+    def _has(self, needed: int) -> bool:
+        return self._free() >= self._with_margin(needed)

@@ -1,0 +1,51 @@
+"""Where a process goes on from: the state of the newest checkpoint, or that of step 0; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from onward.config import Config, stored_config
+from onward.service.session import Session
+from onward.service.state.settle import Settled
+from onward.training import huggingface
+from onward.training.checkpoint import Manifest, load_state
+from onward.training.model import build_model
+from onward.training.optim import build_optimizer
+from onward.training.state import TrainState
+
+Log = deque[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A loaded state.
+
+    `manifest` is that of its checkpoint, None for the state of step 0. `config` was in force when it was committed.
+    """
+
+    state: TrainState
+    manifest: Manifest | None
+    config: Config
+    log: Log
+
+
+def load_start(session: Session, settled: Settled) -> Start:
+    """Load the state that settling found, or make that of step 0.
+
+    Raises:
+        DamagedState: it is not what its manifest says.
+        ModelError: the base model cannot be loaded.
+    """
+    log: Log = deque(maxlen=huggingface.LOG_TAIL)
+    if settled.folder is None or settled.manifest is None:
+        model = build_model(session.config, session.base, session.device, session.dtype)
+        return Start(TrainState(model, build_optimizer(model, session.config)), None, session.config, log)
+    manifest = settled.manifest
+    config = stored_config(manifest.config)
+    loaded = session.config if manifest.cursor.at_boundary else config
+    state = load_state(settled.folder, manifest, loaded, session.base, session.device, session.dtype)
+    log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
+    return Start(state, manifest, config, log)

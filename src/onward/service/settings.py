@@ -1,0 +1,58 @@
+"""The config of an open run: one owner, who reads the file again when it changes and knows which key acts when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onward.config import Config, read_config
+from onward.errors import ConfigError
+
+
+class Settings:
+    """The config as it stands on disk, read again only when the file changed.
+
+    Keys that no weight depends on act at once: whoever needs one asks `current` for it each time. The others act when
+    the next file begins; see `onward.config.acts`.
+
+    Raises:
+        ConfigError: the config is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._signature = self._look()
+        self.current = read_config(path)
+        self.problem: str | None = None
+        """Why the file cannot be read as it is now; what was read before stays in force."""
+
+    def read(self) -> Config:
+        """Return the config as the file says it now.
+
+        Raises:
+            ConfigError: it is refused; what was read before stays current.
+        """
+        signature = self._look()
+        if signature != self._signature or self.problem is not None:
+            self.current = read_config(self._path)
+            self._signature, self.problem = signature, None
+        return self.current
+
+    def refresh(self) -> bool:
+        """Read the file again if it changed; a refused one is a problem and changes nothing. True if keys changed."""
+        before, problem = self.current, self.problem
+        try:
+            self.read()
+        except ConfigError as error:
+            self.problem = str(error.what)
+        return self.current != before or self.problem != problem
+
+    def over(self, config: Config) -> Config:
+        """Return a config with the keys that act at once as they are now."""
+        return config.with_operation_keys_of(self.current)
+
+    def _look(self) -> tuple[int, int, int] | None:
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino

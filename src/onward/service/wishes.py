@@ -1,0 +1,190 @@
+"""What is asked of the process that owns a run: one queue, in the order in which it was asked.
+
+Signals, requests in the ledger and callers of the library all put wishes into the same queue. The owner takes them
+out one after another and answers each exactly once. Work that takes long polls the queue; signals only add to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from types import FrameType
+
+from onward.store.ledger import Ledger
+from onward.store.rows import RequestRow
+
+AFTER_FILE = "after-file"
+RELEASE = "release"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask for a stop: Ctrl-C, a service manager, a closed terminal, Slurm's notice that time runs out."""
+
+
+_WAKE = signal.SIGURG
+"""Interrupts the main thread where a wish came from another one; ignored by whoever does not listen."""
+
+
+class Stopped(Exception):
+    """Work ended early because something was asked for; what was done is committed."""
+
+
+class _Interrupted(BaseException):
+    """Raised by a signal wherever the main thread is; libraries that outlive any `Exception` let it through."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One thing that was asked for.
+
+    `request` is the id of the request in the ledger that waits for an answer; None for a signal and for a caller of
+    the library. `file` is the id of the file that a skip means; None means the one in hand.
+    """
+
+    kind: str
+    argument: str | None = None
+    file: int | None = None
+    request: int | None = None
+
+    @classmethod
+    def of(cls, row: RequestRow) -> Wish:
+        """Return the wish that a request in the ledger stands for."""
+        return cls(row.kind, row.argument, row.file_id, row.id)
+
+
+class Wishes:
+    """The wishes that are open, oldest first. True while one of them wants the file in hand to be left."""
+
+    def __init__(self) -> None:
+        self.in_hand: int | None = None
+        """The id of the file that is being trained; the owner says so."""
+        self.reason: str | None = None
+        """Who asked for the first stop."""
+        self._open: deque[Wish] = deque()
+        self._seen = 0
+        self._listens = False
+        self._interruptible = False
+
+    def __bool__(self) -> bool:
+        return any(self._leaves_file(wish) for wish in tuple(self._open))
+
+    @property
+    def pending(self) -> bool:
+        """Whether anything at all is open."""
+        return bool(self._open)
+
+    def ask(self, reason: str) -> None:
+        """Ask for a stop at the next step, as a signal or a caller of the library does; the first reason is kept."""
+        self.put(Wish("stop", reason))
+
+    def put(self, wish: Wish) -> None:
+        """Add a wish. From another thread it ends what is interruptible, too."""
+        self._open.append(wish)
+        if wish.kind == "stop" and wish.argument != AFTER_FILE:
+            self.reason = self.reason or wish.argument or "onward stop"
+        is_elsewhere = threading.current_thread() is not threading.main_thread()
+        if self._listens and self._interruptible and is_elsewhere and self._leaves_file(wish):
+            signal.raise_signal(_WAKE)  # handled in the main thread
+
+    def poll(self, ledger: Ledger) -> None:
+        """Add the requests that are new in the ledger; called from a background thread."""
+        for row in ledger.open_requests():
+            if row.id > self._seen:
+                self._seen = row.id
+                self.put(Wish.of(row))
+
+    def head(self) -> Wish | None:
+        """Return the oldest wish, which stays in the queue."""
+        return self._open[0] if self._open else None
+
+    def take(self) -> Wish | None:
+        """Take the oldest wish out of the queue."""
+        return self._open.popleft() if self._open else None
+
+    def cancel(self, kind: str) -> Wish | None:
+        """Take the oldest wish of a kind out of the queue, which a wish for the opposite makes void."""
+        wish = next((wish for wish in tuple(self._open) if wish.kind == kind), None)
+        if wish is not None:
+            self._open.remove(wish)
+        return wish
+
+    def answered_at_once(self, wish: Wish) -> bool:
+        """Whether a wish can be granted between two steps, without leaving the file in hand."""
+        return not self._leaves_file(wish)
+
+    def check(self) -> None:
+        """Raise `Stopped` if the work in hand is to be left; for work of which nothing needs to be committed."""
+        if self:
+            raise Stopped(self.reason)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Generator[None]:
+        """Mark work that only reads (imports, loading): a wish ends it at once.
+
+        Raises:
+            Stopped: the work was to be left, before or inside.
+        """
+        try:
+            try:
+                self._interruptible = True
+                self.check()
+                yield
+                self.check()
+            finally:
+                self._interruptible = False
+        except _Interrupted:
+            raise Stopped(self.reason) from None
+        except Exception:
+            self.check()  # an import that was cut short and carried on fails later, in its own way: that is the stop
+            raise
+
+    @contextlib.contextmanager
+    def on_signals(self, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Generator[None]:
+        """Take signals as wishes to stop; a second SIGINT ends at once, losing nothing that was committed."""
+        before = {number: signal.getsignal(number) for number in (*numbers, _WAKE)}
+        for number in before:
+            signal.signal(number, self._handle)
+        self._listens = True
+        try:
+            yield
+        finally:
+            self._listens = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number != _WAKE:
+            if self.reason is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.ask(signal.Signals(number).name)
+        if self and self._interruptible:
+            self._interruptible = False
+            raise _Interrupted
+
+    def _leaves_file(self, wish: Wish) -> bool:
+        if wish.kind == "stop":
+            return wish.argument != AFTER_FILE
+        if wish.kind == "skip":
+            return wish.file is None or wish.file == self.in_hand
+        return wish.kind == "pause"
+
+
+@contextlib.contextmanager
+def interrupts_of_host(wishes: Wishes) -> Generator[None]:
+    """Let Ctrl-C in a notebook or a script that calls the library commit first, then interrupt as it always does.
+
+    Nothing is changed where the host program handles SIGINT itself, or outside of the main thread.
+
+    Raises:
+        KeyboardInterrupt: after the body, if it was stopped by one.
+    """
+    is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_plain or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with wishes.on_signals((signal.SIGINT,)):
+        yield
+    if wishes.reason == signal.SIGINT.name:
+        raise KeyboardInterrupt
