@@ -151,7 +151,7 @@ class Run:
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
-        wishes, files = stop or Wishes(), [Path(path) for path in paths]
+        wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = OpenedRun(self.layout, ledger, report)
@@ -189,7 +189,7 @@ class Run:
             DamagedState: the state cannot be trusted.
             KeyboardInterrupt: as for `train`.
         """
-        wishes = stop or Wishes()
+        wishes = Wishes() if stop is None else stop
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
             opened = OpenedRun(self.layout, ledger, report)

@@ -76,11 +76,12 @@ def describe(error: BaseException) -> str:
 
 def forget_frames(error: BaseException | None) -> None:
     """Let go of what the frames of an error and of its causes hold: the model, first of all."""
-    while error is not None:
+    seen: set[int] = set()  # an error can be its cause's context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
-        following = error.__cause__ or error.__context__
         error.__traceback__ = None
-        error = following
+        error = error.__cause__ or error.__context__
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
