@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 DATA ?= $(wildcard ../shared/data)
+# The newest Python of the classifiers: code and the standard library's types are checked for it too.
+NEWEST := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -V | tail -1)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -18,17 +20,22 @@ help: ## list what can be made
 demo: $(READY) ## a real model learns three real files in three processes, as one run
 	$(BIN)/python demo/run.py
 
-test: $(READY) ## the test suite
-	$(BIN)/python -m pytest -q -n 2
+# Measured: COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
+test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
+	$(if $(COVERAGE),$(BIN)/coverage erase)
+	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 2
+	$(if $(COVERAGE),$(BIN)/coverage combine -q)
+	$(if $(COVERAGE),$(BIN)/coverage report)
 
 soak: $(READY) ## kills and faults at full size (hours)
 	ONWARD_SOAK=1 ONWARD_KILLS=30 $(BIN)/python -m pytest -q -n 2 tests/service/test_faults.py tests/service/test_survival.py \
 	  tests/service/test_watch.py tests/service/test_signals.py tests/service/test_going_back.py
 
-lint: $(READY) ## style, types, layers
+lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright --pythonversion $(NEWEST)
 	$(BIN)/lint-imports
 
 format: $(READY) ## let ruff mend what it can
@@ -45,7 +52,7 @@ docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
 
 clean: ## remove the virtual environment and what tools left
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
+	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
 
 # torch comes first and alone: an open range could bring another build of it, several GB larger.
 $(READY): pyproject.toml constraints.txt
