@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.attention import is_padding_free, rows_of
+from onward.training.attention import is_padding_free, row_arguments
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
 from onward.training.model import causal_lm, keeps_logits
@@ -44,10 +44,9 @@ class TargetLoss:
         ids = torch.from_numpy(flat.input_ids).to(self.device)
         places = torch.from_numpy(flat.position_ids).to(self.device)
         before = torch.from_numpy(flat.before_targets).to(self.device)
-        with rows_of(flat.lengths):
-            hidden = self._causal_lm.base_model(
-                input_ids=ids[None], position_ids=places[None], use_cache=False
-            ).last_hidden_state[0]
+        rows = row_arguments(flat.lengths, self.device)
+        outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
+        hidden = outputs.last_hidden_state[0]
         hidden, labels = hidden.index_select(0, before), ids[before + 1]
         head = self._causal_lm.get_output_embeddings()
         if type(head) is nn.Linear and cast(Any, head).bias is None:
