@@ -7,13 +7,13 @@ the backward pass. Without that keyword the model attends as with transformers' 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -30,6 +30,12 @@ PADDING_FREE = frozenset(
 def is_padding_free(model_type: str) -> bool:
     """Whether a model of this type may be given rows laid end to end."""
     return model_type in PADDING_FREE
+
+
+def takes_rows(model: PreTrainedModel) -> bool:
+    """Whether rows may be laid end to end for this model: its type is known to keep them apart, its attention does."""
+    config = model.config
+    return is_padding_free(config.model_type) and cast(Any, config)._attn_implementation == ROW_ATTENTION
 
 
 def row_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:

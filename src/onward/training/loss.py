@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.attention import is_padding_free, row_arguments
+from onward.training.attention import row_arguments, takes_rows
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
 from onward.training.model import causal_lm, keeps_logits
@@ -18,7 +18,7 @@ from onward.training.model import causal_lm, keeps_logits
 class TargetLoss:
     """The summed cross-entropy (nats, float32 scalar) of a batch's target tokens.
 
-    Rows are laid end to end where the model is known to keep them apart, else padded to the longest.
+    Rows are laid end to end where the model keeps them apart (`attention.takes_rows`), else padded to the longest.
 
     Args:
         dtype: compute type; below float32 the forward runs under autocast.
@@ -31,13 +31,13 @@ class TargetLoss:
         self.dtype = dtype
         self.pad_id = pad_id
         self._causal_lm: Any = causal_lm(model)
-        self._padding_free = is_padding_free(self._causal_lm.config.model_type)
+        self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the loss, with its graph where gradients are on."""
         with autocast(self.device, self.dtype):
-            return self._flat(batch) if self._padding_free else self._padded(batch)
+            return self._flat(batch) if self._takes_rows else self._padded(batch)
 
     def _flat(self, batch: Batch) -> torch.Tensor:
         flat = flatten(batch)
