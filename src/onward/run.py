@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,20 @@ class Run:
 
     Args:
         directory: a directory that `Run.create` or `onward init` made.
+        loading: a context in which torch and other large libraries are imported when they are first needed. Onward
+            changes no settings of the process that uses it; a program that wants those of the command line for its own
+            process passes `onward.startup.large_imports`.
 
     Raises:
         UsageError: there is no run in it.
     """
 
-    def __init__(self, directory: PathLike = ".") -> None:
+    def __init__(
+        self, directory: PathLike = ".", *, loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
         self.layout = RunLayout(Path(directory))
         self.layout.require()
+        self._loading = loading
 
     @classmethod
     def create(
@@ -112,7 +119,7 @@ class Run:
                 f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
             )
         with self._ledger() as ledger:
-            opened = OpenedRun(self.layout, ledger, _silent)
+            opened = self._opened(ledger)
             return opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
 
     def train(
@@ -137,7 +144,7 @@ class Run:
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
             before = {entry["id"] for entry in ledger.files("done")}
-            opened = OpenedRun(self.layout, ledger, report)
+            opened = self._opened(ledger, report)
             with account(ledger), opened.operate(stop, observe) as daemon:
                 intake = opened.intake(stop.check)
                 for refusal in intake.finish_left_over():
@@ -173,7 +180,7 @@ class Run:
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
             seen = ledger.one("SELECT coalesce(max(id), 0) AS id FROM events") or {"id": 0}
-            opened = OpenedRun(self.layout, ledger, report)
+            opened = self._opened(ledger, report)
             with account(ledger), opened.operate(stop, observe, watch=True) as daemon:
                 daemon.run(once=once)
             refused = ledger.one(
@@ -191,7 +198,7 @@ class Run:
                 raise Stopped("the process that wanted it is gone")
 
         with self._ledger() as ledger, contextlib.suppress(Stopped):
-            OpenedRun(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
+            self._opened(ledger).intake(stop).check_ahead(seconds=float("inf"))
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
@@ -255,7 +262,8 @@ class Run:
             RunLocked: another process trains; a proof needs a state that stands still.
         """
         with self._owned() as ledger:
-            from onward.service.verify import verify
+            with self._loading():
+                from onward.service.verify import verify
 
             return verify(self.layout, ledger, deep=deep)
 
@@ -309,6 +317,9 @@ class Run:
             with RunLock(self.layout.lock):
                 expire_requests(ledger, asked)
                 yield ledger
+
+    def _opened(self, ledger: Ledger, report: Callable[[str], None] = _silent) -> OpenedRun:
+        return OpenedRun(self.layout, ledger, report, loading=self._loading)
 
     def _ledger(self) -> Ledger:
         ledger = Ledger(self.layout.ledger)

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from onward.config import read_config
@@ -18,7 +19,6 @@ from onward.service.heartbeat import SECONDS as BEAT_SECONDS
 from onward.service.heartbeat import Heartbeat
 from onward.service.reporting import Reporter
 from onward.service.stop import Stopped, StopRequest
-from onward.startup import large_imports
 from onward.store.ledger import Ledger
 from onward.training.base import BaseDigest, find_here
 
@@ -33,12 +33,24 @@ if TYPE_CHECKING:
 
 
 class OpenedRun:
-    """A run in a process that works on it; tokenizer, base model's hash and torch load when first needed."""
+    """A run in a process that works on it; tokenizer, base model's hash and torch load when first needed.
 
-    def __init__(self, layout: RunLayout, ledger: Ledger, report: Callable[[str], None]) -> None:
+    Args:
+        loading: a context in which the large libraries are imported.
+    """
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        ledger: Ledger,
+        report: Callable[[str], None],
+        *,
+        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self.layout = layout
         self.ledger = ledger
         self.report = report
+        self._loading = loading
         self._session: Session | None = None
         self._begun: BaseDigest | None = None
 
@@ -50,7 +62,7 @@ class OpenedRun:
     def open(self, again: bool) -> Session:
         """Open the run; with `again` also if it is open: config or model may have been mended."""
         if again or self._session is None:
-            with large_imports():
+            with self._loading():
                 self._hash_base()
                 from onward.service.session import open_session
 
@@ -95,7 +107,7 @@ class OpenedRun:
         vital: list[Job] = [(POLL_SECONDS, control.poll), (BEAT_SECONDS, heartbeat.beat)]
         with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
             with stop.interruptible():
-                with large_imports():
+                with self._loading():
                     self._hash_base()
                     from onward.service.daemon import Daemon
                     from onward.service.inbox import Inbox
