@@ -79,17 +79,23 @@ def row_attention(
         )
     # split, not slices: backward of a slice fills and adds a tensor of the full size for every row
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
-    shared = query.shape[1] != key.shape[1]
-    attended: list[torch.Tensor] = []
-    for row_query, row_key, row_value in rows:
-        mask = _window(row_query.shape[2], sliding_window, query.device)
-        attended.append(
-            functional.scaled_dot_product_attention(
-                row_query, row_key, row_value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                scale=scaling, enable_gqa=shared,
-            ).transpose(1, 2)
-        )  # fmt: skip
-    return torch.cat(attended, dim=1), None
+    return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Return one row's causal attention to itself, shape (1, tokens, heads, dim)."""
+    mask = _window(query.shape[2], window, query.device)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)  # fmt: skip
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 NUMERICS = 3
-"""Raised when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
+"""Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
 the head by parts of the vocabulary, layers with one input together, fused norms)."""
 
 
@@ -54,7 +54,7 @@ def release_freed_memory() -> None:
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what must be equal for two processes to compute the same bits."""
+    """Return what two processes must have in common to compute the same bits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "device": device.type,

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy over target tokens, as a sum, so that a step's parts add up to the whole."""
+"""The loss: cross-entropy summed over target tokens, so that the parts of a step add up to the whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TargetLoss:
 
     Args:
         dtype: compute type; below float32 the forward runs under autocast.
-        pad_id: what shorter rows are filled with where they are padded.
+        pad_id: the token that shorter rows are filled with when rows are padded.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, pad_id: int = 0) -> None:
