@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from measuring import child, held_against, small_llama, spread, write_rows
+from measuring import child, held_against, small_llama, spread, tune_process, write_rows
 
 BATCH = 8
 GAP_GOAL, PEER_GAP_GOAL, END_TO_END_GOAL = 1.0, 20.0, 5.0
@@ -36,6 +36,7 @@ def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> d
 
     settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method}
     run = Run.create(folder, str(model), lora={"rank": 16, "alpha": 32, "dropout": 0.0}, **settings)
+    tune_process()
     run.train(*files, observe=observe)
     crossed = [
         now - step.seconds - before

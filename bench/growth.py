@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from material import write_base
-from measuring import child, docstrings, held_against, resident, spread
+from measuring import child, docstrings, held_against, resident, spread, tune_process
 
 TIME_GOAL, MEMORY_GOAL = 1.1, 1.05
 ROWS = 8
@@ -54,6 +54,7 @@ def train(folder: Path, count: int) -> dict[str, Any]:
             memory.append(resident())
             sizes.append((run.layout.current / "trainer_state.json").stat().st_size)
 
+    tune_process()
     run.train(*files, observe=observe)
     assert len(times) == count
     queries = {name: [_seconds(query) for _ in range(5)] for name, query in _queries(run).items()}

@@ -112,6 +112,14 @@ def environment() -> dict[str, str]:
     return {"GOMP_SPINCOUNT": "1000", **os.environ, **own}
 
 
+def tune_process() -> None:
+    """Make the settings that the command line makes for its own process; the library makes none."""
+    from onward import startup
+
+    startup.set_environment()
+    startup.keep_freed_memory()
+
+
 def seconds_until(command: Sequence[str], line: str) -> float:
     """Return the seconds from the start of a process to the first line on its stderr that begins so; end it there.
 

@@ -19,7 +19,7 @@ import measuring
 import torch
 
 from onward.config import Config
-from onward.training.environment import pick_device, pick_dtype, tune_memory
+from onward.training.environment import pick_device, pick_dtype
 from onward.training.model import build_model
 from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
@@ -69,7 +69,7 @@ def _usual(runs: list[list[float]]) -> float:
 def measure_copy(model: Path) -> dict[str, Any]:
     """Return the seconds of the copy that training waits for and of a plain `memcpy` of the same bytes."""
     device = pick_device()
-    tune_memory()
+    measuring.tune_process()
     config = Config.model_validate({"model": str(model), "method": "full"})
     state = TrainState(build_model(config, model, device, pick_dtype("auto", device)), None)  # type: ignore[arg-type]
     state.optimizer = build_optimizer(state.model, config)

@@ -18,7 +18,7 @@ from typing import Any
 from measuring import held_against, interleaved, python, seconds_until, spread, write_rows
 
 MODEL = "smollm2-135m"
-GOAL = 1.2
+GOAL = 1.35
 BARE = """
 import sys, torch, transformers, peft
 from transformers import AutoModelForCausalLM

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import tune_process
 
 from onward import Run
 from onward.config import Config
@@ -22,7 +23,7 @@ from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.digest import sha256_file
 from onward.events import StepTaken
-from onward.training.environment import pick_dtype, tune_memory
+from onward.training.environment import pick_dtype
 from onward.training.model import build_model, load_tokenizer
 
 BATCH, MAX_LENGTH, RATE = 8, 512, 2e-4
@@ -49,6 +50,7 @@ def settings(model: Path, method: str, save_steps: int) -> dict[str, Any]:
 
 def train_onward(folder: Path, rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
     """Train with Onward: everything that a run does, the ledger included."""
+    tune_process()
     records: list[Record] = []
     run = Run.create(folder / "run", values.pop("model"), **values)
     last = time.perf_counter()
@@ -165,7 +167,7 @@ def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
     Per linear layer: forward and gradient of the input, and those of its two adapter matrices with their gradients;
     the head for target tokens. For a full model the gradient of the weight too.
     """
-    tune_memory()  # the limit is not that of the allocator
+    tune_process()  # the limit is not that of the allocator
     model = build_model(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
     device = torch.device("cuda" if ON_GPU else "cpu")
     dtype = pick_dtype("auto", device)

@@ -1,14 +1,21 @@
-"""The start of a process."""
+"""The start of a process: what the command line sets for its own, and that the library sets nothing for a host's."""
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
-from onward.startup import scan_once
+import pytest
+import tiny
+from commands import make_run
 
-SCRIPT = """
+from onward import startup
+
+IMPORTS = """
 import gc, sys
 from onward.startup import large_imports
 {before}
@@ -18,62 +25,138 @@ with large_imports():
 print(inside, gc.isenabled(), gc.get_freeze_count() > 10_000)
 """
 
+SETTINGS = {
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
+    "LRU_CACHE_CAPACITY": "32",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "GOMP_SPINCOUNT": "1000",
+}
+"""What the command line puts into its environment, where the user has not."""
 
-EXPORTS = """
-import contextlib, hashlib, sys
-from onward.startup import large_imports
-with {context}:
-    import transformers.models
-names = [
-    repr((sorted(module._class_to_module.items()), sorted(module._modules), sorted(
-        (name, sorted(backends)) for name, backends in module._object_missing_backend.items())))
-    for module in (transformers, transformers.models)
-]
-from transformers.utils import import_utils
-print(len(names[0]) > 100_000, hashlib.sha256(repr(names).encode()).hexdigest())
-print(import_utils.create_import_structure_from_path.cache_info().hits > 500)
+COMMAND_LINE = """
+import atexit, gc, json, os, sys
+from onward.cli import main
+
+def say():
+    print(json.dumps([dict(os.environ), gc.get_freeze_count(), gc.isenabled()]))
+
+atexit.register(say)
+sys.argv = ["onward", *{arguments!r}]
+main()
+"""
+
+HOST = """
+import gc, json, logging, os, random, signal, sys, threading, warnings
+{imports}
+
+def state():
+    found = {{
+        "environment": dict(os.environ),
+        "collector": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count(), gc.get_debug()],
+        "signals": [repr(signal.getsignal(number)) for number in sorted(signal.valid_signals())],
+        "random": repr(random.getstate()),
+        "finders": [repr(finder) for finder in sys.meta_path if "onward" in repr(finder)],
+        "threads": [thread.name for thread in threading.enumerate()],
+        "mask": repr(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    }}
+    if "torch" in sys.modules:
+        import numpy, torch, transformers
+        from huggingface_hub.utils import are_progress_bars_disabled
+        from transformers.utils import import_utils
+        from transformers.utils import logging as transformers_logging
+        found |= {{
+            "warnings": [repr(each) for each in warnings.filters],
+            "verbosity": transformers_logging.get_verbosity(),
+            "peft": logging.getLogger("peft").level,
+            "bars": [transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled()],
+            "deterministic": [
+                torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()],
+            "threads of torch": [torch.get_num_threads(), torch.get_num_interop_threads()],
+            "dtype": repr(torch.get_default_dtype()),
+            "gradients": torch.is_grad_enabled(),
+            "numpy": repr(numpy.random.get_state()),
+            "torch": torch.random.get_rng_state().tolist(),
+            "scanner": import_utils.create_import_structure_from_path.__module__,
+            "cache": import_utils.create_import_structure_from_path.cache_info().maxsize,
+        }}
+    return found
+
+before = state()
+import onward
+run = onward.Run.create({run!r}, {model!r}, batch_size=4, max_length=256)
+run.train({file!r})
+run.verify(deep=True)
+after = state()
+print(json.dumps({{key: [before[key], after[key]] for key in before if before[key] != after[key]}}))
+print(run.status()["global_step"])
 """
 
 
-def run(before: str = "") -> str:
-    """Run the script in a process of its own; returns what it printed."""
-    command = [sys.executable, "-c", SCRIPT.format(before=before)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def printed(script: str, **environment: str) -> list[str]:
+    """Run a script in a process of its own, without the settings; returns the lines that it printed."""
+    names = {*SETTINGS, "OMP_WAIT_POLICY"}
+    variables = {name: value for name, value in os.environ.items() if name not in names} | environment
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_large_imports_rest_the_collector_and_put_their_objects_out_of_its_way() -> None:
     """Within, the collector is off; afterwards it is on again and passes over what was imported."""
-    assert "False True True" == run()
+    assert ["False True True"] == printed(IMPORTS.format(before=""))
 
 
 def test_a_process_that_has_torch_is_left_as_it_is() -> None:
     """Where torch is imported already, large garbage may wait: nothing is kept from the collector."""
-    assert "True True False" == run("import torch")
+    assert ["True True False"] == printed(IMPORTS.format(before="import torch"))
 
 
 def test_a_collector_that_the_user_switched_off_stays_off() -> None:
     """The user's setting wins."""
-    assert "False False False" == run("gc.disable()")
+    assert ["False False False"] == printed(IMPORTS.format(before="gc.disable()"))
 
 
-def test_scanned_once_transformers_exports_what_it_exports() -> None:
-    """Names, modules and missing backends are those of a plain import; the second look is answered by the first."""
+def test_variables_of_the_user_win() -> None:
+    """What is set already stays; a wait policy of the user's takes the place of ours."""
+    empty: dict[str, str] = {}
+    startup.set_environment(empty)
+    assert SETTINGS == empty
+    own = dict.fromkeys(SETTINGS, "7")
+    startup.set_environment(own)
+    assert dict.fromkeys(SETTINGS, "7") == own
+    waiting = {"OMP_WAIT_POLICY": "active"}
+    startup.set_environment(waiting)
+    assert waiting.keys() == {*SETTINGS, "OMP_WAIT_POLICY"} - {"GOMP_SPINCOUNT"}
 
-    def exports(context: str) -> list[str]:
-        command = [sys.executable, "-c", EXPORTS.format(context=context)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
-    plain, quick = exports("contextlib.nullcontext()"), exports("large_imports()")
-    assert "True" == plain[0]
-    assert plain[:2] == quick[:2]
-    assert "True" == quick[2]
+def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -> None:
+    """A command that trains has its settings in force, and what it imported out of the collector's way."""
+    run = make_run(tmp_path / "run", model)
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))
+    last = printed(COMMAND_LINE.format(arguments=["train", str(file), "--run", str(run)]), LRU_CACHE_CAPACITY="9")[-1]
+    environment, frozen, enabled = json.loads(last)
+    assert SETTINGS | {"LRU_CACHE_CAPACITY": "9"} == {name: environment.get(name) for name in SETTINGS}
+    assert frozen > 10_000
+    assert enabled
 
 
-def test_another_scanner_is_left_as_it_is() -> None:
-    """Where a release of transformers has other functions, nothing is changed."""
-    other = SimpleNamespace(create_import_structure_from_path=len, fetch__all__=len)
-    scan_once(other)
-    assert other == SimpleNamespace(create_import_structure_from_path=len, fetch__all__=len)
-    empty = SimpleNamespace()
-    scan_once(empty)
-    assert empty == SimpleNamespace()
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "",
+        "import numpy, torch, peft, transformers\n"
+        "transformers.utils.logging.disable_progress_bar()\n"
+        "transformers.utils.logging.set_verbosity_info()\n"
+        "logging.getLogger('peft').setLevel(logging.DEBUG)\n"
+        "warnings.simplefilter('error', FutureWarning)\n"
+        "gc.disable(); gc.set_threshold(900, 9, 9)\n"
+        "torch.use_deterministic_algorithms(True)\n",
+    ],
+    ids=["before torch", "with settings of its own"],
+)
+def test_the_library_leaves_a_host_program_as_it_is(imports: str, model: Path, tmp_path: Path) -> None:
+    """Whoever imports Onward, trains and verifies has the same process afterwards: no setting of it has changed."""
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))
+    places: dict[str, Any] = {"run": str(tmp_path / "run"), "model": str(model), "file": str(file)}
+    changed, step = printed(HOST.format(imports=imports, **places))[-2:]
+    assert {} == json.loads(changed)
+    assert "1" == step

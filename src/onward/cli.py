@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from onward import __version__
+from onward import __version__, startup
 from onward.errors import ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 
@@ -112,7 +112,7 @@ def train(
     from onward.run import Run
     from onward.service.wishes import Wishes
 
-    opened = Run(run)
+    opened = Run(run, loading=startup.large_imports)
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         steps = StepProfile(opened.layout.profile, observe)
@@ -140,7 +140,7 @@ def add(
     from onward.progress import over_length
     from onward.run import Run
 
-    accepted = Run(run).add(*files, priority=priority, again=again)
+    accepted = Run(run, loading=startup.large_imports).add(*files, priority=priority, again=again)
     if as_json:
         show(
             [
@@ -165,7 +165,7 @@ def watch(
     from onward.run import Run
     from onward.service.wishes import Wishes
 
-    opened = Run(run)
+    opened = Run(run, loading=startup.large_imports)
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         say(f"watching {opened.layout.inbox}; onward stop --run {run} or Ctrl-C ends it, committed")
@@ -183,7 +183,7 @@ def check(run: RunOption = Path()) -> None:
     from onward.run import Run
 
     os.nice(10)
-    Run(run).check_arrived()
+    Run(run, loading=startup.large_imports).check_arrived()
 
 
 @app.command()
@@ -276,7 +276,7 @@ def verify(
     """Check the run's proof: files, hashes, counters, rows, learning rates, handovers."""
     from onward.run import Run
 
-    proof = Run(run).verify(deep=deep)
+    proof = Run(run, loading=startup.large_imports).verify(deep=deep)
     if as_json:
         show(proof.to_dict())
     else:
@@ -301,7 +301,7 @@ def rollback(
     """Go back to the boundary after FILE; later files are marked undone."""
     from onward.run import Run
 
-    opened = Run(run)
+    opened = Run(run, loading=startup.large_imports)
     ask(f"go back to {to} and undo every later file of {opened.layout.root}?", yes)
     result = opened.rollback(to, requeue=requeue)
     if as_json:
@@ -321,7 +321,7 @@ def rebuild(
     from onward.run import Run
     from onward.service.wishes import Wishes
 
-    opened = Run(run)
+    opened = Run(run, loading=startup.large_imports)
     ask(f"go back to before {without} and train every later file of {opened.layout.root} again?", yes)
     asked = Wishes()
     with asked.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
@@ -367,7 +367,7 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
     """Forget all progress: remove the model and its restore points, mark every file undone."""
     from onward.run import Run
 
-    opened = Run(run)
+    opened = Run(run, loading=startup.large_imports)
     ask(f"remove the model and all restore points of {opened.layout.root}?", yes)
     result = opened.reset()
     if as_json:
@@ -412,10 +412,7 @@ def ask(question: str, yes: bool) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every refusal is a line and an exit status, never a traceback."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other burn a core that other work on this machine may want: then a step took
-        # up to 100 times longer. Read by libgomp when torch is loaded; the bits are the same.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    startup.set_environment()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail

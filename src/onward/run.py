@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,14 +44,20 @@ class Run:
 
     Args:
         directory: a directory that `Run.create` or `onward init` made.
+        loading: a context in which torch and other large libraries are imported when they are first needed. Onward
+            changes no settings of the process that uses it; a program that wants those of the command line for its own
+            process passes `onward.startup.large_imports`.
 
     Raises:
         UsageError: there is no run in it.
     """
 
-    def __init__(self, directory: PathLike = ".") -> None:
+    def __init__(
+        self, directory: PathLike = ".", *, loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    ) -> None:
         self.layout = RunLayout(Path(directory))
         self.layout.require()
+        self._loading = loading
         self._settings: Settings | None = None
 
     def __repr__(self) -> str:
@@ -126,7 +133,7 @@ class Run:
                 f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
             )
         with self._ledger() as ledger:
-            opened = OpenedRun(self.layout, ledger, _silent)
+            opened = self._opened(ledger)
             taken = opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
             return [asdict(row) for row in taken]
 
@@ -154,7 +161,7 @@ class Run:
         wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
-            opened = OpenedRun(self.layout, ledger, report)
+            opened = self._opened(ledger, report)
             with account(ledger, wishes):
                 intent = ledger.add_intent(files, again=again, priority=0) if files else None
                 with operate(opened, wishes, observe) as daemon:
@@ -192,7 +199,7 @@ class Run:
         wishes = Wishes() if stop is None else stop
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
-            opened = OpenedRun(self.layout, ledger, report)
+            opened = self._opened(ledger, report)
             with account(ledger, wishes), operate(opened, wishes, observe, watch=True) as daemon:
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
@@ -206,7 +213,7 @@ class Run:
                 raise Stopped("the process that wanted it is gone")
 
         with self._ledger() as ledger, contextlib.suppress(Stopped):
-            OpenedRun(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
+            self._opened(ledger).intake(stop).check_ahead(seconds=float("inf"))
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
@@ -254,7 +261,7 @@ class Run:
                 return request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
             reason = reason or "skipped by an operator"
             if row.state == "arriving":
-                return OpenedRun(self.layout, ledger, _silent).intake().withdraw(row, reason)
+                return self._opened(ledger).intake().withdraw(row, reason)
         with self._owned() as ledger:
             from onward.service.owner.faults import skip
 
@@ -275,7 +282,8 @@ class Run:
             RunLocked: another process trains; a proof needs a state that stands still.
         """
         with self._owned() as ledger:
-            from onward.service.proof.verify import verify
+            with self._loading():
+                from onward.service.proof.verify import verify
 
             return verify(self.layout, ledger, deep=deep)
 
@@ -329,6 +337,9 @@ class Run:
             with RunLock(self.layout.lock):
                 expire_requests(ledger, asked)
                 yield ledger
+
+    def _opened(self, ledger: Ledger, report: Callable[[str], None] = _silent) -> OpenedRun:
+        return OpenedRun(self.layout, ledger, report, loading=self._loading)
 
     def _ledger(self) -> Ledger:
         ledger = Ledger(self.layout.ledger)

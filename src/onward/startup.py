@@ -1,76 +1,68 @@
-"""The start of a process: large imports without work that is done again and again."""
+"""What the command line does for its own process before the large libraries are loaded.
+
+A host program that imports Onward keeps its own settings: nothing here is called by the library. It may do the same for
+itself: `startup.set_environment()` first, then `Run(directory, loading=startup.large_imports)`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
+import os
+import platform
 import sys
-from collections.abc import Generator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import spec_from_file_location
-from types import ModuleType
-from typing import Any
+from collections.abc import Generator, MutableMapping
 
-SCANNER = "transformers.utils.import_utils"
+_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+"""Kernels that oneDNN keeps: enough for the shapes of a step. Its 1,024, of half a megabyte each, are never used again:
+nearly every step has another number of tokens. Read at the first product that oneDNN computes."""
+
+_CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""What makes cuBLAS give the same bits every time. Read when cuBLAS starts."""
+
+_THREADS = {"GOMP_SPINCOUNT": "1000"}
+"""Threads that wait for each other burn a core that other work on this machine may want: then a step took up to 100
+times longer. Read by libgomp when torch is loaded; the bits are the same."""
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's `mallopt`."""
+
+
+def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables that torch's libraries read when they are loaded or first used; the user's own values stay."""
+    wanted = {**_KERNELS, **_CUBLAS, **({} if "OMP_WAIT_POLICY" in environment else _THREADS)}
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed tensors instead of giving each back to the system; the user's own settings stay."""
+    if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+        return
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+    libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 
 @contextlib.contextmanager
 def large_imports() -> Generator[None]:
-    """Keep the cyclic garbage collector out of the body, and what the body makes out of its later rounds.
+    """Import the large libraries in the body: freed memory is kept, and the garbage collector stays out of the way.
 
-    torch, transformers and PEFT make half a million objects that live as long as the process. To go over them again
-    and again takes a fifth of the time of their import. transformers also reads its own source files, twice; see
-    `scan_once`. Nothing is done where torch is imported already: by then there may be large garbage that waits for
-    the collector.
+    torch, transformers and PEFT make half a million objects that live as long as the process. Going over them again and
+    again takes a fifth of the time of their import; afterwards they are out of the collector's later rounds. Where
+    torch is imported already the collector is left alone: there may be large garbage waiting for it.
     """
+    keep_freed_memory()
     if "torch" in sys.modules:
         yield
         return
-    finder = _ScannerFinder()
-    sys.meta_path.insert(0, finder)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
         if was_enabled:
             gc.freeze()
             gc.enable()
-
-
-def scan_once(scanner: Any) -> None:
-    """Let transformers look through its source files once, and in each at the end only.
-
-    It reads all of them to know which names they export, once for the package and once for its models. What it
-    remembers in between are 128 of 550 folders (the default size of `functools.lru_cache`), so that the second look
-    finds nothing. A release that does it otherwise is left as it is.
-    """
-    scan = getattr(getattr(scanner, "create_import_structure_from_path", None), "__wrapped__", None)
-    exported = getattr(scanner, "fetch__all__", None)
-    if scan is None or exported is None:
-        return
-    scanner.create_import_structure_from_path = functools.cache(scan)
-    scanner.fetch__all__ = lambda text: exported(text[text.rfind("\n__all__") + 1 :])
-
-
-class _ScannerFinder(MetaPathFinder):
-    """Finds the module with transformers' scanner, so that it is changed before it is used."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != SCANNER:
-            return None
-        found = PathFinder.find_spec(fullname, path, target)
-        if found is None or found.origin is None or not isinstance(found.loader, SourceFileLoader):
-            return found
-        return spec_from_file_location(fullname, found.origin, loader=_ScannerLoader(fullname, found.origin))
-
-
-class _ScannerLoader(SourceFileLoader):
-    def exec_module(self, module: ModuleType) -> None:
-        super().exec_module(module)
-        scan_once(module)

@@ -2,59 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from rows import CPU, VOCABULARY, batch, loss_and_gradients, tiny_model
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from onward.data.loader import Batch
-from onward.data.tokenized import Row
 from onward.training import cross_entropy
 from onward.training.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.cross_entropy import linear_cross_entropy
-from onward.training.fused_lora import FusedLoraLinear, fuse_lora
 from onward.training.loss import TargetLoss
 from onward.training.matmul import LARGE, times
-
-CPU = torch.device("cpu")
-VOCABULARY = 60
-
-
-def batch(*lengths: int, seed: int = 0) -> Batch:
-    """Return rows of these lengths with random tokens, every third of which is no target."""
-    generator = np.random.default_rng(seed)
-    rows = [
-        Row(generator.integers(3, VOCABULARY, length), (np.arange(length) % 3 > 0) | (np.arange(length) == 1))
-        for length in lengths
-    ]
-    return Batch(rows, list(range(len(rows))), list(range(len(rows))))
-
-
-def tiny_model(model_type: str, attention: str, **settings: Any) -> nn.Module:
-    """Return a random model of two layers; equal for equal settings."""
-    config = AutoConfig.for_model(
-        model_type, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, **settings,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
-
-
-def loss_and_gradients(model: nn.Module, rows: Batch, *, padded: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return the loss and the gradient of every trained parameter."""
-    target_loss = TargetLoss(model, CPU, torch.float32)
-    target_loss._padding_free = not padded  # type: ignore[attr-defined]
-    loss = target_loss(rows)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return float(loss.detach()), gradients
 
 
 @pytest.mark.parametrize("model_type", sorted(PADDING_FREE))
@@ -62,8 +20,8 @@ def test_rows_end_to_end_are_rows_by_themselves(model_type: str) -> None:
     """For every model type on the list the loss and its gradients are those of padded rows."""
     settings = {"sliding_window": 5} if model_type in ("mistral", "starcoder2", "phi3") else {}
     rows = batch(9, 2, 17, 6)
-    loss, gradients = loss_and_gradients(tiny_model(model_type, ROW_ATTENTION, **settings), rows, padded=False)
-    plain, expected = loss_and_gradients(tiny_model(model_type, "sdpa", **settings), rows, padded=True)
+    loss, gradients = loss_and_gradients(tiny_model(model_type, ROW_ATTENTION, **settings), rows)
+    plain, expected = loss_and_gradients(tiny_model(model_type, "sdpa", **settings), rows)
     assert loss == pytest.approx(plain, rel=1e-6)
     assert set(gradients) == set(expected)
     for name, gradient in gradients.items():
@@ -135,62 +93,3 @@ def test_a_product_has_the_same_bits_wherever_it_lies() -> None:
         moved = torch.zeros(x.numel() + shift)[shift:].view_as(x).copy_(x)
         other = torch.zeros(weight.numel() + 3 * shift)[3 * shift :].view_as(weight).copy_(weight)
         assert torch.equal(times(moved, other), product)
-
-
-class Attention(nn.Module):
-    """Three layers with one input, called in the order of a decoder, then one of them on another input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = nn.Linear(6, 5), nn.Linear(6, 3, bias=False), nn.Linear(6, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return all outputs side by side."""
-        first = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
-        return torch.cat([first, self.k_proj(first[..., :6]), self.q_proj(x)], -1)
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj"], ["q_proj", "v_proj"]])
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_layers_with_one_input_compute_what_peft_computes(dropout: float, targets: list[str]) -> None:
-    """Layers that share a node give PEFT's outputs and gradients, whichever of them have adapters."""
-    outcomes: list[list[torch.Tensor]] = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        adapter = LoraConfig(r=3, lora_dropout=dropout, target_modules=targets, init_lora_weights=False)
-        model = get_peft_model(Attention(), adapter).train()  # type: ignore[arg-type]
-        if fused:
-            fuse_lora(model)
-        x = torch.randn(2, 7, 6, requires_grad=True)
-        torch.manual_seed(1)
-        out = model(x)
-        out.square().sum().backward()
-        outcomes.append([out.detach(), *(t.grad for t in (x, *model.parameters()) if t.grad is not None)])
-    assert len(outcomes[0]) == len(outcomes[1]) == 2 + 2 * len(targets)
-    for plain, fused in zip(*outcomes, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_fused_layers_compute_what_peft_computes(dropout: float) -> None:
-    """A LoRA layer in one node gives PEFT's output and gradients, with the same random numbers for its dropout."""
-    outcomes: list[tuple[torch.Tensor, ...]] = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        model = get_peft_model(
-            nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False)),  # type: ignore[arg-type]
-            LoraConfig(r=3, lora_dropout=dropout, target_modules=["0", "1"], init_lora_weights=False),
-        ).train()
-        if fused:
-            fuse_lora(model)
-        assert fused == any(isinstance(layer, FusedLoraLinear) for layer in model.modules())
-        x = torch.randn(2, 7, 6, requires_grad=True)
-        torch.manual_seed(1)
-        out = model(x)
-        out.square().sum().backward()
-        trained = [p.grad for p in model.parameters() if p.requires_grad]
-        assert x.grad is not None
-        outcomes.append((out.detach(), x.grad, *(gradient for gradient in trained if gradient is not None)))
-    assert len(outcomes[0]) == len(outcomes[1]) == 6
-    for plain, fused in zip(*outcomes, strict=True):
-        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)

@@ -18,13 +18,7 @@ from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.base import BaseDigest, digest_base, resolve_base
 from onward.training.checkpoint import Facts
-from onward.training.environment import (
-    describe_environment,
-    make_deterministic,
-    pick_device,
-    pick_dtype,
-    tune_memory,
-)
+from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
 
 Report = Callable[[str], None]
@@ -88,8 +82,6 @@ def open_session(
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
     check_identity(ledger, config, base_digest, tokenizer_digest)
     device = pick_device()
-    make_deterministic(device)
-    tune_memory()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)

@@ -1,22 +1,23 @@
 """Attention over the rows of a batch laid end to end: every row by itself, no padding, no mask.
 
-Registered with transformers under `ROW_ATTENTION`. Which rows there are is said around the forward pass, so that it
-does not depend on which arguments a model hands down to its layers. Outside of `rows_of` it is transformers' own.
+Registered with transformers as `ROW_ATTENTION`. The lengths of the rows are a keyword of the forward pass, which a
+decoder hands down to its layers and a layer to its attention; so they are there too when a layer is computed again in
+the backward pass. Without that keyword the model attends as with transformers' own `sdpa`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from onward.errors import ModelError
 
 ROW_ATTENTION = "onward_rows"
 
@@ -25,22 +26,25 @@ PADDING_FREE = frozenset(
 )  # fmt: skip
 """Model types whose tokens meet in attention only and whose logits are the head's output: each is tested."""
 
-_row_lengths: ContextVar[tuple[int, ...] | None] = ContextVar("row_lengths", default=None)
-
-
-@contextlib.contextmanager
-def rows_of(lengths: tuple[int, ...]) -> Generator[None]:
-    """Say that the one sequence of the forward pass inside is made of rows of these lengths."""
-    token = _row_lengths.set(lengths)
-    try:
-        yield
-    finally:
-        _row_lengths.reset(token)
-
 
 def is_padding_free(model_type: str) -> bool:
     """Whether a model of this type may be given rows laid end to end."""
     return model_type in PADDING_FREE
+
+
+def takes_rows(model: PreTrainedModel) -> bool:
+    """Whether rows may be laid end to end for this model: its type is known to keep them apart, its attention does."""
+    config = model.config
+    return is_padding_free(config.model_type) and cast(Any, config)._attn_implementation == ROW_ATTENTION
+
+
+def row_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+    """Return the keywords of a forward pass over one sequence that is made of rows of these lengths.
+
+    The empty mask has four dimensions, so transformers makes none of its own and hands it down as it is. Attention that
+    gets it without the lengths knows that they were lost on the way.
+    """
+    return {"row_lengths": lengths, "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)}
 
 
 def row_attention(
@@ -52,34 +56,46 @@ def row_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    row_lengths: tuple[int, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row to itself.
+
+    The signature is the one that transformers calls; `row_lengths` comes from `row_arguments`.
 
     Args:
         query: shape (1, heads, tokens, dim); key and value may have fewer heads that divide them.
 
     Returns:
         Shape (1, tokens, heads, dim), and no weights.
+
+    Raises:
+        ModelError: the model did not hand the lengths of the rows down to its attention.
     """
-    lengths = _row_lengths.get()
-    if lengths is None:
+    if row_lengths is None:
+        _require_no_rows(module, attention_mask)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     # split, not slices: backward of a slice fills and adds a tensor of the full size for every row
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    shared = query.shape[1] != key.shape[1]
-    attended: list[torch.Tensor] = []
-    for row_query, row_key, row_value in rows:
-        mask = _window(row_query.shape[2], sliding_window, query.device)
-        attended.append(
-            functional.scaled_dot_product_attention(
-                row_query, row_key, row_value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                scale=scaling, enable_gqa=shared,
-            ).transpose(1, 2)
-        )  # fmt: skip
-    return torch.cat(attended, dim=1), None
+    rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
+    return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Return one row's causal attention to itself, shape (1, tokens, heads, dim)."""
+    mask = _window(query.shape[2], window, query.device)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).transpose(1, 2)  # fmt: skip
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -91,9 +107,15 @@ def _window(length: int, window: int | None, device: torch.device) -> torch.Tens
     return (distance >= 0) & (distance < window)
 
 
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return sdpa_mask(*args, **kwargs) if _row_lengths.get() is None else None
+def _require_no_rows(module: nn.Module, attention_mask: torch.Tensor | None) -> None:
+    if attention_mask is not None and attention_mask.shape[-1] == 0:
+        raise ModelError(
+            f"in transformers {transformers.__version__} this model does not hand the lengths of its rows down to its "
+            "attention, so rows would see each other",
+            where=type(module).__name__,
+            hint="Nothing was trained. Install the versions in Onward's constraints.txt, then: onward train",
+        )
 
 
 AttentionInterface.register(ROW_ATTENTION, row_attention)
-AttentionMaskInterface.register(ROW_ATTENTION, _mask)
+AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)

@@ -2,9 +2,10 @@
 
 The gradient is made in the forward pass, as in the fused linear cross-entropy of Liger Kernel (Hsu et al., 2024) and
 Apple's Cut Cross-Entropy (Wijmans et al., 2024); here it is plain PyTorch, in one of two orders. A frozen head is
-attention: tokens are queries, the vocabulary is both keys and values. So its logits are made for a part of the
-vocabulary at a time, with a running log-sum-exp (FlashAttention, Dao et al., 2022), and never leave the processor's
-cache. The gradient of a trained head wants whole rows of logits: they are made for some tokens at a time.
+attention in which tokens are queries and the vocabulary is both keys and values, so its logits are computed for one
+part of the vocabulary at a time, with a running log-sum-exp (FlashAttention, Dao et al., 2022), and never leave the
+processor's cache. The gradient of a trained head needs whole rows of logits, which are computed for some tokens at a
+time.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from onward.training.matmul import times
 
 LOGITS_BYTES = 128 << 20
-"""Memory for the logits of some tokens. More of them read the head's weights less often."""
+"""Memory for the logits of some tokens. The more tokens at a time, the less often the head's weights are read."""
 TILE_BYTES = {"cpu": 12 << 20}
-"""Memory for the logits of a part of the vocabulary, by device: what a processor's cache holds; else `LOGITS_BYTES`."""
+"""Memory for the logits of a part of the vocabulary, by device: what a CPU's cache holds; elsewhere `LOGITS_BYTES`."""
 WORDS = 512
-"""Such a part is a multiple of these: kernels like round shapes."""
+"""The size of such a part is a multiple of this: kernels are fastest for round shapes."""
 
 
 def linear_cross_entropy(

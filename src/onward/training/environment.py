@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import os
 import platform
+from collections.abc import Generator
 from typing import Any
 
 import peft
@@ -12,15 +13,8 @@ import torch
 import transformers
 
 NUMERICS = 3
-"""Raised when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
+"""Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
 the head by parts of the vocabulary, layers with one input together, fused norms)."""
-
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-"""Parameters of glibc's `mallopt`."""
-
-_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Kernels that oneDNN keeps: enough for the shapes of a step. Its 1,024, of half a megabyte each, are never used again:
-nearly every step has another number of tokens."""
 
 
 def pick_device() -> torch.device:
@@ -36,25 +30,19 @@ def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
-def make_deterministic(device: torch.device) -> None:
-    """Ask CUDA for kernels that give the same bits every time; the CPU's do so by themselves."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def tune_memory() -> None:
-    """Let glibc reuse freed tensors instead of giving each back to the system, and bound what oneDNN keeps.
-
-    Settings that the user made in the environment stay.
-    """
-    for name, capacity in _KERNELS.items():  # read at the first product that oneDNN computes
-        os.environ.setdefault(name, capacity)
-    if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
+@contextlib.contextmanager
+def deterministic(device: torch.device) -> Generator[None]:
+    """Have CUDA compute the body with kernels that give the same bits every time; those of a CPU always do."""
+    if device.type != "cuda":
+        yield
         return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
-    libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def release_freed_memory() -> None:
@@ -66,7 +54,7 @@ def release_freed_memory() -> None:
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what must be equal for two processes to compute the same bits."""
+    """Return what two processes must have in common to compute the same bits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "device": device.type,

@@ -1,13 +1,15 @@
 """LoRA layers in one autograd node: PEFT's arithmetic with fewer passes over memory and fewer tensors kept.
 
-The base weight is frozen, so that backward needs the layer's input for the small matrices only. Layers that read the
-same input (query, key and value; gate and up) are one node together, as in Unsloth: their small matrices are
-multiplied as one, and their input gets one gradient.
+The base weight is frozen, so backward needs the layer's input for the small matrices only. Layers that read the same
+input (query, key and value; gate and up) share one node, as in Unsloth: their small matrices are multiplied as one, and
+their input gets one gradient. What the first of them computes for the others lives as long as the forward pass of the
+module that holds them, so nothing is left for a later step, whether that pass ended, failed or was a recomputation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,18 +25,21 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Let the plain LoRA layers of a model compute in one node; others stay as PEFT made them."""
-    for layer in model.modules():
-        if type(layer) is LoraLinear and _can_fuse(layer):
-            layer.__class__ = FusedLoraLinear
-            cast(FusedLoraLinear, layer).siblings = None
-    for parent in model.modules():
+    """Put a `FusedLoraLinear` in the place of each plain LoRA layer of a model; others stay as PEFT made them.
+
+    Names, order and identity of parameters stay the same.
+    """
+    fused: dict[nn.Module, FusedLoraLinear] = {}
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is LoraLinear and _can_fuse(layer):
+                if layer not in fused:
+                    fused[layer] = FusedLoraLinear(layer)
+                setattr(parent, name, fused[layer])
         for names in SIBLINGS:
-            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), FusedLoraLinear)]
-            if len(layers) > 1:
-                siblings = _Siblings(layers)
-                for layer in layers:
-                    layer.siblings = siblings
+            if len(_siblings(parent, names)) > 1:
+                parent.register_forward_pre_hook(partial(_begin_sharing, names))
+                parent.register_forward_hook(partial(_end_sharing, names), always_call=True)
 
 
 def _can_fuse(layer: LoraLinear) -> bool:
@@ -47,18 +52,45 @@ def _can_fuse(layer: LoraLinear) -> bool:
     )
 
 
-class FusedLoraLinear(LoraLinear):
-    """A LoRA layer with one adapter: `x W^T + b + scaling * dropout(x) A^T B^T`."""
+def _siblings(parent: nn.Module, names: Sequence[str]) -> list[FusedLoraLinear]:
+    layers = [getattr(parent, name, None) for name in names]
+    return [layer for layer in layers if isinstance(layer, FusedLoraLinear)]
 
-    siblings: _Siblings | None
+
+def _begin_sharing(names: Sequence[str], parent: nn.Module, _arguments: object) -> None:
+    """Before the parent's forward pass; dropout gives each layer another input, so there is nothing to share."""
+    layers = _siblings(parent, names)
+    can_share = parent.training and all(layer.adapts and not layer.dropout for layer in layers)
+    shared = _Shared(layers) if can_share else None
+    for layer in layers:
+        layer.shared = shared
+
+
+def _end_sharing(names: Sequence[str], parent: nn.Module, _arguments: object, _output: object) -> None:
+    for layer in _siblings(parent, names):
+        layer.shared = None
+
+
+class FusedLoraLinear(LoraLinear):
+    """A LoRA layer with one adapter: `x W^T + b + scaling * dropout(x) A^T B^T`.
+
+    Args:
+        layer: the layer that PEFT made; its parameters, adapters and settings are taken over.
+    """
+
+    shared: _Shared | None
+    """Set while the module that holds this layer and its siblings computes."""
+
+    def __init__(self, layer: LoraLinear) -> None:  # pyright: ignore[reportMissingSuperCall]
+        nn.Module.__init__(self)
+        vars(self).update(vars(layer))
+        self.shared = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output, shape (..., out)."""
         if not self.adapts:
             return super().forward(x, *args, **kwargs)
-        if self.training and self.siblings is not None and self.siblings.compute_alike:
-            return self.siblings.output(self, x)
-        return _compute([self], x)[0]
+        return _compute([self], x)[0] if self.shared is None else self.shared.output(self, x)
 
     @property
     def adapts(self) -> bool:
@@ -77,27 +109,19 @@ class FusedLoraLinear(LoraLinear):
         return base.weight, base.bias, cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
 
 
-class _Siblings:
-    """Layers that read the same input in training: the first one called computes for all, the others take theirs."""
+class _Shared:
+    """What sibling layers compute together in one forward pass: the first one called computes for all of them."""
 
     def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
         self._layers = layers
         self._input: torch.Tensor | None = None
         self._outputs: dict[FusedLoraLinear, torch.Tensor] = {}
 
-    @property
-    def compute_alike(self) -> bool:
-        """Whether all of them read the same input: dropout gives each another one."""
-        return all(layer.adapts and not layer.dropout for layer in self._layers)
-
     def output(self, layer: FusedLoraLinear, x: torch.Tensor) -> torch.Tensor:
         """Return one layer's output."""
         if self._input is not x or layer not in self._outputs:
             self._input, self._outputs = x, dict(zip(self._layers, _compute(self._layers, x), strict=True))
-        output = self._outputs.pop(layer)
-        if not self._outputs:
-            self._input = None
-        return output
+        return self._outputs.pop(layer)
 
 
 def _compute(layers: Sequence[FusedLoraLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:

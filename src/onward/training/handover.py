@@ -17,6 +17,7 @@ from onward.data.loader import Batch
 from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
+from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
 from onward.training.seeds import fold
 from onward.training.state import Snapshot
@@ -97,7 +98,7 @@ class Probe:
         return partial(self._measure, self._copy)
 
     def _measure(self, model: nn.Module) -> float:
-        with torch.no_grad():
+        with torch.no_grad(), deterministic(self._device):
             loss = TargetLoss(model, self._device, self._dtype)(self._batch)
         mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
         if not math.isfinite(mean):

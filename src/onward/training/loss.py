@@ -1,4 +1,4 @@
-"""The loss: cross-entropy over target tokens, as a sum, so that a step's parts add up to the whole."""
+"""The loss: cross-entropy summed over target tokens, so that the parts of a step add up to the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.attention import is_padding_free, rows_of
+from onward.training.attention import row_arguments, takes_rows
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
 from onward.training.model import causal_lm, keeps_logits
@@ -18,11 +18,11 @@ from onward.training.model import causal_lm, keeps_logits
 class TargetLoss:
     """The summed cross-entropy (nats, float32 scalar) of a batch's target tokens.
 
-    Rows are laid end to end where the model is known to keep them apart, else padded to the longest.
+    Rows are laid end to end where the model keeps them apart (`attention.takes_rows`), else padded to the longest.
 
     Args:
         dtype: compute type; below float32 the forward runs under autocast.
-        pad_id: what shorter rows are filled with where they are padded.
+        pad_id: the token that shorter rows are filled with when rows are padded.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, pad_id: int = 0) -> None:
@@ -31,23 +31,22 @@ class TargetLoss:
         self.dtype = dtype
         self.pad_id = pad_id
         self._causal_lm: Any = causal_lm(model)
-        self._padding_free = is_padding_free(self._causal_lm.config.model_type)
+        self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the loss, with its graph where gradients are on."""
         with autocast(self.device, self.dtype):
-            return self._flat(batch) if self._padding_free else self._padded(batch)
+            return self._flat(batch) if self._takes_rows else self._padded(batch)
 
     def _flat(self, batch: Batch) -> torch.Tensor:
         flat = flatten(batch)
         ids = torch.from_numpy(flat.input_ids).to(self.device)
         places = torch.from_numpy(flat.position_ids).to(self.device)
         before = torch.from_numpy(flat.before_targets).to(self.device)
-        with rows_of(flat.lengths):
-            hidden = self._causal_lm.base_model(
-                input_ids=ids[None], position_ids=places[None], use_cache=False
-            ).last_hidden_state[0]
+        rows = row_arguments(flat.lengths, self.device)
+        outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
+        hidden = outputs.last_hidden_state[0]
         hidden, labels = hidden.index_select(0, before), ids[before + 1]
         head = self._causal_lm.get_output_embeddings()
         if type(head) is nn.Linear and cast(Any, head).bias is None:

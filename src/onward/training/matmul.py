@@ -1,7 +1,7 @@
-"""Matrix products by the faster of the two libraries that PyTorch brings for a CPU.
+"""Matrix products by the faster of the two libraries that PyTorch ships for a CPU.
 
-For float32 PyTorch asks MKL. oneDNN, which PyTorch's compiler uses, takes up to a fifth less time for large products;
-for small ones the kernel that it makes for every new shape costs more than it saves.
+PyTorch uses MKL for float32. oneDNN, which PyTorch's compiler uses, takes up to a fifth less time for large products;
+for small ones, compiling a kernel for every new shape costs more than it saves.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import platform
 import torch
 
 LARGE = 1 << 27
-"""Multiplications from which on oneDNN pays."""
+"""Number of multiplications from which oneDNN is faster."""
 
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if platform.machine() in {"x86_64", "AMD64"} else None
 
 
 def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x @ weight.T` outside of autograd, shape (rows, out).
+    """Return `x @ weight.T`, shape (rows, out), without recording it for autograd.
 
     Args:
         x: shape (rows, into).

@@ -6,8 +6,6 @@ import contextlib
 import importlib.util
 import inspect
 import json
-import logging
-import warnings
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,32 +16,16 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from onward.config import Config
 from onward.errors import ModelError
 from onward.training.attention import ROW_ATTENTION, is_padding_free
 from onward.training.fused_lora import fuse_lora
+from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """Keep transformers' bars and advice off a person's screen; errors still come as exceptions."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("peft").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -1,6 +1,6 @@
-"""Seeds as pure functions of where the run stands, so that no random state has to be carried.
+"""Seeds as pure functions of the run's position, so that no random state has to be saved.
 
-The folding of a run's seed with step and micro-step follows Levanter's use of folded JAX keys.
+Folding step and micro-step into the run's seed follows Levanter's use of JAX's `fold_in`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def fold(*parts: int | str) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Run the body with torch's generators at `seed`; the caller's random state is as before afterwards."""
+    """Run the body with torch's generators seeded; afterwards the caller's random state is as it was before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

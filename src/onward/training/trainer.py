@@ -15,6 +15,7 @@ from onward.data.order import FilePlan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
+from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
 from onward.training.optim import set_learning_rate
 from onward.training.schedule import learning_rate
@@ -81,7 +82,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for micro_step, part in enumerate(self._parts(batch)):
             seed = fold(self.config.seed, "step", self.state.step, micro_step, RANK)
-            with seeded(seed, self.device):
+            with deterministic(self.device), seeded(seed, self.device):
                 loss = self.loss(part) / batch.target_tokens
                 loss.backward()
             total += loss.detach()

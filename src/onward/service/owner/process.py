@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from onward import __version__
@@ -25,7 +26,6 @@ from onward.service.owner.owned import Owned
 from onward.service.settings import Settings
 from onward.service.shown import FAILED, STOPPED, Shown
 from onward.service.wishes import Stopped, Wishes
-from onward.startup import large_imports
 from onward.store.ledger import Ledger
 from onward.training.base import BaseDigest, find_here
 
@@ -40,12 +40,24 @@ POLL_SECONDS = 0.2
 
 
 class OpenedRun:
-    """A run in a process that works on it; tokenizer, base model's hash and torch load when first needed."""
+    """A run in a process that works on it; tokenizer, base model's hash and torch load when first needed.
 
-    def __init__(self, layout: RunLayout, ledger: Ledger, report: Callable[[str], None]) -> None:
+    Args:
+        loading: a context in which the large libraries are imported.
+    """
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        ledger: Ledger,
+        report: Callable[[str], None],
+        *,
+        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self.layout = layout
         self.ledger = ledger
         self.report = report
+        self.loading = loading
         self._session: Session | None = None
         self._begun: BaseDigest | None = None
 
@@ -57,7 +69,7 @@ class OpenedRun:
     def open(self, again: bool) -> Session:
         """Open the run; with `again` also if it is open: config or model may have been mended."""
         if again or self._session is None:
-            with large_imports():
+            with self.loading():
                 self.hash_base()
                 from onward.service.session import open_session
 
@@ -136,7 +148,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
 def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch: bool) -> Daemon:
     owned.shown.set("loading")
     with owned.wishes.interruptible():
-        with large_imports():
+        with opened.loading():
             opened.hash_base()
             from onward.service.intake.inbox import Inbox
             from onward.service.owner.daemon import Daemon

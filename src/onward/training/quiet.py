@@ -1,0 +1,56 @@
+"""Keep transformers, PEFT and Python's warnings off a person's screen while a model is loaded or saved.
+
+Verbosity, progress bars and warning filters belong to the process, so threads share one silence: the first one in makes
+it, the last one out puts back what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import warnings
+from collections.abc import Generator
+
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
+
+
+class _Silence:
+    """One silence for all threads, with a count of those in it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Generator[None]:
+        """Be silent in the body; errors still come as exceptions."""
+        with self._lock:
+            if self._inside == 0:
+                self._begin()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._before.close()
+
+    def _begin(self) -> None:
+        restore, peft = self._before, logging.getLogger("peft")
+        restore.enter_context(warnings.catch_warnings())  # first in, last out: putting bars back may warn
+        restore.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
+        if transformers_logging.is_progress_bar_enabled():
+            restore.callback(transformers_logging.enable_progress_bar)
+        restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        restore.callback(peft.setLevel, peft.level)
+        warnings.simplefilter("ignore")
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        peft.setLevel(logging.ERROR)
+
+
+quiet = _Silence()
