@@ -22,7 +22,7 @@ from onward.errors import DamagedState, VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.retention import Retention
 from onward.store.ledger import IN_STREAM, Ledger
-from onward.training.checkpoint import MANIFEST, Facts, Manifest, inspect_checkpoint, write_checkpoint
+from onward.training.checkpoint import MANIFEST, Contents, Facts, Manifest, inspect_checkpoint, write_checkpoint
 from onward.training.handover import Measurement, measure
 from onward.training.state import Snapshot
 
@@ -82,14 +82,14 @@ class Commits:
         basis = _basis(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
+        recorded = self.ledger.one("SELECT 1 FROM checkpoints WHERE step = ?", state.step) is not None
         row = self.ledger.begin_checkpoint(
             step=state.step, file_id=commit.file_id, boundary=int(state.cursor.at_boundary), state_digest=digest,
             basis=basis,
         )  # fmt: skip
         target = self.layout.checkpoint(state.step)
-        manifest = write_checkpoint(
-            target, commit.model, state, config, measurement, facts, commit.log_history, commit.parent
-        )
+        contents = Contents(commit.model, state, config, measurement, facts, commit.log_history, commit.parent)
+        manifest = write_checkpoint(target, contents, recorded=recorded)
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
             commit.with_ledger(self.ledger)
@@ -192,10 +192,10 @@ class Commits:
                 remove_tree(folder)
         else:
             folder = self.layout.boundary(step)
-            manifest, problems = inspect_checkpoint(folder)
-            if manifest is None or problems:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-            self.install(folder, manifest, retention)
+            found = inspect_checkpoint(folder)
+            if found.verified is None:
+                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+            self.install(folder, found.verified, retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
@@ -211,11 +211,11 @@ class Commits:
         if claimed and not self.layout.checkpoint(claimed["step"]).is_dir():
             damage.append(f"checkpoint-{claimed['step']} is missing")
         for folder in folders:
-            manifest, problems = inspect_checkpoint(folder)
+            found = inspect_checkpoint(folder)
             place = folder.relative_to(self.layout.root)
-            if manifest is not None and not problems:
-                return Settled(folder, manifest, damage)
-            damage += [f"{place}/{problem}" for problem in problems]
+            if found.verified is not None:
+                return Settled(folder, found.verified, damage)
+            damage += [f"{place}/{problem}" for problem in found.problems]
         return Settled(None, None, damage)
 
     def _nothing_left(self, step: int, damage: list[str]) -> DamagedState:
