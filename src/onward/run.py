@@ -334,11 +334,11 @@ def _refuse_occupied(layout: RunLayout) -> None:
 
 def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
     """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
-    from onward.training.base import require_complete, resolve_base, with_absolute_path
+    from onward.training.base import require_complete, resolve_base, with_stored_path
 
     base = resolve_base(config.model, download=True, report=report)
     require_complete(base)
-    config = with_absolute_path(config, base)
+    config = with_stored_path(config, base, layout.root)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()

@@ -293,7 +293,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], type[OnwardError], str]] = {
     "torn trainer_state.json": (
         lambda folder: os.truncate(folder / "trainer_state.json", 20), UsageError, "trainer_state.json cannot be read"
     ),
-    "torn optimizer.pt": (lambda folder: os.truncate(folder / "optimizer.pt", 900), DamagedState, "not that of AdamW"),
+    "torn optimizer.pt": (lambda folder: os.truncate(folder / "optimizer.pt", 900), DamagedState, "is damaged"),
     "SGD": (optimizer_of(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)), DamagedState, "not that of AdamW"),
     "Adafactor": (optimizer_of(lambda p: torch.optim.Adafactor(p)), DamagedState, "not that of AdamW"),
     "Adamax": (optimizer_of(lambda p: torch.optim.Adamax(p)), DamagedState, "parameter groups"),

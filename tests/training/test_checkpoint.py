@@ -11,9 +11,8 @@ import torch
 from onward.config import Config
 from onward.errors import NoSpace
 from onward.training import huggingface
-from onward.training.checkpoint import inspect_checkpoint, require_space
+from onward.training.checkpoint import Inspection, inspect_checkpoint, require_space
 from onward.training.model import build_model
-from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
 
 
@@ -26,9 +25,9 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     """Missing, unreadable or foreign manifests are named, and never taken for a state."""
-    assert (None, ["onward.json is missing"]) == inspect_checkpoint(tmp_path)
+    assert Inspection(None, ["onward.json is missing"], is_ours=False) == inspect_checkpoint(tmp_path)
     (tmp_path / "onward.json").write_text('{"format": 1}')
-    assert (None, ["onward.json cannot be read"]) == inspect_checkpoint(tmp_path)
+    assert Inspection(None, ["onward.json was changed"]) == inspect_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("room", [0, 1 << 12, 1 << 20])
@@ -53,7 +52,7 @@ def test_a_copied_state_is_the_state_and_its_moments_share_one_storage(
     """Digests are equal, and so is what is loaded from the file, of which one storage is most of the bytes."""
     config, cpu = Config.model_validate({"model": str(model), "method": method}), torch.device("cpu")
     built = build_model(config, model, cpu, torch.float32)
-    state, copy = TrainState(built, build_optimizer(built, config)), None
+    state, copy = TrainState.start(built, config), None
     torch.manual_seed(0)
     for _ in range(3):
         copy = state.snapshot(into=copy)

@@ -53,14 +53,12 @@ class Session:
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""
-        static = huggingface.tokenizer_files(self.tokenizer)
-        static[huggingface.TRAINING_ARGUMENTS] = huggingface.training_arguments(self.config)
         return Facts(
             run=self.ledger.get("run"),
             base={"name": self.config.model, "digest": self.base_digest},
             tokenizer=self.tokenizer_digest,
             environment=self.environment,
-            static_files=static,
+            static_files=huggingface.tokenizer_files(self.tokenizer),
         )
 
 
@@ -82,7 +80,7 @@ def open_session(
         ModelError: the base is missing or changed on disk.
     """
     config = config or read_config(layout.config)
-    base = resolve_base(config.model, report=report)
+    base = resolve_base(config.model, root=layout.root, report=report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(tokenizer_folder(layout, base))
     tokenizer_digest = tokenizer_fingerprint(tokenizer)

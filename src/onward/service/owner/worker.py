@@ -30,13 +30,14 @@ from onward.store.metrics import Metrics, StepRecord
 from onward.store.rows import FileRow
 from onward.training import huggingface
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size, load_state
+from onward.training.checkpoint import SPACE_MARGIN, Facts, Manifest, estimate_size
 from onward.training.handover import Probe, compare, measure
+from onward.training.loading import load_state
 from onward.training.model import build_model
-from onward.training.optim import build_optimizer
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, TrainState
 from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
 
 LedgerMoves = Callable[[Ledger], None]
 
@@ -131,7 +132,7 @@ class Worker:
         session, settled = self.session, self._settled
         if settled is None or settled.folder is None or settled.manifest is None:
             model = build_model(self.config, session.base, session.device, session.dtype)
-            self.state = TrainState(model, build_optimizer(model, self.config))
+            self.state = TrainState.start(model, self.config)
             self._in_force = self.config
             return
         self._newest = settled.manifest
@@ -216,7 +217,7 @@ class Worker:
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
+        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
         for result in trainer.steps(tokens, plan):
             metrics.append(_record(file_id, result))
             self._remember(result)

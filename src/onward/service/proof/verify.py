@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, read_config, stored_config
@@ -22,6 +20,8 @@ from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
 from onward.training.base import digest_base, resolve_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.loading import read_optimizer
+from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 
 
@@ -64,7 +64,8 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     if newest is None:
         return Proof([Check("state", True, "nothing was trained yet"), _check("queue", lambda: _queue(ledger))])
     folder = layout.checkpoint(newest.step)
-    manifest, problems = inspect_checkpoint(folder)
+    found = inspect_checkpoint(folder)
+    manifest, problems = found.manifest, found.problems
     checks = [_check("state files", lambda: _state_files(manifest, problems))]
     checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest.step)))
     if manifest is not None:
@@ -128,17 +129,15 @@ def _root_files(layout: RunLayout, manifest: Manifest) -> str:
 
 def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     folder = layout.checkpoint(manifest.step)
-    saved = cast(
-        dict[str, Any], torch.load(folder / huggingface.OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-    )
-    adam = {int(entry["step"]) for entry in saved["state"].values()} or {0}
+    method = optimizer_method(stored_config(manifest.config))
+    counted = saved_count(method, read_optimizer(folder / huggingface.OPTIMIZER, mapped=True))
     counters = manifest.state["counters"]
     values = {
         "ledger": ledger.committed_step(),
         "ledger's steps": int(ledger.get("origin_step", 0)) + ledger.count_steps(manifest.step),
         "manifest": counters["step"],
         "trainer_state.json": json.loads((folder / huggingface.TRAINER_STATE).read_bytes())["global_step"],
-        "Adam": (adam.pop() if len(adam) == 1 else -1) + counters["adam_origin"],
+        "Adam": counted + counters["adam_origin"],
     }
     _require(set(values.values()) == {manifest.step}, f"the counters differ: {values}")
     return f"{manifest.step} in {', '.join(values)}"
@@ -199,8 +198,8 @@ def _handovers(ledger: Ledger) -> str:
 def _restore_points(layout: RunLayout) -> str:
     points = layout.restore_points()
     for point in points:
-        manifest, problems = inspect_checkpoint(point)
-        _require(manifest is not None and not problems, f"{point.name}: {'; '.join(problems)}")
+        found = inspect_checkpoint(point)
+        _require(found.verified is not None, f"{point.name}: {'; '.join(found.problems)}")
     return f"{len(points)} verify (steps {', '.join(str(step_of(point)) for point in reversed(points))})"
 
 
@@ -214,6 +213,6 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
-    digest = digest_base(resolve_base(read_config(layout.config).model, report=lambda _: None))
+    digest = digest_base(resolve_base(read_config(layout.config).model, root=layout.root, report=lambda _: None))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

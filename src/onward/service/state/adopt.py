@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,12 +19,13 @@ from onward.service.session import open_session
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
-from onward.training.checkpoint import load_moments
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.base import WEIGHTS, resolve_base, with_stored_path
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import Probe
-from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model, load_tokenizer
-from onward.training.optim import build_optimizer
+from onward.training.loading import load_moments, read_optimizer
+from onward.training.model import build_model, load_tokenizer
+from onward.training.optimizers import ADAMW, UnsupportedSetting, saved_groups
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (
@@ -32,8 +33,6 @@ TOKENIZER_FILES = (
     "merges.txt", "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 TOKENIZER_MARK = "tokenizer_config.json"
-EPS = 1e-8
-"""AdamW's `eps`, torch's default and the Trainer's."""
 MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 
@@ -56,7 +55,7 @@ def adopt(
     base = resolve_base(config.model, download=True, report=report)
     _require_tokenizer(checkpoint, base)
     device = pick_device()
-    state = TrainState(*_with_optimizer(config, base, checkpoint, device))
+    state = TrainState.start(_build(config, base, checkpoint, device), config)
     load_moments(state, checkpoint / huggingface.OPTIMIZER)
     adam = state.view().adam_step()
     if not 0 < adam <= step:
@@ -65,7 +64,7 @@ def adopt(
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
         config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
     else:
-        config = with_absolute_path(config, base)
+        config = with_stored_path(config, base, layout.root)
     _make(checkpoint, layout, config, state, report)
 
 
@@ -161,30 +160,18 @@ def _read_adapter(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_settings(path: Path) -> dict[str, Any]:
+    saved = read_optimizer(path, mapped=True)
     try:
-        saved = cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        group = saved["param_groups"][0]
-        eps = float(group["eps"])
-        values = {
-            "learning_rate": float(group.get("initial_lr", group["lr"])),
-            "weight_decay": float(group["weight_decay"]),
-            "betas": [float(beta) for beta in group["betas"]],
-        }
-    except Exception as error:
-        raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
-    if eps != EPS:
+        return ADAMW.settings(saved_groups(saved)[0])
+    except UnsupportedSetting as error:
         hint = "There is no config key for it. Train on with transformers, or begin anew: onward init NEW_RUN"
-        raise UsageError(
-            f"the checkpoint was trained with AdamW's eps {eps:g}, a run has {EPS:g}", where=path, hint=hint
-        )
-    return values
+        raise UsageError(f"the checkpoint was trained with {error}", where=path, hint=hint) from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
 
 
-def _with_optimizer(
-    config: Config, base: Path, checkpoint: Path, device: torch.device
-) -> tuple[torch.nn.Module, torch.optim.AdamW]:
-    model = build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=checkpoint)
-    return model, build_optimizer(model, config)
+def _build(config: Config, base: Path, checkpoint: Path, device: torch.device) -> torch.nn.Module:
+    return build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=checkpoint)
 
 
 def _require_tokenizer(checkpoint: Path, base: Path) -> None:

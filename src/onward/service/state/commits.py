@@ -22,7 +22,7 @@ from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import MANIFEST, Facts, Manifest, write_checkpoint
+from onward.training.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
 from onward.training.handover import Measurement, measure
 from onward.training.state import Snapshot
 
@@ -70,14 +70,14 @@ class Commits:
         basis = basis_of(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
+        recorded = self.ledger.checkpoint_created(state.step) is not None
         row = self.ledger.begin_checkpoint(
             step=state.step, file_id=commit.file_id, boundary=int(state.cursor.at_boundary), state_digest=digest,
             basis=basis,
         )  # fmt: skip
         target = self.layout.checkpoint(state.step)
-        manifest = write_checkpoint(
-            target, commit.model, state, config, measurement, facts, commit.log_history, commit.parent
-        )
+        contents = Contents(commit.model, state, config, measurement, facts, commit.log_history, commit.parent)
+        manifest = write_checkpoint(target, contents, recorded=recorded)
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
             commit.with_ledger(self.ledger)

@@ -150,8 +150,8 @@ def _boundary_before(layout: RunLayout, ledger: Ledger, row: FileRow) -> tuple[i
     """Return step and position of the newest restore point at or before a file's beginning that verifies."""
     for point in layout.restore_points():
         if step_of(point) <= row.first_step:
-            manifest, problems = inspect_checkpoint(point)
-            if manifest is not None and not problems and manifest.cursor.position < row.place:
+            manifest = inspect_checkpoint(point).verified
+            if manifest is not None and manifest.cursor.position < row.place:
                 return manifest.step, manifest.cursor.position
     if ledger.get("origin_step", 0) > 0:
         hint = "Its beginning was an adopted checkpoint: adopt that into a new run, and train the other files there."
@@ -168,7 +168,7 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
             where=folder,
             hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
         )
-    manifest, problems = inspect_checkpoint(folder)
-    if manifest is None or problems:
-        raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-    return manifest
+    found = inspect_checkpoint(folder)
+    if found.verified is None:
+        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+    return found.verified

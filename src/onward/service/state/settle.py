@@ -84,10 +84,10 @@ class Settlement:
                 remove_tree(folder)
         else:
             folder = self.layout.boundary(step)
-            manifest, problems = inspect_checkpoint(folder)
-            if manifest is None or problems:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-            self._commits.install(folder, manifest, self.retention)
+            found = inspect_checkpoint(folder)
+            if found.verified is None:
+                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+            self._commits.install(folder, found.verified, self.retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
@@ -103,11 +103,11 @@ class Settlement:
         if claimed and not self.layout.checkpoint(claimed.step).is_dir():
             damage.append(f"checkpoint-{claimed.step} is missing")
         for folder in folders:
-            manifest, problems = inspect_checkpoint(folder)
+            found = inspect_checkpoint(folder)
             place = folder.relative_to(self.layout.root)
-            if manifest is not None and not problems:
-                return Settled(folder, manifest, damage)
-            damage += [f"{place}/{problem}" for problem in problems]
+            if found.verified is not None:
+                return Settled(folder, found.verified, damage)
+            damage += [f"{place}/{problem}" for problem in found.problems]
         return Settled(None, None, damage)
 
     def _nothing_left(self, step: int, damage: list[str]) -> DamagedState:
