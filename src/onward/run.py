@@ -294,7 +294,10 @@ class Run:
     def reset(self) -> dict[str, Any]:
         """Forget all progress: remove the model and its restore points, mark every file undone.
 
-        An adopted run begins again at its base model, not at the checkpoint that was adopted.
+        An adopted run is back at the step that it was adopted at.
+
+        Raises:
+            UsageError: the adopted state is no longer kept.
         """
         with self._owned() as ledger:
             from onward.service.state.rollback import reset

@@ -420,7 +420,7 @@ def test_the_run_on_disk_is_a_run(saved: dict[str, Saved], tmp_path: Path) -> No
     """An adopted full run carries its base: config and files name no place outside of it."""
     Run.adopt(saved["full"].folder, tmp_path / "run")
     base = tmp_path / "run/base"
-    assert str(base) == yaml.safe_load((tmp_path / "run/onward.yaml").read_text())["model"]
+    assert "base" == yaml.safe_load((tmp_path / "run/onward.yaml").read_text())["model"]
     stock.assert_equal(load_file(saved["full"].folder / "model.safetensors"), load_file(base / "model.safetensors"))
     assert [] == [path for path in base.iterdir() if path.suffix in (".pt", ".pth")]
     assert [] == list((tmp_path / "run").rglob(".tmp-*"))

@@ -313,3 +313,13 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
     remove_tree(doomed)
     folder.rename(doomed)  # what a kill leaves of it is a temporary, not a directory without a manifest
     remove_tree(doomed)
+
+
+def stated_origin(folder: Path) -> tuple[Any, Any] | None:
+    """Return the run and the step that a manifest states, unchecked; None where there is no manifest.
+
+    Raises:
+        Unreadable: the manifest cannot be read now.
+    """
+    values = _read_manifest(folder / MANIFEST)
+    return None if values is None else (values.get("run"), values.get("step"))

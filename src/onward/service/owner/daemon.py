@@ -141,8 +141,8 @@ class Daemon:
     def _settle(self) -> None:
         """Mend what the process before left; what is lost is owed again."""
         self._settled = Settlement(self._intake.layout, self.ledger, Retention.of(self.config)).settle()
-        for problem in self._settled.damage:
-            self._show(f"damaged: {problem}")
+        for message in self._settled.messages():
+            self._show(message)
 
     def _turn(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""

@@ -17,7 +17,7 @@ from onward.config import Config, read_config, stored_config
 from onward.errors import FileRejected, NoSpace, OnwardError, TrainingError
 from onward.layout import RunLayout
 from onward.service.intake.refusals import Refusal, keep_refused
-from onward.service.state.rollback import Move, go_back
+from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -54,7 +54,7 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, error: BaseException
     failures = row.failures + 1
     parts = _smaller_parts(row, ledger, config) if is_out_of_memory(error) else row.parts
     if is_out_of_memory(error) and parts is not None:
-        values = {"failures": row.failures, "parts": parts}
+        values: Values = {"failures": row.failures, "parts": parts}
         decision = f"tried again with each step in {parts} parts"
     elif not is_out_of_memory(error) and failures <= config.retries:
         values = {"failures": failures, "parts": row.parts}

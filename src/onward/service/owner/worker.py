@@ -123,8 +123,8 @@ class Worker:
         if self._settled is not None:
             return
         self._settled = Settlement(self.session.layout, self.ledger, Retention.of(self.config)).settle()
-        for problem in self._settled.damage:
-            yield Note(f"damaged: {problem}")
+        for message in self._settled.messages():
+            yield Note(message)
 
     def _load(self) -> None:
         """Load the newest verifiable state, or make that of step 0; nothing is written."""
@@ -296,12 +296,13 @@ class Worker:
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:
         """Take note of a commit that is finished; what made it fail is raised here."""
-        manifest = self._writer.collect(wait=wait)
-        if manifest is None:
+        written = self._writer.collect(wait=wait)
+        if written is None:
             return
+        manifest = written.manifest
         before, self._newest = self._newest, manifest
         finished, self._finished = self._finished, None
-        yield Committed(manifest.step)
+        yield Committed(manifest.step, written.removed, written.restore_point)
         if finished is not None:
             if before is not None and manifest.measurement["weights"] == before.measurement["weights"]:
                 yield Note(f"{finished.name} changed no weight: is the learning rate too small?")

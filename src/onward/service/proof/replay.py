@@ -54,7 +54,7 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
     for point in layout.restore_points():
         if step_of(point) < target.step:
             manifest = inspect_checkpoint(point).verified
-            if manifest is not None:
+            if manifest is not None and manifest.run == target.run:
                 return point, manifest
     raise VerificationFailed("there is no restore point before the current state", where=layout.boundaries)
 

@@ -15,10 +15,12 @@ from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.proof.replay import replay
+from onward.service.session import base_folder
+from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
-from onward.training.base import digest_base, resolve_base
+from onward.training.base import digest_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.loading import read_optimizer
 from onward.training.optimizers import optimizer_method, saved_count
@@ -67,7 +69,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     found = inspect_checkpoint(folder)
     manifest, problems = found.manifest, found.problems
     checks = [_check("state files", lambda: _state_files(manifest, problems))]
-    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest.step)))
+    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, ledger, newest.step)))
     if manifest is not None:
         known = manifest
         checks.append(_check("root files", lambda: _root_files(layout, known)))
@@ -76,7 +78,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
         _check("rows", lambda: _rows(ledger)),
         _check("learning rates", lambda: _learning_rates(ledger)),
         _check("handovers", lambda: _handovers(ledger)),
-        _check("restore points", lambda: _restore_points(layout)),
+        _check("restore points", lambda: _restore_points(layout, ledger)),
         _check("originals", lambda: _originals(layout, ledger)),
         _check("base model", lambda: _base(layout, ledger)),
     ]
@@ -109,13 +111,14 @@ def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
     return f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 
-def _one_checkpoint(layout: RunLayout, step: int) -> str:
-    names = [folder.name for folder in layout.checkpoints()]
+def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
+    ownership = Ownership(layout, ledger)
+    names = [folder.name for folder in ownership.checkpoints()]
     _require(names == [f"checkpoint-{step}"], f"current_model holds {names}, the ledger says checkpoint-{step}")
-    folders = (layout.root, layout.current, layout.boundaries, layout.archive)
-    left = [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]
+    left = [*layout.temporaries(), *layout.archive.glob(f"{TEMPORARY_PREFIX}*")]
     _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
-    return names[0]
+    others = [str(folder.relative_to(layout.root)) for folder in ownership.others()]
+    return "; not of this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)
 
 
 def _root_files(layout: RunLayout, manifest: Manifest) -> str:
@@ -195,8 +198,8 @@ def _handovers(ledger: Ledger) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none yet"
 
 
-def _restore_points(layout: RunLayout) -> str:
-    points = layout.restore_points()
+def _restore_points(layout: RunLayout, ledger: Ledger) -> str:
+    points = Ownership(layout, ledger).restore_points()
     for point in points:
         found = inspect_checkpoint(point)
         _require(found.verified is not None, f"{point.name}: {'; '.join(found.problems)}")
@@ -213,6 +216,6 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
-    digest = digest_base(resolve_base(read_config(layout.config).model, root=layout.root, report=lambda _: None))
+    digest = digest_base(base_folder(layout, read_config(layout.config)))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

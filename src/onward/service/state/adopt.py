@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.session import open_session
+from onward.service.session import OWN_BASE, open_session
+from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
@@ -38,8 +39,11 @@ MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 def adopt(
     checkpoint: Path, layout: RunLayout, model: str | None, settings: Mapping[str, Any], report: Callable[[str], None]
-) -> None:
+) -> list[str]:
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
+
+    Returns:
+        What the run took over, what it set anew and what is unknown, one line each.
 
     Raises:
         UsageError: this is no Trainer checkpoint, or the directory holds a config already.
@@ -62,10 +66,11 @@ def adopt(
         raise DamagedState(f"Adam counts {adam} steps, trainer_state.json {step}", where=checkpoint)
     state.counters.step, state.counters.adam_origin = step, step - adam
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
-        config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
+        config = config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     else:
         config = with_stored_path(config, base, layout.root)
     _make(checkpoint, layout, config, state, report)
+    return describe(checkpoint, state.step, config, settings)
 
 
 def _make(
@@ -74,18 +79,19 @@ def _make(
     """Make the run's files, the ledger's name last, so that it makes the run."""
     layout.root.mkdir(parents=True, exist_ok=True)
     layout.make()
-    if Path(config.model) == layout.root.absolute() / "base":
-        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), Path(config.model))
+    if config.model == OWN_BASE:
+        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # what the checkpoint was trained with
         _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
     unfinished = layout.ledger.with_name(f"{TEMPORARY_PREFIX}{layout.ledger.name}")
-    remove_temporaries(layout.root)
+    for left in layout.temporaries():
+        remove_tree(left)
     with Ledger(unfinished) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
-        values = json.dumps(Commits(layout, ledger).commit(commit).measurement)
+        values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measurement)
         ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     layout.config.write_text(render_yaml(config), encoding="utf-8")
