@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import nn
 from transformers import PreTrainedModel
 
 from onward.config import Config
-from onward.errors import ModelError, first_line
+from onward.errors import ModelError, Unreadable, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -33,9 +35,17 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
     """Return the adapter that a folder describes.
 
     Args:
-        dropout: to be trained with this dropout; None for inference.
+        dropout: train it with this dropout; None loads it for inference.
+
+    Raises:
+        ModelError: the description is missing or is not one of PEFT's.
+        Unreadable: it cannot be read now.
     """
-    adapter = PeftConfig.from_pretrained(str(folder))
+    path = folder / ADAPTER_CONFIG
+    try:
+        adapter = PeftConfig.from_peft_type(**json.loads(_read(path)))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the adapter's config is not one of PEFT's: {first_line(error)}", where=path) from None
     adapter.inference_mode = dropout is None
     if dropout is not None and isinstance(adapter, LoraConfig):
         adapter.lora_dropout = dropout
@@ -63,14 +73,28 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     """Load an adapter's weights into the model that was built from its config.
 
     Raises:
-        ModelError: names or shapes do not fit.
+        ModelError: the weights are missing or damaged, or names or shapes do not fit.
+        Unreadable: they cannot be read now.
     """
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    try:
+        tensors = load(_read(folder / ADAPTER_WEIGHTS))
+    except SafetensorError as error:
+        raise ModelError(f"the adapter's weights are damaged: {first_line(error)}", where=folder) from None
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(set(tensors) ^ set(expected)) or sorted(n for n in expected if expected[n].shape != tensors[n].shape)
     if wrong:
         raise ModelError(f"the adapter's weights do not fit its config: {', '.join(wrong[:3])}", where=folder)
     set_peft_model_state_dict(model, tensors)
+
+
+def _read(path: Path) -> bytes:
+    """Read a file by Python, whose errors say what the system refused; safetensors calls every failure 'not found'."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"{path.name} is missing", where=path.parent) from None
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

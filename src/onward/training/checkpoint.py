@@ -166,7 +166,7 @@ def _no_space(folder: Path, size: int) -> NoSpace:
 
 
 def _write_files(folder: Path, contents: Contents) -> None:
-    """Write all files but the manifest; each has the mode that the process's umask gives a new file."""
+    """Write all files but the manifest."""
     state, config = contents.state, contents.config
     save_weights(contents.model, state.weights, folder)
     huggingface.save(state.optimizer, folder / huggingface.OPTIMIZER)
@@ -177,8 +177,6 @@ def _write_files(folder: Path, contents: Contents) -> None:
     for name, data in contents.facts.static_files.items():
         (folder / name).write_bytes(data)
     for path in folder.iterdir():
-        if path.suffix == ".safetensors":  # the library makes it readable by its owner alone, whatever the umask
-            shutil.copymode(folder / huggingface.TRAINER_STATE, path)
         fsync_file(path)
 
 
@@ -300,8 +298,12 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
         NotMadeHere: nothing shows that this run made the directory; it is left alone.
         Unreadable: its manifest cannot be read now.
     """
-    if not folder.is_symlink() and not folder.exists():
+    try:
+        folder.lstat()
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise Unreadable.of(error, folder) from None
     values = _read_manifest(folder / MANIFEST) or {}
     if values.get("run") != run and not recorded:
         raise NotMadeHere(
