@@ -26,12 +26,14 @@ class ReadFault:
     Args:
         at: which read, from 1; 0 for none, to count them.
         kind: one of `REFUSALS`.
+        record: a file that gets a line for every read, for whoever counts them from another process.
     """
 
     folder: Path
     at: int = 0
     kind: str = "EIO"
     count: int = 0
+    record: Path | None = None
 
     def again(self, at: int, kind: str) -> None:
         """Count from nothing, for another fault."""
@@ -64,6 +66,9 @@ class ReadFault:
 
     def _read(self) -> None:
         self.count += 1
+        if self.record is not None:
+            with self.record.open("a") as lines:
+                lines.write(f"{self.count}\n")
         if self.count == self.at:
             number = getattr(errno, self.kind)
             raise OSError(number, os.strerror(number))
