@@ -74,9 +74,7 @@ def notes_of(run: Run, name: str) -> list[str]:
         return [event.message for event in ledger.events(1000) if name in event.message]
 
 
-def test_what_others_put_there_stays(
-    root: Path, twin: Path, stranger: Path, files: list[Path], tmp_path: Path
-) -> None:
+def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, files: list[Path], tmp_path: Path) -> None:
     """A Trainer's checkpoints, a person's copy and another run's are left alone through training, and named once."""
     current, boundaries = root / "current_model", root / "boundaries"
     others = [
@@ -183,9 +181,7 @@ def lose_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose_name, lambda folder: (folder / "onward.json").unlink()], ids=["torn", "gone"])
-def test_the_runs_own_damaged_checkpoint_is_repaired(
-    damage: Callable[[Path], None], root: Path, trained: Path
-) -> None:
+def test_the_runs_own_damaged_checkpoint_is_repaired(damage: Callable[[Path], None], root: Path, trained: Path) -> None:
     """Where the ledger says that a checkpoint is, one with a damaged manifest is the run's own."""
     damage(root / "current_model/checkpoint-3")
     Run(root).train()

@@ -39,11 +39,13 @@ def test_a_read_that_fails(name: str, model: Path, tmp_path: Path) -> None:
     assert 0 == command(tmp_path / "output", "train", "--run", after, prepare=prepare)
     states, total = committed_states(after), len(record.read_text().splitlines())
     assert 20 < total
+    refused = 0
     for number, at in enumerate(range(1, total + 1, max(1, total // POINTS))):
         for kind in KINDS if FULL_SIZE else [KINDS[number % len(KINDS)]]:
             root = copy_run(before, tmp_path / f"{at}-{kind}" / "run")
             output = root.with_name("output")
             status = command(output, "train", "--run", root, prepare=ReadFault(root / name, at, kind).arm)
+            refused += status == 1
             try:
                 assert "Traceback" not in output.read_text(), output.read_text()
                 assert status in (0, 1), output.read_text()
@@ -57,3 +59,4 @@ def test_a_read_that_fails(name: str, model: Path, tmp_path: Path) -> None:
                 error.add_note(f"{kind} at read {at} of {total}")
                 raise
             shutil.rmtree(root.parent)
+    assert 0 < refused

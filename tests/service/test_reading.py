@@ -124,7 +124,7 @@ def test_after_a_commit(run: Run) -> None:
         told = [event.message for event in ledger.events(1000) if event.message.startswith("mirror")]
     assert [("checkpoint-3", 3)] * 2 == calls
     assert [3, 3] == reached
-    assert ["mirror failed after the commit of step 3: the bucket is away; it is tried again after the next commit"] == (
-        told
-    )
+    assert [
+        "mirror failed after the commit of step 3: the bucket is away; it is tried again after the next commit"
+    ] == (told)
     assert run.verify().ok
