@@ -148,7 +148,7 @@ def peer_model(folder: Path, values: dict[str, Any]) -> torch.nn.Module:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from onward.training.model import save_weights
+    from onward.training.weights import save_weights
 
     base = Path(values["model"])
     dtype = pick_dtype("auto", torch.device("cuda" if ON_GPU else "cpu"))

@@ -21,7 +21,7 @@ from typing import Any
 from onward.layout import RunLayout
 from onward.run import Run
 from onward.store.ledger import Ledger
-from onward.training import model
+from onward.training import weights
 from onward.training.checkpoint import inspect_checkpoint
 
 ERRORS = ("ENOSPC", "EIO")
@@ -77,7 +77,7 @@ class Fault:
             return _Stream(opener(file, mode, *args, **options), change)
 
         io.open = builtins.open = counted_open  # type: ignore[assignment]
-        save_file = model.save_file
+        save_file = weights.save_file
 
         def counted_save_file(tensors: Any, path: Any, **options: Any) -> None:
             def half() -> None:
@@ -87,7 +87,7 @@ class Fault:
             change("write", half)
             save_file(tensors, path, **options)
 
-        model.save_file = counted_save_file
+        weights.save_file = counted_save_file
 
     @property
     def struck(self) -> Path:
@@ -167,8 +167,8 @@ def assert_committed(states: dict[int, str], root: Path) -> None:
     layout = RunLayout(root)
     found: dict[int, str] = {}
     for folder in (*layout.checkpoints(), *layout.restore_points()):
-        manifest, problems = inspect_checkpoint(folder)
-        if manifest is not None and not problems:
+        manifest = inspect_checkpoint(folder).verified
+        if manifest is not None:
             found[manifest.step] = manifest.state_digest
     assert found.items() <= states.items()
     assert max(found, default=-1) >= max(committed_states(root), default=-1)

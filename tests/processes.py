@@ -75,6 +75,15 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
     return process.exitcode
 
 
+def apart(function: Callable[..., None], *arguments: object) -> int | None:
+    """Call a function in a process of its own to its end; returns its exit status."""
+    _start_server()
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
     """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
     _start_server()

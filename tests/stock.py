@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from onward.config import read_config
 from onward.layout import RunLayout
 from onward.training.base import resolve_base
-from onward.training.checkpoint import inspect_checkpoint, load_state
+from onward.training.checkpoint import inspect_checkpoint
+from onward.training.loading import load_state
 from onward.training.state import TrainState
 
 ARGUMENTS: dict[str, Any] = {
@@ -76,11 +77,11 @@ def open_state(run: Path) -> TrainState:
     layout = RunLayout(run)
     config = read_config(layout.config)
     folder = layout.checkpoints()[0]
-    manifest, problems = inspect_checkpoint(folder)
-    assert manifest is not None
-    assert problems == []
-    base = resolve_base(config.model)
-    return load_state(folder, manifest, config, base, torch.device("cpu"), torch.float32)
+    found = inspect_checkpoint(folder)
+    assert [] == found.problems
+    assert found.manifest is not None
+    base = resolve_base(config.model, root=run)
+    return load_state(folder, found.manifest, config, base, torch.device("cpu"), torch.float32)
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.errors import UsageError
+from onward.errors import Unreadable, UsageError
 
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
+_TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|ledger\.sqlite3(-wal|-shm|-journal)?)")
+"""Names under which writes of state, and of a new ledger, are unfinished."""
 
 
 def step_of(directory: Path) -> int:
@@ -109,6 +112,11 @@ class RunLayout:
         """Restore points in `boundaries/`, newest step first."""
         return self._by_step(self.boundaries, _BOUNDARY)
 
+    def temporaries(self) -> list[Path]:
+        """What an interrupted write of state left; other names are not Onward's."""
+        folders = (self.root, self.current, self.boundaries)
+        return [entry for folder in folders for entry in entries(folder) if _TEMPORARY.fullmatch(entry.name)]
+
     def make(self) -> None:
         """Make the run's directories."""
         for directory in (self.inbox, self.archive, self.rejected, self.tokens, self.boundaries):
@@ -126,7 +134,28 @@ class RunLayout:
 
     @staticmethod
     def _by_step(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
-        if not directory.is_dir():
-            return []
-        found = [entry for entry in directory.iterdir() if entry.is_dir() and pattern.fullmatch(entry.name)]
-        return sorted(found, key=step_of, reverse=True)
+        named = (entry for entry in entries(directory) if pattern.fullmatch(entry.name))
+        return sorted((entry for entry in named if _is_directory(entry)), key=step_of, reverse=True)
+
+
+def entries(directory: Path) -> list[Path]:
+    """Return what is in a directory, sorted by name; nothing where there is no such directory.
+
+    Raises:
+        Unreadable: the system refuses to list it now.
+    """
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise Unreadable.of(error, directory) from None
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise Unreadable.of(error, path) from None

@@ -323,7 +323,10 @@ class Run:
     def reset(self) -> dict[str, Any]:
         """Forget all progress: remove the model and its restore points, mark every file undone.
 
-        An adopted run begins again at its base model, not at the checkpoint that was adopted.
+        An adopted run is back at the step that it was adopted at.
+
+        Raises:
+            UsageError: the adopted state is no longer kept.
         """
         with self._owned() as ledger:
             from onward.service.state.rollback import reset
@@ -371,11 +374,11 @@ def _refuse_occupied(layout: RunLayout) -> None:
 
 def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
     """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
-    from onward.training.base import require_complete, resolve_base, with_absolute_path
+    from onward.training.base import require_complete, resolve_base, with_stored_path
 
     base = resolve_base(config.model, download=True, report=report)
     require_complete(base)
-    config = with_absolute_path(config, base)
+    config = with_stored_path(config, base, layout.root)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()

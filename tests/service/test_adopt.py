@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from onward import Run
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
+from onward.layout import RunLayout
+from onward.service.state.adopt import adopt
 
 METHODS = ("lora", "full")
 STEPS, RATE = 5, 3e-3
@@ -293,7 +296,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], type[OnwardError], str]] = {
     "torn trainer_state.json": (
         lambda folder: os.truncate(folder / "trainer_state.json", 20), UsageError, "trainer_state.json cannot be read"
     ),
-    "torn optimizer.pt": (lambda folder: os.truncate(folder / "optimizer.pt", 900), DamagedState, "not that of AdamW"),
+    "torn optimizer.pt": (lambda folder: os.truncate(folder / "optimizer.pt", 900), DamagedState, "is damaged"),
     "SGD": (optimizer_of(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)), DamagedState, "not that of AdamW"),
     "Adafactor": (optimizer_of(lambda p: torch.optim.Adafactor(p)), DamagedState, "not that of AdamW"),
     "Adamax": (optimizer_of(lambda p: torch.optim.Adamax(p)), DamagedState, "parameter groups"),
@@ -420,7 +423,70 @@ def test_the_run_on_disk_is_a_run(saved: dict[str, Saved], tmp_path: Path) -> No
     """An adopted full run carries its base: config and files name no place outside of it."""
     Run.adopt(saved["full"].folder, tmp_path / "run")
     base = tmp_path / "run/base"
-    assert str(base) == yaml.safe_load((tmp_path / "run/onward.yaml").read_text())["model"]
+    assert "base" == yaml.safe_load((tmp_path / "run/onward.yaml").read_text())["model"]
     stock.assert_equal(load_file(saved["full"].folder / "model.safetensors"), load_file(base / "model.safetensors"))
     assert [] == [path for path in base.iterdir() if path.suffix in (".pt", ".pth")]
     assert [] == list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_reset_is_back_at_the_adopted_step(
+    saved: dict[str, Saved], method: str, model: Path, file: Path, tmp_path: Path
+) -> None:
+    """The adopted beginning is kept for ever, and `reset` goes back to it: all is as it was the first time."""
+    settings = {**SETTINGS, "keep_boundaries": 1, "keep_days": 0}
+    run = Run.adopt(saved[method].folder, tmp_path / "run", str(model), settings=settings)
+    run.train(file)
+    first = read_state(run.layout.root)
+    for number in (1, 2):
+        run.train(tiny.write_jsonl(tmp_path / f"{number}.jsonl", tiny.chat_rows(4, seed=number)))
+    assert [STEPS + 7, STEPS + 6, STEPS] == [int(path.name[5:]) for path in run.layout.restore_points()]
+    assert {"global_step": STEPS, "undone": ["more.jsonl", "1.jsonl", "2.jsonl"]} == run.reset()
+    state = stock.open_state(run.layout.root)
+    stock.assert_equal(saved[method].weights, stock.trained(state.model))
+    stock.assert_equal(saved[method].moments, stock.moments(state.model, state.optimizer))
+    run.train(file)
+    again = read_state(run.layout.root)
+    stock.assert_equal(first["tensors"], again["tensors"])
+    assert run.verify(deep=True).ok
+
+
+def test_reset_without_the_adopted_state_is_refused(
+    saved: dict[str, Saved], model: Path, file: Path, tmp_path: Path
+) -> None:
+    """Where the adopted state is gone, nothing is forgotten, and the ways out are named."""
+    run = Run.adopt(saved["lora"].folder, tmp_path / "run", str(model), settings=SETTINGS)
+    run.train(file)
+    shutil.rmtree(run.layout.boundary(STEPS))
+    with pytest.raises(UsageError, match="no longer kept") as caught:
+        run.reset()
+    assert f"onward rollback --to step:{STEPS + 5}" in str(caught.value.hint)
+    assert "onward adopt CHECKPOINT" in str(caught.value.hint)
+    assert STEPS + 5 == run.status()["global_step"]
+    assert run.verify().ok
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["now", "by an earlier release"])
+def test_an_adopted_run_can_be_moved(is_old: bool, saved: dict[str, Saved], file: Path, tmp_path: Path) -> None:
+    """A run that carries its base is whole wherever it is, also where its config names the base by an old path."""
+    root = tmp_path / "run"
+    run = Run.adopt(saved["full"].folder, root, settings=SETTINGS)
+    if is_old:
+        config = run.layout.config
+        config.write_text(re.sub("^model: .*$", f"model: {root / 'base'}", config.read_text(), flags=re.MULTILINE))
+        assert str(root / "base") == Run(root).config.model
+    moved = root.rename(tmp_path / "moved")
+    Run(moved).train(file)
+    assert_went_on(moved, STEPS)
+
+
+def test_adoption_tells_what_it_took_over(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+    """What came from the checkpoint, what was set by hand, what the run has anew and what nobody can know."""
+    layout = RunLayout(tmp_path / "run")
+    lines = adopt(saved["lora"].folder, layout, str(model), {"max_length": 128}, lambda _: None)
+    assert "from optimizer.pt: learning_rate 0.003, weight_decay 0.1, betas 0.85 0.97" == lines[0]
+    assert lines[1].startswith("from adapter_config.json: lora.rank 4, lora.alpha 8, lora.dropout 0.1, lora.targets ")
+    assert "set by you: max_length 128" == lines[2]
+    assert lines[3].startswith("the learning rate goes from 0, the Trainer's last, to 0.003 (schedule constant, warmup")
+    assert lines[4].startswith("batch_size 8 is this run's default; the Trainer had 4 rows per device")
+    assert "batch_size 8, gradient_accumulation auto, epochs 1, max_grad_norm 1, seed 0" in lines[5]
+    assert 6 == len(lines)

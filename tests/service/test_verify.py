@@ -48,12 +48,17 @@ def touch_original(root: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\n")
 
 
+def put_back(root: Path, step: int) -> None:
+    """Put the run's own checkpoint of an earlier boundary into `current_model/` again."""
+    shutil.copytree(root / f"boundaries/step-{step}", root / f"current_model/checkpoint-{step}")
+
+
 ANOTHER_BASE = """UPDATE run SET value = replace(value, '"base": "', '"base": "0') WHERE key = 'identity'"""
 ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(step) FROM checkpoints)"
 
 TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file of the state": (raise_counter, "state files"),
-    "a second checkpoint": (lambda root: (root / "current_model" / "checkpoint-3").mkdir(), "one checkpoint"),
+    "a second checkpoint": (lambda root: put_back(root, 6), "one checkpoint"),
     "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-9").mkdir(), "one checkpoint"),
     "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
     "a step too few": (sql("DELETE FROM steps WHERE step = 4"), "rows"),

@@ -30,7 +30,7 @@ from transformers import (
 
 from onward import Run
 from onward.training.huggingface import LOG_TAIL
-from onward.training.optim import parameter_groups
+from onward.training.optimizers import ADAMW
 
 METHODS = ("lora", "full")
 LENGTHS = (80, 31)
@@ -234,6 +234,6 @@ def test_parameter_groups_are_those_of_the_stock_trainer(kind: str, tmp_path: Pa
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = stock.trainer(model, tmp_path, weight_decay=0.1).create_optimizer()
     expected = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    assert expected == [[name for name, _ in group] for group in parameter_groups(model)]
+    assert expected == [[name for name, _ in group] for group in ADAMW.groups(model)]
     assert [0.1, 0.0] == [group["weight_decay"] for group in optimizer.param_groups]
     assert all(expected)

@@ -6,14 +6,18 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
+import stock
 import tiny
 import torch
 
 from onward import Run
 from onward.config import Config
 from onward.errors import ModelError
-from onward.training.model import build_model
+from onward.training.base import find_here, resolve_base, with_stored_path
+from onward.training.checkpoint import write_checkpoint
+from onward.training.model import build_model, load_model
 
 CPU = torch.device("cpu")
 
@@ -62,3 +66,35 @@ def test_qlora_trains_where_bitsandbytes_is_there(tmp_path: Path) -> None:
         return
     run.train(file)
     assert run.verify(deep=True).ok
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_without_an_optimizer_is_that_of_the_checkpoint(method: str, model: Path, tmp_path: Path) -> None:
+    """What chat, export and evaluation load is frozen, in evaluation mode, and computes what the trained model does."""
+    contents = checkpoints.make_contents(model, method=method, steps=3)
+    write_checkpoint(tmp_path / "checkpoint-3", contents)
+    torch.manual_seed(5)
+    loaded = load_model(tmp_path / "checkpoint-3", model, CPU, torch.float32)
+    assert 5 == torch.initial_seed()
+    assert not loaded.training
+    assert [] == [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
+    assert torch.equal(stock.logits(contents.model), stock.logits(loaded))
+    assert not torch.equal(stock.logits(build_model(contents.config, model, CPU, torch.float32)), stock.logits(loaded))
+    half = load_model(tmp_path / "checkpoint-3", model, CPU, torch.bfloat16)
+    assert {torch.bfloat16} == {parameter.dtype for parameter in half.parameters()}
+
+
+def test_a_base_inside_a_run_moves_with_it(model: Path, tmp_path: Path) -> None:
+    """It is stored relative to the run and found there from any directory; one outside is stored whole."""
+    root = tmp_path / "run"
+    tiny.save_tiny_model(root / "base")
+    own = with_stored_path(config(root / "base"), resolve_base(str(root / "base")), root)
+    assert "base" == own.model
+    assert with_stored_path(own, resolve_base(own.model, root=root), root) == own
+    root.rename(tmp_path / "moved")
+    assert tmp_path / "moved" / "base" == resolve_base(own.model, root=tmp_path / "moved")
+    assert find_here(own.model) is None
+    other = with_stored_path(config(model), resolve_base(str(model)), root)
+    assert str(model) == other.model == str(resolve_base(other.model, root=root))
+    named = Config.model_validate({"model": "org/name"})
+    assert named == with_stored_path(named, tmp_path / "cache" / "snapshot", root)

@@ -22,6 +22,8 @@ from onward.training.environment import describe_environment, pick_device, pick_
 from onward.training.model import load_tokenizer
 
 Report = Callable[[str], None]
+OWN_BASE = "base"
+"""Directory of a base model that a run carries, below its own directory."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,12 @@ class Session:
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""
-        static = huggingface.tokenizer_files(self.tokenizer)
-        static[huggingface.TRAINING_ARGUMENTS] = huggingface.training_arguments(self.config)
         return Facts(
             run=self.ledger.get("run"),
             base={"name": self.config.model, "digest": self.base_digest},
             tokenizer=self.tokenizer_digest,
             environment=self.environment,
-            static_files=static,
+            static_files=huggingface.tokenizer_files(self.tokenizer),
         )
 
 
@@ -76,7 +76,7 @@ def open_session(
         ModelError: the base is missing or changed on disk.
     """
     config = config or read_config(layout.config)
-    base = resolve_base(config.model, report=report)
+    base = base_folder(layout, config, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(tokenizer_folder(layout, base))
     tokenizer_digest = tokenizer_fingerprint(tokenizer)
@@ -85,6 +85,23 @@ def open_session(
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)
+
+
+def base_folder(layout: RunLayout, config: Config, report: Report = lambda _: None) -> Path:
+    """The folder of the run's base model.
+
+    Earlier releases named a base that lies in the run's own directory by its absolute path. Where nothing is left
+    under that path the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
+
+    Raises:
+        ModelError: there is no such model here.
+    """
+    own = layout.root / OWN_BASE
+    stored = Path(config.model)
+    was_moved = stored.is_absolute() and stored.name == OWN_BASE and not stored.exists()
+    if was_moved and (own / "config.json").is_file():
+        return own.resolve()
+    return resolve_base(config.model, root=layout.root, report=report)
 
 
 def tokenizer_folder(layout: RunLayout, base: Path) -> Path:

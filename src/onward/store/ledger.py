@@ -116,6 +116,14 @@ class Ledger(Files, Requests):
         """When the newest checkpoint of a step was begun, seconds since the epoch; None where there is none."""
         return self.scalar("SELECT max(created) FROM checkpoints WHERE step = ?", step)
 
+    def checkpoint_states(self, step: int) -> set[str]:
+        """Return the states of all checkpoints that the run ever began at a step; none where it began none."""
+        return {str(row["state"]) for row in self.query("SELECT state FROM checkpoints WHERE step = ?", step)}
+
+    def has_checkpoints(self) -> bool:
+        """Whether the run ever began a checkpoint."""
+        return bool(self.scalar("SELECT EXISTS (SELECT 1 FROM checkpoints)"))
+
     def lost_digest(self, step: int, basis: str) -> str | None:
         """The state digest of a checkpoint at `step` that was lost to damage, made on the same basis."""
         return self.scalar(
@@ -214,7 +222,10 @@ class Ledger(Files, Requests):
     # going back
 
     def trim(self, step: int, file_ids: Sequence[int], checkpoint_state: str) -> None:
-        """Forget the step records after `step` of these files and mark later checkpoints as lost or undone."""
+        """Forget the step records after `step` of these files and mark later checkpoints as lost or undone.
+
+        The record of a checkpoint stays: it tells whose a directory is.
+        """
         with self.transaction():
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
@@ -222,4 +233,4 @@ class Ledger(Files, Requests):
             self.write(
                 "UPDATE checkpoints SET state = ? WHERE step > ? AND state = 'committed'", checkpoint_state, step
             )
-            self.write("DELETE FROM checkpoints WHERE state = 'writing'")
+            self.write("UPDATE checkpoints SET state = 'undone' WHERE state = 'writing'")

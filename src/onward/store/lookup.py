@@ -1,34 +1,43 @@
-"""Finding a file or a step by what a person types: a name, a position, a hash prefix, a step."""
+"""Finding a file or a step by what a person types: a name, a position, a hash prefix, a step.
+
+`file:X` says that X is a file's position, name or hash prefix, and `step:N` that N is a step.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from onward.errors import UsageError
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
+FILE, STEP = "file:", "step:"
+ALL_STATES = ("arriving", "queued", "training", "done", "undone", "skipped", "quarantined", "rejected")
+_HASH = re.compile(r"[0-9a-f]{4,64}")
+_STEP = re.compile(r"step[:-](\d+)")
+
 
 def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
-    """Return the one file that a name, a position or a hash prefix means.
+    """Return the one file in these states that a name, a position or a hash prefix means.
 
     Raises:
         UsageError: none, or several.
     """
     rows = ledger.files(*states)
-    matches = [row for row in rows if name in (row.name, str(row.position))]
-    if not matches and len(name) >= 4:
-        matches = [row for row in rows if row.sha256.startswith(name.lower())]
+    matches = _matches(rows, name)
     if len(matches) == 1:
         return matches[0]
     if matches:
-        places = ", ".join(str(row.position or row.sha256[:12]) for row in matches)
-        raise UsageError(f"{name!r} names several files: {places}", where="FILE", hint="Give position or hash.")
-    for row in [row for row in ledger.files("done") if row.name == name][:1]:
-        hint = f"onward rebuild --without {row.position} makes the run as if it had never seen it."
-        raise UsageError(f"{name!r} is done, file {row.position} of the stream", where="FILE", hint=hint)
-    files = ", ".join(f"{row.position or 'queued'} {row.name}" for row in rows[:20]) or "none"
-    raise UsageError(f"{name!r} is no file of this kind here", where="FILE", hint=f"There are: {files}.")
+        raise _several(name, matches, where="FILE")
+    others = [state for state in ALL_STATES if state not in states]
+    for row in _matches(ledger.files(*others), name)[:1]:
+        hint = f"The files that can be meant here: {_listed(rows)}."
+        if row.state == "done":
+            hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
+        place = f", file {row.position} of the stream" if row.position else ""
+        raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
+    raise UsageError(f"{name!r} is no file of this kind here", where="FILE", hint=f"There are: {_listed(rows)}.")
 
 
 def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
@@ -38,23 +47,65 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
         steps: those that have a restore point.
 
     Raises:
-        UsageError: it names no file and no boundary of this run.
+        UsageError: it names no finished file and no boundary of this run, or several of them.
     """
     done = ledger.files("done")
-    matches = [row for row in done if to in (row.name, str(row.position))]
-    if not matches and len(to) >= 4:
-        matches = [row for row in done if row.sha256.startswith(to.lower())]
+    matches = [] if to.startswith(STEP) else _matches(done, to)
     if len(matches) > 1:
-        places = ", ".join(str(row.position) for row in matches)
-        raise UsageError(f"{to!r} names several files, at positions {places}", where="--to", hint="Give the position.")
+        raise _several(to, matches, where="--to")
+    step = _step_meant(to, steps)
     if matches:
-        return matches[0].first_step + (matches[0].planned_steps or 0)
-    number = to.removeprefix("step-")
-    if number.isdigit() and int(number) in steps:
-        return int(number)
-    files = ", ".join(f"{row.position} {row.name}" for row in done) or "none"
+        row = matches[0]
+        last = row.first_step + (row.planned_steps or 0)
+        if step is None or step == last:
+            return last
+        raise UsageError(
+            f"{to!r} is file {row.position} ({row.name}), which ends at step {last}, and it is also step {step}",
+            where="--to",
+            hint=f"Say which one: --to {FILE}{row.position} or --to {STEP}{step}",
+        )
+    if step is not None:
+        return step
     raise UsageError(
         f"{to!r} is no finished file and no boundary's step",
         where="--to",
-        hint=f"Finished files: {files}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
+        hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
     )
+
+
+def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
+    """Return the files that a text means: by name or position, and by hash prefix where there is none."""
+    exact = [row for row in rows if row.name == text]
+    plain = text.removeprefix(FILE)
+    exact = exact or [row for row in rows if plain == row.name or (row.position and plain == str(row.position))]
+    if exact or not _HASH.fullmatch(plain.lower()):
+        return exact
+    return [row for row in rows if row.sha256.startswith(plain.lower())]
+
+
+def _step_meant(text: str, steps: Sequence[int]) -> int | None:
+    """Return the step that a text means: any after `step:` or `step-`, a bare number only if it has a boundary."""
+    marked = _STEP.fullmatch(text)
+    number = marked.group(1) if marked else text
+    return int(number) if number.isdecimal() and int(number) in steps else None
+
+
+def _several(text: str, rows: Sequence[FileRow], where: str) -> UsageError:
+    listed = ", ".join(f"{_place(row)} {row.name}" for row in rows)
+    return UsageError(
+        f"{text!r} means several files: {listed}", where=where, hint=f"Say which one, as {_example(rows)}."
+    )
+
+
+def _example(rows: Sequence[FileRow]) -> str:
+    row = rows[-1]
+    return f"{FILE}{row.position or row.sha256[:12]}"
+
+
+def _place(row: FileRow) -> str:
+    return str(row.position or row.sha256[:12])
+
+
+def _listed(rows: Sequence[FileRow], limit: int = 20) -> str:
+    shown = ", ".join(f"{row.position or row.state} {row.name}" for row in rows[:limit]) or "none"
+    return f"{shown} and {len(rows) - limit} more" if len(rows) > limit else shown

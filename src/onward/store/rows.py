@@ -99,7 +99,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A checkpoint: being written, committed, lost to damage or undone by going back."""
+    """A checkpoint: being written, committed, lost to damage, or undone (by going back, or never finished)."""
 
     id: int
     step: int

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
-from onward.errors import ModelError
+from onward.errors import ModelError, first_line
 from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
@@ -21,25 +21,28 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_confi
 COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as save_pretrained writes them."
 
 
-def resolve_base(name: str, *, download: bool = False, report: Callable[[str], None] = print) -> Path:
+def resolve_base(
+    name: str, *, root: Path | None = None, download: bool = False, report: Callable[[str], None] = print
+) -> Path:
     """Return the folder of a base model: an embedded one, a path, or a Hugging Face name.
 
     Args:
         name: value of the config's `model`.
-        download: whether the network may be asked for a name that is not in the local cache.
+        root: the run's directory, in which a relative path is looked up first.
+        download: whether a name that is not in the local cache may be downloaded.
         report: receives a line when something takes long.
 
     Raises:
         ModelError: there is no such model here.
     """
-    found = find_here(name)
+    found = find_here(name, root=root)
     if found is not None:
         return found
     if name in EMBEDDED:
         return ensure_embedded(name, cache_directory(), report=report)
     path = Path(name).expanduser()
     if path.is_dir():
-        raise ModelError("this folder holds no Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
+        raise ModelError("this folder is not a Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(
             f"there is no model {name!r}",
@@ -49,12 +52,17 @@ def resolve_base(name: str, *, download: bool = False, report: Callable[[str], N
     return _from_hub(name, download=download, report=report)
 
 
-def find_here(name: str) -> Path | None:
-    """Return the folder of a base model where a look at the disk tells it; None leaves it to `resolve_base`."""
+def find_here(name: str, *, root: Path | None = None) -> Path | None:
+    """Return the folder of a base model if it is one on this disk; None leaves the name to `resolve_base`.
+
+    Args:
+        root: the run's directory, in which a relative path is looked up first.
+    """
     if name in EMBEDDED:
         return find_embedded(name, cache_directory())
     path = Path(name).expanduser()
-    return path.resolve() if (path / "config.json").is_file() else None
+    places = [path] if root is None else [root / path, path]
+    return next((place.resolve() for place in places if (place / "config.json").is_file()), None)
 
 
 def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Path:
@@ -66,32 +74,39 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         if not download:
-            hint = f"onward init makes the one download: onward init NEW_RUN --model {name}"
+            hint = f"Only init downloads: onward init NEW_RUN --model {name}"
             raise ModelError(f"the model {name!r} is not in the local cache", where="model", hint=hint) from None
     report(f"downloading {name}")
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"the model {name!r} cannot be had: {reason}",
+            f"the model {name!r} cannot be downloaded: {first_line(error)}",
             where="model",
             hint="Check the name and the network, or give a folder: --model PATH",
         ) from None
 
 
-def with_absolute_path(config: Config, base: Path) -> Config:
-    """Return the config with a model path that means the same folder from any directory."""
-    if config.model in EMBEDDED or not Path(config.model).expanduser().is_dir():
+def with_stored_path(config: Config, base: Path, root: Path) -> Config:
+    """Return the config with a model path that means the same folder from any directory.
+
+    A folder inside the run's directory is stored relative to it, so that the run can be moved. Names stay as they are.
+
+    Args:
+        base: the folder that the config's `model` was resolved to.
+        root: the run's directory.
+    """
+    if config.model in EMBEDDED or find_here(config.model, root=root) is None:
         return config
-    return config.model_copy(update={"model": str(base)})
+    here = root.resolve()
+    return config.model_copy(update={"model": str(base.relative_to(here) if base.is_relative_to(here) else base)})
 
 
 def require_complete(folder: Path) -> None:
-    """Refuse a folder that lacks what training needs, before a run is made of it.
+    """Refuse a folder that lacks what training needs, before a run is made from it.
 
     Raises:
-        ModelError: weights or tokenizer are missing, or config.json is no JSON object.
+        ModelError: weights or tokenizer are missing, or config.json is not a JSON object.
     """
     try:
         readable = isinstance(json.loads((folder / "config.json").read_bytes()), dict)
@@ -114,7 +129,7 @@ def digest_base(folder: Path) -> str:
 
 
 class BaseDigest:
-    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports beside it.
+    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports that run meanwhile.
 
     A process that ends does not wait for it.
     """
@@ -127,7 +142,7 @@ class BaseDigest:
     def _run(self) -> None:
         try:
             self._future.set_result(digest_base(self.folder))
-        except Exception as error:  # raised where the digest is wanted
+        except Exception as error:  # raised by `result`
             self._future.set_exception(error)
 
     def result(self) -> str:

@@ -1,4 +1,4 @@
-"""Crossing a boundary: what changes in the state between two files, and nothing else does."""
+"""Crossing a boundary: all that changes in the state between two files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from onward.config import Config
 from onward.data.order import FilePlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.training.model import set_dropout
-from onward.training.optim import apply_config
+from onward.training.adapter import set_dropout
 from onward.training.seeds import fold, seeded
 from onward.training.state import Cursor, TrainState
 
@@ -50,7 +49,7 @@ def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.dev
 
 def cross_boundary(state: TrainState, config: Config, plan: FilePlan, position: int) -> None:
     """Put the config in force, apply its boundary policy and set the cursor to the start of a file."""
-    apply_config(state.optimizer, config)
+    state.method.configure(state.optimizer, config)
     set_dropout(state.model, config.lora.dropout)
     if config.boundary == "reset_moments":
         state.reset_moments()

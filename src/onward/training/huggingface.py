@@ -1,4 +1,4 @@
-"""The files beside the weights that make a checkpoint one of Hugging Face's, as transformers' Trainer writes them."""
+"""The files that, with the weights, make a checkpoint one of Hugging Face's, as transformers' Trainer writes them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def scheduler_state(state: Snapshot, config: Config) -> dict[str, Any]:
 def random_state(config: Config, step: int) -> dict[str, Any]:
     """Return generator states that are a function of seed and step, as plain numbers and tensors.
 
-    Onward never reads them; a stock Trainer that goes on from the checkpoint starts its generators here.
+    Onward never reads them; a stock Trainer that resumes from the checkpoint sets its generators to them.
     """
     seed = fold(config.seed, "rng_state", step)
     words = random.Random(seed).getstate()
@@ -100,7 +100,7 @@ def trainer_state(state: Snapshot, config: Config, log_history: Sequence[dict[st
 
 
 def training_arguments(config: Config) -> bytes:
-    """Return `training_args.bin`, for tools that look for it; Onward never reads it."""
+    """Return `training_args.bin` under a config, for tools that look for it; Onward never reads it."""
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(

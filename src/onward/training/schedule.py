@@ -36,7 +36,7 @@ def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int)
 
 
 def require_unstretched(used: Config, wanted: Config) -> None:
-    """Refuse another horizon for a schedule that has been used: every learning rate so far was a function of it.
+    """Refuse another horizon for a schedule that has been used: every learning rate so far depended on it.
 
     Raises:
         ConfigError: `total_steps` of the same schedule differs.
@@ -46,7 +46,7 @@ def require_unstretched(used: Config, wanted: Config) -> None:
         raise ConfigError(
             f"total_steps of a used {used.schedule} schedule cannot go from {used.total_steps} to {wanted.total_steps}",
             where="total_steps",
-            hint="Put the old value back; to train further: schedule: constant with a learning_rate of its own.",
+            hint="Put the old value back. To train further, set schedule: constant and a learning_rate.",
         )
 
 

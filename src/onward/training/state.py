@@ -1,27 +1,28 @@
-"""TrainState: the one object that owns everything which evolves."""
+"""TrainState: the one object that owns everything that evolves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 import xxhash
 from torch import nn
 
-from onward.training.optim import parameter_groups
+from onward.config import Config
+from onward.training.optimizers import OptimizerMethod, optimizer_method
 
 ALIGNMENT = 64
-"""Elements to whose multiple a tensor in a common storage begins."""
+"""A tensor in a shared storage begins at a multiple of so many elements."""
 
 
 @dataclass(frozen=True)
 class Cursor:
     """Where the run stands in the stream.
 
-    `position` is the file's place in the stream (from 1; 0 before the first), `step` how many of its `steps` are
-    done. `stream` chains the digests of all files up to this one, so that it names their order too.
+    `position` is the file's place in the stream (from 1; 0 before the first). `step` of its `steps` are done.
+    `stream` chains the digests of all files up to this one, so that it depends on their order too.
     """
 
     position: int = 0
@@ -38,7 +39,7 @@ class Cursor:
 
 @dataclass
 class Counters:
-    """What was trained so far. `adam_origin` is the step at which the moments were last started from nothing."""
+    """What was trained so far. `adam_origin` is the step at which the optimizer last started from nothing."""
 
     step: int = 0
     rows: int = 0
@@ -61,13 +62,15 @@ class Snapshot:
 
     Args:
         weights: trained weights by name, in the order of `optimizer.pt`.
-        optimizer: AdamW's moments and groups, as its `state_dict` gives them.
+        optimizer: the optimizer's `state_dict`: what it keeps for each parameter, and its groups.
+        method: what the optimizer's state means.
     """
 
     counters: Counters
     cursor: Cursor
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
+    method: OptimizerMethod
 
     @property
     def step(self) -> int:
@@ -81,28 +84,26 @@ class Snapshot:
 
     @property
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Adam's counter and moments by name of their parameter; empty before the first step."""
+        """The optimizer's counter and moments by name of their parameter; empty before the first step."""
         held = self.optimizer["state"]
         return {name: held[index] for index, name in enumerate(self.weights) if index in held}
 
     @property
     def size(self) -> int:
-        """Bytes of weights and two moments."""
-        return 3 * sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        """Bytes of the weights and of the optimizer's state."""
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        return weights + self.method.bytes(self.weights)
 
     def adam_step(self) -> int:
-        """Return Adam's own step counter, on which all parameters must agree (-1 where they do not)."""
-        counts = {int(entry["step"]) for entry in self.moments.values()}
-        if len(counts) > 1 or (counts and len(self.moments) != len(self.weights)):
-            return -1
-        return counts.pop() if counts else 0
+        """Return the optimizer's own step counter, on which all parameters must agree (-1 where they do not)."""
+        return self.method.count(self.moments.values(), len(self.weights))
 
     def describe_parameters(self) -> dict[str, list[Any]]:
         """Return `{name: [shape, dtype]}` in optimizer order."""
         return {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in self.weights.items()}
 
     def digest(self) -> StateDigest:
-        """Hash every trained weight and every moment, in order of name."""
+        """Hash every trained weight and every moment, in the order of their names."""
         moments = (
             (f"{name}.{key}", value)
             for name, entry in sorted(self.moments.items())
@@ -115,7 +116,7 @@ class Snapshot:
         return {"counters": asdict(self.counters), "cursor": asdict(self.cursor)}
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return every tensor, in an order that depends on names alone."""
+        """Return every tensor, in an order that depends only on their names."""
         entries = (value for entry in self.moments.values() for _, value in sorted(entry.items()))
         return [*self.weights.values(), *entries]
 
@@ -125,17 +126,23 @@ class TrainState:
 
     Args:
         model: the model, trainable weights marked by `requires_grad`.
-        optimizer: AdamW with the groups of `parameter_groups`.
+        optimizer: an optimizer that `method` built over them.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: OptimizerMethod) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.method = method
         self.counters = Counters()
         self.cursor = Cursor()
-        decayed, plain = parameter_groups(model)
-        self.parameters = dict(decayed + plain)
+        self.parameters = dict(named for group in method.groups(model) for named in group)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
+
+    @classmethod
+    def start(cls, model: nn.Module, config: Config) -> Self:
+        """Return the state of step 0: a model with a fresh optimizer of the config's method."""
+        method = optimizer_method(config)
+        return cls(model, method.build(model, config), method)
 
     @property
     def step(self) -> int:
@@ -150,13 +157,13 @@ class TrainState:
     def view(self) -> Snapshot:
         """Return the state as it is now, in the memory that training changes."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return Snapshot(replace(self.counters), self.cursor, weights, self.optimizer.state_dict())
+        return Snapshot(replace(self.counters), self.cursor, weights, self.optimizer.state_dict(), self.method)
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """Return a copy of the state in main memory.
 
         Args:
-            into: an earlier copy that nobody needs any more; its memory is used again.
+            into: an earlier copy that is no longer needed; its memory is reused.
         """
         now = self.view()
         sources = now.tensors()
@@ -175,7 +182,7 @@ class TrainState:
         return replace(now, weights=weights, optimizer={**now.optimizer, "state": held})
 
     def reset_moments(self) -> None:
-        """Start Adam's moments and its counter from nothing."""
+        """Start the optimizer's moments and its counter from nothing."""
         self.optimizer.state.clear()
         self.counters.adam_origin = self.step
 
@@ -188,8 +195,8 @@ class TrainState:
 def _in_one_storage(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return memory for copies of tensors, one storage for each type, with zeros in the gaps.
 
-    `torch.save` writes a storage at a time and asks for Python's lock some four times for each. Beside a thread that
-    computes in Python, 249 storages took it 2.7 s, one takes 0.15 s.
+    `torch.save` writes one storage at a time and takes Python's lock about four times for each. While another thread
+    computes in Python, saving 249 storages took 2.7 s; saving one takes 0.15 s.
     """
     sizes: dict[torch.dtype, list[int]] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""The loop: a generator of step results. Whoever iterates decides about logging, saving and stopping."""
+"""The loop: a generator of step results. The caller decides about logging, saving and stopping."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.config import Config
 from onward.data.loader import Batch, batch_at
 from onward.data.order import FilePlan, rows_digest
 from onward.data.tokenize import TokenizedFile
@@ -17,13 +17,12 @@ from onward.errors import TrainingError
 from onward.events import StepTaken
 from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
-from onward.training.optim import set_learning_rate
+from onward.training.optimizers import set_learning_rate
+from onward.training.parts import parts_of
 from onward.training.schedule import learning_rate
-from onward.training.seeds import fold, seeded
+from onward.training.seeds import seeded
 from onward.training.state import TrainState
-
-RANK = 0
-"""One process trains; the seed of a micro-step has a place for more."""
+from onward.training.world import World
 
 
 class Trainer:
@@ -32,17 +31,19 @@ class Trainer:
     Args:
         state: what evolves.
         config: the config in force for the file.
+        world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
+        pad_id: token id that shorter rows are padded with, where rows are padded.
     """
 
-    def __init__(self, state: TrainState, config: Config, device: torch.device, dtype: torch.dtype, pad_id: int):
+    def __init__(self, state: TrainState, config: Config, world: World, dtype: torch.dtype, pad_id: int) -> None:
         self.state = state
         self.config = config
-        self.device = device
-        self.loss = TargetLoss(state.model, device, dtype, pad_id)
+        self.world = world
+        self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
 
     def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepTaken]:
-        """Yield each step that the file still owes, from the cursor on, after it was taken.
+        """Take the steps that remain of the file, from the cursor on, and yield each after it was taken.
 
         Raises:
             TrainingError: the loss is not finite; the state is that before the step.
@@ -78,35 +79,30 @@ class Trainer:
         )
 
     def _gradients(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss over all target tokens of the step, whatever its parts."""
-        total = torch.zeros((), device=self.device)
-        for micro_step, part in enumerate(self._parts(batch)):
-            seed = fold(self.config.seed, "step", self.state.step, micro_step, RANK)
-            with deterministic(self.device), seeded(seed, self.device):
-                loss = self.loss(part) / batch.target_tokens
+        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss."""
+        total = torch.zeros((), device=self.world.device)
+        for part in parts_of(batch, self.config, self.state.step):
+            with deterministic(self.world.device), seeded(part.seed, self.world.device):
+                loss = self.loss(part.batch) / batch.target_tokens
                 loss.backward()
             total += loss.detach()
         return float(total)
-
-    def _parts(self, batch: Batch) -> list[Batch]:
-        parts = self.config.gradient_accumulation
-        return batch.split_by_tokens(MICRO_BATCH_TOKENS) if parts == "auto" else batch.split(parts)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm or float("inf")
         return float(nn.utils.clip_grad_norm_(self.state.parameters.values(), limit))
 
     def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:
-        if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+        if not self.world.any(not torch.isfinite(torch.tensor([loss, grad_norm])).all()):
             return
         self.state.optimizer.zero_grad(set_to_none=True)
         name = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
         lines = ", ".join(str(line) for line in sorted(batch.lines))
         raise TrainingError(
             f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); "
-            f"its rows are at lines {lines}",
+            f"its rows are on lines {lines}",
             where=f"step {self.state.step + 1}",
-            hint="Nothing of this step was kept. Look at these rows, or lower learning_rate, then: onward train",
+            hint="The step was not kept. Look at these rows, or lower learning_rate, then: onward train",
         )
 
     def _count(self, batch: Batch) -> None:

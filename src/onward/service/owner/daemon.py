@@ -169,8 +169,8 @@ class Daemon:
         """Mend what the process before left; what is lost is owed again."""
         retention = Retention.of(self.owned.settings.current)
         settled = self._settled = Settlement(self.owned.layout, self.ledger, retention).settle()
-        for problem in settled.damage:
-            self._show(f"damaged: {problem}")
+        for message in settled.messages():
+            self._show(message)
         if settled.damage and settled.manifest is not None:
             self._show(f"went back to step {settled.manifest.step}, which verifies; later steps are trained again")
         return settled

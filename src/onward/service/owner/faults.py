@@ -19,7 +19,7 @@ from onward.config import Config, read_config, stored_config
 from onward.errors import FileRejected, NoSpace, OnwardError, TrainingError
 from onward.layout import RunLayout
 from onward.service.intake.refusals import Refusal, keep_refused
-from onward.service.state.rollback import Move, go_back
+from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -133,7 +133,7 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure) ->
     failures = row.failures + 1
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
     if failure.out_of_memory and parts is not None:
-        values = {"failures": row.failures, "parts": parts}
+        values: Values = {"failures": row.failures, "parts": parts}
         decision = f"tried again with each step in {parts} parts"
     elif not failure.out_of_memory and failures <= config.retries:
         values = {"failures": failures, "parts": row.parts}

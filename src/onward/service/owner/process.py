@@ -81,7 +81,7 @@ class OpenedRun:
         """Begin to hash the base model alongside the large imports; later there is nothing to hide behind."""
         if "torch" in sys.modules or self._begun is not None:
             return
-        folder = find_here(read_config(self.layout.config).model)
+        folder = find_here(read_config(self.layout.config).model, root=self.layout.root)
         if folder is not None:
             self._begun = BaseDigest(folder)
 

@@ -11,9 +11,9 @@ from onward.config import Config, stored_config
 from onward.service.session import Session
 from onward.service.state.settle import Settled
 from onward.training import huggingface
-from onward.training.checkpoint import Manifest, load_state
+from onward.training.checkpoint import Manifest
+from onward.training.loading import load_state
 from onward.training.model import build_model
-from onward.training.optim import build_optimizer
 from onward.training.state import TrainState
 
 Log = deque[dict[str, Any]]
@@ -42,7 +42,7 @@ def load_start(session: Session, settled: Settled) -> Start:
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
     if settled.folder is None or settled.manifest is None:
         model = build_model(session.config, session.base, session.device, session.dtype)
-        return Start(TrainState(model, build_optimizer(model, session.config)), None, session.config, log)
+        return Start(TrainState.start(model, session.config), None, session.config, log)
     manifest = settled.manifest
     config = stored_config(manifest.config)
     loaded = session.config if manifest.cursor.at_boundary else config

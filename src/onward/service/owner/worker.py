@@ -35,6 +35,7 @@ from onward.training.handover import Probe, compare, measure
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot
 from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
 
 LedgerMoves = Callable[[Ledger], None]
 
@@ -194,7 +195,7 @@ class Worker:
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
+        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
         for result in _naming_failures(trainer.steps(tokens, plan), file_id):
             metrics.append(_record(file_id, result))
             self._remember(result)

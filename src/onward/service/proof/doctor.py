@@ -17,8 +17,9 @@ from onward.config import Config, read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.session import base_folder
 from onward.store.ledger import Ledger
-from onward.training.base import digest_base, resolve_base
+from onward.training.base import digest_base
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model import load_tokenizer
@@ -91,7 +92,7 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
 
 def _base(layout: RunLayout) -> Iterator[Finding]:
     config = read_config(layout.config)
-    base = resolve_base(config.model, report=lambda _: None)
+    base = base_folder(layout, config)
     digest = digest_base(base)
     with Ledger(layout.ledger, read_only=True) as ledger:
         recorded = (ledger.get("identity") or {}).get("base", digest)
@@ -129,13 +130,13 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
 
 def _state(layout: RunLayout) -> Iterator[Finding]:
     for folder in [*layout.checkpoints(), *layout.restore_points()]:
-        manifest, problems = inspect_checkpoint(folder)
+        found = inspect_checkpoint(folder)
         place = str(folder.relative_to(layout.root))
-        if manifest is None or problems:
+        if found.verified is None:
             hint = "onward train goes back to the newest restore point that verifies and trains again from there"
-            yield Finding("error", place, "; ".join(problems), hint)
+            yield Finding("error", place, "; ".join(found.problems), hint)
         else:
-            yield Finding("ok", place, f"{manifest.size / 1e6:.1f} MB, verifies")
+            yield Finding("ok", place, f"{found.verified.size / 1e6:.1f} MB, verifies")
 
 
 def _disk(layout: RunLayout) -> Iterator[Finding]:

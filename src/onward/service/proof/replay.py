@@ -16,10 +16,12 @@ from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import Manifest, inspect_checkpoint, load_state
-from onward.training.model import save_weights
+from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.loading import load_state
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
+from onward.training.weights import save_weights
+from onward.training.world import SingleProcess
 
 
 def replay(layout: RunLayout, ledger: Ledger) -> str:
@@ -28,9 +30,10 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
     Raises:
         VerificationFailed: a loss, a weight or a moment differs, or there is no restore point to start from.
     """
-    target, problems = inspect_checkpoint(layout.checkpoint(ledger.committed_step()))
-    if target is None or problems:
-        raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(problems)}")
+    found = inspect_checkpoint(layout.checkpoint(ledger.committed_step()))
+    target = found.verified
+    if target is None:
+        raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(found.problems)}")
     if target.cursor.position == 0:
         return "nothing was trained since the run began"
     folder, start = _start(layout, target)
@@ -50,8 +53,8 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
 def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
     for point in layout.restore_points():
         if step_of(point) < target.step:
-            manifest, problems = inspect_checkpoint(point)
-            if manifest is not None and not problems:
+            manifest = inspect_checkpoint(point).verified
+            if manifest is not None and manifest.run == target.run:
                 return point, manifest
     raise VerificationFailed("there is no restore point before the current state", where=layout.boundaries)
 
@@ -69,7 +72,8 @@ def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Man
     plan = make_plan(row.sha256, tokens.rows, config)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
-    for result in Trainer(state, config, session.device, session.dtype, session.pad_id).steps(tokens, plan):
+    trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
+    for result in trainer.steps(tokens, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
                 f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"

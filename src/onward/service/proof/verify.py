@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, read_config, stored_config
@@ -17,11 +15,15 @@ from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.proof.replay import replay
+from onward.service.session import base_folder
+from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
-from onward.training.base import digest_base, resolve_base
+from onward.training.base import digest_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.loading import read_optimizer
+from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 
 
@@ -64,9 +66,10 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     if newest is None:
         return Proof([Check("state", True, "nothing was trained yet"), _check("queue", lambda: _queue(ledger))])
     folder = layout.checkpoint(newest.step)
-    manifest, problems = inspect_checkpoint(folder)
+    found = inspect_checkpoint(folder)
+    manifest, problems = found.manifest, found.problems
     checks = [_check("state files", lambda: _state_files(manifest, problems))]
-    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, newest.step)))
+    checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, ledger, newest.step)))
     if manifest is not None:
         known = manifest
         checks.append(_check("root files", lambda: _root_files(layout, known)))
@@ -75,7 +78,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
         _check("rows", lambda: _rows(ledger)),
         _check("learning rates", lambda: _learning_rates(ledger)),
         _check("handovers", lambda: _handovers(ledger)),
-        _check("restore points", lambda: _restore_points(layout)),
+        _check("restore points", lambda: _restore_points(layout, ledger)),
         _check("originals", lambda: _originals(layout, ledger)),
         _check("base model", lambda: _base(layout, ledger)),
     ]
@@ -108,13 +111,14 @@ def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
     return f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 
-def _one_checkpoint(layout: RunLayout, step: int) -> str:
-    names = [folder.name for folder in layout.checkpoints()]
+def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
+    ownership = Ownership(layout, ledger)
+    names = [folder.name for folder in ownership.checkpoints()]
     _require(names == [f"checkpoint-{step}"], f"current_model holds {names}, the ledger says checkpoint-{step}")
-    folders = (layout.root, layout.current, layout.boundaries, layout.archive)
-    left = [path for folder in folders for path in folder.glob(f"{TEMPORARY_PREFIX}*")]
+    left = [*layout.temporaries(), *layout.archive.glob(f"{TEMPORARY_PREFIX}*")]
     _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
-    return names[0]
+    others = [str(folder.relative_to(layout.root)) for folder in ownership.others()]
+    return "; not of this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)
 
 
 def _root_files(layout: RunLayout, manifest: Manifest) -> str:
@@ -128,17 +132,15 @@ def _root_files(layout: RunLayout, manifest: Manifest) -> str:
 
 def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     folder = layout.checkpoint(manifest.step)
-    saved = cast(
-        dict[str, Any], torch.load(folder / huggingface.OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
-    )
-    adam = {int(entry["step"]) for entry in saved["state"].values()} or {0}
+    method = optimizer_method(stored_config(manifest.config))
+    counted = saved_count(method, read_optimizer(folder / huggingface.OPTIMIZER, mapped=True))
     counters = manifest.state["counters"]
     values = {
         "ledger": ledger.committed_step(),
         "ledger's steps": int(ledger.get("origin_step", 0)) + ledger.count_steps(manifest.step),
         "manifest": counters["step"],
         "trainer_state.json": json.loads((folder / huggingface.TRAINER_STATE).read_bytes())["global_step"],
-        "Adam": (adam.pop() if len(adam) == 1 else -1) + counters["adam_origin"],
+        "Adam": counted + counters["adam_origin"],
     }
     _require(set(values.values()) == {manifest.step}, f"the counters differ: {values}")
     return f"{manifest.step} in {', '.join(values)}"
@@ -196,11 +198,11 @@ def _handovers(ledger: Ledger) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none yet"
 
 
-def _restore_points(layout: RunLayout) -> str:
-    points = layout.restore_points()
+def _restore_points(layout: RunLayout, ledger: Ledger) -> str:
+    points = Ownership(layout, ledger).restore_points()
     for point in points:
-        manifest, problems = inspect_checkpoint(point)
-        _require(manifest is not None and not problems, f"{point.name}: {'; '.join(problems)}")
+        found = inspect_checkpoint(point)
+        _require(found.verified is not None, f"{point.name}: {'; '.join(found.problems)}")
     return f"{len(points)} verify (steps {', '.join(str(step_of(point)) for point in reversed(points))})"
 
 
@@ -214,6 +216,6 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
-    digest = digest_base(resolve_base(read_config(layout.config).model, report=lambda _: None))
+    digest = digest_base(base_folder(layout, read_config(layout.config)))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

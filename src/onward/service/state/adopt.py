@@ -7,24 +7,26 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.session import open_session
+from onward.service.session import OWN_BASE, open_session
+from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import WEIGHTS, resolve_base, with_absolute_path
-from onward.training.checkpoint import load_moments
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.base import WEIGHTS, resolve_base, with_stored_path
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import Probe
-from onward.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, build_model, load_tokenizer
-from onward.training.optim import build_optimizer
+from onward.training.loading import load_moments, read_optimizer
+from onward.training.model import build_model, load_tokenizer
+from onward.training.optimizers import ADAMW, UnsupportedSetting, saved_groups
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (
@@ -32,15 +34,16 @@ TOKENIZER_FILES = (
     "merges.txt", "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 TOKENIZER_MARK = "tokenizer_config.json"
-EPS = 1e-8
-"""AdamW's `eps`, torch's default and the Trainer's."""
 MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 
 def adopt(
     checkpoint: Path, layout: RunLayout, model: str | None, settings: Mapping[str, Any], report: Callable[[str], None]
-) -> None:
+) -> list[str]:
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
+
+    Returns:
+        What the run took over, what it set anew and what is unknown, one line each.
 
     Raises:
         UsageError: this is no Trainer checkpoint, or the directory holds a config already.
@@ -56,17 +59,18 @@ def adopt(
     base = resolve_base(config.model, download=True, report=report)
     _require_tokenizer(checkpoint, base)
     device = pick_device()
-    state = TrainState(*_with_optimizer(config, base, checkpoint, device))
+    state = TrainState.start(_build(config, base, checkpoint, device), config)
     load_moments(state, checkpoint / huggingface.OPTIMIZER)
     adam = state.view().adam_step()
     if not 0 < adam <= step:
         raise DamagedState(f"Adam counts {adam} steps, trainer_state.json {step}", where=checkpoint)
     state.counters.step, state.counters.adam_origin = step, step - adam
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
-        config = config.model_copy(update={"model": str(layout.root.absolute() / "base")})
+        config = config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     else:
-        config = with_absolute_path(config, base)
+        config = with_stored_path(config, base, layout.root)
     _make(checkpoint, layout, config, state, report)
+    return describe(checkpoint, state.step, config, settings)
 
 
 def _make(
@@ -75,18 +79,19 @@ def _make(
     """Make the run's files, the ledger's name last, so that it makes the run."""
     layout.root.mkdir(parents=True, exist_ok=True)
     layout.make()
-    if Path(config.model) == layout.root.absolute() / "base":
-        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), Path(config.model))
+    if config.model == OWN_BASE:
+        _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # what the checkpoint was trained with
         _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
     unfinished = layout.ledger.with_name(f"{TEMPORARY_PREFIX}{layout.ledger.name}")
-    remove_temporaries(layout.root)
+    for left in layout.temporaries():
+        remove_tree(left)
     with Ledger(unfinished) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
-        values = json.dumps(Commits(layout, ledger).commit(commit).measurement)
+        values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measurement)
         ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     layout.config.write_text(render_yaml(config), encoding="utf-8")
@@ -161,30 +166,18 @@ def _read_adapter(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_settings(path: Path) -> dict[str, Any]:
+    saved = read_optimizer(path, mapped=True)
     try:
-        saved = cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        group = saved["param_groups"][0]
-        eps = float(group["eps"])
-        values = {
-            "learning_rate": float(group.get("initial_lr", group["lr"])),
-            "weight_decay": float(group["weight_decay"]),
-            "betas": [float(beta) for beta in group["betas"]],
-        }
-    except Exception as error:
-        raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
-    if eps != EPS:
+        return ADAMW.settings(saved_groups(saved)[0])
+    except UnsupportedSetting as error:
         hint = "There is no config key for it. Train on with transformers, or begin anew: onward init NEW_RUN"
-        raise UsageError(
-            f"the checkpoint was trained with AdamW's eps {eps:g}, a run has {EPS:g}", where=path, hint=hint
-        )
-    return values
+        raise UsageError(f"the checkpoint was trained with {error}", where=path, hint=hint) from None
+    except (LookupError, TypeError, ValueError) as error:
+        raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
 
 
-def _with_optimizer(
-    config: Config, base: Path, checkpoint: Path, device: torch.device
-) -> tuple[torch.nn.Module, torch.optim.AdamW]:
-    model = build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=checkpoint)
-    return model, build_optimizer(model, config)
+def _build(config: Config, base: Path, checkpoint: Path, device: torch.device) -> torch.nn.Module:
+    return build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=checkpoint)
 
 
 def _require_tokenizer(checkpoint: Path, base: Path) -> None:

@@ -15,15 +15,16 @@ from typing import Any
 
 from torch import nn
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, link_or_copy, link_tree, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory, link_or_copy, link_tree
 from onward.config import Config
 from onward.digest import sha256_json
 from onward.errors import VerificationFailed
 from onward.events import FileDone
 from onward.layout import RunLayout, step_of
+from onward.service.state.ownership import Ownership
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import MANIFEST, Facts, Manifest, write_checkpoint
+from onward.training.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
 from onward.training.handover import Measurement, measure
 from onward.training.state import Snapshot
 
@@ -52,17 +53,36 @@ class Commit:
     done: FileDone | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a commit did.
+
+    Args:
+        manifest: that of the new checkpoint.
+        removed: names of the checkpoints that it replaced.
+        restore_point: name of the restore point that was made of it; None within a file.
+        done: what is to be told now.
+    """
+
+    manifest: Manifest
+    removed: tuple[str, ...] = ()
+    restore_point: str | None = None
+    done: FileDone | None = None
+
+
 class Commits:
-    """Writes, finds and tidies the checkpoints of one run."""
+    """Writes and tidies the checkpoints of one run."""
 
     def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
         self.layout = layout
         self.ledger = ledger
+        self.ownership = Ownership(layout, ledger)
 
-    def commit(self, commit: Commit, measured: Callable[[Measurement], None] = lambda _: None) -> Manifest:
+    def commit(self, commit: Commit, measured: Callable[[Measurement], None] = lambda _: None) -> Written:
         """Commit a state; `measured` is told what was measured of it before anything is written.
 
         Raises:
+            NotMadeHere: a directory that the run did not make stands where the checkpoint must go; nothing changed.
             VerificationFailed: a step trained again after damage did not give the state that was there before.
             NoSpace: the checkpoint does not fit; nothing changed.
         """
@@ -73,19 +93,20 @@ class Commits:
         basis = basis_of(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
         self._require_replay(state.step, basis, digest)
+        target = self.layout.checkpoint(state.step)
+        self.ownership.require_free(target)
+        if state.cursor.at_boundary:
+            self.ownership.require_free(self.layout.boundary(state.step))
         row = self.ledger.begin_checkpoint(
             step=state.step, file_id=commit.file_id, boundary=int(state.cursor.at_boundary), state_digest=digest,
             basis=basis,
         )  # fmt: skip
-        target = self.layout.checkpoint(state.step)
-        manifest = write_checkpoint(
-            target, commit.model, state, config, measurement, facts, commit.log_history, commit.parent
-        )
+        contents = Contents(commit.model, state, config, measurement, facts, commit.log_history, commit.parent)
+        manifest = write_checkpoint(target, contents, recorded=True)
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
             commit.with_ledger(self.ledger)
-        self.tidy(target, manifest, Retention.of(config))
-        return manifest
+        return self.tidy(target, manifest, Retention.of(config))
 
     def _require_replay(self, step: int, basis: str, digest: str) -> None:
         lost = self.ledger.lost_digest(step, basis)
@@ -96,17 +117,31 @@ class Commits:
                 hint="Nothing of it was committed. Is it the same machine? onward doctor; onward rollback --to FILE",
             )
 
-    def tidy(self, checkpoint: Path, manifest: Manifest, retention: Retention) -> None:
-        """Make everything beside the newest checkpoint agree with it: links, restore point, no other checkpoint."""
+    def tidy(self, checkpoint: Path, manifest: Manifest, retention: Retention) -> Written:
+        """Make what the run has on disk agree with its newest checkpoint: links, restore point, no older checkpoint.
+
+        What the run did not make is left alone.
+        """
         self._link_root(checkpoint, manifest)
-        if manifest.cursor.at_boundary and not self.layout.boundary(manifest.step).exists():
-            link_tree(checkpoint, self.layout.boundary(manifest.step))
-        for other in self.layout.checkpoints():
-            if other != checkpoint:
-                remove_tree(other)
-        created = {point: self._created(point) for point in self.layout.restore_points()}
-        for old in retention.superfluous(created, self.ledger.clock()):
-            remove_tree(old)
+        point = self._make_restore_point(checkpoint, manifest)
+        older = [folder for folder in self.layout.checkpoints() if folder != checkpoint]
+        removed = tuple(folder.name for folder in older if self.ownership.remove(folder))
+        created = {point: self._created(point) for point in self.ownership.restore_points()}
+        origin = int(self.ledger.get("origin_step", 0))
+        for old in retention.superfluous(created, self.ledger.clock(), adopted=origin or None):
+            self.ownership.remove(old)
+        return Written(manifest, removed, point, commit.done)
+
+    def _make_restore_point(self, checkpoint: Path, manifest: Manifest) -> str | None:
+        """Make the restore point of a boundary if it is not there; returns its name if it was made now."""
+        point = self.layout.boundary(manifest.step)
+        if not manifest.cursor.at_boundary:
+            return None
+        self.ownership.require_free(point)
+        if point.exists():
+            return None
+        link_tree(checkpoint, point)
+        return point.name
 
     def _created(self, point: Path) -> float:
         """When the state of a restore point was committed, seconds since the epoch."""
@@ -116,9 +151,9 @@ class Commits:
     def _link_root(self, checkpoint: Path, manifest: Manifest) -> None:
         for name in manifest.files:
             source, link = checkpoint / name, self.layout.current / name
-            if link.exists() and source.samefile(link):
+            if _is_same_file(source, link):
                 continue
-            temporary = link.with_name(f"{TEMPORARY_PREFIX}{name}")
+            temporary = link.with_name(f"{TEMPORARY_PREFIX}link-{name}")
             temporary.unlink(missing_ok=True)
             link_or_copy(source, temporary)
             temporary.replace(link)
@@ -128,13 +163,14 @@ class Commits:
         """Make a verified checkpoint the current one; `folder` may be a restore point."""
         checkpoint = self.layout.checkpoint(manifest.step)
         if folder != checkpoint:
-            remove_tree(checkpoint)
+            self.ownership.require_free(checkpoint)
+            self.ownership.remove(checkpoint)
             self.layout.current.mkdir(exist_ok=True)
             link_tree(folder, checkpoint)
         for point in self.layout.restore_points():
-            stale = step_of(point) == manifest.step and not _same_files(point, checkpoint, manifest)
+            stale = step_of(point) == manifest.step and not _has_same_files(point, checkpoint, manifest)
             if stale or step_of(point) > manifest.step:
-                remove_tree(point)
+                self.ownership.remove(point)
         self.tidy(checkpoint, manifest, retention)
 
 
@@ -143,7 +179,14 @@ def basis_of(config: Config, stream: str, environment: Mapping[str, Any]) -> str
     return sha256_json([config.training(), stream, dict(environment)])
 
 
-def _same_files(folder: Path, other: Path, manifest: Manifest) -> bool:
+def _has_same_files(folder: Path, other: Path, manifest: Manifest) -> bool:
     """Whether two directories hold the same files by hard link."""
-    names = [MANIFEST, *manifest.files]
-    return all((folder / name).exists() and (folder / name).samefile(other / name) for name in names)
+    return all(_is_same_file(folder / name, other / name) for name in (MANIFEST, *manifest.files))
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    """Whether two names are one file; False where one of them is certainly missing."""
+    try:
+        return path.samefile(other)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

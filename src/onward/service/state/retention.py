@@ -25,12 +25,13 @@ class Retention:
         """Return the policy that a config asks for."""
         return cls(config.keep_boundaries, config.keep_days)
 
-    def superfluous(self, created: Mapping[Path, float], now: float) -> list[Path]:
+    def superfluous(self, created: Mapping[Path, float], now: float, *, adopted: int | None = None) -> list[Path]:
         """Return the restore points that no rule keeps.
 
         Args:
             created: restore points with the time of their commit, seconds since the epoch.
             now: the time now; a clock that went back only keeps more.
+            adopted: step of the adopted beginning, which is always kept: nothing else can make it again.
         """
         newest_first = sorted(created, key=step_of, reverse=True)
         kept = set(newest_first[: self.boundaries + 1])
@@ -40,4 +41,4 @@ class Retention:
                 day = time.gmtime(created[point])
                 last_of_day.setdefault((day.tm_year, day.tm_yday), point)
         kept |= set(last_of_day.values()) if self.days else set()
-        return [point for point in newest_first if point not in kept]
+        return [point for point in newest_first if point not in kept and step_of(point) != adopted]

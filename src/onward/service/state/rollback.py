@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from onward.config import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
+from onward.service.state.ownership import Ownership
 from onward.service.state.retention import Retention
 from onward.service.state.settle import TO_NOTHING, Settlement
 from onward.store.files import HELD
@@ -30,7 +31,41 @@ KEPT = (
     "truncated",
     "dropped",
     "priority",
+    "occurrence",
 )
+"""Columns that a file keeps when it is queued again: what it is, and the order of its rows."""
+
+
+class Values(TypedDict, total=False):
+    """Columns that a file gets with its new state."""
+
+    note: str | None
+    position: int | None
+    config: str | None
+    parts: int | None
+    failures: int
+
+
+class Successor(TypedDict, total=False):
+    """Columns of the file that takes the place of one that is undone."""
+
+    command: str
+    name: str
+    sha256: str
+    bytes: int
+    format: str
+    copy: str
+    rows: int
+    tokens: int
+    target_tokens: int
+    truncated: int
+    dropped: int
+    priority: int
+    occurrence: int
+    again: int
+    position: int
+    config: str | None
+    parts: int | None
 
 
 @dataclass(frozen=True)
@@ -39,15 +74,15 @@ class Move:
 
     row: FileRow
     state: str
-    values: dict[str, Any] = field(default_factory=dict[str, Any])
-    successor: dict[str, Any] | None = None
+    values: Values = field(default_factory=Values)
+    successor: Successor | None = None
 
 
 def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> dict[str, Any]:
     """Make the boundary after a file, or at a step, the current state.
 
     Args:
-        to: a file's name, position or hash prefix; or `step-N`, or a number that is no position but a step.
+        to: a file's name, position or hash prefix, or a step; `file:X` or `step:N` where a number could be either.
         requeue: put the undone files in the queue again, in their order.
 
     Returns:
@@ -57,7 +92,7 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         UsageError: no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
-    step = find_step(ledger, to, [step_of(point) for point in layout.restore_points()])
+    step = find_step(ledger, to, [step_of(point) for point in Ownership(layout, ledger).restore_points()])
     position = _restore_point(layout, step).cursor.position
     later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
     go_back(layout, ledger, step, undone(later, position, requeue=requeue), f"went back to step {step}")
@@ -65,14 +100,36 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
-    """Forget all progress: state and restore points go, every begun file is marked undone, the queue stays.
+    """Forget all progress: every begun file is marked undone, the queue stays.
+
+    A run made from a base model has no state then. An adopted one is back at the adopted step.
 
     Returns:
-        `global_step` (0) and the names `undone`.
+        `global_step` (0, or the adopted step) and the names `undone`.
+
+    Raises:
+        UsageError: the adopted state is no longer kept.
+        DamagedState: it does not verify.
     """
     begun = ledger.in_stream(after=0)
-    go_back(layout, ledger, TO_NOTHING, undone(begun, 0, requeue=False), "went back to the start")
-    return {"global_step": 0, "undone": [row.name for row in begun]}
+    origin = int(ledger.get("origin_step", 0))
+    if origin > 0:
+        _require_origin(layout, ledger, origin)
+    what = f"back at the adopted step {origin}" if origin > 0 else "went back to the start"
+    go_back(layout, ledger, origin if origin > 0 else TO_NOTHING, undone(begun, 0, requeue=False), what)
+    return {"global_step": origin, "undone": [row.name for row in begun]}
+
+
+def _require_origin(layout: RunLayout, ledger: Ledger, origin: int) -> None:
+    kept = sorted(step_of(point) for point in Ownership(layout, ledger).restore_points())
+    if origin not in kept:
+        back = f"onward rollback --to step:{kept[0]} goes back as far as it can. " if kept else ""
+        raise UsageError(
+            f"the adopted state, step {origin}, is no longer kept",
+            where=layout.boundary(origin),
+            hint=f"{back}To begin from the adopted checkpoint again: onward adopt CHECKPOINT --run NEW_RUN",
+        )
+    _restore_point(layout, origin)
 
 
 def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
@@ -110,10 +167,11 @@ def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config
     """Mark files undone; requeued, they take the places after `position` in their order, before all that waits."""
     moves: list[Move] = []
     for place, row in enumerate(rows, start=position + 1):
-        successor = None
+        successor: Successor | None = None
         if requeue:
-            successor = {key: getattr(row, key) for key in KEPT} | {"again": 1, "position": place}
-            successor |= {"config": row.config, "parts": row.parts} if with_config else {}
+            successor = cast(Successor, {key: getattr(row, key) for key in KEPT} | {"again": 1, "position": place})
+            if with_config:
+                successor.update(config=row.config, parts=row.parts)
         moves.append(Move(row, "undone", successor=successor))
     return moves
 
@@ -148,10 +206,10 @@ def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str
 
 def _boundary_before(layout: RunLayout, ledger: Ledger, row: FileRow) -> tuple[int, int]:
     """Return step and position of the newest restore point at or before a file's beginning that verifies."""
-    for point in layout.restore_points():
+    for point in Ownership(layout, ledger).restore_points():
         if step_of(point) <= row.first_step:
-            manifest, problems = inspect_checkpoint(point)
-            if manifest is not None and not problems and manifest.cursor.position < row.place:
+            manifest = inspect_checkpoint(point).verified
+            if manifest is not None and manifest.cursor.position < row.place:
                 return manifest.step, manifest.cursor.position
     if ledger.get("origin_step", 0) > 0:
         hint = "Its beginning was an adopted checkpoint: adopt that into a new run, and train the other files there."
@@ -168,7 +226,7 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
             where=folder,
             hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
         )
-    manifest, problems = inspect_checkpoint(folder)
-    if manifest is None or problems:
-        raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-    return manifest
+    found = inspect_checkpoint(folder)
+    if found.verified is None:
+        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+    return found.verified

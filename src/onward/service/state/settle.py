@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import remove_temporaries, remove_tree
+from onward.atomic import remove_tree
 from onward.config import stored_config
 from onward.errors import DamagedState
-from onward.layout import RunLayout, step_of
+from onward.layout import RunLayout, entries, step_of
 from onward.service.state.commits import Commits, basis_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint
+from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint, stated_origin
 
 TO_NOTHING = -1
 """The step to go back to when a run is reset."""
@@ -22,11 +25,24 @@ TO_NOTHING = -1
 
 @dataclass(frozen=True)
 class Settled:
-    """What a start found: the checkpoint to go on from (None: nothing was ever committed) and what was wrong."""
+    """What a start found.
+
+    Args:
+        folder: the checkpoint to go on from; None where nothing was ever committed.
+        damage: what was read and is not what was committed.
+        notes: what else a person should know, said once: directories that the run did not make.
+    """
 
     folder: Path | None
     manifest: Manifest | None
     damage: list[str] = field(default_factory=list[str])
+    notes: list[str] = field(default_factory=list[str])
+
+    def messages(self) -> Iterator[str]:
+        """Yield what a person should read, as sentences."""
+        yield from self.notes
+        for problem in self.damage:
+            yield f"damaged: {problem}"
 
 
 class Settlement:
@@ -37,38 +53,42 @@ class Settlement:
         self.ledger = ledger
         self.retention = retention
         self._commits = Commits(layout, ledger)
+        self._ownership = self._commits.ownership
 
     def settle(self) -> Settled:
         """Find the newest verifiable checkpoint, bring the ledger and the directories to it, name any damage.
 
         Raises:
-            DamagedState: the ledger claims progress and nothing verifiable is left, or what is left is another run's.
+            DamagedState: the ledger claims progress and nothing verifiable is left, or the ledger is not of the same
+                moment as what is left.
+            Unreadable: something cannot be read now; nothing was changed, and a later call may succeed.
+            NotMadeHere: a directory of somebody else stands where one of the run must go.
         """
-        for folder in (self.layout.root, self.layout.current, self.layout.boundaries):
-            remove_temporaries(folder)
+        for left in self.layout.temporaries():
+            remove_tree(left)
         self.finish_going_back()
         claimed = self.ledger.newest_checkpoint()
-        if claimed and claimed.step > self._origin() and not self._has_model():
+        if claimed and claimed.step > self._origin() and not entries(self.layout.current):
             raise DamagedState(
                 f"current_model is gone, and the ledger claims {claimed.step} steps",
                 where=self.layout.current,
                 hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
             )
+        others = self._ownership.others()
+        self._require_same_moment(others)
         found = self._newest_verifiable()
+        notes = self._name_once(others)
         if found.folder is None or found.manifest is None:
             begun = claimed.step if claimed else self._origin()
             if begun > 0 or found.damage:
                 raise self._nothing_left(begun, found.damage)
             self._owe_again()
-            return found
-        if found.manifest.run != self.ledger.get("run"):
-            hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
-            raise DamagedState("the checkpoint belongs to another run", where=found.folder, hint=hint)
+            return Settled(None, None, found.damage, notes)
         self._bring_up(found.manifest)
         self._commits.install(found.folder, found.manifest, self.retention)
         for problem in found.damage:
             self.ledger.add_event("error", problem, found.manifest.step)
-        return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage)
+        return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage, notes)
 
     def finish_going_back(self) -> None:
         """Bring the directories to where the ledger went back to; a kill in between is mended by the next start.
@@ -80,34 +100,74 @@ class Settlement:
         if step is None:
             return
         if step == TO_NOTHING:
-            for folder in (self.layout.current, *self.layout.restore_points()):
-                remove_tree(folder)
+            self._remove_all()
         else:
             folder = self.layout.boundary(step)
-            manifest, problems = inspect_checkpoint(folder)
-            if manifest is None or problems:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(problems)}", where=folder)
-            self._commits.install(folder, manifest, self.retention)
+            found = inspect_checkpoint(folder)
+            if found.verified is None:
+                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+            self._commits.install(folder, found.verified, self.retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
         return int(self.ledger.get("origin_step", 0))
 
-    def _has_model(self) -> bool:
-        return self.layout.current.is_dir() and any(self.layout.current.iterdir())
+    def _remove_all(self) -> None:
+        """Remove every checkpoint and restore point of the run and the links to their files, and nothing else."""
+        own = [*self._ownership.checkpoints(), *self._ownership.restore_points()]
+        for name in {entry.name for folder in own for entry in entries(folder)} - {MANIFEST}:
+            link = self.layout.current / name
+            if link.is_file():
+                link.unlink()
+        for folder in own:
+            self._ownership.remove(folder)
+        with contextlib.suppress(OSError):  # somebody else's files are in it, or it is gone
+            self.layout.current.rmdir()
+
+    def _require_same_moment(self, others: list[Path]) -> None:
+        """Refuse a ledger that is older than what it should be the record of, or that is another run's.
+
+        Raises:
+            DamagedState: with the way out.
+        """
+        last, begun = self.ledger.newest_checkpoint(), self.ledger.has_checkpoints()
+        for folder in others:
+            origin, step = stated_origin(folder), step_of(folder)
+            is_later = origin == (self._ownership.run, step) and step > (last.step if last else -1)
+            if is_later or (origin is not None and not begun):
+                claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
+                raise DamagedState(
+                    f"the ledger {claim}, and here is a checkpoint of step {step}: they are not from the same moment",
+                    where=folder,
+                    hint="Put ledger.sqlite3 back from a copy of that moment. Without one, this makes a new run of it: "
+                    f"onward adopt {shlex.quote(str(folder))} --run NEW_RUN",
+                )
+
+    def _name_once(self, others: list[Path]) -> list[str]:
+        """Record and return what to say of directories that the run did not make and that were not named before."""
+        names = [str(folder.relative_to(self.layout.root)) for folder in others]
+        known: list[str] = self.ledger.get("left_alone", [])
+        if names == known:
+            return []
+        notes = [f"{name} was not made by this run and is left alone" for name in names if name not in known]
+        with self.ledger.transaction():
+            self.ledger.put(left_alone=names)
+            for note in notes:
+                self.ledger.add_event("warning", note)
+        return notes
 
     def _newest_verifiable(self) -> Settled:
         damage: list[str] = []
-        folders = sorted([*self.layout.checkpoints(), *self.layout.restore_points()], key=step_of, reverse=True)
+        checkpoints = self._ownership.checkpoints()
         claimed = self.ledger.newest_checkpoint()
-        if claimed and not self.layout.checkpoint(claimed.step).is_dir():
+        if claimed and self.layout.checkpoint(claimed.step) not in checkpoints:
             damage.append(f"checkpoint-{claimed.step} is missing")
-        for folder in folders:
-            manifest, problems = inspect_checkpoint(folder)
+        for folder in sorted([*checkpoints, *self._ownership.restore_points()], key=step_of, reverse=True):
+            found = inspect_checkpoint(folder)
             place = folder.relative_to(self.layout.root)
-            if manifest is not None and not problems:
-                return Settled(folder, manifest, damage)
-            damage += [f"{place}/{problem}" for problem in problems]
+            if found.verified is not None:
+                return Settled(folder, found.verified, damage)
+            damage += [f"{place}/{problem}" for problem in found.problems]
         return Settled(None, None, damage)
 
     def _nothing_left(self, step: int, damage: list[str]) -> DamagedState:

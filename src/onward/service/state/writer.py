@@ -4,41 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
-from onward.events import FileDone
+from onward.errors import first_line
 from onward.layout import RunLayout
-from onward.service.state.commits import Commit, Commits
+from onward.service.state.commits import Commit, Commits, Written
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import Manifest
 from onward.training.handover import Measurement
 
 NICENESS = 19
-
-
-@dataclass(frozen=True)
-class Written:
-    """A commit that is finished: its manifest, what it removed, the restore point it made, what is to be told."""
-
-    manifest: Manifest
-    removed: tuple[str, ...] = ()
-    restore_point: str | None = None
-    done: FileDone | None = None
+AfterCommit: TypeAlias = Callable[[Path, Manifest], None]
+"""Called with the folder and the manifest of a new checkpoint. The folder stays until the next commit."""
 
 
 class Writer:
     """Commits in a thread of its own, on a connection of its own.
 
     A process that ends without waiting leaves what a kill leaves.
+
+    Args:
+        clock: seconds since the epoch.
+        after_commit: called in this thread after the ledger moved, each on its own: what one fails at is an event in
+            the ledger, and it is called again after the next commit.
     """
 
-    def __init__(self, layout: RunLayout, clock: Callable[[], float]) -> None:
+    def __init__(self, layout: RunLayout, clock: Callable[[], float], after_commit: Sequence[AfterCommit] = ()) -> None:
         self._layout = layout
         self._clock = clock
         self._thread: threading.Thread | None = None
+        self._after_commit = tuple(after_commit)
         self._written: Written | None = None
         self._error: BaseException | None = None
         self._measured: Future[Measurement] = Future()
@@ -51,7 +51,7 @@ class Writer:
         self._thread.start()
 
     def collect(self, *, wait: bool) -> Written | None:
-        """Return a finished commit, once; None where there is none or it still goes on.
+        """Return what a finished commit did, once; None where there is none or it still goes on.
 
         Raises:
             OnwardError, OSError: what made the commit fail; nothing of it remains.
@@ -83,12 +83,22 @@ class Writer:
         _give_way()
         try:
             with Ledger(self._layout.ledger, clock=self._clock) as ledger:
-                manifest = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
-                self._written = Written(manifest, done=commit.done)
+                self._written = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
+                self._call_after_commit(ledger, self._written.manifest)
         except BaseException as error:  # raised where the commit is collected
             self._error = error
             if not self._measured.done():
                 self._measured.set_exception(error)
+
+    def _call_after_commit(self, ledger: Ledger, manifest: Manifest) -> None:
+        for call in self._after_commit:
+            try:
+                call(self._layout.checkpoint(manifest.step), manifest)
+            except Exception as error:
+                name = getattr(call, "__name__", type(call).__name__)
+                what = f"{name} failed after the commit of step {manifest.step}: {first_line(error)}"
+                with contextlib.suppress(sqlite3.Error):  # the commit itself is whole
+                    ledger.add_event("warning", f"{what}; it is tried again after the next commit", manifest.step)
 
 
 def _give_way() -> None:

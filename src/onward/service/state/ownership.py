@@ -1,0 +1,81 @@
+"""Which checkpoint directories a run made. Nothing else in its directory is ever removed or replaced."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+from onward.errors import NotMadeHere
+from onward.layout import RunLayout, step_of
+from onward.store.ledger import Ledger
+from onward.training.checkpoint import remove_checkpoint, stated_origin
+
+
+class Ownership:
+    """Tells the directories of one run from those that others put there.
+
+    A directory belongs to the run if the ledger has a checkpoint of that step and the manifest names the run.
+    """
+
+    def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
+        self.layout = layout
+        self.ledger = ledger
+        self.run: str | None = ledger.get("run")
+
+    def made(self, folder: Path) -> bool:
+        """Whether the run made a directory that has the name of a checkpoint or a restore point.
+
+        Raises:
+            Unreadable: the manifest cannot be read now, so nothing is known.
+        """
+        step = step_of(folder)
+        states = self.ledger.checkpoint_states(step)
+        if not states:
+            return False
+        origin = stated_origin(folder)
+        if origin is None:  # only where the ledger stands, or stood before damage: others write no manifest either
+            expected = folder == self.layout.checkpoint(step) and step >= self.ledger.committed_step()
+            return expected and bool(states & {"committed", "lost"})
+        return origin in ((self.run, step), (None, None))
+
+    def checkpoints(self) -> list[Path]:
+        """Return the run's own checkpoints in `current_model/`, newest step first."""
+        return [folder for folder in self.layout.checkpoints() if self.made(folder)]
+
+    def restore_points(self) -> list[Path]:
+        """Return the run's own restore points, newest step first."""
+        return [folder for folder in self.layout.restore_points() if self.made(folder)]
+
+    def others(self) -> list[Path]:
+        """Return directories with the names of checkpoints or restore points that the run did not make."""
+        return [
+            folder for folder in (*self.layout.checkpoints(), *self.layout.restore_points()) if not self.made(folder)
+        ]
+
+    def require_free(self, folder: Path) -> None:
+        """Refuse to write where something stands that the run did not make.
+
+        Raises:
+            NotMadeHere: with the command that moves it away.
+        """
+        if os.path.lexists(folder) and not self.made(folder):
+            source, aside = folder.absolute(), self._free_name(folder.name)
+            raise NotMadeHere(
+                "this directory was not made by this run, and the next checkpoint needs its name",
+                where=folder,
+                hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
+            )
+
+    def remove(self, folder: Path) -> bool:
+        """Remove a directory of the run, in one visible act; returns whether there was one. Others are left alone."""
+        if not os.path.lexists(folder) or not self.made(folder):
+            return False
+        remove_checkpoint(folder, run=str(self.run), recorded=True)
+        return True
+
+    def _free_name(self, name: str) -> Path:
+        """Return a path for it in the run's directory, where Onward looks at no such names."""
+        root = self.layout.root.absolute()
+        names = [f"moved-{name}", *(f"moved-{name}-{number}" for number in range(2, 100))]
+        return next(root / free for free in names if not os.path.lexists(root / free))

@@ -1,0 +1,93 @@
+"""Loading the TrainState that a checkpoint holds, and an optimizer's state from any `optimizer.pt`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from onward.config import Config
+from onward.errors import DamagedState, Unreadable, first_line
+from onward.training import huggingface
+from onward.training.checkpoint import Manifest
+from onward.training.model import build_model
+from onward.training.optimizers import Entry, saved_groups
+from onward.training.state import TrainState
+
+
+def load_state(
+    folder: Path, manifest: Manifest, config: Config, base: Path, device: torch.device, dtype: torch.dtype
+) -> TrainState:
+    """Build the TrainState that a verified checkpoint holds.
+
+    Raises:
+        DamagedState: names, shapes or types are not those of the manifest.
+        Unreadable: a file cannot be read now.
+    """
+    state = TrainState.start(build_model(config, base, device, dtype, checkpoint=folder), config)
+    if state.view().describe_parameters() != manifest.parameters:
+        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
+    load_moments(state, folder / huggingface.OPTIMIZER)
+    state.method.configure(state.optimizer, config)
+    state.load_plain(manifest.state)
+    return state
+
+
+def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """Return the content of an `optimizer.pt`.
+
+    Args:
+        mapped: read tensors only when they are looked at, for callers who want a few of them.
+
+    Raises:
+        DamagedState: the file is missing or is not one of `torch.save` with tensors and plain values only.
+        Unreadable: the file cannot be read now.
+    """
+    try:
+        return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+    except FileNotFoundError:
+        raise DamagedState("the optimizer's state is missing", where=path) from None
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+    except Exception as error:
+        refused = error.__context__
+        if isinstance(refused, OSError):  # PyTorch's reader hides it behind an error of its own
+            raise Unreadable.of(refused, path) from None
+        raise DamagedState(f"the optimizer's state is damaged: {first_line(error)}", where=path) from None
+
+
+def load_moments(state: TrainState, path: Path) -> None:
+    """Load the optimizer's state from an `optimizer.pt`, checked for each parameter: count, names, shapes.
+
+    Raises:
+        DamagedState: the file does not hold the state of the same method for exactly these parameters.
+        Unreadable: the file cannot be read now.
+    """
+    saved = read_optimizer(path)
+    try:
+        groups = saved_groups(saved)
+        order = [index for group in groups for index in group["params"]]
+        entries = {int(index): dict(entry) for index, entry in cast(dict[int, Entry], saved["state"]).items()}
+        rates = [float(group["lr"]) for group in groups]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedState(f"the optimizer's state is not one: {type(error).__name__}", where=path) from None
+    sizes = [len(group["params"]) for group in groups]
+    expected = [len(group["params"]) for group in state.optimizer.param_groups]
+    if sizes != expected:
+        raise DamagedState(f"the optimizer has parameter groups of {sizes}, the model of {expected}", where=path)
+    _require_entries(state, dict(zip(order, state.parameters, strict=True)), entries, path)
+    own = state.optimizer.state_dict()["param_groups"]
+    for group, rate, saved_group in zip(own, rates, groups, strict=True):
+        group.update(lr=rate, params=saved_group["params"])
+    copies = {index: {key: value.clone() for key, value in entry.items()} for index, entry in entries.items()}
+    state.optimizer.load_state_dict({"state": copies, "param_groups": own})
+
+
+def _require_entries(state: TrainState, names: Mapping[int, str], entries: Mapping[int, Entry], path: Path) -> None:
+    """Refuse entries that do not fit; none at all are those of an optimizer that has taken no step."""
+    for index, name in names.items() if entries else ():
+        problem = state.method.problem(state.parameters[name], entries.get(index))
+        if problem is not None:
+            raise DamagedState(f"{name}: {problem}", where=path)

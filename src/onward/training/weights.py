@@ -1,0 +1,51 @@
+"""Trained weights written as Hugging Face files: an adapter with its config, or a whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model import quiet
+
+CONFIG = "config.json"
+
+
+def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write trained weights into a folder: an adapter with its config, or a whole model.
+
+    Every file has the mode that the process's umask gives a new file.
+
+    Args:
+        model: gives names, config and what is not trained.
+        weights: the trained weights, by the names of `model`'s parameters.
+    """
+    if not isinstance(model, PeftModel):
+        own = {id(parameter): weights[name] for name, parameter in model.named_parameters() if name in weights}
+        tensors = {name: own.get(id(value), value) for name, value in model.state_dict(keep_vars=True).items()}
+        with quiet():
+            cast(PreTrainedModel, model).save_pretrained(folder, state_dict=tensors)
+        _share_mode(folder, CONFIG)
+        return
+    tensors = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # a set's own order differs between processes
+    (folder / ADAPTER_CONFIG).write_text(text + "\n")
+    _share_mode(folder, ADAPTER_CONFIG)
+
+
+def _share_mode(folder: Path, name: str) -> None:
+    """Give weights the mode of a plainly written file: safetensors makes them readable by their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        shutil.copymode(folder / name, path)

@@ -1,0 +1,42 @@
+"""Checkpoints that tests write without a run around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onward.config import Config
+from onward.training.checkpoint import Contents, Facts
+from onward.training.handover import measure
+from onward.training.model import build_model
+from onward.training.state import TrainState
+
+CPU = torch.device("cpu")
+RUN = "a run"
+
+
+def make_contents(model: Path, *, run: str = RUN, steps: int = 1, **settings: Any) -> Contents:
+    """Return what a checkpoint of a state is written from that has taken some steps."""
+    config = Config.model_validate({"model": str(model), "lora": {"rank": 2}, **settings})
+    state = TrainState.start(build_model(config, model, CPU, torch.float32), config)
+    torch.manual_seed(0)
+    for _ in range(steps):
+        for parameter in state.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        state.optimizer.step()
+    state.counters.step = steps
+    view = state.view()
+    facts = Facts(run, {"name": str(model), "digest": "d"}, "t", {"device": "cpu"}, {"tokenizer.json": b"{}"})
+    return Contents(state.model, view, config, measure(view, 1.0), facts)
+
+
+def make_state(contents: Contents) -> TrainState:
+    """Return the state of a model with a fresh optimizer."""
+    return TrainState.start(contents.model, contents.config)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder, by its place."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,0 +1,189 @@
+"""Only what a run made is ever removed or replaced; what others put into its directory is named and left alone."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from faults import copy_run
+from states import assert_same_state
+
+from onward import Run
+from onward.errors import DamagedState, NotMadeHere
+from onward.store.ledger import Ledger
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "warmup_steps": 0, "lora": {"rank": 2}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files, of three steps and two."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 6)]
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the first file."""
+    run = Run.create(tmp_path_factory.mktemp("trained") / "run", str(model), **SETTINGS)
+    run.train(files[0])
+    return run.layout.root
+
+
+@pytest.fixture(scope="module")
+def twin(trained: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with both files, undisturbed."""
+    root = copy_run(trained, tmp_path_factory.mktemp("twin") / "run")
+    Run(root).train(files[1])
+    return root
+
+
+@pytest.fixture(scope="module")
+def stranger(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run of both files, with another seed."""
+    run = Run.create(tmp_path_factory.mktemp("stranger") / "run", str(model), seed=1, **SETTINGS)
+    run.train(*files)
+    return run.layout.root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the run of the first file."""
+    return copy_run(trained, tmp_path / "a run")
+
+
+def without_manifest(source: Path, target: Path) -> Path:
+    """Copy a checkpoint as transformers' Trainer would write it."""
+    return shutil.copytree(source, target, ignore=shutil.ignore_patterns("onward.json"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def notes_of(run: Run, name: str) -> list[str]:
+    """What the ledger says about a directory."""
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        return [event.message for event in ledger.events(1000) if name in event.message]
+
+
+def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, files: list[Path], tmp_path: Path) -> None:
+    """A Trainer's checkpoints, a person's copy and another run's are left alone through training, and named once."""
+    current, boundaries = root / "current_model", root / "boundaries"
+    others = [
+        without_manifest(current / "checkpoint-3", current / "checkpoint-400"),
+        without_manifest(current / "checkpoint-3", current / "checkpoint-0"),
+        shutil.copytree(current / "checkpoint-3", current / "checkpoint-999"),
+        shutil.copytree(stranger / "current_model/checkpoint-5", current / "checkpoint-6"),
+        shutil.copytree(stranger / "current_model/checkpoint-5", boundaries / "step-500"),
+    ]
+    (current / ".tmp-download").mkdir()
+    (root / ".tmp-notes").write_text("mine")
+    (current / ".tmp-checkpoint-9").mkdir()
+    before = [contents(folder) for folder in others]
+    run = Run(root)
+    run.train(files[1])
+    assert_same_state(twin, root)
+    assert before == [contents(folder) for folder in others]
+    assert [".tmp-download"] == [path.name for path in current.iterdir() if path.name.startswith(".tmp-")]
+    assert "mine" == (root / ".tmp-notes").read_text()
+    proof = run.verify(deep=True)
+    assert [] == [check for check in proof.checks if not check.ok]
+    assert all(folder.name in next(c.detail for c in proof.checks if c.name == "one checkpoint") for folder in others)
+    run.train()
+    for folder in others:
+        name = str(folder.relative_to(root))
+        assert [f"{name} was not made by this run and is left alone"] == notes_of(run, name)
+    run.reset()
+    assert before == [contents(folder) for folder in others]
+    assert ["checkpoint-999", "checkpoint-400", "checkpoint-6", "checkpoint-0"] == [
+        folder.name for folder in run.layout.checkpoints()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "made"),
+    [
+        ("current_model/checkpoint-5", "by a trainer"),
+        ("current_model/checkpoint-5", "by another run"),
+        ("current_model/checkpoint-3", "by another run"),
+        ("boundaries/step-5", "by a trainer"),
+        ("boundaries/step-5", "by another run"),
+    ],
+)
+def test_what_stands_in_the_way_is_moved_by_a_person(
+    place: str, made: str, root: Path, twin: Path, stranger: Path, files: list[Path]
+) -> None:
+    """Where the run needs the name it refuses with the command that moves the directory, and then goes on."""
+    run, target = Run(root), root / place
+    run.add(files[1])
+    shutil.rmtree(target, ignore_errors=True)
+    source = stranger / "boundaries" / target.name.replace("checkpoint", "step")
+    without_manifest(source, target) if made == "by a trainer" else shutil.copytree(source, target)
+    before = contents(target)
+    hints: list[str] = []
+    for _ in range(2):  # the refusal is no permission
+        with pytest.raises(NotMadeHere) as caught:
+            run.train()
+        hints.append(str(caught.value.hint))
+        assert before == contents(target)
+    assert hints[0] == hints[1]
+    words = shlex.split(hints[0].partition(": ")[2])
+    assert ["mv", str(target)] == words[:2]
+    subprocess.run(words, check=True)
+    assert before == contents(Path(words[2]))
+    run.train()
+    assert_same_state(twin, root)
+    assert run.verify().ok
+
+
+def fresh_ledger(root: Path, model: Path) -> None:
+    """Put a new run's ledger into a directory."""
+    new = Run.create(root.with_name("new"), str(model), **SETTINGS)
+    (root / "ledger.sqlite3").write_bytes(new.layout.ledger.read_bytes())
+
+
+def test_a_new_ledger_beside_a_model_is_refused(root: Path, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A ledger that knows of nothing is no reason to begin afresh; the command that is named makes a run of it."""
+    fresh_ledger(root, model)
+    before = contents(root / "current_model")
+    with pytest.raises(DamagedState, match="not from the same moment") as caught:
+        Run(root).train(files[1])
+    assert before == contents(root / "current_model")
+    words = shlex.split(str(caught.value.hint).partition("onward ")[2])
+    assert ["adopt", str(root / "current_model/checkpoint-3"), "--run", "NEW_RUN"] == words
+    adopted = Run.adopt(words[1], tmp_path / "adopted", str(model))
+    assert 3 == adopted.status()["global_step"]
+
+
+@pytest.mark.parametrize("also_boundaries", [True, False])
+def test_an_older_ledger_is_refused(also_boundaries: bool, root: Path, twin: Path, files: list[Path]) -> None:
+    """A ledger from before the newest checkpoint is not brought up to it: the files in between are not in it."""
+    shutil.copytree(twin / "current_model", root / "current_model", dirs_exist_ok=True)
+    if also_boundaries:
+        shutil.copytree(twin / "boundaries", root / "boundaries", dirs_exist_ok=True)
+    before = contents(root / "current_model")
+    with pytest.raises(DamagedState, match="the ledger ends at step 3"):
+        Run(root).train()
+    assert before == contents(root / "current_model")
+
+
+def lose_name(folder: Path) -> None:
+    """Make a manifest no JSON."""
+    (folder / "onward.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [lose_name, lambda folder: (folder / "onward.json").unlink()], ids=["torn", "gone"])
+def test_the_runs_own_damaged_checkpoint_is_repaired(damage: Callable[[Path], None], root: Path, trained: Path) -> None:
+    """Where the ledger says that a checkpoint is, one with a damaged manifest is the run's own."""
+    damage(root / "current_model/checkpoint-3")
+    Run(root).train()
+    assert_same_state(trained, root)
+    assert Run(root).verify().ok

@@ -1,0 +1,103 @@
+"""What a person types for a file or a step is understood, or refused with what it could mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onward.errors import UsageError
+from onward.store.ledger import Ledger
+from onward.store.lookup import find_file, find_step
+
+STEPS = (0, 2, 4, 9, 12, 1234)
+"""Steps that have a restore point."""
+FILES = (
+    ("a.jsonl", "abcd" + "0" * 60, 1, 0, 4),
+    ("b.jsonl", "abce" + "0" * 60, 2, 4, 5),
+    ("c.jsonl", "1234" + "0" * 60, 3, 9, 3),
+    ("a.jsonl", "ffff" + "0" * 60, 4, 12, 8),
+)
+"""Finished files: name, SHA-256, position, first step, steps. The boundaries are at 4, 9, 12 and 20."""
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    """A ledger with finished files, one that waits and one that was skipped."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "archive/x"}
+    with Ledger(tmp_path / "ledger.sqlite3") as opened:
+        for name, sha256, position, start, steps in FILES:
+            opened.insert_file(
+                name=name, sha256=sha256, position=position, start_step=start, planned_steps=steps, state="done",
+                **fixed,
+            )  # fmt: skip
+        opened.insert_file(name="waits.jsonl", sha256="dddd" + "0" * 60, state="queued", **fixed)
+        opened.insert_file(name="left.jsonl", sha256="eeee" + "0" * 60, state="skipped", **fixed)
+        yield opened
+
+
+@pytest.mark.parametrize(
+    ("to", "step"),
+    [
+        ("b.jsonl", 9), ("file:b.jsonl", 9), ("abce", 9), ("ABCE", 9), ("file:abce0", 9), ("1", 4), ("file:1", 4),
+        ("file:2", 9), ("step:2", 2), ("step-2", 2), ("step:4", 4), ("file:4", 20), ("0", 0), ("12", 12), ("9", 9),
+        ("file:1234", 12), ("step:1234", 1234), ("file:ffff", 20),
+    ],
+)  # fmt: skip
+def test_a_step_is_found(to: str, step: int, ledger: Ledger) -> None:
+    """A name, a position, a hash prefix of four characters or a step, with or without saying which it is."""
+    assert step == find_step(ledger, to, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("to", "what", "hint"),
+    [
+        ("2", "'2' is file 2 (b.jsonl), which ends at step 9, and it is also step 2", "--to file:2 or --to step:2"),
+        ("4", "'4' is file 4 (a.jsonl), which ends at step 20, and it is also step 4", "--to file:4 or --to step:4"),
+        ("1234", "'1234' is file 3 (c.jsonl), which ends at step 12, and it is also step 1234", "--to step:1234"),
+        ("a.jsonl", "'a.jsonl' means several files: 1 a.jsonl, 4 a.jsonl", "file:4"),
+        ("abc", "no finished file", "1 a.jsonl, 2 b.jsonl, 3 c.jsonl"),
+        ("step:3", "no finished file", "0, 2, 4, 9, 12, 1234"),
+        ("file:9", "no finished file", "1 a.jsonl"),
+        ("waits.jsonl", "no finished file", "1 a.jsonl"),
+        ("", "no finished file", "1 a.jsonl"),
+    ],
+)
+def test_what_could_mean_several_steps_is_refused(to: str, what: str, hint: str, ledger: Ledger) -> None:
+    """A number that is one file's position and another boundary's step is no matter of luck."""
+    with pytest.raises(UsageError) as caught:
+        find_step(ledger, to, STEPS)
+    assert what in caught.value.what
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "states", "found"),
+    [
+        ("b.jsonl", ("done",), "b.jsonl"), ("file:2", ("done",), "b.jsonl"), ("2", ("done",), "b.jsonl"),
+        ("waits.jsonl", ("queued",), "waits.jsonl"), ("file:dddd", ("queued", "training"), "waits.jsonl"),
+        ("eeee", ("queued", "skipped"), "left.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger: Ledger) -> None:
+    """Among the files in the states that the caller names."""
+    assert found == find_file(ledger, name, *states).name
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "hint"),
+    [
+        ("b.jsonl", "'b.jsonl' is done, file 2 of the stream", "onward rebuild --without file:2"),
+        ("left.jsonl", "'left.jsonl' is skipped", "queued waits.jsonl"),
+        ("nothing", "'nothing' is no file of this kind here", "queued waits.jsonl"),
+        ("step:2", "'step:2' is no file of this kind here", "queued waits.jsonl"),
+    ],
+)
+def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:
+    """The refusal says what became of the file, or what there is."""
+    with pytest.raises(UsageError) as caught:
+        find_file(ledger, name, "queued")
+    assert what in caught.value.what
+    assert hint in str(caught.value.hint)
