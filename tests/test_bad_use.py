@@ -66,7 +66,7 @@ def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) 
         ("report=1", ("unknown key 'report'",)),
         ("batch_size=two", ("batch_size: 'two'", "integer")),
         ("batch_size=0", ("batch_size: 0", "greater than or equal to 1")),
-        ("batch_size=true", ("batch_size: True", "a number is wanted here")),
+        ("batch_size=true", ("batch_size: True", "must be a number")),
         ("learning_rate=.nan", ("learning_rate: nan",)),
         ("schedule=cosinus", ("schedule: 'cosinus'", "did you mean 'cosine'")),
         ("schedule=cosine", ("needs total_steps",)),

@@ -179,7 +179,7 @@ def _describe(
         step=state.step,
         state=state.plain(),
         measurement=measurement.to_dict(),
-        config=config.model_dump(mode="json"),
+        config=config.recorded(),
         identity=sha256_json(config.identity()),
         base=facts.base,
         tokenizer=facts.tokenizer,

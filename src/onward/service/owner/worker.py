@@ -200,9 +200,10 @@ class Worker:
         require_horizon(config, state.step + plan.steps)
         handover = self._hand_over("boundary", row)
         position = state.cursor.position + 1
-        fingerprint = sha256_json(config.flat())
+        recorded = config.recorded()
+        fingerprint = sha256_json(recorded)
         with self.ledger.transaction():
-            self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
+            self.ledger.keep_config(fingerprint, recorded)
             for key, (before, after) in old.differences(config).items():
                 self.ledger.add_config_change(state.step, row.id, key, (before, after))
                 self.ledger.add_event("info", f"config: {key} changed from {before} to {after}", state.step)

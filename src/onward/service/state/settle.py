@@ -14,6 +14,7 @@ from onward.service.state.commits import Commits, basis_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import quoted
 from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint
 
 TO_NOTHING = -1
@@ -62,7 +63,7 @@ class Settlement:
             self._owe_again()
             return found
         if found.manifest.run != self.ledger.get("run"):
-            hint = f"onward adopt {found.folder} --run NEW_RUN makes a run of it."
+            hint = f"onward adopt {quoted(found.folder)} --run NEW_RUN makes a run of it."
             raise DamagedState("the checkpoint belongs to another run", where=found.folder, hint=hint)
         self._bring_up(found.manifest)
         self._commits.install(found.folder, found.manifest, self.retention)
