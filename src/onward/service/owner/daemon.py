@@ -19,6 +19,7 @@ from typing import Any
 from onward.config import Config
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, StepTaken
+from onward.service.holder import BUSY
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import Inbox
@@ -44,7 +45,6 @@ LONGEST_PAUSE = 300.0
 """Seconds that a daemon waits at most before it tries again."""
 CRASHES = 5
 """Times that the process may die in one file without a commit before the file is quarantined."""
-BUSY = ("loading", "tokenizing", "training", "saving", "evaluating")
 
 Observe = Callable[[Event], None]
 
