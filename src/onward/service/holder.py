@@ -1,4 +1,4 @@
-"""What others can see of the process that owns a run: that there is one, which it is, what it does, whether it moves."""
+"""What others can see of the process that owns a run: that there is one, what it does, whether it moves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RunState: TypeAlias = Literal[
 BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "evaluating")
 """States that only a living process can be in: found without one, its process died."""
 
-DOING: dict[RunState, str] = {
+DOING: dict[str, str] = {
     "idle": "waits for files",
     "loading": "loads the model and the state to go on from",
     "tokenizing": "checks and tokenizes files",

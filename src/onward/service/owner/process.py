@@ -81,7 +81,7 @@ class OpenedRun:
         return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
 
     def _start_checker(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "onward", "check", "--run", str(self.layout.root)]
+        command = [sys.executable, "-P", "-m", "onward", "check", "--run", str(self.layout.root)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     @contextlib.contextmanager

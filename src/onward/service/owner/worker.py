@@ -172,6 +172,7 @@ class Worker:
             steps=plan.steps,
             steps_done=self.state.cursor.step,
             handover=handover,
+            max_length=self.config.max_length,
         )
         self.ledger.put(state="training")
         yield from self._train(row.id, tokens, plan, metrics)
@@ -206,7 +207,8 @@ class Worker:
             self.ledger.keep_config(fingerprint, recorded)
             for key, (before, after) in old.differences(config).items():
                 self.ledger.add_config_change(state.step, row.id, key, (before, after))
-                self.ledger.add_event("info", f"config: {key} changed from {before} to {after}", state.step)
+                change = f"config: {key} changed from {before} to {after}"
+                self.ledger.add_event("info", change, state.step, kind="config")
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
                 planned_steps=plan.steps, rows=plan.rows,
