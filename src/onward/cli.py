@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
@@ -21,7 +22,6 @@ from onward.text import printable, quoted
 app = typer.Typer(
     help="Cumulative fine-tuning: files arrive one after another, and every file continues the same run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
@@ -50,6 +50,23 @@ def show(value: Any) -> None:
     show_line(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def completer(*states: str) -> Callable[[typer.Context, str], list[str]]:
+    """Return what completes FILE by names of the run's files in some states, where a shell takes them as they are."""
+
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        from onward.store.ledger import Ledger
+
+        run = Path(context.params.get("run") or os.environ.get("ONWARD_RUN") or ".")
+        try:
+            with Ledger(RunLayout(run).ledger, read_only=True) as ledger:
+                names = [row.name for row in ledger.files(*states)]
+        except (OnwardError, sqlite3.Error, OSError):
+            return []
+        return [name for name in names if name.startswith(incomplete) and quoted(name) == name]
+
+    return complete
+
+
 @app.callback(invoke_without_command=True)
 def version(
     show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -74,7 +91,7 @@ def init(
 
     values = parse_settings(settings or [])
     if model is not None and "model" in values:
-        raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it only once.")
+        raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
     if model is not None:
         values["model"] = model
     if "model" in values and not values["model"]:
@@ -224,6 +241,7 @@ def skip(
         typer.Argument(
             metavar="[FILE]",
             help="A name, a position (4 or file:4) or a hash prefix; without it, the file in training.",
+            autocompletion=completer("arriving", "queued", "training"),
         ),
     ] = None,
     run: RunOption = Path(),
@@ -299,6 +317,7 @@ def rollback(
             "--to",
             metavar="FILE|STEP",
             help="A file (name, position, hash prefix) or a step; file:4 and step:4 say which is meant.",
+            autocompletion=completer("done"),
         ),
     ],
     run: RunOption = Path(),
@@ -320,7 +339,13 @@ def rollback(
 @app.command()
 def rebuild(
     without: Annotated[
-        str, typer.Option("--without", metavar="FILE", help="A name, a position (4 or file:4) or a hash prefix.")
+        str,
+        typer.Option(
+            "--without",
+            metavar="FILE",
+            help="A name, a position (4 or file:4) or a hash prefix.",
+            autocompletion=completer("training", "done"),
+        ),
     ],
     run: RunOption = Path(),
     yes: YesOption = False,
