@@ -59,19 +59,21 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
         UsageError: the user may not read it.
     """
     address = f"{path.absolute().as_uri()}?mode=ro"
-    connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
     try:
+        connection = _connect(address)
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
         return connection
     except sqlite3.OperationalError:
-        log = path.with_name(f"{path.name}-wal")
         if os.access(path.parent, os.W_OK) or not path.exists():
-            return connection  # not a matter of permissions: whoever reads is told what it is
-        connection.close()
-        if not os.access(path, os.R_OK) or log.exists():
+            raise  # not a matter of permissions
+        if not os.access(path, os.R_OK) or path.with_name(f"{path.name}-wal").exists():
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
             raise UsageError("this user may not read the ledger", where=path, hint=hint) from None
-    return sqlite3.connect(f"{address}&immutable=1", uri=True, isolation_level=None, check_same_thread=False)
+    return _connect(f"{address}&immutable=1")
+
+
+def _connect(address: str) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
