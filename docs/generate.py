@@ -221,6 +221,16 @@ is trained exactly `epochs` times. The last step of an epoch has the rows that a
 """
 
 
+CLI_HEAD = """\
+Results go to stdout, messages for people to stderr.
+
+FILE in a control command is a name, a position or a prefix of the SHA-256. `file:4` and `step:4` say what a number is
+where it could be either.
+
+`onward --install-completion` makes your shell complete commands, options and, for `skip`, `rollback` and `rebuild`, the
+names of the run's files."""
+
+
 def config_page() -> str:
     """Return the text of config.md."""
     lines = [NOTE, "", "# Config", "", CONFIG_RULES]
@@ -270,7 +280,7 @@ def formats_page() -> str:
 def cli_page() -> str:
     """Return the text of cli.md."""
     group: Any = get_command(cli.app)
-    lines = [NOTE, "", "# Command line", "", "Results go to stdout, messages for people to stderr.", ""]
+    lines = [NOTE, "", "# Command line", "", CLI_HEAD, ""]
     lines += ["```text", _help(group, typer.Context(group, info_name="onward")), "```", ""]
     for name, command in group.commands.items():
         context = typer.Context(command, info_name=f"onward {name}")

@@ -21,7 +21,7 @@ HISTORY_KEYS = [
     "seconds",
 ]  # fmt: skip
 STATUS_KEYS = [
-    "run", "state", "global_step", "file", "file_step", "file_steps", "queue", "learning_rate", "loss",
+    "run", "state", "doing", "global_step", "file", "file_step", "file_steps", "queue", "learning_rate", "loss",
     "tokens_per_second", "eta_seconds", "checkpoint", "disk_free_bytes", "heartbeat_seconds",
     "problem",
 ]  # fmt: skip
@@ -115,7 +115,7 @@ def test_a_run_without_files_has_a_status(model: Path, tmp_path: Path) -> None:
     assert [] == onward("history", "--run", run, "--json").json
     outcome = onward("train", "--run", run)
     assert (0, "") == (outcome.status, outcome.out)
-    assert "the stream owes nothing" in outcome.err
+    assert "nothing left to train" in outcome.err
 
 
 def test_added_files_are_trained_later(copy: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Pat
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4, 30))
     assert 0 == onward("add", file, "--run", copy).status
     again = onward("add", file, "--run", copy)
-    assert (0, True) == (again.status, "1 were in the stream already" in again.err)
+    assert (0, True) == (again.status, "1 was in the stream already" in again.err)
     done = onward("train", file, "--run", copy, "--json")
     assert ["a.jsonl"] == [entry["name"] for entry in done.json]
 

@@ -97,7 +97,7 @@ def test_a_rate_may_be_written_in_any_way(text: str, tmp_path: Path) -> None:
         ({"rank": 8}, ["unknown key 'rank'", "did you mean 'lora.rank'"]),
         ({"lora": {"r": 8}}, ["unknown key 'lora.r'"]),
         ({"lora.rank.deep": 8}, ["unknown key 'lora.rank.deep'", "did you mean 'lora.rank'"]),
-        ({"batch_size": True}, ["batch_size: True", "a number is wanted here, not true or false"]),
+        ({"batch_size": True}, ["batch_size: True", "must be a number, not true or false"]),
         ({"learning_rate": False}, ["learning_rate: False", "not true or false"]),
         ({"betas": [True, 0.9]}, ["betas.0: True"]),
         ({"batch_size": 1.5}, ["batch_size: 1.5", "integer"]),

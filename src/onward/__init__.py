@@ -1,14 +1,23 @@
 """Onward: cumulative fine-tuning. N training files equal one run, bit for bit, and it proves it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # as typing has it, which is not imported: see __main__
 
 if TYPE_CHECKING:
+    from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
     from onward.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__"]
+__all__ = [
+    "Committed",
+    "Event",
+    "FileDone",
+    "FileStarted",
+    "Note",
+    "Resumed",
+    "Run",
+    "StepTaken",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -16,4 +25,12 @@ def __getattr__(name: str) -> object:
         from onward.run import Run
 
         return Run
+    if name in __all__:
+        from onward import events
+
+        return getattr(events, name)
     raise AttributeError(f"module 'onward' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

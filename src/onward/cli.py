@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import sqlite3
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
 from onward import __version__, startup
-from onward.errors import ModelError, OnwardError, UsageError
+from onward.errors import ModelError, OnwardError, UsageError, printable_lines
 from onward.layout import RunLayout
+from onward.terminal import flush_results, open_standard_streams, say, show_line
+from onward.text import printable, quoted
 
 app = typer.Typer(
     help="Cumulative fine-tuning: files arrive one after another, and every file continues the same run.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
@@ -44,15 +45,26 @@ ModelOption = Annotated[str | None, typer.Option("--model", help="Hugging Face n
 AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that the stream already has.")]
 
 
-def say(message: str) -> None:
-    """Print a line for a person; a terminal that is a file on a full disk is no reason to end otherwise."""
-    with contextlib.suppress(OSError):
-        print(message, file=sys.stderr, flush=True)
-
-
 def show(value: Any) -> None:
     """Print a result as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    show_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def completer(*states: str) -> Callable[[typer.Context, str], list[str]]:
+    """Return what completes FILE by names of the run's files in some states, where a shell takes them as they are."""
+
+    def complete(context: typer.Context, incomplete: str) -> list[str]:
+        from onward.store.ledger import Ledger
+
+        run = Path(context.params.get("run") or os.environ.get("ONWARD_RUN") or ".")
+        try:
+            with Ledger(RunLayout(run).ledger, read_only=True) as ledger:
+                names = [row.name for row in ledger.files(*states)]
+        except (OnwardError, sqlite3.Error, OSError):
+            return []
+        return [name for name in names if name.startswith(incomplete) and quoted(name) == name]
+
+    return complete
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +73,7 @@ def version(
 ) -> None:
     """Answer `--version`."""
     if show_version:
-        print(f"onward {__version__}")
+        show_line(f"onward {__version__}")
         raise typer.Exit
 
 
@@ -93,7 +105,8 @@ def init(
     if as_json:
         show({"run": str(made.layout.root.absolute()), "config": made.config.model_dump(mode="json")})
     else:
-        say(f"made the run {made.layout.root}; next: onward train FILE... --run {made.layout.root}")
+        place = quoted(made.layout.root)
+        say(f"made the run {place}; next: onward train FILE... --run {place}")
 
 
 @app.command()
@@ -106,7 +119,7 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add files and train them in order, now; without files, go on with what the stream owes."""
+    """Add files and train them in order, now; without files, train those that wait."""
     from onward.profiling import StepProfile
     from onward.progress import make_observer
     from onward.run import Run
@@ -123,9 +136,9 @@ def train(
     if as_json:
         show(done)
     if stop.reason:
-        say(f"stopped ({stop.reason}), committed; onward train --run {run} goes on")
+        say(f"stopped ({stop.reason}), committed; onward train --run {quoted(run)} goes on")
     elif not done:
-        say("the stream owes nothing: every accepted file is trained")
+        say("nothing left to train: every accepted file is done")
 
 
 @app.command()
@@ -140,7 +153,9 @@ def add(
     from onward.progress import over_length
     from onward.run import Run
 
-    accepted = Run(run, loading=startup.large_imports).add(*files, priority=priority, again=again)
+    opened = Run(run, loading=startup.large_imports)
+    accepted = opened.add(*files, priority=priority, again=again)
+    max_length = opened.config.max_length
     if as_json:
         show(
             [
@@ -149,10 +164,11 @@ def add(
             ]
         )
     for row in accepted:
-        long = over_length(row["truncated"], row["dropped"])
-        say(f"accepted {row['name']}: {row['rows']} rows{long}, {row['tokens']} tokens")
+        long = over_length(row["rows"], row["truncated"], row["dropped"], max_length)
+        say(f"accepted {printable(row['name'])}: {row['rows']} rows{long}, {row['tokens']} tokens")
     if len(accepted) < len(files):
-        say(f"{len(files) - len(accepted)} were in the stream already")
+        count = len(files) - len(accepted)
+        say(f"{count} {'was' if count == 1 else 'were'} in the stream already")
 
 
 @app.command()
@@ -168,18 +184,18 @@ def watch(
     opened = Run(run, loading=startup.large_imports)
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
-        say(f"watching {opened.layout.inbox}; onward stop --run {run} or Ctrl-C ends it, committed")
+        say(f"watching {quoted(opened.layout.inbox)}; onward stop --run {quoted(run)} or Ctrl-C commits and ends it")
         refused = opened.watch(once=once, observe=observe, stop=stop, report=say)
     if stop.reason:
-        say(f"stopped ({stop.reason}), committed; onward watch --run {run} goes on")
+        say(f"stopped ({stop.reason}), committed; onward watch --run {quoted(run)} goes on")
     elif once and refused:
-        say(f"{refused} refused or quarantined; the reports are in {opened.layout.rejected}")
+        say(f"{refused} refused or quarantined; the reports are in {quoted(opened.layout.rejected)}")
         raise typer.Exit(3)
 
 
 @app.command(hidden=True)
 def check(run: RunOption = Path()) -> None:
-    """Check the rows of files that arrived; a daemon lets this be done beside its steps."""
+    """Check the rows of files that arrived; a daemon starts this while it trains."""
     from onward.run import Run
 
     os.nice(10)
@@ -189,10 +205,10 @@ def check(run: RunOption = Path()) -> None:
 @app.command()
 def pause(
     run: RunOption = Path(),
-    release: Annotated[bool, typer.Option("--release", help="Give the model's memory back meanwhile.")] = False,
+    release: Annotated[bool, typer.Option("--release", help="Free the model's memory meanwhile.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Finish the step, commit and hold still."""
+    """Finish the current step, commit and wait."""
     from onward.run import Run
 
     answer(Run(run).pause(release=release), as_json)
@@ -209,10 +225,10 @@ def resume(run: RunOption = Path(), as_json: JsonOption = False) -> None:
 @app.command()
 def stop(
     run: RunOption = Path(),
-    after_file: Annotated[bool, typer.Option("--after-file", help="Finish the file in hand first.")] = False,
+    after_file: Annotated[bool, typer.Option("--after-file", help="Finish the current file first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Commit and end the process that trains; the file goes on at the next start."""
+    """Commit and end the process that trains; the next start goes on in the same file."""
     from onward.run import Run
 
     answer(Run(run).stop(after_file=after_file), as_json)
@@ -221,13 +237,18 @@ def stop(
 @app.command()
 def skip(
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="A waiting file; without it, the one in hand.")
+        str | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="A name, a position (4 or file:4) or a hash prefix; without it, the file in training.",
+            autocompletion=completer("arriving", "queued", "training"),
+        ),
     ] = None,
     run: RunOption = Path(),
     reason: Annotated[str | None, typer.Option("--reason", help="Kept in the ledger.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take a file out of the stream, back at the boundary before it."""
+    """Take a file out of the stream; the run is as if it had never begun it."""
     from onward.run import Run
 
     answer(Run(run).skip(file, reason=reason), as_json)
@@ -281,7 +302,7 @@ def verify(
         show(proof.to_dict())
     else:
         for check in proof.checks:
-            print(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {check.detail}")
+            show_line(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {printable_lines(check.detail)}")
     if not proof.ok:
         failed = ", ".join(check.name for check in proof.checks if not check.ok)
         say(f"not verified: {failed}")
@@ -291,7 +312,13 @@ def verify(
 @app.command()
 def rollback(
     to: Annotated[
-        str, typer.Option("--to", metavar="FILE|STEP", help="A file (name, position, hash prefix) or a step.")
+        str,
+        typer.Option(
+            "--to",
+            metavar="FILE|STEP",
+            help="A file (name, position, hash prefix) or a step; file:4 and step:4 say which is meant.",
+            autocompletion=completer("done"),
+        ),
     ],
     run: RunOption = Path(),
     requeue: Annotated[bool, typer.Option("--requeue", help="Queue the undone files again.")] = False,
@@ -302,16 +329,24 @@ def rollback(
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
-    ask(f"go back to {to} and undo every later file of {opened.layout.root}?", yes)
+    ask(f"go back to {printable(to)} and undo every later file of {quoted(opened.layout.root)}?", yes)
     result = opened.rollback(to, requeue=requeue)
     if as_json:
         show(result)
-    say(f"back at step {result['global_step']}; undone: {', '.join(result['undone']) or 'nothing'}")
+    say(f"back at step {result['global_step']}; undone: {_names(result['undone'])}")
 
 
 @app.command()
 def rebuild(
-    without: Annotated[str, typer.Option("--without", metavar="FILE", help="A name, position or hash prefix.")],
+    without: Annotated[
+        str,
+        typer.Option(
+            "--without",
+            metavar="FILE",
+            help="A name, a position (4 or file:4) or a hash prefix.",
+            autocompletion=completer("training", "done"),
+        ),
+    ],
     run: RunOption = Path(),
     yes: YesOption = False,
     as_json: JsonOption = False,
@@ -322,25 +357,38 @@ def rebuild(
     from onward.service.wishes import Wishes
 
     opened = Run(run, loading=startup.large_imports)
-    ask(f"go back to before {without} and train every later file of {opened.layout.root} again?", yes)
+    question = (
+        f"go back to before {printable(without)} and train every later file of {quoted(opened.layout.root)} again?"
+    )
+    ask(question, yes)
     asked = Wishes()
     with asked.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         result = opened.rebuild(without, observe=observe, stop=asked, report=say)
     if as_json:
         show(result)
     if asked.reason:
-        say(f"stopped ({asked.reason}), committed; onward train --run {run} goes on")
-    say(f"without {result['without']}: step {result['global_step']}; trained again: {len(result['queued'])} files")
+        say(f"stopped ({asked.reason}), committed; onward train --run {quoted(run)} goes on")
+    again = len(result["queued"])
+    name = printable(result["without"])
+    say(f"without {name}: step {result['global_step']}; trained again: {again} {'file' if again == 1 else 'files'}")
 
 
 @app.command()
-def service(run: RunOption = Path()) -> None:
+def service(
+    run: RunOption = Path(),
+    user: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who runs it; by default you or, for root, the owner of the run's directory."
+        ),
+    ] = None,
+) -> None:
     """Print a systemd unit that watches this run."""
     from onward.service.outside.unit import systemd_unit
 
     layout = RunLayout(run)
     layout.require()
-    print(systemd_unit(layout.root), end="")
+    show_line(systemd_unit(layout.root, user).rstrip("\n"))
 
 
 @app.command()
@@ -359,7 +407,8 @@ def adopt(
     if as_json:
         show(adopted.status())
     step = adopted.status()["global_step"]
-    say(f"adopted step {step} into {adopted.layout.root}; next: onward train FILE... --run {adopted.layout.root}")
+    place = quoted(adopted.layout.root)
+    say(f"adopted step {step} into {place}; next: onward train FILE... --run {place}")
 
 
 @app.command()
@@ -368,16 +417,16 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
-    ask(f"remove the model and all restore points of {opened.layout.root}?", yes)
+    ask(f"remove the model and all restore points of {quoted(opened.layout.root)}?", yes)
     result = opened.reset()
     if as_json:
         show(result)
-    say(f"reset; undone: {', '.join(result['undone']) or 'nothing'}. The originals stay in archive/")
+    say(f"reset; undone: {_names(result['undone'])}. The originals stay in archive/")
 
 
 @app.command()
 def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
-    """Say what this machine and run lack, before it matters."""
+    """Check this machine and run for what would stop training later."""
     from onward.service.proof.doctor import examine
 
     findings = examine(RunLayout(run))
@@ -385,10 +434,9 @@ def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
         show([finding.to_dict() for finding in findings])
     else:
         for finding in findings:
-            print(
-                f"{finding.level:<8}{finding.subject}: {finding.message}"
-                + (f"\n        {finding.hint}" if finding.hint else "")
-            )
+            show_line(f"{finding.level:<8}{printable(finding.subject)}: {printable_lines(finding.message)}")
+            if finding.hint:
+                show_line(f"        {printable_lines(finding.hint)}")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
@@ -401,44 +449,44 @@ def answer(text: str, as_json: bool) -> None:
         say(text)
 
 
+def _names(names: list[str]) -> str:
+    return ", ".join(map(printable, names)) or "nothing"
+
+
 def ask(question: str, yes: bool) -> None:
     """Ask before something is destroyed."""
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("this destroys state and nobody is here to ask", hint="Say --yes if you mean it.")
+        raise UsageError("this destroys state, and there is no terminal to ask at", hint="Give --yes if you mean it.")
     typer.confirm(question, abort=True, err=True)
 
 
 def main() -> NoReturn:
     """Run the command line; every refusal is a line and an exit status, never a traceback."""
     startup.set_environment()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+    open_standard_streams()
     try:
         outcome = app(standalone_mode=False)
-        sys.stdout.flush()
+        flush_results()
     except CommandLineError as error:
-        error.show()
+        with contextlib.suppress(OSError, ValueError):
+            error.show()
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        say("interrupted; what was committed stays")
+        say("interrupted; what was committed is safe")
         sys.exit(1)
     except OnwardError as error:
         say(f"onward: {error}")
         sys.exit(error.exit_status)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except sqlite3.DatabaseError as error:
-        say(f"onward: the ledger cannot be used: {error}\n  onward doctor looks closer.")
+        say(f"onward: the ledger cannot be used: {error}\n  onward doctor says more.")
         sys.exit(1)
     except OSError as error:
         say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
-        say("  What was committed stays; onward doctor looks closer.")
+        say("  What was committed is safe; onward doctor says more.")
         sys.exit(1)
     if outcome == INTERRUPTED:
-        say("interrupted; what was committed stays")
+        say("interrupted; what was committed is safe")
         sys.exit(1)
     sys.exit(outcome if isinstance(outcome, int) else 0)

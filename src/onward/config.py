@@ -25,6 +25,9 @@ OPERATION_KEYS = (
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
+SECRET_KEYS = ("notify.command", "notify.url")
+"""Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
+
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
@@ -40,7 +43,7 @@ BROKEN_HINT = "Mend it, or put back the values of current_model/checkpoint-*/onw
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
-        raise ValueError("a number is wanted here, not true or false")
+        raise ValueError("must be a number, not true or false")
     return value
 
 
@@ -79,7 +82,7 @@ MICRO_BATCH_TOKENS = 8192
 
 
 class NotifyConfig(_Section):
-    """Who is told what a daemon meets; nobody unless named here."""
+    """Who is notified of events while a process trains; nobody unless named here."""
 
     command: Annotated[str, Field()] = Field(
         default="", description="A program and its arguments; it gets the event as JSON on its standard input."
@@ -167,7 +170,7 @@ class Config(_Section):
     compress_archive: bool = Field(
         default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
     )
-    notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is told what a daemon meets.")
+    notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
@@ -198,6 +201,14 @@ class Config(_Section):
         inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         return {**values, **inner}
 
+    def recorded(self) -> dict[str, Any]:
+        """Return the config as manifests, the ledger and events may show it: JSON values without the secret keys."""
+        values = self.model_dump(mode="json")
+        for key in SECRET_KEYS:
+            section, _, name = key.partition(".")
+            del values[section][name]
+        return values
+
     def training(self) -> dict[str, Any]:
         """Return the settings that a step's result depends on, by dotted key."""
         return {key: value for key, value in self.flat().items() if key.partition(".")[0] not in OPERATION_KEYS}
@@ -212,9 +223,9 @@ class Config(_Section):
         return {key: flat[key] for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Return `{key: (value here, value in other)}` for every key that differs."""
+        """Return `{key: (value here, value in other)}` for every key that differs, but for the secret ones."""
         here, there = self.flat(), other.flat()
-        return {key: (here[key], there[key]) for key in here if here[key] != there[key]}
+        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in SECRET_KEYS}
 
 
 Acts = Literal["never", "at the next file", "at once"]
@@ -340,7 +351,8 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     for name in names:
         if name not in known_keys():
             value = _lookup(result, name)
-            raise ConfigError(f"unknown key {name!r} with value {value!r}{_nearest(name)}", where=where, hint=KEYS_HINT)
+            shown = "" if name.startswith("notify.") else f" with value {value!r}"  # it may be a secret, misspelt
+            raise ConfigError(f"unknown key {name!r}{shown}{_nearest(name)}", where=where, hint=KEYS_HINT)
     return result
 
 
@@ -361,6 +373,8 @@ def _describe(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
         return message
+    if key in SECRET_KEYS:
+        return f"{key}: its value is refused: {message[:1].lower()}{message[1:]}"
     value = problem["input"]
     near = ""
     if problem["type"] == "literal_error" and isinstance(value, str):

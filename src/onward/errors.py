@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from typing import Self
 
+from onward.text import printable
+
 _READ_HINT = "Mend the disk or its mount, then: onward train. Nothing was removed."
 _READ_HINTS: dict[int | None, str] = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Let this user read it, then: onward train. Nothing was removed."),
@@ -18,6 +20,11 @@ _READ_HINTS: dict[int | None, str] = {
     ),
     errno.ENOMEM: "Free some memory, then: onward train. Nothing was removed.",
 }
+
+
+def printable_lines(text: str) -> str:
+    """Return a text whose lines are each printable; only ends of lines are kept as they are."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 class OnwardError(Exception):
@@ -38,9 +45,9 @@ class OnwardError(Exception):
         super().__init__(self.__str__())
 
     def __str__(self) -> str:
-        place = f" [{self.where}]" if self.where else ""
-        remedy = f"\n  {self.hint}" if self.hint else ""
-        return f"{self.what}{place}{remedy}"
+        place = f" [{printable(self.where)}]" if self.where else ""
+        remedy = f"\n  {printable_lines(self.hint)}" if self.hint else ""
+        return f"{printable_lines(self.what)}{place}{remedy}"
 
     def to_dict(self) -> dict[str, str | int | None]:
         """Return the error as plain values, as `--json` prints it."""
@@ -70,17 +77,17 @@ class RunLocked(OnwardError):
 
 
 class VerificationFailed(OnwardError):
-    """A proof of the run does not hold."""
+    """A claim about the run does not hold."""
 
     exit_status = 5
 
 
 class DamagedState(VerificationFailed):
-    """State on disk is missing or is not what was committed, and nothing verifiable is left to go on from."""
+    """State on disk is missing or is not what was committed, and nothing that verifies is left to go on from."""
 
 
 class ModelError(OnwardError):
-    """The base model cannot be found, loaded or trained as asked."""
+    """The base model cannot be found or loaded, or cannot be trained as asked."""
 
 
 class TrainingError(OnwardError):

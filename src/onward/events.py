@@ -34,6 +34,7 @@ class FileStarted:
     steps: int
     steps_done: int
     handover: str
+    max_length: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onward.errors import Unreadable, UsageError
+from onward.text import quoted
 
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -129,7 +130,7 @@ class RunLayout:
             UsageError: there is no ledger here.
         """
         if not self.ledger.is_file():
-            hint = f"onward init {self.root} makes one; --run DIR or ONWARD_RUN names another."
+            hint = f"onward init {quoted(self.root)} makes one; --run DIR or ONWARD_RUN names another."
             raise UsageError("there is no run in this directory", where=self.root.absolute(), hint=hint)
 
     @staticmethod

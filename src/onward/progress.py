@@ -7,19 +7,32 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TextIO
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
-from onward.events import Event, FileDone, FileStarted, Note, Observe, StepTaken
+from onward.errors import printable_lines
+from onward.events import Committed, Event, FileDone, FileStarted, Observe, Resumed, StepTaken
 from onward.store.rows import EventRow
+from onward.terminal import is_interactive, say, show_line, tolerant
+from onward.text import printable
 
 NAME_WIDTH = 40
 """Columns of a name in a table at most."""
+NARROW, WIDE = 60, 90
+"""Columns of a terminal from which the time left is shown, and from which the bar is."""
 _HISTORY_TITLES = (
     "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
 )  # fmt: skip
@@ -33,18 +46,84 @@ def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
     Args:
         log_steps: reads the config; called at the first event, when the run is owned and the config was found sound.
     """
-    if not sys.stderr.isatty():
-        yield PlainLines(log_steps)
+    if not is_interactive(sys.stderr):
+        with contextlib.closing(InOrder(PlainLines(log_steps))) as ordered:
+            yield ordered
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  lr {task.fields[rate]:.3g}  {task.fields[speed]:.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        yield Bar(progress)
+    console = terminal(sys.stderr)
+    bar = Progress(*bar_columns(console.width), console=console)
+    with bar as progress, contextlib.closing(InOrder(Bar(progress))) as ordered:
+        yield ordered
+
+
+class _Terminal(Console):
+    """A console that leaves the cursor alone: a process that is suspended or killed could not bring it back."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
+
+
+def terminal(stream: TextIO) -> Console:
+    """Return a console that prints to a stream and never fails."""
+    return _Terminal(file=tolerant(stream))
+
+
+def bar_columns(width: int) -> list[ProgressColumn]:
+    """Return the columns of the bar that a terminal of so many columns has room for."""
+    name = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, min(NAME_WIDTH, width - 24)))
+    loss = TextColumn("loss {task.fields[loss]:.4f}", table_column=Column(no_wrap=True))
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=name)]
+    if width >= WIDE:
+        columns.append(BarColumn(bar_width=None if width < 2 * WIDE else 40, table_column=Column(min_width=8)))
+    columns += [MofNCompleteColumn(), loss]
+    if width >= WIDE:
+        columns.append(TextColumn("lr {task.fields[rate]:.3g}  {task.fields[speed]:.0f} tokens/s"))
+    if width >= NARROW:
+        columns.append(TimeRemainingColumn())
+    return columns
+
+
+class InOrder:
+    """Hands events on so that the end of a file comes before the beginning of the next one.
+
+    The next file begins while the boundary before it is committed, so its first events come early. They are held back
+    until the file before is done.
+    """
+
+    def __init__(self, observe: Observe) -> None:
+        self._observe = observe
+        self._position = 0
+        self._ends: int | None = None
+        self._held: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        """Hand an event on, or hold it back."""
+        if isinstance(event, FileStarted):
+            follows = self._ends is not None and event.position > self._ends and not self._held
+            if follows:
+                self._held.append(event)
+                return
+            self.close()  # the file before will not end: something was begun again
+        elif isinstance(event, StepTaken) and self._held:
+            self._held.append(event)
+            return
+        self._hand_on(event)
+        if isinstance(event, FileDone):
+            self.close()
+
+    def close(self) -> None:
+        """Hand on what was held back."""
+        held, self._held = self._held, []
+        self._ends = None
+        for event in held:
+            self._hand_on(event)
+
+    def _hand_on(self, event: Event) -> None:
+        if isinstance(event, FileStarted):
+            self._position = event.position
+        elif isinstance(event, StepTaken) and event.step_in_file == event.steps_in_file:
+            self._ends = self._position
+        self._observe(event)
 
 
 class PlainLines:
@@ -57,7 +136,7 @@ class PlainLines:
         """Print an event."""
         text = describe(event, self.log_steps())
         if text:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
 
 class Bar:
@@ -70,69 +149,119 @@ class Bar:
 
     def __call__(self, event: Event) -> None:
         """Draw an event."""
-
         if isinstance(event, FileStarted):
-            title = f"{event.position} {event.name}"
+            title = f"{event.position} {printable(event.name)}"
             self.task = self.tasks[event.position] = self.progress.add_task(
                 title, total=event.steps, completed=event.steps_done, loss=float("nan"), rate=0.0, speed=0.0
             )
-        elif isinstance(event, StepTaken):
+        elif isinstance(event, StepTaken) and self.task is not None:
             speed = event.tokens / event.seconds
             self.progress.update(
                 self.task, completed=event.step_in_file, loss=event.loss, rate=event.learning_rate, speed=speed
             )
         elif isinstance(event, FileDone) and event.position in self.tasks:
             self.progress.remove_task(self.tasks.pop(event.position))  # a bar per finished file would fill the screen
-        if isinstance(event, FileStarted | FileDone | Note):
-            self.progress.console.print(describe(event), markup=False)
+        if not isinstance(event, StepTaken) and (text := describe(event)):
+            self.progress.console.print(printable_lines(text), markup=False, highlight=False)
 
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
     """Return an event as a line, or None where there is nothing to say."""
-
     if isinstance(event, FileStarted):
-        done = f", {event.steps_done} done" if event.steps_done else ""
-        return (
-            f"file {event.position}: {event.name}, {event.rows} rows{over_length(event.truncated, event.dropped)},"
-            f" {event.steps} steps{done} (handover {event.handover})"
-        )
+        return _describe_start(event)
     if isinstance(event, StepTaken):
         if event.step % log_steps and event.step_in_file != event.steps_in_file:
             return None
         left = (event.steps_in_file - event.step_in_file) * event.seconds
         return (
             f"  step {event.step} ({event.step_in_file}/{event.steps_in_file})  loss {event.loss:.4f}"
-            f"  lr {event.learning_rate:.3g}  {event.tokens / event.seconds:.0f} tokens/s  ETA {left:.0f} s"
+            f"  lr {event.learning_rate:.3g}  {event.tokens / event.seconds:.0f} tokens/s  ETA {duration(left)}"
         )
     if isinstance(event, FileDone):
         return f"file {event.position} done: steps {event.first_step}-{event.last_step} committed"
-    return event.message if isinstance(event, Note) else None
+    if isinstance(event, Resumed):
+        return (
+            f"resuming from {printable(event.checkpoint)}: weights, moments, learning rate {event.learning_rate:.3g},"
+            f" step {event.step}"
+        )
+    if isinstance(event, Committed):
+        return _describe_commit(event)
+    return event.message
 
 
-def over_length(truncated: int, dropped: int) -> str:
-    """Say what became of rows longer than `max_length`; empty where there were none."""
-    counts = [f"{count} {word}" for count, word in ((truncated, "cut"), (dropped, "dropped")) if count]
-    return f" ({' and '.join(counts)} for length)" if counts else ""
+def _describe_start(event: FileStarted) -> str:
+    long = over_length(event.rows, event.truncated, event.dropped, event.max_length)
+    done = f", {event.steps_done} done" if event.steps_done else ""
+    return (
+        f"file {event.position}: {printable(event.name)}, {event.rows} rows{long}, {event.steps} steps{done}"
+        f" (handover {event.handover})"
+    )
+
+
+def _describe_commit(event: Committed) -> str | None:
+    """Say what a commit at a boundary kept and removed; the others are many, and say nothing new."""
+    if event.restore_point is None:
+        return None
+    removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
+    kept = "weights, optimizer, scheduler, RNG"
+    return f"committed checkpoint-{event.step} ({kept}){removed}; restore point {event.restore_point}"
+
+
+def over_length(rows: int, truncated: int, dropped: int, max_length: int | None) -> str:
+    """Say what became of rows longer than `max_length`; empty where there were none.
+
+    Args:
+        rows: the rows that are trained, cut ones included.
+    """
+    counts = [(count, word) for count, word in ((truncated, "cut"), (dropped, "dropped")) if count]
+    if not counts:
+        return ""
+    limit = f"max_length={max_length}" if max_length else "max_length"
+    words = " and ".join(
+        f"{count} of {rows + dropped} rows {word}" if place == 0 else f"{count} {word}"
+        for place, (count, word) in enumerate(counts)
+    )
+    return f" ({words} at {limit})"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it, in its two largest units."""
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in decimal units, with three digits at most."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
 
 
 def print_history(entries: list[dict[str, Any]]) -> None:
     """Print the history as a table on stdout; written line by line, since a run may have 100,000 files."""
     rows = [_HISTORY_TITLES, *map(_history_cells, entries)]
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HISTORY_TITLES))]
-    limit = Console().width if sys.stdout.isatty() else None
+    limit = Console().width if is_interactive(sys.stdout) else None
     for row in rows:
         line = "  ".join(
             f"{'' if title in _LEFT else ' ' * (width - cell_len(cell))}{cell}"
             f"{' ' * (width - cell_len(cell)) if title in _LEFT else ''}"
             for title, width, cell in zip(_HISTORY_TITLES, widths, row, strict=True)
         )
-        print(_cut(line, limit) if limit else line)
+        show_line(_cut(line, limit) if limit else line)
 
 
 def _history_cells(entry: dict[str, Any]) -> tuple[str, ...]:
     return (
-        str(entry["position"]),
-        _cut(entry["name"], NAME_WIDTH),
+        "-" if entry["position"] is None else str(entry["position"]),
+        _cut(printable(entry["name"]), NAME_WIDTH),
         entry["state"],
         str(entry["rows"]),
         str(entry["rows_trained"]),
@@ -152,21 +281,37 @@ def _cut(text: str, width: int) -> str:
 def print_status(values: dict[str, Any], events: list[EventRow]) -> None:
     """Print a run's status and what happened last, on stdout."""
     for line in status_lines(values, events):
-        print(line)
+        show_line(line)
 
 
 def status_lines(values: dict[str, Any], events: list[EventRow]) -> list[str]:
     """Return a run's status and what happened last as lines, one screen."""
-    lines = [f"{key.replace('_', ' '):<18} {_plain(value)}" for key, value in values.items() if value is not None]
+    lines = [f"{title:<18} {printable(text)}" for title, text in _status_texts(values)]
     for event in events:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(event.created))
-        lines.append(f"{at}  {event.level:<8}{event.message}")
+        lines.append(f"{at}  {event.level:<8}{printable(event.message)}")
     return lines
+
+
+def _status_texts(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return title and text of each value that there is, in units for people."""
+    shown: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "disk_free_bytes": ("disk free", size),
+        "heartbeat_seconds": ("heartbeat", lambda value: f"{duration(value)} ago"),
+        "eta_seconds": ("time left", duration),
+        "tokens_per_second": ("speed", lambda value: f"{value:.0f} tokens/s"),
+    }
+    texts: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if value is not None:
+            title, form = shown.get(key, (key.replace("_", " "), _plain))
+            texts.append((title, form(value)))
+    return texts
 
 
 def watch_status(read: Callable[[], list[str]], seconds: float) -> None:
     """Show lines on the terminal and refresh them until interrupted."""
-    with Live(Text("\n".join(read())), console=Console(), auto_refresh=False) as live:
+    with Live(Text("\n".join(read())), console=terminal(sys.stdout), auto_refresh=False) as live:
         while True:
             live.update(Text("\n".join(read())), refresh=True)
             time.sleep(seconds)

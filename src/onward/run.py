@@ -24,6 +24,7 @@ from onward.service.shown import PAUSED, Shown
 from onward.service.wishes import AFTER_FILE, RELEASE, Stopped, Wishes, interrupts_of_host
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.lookup import find_file
+from onward.text import quoted
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
@@ -363,10 +364,10 @@ def _ctrl_c(given: Wishes | None, wishes: Wishes) -> contextlib.AbstractContextM
 
 def _refuse_occupied(layout: RunLayout) -> None:
     if layout.ledger.exists():
-        hint = f"onward status --run {layout.root}; for another run name another directory."
+        hint = f"onward status --run {quoted(layout.root)}; for another run name another directory."
         raise UsageError("there is a run in this directory already", where=layout.root.absolute(), hint=hint)
     if layout.checkpoints() or layout.restore_points():
-        hint = f"onward adopt {layout.root}/current_model/checkpoint-N --run NEW_RUN makes a run of it."
+        hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run of it."
         raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
     if layout.root.exists() and not layout.root.is_dir():
         raise UsageError("this is a file, not a directory", where=layout.root.absolute())

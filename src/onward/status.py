@@ -7,13 +7,15 @@ import time
 from typing import Any
 
 from onward.layout import RunLayout
-from onward.service.holder import is_held, read_heartbeat
+from onward.service.holder import BUSY, DOING, is_held, read_heartbeat
+from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord
 
-BUSY = ("loading", "tokenizing", "training", "saving", "evaluating")
 FULL = 1 << 20
 """Free bytes below which nothing goes on."""
+FAILURES = 100
+"""Newest events among which the last failure is looked for."""
 PACE = 20
 """Steps over which speed is averaged."""
 
@@ -21,19 +23,18 @@ PACE = 20
 def read_status(layout: RunLayout) -> dict[str, Any]:
     """Return where the run stands, as `onward status --json` prints it.
 
+    `doing` says in words what `state` means here. `problem` is what keeps the run from going on, or None.
     `heartbeat_seconds` is the age of the owner's last sign of life, None where no process owns the run.
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:
-        state = str(ledger.get("state", "idle"))
         held = is_held(layout.lock)
-        if state in BUSY and not held:
-            state = "stopped"
+        state, problem = _state(ledger, held=held)
         age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
         free = shutil.disk_usage(layout.root).free
         if held and free < FULL:  # its owner waits, and cannot even say so in the ledger
-            state, stuck = "paused", f"the disk is full: {free} bytes free"
+            state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # of two the other one's boundary is being committed
         last = _last_steps(ledger, current)
@@ -43,6 +44,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         return {
             "run": str(layout.root.absolute()),
             "state": state,
+            "doing": _doing(ledger, state, held=held),
             "global_step": step,
             "file": current.name if current else None,
             "file_step": file_step,
@@ -54,8 +56,31 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "checkpoint": f"checkpoint-{checkpoint.step}" if checkpoint else None,
             "disk_free_bytes": free,
             "heartbeat_seconds": age,
-            "problem": stuck or ledger.get("problem"),
+            "problem": stuck or problem,
         }
+
+
+def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
+    """Return the state and the problem as they are now: the ledger's, and what a process that died cannot write."""
+    state = str(ledger.get("state", "idle"))
+    problem: str | None = ledger.get("problem")
+    if state in BUSY and not held:
+        return "stopped", problem or f"the process that owned the run died ({state})"
+    if state == "failed" and problem is None:  # between two tries
+        failures = (event for event in reversed(ledger.events(FAILURES)) if event.kind == "failed")
+        problem = next((event.message for event in failures), "the last attempt failed; logs/onward.log has the reason")
+    return state, problem
+
+
+def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
+    """Say what a state means here, with the command that goes on where nothing goes on by itself."""
+    if held:
+        return DOING[state]
+    if ledger.get("paused") is not None:
+        return "paused, and no process owns the run; onward watch begins paused, onward resume takes the pause back"
+    if ledger.next_owed() is not None or state in ("stopped", "failed"):
+        return "no process owns the run; onward train or onward watch goes on"
+    return "no process owns the run, and no file waits"
 
 
 def _last_steps(ledger: Ledger, current: FileRow | None) -> list[StepRecord]:
@@ -87,7 +112,9 @@ def recent_events(layout: RunLayout, limit: int = 5) -> list[EventRow]:
 def read_history(layout: RunLayout) -> list[dict[str, Any]]:
     """Return one entry per file of the stream, in stream order, as `onward history --json` prints it.
 
-    `handover` is the class that held when the file began: the state was that of the boundary before it.
+    `position` of a file that waits is the place that it gets if nothing goes before it; a file that was taken out of
+    the stream has none. `handover` is the class that held when the file began: the state was that of the boundary
+    before it.
     """
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:
@@ -97,7 +124,7 @@ def read_history(layout: RunLayout) -> list[dict[str, Any]]:
 
 def _entry(row: HistoryRow, place: int) -> dict[str, Any]:
     return {
-        "position": row.position or place,
+        "position": (row.position or place) if row.state in HELD else None,
         "name": row.name,
         "state": row.state,
         "sha256": row.sha256,

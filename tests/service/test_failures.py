@@ -267,7 +267,7 @@ def test_the_heartbeat_tells_a_hung_step_from_a_dead_process(run: Run) -> None:
     heart.beat()
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         fact = ledger.get("heartbeat")
-    assert (0.0, "the step in hand hangs: no progress for 101 s") == read_heartbeat(fact, 900.0)
+    assert (0.0, "the current step hangs: no progress for 101 s") == read_heartbeat(fact, 900.0)
     age, problem = read_heartbeat(fact, 1031.0)
     assert (31.0, True) == (age, "no heartbeat for 31 s" in str(problem))
     heart.moved()

@@ -1,12 +1,33 @@
-"""What others can see of the process that owns a run: that there is one, which it is, and whether its work moves."""
+"""What others can see of the process that owns a run: that there is one, what it does, whether it moves."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from filelock import FileLock, Timeout
+RunState: TypeAlias = Literal[
+    "idle", "loading", "tokenizing", "training", "saving", "evaluating", "paused", "failed", "stopped"
+]
+"""What the ledger's fact `state` may say of a run."""
+
+BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "evaluating")
+"""States that only a living process can be in: found without one, its process died."""
+
+DOING: dict[str, str] = {
+    "idle": "waits for files",
+    "loading": "loads the model and the state to go on from",
+    "tokenizing": "checks and tokenizes files",
+    "training": "trains",
+    "saving": "commits a checkpoint",
+    "evaluating": "evaluates",
+    "paused": "holds still",
+    "failed": "waits to try again",
+    "stopped": "was stopped with files left to train",
+}
+"""What a process in a state does, for a person to read."""
 
 SILENCE = 30.0
 """Seconds without a beat after which a process that holds the lock counts as stuck."""
@@ -22,13 +43,23 @@ def read_holder(lock: Path) -> dict[str, Any] | None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether some process holds the lock now."""
-    probe = FileLock(lock, timeout=0)
+    """Whether some process holds the lock now; it is looked at only, so any user who may read it can ask.
+
+    Raises:
+        OSError: the lock cannot be looked at.
+    """
     try:
-        with probe:
-            return False
-    except Timeout:
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # shared: two who look do not take each other for an owner; an owner that comes meanwhile asks again
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # some file systems say the second
         return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
@@ -39,5 +70,5 @@ def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | Non
     if age > SILENCE:
         return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or was frozen"
     if fact["hangs"]:
-        return age, f"the step in hand hangs: no progress for {fact['quiet'] + age:.0f} s"
+        return age, f"the current step hangs: no progress for {fact['quiet'] + age:.0f} s"
     return age, None

@@ -15,11 +15,11 @@ from onward.errors import RunLocked
 from onward.service.holder import read_holder
 
 PATIENCE = 0.3
-"""Seconds to wait for the lock, so that an observer's glance at it refuses nobody."""
+"""Seconds to wait for the lock: an observer holds it shared for an instant while it looks."""
 
 
 class RunLock:
-    """An exclusive lock on the file `path`, with the holder's pid, host and start time beside it.
+    """An exclusive lock on the file `path`, with the holder's pid, host and start time in a file next to it.
 
     Raises:
         RunLocked: on entering, when another process holds it.
@@ -36,10 +36,10 @@ class RunLock:
             raise RunLocked(
                 f"another process owns this run: {self.describe_holder()}",
                 where=self._holder.parent,
-                hint="onward status shows what it does; onward add puts files in its stream.",
+                hint="onward status shows what it is doing; onward add gives it more files.",
             ) from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
             self._holder.write_text(json.dumps(holder))
         return self
 
@@ -51,6 +51,6 @@ class RunLock:
         """Say who holds the lock, as far as it is known."""
         holder = read_holder(self._holder.with_name(self._holder.name.removesuffix(".holder")))
         if holder is None:
-            return "its name is not known"
+            return "it left no name"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
         return f"pid {holder['pid']} on {holder['host']}, since {since}"

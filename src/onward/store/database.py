@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onward.errors import DamagedState
+from onward.errors import DamagedState, UsageError
+from onward.text import quoted
 
 PASSING = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
@@ -33,8 +35,7 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sql
     """
     try:
         if read_only:
-            address = f"{path.absolute().as_uri()}?mode=ro"
-            connection = sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+            connection = _connect_to_look(path)
         else:
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA busy_timeout = 30000")
@@ -54,6 +55,33 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _connect_to_look(path: Path) -> sqlite3.Connection:
+    """Open a ledger for reading only.
+
+    SQLite needs the two files of its log next to the ledger, and makes them where they are missing. For a user who may
+    not write there, a ledger without a log is read as the one file that it is: nobody writes to it then.
+
+    Raises:
+        UsageError: the user may not read it.
+    """
+    address = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        connection = _connect(address)
+        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+        return connection
+    except sqlite3.OperationalError:
+        if os.access(path.parent, os.W_OK) or not path.exists():
+            raise  # not a matter of permissions
+        if not os.access(path, os.R_OK) or path.with_name(f"{path.name}-wal").exists():
+            hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
+            raise UsageError("this user may not read the ledger", where=path, hint=hint) from None
+    return _connect(f"{address}&immutable=1")
+
+
+def _connect(address: str) -> sqlite3.Connection:
+    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:

@@ -11,6 +11,7 @@ from pathlib import Path
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError, first_line
+from onward.text import quoted
 from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
@@ -74,7 +75,7 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
         return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         if not download:
-            hint = f"Only init downloads: onward init NEW_RUN --model {name}"
+            hint = f"Only init downloads: onward init NEW_RUN --model {quoted(name)}"
             raise ModelError(f"the model {name!r} is not in the local cache", where="model", hint=hint) from None
     report(f"downloading {name}")
     try:

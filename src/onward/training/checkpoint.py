@@ -193,7 +193,7 @@ def _describe(folder: Path, contents: Contents) -> Manifest:
         step=state.step,
         state=state.plain(),
         measurement=contents.measurement.to_dict(),
-        config=config.model_dump(mode="json"),
+        config=config.recorded(),
         identity=sha256_json(config.identity()),
         base=facts.base,
         tokenizer=facts.tokenizer,

@@ -26,6 +26,7 @@ from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.refusals import Refusal, keep_refused, rejection
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import quoted
 
 
 class Intake:
@@ -151,7 +152,9 @@ class Intake:
         if not path.exists():
             raise UsageError("there is no such file", where=path, hint="Check the path; nothing was added.")
         if path.is_dir():
-            raise UsageError("this is a directory, not a file", where=path, hint=f"Name its files: {path}/*.jsonl")
+            raise UsageError(
+                "this is a directory, not a file", where=path, hint=f"Name its files: {quoted(path)}/*.jsonl"
+            )
 
     def _arrive(self, paths: Sequence[Path], command: str, again: bool, priority: int) -> None:
         """Copy files into the archive under names of their own and record them, durably."""

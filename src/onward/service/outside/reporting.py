@@ -1,6 +1,6 @@
-"""Reporting: the ledger's events as lines of a rotating log, and told to whom the config names.
+"""Reporting: the ledger's events as lines of a rotating log, as notifications, and as notes for who watches.
 
-Runs beside the work, reads the ledger like any observer, and may fail without anybody noticing but the log.
+It reads the ledger like any observer. A notification that fails is a line in the log and nothing else.
 """
 
 from __future__ import annotations
@@ -11,24 +11,29 @@ import logging
 import shlex
 import subprocess
 import time
+import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from logging.handlers import RotatingFileHandler
 from typing import Any
 
 from onward.config import NotifyConfig
+from onward.events import Note
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.store.rows import EventRow
+from onward.text import printable
 
 LOG_BYTES, LOG_PARTS = 5 << 20, 3
 PATIENCE = 4.0
 """Seconds that a notification may take."""
 REST = 30.0
-"""Seconds after a failed notification in which nobody is told: what is due waits, so that a stop does not."""
+"""Seconds after a failed notification in which none is sent: they wait, so that a stop does not."""
 DUE = 1000
-"""Notifications that wait at most; the oldest are let go of first."""
+"""Notifications that wait at most; the oldest are dropped first."""
+NOTED = ("rejected", "quarantined", "failed", "paused", "resumed", "started", "loading", "stopped", "config")
+"""Kinds of events that whoever watches a process should read."""
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -84,7 +89,7 @@ class Reporter:
 
     def write(self, level: str, message: str, created: float | None = None) -> None:
         """Write a line to the log."""
-        record = logging.LogRecord("onward", LEVELS[level], "", 0, message, None, None)
+        record = logging.LogRecord("onward", LEVELS[level], "", 0, printable(message), None, None)
         if created is not None:
             record.created = created
         self._log.handle(record)
@@ -110,13 +115,50 @@ class Reporter:
             try:
                 send(target, message)
             except Exception as error:
-                self.write("warning", f"notify.{name} failed: {error}")
+                self.write("warning", f"notify.{name} failed: {_reason(error)}")
                 told = False
         return told
 
 
+class NewNotes:
+    """The events that the ledger got since the last call, as notes: what happened besides steps.
+
+    Args:
+        ledger: read in the thread that calls; events from before are not told.
+        kinds: the kinds of events that are told.
+    """
+
+    def __init__(self, ledger: Ledger, kinds: Iterable[str] = NOTED) -> None:
+        self._ledger = ledger
+        self._kinds = frozenset(kinds)
+        self._last = ledger.last_event()
+
+    def __call__(self) -> list[Note]:
+        """Return the new notes, oldest first."""
+        notes: list[Note] = []
+        for event in self._ledger.events_after(self._last):
+            self._last = event.id
+            if event.kind in self._kinds:
+                notes.append(Note(event.message))
+        return notes
+
+
+def _reason(error: Exception) -> str:
+    """Say why nobody was told, without the command or the address: they may hold a password."""
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit status {error.returncode}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no answer in {error.timeout:g} s"
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP status {error.code}"
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, OSError) and reason.strerror:
+        return reason.strerror
+    return type(reason).__name__
+
+
 def _send_to_command(command: str, message: dict[str, Any]) -> None:
-    subprocess.run(  # without pipes to read from: whatever the command leaves running would hold them open
+    subprocess.run(  # no pipes to read from: a process that the command leaves behind would keep them open
         shlex.split(command), input=json.dumps(message).encode(), check=True, timeout=PATIENCE,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -1,24 +1,34 @@
-"""The systemd unit of a watching daemon."""
+"""The systemd unit of a watching daemon: who runs it, what it may touch, and paths as systemd reads them.
+
+Rules of quoting: systemd.syntax(7), systemd.service(5) under "Command lines", systemd.unit(5) under "Specifiers".
+"""
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+from onward.errors import UsageError
+from onward.text import printable
 
 UNIT = """\
 [Unit]
-Description=Onward: cumulative fine-tuning of {run}
+Description=Onward: cumulative fine-tuning of {description}
 After=local-fs.target network-online.target
 StartLimitIntervalSec=0
 
 [Service]
 Type=notify
 NotifyAccess=main
-User={user}
-ExecStart={python} -m onward watch --run {quoted}
-ExecStop={python} -m onward stop --run {quoted}
-WorkingDirectory={quoted}
+{user}
+UMask={umask:04o}
+{environment}ExecStart={python} -P -m onward watch --run {run}
+ExecStop={python} -P -m onward stop --run {run}
+WorkingDirectory={directory}
 KillSignal=SIGTERM
 KillMode=mixed
 TimeoutStartSec=infinity
@@ -29,14 +39,129 @@ RestartSec=10s
 # 2: the config is refused; 4: another process owns the run; 5: the state needs a person
 RestartPreventExitStatus=2 4 5
 
+# What it may touch. A notify.command that writes elsewhere needs a ReadWritePaths of its own.
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+ProtectHome=read-only
+{writable}
+PrivateTmp={private_tmp}
+ProtectControlGroups=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+# Not set: MemoryDenyWriteExecute, since torch makes code at run time; PrivateDevices, which hides GPUs.
+
 [Install]
 WantedBy=multi-user.target
 """
+KEPT_VARIABLES = ("ONWARD_CACHE", "XDG_CACHE_HOME", "HF_HOME")
+"""Variables that say where models are kept; the unit gets those that are set where it is printed."""
+TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
+"""What PrivateTmp replaces."""
 
 
-def systemd_unit(run: Path) -> str:
-    """Return a unit that watches a run: Type=notify with a watchdog, restarted on failure, stopped by committing."""
-    absolute = str(run.absolute())
-    quoted = f'"{absolute}"' if " " in absolute else absolute
-    quoted = quoted.replace("%", "%%")
-    return UNIT.format(run=absolute.replace("%", "%%"), quoted=quoted, user=getpass.getuser(), python=sys.executable)
+@dataclass(frozen=True)
+class Host:
+    """What a unit takes from the place where it is printed."""
+
+    uid: int
+    umask: int
+    python: str
+    environment: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> Host:
+        """Return that of this process."""
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return cls(os.geteuid(), umask, sys.executable, dict(os.environ))
+
+
+def systemd_unit(run: Path, user: str | None = None, host: Host | None = None) -> str:
+    """Return a unit that watches a run: Type=notify with a watchdog, restarted on failure, stopped by committing.
+
+    Args:
+        user: who runs it; by default whoever prints it or, where root does, the owner of the run's directory.
+
+    Raises:
+        UsageError: there is no such user, or the path cannot be written in a unit.
+    """
+    host = host or Host.here()
+    run = run.absolute()
+    for path in (str(run), host.python):
+        if printable(path) != path:
+            hint = "Move it to a path of printable characters."
+            raise UsageError("a unit cannot name a path with control characters", where=path, hint=hint)
+    account = _account(run, user, host.uid)
+    in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
+    variables = [f"{name}={host.environment[name]}" for name in KEPT_VARIABLES if host.environment.get(name)]
+    return UNIT.format(
+        description=_plain(str(run)),
+        user="\n".join(_user_lines(account, run)),
+        umask=host.umask,
+        environment="".join(f"Environment={_escaped(variable)}\n" for variable in variables),
+        python=_program(host.python),
+        run=_escaped(str(run)).replace("$", "$$"),
+        directory=_plain(str(run)),
+        writable="\n".join(f"ReadWritePaths={_escaped(path)}" for path in _writable(run, account, host.environment)),
+        private_tmp="no" if in_temporary else "yes",
+    )
+
+
+def _account(run: Path, user: str | None, uid: int) -> pwd.struct_passwd:
+    try:
+        if user is not None:
+            return pwd.getpwnam(user)
+        return pwd.getpwuid(uid or run.stat().st_uid)
+    except KeyError:
+        hint = "Name one that there is: onward service --user NAME"
+        raise UsageError("there is no such user", where=user or uid or run.stat().st_uid, hint=hint) from None
+
+
+def _user_lines(account: pwd.struct_passwd, run: Path) -> Iterator[str]:
+    if account.pw_uid == 0:
+        owner = "the run's directory belongs to root" if run.stat().st_uid == 0 else "it was asked for"
+        yield f"# Runs as root, since {owner}. To run as another: chown -R NAME the directory, and print this again."
+    yield f"User={account.pw_name}"
+
+
+def _writable(run: Path, account: pwd.struct_passwd, environment: Mapping[str, str]) -> Iterator[str]:
+    """The run, its inbox where that is elsewhere, and the caches; `-`: it need not be there."""
+    yield str(run)
+    inbox = (run / "inbox").resolve()
+    if not inbox.is_relative_to(run.resolve()):
+        yield f"-{inbox}"
+    home = Path(account.pw_dir)
+    shared = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    yield f"-{environment.get('ONWARD_CACHE') or shared / 'onward'}"
+    yield f"-{environment.get('HF_HOME') or shared / 'huggingface'}"
+
+
+def _plain(path: str) -> str:
+    """A path that is the whole value: nothing is quoted; a backslash at the end would join the next line."""
+    text = path.replace("%", "%%")
+    return f"{text}/" if text.endswith(("\\", " ")) else text
+
+
+def _escaped(word: str) -> str:
+    """A word of a value that has several: in double quotes with C escapes where it is not plain."""
+    text = word.replace("%", "%%")
+    if _is_bare(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _program(path: str) -> str:
+    """The program of a command: systemd takes no quotes and backslashes in its path, so env(1) finds such a one."""
+    if any(character in path for character in "\"'\\"):
+        return f"/usr/bin/env {_escaped(path).replace('$', '$$')}"
+    return _escaped(path)
+
+
+def _is_bare(text: str) -> bool:
+    return not any(character.isspace() or character in "\"'\\;" for character in text)

@@ -151,6 +151,7 @@ class Worker:
             steps=plan.steps,
             steps_done=self.state.cursor.step,
             handover=handover,
+            max_length=self.config.max_length,
         )
         self.around.shown.set("training")
         yield from self._train(row.id, tokens, plan, metrics)
@@ -179,12 +180,14 @@ class Worker:
         require_horizon(config, state.step + plan.steps)
         handover = self._hand_over("boundary", row)
         position = state.cursor.position + 1
-        fingerprint = sha256_json(config.flat())
+        recorded = config.recorded()
+        fingerprint = sha256_json(recorded)
         with self.ledger.transaction():
-            self.ledger.keep_config(fingerprint, config.model_dump(mode="json"))
-            for key, values in old.differences(config).items():
-                self.ledger.add_config_change(state.step, row.id, key, values)
-                self.ledger.add_event("info", f"config: {key} changed from {values[0]} to {values[1]}", state.step)
+            self.ledger.keep_config(fingerprint, recorded)
+            for key, (before, after) in old.differences(config).items():
+                self.ledger.add_config_change(state.step, row.id, key, (before, after))
+                change = f"config: {key} changed from {before} to {after}"
+                self.ledger.add_event("info", change, state.step, kind="config")
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
                 planned_steps=plan.steps, rows=plan.rows,

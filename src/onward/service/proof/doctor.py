@@ -1,4 +1,4 @@
-"""What this machine and run lack, said before it matters."""
+"""What would stop this run on this machine, found before it does."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,16 @@ from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.session import base_folder
 from onward.store.ledger import Ledger
+from onward.text import printable, quoted
 from onward.training.base import digest_base
-from onward.training.checkpoint import inspect_checkpoint
+from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model import load_tokenizer
 
 LITTLE_DISK = 2 << 30
+"""Free bytes below which a warning is given, however small the checkpoints are."""
+FEW_FILES = 1000
+"""Files for which the disk must have room."""
 
 
 @dataclass(frozen=True)
@@ -47,21 +53,29 @@ def examine(layout: RunLayout) -> list[Finding]:
     if not layout.ledger.exists():
         return [
             *findings,
-            Finding("warning", "run", f"no run in {layout.root.absolute()}", "onward init DIR makes one"),
+            Finding("warning", "run", f"there is no run in {layout.root.absolute()}", "onward init DIR makes one"),
         ]
     looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("config", lambda: _config(layout)),
+        ("identity", lambda: _identity(layout)),
         ("base model", lambda: _base(layout)),
         ("ledger", lambda: _ledger(layout)),
+        ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
         ("disk", lambda: _disk(layout)),
         ("inbox", lambda: _inbox(layout)),
+        ("queue", lambda: _queue(layout)),
     ]
     for subject, look in looks:
         try:
             findings += look()
         except OnwardError as error:
             findings.append(Finding("error", subject, error.what, error.hint))
+        except sqlite3.DatabaseError as error:
+            findings.append(Finding("error", subject, str(error)))
+        except OSError as error:
+            place = f" [{error.filename}]" if error.filename else ""
+            findings.append(Finding("error", subject, f"{error.strerror or error}{place}"))
     return findings
 
 
@@ -84,10 +98,24 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
     yield Finding("ok", "config", f"{layout.config.name} is valid: {config.method} on {config.model}")
     device = pick_device()
     if device.type == "cpu" and pick_dtype(config.dtype, device) is torch.bfloat16:
-        hint = "dtype: float32 in a new run; on a CPU without bf16 units it is many times faster"
+        hint = "Set dtype: float32 in a new run: on a CPU without bf16 units it is many times faster"
         yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", hint)
     if config.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         yield Finding("error", "method", "qlora needs bitsandbytes", 'pip install "onward[qlora]"')
+
+
+def _identity(layout: RunLayout) -> Iterator[Finding]:
+    """Hold the config against the keys that are locked; base model and tokenizer are looked at elsewhere."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        locked: dict[str, Any] = ledger.get("identity") or {}
+        if ledger.newest_checkpoint() is None:
+            return
+    here = read_config(layout.config).identity()
+    changed = [key for key in locked if key in here and key != "model" and locked[key] != here[key]]
+    if changed:
+        lines = "; ".join(f"{key}: the run has {locked[key]!r}, the config says {here[key]!r}" for key in changed)
+        hint = "Put the old values back, or make another run: onward init NEW_RUN"
+        yield Finding("error", "identity", f"locked keys were changed: {lines}", hint)
 
 
 def _base(layout: RunLayout) -> Iterator[Finding]:
@@ -112,31 +140,59 @@ def _template(tokenizer: Any) -> Iterator[Finding]:
 def _ledger(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         answer = ledger.quick_check()
-        problem = ledger.get("problem")
+        if answer != "ok":
+            yield Finding("error", "ledger", answer, "Restore it from a copy")
+        elif ledger.get("run") is None:
+            hint = "Put it back from a copy. If nothing was trained here: remove it, then onward init"
+            yield Finding("error", "ledger", "it is empty", hint)
+        else:
+            yield Finding("ok", "ledger", "sound")
+
+
+def _owner(layout: RunLayout) -> Iterator[Finding]:
+    """Say who owns the run, whether its work moves, and what keeps it from going on."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        state, problem, paused = ledger.get("state"), ledger.get("problem"), ledger.get("paused")
         fact = ledger.get("heartbeat")
-    level = "ok" if answer == "ok" else "error"
-    yield Finding(
-        level, "ledger", "sound" if level == "ok" else answer, None if level == "ok" else "Restore it from a copy"
-    )
-    if problem:
+    if paused is not None:
+        yield Finding("ok", "paused", "paused by an operator", "onward resume goes on")
+    elif problem and state == "failed":
         yield Finding("warning", "last failure", problem, "onward train goes on from the last commit")
+    elif problem:
+        yield Finding("warning", str(state), problem)
     holder = read_holder(layout.lock)
     if is_held(layout.lock):
         yield Finding("ok", "lock", f"held by pid {holder['pid']} on {holder['host']}" if holder else "held")
         _, stuck = read_heartbeat(fact, time.time())
         if stuck:
-            yield Finding("error", "heartbeat", stuck, "onward stop; if that does not help, kill it: commits are safe")
+            hint = "onward stop; if that does not help, kill it: what was committed is safe"
+            yield Finding("error", "heartbeat", stuck, hint)
 
 
 def _state(layout: RunLayout) -> Iterator[Finding]:
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        run, step = ledger.get("run"), ledger.committed_step()
     for folder in [*layout.checkpoints(), *layout.restore_points()]:
-        found = inspect_checkpoint(folder)
-        place = str(folder.relative_to(layout.root))
-        if found.verified is None:
-            hint = "onward train goes back to the newest restore point that verifies and trains again from there"
-            yield Finding("error", place, "; ".join(found.problems), hint)
-        else:
-            yield Finding("ok", place, f"{found.verified.size / 1e6:.1f} MB, verifies")
+        yield _checkpoint(folder, str(folder.relative_to(layout.root)), run, step)
+
+
+def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:
+    """Look at one checkpoint; `run` and `step` are what the ledger knows of."""
+    if not (folder / MANIFEST).exists():
+        hint = f"Move it out of the run; to go on from it: onward adopt {quoted(folder)} --run NEW_RUN"
+        return Finding("warning", place, f"not made by Onward: it has no {MANIFEST}", hint)
+    found = inspect_checkpoint(folder)
+    manifest = found.verified
+    if manifest is None:
+        hint = "onward train goes back to the newest restore point that verifies, and trains again from there"
+        return Finding("error", place, "; ".join(found.problems), hint)
+    if manifest.run != run:
+        hint = f"Put back the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
+        return Finding("error", place, f"of another run than the ledger, which stands at step {step}", hint)
+    if manifest.step > step:
+        hint = "onward train brings the ledger up to it; onward verify shows whether something is missing"
+        return Finding("warning", place, f"newer than the ledger, which stands at step {step}", hint)
+    return Finding("ok", place, f"{manifest.size / 1e6:.1f} MB, verifies")
 
 
 def _disk(layout: RunLayout) -> Iterator[Finding]:
@@ -148,18 +204,37 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
     enough = free > max(kept, LITTLE_DISK)
-    yield Finding(
-        "ok" if enough else "warning", "disk", message, None if enough else "Free space or lower keep_boundaries"
-    )
+    hint = None if enough else "Free some space, or lower keep_boundaries"
+    yield Finding("ok" if enough else "warning", "disk", message, hint)
+    yield from _inodes(layout)
+
+
+def _inodes(layout: RunLayout) -> Iterator[Finding]:
+    """Say where a disk has room for bytes and none for files; some file systems do not count them."""
+    disk = os.statvfs(layout.root)
+    if disk.f_files and disk.f_favail < FEW_FILES:
+        hint = "Remove small files from this disk; each checkpoint makes about ten"
+        yield Finding("warning", "disk", f"room for only {disk.f_favail} more files (inodes)", hint)
 
 
 def _inbox(layout: RunLayout) -> Iterator[Finding]:
     if not layout.inbox.is_dir():
-        yield Finding("warning", "inbox", "there is none", f"mkdir {layout.inbox}, or mount it again")
-    elif not os.access(layout.inbox, os.W_OK):
-        yield Finding("error", "inbox", "files cannot be taken out of it", "Make it writable for the daemon's user")
-    else:
+        yield Finding("warning", "inbox", "there is none", f"mkdir {quoted(layout.inbox)}, or mount it again")
+    elif os.access(layout.inbox, os.W_OK):
         yield Finding("ok", "inbox", "files can be taken out of it")
+    elif layout.root.stat().st_uid != os.geteuid():
+        yield Finding("ok", "inbox", "not this user's; whether its owner can take files out was not tried")
+    else:
+        yield Finding("error", "inbox", "files cannot be taken out of it", f"chmod u+rwx {quoted(layout.inbox)}")
+
+
+def _queue(layout: RunLayout) -> Iterator[Finding]:
+    """Name the files on which a process ended before it could say what is wrong with them."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
+    for row in stuck:
+        message = f"checking {printable(row.name)} was begun {row.attempts} times and never ended"
+        yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
 
 
 def _kept(layout: RunLayout) -> int:

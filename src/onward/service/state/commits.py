@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Commits:
         with self.ledger.transaction():
             self.ledger.commit_checkpoint(row, size=manifest.size, seconds=time.perf_counter() - begun)
             commit.with_ledger(self.ledger)
-        return self.tidy(target, manifest, Retention.of(config))
+        return replace(self.tidy(target, manifest, Retention.of(config)), done=commit.done)
 
     def _require_replay(self, step: int, basis: str, digest: str) -> None:
         lost = self.ledger.lost_digest(step, basis)
@@ -130,7 +130,7 @@ class Commits:
         origin = int(self.ledger.get("origin_step", 0))
         for old in retention.superfluous(created, self.ledger.clock(), adopted=origin or None):
             self.ownership.remove(old)
-        return Written(manifest, removed, point, commit.done)
+        return Written(manifest, removed, point)
 
     def _make_restore_point(self, checkpoint: Path, manifest: Manifest) -> str | None:
         """Make the restore point of a boundary if it is not there; returns its name if it was made now."""

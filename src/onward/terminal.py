@@ -1,0 +1,126 @@
+"""Printing for people: streams that may be closed, on a full disk or read by nobody never end what a command does."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from typing import IO, TextIO, cast
+
+from onward.errors import printable_lines
+
+GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
+"""Errors of a stream that nobody will ever read again."""
+
+
+def open_standard_streams() -> None:
+    """Give standard streams that were closed a place that takes everything.
+
+    Otherwise the next file that is opened, such as the ledger, would get the number of the closed stream, and whatever
+    prints to that stream would write into the file.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+
+
+def say(message: str) -> None:
+    """Print a message for a person on stderr; one that cannot be printed is lost, and the work goes on."""
+    write(sys.stderr, f"{printable_lines(message)}\n")
+
+
+def show_line(text: str) -> None:
+    """Print a line of a result on stdout; a reader that left early is no failure.
+
+    Raises:
+        OSError: the result cannot be written, as on a full disk.
+    """
+    try:
+        print(text)
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+def flush_results() -> None:
+    """Write out what was printed on stdout; a reader that left early is no failure.
+
+    Raises:
+        OSError: the result cannot be written, as on a full disk.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+def write(stream: TextIO, text: str) -> None:
+    """Write to a stream at once, or not at all where it does not take it."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except ValueError:  # it was closed inside this process
+        return
+    except OSError as error:
+        if error.errno in GONE:
+            silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Let a stream that nobody reads take everything from now on."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def is_interactive(stream: TextIO) -> bool:
+    """Whether a stream is a terminal on which the cursor can be moved."""
+    if os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
+        return False
+    try:
+        return stream.isatty()
+    except ValueError:
+        return False
+
+
+class Tolerant:
+    """A stream for libraries that print: what the stream underneath does not take is lost, and nothing is raised."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write as far as possible."""
+        write(self._stream, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Everything is written at once."""
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """The descriptor, for whoever asks how wide the terminal is."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        """The encoding of the stream."""
+        return self._stream.encoding
+
+
+def tolerant(stream: TextIO) -> IO[str]:
+    """Return a stream that never raises when it is written to."""
+    return cast("IO[str]", Tolerant(stream))

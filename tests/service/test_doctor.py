@@ -1,0 +1,207 @@
+"""What doctor finds before it matters, and who may look at a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from daemons import configure
+from filelock import FileLock
+
+from onward import Run
+from onward.layout import RunLayout
+from onward.service.holder import is_held
+from onward.service.lock import RunLock
+from onward.service.proof.doctor import Finding, examine
+from onward.status import read_history, read_status
+from onward.store.ledger import Ledger, make_ledger
+from onward.training.checkpoint import MANIFEST, Manifest
+
+NOBODY = 65534
+FILE: dict[str, Any] = {
+    "command": "c", "sha256": "0" * 64, "bytes": 1, "format": "jsonl", "copy": "archive/a", "again": 0, "priority": 0,
+    "rows": 1, "tokens": 1, "target_tokens": 1, "truncated": 0, "dropped": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one file; tests copy it."""
+    folder = tmp_path_factory.mktemp("doctor")
+    run = Run.create(folder / "run", str(model), batch_size=4, max_length=256, lora={"rank": 2})
+    run.train(*[tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (8, 4)])
+    return run.layout.root
+
+
+@pytest.fixture
+def layout(trained: Path, tmp_path: Path) -> RunLayout:
+    """A copy of the trained run, without the hard links of its boundaries."""
+    return RunLayout(Path(shutil.copytree(trained, tmp_path / "run")))
+
+
+def findings(layout: RunLayout, subject: str) -> list[Finding]:
+    """Return what was found of a subject."""
+    return [finding for finding in examine(layout) if finding.subject == subject]
+
+
+def test_a_sound_run_has_no_findings(layout: RunLayout) -> None:
+    """Nothing but `ok` where nothing is wrong."""
+    allowed = {"dtype", "disk"}  # what this machine may lack
+    assert [] == [entry for entry in examine(layout) if entry.level != "ok" and entry.subject not in allowed]
+
+
+def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> None:
+    """A locked key that the config changed is an error before the next start refuses it."""
+    configure(Run(layout.root), seed=7, learning_rate=0.5)
+    (found,) = findings(layout, "identity")
+    assert ("error", "locked keys were changed: seed: the run has 0, the config says 7") == (found.level, found.message)
+
+
+def test_a_paused_run_has_not_failed(layout: RunLayout) -> None:
+    """A pause is named as one; a failure as the last failure; the two are not confused."""
+    with Ledger(layout.ledger) as ledger:
+        ledger.put(paused={"release": False}, state="paused", problem="paused by an operator; onward resume goes on")
+    assert [("ok", "onward resume goes on")] == [(entry.level, entry.hint) for entry in findings(layout, "paused")]
+    assert [] == findings(layout, "last failure")
+    with Ledger(layout.ledger) as ledger:
+        ledger.put(paused=None, state="failed", problem="no memory")
+    assert [("warning", "no memory")] == [(entry.level, entry.message) for entry in findings(layout, "last failure")]
+
+
+def lose_ledger(layout: RunLayout) -> None:
+    """Put a new, empty ledger in the place of the run's."""
+    layout.ledger.unlink()
+    make_ledger(layout.ledger)
+
+
+def empty_ledger(layout: RunLayout) -> None:
+    """Leave a ledger that has its tables and nothing in them."""
+    layout.ledger.unlink()
+    Ledger(layout.ledger).close()
+
+
+@pytest.mark.parametrize("lose", [lose_ledger, empty_ledger])
+def test_a_ledger_that_knows_less_than_the_directory(lose: Callable[[RunLayout], None], layout: RunLayout) -> None:
+    """A checkpoint alongside a ledger that never made it is an error, with the command that goes on from it."""
+    lose(layout)
+    place = layout.checkpoints()[0]
+    (found,) = findings(layout, f"current_model/{place.name}")
+    assert ("error", "of another run than the ledger, which stands at step 0") == (found.level, found.message)
+    assert f"onward adopt {place} --run NEW_RUN" in str(found.hint)
+    assert (lose is empty_ledger) == ([entry.level for entry in findings(layout, "ledger")] == ["error"])
+
+
+def test_a_checkpoint_of_others_is_named(layout: RunLayout) -> None:
+    """A directory that Onward did not make is named as that, not as damage."""
+    folder = layout.checkpoint(900)
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text("{}")
+    (found,) = findings(layout, "current_model/checkpoint-900")
+    assert ("warning", f"not made by Onward: it has no {MANIFEST}") == (found.level, found.message)
+
+
+def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:
+    """A file whose checking was begun and never ended is named, with the command that takes it out."""
+    with Ledger(layout.ledger) as ledger:
+        ledger.insert_file(**FILE, name="it's.jsonl", state="arriving", attempts=3)
+    (found,) = findings(layout, "queue")
+    assert "checking it's.jsonl was begun 3 times and never ended" == found.message
+    assert """onward skip 'it'"'"'s.jsonl' takes it out""" == found.hint
+
+
+def test_files_out_of_the_stream_have_no_number(layout: RunLayout) -> None:
+    """Trained and waiting files are numbered in order; a skipped one has no number, and shifts none."""
+    with Ledger(layout.ledger) as ledger:
+        for name, state in (("s.jsonl", "skipped"), ("q.jsonl", "queued"), ("u.jsonl", "quarantined")):
+            ledger.insert_file(**FILE, name=name, state=state)
+    expected = [(1, "8.jsonl"), (2, "4.jsonl"), (3, "q.jsonl"), (None, "s.jsonl"), (None, "u.jsonl")]
+    assert expected == [(entry["position"], entry["name"]) for entry in read_history(layout)]
+
+
+def test_a_failure_between_two_tries_has_its_reason(layout: RunLayout) -> None:
+    """`failed` is never without a problem: between tries it is the last failure. Every state says what is done."""
+    with Ledger(layout.ledger) as ledger:
+        ledger.add_event("error", "the base is gone", kind="failed")
+        ledger.put(state="failed", problem=None)
+        assert "the base is gone" == read_status(layout)["problem"]
+        ledger.put(state="loading")
+    status = read_status(layout)
+    assert ("stopped", "the process that owned the run died (loading)") == (status["state"], status["problem"])
+    with RunLock(layout.lock):
+        assert ("loading", "loads the model and the state to go on from") == (
+            read_status(layout)["state"], read_status(layout)["doing"],
+        )  # fmt: skip
+
+
+def as_nobody(look: Callable[[], Any]) -> Any:
+    """Return what a user without any right to write gets, in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            answer = look()
+        except BaseException as error:
+            answer = repr(error)
+        os.write(writer, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with os.fdopen(reader) as pipe:
+        return json.loads(pipe.read())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("has_log", [False, True])
+def test_another_user_may_look(has_log: bool, layout: RunLayout) -> None:
+    """Status, history and the lock can be read by a user who may not write, with and without SQLite's log there."""
+    for path in [layout.root, *layout.root.parents][: len(layout.root.parts) - 2]:
+        path.chmod(path.stat().st_mode | 0o055)
+    layout.lock.unlink(missing_ok=True)
+
+    def look() -> Any:
+        return [read_status(layout)["state"], len(read_history(layout)), is_held(layout.lock)]
+
+    with Ledger(layout.ledger) as ledger:
+        if not has_log:
+            ledger.close()
+        before = sorted(path.name for path in layout.root.iterdir())
+        assert ["idle", 2, False] == as_nobody(look)
+        assert before == sorted(path.name for path in layout.root.iterdir())
+        with FileLock(layout.lock):
+            assert ["idle", 2, True] == as_nobody(look)
+    layout.ledger.chmod(0o600)
+    assert "this user may not read the ledger" in as_nobody(look)
+
+
+def test_looking_takes_no_lock(tmp_path: Path) -> None:
+    """Asking whether a run is held makes no file, and any number of askers take nobody for an owner."""
+    lock = tmp_path / ".lock"
+    assert not is_held(lock)
+    assert [] == list(tmp_path.iterdir())
+    lock.touch(0o444)
+    assert not is_held(lock)
+    assert not is_held(lock)
+
+
+def test_a_run_of_before_verifies(layout: RunLayout) -> None:
+    """A key that no longer exists, in manifests and ledger, is left out: the run verifies, also by training again."""
+    for folder in [*layout.checkpoints(), *layout.restore_points()]:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        config = {**manifest.config, "key_of_before": 1, "notify": {**manifest.config["notify"], "old": "x"}}
+        sealed = manifest.model_copy(update={"config": config, "digest": ""}).sealed()
+        (folder / MANIFEST).write_text(sealed.model_dump_json())
+    with Ledger(layout.ledger) as ledger:
+        for row in ledger.files("done"):
+            text = json.dumps({**ledger.config_of(row), "key_of_before": 1})
+            ledger.write("UPDATE configs SET config = ? WHERE fingerprint = ?", text, row.config)
+    proof = Run(layout.root).verify(deep=True)
+    assert [] == [(check.name, check.detail) for check in proof.checks if not check.ok]
