@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 from onward.layout import RunLayout
-from onward.service.holder import BUSY, DOING, is_held, read_heartbeat
+from onward.service.holder import is_held, read_heartbeat
+from onward.service.shown import BUSY, DOING
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord

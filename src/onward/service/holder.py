@@ -1,4 +1,4 @@
-"""What others can see of the process that owns a run: that there is one, what it does, whether it moves."""
+"""What others can see of the process that owns a run: that there is one, which it is, and whether it moves."""
 
 from __future__ import annotations
 
@@ -6,28 +6,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-RunState: TypeAlias = Literal[
-    "idle", "loading", "tokenizing", "training", "saving", "evaluating", "paused", "failed", "stopped"
-]
-"""What the ledger's fact `state` may say of a run."""
-
-BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "evaluating")
-"""States that only a living process can be in: found without one, its process died."""
-
-DOING: dict[str, str] = {
-    "idle": "waits for files",
-    "loading": "loads the model and the state to go on from",
-    "tokenizing": "checks and tokenizes files",
-    "training": "trains",
-    "saving": "commits a checkpoint",
-    "evaluating": "evaluates",
-    "paused": "holds still",
-    "failed": "waits to try again",
-    "stopped": "was stopped with files left to train",
-}
-"""What a process in a state does, for a person to read."""
+from typing import Any
 
 SILENCE = 30.0
 """Seconds without a beat after which a process that holds the lock counts as stuck."""

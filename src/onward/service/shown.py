@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from typing import Literal, TypeAlias
 
 from onward.store.ledger import Ledger
 
+RunState: TypeAlias = Literal[
+    "idle", "loading", "tokenizing", "training", "saving", "evaluating", "paused", "failed", "stopped"
+]
+"""What the ledger's fact `state` may say of a run."""
+
+BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "evaluating")
+"""States that only a living process can be in: found without one, its process died."""
+
+DOING: dict[str, str] = {
+    "idle": "waits for files",
+    "loading": "loads the model and the state to go on from",
+    "tokenizing": "checks and tokenizes files",
+    "training": "trains",
+    "saving": "commits a checkpoint",
+    "evaluating": "evaluates",
+    "paused": "holds still",
+    "failed": "waits to try again",
+    "stopped": "was stopped with files left to train",
+}
+"""What a process in a state does, for a person to read."""
+
 IDLE, STOPPED, PAUSED, FAILED = "idle", "stopped", "paused", "failed"
-BUSY = ("loading", "tokenizing", "training", "saving", "evaluating")
-"""States of a process at work; a run in one of them that no process owns was stopped by force."""
 
 
 class Shown:
