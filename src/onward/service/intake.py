@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from onward.atomic import remove_temporaries
 from onward.data.containers import FileError
-from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
+from onward.data.tokenize import IntakeReport, RowTokenizer, SourceChanged, cache_key, tokenize_file
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.arrivals import Arrivals, Values
@@ -210,7 +210,10 @@ class Intake:
         target = self._tokens(row)
         if target.exists():
             shutil.rmtree(target)
-        report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
+        try:
+            report = tokenize_file(self.layout.root / row["copy"], target, row["sha256"], row_tokenizer, stop=self.stop)
+        except SourceChanged as error:
+            return Refusal.of_file(row["name"], error)
         return report if report.ok else Refusal.of_rows(row["name"], report)
 
     def _tokens(self, row: Row) -> Path:
