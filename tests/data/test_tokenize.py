@@ -15,6 +15,7 @@ from onward.data.records import Chat, Completion, RowError, Text, parse_row
 from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
 from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row, unpack
+from onward.digest import sha256_file
 from onward.errors import DamagedState, ModelError
 
 TOKENIZER = byte_tokenizer()
@@ -35,7 +36,8 @@ def decoded(tokenizer: Any, row: Row, *, only_targets: bool) -> str:
 
 def intake(path: Path, max_length: int = 1000, over_length: OverLength = "truncate") -> IntakeReport:
     """Tokenize a file into the directory `tokens` beside it."""
-    return tokenize_file(path, path.parent / "tokens", SHA, RowTokenizer(TOKENIZER, max_length, over_length))
+    sha256 = sha256_file(path) if path.is_file() else SHA
+    return tokenize_file(path, path.parent / "tokens", sha256, RowTokenizer(TOKENIZER, max_length, over_length))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +223,7 @@ def test_a_file_becomes_rows(tmp_path: Path) -> None:
         longest=max(len(row.ids) for row in expected),
     )
     assert (1502, 1502) == (file.rows, len(file))
-    assert SHA == file.meta["source_sha256"]
+    assert sha256_file(path) == file.meta["source_sha256"]
     assert list(range(2, 1504)) == [file.line(index) for index in range(file.rows)]
     for index, row in enumerate(expected):
         found = file.row(index)
@@ -353,7 +355,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / f"{count}.jsonl", [{"text": f"row {place}"} for place in range(count)])
         row_tokenizer = RowTokenizer(TOKENIZER, 200)
         tracemalloc.start()
-        report = tokenize_file(path, tmp_path / str(count), SHA, row_tokenizer)
+        report = tokenize_file(path, tmp_path / str(count), sha256_file(path), row_tokenizer)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert count == report.rows

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from onward.atomic import remove_temporaries
 from onward.data.containers import FileError
-from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
+from onward.data.tokenize import IntakeReport, RowTokenizer, SourceChanged, cache_key, tokenize_file
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals, Values

@@ -8,6 +8,7 @@ from filelock import FileLock
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
+from onward.data.limits import NO_LIMITS
 from onward.data.tokenize import RowTokenizer, TokenizedFile, cache_key, tokenize_file
 from onward.errors import DamagedState, FileRejected
 from onward.layout import step_of
@@ -36,7 +37,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
     original = require_original(session.layout.root, row)
     row_tokenizer = RowTokenizer(session.tokenizer, config.max_length, config.over_length, session.tokenizer_digest)
     with FileLock(session.layout.intake_lock):  # intake removes what an interrupted one left half written
-        report = tokenize_file(original, folder, row.sha256, row_tokenizer, stop=stop)
+        report = tokenize_file(original, folder, row.sha256, row_tokenizer, stop=stop, limits=NO_LIMITS)
     if not report.ok:
         first = report.problems[0]
         raise FileRejected(

@@ -1,0 +1,58 @@
+"""Text of others on a terminal: names and contents that can neither move the cursor nor end a quotation."""
+
+from __future__ import annotations
+
+import shlex
+import unicodedata
+from pathlib import PurePath
+
+JOINERS = "\u200c\u200d"
+"""Format characters of ordinary writing: Persian and the languages of India need them, and so do emoji."""
+
+
+def printable(text: str) -> str:
+    """Return `text` with an escape for every character that a terminal obeys or does not show.
+
+    Those are control characters (ends of lines too), the start of escape sequences, marks that turn the direction of
+    writing, lone surrogates and what is no character. All other Unicode stays as it is.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def quoted(word: object) -> str:
+    """Return `word`, a path or another text, as one word of a shell command that is safe to print and to paste.
+
+    A name that is not printable comes as `$'...'`, which bash, zsh and every shell of POSIX 2024 read. A path that
+    begins with a dash gets `./` in front, for otherwise commands would take it for an option.
+    """
+    text = str(word)
+    if isinstance(word, PurePath) and text.startswith("-"):
+        text = f"./{text}"
+    if printable(text) == text:
+        return shlex.quote(text)
+    return "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
+
+
+def _shown(character: str) -> str:
+    return character if _is_shown(character) else character.encode("unicode_escape").decode("ascii")
+
+
+def _in_ansi_quotes(character: str) -> str:
+    if character in "\\'":
+        return f"\\{character}"
+    if _is_shown(character):
+        return character
+    # octal: the shells agree on three digits, but not on where a hexadecimal escape ends
+    return "".join(f"\\{byte:03o}" for byte in _bytes_of(character))
+
+
+def _bytes_of(character: str) -> bytes:
+    """Return what stands in the file system for a character: Python reads bytes that are not UTF-8 as surrogates."""
+    try:
+        return character.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # a surrogate that no file name has
+        return character.encode("utf-8", "surrogatepass")

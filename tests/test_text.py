@@ -1,0 +1,63 @@
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onward.text import printable, quoted
+
+ORDINARY = "Grüße, 日本語\u3000\u00a0\U0001f468\u200d\U0001f469 \\n 'x' $HOME"
+
+
+def test_ordinary_unicode_stays() -> None:
+    """Letters of any script, spaces, emoji and the joiners inside them are printed as they are."""
+    assert ORDINARY == printable(ORDINARY)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\tc\r", "a\\nb\\tc\\r"),
+        ("\x1b[2Jx\x07\x7f\x9b", "\\x1b[2Jx\\x07\\x7f\\x9b"),
+        ("a\u202etxt.exe", "a\\u202etxt.exe"),
+        ("\u2066\u2028\ufeff", "\\u2066\\u2028\\ufeff"),
+        ("\udcff\ud800", "\\udcff\\ud800"),
+        ("\U000e0001", "\\U000e0001"),
+    ],
+)
+def test_what_a_terminal_obeys_or_hides_becomes_an_escape(text: str, expected: str) -> None:
+    """Control characters, escape sequences, bidi marks, lone surrogates and invisible tags become visible."""
+    assert expected == printable(text)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("rows.jsonl", "rows.jsonl"),
+        ("my rows.jsonl", "'my rows.jsonl'"),
+        ("", "''"),
+        ("it's", "'it'\"'\"'s'"),
+        ("$(reboot)", "'$(reboot)'"),
+        ("a'\x1b[2J\\", "$'a\\'\\033[2J\\\\'"),
+        (os.fsdecode(b"caf\xe9"), "$'caf\\351'"),
+        ("a\u202eb", "$'a\\342\\200\\256b'"),
+        (Path("-rf"), "./-rf"),
+        (Path("/data/a b"), "'/data/a b'"),
+    ],
+)
+def test_names_are_quoted_for_a_shell(word: object, expected: str) -> None:
+    """A name is one word of a command: bare where it needs no quotes, `$'...'` where it cannot be printed."""
+    assert expected == quoted(word)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=20).map(lambda name: os.fsdecode(name.replace(b"\0", b"\1")))))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_shell_reads_every_quoted_name_back(names: list[str]) -> None:
+    """bash gets exactly the bytes of every name back, and what is printed holds nothing that a terminal obeys."""
+    words = [quoted(name) for name in names]
+    assert words == [printable(word) for word in words]
+    command = "printf '%s\\0' " + " ".join(words) if words else ""
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
+    assert [os.fsencode(name) for name in names] == done.stdout.split(b"\0")[:-1]
