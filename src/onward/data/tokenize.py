@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from onward.data.records import RowError, parse_row
-from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
+from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
 from onward.data.sources import FileError, SourceRow, read_rows, row_unit
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
@@ -28,7 +28,6 @@ __all__ = [
     "TokenizedFile",
     "cache_key",
     "tokenize_file",
-    "tokenizer_fingerprint",
 ]
 
 

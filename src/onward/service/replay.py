@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from onward.config import Config
+from onward.data.order import make_plan
 from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.session import Session, open_session
 from onward.service.tokens import open_tokens
-from onward.service.worker import make_plan
 from onward.store.ledger import Ledger, Row
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint, load_state
@@ -71,7 +71,8 @@ def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Man
     plan = make_plan(row["sha256"], tokens.rows, config)
     cross_boundary(state, config, plan, row["position"])
     recorded = {step["step"]: step["loss"] for step in ledger.steps(row["id"])}
-    for result in Trainer(state, config, session.device, session.dtype, session.pad_id).steps(tokens, plan):
+    trainer = Trainer(state, config, session.device, session.dtype, session.pad_id)
+    for result in trainer.steps({plan.sha256: tokens}, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
                 f"step {result.step} of {row['name']} had loss {recorded.get(result.step)!r}, again {result.loss!r}"

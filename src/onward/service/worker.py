@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onward.config import Config, read_config
-from onward.data.order import FilePlan
+from onward.data.order import FilePlan, make_plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
@@ -257,7 +257,7 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
-        for result in trainer.steps(tokens, plan):
+        for result in trainer.steps({plan.sha256: tokens}, plan):
             metrics.append(_record(file_id, result))
             self._remember(result)
             yield result
@@ -360,11 +360,6 @@ class Worker:
                     "grad_norm": result.grad_norm,
                 }
             )
-
-
-def make_plan(sha256: str, rows: int, config: Config) -> FilePlan:
-    """Return which rows each step of a file trains under a config."""
-    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed)
 
 
 def _record(file_id: int, result: StepResult) -> StepRecord:
