@@ -9,15 +9,15 @@ warns and trains on an empty mask.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 from onward.data.records import Chat, Message, RowError
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
+from onward.data.tokenizer import TokenizerState
 
 Span: TypeAlias = tuple[int, int]
 
@@ -58,20 +58,18 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; its default chat template and special tokens are read once.
+        state: the tokenizer, with its chat template and special tokens.
 
     Raises:
         ModelError: the template is not valid Jinja.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        source: str = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
-        self._renderer = Renderer(source, dict(tokenizer.special_tokens_map)) if source else None
+    def __init__(self, state: TokenizerState) -> None:
+        source, special_tokens = state.chat_template, state.special_tokens
+        self._renderer = Renderer(source, state.special_tokens_map) if source else None
         self._marked = bool(GENERATION_BLOCK.search(source))
         if self._renderer is None:
             return
-        special_tokens = _special_tokens(tokenizer)
         self._end = _end_tokens(self._renderer, special_tokens)
         self._has_prompt, self._prompt = _generation_prompt(self._renderer, special_tokens)
         endings = (self._end.inner, self._end.last, GENERATION_START, GENERATION_END)
@@ -275,12 +273,7 @@ def _unprovable() -> RowError:
     )
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
-
-
-def _end_tokens(renderer: Renderer, special_tokens: list[str]) -> _EndTokens:
+def _end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> _EndTokens:
     """Find the tokens that end a turn: the special tokens that follow an answer in the middle and at the end alike.
 
     A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that does not count
@@ -301,7 +294,7 @@ def _end_tokens(renderer: Renderer, special_tokens: list[str]) -> _EndTokens:
     return _EndTokens("", "")
 
 
-def _tokens_after(text: str, word: str, special_tokens: list[str]) -> list[str]:
+def _tokens_after(text: str, word: str, special_tokens: Sequence[str]) -> list[str]:
     """Return the special tokens that directly follow `word`, but for white space before the first of them."""
     rest = text.partition(word)[2].lstrip()
     tokens: list[str] = []
@@ -311,7 +304,7 @@ def _tokens_after(text: str, word: str, special_tokens: list[str]) -> list[str]:
     return tokens
 
 
-def _generation_prompt(renderer: Renderer, special_tokens: list[str]) -> tuple[bool, str]:
+def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tuple[bool, str]:
     """Say whether the template asks for an answer, and with what: "" where that is not a text of its own.
 
     A text with a special token in it is the template's own.

@@ -12,7 +12,7 @@ from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
 from onward.data.limits import DEFAULT_LIMITS, Limits
 from onward.data.records import RowError, parse_row
-from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
+from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
 from onward.data.sources import SourceRow, file_format, row_unit, rows_of
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
@@ -34,7 +34,6 @@ __all__ = [
     "TokenizedFile",
     "cache_key",
     "tokenize_file",
-    "tokenizer_fingerprint",
 ]
 
 

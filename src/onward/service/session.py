@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config, read_config
-from onward.data.tokenize import tokenizer_fingerprint
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
@@ -40,10 +40,15 @@ class Session:
     base: Path
     base_digest: str
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_digest: str
+    tokenizer_state: TokenizerState
     device: torch.device
     dtype: torch.dtype
     environment: dict[str, Any]
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """The fingerprint of the tokenizer."""
+        return self.tokenizer_state.fingerprint
 
     @property
     def pad_id(self) -> int:
@@ -85,14 +90,14 @@ def open_session(
     base = resolve_base(config.model, report=report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(tokenizer_folder(layout, base))
-    tokenizer_digest = tokenizer_fingerprint(tokenizer)
-    check_identity(ledger, config, base_digest, tokenizer_digest)
+    tokenizer_state = TokenizerState.of(tokenizer)
+    check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     make_deterministic(device)
     tune_memory()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
-    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)
+    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
 
 
 def tokenizer_folder(layout: RunLayout, base: Path) -> Path:

@@ -35,7 +35,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
             session.ledger.add_event("warning", f"the tokens of {row.name} are made again: {error.what}")
             remove_tree(folder)
     original = require_original(session.layout.root, row)
-    row_tokenizer = RowTokenizer(session.tokenizer, config.max_length, config.over_length, session.tokenizer_digest)
+    row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
     with FileLock(session.layout.intake_lock):  # intake removes what an interrupted one left half written
         report = tokenize_file(original, folder, row.sha256, row_tokenizer, stop=stop, limits=NO_LIMITS)
     if not report.ok:

@@ -74,8 +74,8 @@ class OpenedRun:
         def row_tokenizer() -> tuple[RowTokenizer, str]:
             session, config = self.session, self.session.config
             if not made or made[0][0] is not session:  # it compiles the chat template: too slow for every file
-                known = session.tokenizer_digest
-                made[:] = [(session, RowTokenizer(session.tokenizer, config.max_length, config.over_length, known))]
+                state = session.tokenizer_state
+                made[:] = [(session, RowTokenizer(state, config.max_length, config.over_length))]
             return made[0][1], session.tokenizer_digest
 
         return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)

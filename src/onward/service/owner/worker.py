@@ -161,7 +161,7 @@ class Worker:
                 yield from self._collect(wait=True)
         self.ledger.put(state="tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.stop.check)
-        plan = make_plan(row.sha256, tokens.rows, self.config)
+        plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -217,7 +217,7 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, session.device, session.dtype, session.pad_id)
-        for result in trainer.steps(tokens, plan):
+        for result in trainer.steps({plan.sha256: tokens}, plan):
             metrics.append(_record(file_id, result))
             self._remember(result)
             yield result
