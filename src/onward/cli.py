@@ -181,9 +181,12 @@ def watch(
 def check(run: RunOption = Path()) -> None:
     """Check the rows of files that arrived; a daemon lets this be done beside its steps."""
     from onward.run import Run
+    from onward.service.stop import StopRequest
 
     os.nice(10)
-    Run(run).check_arrived()
+    stop = StopRequest()
+    with stop.on_signals():
+        Run(run).check_arrived(stop=stop)
 
 
 @app.command()

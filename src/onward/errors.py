@@ -6,6 +6,19 @@ The command line prints these without a traceback and exits with `exit_status`:
 
 from __future__ import annotations
 
+import errno
+from typing import Self
+
+_READ_HINT = "Mend the disk or its mount, then: onward train. Nothing was removed."
+_READ_HINTS: dict[int | None, str] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "Let this user read it, then: onward train. Nothing was removed."),
+    **dict.fromkeys(
+        (errno.EMFILE, errno.ENFILE),
+        "Raise the limit of open files (ulimit -n), then: onward train. Nothing was removed.",
+    ),
+    errno.ENOMEM: "Free some memory, then: onward train. Nothing was removed.",
+}
+
 
 class OnwardError(Exception):
     """An error with a place and a remedy.
@@ -76,3 +89,22 @@ class TrainingError(OnwardError):
 
 class NoSpace(OnwardError):
     """The disk has no room for the next checkpoint."""
+
+
+class Unreadable(OnwardError):
+    """Something on disk cannot be read now. Nothing is known of it, so nothing may be given up or removed for it."""
+
+    @classmethod
+    def of(cls, error: OSError, path: object) -> Self:
+        """Return the error for a read of `path` that the system refused."""
+        reason = error.strerror or first_line(error)
+        return cls(f"it cannot be read: {reason}", where=path, hint=_READ_HINTS.get(error.errno, _READ_HINT))
+
+
+class NotMadeHere(OnwardError):
+    """Something that Onward did not make stands where Onward would write; it is left alone."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's text, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from onward.service.holder import is_held
 from onward.service.lock import RunLock
 from onward.service.owner.control import AFTER_FILE, RELEASE, expire_requests, request
 from onward.service.owner.process import OpenedRun, account
-from onward.service.stop import Stopped, StopRequest
+from onward.service.stop import StopRequest
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.lookup import find_file
 
@@ -139,14 +139,16 @@ class Run:
         """
         stop = StopRequest() if stop is None else stop
         with self._owned() as ledger:
+            given = [Path(path) for path in paths]
+            intent = ledger.add_intent(given, again=again, priority=0) if given else None
             before = {row.id for row in ledger.files("done")}
             opened = OpenedRun(self.layout, ledger, report)
             with account(ledger), opened.operate(stop, observe) as daemon:
                 intake = opened.intake(stop.check)
-                for refusal in intake.finish_left_over():
+                for refusal in intake.finish_left_over(intent):
                     report(f"handed over earlier: {refusal}")
-                if paths:
-                    intake.take([Path(path) for path in paths], again=again)
+                if given:
+                    intake.take(given, again=again, intent=intent)
                 daemon.run(once=True)
             positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
@@ -181,16 +183,13 @@ class Run:
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
 
-    def check_arrived(self) -> None:
+    def check_arrived(self, *, stop: StopRequest | None = None) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
-        parent = os.getppid()
+        from onward.service.intake.checker import check_arrived
 
-        def stop() -> None:
-            if os.getppid() != parent:
-                raise Stopped("the process that wanted it is gone")
-
-        with self._ledger() as ledger, contextlib.suppress(Stopped):
-            OpenedRun(self.layout, ledger, _silent).intake(stop).check_ahead(seconds=float("inf"))
+        stop = StopRequest() if stop is None else stop
+        with self._ledger() as ledger:
+            check_arrived(self.layout, ledger, stop.check)
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.

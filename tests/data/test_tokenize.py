@@ -15,8 +15,8 @@ from onward.data.records import Chat, Completion, RowError, Text, parse_row
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
 from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row, unpack
-from onward.digest import sha256_file
 from onward.data.tokenizer import TokenizerState
+from onward.digest import sha256_file
 from onward.errors import DamagedState, ModelError
 
 TOKENIZER = byte_tokenizer()

@@ -12,8 +12,8 @@ from states import assert_same_state
 
 from onward import Run
 from onward.errors import FileRejected, UsageError
-from onward.service.state.settle import TO_NOTHING
 from onward.service.state.rollback import move_ledger_back, undone
+from onward.service.state.settle import TO_NOTHING
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "lora": {"rank": 4, "dropout": 0.1}}

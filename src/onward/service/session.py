@@ -89,7 +89,7 @@ def open_session(
     config = config or read_config(layout.config)
     base = resolve_base(config.model, report=report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    tokenizer = load_tokenizer(tokenizer_folder(layout, base))
+    tokenizer = load_tokenizer(layout.tokenizer(base))
     tokenizer_state = TokenizerState.of(tokenizer)
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
@@ -98,12 +98,6 @@ def open_session(
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
-
-
-def tokenizer_folder(layout: RunLayout, base: Path) -> Path:
-    """The folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
-    own = layout.root / "tokenizer"
-    return own if own.is_dir() else base
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:

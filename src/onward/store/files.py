@@ -66,9 +66,14 @@ class Files(Database):
 
     def next_occurrence(self, sha256: str) -> int:
         """Return the occurrence that a file with this content has if it joins the stream now; 0 for the first."""
-        last = self.scalar(f"SELECT max(occurrence) FROM files WHERE sha256 = ? AND state IN ({marks(HELD)})",
-                           sha256, *HELD)
+        last = self.scalar(
+            f"SELECT max(occurrence) FROM files WHERE sha256 = ? AND state IN ({marks(HELD)})", sha256, *HELD
+        )
         return 0 if last is None else int(last) + 1
+
+    def with_content(self, sha256: str) -> list[FileRow]:
+        """All files that have this content, whatever came of them, in the order in which they arrived."""
+        return self.records(FileRow, "SELECT * FROM files WHERE sha256 = ? ORDER BY id", sha256)
 
     def holding(self, sha256: str) -> FileRow | None:
         """The file of the stream that has this content, if any."""

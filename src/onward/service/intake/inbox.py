@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +64,11 @@ class Inbox:
         self._sights: dict[str, _Sight] = {}
         self._scans = 0
 
-    def scan(self) -> Scan:
+    def scan(self, announced: Collection[str | None] = ()) -> Scan:
         """Look at every file once; those seen in an earlier scan come first, then by time of arrival, then by name.
+
+        Args:
+            announced: paths below the inbox that have their place in the queue already; they are passed over.
 
         Raises:
             OSError: the inbox is gone or cannot be read.
@@ -74,7 +77,9 @@ class Inbox:
         present: dict[str, _Sight] = {}
         strange: list[str] = []
         found: list[tuple[int, tuple[int, int, str], Path]] = []
-        for entry, priority in self._entries(strange):
+        for entry, priority, name in self._entries(strange):
+            if name in announced:
+                continue
             sight = self._look(entry)
             if sight is None:
                 continue
@@ -86,14 +91,10 @@ class Inbox:
         settled = [(path, -priority) for priority, _, path in found]
         return Scan(settled, len(present) - len(settled), strange)
 
-    def forget(self, paths: list[Path]) -> None:
-        """Look again at files that were to be taken: those that changed meanwhile have to settle anew."""
-        for path in paths:
-            self._sights.pop(str(path), None)
-
-    def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int]]:
-        result: list[tuple[os.DirEntry[str], int]] = []
-        for folder, priority in ((self.folder, 0), (self.folder / "high", 1), (self.folder / "low", -1)):
+    def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int, str]]:
+        result: list[tuple[os.DirEntry[str], int, str]] = []
+        for below, priority in (("", 0), ("high/", 1), ("low/", -1)):
+            folder = self.folder / below
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -103,7 +104,7 @@ class Inbox:
                             if folder != self.folder or entry.name not in PRIORITIES:
                                 strange.append(entry.name)
                         else:
-                            result.append((entry, priority))
+                            result.append((entry, priority, f"{below}{entry.name}"))
             except FileNotFoundError:
                 if folder == self.folder:
                     raise

@@ -61,7 +61,7 @@ def read_whole(
             raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
         memory = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
         guard.spend(before.st_size)
-        while count := os.readv(descriptor, [memory]):
+        while count := _read(descriptor, memory, path):
             guard.spend(0)
             digest.update(memory[:count])
             if writer is not None:
@@ -75,6 +75,13 @@ def read_whole(
     if now is None or not identity(before) == identity(after) == identity(now):
         raise Changed
     return digest.hexdigest(), after
+
+
+def _read(descriptor: int, memory: memoryview, path: Path) -> int:
+    try:
+        return os.readv(descriptor, [memory])
+    except OSError as error:  # the kernel does not know the name
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _open(path: Path, links: bool) -> int:

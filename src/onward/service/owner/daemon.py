@@ -25,7 +25,7 @@ from onward.service.intake.inbox import Inbox
 from onward.service.owner import faults
 from onward.service.owner.control import Control, pause_fact
 from onward.service.owner.heartbeat import Heartbeat, tell_systemd
-from onward.service.owner.incoming import SMALL_FILE, Incoming
+from onward.service.owner.incoming import Incoming
 from onward.service.owner.worker import Worker
 from onward.service.session import Session
 from onward.service.state.retention import Retention
@@ -36,8 +36,6 @@ from onward.training.environment import release_freed_memory
 
 TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
-CHECKING_SECONDS = 1.0
-"""Time for checking files ahead, between two files that are trained."""
 BESIDE_STEPS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
 LONGEST_PAUSE = 300.0
@@ -154,9 +152,8 @@ class Daemon:
         self.control.answer(self.ledger, "resume", "it was not paused")
         if self.control.after_file and not self.ledger.files("training"):
             return False
-        self._take_in(largest=float("inf") if self._intake.outranks_queue() else SMALL_FILE)
+        self._take_in()
         if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self._intake.outranks_queue()):
-            self._incoming.check_beside()
             self._wait_for_room(self._next_bytes())
             self._train_file()
             return True
@@ -164,18 +161,15 @@ class Daemon:
             return False
         if not self._is_watching:
             return self.ledger.next_arriving() is not None
-        self._set_state("idle")
+        self._set_state("tokenizing" if self.ledger.next_arriving() else "idle")
         self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
         return True
 
-    def _take_in(self, *, largest: float, seconds: float = CHECKING_SECONDS) -> None:
+    def _take_in(self) -> None:
         """Move settled files out of the inbox and check arrived ones, for a bounded time."""
-        self._incoming.scan(all_or_none=self._once)
-        if self.ledger.next_arriving() is None:
-            return
-        if self._state in ("", "idle") and largest > SMALL_FILE:  # beside steps the state is theirs
+        if self._state in ("", "idle") and self.ledger.next_arriving() is not None:
             self._set_state("tokenizing")
-        self._intake.check_ahead(seconds=seconds, largest=largest)
+        self._incoming.take_in(all_or_none=self._once)
 
     # files trained
 
@@ -203,7 +197,7 @@ class Daemon:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
         if self.control.after_file or self.ledger.next_arriving() is not None:
             return False
-        return not (self._incoming.wake.is_set() or self._incoming.is_due())
+        return not (self._incoming.has_changed() or self._incoming.is_due())
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""
@@ -221,8 +215,7 @@ class Daemon:
                 self._wait_for_room(self._worker.bytes_needed())
             if self._is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
                 with contextlib.suppress(Exception):  # whatever it is, it comes again between two files
-                    self._take_in(seconds=TICK, largest=SMALL_FILE)
-                    self._incoming.check_beside()
+                    self._incoming.take_in(between_steps=True)
         if isinstance(event, FileDone) and self.config.compress_archive:
             row = self.ledger.at_position(event.position)
             if row is not None:
@@ -288,7 +281,7 @@ class Daemon:
             return True
         if self.control.after_file:
             return False
-        self._take_in(largest=float("inf"))
+        self._take_in()
         self._wait(2 * TICK)
         return True
 
@@ -377,9 +370,7 @@ class Daemon:
 
     def _wait(self, seconds: float) -> None:
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends and not (
-            self.control.stop or self.control.wishes or self._incoming.wake.is_set()
-        ):
+        while time.monotonic() < ends and not (self.control.stop or self.control.wishes or self._incoming.is_due()):
             time.sleep(TICK / 2)
 
     def _step(self) -> int:

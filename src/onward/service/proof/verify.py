@@ -207,8 +207,8 @@ def _restore_points(layout: RunLayout) -> str:
 def _originals(layout: RunLayout, ledger: Ledger) -> str:
     rows = ledger.files("queued", "training", "done")
     for row in rows:
-        _require((layout.root / row.copy).is_file(), f"{row.copy} is missing")
-        require_original(layout.root, row)
+        _require(layout.kept(row.copy).is_file(), f"{row.copy} is missing")
+        require_original(layout, row)
     return f"{len(rows)} files, SHA-256 equal"
 
 

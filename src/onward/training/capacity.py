@@ -1,0 +1,143 @@
+"""What a base model can take, told from its files without loading it: token ids and positions.
+
+Needs no torch: shapes stand in the headers of safetensors files, the rest in `config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from onward.errors import ConfigError, ModelError, Unreadable
+
+INDEX = "model.safetensors.index.json"
+_EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|tokens_embed)\.weight$")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?|positions_embed|pos_embed)\.weight$")
+"""Tables of learned absolute positions: GPT-2, GPT-Neo and GPTBigCode; OPT and BioGPT; BERT's kin; the first GPT."""
+_OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech|(?:^|\.)encoder\.")
+"""Parts of a model whose embeddings are not those of its text."""
+_POSITION_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
+_PADDED_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "xmod", "data2vec-text", "roberta-prelayernorm"})
+"""Model types whose first position comes after the padding token's id, so that the table has unused rows."""
+_LARGEST_HEADER = 100_000_000
+"""Bytes above which the format allows no header."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The limits of a base model; None where its files do not tell, or where there is none.
+
+    Args:
+        folder: the model's folder.
+        embedding_rows: token ids go from 0 to one below.
+        learned_positions: tokens of the longest row, for models with a learned vector for each position.
+    """
+
+    folder: Path
+    embedding_rows: int | None = None
+    learned_positions: int | None = None
+
+
+def read_capacity(folder: Path) -> Capacity:
+    """Read the limits of the base model in a folder.
+
+    Raises:
+        Unreadable: a file cannot be read now.
+    """
+    config = _read_json(folder / "config.json")
+    tables = {name: rows for name, rows in _tables(folder) if not _OTHER_INPUT.search(name)}
+    embeddings = [rows for name, rows in tables.items() if _EMBEDDING.search(name)]
+    rows = min(embeddings, default=_number(config, "vocab_size"))
+    positions = [rows for name, rows in tables.items() if _POSITIONS.search(name)]
+    return Capacity(folder, rows, _usable(min(positions), config) if positions else None)
+
+
+def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max_length: int | None = None) -> None:
+    """Refuse rows that a model could only answer with an index error.
+
+    Args:
+        largest_token_id: of what is to be trained; None leaves token ids unchecked.
+        max_length: the config's; None leaves positions unchecked.
+
+    Raises:
+        ModelError: a token id lies beyond the embedding.
+        ConfigError: rows may be longer than the positions that the model has learned.
+    """
+    rows, positions = capacity.embedding_rows, capacity.learned_positions
+    if rows is not None and largest_token_id is not None and largest_token_id >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {largest_token_id}, the model's embedding has {rows} rows (0 to {rows - 1})",
+            where=capacity.folder,
+            hint="Use the tokenizer that belongs to the model, or add the rows with transformers "
+            "(model.resize_token_embeddings(len(tokenizer)), save_pretrained) and make a run of that folder.",
+        )
+    if positions is not None and max_length is not None and max_length > positions:
+        raise ConfigError(
+            f"max_length is {max_length}, the model has learned {positions} positions",
+            where="max_length",
+            hint=f"Set max_length to at most {positions}: --set max_length={positions}, or in the config.",
+        )
+
+
+def _usable(rows: int, config: Mapping[str, Any]) -> int:
+    """Return how many rows of a table of positions a text can use: some models skip the first ones."""
+    if config.get("model_type") in _PADDED_POSITIONS:
+        return rows - (_number(config, "pad_token_id") or 0) - 1
+    stated = [value for key in _POSITION_KEYS if (value := _number(config, key))]
+    return min([rows, *stated])
+
+
+def _tables(folder: Path) -> Iterable[tuple[str, int]]:
+    """Yield name and rows of every two-dimensional tensor."""
+    for path in _weight_files(folder):
+        for name, entry in _read_header(path).items():
+            shape = cast(dict[str, Any], entry).get("shape") if isinstance(entry, dict) else None
+            if isinstance(shape, list) and len(cast(list[Any], shape)) == 2:
+                yield name, int(cast(list[int], shape)[0])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a table of interest: those that the index names, or all."""
+    names = cast(Mapping[str, Any], _read_json(folder / INDEX).get("weight_map", {}))
+    indexed = {folder / str(file) for name, file in names.items() if _EMBEDDING.search(name) or _POSITIONS.search(name)}
+    return sorted(indexed) if names else sorted(folder.glob("*.safetensors"))
+
+
+def _read_header(path: Path) -> Mapping[str, Any]:
+    """Return the header of a safetensors file; nothing where there is none."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            return _as_mapping(stream.read(size) if size <= _LARGEST_HEADER else b"")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        return _as_mapping(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+
+
+def _as_mapping(data: bytes) -> Mapping[str, Any]:
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return cast(dict[str, Any], values) if isinstance(values, dict) else {}
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    """Return a number of a config, from its text part where the model has several."""
+    text = config.get("text_config")
+    value = config.get(key, cast(Mapping[str, Any], text).get(key) if isinstance(text, dict) else None)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
