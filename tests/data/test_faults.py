@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def intake(path: Path, limits: Limits = DEFAULT_LIMITS, **options: Any) -> Intak
     report = tokenize_file(path, target, sha256_file(path), ROW_TOKENIZER, limits=limits, **options)
     assert report.ok == target.exists()
     if report.ok:
-        target.rename(path.with_name(f"tokens-{len(os.listdir(path.parent))}"))
+        shutil.rmtree(target)
     return report
 
 
@@ -173,24 +174,25 @@ def test_values_that_json_does_not_know_inside_a_chat(tmp_path: Path) -> None:
     assert expected == problem
 
 
-class GivesUp(RowTokenizer):
-    """A tokenizer that raises at some rows, as a library may; `pyo3_runtime` is where Rust's panics come from."""
+PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # what Rust's panics look like
+ERRORS = {"index": IndexError("list index out of range"), "overflow": OverflowError(), "panic": PANIC("rust")}
 
-    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
-    errors = {"index": IndexError("list index out of range"), "overflow": OverflowError(), "panic": panic("rust")}
+
+class GivesUp(RowTokenizer):
+    """A tokenizer that raises at some rows, as a library may."""
 
     def prepare(self, record: Any) -> Any:
         """Raise what the row asks for, before it is tokenized."""
         text = super().prepare(record)
         if text.text.startswith("prepare "):
-            raise self.errors[text.text.split()[1]]
+            raise ERRORS[text.text.split()[1]]
         return text
 
     def tokenize(self, rows: Any) -> list[Any]:
         """Raise what a row asks for, while its chunk is tokenized."""
         for row in rows:
             if row.text.startswith("tokenize "):
-                raise self.errors[row.text.split()[1]]
+                raise ERRORS[row.text.split()[1]]
         return super().tokenize(rows)
 
 
