@@ -19,6 +19,7 @@ from onward.data.containers import SourceFile
 from onward.data.faults import FileError, described, is_of_machine
 from onward.data.limits import VALUE_BYTES, Limits
 from onward.data.records import UnreadableValue
+from onward.text import printable
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 << 20
@@ -74,7 +75,7 @@ class _Reader:
         self._names = list(self._plain.schema_arrow.names)
         twice = next((name for name in self._names if self._names.count(name) > 1), None)
         if twice is not None:
-            raise FileError(f"two columns are named {twice!r}", "rename or remove one of them")
+            raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them")
 
     def _open(self, dictionaries: Sequence[str]) -> Any:
         from pyarrow import parquet
@@ -168,8 +169,8 @@ def _sizes(array: Any) -> NDArray[np.int64]:
     kind = array.type
     own = np.full(len(array), VALUE_BYTES, dtype=np.int64)
     if types.is_dictionary(kind):
-        values = np.append(_sizes(array.dictionary), 0)
-        return own + values[compute.fill_null(array.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
+        values = np.append(_sizes(array.dictionary), VALUE_BYTES)
+        return values[compute.fill_null(array.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
     if types.is_struct(kind):
         return sum((_sizes(field) for field in array.flatten()), own)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):

@@ -205,7 +205,7 @@ class _Intake:
         )
 
     def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
-        """Yield the rows of a file as far as it can be read; at its end it is held against its hash."""
+        """Yield the rows of a file as far as it can be read, then hold all of its bytes against its hash."""
         is_read_in_order = file_format(source.path) != "parquet"
         if not is_read_in_order:
             source.check_read(sha256, self._stop)
@@ -217,10 +217,9 @@ class _Intake:
         except BaseException as error:
             known = isinstance(error, FileError)
             self._refuse(error.line if known else line + 1, error)
-        else:
-            if not is_read_in_order:
-                source.rewind()
-            source.check_read(sha256, self._stop)
+        if not is_read_in_order:
+            source.rewind()
+        source.check_read(sha256, self._stop)
 
     def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
         for row in rows:
