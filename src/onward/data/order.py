@@ -1,4 +1,4 @@
-"""The order of rows as a pure function of (seed, file, epoch): nothing to save, nothing to lose, O(1) to seek.
+"""The order of rows as a pure function of (seed, file, epoch): nothing to save or to lose, O(1) to seek.
 
 A permutation of any size comes from a Feistel network on the next power of two with cycle walking: apply it again
 until the value falls inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The rounds
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onward.config import Config
 
 ROUNDS = 8
-TABLE_SIZE = 64  # below this a Feistel network has too few bits to mix; a sorted table is small and unbiased
+TABLE_SIZE = 64  # below this a Feistel network has too few bits to mix well; a sorted table is small and unbiased
 
 
 class Permutation:
@@ -28,7 +28,7 @@ class Permutation:
 
     Args:
         size: the number of elements, at least 0.
-        key: what selects the permutation; equal keys give equal permutations on every machine and for ever.
+        key: what selects the permutation; equal keys always give equal permutations, on every machine.
     """
 
     def __init__(self, size: int, key: bytes) -> None:
@@ -49,7 +49,7 @@ class Permutation:
         """Return the element at `index`.
 
         Raises:
-            IndexError: `index` is outside `range(size)`; negative indices are not understood.
+            IndexError: `index` is outside `range(size)`; negative indices are not supported.
         """
         if not 0 <= index < self._size:
             raise IndexError(index)

@@ -79,7 +79,7 @@ class RowTokenizer:
         return self.pack(rows, self.tokenize(rows))
 
     def tokenize(self, rows: Sequence[RowText]) -> list[Any]:
-        """Return the encodings of rows, for `pack`. Nearly all of it leaves Python free for other threads."""
+        """Return the encodings of rows, for `pack`. Nearly all of the work runs without Python's lock."""
         encode = self._backend.encode_batch if self._lengths is None else self._backend.encode_batch_fast
         encodings: list[Any] = [None] * len(rows)
         for closed in (True, False):
@@ -131,7 +131,7 @@ class RowTokenizer:
     def _tokens(self, row: RowText, encoding: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the ids of a row, shape (T,), and their character ranges, laid end to end, shape (2 * T,).
 
-        They become arrays row by row: lists of a whole chunk would keep the garbage collector busy.
+        They become arrays row by row, because lists of a whole chunk would keep the garbage collector busy.
         """
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
@@ -141,7 +141,7 @@ class RowTokenizer:
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
     def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
-        """Let a row end with exactly one end token, whether the tokenizer or the text put one there or not."""
+        """Make a row end with exactly one end token, whatever the tokenizer or the text already put there."""
         while ids and ids[-1] == self._end_id:
             ids.pop()
         del offsets[len(ids) :]

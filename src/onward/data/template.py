@@ -1,10 +1,10 @@
 """Which characters of a rendered chat the model has to produce: every assistant turn with its end token, proven.
 
-Templates with `{% generation %}` markers say it themselves. For the others a turn is what stands between the generation
-prompt and the end token, where the template writes just that; else its start is where the rendered beginning of the
-chat plus the generation prompt ends (prefix differences). Where that does not hold, the contents are
-replaced by unique words to see where the template puts them. What cannot be proven is refused: transformers only
-warns and trains on an empty mask.
+Templates with `{% generation %}` markers say so themselves. In the others a turn is the text between the generation
+prompt and the end token, if that is all the template writes there; if not, the turn starts where the rendered
+beginning of the chat plus the generation prompt ends (prefix differences). If that fails too, the contents are replaced
+by unique words to see where the template puts them. What cannot be proven is refused, where transformers only warns
+and trains on an empty mask.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class ChatTemplate:
     def _plain_turns(self, chat: Chat, turns: list[int], text: str) -> list[Span] | None:
         """Return the turns of a chat in which the template writes the generation prompt, an answer and the end token.
 
-        No other rendering is needed: the prompt stands in no message, so that the template wrote it; nor does the end
-        token. None where it is otherwise.
+        No other rendering is needed: no message contains the prompt or the end token, so the template wrote them. None
+        if the chat is not rendered like that.
         """
         prompt, last = self._prompt, len(chat.messages) - 1
         if not prompt or text.count(prompt) != len(turns) or any(prompt in m["content"] for m in chat.messages):
@@ -156,7 +156,7 @@ class ChatTemplate:
             yield start, end
 
     def _prompt_end(self, renderer: Renderer, chat: Chat, turn: int, text: str) -> int | None:
-        """Return where the generation prompt of a turn ends; None where prefixes do not tell."""
+        """Return where the generation prompt of a turn ends; None if the rendered prefix does not tell."""
         if not self._has_prompt:
             return None
         try:
@@ -167,7 +167,7 @@ class ChatTemplate:
 
 
 def _is_plain(message: Message, text: str, start: int, token: str) -> bool:
-    """Say whether the template writes just the answer and the end token, so that the turn surely ends there."""
+    """Return whether the template writes only the answer and the end token, so that the turn must end there."""
     content = message["content"]
     return bool(token and content) and text.startswith(content + token, start)
 
@@ -192,9 +192,9 @@ def _end_of_turn(text: str, start: int, limit: int, token: str, located: Span | 
 
 
 def _prove(message: Message, produced: str) -> None:
-    """Refuse a range that is not the answer: it has to end with it, but for calls of tools, which follow the content.
+    """Refuse a range that does not end with the answer, or does not contain it where tool calls follow the content.
 
-    Templates of thinking models drop or move the part before `</think>`, so the answer proper is what comes after.
+    Templates of thinking models drop or move the part before `</think>`, so the answer proper is what comes after it.
     """
     answer = message["content"].rpartition(THINK_END)[2].strip()
     if answer in produced if message.get("tool_calls") else produced.rstrip().endswith(answer):
@@ -213,7 +213,7 @@ def _prove_marked(chat: Chat, text: str, spans: list[Span]) -> None:
 
 
 def _split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Take the generation marks out of a text; return it with the ranges that they enclosed."""
+    """Remove the generation marks from a text; return it with the ranges that they enclosed."""
     parts: list[str] = []
     spans: list[Span] = []
     length = 0
@@ -227,10 +227,10 @@ def _split_marks(marked: str) -> tuple[str, list[Span]]:
 
 
 def _locate(renderer: Renderer, chat: Chat, turns: list[int], text: str) -> list[Span]:
-    """Return where the template puts the answers, found by rendering the chat with unique words in their place.
+    """Return where the template puts the answers, by rendering the chat with unique words in their place.
 
     Raises:
-        RowError: putting the answers in the place of the words does not give `text`.
+        RowError: replacing the words by the answers does not give `text`.
     """
     answers = [chat.messages[turn]["content"] for turn in turns]
     tails = [answer.rpartition(THINK_END)[2] for answer in answers]
@@ -276,8 +276,8 @@ def _unprovable() -> RowError:
 def _end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> _EndTokens:
     """Find the tokens that end a turn: the special tokens that follow an answer in the middle and at the end alike.
 
-    A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that does not count
-    unless it is all there is.
+    A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that counts only if
+    there is nothing else.
     """
     question = {"role": "user", "content": "Question"}
     probes = [{"role": "assistant", "content": PROBE.format(place)} for place in range(2)]
@@ -295,7 +295,7 @@ def _end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> _EndTokens
 
 
 def _tokens_after(text: str, word: str, special_tokens: Sequence[str]) -> list[str]:
-    """Return the special tokens that directly follow `word`, but for white space before the first of them."""
+    """Return the special tokens that directly follow `word`; white space before the first of them is skipped."""
     rest = text.partition(word)[2].lstrip()
     tokens: list[str] = []
     while token := next((token for token in special_tokens if rest.startswith(token)), None):
@@ -305,9 +305,9 @@ def _tokens_after(text: str, word: str, special_tokens: Sequence[str]) -> list[s
 
 
 def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tuple[bool, str]:
-    """Say whether the template asks for an answer, and with what: "" where that is not a text of its own.
+    """Return whether the template has a generation prompt, and the prompt if a special token proves its origin, or "".
 
-    A text with a special token in it is the template's own.
+    A prompt without a special token could just as well be part of a message.
     """
     question: list[Message] = [{"role": "user", "content": "Question"}]
     try:
