@@ -196,7 +196,7 @@ def test_an_unread_file_is_withdrawn(run: Run) -> None:
 def test_the_order_does_not_depend_on_who_read_first(run: Run) -> None:
     """A small file that is read and queued before an earlier large one does not pass it: the queue waits for it."""
     for name in ("large.jsonl", "small.jsonl"):
-        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=len(name)))
+        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=ord(name[0])))
     with Ledger(run.layout.ledger) as ledger:
         announce(run.layout, ledger, "large.jsonl", "small.jsonl")
         intake = Intake(run.layout, ledger)
@@ -254,7 +254,7 @@ def test_a_row_of_the_ledger_names_no_file_outside(run: Run, copy: str) -> None:
 
 
 def test_a_report_never_overwrites_a_file(run: Run, tmp_path: Path) -> None:
-    """A refused file with the name of a report and the refused file of that report are both kept, with a report each."""
+    """A refused file with the name of a report and the file that it would be the report of are both kept."""
     for name, content in (("x.jsonl.report.json", "1"), ("x.jsonl", "2")):
         path = tmp_path / name
         path.write_text(content)
