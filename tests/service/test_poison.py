@@ -285,6 +285,43 @@ def test_a_command_that_was_killed_before_it_read_its_files_is_finished(run: Run
         assert [] == ledger.intents()
 
 
+FULL = """
+import errno, os, resource, sys
+from pathlib import Path
+from onward.layout import RunLayout
+from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.guard import Guard
+from onward.service.intake.inbox import Inbox
+from onward.store.ledger import Ledger
+layout = RunLayout(Path(sys.argv[1]))
+with Ledger(layout.ledger) as ledger:
+    arrivals = Arrivals(layout, ledger)
+    arrivals.announce([(layout.inbox / "a.jsonl", 0)], "c")
+    rows = ledger.announced()
+    inbox = Inbox(layout.inbox, 0.0)
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for act in (inbox.scan, lambda: arrivals.bring_in(rows, Guard())):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            act()
+        except OSError as error:
+            print(errno.errorcode[error.errno], file=sys.stdout)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ledger.announced() == rows
+"""
+
+
+def test_too_many_open_files_refuse_nobody(run: Run) -> None:
+    """A machine that cannot open files is an error that is raised: the file keeps its place, nothing is rejected."""
+    path = tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    done = subprocess.run([sys.executable, "-c", FULL, run.layout.root], capture_output=True, text=True, check=False)
+    assert ("EMFILE\nEMFILE\n", "") == (done.stdout, done.stderr)
+    assert path.is_file()
+    assert [] == list(run.layout.rejected.iterdir())
+
+
 def test_occurrence_counts_the_same_content(run: Run, tmp_path: Path) -> None:
     """The first file with a content has occurrence 0, each further one that is asked for the next number."""
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
