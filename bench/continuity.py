@@ -25,7 +25,7 @@ import recipe
 
 from onward import Run
 from onward.config import Config
-from onward.data.order import FilePlan, rows_digest
+from onward.data.order import make_plan, rows_digest
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -94,10 +94,10 @@ def describe(name: str, what: str, run: Run, whole: Run) -> dict[str, Any]:
 
 def describe_file(ledger: Ledger, row: FileRow, config: Config) -> dict[str, Any]:
     """Count the rows that the recorded steps of a file trained, by the digest of each step's rows."""
-    plan = FilePlan(row.sha256, row.rows, config.batch_size, config.epochs, config.seed)
-    planned = {rows_digest(plan.rows_at(step)): plan.rows_at(step) for step in range(plan.steps)}
+    plan = make_plan(row.sha256, row.rows, config, row.occurrence)
+    planned = {rows_digest(rows, plan.sources): rows for rows in map(plan.rows_at, range(plan.steps))}
     steps = ledger.steps(row.id)
-    counts = Counter(index for step in steps for index in planned[step.rows_digest])
+    counts = Counter(reference for step in steps for reference in planned[step.rows_digest])
     return {
         "name": row.name,
         "rows": row.rows,

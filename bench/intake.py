@@ -20,6 +20,7 @@ from measuring import child, docstrings, held_against, interleaved, resident, sp
 from onward.data.records import parse_row
 from onward.data.sources import read_rows
 from onward.data.tokenize import CHUNK_ROWS, RowTokenizer, tokenize_file
+from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.training.base import resolve_base
 from onward.training.model import load_tokenizer
@@ -61,13 +62,13 @@ def write(path: Path, rows: Iterator[dict[str, Any]]) -> Path:
 
 def row_tokenizer() -> RowTokenizer:
     """Return the tokenizer of the default model."""
-    return RowTokenizer(load_tokenizer(resolve_base("smollm2-135m", report=lambda _: None)), MAX_LENGTH)
+    tokenizer = load_tokenizer(resolve_base("smollm2-135m", report=lambda _: None))
+    return RowTokenizer(TokenizerState.of(tokenizer), MAX_LENGTH)
 
 
 def compare(folder: Path, rows: Path, rounds: int) -> dict[str, Any]:
     """Measure both sides on one file, in turns."""
-    tokenizer = load_tokenizer(resolve_base("smollm2-135m", report=lambda _: None))
-    ours = RowTokenizer(tokenizer, MAX_LENGTH)
+    ours = row_tokenizer()
     prepared = [ours.prepare(parse_row(row.value)) for row in read_rows(rows)]
     texts = [[row.text for row in prepared[at : at + CHUNK_ROWS]] for at in range(0, len(prepared), CHUNK_ROWS)]
     special = not prepared[0].closed
@@ -81,7 +82,7 @@ def compare(folder: Path, rows: Path, rounds: int) -> dict[str, Any]:
             assert report.rows == len(prepared)
         else:
             for chunk in texts:
-                tokenizer.backend_tokenizer.encode_batch(chunk, add_special_tokens=special)
+                ours.state.tokenizer.encode_batch(chunk, add_special_tokens=special)
         return time.perf_counter() - begun
 
     interleaved(("onward", "tokenizers"), 1, seconds)  # threads and caches are warm for both

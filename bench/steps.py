@@ -21,6 +21,7 @@ from onward import Run
 from onward.config import Config
 from onward.data.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
+from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.events import StepTaken
 from onward.training.environment import pick_dtype
@@ -75,11 +76,11 @@ def train_onward(folder: Path, rows: Path, steps: int, values: dict[str, Any]) -
 def examples(folder: Path, rows: Path, model: Path) -> list[dict[str, list[int]]]:
     """Return the rows as token ids and labels, in the order in which Onward trains them."""
     sha256 = sha256_file(rows)
-    tokenizer = RowTokenizer(load_tokenizer(model), MAX_LENGTH)
+    tokenizer = RowTokenizer(TokenizerState.of(load_tokenizer(model)), MAX_LENGTH)
     assert tokenize_file(rows, folder / "tokens", sha256, tokenizer).ok
     tokens = TokenizedFile.open(folder / "tokens")
     plan = FilePlan(sha256, tokens.rows, BATCH, 1, 0)
-    order = [index for step in range(plan.steps) for index in plan.rows_at(step)]
+    order = [index for step in range(plan.steps) for _, index in plan.rows_at(step)]
     found = []
     for index in order:
         row = tokens.row(index)

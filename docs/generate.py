@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from onward import cli
 from onward.config import IDENTITY_KEYS, SECTIONS, Config, parse_config
-from onward.data import records, sources
+from onward.data import records
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_row
 from onward.data.sources import FileError, read_rows
@@ -80,6 +80,13 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
     ("a line that is not JSON", "rows.jsonl", b"text: a\n"),
     ("a .json file that is cut off", "rows.json", b'[{"text": "a"},'),
 )
+
+LIMITS: Sequence[tuple[str, str]] = (
+    ("max_row_mb", "a row: as it stands in the file, and as the text that is tokenized. Many small values count more"),
+    ("max_unpacked_mb", "all that a compressed or Parquet file unpacks to"),
+    ("max_unpack_ratio", "the same, in times the size of the file; judged above 16 MiB"),
+)
+"""Key and what it bounds."""
 
 REFUSED_SETTINGS: Sequence[dict[str, Any]] = (
     {"lora.rnak": 8},
@@ -154,8 +161,10 @@ one command stand or fall together.
 | `.parquet` | one row per table row, columns are keys; needs `pip install 'onward[parquet]'` | row |
 
 {compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
-mark at the start and CRLF line ends are fine. A line, or a row of a `.json` file, has at most {limit} Mi bytes or
-characters.
+mark at the start and CRLF line ends are fine.
+
+A Parquet column that no row format asks for may hold anything. In one that is asked for, a date, a decimal or binary
+data is a problem of its row.
 
 ## Row formats
 
@@ -176,10 +185,26 @@ CHAT_RULES = """\
   day, so that a row renders the same for ever.
 """
 
-FORMATS_TAIL = """\
-A special file, a file that may not be read, one that changes while it is read and one without rows are refused too. A
-refused file is exit status 3; a path that is missing or a directory is wrong usage, exit status 2.
+FILES_TAIL = """\
+Whatever else the content makes reading, parsing, rendering or tokenizing raise is a refusal too, with the row where it
+was noticed. A special file, a file that may not be read, one that changes while it is read and one without rows are
+refused. A refused file is exit status 3; a path that is missing or a directory is wrong usage, exit status 2. What is
+the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
 
+A file is opened once, never by a symbolic link, and hashed while its rows are read: what is trained has the hash that
+the ledger holds.
+"""
+
+LIMITS_HEAD = """\
+A file that would grow beyond these while it is read is refused; the report names the key to raise.
+"""
+
+LIMITS_TAIL = """\
+No limit changes what is trained. While a row is tokenized it takes up to some 130 times its size in memory, most of it
+in the `tokenizers` library: lower `max_row_mb` where memory is scarce. Files that were accepted are not judged again.
+"""
+
+FORMATS_TAIL = """\
 ## What the loss covers
 
 | row | covered |
@@ -254,7 +279,7 @@ def config_page() -> str:
 def formats_page() -> str:
     """Return the text of file-formats.md."""
     compressions = " or ".join(f"`.{name}`" for name in COMPRESSIONS)
-    head = FORMATS_HEAD.format(shown=PROBLEMS_SHOWN, compressions=compressions, limit=sources.ROW_LIMIT >> 20)
+    head = FORMATS_HEAD.format(shown=PROBLEMS_SHOWN, compressions=compressions)
     lines = [NOTE, "", "# Training files", "", head]
     for name, what, row in EXAMPLES:
         kind = type(parse_row(row)).__name__.lower()
@@ -273,7 +298,9 @@ def formats_page() -> str:
     for what, name, content in REFUSED_FILES:
         reason, remedy = _file_refusal(name, content)
         lines.append(f"| {what} | {_cell(reason)} | {_cell(remedy)} |")
-    lines += ["", FORMATS_TAIL]
+    lines += ["", FILES_TAIL, "## Limits", "", LIMITS_HEAD, "| key | default | what it bounds |", "|---|---|---|"]
+    lines += [f"| `{key}` | {getattr(Config(), key)} | {what} |" for key, what in LIMITS]
+    lines += ["", LIMITS_TAIL, FORMATS_TAIL]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -10,9 +10,14 @@ import pytest
 import tiny
 import torch
 from commands import make_run, onward, snapshot
+from hypothesis import settings
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("exploring", deadline=None, print_blob=True)
+settings.load_profile("exploring" if os.environ.get("ONWARD_SOAK") else "repeatable")
 
 
 @pytest.fixture(scope="session")

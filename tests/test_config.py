@@ -20,6 +20,7 @@ KEYS = [
     "max_grad_norm", "save_steps", "log_steps", "keep_boundaries", "boundary",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "keep_days", "settle_seconds", "retries",
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
+    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
 ]  # fmt: skip
 """Every key there is. A new one is a decision: it is documented, tested and added here."""
 

@@ -6,7 +6,10 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onward.data.tokenizer import TokenizerState
 
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (
@@ -14,6 +17,32 @@ CHATML = (
     "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")
+LLAMA = {
+    "bos_token": "<|begin_of_text|>",
+    "eos_token": "<|eot_id|>",
+    "extra": ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"],
+}
+GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "extra": ["<start_of_turn>", "<end_of_turn>"]}
+PHI = {"eos_token": "<|endoftext|>", "extra": ["<|end|>", "<|user|>", "<|assistant|>"]}
+COHERE = {
+    "bos_token": "<BOS_TOKEN>",
+    "eos_token": "<|END_OF_TURN_TOKEN|>",
+    "extra": ["<|START_OF_TURN_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
+}
+MISTRAL = {"bos_token": "<s>", "eos_token": "</s>"}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "smollm2": {},
+    "qwen2_5": {"extra": ["<|endoftext|>"]},
+    "qwen3": {},
+    "qwen3_training": {},
+    "llama3_2": LLAMA,
+    "gemma": GEMMA,
+    "phi3": PHI,
+    "cohere2": COHERE,
+    "mistral": MISTRAL,
+    "zephyr": MISTRAL,
+}
+"""The special tokens that go with each template of `tests/templates`."""
 SUBJECTS = ("the river", "a quiet house", "my old bicycle", "the last train", "a green lamp", "this small town")
 VERBS = ("waits for", "belongs to", "looks like", "runs past", "remembers", "leads to")
 
@@ -44,6 +73,13 @@ def byte_tokenizer(template: str | None = CHATML, *, extra: Iterable[str] = (), 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def byte_state(template: str | None = CHATML, *, extra: Iterable[str] = (), **special: str) -> TokenizerState:
+    """Return the state of a `byte_tokenizer`."""
+    from onward.data.tokenizer import TokenizerState
+
+    return TokenizerState.of(byte_tokenizer(template, extra=extra, **special))
 
 
 def save_tiny_model(

@@ -197,9 +197,12 @@ def watch(
 def check(run: RunOption = Path()) -> None:
     """Check the rows of files that arrived; a daemon starts this while it trains."""
     from onward.run import Run
+    from onward.service.wishes import Wishes
 
     os.nice(10)
-    Run(run, loading=startup.large_imports).check_arrived()
+    stop = Wishes()
+    with stop.on_signals():
+        Run(run, loading=startup.large_imports).check_arrived(stop=stop)
 
 
 @app.command()

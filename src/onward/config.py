@@ -22,6 +22,7 @@ SECTIONS = ("lora", "notify")
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
     "compress_archive", "notify",
+    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
@@ -169,6 +170,16 @@ class Config(_Section):
     )
     compress_archive: bool = Field(
         default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
+    )
+    max_row_mb: Count = Field(
+        default=16, description="Megabytes of a row, in the file and as it is tokenized, above which a file is refused."
+    )
+    max_unpacked_mb: Count = Field(
+        default=65536, description="Megabytes that a compressed or Parquet file may unpack to; above, it is refused."
+    )
+    max_unpack_ratio: Count = Field(
+        default=200,
+        description="Times its size that a compressed or Parquet file may unpack to; judged above 16 megabytes.",
     )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(

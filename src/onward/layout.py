@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.errors import Unreadable, UsageError
+from onward.errors import DamagedState, Unreadable, UsageError
 from onward.text import quoted
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -15,6 +15,8 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
 _TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|ledger\.sqlite3(-wal|-shm|-journal)?)")
 """Names under which writes of state, and of a new ledger, are unfinished."""
+_KEPT = re.compile(r"(?:archive|rejected)/([^/\0]+)")
+_DROPPED = re.compile(r"(?:(?:high|low)/)?([^/\0]+)")
 
 
 def step_of(directory: Path) -> int:
@@ -23,6 +25,18 @@ def step_of(directory: Path) -> int:
     if match is None:
         raise ValueError(f"not the name of a checkpoint: {directory}")
     return int(match.group(1))
+
+
+def _named(pattern: re.Pattern[str], path: str) -> str:
+    """Return a path that the ledger names below a folder of the run, if it has the one form that Onward writes."""
+    match = pattern.fullmatch(path)
+    if match is None or match.group(1) in (".", ".."):
+        raise DamagedState(
+            f"the ledger names a file outside of where Onward keeps files: {path!r}",
+            where="ledger.sqlite3",
+            hint="Somebody changed the ledger. Put it back from a copy.",
+        )
+    return path
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,27 @@ class RunLayout:
     def rejected(self) -> Path:
         """Refused files, each with its report."""
         return self.root / "rejected"
+
+    def kept(self, copy: str) -> Path:
+        """The original of a file, as its row in the ledger names it.
+
+        Raises:
+            DamagedState: that is no file of `archive/` or `rejected/`.
+        """
+        return self.root / _named(_KEPT, copy)
+
+    def dropped(self, inbox: str) -> Path:
+        """A file of the inbox, as its row in the ledger names it.
+
+        Raises:
+            DamagedState: that is no file of the inbox.
+        """
+        return self.inbox / _named(_DROPPED, inbox)
+
+    def tokenizer(self, base: Path) -> Path:
+        """The folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
+        own = self.root / "tokenizer"
+        return own if own.is_dir() else base
 
     @property
     def log(self) -> Path:

@@ -21,7 +21,7 @@ from onward.service.lock import RunLock
 from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.settings import Settings
 from onward.service.shown import PAUSED, Shown
-from onward.service.wishes import AFTER_FILE, RELEASE, Stopped, Wishes, interrupts_of_host
+from onward.service.wishes import AFTER_FILE, RELEASE, Wishes, interrupts_of_host
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.lookup import find_file
 from onward.text import quoted
@@ -166,7 +166,7 @@ class Run:
             with account(ledger, wishes):
                 intent = ledger.add_intent(files, again=again, priority=0) if files else None
                 with operate(opened, wishes, observe) as daemon:
-                    for refusal in daemon.intake.finish_left_over(but=intent):
+                    for refusal in daemon.intake.finish_left_over(intent):
                         report(f"handed over earlier: {refusal}")
                     if intent is not None:
                         daemon.intake.take(files, again=again, intent=intent)
@@ -205,16 +205,13 @@ class Run:
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
 
-    def check_arrived(self) -> None:
+    def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
-        parent = os.getppid()
+        from onward.service.intake.checker import check_arrived
 
-        def stop() -> None:
-            if os.getppid() != parent:
-                raise Stopped("the process that wanted it is gone")
-
-        with self._ledger() as ledger, contextlib.suppress(Stopped):
-            self._opened(ledger).intake(stop).check_ahead(seconds=float("inf"))
+        stop = Wishes() if stop is None else stop
+        with self._ledger() as ledger:
+            check_arrived(self.layout, ledger, stop.check)
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.

@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-MODULES = ("order", "records", "sources", "template", "tokenize", "loader")
+MODULES = ("order", "records", "sources", "template", "tokenize", "tokenizer", "row_tokenizer", "loader")
 
 
 def test_the_data_layer_loads_neither_torch_nor_transformers() -> None:

@@ -1,9 +1,14 @@
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, chat_rows, write_jsonl
+from tiny import byte_state, chat_rows, write_jsonl
 
 from onward.data.loader import Batch, batch_at, flatten, pad
-from onward.data.order import FilePlan
+from onward.data.order import FilePlan, Plan, RowReference
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row
 
@@ -13,12 +18,17 @@ def row(*ids: int) -> Row:
     return Row(np.array(ids, dtype=np.int64), np.array([value % 2 == 1 for value in ids]))
 
 
+def batch_of(*rows: Row) -> Batch:
+    """Return a batch of rows that are all there is of a file."""
+    return Batch(list(rows), [RowReference("00", place) for place in range(len(rows))], [*range(1, len(rows) + 1)])
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> TokenizedFile:
     """Return a tokenized file of 21 chats."""
     directory = tmp_path_factory.mktemp("file")
     path = write_jsonl(directory / "a.jsonl", chat_rows(21))
-    assert tokenize_file(path, directory / "tokens", "00", RowTokenizer(byte_tokenizer(), 500)).ok
+    assert tokenize_file(path, directory / "tokens", "00", RowTokenizer(byte_state(), 500)).ok
     return TokenizedFile.open(directory / "tokens")
 
 
@@ -26,14 +36,65 @@ def test_batches_follow_the_plan(file: TokenizedFile) -> None:
     """A step's batch has the rows of the plan, with their lines, whichever step is asked for first."""
     plan = FilePlan("00", 21, 8, 2, 5)
     for step in (5, 0, 2):
-        batch = batch_at(file, plan, step)
-        assert plan.rows_at(step) == batch.indices
-        assert [index + 1 for index in batch.indices] == batch.lines
-        for index, found in zip(batch.indices, batch.rows, strict=True):
+        batch = batch_at({"00": file}, plan, step)
+        assert plan.rows_at(step) == batch.references
+        assert [row + 1 for _, row in batch.references] == batch.lines
+        for (_, index), found in zip(batch.references, batch.rows, strict=True):
             assert np.array_equal(file.row(index).ids, found.ids)
-    assert [8, 8, 5] == [len(batch_at(file, plan, step)) for step in range(3)]
+    assert [8, 8, 5] == [len(batch_at({"00": file}, plan, step)) for step in range(3)]
     with pytest.raises(IndexError):
-        batch_at(file, plan, 6)
+        batch_at({"00": file}, plan, 6)
+
+
+def test_batches_never_change(file: TokenizedFile) -> None:
+    """Rows, targets, indices and lines of a first training are fixed for ever: runs go on after an update."""
+    plan = FilePlan("00", 21, 8, 2, 5)
+    digest = hashlib.sha256()
+    for step in range(plan.steps):
+        batch = batch_at({"00": file}, plan, step)
+        rows = [[row.ids.tolist(), row.targets.tolist()] for row in batch.rows]
+        digest.update(json.dumps([*rows, [row for _, row in batch.references], batch.lines]).encode())
+    assert "483b51d71a0b3afd867666240e3843fa8ab55d78ecea7300e2c9ed876c0de05f" == digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """A plan of two files, one row of each in every step."""
+
+    plans: tuple[FilePlan, FilePlan]
+    sha256: str = "aa"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Both files."""
+        return tuple(plan.sha256 for plan in self.plans)
+
+    @property
+    def steps(self) -> int:
+        """As many as the first file has rows."""
+        return self.plans[0].steps
+
+    def epoch_of(self, step_in_file: int) -> int:
+        """The epoch of the first file."""
+        return self.plans[0].epoch_of(step_in_file)
+
+    def rows_at(self, step_in_file: int) -> list[RowReference]:
+        """One row of each."""
+        return [row for plan in self.plans for row in plan.rows_at(step_in_file)]
+
+
+def test_a_batch_takes_each_row_from_its_source(file: TokenizedFile, tmp_path: Path) -> None:
+    """The rows of a step may come from several files; each is looked up in its own."""
+    path = write_jsonl(tmp_path / "b.jsonl", [{"text": f"other {place}"} for place in range(9)])
+    assert tokenize_file(path, tmp_path / "tokens", "bb", RowTokenizer(byte_state(), 500)).ok
+    files = {"aa": file, "bb": TokenizedFile.open(tmp_path / "tokens")}
+    plan: Plan = Alternating((FilePlan("aa", 9, 1, 1, 0), FilePlan("bb", 9, 1, 1, 0)))
+    for step in range(plan.steps):
+        batch = batch_at(files, plan, step)
+        assert ["aa", "bb"] == [sha256 for sha256, _ in batch.references]
+        for (sha256, index), line, row in zip(batch.references, batch.lines, batch.rows, strict=True):
+            assert files[sha256].row(index).ids.tolist() == row.ids.tolist()
+            assert files[sha256].line(index) == line
 
 
 @pytest.mark.parametrize(
@@ -42,22 +103,22 @@ def test_batches_follow_the_plan(file: TokenizedFile) -> None:
 )
 def test_split(rows: int, parts: int, expected: list[int]) -> None:
     """The parts are contiguous, nearly equal, never empty, and together the batch."""
-    batch = Batch([row(place) for place in range(rows)], list(range(rows)), list(range(1, rows + 1)))
+    batch = batch_of(*(row(place) for place in range(rows)))
     split = batch.split(parts)
     assert expected == [len(part) for part in split]
-    assert batch.indices == [index for part in split for index in part.indices]
+    assert batch.references == [reference for part in split for reference in part.references]
     assert batch.lines == [line for part in split for line in part.lines]
 
 
 def test_counts() -> None:
     """Tokens and targets are counted without padding."""
-    batch = Batch([row(2, 1, 1), row(2, 2, 1, 1, 1)], [4, 0], [5, 1])
+    batch = batch_of(row(2, 1, 1), row(2, 2, 1, 1, 1))
     assert (8, 5) == (batch.tokens, batch.target_tokens)
 
 
 def test_padding() -> None:
     """Shorter rows are padded on the right; padding is neither attended to nor a target, nor is the first token."""
-    padded = pad(Batch([row(7, 2, 3), row(4, 5, 6, 7, 8)], [0, 1], [1, 2]), pad_id=9)
+    padded = pad(batch_of(row(7, 2, 3), row(4, 5, 6, 7, 8)), pad_id=9)
     assert [[7, 2, 3, 9, 9], [4, 5, 6, 7, 8]] == padded.input_ids.tolist()
     assert [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]] == padded.attention_mask.tolist()
     assert [[False, False, True, False, False], [False, True, False, True, False]] == padded.targets.tolist()
@@ -66,7 +127,7 @@ def test_padding() -> None:
 
 def test_end_to_end() -> None:
     """Rows laid end to end keep their places, and each target is predicted by the token before it in its row."""
-    flat = flatten(Batch([row(7, 2, 3), row(4, 5, 6, 7, 8), row(9)], [0, 1, 2], [1, 2, 3]))
+    flat = flatten(batch_of(row(7, 2, 3), row(4, 5, 6, 7, 8), row(9)))
     assert [7, 2, 3, 4, 5, 6, 7, 8, 9] == flat.input_ids.tolist()
     assert [0, 1, 2, 0, 1, 2, 3, 4, 0] == flat.position_ids.tolist()
     assert [3, 5, 7] == flat.input_ids[flat.before_targets + 1].tolist()
@@ -78,7 +139,7 @@ def test_end_to_end() -> None:
 )
 def test_split_by_tokens(limit: int, expected: list[int]) -> None:
     """The parts have as many rows as fit; a row that is too long is a part by itself."""
-    batch = Batch([row(*range(length)) for length in (4, 2, 3, 4)], [0, 1, 2, 3], [1, 2, 3, 4])
+    batch = batch_of(*(row(*range(length)) for length in (4, 2, 3, 4)))
     split = batch.split_by_tokens(limit)
     assert expected == [len(part) for part in split]
-    assert batch.indices == [index for part in split for index in part.indices]
+    assert batch.references == [reference for part in split for reference in part.references]

@@ -11,6 +11,7 @@ import pytest
 import zstandard
 
 from onward.data import sources
+from onward.data.limits import Limits
 from onward.data.sources import FileError, SourceRow, file_format, read_rows, row_unit
 
 ROWS = [{"text": "one"}, {"text": "zwei \U0001f600 \u00e9"}, {"text": "three\n"}]
@@ -190,14 +191,14 @@ def test_damaged_and_misnamed_files(tmp_path: Path, name: str, data: bytes, reas
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
-    """A missing file, a directory, a fifo and a broken link are refused without waiting for anything."""
+    """A missing file, a directory, a fifo and a link are refused without waiting for anything."""
     (tmp_path / "d.jsonl").mkdir()
     os.mkfifo(tmp_path / "f.jsonl")
     (tmp_path / "l.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
     expected = {
         "d.jsonl": "is a directory",
         "f.jsonl": "is a special file (fifo, socket or device)",
-        "l.jsonl": "no such file",
+        "l.jsonl": "is a symbolic link",
         "m.jsonl": "no such file",
     }
     for name, reason in expected.items():
@@ -216,16 +217,17 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
-def test_rows_without_end_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row longer than the limit is an error, in memory that does not follow its length."""
-    monkeypatch.setattr(sources, "ROW_LIMIT", 1 << 20)
+def test_rows_without_end_are_refused(tmp_path: Path, name: str) -> None:
+    """A row longer than the limit is an error that names the key, in memory that does not follow its length."""
     path = put(tmp_path, name, b'{"text": "' + b"x" * (30 << 20))
     tracemalloc.start()
     with pytest.raises(FileError) as refusal:
-        list(read_rows(path))
+        list(read_rows(path, Limits(row_bytes=1 << 20)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 1 == refusal.value.line
+    assert refusal.value.reason.endswith("is larger than 1 MiB")
+    assert "split it into several rows, or raise max_row_mb" == refusal.value.remedy
     assert peak < 12 << 20
 
 

@@ -1,46 +1,20 @@
-from typing import Any
-
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, byte_tokenizer, template_text
+from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer, template_text
 
 from onward.data.records import Chat, RowError, parse_row
 from onward.data.template import ChatTemplate
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 
-LLAMA = {
-    "bos_token": "<|begin_of_text|>",
-    "eos_token": "<|eot_id|>",
-    "extra": ["<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"],
-}
-GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "extra": ["<start_of_turn>", "<end_of_turn>"]}
-PHI = {"eos_token": "<|endoftext|>", "extra": ["<|end|>", "<|user|>", "<|assistant|>"]}
-COHERE = {
-    "bos_token": "<BOS_TOKEN>",
-    "eos_token": "<|END_OF_TURN_TOKEN|>",
-    "extra": ["<|START_OF_TURN_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
-}
-MISTRAL = {"bos_token": "<s>", "eos_token": "</s>"}
-TOKENIZERS: dict[str, dict[str, Any]] = {
-    "smollm2": {},
-    "qwen2_5": {"extra": ["<|endoftext|>"]},
-    "qwen3": {},
-    "qwen3_training": {},
-    "llama3_2": LLAMA,
-    "gemma": GEMMA,
-    "phi3": PHI,
-    "cohere2": COHERE,
-    "mistral": MISTRAL,
-    "zephyr": MISTRAL,
-}
 ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
 THINK = "<think>\nhm\n</think>\n\n"
 
 
 def template(name: str) -> ChatTemplate:
     """Return the public template of that name with the special tokens of its model."""
-    return ChatTemplate(byte_tokenizer(template_text(name), **TOKENIZERS[name]))
+    return ChatTemplate(byte_state(template_text(name), **TOKENIZERS[name]))
 
 
 def chat(*contents: str, system: str | None = None) -> Chat:
@@ -96,7 +70,8 @@ def test_text_is_what_transformers_renders(name: str) -> None:
     """The rendered text equals that of `apply_chat_template`."""
     tokenizer = byte_tokenizer(template_text(name), **TOKENIZERS[name])
     row = chat("Hi", "Hello", "So\n", f"{THINK}Bye")
-    assert tokenizer.apply_chat_template(row.messages, tokenize=False) == ChatTemplate(tokenizer).render(row)[0]
+    text, _ = ChatTemplate(TokenizerState.of(tokenizer)).render(row)
+    assert tokenizer.apply_chat_template(row.messages, tokenize=False) == text
 
 
 def test_tools_are_rendered_and_calls_are_targets() -> None:
@@ -115,7 +90,7 @@ def test_tools_are_rendered_and_calls_are_targets() -> None:
     )
     assert isinstance(row, Chat)
     tokenizer = byte_tokenizer(template_text("qwen2_5"))
-    text, spans = ChatTemplate(tokenizer).render(row)
+    text, spans = ChatTemplate(TokenizerState.of(tokenizer)).render(row)
     assert text == tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False)
     assert [
         '<tool_call>\n{"name": "w", "arguments": {"c": 1}}\n</tool_call><|im_end|>',
@@ -133,29 +108,27 @@ def test_template_that_ignores_the_generation_prompt() -> None:
     """Where no generation prompt tells the header from the answer, the header is not trained all the same."""
     source = CHATML.partition("{% if add_generation_prompt")[0]
     row = chat("Hi", "assistant", "So", " a ")
-    assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), row)
+    assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
 
 
 def test_template_without_end_token() -> None:
     """Without an end token the target ends with the answer."""
     source = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
-    assert ["Hello", "Bye"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("Hi", "Hello", "So", "Bye \n"))
+    assert ["Hello", "Bye"] == pieces(ChatTemplate(byte_state(source)), chat("Hi", "Hello", "So", "Bye \n"))
 
 
 def test_template_with_an_end_token_after_the_last_answer_only() -> None:
     """An end token that only the last answer gets is trained there."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"
-    assert ["Hello", "Bye\n<|im_end|>"] == pieces(
-        ChatTemplate(byte_tokenizer(source)), chat("Hi", "Hello", "So", "Bye")
-    )
+    assert ["Hello", "Bye\n<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("Hi", "Hello", "So", "Bye"))
 
 
 def test_template_that_renders_prefixes_differently() -> None:
     """Where the beginning of a chat renders unlike the whole, the answers are found by what stands in their place."""
     source = "{{ '#' + (messages | length) | string }}" + CHATML
-    assert ["Hi<|im_end|>", "#2<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("a", "Hi", "#", "#2"))
+    assert ["Hi<|im_end|>", "#2<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "#", "#2"))
 
 
 NAMED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}{% endfor %}"
@@ -165,13 +138,13 @@ def test_template_whose_answers_cannot_be_located_is_refused() -> None:
     """Where neither prefixes nor replaced answers agree with the whole, the row is refused."""
     source = "{{ '#' + (messages | tojson | length) | string }}" + NAMED
     with pytest.raises(RowError, match="does not render the beginning of a chat the same as the whole"):
-        ChatTemplate(byte_tokenizer(source)).render(chat("a", "Hi"))
+        ChatTemplate(byte_state(source)).render(chat("a", "Hi"))
 
 
 def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
     """Where only the template can have written what stands around an answer, nothing else has to agree."""
     source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
-    assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), chat("a", "Hi", "a", "a"))
+    assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "a", "a"))
 
 
 def test_a_message_that_holds_the_generation_prompt() -> None:
@@ -206,7 +179,7 @@ def test_template_that_changes_answers_is_refused() -> None:
     for change, reason in reasons.items():
         source = CHATML.replace("message['content']", f"(message['content'] {change})")
         with pytest.raises(RowError, match=reason):
-            ChatTemplate(byte_tokenizer(source)).render(chat("Hi", "Hello"))
+            ChatTemplate(byte_state(source)).render(chat("Hi", "Hello"))
 
 
 GENERATION = (
@@ -228,14 +201,14 @@ def test_generation_markers(inside: str, outside: str) -> None:
     """Markers are taken at their word, but the target always ends right after the end token."""
     source = GENERATION.replace("%s", inside, 1).replace("%s", outside, 1)
     row = chat("Hi", "Hello", "So", "Bye")
-    assert ["Hello<|im_end|>", "Bye<|im_end|>"] == pieces(ChatTemplate(byte_tokenizer(source)), row)
+    assert ["Hello<|im_end|>", "Bye<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
 
 
 def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
     """Markers around something else than the answer are refused."""
     source = GENERATION.replace("%s", "x", 1).replace("%s", "{{ m['content'] }}<|im_end|>", 1)
     with pytest.raises(RowError, match="markers leave out an answer"):
-        ChatTemplate(byte_tokenizer(source)).render(chat("Hi", "Hello"))
+        ChatTemplate(byte_state(source)).render(chat("Hi", "Hello"))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +231,7 @@ def test_refused_rows(name: str, row: Chat, reason: str) -> None:
 def test_tokenizer_without_template() -> None:
     """A chat for a model without a chat template is refused with the two ways out."""
     with pytest.raises(RowError) as refusal:
-        ChatTemplate(byte_tokenizer(None)).render(chat("Hi", "Hello"))
+        ChatTemplate(byte_state(None)).render(chat("Hi", "Hello"))
     assert "the tokenizer has no chat template" == refusal.value.reason
     assert "use prompt/completion rows, or a model with a chat template" == refusal.value.remedy
 
@@ -266,14 +239,7 @@ def test_tokenizer_without_template() -> None:
 def test_broken_template() -> None:
     """A template that is no Jinja is an error of the model, not of a row."""
     with pytest.raises(ModelError, match="not valid Jinja"):
-        ChatTemplate(byte_tokenizer("{% for %}"))
-
-
-def test_fingerprint_follows_the_template() -> None:
-    """Equal templates have equal fingerprints, others have others."""
-    assert template("qwen3").fingerprint == template("qwen3").fingerprint
-    templates = [template("qwen3"), template("gemma"), ChatTemplate(byte_tokenizer(None))]
-    assert 3 == len({item.fingerprint for item in templates})
+        ChatTemplate(byte_state("{% for %}"))
 
 
 PROVEN = {name: template(name) for name in ("smollm2", "qwen2_5", "llama3_2", "mistral", "gemma", "phi3", "zephyr")}
@@ -282,7 +248,7 @@ ANSWERS = WORDS.filter(lambda text: bool(text.strip()))
 
 
 @given(name=st.sampled_from(sorted(PROVEN)), turns=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(name="mistral", turns=[("", "\n0"), ("", "0 ")])
 @example(name="mistral", turns=[("[/INST]", "[INST]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
 @example(name="phi3", turns=[("<|assistant|>", "assistant\n"), ("\n", "<|user|>")])

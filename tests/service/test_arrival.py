@@ -13,6 +13,7 @@ import tiny
 from onward import Run
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.guard import Guard
 from onward.service.intake.inbox import Inbox
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
@@ -143,7 +144,9 @@ def test_other_directories_are_named_and_left(inbox: Inbox) -> None:
 def move_in(layout: RunLayout, *paths: Path) -> list[str]:
     """Take files out of the inbox; returns their places in the archive."""
     with Ledger(layout.ledger) as ledger:
-        return [row.copy for row in Arrivals(layout, ledger).move_in([(path, 0) for path in paths], "c")]
+        arrivals = Arrivals(layout, ledger)
+        arrivals.announce([(path, 0) for path in paths], "c")
+        return [row.copy for row in arrivals.bring_in(ledger.announced(), Guard())]
 
 
 def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
@@ -185,8 +188,11 @@ def killed_before_the_move(layout: RunLayout, path: Path) -> None:
         def complete(self, rows: object) -> None:
             raise KeyboardInterrupt
 
-    with Ledger(layout.ledger) as ledger, pytest.raises(KeyboardInterrupt):
-        Killed(layout, ledger).move_in([(path, 0)], "c")
+    with Ledger(layout.ledger) as ledger:
+        arrivals = Killed(layout, ledger)
+        arrivals.announce([(path, 0)], "c")
+        with pytest.raises(KeyboardInterrupt):
+            arrivals.bring_in(ledger.announced(), Guard())
 
 
 def clean(layout: RunLayout) -> list[tuple[str, str]]:

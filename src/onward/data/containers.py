@@ -1,39 +1,32 @@
-"""Training files as streams of bytes: what may be opened, and gzip and zstandard taken off."""
+"""Training files as streams of bytes: opened once, hashed as they are read, gzip and zstandard taken off."""
 
 from __future__ import annotations
 
+import errno
 import gzip
+import hashlib
 import io
 import os
 import stat
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import zstandard
+
+from onward.data.faults import FileError, SourceChanged, is_of_machine
+from onward.data.limits import Limits
+from onward.text import quoted
 
 COMPRESSIONS = ("gz", "zst")
 MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"PK\x03\x04": "zip"}
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 ZSTD_INPUT = 1024  # compressed bytes at a time: what one block can blow up to stays bounded
+BUFFER = 1 << 18
 
-
-class FileError(Exception):
-    """A training file that cannot be read to its end.
-
-    Args:
-        reason: what is wrong with the file.
-        remedy: what to change.
-        line: where it was noticed, 1-based, if known.
-    """
-
-    def __init__(self, reason: str, remedy: str, line: int | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-        self.line = line
+__all__ = ["COMPRESSIONS", "FileError", "SourceChanged", "SourceFile", "check_readable", "open_bytes"]
 
 
 def check_readable(path: Path) -> None:
@@ -41,45 +34,150 @@ def check_readable(path: Path) -> None:
 
     Raises:
         FileError: `path` is missing, a directory, a special file, or not readable.
+        OSError: the machine cannot tell.
     """
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise FileError("no such file", "check the path") from None
     except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror}", f"check it with: ls -l '{path}'") from None
-    if stat.S_ISDIR(mode):
-        raise FileError("is a directory", "give the files inside it one by one")
-    if not stat.S_ISREG(mode):
-        raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+        raise _refusal(error, path) from None
+    _check_kind(mode)
     if not os.access(path, os.R_OK):
-        raise FileError("no permission to read it", f"chmod u+r '{path}'")
+        raise _refusal(PermissionError(errno.EACCES, ""), path)
+
+
+class SourceFile(io.RawIOBase):
+    """A training file, opened once and never by a symbolic link; hashes the bytes that are read from it, in order.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileError: it is missing, a link, a directory, a special file, or not readable.
+        OSError: the machine cannot open it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.taken = 0
+        self._digest = hashlib.sha256()
+        self._unpacked_digest: Any = None
+        try:  # not blocking: a fifo would wait for a writer
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise _refusal(error, path) from None
+        try:
+            _check_kind(os.fstat(descriptor).st_mode)
+        except FileError:
+            os.close(descriptor)
+            raise
+        self._file = io.FileIO(descriptor)
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._file.fileno()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self.fileno()).st_size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read the next bytes into `buffer` and hash them."""
+        count = self._file.readinto(buffer) or 0
+        self._digest.update(memoryview(buffer)[:count])
+        self.taken += count
+        return count
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
+    def unpacks_to(self, digest: Any) -> None:
+        """Name the digest of what the bytes unpack to: the archive's compressed copies are known by that one."""
+        self._unpacked_digest = digest
+
+    def check_read(self, sha256: str, stop: Callable[[], None]) -> None:
+        """Read what is left and hold all that was read against a hash: that of the bytes, or of what they unpack to.
+
+        Raises:
+            SourceChanged: it is neither.
+        """
+        memory = bytearray(BUFFER)
+        while self.readinto(memory):
+            stop()
+        unpacked = self._unpacked_digest
+        if sha256 != self._digest.hexdigest() and (unpacked is None or sha256 != unpacked.hexdigest()):
+            raise SourceChanged
+
+    def rewind(self) -> None:
+        """Begin again: the next byte is the first, and nothing is hashed yet."""
+        self._file.seek(0)
+        self._digest = hashlib.sha256()
+        self.taken = 0
 
 
 @contextmanager
-def open_bytes(path: Path, compression: str | None) -> Generator[BinaryIO]:
+def open_bytes(
+    source: SourceFile, compression: str | None, limits: Limits, stop: Callable[[], None]
+) -> Generator[BinaryIO]:
     """Open the uncompressed bytes of a text file; damage found while the block reads them becomes a `FileError`.
 
+    Args:
+        stop: called for every buffer that is read; may raise.
+
     Raises:
-        FileError: the content is not what the ending says, is UTF-16, or is damaged.
+        FileError: the content is not what the ending says, is UTF-16, is damaged, or unpacks to more than may be.
+        OSError: the machine cannot read it.
     """
+    raw = io.BufferedReader(source, BUFFER)
     try:
-        with path.open("rb") as raw:
-            _check_compression(raw, compression)
-            with _decompressed(raw, compression) as stream:
-                _check_text(stream, path)
-                yield stream
+        _check_compression(raw, compression)
+        unpacked = _decompressed(raw, compression)
+        stream: BinaryIO = io.BufferedReader(_Counted(unpacked, source, limits, stop, compression), BUFFER)
+        _check_text(stream, source.path)
+        yield stream
     except EOFError:
         raise FileError("the compressed file is cut off", "copy or download it again") from None
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise FileError(f"the compressed file is damaged ({error})", "copy or download it again") from None
     except OSError as error:
-        raise FileError(f"cannot be read: {error.strerror or error}", f"check it with: ls -l '{path}'") from None
+        raise _refusal(error, source.path) from None
+    finally:
+        if not raw.closed:
+            raw.detach()  # else it closes the source once nobody refers to it
 
 
-def _check_compression(raw: BinaryIO, compression: str | None) -> None:
-    head = raw.read(4)
-    raw.seek(0)
+def _check_kind(mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise FileError("is a directory", "give the files inside it one by one")
+    if not stat.S_ISREG(mode):
+        raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+
+
+def _refusal(error: OSError, path: Path) -> Exception:
+    """Return the refusal that an error of the operating system stands for, or the error where it is the machine's."""
+    if is_of_machine(error):
+        return error
+    if error.errno == errno.ENOENT:
+        return FileError("no such file", "check the path")
+    if error.errno == errno.EACCES:
+        return FileError("no permission to read it", f"chmod u+r {quoted(path)}")
+    if error.errno == errno.ELOOP:
+        return FileError("is a symbolic link", "give the file that it names")
+    if error.errno == errno.ENXIO:
+        return FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+    return FileError(f"cannot be read: {error.strerror or error}", f"check it with: ls -l {quoted(path)}")
+
+
+def _check_compression(raw: Any, compression: str | None) -> None:
+    head = raw.peek(4)[:4]
     found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
     if found is not None and found != compression:
         raise FileError(f"the content is {found}, but the name does not say so", f"rename it to end in .{found}")
@@ -87,28 +185,58 @@ def _check_compression(raw: BinaryIO, compression: str | None) -> None:
         raise FileError(f"the content is not {compression}, but the name says so", f"rename it without .{compression}")
 
 
-def _check_text(stream: BinaryIO, path: Path) -> None:
-    head = cast(io.BufferedReader, stream).peek(64)[:64]
+def _check_text(stream: Any, path: Path) -> None:
+    head = stream.peek(64)[:64]
     if head.startswith(UTF16_MARKS) or b"\x00" in head:
         raise FileError(
             "the text is not UTF-8 (it looks like UTF-16 or a binary file)",
-            f"convert to UTF-8: iconv -f UTF-16 -t UTF-8 '{path.name}' > new-file",
+            f"convert to UTF-8: iconv -f UTF-16 -t UTF-8 {quoted(Path(path.name))} > new-file",
             line=1,
         )
 
 
-def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+def _decompressed(raw: Any, compression: str | None) -> Any:
     if compression == "gz":
-        return cast(BinaryIO, io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 1 << 18))
+        return gzip.GzipFile(fileobj=raw)
     if compression == "zst":
-        return io.BufferedReader(_ZstdStream(raw), 1 << 18)
+        return _ZstdStream(raw)
     return raw
+
+
+class _Counted(io.RawIOBase):
+    """Counts what a file unpacks to, while it does, and polls for a stop."""
+
+    def __init__(
+        self, inner: Any, source: SourceFile, limits: Limits, stop: Callable[[], None], compression: str | None
+    ) -> None:
+        super().__init__()
+        self._inner = inner
+        self._source = source
+        self._limits = limits
+        self._stop = stop
+        self._digest = hashlib.sha256() if compression else None
+        self._count = 0
+        if self._digest is not None:
+            source.unpacks_to(self._digest)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._stop()
+        count: int = self._inner.readinto(buffer)
+        if self._digest is not None:
+            self._digest.update(memoryview(buffer)[:count])
+            self._count += count
+            self._limits.check_unpacked(self._count, self._source.taken)
+        return count
 
 
 class _ZstdStream(io.RawIOBase):
     """The content of one or more zstandard frames; unlike `zstandard.stream_reader` it notices a missing end."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: Any) -> None:
+        super().__init__()
         self._raw = raw
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None

@@ -1,14 +1,15 @@
-"""Batches of a tokenized file, by step: no iterator, no state, nothing to restore."""
+"""The batches of a plan, by step: no iterator, no state, nothing to restore."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.order import FilePlan
+from onward.data.order import Plan, RowReference
 from onward.data.tokenized import Row, TokenizedFile
 
 
@@ -18,12 +19,12 @@ class Batch:
 
     Args:
         rows: the rows, in the order of the plan.
-        indices: their indices in the tokenized file.
-        lines: their source lines.
+        references: the file and the index of each row.
+        lines: the line of each row in its file.
     """
 
     rows: list[Row]
-    indices: list[int]
+    references: list[RowReference]
     lines: list[int]
 
     def __len__(self) -> int:
@@ -58,7 +59,7 @@ class Batch:
 
     def _cut(self, bounds: list[int]) -> list[Batch]:
         return [
-            Batch(self.rows[first:last], self.indices[first:last], self.lines[first:last])
+            Batch(self.rows[first:last], self.references[first:last], self.lines[first:last])
             for first, last in pairwise(bounds)
         ]
 
@@ -95,15 +96,20 @@ class FlatBatch:
     lengths: tuple[int, ...]
 
 
-def batch_at(file: TokenizedFile, plan: FilePlan, step_in_file: int) -> Batch:
+def batch_at(files: Mapping[str, TokenizedFile], plan: Plan, step_in_file: int) -> Batch:
     """Return the batch of the 0-based step; costs the same for every step.
+
+    Args:
+        files: every source of the plan, by its SHA-256.
+        plan: which rows the step has.
+        step_in_file: the step.
 
     Raises:
         IndexError: the plan has no such step.
     """
-    assert plan.rows == file.rows, (plan.rows, file.rows)
-    indices = plan.rows_at(step_in_file)
-    return Batch([file.row(index) for index in indices], indices, [file.line(index) for index in indices])
+    references = plan.rows_at(step_in_file)
+    found = [(files[sha256], row) for sha256, row in references]
+    return Batch([file.row(row) for file, row in found], references, [file.line(row) for file, row in found])
 
 
 def flatten(batch: Batch) -> FlatBatch:

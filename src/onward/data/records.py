@@ -35,6 +35,13 @@ SHAPES = (
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
 
 
+@dataclass(frozen=True)
+class UnreadableValue:
+    """Stands for a value that Python cannot hold; harmless under a key that no row format asks for."""
+
+    reason: str
+
+
 class RowError(Exception):
     """A row that cannot be trained on.
 
@@ -255,6 +262,8 @@ def _check_strings(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for item in value:
             _check_strings(item, where)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise RowError(f"{where} holds {_kind(value)}, which JSON does not know", "write it as a string")
 
 
 def _kind(value: object) -> str:
@@ -262,5 +271,9 @@ def _kind(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return "a boolean"
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    if isinstance(value, UnreadableValue):
+        return f"a value that cannot be read ({value.reason})"
+    names: dict[type, str] = {
+        dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bytes: "binary data",
+    }  # fmt: skip
     return names.get(type(value), f"a {type(value).__name__}")

@@ -1,7 +1,7 @@
 """Chat templates as pure functions: what a row renders to depends on the row and the template and nothing else.
 
 The environment is that of `transformers.utils.chat_template_utils` (a test holds the two equal), with two changes:
-`strftime_now` always answers the same day, so that a row renders the same for ever, and `{% generation %}` blocks
+`strftime_now` always answers the same day, so that a row always renders the same, and `{% generation %}` blocks
 leave marks in the text instead of indices in the tokens.
 """
 
@@ -23,7 +23,7 @@ from onward.data.records import Message, RowError
 from onward.errors import ModelError
 
 TODAY = datetime(2024, 7, 26)  # the day that Llama 3.2's own template falls back to
-GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters: in no honest text
+GENERATION_START, GENERATION_END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, which real text never has
 LOOP_ATTRIBUTES = frozenset(name for name in dir(LoopContext) if not name.startswith("_"))
 TEMPLATE_FAILURES = (
     jinja2.TemplateError,
@@ -52,9 +52,10 @@ class Renderer:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(
-                f"the chat template is not valid Jinja: {error}", hint="repair chat_template.jinja beside the tokenizer"
+                f"the chat template is not valid Jinja: {error}",
+                hint="repair the tokenizer's chat_template.jinja",
             ) from error
-        self._template.globals = dict(self._template.globals)  # a chain of dicts until here: a third slower to render
+        self._template.globals = dict(self._template.globals)  # not a chain of dicts, which is a third slower
         self._variables = variables
 
     def render(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
@@ -89,7 +90,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, with a short way to the public attributes of `loop`: templates ask for them in every message."""
+    """The sandbox with a shortcut to the public attributes of `loop`, which templates read for every message."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is LoopContext and attribute in LOOP_ATTRIBUTES:
@@ -100,7 +101,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 def _environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
-    names = cast(dict[str, Any], environment.globals)  # declared by jinja2 as holding its defaults only
+    names = cast(dict[str, Any], environment.globals)  # jinja2 declares only its own defaults
     names["raise_exception"] = _raise_exception
     names["strftime_now"] = TODAY.strftime
     return environment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +14,7 @@ from onward.data.records import Chat, Completion, Record, RowError
 from onward.data.template import ChatTemplate, RowText, Span
 from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, PackedRow, pack
+from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
@@ -33,27 +33,29 @@ class RowTokenizer:
     """Turns rows into packed tokens.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer with an end token.
+        state: the tokenizer; it must have an end token.
         max_length: tokens that a row may have.
         over_length: what happens to longer rows: cut their end off, leave them out, or refuse them.
-        fingerprint: what `tokenizer_fingerprint` said of the tokenizer, where that is known; it takes long.
 
     Raises:
-        ModelError: the tokenizer is a slow one, or has no end token.
+        ModelError: the tokenizer has no end token, or its chat template is not valid Jinja.
     """
 
-    def __init__(
-        self, tokenizer: Any, max_length: int, over_length: OverLength = "truncate", fingerprint: str | None = None
-    ) -> None:
-        self._backend = _backend(tokenizer)
-        if tokenizer.eos_token_id is None:
+    def __init__(self, state: TokenizerState, max_length: int, over_length: OverLength = "truncate") -> None:
+        if state.eos_id is None:
             raise ModelError("the tokenizer has no end token", hint='set "eos_token" in its tokenizer_config.json')
-        self._end_id: int = tokenizer.eos_token_id
-        self._lengths = byte_lengths(self._backend)
-        self._template = ChatTemplate(tokenizer)
+        self.state = state
         self.max_length = max_length
         self.over_length: OverLength = over_length
-        self.fingerprint = fingerprint or tokenizer_fingerprint(tokenizer)
+        self._backend: Any = state.tokenizer
+        self._end_id = state.eos_id
+        self._lengths = byte_lengths(self._backend)
+        self._template = ChatTemplate(state)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the tokenizer."""
+        return self.state.fingerprint
 
     def prepare(self, record: Record) -> RowText:
         """Return the text of a row and which of its characters are targets.
@@ -77,9 +79,7 @@ class RowTokenizer:
         return self.pack(rows, self.tokenize(rows))
 
     def tokenize(self, rows: Sequence[RowText]) -> list[Any]:
-        """Return the encodings of rows, for `pack`. Nearly all of it leaves Python free for other threads."""
-        self._backend.no_padding()  # the Hugging Face tokenizer around it may have switched these on
-        self._backend.no_truncation()
+        """Return the encodings of rows, for `pack`. Nearly all of the work runs without Python's lock."""
         encode = self._backend.encode_batch if self._lengths is None else self._backend.encode_batch_fast
         encodings: list[Any] = [None] * len(rows)
         for closed in (True, False):
@@ -131,7 +131,7 @@ class RowTokenizer:
     def _tokens(self, row: RowText, encoding: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the ids of a row, shape (T,), and their character ranges, laid end to end, shape (2 * T,).
 
-        They become arrays row by row: lists of a whole chunk would keep the garbage collector busy.
+        They become arrays row by row, because lists of a whole chunk would keep the garbage collector busy.
         """
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
@@ -141,7 +141,7 @@ class RowTokenizer:
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
     def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
-        """Let a row end with exactly one end token, whether the tokenizer or the text put one there or not."""
+        """Make a row end with exactly one end token, whatever the tokenizer or the text already put there."""
         while ids and ids[-1] == self._end_id:
             ids.pop()
         del offsets[len(ids) :]
@@ -172,30 +172,6 @@ def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArr
     return targets
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a SHA-256 of all that decides how this tokenizer turns rows into tokens and targets.
-
-    Raises:
-        ModelError: the tokenizer is a slow one.
-    """
-    state = json.loads(_backend(tokenizer).to_str())
-    for key in ("padding", "truncation"):  # how it was last called, not what it is
-        state.pop(key, None)
-    template = ChatTemplate(tokenizer).fingerprint
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return sha256_json([FORMAT, state, template, special, tokenizer.eos_token_id])
-
-
 def cache_key(sha256: str, tokenizer_fingerprint: str, max_length: int, over_length: OverLength) -> str:
     """Return the name under which the tokens of a file are kept: equal keys mean equal tokens and targets."""
     return sha256_json([FORMAT, sha256, tokenizer_fingerprint, max_length, over_length])
-
-
-def _backend(tokenizer: Any) -> Any:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ModelError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens stand in the text",
-            hint="use a model that ships a tokenizer.json",
-        )
-    return backend

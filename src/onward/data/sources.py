@@ -9,20 +9,25 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.data.containers import COMPRESSIONS, FileError, check_readable, open_bytes
+from onward.data.containers import COMPRESSIONS, FileError, SourceFile, open_bytes
+from onward.data.limits import DEFAULT_LIMITS, Limits
+from onward.data.parquet import parquet_rows
+from onward.text import printable
 
-ROW_LIMIT = 64 << 20  # bytes of a line, or characters of a row in a .json file
 TEXT_FORMATS = ("jsonl", "ndjson", "json", "txt")
 ENDINGS = tuple(f".{name}" for name in (*TEXT_FORMATS, "parquet"))
-PARQUET_BATCH = 256
 JSON_CHUNK = 1 << 16
 
-__all__ = ["FileError", "SourceRow", "file_format", "read_rows", "row_unit"]
+__all__ = ["FileError", "SourceRow", "file_format", "read_rows", "row_unit", "rows_of"]
+
+
+def _never_stop() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ def file_format(path: Path | str) -> str:
     if endings and endings[-1] in (*TEXT_FORMATS, "parquet"):
         return endings[-1]
     raise FileError(
-        f"the ending of {Path(path).name} is not one that Onward reads",
+        f"the ending of {printable(Path(path).name)} is not one that Onward reads",
         f"rename or convert it: {', '.join(ENDINGS)}, the text formats also with .gz or .zst",
     )
 
@@ -64,45 +69,59 @@ def row_unit(path: Path | str) -> str:
     return "row" if file_format(path).startswith(("json.", "parquet")) or file_format(path) == "json" else "line"
 
 
-def read_rows(path: Path | str) -> Iterator[SourceRow]:
+def read_rows(path: Path | str, limits: Limits = DEFAULT_LIMITS) -> Iterator[SourceRow]:
     """Yield the rows of a file in order; blank lines are skipped.
 
     Raises:
         FileError: the file cannot be opened, is damaged, or is not what its ending says.
+        OSError: the machine cannot read it.
     """
     path = Path(path)
-    name, _, compression = file_format(path).partition(".")
-    check_readable(path)
+    file_format(path)
+    with SourceFile(path) as source:
+        yield from rows_of(source, limits)
+
+
+def rows_of(source: SourceFile, limits: Limits, stop: Callable[[], None] = _never_stop) -> Iterator[SourceRow]:
+    """Yield the rows of an open file in order; see `read_rows`.
+
+    Args:
+        stop: called for every buffer that is read from a text file, be there rows in it or not; may raise.
+    """
+    name, _, compression = file_format(source.path).partition(".")
     if name == "parquet":
-        yield from _parquet_rows(path)
+        for row, value in enumerate(parquet_rows(source, limits), start=1):
+            yield SourceRow(row, value)
         return
-    with open_bytes(path, compression or None) as stream:
+    with open_bytes(source, compression or None, limits, stop) as stream:
         if name == "json":
-            yield from _json_rows(stream)
+            yield from _json_rows(stream, limits)
         else:
-            for line, text in _lines(stream):
-                yield text if isinstance(text, SourceRow) else _parse_line(line, text, plain=name == "txt")
+            for line, text in _lines(stream, limits):
+                yield text if isinstance(text, SourceRow) else _parse_line(line, text, limits, plain=name == "txt")
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, str | SourceRow]]:
+def _lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | SourceRow]]:
     line = 0
-    while raw := stream.readline(ROW_LIMIT + 1):
+    while raw := stream.readline(limits.row_bytes + 1):
         line += 1
-        if len(raw) > ROW_LIMIT:
-            raise FileError(f"the line is longer than {ROW_LIMIT >> 20} MiB", "put each row on a line of its own", line)
+        if len(raw) > limits.row_bytes:
+            raise limits.row_refusal("the line", line)
         try:
-            text = raw.decode("utf-8-sig" if line == 1 else "utf-8").rstrip("\r\n")
+            text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            byte = raw[error.start]
+            byte = error.object[error.start]
             yield line, SourceRow(line, None, f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8")
             continue
-        if text.strip():
+        if text and not text.isspace():
             yield line, text
 
 
-def _parse_line(line: int, text: str, *, plain: bool) -> SourceRow:
+def _parse_line(line: int, text: str, limits: Limits, *, plain: bool) -> SourceRow:
     if plain:
         return SourceRow(line, {"text": text})
+    if limits.is_too_large(text):
+        raise limits.row_refusal("the line, its values counted,", line)
     try:
         return SourceRow(line, json.loads(text))
     except json.JSONDecodeError as error:
@@ -114,18 +133,22 @@ def _parse_line(line: int, text: str, *, plain: bool) -> SourceRow:
     return SourceRow(line, None, reason, remedy)
 
 
-def _json_rows(stream: BinaryIO) -> Iterator[SourceRow]:
+def _json_rows(stream: BinaryIO, limits: Limits) -> Iterator[SourceRow]:
     row = 1
     try:
-        for value in _JsonReader(stream).values():
+        for value in _JsonReader(stream, limits).values():
             yield SourceRow(row, value)
             row += 1
+    except FileError as error:
+        raise FileError(error.reason, error.remedy, row) from None
     except json.JSONDecodeError as error:
         raise FileError(f"not valid JSON: {error.msg}", "repair the file, or write it as .jsonl", row) from None
     except UnicodeDecodeError as error:
         raise FileError(f"not UTF-8: {error.reason}", "export the file again as UTF-8", row) from None
     except RecursionError:
         raise FileError("the JSON is nested too deeply", "flatten the row", row) from None
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise FileError(f"not usable JSON: {error}", "write the number as a string", row) from None
 
 
 class _JsonReader:
@@ -138,8 +161,9 @@ class _JsonReader:
     _space = re.compile(r"[ \t\r\n]*")
     _decode = json.JSONDecoder().raw_decode
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, limits: Limits) -> None:
         self._text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        self._limits = limits
         self._buffer = ""
         self._at = 0
 
@@ -196,29 +220,13 @@ class _JsonReader:
 
     def _more(self) -> bool:
         rest = self._buffer[self._at :]
-        if len(rest) > ROW_LIMIT:
-            self._fail(f"no end of the row within {ROW_LIMIT >> 20} Mi characters")
-        chunk = self._text.read(max(JSON_CHUNK, len(rest)))  # doubling: a long row is parsed a few times, not many
+        room = self._limits.row_bytes - len(rest)
+        if room < 0 or self._limits.is_too_large(rest):
+            raise self._limits.row_refusal("the row")
+        # doubling: a long row is parsed a few times, not many
+        chunk = self._text.read(min(max(JSON_CHUNK, len(rest)), room + 1))
         self._buffer, self._at = rest + chunk, 0
         return bool(chunk)
 
     def _fail(self, message: str) -> None:
         raise json.JSONDecodeError(message, "", 0)
-
-
-def _parquet_rows(path: Path) -> Iterator[SourceRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise FileError("reading .parquet needs pyarrow", "pip install 'onward[parquet]'") from None
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as table:
-            for batch in table.iter_batches(batch_size=PARQUET_BATCH):
-                for value in batch.to_pylist():
-                    row += 1
-                    yield SourceRow(row, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileError(f"not a readable parquet file: {reason}", "write or download it again", row or None) from None

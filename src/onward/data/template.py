@@ -1,23 +1,23 @@
 """Which characters of a rendered chat the model has to produce: every assistant turn with its end token, proven.
 
-Templates with `{% generation %}` markers say it themselves. For the others a turn is what stands between the generation
-prompt and the end token, where the template writes just that; else its start is where the rendered beginning of the
-chat plus the generation prompt ends (prefix differences). Where that does not hold, the contents are
-replaced by unique words to see where the template puts them. What cannot be proven is refused: transformers only
-warns and trains on an empty mask.
+Templates with `{% generation %}` markers say so themselves. In the others a turn is the text between the generation
+prompt and the end token, if that is all the template writes there; if not, the turn starts where the rendered
+beginning of the chat plus the generation prompt ends (prefix differences). If that fails too, the contents are replaced
+by unique words to see where the template puts them. What cannot be proven is refused, where transformers only warns
+and trains on an empty mask.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 from onward.data.records import Chat, Message, RowError
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
+from onward.data.tokenizer import TokenizerState
 
 Span: TypeAlias = tuple[int, int]
 
@@ -58,20 +58,18 @@ class ChatTemplate:
     """A tokenizer's chat template.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; its default chat template and special tokens are read once.
+        state: the tokenizer, with its chat template and special tokens.
 
     Raises:
         ModelError: the template is not valid Jinja.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        source: str = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-        self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
-        self._renderer = Renderer(source, dict(tokenizer.special_tokens_map)) if source else None
+    def __init__(self, state: TokenizerState) -> None:
+        source, special_tokens = state.chat_template, state.special_tokens
+        self._renderer = Renderer(source, state.special_tokens_map) if source else None
         self._marked = bool(GENERATION_BLOCK.search(source))
         if self._renderer is None:
             return
-        special_tokens = _special_tokens(tokenizer)
         self._end = _end_tokens(self._renderer, special_tokens)
         self._has_prompt, self._prompt = _generation_prompt(self._renderer, special_tokens)
         endings = (self._end.inner, self._end.last, GENERATION_START, GENERATION_END)
@@ -123,8 +121,8 @@ class ChatTemplate:
     def _plain_turns(self, chat: Chat, turns: list[int], text: str) -> list[Span] | None:
         """Return the turns of a chat in which the template writes the generation prompt, an answer and the end token.
 
-        No other rendering is needed: the prompt stands in no message, so that the template wrote it; nor does the end
-        token. None where it is otherwise.
+        No other rendering is needed: no message contains the prompt or the end token, so the template wrote them. None
+        if the chat is not rendered like that.
         """
         prompt, last = self._prompt, len(chat.messages) - 1
         if not prompt or text.count(prompt) != len(turns) or any(prompt in m["content"] for m in chat.messages):
@@ -158,7 +156,7 @@ class ChatTemplate:
             yield start, end
 
     def _prompt_end(self, renderer: Renderer, chat: Chat, turn: int, text: str) -> int | None:
-        """Return where the generation prompt of a turn ends; None where prefixes do not tell."""
+        """Return where the generation prompt of a turn ends; None if the rendered prefix does not tell."""
         if not self._has_prompt:
             return None
         try:
@@ -169,7 +167,7 @@ class ChatTemplate:
 
 
 def _is_plain(message: Message, text: str, start: int, token: str) -> bool:
-    """Say whether the template writes just the answer and the end token, so that the turn surely ends there."""
+    """Return whether the template writes only the answer and the end token, so that the turn must end there."""
     content = message["content"]
     return bool(token and content) and text.startswith(content + token, start)
 
@@ -194,9 +192,9 @@ def _end_of_turn(text: str, start: int, limit: int, token: str, located: Span | 
 
 
 def _prove(message: Message, produced: str) -> None:
-    """Refuse a range that is not the answer: it has to end with it, but for calls of tools, which follow the content.
+    """Refuse a range that does not end with the answer, or does not contain it where tool calls follow the content.
 
-    Templates of thinking models drop or move the part before `</think>`, so the answer proper is what comes after.
+    Templates of thinking models drop or move the part before `</think>`, so the answer proper is what comes after it.
     """
     answer = message["content"].rpartition(THINK_END)[2].strip()
     if answer in produced if message.get("tool_calls") else produced.rstrip().endswith(answer):
@@ -215,7 +213,7 @@ def _prove_marked(chat: Chat, text: str, spans: list[Span]) -> None:
 
 
 def _split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Take the generation marks out of a text; return it with the ranges that they enclosed."""
+    """Remove the generation marks from a text; return it with the ranges that they enclosed."""
     parts: list[str] = []
     spans: list[Span] = []
     length = 0
@@ -229,10 +227,10 @@ def _split_marks(marked: str) -> tuple[str, list[Span]]:
 
 
 def _locate(renderer: Renderer, chat: Chat, turns: list[int], text: str) -> list[Span]:
-    """Return where the template puts the answers, found by rendering the chat with unique words in their place.
+    """Return where the template puts the answers, by rendering the chat with unique words in their place.
 
     Raises:
-        RowError: putting the answers in the place of the words does not give `text`.
+        RowError: replacing the words by the answers does not give `text`.
     """
     answers = [chat.messages[turn]["content"] for turn in turns]
     tails = [answer.rpartition(THINK_END)[2] for answer in answers]
@@ -275,16 +273,11 @@ def _unprovable() -> RowError:
     )
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
-
-
-def _end_tokens(renderer: Renderer, special_tokens: list[str]) -> _EndTokens:
+def _end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> _EndTokens:
     """Find the tokens that end a turn: the special tokens that follow an answer in the middle and at the end alike.
 
-    A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that does not count
-    unless it is all there is.
+    A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that counts only if
+    there is nothing else.
     """
     question = {"role": "user", "content": "Question"}
     probes = [{"role": "assistant", "content": PROBE.format(place)} for place in range(2)]
@@ -301,8 +294,8 @@ def _end_tokens(renderer: Renderer, special_tokens: list[str]) -> _EndTokens:
     return _EndTokens("", "")
 
 
-def _tokens_after(text: str, word: str, special_tokens: list[str]) -> list[str]:
-    """Return the special tokens that directly follow `word`, but for white space before the first of them."""
+def _tokens_after(text: str, word: str, special_tokens: Sequence[str]) -> list[str]:
+    """Return the special tokens that directly follow `word`; white space before the first of them is skipped."""
     rest = text.partition(word)[2].lstrip()
     tokens: list[str] = []
     while token := next((token for token in special_tokens if rest.startswith(token)), None):
@@ -311,10 +304,10 @@ def _tokens_after(text: str, word: str, special_tokens: list[str]) -> list[str]:
     return tokens
 
 
-def _generation_prompt(renderer: Renderer, special_tokens: list[str]) -> tuple[bool, str]:
-    """Say whether the template asks for an answer, and with what: "" where that is not a text of its own.
+def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tuple[bool, str]:
+    """Return whether the template has a generation prompt, and the prompt if a special token proves its origin, or "".
 
-    A text with a special token in it is the template's own.
+    A prompt without a special token could just as well be part of a message.
     """
     question: list[Message] = [{"role": "user", "content": "Question"}]
     try:

@@ -1,7 +1,7 @@
 """Targets without offsets: where the tokens of a text tile its bytes, their lengths say where each one stands.
 
-The `tokenizers` library takes a sixth of its time to keep the character range of every token, and to make a list of
-them in Python takes longer than all else that intake does. The tokens of a byte-level tokenizer without a normalizer
+The `tokenizers` library spends a sixth of its time on the character range of every token, and listing the ranges in
+Python takes longer than everything else that intake does. The tokens of a byte-level tokenizer without a normalizer
 (SmolLM2, GPT-2, StarCoder) tile a text. All others are packed from the ranges, and so is a row whose tokens turn out
 not to cover it exactly.
 """
@@ -9,12 +9,13 @@ not to cover it exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import models, pre_tokenizers
 
 from onward.data.template import RowText
 from onward.data.tokenized import PackedRow, pack
@@ -24,16 +25,38 @@ SPLITTERS = ("Digits", "Split")
 
 
 def byte_lengths(backend: Any) -> NDArray[np.int64] | None:
-    """Return how many bytes of a text each token id stands for; None where tokens do not tile a text."""
+    """Return how many bytes of a text each token id stands for, shape (largest id + 1,).
+
+    None where tokens do not tile a text, or where one id belongs to two tokens of different lengths. Ids may have gaps;
+    the length at an id without a token is 0.
+    """
     if not _tiles_text(backend):
         return None
-    added = backend.get_added_tokens_decoder()
-    lengths = np.zeros(backend.get_vocab_size(with_added_tokens=True) + len(added), dtype=np.int64)
-    for token, index in backend.get_vocab(with_added_tokens=False).items():
-        lengths[index] = len(token)  # one character of the byte-level alphabet stands for one byte
-    for index, token in added.items():
-        lengths[index] = len(token.content.encode())
-    return lengths
+    lengths: dict[int, int] = {}
+    for index, length in _token_lengths(backend):
+        if lengths.setdefault(index, length) != length:
+            return None
+    table = np.zeros(max(lengths, default=-1) + 1, dtype=np.int64)
+    table[list(lengths)] = list(lengths.values())
+    return table
+
+
+def _token_lengths(backend: Any) -> Iterator[tuple[int, int]]:
+    """Yield the id of every token that can be in an encoding, and how many bytes it stands for.
+
+    A token of the model is written in letters that each stand for one byte; an added token is plain text. One that is
+    both counts as both, except where its text holds anything but those letters, because the model never makes it then.
+    """
+    model: dict[str, int] = backend.get_vocab(with_added_tokens=False)
+    added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+    whole: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    added |= {token: index for token, index in whole.items() if token not in model}  # two of them may share an id
+    letters = frozenset(pre_tokenizers.ByteLevel.alphabet())
+    for token, index in model.items():
+        if token not in added or letters.issuperset(token):
+            yield index, len(token)
+    for token, index in added.items():
+        yield index, len(token.encode())
 
 
 def pack_tiled(
@@ -87,8 +110,6 @@ def _byte(text: str, place: int) -> int:
 
 
 def _tiles_text(backend: Any) -> bool:
-    from tokenizers import models
-
     model = backend.model
     if backend.normalizer is not None or not isinstance(model, models.BPE):
         return False

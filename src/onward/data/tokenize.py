@@ -8,27 +8,32 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onward.data.containers import SourceFile
+from onward.data.faults import FileError, SourceChanged, refusal_of
+from onward.data.limits import DEFAULT_LIMITS, Limits
 from onward.data.records import RowError, parse_row
-from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key, tokenizer_fingerprint
-from onward.data.sources import FileError, SourceRow, read_rows, row_unit
+from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
+from onward.data.sources import SourceRow, file_format, row_unit, rows_of
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
-CHUNK_CHARACTERS = 1 << 20  # a chunk of long rows ends earlier: nothing ends the work within one
+CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: nothing ends the work within one
 PROBLEMS_SHOWN = 20
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
+_Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
 
 __all__ = [
     "IntakeReport",
+    "Limits",
     "OverLength",
     "Problem",
     "Row",
     "RowTokenizer",
+    "SourceChanged",
     "TokenizedFile",
     "cache_key",
     "tokenize_file",
-    "tokenizer_fingerprint",
 ]
 
 
@@ -81,25 +86,33 @@ def tokenize_file(
     row_tokenizer: RowTokenizer,
     *,
     stop: Callable[[], None] = lambda: None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> IntakeReport:
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
+
+    The file is opened once, and its bytes are hashed while they are read: what is published has the hash `sha256`.
+    Whatever the content makes reading, parsing, rendering or tokenizing raise becomes a problem in the report.
 
     Args:
         source: the training file.
         directory: where the tokens go; must not exist yet.
-        sha256: the hash of `source`, kept in meta.json.
+        sha256: the hash of the file's bytes, or of what they unpack to; kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
         stop: called for every row, good or bad; may raise to give up, and then nothing is left behind.
+        limits: what the file and its rows may grow to.
 
     Raises:
         FileExistsError: `directory` exists.
+        SourceChanged: the content that was read is not the one that has the hash `sha256`.
+        OSError: the machine cannot read the file or write the tokens; trying again may help.
+        MemoryError: there is too little memory.
     """
     if directory.exists():
         raise FileExistsError(directory)
     writer = TokenizedWriter(directory)
     try:
-        intake = _Intake(row_tokenizer, writer)
-        intake.read(source, stop)
+        intake = _Intake(row_tokenizer, writer, limits, _Stop(stop))
+        intake.read(source, sha256)
         report = intake.report(_unit(source))
         if report.ok:
             writer.publish(
@@ -118,27 +131,59 @@ def tokenize_file(
         writer.discard()
 
 
+class _Stop:
+    """The caller's wish to stop; remembers what it raised, which no file is to blame for."""
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
+        self.raised: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._stop()
+        except BaseException as error:
+            self.raised = error
+            raise
+
+
 class _Intake:
     """The counts and problems of one file while it is read."""
 
-    def __init__(self, row_tokenizer: RowTokenizer, writer: TokenizedWriter) -> None:
+    def __init__(self, row_tokenizer: RowTokenizer, writer: TokenizedWriter, limits: Limits, stop: _Stop) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
+        self._limits = limits
+        self._stop = stop
         self._problems: list[Problem] = []
         self._problem_count = self._truncated = self._dropped = 0
 
-    def read(self, source: Path, stop: Callable[[], None]) -> None:
-        """Read the file in chunks; one is tokenized in another thread while the next is read and the last written."""
-        ahead: tuple[_Chunk, Future[list[Any]]] | None = None
+    def read(self, path: Path, sha256: str) -> None:
+        """Tokenize a file and hold what was read against its hash.
+
+        Raises:
+            SourceChanged: it is not the file that has this hash.
+        """
+        try:
+            file_format(path)
+            source = SourceFile(path)
+        except FileError as error:
+            self._refuse(None, error)
+            return
+        with source:
+            self._tokenize(_chunks(self._prepared(self._readable(source, sha256))))
+
+    def _tokenize(self, chunks: Iterable[_Chunk]) -> None:
+        """Take chunks in; one is tokenized in another thread while the next is read and the last written."""
+        ahead: _Ahead | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
-            try:
-                for chunk in _chunks(self._prepared(read_rows(source), stop)):
-                    encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
-                    if ahead is not None:
-                        self._take(*ahead)
-                    ahead = chunk, encoding
-            except FileError as error:
-                self._refuse(error.line, error)
+            for chunk in chunks:
+                if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
+                    self._take(*ahead)  # the tokens of a long row take much memory: it has it to itself
+                    ahead = None
+                encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
+                if ahead is not None:
+                    self._take(*ahead)
+                ahead = chunk, encoding
             if ahead is not None:
                 self._take(*ahead)
 
@@ -159,27 +204,47 @@ class _Intake:
             unit=unit,
         )
 
-    def _prepared(self, rows: Iterable[SourceRow], stop: Callable[[], None]) -> Iterator[tuple[int, RowText]]:
+    def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
+        """Yield the rows of a file as far as it can be read, then hold all of its bytes against its hash."""
+        is_read_in_order = file_format(source.path) != "parquet"
+        if not is_read_in_order:
+            source.check_read(sha256, self._stop)
+        line = 0
+        try:
+            for row in rows_of(source, self._limits, self._stop):
+                line = row.line
+                yield row
+        except BaseException as error:
+            known = isinstance(error, FileError)
+            self._refuse(error.line if known else line + 1, error)
+        if not is_read_in_order:
+            source.rewind()
+        source.check_read(sha256, self._stop)
+
+    def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
         for row in rows:
-            stop()
+            self._stop()
             try:
-                yield row.line, self._prepare(row)
-            except RowError as error:
+                text = self._prepare(row)
+            except BaseException as error:
                 self._refuse(row.line, error)
+                continue
+            yield row.line, text
 
     def _prepare(self, row: SourceRow) -> RowText:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
-        try:
-            return self._row_tokenizer.prepare(parse_row(row.value))
-        except RecursionError:
-            raise RowError("the JSON is nested too deeply", "flatten the row") from None
+        prepared = self._row_tokenizer.prepare(parse_row(row.value))
+        longest_character = 4  # bytes in UTF-8
+        limit = self._limits.row_bytes
+        if len(prepared.text) * longest_character > limit and len(prepared.text.encode()) > limit:
+            raise self._limits.row_refusal("the text of the row")
+        return prepared
 
     def _take(self, chunk: _Chunk, encodings: Future[list[Any]]) -> None:
         kept: list[PackedRow] = []
         lines: list[int] = []
-        encoded = self._row_tokenizer.pack([text for _, text in chunk], encodings.result())
-        for (line, _), packed in zip(chunk, encoded, strict=True):
+        for line, packed in self._packed(chunk, encodings):
             try:
                 fitted = self._row_tokenizer.fit(packed)
             except RowError as error:
@@ -193,10 +258,33 @@ class _Intake:
             lines.append(line)
         self._writer.append(kept, lines)
 
-    def _refuse(self, line: int | None, error: RowError | FileError) -> None:
+    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterable[tuple[int, PackedRow]]:
+        try:
+            packed = self._row_tokenizer.pack([text for _, text in chunk], encodings.result())
+        except BaseException as error:
+            refusal_of(error)
+            return self._packed_alone(chunk)
+        return zip([line for line, _ in chunk], packed, strict=True)
+
+    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, PackedRow]]:
+        """Tokenize the rows of a chunk one by one, to tell those at which the tokenizer gives up."""
+        for line, text in chunk:
+            self._stop()
+            try:
+                (packed,) = self._row_tokenizer.encode([text])
+            except BaseException as error:
+                self._refuse(line, error)
+                continue
+            yield line, packed
+
+    def _refuse(self, line: int | None, error: BaseException) -> None:
+        """Note why the file is refused; the one place that decides what a file is to blame for."""
+        if self._stop.raised is not None:
+            raise self._stop.raised
+        refusal = refusal_of(error)
         self._problem_count += 1
         self._problems = sorted(
-            [*self._problems, Problem(line, error.reason, error.remedy)], key=lambda problem: problem.line or 0
+            [*self._problems, Problem(line, refusal.reason, refusal.remedy)], key=lambda problem: problem.line or 0
         )[:PROBLEMS_SHOWN]
 
     def _nothing_left(self) -> FileError:
@@ -212,13 +300,18 @@ def _chunks(rows: Iterable[tuple[int, RowText]]) -> Iterator[_Chunk]:
     chunk: _Chunk = []
     characters = 0
     for row in rows:
-        chunk.append(row)
-        characters += len(row[1].text)
-        if len(chunk) >= CHUNK_ROWS or characters >= CHUNK_CHARACTERS:
+        length = len(row[1].text)
+        if chunk and (len(chunk) >= CHUNK_ROWS or characters + length > CHUNK_CHARACTERS):
             yield chunk
             chunk, characters = [], 0
+        chunk.append(row)
+        characters += length
     if chunk:
         yield chunk
+
+
+def _characters(chunk: _Chunk) -> int:
+    return sum(len(text.text) for _, text in chunk)
 
 
 def _unit(source: Path) -> str:

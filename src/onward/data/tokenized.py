@@ -1,6 +1,6 @@
-"""A tokenized file on disk: memory-mapped arrays that a step reads its rows from without touching the others.
+"""A tokenized file on disk: memory-mapped arrays, from which a step reads only its own rows.
 
-tokens.bin   little-endian uint32, all rows one after another; the top bit says that the token is a target
+tokens.bin   little-endian uint32, all rows one after another; the top bit marks a target
 offsets.bin  little-endian int64, rows + 1: row i is tokens[offsets[i]:offsets[i + 1]]
 lines.bin    little-endian int64, rows: the source line of each row
 meta.json    counts, the settings it was made with, size and xxh3 of the three files
@@ -25,7 +25,7 @@ from onward.errors import DamagedState
 FORMAT = 1
 TARGET_BIT = np.uint32(1 << 31)
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
-HINT = "remove this directory: it is a cache and is made again from the archived file"
+HINT = "remove this directory: it is a cache and is rebuilt from the archived file"
 
 PackedRow = NDArray[np.uint32]
 
@@ -36,7 +36,7 @@ class Row:
 
     Args:
         ids: token ids, int64, shape (T,).
-        targets: which tokens the loss covers, bool, shape (T,); the first never is, for nothing predicts it.
+        targets: which tokens the loss covers, bool, shape (T,); never the first, which nothing predicts.
     """
 
     ids: NDArray[np.int64]
@@ -54,7 +54,7 @@ def unpack(packed: PackedRow) -> Row:
 
 
 class TokenizedWriter:
-    """Writes a tokenized file beside its final place; `publish` makes it visible in one act.
+    """Writes a tokenized file under a temporary name; `publish` renames it to its final place in one act.
 
     Args:
         directory: the final place, which must not exist yet.
@@ -87,7 +87,7 @@ class TokenizedWriter:
     def publish(self, meta: dict[str, Any]) -> None:
         """Rename everything into place, `meta` included.
 
-        Nothing is forced to the disk: what a power cut damages is noticed when it is opened, and made again.
+        Nothing is forced to the disk: damage from a power cut is noticed when the file is opened, and it is rebuilt.
 
         Raises:
             FileExistsError: the final place is taken.
@@ -110,7 +110,7 @@ class TokenizedWriter:
         self._temporary.rename(self._final)
 
     def discard(self) -> None:
-        """Remove what was written and not published; does nothing after `publish`."""
+        """Remove what was written but not published; does nothing after `publish`."""
         for stream in self._streams.values():
             stream.close()
         remove_tree(self._temporary)
@@ -125,7 +125,7 @@ class TokenizedFile:
     """A published tokenized file; open it with `TokenizedFile.open`.
 
     Args:
-        directory: where it lies.
+        directory: its folder.
         meta: the contents of its meta.json.
     """
 

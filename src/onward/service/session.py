@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config, read_config
-from onward.data.tokenize import tokenizer_fingerprint
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
@@ -36,10 +36,15 @@ class Session:
     base: Path
     base_digest: str
     tokenizer: PreTrainedTokenizerBase
-    tokenizer_digest: str
+    tokenizer_state: TokenizerState
     device: torch.device
     dtype: torch.dtype
     environment: dict[str, Any]
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """The fingerprint of the tokenizer."""
+        return self.tokenizer_state.fingerprint
 
     @property
     def pad_id(self) -> int:
@@ -78,13 +83,13 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_folder(layout, config, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    tokenizer = load_tokenizer(tokenizer_folder(layout, base))
-    tokenizer_digest = tokenizer_fingerprint(tokenizer)
-    check_identity(ledger, config, base_digest, tokenizer_digest)
+    tokenizer = load_tokenizer(layout.tokenizer(base))
+    tokenizer_state = TokenizerState.of(tokenizer)
+    check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
-    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_digest, device, dtype, environment)
+    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
 
 
 def base_folder(layout: RunLayout, config: Config, report: Report = lambda _: None) -> Path:
@@ -102,12 +107,6 @@ def base_folder(layout: RunLayout, config: Config, report: Report = lambda _: No
     if was_moved and (own / "config.json").is_file():
         return own.resolve()
     return resolve_base(config.model, root=layout.root, report=report)
-
-
-def tokenizer_folder(layout: RunLayout, base: Path) -> Path:
-    """The folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
-    own = layout.root / "tokenizer"
-    return own if own.is_dir() else base
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:

@@ -49,6 +49,32 @@ class Files(Database):
             FileRow, "SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command
         )
 
+    def announced(self) -> list[FileRow]:
+        """Files that were seen in the inbox and not read yet, in the order of the queue."""
+        return self.records(
+            FileRow, "SELECT * FROM files WHERE state = 'arriving' AND copy = '' ORDER BY priority DESC, id"
+        )
+
+    def forget_announced(self, file_id: int) -> None:
+        """Forget a file that was seen in the inbox and changed or vanished before it was read."""
+        self.write("DELETE FROM files WHERE id = ? AND state = 'arriving' AND copy = ''", file_id)
+
+    def count_attempt(self, file_id: int, by: int = 1) -> int:
+        """Count that checking a file begins, or take that back with -1, durably; returns how often it was begun."""
+        self.write("UPDATE files SET attempts = max(0, attempts + ?) WHERE id = ?", by, file_id)
+        return self.file(file_id).attempts
+
+    def next_occurrence(self, sha256: str) -> int:
+        """Return the occurrence that a file with this content has if it joins the stream now; 0 for the first."""
+        last = self.scalar(
+            f"SELECT max(occurrence) FROM files WHERE sha256 = ? AND state IN ({marks(HELD)})", sha256, *HELD
+        )
+        return 0 if last is None else int(last) + 1
+
+    def with_content(self, sha256: str) -> list[FileRow]:
+        """All files that have this content, whatever came of them, in the order in which they arrived."""
+        return self.records(FileRow, "SELECT * FROM files WHERE sha256 = ? ORDER BY id", sha256)
+
     def holding(self, sha256: str) -> FileRow | None:
         """The file of the stream that has this content, if any."""
         return self.record(

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 class FileRow:
     """One file: where it came from, what was counted in it and where it stands.
 
-    `inbox` is its path below the inbox if it came from there, `copy` its path below the run's directory. `attempts`
-    counts how often checking its rows was begun without an end. `occurrence` counts the files with the same content
+    `inbox` is its path below the inbox if it came from there, `copy` its path below the run's directory. A file of the
+    inbox that was seen and not read yet is announced: it has neither `copy` nor `sha256`, and `seen` tells which file
+    it was (device, inode, size, time). `attempts` counts how often checking its rows was begun without an end.
+    `occurrence` counts the files with the same content
     that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
     each of its steps is cut after lack of memory.
     """
@@ -45,6 +47,12 @@ class FileRow:
     parts: int | None = None
     attempts: int = 0
     occurrence: int = 0
+    seen: str | None = None
+
+    @property
+    def is_announced(self) -> bool:
+        """Whether the file still lies in the inbox, unread."""
+        return not self.copy
 
     @property
     def first_step(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.data.order import FilePlan
+from onward.data.order import Plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.training.adapter import set_dropout
@@ -26,7 +26,7 @@ class Boundary:
     file: str
     model: nn.Module
     tokens: TokenizedFile
-    plan: FilePlan
+    plan: Plan
     config: Config
 
 
@@ -47,7 +47,7 @@ def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.dev
     return results
 
 
-def cross_boundary(state: TrainState, config: Config, plan: FilePlan, position: int) -> None:
+def cross_boundary(state: TrainState, config: Config, plan: Plan, position: int) -> None:
     """Put the config in force, apply its boundary policy and set the cursor to the start of a file."""
     state.method.configure(state.optimizer, config)
     set_dropout(state.model, config.lora.dropout)

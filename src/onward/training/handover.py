@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from onward.data.loader import Batch
+from onward.data.order import RowReference
 from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
@@ -55,8 +56,9 @@ def probe_batch(seed: int, vocabulary: int) -> Batch:
     cells = [[fold(seed, "probe", row, column) for column in range(PROBE_LENGTH)] for row in range(PROBE_ROWS)]
     ids = np.array(cells, dtype=np.int64) % vocabulary
     targets = np.arange(PROBE_LENGTH) > 0
-    places = list(range(PROBE_ROWS))
-    return Batch([Row(row, targets) for row in ids], places, places)
+    places = range(PROBE_ROWS)
+    references = [RowReference("probe", place) for place in places]
+    return Batch([Row(row, targets) for row in ids], references, list(places))
 
 
 class Probe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from onward.config import Config
 from onward.data.loader import Batch, batch_at
-from onward.data.order import FilePlan, rows_digest
+from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
@@ -42,16 +42,20 @@ class Trainer:
         self.world = world
         self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
 
-    def steps(self, file: TokenizedFile, plan: FilePlan) -> Iterator[StepTaken]:
-        """Take the steps that remain of the file, from the cursor on, and yield each after it was taken.
+    def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
+        """Yield each step that the plan still has, from the cursor on, after it was taken.
+
+        Args:
+            files: every source of the plan, by its SHA-256.
+            plan: which rows each step has.
 
         Raises:
             TrainingError: the loss is not finite; the state is that before the step.
         """
         while not self.state.cursor.at_boundary:
-            yield self.take_step(batch_at(file, plan, self.state.cursor.step), plan)
+            yield self.take_step(batch_at(files, plan, self.state.cursor.step), plan)
 
-    def take_step(self, batch: Batch, plan: FilePlan) -> StepTaken:
+    def take_step(self, batch: Batch, plan: Plan) -> StepTaken:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
@@ -69,7 +73,7 @@ class Trainer:
             steps_in_file=plan.steps,
             epoch=plan.epoch_of(index),
             rows=len(batch.rows),
-            rows_digest=rows_digest(batch.indices),
+            rows_digest=rows_digest(batch.references, plan.sources),
             tokens=batch.tokens,
             target_tokens=batch.target_tokens,
             loss=loss,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import zstandard
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory
+from onward.atomic import fsync_directory
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout
 from onward.service.intake.names import unused_name
+from onward.service.intake.reading import look
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -21,14 +22,19 @@ TEXT = (".jsonl", ".ndjson", ".json", ".txt")
 """Endings of originals that are worth compressing; the reader of rows unpacks them by their name."""
 
 
-def require_original(root: Path, row: FileRow) -> Path:
+PACKING = ".packing"
+"""Name of what is being compressed: no temporary file of intake, which others may remove meanwhile."""
+
+
+def require_original(layout: RunLayout, row: FileRow) -> Path:
     """Return the archived original of a file, held against its hash.
 
     Raises:
         DamagedState: it is missing or changed.
+        OSError: the machine cannot read it now.
     """
-    path = root / row.copy
-    if not path.is_file() or _digest(path, row) != row.sha256:
+    path = layout.kept(row.copy)
+    if look(path) is None or _digest(path, row) != row.sha256:
         raise DamagedState(
             f"the archived original of {row.name} is missing or changed",
             where=path,
@@ -39,11 +45,11 @@ def require_original(root: Path, row: FileRow) -> Path:
 
 def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
     """Replace the archived original of a finished file by a compressed one that gives the same bytes."""
-    plain = layout.root / row.copy
+    plain = layout.kept(row.copy)
     if plain.suffix not in TEXT or not plain.is_file() or ledger.sharing_copy(row.copy) > 1:
         return
     packed = unused_name(layout.archive, f"{plain.name}{PACKED}")
-    temporary = packed.with_name(f"{TEMPORARY_PREFIX}{packed.name}")
+    temporary = layout.archive / PACKING
     with plain.open("rb") as source, temporary.open("wb") as target:
         zstandard.ZstdCompressor(level=9).copy_stream(source, target)
         target.flush()

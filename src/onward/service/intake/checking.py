@@ -8,60 +8,70 @@ file of the inbox stands for itself.
 from __future__ import annotations
 
 import contextlib
-import shutil
+import json
 import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from onward.atomic import remove_temporaries
 from onward.data.containers import FileError
-from onward.data.tokenize import IntakeReport, RowTokenizer, cache_key, tokenize_file
+from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.service.intake.arrivals import Arrivals, Values
+from onward.service.intake.arrivals import TOGETHER, Arrivals, Values
+from onward.service.intake.file_check import FileCheck, Withdrawn
+from onward.service.intake.guard import Budget, BudgetSpent, Guard
 from onward.service.intake.inbox import PRIORITIES
+from onward.service.intake.lock import IntakeLock
+from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused, rejection
+from onward.service.intake.settling import Settling
+from onward.service.intake.tokenizer import RowRules, RulesOfRun
 from onward.store.ledger import Ledger
-from onward.store.rows import FileRow
-from onward.text import quoted
+from onward.store.rows import FileRow, IntentRow
+from onward.text import printable, quoted
 
 
 class Intake:
     """Takes files into the stream of one run.
 
     Args:
-        row_tokenizer: makes the tokenizer of rows when the first file needs it; loading one is slow.
-        stop: polled while files are read; raises to end early, and what arrived stays for the next start.
+        stop: called while files are read; raises to end early, and what arrived stays for the next start.
+        rules: what rows have to meet; by default what the run's config and base model say.
+        begun: called with a file once its attempt is counted, before it is opened.
     """
 
     def __init__(
         self,
         layout: RunLayout,
         ledger: Ledger,
-        row_tokenizer: Callable[[], tuple[RowTokenizer, str]],
         *,
         stop: Callable[[], None] = lambda: None,
+        rules: Callable[[], RowRules] | None = None,
+        begun: Callable[[FileRow], None] = lambda _: None,
     ) -> None:
         self.layout = layout
         self.ledger = ledger
         self.stop = stop
-        self._row_tokenizer = row_tokenizer
-        self._lock = FileLock(layout.intake_lock)
-        self._arrivals = Arrivals(layout, ledger, stop)
+        self._lock = IntakeLock(layout)
+        self._arrivals = Arrivals(layout, ledger)
+        self._check = FileCheck(layout, ledger, rules or RulesOfRun(layout, ledger), begun)
+        self._settling = Settling(layout, ledger, self._check)
         self._is_clean = False
+
+    # commands
 
     def take(
         self, paths: Sequence[Path], *, again: bool = False, priority: str = "normal", intent: int | None = None
     ) -> list[FileRow]:
-        """Take in files in order, after whatever an earlier process left unfinished.
+        """Take in files in order.
 
         Files that the stream still owes are not an error: the same command may be given again after a kill.
 
         Args:
             again: accept content that the stream already has.
+            intent: the command as the ledger recorded it; it ends when the files are recorded or refused.
 
         Returns:
             The ledger's rows of the files that were accepted now.
@@ -70,199 +80,246 @@ class Intake:
             FileRejected: at least one of `paths` was refused; none of them entered the stream.
         """
         with self._owned():
-            for path in paths:
-                self._require_readable(path)
-            command = uuid.uuid4().hex
-            self._arrive(paths, command, again, PRIORITIES[priority])
+            command = self._arrive(paths, again, PRIORITIES[priority], intent)
             try:
-                return self._settle(command)
+                return self._settle_at_last(command)
             except OnwardError:  # a refused command takes nothing in; a killed one is finished by the next process
-                self._withdraw(command)
+                self._settling.withdraw(command)
                 raise
 
-    def take_inbox(self, found: Sequence[tuple[Path, int]]) -> int:
-        """Take settled files of the inbox, given with their priority; returns how many arrived.
-
-        Their rows are checked by `check_ahead`. While another process takes files in, nothing happens.
-        """
-        with self._owned(patience=0) as mine:
-            return len(self._arrivals.move_in(found, uuid.uuid4().hex)) if mine else 0
-
-    def check_ahead(self, *, seconds: float, largest: float = float("inf")) -> bool:
-        """Check arrived files in the order of the queue; returns whether some are left to check.
-
-        Checking goes on while a file that would be trained before the head of the queue is unchecked.
+    def finish_left_over(self, intent: int | None = None) -> list[FileRejected]:
+        """Finish what an interrupted process took in or was to take in; returns the refusals that it cannot report.
 
         Args:
-            seconds: time after which no further file is begun, once the head of the queue is known.
-            largest: bytes of a file above which checking waits.
+            intent: that of the caller's own command, which is left alone.
         """
-        ends = time.monotonic() + seconds
-        with self._owned(patience=0) as mine:
-            while mine and (row := self.ledger.next_arriving()):
-                if row.bytes > largest or (time.monotonic() > ends and not self.outranks_queue()):
-                    return True
-                with contextlib.suppress(FileRejected):  # reported by `_refuse`
-                    self._settle(row.command)
-            return not mine
-
-    def outranks_queue(self) -> bool:
-        """Whether the next file to be checked would be trained before those that are queued."""
-        row, head = self.ledger.next_arriving(), self.ledger.next_owed()
-        if row is None or head is None:
-            return row is not None
-        return head.state == "queued" and head.position is None and row.priority > head.priority
-
-    def withdraw(self, row: FileRow, reason: str) -> str:
-        """Take a file whose rows are not checked yet out of the stream; returns what was done."""
-        with self._owned():
-            self.ledger.move_file(row.id, "skipped", note=reason)
-        return f"skipped {row.name}"
-
-    def finish_left_over(self, but: int | None = None) -> list[FileRejected]:
-        """Finish what an interrupted process took in; returns the refusals that it can no longer report."""
-        refused: list[FileRejected] = []
+        refused = self.take_intents(intent)
         with self._owned():
             while row := self.ledger.next_arriving():
                 try:
-                    self._settle(row.command)
+                    self._settle_at_last(row.command)
                 except FileRejected as error:
                     refused.append(error)
         return refused
 
+    def take_intents(self, intent: int | None = None) -> list[FileRejected]:
+        """Let the files of commands arrive that were ended before they had read them; returns what was refused.
+
+        Only the process that owns the run may do this: nobody else's command can be going on.
+        """
+        refused: list[FileRejected] = []
+        left = [one for one in self.ledger.intents() if intent is None or one.id < intent]
+        for one in left:
+            with self._owned():
+                try:
+                    self._arrive_left(one)
+                except FileRejected as error:
+                    refused.append(error)
+        return refused
+
+    def withdraw(self, row: FileRow, reason: str) -> str:
+        """Take a file out of the stream that arrived and was not accepted yet, even while a process checks it.
+
+        It goes to `rejected/`; a process that reads it notices within a moment and lets go of it.
+
+        Returns:
+            What was done, for a person.
+
+        Raises:
+            OnwardError: the file is not arriving any more.
+        """
+        self.ledger.move_file(row.id, "skipped", note=reason)
+        refusal = Refusal.of_training(row.name, reason, "to train it after all, add it again")
+        places = [self.layout.dropped(row.inbox)] if row.inbox else []
+        copy = self.ledger.file(row.id).copy
+        places += [self.layout.kept(copy)] if copy else []
+        path = next((place for place in reversed(places) if look(place) is not None), None)
+        if path is not None:
+            keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
+        self.ledger.add_event("warning", f"skip: {reason}: {row.name}")
+        return f"skipped {row.name}"
+
+    # the inbox
+
+    def announce(self, found: Sequence[tuple[Path, int]]) -> int:
+        """Give settled files of the inbox, given with their priority, their places in the queue; returns how many."""
+        return self._arrivals.announce(found, uuid.uuid4().hex)
+
+    def bring_in(
+        self, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
+    ) -> list[FileRow]:
+        """Read announced files and move them into the archive, as far as the budget goes.
+
+        While another process takes files in, nothing happens.
+
+        Args:
+            leaves: true for files that are left to a process of their own.
+        """
+        rows = [row for row in self.ledger.announced() if not leaves(row)][:TOGETHER]
+        if not rows:
+            return []
+        with self._owned(wait=False) as mine:
+            return self._arrivals.bring_in(rows, Guard(self.stop, budget)) if mine else []
+
+    def check_ahead(
+        self, *, seconds: float, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
+    ) -> FileRow | None:
+        """Check arrived files in the order of the queue; returns one that has to be left to a process of its own.
+
+        Checking goes on while a file that would be trained before the head of the queue is unchecked. While another
+        process takes files in, nothing happens.
+
+        Args:
+            seconds: time after which no further file is begun, once the head of the queue is known.
+            budget: what may be done at most, whatever is unchecked.
+            leaves: true for files that are left to a process of their own.
+        """
+        ends = time.monotonic() + seconds
+        guard = Guard(self.stop, budget)
+        with self._owned(wait=False) as mine:
+            while mine and (row := self.ledger.next_arriving()):
+                if leaves(row):
+                    return row
+                if time.monotonic() > ends and (budget is not None or not self.outranks_queue()):
+                    return None
+                try:
+                    guard.spend(row.bytes)
+                    self._settle(row.command, guard)
+                except BudgetSpent:
+                    return row
+                except MemoryError:  # this process may have little left; that says nothing of another one
+                    if budget is None:
+                        raise
+                    return row
+                except FileRejected:  # reported in `rejected/` and as an event
+                    continue
+        return None
+
+    def check_next(self) -> bool:
+        """Read and check the file at the head of those that arrived, however long it takes; False if there is none.
+
+        The intake lock is held for this file only.
+        """
+        with self._owned():
+            row = self.ledger.next_arriving()
+            if row is None:
+                return False
+            with contextlib.suppress(FileRejected):
+                self._settle(row.command, Guard(self.stop))
+            return True
+
+    def outranks_queue(self) -> bool:
+        """Whether the next file to be checked comes before those that are queued, by priority and arrival."""
+        row, head = self.ledger.next_arriving(), self.ledger.next_owed()
+        if row is None or head is None:
+            return row is not None
+        is_free = head.state == "queued" and head.position is None
+        return is_free and (-row.priority, row.id) < (-head.priority, head.id)
+
+    # both
+
     @contextlib.contextmanager
-    def _owned(self, patience: float = -1) -> Generator[bool]:
+    def _owned(self, *, wait: bool = True) -> Generator[bool]:
         """Hold the intake lock, and once finish what a killed process left; False where others hold it."""
-        try:
-            self._lock.acquire(timeout=patience)
-        except Timeout:
-            yield False
-            return
-        try:
-            if not self._is_clean:
+        with self._lock.held(self.stop, wait=wait) as mine:
+            if mine and not self._is_clean:
                 self._arrivals.clean()
                 remove_temporaries(self.layout.tokens)
                 self._is_clean = True
-            yield True
-        finally:
-            self._lock.release()
+            yield mine
 
-    @staticmethod
-    def _require_readable(path: Path) -> None:
-        if not path.exists():
-            raise UsageError("there is no such file", where=path, hint="Check the path; nothing was added.")
-        if path.is_dir():
-            raise UsageError(
-                "this is a directory, not a file", where=path, hint=f"Name its files: {quoted(path)}/*.jsonl"
-            )
+    def _arrive(self, paths: Sequence[Path], again: bool, priority: int, intent: int | None) -> str:
+        """Copy files into the archive under names of their own and record them, durably; returns their command."""
+        command = uuid.uuid4().hex
+        try:
+            for path in paths:
+                _require_file(path)
+            arrived = self._copy(paths)
+        except (OnwardError, OSError):
+            if intent is not None:
+                self.ledger.end_intent(intent)  # a person is told
+            raise
+        common = {"command": command, "again": int(again), "priority": priority}
+        self._arrivals.record([{**values, **common} for values in arrived], intent)
+        return command
 
-    def _arrive(self, paths: Sequence[Path], command: str, again: bool, priority: int) -> None:
-        """Copy files into the archive under names of their own and record them, durably."""
+    def _copy(self, paths: Sequence[Path]) -> list[Values]:
+        """Copy all files or none."""
         arrived: list[tuple[Path, Values]] = []
         refusals: list[Refusal] = []
-        for path in paths:
-            try:
-                arrived.append(self._arrivals.copy(path))
-            except FileError as error:
-                refusals.append(Refusal.of_file(path.name, error))
-                keep_refused(self.layout, path, refusals[-1], self.ledger.clock())
-        if refusals:
+        try:
+            for path in paths:
+                try:
+                    arrived.append(self._arrivals.copy(path, Guard(self.stop)))
+                except FileError as error:
+                    refusals.append(Refusal.of_file(path.name, error))
+                    keep_refused(self.layout, path, refusals[-1], self.ledger.clock())
+            if refusals:
+                raise rejection(refusals, len(paths))
+        except BaseException:
             for temporary, _ in arrived:
                 temporary.unlink(missing_ok=True)
-            raise rejection(refusals, len(paths))
-        common = {"command": command, "again": int(again), "priority": priority}
-        self._arrivals.record([{**values, **common} for _, values in arrived])
+            raise
+        return [values for _, values in arrived]
 
-    def _settle(self, command: str) -> list[FileRow]:
+    def _arrive_left(self, intent: IntentRow) -> None:
+        paths = [Path(name) for name in json.loads(intent.paths)]
+        try:
+            self._arrive(paths, bool(intent.again), intent.priority, intent.id)
+        except FileRejected as error:
+            self.ledger.add_event("warning", f"handed over earlier: {error.what}", kind="rejected")
+            raise
+        except OnwardError as error:
+            self.ledger.add_event("warning", f"handed over earlier: {error.what} [{error.where}]", kind="rejected")
+            raise FileRejected(error.what, where=error.where, hint=error.hint) from None
+
+    def _settle(self, command: str, guard: Guard) -> list[FileRow]:
         """Accept everything that arrived with a command, or refuse it all; returns the files accepted."""
-        rows = self._arriving(command)
-        if any(not (self.layout.root / row.copy).exists() for row in rows):
+        rows = self.ledger.arriving(command)
+        announced = [row for row in rows if row.is_announced]
+        if announced:
+            self._arrivals.bring_in(announced, guard)
+        elif any(look(self.layout.kept(row.copy)) is None for row in rows):
             self._arrivals.complete(rows)
-            rows = self._arriving(command)
-        fresh, refusals = self._without_duplicates(rows)
+        rows = self.ledger.arriving(command)
+        if any(row.is_announced for row in rows):
+            raise BudgetSpent
+        fresh, refusals = self._settling.without_duplicates(rows)
         reports: list[tuple[FileRow, IntakeReport]] = []
         for row in fresh:
-            report = self._check(row)
-            if isinstance(report, Refusal):
-                refusals.append((row, report))
+            try:
+                outcome = self._check.check(row, guard)
+            except Withdrawn:
+                continue
+            if len(fresh) > 1:  # that it ended must not be forgotten when another file of the command ends the process
+                self.ledger.count_attempt(row.id, -1)
+            if isinstance(outcome, Refusal):
+                refusals.append((row, outcome))
             else:
-                reports.append((row, report))
+                reports.append((row, outcome))
         if refusals:
-            self._refuse(rows, refusals)
-            self._forget_tokens([row for row, _ in reports])
+            self._settling.refuse(rows, refusals)
+            for row, _ in reports:
+                self._check.forget_tokens(row)
             raise rejection([refusal for _, refusal in refusals], len(rows))
-        with self.ledger.transaction():
-            for row in rows:
-                if row not in fresh:
-                    self._drop(row, "already in the stream")
-            for row, report in reports:
-                self._accept(row, report)
-        return [self.ledger.file(row.id) for row in fresh]
+        return self._settling.accept(rows, reports)
 
-    def _arriving(self, command: str) -> list[FileRow]:
-        return self.ledger.arriving(command)
+    def _settle_at_last(self, command: str) -> list[FileRow]:
+        """Settle a command in this process, whatever memory it takes: attempts bound how often that is tried."""
+        while True:
+            try:
+                return self._settle(command, Guard(self.stop))
+            except MemoryError:
+                continue
 
-    def _without_duplicates(self, rows: list[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Sort out content the stream has. Where it still owes some of the same command, that command goes on."""
-        held = {row.id: self.ledger.holding(row.sha256) for row in rows}
-        goes_on = any(other and other.state != "done" for other in held.values())
-        fresh: list[FileRow] = []
-        refusals: list[tuple[FileRow, Refusal]] = []
-        for row in rows:
-            twin = held[row.id] or next((other for other in fresh if other.sha256 == row.sha256), None)
-            if twin is None or row.again:
-                fresh.append(row)
-            elif twin in fresh or not goes_on or row.inbox:
-                refusals.append((row, Refusal.of_duplicate(row, twin)))
-        return fresh, refusals
 
-    def _check(self, row: FileRow) -> IntakeReport | Refusal:
-        row_tokenizer, _ = self._row_tokenizer()
-        target = self._tokens(row)
-        if target.exists():
-            shutil.rmtree(target)
-        report = tokenize_file(self.layout.root / row.copy, target, row.sha256, row_tokenizer, stop=self.stop)
-        return report if report.ok else Refusal.of_rows(row.name, report)
-
-    def _tokens(self, row: FileRow) -> Path:
-        row_tokenizer, tokenizer_digest = self._row_tokenizer()
-        key = cache_key(row.sha256, tokenizer_digest, row_tokenizer.max_length, row_tokenizer.over_length)
-        return self.layout.tokens / key
-
-    def _forget_tokens(self, rows: list[FileRow]) -> None:
-        """Remove the tokens of files that did not enter the stream, unless a file of the stream has that content."""
-        for row in rows:
-            if self.ledger.holding(row.sha256) is None:
-                shutil.rmtree(self._tokens(row), ignore_errors=True)
-
-    def _accept(self, row: FileRow, report: IntakeReport) -> None:
-        self.ledger.move_file(
-            row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
-            truncated=report.truncated, dropped=report.dropped,
-        )  # fmt: skip
-        notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
-        detail = f" ({', '.join(notes)} for length)" if notes else ""
-        self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
-
-    def _refuse(self, rows: list[FileRow], refusals: list[tuple[FileRow, Refusal]]) -> None:
-        """Move the refused files to `rejected/` with their reports, and let go of the others of the command."""
-        reasons = {row.id: refusal for row, refusal in refusals}
-        for row in rows:
-            refusal = reasons.get(row.id)
-            copy = self.layout.root / row.copy
-            if refusal and copy.exists():
-                keep_refused(self.layout, copy, refusal, self.ledger.clock(), move=True)
-            note = "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
-            with self.ledger.transaction():
-                self._drop(row, note)
-                if refusal:
-                    self.ledger.add_event("warning", f"{row.name} rejected: {refusal.lines()[0]}", kind="rejected")
-
-    def _withdraw(self, command: str) -> None:
-        for row in self.ledger.files("arriving"):
-            if row.command == command:
-                self._drop(row, "the command was refused")
-
-    def _drop(self, row: FileRow, note: str) -> None:
-        self.ledger.move_file(row.id, "rejected", note=note)
-        (self.layout.root / row.copy).unlink(missing_ok=True)
+def _require_file(path: Path) -> None:
+    shown = printable(str(path))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
+    except OSError:
+        return  # said in its own words when it is read
+    if path.is_dir():
+        raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

@@ -1,27 +1,23 @@
-"""The inbox: which files in it are settled, in which order they are taken, and what wakes a daemon that waits.
+"""The inbox: which files in it are settled, and in which order they are taken.
 
 A file is settled when its writer renamed it in, or when its size and time stood still for a while and no process
-has it open for writing. Scanning again finds everything; file events only make it prompt, and where a file system
-sends none (network disks) nothing else changes.
+has it open for writing.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from onward.service.intake.writers import is_being_written
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
 """Folders of the inbox, and what `--priority` takes, with their rank."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep what is not done."""
-POLL_SECONDS = 2.0
-"""Seconds between scans where nothing tells of a change."""
 
 
 @dataclass
@@ -68,8 +64,11 @@ class Inbox:
         self._sights: dict[str, _Sight] = {}
         self._scans = 0
 
-    def scan(self) -> Scan:
+    def scan(self, announced: Collection[str | None] = ()) -> Scan:
         """Look at every file once; those seen in an earlier scan come first, then by time of arrival, then by name.
+
+        Args:
+            announced: paths below the inbox that have their place in the queue already; they are passed over.
 
         Raises:
             OSError: the inbox is gone or cannot be read.
@@ -78,7 +77,9 @@ class Inbox:
         present: dict[str, _Sight] = {}
         strange: list[str] = []
         found: list[tuple[int, tuple[int, int, str], Path]] = []
-        for entry, priority in self._entries(strange):
+        for entry, priority, name in self._entries(strange):
+            if name in announced:
+                continue
             sight = self._look(entry)
             if sight is None:
                 continue
@@ -90,14 +91,10 @@ class Inbox:
         settled = [(path, -priority) for priority, _, path in found]
         return Scan(settled, len(present) - len(settled), strange)
 
-    def forget(self, paths: list[Path]) -> None:
-        """Look again at files that were to be taken: those that changed meanwhile have to settle anew."""
-        for path in paths:
-            self._sights.pop(str(path), None)
-
-    def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int]]:
-        result: list[tuple[os.DirEntry[str], int]] = []
-        for folder, priority in ((self.folder, 0), (self.folder / "high", 1), (self.folder / "low", -1)):
+    def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int, str]]:
+        result: list[tuple[os.DirEntry[str], int, str]] = []
+        for below, priority in (("", 0), ("high/", 1), ("low/", -1)):
+            folder = self.folder / below
             try:
                 with os.scandir(folder) as entries:
                     for entry in entries:
@@ -107,7 +104,7 @@ class Inbox:
                             if folder != self.folder or entry.name not in PRIORITIES:
                                 strange.append(entry.name)
                         else:
-                            result.append((entry, priority))
+                            result.append((entry, priority, f"{below}{entry.name}"))
             except FileNotFoundError:
                 if folder == self.folder:
                     raise
@@ -138,52 +135,3 @@ class Inbox:
 
     def _is_old(self, status: os.stat_result) -> bool:
         return self.clock() - max(status.st_mtime, status.st_ctime) >= max(self.settle_seconds, 1.0)
-
-
-def is_being_written(path: str) -> bool:
-    """Whether some process has a file open for writing, as far as the kernel tells: it then grants no read lease."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False  # a link, or no permission: refused by name when it is taken
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN  # other answers: this file system knows no leases
-    except AttributeError:  # not Linux
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-class Watcher:
-    """Sets `wake` when something changes in a folder; where events cannot be had, only polling is left."""
-
-    def __init__(self, folder: Path, wake: threading.Event) -> None:
-        self._folder = folder
-        self._wake = wake
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="onward-inbox", daemon=True)
-
-    def __enter__(self) -> Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join(timeout=POLL_SECONDS)
-
-    def _watch(self) -> None:
-        from watchfiles import watch
-
-        while not self._ended.is_set():
-            try:
-                for _ in watch(
-                    self._folder, stop_event=self._ended, step=50, debounce=200, rust_timeout=500,
-                    raise_interrupt=False, watch_filter=None,
-                ):  # fmt: skip
-                    self._wake.set()
-            except Exception:  # no such folder, too many watches, a disk without events: scanning goes on
-                self._ended.wait(5 * POLL_SECONDS)

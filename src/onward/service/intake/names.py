@@ -9,6 +9,8 @@ from onward.atomic import TEMPORARY_PREFIX
 
 NAME_BYTES, NAME_ENDING = 180, 12
 """Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
+REPORT = ".report.json"
+"""Ending of a report in `rejected/`; no file of a person is kept there under a name that ends so."""
 NUMBERED = 100
 """Numbers tried for a name that is taken, before a random one."""
 
@@ -24,12 +26,29 @@ def plain_name(name: str) -> str:
     return head + ending
 
 
-def unused_name(folder: Path, name: str, *, reserved: frozenset[str] | set[str] = frozenset()) -> Path:
-    """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings."""
+def rejected_name(name: str) -> str:
+    """Return the name under which a refused file is kept: that of a report is never one of them."""
+    return f"{name.removesuffix(REPORT)}.report_.json" if name.endswith(REPORT) else name
+
+
+def report_of(kept: Path) -> Path:
+    """Return the place of the report on a refused file."""
+    return kept.with_name(f"{kept.name}{REPORT}")
+
+
+def unused_name(
+    folder: Path, name: str, *, reserved: frozenset[str] | set[str] = frozenset(), with_report: bool = False
+) -> Path:
+    """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings.
+
+    Args:
+        reserved: names that are taken, too.
+        with_report: whether the name of its report has to be free as well.
+    """
     stem, dot, endings = name.partition(".")
     path = folder / name
     for number in range(2, NUMBERED):
-        if not _is_taken(path, reserved):
+        if not _is_taken(path, reserved) and not (with_report and _is_taken(report_of(path), reserved)):
             return path
         path = folder / f"{stem}-{number}{dot}{endings}"
     return folder / f"{stem}-{os.urandom(8).hex()}{dot}{endings}"

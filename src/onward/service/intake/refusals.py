@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
-import os
-import shutil
+import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import replace_json
-from onward.data.containers import FileError
+from onward.atomic import TEMPORARY_PREFIX, replace_json
+from onward.data.faults import FileError, described
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout
-from onward.service.intake.names import plain_name, unused_name
+from onward.service.intake.guard import Guard
+from onward.service.intake.names import plain_name, rejected_name, report_of, unused_name
+from onward.service.intake.reading import Changed, look, move_durably, read_whole
 from onward.store.rows import FileRow
+from onward.text import printable
 
 REPORTED = 20
 """Rows that a rejection names at most."""
@@ -51,6 +55,23 @@ class Refusal:
         return cls(row.name, [_problem(None, reason, "to train it once more: onward add --again")], 1)
 
     @classmethod
+    def of_change(cls, row: FileRow) -> Refusal:
+        """The refusal of a file that is not the one any more whose hash was recorded."""
+        reason = "it changed after it was taken: its writer still had it open"
+        return cls(row.name, [_problem(None, reason, "add it again when its writer is done")], 1)
+
+    @classmethod
+    def of_deaths(cls, row: FileRow) -> Refusal:
+        """The refusal of a file at which processes died."""
+        reason = f"checking it ended the process {row.attempts} times, by lack of memory or by a fault in a library"
+        return cls(row.name, [_problem(None, reason, "split the file, or export its rows again")], 1)
+
+    @classmethod
+    def of_error(cls, row: FileRow, error: BaseException) -> Refusal:
+        """The refusal of a file that made checking fail in a way that nobody thought of."""
+        return cls(row.name, [_problem(None, f"it cannot be used ({described(error)})", "export its rows again")], 1)
+
+    @classmethod
     def of_training(cls, name: str, reason: str, remedy: str) -> Refusal:
         """The refusal of a file that was accepted and could not be trained."""
         return cls(name, [_problem(None, reason, remedy)], 1)
@@ -67,24 +88,58 @@ class Refusal:
         return f"{self.name}{row}: {problem['reason']}{remedy}"
 
 
-def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *, move: bool = False) -> None:
-    """Put a refused file into `rejected/` with its report, the report first.
+def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *, move: bool = False) -> Path:
+    """Put a refused file into `rejected/` with its report, the report first; returns the report's place.
 
     Args:
         now: the time of the refusal, seconds since the epoch.
         move: the file goes there; else a copy of it, where it can be read.
     """
     layout.rejected.mkdir(exist_ok=True)
-    target = layout.rejected / refusal.name
-    if os.path.lexists(target) and (not path.is_file() or not filecmp.cmp(path, target, shallow=False)):
-        target = unused_name(layout.rejected, refusal.name)
+    target = layout.rejected / rejected_name(refusal.name)
+    if not _may_take(target, path, links=not move):
+        target = unused_name(layout.rejected, target.name, with_report=True)
     report = {"file": refusal.name, "problem_count": refusal.problem_count, "unit": refusal.unit}
     report |= {"rejected": now, "problems": refusal.problems}
-    replace_json(target.with_name(f"{target.name}.report.json"), report)
-    if move:
-        shutil.move(path, target)
-    elif path.is_file() and os.access(path, os.R_OK) and not target.exists():
-        shutil.copyfile(path, target)
+    replace_json(report_of(target), report)
+    if not move and look(target) is None:
+        _keep_copy(path, target)
+    elif move and look(path) is not None:
+        with contextlib.suppress(Changed):  # somebody still writes it: it stays where it is
+            move_durably(path, target)
+    return report_of(target)
+
+
+def _may_take(target: Path, path: Path, *, links: bool) -> bool:
+    """Whether a refused file and its report may take these names: they are free, or were taken by the same file."""
+    report = report_of(target)
+    if look(report) is not None and not _is_report(report):
+        return False
+    if look(target) is None:
+        return True
+    found = look(path)
+    is_file = path.is_file() if links else found is not None and stat.S_ISREG(found.st_mode)
+    return is_file and filecmp.cmp(path, target, shallow=False)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is a report that Onward wrote, and not one of a person that has its name."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and {"file", "problems", "rejected"} <= values.keys()
+
+
+def _keep_copy(path: Path, target: Path) -> None:
+    """Copy a file that a person still has: where that cannot be done, the report says enough."""
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    try:
+        with temporary.open("wb") as writer:
+            read_whole(path, Guard(), writer=writer, links=True)
+        temporary.replace(target)
+    except (OSError, Changed, FileError):
+        temporary.unlink(missing_ok=True)
 
 
 def rejection(refusals: list[Refusal], given: int) -> FileRejected:
@@ -102,5 +157,4 @@ def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    shown = text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return printable(text if len(text) <= REASON_LENGTH else f"{text[:REASON_LENGTH]}...")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from filelock import FileLock
+from collections.abc import Callable, Collection
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
-from onward.data.tokenize import RowTokenizer, TokenizedFile, cache_key, tokenize_file
+from onward.data.limits import NO_LIMITS
+from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
 from onward.errors import DamagedState, FileRejected
 from onward.layout import step_of
 from onward.service.intake.archive import require_original
 from onward.service.session import Session
+from onward.store.files import HELD
+from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
-LATELY = 8
-"""Finished files looked at when tokens are forgotten; a boundary frees one file's, as a rule."""
+LATELY = 32
+"""Finished files looked at when tokens are forgotten: a boundary frees one file's, an older release left more."""
 
 
 def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[], None]) -> TokenizedFile:
@@ -33,10 +34,15 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
         except DamagedState as error:
             session.ledger.add_event("warning", f"the tokens of {row.name} are made again: {error.what}")
             remove_tree(folder)
-    original = require_original(session.layout.root, row)
-    row_tokenizer = RowTokenizer(session.tokenizer, config.max_length, config.over_length, session.tokenizer_digest)
-    with FileLock(session.layout.intake_lock):  # intake removes what an interrupted one left half written
-        report = tokenize_file(original, folder, row.sha256, row_tokenizer, stop=stop)
+    original = require_original(session.layout, row)
+    row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
+    # apart from those that intake makes: a process that checks files holds its lock for as long as a file takes
+    made = session.layout.cache / "again" / folder.name
+    remove_tree(made.parent)
+    try:
+        report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, limits=NO_LIMITS)
+    except SourceChanged:
+        raise DamagedState(f"the archived original of {row.name} was changed", where=original) from None
     if not report.ok:
         first = report.problems[0]
         raise FileRejected(
@@ -44,17 +50,39 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
             where="max_length, over_length",
             hint="The file was accepted under another config. Put it back, then: onward train",
         )
+    session.layout.tokens.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        made.rename(folder)
+    remove_tree(made.parent)
     return TokenizedFile.open(folder)
 
 
-def forget_tokens(session: Session) -> None:
-    """Remove tokens of finished files that no kept restore point would train again; `archive/` has the originals."""
-    points = session.layout.restore_points()
-    oldest = step_of(points[-1]) if points else 0
-    rows = session.ledger.done_before(oldest, LATELY)
-    for row in rows:
-        config = stored_config(session.ledger.config_of(row))
+def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:
+    """Remove tokens of finished files that nothing waits for; `archive/` has the originals to make them again.
+
+    What waits are the queue, the file in training and a replay of the newest boundary, which begins at the restore
+    point before it.
+
+    Args:
+        sources: content that a plan in hand takes rows from.
+    """
+    steps = [step_of(point) for point in session.layout.restore_points()]
+    newest = session.ledger.committed_step()
+    first = max((step for step in steps if step < newest), default=0)
+    configs: dict[str, Config] = {}
+    for row in session.ledger.done_before(first, LATELY):
+        if row.sha256 in sources or _is_needed(session.ledger, row, first):
+            continue
+        assert row.config is not None
+        config = configs.get(row.config) or stored_config(session.ledger.config_of(row))
+        configs[row.config] = config
         remove_tree(session.layout.tokens / _key(session, row, config))
+
+
+def _is_needed(ledger: Ledger, row: FileRow, first: int) -> bool:
+    """Whether another file with the same content waits, or is replayed from a step on."""
+    others = [other for other in ledger.with_content(row.sha256) if other.state in HELD]
+    return any(other.state != "done" or other.first_step >= first for other in others)
 
 
 def _key(session: Session, row: FileRow, config: Config) -> str:

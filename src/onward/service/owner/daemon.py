@@ -21,7 +21,7 @@ from onward.service.owner.control import PAUSE_NOTE, Control, Work
 from onward.service.owner.crashes import Crash
 from onward.service.owner.disk import DiskRoom
 from onward.service.owner.heartbeat import tell_systemd
-from onward.service.owner.incoming import SMALL_FILE, Incoming
+from onward.service.owner.incoming import Incoming
 from onward.service.owner.owned import Owned
 from onward.service.owner.start import load_start
 from onward.service.owner.worker import Surroundings, Worker
@@ -34,8 +34,6 @@ from onward.training.environment import release_freed_memory
 
 TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
-CHECKING_SECONDS = 1.0
-"""Time for checking files ahead, between two files that are trained."""
 BESIDE_STEPS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
 LONGEST_PAUSE = 300.0
@@ -133,9 +131,8 @@ class Daemon:
             return False
         if self.control.is_paused:
             return self._stay_paused()
-        self._take_in(largest=float("inf") if self.intake.outranks_queue() else SMALL_FILE)
+        self._take_in()
         if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self.intake.outranks_queue()):
-            self._incoming.check_beside()
             self._room.wait(self._next_bytes())
             self._train_file()
             return True
@@ -143,7 +140,7 @@ class Daemon:
             return False
         if not self._incoming.is_watching:
             return self.ledger.next_arriving() is not None
-        self.owned.shown.set(IDLE, self._problem())
+        self.owned.shown.set("tokenizing" if self.ledger.next_arriving() else IDLE, self._problem())
         self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
         return True
 
@@ -152,18 +149,15 @@ class Daemon:
         if self._once and self.control.began_paused:
             return False
         self.owned.shown.set(PAUSED, PAUSE_NOTE)
-        self._take_in(largest=float("inf"))
+        self._take_in()
         self._wait(2 * TICK)
         return True
 
-    def _take_in(self, *, largest: float, seconds: float = CHECKING_SECONDS) -> None:
+    def _take_in(self) -> None:
         """Move settled files out of the inbox and check arrived ones, for a bounded time."""
-        self._incoming.scan(all_or_none=self._once)
-        if self.ledger.next_arriving() is None:
-            return
-        if self.owned.shown.state in ("", IDLE) and largest > SMALL_FILE:  # between steps the state is theirs
+        if self.owned.shown.state == IDLE and self.ledger.next_arriving() is not None:
             self.owned.shown.set("tokenizing")
-        self.intake.check_ahead(seconds=seconds, largest=largest)
+        self._incoming.take_in(all_or_none=self._once)
 
     def _settle(self) -> Settled:
         """Mend what the process before left; what is lost is owed again."""
@@ -209,7 +203,7 @@ class Daemon:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
         if self.control.after_file or self.ledger.next_arriving() is not None:
             return False
-        return not (self._incoming.wake.is_set() or self._incoming.is_due())
+        return not (self._incoming.has_changed() or self._incoming.is_due())
 
     def _see(self, event: Event) -> None:
         """Show an event, and do what has to be done between two steps."""
@@ -235,8 +229,7 @@ class Daemon:
             self._room.wait(self._worker.bytes_needed())
         if self._incoming.is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
             with contextlib.suppress(OSError, sqlite3.Error, OnwardError, Stopped):  # it comes again between two files
-                self._take_in(seconds=TICK, largest=SMALL_FILE)
-                self._incoming.check_beside()
+                self._incoming.take_in(between_steps=True)
 
     def _record(self, event: Event) -> None:
         """Keep in the ledger what the log has to say."""
@@ -313,7 +306,7 @@ class Daemon:
     def _wait(self, seconds: float) -> None:
         """Wait; anything asked for and anything new in the inbox ends it."""
         ends = time.monotonic() + seconds
-        while time.monotonic() < ends and not (self.wishes.pending or self._incoming.wake.is_set()):
+        while time.monotonic() < ends and not (self.wishes.pending or self._incoming.is_due()):
             self.owned.heartbeat.moved()
             time.sleep(TICK / 2)
 

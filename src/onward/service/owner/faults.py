@@ -193,7 +193,7 @@ def _smaller_parts(row: FileRow, ledger: Ledger, config: Config) -> int | None:
 
 def _link(layout: RunLayout, row: FileRow) -> Path:
     """Return a second name of the archived original, to be moved to `rejected/`."""
-    copy = layout.root / row.copy
+    copy = layout.kept(row.copy)
     link = layout.rejected / f".tmp-{copy.name}"
     link.unlink(missing_ok=True)
     if copy.is_file():

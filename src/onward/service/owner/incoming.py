@@ -1,4 +1,8 @@
-"""What arrives while a daemon works: the inbox is scanned, files are moved out of it, large ones checked beside."""
+"""What arrives while a daemon works: small files are taken in between its steps, the others by a second process.
+
+Between two steps only work within a budget is done. A file that needs more is left untouched, and a process of its
+own reads, moves and checks it; its place in the queue was given when it was first seen.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,34 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
+from onward.service.intake.arrivals import TOGETHER
 from onward.service.intake.checking import Intake
-from onward.service.intake.inbox import POLL_SECONDS, Inbox, Watcher
+from onward.service.intake.guard import Budget
+from onward.service.intake.inbox import Inbox
+from onward.service.intake.watcher import POLL_SECONDS, Watcher
 from onward.service.owner import faults
+from onward.service.owner.checker import Checker
 from onward.service.owner.owned import Owned
+from onward.store.rows import FileRow
+from onward.text import printable
 
-MOVED_AT_ONCE = 512
-"""Files of the inbox that are taken in one transaction."""
 SMALL_FILE = 1 << 20
-"""Bytes of a file whose rows may be checked between two steps; larger ones are checked in a process of their own."""
-SOON = 0.5
-"""Seconds between scans while the inbox is known to hold something."""
+"""Bytes of a file that may be checked between two steps; a larger one is left to a process of its own."""
+PACKED = (".gz", ".zst", ".parquet")
+"""Endings of files that may unpack to any size, however small they are."""
+SECONDS = 1.0
+"""Time for checking files between two files that are trained."""
+SOON, AT_ONCE = 0.5, 0.05
+"""Seconds between scans at least: while a file in the inbox is not settled, and after a change."""
+SHARE = 20.0
+"""Times its own duration that a scan keeps away from the one before it: scanning takes a twentieth of the time."""
 
 
 class Incoming:
     """Looks after the inbox of one daemon.
 
     Args:
-        inbox: None where nothing is watched; then all of this does nothing.
+        inbox: None where nothing is watched; then files that arrived are checked in this process, all of them.
         start_checker: starts a process that checks what arrived.
     """
 
@@ -36,21 +50,31 @@ class Incoming:
         inbox: Inbox | None,
         start_checker: Callable[[], subprocess.Popen[bytes]],
     ) -> None:
-        self.is_watching = inbox is not None
         self.unsettled = 0
         """Files of the inbox that were still being written when it was last looked at."""
-        self.problem: str | None = None
-        """Why the inbox cannot be used."""
-        self.wake = threading.Event()
-        """Set when something changes in the inbox."""
         self._owned = owned
         self._ledger = owned.ledger
         self._intake = intake
         self._inbox = inbox
-        self._start_checker = start_checker
-        self._checker: subprocess.Popen[bytes] | None = None
+        self._checker = Checker(owned.ledger, start_checker)
+        self._changed = threading.Event()
+        self._inbox_problem: str | None = None
         self._scanned = float("-inf")
+        self._scan_took = 0.0
         self._strange: set[str] = set()
+        self._too_much: set[int] = set()
+        self._told: str | None = None
+        self._has_taken_intents = False
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether there is an inbox to look after."""
+        return self._inbox is not None
+
+    @property
+    def problem(self) -> str | None:
+        """Why files cannot be taken in, if they cannot."""
+        return self._inbox_problem or self._checker.problem
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
@@ -59,74 +83,113 @@ class Incoming:
             yield
             return
         try:
-            with Watcher(self._inbox.folder, self.wake):
+            with Watcher(self._inbox.folder, self._changed.set):
                 yield
         finally:
-            if self._checker is not None:
-                self._checker.kill()  # what it had not finished is checked again by the next process
-                self._checker.wait()
+            self._checker.end()
+
+    def has_changed(self) -> bool:
+        """Whether something changed in the inbox since it was last looked at."""
+        return self._changed.is_set()
 
     def is_due(self) -> bool:
         """Whether the inbox wants to be looked at: something changed or settles, or the last look was long ago."""
-        soon = SOON if self.unsettled or self.wake.is_set() else POLL_SECONDS
-        return self._inbox is not None and self.seconds_since_scan() >= soon
-
-    def scan(self, *, all_or_none: bool = False) -> None:
-        """Move settled files out of the inbox, if it is due.
-
-        Args:
-            all_or_none: wait until no file is written any more, so that priority decides and not luck.
-        """
-        if self._inbox is None or not self.is_due():
-            return
-        self.wake.clear()
-        try:
-            self._inbox.settle_seconds = self._owned.settings.current.settle_seconds
-            scan = self._inbox.scan()
-            self.unsettled = scan.unsettled
-            settled = [] if all_or_none and scan.unsettled else scan.settled
-            for start in range(0, len(settled), MOVED_AT_ONCE):
-                taken = settled[start : start + MOVED_AT_ONCE]
-                self._intake.take_inbox(taken)
-                self._inbox.forget([path for path, _ in taken])
-                self._owned.heartbeat.moved()
-                if self._owned.wishes:
-                    break
-        except OSError as error:
-            if faults.is_out_of_space(error):
-                raise
-            self._report(f"the inbox cannot be used: {error}")
-        else:
-            self._report(None)
-            self._warn_of_strange(scan.strange)
-        self._scanned = time.monotonic()
+        if self._inbox is None:
+            return False
+        pause = AT_ONCE if self._changed.is_set() else SOON if self.unsettled else POLL_SECONDS
+        return self.seconds_since_scan() >= max(pause, SHARE * self._scan_took)
 
     def seconds_since_scan(self) -> float:
         """Return the seconds since the inbox was last looked at."""
         return time.monotonic() - self._scanned
 
-    def check_beside(self) -> None:
-        """Let a large file that arrived be checked in another process while this one trains."""
-        if self._inbox is None:
-            return
-        row = self._ledger.next_arriving()
-        if row is not None and row.bytes > SMALL_FILE and not self.is_checking():
-            self._checker = self._start_checker()
-
     def is_checking(self) -> bool:
-        """Whether a process checks files beside this one."""
-        return self._checker is not None and self._checker.poll() is None
+        """Whether a second process checks files."""
+        return self._checker.is_running()
+
+    def take_in(self, *, between_steps: bool = False, all_or_none: bool = False) -> None:
+        """Look at the inbox if it is due, take in what is small, and leave the rest to a second process.
+
+        Args:
+            between_steps: keep to a budget: a step waits.
+            all_or_none: take nothing until no file is written any more, so that priority decides and not luck.
+        """
+        self._checker.is_running()
+        self._take_intents(between_steps)
+        self._scan(between_steps, all_or_none)
+        self._report(self.problem)
+        if self._ledger.next_arriving() is None:
+            return
+        budget = Budget() if between_steps else None
+        if self._inbox is not None and self._inbox_problem is None:
+            self._bring_in(budget)
+        seconds = Budget.seconds if between_steps else SECONDS
+        row = self._intake.check_ahead(seconds=seconds, budget=budget, leaves=self._is_too_much)
+        self._owned.heartbeat.moved()
+        if row is None or self._inbox is None:
+            return
+        self._too_much.add(row.id)
+        self._checker.start()
+        self._report(self.problem)
+
+    def _take_intents(self, between_steps: bool) -> None:
+        """Once: take in what commands were given that were killed before they had read it."""
+        if self._inbox is None or between_steps or self._has_taken_intents:
+            return
+        self._intake.take_intents()  # what is refused is an event
+        self._has_taken_intents = True
+
+    def _is_too_much(self, row: FileRow) -> bool:
+        if self._inbox is None:
+            return False
+        return row.bytes > SMALL_FILE or row.name.lower().endswith(PACKED) or row.id in self._too_much
+
+    def _scan(self, between_steps: bool, all_or_none: bool) -> None:
+        """Give settled files of the inbox their places in the queue."""
+        if self._inbox is None or not self.is_due():
+            return
+        self._changed.clear()
+        begun = time.monotonic()
+        with self._reporting():
+            self._inbox.settle_seconds = self._owned.settings.current.settle_seconds
+            scan = self._inbox.scan({row.inbox for row in self._ledger.announced()})
+            self.unsettled = scan.unsettled
+            settled = [] if all_or_none and scan.unsettled else scan.settled
+            self._intake.announce(settled[:TOGETHER] if between_steps else settled)
+            self._warn_of_strange(scan.strange)
+            self._inbox_problem = None
+        self._scanned = time.monotonic()
+        self._scan_took = self._scanned - begun
+
+    def _bring_in(self, budget: Budget | None) -> None:
+        with self._reporting():
+            while self._intake.bring_in(budget, self._is_too_much) and budget is None:
+                self._owned.heartbeat.moved()
+                if self._owned.wishes:
+                    return
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Generator[None]:
+        """Note what keeps the inbox from being used; it is looked at again later."""
+        try:
+            yield
+        except OSError as error:
+            if faults.is_out_of_space(error):
+                raise
+            self._inbox_problem = printable(f"the inbox cannot be used: {error}")
 
     def _report(self, problem: str | None) -> None:
-        if problem == self.problem:
+        if problem == self._told:
             return
         if problem is not None:
             self._ledger.add_event("error", problem, kind="failed")
         else:
-            self._ledger.add_event("info", "the inbox can be used again")
-        self.problem = problem
+            self._ledger.add_event("info", "files can be taken in again")
+        self._told = problem
 
     def _warn_of_strange(self, names: list[str]) -> None:
         for name in sorted(set(names) - self._strange):
-            self._ledger.add_event("warning", f"inbox/{name} is left alone: only high/ and low/ are looked into")
+            self._ledger.add_event(
+                "warning", printable(f"inbox/{name} is left alone: only high/ and low/ are looked into")
+            )
         self._strange |= set(names)

@@ -30,7 +30,6 @@ from onward.store.ledger import Ledger
 from onward.training.base import BaseDigest, find_here
 
 if TYPE_CHECKING:
-    from onward.data.tokenize import RowTokenizer
     from onward.service.intake.checking import Intake
     from onward.service.owner.daemon import Daemon
     from onward.service.session import Session
@@ -87,19 +86,9 @@ class OpenedRun:
 
     def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
         """Make what checks files; `stop` is called at every row and may raise `Stopped`."""
-        from onward.data.tokenize import RowTokenizer
         from onward.service.intake.checking import Intake
 
-        made: list[tuple[Session, RowTokenizer]] = []
-
-        def row_tokenizer() -> tuple[RowTokenizer, str]:
-            session, config = self.session, self.session.config
-            if not made or made[0][0] is not session:  # it compiles the chat template: too slow for every file
-                known = session.tokenizer_digest
-                made[:] = [(session, RowTokenizer(session.tokenizer, config.max_length, config.over_length, known))]
-            return made[0][1], session.tokenizer_digest
-
-        return Intake(self.layout, self.ledger, row_tokenizer, stop=stop)
+        return Intake(self.layout, self.ledger, stop=stop)
 
     def start_checker(self) -> subprocess.Popen[bytes]:
         """Start a process that checks what arrived, while this one trains."""

@@ -140,7 +140,7 @@ class Worker:
                 yield from self._collect(wait=True)
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.wishes.check)
-        plan = make_plan(row.sha256, tokens.rows, self.config)
+        plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -199,7 +199,7 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
-        for result in _naming_failures(trainer.steps(tokens, plan), file_id):
+        for result in _naming_failures(trainer.steps({plan.sha256: tokens}, plan), file_id):
             metrics.append(_record(file_id, result))
             self._remember(result)
             yield result

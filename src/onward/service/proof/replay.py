@@ -69,11 +69,11 @@ def _train_again(session: Session, ledger: Ledger, state: TrainState, target: Ma
 def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: FileRow) -> Iterator[None]:
     config = stored_config(ledger.config_of(row))
     tokens = open_tokens(session, row, config, lambda: None)
-    plan = make_plan(row.sha256, tokens.rows, config)
+    plan = make_plan(row.sha256, tokens.rows, config, row.occurrence)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
     trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
-    for result in trainer.steps(tokens, plan):
+    for result in trainer.steps({plan.sha256: tokens}, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
                 f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, read_config, stored_config
-from onward.data.order import FilePlan, rows_digest
+from onward.data.order import make_plan, rows_digest
 from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
@@ -158,14 +158,14 @@ def _trained(ledger: Ledger) -> list[tuple[FileRow, Config, list[StepRecord]]]:
 def _rows(ledger: Ledger) -> str:
     total = 0
     for row, config, steps in _trained(ledger):
-        plan = FilePlan(row.sha256, row.rows, config.batch_size, config.epochs, config.seed)
+        plan = make_plan(row.sha256, row.rows, config, row.occurrence)
         place = f"file {row.position} ({row.name})"
         wanted = plan.steps if row.state == "done" else len(steps)
         _require(len(steps) == wanted > 0 or not wanted, f"{place} has {len(steps)} steps instead of {wanted}")
         for index, step in enumerate(steps):
-            indices = plan.rows_at(index)
+            rows = plan.rows_at(index)
             here = (step.step_in_file, step.step, step.rows, step.rows_digest)
-            planned = (index + 1, row.first_step + index + 1, len(indices), rows_digest(indices))
+            planned = (index + 1, row.first_step + index + 1, len(rows), rows_digest(rows, plan.sources))
             _require(here == planned, f"{place}, step {step.step} trained other rows than its order says")
         total += sum(step.rows for step in steps)
     return f"{total} rows trained, every row of every finished file exactly `epochs` times"
@@ -209,8 +209,8 @@ def _restore_points(layout: RunLayout, ledger: Ledger) -> str:
 def _originals(layout: RunLayout, ledger: Ledger) -> str:
     rows = ledger.files("queued", "training", "done")
     for row in rows:
-        _require((layout.root / row.copy).is_file(), f"{row.copy} is missing")
-        require_original(layout.root, row)
+        _require(layout.kept(row.copy).is_file(), f"{row.copy} is missing")
+        require_original(layout, row)
     return f"{len(rows)} files, SHA-256 equal"
 
 

@@ -1,0 +1,75 @@
+"""Whose fault an error is: the training file's, which is then refused, or not, and then the caller hears of it."""
+
+from __future__ import annotations
+
+import errno
+
+from onward.data.records import RowError
+from onward.errors import OnwardError
+from onward.text import printable
+
+FILE_ERRNOS = frozenset(
+    {
+        errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP, errno.EILSEQ,
+    }
+)  # fmt: skip
+"""Errors of the operating system that trying again does not mend; all others are the machine's."""
+
+REASON_LENGTH = 300
+
+
+class FileError(Exception):
+    """A training file that cannot be read to its end.
+
+    Args:
+        reason: what is wrong with the file.
+        remedy: what to change.
+        line: where it was noticed, 1-based, if known.
+    """
+
+    def __init__(self, reason: str, remedy: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+        self.line = line
+
+
+class SourceChanged(FileError):
+    """The content of a training file is no longer the one whose hash was taken."""
+
+    def __init__(self) -> None:
+        super().__init__("the file changed after it was accepted", "add it again once nothing writes to it any more")
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Return whether an error says nothing about the file that was read: the machine's disk, memory or descriptors."""
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in FILE_ERRNOS
+    return isinstance(error, MemoryError)
+
+
+def refusal_of(error: BaseException) -> FileError | RowError:
+    """Return why a file is refused whose content made reading, parsing, rendering or tokenizing raise `error`.
+
+    Raises:
+        BaseException: `error` itself, where no content causes it: the machine's, the model's, or a wish to stop.
+    """
+    if isinstance(error, FileError | RowError):
+        return error
+    if is_of_machine(error) or isinstance(error, OnwardError) or not (isinstance(error, Exception) or _is_panic(error)):
+        raise error
+    if isinstance(error, RecursionError):
+        return FileError("the JSON is nested too deeply", "flatten the row")
+    return FileError(f"it cannot be used ({described(error)})", "correct it or take it out, then add the file again")
+
+
+def described(error: BaseException) -> str:
+    """Return the kind and the first line of an error, cut to what fits a report."""
+    first = next(iter(str(error).splitlines()), "")
+    return printable(f"{type(error).__name__}: {first}" if first else type(error).__name__)[:REASON_LENGTH]
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Say whether a Rust library gave up; what it raises is no `Exception`."""
+    return type(error).__module__ == "pyo3_runtime"

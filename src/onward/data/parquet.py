@@ -1,0 +1,198 @@
+"""Rows of a Parquet file, in memory that follows neither the size of a row group nor what a few bytes unpack to.
+
+A dictionary page lets every row of a row group, or every item of a list, repeat a value of megabytes for a bit each.
+A row group is therefore read twice: first with its dictionaries left as they are, which gives the size of every row,
+then row by row in batches that are known to fit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.data.containers import SourceFile
+from onward.data.faults import FileError, described, is_of_machine
+from onward.data.limits import VALUE_BYTES, Limits
+from onward.data.records import UnreadableValue
+from onward.text import printable
+
+BATCH_ROWS = 1024
+BATCH_BYTES = 8 << 20
+READ_BUFFER = 1 << 18
+TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")
+"""Logical types of columns whose dictionaries Arrow can leave as they are."""
+
+
+def parquet_rows(source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file; columns are keys.
+
+    Raises:
+        FileError: pyarrow is missing, the file is damaged, or it or a row is larger than may be.
+        OSError: the machine cannot read the file.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise FileError("reading .parquet needs pyarrow", "pip install 'onward[parquet]'") from None
+    rows = 0
+    try:
+        for row in _Reader(source, limits).rows():
+            rows += 1
+            yield row
+    except (pyarrow.ArrowException, OSError) as error:
+        if is_of_machine(error):
+            raise
+        raise FileError(
+            f"not a readable parquet file ({described(error)})",
+            "write or download it again",
+            rows + 1 if rows else None,
+        ) from None
+
+
+class _Reader:
+    def __init__(self, source: SourceFile, limits: Limits) -> None:
+        from pyarrow import parquet
+
+        # a descriptor without a name of its own: what is read is what was hashed
+        self._file: Any = io.FileIO(source.fileno(), closefd=False)
+        self._metadata: Any = parquet.read_metadata(self._file)
+        self._columns = [self._metadata.schema.column(place) for place in range(self._metadata.num_columns)]
+        self._bytes = source.size
+        self._limits = limits
+        self._unpacked = 0
+        texts = [
+            column.path
+            for column in self._columns
+            if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXT_TYPES
+        ]
+        self._coded = self._open(texts)
+        self._plain = self._open([])
+        self._names = list(self._plain.schema_arrow.names)
+        twice = next((name for name in self._names if self._names.count(name) > 1), None)
+        if twice is not None:
+            raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them")
+
+    def _open(self, dictionaries: Sequence[str]) -> Any:
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(
+            self._file,
+            metadata=self._metadata,
+            read_dictionary=list(dictionaries),
+            pre_buffer=False,
+            buffer_size=READ_BUFFER,
+        )
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        row = 0
+        for group in range(self._metadata.num_row_groups):
+            sizes = self._row_sizes(group, row)
+            for batch in self._batches(self._plain, group, _batch_rows(sizes)):
+                columns = [_values(column) for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    row += 1
+                    yield dict(zip(self._names, values, strict=True))
+
+    def _row_sizes(self, group: int, before: int) -> NDArray[np.int64]:
+        """Return the size of every row of a row group, or refuse it.
+
+        What the metadata states is only believed where it is too much already.
+        """
+        stated, count = self._stated(group)
+        self._limits.check_unpacked(self._unpacked + stated, self._bytes)
+        if stated > max(count, 1) * self._limits.row_bytes:
+            raise self._limits.row_refusal("the row" if count == 1 else "a row of this row group", before + 1)
+        sizes: list[NDArray[np.int64]] = []
+        batch_rows = min(max(BATCH_BYTES * count // max(stated, 1), 1), BATCH_ROWS)
+        row = before
+        for batch in self._batches(self._coded, group, batch_rows):
+            sizes.append(sum((_sizes(column) for column in batch.columns), np.zeros(len(batch), dtype=np.int64)))
+            over = np.flatnonzero(sizes[-1] > self._limits.row_bytes)
+            if len(over):
+                raise self._limits.row_refusal("the row", row + int(over[0]) + 1)
+            row += len(batch)
+            self._unpacked += int(sizes[-1].sum())
+            self._limits.check_unpacked(self._unpacked, self._bytes)
+        return np.concatenate(sizes) if sizes else np.zeros(0, dtype=np.int64)
+
+    def _stated(self, group: int) -> tuple[int, int]:
+        """Return the bytes that a row group unpacks to at least, by its metadata, and its rows."""
+        meta = self._metadata.row_group(group)
+        stated = 0
+        for place, column in enumerate(self._columns):
+            chunk = meta.column(place)
+            width = column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 4
+            stated += max(chunk.total_uncompressed_size, chunk.num_values * width)
+        return stated, meta.num_rows
+
+    def _batches(self, reader: Any, group: int, rows: int) -> Iterator[Any]:
+        # one thread: two would share the place in the file
+        return reader.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+
+
+def _batch_rows(sizes: NDArray[np.int64]) -> int:
+    """Return how many rows a batch may have so that none is over `BATCH_BYTES`, or 1."""
+    rows = BATCH_ROWS
+    while rows > 1 and len(sizes) and np.add.reduceat(sizes, np.arange(0, len(sizes), rows)).max() > BATCH_BYTES:
+        rows //= 2
+    return rows
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except Exception as error:  # text that is not UTF-8, nanoseconds, two fields of one name
+        if is_of_machine(error):
+            raise
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except Exception as error:
+        if is_of_machine(error):
+            raise
+        return UnreadableValue(described(error))
+
+
+def _sizes(array: Any) -> NDArray[np.int64]:
+    """Return the bytes that each element of an Arrow array takes as text, every value counted besides."""
+    from pyarrow import types
+
+    compute: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
+    kind = array.type
+    own = np.full(len(array), VALUE_BYTES, dtype=np.int64)
+    if types.is_dictionary(kind):
+        values = np.append(_sizes(array.dictionary), VALUE_BYTES)
+        return values[compute.fill_null(array.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
+    if types.is_struct(kind):
+        return sum((_sizes(field) for field in array.flatten()), own)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
+        ends = np.append(0, np.cumsum(_items(array)))[array.offsets.to_numpy()]
+        return own + np.diff(ends)
+    if types.is_fixed_size_list(kind):
+        ends = np.append(0, np.cumsum(_sizes(array.values)))
+        first = np.arange(len(array)) + array.offset
+        return own + ends[(first + 1) * kind.list_size] - ends[first * kind.list_size]
+    if hasattr(array, "storage"):
+        return _sizes(array.storage)
+    if types.is_fixed_size_binary(kind):
+        return own + kind.byte_width
+    if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind):
+        return own + compute.fill_null(compute.binary_length(array), 0).to_numpy(zero_copy_only=False)
+    return own
+
+
+def _items(array: Any) -> NDArray[np.int64]:
+    """Return the sizes of all items that the lists of an array are cut from."""
+    from pyarrow import types
+
+    if types.is_map(array.type):
+        return _sizes(array.keys) + _sizes(array.items)
+    return _sizes(array.values)

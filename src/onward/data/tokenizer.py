@@ -1,0 +1,227 @@
+"""A loaded tokenizer as plain values, so that rows can be tokenized without transformers or torch.
+
+Only transformers knows how to load the tokenizer of every model, and importing it takes seconds. What it loads is
+therefore taken down once as a `TokenizerState`, which needs nothing but the `tokenizers` library to encode text and
+can be stored as a cache file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from tokenizers import Tokenizer
+
+from onward.atomic import replace_file
+from onward.data.rendering import Renderer
+from onward.data.tokenized import FORMAT
+from onward.digest import sha256_file, sha256_json
+from onward.errors import ModelError
+
+STATE_FORMAT = 1
+LAST_CALL = ("padding", "truncation")
+"""Entries of a serialized tokenizer that say how it was last called, not what it is."""
+WEIGHT_ENDINGS = frozenset(
+    (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
+)
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class TokenizerState:
+    """All that decides how a tokenizer turns rows into tokens and targets.
+
+    Args:
+        backend: the tokenizer of the `tokenizers` library, in its own JSON form, without padding and truncation.
+        chat_template: the Jinja source of the default chat template; "" if there is none.
+        special_tokens_map: the named special tokens, which chat templates see as variables.
+        special_tokens: every special token, the longest first.
+        bos_id: id of the token that begins a text, if there is one.
+        eos_id: id of the token that ends a text, if there is one.
+        pad_id: id of the padding token, if there is one.
+        splits_special_tokens: whether special tokens found in a text are tokenized like any other text.
+        fingerprint: SHA-256 of all that decides how rows become tokens and targets, by which a run knows its tokenizer.
+    """
+
+    backend: str
+    chat_template: str
+    special_tokens_map: dict[str, str]
+    special_tokens: tuple[str, ...]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    splits_special_tokens: bool
+    fingerprint: str
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> TokenizerState:
+        """Return the state of a loaded Hugging Face tokenizer.
+
+        Raises:
+            ModelError: the tokenizer is a slow one, its chat template is unusable, or it cannot be restored from its
+                own serialized form.
+        """
+        backend, template = _backend(tokenizer), _default_template(tokenizer)
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        Renderer(template, dict(named))  # refuses a template that is not valid Jinja
+        text: str = backend.to_str()
+        state = cls(
+            backend=_as_never_called(backend, text),
+            chat_template=template,
+            special_tokens_map=named,
+            special_tokens=_special_tokens(tokenizer),
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+            splits_special_tokens=backend.encode_special_tokens,
+            fingerprint=_fingerprint(text, template, named, tokenizer.eos_token_id),
+        )
+        if _added_ids(state.tokenizer) != _added_ids(backend):
+            raise ModelError(
+                "the tokenizer gets other token ids when it is loaded from its own serialized form",
+                hint="give the tokens in its vocabulary ids without gaps, then save it again with save_pretrained",
+            )
+        return state
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TokenizerState:
+        """Return the state that `to_json` wrote.
+
+        Raises:
+            ValueError: `text` is not such a state.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            values["special_tokens"] = tuple(values["special_tokens"])
+            return cls(**values)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"not the state of a tokenizer: {error}") from error
+
+    def to_json(self) -> str:
+        """Return the state as JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer itself; it neither pads nor truncates."""
+        made = Tokenizer.from_str(self.backend)
+        made.encode_special_tokens = self.splits_special_tokens
+        return made
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a token of any text can have, special tokens included."""
+        post_processor = json.loads(self.backend)["post_processor"]
+        named = [token for token in (self.bos_id, self.eos_id, self.pad_id) if token is not None]
+        return max(*self.tokenizer.get_vocab(with_added_tokens=True).values(), *named, *_inserted_ids(post_processor))
+
+
+def save_tokenizer_state(path: Path, state: TokenizerState) -> None:
+    """Store a state as the file `path`, in one act.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = state.to_json().encode()
+    replace_file(path, _header(body) + body)
+
+
+def load_tokenizer_state(path: Path) -> TokenizerState | None:
+    """Return the state that was stored as `path`; None if there is none, or if the file is damaged or outdated.
+
+    Raises:
+        OSError: the file is there but cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    header, newline, body = data.partition(b"\n")
+    return TokenizerState.from_json(body) if header + newline == _header(body) else None
+
+
+def tokenizer_files_digest(folder: Path) -> str:
+    """Return a SHA-256 of everything that decides which tokenizer transformers loads from a model folder.
+
+    That is every file that does not hold weights, by name and content, because the names of vocabulary files differ
+    from one model to the next; and the versions of the libraries that read them. Equal digests mean equal states.
+
+    Raises:
+        OSError: the folder or a file in it cannot be read.
+    """
+    from importlib.metadata import version
+
+    folders = [folder, folder / TEMPLATE_FOLDER]
+    paths = [path for place in folders if place.is_dir() for path in sorted(place.iterdir()) if path.is_file()]
+    files = {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in paths
+        if path.suffix.lower() not in WEIGHT_ENDINGS
+    }
+    return sha256_json([STATE_FORMAT, FORMAT, version("tokenizers"), version("transformers"), files])
+
+
+def _header(body: bytes) -> bytes:
+    return f"onward tokenizer {STATE_FORMAT}.{FORMAT} {xxhash.xxh3_128_hexdigest(body)}\n".encode()
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens stand in the text",
+            hint="use a model that ships a tokenizer.json",
+        )
+    return backend
+
+
+def _as_never_called(backend: Any, text: str) -> str:
+    if backend.padding is None and backend.truncation is None:
+        return text
+    return json.dumps(json.loads(text) | dict.fromkeys(LAST_CALL), ensure_ascii=False)
+
+
+def _fingerprint(backend: str, template: str, special_tokens_map: dict[str, str], eos_id: int | None) -> str:
+    """Return the fingerprint; every run has recorded it in its ledger, so it must never change."""
+    values = {key: value for key, value in json.loads(backend).items() if key not in LAST_CALL}
+    return sha256_json([FORMAT, values, hashlib.sha256(template.encode()).hexdigest(), special_tokens_map, eos_id])
+
+
+def _default_template(tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # several templates, none of them named "default"
+        names = ", ".join(sorted(tokenizer.chat_template))
+        raise ModelError(
+            f"the tokenizer has several chat templates ({names}) and none of them is the default",
+            hint="save the one to use as chat_template.jinja in the folder of the tokenizer",
+        ) from None
+
+
+def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = {*added, *tokenizer.all_special_tokens} - {""}
+    return tuple(sorted(found, key=lambda token: (-len(token), token)))
+
+
+def _added_ids(backend: Any) -> dict[int, str]:
+    return {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
+
+
+def _inserted_ids(post_processor: Any) -> list[int]:
+    """Return the ids that a serialized post-processor puts around a text, wherever it is nested."""
+    if not isinstance(post_processor, dict):
+        return []
+    inner: list[Any] = post_processor.get("processors", [])
+    templates: dict[str, Any] = post_processor.get("special_tokens", {})
+    pairs = [post_processor[name] for name in ("cls", "sep") if name in post_processor]
+    own = [index for token in templates.values() for index in token["ids"]] + [index for _, index in pairs]
+    return own + [index for part in inner for index in _inserted_ids(part)]

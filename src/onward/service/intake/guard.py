@@ -1,0 +1,94 @@
+"""What ends the reading of files early: a stop that was asked for, or a budget that is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SELDOM = 0.2
+"""Seconds between two calls of a check that costs more than a look at the clock."""
+
+
+class BudgetSpent(Exception):
+    """The work in hand would exceed its budget; it is left as if it had not been begun."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be done between two steps of training.
+
+    Args:
+        size: bytes that may be read.
+        rows: rows that may be checked.
+        seconds: how long it may take.
+    """
+
+    size: int = 4 << 20
+    rows: int = 2_000
+    seconds: float = 0.1
+
+
+class Guard:
+    """Called for every row and buffer while files are read; raises to end the work.
+
+    Args:
+        stop: raises if somebody asked for a stop.
+        budget: None if the work may take as long as it takes.
+        monotonic: seconds that never jump.
+    """
+
+    def __init__(
+        self,
+        stop: Callable[[], None] = lambda: None,
+        budget: Budget | None = None,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.is_bounded = budget is not None
+        self._stop = stop
+        self._monotonic = monotonic
+        self._rows_left = budget.rows if budget else 0
+        self._bytes_left = budget.size if budget else 0
+        self._ends = monotonic() + budget.seconds if budget else float("inf")
+
+    def __call__(self) -> None:
+        """Account for one row or buffer.
+
+        Raises:
+            BudgetSpent: there is no time or no row left.
+        """
+        self._stop()
+        if not self.is_bounded:
+            return
+        self._rows_left -= 1
+        if self._rows_left < 0 or self._monotonic() >= self._ends:
+            raise BudgetSpent
+
+    def spend(self, count: int) -> None:
+        """Account for bytes before they are read.
+
+        Raises:
+            BudgetSpent: that many are not left, or there is no time left.
+        """
+        self._stop()
+        if not self.is_bounded:
+            return
+        if count > self._bytes_left or self._monotonic() >= self._ends:
+            raise BudgetSpent
+        self._bytes_left -= count
+
+
+def seldom(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+    """Return a function that calls checks, at most every `SELDOM` seconds however often it is called itself."""
+    due = monotonic()
+
+    def call() -> None:
+        nonlocal due
+        now = monotonic()
+        if now >= due:
+            due = now + SELDOM
+            for check in checks:
+                check()
+
+    return call

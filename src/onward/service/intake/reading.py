@@ -1,0 +1,134 @@
+"""Reading and moving files that others may still write: one descriptor, and the same file before and after."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory
+from onward.data.containers import FileError
+from onward.service.intake.guard import Guard
+
+CHUNK = 1 << 20
+"""Bytes read at once: a stop or a spent budget is noticed between two chunks."""
+
+
+class Changed(Exception):
+    """The file is not the one that was seen: its writer is not done, or it was exchanged."""
+
+
+def look(path: Path) -> os.stat_result | None:
+    """Return what lies at a path, a link itself and not what it names; None if nothing does.
+
+    Raises:
+        OSError: the machine cannot tell.
+    """
+    try:
+        return path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def identity(status: os.stat_result) -> str:
+    """Return device, inode, size and modification time: what all change of a file shows in."""
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def read_whole(
+    path: Path, guard: Guard, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
+) -> tuple[str, os.stat_result]:
+    """Read a file through one descriptor; returns its SHA-256 and what it was.
+
+    Args:
+        writer: gets the bytes.
+        links: whether a symbolic link is followed.
+        flush: force the bytes to the disk, which somebody else wrote.
+
+    Raises:
+        Changed: it changed meanwhile, or the path does not lead to it any more.
+        FileError: it is no regular file.
+        OSError: the machine cannot read it.
+    """
+    digest = hashlib.sha256()
+    descriptor = _open(path, links)
+    try:
+        before = os.fstat(descriptor)
+        if not stat.S_ISREG(before.st_mode):
+            raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+        memory = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
+        guard.spend(before.st_size)
+        while count := _read(descriptor, memory, path):
+            guard.spend(0)
+            digest.update(memory[:count])
+            if writer is not None:
+                writer.write(memory[:count])
+        if flush:
+            os.fsync(descriptor)
+        after = os.fstat(descriptor)
+        now = path.stat() if links else look(path)
+    finally:
+        os.close(descriptor)
+    if now is None or not identity(before) == identity(after) == identity(now):
+        raise Changed
+    return digest.hexdigest(), after
+
+
+def _read(descriptor: int, memory: memoryview, path: Path) -> int:
+    try:
+        return os.readv(descriptor, [memory])
+    except OSError as error:  # the kernel does not know the name
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _open(path: Path, links: bool) -> int:
+    """Open a file without waiting for the writer of a fifo, and without following a link."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        return os.open(path, flags if links else flags | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOENT, errno.ENOTDIR):  # it was a file a moment ago
+            raise Changed from None
+        raise
+
+
+def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None:
+    """Move a file, from another disk by a copy that is durable before the source goes.
+
+    A link is moved as a link. Any other special file has no content: from another disk it is only removed.
+
+    Raises:
+        Changed: it changed while it was copied; it stays, and there is no copy.
+        OSError: the machine cannot move it; the source stays.
+    """
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy_over(source, target, guard or Guard())
+        fsync_directory(target.parent)
+        source.unlink()
+    else:
+        fsync_directory(target.parent)
+
+
+def _copy_over(source: Path, target: Path, guard: Guard) -> None:
+    mode = source.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        target.symlink_to(source.readlink())
+    if not stat.S_ISREG(mode):
+        return
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    try:
+        with temporary.open("wb") as writer:
+            read_whole(source, guard, writer=writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,102 @@
+"""Settling: what becomes of files that were checked. A command's files are accepted together or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onward.data.tokenize import IntakeReport
+from onward.layout import RunLayout
+from onward.service.intake.file_check import FileCheck
+from onward.service.intake.reading import look
+from onward.service.intake.refusals import Refusal, keep_refused
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+
+
+class Settling:
+    """Moves files that arrived into the queue or out of it. The caller holds the intake lock."""
+
+    def __init__(self, layout: RunLayout, ledger: Ledger, check: FileCheck) -> None:
+        self.layout = layout
+        self.ledger = ledger
+        self._check = check
+
+    def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
+        """Sort out content the stream has. Where it still owes some of the same command, that command goes on."""
+        held = {row.id: self.ledger.holding(row.sha256) for row in rows}
+        goes_on = any(other and other.state != "done" for other in held.values())
+        fresh: list[FileRow] = []
+        refusals: list[tuple[FileRow, Refusal]] = []
+        for row in rows:
+            twin = held[row.id] or next((other for other in fresh if other.sha256 == row.sha256), None)
+            if twin is None or row.again:
+                fresh.append(row)
+            elif twin in fresh or not goes_on or row.inbox:
+                refusals.append((row, Refusal.of_duplicate(row, twin)))
+        return fresh, refusals
+
+    def accept(self, rows: Sequence[FileRow], reports: Sequence[tuple[FileRow, IntakeReport]]) -> list[FileRow]:
+        """Queue the files with a report, in one transaction; the stream has the content of the others already.
+
+        A file that somebody took out meanwhile stays out.
+        """
+        checked = {row.id for row, _ in reports}
+        accepted: list[FileRow] = []
+        dropped: list[FileRow] = []
+        with self.ledger.transaction():
+            for row in rows:
+                if row.id not in checked and self._is_arriving(row):
+                    self.ledger.move_file(row.id, "rejected", note="already in the stream")
+                    dropped.append(row)
+            for row, report in reports:
+                if self._is_arriving(row):
+                    self._queue(row, report)
+                    accepted.append(row)
+        for row in dropped:
+            self._remove_copy(row)
+        for row, _ in reports:
+            if row not in accepted:
+                self._check.forget_tokens(row)
+        return [self.ledger.file(row.id) for row in accepted]
+
+    def refuse(self, rows: Sequence[FileRow], refusals: Sequence[tuple[FileRow, Refusal]]) -> None:
+        """Move the refused files to `rejected/` with their reports, and let go of the others of the command."""
+        reasons = {row.id: refusal for row, refusal in refusals}
+        for row in rows:
+            if not self._is_arriving(row):
+                continue
+            refusal = reasons.get(row.id)
+            copy = self.layout.kept(row.copy)
+            if refusal and look(copy) is not None:
+                keep_refused(self.layout, copy, refusal, self.ledger.clock(), move=True)
+            note = "; ".join(refusal.lines()[:3]) if refusal else "another file of the same command was refused"
+            with self.ledger.transaction():
+                self.ledger.move_file(row.id, "rejected", note=note)
+                if refusal:
+                    self.ledger.add_event("warning", f"{row.name} rejected: {refusal.lines()[0]}", kind="rejected")
+            if not refusal:
+                self._remove_copy(row)
+
+    def withdraw(self, command: str) -> None:
+        """Let go of all files of a command that failed."""
+        for row in self.ledger.arriving(command):
+            self.ledger.move_file(row.id, "rejected", note="the command was refused")
+            self._remove_copy(row)
+
+    def _queue(self, row: FileRow, report: IntakeReport) -> None:
+        occurrence = self.ledger.next_occurrence(row.sha256) if row.again else 0
+        self.ledger.move_file(
+            row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
+            truncated=report.truncated, dropped=report.dropped, attempts=0, occurrence=occurrence,
+        )  # fmt: skip
+        notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
+        detail = f" ({', '.join(notes)} for length)" if notes else ""
+        self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
+
+    def _is_arriving(self, row: FileRow) -> bool:
+        return self.ledger.file(row.id).state == "arriving"
+
+    def _remove_copy(self, row: FileRow) -> None:
+        """Remove the copy of a file that a person still has; a file of the inbox has only the one."""
+        if row.inbox is None:
+            self.layout.kept(row.copy).unlink(missing_ok=True)

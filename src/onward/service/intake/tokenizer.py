@@ -1,0 +1,147 @@
+"""How a run turns rows into tokens: its tokenizer, without torch and transformers where that was loaded once before."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.atomic import remove_tree
+from onward.config import Config, read_config
+from onward.data.limits import Limits
+from onward.data.records import RowError
+from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.tokenized import TARGET_BIT, PackedRow
+from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
+from onward.errors import ModelError
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger
+from onward.training.base import resolve_base
+from onward.training.capacity import read_capacity, require_fits
+
+CHECKPOINT_ROOM = 1.2
+"""Share of the newest checkpoint's size that checking leaves free on the disk: training needs it next."""
+
+
+class RunTokenizer(RowTokenizer):
+    """The tokenizer of a run, which refuses what the model cannot look up.
+
+    Args:
+        state: the tokenizer.
+        config: gives `max_length` and `over_length`.
+        embedding_rows: token ids go from 0 to one below; None where the model's files do not tell.
+    """
+
+    def __init__(self, state: TokenizerState, config: Config, embedding_rows: int | None) -> None:
+        super().__init__(state, config.max_length, config.over_length)
+        is_too_large = embedding_rows is not None and state.largest_id >= embedding_rows
+        self._embedding_rows = embedding_rows if is_too_large else None
+
+    def fit(self, packed: PackedRow) -> Fitted:
+        """Apply the length policy to one row.
+
+        Raises:
+            RowError: the row is too long and the policy is to refuse it, or the model has no such token.
+        """
+        fitted = super().fit(packed)
+        if self._embedding_rows is not None and fitted.packed is not None:
+            largest = int((fitted.packed & ~TARGET_BIT).max())
+            if largest >= self._embedding_rows:
+                raise RowError(
+                    f"token id {largest}, the model has {self._embedding_rows} embedding rows",
+                    "take the token out of the row, or make a run of a model whose embedding has it",
+                )
+        return fitted
+
+
+@dataclass(frozen=True)
+class RowRules:
+    """What rows have to meet in a run.
+
+    Args:
+        tokenizer: turns them into tokens.
+        limits: what a file may grow to.
+        room: bytes of the disk that checking leaves free.
+    """
+
+    tokenizer: RowTokenizer
+    limits: Limits
+    room: int
+
+    def key(self, sha256: str) -> str:
+        """Return the name under which the tokens of a file are kept."""
+        tokenizer = self.tokenizer
+        return cache_key(sha256, tokenizer.fingerprint, tokenizer.max_length, tokenizer.over_length)
+
+
+class RulesOfRun:
+    """The rules of one run, read again when its config changes."""
+
+    def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
+        self._layout = layout
+        self._ledger = ledger
+        self._signature: tuple[int, int, int] | None = None
+        self._rules: RowRules | None = None
+
+    def __call__(self) -> RowRules:
+        """Return the rules.
+
+        Raises:
+            ConfigError: the config is refused, or asks for more positions than the model has learned.
+            ModelError: the base model or its tokenizer is missing, or is not that of the run any more.
+        """
+        signature = self._look()
+        if self._rules is None or signature != self._signature:
+            config = read_config(self._layout.config)
+            newest = self._ledger.newest_checkpoint()
+            needed = int(newest.bytes * CHECKPOINT_ROOM) if newest else 0
+            tokenizer = run_tokenizer(self._layout, self._ledger, config)
+            self._rules = RowRules(tokenizer, Limits.of(config), needed + (config.disk_margin_mb << 20))
+            self._signature = signature
+        return self._rules
+
+    def _look(self) -> tuple[int, int, int] | None:
+        with contextlib.suppress(OSError):
+            found = self._layout.config.stat()
+            return found.st_mtime_ns, found.st_size, found.st_ino
+        return None
+
+
+def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowTokenizer:
+    """Return the tokenizer of a run, held against the one that the run was begun with.
+
+    Raises:
+        ConfigError: `max_length` is above the positions that the model has learned.
+        ModelError: base model or tokenizer are missing, or another tokenizer than the run's lies there.
+    """
+    base = resolve_base(config.model, report=lambda _: None)
+    folder = layout.tokenizer(base)
+    state = stored_tokenizer(layout, folder)
+    identity = ledger.get("identity")
+    if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
+        raise ModelError(
+            "the tokenizer or chat template changed on disk since this run began",
+            where=folder,
+            hint="Put the original files back; to start over with the changed ones: onward reset",
+        )
+    capacity = read_capacity(base)
+    require_fits(capacity, max_length=config.max_length)
+    return RunTokenizer(state, config, capacity.embedding_rows)
+
+
+def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
+    """Return the tokenizer of a model folder as it is stored in `cache/`; transformers loads it the first time.
+
+    Raises:
+        ModelError: there is none, or it cannot be used.
+    """
+    path = layout.cache / "tokenizer" / tokenizer_files_digest(folder)
+    state = load_tokenizer_state(path)
+    if state is None:
+        from onward.training.model import load_tokenizer
+
+        state = TokenizerState.of(load_tokenizer(folder))
+        remove_tree(path.parent)
+        with contextlib.suppress(OSError):  # a full disk: it is loaded anew each time
+            save_tokenizer_state(path, state)
+    return state

@@ -1,0 +1,454 @@
+"""Files that end what reads them, change under it, or have to be taken out: nothing behind them waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import zstandard
+from commands import onward_process
+
+from onward import Run
+from onward.errors import DamagedState, FileRejected
+from onward.layout import RunLayout
+from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.checking import Intake
+from onward.service.intake.file_check import ATTEMPTS
+from onward.service.intake.guard import Budget, BudgetSpent, Guard
+from onward.service.intake.refusals import Refusal, keep_refused
+from onward.service.intake.writers import is_being_written
+from onward.service.owner.checker import Checker
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+
+SETTINGS = {"batch_size": 4, "max_length": 256, "lora": {"rank": 2}, "settle_seconds": 0.0}
+DEEP = b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n"
+POISONS: dict[str, bytes] = {
+    "huge.json": b'[{"text": "a", "n": ' + b"9" * 5_000 + b"}]",
+    "huge.jsonl": b'{"text": "a", "n": ' + b"9" * 5_000 + b"}\n",
+    "deep.jsonl": DEEP,
+    "deep.json": b"[" + DEEP + b"]",
+    "surrogate.jsonl": b'{"text": "\\ud800"}\n',
+    "zeros.jsonl": bytes(4_096),
+    "zeros.parquet": b"PAR1" + bytes(4_096) + struct.pack("<I", 2**31 - 1) + b"PAR1",
+    "bomb.jsonl.zst": zstandard.compress(b'{"text": "' + b"a" * (32 << 20) + b'"}\n'),
+    "cut.jsonl.zst": zstandard.compress(b'{"text": "a"}\n' * 1_000)[:-7],
+    "noise.jsonl.zst": b"\x28\xb5\x2f\xfd" + bytes(range(256)),
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run that nothing was trained in."""
+    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+
+
+def announce(layout: RunLayout, ledger: Ledger, *names: str) -> None:
+    """Give files of the inbox their places in the queue, in this order."""
+    Arrivals(layout, ledger).announce([(layout.inbox / name, 0) for name in names], "c")
+
+
+def states(ledger: Ledger) -> dict[str, str]:
+    """Return the state of every file by name."""
+    return {row.name: row.state for row in ledger.files("arriving", "queued", "rejected", "skipped")}
+
+
+def test_what_is_behind_a_poison_is_queued(run: Run) -> None:
+    """Every poison is refused with a report, and the good file that arrived after all of them is queued."""
+    for name, content in POISONS.items():
+        (run.layout.inbox / name).write_bytes(content)
+    tiny.write_jsonl(run.layout.inbox / "good.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, *POISONS, "good.jsonl")
+        intake = Intake(run.layout, ledger)
+        while intake.check_next():
+            pass
+        assert dict.fromkeys(POISONS, "rejected") | {"good.jsonl": "queued"} == states(ledger)
+    kept = {path.name for path in run.layout.rejected.iterdir()}
+    assert set(POISONS) | {f"{name}.report.json" for name in POISONS} == kept
+
+
+def die(row: FileRow) -> None:
+    """End the process at the beginning of a check, as lack of memory does."""
+    if row.name == "poison.jsonl":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_in_child(layout: RunLayout) -> int:
+    """Check what arrived in a process that dies at the poison; returns its status as the shell counts it."""
+    child = os.fork()
+    if child == 0:
+        with Ledger(layout.ledger) as ledger:
+            intake = Intake(layout, ledger, begun=die)
+            while intake.check_next():
+                pass
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -> None:
+    """Each death is counted before the file is opened; after the third it is refused, and the next file is queued."""
+    for name in ("poison.jsonl", "good.jsonl"):
+        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=len(name)))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "poison.jsonl", "good.jsonl")
+    ends = [check_in_child(run.layout) for _ in range(ATTEMPTS + 1)]
+    assert [-signal.SIGKILL] * ATTEMPTS + [0] == ends
+    with Ledger(run.layout.ledger) as ledger:
+        assert {"poison.jsonl": "rejected", "good.jsonl": "queued"} == states(ledger)
+    (problem,) = json.loads((run.layout.rejected / "poison.jsonl.report.json").read_text())["problems"]
+    assert problem["reason"].startswith("checking it ended the process 3 times")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyError("odd")])
+def test_a_command_prints_a_refusal_whatever_checking_raises(
+    run: Run, tmp_path: Path, error: BaseException | type[BaseException]
+) -> None:
+    """Lack of memory is tried three times, anything else nobody thought of is refused at once: never a traceback."""
+    calls: list[str] = []
+
+    def fail(row: FileRow) -> None:
+        calls.append(row.name)
+        raise error
+
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        with pytest.raises(FileRejected, match=r"1 of 1 files rejected"):
+            Intake(run.layout, ledger, begun=fail).take([file])
+        assert {"a.jsonl": "rejected"} == states(ledger)
+    assert ["a.jsonl"] * (ATTEMPTS if error is MemoryError else 1) == calls
+
+
+def test_a_budget_that_is_spent_leaves_the_file_and_counts_no_attempt(run: Run) -> None:
+    """A file that needs more than its budget is left as it was, for a process of its own, and keeps its place."""
+    tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(50))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        intake = Intake(run.layout, ledger)
+        for budget in (Budget(size=10), Budget(rows=5, seconds=600.0), Budget(seconds=0.0)):
+            row = intake.check_ahead(seconds=1.0, budget=budget)
+            assert row is not None
+            assert ("a.jsonl", 0) == (row.name, ledger.file(row.id).attempts)
+            assert {"a.jsonl": "arriving"} == states(ledger)
+        assert intake.check_next()
+        assert {"a.jsonl": "queued"} == states(ledger)
+
+
+def test_the_guard_counts_bytes_rows_and_seconds() -> None:
+    """Whichever of the three is spent first ends the work; without a budget nothing does."""
+    clock = [0.0]
+    guard = Guard(budget=Budget(size=10, rows=2, seconds=1.0), monotonic=lambda: clock[0])
+    guard.spend(10)
+    guard()
+    guard()
+    for spend in (guard, lambda: guard.spend(1)):
+        with pytest.raises(BudgetSpent):
+            spend()
+    late = Guard(budget=Budget(seconds=1.0), monotonic=lambda: clock[0])
+    clock[0] = 1.0
+    with pytest.raises(BudgetSpent):
+        late()
+    Guard()()
+
+
+def test_a_file_is_withdrawn_while_it_is_checked(run: Run) -> None:
+    """A file taken out at the moment that its check begins is skipped, its content kept; the next one is queued."""
+    for name in ("out.jsonl", "good.jsonl"):
+        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=len(name)))
+
+    def withdraw(row: FileRow) -> None:
+        if row.name == "out.jsonl":
+            with Ledger(run.layout.ledger) as other:
+                Intake(run.layout, other).withdraw(other.file(row.id), "no use")
+
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "out.jsonl", "good.jsonl")
+        intake = Intake(run.layout, ledger, begun=withdraw)
+        while intake.check_next():
+            pass
+        assert {"out.jsonl": "skipped", "good.jsonl": "queued"} == states(ledger)
+    assert (run.layout.rejected / "out.jsonl").is_file()
+    assert ["good.jsonl"] == [path.name for path in run.layout.archive.iterdir()]
+    assert 1 == len(list(run.layout.tokens.iterdir()))
+
+
+def test_an_unread_file_is_withdrawn(run: Run) -> None:
+    """A file that only has its place in the queue is taken out of the inbox, and does not come back."""
+    tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        intake = Intake(run.layout, ledger)
+        assert "skipped a.jsonl" == intake.withdraw(ledger.announced()[0], "no use")
+        assert not intake.check_next()
+    assert [] == list(run.layout.inbox.iterdir())
+    assert (run.layout.rejected / "a.jsonl").is_file()
+
+
+def test_the_order_does_not_depend_on_who_read_first(run: Run) -> None:
+    """A small file that is read and queued before an earlier large one does not pass it: the queue waits for it."""
+    for name in ("large.jsonl", "small.jsonl"):
+        tiny.write_jsonl(run.layout.inbox / name, tiny.chat_rows(3, seed=ord(name[0])))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "large.jsonl", "small.jsonl")
+        intake = Intake(run.layout, ledger)
+        intake.bring_in(leaves=lambda row: row.name == "large.jsonl")
+        assert ["large.jsonl"] == [row.name for row in ledger.announced()]
+        while intake.check_next():
+            pass
+        assert ["large.jsonl", "small.jsonl"] == [row.name for row in ledger.files("queued")]
+
+
+def append(path: Path) -> None:
+    """Write on with a descriptor that was open before the file was moved."""
+    with path.open("a") as writer:
+        writer.write('{"text": "late"}\n')
+
+
+def exchange(path: Path) -> None:
+    """Put a link to another file in its place."""
+    other = tiny.write_jsonl(path.parents[1] / "secret.jsonl", tiny.chat_rows(2, seed=9))
+    path.unlink()
+    path.symlink_to(other)
+
+
+@pytest.mark.parametrize("change", [append, exchange])
+def test_what_was_hashed_is_what_is_checked(run: Run, change: Callable[[Path], None]) -> None:
+    """A file that is changed or exchanged after it was hashed is refused with the reason, never trained."""
+    tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        intake = Intake(run.layout, ledger, begun=lambda row: change(run.layout.kept(row.copy)))
+        intake.check_next()
+        assert {"a.jsonl": "rejected"} == states(ledger)
+    (problem,) = json.loads((run.layout.rejected / "a.jsonl.report.json").read_text())["problems"]
+    assert "its writer still had it open" in problem["reason"] or "symbolic link" in problem["reason"]
+
+
+def test_a_file_that_changes_before_it_is_read_settles_again(run: Run) -> None:
+    """A file that was written on after it was seen is forgotten and left in the inbox; nothing is refused."""
+    path = tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        append(path)
+        assert Intake(run.layout, ledger).check_next()
+        assert {} == states(ledger)
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("copy", ["../secret", "/etc/passwd", "archive/../../secret", "ledger.sqlite3", "archive/.."])
+def test_a_row_of_the_ledger_names_no_file_outside(run: Run, copy: str) -> None:
+    """A place that Onward never writes is refused: nothing outside of the run is read or moved."""
+    with pytest.raises(DamagedState, match="the ledger names a file outside"):
+        run.layout.kept(copy)
+    with pytest.raises(DamagedState, match="the ledger names a file outside"):
+        run.layout.dropped(copy.replace("archive/", "x/").replace("ledger", "low/high/ledger"))
+
+
+def test_a_report_never_overwrites_a_file(run: Run, tmp_path: Path) -> None:
+    """A refused file with the name of a report and the file that it would be the report of are both kept."""
+    for name, content in (("x.jsonl.report.json", "1"), ("x.jsonl", "2")):
+        path = tmp_path / name
+        path.write_text(content)
+        keep_refused(run.layout, path, Refusal.of_training(name, "bad", ""), 0.0)
+    assert {
+        "x.jsonl": "2",
+        "x.jsonl.report_.json": "1",
+    } == {
+        path.name: path.read_text() for path in run.layout.rejected.iterdir() if not path.name.endswith(".report.json")
+    }
+    assert ["x.jsonl.report.json", "x.jsonl.report_.json.report.json"] == sorted(
+        path.name for path in run.layout.rejected.glob("*.report.json")
+    )
+
+
+def test_a_command_that_was_killed_before_it_read_its_files_is_finished(run: Run, tmp_path: Path) -> None:
+    """Its files are taken in by the next process; what is gone by then is a refusal."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        ledger.add_intent([file], again=False, priority=0)
+        ledger.add_intent([tmp_path / "gone.jsonl"], again=False, priority=0)
+        own = ledger.add_intent([file], again=False, priority=0)
+        (refused,) = Intake(run.layout, ledger).finish_left_over(own)
+        assert "gone.jsonl" in str(refused)
+        assert {"a.jsonl": "queued"} == states(ledger)
+        assert [own] == [intent.id for intent in ledger.intents()]
+        Intake(run.layout, ledger).take([file], intent=own)
+        assert [] == ledger.intents()
+
+
+FULL = """
+import errno, os, resource, sys
+from pathlib import Path
+from onward.layout import RunLayout
+from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.guard import Guard
+from onward.service.intake.inbox import Inbox
+from onward.store.ledger import Ledger
+layout = RunLayout(Path(sys.argv[1]))
+with Ledger(layout.ledger) as ledger:
+    arrivals = Arrivals(layout, ledger)
+    arrivals.announce([(layout.inbox / "a.jsonl", 0)], "c")
+    rows = ledger.announced()
+    inbox = Inbox(layout.inbox, 0.0)
+    lowest = os.dup(0)
+    os.close(lowest)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for act in (inbox.scan, lambda: arrivals.bring_in(rows, Guard())):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        try:
+            act()
+        except OSError as error:
+            print(errno.errorcode[error.errno], file=sys.stdout)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert ledger.announced() == rows
+"""
+
+
+def test_too_many_open_files_refuse_nobody(run: Run) -> None:
+    """A machine that cannot open files is an error that is raised: the file keeps its place, nothing is rejected."""
+    path = tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    done = subprocess.run([sys.executable, "-c", FULL, run.layout.root], capture_output=True, text=True, check=False)
+    assert ("EMFILE\nEMFILE\n", "") == (done.stdout, done.stderr)
+    assert path.is_file()
+    assert [] == list(run.layout.rejected.iterdir())
+
+
+def test_occurrence_counts_the_same_content(run: Run, tmp_path: Path) -> None:
+    """The first file with a content has occurrence 0, each further one that is asked for the next number."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        intake = Intake(run.layout, ledger)
+        intake.take([file])
+        intake.take([file, file], again=True)
+        assert [0, 1, 2] == [row.occurrence for row in ledger.files("queued")]
+
+
+def test_waiting_for_the_intake_lock_sees_a_stop(run: Run, tmp_path: Path) -> None:
+    """A command that waits while others take files in ends when it is asked to."""
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3))
+    asked = threading.Event()
+
+    def stop() -> None:
+        if asked.is_set():
+            raise InterruptedError
+
+    with Ledger(run.layout.ledger) as ledger, Ledger(run.layout.ledger) as other:
+        holding = Intake(run.layout, other, begun=lambda _: _wait_in_vain(run, ledger, file, asked, stop))
+        holding.take([file])
+        assert {"a.jsonl": "queued"} == states(ledger)
+
+
+def _wait_in_vain(run: Run, ledger: Ledger, file: Path, asked: threading.Event, stop: Callable[[], None]) -> None:
+    polls: list[None] = []
+
+    def poll() -> None:
+        polls.append(None)
+        if len(polls) > 2:
+            asked.set()
+        stop()
+
+    with pytest.raises(InterruptedError):
+        Intake(run.layout, ledger, stop=poll).take([file])
+
+
+def test_a_checker_that_fails_is_started_again_with_growing_pauses(run: Run) -> None:
+    """Each failure is a problem that is told; the pauses double; one that comes to its end takes the problem back."""
+    clock = [0.0]
+    started: list[float] = []
+    status = [3]
+
+    def start() -> subprocess.Popen[bytes]:
+        started.append(clock[0])
+        if len(started) == 1:
+            raise BlockingIOError(11, "no more processes")
+        process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status[0]})"])
+        process.wait()
+        return process
+
+    with Ledger(run.layout.ledger) as ledger:
+        checker = Checker(ledger, start, monotonic=lambda: clock[0])
+        for _ in range(15):
+            checker.start()
+            assert not checker.is_running()
+            assert checker.problem is not None
+            clock[0] += 1.0
+        assert [0.0, 2.0, 6.0, 14.0] == started
+        assert "ended with status 3; tried again in 16 s (failure 4 in a row)" in str(checker.problem)
+        status[0], clock[0] = 0, 100.0
+        checker.start()
+        assert not checker.is_running()
+        assert checker.problem is None
+
+
+PROBE = """
+import sys
+from onward.service.intake.writers import is_being_written
+print([is_being_written(sys.argv[1]) for _ in range(20_000)][-1])
+"""
+WRITER = "import sys\nwhile True:\n    open(sys.argv[1], 'a').close()\n"
+
+
+def test_a_writer_that_opens_the_file_meanwhile_does_not_end_the_process(tmp_path: Path) -> None:
+    """While a file is probed 20,000 times another process opens it for writing without a pause: no signal kills."""
+    path = tmp_path / "a.jsonl"
+    path.touch()
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, path])
+    try:
+        probe = subprocess.run([sys.executable, "-c", PROBE, path], capture_output=True, text=True, check=False)
+    finally:
+        writer.kill()
+        writer.wait()
+    assert (0, "") == (probe.returncode, probe.stderr)
+    assert not is_being_written(str(path))
+
+
+NO_TORCH = """
+import sys
+from onward import Run
+from onward.service.intake.checker import check_arrived
+Run(sys.argv[1]).add(sys.argv[2])
+Run(sys.argv[1]).check_arrived()
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_add_and_check_load_neither_torch_nor_transformers(run: Run, tmp_path: Path) -> None:
+    """Once the tokenizer of a run is stored, files are checked without the libraries that training needs."""
+    run.add(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3)))
+    second = tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chat_rows(4))
+    done = subprocess.run(
+        [sys.executable, "-c", NO_TORCH, run.layout.root, second], capture_output=True, text=True, check=False
+    )
+    assert ("[]\n", "") == (done.stdout, done.stderr)
+
+
+def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
+    """A row with a token that the model has no embedding for is named with both numbers; other rows are accepted."""
+    folder = tiny.save_tiny_model(tmp_path / "model", layers=1)
+    tokenizer = tiny.byte_tokenizer(extra=("<|new|>",))
+    tokenizer.save_pretrained(folder)
+    run = Run.create(tmp_path / "run", str(folder), **SETTINGS)
+    run.add(tiny.write_jsonl(tmp_path / "good.jsonl", tiny.chat_rows(3)))
+    bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": "a <|new|> token"}])
+    with pytest.raises(FileRejected, match=r"bad.jsonl, line 2: token id 259, the model has 259 embedding rows"):
+        run.add(bad)
+
+
+def test_train_prints_a_refusal_of_every_poison(run: Run, tmp_path: Path) -> None:
+    """`onward train` on all poisons at once names each in words and ends with status 3."""
+    files = [tmp_path / name for name in POISONS]
+    for file in files:
+        file.write_bytes(POISONS[file.name])
+    outcome = onward_process("train", *files, "--run", run.layout.root)
+    assert 3 == outcome.status
+    assert "Traceback" not in outcome.err
+    assert [] == [name for name in POISONS if name not in outcome.err]
