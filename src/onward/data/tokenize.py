@@ -214,6 +214,8 @@ class _Intake:
             for row in rows_of(source, self._limits, self._stop):
                 line = row.line
                 yield row
+        except GeneratorExit:  # whoever reads the rows has given up
+            raise
         except BaseException as error:
             known = isinstance(error, FileError)
             self._refuse(error.line if known else line + 1, error)
