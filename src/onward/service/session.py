@@ -16,14 +16,12 @@ from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.training import huggingface
-from onward.training.base import BaseDigest, digest_base, resolve_base
+from onward.training.base import BaseDigest, base_of_run, digest_base
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
 
 Report = Callable[[str], None]
-OWN_BASE = "base"
-"""Directory of a base model that a run carries, below its own directory."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def open_session(
         ModelError: the base is missing or changed on disk.
     """
     config = config or read_config(layout.config)
-    base = base_folder(layout, config, report)
+    base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(layout.tokenizer(base))
     tokenizer_state = TokenizerState.of(tokenizer)
@@ -90,23 +88,6 @@ def open_session(
     dtype = pick_dtype(config.dtype, device)
     environment = describe_environment(device, dtype)
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
-
-
-def base_folder(layout: RunLayout, config: Config, report: Report = lambda _: None) -> Path:
-    """The folder of the run's base model.
-
-    Earlier releases named a base that lies in the run's own directory by its absolute path. Where nothing is left
-    under that path the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
-
-    Raises:
-        ModelError: there is no such model here.
-    """
-    own = layout.root / OWN_BASE
-    stored = Path(config.model)
-    was_moved = stored.is_absolute() and stored.name == OWN_BASE and not stored.exists()
-    if was_moved and (own / "config.json").is_file():
-        return own.resolve()
-    return resolve_base(config.model, root=layout.root, report=report)
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:

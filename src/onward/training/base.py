@@ -19,6 +19,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+OWN_BASE = "base"
+"""Folder of a base model that a run keeps in its own directory."""
 COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as save_pretrained writes them."
 
 
@@ -51,6 +53,26 @@ def resolve_base(
             hint=f"Name a folder with config.json, a Hugging Face name such as org/name, or {', '.join(EMBEDDED)}.",
         )
     return _from_hub(name, download=download, report=report)
+
+
+def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _: None) -> Path:
+    """Return the folder of a run's base model.
+
+    Earlier releases named a base that lies in the run's own directory by its absolute path. Where nothing is left
+    under that path the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
+
+    Args:
+        root: the run's directory.
+        name: value of the config's `model`.
+
+    Raises:
+        ModelError: there is no such model here.
+    """
+    own, stored = root / OWN_BASE, Path(name)
+    was_moved = stored.is_absolute() and stored.name == OWN_BASE and not stored.exists()
+    if was_moved and (own / "config.json").is_file():
+        return own.resolve()
+    return resolve_base(name, root=root, report=report)
 
 
 def find_here(name: str, *, root: Path | None = None) -> Path | None:

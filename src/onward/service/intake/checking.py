@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from onward.atomic import remove_temporaries
+from onward.config import read_config
 from onward.data.containers import FileError
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected, OnwardError, UsageError
@@ -56,7 +57,9 @@ class Intake:
         self.stop = stop
         self._lock = IntakeLock(layout)
         self._arrivals = Arrivals(layout, ledger)
-        self._check = FileCheck(layout, ledger, rules or RulesOfRun(layout, ledger), begun)
+        self._check = FileCheck(
+            layout, ledger, rules or RulesOfRun(layout, ledger, lambda: read_config(layout.config)), begun
+        )
         self._settling = Settling(layout, ledger, self._check)
         self._is_clean = False
 

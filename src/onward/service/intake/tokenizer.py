@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from onward.atomic import remove_tree
-from onward.config import Config, read_config
+from onward.config import Config
 from onward.data.limits import Limits
 from onward.data.records import RowError
 from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
@@ -16,7 +17,7 @@ from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tok
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
-from onward.training.base import resolve_base
+from onward.training.base import base_of_run
 from onward.training.capacity import read_capacity, require_fits
 
 CHECKPOINT_ROOM = 1.2
@@ -75,12 +76,17 @@ class RowRules:
 
 
 class RulesOfRun:
-    """The rules of one run, read again when its config changes."""
+    """The rules of one run, made again when its config changes.
 
-    def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
+    Args:
+        config: returns the config as it is now.
+    """
+
+    def __init__(self, layout: RunLayout, ledger: Ledger, config: Callable[[], Config]) -> None:
         self._layout = layout
         self._ledger = ledger
-        self._signature: tuple[int, int, int] | None = None
+        self._read = config
+        self._config: Config | None = None
         self._rules: RowRules | None = None
 
     def __call__(self) -> RowRules:
@@ -90,21 +96,14 @@ class RulesOfRun:
             ConfigError: the config is refused, or asks for more positions than the model has learned.
             ModelError: the base model or its tokenizer is missing, or is not that of the run any more.
         """
-        signature = self._look()
-        if self._rules is None or signature != self._signature:
-            config = read_config(self._layout.config)
+        config = self._read()
+        if self._rules is None or config != self._config:
             newest = self._ledger.newest_checkpoint()
             needed = int(newest.bytes * CHECKPOINT_ROOM) if newest else 0
             tokenizer = run_tokenizer(self._layout, self._ledger, config)
             self._rules = RowRules(tokenizer, Limits.of(config), needed + (config.disk_margin_mb << 20))
-            self._signature = signature
+            self._config = config
         return self._rules
-
-    def _look(self) -> tuple[int, int, int] | None:
-        with contextlib.suppress(OSError):
-            found = self._layout.config.stat()
-            return found.st_mtime_ns, found.st_size, found.st_ino
-        return None
 
 
 def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowTokenizer:
@@ -114,7 +113,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
         ConfigError: `max_length` is above the positions that the model has learned.
         ModelError: base model or tokenizer are missing, or another tokenizer than the run's lies there.
     """
-    base = resolve_base(config.model, report=lambda _: None)
+    base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
     state = stored_tokenizer(layout, folder)
     identity = ledger.get("identity")

@@ -26,7 +26,7 @@ class Deaths:
 
 @dataclass(frozen=True)
 class Crash:
-    """How the process before this one ended, if it died: in which state, in which file, the how manieth time."""
+    """How the process before this one ended, if it died: in which state, in which file, and how often in a row."""
 
     state: str
     row: FileRow | None

@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onward import __version__
-from onward.config import read_config
+from onward.config import Config, read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
@@ -84,11 +85,18 @@ class OpenedRun:
         if folder is not None:
             self._begun = BaseDigest(folder)
 
-    def intake(self, stop: Callable[[], None] = lambda: None) -> Intake:
-        """Make what checks files; `stop` is called at every row and may raise `Stopped`."""
-        from onward.service.intake.checking import Intake
+    def intake(self, stop: Callable[[], None] = lambda: None, config: Callable[[], Config] | None = None) -> Intake:
+        """Make what checks files.
 
-        return Intake(self.layout, self.ledger, stop=stop)
+        Args:
+            stop: called at every row; may raise `Stopped`.
+            config: returns the config as it is now.
+        """
+        from onward.service.intake.checking import Intake
+        from onward.service.intake.tokenizer import RulesOfRun
+
+        rules = RulesOfRun(self.layout, self.ledger, config or partial(read_config, self.layout.config))
+        return Intake(self.layout, self.ledger, stop=stop, rules=rules)
 
     def start_checker(self) -> subprocess.Popen[bytes]:
         """Start a process that checks what arrived, while this one trains."""
@@ -146,7 +154,7 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
         if watch:
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
                 _ = opened.session  # what is wrong with config or model is said at once
-    intake = opened.intake(owned.wishes.check)
+    intake = opened.intake(owned.wishes.check, owned.settings.read)
     inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
     incoming = Incoming(owned, intake, inbox, opened.start_checker)
     return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)

@@ -19,10 +19,9 @@ from onward.config import Config, read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
-from onward.service.session import base_folder
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
-from onward.training.base import digest_base
+from onward.training.base import base_of_run, digest_base
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model import load_tokenizer
@@ -120,7 +119,7 @@ def _identity(layout: RunLayout) -> Iterator[Finding]:
 
 def _base(layout: RunLayout) -> Iterator[Finding]:
     config = read_config(layout.config)
-    base = base_folder(layout, config)
+    base = base_of_run(layout.root, config.model)
     digest = digest_base(base)
     with Ledger(layout.ledger, read_only=True) as ledger:
         recorded = (ledger.get("identity") or {}).get("base", digest)

@@ -15,12 +15,11 @@ from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.proof.replay import replay
-from onward.service.session import base_folder
 from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
-from onward.training.base import digest_base
+from onward.training.base import base_of_run, digest_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.loading import read_optimizer
 from onward.training.optimizers import optimizer_method, saved_count
@@ -216,6 +215,6 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
-    digest = digest_base(base_folder(layout, read_config(layout.config)))
+    digest = digest_base(base_of_run(layout.root, read_config(layout.config).model))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

@@ -15,13 +15,13 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.session import OWN_BASE, open_session
+from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from onward.training.base import WEIGHTS, resolve_base, with_stored_path
+from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import Probe
 from onward.training.loading import load_moments, read_optimizer
@@ -48,7 +48,7 @@ def adopt(
     Raises:
         UsageError: this is no Trainer checkpoint, or the directory holds a config already.
         DamagedState: its moments do not fit its model.
-        ModelError: the base model or its tokenizer cannot be had.
+        ModelError: the base model or its tokenizer is missing or cannot be loaded.
     """
     if layout.config.exists():
         raise UsageError(
