@@ -32,7 +32,7 @@ def is_held(lock: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        # shared: two who look do not take each other for an owner; an owner that comes meanwhile asks again
+        # shared, so that two observers do not take each other for an owner; an owner that starts now tries again
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # some file systems say the second
         return True

@@ -23,7 +23,7 @@ TEXT = (".jsonl", ".ndjson", ".json", ".txt")
 
 
 PACKING = ".packing"
-"""Name of what is being compressed: no temporary file of intake, which others may remove meanwhile."""
+"""Name of an original while it is compressed; not one of intake's temporary names, which others may remove."""
 
 
 def require_original(layout: RunLayout, row: FileRow) -> Path:

@@ -45,10 +45,10 @@ class Arrivals:
     # files of a command
 
     def copy(self, path: Path, guard: Guard) -> tuple[Path, Values]:
-        """Copy a file beside its place in the archive; returns the copy and what the ledger will say of it.
+        """Copy a file to a temporary name in the archive; returns the copy and the values of its row in the ledger.
 
         Raises:
-            FileError: it is no training file.
+            FileError: it is not a training file.
             Unreadable: the machine cannot read it now.
         """
         form, name = file_format(path), plain_name(path.name)

@@ -70,7 +70,7 @@ class Intake:
     ) -> list[FileRow]:
         """Take in files in order.
 
-        Files that the stream still owes are not an error: the same command may be given again after a kill.
+        Files that are still waiting are not an error: the same command may be given again after a kill.
 
         Args:
             again: accept content that the stream already has.

@@ -1,4 +1,4 @@
-"""Checking one file: every row is read once, and a file that ends the process is not tried for ever.
+"""Checking one file: every row is read once, and a file that keeps ending the process is given up.
 
 This is the one place that decides whether a failure is the file's.
 """
@@ -15,7 +15,7 @@ from onward.data.faults import is_of_machine
 from onward.data.tokenize import IntakeReport, SourceChanged, tokenize_file
 from onward.errors import NoSpace
 from onward.layout import RunLayout
-from onward.service.intake.guard import BudgetSpent, Guard, seldom
+from onward.service.intake.guard import BudgetSpent, Guard, at_intervals
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.tokenizer import RowRules
 from onward.service.wishes import Stopped
@@ -88,7 +88,7 @@ class FileCheck:
     def _read(self, row: FileRow, rules: RowRules, original: Path, guard: Guard) -> IntakeReport:
         target = self._tokens(row, rules)
         remove_tree(target)
-        look = seldom(lambda: self._require_arriving(row), lambda: self._require_room(row, rules))
+        look = at_intervals(lambda: self._require_arriving(row), lambda: self._require_room(row, rules))
 
         def stop() -> None:
             guard()

@@ -79,7 +79,7 @@ class Guard:
         self._bytes_left -= count
 
 
-def seldom(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+def at_intervals(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
     """Return a function that calls checks, at most every `SELDOM` seconds however often it is called itself."""
     due = monotonic()
 

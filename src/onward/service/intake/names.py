@@ -16,7 +16,7 @@ NUMBERED = 100
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name without what a terminal, a report or a longer name beside it would stumble over."""
+    """Return a file's name in printable characters, short enough for the longer names that are derived from it."""
     plain = "".join(character if character.isprintable() else "_" for character in name)
     if plain.startswith(TEMPORARY_PREFIX):
         plain = f"_{plain[1:]}"
@@ -55,5 +55,5 @@ def unused_name(
 
 
 def _is_taken(path: Path, reserved: frozenset[str] | set[str]) -> bool:
-    beside = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-    return path.name in reserved or os.path.lexists(path) or os.path.lexists(beside)
+    unfinished = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
+    return path.name in reserved or os.path.lexists(path) or os.path.lexists(unfinished)

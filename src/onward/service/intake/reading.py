@@ -49,8 +49,8 @@ def read_whole(
         flush: force the bytes to the disk, which somebody else wrote.
 
     Raises:
-        Changed: it changed meanwhile, or the path does not lead to it any more.
-        FileError: it is no regular file.
+        Changed: it changed while it was read, or the path does not lead to it any more.
+        FileError: it is not a regular file.
         OSError: the machine cannot read it.
     """
     digest = hashlib.sha256()

@@ -22,7 +22,7 @@ class Settling:
         self._check = check
 
     def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Sort out content the stream has. Where it still owes some of the same command, that command goes on."""
+        """Separate files whose content the stream already has; a command given again after a kill goes on without them."""
         held = {row.id: self.ledger.holding(row.sha256) for row in rows}
         goes_on = any(other and other.state != "done" for other in held.values())
         fresh: list[FileRow] = []
@@ -38,7 +38,7 @@ class Settling:
     def accept(self, rows: Sequence[FileRow], reports: Sequence[tuple[FileRow, IntakeReport]]) -> list[FileRow]:
         """Queue the files with a report, in one transaction; the stream has the content of the others already.
 
-        A file that somebody took out meanwhile stays out.
+        A file that was skipped while it was checked stays out.
         """
         checked = {row.id for row, _ in reports}
         accepted: list[FileRow] = []
@@ -60,7 +60,7 @@ class Settling:
         return [self.ledger.file(row.id) for row in accepted]
 
     def refuse(self, rows: Sequence[FileRow], refusals: Sequence[tuple[FileRow, Refusal]]) -> None:
-        """Move the refused files to `rejected/` with their reports, and let go of the others of the command."""
+        """Move the refused files to `rejected/` with their reports, and drop the other files of the command."""
         reasons = {row.id: refusal for row, refusal in refusals}
         for row in rows:
             if not self._is_arriving(row):
@@ -78,7 +78,7 @@ class Settling:
                 self._remove_copy(row)
 
     def withdraw(self, command: str) -> None:
-        """Let go of all files of a command that failed."""
+        """Drop all files of a command that failed."""
         for row in self.ledger.arriving(command):
             self.ledger.move_file(row.id, "rejected", note="the command was refused")
             self._remove_copy(row)

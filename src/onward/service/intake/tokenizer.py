@@ -141,6 +141,6 @@ def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
 
         state = TokenizerState.of(load_tokenizer(folder))
         remove_tree(path.parent)
-        with contextlib.suppress(OSError):  # a full disk: it is loaded anew each time
+        with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
             save_tokenizer_state(path, state)
     return state

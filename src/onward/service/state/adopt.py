@@ -43,7 +43,7 @@ def adopt(
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
 
     Returns:
-        What the run took over, what it set anew and what is unknown, one line each.
+        What the run took over, what was set and what is unknown, one line each.
 
     Raises:
         UsageError: this is no Trainer checkpoint, or the directory holds a config already.
@@ -170,7 +170,7 @@ def _optimizer_settings(path: Path) -> dict[str, Any]:
     try:
         return ADAMW.settings(saved_groups(saved)[0])
     except UnsupportedSetting as error:
-        hint = "There is no config key for it. Train on with transformers, or begin anew: onward init NEW_RUN"
+        hint = "There is no config key for it. Train on with transformers, or start again: onward init NEW_RUN"
         raise UsageError(f"the checkpoint was trained with {error}", where=path, hint=hint) from None
     except (LookupError, TypeError, ValueError) as error:
         raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None

@@ -1,4 +1,4 @@
-"""What an adopted run took over from its checkpoint, what it set anew and what nobody can know, in sentences."""
+"""What an adopted run took over from its checkpoint, what was set and what is unknown, in sentences."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ ATTEMPTS = 10
 
 
 def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = lambda _: None) -> Manifest:
-    """Make `target` a directory with the newest committed checkpoint, verified, whatever is trained meanwhile.
+    """Make `target` a directory with the newest committed checkpoint, verified, while training goes on.
 
     Its files are hard links where the file system allows, and copies elsewhere. Linked files are those of the
     checkpoint: they are to be read, not changed.
@@ -63,7 +63,7 @@ def _newest(layout: RunLayout, run: str) -> Path:
 
 
 def _link(folder: Path, temporary: Path, between: Callable[[str], None]) -> bool:
-    """Link the files of a checkpoint into an empty directory; False if it went meanwhile."""
+    """Link the files of a checkpoint into an empty directory; False if it was removed in between."""
     remove_tree(temporary)
     temporary.mkdir(parents=True)
     try:
