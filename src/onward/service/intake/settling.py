@@ -22,7 +22,7 @@ class Settling:
         self._check = check
 
     def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Separate files whose content the stream already has; a command given again after a kill goes on without them."""
+        """Set aside files whose content the stream has; a command given again after a kill goes on without them."""
         held = {row.id: self.ledger.holding(row.sha256) for row in rows}
         goes_on = any(other and other.state != "done" for other in held.values())
         fresh: list[FileRow] = []
