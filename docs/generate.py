@@ -84,7 +84,7 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
 LIMITS: Sequence[tuple[str, str]] = (
     (
         "max_row_mb",
-        "a row, in the file and as the text that is tokenized; many small values count for more than their text",
+        "a row, in the file and as the text that is tokenized; a value counts for more than its text",
     ),
     ("max_unpacked_mb", "all that a compressed or Parquet file unpacks to"),
     ("max_unpack_ratio", "the same, as a multiple of the file's size; judged above 16 MiB"),
@@ -191,9 +191,9 @@ CHAT_RULES = """\
 
 FILES_TAIL = """\
 Any other error that the content causes in reading, parsing, rendering or tokenizing is a refusal too, with the row
-where it was noticed. A special file, a file that may not be read, one that changes while it is read and one without rows are
-refused. A refused file gives exit status 3; a path that is missing or names a directory is wrong usage, exit status 2.
-What is the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
+where it was noticed. A special file, a file that may not be read, one that changes while it is read and one without
+rows are refused. A refused file gives exit status 3; a path that is missing or names a directory is wrong usage, exit
+status 2. What is the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
 
 A file is opened once, never by a symbolic link, and hashed while its rows are read: what is trained has the hash that
 the ledger holds.
@@ -240,9 +240,9 @@ rows are all dropped is rejected.
 ## Duplicates
 
 A file is identified by the SHA-256 of its bytes. Content that is in the stream already is refused, whatever its name;
-`--again` accepts it, and trains its rows in another order than before. After a kill the same `onward train FILE...` may
-be given again: files that the stream still owes are not refused. Undone files do not count. If `train` was killed before
-it had read its files, the next `train` or `watch` takes them in.
+`--again` accepts it, and trains its rows in another order than before. After a kill the same `onward train FILE...`
+may be given again: files that the stream still owes are not refused. Undone files do not count. If `train` was killed
+before it had read its files, the next `train` or `watch` takes them in.
 
 ## Order
 
