@@ -96,7 +96,7 @@ class Hub:
 
     Args:
         observers: called with each event, in this order.
-        warn: told once when an observer fails for the first time, and once when it is dropped.
+        warn: called when an observer fails for the first time, and when it is dropped.
     """
 
     def __init__(self, observers: Iterable[Observe], warn: Callable[[str], None]) -> None:

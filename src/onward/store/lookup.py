@@ -84,7 +84,7 @@ def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
 
 
 def _step_meant(text: str, steps: Sequence[int]) -> int | None:
-    """Return the step that a text means: any after `step:` or `step-`, a bare number only if it has a boundary."""
+    """Return the step that a text means: any number after `step:` or `step-`, a bare one only if it has a boundary."""
     marked = _STEP.fullmatch(text)
     number = marked.group(1) if marked else text
     return int(number) if number.isdecimal() and int(number) in steps else None
