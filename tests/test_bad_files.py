@@ -173,7 +173,7 @@ def test_a_file_of_the_stream_is_refused_as_a_duplicate(untouched: Path, tmp_pat
 
 
 def test_the_same_content_twice_in_one_command_is_refused(untouched: Path, tmp_path: Path) -> None:
-    """A file given twice, or a copy beside it, is a duplicate within the command."""
+    """A file given twice, or with a copy of it, is a duplicate within the command."""
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(8, seed=6))
     second = Path(shutil.copy(first, tmp_path / "second.jsonl"))
     assert_refused(

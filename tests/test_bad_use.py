@@ -22,7 +22,7 @@ from onward.service.lock import RunLock
         (["train", "--fast"], ("No such option: --fast", "onward train --help")),
         (["add"], ("Missing argument", "onward add --help")),
         (["rollback"], ("Missing option '--to'", "onward rollback --help")),
-        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is no finished file", "1 good.jsonl")),
+        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is neither a finished file", "1 good.jsonl")),
         (["rollback", "--to", "1"], ("no terminal to ask at", "--yes")),
         (["reset"], ("no terminal to ask at", "--yes")),
         (["add", "{good}", "--priority", "urgent"], ("no priority 'urgent'", "high, normal, low")),
@@ -114,7 +114,7 @@ def test_an_edited_config_that_makes_no_sense_is_refused(
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """A path without a model is wrong usage, be it empty or a folder of something else; nothing is made."""
+    """A path without a model is wrong usage, whether it is empty or holds something else; nothing is made."""
     (tmp_path / "folder").mkdir()
     for name, words in (("gone", ("there is no model", "config.json")), ("folder", ("config.json is missing",))):
         assert_refused(onward("init", tmp_path / "new", "--model", tmp_path / name), 2, str(tmp_path / name), *words)

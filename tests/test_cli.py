@@ -108,7 +108,7 @@ def test_status_has_the_contract_keys(trained: Path) -> None:
 
 
 def test_a_run_without_files_has_a_status(model: Path, tmp_path: Path) -> None:
-    """A new run answers every question: idle at step 0, no history, nothing owed."""
+    """A new run answers every command: idle at step 0, no history, nothing waiting."""
     run = make_run(tmp_path / "run", model)
     status = onward("status", "--run", run, "--json").json
     assert ("idle", 0, 0, None) == (status["state"], status["global_step"], status["queue"], status["checkpoint"])
@@ -242,7 +242,7 @@ def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
 
 
 def test_a_terminal_of_another_encoding_gets_its_answer(model: Path, tmp_path: Path) -> None:
-    """Names that the terminal's encoding lacks are shown escaped, not as a crash."""
+    """Names that the terminal's encoding lacks are shown escaped; they crash nothing."""
     run = make_run(tmp_path / "run", model)
     assert 0 == onward("add", tiny.write_jsonl(tmp_path / "中.jsonl", tiny.chat_rows(2)), "--run", run).status
     for arguments in (["history"], ["history", "--json"], ["status"]):

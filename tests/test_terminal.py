@@ -1,4 +1,4 @@
-"""What a person sees: on any terminal, in order, and without harm where nobody reads or a name wants to do harm."""
+"""What a person sees: on any terminal, in order, and safe from closed streams and hostile names."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_nobody_reads_and_training_goes_on(redirection: str, model: Path, tmp_pa
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
-    """A full disk that takes no result is exit status 1; a reader that left is no failure of the work."""
+    """A result that a full disk does not take is exit status 1; a reader that left early is no failure."""
     layout = RunLayout(tmp_path)
     layout.make()
     make_ledger(layout.ledger)
@@ -218,7 +218,7 @@ def test_a_run_holds_no_code(module: str, tmp_path: Path) -> None:
 
 
 def test_new_events_become_notes(tmp_path: Path) -> None:
-    """What was refused, paused or changed since the last look is told once, in order; what is told anyway is not."""
+    """What was refused, paused or changed since the last look is told once, in order; other events are not repeated."""
     make_ledger(tmp_path / "ledger.sqlite3")
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
         ledger.add_event("warning", "before", kind="rejected")

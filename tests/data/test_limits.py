@@ -61,7 +61,7 @@ print(json.dumps({"bombs": grown, "rows": rows, "arrow": arrow, "long": long}))
 
 
 def bombs(directory: Path) -> dict[str, Path]:
-    """Write a file of each kind that a few bytes blow up; return them by name."""
+    """Write a small file of each kind that unpacks to very much; return them by name."""
     directory.mkdir(exist_ok=True)
     tables = {
         "rows": pyarrow.table({"text": ["x" * MIB] * 400}),
@@ -137,7 +137,7 @@ def test_a_row_over_the_limit_is_named(tmp_path: Path, name: str, data: bytes, r
 
 
 def test_a_parquet_row_over_the_limit_is_named(tmp_path: Path) -> None:
-    """A row that a dictionary or a list blows up is found among small ones, across batches and row groups."""
+    """A row that a dictionary or a list makes large is found among small ones, across batches and row groups."""
     texts = ["a"] * 2500 + ["x" * 900] * 2 + ["y" * 1001] + ["b"] * 10
     table = pyarrow.table({"text": pyarrow.array(texts), "list": [[{"a": "z", "b": None}]] * len(texts)})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2000)

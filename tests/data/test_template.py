@@ -99,13 +99,13 @@ def test_tools_are_rendered_and_calls_are_targets() -> None:
 
 
 def test_a_row_renders_the_same_on_every_day() -> None:
-    """A template that asks for the date gets the same one for ever, that of Llama 3.2's own default."""
+    """A template that asks for the date always gets the same one, Llama 3.2's own default."""
     text, _ = template("llama3_2").render(chat("Hi", "Hello"))
     assert "Today Date: 26 Jul 2024\n" in text
 
 
 def test_template_that_ignores_the_generation_prompt() -> None:
-    """Where no generation prompt tells the header from the answer, the header is not trained all the same."""
+    """Where no generation prompt tells the header from the answer, the header is still not trained."""
     source = CHATML.partition("{% if add_generation_prompt")[0]
     row = chat("Hi", "assistant", "So", " a ")
     assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
@@ -198,7 +198,7 @@ GENERATION = (
     ],
 )
 def test_generation_markers(inside: str, outside: str) -> None:
-    """Markers are taken at their word, but the target always ends right after the end token."""
+    """Markers are trusted, but the target always ends right after the end token."""
     source = GENERATION.replace("%s", inside, 1).replace("%s", outside, 1)
     row = chat("Hi", "Hello", "So", "Bye")
     assert ["Hello<|im_end|>", "Bye<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
@@ -253,7 +253,7 @@ ANSWERS = WORDS.filter(lambda text: bool(text.strip()))
 @example(name="mistral", turns=[("[/INST]", "[INST]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
 @example(name="phi3", turns=[("<|assistant|>", "assistant\n"), ("\n", "<|user|>")])
 def test_targets_of_random_chats(name: str, turns: list[tuple[str, str]]) -> None:
-    """Whatever is said, each target is its answer, perhaps trimmed by the template, plus the end token."""
+    """Whatever the messages say, each target is its answer, perhaps trimmed by the template, plus the end token."""
     found = pieces(PROVEN[name], chat(*(text for turn in turns for text in turn)))
     end = {"llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}.get(
         name, "</s>" if name in ("mistral", "zephyr") else "<|im_end|>"

@@ -37,7 +37,7 @@ def decoded(tokenizer: Any, row: Row, *, only_targets: bool) -> str:
 
 
 def intake(path: Path, max_length: int = 1000, over_length: OverLength = "truncate") -> IntakeReport:
-    """Tokenize a file into the directory `tokens` beside it."""
+    """Tokenize a file into the directory `tokens` next to it."""
     sha256 = sha256_file(path) if path.is_file() else SHA
     return tokenize_file(path, path.parent / "tokens", sha256, RowTokenizer(STATE, max_length, over_length))
 

@@ -241,7 +241,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"special_tokens": []}', "1", '{"special_tokens": 1}', b"\xff"])
 def test_what_is_no_state_is_refused(text: str | bytes) -> None:
-    """Any other JSON, and what is none, is a ValueError."""
+    """Any other JSON, and text that is not JSON, is a ValueError."""
     with pytest.raises(ValueError, match=r"not the state of a tokenizer|Expecting value|decode"):
         TokenizerState.from_json(text)
 

@@ -75,7 +75,7 @@ def taken(inbox: Inbox) -> list[str]:
 
 
 def test_a_file_settles_by_standing_still(inbox: Inbox, clocks: Clocks) -> None:
-    """It is taken once size and time stood still for `settle_seconds`, counted anew whenever it grows."""
+    """It is taken once size and time stood still for `settle_seconds`, counted again whenever it grows."""
     path = write(inbox.folder / "a.jsonl")
     assert [] == taken(inbox)
     clocks.tick(2.9)

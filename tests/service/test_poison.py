@@ -1,4 +1,4 @@
-"""Files that end what reads them, change under it, or have to be taken out: nothing behind them waits for ever."""
+"""Files that kill their reader, change while they are read, or have to be taken out: nothing waits behind them."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -
 def test_a_command_prints_a_refusal_whatever_checking_raises(
     run: Run, tmp_path: Path, error: BaseException | type[BaseException]
 ) -> None:
-    """Lack of memory is tried three times, anything else nobody thought of is refused at once: never a traceback."""
+    """Lack of memory is tried three times, any other unexpected error is refused at once: never a traceback."""
     calls: list[str] = []
 
     def fail(row: FileRow) -> None:
@@ -361,7 +361,7 @@ def _wait_in_vain(run: Run, ledger: Ledger, file: Path, asked: threading.Event, 
 
 
 def test_a_checker_that_fails_is_started_again_with_growing_pauses(run: Run) -> None:
-    """Each failure is a problem that is told; the pauses double; one that comes to its end takes the problem back."""
+    """Each failure is reported as a problem; the pauses double; a process that succeeds clears the problem."""
     clock = [0.0]
     started: list[float] = []
     status = [3]

@@ -1,4 +1,4 @@
-"""Who is told what: notifications by POST, the service manager, a log that stays small; none of it can do harm."""
+"""Reporting: notifications by POST, the service manager, a log that stays small; none of it can do harm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from onward.store.ledger import Ledger, make_ledger
 
 
 class Listener(ThreadingHTTPServer):
-    """A server that keeps what it is told, and answers with `status`; with None it never answers."""
+    """A server that keeps what it receives, and answers with `status`; with None it never answers."""
 
     daemon_threads = True
 
@@ -145,7 +145,7 @@ def test_who_never_answers_holds_up_nobody(run: Run, tmp_path: Path, listener: L
 
 
 def test_what_was_due_is_told_when_the_listener_is_back(layout: RunLayout, listener: Listener) -> None:
-    """After a failure that event is given up, the next ones wait for a while and are told then, in order."""
+    """After a failure that event is given up; the next ones wait for a while and are sent then, in order."""
     now = {"at": 0.0}
     listener.status = 500
     notify = NotifyConfig(url=listener.url, events=["done"])
@@ -203,7 +203,7 @@ def test_a_log_on_a_full_disk_is_no_failure(layout: RunLayout) -> None:
 
 
 def test_a_log_that_cannot_be_written_is_no_failure(layout: RunLayout, capfd: pytest.CaptureFixture[str]) -> None:
-    """Where the log's place is taken by a directory, nothing is raised or printed, and others are still told."""
+    """Where a directory has the log's name, nothing is raised or printed, and notifications are still sent."""
     layout.log.parent.mkdir(exist_ok=True)
     layout.log.mkdir()
     reporter = Reporter(layout, NotifyConfig)

@@ -65,7 +65,7 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
 def test_killed_at_random_instants(
     seed: int, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Killed again and again at random instants, a run ends in the state of one that was left alone."""
+    """Killed repeatedly at random instants, a run ends in the state of an undisturbed one."""
     root = tmp_path / "run"
     Run.create(root, str(model), **SETTINGS)
     Run(root).add(*files)

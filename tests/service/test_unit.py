@@ -108,7 +108,7 @@ def test_it_may_write_to_the_run_and_little_else(tmp_path: Path) -> None:
 
 
 def test_a_path_with_control_characters_is_refused(tmp_path: Path) -> None:
-    """A unit has one setting a line, so a path with a line's end could bring its own."""
+    """A unit has one setting a line, so a path with a newline could smuggle in settings: it is refused."""
     run = tmp_path / "a\nUser=root"
     run.mkdir()
     with pytest.raises(UsageError, match="control characters"):

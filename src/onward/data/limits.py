@@ -53,7 +53,7 @@ class Limits:
         if unpacked > max(RATIO_FLOOR, self.ratio * packed):
             raise FileError(
                 f"it unpacks to more than {self.ratio} times its size",
-                "if it is what you mean to train, raise max_unpack_ratio or add it uncompressed",
+                "if this is intended, raise max_unpack_ratio or add the file uncompressed",
             )
 
     def is_too_large(self, json_text: str) -> bool:

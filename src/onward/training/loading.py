@@ -72,7 +72,7 @@ def load_moments(state: TrainState, path: Path) -> None:
         entries = {int(index): dict(entry) for index, entry in cast(dict[int, Entry], saved["state"]).items()}
         rates = [float(group["lr"]) for group in groups]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedState(f"the optimizer's state is not one: {type(error).__name__}", where=path) from None
+        raise DamagedState(f"this is not the state of an optimizer: {type(error).__name__}", where=path) from None
     sizes = [len(group["params"]) for group in groups]
     expected = [len(group["params"]) for group in state.optimizer.param_groups]
     if sizes != expected:
