@@ -1,4 +1,4 @@
-"""A daemon in a process of its own, waited for and asked as an operator would."""
+"""A daemon in a process of its own, which tests wait for and ask as an operator would."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_bad_use_is_refused(
     ],
 )
 def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) -> None:
-    """Every command on a directory without a run ends with status 2 and the way to make one; nothing is left."""
+    """Every command on a directory without a run ends with status 2 and says how to make one; nothing is left."""
     words = ("there is no run in this directory", str(tmp_path), f"onward init {tmp_path}")
     assert_refused(onward(*command, "--run", tmp_path), 2, *words)
     assert [] == list(tmp_path.iterdir())
@@ -149,7 +149,7 @@ def test_a_run_cannot_be_made_in_a_file(model: Path, tmp_path: Path) -> None:
     "command", [["status"], ["history"], ["train"], ["add", "{good}"], ["rollback", "--to", "1", "-y"]]
 )
 def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run: Path, tmp_path: Path) -> None:
-    """A ledger that SQLite cannot read ends every command with status 5 and the way out; the model stays as it is."""
+    """With a ledger that SQLite cannot read every command ends with status 5 and the remedy; the model stays."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (copy / "ledger.sqlite3").write_bytes(b"garbage " * 1000)
     weights = (copy / "current_model/adapter_model.safetensors").read_bytes()

@@ -88,7 +88,7 @@ def test_a_start_and_a_boundary_say_what_is_kept() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_a_bar_fits_its_terminal(width: int) -> None:
-    """Name, step and loss are there on 40 columns too, each line within the terminal, and the cursor stays."""
+    """Name, step and loss are shown on 40 columns too, no line is wider, and the cursor stays visible."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
@@ -137,7 +137,7 @@ def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, model: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&-", ">&- 2>&- <&-", "2> >(true)", "2>/dev/full >/dev/null"])
 def test_nobody_reads_and_training_goes_on(redirection: str, model: Path, tmp_path: Path) -> None:
-    """Closed, full and abandoned streams end nothing: files are trained, the status is that of the work."""
+    """Closed, full and abandoned streams end nothing: files are trained, and the exit status is that of the work."""
     run = make_run(tmp_path / "run", model)
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(8, n)) for n in (1, 2)]
     words = shlex.join([sys.executable, "-m", "onward", "train", *map(str, files), "--run", str(run)])

@@ -86,7 +86,7 @@ def bombs(directory: Path) -> dict[str, Path]:
 
 
 def smalls(directory: Path) -> None:
-    """Write a small file of each kind, so that what reading it needs is loaded before anything is measured."""
+    """Write a small file of each kind: reading it loads all libraries before anything is measured."""
     directory.mkdir()
     data = b'{"text": "a"}'
     parquet.write_table(pyarrow.table({"text": ["a"]}), directory / "a.parquet")
@@ -97,7 +97,7 @@ def smalls(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_bombs_and_long_rows_take_bounded_memory(tmp_path: Path) -> None:
-    """What would grow to hundreds of megabytes is refused in less than 150, with the key that raises the limit.
+    """What would grow to hundreds of megabytes is refused within 150 MB, with the key that raises the limit.
 
     Parquet that is allowed to grow is still decoded in little memory, and of several long rows one at a time is
     tokenized. A process measures itself.

@@ -21,7 +21,7 @@ def test_permutation_is_a_bijection(size: int, key: bytes) -> None:
 
 @pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, 10**12])
 def test_large_permutations_are_seekable(size: int) -> None:
-    """Seeking in a huge range is immediate and stays inside the range, without a repeated element."""
+    """Seeking in a huge range is immediate, stays inside the range and repeats no element."""
     order = Permutation(size, b"key")
     seen = [order[index] for index in (0, 1, 2, 12345, size // 2, size - 1)]
     assert len(set(seen)) == len(seen)

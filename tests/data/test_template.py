@@ -142,7 +142,7 @@ def test_template_whose_answers_cannot_be_located_is_refused() -> None:
 
 
 def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
-    """Where only the template can have written what stands around an answer, nothing else has to agree."""
+    """Where only the template can have written the text around an answer, nothing else has to agree."""
     source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
     assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "a", "a"))
 
@@ -222,14 +222,14 @@ def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
     ],
 )
 def test_refused_rows(name: str, row: Chat, reason: str) -> None:
-    """Control tokens in the text and what the template raises are reasons to refuse a row."""
+    """Control tokens in the text, and errors that the template raises, refuse the row."""
     with pytest.raises(RowError) as refusal:
         template(name).render(row)
     assert reason == refusal.value.reason
 
 
 def test_tokenizer_without_template() -> None:
-    """A chat for a model without a chat template is refused with the two ways out."""
+    """A chat for a model without a chat template is refused with both remedies."""
     with pytest.raises(RowError) as refusal:
         ChatTemplate(byte_state(None)).render(chat("Hi", "Hello"))
     assert "the tokenizer has no chat template" == refusal.value.reason

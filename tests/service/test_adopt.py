@@ -400,7 +400,7 @@ def test_an_existing_run_is_not_touched(saved: dict[str, Saved], model: Path, tm
 
 
 def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """A directory with a model's config.json is no place for a run; the model stays readable."""
+    """A directory with a model's config.json is refused as a run; the model stays readable."""
     output = checkpoint("full").parent
     shutil.copyfile(output / f"checkpoint-{STEPS}/config.json", output / "config.json")
     with pytest.raises(UsageError, match="there is a config in this directory already"):

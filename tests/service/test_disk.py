@@ -1,4 +1,4 @@
-"""A disk that really fills up, and is really emptied: a small file system in memory under the run."""
+"""A disk that really fills up and is really emptied: the run lies on a small file system in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a daemon outlives: files that cannot be trained, lack of memory, crashes, full disks, observers that fail."""
+"""What a daemon survives: files that cannot be trained, lack of memory, crashes, full disks, failing observers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Exce
 def test_a_file_that_fails_is_tried_again_then_quarantined(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is taken back to its boundary each time; then it is out, with a report, and the state is one without it."""
+    """It goes back to its boundary each time; then it is taken out, with a report, and the state never had it."""
     failed = fail_in(monkeypatch, 14, lambda: TrainingError("the loss of step 6 is not finite"))
     assert 1 == run.watch(once=True)
     assert [5, 5] == failed
@@ -156,7 +156,7 @@ def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypat
 
 
 def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) -> None:
-    """A config broken at a boundary fails visibly, and mending it is enough."""
+    """A config broken at a boundary fails visibly; mending it is enough."""
     text, problems = run.layout.config.read_text(), list[str]()
 
     def break_and_mend(event: object) -> None:

@@ -167,7 +167,7 @@ def test_nothing_verifiable_is_refused(copy: Path) -> None:
 
 
 def test_removed_model_is_refused(copy: Path) -> None:
-    """`rm -rf current_model` is no fresh start while the ledger claims progress; reset is the command for it."""
+    """`rm -rf current_model` is no fresh start while the ledger claims progress; `reset` is."""
     shutil.rmtree(copy / "current_model")
     with pytest.raises(DamagedState, match="onward reset"):
         Run(copy).train()
@@ -176,7 +176,7 @@ def test_removed_model_is_refused(copy: Path) -> None:
 
 
 def test_replay_that_differs_is_refused(files: list[Path], copy: Path) -> None:
-    """A replayed step must give the state that was lost; here the lost one was another, and the run stops."""
+    """A replayed step must give the state that was lost; where it does not, the run stops."""
     from onward.errors import VerificationFailed
     from onward.store.ledger import Ledger
 

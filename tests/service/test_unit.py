@@ -58,7 +58,7 @@ def test_paths_arrive_as_they_are(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
 @pytest.mark.parametrize("name", NAMES)
 def test_systemd_takes_it(name: str, tmp_path: Path) -> None:
-    """`systemd-analyze verify` finds the program under its path and has nothing to say."""
+    """`systemd-analyze verify` finds the program at its path and reports nothing."""
     run = tmp_path / name
     run.mkdir()
     unit = tmp_path / "onward-test.service"

@@ -103,6 +103,6 @@ def test_deep_proof_trains_again(trained: Path) -> None:
 
 
 def test_no_proof_of_a_state_that_moves(trained: Path) -> None:
-    """While a process owns the run there is no proof of it, and the refusal says who owns it."""
+    """While a process owns the run `verify` is refused, and says who owns it."""
     with RunLock(Run(trained).layout.lock), pytest.raises(RunLocked, match="another process owns"):
         Run(trained).verify()

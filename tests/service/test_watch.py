@@ -57,7 +57,7 @@ def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> N
 
 
 def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tmp_path: Path) -> None:
-    """A bad file and content the stream has go to `rejected/` with a report, and nothing else is held up."""
+    """Bad files and duplicates go to `rejected/` with a report, and hold up nothing else."""
     good = rows_file(tmp_path / "good.jsonl", 6)
     shutil.copy(good, run.layout.inbox / "good.jsonl")
     run.watch(once=True)
@@ -252,7 +252,7 @@ def test_what_was_asked_of_a_dead_process_is_closed(run: Run, tmp_path: Path) ->
 
 
 def test_control_of_a_run_that_nobody_works_on(run: Run) -> None:
-    """Stop and resume say that there is nothing to do, and do nothing."""
+    """Stop and resume say that there is nothing to do."""
     assert ("no process works on this run", "it was not paused") == (run.stop(), run.resume())
 
 

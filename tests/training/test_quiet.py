@@ -27,7 +27,7 @@ def state() -> dict[str, Any]:
 
 
 def is_silent() -> bool:
-    """Whether nothing is shown now."""
+    """Return whether nothing is shown now."""
     now = state()
     return (
         now["filters"][0][0] == "ignore"
