@@ -199,7 +199,7 @@ def _describe_start(event: FileStarted) -> str:
 
 
 def _describe_commit(event: Committed) -> str | None:
-    """Say what a commit at a boundary kept and removed; other commits are many and say nothing new."""
+    """Say what a commit at a boundary kept and removed; the others are many, and say nothing new."""
     if event.restore_point is None:
         return None
     removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
