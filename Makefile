@@ -42,7 +42,7 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(BENCH_READY) ## speed beside the peers, into bench/RESULTS.md (half an hour; DATA=folder for more rows)
+bench: $(BENCH_READY) ## speed against the peers, into bench/RESULTS.md (half an hour; DATA=folder for more rows)
 	$(BIN)/python bench/suite.py $(addprefix --data ,$(DATA))
 
 recipe: $(READY) ## the usual recipe and Onward on the same three files

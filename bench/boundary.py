@@ -24,7 +24,7 @@ STOCK = Path(__file__).with_name("stock.py")
 
 
 def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
-    """Be Onward's process: train all files in order; returns the gaps between them and the seconds of its steps."""
+    """Run as Onward's process: train all files in order; returns the gaps between them and the seconds of its steps."""
     from onward import Run
     from onward.events import StepTaken
 

@@ -23,7 +23,7 @@ ROWS = 8
 
 
 def write_files(folder: Path, count: int) -> list[Path]:
-    """Write small files, every row another text."""
+    """Write small files, each row with a text of its own."""
     folder.mkdir()
     texts, paths = docstrings(), []
     for number in range(count):
@@ -35,7 +35,7 @@ def write_files(folder: Path, count: int) -> list[Path]:
 
 
 def train(folder: Path, count: int) -> dict[str, Any]:
-    """Be the process that trains: returns the time of each boundary, the memory and the size of the state there."""
+    """Run as the process that trains: returns the time of each boundary, the memory and the size of the state there."""
     import torch
 
     from onward import Run

@@ -1,4 +1,4 @@
-"""Intake: rows checked, hashed and tokenized a second, beside what the `tokenizers` library alone reaches.
+"""Intake: rows checked, hashed and tokenized a second, against what the `tokenizers` library alone does.
 
 `python bench/intake.py [ROWS] [ROUNDS]`. Both sides tokenize the same texts on the same cores, in chunks of as many
 rows. The peer has them rendered and in memory, and writes nothing.
@@ -32,7 +32,7 @@ MAX_LENGTH = 2048
 
 
 def text_rows(count: int) -> Iterator[dict[str, Any]]:
-    """Yield docstrings as `text` rows, every row another one."""
+    """Yield docstrings as `text` rows, each a different one."""
     texts = docstrings()
     for number in range(count):
         yield {"text": f"{number}. {texts[number % len(texts)]}"}
@@ -101,7 +101,7 @@ def compare(folder: Path, rows: Path, rounds: int) -> dict[str, Any]:
 
 
 def peak(rows: Path) -> dict[str, int]:
-    """Be a process that takes in one file: bytes resident before it, and at most while it goes on."""
+    """Run as a process that takes in one file: bytes resident before it, and at most meanwhile."""
     tokenizer = row_tokenizer()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = resident("VmRSS")

@@ -56,7 +56,7 @@ def _byte_tokenizer():
 
 
 def write_files(folder: Path, counts: tuple[int, ...] = ROWS) -> list[Path]:
-    """Write one `text` file per count, every row another fact, and return their paths in training order."""
+    """Write one `text` file per count, each row a different fact, and return their paths in training order."""
     folder.mkdir(parents=True, exist_ok=True)
     facts, paths = docstring_facts(), []
     for number, count in enumerate(counts, start=1):

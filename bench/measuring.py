@@ -91,7 +91,7 @@ def child(script: Path, *arguments: object) -> Any:
     """Run a script in a process of its own and return the JSON on the last line of its output.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: it failed; the message has the end of its output.
     """
     command = python(script, *arguments)
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
@@ -113,7 +113,7 @@ def environment() -> dict[str, str]:
 
 
 def tune_process() -> None:
-    """Make the settings that the command line makes for its own process; the library makes none."""
+    """Apply the settings that the command line applies to its own process; the library applies none."""
     from onward import startup
 
     startup.set_environment()
@@ -121,10 +121,10 @@ def tune_process() -> None:
 
 
 def seconds_until(command: Sequence[str], line: str) -> float:
-    """Return the seconds from the start of a process to the first line on its stderr that begins so; end it there.
+    """Return the seconds from the start of a process to the first line of its stderr with a beginning; end it there.
 
     Raises:
-        RuntimeError: it ended before; with the end of what it said.
+        RuntimeError: it ended before that; the message has the end of its output.
     """
     begun = time.perf_counter()
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -150,7 +150,7 @@ def interleaved(sides: Sequence[str], rounds: int, measure: Callable[[str], Any]
 
 
 def held_against(goal: float, value: float, *, at_most: bool = False) -> dict[str, Any]:
-    """Return a figure beside its goal, and whether it is met."""
+    """Return a figure with its goal, and whether it is met."""
     return {"value": value, "goal": goal, "at_most": at_most, "met": value <= goal if at_most else value >= goal}
 
 

@@ -54,7 +54,7 @@ from typing import Any
 import material
 
 START = "start.safetensors"
-"""The adapter as a run began with it, kept beside the result."""
+"""The adapter as a run began with it, kept next to the result."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def _in_own_process(job: Job) -> FileResult:
 
 
 def _run_job(job: Job) -> FileResult:
-    """Be one process of the recipe: train, `save_model`, `save_state`, keep the last checkpoint."""
+    """Run as one process of the recipe: train, `save_model`, `save_state`, keep the last checkpoint."""
     import torch
 
     torch.set_num_threads(1)
@@ -366,7 +366,7 @@ def _stock_trainer(job: Job):
 
 
 def main() -> None:
-    """Print the comparison as JSON, or be one process of it."""
+    """Print the comparison as JSON, or run as one process of it."""
     parser = argparse.ArgumentParser(description="Measure the usual recipe by its own uninterrupted run.")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help="empty folder for base, files and weights, kept afterwards")

@@ -41,14 +41,14 @@ def silent(_: object) -> None:
 
 
 def write_rows(path: Path, rows: int) -> Path:
-    """Write short rows, every one another text."""
+    """Write short rows, each with a text of its own."""
     with path.open("w", encoding="utf-8") as stream:
         stream.writelines(f'{{"text": "Row {number} of a long file."}}\n' for number in range(rows))
     return path
 
 
 def train_some(run: Run) -> None:
-    """Train the first steps of what the stream owes, and commit."""
+    """Train the first steps of the waiting file, and commit."""
     stop = Wishes()
 
     def observe(event: object) -> None:
@@ -84,7 +84,7 @@ def move(run: Run, step: int) -> None:
 
 
 def starter(run: Run) -> Callable[[], float]:
-    """Return what puts the ledger back as it is now and measures a start of `onward train` to its first step."""
+    """Return a function that restores the ledger as it is now and measures `onward train` up to its first step."""
     kept = run.layout.ledger.read_bytes()
 
     def start() -> float:

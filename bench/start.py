@@ -1,4 +1,4 @@
-"""Start: from a process to its first step, beside a script that only imports the libraries and loads the model.
+"""Start: from a process to its first step, against a script that only imports the libraries and loads the model.
 
 `python bench/start.py [ROUNDS]`. `onward train FILE` on smollm2-135m, which is in the cache; a first step begins with
 the line that names the file. Both sides end there.
@@ -48,7 +48,7 @@ def measure(rounds: int = 5, rows: int = 100) -> dict[str, Any]:
             shutil.copytree(fresh, run)
             return seconds_until(python("-m", "onward", "train", file, "--run", run), FIRST_STEP)
 
-        interleaved(("bare", "onward"), 1, seconds)  # the files of libraries and model are in memory for both
+        interleaved(("bare", "onward"), 1, seconds)  # reads the files of libraries and model into memory for both
         found = interleaved(("bare", "onward"), rounds, seconds)
     ratios = [ours / bare for ours, bare in zip(found["onward"], found["bare"], strict=True)]
     return {

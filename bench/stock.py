@@ -93,7 +93,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Be one process of the recipe."""
+    """Run as one process of the recipe."""
     print(json.dumps(train(json.loads(sys.argv[1]))))
 
 

@@ -24,7 +24,7 @@ AGAINST = {"value", "goal", "at_most", "met"}
 
 
 def throughput(model: Path | None, *, steps: int, rounds: int) -> Callable[[Path, Path | None], Any]:
-    """Return what measures the throughput of a model; None is the random one of 15M parameters."""
+    """Return a function that measures the throughput of a model; None is the random one of 15M parameters."""
 
     def measure(work: Path, data: Path | None) -> Any:
         from throughput import measure as measure_throughput
@@ -46,7 +46,7 @@ def stall(work: Path, _data: Path | None) -> Any:
 
 
 def script(name: str, *arguments: int) -> Callable[[Path, Path | None], Any]:
-    """Return what runs a script of this folder, which prints its figures as JSON."""
+    """Return a function that runs a script of this folder, which prints its figures as JSON."""
 
     def measure(_work: Path, _data: Path | None) -> Any:
         import subprocess
@@ -116,7 +116,7 @@ def _has(name: str) -> bool:
 
 
 def goals(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every figure that stands beside its goal, with where it stands."""
+    """Yield every figure that has a goal, with its place."""
     if isinstance(value, dict):
         if set(value) >= AGAINST:
             yield path, value

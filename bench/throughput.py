@@ -1,4 +1,4 @@
-"""Training throughput: tokens of real rows a second, beside TRL's and transformers' trainers and the machine's limit.
+"""Training throughput: tokens of real rows a second, against TRL's and transformers' trainers and the machine's limit.
 
 Every side trains the rows of mixed length, LoRA of rank 16 on all linear layers, eight rows a step. The peers run with
 each of the settings in `steps.PEERS`, and the best of them counts. The limit is the time of the matrix multiplications

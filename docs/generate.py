@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from onward import cli
-from onward.config import IDENTITY_KEYS, SECTIONS, Config, parse_config
+from onward.config import SECTIONS, Config, acts, parse_config
 from onward.data import records
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_row
@@ -37,7 +37,7 @@ EXAMPLES: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("`messages`", "Chat of OpenAI and TRL.", {"messages": [USER, ANSWER]}),
     (
         "`conversations`",
-        "ShareGPT. A `system` key beside it becomes the system message.",
+        "ShareGPT. A `system` key alongside becomes the system message.",
         {"conversations": [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": ANSWER["content"]}]},
     ),
     (
@@ -82,9 +82,12 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
 )
 
 LIMITS: Sequence[tuple[str, str]] = (
-    ("max_row_mb", "a row: as it stands in the file, and as the text that is tokenized. Many small values count more"),
+    (
+        "max_row_mb",
+        "a row, in the file and as the text that is tokenized; a value counts for more than its text",
+    ),
     ("max_unpacked_mb", "all that a compressed or Parquet file unpacks to"),
-    ("max_unpack_ratio", "the same, in times the size of the file; judged above 16 MiB"),
+    ("max_unpack_ratio", "the same, as a multiple of the file's size; judged above 16 MiB"),
 )
 """Key and what it bounds."""
 
@@ -110,16 +113,17 @@ A config is `onward.yaml` in the run's directory, or a `config.json` with the sa
 CONFIG_CHANGES = """\
 ## When a change takes effect
 
-An **identity** key makes the run what it is. Once the run has a checkpoint, a changed identity key is refused with
-both values; put the old one back, or make another run. `model` alone may name another place with the same bits. The
-base model, the tokenizer and the chat template are locked too, by their content.
+The last column of the table says when a change acts in a run that has trained.
 
-Every other key takes effect at the next boundary. A file that was begun goes on under the config it began with, also
-after a stop. The ledger records each change with its step. Files that wait under another `max_length` or
-`over_length` are tokenized again.
+- **Never**: an identity key makes the run what it is. Once the run has a checkpoint, a changed one is refused with both
+  values; put the old one back, or make another run. `model` alone may name another place with the same bits. The base
+  model, the tokenizer and the chat template are locked too, by their content.
+- **At the next file**: a file that was begun goes on under the config that it began with, also after a stop. The ledger
+  records each change with its step. Files that wait under another `max_length` or `over_length` are tokenized again.
+- **At once**: no weight depends on the key. A process that runs reads the file again when it changes.
 
-`retries` is read when a file fails. `log_steps`, `settle_seconds`, `disk_margin_mb`, `compress_archive` and `notify`
-are read when a process starts; a process that runs keeps those it began with.
+A config that is refused changes nothing in a process that runs: `onward status` shows why as `problem`, and the next
+file waits until it is mended.
 
 ## Learning rate
 
@@ -163,8 +167,8 @@ one command stand or fall together.
 {compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
 mark at the start and CRLF line ends are fine.
 
-A Parquet column that no row format asks for may hold anything. In one that is asked for, a date, a decimal or binary
-data is a problem of its row.
+A Parquet column that no row format reads may hold anything. In one that a format reads, a date, a decimal or binary
+data is refused with its row.
 
 ## Row formats
 
@@ -182,26 +186,26 @@ CHAT_RULES = """\
   `reasoning_content` and as `thinking`.
 - No message contains the template's own end token.
 - The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
-  day, so that a row renders the same for ever.
+  day, so that a row always renders the same.
 """
 
 FILES_TAIL = """\
-Whatever else the content makes reading, parsing, rendering or tokenizing raise is a refusal too, with the row where it
-was noticed. A special file, a file that may not be read, one that changes while it is read and one without rows are
-refused. A refused file is exit status 3; a path that is missing or a directory is wrong usage, exit status 2. What is
-the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
+Any other error that the content causes in reading, parsing, rendering or tokenizing is a refusal too, with the row
+where it was noticed. A special file, a file that may not be read, one that changes while it is read and one without
+rows are refused. A refused file gives exit status 3; a path that is missing or names a directory is wrong usage, exit
+status 2. What is the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
 
 A file is opened once, never by a symbolic link, and hashed while its rows are read: what is trained has the hash that
 the ledger holds.
 """
 
 LIMITS_HEAD = """\
-A file that would grow beyond these while it is read is refused; the report names the key to raise.
+A file that exceeds one of these while it is read is refused; the report names the key to raise.
 """
 
 LIMITS_TAIL = """\
-No limit changes what is trained. While a row is tokenized it takes up to some 130 times its size in memory, most of it
-in the `tokenizers` library: lower `max_row_mb` where memory is scarce. Files that were accepted are not judged again.
+No limit changes what is trained. Tokenizing a row takes up to some 130 times its size in memory, most of it in the
+`tokenizers` library: lower `max_row_mb` where memory is scarce. Files that were accepted are not judged again.
 """
 
 FORMATS_TAIL = """\
@@ -213,16 +217,16 @@ FORMATS_TAIL = """\
 | `prompt` and `completion` | every token of the completion, and the end token after it |
 | `text` | every token but the first, and the end token after it |
 
-A token that overlaps a covered character is covered. The first token of a row never is, for nothing predicts it. Where
-the assistant turns of a rendered chat lie is read from the template's `{% generation %}` markers, else from what the
-beginning of the chat renders to, else by rendering the chat with unique words for the answers. It is then proven that
-each range holds its answer. A row where that fails is refused; no row is trained with an empty mask.
+A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. The
+assistant turns of a rendered chat are found by the template's `{% generation %}` markers; without markers, by what the
+beginning of the chat renders to; failing that, by rendering the chat with unique words for the answers. Each range is
+then proven to hold its answer. A row where that fails is refused; no row is trained with an empty mask.
 
 The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is.
 
 ## Rows that are too long
 
-A row of more than `max_length` tokens meets `over_length`:
+`over_length` decides what happens to a row of more than `max_length` tokens:
 
 | `over_length` | what happens |
 |---|---|
@@ -235,14 +239,16 @@ rows are all dropped is rejected.
 
 ## Duplicates
 
-A file is identified by the SHA-256 of its bytes. Content that the stream has already is refused, whatever its name;
-`--again` accepts it. After a kill the same `onward train FILE...` may be given again: files that the stream still owes
-are not refused. Undone files do not count.
+A file is identified by the SHA-256 of its bytes. Content that is in the stream already is refused, whatever its name;
+`--again` accepts it, and trains its rows in another order than before. After a kill the same `onward train FILE...`
+may be given again: files that the stream still owes are not refused. Undone files do not count. If `train` was killed
+before it had read its files, the next `train` or `watch` takes them in.
 
 ## Order
 
 Rows are trained in an order that is a function of the run's seed, the file's SHA-256 and the epoch. Every row of a file
-is trained exactly `epochs` times. The last step of an epoch has the rows that are left.
+is trained exactly `epochs` times. The last step of an epoch has the rows that are left. A file that is trained once
+more (`--again`) has another order each time.
 """
 
 
@@ -250,7 +256,7 @@ CLI_HEAD = """\
 Results go to stdout, messages for people to stderr.
 
 FILE in a control command is a name, a position or a prefix of the SHA-256. `file:4` and `step:4` say what a number is
-where it could be either.
+where it could be either one.
 
 `onward --install-completion` makes your shell complete commands, options and, for `skip`, `rollback` and `rebuild`, the
 names of the run's files."""
@@ -259,7 +265,7 @@ names of the run's files."""
 def config_page() -> str:
     """Return the text of config.md."""
     lines = [NOTE, "", "# Config", "", CONFIG_RULES]
-    lines += ["| key | values | default | what it is | identity |", "|---|---|---|---|---|"]
+    lines += ["| key | values | default | what it is | a change acts |", "|---|---|---|---|---|"]
     schema = Config.model_json_schema()
     for name, field in Config.model_fields.items():
         if name in SECTIONS:
@@ -268,7 +274,7 @@ def config_page() -> str:
             lines += [_config_row(f"{name}.{key}", inner[key], section.model_fields[key]) for key in inner]
         else:
             lines.append(_config_row(name, schema["properties"][name], field))
-    lines += ["", "`lora` keys do not matter, and are no identity keys, under `method: full`.", "", CONFIG_CHANGES]
+    lines += ["", "Under `method: full` the keys of `lora` have no effect, and may be changed.", "", CONFIG_CHANGES]
     lines += ["## What is refused", "", "Exit status 2. For instance:", "", "| settings | answer |", "|---|---|"]
     for settings in REFUSED_SETTINGS:
         shown = ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in settings.items())
@@ -325,8 +331,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 def _config_row(key: str, schema: Mapping[str, Any], field: Any) -> str:
     default = json.dumps(field.get_default(call_default_factory=True))
-    identity = "yes" if key in IDENTITY_KEYS else ""
-    return f"| `{key}` | {_values(schema)} | `{default}` | {_cell(field.description)} | {identity} |"
+    return f"| `{key}` | {_values(schema)} | `{default}` | {_cell(field.description)} | {acts(key)} |"
 
 
 def _values(schema: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: its exit status and what it prints, in this process or in one of its own."""
+"""The command line as a user sees it: exit status and output, in this process or in one of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onward import cli
 SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
 """Settings that make a run of the tiny model quick."""
 UNTOUCHED = ("current_model", "boundaries", "archive", "inbox", "cache", "onward.yaml")
-"""What a refusal leaves alone: everything of a run but the ledger (compared by what it says), locks and `rejected/`."""
+"""What a refusal leaves alone: all of a run but the ledger (compared by content), locks and `rejected/`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def onward(*arguments: object) -> Outcome:
-    """Run the command line in this process, with nobody at the terminal; an escaping exception fails the test."""
+    """Run the command line in this process, without a terminal; an exception that escapes fails the test."""
     out, err = io.StringIO(), io.StringIO()
     argv, stdin = sys.argv, sys.stdin
     sys.argv, sys.stdin = ["onward", *map(str, arguments)], io.StringIO()

@@ -44,6 +44,6 @@ def untouched(run: Path) -> Iterator[Path]:
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
-    """Bytes never name a test: compressed ones hold the clock's second, and workers that differ collect nothing."""
+    """Bytes never name a test: compressed ones contain the time, and workers must collect the same names."""
     del config
     return argname if isinstance(val, bytes) else None

@@ -1,4 +1,4 @@
-"""A daemon in a process of its own, waited for and asked as an operator would."""
+"""A daemon in a process of its own, which tests wait for and ask as an operator would."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ SETTINGS: dict[str, Any] = {
 }
 PATIENCE = 600.0 if FULL_SIZE else 60.0
 LONG = 40
-"""Rows of a file in whose middle a daemon is met: more steps than any test holds one at."""
+"""Rows of a file in the middle of which tests hold a daemon: more steps than any of them needs."""
 
 
 @dataclass(frozen=True)
 class Hold:
-    """A process holds still after each step of a file from one on, while nothing is asked of it: nobody can miss it.
+    """A process holds still after each step of a file from one on, while nothing is asked of it: no test can come too
+    late.
 
     Args:
         step: the first step in a file at which it holds.
@@ -66,7 +67,7 @@ class Hold:
 
 
 def hold(run: Run, step: int = 3) -> Hold:
-    """Return what holds a process of a run at a step."""
+    """Return a function that holds a process of a run at a step."""
     return Hold(step, run.layout.root.parent / "let_go")
 
 
@@ -82,7 +83,7 @@ def watch(run: Run, *arguments: str, prepare: Callable[[], None] = as_it_is, log
 
 
 def variable(name: str, value: object) -> Callable[[], None]:
-    """Return what sets a variable of the environment in the process that it is called in."""
+    """Return a function that sets a variable of the environment in the process that calls it."""
     return functools.partial(_set, name, str(value))
 
 

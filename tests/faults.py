@@ -41,7 +41,7 @@ class Fault:
     Args:
         at: which change, from 1; 0 for none, to count them.
         kind: one of `KINDS` or `SIGNALS`. A write is cut in the middle before it fails.
-        record: a file that gets a line for every change; beside it the file `struck` is made when the fault comes.
+        record: a file that gets a line for every change; next to it the file `struck` is made when the fault comes.
     """
 
     at: int
@@ -163,7 +163,7 @@ def committed_states(root: Path) -> dict[int, str]:
 
 
 def assert_committed(states: dict[int, str], root: Path) -> None:
-    """What the ledger claims is there, and all that verifies is among `states`: nothing half-made passes for one."""
+    """What the ledger claims is there, and all that verifies is among `states`: nothing incomplete counts."""
     layout = RunLayout(root)
     found: dict[int, str] = {}
     for folder in (*layout.checkpoints(), *layout.restore_points()):

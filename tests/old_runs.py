@@ -1,4 +1,4 @@
-"""What a run trained and committed, read from its files without Onward's help, to hold one release against another."""
+"""What a run trained and committed, read from its files without Onward's help, to compare one release with another."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 REFUSALS = ("EIO", "EMFILE", "ENFILE", "ESTALE", "EACCES", "ENOMEM")
-"""What a system answers that says nothing about the file."""
+"""Errors of the system that say nothing about the file."""
 CALLS = ("stat", "lstat", "open", "listdir", "scandir")
 
 
@@ -26,7 +26,7 @@ class ReadFault:
     Args:
         at: which read, from 1; 0 for none, to count them.
         kind: one of `REFUSALS`.
-        record: a file that gets a line for every read, for whoever counts them from another process.
+        record: a file that gets a line for every read, for a test that counts them from another process.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class ReadFault:
         self.at, self.kind, self.count = at, kind, 0
 
     def arm(self) -> None:
-        """Put the fault into the process that this is called in, for good."""
+        """Arm the process that this is called in, for the rest of its life."""
         for name in CALLS:
             setattr(os, name, self._counted(getattr(os, name)))
         opener = io.open

@@ -1,4 +1,4 @@
-"""Rows of random tokens, a tiny random model of each type, and what the one gives with the other."""
+"""Rows of random tokens, tiny random models of each type, and their losses and gradients."""
 
 from __future__ import annotations
 

@@ -39,5 +39,5 @@ def assert_same_state(expected: Path, actual: Path) -> None:
 
 
 def temporary_files(run: Path) -> list[Path]:
-    """Return everything that an interrupted write left anywhere in a run."""
+    """Return all that interrupted writes left anywhere in a run."""
     return [path for path in run.rglob("*") if path.name.startswith(TEMPORARY)]

@@ -1,4 +1,4 @@
-"""The other side: transformers' own Trainer, which writes checkpoints that Onward adopts and goes on from ours."""
+"""transformers' own Trainer, which writes checkpoints that Onward adopts, and resumes from Onward's."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_a_file_of_the_stream_is_refused_as_a_duplicate(untouched: Path, tmp_pat
 
 
 def test_the_same_content_twice_in_one_command_is_refused(untouched: Path, tmp_path: Path) -> None:
-    """A file given twice, or a copy beside it, is a duplicate within the command."""
+    """A file given twice, or with a copy of it, is a duplicate within the command."""
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(8, seed=6))
     second = Path(shutil.copy(first, tmp_path / "second.jsonl"))
     assert_refused(
@@ -196,7 +196,7 @@ def test_the_same_content_twice_in_one_command_is_refused(untouched: Path, tmp_p
     ids=["shell", "control", "temporary", "long", "wide"],
 )
 def test_a_strange_name_is_kept_printable(name: str, untouched: Path, tmp_path: Path) -> None:
-    """Whatever a refused file is called, it is named in one printable line and kept under a name that fits."""
+    """A refused file with any name is named in one printable line and kept under a name that fits."""
     bad = tmp_path / name
     bad.write_bytes(b"{}\n")
     before = set((untouched / "rejected").iterdir())
@@ -235,7 +235,7 @@ def test_what_is_no_regular_file_is_refused(untouched: Path, tmp_path: Path) -> 
 
 
 def test_rows_that_are_all_too_long_to_keep_are_refused(model: Path, tmp_path: Path) -> None:
-    """With over_length=drop a file of which nothing would be left is refused: it would train no step."""
+    """With over_length=drop a file whose rows are all too long is refused: it would train no step."""
     run = make_run(tmp_path / "run", model, "max_length=20", "over_length=drop")
     outcome = onward("train", tiny.write_jsonl(tmp_path / "long.jsonl", tiny.chat_rows(5)), "--run", run)
     assert_refused(outcome, 3, "long.jsonl: all 5 rows are longer than max_length = 20", "raise max_length")
@@ -290,7 +290,7 @@ def test_every_format_is_trained(model: Path, tmp_path: Path) -> None:
 
 
 def test_strange_names_are_trained(model: Path, tmp_path: Path) -> None:
-    """A good file trains whatever it is called, and its original is kept under a name that fits."""
+    """A good file with any name is trained, and its original is kept under a name that fits."""
     names = ["a b\n[bold].jsonl", ".tmp-x.jsonl", "x" * 249 + ".jsonl", os.fsdecode(b"caf\xe9.jsonl")]
     files = [tiny.write_jsonl(tmp_path / name, tiny.chat_rows(2, seed)) for seed, name in enumerate(names)]
     run = make_run(tmp_path / "run", model)

@@ -22,7 +22,7 @@ from onward.service.lock import RunLock
         (["train", "--fast"], ("No such option: --fast", "onward train --help")),
         (["add"], ("Missing argument", "onward add --help")),
         (["rollback"], ("Missing option '--to'", "onward rollback --help")),
-        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is no finished file", "1 good.jsonl")),
+        (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is neither a finished file", "1 good.jsonl")),
         (["rollback", "--to", "1"], ("no terminal to ask at", "--yes")),
         (["reset"], ("no terminal to ask at", "--yes")),
         (["add", "{good}", "--priority", "urgent"], ("no priority 'urgent'", "high, normal, low")),
@@ -52,7 +52,7 @@ def test_bad_use_is_refused(
     ],
 )
 def test_a_directory_without_a_run_is_named(command: list[str], tmp_path: Path) -> None:
-    """Every command on a directory without a run ends with status 2 and the way to make one; nothing is left."""
+    """Every command on a directory without a run ends with status 2 and says how to make one; nothing is left."""
     words = ("there is no run in this directory", str(tmp_path), f"onward init {tmp_path}")
     assert_refused(onward(*command, "--run", tmp_path), 2, *words)
     assert [] == list(tmp_path.iterdir())
@@ -114,7 +114,7 @@ def test_an_edited_config_that_makes_no_sense_is_refused(
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """A path without a model is wrong usage, be it empty or a folder of something else; nothing is made."""
+    """A path without a model is wrong usage, whether it is empty or holds something else; nothing is made."""
     (tmp_path / "folder").mkdir()
     for name, words in (("gone", ("there is no model", "config.json")), ("folder", ("config.json is missing",))):
         assert_refused(onward("init", tmp_path / "new", "--model", tmp_path / name), 2, str(tmp_path / name), *words)
@@ -149,7 +149,7 @@ def test_a_run_cannot_be_made_in_a_file(model: Path, tmp_path: Path) -> None:
     "command", [["status"], ["history"], ["train"], ["add", "{good}"], ["rollback", "--to", "1", "-y"]]
 )
 def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run: Path, tmp_path: Path) -> None:
-    """A ledger that SQLite cannot read ends every command with status 5 and the way out; the model stays as it is."""
+    """With a ledger that SQLite cannot read every command ends with status 5 and the remedy; the model stays."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     (copy / "ledger.sqlite3").write_bytes(b"garbage " * 1000)
     weights = (copy / "current_model/adapter_model.safetensors").read_bytes()

@@ -108,7 +108,7 @@ def test_status_has_the_contract_keys(trained: Path) -> None:
 
 
 def test_a_run_without_files_has_a_status(model: Path, tmp_path: Path) -> None:
-    """A new run answers every question: idle at step 0, no history, nothing owed."""
+    """A new run answers every command: idle at step 0, no history, nothing waiting."""
     run = make_run(tmp_path / "run", model)
     status = onward("status", "--run", run, "--json").json
     assert ("idle", 0, 0, None) == (status["state"], status["global_step"], status["queue"], status["checkpoint"])
@@ -149,7 +149,7 @@ def test_a_profile_is_a_trace_and_the_top_costs(copy: Path, tmp_path: Path) -> N
 
 
 def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Path) -> None:
-    """The same `add` or `train` once more is no error while the file waits: a command may be repeated after a kill."""
+    """Repeating `add` or `train` while the file waits is no error: a command may be repeated after a kill."""
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4, 30))
     assert 0 == onward("add", file, "--run", copy).status
     again = onward("add", file, "--run", copy)
@@ -242,7 +242,7 @@ def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
 
 
 def test_a_terminal_of_another_encoding_gets_its_answer(model: Path, tmp_path: Path) -> None:
-    """Names that the terminal's encoding lacks are shown escaped, not as a crash."""
+    """Names that the terminal's encoding lacks are shown escaped; they crash nothing."""
     run = make_run(tmp_path / "run", model)
     assert 0 == onward("add", tiny.write_jsonl(tmp_path / "中.jsonl", tiny.chat_rows(2)), "--run", run).status
     for arguments in (["history"], ["history", "--json"], ["status"]):
@@ -253,7 +253,7 @@ def test_a_terminal_of_another_encoding_gets_its_answer(model: Path, tmp_path: P
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here that refuses every write")
 def test_a_refusal_that_cannot_be_written_keeps_its_status(tmp_path: Path) -> None:
-    """Where the terminal is a file on a full disk, the exit status still says what happened."""
+    """Where stderr is a file on a full disk, the exit status still says what happened."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([sys.executable, "-m", "onward", "status", "--run", tmp_path], stderr=full, check=False)
     assert 2 == done.returncode

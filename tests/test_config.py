@@ -22,7 +22,7 @@ KEYS = [
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
 ]  # fmt: skip
-"""Every key there is. A new one is a decision: it is documented, tested and added here."""
+"""Every key. A new one is a decision: it is documented, tested and added here."""
 
 
 def test_the_config_surface_is_frozen() -> None:
@@ -167,7 +167,7 @@ def train(run: Path, seed: int) -> Any:
 
 
 def test_a_change_takes_effect_at_the_next_boundary(model: Path, tmp_path: Path) -> None:
-    """A changed learning rate holds from the next file on, and the ledger says which key changed where, from what."""
+    """A changed learning rate holds from the next file on, and the ledger records key, step and both values."""
     run = make_run(tmp_path / "run", model, "learning_rate=0.001", "warmup_steps=0", "lora.dropout=0.1")
     assert 0.001 == train(run, 1)["last_learning_rate"]
     change(run, "learning_rate: 0.001 ", "learning_rate: 5e-4 ")

@@ -28,7 +28,7 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SECONDS = 300
-"""Longest time that one block may take."""
+"""Seconds that one block may take."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def test_every_key_of_the_manifest_is_explained() -> None:
 def test_quickstart_and_readme_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands and the Python of the quickstart work as written, in order, and end as the page says.
 
-    A tiny model stands in the place of the default one. A block of the README whose commands are all in the quickstart
+    A tiny model stands in for the default one. A block of the README whose commands are all in the quickstart
     is not run twice.
     """
     prepare(model, tmp_path, monkeypatch)
@@ -195,7 +195,7 @@ def prepare(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tests_that_the_docs_name_exist() -> None:
-    """Where a page says which test shows something, that test is there."""
+    """Every test that a page names exists."""
     pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
     named = {name for page in pages for name in re.findall(r"(tests/[a-z_/]+\.py)::(\w+)", page.read_text())}
     assert 10 < len(named)

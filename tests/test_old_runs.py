@@ -86,7 +86,7 @@ def test_goes_on(old: Path, unpacked: Path) -> None:
 
 
 def test_goes_back(old: Path, unpacked: Path) -> None:
-    """After a rollback the undone files, trained again, give what they would have given then."""
+    """After a rollback the undone files, trained again, give what the original commit would have given."""
     outcome = onward("rollback", "--run", old, "--to", "completions.jsonl", "--requeue", "--yes")
     assert 0 == outcome.status, outcome.err
     assert [] == failing(old)
@@ -96,7 +96,7 @@ def test_goes_back(old: Path, unpacked: Path) -> None:
 
 
 def test_is_rebuilt(old: Path, unpacked: Path) -> None:
-    """Without one of its files the run is what it would have become then."""
+    """Rebuilt without one of its files the run is what the original commit would have made of it."""
     outcome = onward("rebuild", "--run", old, "--without", "completions.jsonl", "--yes")
     assert 0 == outcome.status, outcome.err
     assert_as_recorded(unpacked, "leave_out", old)
@@ -104,7 +104,7 @@ def test_is_rebuilt(old: Path, unpacked: Path) -> None:
 
 
 def test_goes_on_elsewhere(old: Path, unpacked: Path, tmp_path: Path) -> None:
-    """With other threads, as on another machine, it goes on too; a replay is refused, all else is proven."""
+    """With another thread count, as on another machine, it goes on too; a replay is refused, all else is proven."""
     train(old, threads=2)
     assert [] == failing(old)
     assert ["replay"] == failing(old, "--deep")

@@ -1,4 +1,4 @@
-"""What a person reads while a run trains."""
+"""What a person sees while a run trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onward.progress import describe
 
 
 def lines(run: Run, *files: Path) -> list[str]:
-    """Train files and return what is said on the way."""
+    """Train files and return the lines shown meanwhile."""
     events: list[Event] = []
     run.train(*files, observe=events.append)
     return [line for event in events if (line := describe(event, log_steps=100))]

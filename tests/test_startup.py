@@ -1,4 +1,4 @@
-"""The start of a process: what the command line sets for its own, and that the library sets nothing for a host's."""
+"""The start of a process: what the command line sets for its own, and that the library sets nothing for its host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SETTINGS = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "GOMP_SPINCOUNT": "1000",
 }
-"""What the command line puts into its environment, where the user has not."""
+"""What the command line puts into its environment where the user has set nothing."""
 
 COMMAND_LINE = """
 import atexit, gc, json, os, sys
@@ -106,7 +106,7 @@ def test_large_imports_rest_the_collector_and_put_their_objects_out_of_its_way()
 
 
 def test_a_process_that_has_torch_is_left_as_it_is() -> None:
-    """Where torch is imported already, large garbage may wait: nothing is kept from the collector."""
+    """Where torch is imported already, large garbage may wait: the collector stays on."""
     assert ["True True False"] == printed(IMPORTS.format(before="import torch"))
 
 
@@ -116,7 +116,7 @@ def test_a_collector_that_the_user_switched_off_stays_off() -> None:
 
 
 def test_variables_of_the_user_win() -> None:
-    """What is set already stays; a wait policy of the user's takes the place of ours."""
+    """What is set already stays; a wait policy of the user's replaces ours."""
     empty: dict[str, str] = {}
     startup.set_environment(empty)
     assert SETTINGS == empty
@@ -129,7 +129,7 @@ def test_variables_of_the_user_win() -> None:
 
 
 def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -> None:
-    """A command that trains has its settings in force, and what it imported out of the collector's way."""
+    """A command that trains has its settings in force, and what it imported is hidden from the collector."""
     run = make_run(tmp_path / "run", model)
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))
     last = printed(COMMAND_LINE.format(arguments=["train", str(file), "--run", str(run)]), LRU_CACHE_CAPACITY="9")[-1]

@@ -1,4 +1,4 @@
-"""What a person sees: on any terminal, in order, and without harm where nobody reads or a name wants to do harm."""
+"""What a person sees: on any terminal, in order, and safe from closed streams and hostile names."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_start_and_a_boundary_say_what_is_kept() -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
 def test_a_bar_fits_its_terminal(width: int) -> None:
-    """Name, step and loss are there on 40 columns too, each line within the terminal, and the cursor stays."""
+    """Name, step and loss are shown on 40 columns too, no line is wider, and the cursor stays visible."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, color_system=None, legacy_windows=False)
     with Progress(*bar_columns(width), console=console, auto_refresh=False) as progress:
@@ -137,7 +137,7 @@ def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, model: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&-", ">&- 2>&- <&-", "2> >(true)", "2>/dev/full >/dev/null"])
 def test_nobody_reads_and_training_goes_on(redirection: str, model: Path, tmp_path: Path) -> None:
-    """Closed, full and abandoned streams end nothing: files are trained, the status is that of the work."""
+    """Closed, full and abandoned streams end nothing: files are trained, and the exit status is that of the work."""
     run = make_run(tmp_path / "run", model)
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(8, n)) for n in (1, 2)]
     words = shlex.join([sys.executable, "-m", "onward", "train", *map(str, files), "--run", str(run)])
@@ -152,7 +152,7 @@ def test_nobody_reads_and_training_goes_on(redirection: str, model: Path, tmp_pa
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
-    """A full disk that takes no result is exit status 1; a reader that left is no failure of the work."""
+    """A result that a full disk does not take is exit status 1; a reader that left early is no failure."""
     layout = RunLayout(tmp_path)
     layout.make()
     make_ledger(layout.ledger)
@@ -218,7 +218,7 @@ def test_a_run_holds_no_code(module: str, tmp_path: Path) -> None:
 
 
 def test_new_events_become_notes(tmp_path: Path) -> None:
-    """What was refused, paused or changed since the last look is told once, in order; what is told anyway is not."""
+    """What was refused, paused or changed since the last look is told once, in order; other events are not repeated."""
     make_ledger(tmp_path / "ledger.sqlite3")
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
         ledger.add_event("warning", "before", kind="rejected")

@@ -12,7 +12,7 @@ ORDINARY = "Grüße, 日本語\u3000\u00a0\U0001f468\u200d\U0001f469 \\n 'x' $HO
 
 
 def test_ordinary_unicode_stays() -> None:
-    """Letters of any script, spaces, emoji and the joiners inside them are printed as they are."""
+    """Letters of any script, spaces, emoji and the joiners inside them are printed unchanged."""
     assert ORDINARY == printable(ORDINARY)
 
 

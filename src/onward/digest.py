@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 23
-"""Bytes read at once: they fit the cache, and a thread that hashes asks seldom for Python's lock."""
+"""Bytes read at once: they fit the cache, and a thread that hashes rarely takes Python's lock."""
 
 
 def _read_chunks(path: Path) -> Iterable[memoryview]:

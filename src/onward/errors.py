@@ -99,7 +99,7 @@ class NoSpace(OnwardError):
 
 
 class Unreadable(OnwardError):
-    """Something on disk cannot be read now. Nothing is known of it, so nothing may be given up or removed for it."""
+    """Something on disk cannot be read now. Nothing is known about it, so nothing is removed because of it."""
 
     @classmethod
     def of(cls, error: OSError, path: object) -> Self:

@@ -96,7 +96,7 @@ class Hub:
 
     Args:
         observers: called with each event, in this order.
-        warn: told once when an observer fails for the first time, and once when it is dropped.
+        warn: called when an observer fails for the first time, and when it is dropped.
     """
 
     def __init__(self, observers: Iterable[Observe], warn: Callable[[str], None]) -> None:
@@ -123,7 +123,7 @@ class Hub:
         count = self._failures[id(observe)] = self._failures.get(id(observe), 0) + 1
         if count == FAILURES:
             self._observers.remove(observe)
-            self._warn(f"an observer failed {FAILURES} times in a row and is told nothing more: {error!r}")
+            self._warn(f"an observer failed {FAILURES} times in a row and gets no more events: {error!r}")
         elif id(observe) not in self._warned:
             self._warned.add(id(observe))
             self._warn(f"an observer failed; training goes on: {error!r}")

@@ -63,7 +63,7 @@ class RunLayout:
 
     @property
     def intake_lock(self) -> Path:
-        """Held by whoever takes files in, beside a process that trains."""
+        """Held by whoever takes files in, also while another process trains."""
         return self.root / ".intake.lock"
 
     @property
@@ -104,7 +104,7 @@ class RunLayout:
 
     @property
     def log(self) -> Path:
-        """What the daemon did, in lines, with its older parts beside it."""
+        """What the daemon did, in lines, with its older parts next to it."""
         return self.root / "logs" / "onward.log"
 
     @property

@@ -12,7 +12,7 @@ TOP = 12
 
 
 class StepProfile:
-    """An observer that profiles the first steps of a command, between two of its events.
+    """An observer that profiles the first steps of a command.
 
     Args:
         folder: where `trace.json` goes.

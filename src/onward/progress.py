@@ -32,7 +32,7 @@ from onward.text import printable
 NAME_WIDTH = 40
 """Columns of a name in a table at most."""
 NARROW, WIDE = 60, 90
-"""Columns of a terminal from which the time left is shown, and from which the bar is."""
+"""Columns that a terminal must have for the time left to be shown, and for the bar."""
 _HISTORY_TITLES = (
     "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
     """Yield an observer that shows events on stderr.
 
     Args:
-        log_steps: reads the config; called at the first event, when the run is owned and the config was found sound.
+        log_steps: reads the config; called at the first event, when the run is owned and the config is valid.
     """
     if not is_interactive(sys.stderr):
         with contextlib.closing(InOrder(PlainLines(log_steps))) as ordered:
@@ -57,7 +57,7 @@ def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
 
 
 class _Terminal(Console):
-    """A console that leaves the cursor alone: a process that is suspended or killed could not bring it back."""
+    """A console that leaves the cursor alone: a process that is suspended or killed could not restore it."""
 
     def show_cursor(self, show: bool = True) -> bool:
         return False
@@ -69,7 +69,7 @@ def terminal(stream: TextIO) -> Console:
 
 
 def bar_columns(width: int) -> list[ProgressColumn]:
-    """Return the columns of the bar that a terminal of so many columns has room for."""
+    """Return the columns of the bar that fit a terminal of this width."""
     name = Column(no_wrap=True, overflow="ellipsis", max_width=max(8, min(NAME_WIDTH, width - 24)))
     loss = TextColumn("loss {task.fields[loss]:.4f}", table_column=Column(no_wrap=True))
     columns: list[ProgressColumn] = [TextColumn("{task.description}", markup=False, table_column=name)]
@@ -225,7 +225,7 @@ def over_length(rows: int, truncated: int, dropped: int, max_length: int | None)
 
 
 def duration(seconds: float) -> str:
-    """Return a time as a person says it, in its two largest units."""
+    """Return a duration in its two largest units."""
     whole = round(seconds)
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:

@@ -37,7 +37,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         if held and free < FULL:  # its owner waits, and cannot even say so in the ledger
             state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
         checkpoint = ledger.newest_checkpoint()
-        current = next(reversed(ledger.files("training")), None)  # of two the other one's boundary is being committed
+        current = next(reversed(ledger.files("training")), None)  # the boundary of an earlier one is being committed
         last = _last_steps(ledger, current)
         live = last if current else []
         step = last[0].step if last and state in BUSY else (checkpoint.step if checkpoint else 0)

@@ -1,4 +1,4 @@
-"""Printing for people: streams that may be closed, on a full disk or read by nobody never end what a command does."""
+"""Printing for people: a stream that is closed, on a full disk or read by nobody never ends a command's work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 
 
 def open_standard_streams() -> None:
-    """Give standard streams that were closed a place that takes everything.
+    """Point standard streams that were closed at the null device.
 
     Otherwise the next file that is opened, such as the ledger, would get the number of the closed stream, and whatever
     prints to that stream would write into the file.
@@ -31,7 +31,7 @@ def open_standard_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not fail
 
 
 def say(message: str) -> None:
@@ -64,7 +64,7 @@ def flush_results() -> None:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write to a stream at once, or not at all where it does not take it."""
+    """Write to a stream at once; what it does not take is lost."""
     try:
         stream.write(text)
         stream.flush()

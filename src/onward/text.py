@@ -1,4 +1,4 @@
-"""Text of others on a terminal: names and contents that can neither move the cursor nor end a quotation."""
+"""Text from others on a terminal: names and contents that can neither move the cursor nor end a quotation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ JOINERS = "\u200c\u200d"
 def printable(text: str) -> str:
     """Return `text` with an escape for every character that a terminal obeys or does not show.
 
-    Those are control characters (ends of lines too), the start of escape sequences, marks that turn the direction of
-    writing, lone surrogates and what is no character. All other Unicode stays as it is.
+    Those are control characters (ends of lines too), the start of escape sequences, marks that change the direction of
+    writing, lone surrogates and noncharacters. All other Unicode stays as it is.
     """
     return text if text.isprintable() else "".join(map(_shown, text))
 
@@ -23,7 +23,7 @@ def quoted(word: object) -> str:
     """Return `word`, a path or another text, as one word of a shell command that is safe to print and to paste.
 
     A name that is not printable comes as `$'...'`, which bash, zsh and every shell of POSIX 2024 read. A path that
-    begins with a dash gets `./` in front, for otherwise commands would take it for an option.
+    begins with a dash gets `./` in front, since commands would otherwise take it for an option.
     """
     text = str(word)
     if isinstance(word, PurePath) and text.startswith("-"):

@@ -1,4 +1,4 @@
-"""Files that nobody meant to be read: whatever they hold, each is tokenized or refused, and nothing is raised."""
+"""Files with arbitrary content: each is tokenized or refused, and nothing is raised."""
 
 import datetime
 import decimal
@@ -75,7 +75,7 @@ def put(directory: Path, name: str, data: bytes) -> Path:
 
 
 def assert_settled(report: IntakeReport) -> None:
-    """Hold a report against the two outcomes there are: tokens, or problems with a reason and a remedy."""
+    """Check a report against the two possible outcomes: tokens, or problems with a reason and a remedy."""
     assert report.ok == (report.problem_count == 0)
     assert report.ok or all(problem.reason and problem.remedy for problem in report.problems)
     assert report.ok or report.problems
@@ -236,7 +236,7 @@ def test_what_a_file_is_to_blame_for_is_a_refusal(error: Exception) -> None:
 @pytest.mark.parametrize("error", [ValueError("stop"), OSError("stop"), FileError("a", "b"), EOFError()], ids=repr)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.json.zst", "a.jsonl.gz"])
 def test_whatever_a_stop_raises_is_raised(tmp_path: Path, name: str, error: Exception) -> None:
-    """A wish to stop passes through every reader, whatever class it has, and nothing is left behind."""
+    """A request to stop passes through every reader, whatever class it has, and nothing is left behind."""
     path = put(tmp_path, name, VALID[name] if name in VALID else gzip.compress(LINES))
     for calls in (1, 3):
         left = iter(range(calls))
@@ -293,7 +293,7 @@ def append_once(writer: Any) -> Callable[[], None]:
 
 
 def test_a_hash_of_other_content_publishes_nothing(tmp_path: Path) -> None:
-    """Another file in the place of the one that was hashed is noticed, whole as it is."""
+    """Another file in the place of the one that was hashed is noticed, however sound it is."""
     path = put(tmp_path, "a.jsonl", LINES)
     sha256 = sha256_file(path)
     put(tmp_path, "a.jsonl", LINES.replace(b"the", b"teh"))

@@ -61,7 +61,7 @@ print(json.dumps({"bombs": grown, "rows": rows, "arrow": arrow, "long": long}))
 
 
 def bombs(directory: Path) -> dict[str, Path]:
-    """Write a file of each kind that a few bytes blow up; return them by name."""
+    """Write a small file of each kind that unpacks to very much; return them by name."""
     directory.mkdir(exist_ok=True)
     tables = {
         "rows": pyarrow.table({"text": ["x" * MIB] * 400}),
@@ -86,7 +86,7 @@ def bombs(directory: Path) -> dict[str, Path]:
 
 
 def smalls(directory: Path) -> None:
-    """Write a small file of each kind, so that what reading it needs is loaded before anything is measured."""
+    """Write a small file of each kind: reading it loads all libraries before anything is measured."""
     directory.mkdir()
     data = b'{"text": "a"}'
     parquet.write_table(pyarrow.table({"text": ["a"]}), directory / "a.parquet")
@@ -97,7 +97,7 @@ def smalls(directory: Path) -> None:
 
 @pytest.mark.slow
 def test_bombs_and_long_rows_take_bounded_memory(tmp_path: Path) -> None:
-    """What would grow to hundreds of megabytes is refused in less than 150, with the key that raises the limit.
+    """What would grow to hundreds of megabytes is refused within 150 MB, with the key that raises the limit.
 
     Parquet that is allowed to grow is still decoded in little memory, and of several long rows one at a time is
     tokenized. A process measures itself.
@@ -137,7 +137,7 @@ def test_a_row_over_the_limit_is_named(tmp_path: Path, name: str, data: bytes, r
 
 
 def test_a_parquet_row_over_the_limit_is_named(tmp_path: Path) -> None:
-    """A row that a dictionary or a list blows up is found among small ones, across batches and row groups."""
+    """A row that a dictionary or a list makes large is found among small ones, across batches and row groups."""
     texts = ["a"] * 2500 + ["x" * 900] * 2 + ["y" * 1001] + ["b"] * 10
     table = pyarrow.table({"text": pyarrow.array(texts), "list": [[{"a": "z", "b": None}]] * len(texts)})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2000)

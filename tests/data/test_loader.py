@@ -19,7 +19,7 @@ def row(*ids: int) -> Row:
 
 
 def batch_of(*rows: Row) -> Batch:
-    """Return a batch of rows that are all there is of a file."""
+    """Return a batch of all the rows of a file."""
     return Batch(list(rows), [RowReference("00", place) for place in range(len(rows))], [*range(1, len(rows) + 1)])
 
 
@@ -47,7 +47,7 @@ def test_batches_follow_the_plan(file: TokenizedFile) -> None:
 
 
 def test_batches_never_change(file: TokenizedFile) -> None:
-    """Rows, targets, indices and lines of a first training are fixed for ever: runs go on after an update."""
+    """Rows, targets, indices and lines of a first training never change: runs go on after an update."""
     plan = FilePlan("00", 21, 8, 2, 5)
     digest = hashlib.sha256()
     for step in range(plan.steps):

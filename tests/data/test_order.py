@@ -21,7 +21,7 @@ def test_permutation_is_a_bijection(size: int, key: bytes) -> None:
 
 @pytest.mark.parametrize("size", [1 << 20, (1 << 20) + 1, 10**12])
 def test_large_permutations_are_seekable(size: int) -> None:
-    """Seeking in a huge range is immediate and stays inside the range, without a repeated element."""
+    """Seeking in a huge range is immediate, stays inside the range and repeats no element."""
     order = Permutation(size, b"key")
     seen = [order[index] for index in (0, 1, 2, 12345, size // 2, size - 1)]
     assert len(set(seen)) == len(seen)
@@ -29,7 +29,7 @@ def test_large_permutations_are_seekable(size: int) -> None:
 
 
 def test_permutation_never_changes() -> None:
-    """The values are fixed for ever: a run resumed by a later version sees the same order."""
+    """The values never change: a run resumed by a later version sees the same order."""
     assert [1, 4, 3, 0, 2] == [Permutation(5, b"key")[index] for index in range(5)]
     assert [798, 340, 551] == [Permutation(1000, b"key")[index] for index in (0, 1, 999)]
 
@@ -135,7 +135,7 @@ def test_a_file_that_is_trained_again_has_another_order(rows: int, epochs: int, 
 
 
 def test_the_order_of_a_second_training_never_changes() -> None:
-    """The values of a later occurrence are fixed for ever too."""
+    """The values of a later occurrence never change either."""
     assert SECOND == [row_order(1, SHA, 0, 100, occurrence)[index] for occurrence in (1, 2) for index in range(5)]
     again = Permutation(100, f"onward row order 2:1:{SHA}:0:1".encode())
     assert SECOND[:5] == [again[index] for index in range(5)]
@@ -150,7 +150,7 @@ def test_steps_outside_the_plan_are_refused() -> None:
 
 
 def test_rows_digest_tells_orders_apart() -> None:
-    """The digest is 16 hex digits, fixed for ever, and depends on the order."""
+    """The digest is 16 hex digits, never changes, and depends on the order."""
     assert "7c68b4906e7ea780" == digest_of((SHA, 1), (SHA, 2), (SHA, 3))
     assert digest_of((SHA, 1), (SHA, 2), (SHA, 3)) != digest_of((SHA, 1), (SHA, 3), (SHA, 2))
     assert digest_of() != digest_of((SHA, 0))

@@ -114,7 +114,7 @@ def test_refused_rows(row: Any, reason: str) -> None:
 
 
 def test_calls_of_an_answer_without_content_are_kept() -> None:
-    """An assistant's turn of two keys may be a role and calls of tools: they are no less a part of it."""
+    """An assistant's turn of two keys may be a role and calls of tools, which are a part of it too."""
     calls = [{"function": {"name": "time", "arguments": {}}}]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]
     record = parse_row({"messages": turns})

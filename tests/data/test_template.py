@@ -99,13 +99,13 @@ def test_tools_are_rendered_and_calls_are_targets() -> None:
 
 
 def test_a_row_renders_the_same_on_every_day() -> None:
-    """A template that asks for the date gets the same one for ever, that of Llama 3.2's own default."""
+    """A template that asks for the date always gets the same one, Llama 3.2's own default."""
     text, _ = template("llama3_2").render(chat("Hi", "Hello"))
     assert "Today Date: 26 Jul 2024\n" in text
 
 
 def test_template_that_ignores_the_generation_prompt() -> None:
-    """Where no generation prompt tells the header from the answer, the header is not trained all the same."""
+    """Where no generation prompt tells the header from the answer, the header is still not trained."""
     source = CHATML.partition("{% if add_generation_prompt")[0]
     row = chat("Hi", "assistant", "So", " a ")
     assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
@@ -142,7 +142,7 @@ def test_template_whose_answers_cannot_be_located_is_refused() -> None:
 
 
 def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
-    """Where only the template can have written what stands around an answer, nothing else has to agree."""
+    """Where only the template can have written the text around an answer, nothing else has to agree."""
     source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
     assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "a", "a"))
 
@@ -198,7 +198,7 @@ GENERATION = (
     ],
 )
 def test_generation_markers(inside: str, outside: str) -> None:
-    """Markers are taken at their word, but the target always ends right after the end token."""
+    """Markers are trusted, but the target always ends right after the end token."""
     source = GENERATION.replace("%s", inside, 1).replace("%s", outside, 1)
     row = chat("Hi", "Hello", "So", "Bye")
     assert ["Hello<|im_end|>", "Bye<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
@@ -222,14 +222,14 @@ def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
     ],
 )
 def test_refused_rows(name: str, row: Chat, reason: str) -> None:
-    """Control tokens in the text and what the template raises are reasons to refuse a row."""
+    """Control tokens in the text, and errors that the template raises, refuse the row."""
     with pytest.raises(RowError) as refusal:
         template(name).render(row)
     assert reason == refusal.value.reason
 
 
 def test_tokenizer_without_template() -> None:
-    """A chat for a model without a chat template is refused with the two ways out."""
+    """A chat for a model without a chat template is refused with both remedies."""
     with pytest.raises(RowError) as refusal:
         ChatTemplate(byte_state(None)).render(chat("Hi", "Hello"))
     assert "the tokenizer has no chat template" == refusal.value.reason
@@ -253,7 +253,7 @@ ANSWERS = WORDS.filter(lambda text: bool(text.strip()))
 @example(name="mistral", turns=[("[/INST]", "[INST]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
 @example(name="phi3", turns=[("<|assistant|>", "assistant\n"), ("\n", "<|user|>")])
 def test_targets_of_random_chats(name: str, turns: list[tuple[str, str]]) -> None:
-    """Whatever is said, each target is its answer, perhaps trimmed by the template, plus the end token."""
+    """Whatever the messages say, each target is its answer, perhaps trimmed by the template, plus the end token."""
     found = pieces(PROVEN[name], chat(*(text for turn in turns for text in turn)))
     end = {"llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}.get(
         name, "</s>" if name in ("mistral", "zephyr") else "<|im_end|>"

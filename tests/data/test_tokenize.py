@@ -37,7 +37,7 @@ def decoded(tokenizer: Any, row: Row, *, only_targets: bool) -> str:
 
 
 def intake(path: Path, max_length: int = 1000, over_length: OverLength = "truncate") -> IntakeReport:
-    """Tokenize a file into the directory `tokens` beside it."""
+    """Tokenize a file into the directory `tokens` next to it."""
     sha256 = sha256_file(path) if path.is_file() else SHA
     return tokenize_file(path, path.parent / "tokens", sha256, RowTokenizer(STATE, max_length, over_length))
 
@@ -163,7 +163,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 
 def test_cache_keys() -> None:
-    """Whatever changes tokens or targets changes the key; nothing else does."""
+    """All that changes tokens or targets changes the key; nothing else does."""
     keys = {cache_key(SHA, "f", 10, "drop"), cache_key(SHA, "f", 11, "drop"), cache_key(SHA, "f", 10, "reject")}
     assert 5 == len(keys | {cache_key(SHA, "g", 10, "drop"), cache_key("0", "f", 10, "drop")})
 
@@ -252,7 +252,7 @@ def test_deeply_nested_values_are_a_problem_of_their_row(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("rows", [chat_rows(1200), [{"no": "format"}] * 1200])
 def test_stopping_leaves_nothing_behind(tmp_path: Path, rows: list[Any]) -> None:
-    """What `stop` raises ends the work, among good rows or bad ones, and what was written so far is gone."""
+    """What `stop` raises ends the work, among good rows or bad ones, and what was written is removed."""
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     calls: list[int] = []
 

@@ -196,7 +196,7 @@ def state_of(values: Any) -> TokenizerState:
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    """A tokenizer that does not know where its tokens stand is an error of the model."""
+    """A tokenizer that does not know the places of its tokens in the text is an error of the model."""
     with pytest.raises(ModelError, match="object is a slow tokenizer"):
         TokenizerState.of(object())
 
@@ -214,7 +214,7 @@ def test_an_unusable_template_is_refused() -> None:
 
 
 def test_a_tokenizer_whose_ids_do_not_survive_saving_is_refused() -> None:
-    """A tokenizer that no file can give back would train other ids than whoever loads the model uses."""
+    """A tokenizer that no file can restore is refused: it would train other ids than users of the model get."""
     tokenizer = tiny.byte_tokenizer()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: place for place, token in enumerate([*alphabet, "ab"])}
@@ -224,7 +224,7 @@ def test_a_tokenizer_whose_ids_do_not_survive_saving_is_refused() -> None:
 
 
 def test_damage_is_noticed(tmp_path: Path) -> None:
-    """A stored state that is missing, cut, changed or of another format is none, so that it is made again."""
+    """A stored state that is missing, cut, changed or of another format is ignored, so that it is made again."""
     path = tmp_path / "folder" / "state"
     assert load_tokenizer_state(path) is None
     save_tokenizer_state(path, tiny.byte_state())
@@ -241,7 +241,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"special_tokens": []}', "1", '{"special_tokens": 1}', b"\xff"])
 def test_what_is_no_state_is_refused(text: str | bytes) -> None:
-    """Any other JSON, and what is none, is a ValueError."""
+    """Any other JSON, and text that is not JSON, is a ValueError."""
     with pytest.raises(ValueError, match=r"not the state of a tokenizer|Expecting value|decode"):
         TokenizerState.from_json(text)
 

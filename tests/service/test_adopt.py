@@ -124,7 +124,7 @@ def test_the_config_is_the_trainers(saved: dict[str, Saved], method: str, model:
 
 
 def test_settings_win_over_the_checkpoint(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
-    """What is asked for beside the checkpoint's values holds, from the first step on."""
+    """Settings given on top of the checkpoint's values hold from the first step on."""
     settings = {"learning_rate": 1e-4, "lora.dropout": 0.0, "batch_size": 2}
     config = Run.adopt(saved["lora"].folder, tmp_path / "run", str(model), settings=settings).config
     assert (1e-4, 0.0, 2, 0.1) == (config.learning_rate, config.lora.dropout, config.batch_size, config.weight_decay)
@@ -142,7 +142,7 @@ def test_training_goes_on_from_the_trainers_step(
 
 
 def test_moments_younger_than_the_run_stay_so(checkpoint: Callable[[str], Path], tmp_path: Path, file: Path) -> None:
-    """Where the Trainer once started its optimizer anew, step and Adam's counter both go on, their distance kept."""
+    """Where the Trainer once restarted its optimizer, step and Adam's counter both go on, their distance kept."""
     folder = checkpoint("lora")
     change("trainer_state.json", lambda values: values.update(global_step=STEPS + 4))(folder)
     run = Run.adopt(folder, tmp_path / "run", settings=SETTINGS)
@@ -233,12 +233,12 @@ def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path:
 
 
 def remove(name: str) -> Callable[[Path], None]:
-    """Return what removes a file of a checkpoint."""
+    """Return a function that removes a file of a checkpoint."""
     return lambda folder: (folder / name).unlink()
 
 
 def optimizer_of(kind: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Path], None]:
-    """Return what puts another optimizer's state into a checkpoint."""
+    """Return a function that puts another optimizer's state into a checkpoint."""
 
     def put(folder: Path) -> None:
         parameters: Any = [nn.Parameter(torch.ones(3)) for _ in torch.load(folder / "optimizer.pt")["state"]]
@@ -251,7 +251,7 @@ def optimizer_of(kind: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Path
 
 
 def change(name: str, edit: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Return what edits a value that `torch.save` or JSON wrote."""
+    """Return a function that edits a value that `torch.save` or JSON wrote."""
 
     def put(folder: Path) -> None:
         path = folder / name
@@ -339,7 +339,7 @@ def test_an_optimizer_of_a_larger_model_is_refused(model: Path, saved: dict[str,
 
 
 def test_an_adapter_that_is_no_lora_is_refused(model: Path, tmp_path: Path) -> None:
-    """Prompt tuning has no step that Onward could take."""
+    """Prompt tuning is refused: Onward cannot train it."""
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     prompted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), prompts)
     folder = train_stock(prompted, tmp_path / "prompts").folder
@@ -366,7 +366,7 @@ def test_a_damaged_adapter_is_refused(
 def test_a_full_checkpoint_without_a_tokenizer_needs_a_base(
     checkpoint: Callable[[str], Path], model: Path, tmp_path: Path
 ) -> None:
-    """A Trainer that was given no tokenizer saves none; the refusal names the option, and with it all is well."""
+    """A Trainer that was given no tokenizer saves none; the refusal names the option, which works."""
     folder = checkpoint("full")
     for path in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
         path.unlink()
@@ -384,7 +384,7 @@ def test_a_full_checkpoint_without_a_tokenizer_needs_a_base(
 def test_settings_cannot_change_the_shape(
     kind: str, settings: dict[str, Any], saved: dict[str, Saved], model: Path, tmp_path: Path
 ) -> None:
-    """What the checkpoint's weights are is not a matter of settings."""
+    """Settings cannot contradict the checkpoint's weights."""
     with pytest.raises(ConfigError, match="another shape"):
         Run.adopt(saved[kind].folder, tmp_path / "run", str(model), settings=settings)
     assert not (tmp_path / "run").exists()
@@ -400,7 +400,7 @@ def test_an_existing_run_is_not_touched(saved: dict[str, Saved], model: Path, tm
 
 
 def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """A directory with a model's config.json is no place for a run; the model stays readable."""
+    """A directory with a model's config.json is refused as a run; the model stays readable."""
     output = checkpoint("full").parent
     shutil.copyfile(output / f"checkpoint-{STEPS}/config.json", output / "config.json")
     with pytest.raises(UsageError, match="there is a config in this directory already"):
@@ -432,7 +432,7 @@ def test_the_run_on_disk_is_a_run(saved: dict[str, Saved], tmp_path: Path) -> No
 def test_reset_is_back_at_the_adopted_step(
     saved: dict[str, Saved], method: str, model: Path, file: Path, tmp_path: Path
 ) -> None:
-    """The adopted beginning is kept for ever, and `reset` goes back to it: all is as it was the first time."""
+    """The adopted beginning is always kept, and `reset` goes back to it: all is as it was the first time."""
     settings = {**SETTINGS, "keep_boundaries": 1, "keep_days": 0}
     run = Run.adopt(saved[method].folder, tmp_path / "run", str(model), settings=settings)
     run.train(file)
@@ -480,7 +480,7 @@ def test_an_adopted_run_can_be_moved(is_old: bool, saved: dict[str, Saved], file
 
 
 def test_adoption_tells_what_it_took_over(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
-    """What came from the checkpoint, what was set by hand, what the run has anew and what nobody can know."""
+    """`adopt` says what came from the checkpoint, what was set by hand, what is new and what is unknown."""
     layout = RunLayout(tmp_path / "run")
     lines = adopt(saved["lora"].folder, layout, str(model), {"max_length": 128}, lambda _: None)
     assert "from optimizer.pt: learning_rate 0.003, weight_decay 0.1, betas 0.85 0.97" == lines[0]

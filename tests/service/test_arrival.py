@@ -75,7 +75,7 @@ def taken(inbox: Inbox) -> list[str]:
 
 
 def test_a_file_settles_by_standing_still(inbox: Inbox, clocks: Clocks) -> None:
-    """It is taken once size and time stood still for `settle_seconds`, counted anew whenever it grows."""
+    """It is taken once size and time stood still for `settle_seconds`, counted again whenever it grows."""
     path = write(inbox.folder / "a.jsonl")
     assert [] == taken(inbox)
     clocks.tick(2.9)
@@ -101,7 +101,7 @@ def test_a_file_that_is_open_for_writing_is_left(inbox: Inbox, clocks: Clocks) -
 
 
 def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
-    """A writer that renames says that it is done."""
+    """A file that is renamed into the inbox is settled at once."""
     part = write(inbox.folder / "a.jsonl.part")
     os.utime(part, ns=(part.stat().st_mtime_ns - 10, part.stat().st_mtime_ns - 10))  # finer than the system's clock
     assert [] == taken(inbox)
@@ -111,7 +111,7 @@ def test_a_file_that_was_renamed_in_is_taken_at_once(inbox: Inbox) -> None:
 
 @pytest.mark.parametrize("name", [".a.jsonl", "a.jsonl.part", "a.jsonl.tmp", "a.jsonl~", "a.jsonl.crdownload"])
 def test_what_is_not_done_is_ignored(inbox: Inbox, clocks: Clocks, name: str) -> None:
-    """Names by which writers and editors mark what is not done are not looked at."""
+    """Names by which writers and editors mark unfinished files are ignored."""
     write(inbox.folder / name)
     taken(inbox)
     clocks.tick(1000)
@@ -213,7 +213,7 @@ def test_a_kill_before_the_move_is_finished_by_the_next_start(layout: RunLayout)
 
 @pytest.mark.parametrize("change", [Path.unlink, lambda path: write(path, '{"text": "another"}\n')])
 def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: Callable[[Path], object]) -> None:
-    """A file that vanished or was replaced after it was recorded is let go of, and never mistaken for another."""
+    """A file that vanished or was replaced after it was recorded is dropped, and never taken for another."""
     path = write(layout.inbox / "a.jsonl")
     killed_before_the_move(layout, path)
     change(path)
@@ -268,7 +268,7 @@ def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
 
 
 def test_retention_keeps_the_newest_and_one_a_day() -> None:
-    """The newest, and the last of each recent day; a clock that went back removes none that it would have kept."""
+    """The newest and the last of each recent day are kept; a clock that was set back removes none of them."""
     created = {Path(f"step-{n}"): NOW - (9 - n) * DAY / 2 for n in range(10)}
 
     def kept(boundaries: int, days: int, now: float = NOW) -> list[int]:

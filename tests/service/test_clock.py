@@ -1,4 +1,4 @@
-"""A clock that is set back and a reader that never lets go change nothing of what is trained and kept."""
+"""A clock that is set back and a reader that never ends change nothing of what is trained and kept."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def twin(model: Path, tmp_path: Path, files: list[Path]) -> Path:
-    """The run of the same files under a clock that nobody touched."""
+    """The run of the same files under a clock that was not changed."""
     made = Run.create(tmp_path / "twin", str(model), **SETTINGS)
     made.train(*files)
     return made.layout.root

@@ -116,7 +116,7 @@ def test_file_of_one_row(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_used_horizon_is_never_stretched(model: Path, tmp_path: Path) -> None:
-    """A file beyond `total_steps` waits; a longer horizon is refused; a constant rate goes on."""
+    """A file beyond `total_steps` waits; a longer horizon is refused; a constant rate lets it go on."""
     settings: dict[str, Any] = {"schedule": "linear", "total_steps": 5, "warmup_steps": 1, "batch_size": 4}
     run = Run.create(tmp_path / "run", str(model), **settings, max_length=256)
     run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(12, seed=1)))

@@ -1,4 +1,4 @@
-"""A disk that really fills up, and is really emptied: a small file system in memory under the run."""
+"""A disk that really fills up and is really emptied: the run lies on a small file system in memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fill(disk: Path, *, leave: int) -> Path:
 
 
 def waits(run: Run) -> bool:
-    """Whether a daemon says that it waits for room."""
+    """Return whether a daemon says that it waits for room."""
     status: dict[str, Any] = run.status()
     return status["state"] == "paused" and "full" in (status["problem"] or "")
 
@@ -60,7 +60,7 @@ def waits(run: Run) -> bool:
 def test_a_disk_that_fills_up_while_a_file_is_trained(
     disk: Path, model: Path, tmp_path: Path, leave: int, log: str
 ) -> None:
-    """The daemon holds still, says so, goes on by itself when there is room, and ends as if there had been none."""
+    """The daemon holds still, says so, goes on by itself when there is room, and ends in the same state as ever."""
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS), ("b", 7))]
     twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
     assert 0 == train(twin.layout.root, files)
@@ -84,7 +84,7 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
 
 
 def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) -> None:
-    """A stop ends the process although nothing can be written; what was committed is gone on from."""
+    """A stop ends the process although nothing can be written; the next one goes on from the last commit."""
     file = rows_file(tmp_path / "a.jsonl", ROWS)
     twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
     assert 0 == train(twin.layout.root, [file])

@@ -51,7 +51,7 @@ def findings(layout: RunLayout, subject: str) -> list[Finding]:
 
 
 def test_a_sound_run_has_no_findings(layout: RunLayout) -> None:
-    """Nothing but `ok` where nothing is wrong."""
+    """Everything is `ok` where nothing is wrong."""
     allowed = {"dtype", "disk"}  # what this machine may lack
     assert [] == [entry for entry in examine(layout) if entry.level != "ok" and entry.subject not in allowed]
 
@@ -64,7 +64,7 @@ def test_a_changed_identity_key_is_shown_with_both_values(layout: RunLayout) -> 
 
 
 def test_a_paused_run_has_not_failed(layout: RunLayout) -> None:
-    """A pause is named as one; a failure as the last failure; the two are not confused."""
+    """A pause is named as a pause, a failure as the last failure."""
     with Ledger(layout.ledger) as ledger:
         ledger.put(paused={"release": False}, state="paused", problem="paused by an operator; onward resume goes on")
     assert [("ok", "onward resume goes on")] == [(entry.level, entry.hint) for entry in findings(layout, "paused")]
@@ -98,7 +98,7 @@ def test_a_ledger_that_knows_less_than_the_directory(lose: Callable[[RunLayout],
 
 
 def test_a_checkpoint_of_others_is_named(layout: RunLayout) -> None:
-    """A directory that Onward did not make is named as that, not as damage."""
+    """A directory that Onward did not make is named as such, not as damage."""
     folder = layout.checkpoint(900)
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
@@ -183,7 +183,7 @@ def test_another_user_may_look(has_log: bool, layout: RunLayout) -> None:
 
 
 def test_looking_takes_no_lock(tmp_path: Path) -> None:
-    """Asking whether a run is held makes no file, and any number of askers take nobody for an owner."""
+    """Asking whether a run is held makes no file, and those who ask are never taken for an owner."""
     lock = tmp_path / ".lock"
     assert not is_held(lock)
     assert [] == list(tmp_path.iterdir())

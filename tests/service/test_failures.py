@@ -1,4 +1,4 @@
-"""What a daemon outlives: files that cannot be trained, lack of memory, crashes, full disks, observers that fail."""
+"""What a daemon survives: files that cannot be trained, lack of memory, crashes, full disks, failing observers."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def fail_in(monkeypatch: pytest.MonkeyPatch, rows: int, error: Callable[[], Exce
 def test_a_file_that_fails_is_tried_again_then_quarantined(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is taken back to its boundary each time; then it is out, with a report, and the state is one without it."""
+    """It goes back to its boundary each time; then it is taken out, with a report, and the state never had it."""
     failed = fail_in(monkeypatch, 14, lambda: TrainingError("the loss of step 6 is not finite"))
     assert 1 == run.watch(once=True)
     assert [5, 5] == failed
@@ -109,7 +109,7 @@ def test_a_file_that_fails_once_is_trained_as_if_it_had_not(
 
 
 def test_train_lets_a_failure_end_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the foreground the first failure is said, and nothing is retried or taken out."""
+    """In the foreground the first failure is raised, and nothing is retried or taken out."""
     fail_in(monkeypatch, 14, lambda: TrainingError("the loss is not finite"))
     with pytest.raises(TrainingError):
         run.train()
@@ -145,7 +145,7 @@ def test_a_row_too_large_for_memory_is_quarantined(run: Run, monkeypatch: pytest
 
 
 def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error that no file is to blame for is said in the status, and tried again from the last commit."""
+    """An error that no file is to blame for is shown by `status`, and training goes on from the last commit."""
     notes: list[str] = []
     fail_in(monkeypatch, 14, lambda: OSError(5, "Input/output error"), times=2)
     assert 0 == run.watch(
@@ -156,7 +156,7 @@ def test_a_failure_of_the_machine_is_waited_out(run: Run, model: Path, monkeypat
 
 
 def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) -> None:
-    """A config broken at a boundary fails visibly, and mending it is enough."""
+    """A config broken at a boundary fails visibly; mending it is enough."""
     text, problems = run.layout.config.read_text(), list[str]()
 
     def break_and_mend(event: object) -> None:
@@ -172,7 +172,7 @@ def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) 
 
 
 def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Path) -> None:
-    """What a person can mend at once is said at once, not tried for ever."""
+    """What a person can mend is said at once, not retried."""
     run.layout.config.write_text(run.layout.config.read_text().replace(str(model), "/nowhere/model"))
     with pytest.raises(ModelError):
         run.watch()
@@ -247,7 +247,7 @@ def test_who_is_named_is_told(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_notification_that_fails_is_a_line_in_the_log(run: Run) -> None:
-    """Nobody who is told can hold up or end training."""
+    """A notification that fails is a line in the log, and holds up nothing."""
     text = run.layout.config.read_text().replace('command: ""', 'command: "/nowhere/tell"')
     run.layout.config.write_text(text.replace('events: ["rejected", "failed", "paused"]', 'events: ["done"]'))
     assert 0 == run.watch(once=True)

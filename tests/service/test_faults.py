@@ -39,20 +39,20 @@ SETTINGS: dict[str, Any] = {
     "lora": {"rank": 2, "dropout": 0.1},
 }
 SHARES = 4 if FULL_SIZE else 2
-"""Tests that a sweep is dealt out to, so that they run side by side."""
+"""Number of tests that a sweep is split into, so that they run in parallel."""
 STRIDE = 1 if FULL_SIZE else 17
-"""The small form takes every so many changes, each with one of the faults in turn."""
+"""The small form tries every n-th change only, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A run at the start of a file that takes one commit inside and one at its boundary, and how it has to end.
+    """A run at the start of a file with one commit inside and one at its boundary, and how it has to end.
 
     Args:
         before: the run, with the file accepted.
-        after: the same run, the file trained by a process that nothing befell.
+        after: the same run, the file trained by an undisturbed process.
         file: the file.
         states: digests of all states that the run commits, by step.
     """
@@ -89,7 +89,7 @@ def assert_goes_on(sweep: Sweep, root: Path, status: int | None, *words: object)
     printed = output.read_text()
     assert "Traceback" not in printed, printed
     assert_committed(sweep.states, root)
-    if status == 0:  # it was outlived: as if it had not happened
+    if status == 0:  # the process survived the fault: as if it had not happened
         assert_same_state(sweep.after, root)
     done = command(output, "train", *words, "--run", root)
     assert done in ((0, 3) if words else (0,)), output.read_text()  # 3: everything was trained already

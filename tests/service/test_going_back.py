@@ -41,7 +41,7 @@ class Rebuilt:
 
 @pytest.fixture(scope="module")
 def rebuilt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rebuilt:
-    """Both runs, nothing of them interrupted."""
+    """Both runs, without any interruption."""
     folder = tmp_path_factory.mktemp("rebuilt")
     files = [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 5, 6)]
     roots = [Run.create(folder / name, str(model), **SETTINGS).layout.root for name in ("before", "without")]
@@ -57,7 +57,7 @@ def lose_boundary(root: Path) -> None:
 
 
 def points(total: int) -> Iterator[int]:
-    """Yield changes spread over all that there are but the very last, the first ones densely: they go back."""
+    """Yield changes spread over all but the very last, the first ones densely, since those go back."""
     yield from sorted({3, 7, 11, *range(1, total - 5, max(1, total // POINTS))})
 
 
@@ -102,7 +102,7 @@ def run(tmp_path: Path, model: Path) -> Run:
 
 @pytest.mark.parametrize(("how", "by"), [("stopped", "command"), ("killed", "daemon")])
 def test_skip_after_a_restart(run: Run, model: Path, tmp_path: Path, how: str, by: str) -> None:
-    """A file that an earlier process left half trained is skipped by the next daemon, or with none, all the same."""
+    """A file that an earlier process left half trained is skipped alike by the next daemon and without one."""
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", 9), ("b", LONG), ("c", 7))]
     run.train(files[0])
     for file in files[1:]:

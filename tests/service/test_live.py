@@ -1,4 +1,4 @@
-"""A live daemon and what happens around it: other processes, an inbox that is written to, moved away or read-only."""
+"""A live daemon and its surroundings: other processes, an inbox that is written to, moved away or read-only."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_killed_owner_keeps_nobody_out(run: Run, model: Path, tmp_path: Path) 
 
 
 def test_a_second_owner_is_told_who_the_first_is(run: Run, tmp_path: Path) -> None:
-    """Beside a live daemon `watch`, `train`, `verify` and `rebuild` end with 4 and its pid, host and start time."""
+    """While a daemon runs, `watch`, `train`, `verify` and `rebuild` end with 4 and its pid, host and start time."""
     process = watch(run)
     until(run.layout.lock.with_name(".lock.holder").exists, process)
     holder = json.loads(run.layout.lock.with_name(".lock.holder").read_text())
@@ -87,7 +87,7 @@ def test_a_second_owner_does_not_wait(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_holder_that_cannot_be_read_is_still_an_owner(run: Run) -> None:
-    """A name that holds less than it should is no reason to fail otherwise than with 4."""
+    """An incomplete holder file still gives exit status 4."""
     with run._owned():
         run.layout.lock.with_name(".lock.holder").write_text('{"pid": 1}')
         assert_refused(onward_process("train", "--run", run.layout.root), 4, "another process owns this run")
@@ -121,20 +121,20 @@ def test_a_file_that_grows_for_a_while_is_taken_whole(run: Run, tmp_path: Path, 
 
 
 def away(inbox: Path) -> Callable[[], None]:
-    """Move the inbox away; returns what brings it back."""
+    """Move the inbox away; returns a function that brings it back."""
     other = inbox.rename(inbox.with_name("away"))
     return lambda: (other.rename(inbox), None)[1]
 
 
 def replaced(inbox: Path) -> Callable[[], None]:
-    """Put a file in its place, which cannot be listed; returns what brings it back."""
+    """Put a file in its place, which cannot be listed; returns a function that brings it back."""
     back = away(inbox)
     inbox.touch()
     return lambda: (inbox.unlink(), back())[1]
 
 
 def read_only(inbox: Path) -> Callable[[], None]:
-    """Mount something over it that files cannot be taken out of; returns what unmounts it."""
+    """Mount something read-only over it; returns a function that unmounts it."""
     folder = inbox.with_name("mounted")
     folder.mkdir()
     shutil.copy(inbox.parent.parent / "held.jsonl", folder)

@@ -13,7 +13,7 @@ from onward.store.ledger import Ledger
 
 
 def test_an_open_run_does_not_read_its_config_again(model: Path, tmp_path: Path) -> None:
-    """A config that is broken meanwhile is met where it is read at a boundary, not by whoever needs the tokenizer."""
+    """A config that breaks meanwhile is noticed where it is read at a boundary, not where the tokenizer is needed."""
     run = Run.create(tmp_path / "run", str(model))
     with Ledger(run.layout.ledger) as ledger:
         opened = OpenedRun(run.layout, ledger, lambda _: None)

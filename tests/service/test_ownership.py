@@ -129,7 +129,7 @@ def test_what_stands_in_the_way_is_moved_by_a_person(
     without_manifest(source, target) if made == "by a trainer" else shutil.copytree(source, target)
     before = contents(target)
     hints: list[str] = []
-    for _ in range(2):  # the refusal is no permission
+    for _ in range(2):  # a refusal permits nothing
         with pytest.raises(NotMadeHere) as caught:
             run.train()
         hints.append(str(caught.value.hint))
@@ -151,7 +151,7 @@ def fresh_ledger(root: Path, model: Path) -> None:
 
 
 def test_a_new_ledger_beside_a_model_is_refused(root: Path, model: Path, files: list[Path], tmp_path: Path) -> None:
-    """A ledger that knows of nothing is no reason to begin afresh; the command that is named makes a run of it."""
+    """With an empty ledger nothing starts afresh; the command that the refusal names makes a run of the model."""
     fresh_ledger(root, model)
     before = contents(root / "current_model")
     with pytest.raises(DamagedState, match="not from the same moment") as caught:

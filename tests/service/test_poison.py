@@ -1,4 +1,4 @@
-"""Files that end what reads them, change under it, or have to be taken out: nothing behind them waits for ever."""
+"""Files that kill their reader, change while they are read, or have to be taken out: nothing waits behind them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def states(ledger: Ledger) -> dict[str, str]:
 
 
 def test_what_is_behind_a_poison_is_queued(run: Run) -> None:
-    """Every poison is refused with a report, and the good file that arrived after all of them is queued."""
+    """Every poisoned file is refused with a report, and the good file that arrived after them is queued."""
     for name, content in POISONS.items():
         (run.layout.inbox / name).write_bytes(content)
     tiny.write_jsonl(run.layout.inbox / "good.jsonl", tiny.chat_rows(3))
@@ -84,7 +84,7 @@ def die(row: FileRow) -> None:
 
 
 def check_in_child(layout: RunLayout) -> int:
-    """Check what arrived in a process that dies at the poison; returns its status as the shell counts it."""
+    """Check what arrived in a process that dies at the poisoned file; returns its status as a shell reports it."""
     child = os.fork()
     if child == 0:
         with Ledger(layout.ledger) as ledger:
@@ -113,7 +113,7 @@ def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -
 def test_a_command_prints_a_refusal_whatever_checking_raises(
     run: Run, tmp_path: Path, error: BaseException | type[BaseException]
 ) -> None:
-    """Lack of memory is tried three times, anything else nobody thought of is refused at once: never a traceback."""
+    """Lack of memory is tried three times, any other unexpected error is refused at once: never a traceback."""
     calls: list[str] = []
 
     def fail(row: FileRow) -> None:
@@ -144,7 +144,7 @@ def test_a_budget_that_is_spent_leaves_the_file_and_counts_no_attempt(run: Run) 
 
 
 def test_the_guard_counts_bytes_rows_and_seconds() -> None:
-    """Whichever of the three is spent first ends the work; without a budget nothing does."""
+    """The part of the budget that is spent first ends the work; without a budget nothing does."""
     clock = [0.0]
     guard = Guard(budget=Budget(size=10, rows=2, seconds=1.0), monotonic=lambda: clock[0])
     guard.spend(10)
@@ -246,7 +246,7 @@ def test_a_file_that_changes_before_it_is_read_settles_again(run: Run) -> None:
 
 @pytest.mark.parametrize("copy", ["../secret", "/etc/passwd", "archive/../../secret", "ledger.sqlite3", "archive/.."])
 def test_a_row_of_the_ledger_names_no_file_outside(run: Run, copy: str) -> None:
-    """A place that Onward never writes is refused: nothing outside of the run is read or moved."""
+    """A path that Onward never writes is refused: nothing outside the run is read or moved."""
     with pytest.raises(DamagedState, match="the ledger names a file outside"):
         run.layout.kept(copy)
     with pytest.raises(DamagedState, match="the ledger names a file outside"):
@@ -361,7 +361,7 @@ def _wait_in_vain(run: Run, ledger: Ledger, file: Path, asked: threading.Event, 
 
 
 def test_a_checker_that_fails_is_started_again_with_growing_pauses(run: Run) -> None:
-    """Each failure is a problem that is told; the pauses double; one that comes to its end takes the problem back."""
+    """Each failure is reported as a problem; the pauses double; a process that succeeds clears the problem."""
     clock = [0.0]
     started: list[float] = []
     status = [3]
@@ -444,7 +444,7 @@ def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
 
 
 def test_train_prints_a_refusal_of_every_poison(run: Run, tmp_path: Path) -> None:
-    """`onward train` on all poisons at once names each in words and ends with status 3."""
+    """`onward train` on all poisoned files at once names each in words and ends with status 3."""
     files = [tmp_path / name for name in POISONS]
     for file in files:
         file.write_bytes(POISONS[file.name])

@@ -98,7 +98,7 @@ def test_a_commit_says_what_it_did(run: Run, files: list[Path]) -> None:
 
 
 def test_after_a_commit(run: Run) -> None:
-    """Callbacks get the committed folder and manifest; what one fails at is told, and is tried again next time."""
+    """Callbacks get the committed folder and manifest; one that fails is recorded, and called again next time."""
     calls: list[tuple[str, int]] = []
 
     def mirror(folder: Path, manifest: Manifest) -> None:

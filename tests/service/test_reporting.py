@@ -1,4 +1,4 @@
-"""Who is told what: notifications by POST, the service manager, a log that stays small; none of it can do harm."""
+"""Reporting: notifications by POST, the service manager, a log that stays small; none of it can do harm."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from onward.store.ledger import Ledger, make_ledger
 
 
 class Listener(ThreadingHTTPServer):
-    """A server that keeps what it is told, and answers with `status`; with None it never answers."""
+    """A server that keeps what it receives, and answers with `status`; with None it never answers."""
 
     daemon_threads = True
 
@@ -87,7 +87,7 @@ def layout(tmp_path: Path) -> RunLayout:
 
 
 def unused_url() -> str:
-    """Return an address on this machine where nobody listens."""
+    """Return an address on this machine where nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return f"http://127.0.0.1:{probe.getsockname()[1]}/"
 
@@ -145,7 +145,7 @@ def test_who_never_answers_holds_up_nobody(run: Run, tmp_path: Path, listener: L
 
 
 def test_what_was_due_is_told_when_the_listener_is_back(layout: RunLayout, listener: Listener) -> None:
-    """After a failure that event is given up, the next ones wait for a while and are told then, in order."""
+    """After a failure that event is given up; the next ones wait for a while and are sent then, in order."""
     now = {"at": 0.0}
     listener.status = 500
     notify = NotifyConfig(url=listener.url, events=["done"])
@@ -164,7 +164,7 @@ def test_what_was_due_is_told_when_the_listener_is_back(layout: RunLayout, liste
 
 
 def test_a_command_may_leave_something_running(layout: RunLayout, tmp_path: Path) -> None:
-    """A command is done when it ends, whatever it started; nobody waits for that."""
+    """A command is done when it ends, whatever it started in the background."""
     notify = NotifyConfig(command="sh -c 'sleep 60 & exit 0'", events=["done"])
     reporter = Reporter(layout, lambda: notify)
     with Ledger(layout.ledger) as ledger:
@@ -203,7 +203,7 @@ def test_a_log_on_a_full_disk_is_no_failure(layout: RunLayout) -> None:
 
 
 def test_a_log_that_cannot_be_written_is_no_failure(layout: RunLayout, capfd: pytest.CaptureFixture[str]) -> None:
-    """Where the log's place is taken by a directory, nothing is raised or printed, and others are still told."""
+    """Where a directory has the log's name, nothing is raised or printed, and notifications are still sent."""
     layout.log.parent.mkdir(exist_ok=True)
     layout.log.mkdir()
     reporter = Reporter(layout, NotifyConfig)
@@ -236,7 +236,7 @@ def heard(manager: socket.socket) -> list[str]:
 
 
 def test_the_service_manager_is_told(run: Run, tmp_path: Path, manager: socket.socket) -> None:
-    """systemd hears that the daemon is ready, then that it is alive, and at last that it stops: sd_notify(3)."""
+    """systemd is told that the daemon is ready, then that it is alive, and finally that it stops: sd_notify(3)."""
     process = watch(run, prepare=variable("NOTIFY_SOCKET", tmp_path / "notify"))
     lines: list[str] = []
     until(lambda: bool(lines.extend(heard(manager))) or {"READY=1", "WATCHDOG=1"} <= set(lines), process)
@@ -263,7 +263,7 @@ def test_a_step_that_hangs_does_not_feed_the_watchdog(
 
 @pytest.mark.parametrize("kind", ["gone", "closed", "full"])
 def test_a_manager_that_does_not_listen_is_no_failure(run: Run, tmp_path: Path, kind: str) -> None:
-    """With a socket that is gone, that nobody has open or that nobody reads, files are trained and a stop is heard."""
+    """With a socket that is gone, closed or unread, files are trained and a stop is obeyed."""
     address = tmp_path / "notify"
     with (
         socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel,

@@ -1,4 +1,4 @@
-"""Going back to a boundary returns exactly the state of then, and keeps the record of what is undone."""
+"""Going back to a boundary restores exactly the state it had, and keeps the record of what is undone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_undone_files_can_come_again(run: Run, files: list[Path], tmp_path: Path
 
 
 def test_undone_content_is_no_duplicate(run: Run, files: list[Path]) -> None:
-    """A file that was undone may be added anew; one that counts is a duplicate unless asked for."""
+    """A file that was undone may be added again; one in the stream is a duplicate unless asked for."""
     run.rollback(2)
     run.train(files[2])
     with pytest.raises(FileRejected, match="--again"):
@@ -72,9 +72,9 @@ def test_undone_content_is_no_duplicate(run: Run, files: list[Path]) -> None:
 
 
 def test_unknown_boundaries_are_refused(run: Run) -> None:
-    """What names no finished file and no boundary is refused with what there is; nothing changes."""
+    """What names neither a finished file nor a boundary is refused with what there is; nothing changes."""
     for to in ("nothing.jsonl", "17", "step-1"):
-        with pytest.raises(UsageError, match="no finished file"):
+        with pytest.raises(UsageError, match="neither a finished file"):
             run.rollback(to)
     assert run.verify().ok
 
@@ -103,7 +103,7 @@ def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path],
 
 @pytest.mark.parametrize(("step", "position"), [(3, 1), (TO_NOTHING, 0)], ids=["rollback", "reset"])
 def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
-    """A kill between the ledger's move and the directories' is finished by the next start, never taken back."""
+    """Going back that is killed between ledger and directories is finished by the next start, never reverted."""
     with Ledger(run.layout.ledger) as ledger:
         later = [row for row in ledger.files("done") if row.place > position]
         move_ledger_back(ledger, step, undone(later, position, requeue=False), "test")

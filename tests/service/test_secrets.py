@@ -1,4 +1,4 @@
-"""What may be a password stands in the config file and nowhere else."""
+"""What may be a password is in the config file and nowhere else."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
 def test_killed_at_random_instants(
     seed: int, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Killed again and again at random instants, a run ends in the state of one that was left alone."""
+    """Killed repeatedly at random instants, a run ends in the state of an undisturbed one."""
     root = tmp_path / "run"
     Run.create(root, str(model), **SETTINGS)
     Run(root).add(*files)
@@ -167,7 +167,7 @@ def test_nothing_verifiable_is_refused(copy: Path) -> None:
 
 
 def test_removed_model_is_refused(copy: Path) -> None:
-    """`rm -rf current_model` is no fresh start while the ledger claims progress; reset is the command for it."""
+    """`rm -rf current_model` is no fresh start while the ledger claims progress; `reset` is."""
     shutil.rmtree(copy / "current_model")
     with pytest.raises(DamagedState, match="onward reset"):
         Run(copy).train()
@@ -176,7 +176,7 @@ def test_removed_model_is_refused(copy: Path) -> None:
 
 
 def test_replay_that_differs_is_refused(files: list[Path], copy: Path) -> None:
-    """A replayed step must give the state that was lost; here the lost one was another, and the run stops."""
+    """A replayed step must give the state that was lost; where it does not, the run stops."""
     from onward.errors import VerificationFailed
     from onward.store.ledger import Ledger
 

@@ -58,7 +58,7 @@ def test_paths_arrive_as_they_are(name: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
 @pytest.mark.parametrize("name", NAMES)
 def test_systemd_takes_it(name: str, tmp_path: Path) -> None:
-    """`systemd-analyze verify` finds the program under its path and has nothing to say."""
+    """`systemd-analyze verify` finds the program at its path and reports nothing."""
     run = tmp_path / name
     run.mkdir()
     unit = tmp_path / "onward-test.service"
@@ -108,7 +108,7 @@ def test_it_may_write_to_the_run_and_little_else(tmp_path: Path) -> None:
 
 
 def test_a_path_with_control_characters_is_refused(tmp_path: Path) -> None:
-    """A unit has one setting a line, so a path with a line's end could bring its own."""
+    """A unit has one setting a line, so a path with a newline could smuggle in settings: it is refused."""
     run = tmp_path / "a\nUser=root"
     run.mkdir()
     with pytest.raises(UsageError, match="control characters"):

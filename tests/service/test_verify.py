@@ -1,4 +1,4 @@
-"""The proof fails on everything that it claims, one thing at a time."""
+"""Each claim of the proof fails when it is made false, one at a time."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", TAMPERING)
 def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
-    """Each thing changed behind the run's back fails the check that claims it."""
+    """Each change behind the run's back fails the check that covers it."""
     tamper, check = TAMPERING[name]
     root = shutil.copytree(trained, tmp_path / "run", copy_function=shutil.copy2)
     assert Run(root).verify().ok
@@ -87,7 +87,7 @@ def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
 
 
 def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:
-    """A run that has trained nothing verifies as that."""
+    """A run that has trained nothing verifies too."""
     proof = Run.create(tmp_path / "run", str(model)).verify(deep=True)
     assert proof.ok
     assert "nothing was trained yet" == proof.checks[0].detail
@@ -103,6 +103,6 @@ def test_deep_proof_trains_again(trained: Path) -> None:
 
 
 def test_no_proof_of_a_state_that_moves(trained: Path) -> None:
-    """While a process owns the run there is no proof of it, and the refusal says who owns it."""
+    """While a process owns the run `verify` is refused, and says who owns it."""
     with RunLock(Run(trained).layout.lock), pytest.raises(RunLocked, match="another process owns"):
         Run(trained).verify()

@@ -44,7 +44,7 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
 
 def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
     """While one file trains, a large one that arrives is checked in another process and waits in the queue."""
-    configure(run, epochs=10_000, save_steps=10**6)  # steps, and nothing but steps, until the end of the test
+    configure(run, epochs=10_000, save_steps=10**6)  # only steps happen until the end of the test
     process = watch(run)
     rows_file(run.layout.inbox / "first.jsonl", 20)
     until(is_in(run, "first.jsonl"), process)
@@ -57,7 +57,7 @@ def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> N
 
 
 def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tmp_path: Path) -> None:
-    """A bad file and content the stream has go to `rejected/` with a report, and nothing else is held up."""
+    """Bad files and duplicates go to `rejected/` with a report, and hold up nothing else."""
     good = rows_file(tmp_path / "good.jsonl", 6)
     shutil.copy(good, run.layout.inbox / "good.jsonl")
     run.watch(once=True)
@@ -170,7 +170,7 @@ def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
 
 
 def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
-    """A file that is skipped while the daemon is to stop after it is skipped, and then the daemon ends."""
+    """A skip and a stop after the same file: the file is skipped, and then the daemon ends."""
     rows_file(run.layout.inbox / "1.jsonl", 20)
     rows_file(run.layout.inbox / "2.jsonl", 21)
     process = watch(run, prepare=hold(run))
@@ -222,7 +222,7 @@ def test_skip_without_a_daemon(run: Run, tmp_path: Path) -> None:
 
 
 def test_others_may_look_and_add_but_not_train(run: Run, tmp_path: Path) -> None:
-    """Beside a daemon `status`, `history` and `add` work; a second owner is refused with pid and host."""
+    """While a daemon runs `status`, `history` and `add` work; a second owner is refused with pid and host."""
     rows_file(run.layout.inbox / "long.jsonl", LONG)
     process = watch(run, prepare=hold(run))
     until(is_in(run, "long.jsonl"), process)
@@ -233,14 +233,14 @@ def test_others_may_look_and_add_but_not_train(run: Run, tmp_path: Path) -> None
     assert 1 == len(run.add(rows_file(tmp_path / "next.jsonl", 6)))
     with Ledger(run.layout.ledger, read_only=True) as reader:
         reader.query("BEGIN")
-        reader.query("SELECT * FROM files")  # a reader that keeps its view open holds nobody up
+        reader.query("SELECT * FROM files")  # a reader that keeps its view open delays nobody
         hold(run).let_go.touch()
         until(lambda: done(run) == ["long.jsonl", "next.jsonl"], process)
     assert 0 == end(process)
 
 
 def test_what_was_asked_of_a_dead_process_is_closed(run: Run, tmp_path: Path) -> None:
-    """A request that its process did not live to see does not stop the next one."""
+    """A request that its process never answered does not stop the next one."""
     with Ledger(run.layout.ledger) as ledger:
         number = ledger.add_request("stop")
     rows_file(run.layout.inbox / "a.jsonl", 6)
@@ -252,7 +252,7 @@ def test_what_was_asked_of_a_dead_process_is_closed(run: Run, tmp_path: Path) ->
 
 
 def test_control_of_a_run_that_nobody_works_on(run: Run) -> None:
-    """Stop and resume say that there is nothing to do, and do nothing."""
+    """Stop and resume say that there is nothing to do."""
     assert ("no process works on this run", "it was not paused") == (run.stop(), run.resume())
 
 

@@ -178,7 +178,7 @@ def test_the_log_is_cut_back_after_a_long_reader(tmp_path: Path) -> None:
     [(sqlite3.SQLITE_IOERR_FSYNC, False), (sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_CORRUPT_VTAB, True)],
 )
 def test_a_machine_that_fails_is_no_damage(tmp_path: Path, code: int, is_damage: bool) -> None:
-    """A disk that is full or fails is said as it is; what SQLite finds wrong in the file, or no file, is damage."""
+    """A full or failing disk is raised as it is; what SQLite finds wrong in the file, or no file, is damage."""
     path = tmp_path / "ledger.sqlite3"
     error = sqlite3.DatabaseError("what SQLite said")
     error.sqlite_errorcode = code

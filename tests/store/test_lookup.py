@@ -58,15 +58,15 @@ def test_a_step_is_found(to: str, step: int, ledger: Ledger) -> None:
         ("4", "'4' is file 4 (a.jsonl), which ends at step 20, and it is also step 4", "--to file:4 or --to step:4"),
         ("1234", "'1234' is file 3 (c.jsonl), which ends at step 12, and it is also step 1234", "--to step:1234"),
         ("a.jsonl", "'a.jsonl' means several files: 1 a.jsonl, 4 a.jsonl", "file:4"),
-        ("abc", "no finished file", "1 a.jsonl, 2 b.jsonl, 3 c.jsonl"),
-        ("step:3", "no finished file", "0, 2, 4, 9, 12, 1234"),
-        ("file:9", "no finished file", "1 a.jsonl"),
-        ("waits.jsonl", "no finished file", "1 a.jsonl"),
-        ("", "no finished file", "1 a.jsonl"),
+        ("abc", "neither a finished file", "1 a.jsonl, 2 b.jsonl, 3 c.jsonl"),
+        ("step:3", "neither a finished file", "0, 2, 4, 9, 12, 1234"),
+        ("file:9", "neither a finished file", "1 a.jsonl"),
+        ("waits.jsonl", "neither a finished file", "1 a.jsonl"),
+        ("", "neither a finished file", "1 a.jsonl"),
     ],
 )
 def test_what_could_mean_several_steps_is_refused(to: str, what: str, hint: str, ledger: Ledger) -> None:
-    """A number that is one file's position and another boundary's step is no matter of luck."""
+    """A number that is one file's position and another boundary's step is refused."""
     with pytest.raises(UsageError) as caught:
         find_step(ledger, to, STEPS)
     assert what in caught.value.what
@@ -91,12 +91,12 @@ def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger:
     [
         ("b.jsonl", "'b.jsonl' is done, file 2 of the stream", "onward rebuild --without file:2"),
         ("left.jsonl", "'left.jsonl' is skipped", "queued waits.jsonl"),
-        ("nothing", "'nothing' is no file of this kind here", "queued waits.jsonl"),
-        ("step:2", "'step:2' is no file of this kind here", "queued waits.jsonl"),
+        ("nothing", "'nothing' is not one of the files here", "queued waits.jsonl"),
+        ("step:2", "'step:2' is not one of the files here", "queued waits.jsonl"),
     ],
 )
 def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:
-    """The refusal says what became of the file, or what there is."""
+    """The refusal says what became of the file, or which files there are."""
     with pytest.raises(UsageError) as caught:
         find_file(ledger, name, "queued")
     assert what in caught.value.what

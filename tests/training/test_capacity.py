@@ -1,4 +1,4 @@
-"""What a base model can take is told from its files, as the model itself then behaves."""
+"""What a base model can take is read from its files, and the model behaves accordingly."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_files_that_say_nothing_refuse_nothing(content: bytes, tmp_path: Path) -
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
-    """Limits that nobody could read are not taken for none."""
+    """Limits that could not be read are not taken for absent ones."""
     (tmp_path / "config.json").mkdir()
     with pytest.raises(Unreadable, match="cannot be read"):
         read_capacity(tmp_path)

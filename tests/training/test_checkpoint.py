@@ -52,7 +52,7 @@ def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 1 << 12, 1 << 20])
 def test_what_the_disk_refuses_in_the_middle_of_a_file_is_told_as_the_disks(tmp_path: Path, room: int) -> None:
-    """PyTorch's writer hides what made it fail; whoever waits for room on the disk has to see it."""
+    """PyTorch's writer hides what made it fail; a full disk must still be recognized."""
     value = {"moments": torch.zeros(1 << 20)}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
@@ -96,7 +96,7 @@ def checkpoint(model: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(**values: Any) -> Callable[[Path], None]:
-    """Return what changes a manifest and seals it again."""
+    """Return a function that changes a manifest and seals it again."""
 
     def change(folder: Path) -> None:
         manifest = {**json.loads((folder / MANIFEST).read_bytes()), **values}
@@ -173,7 +173,7 @@ def test_what_this_run_did_not_make_is_never_removed(kind: str, checkpoint: Path
 
 
 def test_a_runs_own_checkpoint_is_removed_whole(checkpoint: Path) -> None:
-    """It is gone under its name in one act; one that is not there is no error."""
+    """It disappears in one act; one that is not there is no error."""
     remove_checkpoint(checkpoint, run=checkpoints.RUN)
     assert [] == list(checkpoint.parent.iterdir())
     remove_checkpoint(checkpoint, run=checkpoints.RUN)
@@ -223,7 +223,7 @@ def test_a_state_that_is_let_go_is_freed(method: str, model: Path, tmp_path: Pat
 
 
 def make_trainer(state: TrainState, config: Config) -> Trainer:
-    """Return what trains a state on this processor."""
+    """Return a trainer of a state on this processor."""
     return Trainer(state, config, SingleProcess(checkpoints.CPU), torch.float32, pad_id=0)
 
 

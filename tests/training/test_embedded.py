@@ -91,7 +91,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_converted_model_is_taken_as_it_is(tmp_path: Path) -> None:
-    """Once the folder stands, no command is run and nothing is reported."""
+    """Once the folder exists, no command is run and nothing is reported."""
     target = embedded.embedded_path(NAME, tmp_path)
     target.mkdir(parents=True)
     (target / embedded.ORIGIN_FILE).write_text("{}")

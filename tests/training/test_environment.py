@@ -1,4 +1,4 @@
-"""What computes: deterministic kernels for as long as they are needed."""
+"""Deterministic kernels, for as long as they are needed."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class Interrupted(Attention):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failed_forward_leaves_nothing_for_the_next(error: type[BaseException]) -> None:
-    """After a pass that ended halfway the same input gives what the weights of now give, not what was computed then."""
+    """After a pass that ended halfway the same input gives what the current weights give, nothing computed before."""
     model = adapted(Interrupted())
     other = copy.deepcopy(model)
     x = torch.randn(2, 7, 6)

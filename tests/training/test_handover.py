@@ -46,7 +46,7 @@ def test_another_probe_loss_here_stops_the_run() -> None:
 
 
 def test_elsewhere_is_close_or_not_comparable() -> None:
-    """Another thread count may move the last bits; another compute type cannot be compared; a leap is an error."""
+    """Another thread count may change the last bits; another compute type cannot be compared; a jump is an error."""
     name, difference = compare(BEFORE.to_dict(), replace(BEFORE, probe_loss=2.0002), ELSEWHERE, HERE)
     assert "close" == name
     assert 0 < difference < 2e-4

@@ -187,12 +187,12 @@ def nothing_allowed() -> Iterator[None]:
 @pytest.mark.usefixtures("nothing_allowed")
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_saved_state_is_plain_data(current: Path, name: str) -> None:
-    """`torch.load(weights_only=True)` reads it with nothing allow-listed: there is no code in what is loaded."""
+    """`torch.load(weights_only=True)` reads it with nothing allow-listed: what is loaded holds no code."""
     assert torch.load(current / name, weights_only=True)
 
 
 def test_the_trainer_state_is_cumulative_and_bounded(current: Path) -> None:
-    """`TrainerState` reads it: the step of the whole run, and the newest entries of the log only."""
+    """`TrainerState` reads it: the step of the whole run, and only the newest entries of the log."""
     state = TrainerState.load_from_json(str(current / "trainer_state.json"))
     assert STEPS == state.global_step
     assert list(range(STEPS - LOG_TAIL + 1, STEPS + 1)) == [entry["step"] for entry in state.log_history]

@@ -1,4 +1,4 @@
-"""The loss over target tokens: rows laid end to end, in chunks, in one node, and equal to the plain way."""
+"""The loss over target tokens: rows laid end to end, in chunks, in one node, and equal to the plain computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full, LoRA and quantized LoRA are choices of one model builder."""
+"""One builder makes full, LoRA and quantized LoRA models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every optimizer method says truly what its optimizer keeps, and nothing else needs to know it."""
+"""Every optimizer method describes its optimizer truly, and nothing else needs to know it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_state_of_another_method_is_refused(model: Path, tmp_path: Path) -> 
 
 
 def test_parameters_that_disagree_have_no_count() -> None:
-    """Counters that differ, or are missing for some parameters, are told from every true count."""
+    """Counters that differ, or are missing for some parameters, are no count."""
     one, two = {"step": torch.tensor(1.0)}, {"step": torch.tensor(2.0)}
     assert 0 == ADAMW.count([], 2)
     assert 1 == ADAMW.count([one, one], 2)

@@ -27,7 +27,7 @@ def state() -> dict[str, Any]:
 
 
 def is_silent() -> bool:
-    """Whether nothing is shown now."""
+    """Return whether nothing is shown now."""
     now = state()
     return (
         now["filters"][0][0] == "ignore"
@@ -68,7 +68,7 @@ def test_silence_ends_as_it_began(before: dict[str, Any]) -> None:
 
 
 def test_the_first_thread_to_enter_leaves_first(before: dict[str, Any]) -> None:
-    """Two threads that overlap are silent as long as either is in it; the last one out puts all back."""
+    """Two threads that overlap are silent as long as either is in it; the last one out restores everything."""
     entered, left = (threading.Event(), threading.Event()), (threading.Event(), threading.Event())
     may_leave = (threading.Event(), threading.Event())
     seen: list[bool] = []

@@ -22,11 +22,11 @@ from onward.training.loading import load_moments, read_optimizer
 BEYOND = 2
 """Points after the last read that are tried too: nothing happens there."""
 STRIDE = 5
-"""The small form takes every so many of the many reads of libraries."""
+"""The small form tries every n-th read of libraries only."""
 
 
 def acts(folder: Path, model: Path) -> dict[str, Callable[[], object]]:
-    """Return everything that reads a checkpoint by itself, each with what it finds."""
+    """Return every act that reads a checkpoint, each with what it finds."""
     contents = checkpoints.make_contents(model)
     state = checkpoints.make_state(contents)
 

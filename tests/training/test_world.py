@@ -33,7 +33,7 @@ def test_parts_are_a_function_of_batch_config_and_step(cut: object) -> None:
 
 
 def test_one_process_is_a_world_without_others() -> None:
-    """It is rank 0 of 1, its flags are everybody's, its tensors are whole, and it waits for nobody."""
+    """It is rank 0 of 1, its flags are those of all ranks, its tensors are whole, and it waits for nothing."""
     world = SingleProcess(torch.device("cpu"))
     tensors = {"weight": torch.ones(2)}
     assert (0, 1) == (world.rank, world.size)

@@ -23,14 +23,14 @@ from onward.text import quoted
 COMPRESSIONS = ("gz", "zst")
 MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"PK\x03\x04": "zip"}
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-ZSTD_INPUT = 1024  # compressed bytes at a time: what one block can blow up to stays bounded
+ZSTD_INPUT = 1024  # compressed bytes at a time: bounds what one read can unpack to
 BUFFER = 1 << 18
 
 __all__ = ["COMPRESSIONS", "FileError", "SourceChanged", "SourceFile", "check_readable", "open_bytes"]
 
 
 def check_readable(path: Path) -> None:
-    """Refuse what is no readable regular file, without opening it (opening a fifo would wait for a writer).
+    """Refuse anything but a readable regular file, without opening it (opening a fifo would wait for a writer).
 
     Raises:
         FileError: `path` is missing, a directory, a special file, or not readable.
@@ -104,7 +104,7 @@ class SourceFile(io.RawIOBase):
         self._unpacked_digest = digest
 
     def check_read(self, sha256: str, stop: Callable[[], None]) -> None:
-        """Read what is left and hold all that was read against a hash: that of the bytes, or of what they unpack to.
+        """Read the rest and compare all that was read with a hash: that of the bytes, or of what they unpack to.
 
         Raises:
             SourceChanged: it is neither.
@@ -133,7 +133,7 @@ def open_bytes(
         stop: called for every buffer that is read; may raise.
 
     Raises:
-        FileError: the content is not what the ending says, is UTF-16, is damaged, or unpacks to more than may be.
+        FileError: the content is not what the ending says, is UTF-16, is damaged, or exceeds a limit once unpacked.
         OSError: the machine cannot read it.
     """
     raw = io.BufferedReader(source, BUFFER)
@@ -151,7 +151,7 @@ def open_bytes(
         raise _refusal(error, source.path) from None
     finally:
         if not raw.closed:
-            raw.detach()  # else it closes the source once nobody refers to it
+            raw.detach()  # otherwise it closes the source when it is collected
 
 
 def _check_kind(mode: int) -> None:

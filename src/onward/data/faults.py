@@ -1,4 +1,4 @@
-"""Whose fault an error is: the training file's, which is then refused, or not, and then the caller hears of it."""
+"""Whose fault an error is: that of the training file, which is then refused, or not, and then it is raised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE_ERRNOS = frozenset(
         errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP, errno.EILSEQ,
     }
 )  # fmt: skip
-"""Errors of the operating system that trying again does not mend; all others are the machine's."""
+"""Errors of the operating system that do not go away by trying again; all others are the machine's."""
 
 REASON_LENGTH = 300
 
@@ -50,10 +50,10 @@ def is_of_machine(error: BaseException) -> bool:
 
 
 def refusal_of(error: BaseException) -> FileError | RowError:
-    """Return why a file is refused whose content made reading, parsing, rendering or tokenizing raise `error`.
+    """Return the refusal of a file whose content made reading, parsing, rendering or tokenizing raise `error`.
 
     Raises:
-        BaseException: `error` itself, where no content causes it: the machine's, the model's, or a wish to stop.
+        BaseException: `error` itself, where the content is not the cause: the machine, the model, or a request to stop.
     """
     if isinstance(error, FileError | RowError):
         return error
@@ -71,5 +71,5 @@ def described(error: BaseException) -> str:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Say whether a Rust library gave up; what it raises is no `Exception`."""
+    """Return whether a Rust library panicked; what it raises is no `Exception`."""
     return type(error).__module__ == "pyo3_runtime"

@@ -15,7 +15,7 @@ RATIO_FLOOR = 16 << 20
 """Unpacked bytes up to which a file may be as repetitive as it likes."""
 
 VALUE_BYTES = 16
-"""What a JSON value counts towards the size of its row, besides its text: values of one character take memory too."""
+"""What each JSON value adds to the size of its row besides its text: values of one character take memory too."""
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
@@ -40,10 +40,10 @@ class Limits:
         return cls(config.max_row_mb << 20, config.max_unpacked_mb << 20, config.max_unpack_ratio)
 
     def check_unpacked(self, unpacked: int, packed: int) -> None:
-        """Refuse a file of which `packed` bytes became `unpacked`.
+        """Refuse a file of which `packed` bytes unpacked to `unpacked` bytes, where that is too much.
 
         Raises:
-            FileError: that is more than may be.
+            FileError: the size or the ratio exceeds its limit.
         """
         if unpacked > self.unpacked_bytes:
             raise FileError(
@@ -53,11 +53,11 @@ class Limits:
         if unpacked > max(RATIO_FLOOR, self.ratio * packed):
             raise FileError(
                 f"it unpacks to more than {self.ratio} times its size",
-                "if it is what you mean to train, raise max_unpack_ratio or add it uncompressed",
+                "if this is intended, raise max_unpack_ratio or add the file uncompressed",
             )
 
     def is_too_large(self, json_text: str) -> bool:
-        """Return whether a JSON text is over the limit of a row, its values counted."""
+        """Return whether a JSON text exceeds the limit of a row, its values counted."""
         shortest_value = 2  # characters: "1,"
         if len(json_text) * (1 + VALUE_BYTES // shortest_value) <= self.row_bytes:
             return False
@@ -66,7 +66,7 @@ class Limits:
         return len(json_text) + VALUE_BYTES * values > self.row_bytes
 
     def row_refusal(self, what: str, line: int | None = None) -> FileError:
-        """Return the refusal of a row, or of what holds it, that is over the limit."""
+        """Return the refusal of a row, or of what holds it, that exceeds the limit."""
         return FileError(
             f"{what} is larger than {in_mib(self.row_bytes)}", "split it into several rows, or raise max_row_mb", line
         )

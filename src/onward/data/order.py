@@ -145,7 +145,7 @@ class FilePlan:
         batch_size: rows per optimizer step, at least 1.
         epochs: passes over the file, at least 1.
         seed: the run's seed.
-        occurrence: how often the run was given the same file before; each time has an order of its own.
+        occurrence: how often the stream had the same content before; each time has an order of its own.
     """
 
     sha256: str

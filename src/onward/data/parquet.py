@@ -1,4 +1,4 @@
-"""Rows of a Parquet file, in memory that follows neither the size of a row group nor what a few bytes unpack to.
+"""Rows of a Parquet file, in memory that depends neither on the size of a row group nor on how far it unpacks.
 
 A dictionary page lets every row of a row group, or every item of a list, repeat a value of megabytes for a bit each.
 A row group is therefore read twice: first with its dictionaries left as they are, which gives the size of every row,
@@ -32,7 +32,7 @@ def parquet_rows(source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]
     """Yield the rows of a Parquet file; columns are keys.
 
     Raises:
-        FileError: pyarrow is missing, the file is damaged, or it or a row is larger than may be.
+        FileError: pyarrow is missing, the file is damaged, or it or a row exceeds a limit.
         OSError: the machine cannot read the file.
     """
     try:
@@ -58,7 +58,7 @@ class _Reader:
     def __init__(self, source: SourceFile, limits: Limits) -> None:
         from pyarrow import parquet
 
-        # a descriptor without a name of its own: what is read is what was hashed
+        # by descriptor, not by name: what is read is what was hashed
         self._file: Any = io.FileIO(source.fileno(), closefd=False)
         self._metadata: Any = parquet.read_metadata(self._file)
         self._columns = [self._metadata.schema.column(place) for place in range(self._metadata.num_columns)]
@@ -101,7 +101,7 @@ class _Reader:
     def _row_sizes(self, group: int, before: int) -> NDArray[np.int64]:
         """Return the size of every row of a row group, or refuse it.
 
-        What the metadata states is only believed where it is too much already.
+        The metadata is believed only where it exceeds the limit already.
         """
         stated, count = self._stated(group)
         self._limits.check_unpacked(self._unpacked + stated, self._bytes)
@@ -162,7 +162,7 @@ def _value(scalar: Any) -> Any:
 
 
 def _sizes(array: Any) -> NDArray[np.int64]:
-    """Return the bytes that each element of an Arrow array takes as text, every value counted besides."""
+    """Return the bytes that each element of an Arrow array takes as text, plus what each value counts."""
     from pyarrow import types
 
     compute: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported

@@ -86,7 +86,7 @@ def rows_of(source: SourceFile, limits: Limits, stop: Callable[[], None] = _neve
     """Yield the rows of an open file in order; see `read_rows`.
 
     Args:
-        stop: called for every buffer that is read from a text file, be there rows in it or not; may raise.
+        stop: called for every buffer that is read from a text file, whether or not it holds rows; may raise.
     """
     name, _, compression = file_format(source.path).partition(".")
     if name == "parquet":
@@ -154,7 +154,7 @@ def _json_rows(stream: BinaryIO, limits: Limits) -> Iterator[SourceRow]:
 class _JsonReader:
     """Values of a top-level array, or values written one after another, with at most one of them in memory.
 
-    ijson was tried for this: its C backend turns half a surrogate pair into "?" without a word and takes memory
+    ijson was tried for this: its C backend silently turns half a surrogate pair into "?" and takes memory
     quadratic in the depth of nesting.
     """
 

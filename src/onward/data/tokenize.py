@@ -17,7 +17,7 @@ from onward.data.sources import SourceRow, file_format, row_unit, rows_of
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
-CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: nothing ends the work within one
+CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
 PROBLEMS_SHOWN = 20
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
@@ -48,7 +48,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class IntakeReport:
-    """What came of reading one file.
+    """The outcome of reading one file.
 
     Args:
         ok: whether the file was tokenized and published.
@@ -75,7 +75,7 @@ class IntakeReport:
     unit: str = "line"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, as the report beside a rejected file holds it."""
+        """Return the report as plain values, as `rejected/` keeps it."""
         return asdict(self)
 
 
@@ -91,7 +91,7 @@ def tokenize_file(
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
 
     The file is opened once, and its bytes are hashed while they are read: what is published has the hash `sha256`.
-    Whatever the content makes reading, parsing, rendering or tokenizing raise becomes a problem in the report.
+    Any error that the content causes in reading, parsing, rendering or tokenizing becomes a problem in the report.
 
     Args:
         source: the training file.
@@ -132,7 +132,7 @@ def tokenize_file(
 
 
 class _Stop:
-    """The caller's wish to stop; remembers what it raised, which no file is to blame for."""
+    """The caller's request to stop; remembers what it raised, since no file is to blame for that."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
@@ -158,7 +158,7 @@ class _Intake:
         self._problem_count = self._truncated = self._dropped = 0
 
     def read(self, path: Path, sha256: str) -> None:
-        """Tokenize a file and hold what was read against its hash.
+        """Tokenize a file and compare what was read with its hash.
 
         Raises:
             SourceChanged: it is not the file that has this hash.
@@ -178,7 +178,7 @@ class _Intake:
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
             for chunk in chunks:
                 if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
-                    self._take(*ahead)  # the tokens of a long row take much memory: it has it to itself
+                    self._take(*ahead)  # the tokens of a long row take much memory, so no other chunk is held meanwhile
                     ahead = None
                 encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
                 if ahead is not None:
@@ -205,7 +205,7 @@ class _Intake:
         )
 
     def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
-        """Yield the rows of a file as far as it can be read, then hold all of its bytes against its hash."""
+        """Yield the rows of a file as far as it can be read, then compare all of its bytes with its hash."""
         is_read_in_order = file_format(source.path) != "parquet"
         if not is_read_in_order:
             source.check_read(sha256, self._stop)
@@ -214,7 +214,7 @@ class _Intake:
             for row in rows_of(source, self._limits, self._stop):
                 line = row.line
                 yield row
-        except GeneratorExit:  # whoever reads the rows has given up
+        except GeneratorExit:  # the reader of the rows stopped early
             raise
         except BaseException as error:
             known = isinstance(error, FileError)
@@ -269,7 +269,7 @@ class _Intake:
         return zip([line for line, _ in chunk], packed, strict=True)
 
     def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, PackedRow]]:
-        """Tokenize the rows of a chunk one by one, to tell those at which the tokenizer gives up."""
+        """Tokenize the rows of a chunk one by one, to find those that the tokenizer fails on."""
         for line, text in chunk:
             self._stop()
             try:

@@ -1,8 +1,8 @@
 """A loaded tokenizer as plain values, so that rows can be tokenized without transformers or torch.
 
 Only transformers knows how to load the tokenizer of every model, and importing it takes seconds. What it loads is
-therefore taken down once as a `TokenizerState`, which needs nothing but the `tokenizers` library to encode text and
-can be stored as a cache file.
+therefore recorded once in a `TokenizerState`, which needs nothing but the `tokenizers` library to encode text and can
+be stored as a cache file.
 """
 
 from __future__ import annotations

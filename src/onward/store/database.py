@@ -17,10 +17,10 @@ PASSING = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
-"""Errors of SQLite that say nothing about the content: the disk is full or fails, or others are at work."""
+"""Errors of SQLite that say nothing about the content: the disk is full or fails, or others use the file."""
 
 LOG_BYTES = 16 << 20
-"""Bytes that SQLite's log is cut back to, after a reader that kept its view for long let it grow."""
+"""Bytes that SQLite's log is cut back to after a long-lived reader let it grow."""
 
 Values = dict[str, Any]
 Record = TypeVar("Record")
@@ -85,7 +85,7 @@ def _connect(address: str) -> sqlite3.Connection:
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
-    """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
+    """Return what to raise for an error of SQLite: the error itself where the machine fails and the ledger is whole."""
     code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
     if code & 0xFF in PASSING and path.exists():
         return error

@@ -113,7 +113,7 @@ class Files(Database):
         return placed or self.record(FileRow, f"{queued} ORDER BY priority DESC, id LIMIT 1")
 
     def next_arriving(self) -> FileRow | None:
-        """The file that is to be checked next: the order of the queue that it wants to enter."""
+        """The file that is to be checked next, in the order of the queue that it will join."""
         return self.record(FileRow, "SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
 
     def last_position(self) -> int:
@@ -125,7 +125,7 @@ class Files(Database):
         return self.record(FileRow, f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)
 
     def queued(self) -> int:
-        """Return how many files wait, those included whose rows are still to be checked."""
+        """Return how many files wait, including those whose rows are still to be checked."""
         return int(self.scalar("SELECT count(*) FROM files WHERE state IN ('queued', 'arriving')"))
 
     def sharing_copy(self, copy: str) -> int:

@@ -158,7 +158,7 @@ class Ledger(Files, Requests):
         )
 
     def add_event(self, level: str, message: str, step: int | None = None, *, kind: str | None = None) -> None:
-        """Record what an operator should be able to read later; `kind` is what `notify.events` chooses by."""
+        """Record what an operator should be able to read later; `notify.events` selects by `kind`."""
         text = message.encode(errors="backslashreplace").decode()
         self.insert("events", {"level": level, "message": text, "step": step, "created": self.clock(), "kind": kind})
 

@@ -37,7 +37,7 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
         place = f", file {row.position} of the stream" if row.position else ""
         raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
-    raise UsageError(f"{name!r} is no file of this kind here", where="FILE", hint=f"There are: {_listed(rows)}.")
+    raise UsageError(f"{name!r} is not one of the files here", where="FILE", hint=f"There are: {_listed(rows)}.")
 
 
 def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
@@ -47,7 +47,7 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
         steps: those that have a restore point.
 
     Raises:
-        UsageError: it names no finished file and no boundary of this run, or several of them.
+        UsageError: it names neither a finished file nor a boundary of this run, or several of them.
     """
     done = ledger.files("done")
     matches = [] if to.startswith(STEP) else _matches(done, to)
@@ -67,7 +67,7 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
     if step is not None:
         return step
     raise UsageError(
-        f"{to!r} is no finished file and no boundary's step",
+        f"{to!r} is neither a finished file nor the step of a boundary",
         where="--to",
         hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
     )
@@ -84,7 +84,7 @@ def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
 
 
 def _step_meant(text: str, steps: Sequence[int]) -> int | None:
-    """Return the step that a text means: any after `step:` or `step-`, a bare number only if it has a boundary."""
+    """Return the step that a text means: any number after `step:` or `step-`, a bare one only if it has a boundary."""
     marked = _STEP.fullmatch(text)
     number = marked.group(1) if marked else text
     return int(number) if number.isdecimal() and int(number) in steps else None

@@ -1,4 +1,4 @@
-"""What operators and commands ask for: requests to the owner of a run, and files that a command was given."""
+"""What was asked for: requests to the owner of a run, and the files that a command was given."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Requests(Database):
         )
 
     def intents(self) -> list[IntentRow]:
-        """Return the commands that were ended before they had taken their files in, oldest first."""
+        """Return the commands that ended before their files were taken in, oldest first."""
         return self.records(IntentRow, "SELECT * FROM intents ORDER BY id")
 
     def end_intent(self, intent_id: int) -> None:

@@ -14,7 +14,7 @@ class FileRow:
 
     `inbox` is its path below the inbox if it came from there, `copy` its path below the run's directory. A file of the
     inbox that was seen and not read yet is announced: it has neither `copy` nor `sha256`, and `seen` tells which file
-    it was (device, inode, size, time). `attempts` counts how often checking its rows was begun without an end.
+    it was (device, inode, size, time). `attempts` counts the checks of its rows that began and did not end.
     `occurrence` counts the files with the same content
     that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
     each of its steps is cut after lack of memory.
@@ -138,7 +138,7 @@ class HandoverRow:
 
 @dataclass(frozen=True)
 class EventRow:
-    """What an operator should be able to read later; `kind` is what `notify.events` chooses by."""
+    """What an operator should be able to read later; `notify.events` selects by `kind`."""
 
     id: int
     level: str

@@ -17,7 +17,7 @@ from onward.errors import ConfigError, ModelError, Unreadable
 INDEX = "model.safetensors.index.json"
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|tokens_embed)\.weight$")
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?|positions_embed|pos_embed)\.weight$")
-"""Tables of learned absolute positions: GPT-2, GPT-Neo and GPTBigCode; OPT and BioGPT; BERT's kin; the first GPT."""
+"""Tables of learned absolute positions: GPT-2, GPT-Neo and GPTBigCode; OPT and BioGPT; BERT's family; the first GPT."""
 _OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech|(?:^|\.)encoder\.")
 """Parts of a model whose embeddings are not those of its text."""
 _POSITION_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -57,7 +57,7 @@ def read_capacity(folder: Path) -> Capacity:
 
 
 def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max_length: int | None = None) -> None:
-    """Refuse rows that a model could only answer with an index error.
+    """Refuse rows on which a model could only fail with an index error.
 
     Args:
         largest_token_id: of what is to be trained; None leaves token ids unchecked.

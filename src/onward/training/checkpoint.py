@@ -31,7 +31,7 @@ FORMAT = 1
 MANIFEST = "onward.json"
 SPACE_MARGIN = 1.1
 SMALL_FILES = 1 << 16
-"""Bytes allowed for the manifest, the configs and what else is neither weight, moment nor static file."""
+"""Bytes allowed for the manifest, the configs and all else that is neither weight, moment nor static file."""
 _CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 """Errors of a read that say that there is no such file; all others say nothing about it."""
 

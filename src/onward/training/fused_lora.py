@@ -25,7 +25,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Put a `FusedLoraLinear` in the place of each plain LoRA layer of a model; others stay as PEFT made them.
+    """Replace each plain LoRA layer of a model by a `FusedLoraLinear`; others stay as PEFT made them.
 
     Names, order and identity of parameters stay the same.
     """

@@ -88,9 +88,9 @@ class Probe:
         return self._measure(self._twin)
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], float]:
-        """Return what measures a copy of the state, in any thread, while the model is trained on.
+        """Return a function that measures a copy of the state, in any thread, while training goes on.
 
-        Where the model does not compute in main memory, which copies lie in, it is measured at once.
+        Where the model computes elsewhere than in main memory, which holds the copies, it is measured at once.
         """
         if self._device.type != "cpu":
             loss = self.of_model()

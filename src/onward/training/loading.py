@@ -42,7 +42,7 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         mapped: read tensors only when they are looked at, for callers who want a few of them.
 
     Raises:
-        DamagedState: the file is missing or is not one of `torch.save` with tensors and plain values only.
+        DamagedState: the file is missing, or was not written by `torch.save` with tensors and plain values only.
         Unreadable: the file cannot be read now.
     """
     try:
@@ -72,7 +72,7 @@ def load_moments(state: TrainState, path: Path) -> None:
         entries = {int(index): dict(entry) for index, entry in cast(dict[int, Entry], saved["state"]).items()}
         rates = [float(group["lr"]) for group in groups]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedState(f"the optimizer's state is not one: {type(error).__name__}", where=path) from None
+        raise DamagedState(f"this is not the state of an optimizer: {type(error).__name__}", where=path) from None
     sizes = [len(group["params"]) for group in groups]
     expected = [len(group["params"]) for group in state.optimizer.param_groups]
     if sizes != expected:
@@ -86,7 +86,7 @@ def load_moments(state: TrainState, path: Path) -> None:
 
 
 def _require_entries(state: TrainState, names: Mapping[int, str], entries: Mapping[int, Entry], path: Path) -> None:
-    """Refuse entries that do not fit; none at all are those of an optimizer that has taken no step."""
+    """Refuse entries that do not fit; an optimizer that has taken no step has no entries at all."""
     for index, name in names.items() if entries else ():
         problem = state.method.problem(state.parameters[name], entries.get(index))
         if problem is not None:

@@ -66,7 +66,7 @@ class OptimizerMethod(Protocol):
         ...
 
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
-        """Return what keeps an entry from being that of a parameter; None where it fits."""
+        """Return why an entry cannot belong to a parameter; None where it fits."""
         ...
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:

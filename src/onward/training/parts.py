@@ -9,7 +9,7 @@ from onward.data.loader import Batch
 from onward.training.seeds import fold
 
 SEED_OF_RANK_0 = 0
-"""Seeds once had a place for the rank. Parts have them, so that bits do not depend on who computes a part."""
+"""Seeds once depended on the rank. Now each part has its own, so that bits do not depend on who computes it."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Keep transformers, PEFT and Python's warnings off a person's screen while a model is loaded or saved.
 
-Verbosity, progress bars and warning filters belong to the process, so threads share one silence: the first one in makes
-it, the last one out puts back what was there before.
+Verbosity, progress bars and warning filters belong to the process, so threads share one silence: the first one in
+begins it, the last one out restores what was there before.
 """
 
 from __future__ import annotations

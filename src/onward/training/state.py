@@ -14,7 +14,7 @@ from onward.config import Config
 from onward.training.optimizers import OptimizerMethod, optimizer_method
 
 ALIGNMENT = 64
-"""A tensor in a shared storage begins at a multiple of so many elements."""
+"""A tensor in a shared storage begins at a multiple of this many elements."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class TrainState:
         self.counters.adam_origin = self.step
 
     def load_plain(self, values: dict[str, Any]) -> None:
-        """Take back what `Snapshot.plain` returned."""
+        """Restore what `Snapshot.plain` returned."""
         self.counters = Counters(**values["counters"])
         self.cursor = Cursor(**values["cursor"])
 

@@ -1,4 +1,4 @@
-"""The processes that train one run together. Today there is one, to which all of this costs nothing.
+"""The processes that train one run together. Today there is one, for which none of this costs anything.
 
 Rank 0 owns the lock, the ledger and the checkpoints; others would follow it. What must be the same on every rank
 (whether a step counts, whether to stop) is decided through the world.
