@@ -1,12 +1,13 @@
 """Onward: cumulative fine-tuning. N training files equal one run, bit for bit, and it proves it."""
 
+from onward.version import __version__
+
 TYPE_CHECKING = False  # as typing has it, which is not imported: see __main__
 
 if TYPE_CHECKING:
     from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
     from onward.run import Run
 
-__version__ = "0.1.0"
 __all__ = [
     "Committed",
     "Event",

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from onward import __version__
 from onward.config import Config, read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
@@ -29,6 +28,7 @@ from onward.service.shown import FAILED, STOPPED, Shown
 from onward.service.wishes import Stopped, Wishes
 from onward.store.ledger import Ledger
 from onward.training.base import BaseDigest, find_here
+from onward.version import __version__
 
 if TYPE_CHECKING:
     from onward.service.intake.checking import Intake
