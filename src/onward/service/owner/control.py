@@ -10,7 +10,7 @@ from onward.service.intake.checking import Intake
 from onward.service.owner import faults
 from onward.service.owner.owned import Owned
 from onward.service.shown import PAUSED
-from onward.service.wishes import AFTER_FILE, RELEASE, Wish
+from onward.service.wishes import AFTER_FILE, RELEASE, Stopped, Wish
 from onward.store.rows import FileRow
 
 PAUSE_NOTE = "paused by an operator; onward resume goes on"
@@ -77,6 +77,30 @@ class Control:
         self._owned.answers.write()
         while (wish := self._wishes.head()) is not None and self._wishes.answered_at_once(wish):
             self._do(wish, work)
+
+    def obey_meanwhile(self, work: Work) -> None:
+        """Obey while files are read, at every row.
+
+        Raises:
+            Stopped: the process is to end, or the file in hand to be left.
+        """
+        if self._wishes.in_hand is not None:
+            self.obey_at_once(work)
+            self._wishes.check()
+            return
+        self.obey(work)
+        if self.is_stopped:
+            raise Stopped(self._wishes.reason)
+
+    def obey_at_rest(self, work: Work) -> None:
+        """Obey while training waits for room on the disk.
+
+        Raises:
+            Stopped: nothing is to be trained now.
+        """
+        self.obey_at_once(work)
+        if not self.may_train():
+            raise Stopped(self._wishes.reason)
 
     def _do(self, wish: Wish, work: Work) -> None:
         if wish.kind == "stop" and wish.argument != AFTER_FILE:

@@ -11,6 +11,7 @@ import gc
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
@@ -65,12 +66,13 @@ class Daemon:
         self.control = Control(owned, intake)
         self._open_session = open_session
         self.intake = intake
-        intake.stop = self._obey_meanwhile
         self._incoming = incoming
         self._crash = crash
         self._patient = patient
         self._work = Work(leave=self._drop_worker, release=self._drop_worker, say=self._show)
-        self._room = DiskRoom(owned, patient, self._obey_without_room)
+        self._look = partial(self.control.obey_meanwhile, self._work)
+        intake.stop = self._look
+        self._room = DiskRoom(owned, patient, partial(self.control.obey_at_rest, self._work))
         self._worker: Worker | None = None
         self._was_dropped = False
         self._failures = 0
@@ -197,38 +199,12 @@ class Daemon:
         self.owned.shown.set("loading")
         settled = self._settled or self._settle()
         session, start = self.wishes.interruptibly(lambda: self._open(settled), by_any=True)
-        around = Surroundings(
-            self.wishes, self.owned.settings, self.owned.shown, self._goes_on, look=self._obey_meanwhile
-        )
+        around = Surroundings(self.wishes, self.owned.settings, self.owned.shown, self._goes_on, look=self._look)
         return Worker(session, start, around)
 
     def _open(self, settled: Settled) -> tuple[Session, Start]:
         session = self._open_session(self._was_dropped)
         return session, load_start(session, settled)
-
-    def _obey_meanwhile(self) -> None:
-        """Obey while files are read, at every row.
-
-        Raises:
-            Stopped: the process is to end, or the file in hand to be left.
-        """
-        if self.wishes.in_hand is not None:
-            self.control.obey_at_once(self._work)
-            self.wishes.check()
-            return
-        self.control.obey(self._work)
-        if self.control.is_stopped:
-            raise Stopped(self.wishes.reason)
-
-    def _obey_without_room(self) -> None:
-        """Obey while the disk is too full to train.
-
-        Raises:
-            Stopped: nothing is to be trained now.
-        """
-        self.control.obey_at_once(self._work)
-        if not self.control.may_train():
-            raise Stopped(self.wishes.reason)
 
     def _goes_on(self) -> bool:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
