@@ -9,7 +9,7 @@ import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -18,6 +18,9 @@ from onward.errors import ModelError, OnwardError, UsageError, printable_lines
 from onward.layout import RunLayout
 from onward.terminal import flush_results, open_standard_streams, say, show_line
 from onward.text import printable, quoted
+
+if TYPE_CHECKING:
+    from onward.run import Run
 
 app = typer.Typer(
     help="Cumulative fine-tuning: files arrive one after another, and every file continues the same run.",
@@ -48,6 +51,13 @@ AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that 
 def show(value: Any) -> None:
     """Print a result as JSON."""
     show_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say_stopped(run: Run, reason: str, command: str) -> None:
+    """Say that a command ended because of a stop, what is committed by now, and which command goes on."""
+    checkpoint = run.status()["checkpoint"]
+    committed = f"{checkpoint} is committed" if checkpoint else "nothing is committed yet"
+    say(f"stopped ({reason}); {committed}; onward {command} --run {quoted(run.layout.root)} goes on")
 
 
 def completer(*states: str) -> Callable[[typer.Context, str], list[str]]:
@@ -136,7 +146,7 @@ def train(
     if as_json:
         show(done)
     if stop.reason:
-        say(f"stopped ({stop.reason}), committed; onward train --run {quoted(run)} goes on")
+        say_stopped(opened, stop.reason, "train")
     elif not done:
         say("nothing left to train: every accepted file is done")
 
@@ -187,7 +197,7 @@ def watch(
         say(f"watching {quoted(opened.layout.inbox)}; onward stop --run {quoted(run)} or Ctrl-C commits and ends it")
         refused = opened.watch(once=once, observe=observe, stop=stop, report=say)
     if stop.reason:
-        say(f"stopped ({stop.reason}), committed; onward watch --run {quoted(run)} goes on")
+        say_stopped(opened, stop.reason, "watch")
     elif once and refused:
         say(f"{refused} refused or quarantined; the reports are in {quoted(opened.layout.rejected)}")
         raise typer.Exit(3)
@@ -370,7 +380,7 @@ def rebuild(
     if as_json:
         show(result)
     if asked.reason:
-        say(f"stopped ({asked.reason}), committed; onward train --run {quoted(run)} goes on")
+        say_stopped(opened, asked.reason, "train")
     again = len(result["queued"])
     name = printable(result["without"])
     say(f"without {name}: step {result['global_step']}; trained again: {again} {'file' if again == 1 else 'files'}")

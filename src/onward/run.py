@@ -160,7 +160,7 @@ class Run:
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
-        with self._owned() as ledger, _ctrl_c(stop, wishes):
+        with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
             with account(ledger, wishes):
@@ -198,7 +198,7 @@ class Run:
             KeyboardInterrupt: as for `train`.
         """
         wishes = Wishes() if stop is None else stop
-        with self._owned() as ledger, _ctrl_c(stop, wishes):
+        with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
             opened = self._opened(ledger, report)
             with account(ledger, wishes), operate(opened, wishes, observe, watch=True) as daemon:
@@ -240,9 +240,8 @@ class Run:
         with self._ledger() as ledger:
             if not is_held(self.layout.lock):
                 return "no process works on this run"
-            ended = Patience(patience, lambda: not is_held(self.layout.lock))
-            wait = Patience(patience) if after_file else ended
-            return request(self.layout, ledger, wait, "stop", AFTER_FILE if after_file else None)
+            waiting = Patience(patience, until_end=True)
+            return request(self.layout, ledger, waiting, "stop", AFTER_FILE if after_file else None)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -332,11 +331,13 @@ class Run:
             return reset(self.layout, ledger)
 
     @contextlib.contextmanager
-    def _owned(self) -> Generator[Ledger]:
+    def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
         with self._ledger() as ledger:
             asked = ledger.last_request()  # what is asked from here on is asked of this process
             with RunLock(self.layout.lock):
                 expire_requests(ledger, asked)
+                if wishes is not None:
+                    wishes.ignore_up_to(asked)
                 yield ledger
 
     def _opened(self, ledger: Ledger, report: Callable[[str], None] = _silent) -> OpenedRun:

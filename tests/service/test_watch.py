@@ -165,6 +165,7 @@ def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
     process = watch(run, prepare=hold(run))
     until(is_in(run, "1.jsonl"), process)
     assert "stops after the file in hand" == run.stop(after_file=True)
+    hold(run).let_go.touch()
     process.join(PATIENCE)
     assert (0, ["1.jsonl"], 1) == (process.exitcode, done(run), run.status()["queue"])
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from onward.errors import NoSpace, OnwardError, UsageError
@@ -13,6 +13,8 @@ from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.store.ledger import Ledger
 
 POLL_SECONDS = 0.1
+EXPIRED = "the process it was meant for had ended"
+"""The answer to what was asked of a process that is gone, given by the next one."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class Patience:
 
     Args:
         seconds: a step may take long, and the request stays open after that.
-        until: what else ends the waiting, with success.
+        until_end: the end of the process is what was asked for, answered or not.
     """
 
     seconds: float
-    until: Callable[[], bool] = lambda: False
+    until_end: bool = False
 
 
 def request(
@@ -48,17 +50,25 @@ def request(
     number = _record(layout, ledger, kind, argument, file_id)
     ends = time.monotonic() + patience.seconds
     while time.monotonic() < ends:
+        held = is_held(layout.lock)  # asked first: the last thing that a process does is to answer
         row = ledger.request(number)
-        if row is not None and row.acknowledged is not None:
+        if row is not None and row.acknowledged is not None and row.answer != EXPIRED:
             return str(row.answer)
-        if patience.until():
-            return "it ended; what was trained is committed"
-        if not is_held(layout.lock):
-            ledger.acknowledge(number, "the process ended first")
-            raise OnwardError("the process ended before it answered", where=layout.root, hint="onward status")
+        if not held or (row is not None and row.answer == EXPIRED):
+            return _end_of(layout, ledger, number, patience)
         _require_life(layout, ledger)
         time.sleep(POLL_SECONDS)
     return f"asked; not yet answered after {patience.seconds:.0f} s. onward status shows when it is"
+
+
+def _end_of(layout: RunLayout, ledger: Ledger, number: int, patience: Patience) -> str:
+    """Say what is known of a process that ended without an answer: it was killed, or its disk is full."""
+    with contextlib.suppress(sqlite3.OperationalError):  # the next process closes it
+        ledger.acknowledge(number, "the process ended first")
+    known = f"the last commit is step {ledger.committed_step()}"
+    if patience.until_end:
+        return f"it ended without an answer; {known}"
+    raise OnwardError(f"the process ended before it answered; {known}", where=layout.root, hint="onward status")
 
 
 def _record(layout: RunLayout, ledger: Ledger, kind: str, argument: str | None, file_id: int | None) -> int:
@@ -70,15 +80,15 @@ def _record(layout: RunLayout, ledger: Ledger, kind: str, argument: str | None, 
         raise NoSpace(
             f"the request cannot be recorded: {error}",
             where=layout.ledger,
-            hint=f"kill -TERM {pid} stops the process, committed, without the ledger.",
+            hint=f"kill -TERM {pid} stops the process without a request.",
         ) from None
 
 
 def _require_life(layout: RunLayout, ledger: Ledger) -> None:
     """Say at once what waiting would not change: a process that is frozen or hangs does not answer."""
     holder, fact = read_holder(layout.lock), ledger.get("heartbeat")
-    if holder is None or fact is None or fact["pid"] != holder["pid"]:  # it has just started
-        return
+    if holder is None or fact is None or fact["pid"] != holder["pid"] or fact["at"] < holder["started"]:
+        return  # it has just started
     _, stuck = read_heartbeat(fact, time.time())
     if stuck:
         pid = holder["pid"]
@@ -92,7 +102,7 @@ def _require_life(layout: RunLayout, ledger: Ledger) -> None:
 
 def expire_requests(ledger: Ledger, last: int) -> None:
     """Close what was asked of a process that is gone: requests up to the one with the id `last`."""
-    for row in ledger.open_requests():
-        if row.id > last:
-            return
-        ledger.acknowledge(row.id, "the process it was meant for had ended")
+    with contextlib.suppress(sqlite3.OperationalError):  # the disk may be full
+        for row in ledger.open_requests():
+            if row.id <= last:
+                ledger.acknowledge(row.id, EXPIRED)

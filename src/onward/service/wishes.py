@@ -10,9 +10,10 @@ import contextlib
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 from onward.store.ledger import Ledger
 from onward.store.rows import RequestRow
@@ -25,6 +26,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 _WAKE = signal.SIGURG
 """Interrupts the main thread where a wish came from another one; ignored by whoever does not listen."""
+
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -62,10 +65,13 @@ class Wishes:
         """The id of the file that is being trained; the owner says so."""
         self.reason: str | None = None
         """Who asked for the first stop."""
+        self.was_interrupted = False
+        """Whether a SIGINT was among the wishes."""
         self._open: deque[Wish] = deque()
         self._seen = 0
         self._listens = False
-        self._interruptible = False
+        self._ends_work: Callable[[Wish], bool] | None = None
+        """Which wishes end the work that the main thread does now; None where nothing may end it."""
 
     def __bool__(self) -> bool:
         return any(self._leaves_file(wish) for wish in tuple(self._open))
@@ -75,6 +81,11 @@ class Wishes:
         """Whether anything at all is open."""
         return bool(self._open)
 
+    @property
+    def wants_end(self) -> bool:
+        """Whether the process is to end now."""
+        return any(_is_stop(wish) for wish in tuple(self._open))
+
     def ask(self, reason: str) -> None:
         """Ask for a stop at the next step, as a signal or a caller of the library does; the first reason is kept."""
         self.put(Wish("stop", reason))
@@ -82,11 +93,18 @@ class Wishes:
     def put(self, wish: Wish) -> None:
         """Add a wish. From another thread it ends what is interruptible, too."""
         self._open.append(wish)
-        if wish.kind == "stop" and wish.argument != AFTER_FILE:
+        if _is_stop(wish):
             self.reason = self.reason or wish.argument or "onward stop"
+        ends_work = self._ends_work
         is_elsewhere = threading.current_thread() is not threading.main_thread()
-        if self._listens and self._interruptible and is_elsewhere and self._leaves_file(wish):
-            signal.raise_signal(_WAKE)  # handled in the main thread
+        if self._listens and is_elsewhere and ends_work is not None and ends_work(wish):
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, _WAKE)  # wakes it from a system call, too
+
+    def ignore_up_to(self, request: int) -> None:
+        """Leave requests of the ledger up to this id alone: they were made of another process."""
+        self._seen = max(self._seen, request)
 
     def poll(self, ledger: Ledger) -> None:
         """Add the requests that are new in the ledger; called from a background thread."""
@@ -103,13 +121,6 @@ class Wishes:
         """Take the oldest wish out of the queue."""
         return self._open.popleft() if self._open else None
 
-    def cancel(self, kind: str) -> Wish | None:
-        """Take the oldest wish of a kind out of the queue, which a wish for the opposite makes void."""
-        wish = next((wish for wish in tuple(self._open) if wish.kind == kind), None)
-        if wish is not None:
-            self._open.remove(wish)
-        return wish
-
     def answered_at_once(self, wish: Wish) -> bool:
         """Whether a wish can be granted between two steps, without leaving the file in hand."""
         return not self._leaves_file(wish)
@@ -119,56 +130,84 @@ class Wishes:
         if self:
             raise Stopped(self.reason)
 
-    @contextlib.contextmanager
-    def interruptible(self) -> Generator[None]:
-        """Mark work that only reads (imports, loading): a wish ends it at once.
+    def interruptibly(self, work: Callable[[], Result], *, by_any: bool) -> Result:
+        """Do work that only reads (imports, loading) and return its result; a wish ends it at once.
+
+        A function and not a context: a signal between two lines of `contextlib` would escape.
+
+        Args:
+            by_any: any wish ends the work, which can be done again; else only a stop does, and the process ends.
 
         Raises:
             Stopped: the work was to be left, before or inside.
         """
+        ends_work = _is_any if by_any else _is_stop
         try:
             try:
-                self._interruptible = True
-                self.check()
-                yield
-                self.check()
+                if threading.current_thread() is threading.main_thread():  # where signals are handled
+                    self._ends_work = ends_work
+                self._check_for(ends_work)
+                result = work()
+                self._check_for(ends_work)
+                return result
             finally:
-                self._interruptible = False
+                self._ends_work = None
         except _Interrupted:
             raise Stopped(self.reason) from None
         except Exception:
-            self.check()  # an import that was cut short and carried on fails later, in its own way: that is the stop
+            self._check_for(ends_work)  # an import that was cut short fails later, in its own way: that is the stop
             raise
 
     @contextlib.contextmanager
     def on_signals(self, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Generator[None]:
-        """Take signals as wishes to stop; a second SIGINT ends at once, losing nothing that was committed."""
+        """Take signals as wishes to stop; a second SIGINT ends at once, losing nothing that was committed.
+
+        A SIGHUP that `nohup` made the process ignore stays ignored.
+        """
         before = {number: signal.getsignal(number) for number in (*numbers, _WAKE)}
-        for number in before:
-            signal.signal(number, self._handle)
-        self._listens = True
+        taken = {number: old for number, old in before.items() if _may_be_taken(number, old)}
         try:
+            for number in taken:
+                signal.signal(number, self._handle)
+            self._listens = True
             yield
         finally:
             self._listens = False
-            for number, handler in before.items():
+            for number, handler in taken.items():
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number != _WAKE:
-            if self.reason is not None and number == signal.SIGINT:
+        if number == signal.SIGINT:
+            if self.was_interrupted:
                 raise KeyboardInterrupt
+            self.was_interrupted = True
+        if number != _WAKE:
             self.ask(signal.Signals(number).name)
-        if self and self._interruptible:
-            self._interruptible = False
+        if self._ends_work is not None and any(self._ends_work(wish) for wish in tuple(self._open)):
+            self._ends_work = None
             raise _Interrupted
 
+    def _check_for(self, ends_work: Callable[[Wish], bool]) -> None:
+        if any(ends_work(wish) for wish in tuple(self._open)):
+            raise Stopped(self.reason)
+
     def _leaves_file(self, wish: Wish) -> bool:
-        if wish.kind == "stop":
-            return wish.argument != AFTER_FILE
         if wish.kind == "skip":
             return wish.file is None or wish.file == self.in_hand
-        return wish.kind == "pause"
+        return _is_stop(wish) or wish.kind == "pause"
+
+
+def _is_stop(wish: Wish) -> bool:
+    return wish.kind == "stop" and wish.argument != AFTER_FILE
+
+
+def _is_any(_: Wish) -> bool:
+    return True
+
+
+def _may_be_taken(number: signal.Signals, handler: object) -> bool:
+    """Whether a signal may be handled here: what C code handles could not be given back."""
+    return handler is not None and not (number == signal.SIGHUP and handler is signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -186,5 +225,5 @@ def interrupts_of_host(wishes: Wishes) -> Generator[None]:
         return
     with wishes.on_signals((signal.SIGINT,)):
         yield
-    if wishes.reason == signal.SIGINT.name:
+    if wishes.was_interrupted:
         raise KeyboardInterrupt

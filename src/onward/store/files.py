@@ -33,10 +33,14 @@ class Files(Database):
 
     def file(self, file_id: int) -> FileRow:
         """Return the file with this id."""
-        row = self.record(FileRow, "SELECT * FROM files WHERE id = ?", file_id)
+        row = self.find(file_id)
         if row is None:
             raise OnwardError("the ledger has no such file", where=file_id)
         return row
+
+    def find(self, file_id: int) -> FileRow | None:
+        """Return the file with this id, or None; one that vanished from the inbox unread is forgotten."""
+        return self.record(FileRow, "SELECT * FROM files WHERE id = ?", file_id)
 
     def files(self, *states: str) -> list[FileRow]:
         """Files in these states: those with a position in stream order, then the queue in the order it is taken."""

@@ -31,8 +31,13 @@ class Requests(Database):
         return int(self.scalar("SELECT coalesce(max(id), 0) FROM requests"))
 
     def acknowledge(self, request_id: int, answer: str) -> None:
-        """Answer a request."""
-        self.write("UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ?", self.clock(), answer, request_id)
+        """Answer a request that has no answer yet; the first one stays."""
+        self.write(
+            "UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ? AND acknowledged IS NULL",
+            self.clock(),
+            answer,
+            request_id,
+        )
 
     def add_intent(self, paths: Sequence[Path], *, again: bool, priority: int) -> int:
         """Record which files a command was given, before anything of them is read; returns the intent's id."""

@@ -131,7 +131,10 @@ class Intake:
         Raises:
             OnwardError: the file is not arriving any more.
         """
-        self.ledger.move_file(row.id, "skipped", note=reason)
+        with self.ledger.transaction():
+            if self.ledger.file(row.id).state != "arriving":
+                raise OnwardError(f"{row.name} is not arriving any more", where=f"file id {row.id}")
+            self.ledger.move_file(row.id, "skipped", note=reason)
         refusal = Refusal.of_training(row.name, reason, "to train it after all, add it again")
         places = [self.layout.dropped(row.inbox)] if row.inbox else []
         copy = self.ledger.file(row.id).copy

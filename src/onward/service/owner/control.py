@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from onward.layout import RunLayout
+from onward.errors import OnwardError
 from onward.service.intake.checking import Intake
 from onward.service.owner import faults
-from onward.service.shown import PAUSED, Shown
-from onward.service.wishes import AFTER_FILE, RELEASE, Wish, Wishes
-from onward.store.ledger import Ledger
+from onward.service.owner.owned import Owned
+from onward.service.shown import PAUSED
+from onward.service.wishes import AFTER_FILE, RELEASE, Stopped, Wish
+from onward.store.rows import FileRow
 
 PAUSE_NOTE = "paused by an operator; onward resume goes on"
 
@@ -35,24 +34,33 @@ class Work:
 class Control:
     """Does what the wishes ask for, one after another.
 
+    A stop stays at the head of the queue until the process ends: only then is it answered.
+
     Args:
         intake: takes back files whose rows are not checked yet.
     """
 
-    def __init__(self, layout: RunLayout, ledger: Ledger, wishes: Wishes, shown: Shown, intake: Intake) -> None:
-        self.wishes = wishes
+    def __init__(self, owned: Owned, intake: Intake) -> None:
         self.after_file = False
         """Whether the process is to end at the next boundary."""
         self.is_stopped = False
-        """Whether the process is to end now."""
+        """Whether a stop was asked for."""
         self.is_paused = False
         self.began_paused = False
         """Whether the pause is one that an earlier process was asked for."""
-        self._layout = layout
-        self._ledger = ledger
-        self._shown = shown
+        self._owned = owned
+        self._ledger = owned.ledger
+        self._wishes = owned.wishes
+        self._answer = owned.answers.give
         self._intake = intake
-        self._stops: list[Wish] = []
+
+    def is_over(self) -> bool:
+        """Whether the process is to end now."""
+        return self.is_stopped or (self.after_file and not self._ledger.files("training"))
+
+    def may_train(self) -> bool:
+        """Whether a file may be begun now, or gone on with."""
+        return not (self.is_paused or self.is_over())
 
     def begin_paused(self) -> None:
         """Stay paused, as an earlier process was asked to be."""
@@ -60,27 +68,47 @@ class Control:
 
     def obey(self, work: Work) -> None:
         """Do everything that is asked for, up to a stop; nothing is in hand but what `work` can let go of."""
-        while not self.is_stopped and (wish := self.wishes.take()) is not None:
+        self._owned.answers.write()
+        while not self.is_stopped and (wish := self._wishes.head()) is not None:
             self._do(wish, work)
 
     def obey_at_once(self, work: Work) -> None:
         """Do what needs no file to be left, up to the first wish that does; called between two steps."""
-        while (wish := self.wishes.head()) is not None and self.wishes.answered_at_once(wish):
-            self.wishes.take()
+        self._owned.answers.write()
+        while (wish := self._wishes.head()) is not None and self._wishes.answered_at_once(wish):
             self._do(wish, work)
 
-    def finish(self) -> None:
-        """Answer the stop that ends the process, and close what came after it."""
-        step = self._ledger.committed_step()
-        for wish in self._stops:
-            self._answer(wish, f"stopped at step {step}")
-        self._stops.clear()
-        while (wish := self.wishes.take()) is not None:
-            self._answer(wish, f"the process ended first, at step {step}")
+    def obey_meanwhile(self, work: Work) -> None:
+        """Obey while files are read, at every row.
+
+        Raises:
+            Stopped: the process is to end, or the file in hand to be left.
+        """
+        if self._wishes.in_hand is not None:
+            self.obey_at_once(work)
+            self._wishes.check()
+            return
+        self.obey(work)
+        if self.is_stopped:
+            raise Stopped(self._wishes.reason)
+
+    def obey_at_rest(self, work: Work) -> None:
+        """Obey while training waits for room on the disk.
+
+        Raises:
+            Stopped: nothing is to be trained now.
+        """
+        self.obey_at_once(work)
+        if not self.may_train():
+            raise Stopped(self._wishes.reason)
 
     def _do(self, wish: Wish, work: Work) -> None:
+        if wish.kind == "stop" and wish.argument != AFTER_FILE:
+            self.is_stopped = True
+            return
+        self._wishes.take()
         if wish.kind == "stop":
-            self._stop(wish)
+            self._stop_after_file(wish)
         elif wish.kind == "pause":
             self._pause(wish, work)
         elif wish.kind == "resume":
@@ -88,69 +116,73 @@ class Control:
         else:
             self._skip(wish, work)
 
-    def _stop(self, wish: Wish) -> None:
-        if wish.argument == AFTER_FILE:
-            self.after_file = True
-            self._answer(wish, "stops after the file in hand")
-            return
-        self.is_stopped = True
-        self._stops.append(wish)
+    def _stop_after_file(self, wish: Wish) -> None:
+        self.after_file = True
+        self._wishes.reason = self._wishes.reason or "onward stop --after-file"
+        is_begun = self._wishes.in_hand is not None or bool(self._ledger.files("training"))
+        self._answer(wish, "stops after the file in hand" if is_begun else "stops now: no file is in hand")
 
     def _pause(self, wish: Wish, work: Work) -> None:
-        opposite = self.wishes.cancel("resume")
-        if opposite is not None:
-            self._answer(wish, "not paused: a resume was asked for right after")
-            self._answer(opposite, "goes on: the pause before it was not begun")
-            return
         if wish.argument == RELEASE:
             work.release()
         step = self._ledger.committed_step()
-        with self._ledger.transaction():
+
+        def note() -> None:
             self._ledger.put(paused={"release": wish.argument == RELEASE})
-            self._answer(wish, f"paused at step {step}")
             self._ledger.add_event("warning", f"paused by an operator at step {step}", step, kind="paused")
+
         self.is_paused = True
-        self._shown.set(PAUSED, PAUSE_NOTE)
+        self._owned.shown.set(PAUSED, PAUSE_NOTE)
+        self._answer(wish, f"paused at step {step}", note)
 
     def _resume(self, wish: Wish) -> None:
         if not self.is_paused:
             self._answer(wish, "it was not paused")
             return
-        with self._ledger.transaction():
+
+        def note() -> None:
             self._ledger.put(paused=None)
-            self._answer(wish, "goes on")
             self._ledger.add_event("info", "resumed by an operator", kind="resumed")
+
         self.is_paused = self.began_paused = False
+        self._answer(wish, "goes on", note)
 
     def _skip(self, wish: Wish, work: Work) -> None:
         """Take out the file that is meant, wherever it stands by now, and no other."""
-        reason = wish.argument or "skipped by an operator"
-        training = self._ledger.files("training")
-        if wish.file is not None:
-            row = self._ledger.file(wish.file)
-        elif training:
-            row = training[-1]
-        else:
-            self._answer(wish, "no file is being trained; onward skip FILE takes a waiting one out")
-            return
-        committing = row.state == "training" and self.wishes.in_hand not in (None, row.id)
-        if row.state == "done" or committing:
-            self._answer(wish, f"{row.name} is done; onward rebuild --without {row.position} leaves it out")
-            return
-        if row.state == "training":
-            work.leave()
-            row = self._ledger.file(row.id)
-        if row.state == "arriving":
-            answer = self._intake.withdraw(row, reason)
-        elif row.state in ("training", "queued"):
-            answer = faults.skip(self._layout, self._ledger, row, reason)
-        else:
-            answer = f"{row.name} is {row.state}; there is nothing to take out"
+        try:
+            answer = self._take_out(wish, work)
+        except Exception as error:  # of the disk or the state: it is dealt with as any other failure
+            self._answer(wish, f"it could not be skipped: {faults.describe(error)}")
+            raise
         self._answer(wish, answer)
         work.say(answer)
 
-    def _answer(self, wish: Wish, answer: str) -> None:
-        """Acknowledge a wish; one that came by signal has nobody waiting. A full disk is no reason not to obey."""
-        if wish.request is not None:
-            with contextlib.suppress(sqlite3.OperationalError):
-                self._ledger.acknowledge(wish.request, answer)
+    def _take_out(self, wish: Wish, work: Work) -> str:
+        reason = wish.argument or "skipped by an operator"
+        row = self._meant(wish)
+        if row is None and wish.file is None:
+            return "no file is being trained; onward skip FILE takes a waiting one out"
+        if row is None:
+            return "the file vanished from the inbox before it was read; there is nothing to take out"
+        if row.state == "arriving":
+            try:
+                return self._intake.withdraw(row, reason)
+            except OnwardError:  # another process may have accepted, refused or forgotten it meanwhile
+                if self._meant(wish) == row:
+                    raise
+                return self._take_out(wish, work)
+        without = f"onward rebuild --without file:{row.position} leaves it out"
+        if row.state == "done":
+            return f"{row.name} is done; {without}"
+        if row.state == "training":
+            if self._wishes.in_hand not in (None, row.id):
+                return f"{row.name} is trained to its end and is being committed; {without} then"
+            work.leave()
+        elif row.state != "queued":
+            return f"{row.name} is {row.state} already"
+        return faults.skip(self._owned.layout, self._ledger, self._ledger.file(row.id), reason)
+
+    def _meant(self, wish: Wish) -> FileRow | None:
+        if wish.file is None:
+            return next(reversed(self._ledger.files("training")), None)
+        return self._ledger.find(wish.file)

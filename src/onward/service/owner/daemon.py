@@ -11,6 +11,7 @@ import gc
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
 
 from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
@@ -23,7 +24,7 @@ from onward.service.owner.disk import DiskRoom
 from onward.service.owner.heartbeat import tell_systemd
 from onward.service.owner.incoming import Incoming
 from onward.service.owner.owned import Owned
-from onward.service.owner.start import load_start
+from onward.service.owner.start import Start, load_start
 from onward.service.owner.worker import Surroundings, Worker
 from onward.service.session import Session
 from onward.service.shown import FAILED, IDLE, PAUSED
@@ -62,14 +63,16 @@ class Daemon:
         self.owned = owned
         self.ledger = owned.ledger
         self.wishes = owned.wishes
-        self.control = Control(owned.layout, owned.ledger, owned.wishes, owned.shown, intake)
+        self.control = Control(owned, intake)
         self._open_session = open_session
         self.intake = intake
         self._incoming = incoming
         self._crash = crash
         self._patient = patient
         self._work = Work(leave=self._drop_worker, release=self._drop_worker, say=self._show)
-        self._room = DiskRoom(owned, patient, lambda: self.control.obey_at_once(self._work))
+        self._look = partial(self.control.obey_meanwhile, self._work)
+        intake.stop = self._look
+        self._room = DiskRoom(owned, patient, partial(self.control.obey_at_rest, self._work))
         self._worker: Worker | None = None
         self._was_dropped = False
         self._failures = 0
@@ -109,7 +112,7 @@ class Daemon:
                         break
                     self._failures = 0
                 except Stopped:
-                    self.control.obey(self._work)
+                    pass  # the next turn begins with what was asked for
                 except (DamagedState, VerificationFailed, RunLocked):
                     raise
                 except Exception as error:
@@ -119,22 +122,24 @@ class Daemon:
                     self._outlive(error)
         tell_systemd("STOPPING=1")
         self._require_ledger()
-        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is no reason not to stop
-            self.control.finish()
 
     def _turn(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""
         self.owned.heartbeat.moved()
         self.owned.settings.refresh()
         self.control.obey(self._work)
-        if self.control.is_stopped or (self.control.after_file and not self.ledger.files("training")):
+        if self.control.is_over():
             return False
         if self.control.is_paused:
             return self._stay_paused()
         self._take_in()
+        if not self.control.may_train():  # asked for meanwhile
+            return True
         if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self.intake.outranks_queue()):
             self._room.wait(self._next_bytes())
-            self._train_file()
+            self.wishes.check()
+            if self.ledger.next_owed() is not None:
+                self._train_file()
             return True
         if self._once and not self._incoming.unsettled and self.ledger.next_arriving() is None:
             return False
@@ -193,11 +198,13 @@ class Daemon:
     def _load(self) -> Worker:
         self.owned.shown.set("loading")
         settled = self._settled or self._settle()
-        with self.wishes.interruptible():
-            session = self._open_session(self._was_dropped)
-            start = load_start(session, settled)
-        around = Surroundings(self.wishes, self.owned.settings, self.owned.shown, self._goes_on)
+        session, start = self.wishes.interruptibly(lambda: self._open(settled), by_any=True)
+        around = Surroundings(self.wishes, self.owned.settings, self.owned.shown, self._goes_on, look=self._look)
         return Worker(session, start, around)
+
+    def _open(self, settled: Settled) -> tuple[Session, Start]:
+        session = self._open_session(self._was_dropped)
+        return session, load_start(session, settled)
 
     def _goes_on(self) -> bool:
         """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""

@@ -20,7 +20,7 @@ class DiskRoom:
 
     Args:
         patient: False for a process that goes on: the write itself refuses in words.
-        obey: called while it waits, to do what needs no file to be left.
+        obey: called while it waits, to do what needs no file to be left; may raise `Stopped`.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onward.events import Hub
 from onward.layout import RunLayout
+from onward.service.owner.answers import Answers
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.settings import Settings
 from onward.service.shown import Shown
@@ -21,6 +22,7 @@ class Owned:
     ledger: Ledger
     settings: Settings
     wishes: Wishes
+    answers: Answers
     heartbeat: Heartbeat
     hub: Hub
     shown: Shown

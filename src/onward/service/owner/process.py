@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import sqlite3
@@ -18,6 +19,7 @@ from onward.errors import FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
 from onward.service.outside.reporting import Reporter
+from onward.service.owner.answers import Answers
 from onward.service.owner.background import Background, Job
 from onward.service.owner.crashes import Crash, find_crash
 from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
@@ -85,18 +87,17 @@ class OpenedRun:
         if folder is not None:
             self._begun = BaseDigest(folder)
 
-    def intake(self, stop: Callable[[], None] = lambda: None, config: Callable[[], Config] | None = None) -> Intake:
+    def intake(self, config: Callable[[], Config] | None = None) -> Intake:
         """Make what checks files.
 
         Args:
-            stop: called at every row; may raise `Stopped`.
             config: returns the config as it is now.
         """
         from onward.service.intake.checking import Intake
         from onward.service.intake.tokenizer import RulesOfRun
 
         rules = RulesOfRun(self.layout, self.ledger, config or partial(read_config, self.layout.config))
-        return Intake(self.layout, self.ledger, stop=stop, rules=rules)
+        return Intake(self.layout, self.ledger, rules=rules)
 
     def start_checker(self) -> subprocess.Popen[bytes]:
         """Start a process that checks what arrived, while this one trains."""
@@ -112,14 +113,21 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
     reporter = Reporter(opened.layout, lambda: owned.settings.current.notify)
     requests = Ledger(opened.layout.ledger, read_only=True)
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
+    failure: str | None = None
     try:
         with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
             daemon = _make_daemon(opened, owned, crash, watch=watch)
             if not watch:
                 daemon.begin()
             yield daemon
+    except Stopped:
+        raise
+    except BaseException as error:
+        failure = error.what if isinstance(error, OnwardError) else type(error).__name__
+        raise
     finally:
-        _close_wishes(opened.ledger, wishes)
+        with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
+            owned.answers.close(wishes, failure)
         requests.close()
         reporter.close()
 
@@ -136,6 +144,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
         ledger=ledger,
         settings=Settings(opened.layout.config),
         wishes=wishes,
+        answers=Answers(ledger),
         heartbeat=Heartbeat(opened.layout.ledger),
         hub=Hub([observe], warn),
         shown=Shown(ledger),
@@ -143,29 +152,31 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
 
 
 def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch: bool) -> Daemon:
+    """Import what is large, which only a stop may end, and look whether the run can be opened at all."""
     owned.shown.set("loading")
-    with owned.wishes.interruptible():
-        with opened.loading():
-            opened.hash_base()
-            from onward.service.intake.inbox import Inbox
-            from onward.service.owner.daemon import Daemon
-            from onward.service.owner.incoming import Incoming
+    wishes = owned.wishes
+    wishes.interruptibly(lambda: _import_daemon(opened), by_any=False)
+    if watch:
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
+            try:
+                wishes.interruptibly(lambda: opened.session, by_any=True)  # what is wrong with config or model is said
+            except Stopped:
+                if wishes.wants_end:
+                    raise
+    from onward.service.intake.inbox import Inbox
+    from onward.service.owner.daemon import Daemon
+    from onward.service.owner.incoming import Incoming
 
-        if watch:
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-                _ = opened.session  # what is wrong with config or model is said at once
-    intake = opened.intake(owned.wishes.check, owned.settings.read)
+    intake = opened.intake(owned.settings.read)
     inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
     incoming = Incoming(owned, intake, inbox, opened.start_checker)
     return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)
 
 
-def _close_wishes(ledger: Ledger, wishes: Wishes) -> None:
-    """Answer what was asked while the process ended, and what it failed at."""
-    with contextlib.suppress(sqlite3.Error, OnwardError):
-        while (wish := wishes.take()) is not None:
-            if wish.request is not None:
-                ledger.acknowledge(wish.request, f"the process ended first, at step {ledger.committed_step()}")
+def _import_daemon(opened: OpenedRun) -> None:
+    with opened.loading():
+        opened.hash_base()
+        importlib.import_module("onward.service.owner.daemon")
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ class Surroundings:
         shown: where the run's state is shown.
         goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
         hooks: called at each boundary, before it is committed.
+        look: called while rows are read again; raises `Stopped` to leave the file.
     """
 
     wishes: Wishes
@@ -57,6 +58,7 @@ class Surroundings:
     shown: Shown
     goes_on: Callable[[], bool] = lambda: True
     hooks: tuple[AtBoundary, ...] = ()
+    look: Callable[[], None] = lambda: None
 
 
 class Worker:
@@ -139,7 +141,7 @@ class Worker:
             if self.config != self._in_force:  # what is being written must not meet another config
                 yield from self._collect(wait=True)
         self.around.shown.set("tokenizing")
-        tokens = open_tokens(self.session, row, self.config, self.around.wishes.check)
+        tokens = open_tokens(self.session, row, self.config, self.around.look)
         plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
