@@ -52,13 +52,21 @@ def request(
         if row is not None and row.acknowledged is not None:
             return str(row.answer)
         if patience.until():
-            return "it ended; what was trained is committed"
+            return _last_answer(ledger, number)
         if not is_held(layout.lock):
             ledger.acknowledge(number, "the process ended first")
             raise OnwardError("the process ended before it answered", where=layout.root, hint="onward status")
         _require_life(layout, ledger)
         time.sleep(POLL_SECONDS)
     return f"asked; not yet answered after {patience.seconds:.0f} s. onward status shows when it is"
+
+
+def _last_answer(ledger: Ledger, number: int) -> str:
+    """Return what a process that ended meanwhile answered last, and promise nothing where it did not."""
+    row = ledger.request(number)
+    if row is not None and row.acknowledged is not None:
+        return str(row.answer)
+    return f"the process ended without an answer; step {ledger.committed_step()} is committed"
 
 
 def _record(layout: RunLayout, ledger: Ledger, kind: str, argument: str | None, file_id: int | None) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from onward import __version__
 from onward.config import read_config
-from onward.errors import FileRejected, OnwardError, UsageError
+from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
 from onward.service.outside.reporting import Reporter
@@ -98,10 +98,27 @@ class OpenedRun:
 
 @contextlib.contextmanager
 def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
-    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications."""
+    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications.
+
+    How the process began and ended is left in the ledger, and in the log.
+    """
+    settings = Settings(opened.layout.config)
+    reporter = Reporter(opened.layout, lambda: settings.current.notify)
+    try:
+        with _account(opened.ledger, wishes), _work(opened, wishes, observe, settings, reporter, watch) as daemon:
+            yield daemon
+    finally:
+        with contextlib.suppress(sqlite3.Error, OnwardError):  # the last words
+            reporter.report()
+        reporter.close()
+
+
+@contextlib.contextmanager
+def _work(
+    opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings, reporter: Reporter, watch: bool
+) -> Generator[Daemon]:
     crash = find_crash(opened.ledger)
-    owned = _own(opened, wishes, observe)
-    reporter = Reporter(opened.layout, lambda: owned.settings.current.notify)
+    owned = _own(opened, wishes, observe, settings)
     requests = Ledger(opened.layout.ledger, read_only=True)
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
     try:
@@ -113,10 +130,9 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
     finally:
         _close_wishes(opened.ledger, wishes)
         requests.close()
-        reporter.close()
 
 
-def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
+def _own(opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings) -> Owned:
     ledger = opened.ledger
 
     def warn(message: str) -> None:
@@ -126,7 +142,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     return Owned(
         layout=opened.layout,
         ledger=ledger,
-        settings=Settings(opened.layout.config),
+        settings=settings,
         wishes=wishes,
         heartbeat=Heartbeat(opened.layout.ledger),
         hub=Hub([observe], warn),
@@ -161,7 +177,7 @@ def _close_wishes(ledger: Ledger, wishes: Wishes) -> None:
 
 
 @contextlib.contextmanager
-def account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
+def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
     """Leave in the ledger that a process began, how it ended, and who ended it."""
     shown = Shown(ledger)
     here = f"onward {__version__}, pid {os.getpid()} on {socket.gethostname()}"
@@ -174,6 +190,9 @@ def account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
     except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
         _note(ledger, "warning", error.what)
         shown.at_rest()
+        raise
+    except DeviceLost as error:  # the state stays: the next process counts this as a death in the same place
+        _note(ledger, "error", error.what, "failed")
         raise
     except OnwardError as error:
         _note(ledger, "error", error.what)
