@@ -91,9 +91,9 @@ def _connect(address: str) -> sqlite3.Connection:
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     """Return what to raise for an error of SQLite: itself if the ledger is whole and the machine fails."""
     code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
-    if code & 0xFF == sqlite3.SQLITE_CANTOPEN and not path.exists():
-        return RunLayout(path.parent).lost_ledger()
-    return error if code & 0xFF in PASSING else damaged(path, error)
+    if code & 0xFF not in PASSING:
+        return damaged(path, error)
+    return error if path.exists() else RunLayout(path.parent).lost_ledger()
 
 
 def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:

@@ -16,7 +16,6 @@ from onward.errors import DeviceLost, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
-from onward.service.outside.reporting import NewNotes
 from onward.service.owner import faults
 from onward.service.owner.control import PAUSE_NOTE, Control, Work
 from onward.service.owner.crashes import Crash
@@ -71,7 +70,6 @@ class Daemon:
         self._work = Work(leave=self._drop_worker, release=self._drop_worker, say=self._show)
         self._room = DiskRoom(owned, patient, lambda: self.control.obey_at_once(self._work))
         self._recovery = Recovery(owned)
-        self._new_notes: NewNotes | None = None
         self._worker: Worker | None = None
         self._was_dropped = False
         self._once = False
@@ -102,7 +100,8 @@ class Daemon:
             OnwardError: as above, and any failure where the daemon is not `patient`.
         """
         self._once = once
-        self._new_notes = NewNotes(self.ledger)
+        if not self._patient:
+            self.owned.news()  # what was said before is not said again
         with self._incoming.watching():
             tell_systemd("READY=1")
             while not self.control.is_stopped:
@@ -122,7 +121,8 @@ class Daemon:
         tell_systemd("STOPPING=1")
         self.ledger.require_in_place()
         with contextlib.suppress(sqlite3.OperationalError):  # a full disk is no reason not to stop
-            self._tell_notes()
+            self.owned.tell_news()
+            self._note_stop()
             self.control.finish()
 
     def _turn(self) -> bool:
@@ -130,7 +130,7 @@ class Daemon:
         self.owned.heartbeat.moved()
         self.owned.look_at_config()
         self.control.obey(self._work)
-        self._tell_notes()
+        self.owned.tell_news()
         if self.control.is_stopped or (self.control.after_file and not self.ledger.files("training")):
             return False
         if self.control.is_paused:
@@ -172,6 +172,11 @@ class Daemon:
         if settled.damage and settled.manifest is not None:
             self._show(f"went back to step {settled.manifest.step}, which verifies; later steps are trained again")
         return settled
+
+    def _note_stop(self) -> None:
+        if self.control.after_file and self.wishes.reason is None:
+            step = self.ledger.committed_step()
+            self._keep(f"stopped by onward stop --after-file at step {step}", step, "stopped")
 
     # files trained
 
@@ -232,7 +237,7 @@ class Daemon:
         self.ledger.require_in_place()
         self.owned.look_at_config()
         self.control.obey_at_once(self._work)
-        self._tell_notes()
+        self.owned.tell_news()
         if self.wishes:
             return
         if self._worker is not None:
@@ -279,11 +284,6 @@ class Daemon:
         while time.monotonic() < ends and not (self.wishes.pending or self._incoming.is_due()):
             self.owned.heartbeat.moved()
             time.sleep(TICK / 2)
-
-    def _tell_notes(self) -> None:
-        """Tell whoever watches what the ledger got since the last look: refused files, what operators did."""
-        for note in self._new_notes() if self._new_notes else ():
-            self.owned.hub.tell(note)
 
     def _keep(self, message: str, step: int, kind: str) -> None:
         """Keep in the ledger what the log has to say; a full disk is no reason not to go on."""

@@ -17,7 +17,7 @@ from onward.config import read_config
 from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
-from onward.service.outside.reporting import Reporter
+from onward.service.outside.reporting import NewNotes, Reporter
 from onward.service.owner.background import Background, Job
 from onward.service.owner.crashes import Crash, find_crash
 from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
@@ -147,6 +147,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings
         heartbeat=Heartbeat(opened.layout.ledger),
         hub=Hub([observe], warn),
         shown=Shown(ledger),
+        news=NewNotes(ledger),
     )
 
 
