@@ -108,6 +108,8 @@ class Daemon:
                 try:
                     self.ledger.require_in_place()
                     self.control.obey(self._work)  # also where nothing can begin
+                    if self.control.is_stopped:
+                        break
                     self.begin()
                     if not self._turn():
                         break
