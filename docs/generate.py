@@ -19,7 +19,7 @@ import typer
 from typer.main import get_command
 
 from onward import cli
-from onward.config import IDENTITY_KEYS, SECTIONS, Config, parse_config
+from onward.config import SECTIONS, Config, acts, parse_config
 from onward.data import records
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_row
@@ -110,16 +110,18 @@ A config is `onward.yaml` in the run's directory, or a `config.json` with the sa
 CONFIG_CHANGES = """\
 ## When a change takes effect
 
-An **identity** key makes the run what it is. Once the run has a checkpoint, a changed identity key is refused with
+`never`: an identity key makes the run what it is. Once the run has a checkpoint, a changed identity key is refused with
 both values; put the old one back, or make another run. `model` alone may name another place with the same bits. The
 base model, the tokenizer and the chat template are locked too, by their content.
 
-Every other key takes effect at the next boundary. A file that was begun goes on under the config it began with, also
-after a stop. The ledger records each change with its step. Files that wait under another `max_length` or
-`over_length` are tokenized again.
+`at the next file`: a file that was begun goes on under the config it began with, also after a stop. Files that wait
+under another `max_length` or `over_length` are tokenized again.
 
-`retries` is read when a file fails. `log_steps`, `settle_seconds`, `disk_margin_mb`, `compress_archive` and `notify`
-are read when a process starts; a process that runs keeps those it began with.
+`at once`: no weight depends on these keys, and a process that runs follows them after the step in hand.
+
+The ledger records each change at the boundary before the next file, with its step. A config that is broken while a
+process runs is shown as a problem and changes nothing in the file that is trained; before the next file the process
+waits until it is mended.
 
 ## Learning rate
 
@@ -237,7 +239,8 @@ rows are all dropped is rejected.
 
 A file is identified by the SHA-256 of its bytes. Content that the stream has already is refused, whatever its name;
 `--again` accepts it. After a kill the same `onward train FILE...` may be given again: files that the stream still owes
-are not refused. Undone files do not count.
+are not refused. Undone files do not count. If `train` was killed before it had read its files, the next `train` or
+`watch` takes them in.
 
 ## Order
 
@@ -259,7 +262,7 @@ names of the run's files."""
 def config_page() -> str:
     """Return the text of config.md."""
     lines = [NOTE, "", "# Config", "", CONFIG_RULES]
-    lines += ["| key | values | default | what it is | identity |", "|---|---|---|---|---|"]
+    lines += ["| key | values | default | what it is | a change acts |", "|---|---|---|---|---|"]
     schema = Config.model_json_schema()
     for name, field in Config.model_fields.items():
         if name in SECTIONS:
@@ -325,8 +328,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
 
 def _config_row(key: str, schema: Mapping[str, Any], field: Any) -> str:
     default = json.dumps(field.get_default(call_default_factory=True))
-    identity = "yes" if key in IDENTITY_KEYS else ""
-    return f"| `{key}` | {_values(schema)} | `{default}` | {_cell(field.description)} | {identity} |"
+    return f"| `{key}` | {_values(schema)} | `{default}` | {_cell(field.description)} | {acts(key)} |"
 
 
 def _values(schema: Mapping[str, Any]) -> str:

@@ -102,15 +102,13 @@ def test_rows_that_the_model_cannot_take(tmp_path: Path) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_the_machine_and_the_config_are_waited_for(
-    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_the_machine_and_the_config_are_waited_for(run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A file in whose step the machine failed is no failure of the file, which is not even counted."""
     failed = fail_in(monkeypatch, lambda: error, times=1)
     told: list[str] = []
     assert 0 == run.watch(once=True, observe=noted(told))
     assert ({"done"}, 1) == (set(states(run).values()), len(failed))
-    assert ["tried again in 1 s (failure 1 in a row)"] == [note.rpartition("; ")[2] for note in told]
+    assert [True] == [note.endswith("(failure 1 in a row)") for note in told]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory"), ImportError("no such kernel")])
@@ -142,7 +140,7 @@ def test_train_says_in_words_what_a_step_raised(run: Run, monkeypatch: pytest.Mo
 
 
 def test_a_lost_device_ends_the_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lost GPU is not tried again in the same process; each end counts as a death in the file, and five are enough."""
+    """A lost GPU is not tried again in the same process; each end counts as a death in the file, up to five."""
     failed = fail_in(monkeypatch, lambda: RuntimeError("CUDA error: device-side assert triggered"))
     for _ in range(2):
         with pytest.raises(DeviceLost, match="CUDA error: device-side assert triggered"):

@@ -199,6 +199,7 @@ class Daemon:
             failure = faults.Failure.of(error)
             faults.forget_frames(error)
         if failure is not None:  # its own frames are gone, and with them the model
+            self.owned.look_at_config()
             row, config = self.ledger.next_owed(), self.owned.settings.current
             assert row is not None
             faults.handle(self.owned.layout, self.ledger, row, failure, config)
