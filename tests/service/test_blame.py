@@ -74,7 +74,8 @@ def learned_positions(folder: Path, positions: int) -> Path:
 def test_rows_that_the_model_cannot_take(tmp_path: Path) -> None:
     """A row beyond the positions that the model has learned puts its file into quarantine; the others are trained."""
     base = learned_positions(tmp_path / "base", 64)
-    run = Run.create(tmp_path / "run", str(base), **{**SETTINGS, "max_length": 64}, method="full")
+    settings: dict[str, Any] = {**SETTINGS, "max_length": 64, "method": "full"}
+    run = Run.create(tmp_path / "run", str(base), **settings)
     for name, text in zip(NAMES, ("short", "a text that is longer than the model can take", "short, too"), strict=True):
         run.add(tiny.write_jsonl(tmp_path / name, [{"text": text}]))
     learned_positions(base, 16)  # what `add` could not know

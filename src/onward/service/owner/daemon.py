@@ -115,7 +115,7 @@ class Daemon:
                         break
                     self._recovery.succeeded()
                 except Stopped:
-                    self.control.obey(self._work)
+                    continue
                 except (VerificationFailed, RunLocked, DeviceLost):
                     raise
                 except Exception as error:
@@ -131,9 +131,8 @@ class Daemon:
         """Do the next thing; False when there is nothing left to do."""
         self.owned.heartbeat.moved()
         self.owned.look_at_config()
-        self.control.obey(self._work)
         self.owned.tell_news()
-        if self.control.is_stopped or (self.control.after_file and not self.ledger.files("training")):
+        if self.control.after_file and not self.ledger.files("training"):
             return False
         if self.control.is_paused:
             return self._stay_paused()

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from onward import __version__
-from onward.config import read_config
+from onward.config import NotifyConfig, read_config
 from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
@@ -102,10 +102,9 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
 
     How the process began and ended is left in the ledger, and in the log.
     """
-    settings = Settings(opened.layout.config)
-    reporter = Reporter(opened.layout, lambda: settings.current.notify)
+    reporter = Reporter(opened.layout, NotifyConfig)
     try:
-        with _account(opened.ledger, wishes), _work(opened, wishes, observe, settings, reporter, watch) as daemon:
+        with _account(opened.ledger, wishes), _work(opened, wishes, observe, reporter, watch=watch) as daemon:
             yield daemon
     finally:
         with contextlib.suppress(sqlite3.Error, OnwardError):  # the last words
@@ -114,11 +113,10 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
 
 
 @contextlib.contextmanager
-def _work(
-    opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings, reporter: Reporter, watch: bool
-) -> Generator[Daemon]:
+def _work(opened: OpenedRun, wishes: Wishes, observe: Observe, reporter: Reporter, *, watch: bool) -> Generator[Daemon]:
     crash = find_crash(opened.ledger)
-    owned = _own(opened, wishes, observe, settings)
+    owned = _own(opened, wishes, observe)
+    reporter.notify = lambda: owned.settings.current.notify
     requests = Ledger(opened.layout.ledger, read_only=True)
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
     try:
@@ -132,7 +130,7 @@ def _work(
         requests.close()
 
 
-def _own(opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings) -> Owned:
+def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     ledger = opened.ledger
 
     def warn(message: str) -> None:
@@ -142,7 +140,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe, settings: Settings
     return Owned(
         layout=opened.layout,
         ledger=ledger,
-        settings=settings,
+        settings=Settings(opened.layout.config),
         wishes=wishes,
         heartbeat=Heartbeat(opened.layout.ledger),
         hub=Hub([observe], warn),

@@ -43,9 +43,10 @@ class Recovery:
         if crash is None:
             return
         owned, deaths = self._owned, crash.deaths
-        if crash.gives_up and crash.row is not None:
+        row = owned.ledger.file(crash.row.id) if crash.row else None
+        if crash.gives_up and row is not None and row.state == "training":  # nobody skipped it meanwhile
             reason = f"the process died {deaths.count} times in it without getting past step {deaths.step}"
-            faults.quarantine(owned.layout, owned.ledger, crash.row, reason)
+            faults.quarantine(owned.layout, owned.ledger, row, reason)
             owned.ledger.put(died=None)
         elif crash.waits:
             seconds = min(crash.waits, LONGEST)
