@@ -253,7 +253,7 @@ def test_a_step_that_hangs_does_not_feed_the_watchdog(
     now = {"at": 0.0}
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     heart = Heartbeat(layout.ledger, monotonic=lambda: now["at"])
-    heart.moved(1.0)
+    heart.expect_step(1.0)
     heart.beat()
     assert ["WATCHDOG=1"] == heard(manager)
     now["at"] += 100.0
