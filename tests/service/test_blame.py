@@ -147,6 +147,7 @@ def test_a_lost_device_ends_the_process(run: Run, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(DeviceLost, match="CUDA error: device-side assert triggered"):
             run.watch(once=True)
     assert 2 == len(failed)
+    assert "the GPU was lost to this process" in run.status()["problem"]
     with Ledger(run.layout.ledger) as ledger:
         died = ledger.get("died")
         assert ("training", 1) == (ledger.get("state"), died["count"])

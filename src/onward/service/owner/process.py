@@ -107,7 +107,7 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
         with _account(opened.ledger, wishes), _work(opened, wishes, observe, reporter, watch=watch) as daemon:
             yield daemon
     finally:
-        with contextlib.suppress(sqlite3.Error, OnwardError):  # the last words
+        with contextlib.suppress(Exception):  # the last words must not stand in the way of what is raised
             reporter.report()
         reporter.close()
 
@@ -136,6 +136,8 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     def warn(message: str) -> None:
         with contextlib.suppress(sqlite3.Error):  # the observer's terminal may be a file on the same full disk
             ledger.add_event("warning", message)
+        with contextlib.suppress(Exception):  # the caller's, as the observer is
+            opened.report(message)
 
     return Owned(
         layout=opened.layout,
@@ -159,12 +161,25 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
             from onward.service.owner.incoming import Incoming
 
         if watch:
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-                _ = opened.session  # what is wrong with config or model is said at once
+            _open_now(opened)
     intake = opened.intake(owned.wishes.check)
     inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
     incoming = Incoming(owned, intake, inbox, opened.start_checker)
     return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)
+
+
+def _open_now(opened: OpenedRun) -> None:
+    """Say at once what is wrong with config or model; a full disk is waited for."""
+    from onward.service.owner.faults import for_person
+
+    try:
+        _ = opened.session
+    except sqlite3.OperationalError:
+        return
+    except Stopped:
+        raise
+    except Exception as error:
+        raise for_person(error, None) from None
 
 
 def _close_wishes(ledger: Ledger, wishes: Wishes) -> None:
@@ -192,6 +207,8 @@ def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
         raise
     except DeviceLost as error:  # the state stays: the next process counts this as a death in the same place
         _note(ledger, "error", error.what, "failed")
+        with contextlib.suppress(sqlite3.Error):
+            ledger.put(problem=error.what)
         raise
     except OnwardError as error:
         _note(ledger, "error", error.what)
