@@ -327,7 +327,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def render_yaml(config: Config) -> str:
     """Return the text of `onward.yaml`: every key, its value and what it means."""
     lines = ["# Config of this run. Locked once it has trained: " + ", ".join(IDENTITY_KEYS) + "."]
-    lines.append("# The other keys take effect at the next boundary; the ledger records the change.")
+    lines.append("# The other keys act at the next file or at once, as docs/config.md says; the ledger records it.")
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, _Section):

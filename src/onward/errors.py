@@ -94,6 +94,10 @@ class TrainingError(OnwardError):
     """A step cannot be taken: the loss is not finite, or a postcondition of a file does not hold."""
 
 
+class DeviceLost(OnwardError):
+    """The GPU can no longer be used by this process; another one can go on."""
+
+
 class NoSpace(OnwardError):
     """The disk has no room for the next checkpoint."""
 

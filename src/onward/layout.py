@@ -10,6 +10,9 @@ from pathlib import Path
 from onward.errors import DamagedState, Unreadable, UsageError
 from onward.text import quoted
 
+LEDGER = "ledger.sqlite3"
+MANIFEST = "onward.json"
+"""The file that makes a directory a checkpoint; written last."""
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
@@ -54,7 +57,7 @@ class RunLayout:
     @property
     def ledger(self) -> Path:
         """The durable record, `ledger.sqlite3`."""
-        return self.root / "ledger.sqlite3"
+        return self.root / LEDGER
 
     @property
     def lock(self) -> Path:
@@ -163,10 +166,28 @@ class RunLayout:
 
         Raises:
             UsageError: there is no ledger here.
+            DamagedState: the ledger is gone, and what it is the record of is still here.
         """
         if not self.ledger.is_file():
+            if self._newest_of_run() is not None:
+                raise self.lost_ledger()
             hint = f"onward init {quoted(self.root)} makes one; --run DIR or ONWARD_RUN names another."
             raise UsageError("there is no run in this directory", where=self.root.absolute(), hint=hint)
+
+    def lost_ledger(self) -> DamagedState:
+        """Return the refusal for a ledger that was removed or replaced, with the way out."""
+        newest = self._newest_of_run()
+        way = f" Without one, this makes a run of the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
+        return DamagedState(
+            "the ledger was removed or replaced",
+            where=self.ledger.absolute(),
+            hint=f"Put {LEDGER} back from a copy.{way if newest else ''}",
+        )
+
+    def _newest_of_run(self) -> Path | None:
+        """Return the newest checkpoint or restore point that Onward made, by its step."""
+        made = (folder for folder in (*self.checkpoints(), *self.restore_points()) if (folder / MANIFEST).is_file())
+        return next(made, None)
 
     @staticmethod
     def _by_step(directory: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -23,7 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from onward.errors import printable_lines
+from onward.errors import ConfigError, printable_lines
 from onward.events import Committed, Event, FileDone, FileStarted, Observe, Resumed, StepTaken
 from onward.store.rows import EventRow
 from onward.terminal import is_interactive, say, show_line, tolerant
@@ -44,7 +43,7 @@ def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
     """Yield an observer that shows events on stderr.
 
     Args:
-        log_steps: reads the config; called at the first event, when the run is owned and the config is valid.
+        log_steps: reads the config; called at each event, since the key acts at once.
     """
     if not is_interactive(sys.stderr):
         with contextlib.closing(InOrder(PlainLines(log_steps))) as ordered:
@@ -130,11 +129,14 @@ class PlainLines:
     """A line per file begun and done, per note, and per `log_steps` steps."""
 
     def __init__(self, log_steps: Callable[[], int]) -> None:
-        self.log_steps = functools.cache(log_steps)
+        self._read = log_steps
+        self._log_steps = 1
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
-        text = describe(event, self.log_steps())
+        with contextlib.suppress(ConfigError):  # the config is broken now: what was read before stays in force
+            self._log_steps = self._read()
+        text = describe(event, self._log_steps)
         if text:
             say(text)
 

@@ -14,7 +14,7 @@ from states import assert_same_state, read_state
 
 from onward import Run
 from onward.config import Config
-from onward.errors import ConfigError, TrainingError
+from onward.errors import ConfigError
 from onward.training.schedule import learning_rate
 
 LENGTHS = (40, 91, 23)
@@ -120,7 +120,7 @@ def test_a_used_horizon_is_never_stretched(model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"schedule": "linear", "total_steps": 5, "warmup_steps": 1, "batch_size": 4}
     run = Run.create(tmp_path / "run", str(model), **settings, max_length=256)
     run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(12, seed=1)))
-    with pytest.raises(TrainingError, match="this file at 6"):
+    with pytest.raises(ConfigError, match="this file at 6"):
         run.train(tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chat_rows(12, seed=2)))
     assert (3, 1) == (run.status()["global_step"], run.status()["queue"])
     config = run.layout.config.read_text()

@@ -83,7 +83,7 @@ def lose_ledger(layout: RunLayout) -> None:
 def empty_ledger(layout: RunLayout) -> None:
     """Leave a ledger that has its tables and nothing in them."""
     layout.ledger.unlink()
-    Ledger(layout.ledger).close()
+    Ledger(layout.ledger, create=True).close()
 
 
 @pytest.mark.parametrize("lose", [lose_ledger, empty_ledger])

@@ -218,13 +218,16 @@ def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeyp
 
 
 def test_an_observer_that_fails_is_dropped(run: Run) -> None:
-    """Training goes on without it."""
+    """Training goes on without it, and the caller is told why."""
 
     def observe(_: object) -> None:
         raise ValueError("no terminal")
 
-    assert 0 == run.watch(once=True, observe=observe)
+    said: list[str] = []
+    assert 0 == run.watch(once=True, observe=observe, report=said.append)
     assert {"done"} == set(states(run).values())
+    words = ("an observer failed; training goes on", "an observer failed 3 times in a row and is told nothing more")
+    assert [f"{text}: ValueError('no terminal')" for text in words] == said
 
 
 def test_who_is_named_is_told(run: Run, tmp_path: Path) -> None:

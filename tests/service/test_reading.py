@@ -115,7 +115,7 @@ def test_after_a_commit(run: Run) -> None:
         assert manifest is not None
         state = load_state(folder, manifest, session.config, session.base, session.device, session.dtype)
         probe = Probe(state.model, session.config.seed, session.device, session.dtype)
-        writer = Writer(run.layout, ledger.clock, [mirror, lambda _, manifest: reached.append(manifest.step)])
+        writer = Writer(run.layout, ledger, [mirror, lambda _, manifest: reached.append(manifest.step)])
         for _ in range(2):
             writer.submit(Commit(state.model, state.view(), session.config, probe.of_model, session.facts()))
             written = writer.collect(wait=True)

@@ -24,7 +24,7 @@ def add(ledger: Ledger, name: str, **values: object) -> int:
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """An empty ledger with a clock that stands still."""
-    return Ledger(tmp_path / "ledger.sqlite3", clock=lambda: 1000.0)
+    return Ledger(tmp_path / "ledger.sqlite3", clock=lambda: 1000.0, create=True)
 
 
 def test_queue_is_taken_by_priority_then_arrival(ledger: Ledger) -> None:
@@ -143,7 +143,7 @@ def test_a_ledger_of_the_first_release_is_brought_up(tmp_path: Path) -> None:
 
 def test_a_transaction_that_the_disk_refuses_leaves_none_open(tmp_path: Path) -> None:
     """After a commit that failed, the next transaction is one of its own and is kept."""
-    ledger = Ledger(tmp_path / "ledger.sqlite3")
+    ledger = Ledger(tmp_path / "ledger.sqlite3", create=True)
     pages = ledger.query("PRAGMA page_count")[0]["page_count"]
     ledger.query(f"PRAGMA max_page_count = {pages + 1}")
     with pytest.raises(sqlite3.OperationalError, match="full"):

@@ -27,7 +27,7 @@ FILES = (
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     """A ledger with finished files, one that waits and one that was skipped."""
     fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "archive/x"}
-    with Ledger(tmp_path / "ledger.sqlite3") as opened:
+    with Ledger(tmp_path / "ledger.sqlite3", create=True) as opened:
         for name, sha256, position, start, steps in FILES:
             opened.insert_file(
                 name=name, sha256=sha256, position=position, start_step=start, planned_steps=steps, state="done",

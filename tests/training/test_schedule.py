@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onward.config import Config
-from onward.errors import TrainingError
+from onward.errors import ConfigError
 from onward.training.schedule import learning_rate, require_horizon
 
 
@@ -49,9 +49,9 @@ def test_steps_beyond_the_horizon_are_refused() -> None:
     """A used schedule is not stretched: a step beyond it is an error with the way out."""
     config = Config(schedule="cosine", total_steps=20, warmup_steps=2)
     require_horizon(config, 20)
-    with pytest.raises(TrainingError, match="schedule: constant"):
+    with pytest.raises(ConfigError, match="schedule: constant"):
         require_horizon(config, 21)
-    with pytest.raises(TrainingError, match="ends at step 20"):
+    with pytest.raises(ConfigError, match="ends at step 20"):
         learning_rate(config, 21, 1)
 
 

@@ -38,19 +38,29 @@ class Shown:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._last: tuple[str, str | None] | None = None
-
-    @property
-    def state(self) -> str:
+        self._problem: str | None = None
+        self._standing: str | None = None
+        self.state = ""
         """The state shown last; empty before the first."""
-        return self._last[0] if self._last else ""
 
     def set(self, state: str, problem: str | None = None) -> None:
         """Show a state, and a problem with it or none."""
-        if (state, problem) == self._last:
+        self.state, self._problem = state, problem
+        self._write()
+
+    def stand(self, problem: str | None) -> None:
+        """Show a problem alongside every state that has none of its own, until there is none any more."""
+        self._standing = problem
+        if self.state:
+            self._write()
+
+    def _write(self) -> None:
+        shown = (self.state, self._problem or self._standing)
+        if shown == self._last:
             return
         with contextlib.suppress(sqlite3.OperationalError):
-            self._ledger.put(state=state, problem=problem)
-            self._last = (state, problem)
+            self._ledger.put(state=shown[0], problem=shown[1])
+            self._last = shown
 
     def at_rest(self) -> None:
         """Show that no process works on the run: there is something left to train, or not."""

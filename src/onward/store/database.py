@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from onward.errors import DamagedState, UsageError
+from onward.layout import RunLayout
 from onward.text import quoted
 
 PASSING = {
@@ -26,18 +27,21 @@ Values = dict[str, Any]
 Record = TypeVar("Record")
 
 
-def connect(path: Path, *, durable: bool = True, read_only: bool = False) -> sqlite3.Connection:
-    """Open a ledger file; `durable` makes each transaction wait for the disk (`synchronous=FULL`).
+def connect(path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False) -> sqlite3.Connection:
+    """Open a ledger file; a missing one is only made where `create` says so, as a run is made once.
+
+    Args:
+        durable: make each transaction wait for the disk (`synchronous=FULL`).
 
     Raises:
-        DamagedState: it is no database.
+        DamagedState: it is gone, or no database.
         sqlite3.DatabaseError: the machine fails.
     """
     try:
         if read_only:
             connection = _connect_to_look(path)
         else:
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            connection = _connect(f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}")
         connection.execute("PRAGMA busy_timeout = 30000")
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -87,9 +91,9 @@ def _connect(address: str) -> sqlite3.Connection:
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     """Return what to raise for an error of SQLite: the error itself where the machine fails and the ledger is whole."""
     code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
-    if code & 0xFF in PASSING and path.exists():
-        return error
-    return damaged(path, error)
+    if code & 0xFF not in PASSING:
+        return damaged(path, error)
+    return error if path.exists() else RunLayout(path.parent).lost_ledger()
 
 
 def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
@@ -103,21 +107,29 @@ class Database:
 
     Args:
         clock: seconds since the epoch.
+        create: make the file where it is missing.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False, create: bool = False
+    ) -> None:
         self.path = path
         self.clock = clock
-        self._connection = connect(path, read_only=read_only)
+        self._connection = connect(path, read_only=read_only, create=create)
         self._identity = _identity(path)
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
-    def is_in_place(self) -> bool:
-        """Whether the file that was opened is still the one at its path."""
-        return _identity(self.path) == self._identity
+    def require_in_place(self) -> None:
+        """Notice that the file was removed or replaced under this process.
+
+        Raises:
+            DamagedState: nothing that is written now would be found again.
+        """
+        if _identity(self.path) != self._identity:
+            raise RunLayout(self.path.parent).lost_ledger()
 
     @contextlib.contextmanager
     def transaction(self) -> Generator[None]:

@@ -25,7 +25,7 @@ def make_ledger(path: Path) -> None:
     """Make a new run's ledger, whole or not at all."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
-    with Ledger(temporary) as ledger:
+    with Ledger(temporary, create=True) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0)
     temporary.replace(path)
     fsync_directory(path.parent)
@@ -35,12 +35,15 @@ class Ledger(Files, Requests):
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
     Args:
-        path: the file `ledger.sqlite3`; made with its schema where missing and not `read_only`.
+        path: the file `ledger.sqlite3`.
         clock: seconds since the epoch; injected by tests.
+        create: make the file with its schema where it is missing; else that is an error.
     """
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False) -> None:
-        super().__init__(path, clock=clock, read_only=read_only)
+    def __init__(
+        self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False, create: bool = False
+    ) -> None:
+        super().__init__(path, clock=clock, read_only=read_only, create=create)
         if not read_only:
             try:
                 migrate(self._connection)

@@ -22,13 +22,13 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remov
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable
+from onward.layout import MANIFEST
 from onward.training import huggingface
 from onward.training.handover import Measurement
 from onward.training.state import Cursor, Snapshot
 from onward.training.weights import save_weights
 
 FORMAT = 1
-MANIFEST = "onward.json"
 SPACE_MARGIN = 1.1
 SMALL_FILES = 1 << 16
 """Bytes allowed for the manifest, the configs and all else that is neither weight, moment nor static file."""

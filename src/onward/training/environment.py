@@ -48,7 +48,8 @@ def deterministic(device: torch.device) -> Generator[None]:
 def release_freed_memory() -> None:
     """Give memory that was freed back to the system."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # a GPU that was lost has none to give back
+            torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 

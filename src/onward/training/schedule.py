@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 
 from onward.config import HORIZON_SCHEDULES, Config
-from onward.errors import ConfigError, TrainingError
+from onward.errors import ConfigError
 
 
 def learning_rate(config: Config, step: int, step_in_file: int) -> float:
     """Return the learning rate of optimizer step `step`, the `step_in_file`-th of its file (both from 1).
 
     Raises:
-        TrainingError: `step` lies beyond the horizon of a schedule that has one.
+        ConfigError: `step` lies beyond the horizon of a schedule that has one.
     """
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     warmed = step_in_file if config.boundary == "rewarm" else step
@@ -54,10 +54,10 @@ def require_horizon(config: Config, last_step: int) -> None:
     """Refuse steps beyond `total_steps` under a schedule that ends there.
 
     Raises:
-        TrainingError: `last_step` passes the horizon.
+        ConfigError: `last_step` passes the horizon.
     """
     if config.schedule in HORIZON_SCHEDULES and last_step > (config.total_steps or 0):
-        raise TrainingError(
+        raise ConfigError(
             f"schedule {config.schedule} ends at step {config.total_steps} (total_steps), this file at {last_step}",
             where="schedule",
             hint="A used schedule is not stretched. Set schedule: constant and learning_rate: "

@@ -8,13 +8,14 @@ from onward.atomic import remove_tree
 from onward.config import Config, stored_config
 from onward.data.limits import NO_LIMITS
 from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
-from onward.errors import DamagedState, FileRejected
+from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of
 from onward.service.intake.archive import require_original
 from onward.service.session import Session
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import quoted
 
 LATELY = 32
 """Finished files looked at when tokens are forgotten: a boundary frees one file's, an older release left more."""
@@ -25,7 +26,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
 
     Raises:
         DamagedState: the cache is damaged and the archived original is not the file that was accepted.
-        FileRejected: the config changed so that rows of the file are refused now.
+        ConfigError: the config changed so that rows of the file are refused now.
     """
     folder = session.layout.tokens / _key(session, row, config)
     if folder.is_dir():
@@ -45,10 +46,11 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
         raise DamagedState(f"the archived original of {row.name} was changed", where=original) from None
     if not report.ok:
         first = report.problems[0]
-        raise FileRejected(
+        raise ConfigError(
             f"{row.name}, {report.unit} {first.line}: {first.reason}",
             where="max_length, over_length",
-            hint="The file was accepted under another config. Put it back, then: onward train",
+            hint="The file was accepted under another config. Put that back, or leave the file out: "
+            f"onward skip {quoted(row.name)}",
         )
     session.layout.tokens.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What goes on beside the work in one thread: polling for requests, the heartbeat, the log, notifications."""
+"""What goes on alongside the work in one thread: polling for requests, the heartbeat, the log, notifications."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Background:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5.0)
-        if self._thread.is_alive():  # a job hangs: it must not be called a second time beside itself
+        if self._thread.is_alive():  # a job hangs: it must not be called a second time meanwhile
             return
         for _seconds, job in self._jobs:  # the last words
             _attempt(job)

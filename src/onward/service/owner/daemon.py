@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from onward.errors import DamagedState, OnwardError, RunLocked, VerificationFailed
+from onward.errors import DeviceLost, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
@@ -24,10 +24,11 @@ from onward.service.owner.disk import DiskRoom
 from onward.service.owner.heartbeat import tell_systemd
 from onward.service.owner.incoming import Incoming
 from onward.service.owner.owned import Owned
+from onward.service.owner.recovery import Recovery
 from onward.service.owner.start import Start, load_start
 from onward.service.owner.worker import Surroundings, Worker
 from onward.service.session import Session
-from onward.service.shown import FAILED, IDLE, PAUSED
+from onward.service.shown import IDLE, PAUSED
 from onward.service.state.retention import Retention
 from onward.service.state.settle import Settled, Settlement
 from onward.service.wishes import Stopped
@@ -37,8 +38,6 @@ TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
 BESIDE_STEPS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
-LONGEST_PAUSE = 300.0
-"""Seconds that a daemon waits at most before it tries again."""
 
 
 class Daemon:
@@ -73,9 +72,9 @@ class Daemon:
         self._look = partial(self.control.obey_meanwhile, self._work)
         intake.stop = self._look
         self._room = DiskRoom(owned, patient, partial(self.control.obey_at_rest, self._work))
+        self._recovery = Recovery(owned)
         self._worker: Worker | None = None
         self._was_dropped = False
-        self._failures = 0
         self._once = False
         self._has_begun = False
         self._settled: Settled | None = None
@@ -84,8 +83,9 @@ class Daemon:
         """Once: account for how the process before this one ended, and mend what it left."""
         if self._has_begun:
             return
-        self._after_crash()
-        if self.ledger.get("paused") is not None:
+        if self._patient:
+            self._recovery.after_death(self._crash)
+        if self.ledger.get("paused") is not None and not self.control.is_paused:
             if self._patient:
                 self.control.begin_paused()
             else:  # a person trains now: that says more than an earlier pause
@@ -99,35 +99,40 @@ class Daemon:
 
         Raises:
             DamagedState, VerificationFailed: the state cannot be trusted; nothing goes on without a person.
+            DeviceLost: the GPU was lost to this process.
             OnwardError: as above, and any failure where the daemon is not `patient`.
         """
         self._once = once
+        if not self._patient:
+            self.owned.news()  # what was said before is not said again
         with self._incoming.watching():
             tell_systemd("READY=1")
             while not self.control.is_stopped:
                 try:
+                    self.ledger.require_in_place()
+                    self.control.obey(self._work)  # also where nothing can begin
+                    if self.control.is_stopped:
+                        break
                     self.begin()
-                    self._require_ledger()
                     if not self._turn():
                         break
-                    self._failures = 0
+                    self._recovery.succeeded()
                 except Stopped:
                     pass  # the next turn begins with what was asked for
-                except (DamagedState, VerificationFailed, RunLocked):
+                except (VerificationFailed, RunLocked, DeviceLost):
                     raise
                 except Exception as error:
-                    if not self._patient or faults.is_device_lost(error):
-                        raise
-                    faults.forget_frames(error)
-                    self._outlive(error)
+                    self._after_failure(error)
         tell_systemd("STOPPING=1")
-        self._require_ledger()
+        self.ledger.require_in_place()
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is no reason not to stop
+            self.owned.tell_news()
 
     def _turn(self) -> bool:
         """Do the next thing; False when there is nothing left to do."""
         self.owned.heartbeat.moved()
-        self.owned.settings.refresh()
-        self.control.obey(self._work)
+        self.owned.look_at_config()
+        self.owned.tell_news()
         if self.control.is_over():
             return False
         if self.control.is_paused:
@@ -145,7 +150,7 @@ class Daemon:
             return False
         if not self._incoming.is_watching:
             return self.ledger.next_arriving() is not None
-        self.owned.shown.set("tokenizing" if self.ledger.next_arriving() else IDLE, self._problem())
+        self.owned.shown.set("tokenizing" if self.ledger.next_arriving() else IDLE, self._incoming.problem)
         self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
         return True
 
@@ -189,17 +194,25 @@ class Daemon:
         except Exception as error:
             self._drop_worker()
             if not self._patient or not faults.blames_file(error):
-                raise faults.for_person(error, self.ledger.next_owed()) from None
+                raise self._in_words(error) from None
             failure = faults.Failure.of(error)
             faults.forget_frames(error)
-        if failure is not None:
-            self._take_back(failure)
+        if failure is not None:  # its own frames are gone, and with them the model
+            self.owned.look_at_config()
+            row, config = self.ledger.next_owed(), self.owned.settings.current
+            assert row is not None
+            faults.handle(self.owned.layout, self.ledger, row, failure, config)
 
     def _load(self) -> Worker:
         self.owned.shown.set("loading")
         settled = self._settled or self._settle()
+        step = settled.manifest.step if settled.manifest else 0
+        self._keep(f"loading the model and the state of step {step}", step, "loading")
         session, start = self.wishes.interruptibly(lambda: self._open(settled), by_any=True)
-        around = Surroundings(self.wishes, self.owned.settings, self.owned.shown, self._goes_on, look=self._look)
+        owned = self.owned
+        around = Surroundings(
+            self.wishes, owned.settings, owned.shown, owned.heartbeat, goes_on=self._goes_on, look=self._look
+        )
         return Worker(session, start, around)
 
     def _open(self, settled: Settled) -> tuple[Session, Start]:
@@ -216,20 +229,21 @@ class Daemon:
         """Show an event, and do what has to be done between two steps."""
         self.owned.heartbeat.moved()
         self.owned.hub.tell(event)
-        self._record(event)
+        if isinstance(event, Resumed):
+            message = f"resumed at step {event.step} from {event.checkpoint}, learning rate {event.learning_rate:g}"
+            self._keep(message, event.step, "resuming")
         if isinstance(event, FileStarted | StepTaken | Committed):
             self._between_steps()
         if isinstance(event, FileDone) and self.owned.settings.current.compress_archive:
             row = self.ledger.at_position(event.position)
             if row is not None:
                 compress_original(self.owned.layout, self.ledger, row)
-        if isinstance(event, StepTaken):
-            self.owned.heartbeat.expect_step(event.seconds)
 
     def _between_steps(self) -> None:
-        self._require_ledger()
-        self.owned.settings.refresh()
+        self.ledger.require_in_place()
+        self.owned.look_at_config()
         self.control.obey_at_once(self._work)
+        self.owned.tell_news()
         if self.wishes:
             return
         if self._worker is not None:
@@ -237,17 +251,6 @@ class Daemon:
         if self._incoming.is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
             with contextlib.suppress(OSError, sqlite3.Error, OnwardError, Stopped):  # it comes again between two files
                 self._incoming.take_in(between_steps=True)
-
-    def _record(self, event: Event) -> None:
-        """Keep in the ledger what the log has to say."""
-        if isinstance(event, Resumed):
-            message = f"resumed at step {event.step} from {event.checkpoint}, learning rate {event.learning_rate:g}"
-            self.ledger.add_event("info", message, event.step, kind="resumed")
-
-    def _take_back(self, failure: faults.Failure) -> None:
-        row = self.ledger.next_owed()
-        assert row is not None
-        self._show(faults.handle(self.owned.layout, self.ledger, row, failure))
 
     def _drop_worker(self) -> None:
         """Let go of model and optimizer; the next file is begun from the last commit."""
@@ -258,17 +261,20 @@ class Daemon:
 
     # faults
 
-    def _require_ledger(self) -> None:
-        """Notice a ledger that was removed or replaced under this process.
+    def _after_failure(self, error: Exception) -> None:
+        """Wait a while after a failure of the machine or the config, to go on from the last commit; or raise it."""
+        self.ledger.require_in_place()
+        self._drop_worker()
+        if not self._patient or faults.is_device_lost(error):
+            raise self._in_words(error) from None
+        faults.forget_frames(error)
+        self._recovery.outlive(error)
 
-        Raises:
-            DamagedState: nothing that is written now would be found again.
-        """
-        if self.ledger.is_in_place():
-            return
-        newest = next(iter(self.owned.layout.checkpoints()), None)
-        way = f"onward adopt {newest} --run NEW_RUN makes a run of the last commit." if newest else None
-        raise DamagedState("the ledger was removed or replaced", where=self.owned.layout.ledger, hint=way)
+    def _in_words(self, error: Exception) -> Exception:
+        """Return what to raise of a failure; what it held is free then."""
+        words = faults.for_person(error, self.ledger.next_owed())
+        faults.forget_frames(error)
+        return words
 
     def _next_bytes(self) -> int:
         if self._worker is not None:
@@ -276,39 +282,7 @@ class Daemon:
         newest = self.ledger.newest_checkpoint()
         return int(newest.bytes * 1.1) if newest else 0
 
-    def _outlive(self, error: Exception) -> None:
-        """Wait a while after a failure of the machine or the config, then go on from the last commit."""
-        self._drop_worker()
-        self._failures += 1
-        full = faults.is_out_of_space(error)
-        seconds = 2.0 if full else min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
-        problem = f"{faults.describe(error)}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
-        self._show(problem)
-        self.owned.shown.set(PAUSED if full else FAILED, problem)
-        with contextlib.suppress(sqlite3.Error):  # the disk is full or fails: said on the terminal, and again
-            self.ledger.add_event("error", problem, kind="failed")
-        self._rest(seconds)
-
-    def _after_crash(self) -> None:
-        """Wait longer after each death in the same place, then give up the file in hand."""
-        crash = self._crash
-        if crash is None or not self._patient:
-            return
-        deaths = crash.deaths
-        if crash.gives_up and crash.row is not None:
-            reason = f"the process died {deaths.count} times in it without getting past step {deaths.step}"
-            self._show(faults.quarantine(self.owned.layout, self.ledger, crash.row, reason))
-            self.ledger.put(died=None)
-        elif crash.waits:
-            seconds = min(crash.waits, LONGEST_PAUSE)
-            problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {seconds:.0f} s"
-            self.owned.shown.set(FAILED, problem)
-            self._rest(seconds)
-
     # the rest
-
-    def _problem(self) -> str | None:
-        return self._incoming.problem or self.owned.settings.problem
 
     def _wait(self, seconds: float) -> None:
         """Wait; anything asked for and anything new in the inbox ends it."""
@@ -317,12 +291,10 @@ class Daemon:
             self.owned.heartbeat.moved()
             time.sleep(TICK / 2)
 
-    def _rest(self, seconds: float) -> None:
-        """Wait; only what is asked for ends it."""
-        ends = time.monotonic() + seconds
-        while time.monotonic() < ends and not self.wishes.pending:
-            self.owned.heartbeat.moved()
-            time.sleep(TICK / 2)
+    def _keep(self, message: str, step: int, kind: str) -> None:
+        """Keep in the ledger what the log has to say; a full disk is no reason not to go on."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self.ledger.add_event("info", message, step, kind=kind)
 
     def _show(self, message: str) -> None:
         self.owned.hub.tell(Note(message))

@@ -43,11 +43,11 @@ class DiskRoom:
             "goes on by itself"
         )
         owned.shown.set(PAUSED, problem)
-        with contextlib.suppress(sqlite3.OperationalError):
-            owned.ledger.add_event("warning", problem, kind="paused")
+        owned.record("warning", problem, "paused")
         while not self._has(needed) and not owned.wishes:
             owned.heartbeat.moved()
-            owned.settings.refresh()
+            owned.ledger.require_in_place()
+            owned.look_at_config()
             self._obey()
             time.sleep(TICK)
         owned.shown.set(before or IDLE)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from onward.atomic import link_or_copy
-from onward.config import Config, read_config, stored_config
-from onward.errors import FileRejected, NoSpace, OnwardError, TrainingError
+from onward.config import Config, stored_config
+from onward.errors import DeviceLost, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, Values, go_back
@@ -51,20 +51,43 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Describe an error."""
-        cause = error.cause if isinstance(error, StepFailed) else error
+        cause = cause_of(error)
         return cls(describe(cause), is_out_of_memory(cause))
 
 
+def cause_of(error: BaseException) -> BaseException:
+    """Return what made a step fail, or the error itself where it is not about a step."""
+    return error.cause if isinstance(error, StepFailed) else error
+
+
 def for_person(error: Exception, row: FileRow | None) -> Exception:
-    """Return what is raised of an error that ends the process: in words where it is the file that cannot be trained."""
+    """Return what is raised of an error that may end the process: in words, whatever it is.
+
+    Args:
+        row: the file in hand.
+    """
     cause = error.cause if isinstance(error, StepFailed) else error
-    if isinstance(cause, OnwardError) or row is None or not blames_file(error):
+    if is_device_lost(cause):
+        return DeviceLost(
+            f"the GPU was lost to this process: {first_line(cause)}",
+            hint="Start another process; it goes on from the last commit. onward doctor looks at the machine.",
+        )
+    if isinstance(cause, OnwardError | OSError | sqlite3.Error):
         return cause
-    return TrainingError(
-        f"{row.name} cannot be trained: {describe(cause)}",
-        where=f"file {row.position}",
-        hint=f"Nothing after the last commit was kept. onward skip {row.position} takes the file out.",
-    )
+    if blames_file(error) and row is not None:
+        return TrainingError(
+            f"{row.name} cannot be trained: {describe(cause)}",
+            where=f"file {row.position}",
+            hint=f"Nothing after the last commit was kept. onward skip {row.position} takes the file out.",
+        )
+    hint = "What was committed is safe. onward doctor looks for the reason; onward train tries again."
+    return OnwardError(f"training cannot go on: {describe(cause)}", where=_place(cause), hint=hint)
+
+
+def _place(error: BaseException) -> str | None:
+    """Return the line of code that raised an error, so that a report of it says where to look."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else None
 
 
 def describe(error: BaseException) -> str:
@@ -114,21 +137,21 @@ def blames_file(error: BaseException) -> bool:
     """Whether an error is about the file in hand, so that the queue can go on without it.
 
     A file is to blame for what its rows cause, after its first step began; the machine for everything else: its disk,
-    its ledger, its GPU, and memory that ran out while the model was loaded.
+    its ledger, its GPU, and memory that ran out while the model was loaded; the config for what it does not allow.
     """
-    if isinstance(error, StepFailed):
-        cause = error.cause
-        return not (isinstance(cause, OSError | sqlite3.Error | NoSpace) or is_device_lost(cause))
-    return isinstance(error, TrainingError | FileRejected)
+    cause = error.cause if isinstance(error, StepFailed) else error
+    if isinstance(cause, TrainingError):
+        return True
+    elsewhere = isinstance(cause, OnwardError | OSError | sqlite3.Error) or is_device_lost(cause)
+    return isinstance(error, StepFailed) and not elsewhere
 
 
-def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure) -> str:
+def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, config: Config) -> None:
     """Take a file back to its boundary after a failure, and queue it again or quarantine it.
 
-    Returns:
-        What was done, for a person.
+    Args:
+        config: the one in force, which says how often a file is tried again.
     """
-    config = read_config(layout.config)
     reason = failure.reason
     failures = row.failures + 1
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
@@ -139,25 +162,20 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure) ->
         values = {"failures": failures, "parts": row.parts}
         decision = f"tried again ({failures} of {config.retries})"
     else:
-        return quarantine(layout, ledger, row, reason)
+        quarantine(layout, ledger, row, reason)
+        return
     values |= {"config": None, "position": row.position}
     _take_back(layout, ledger, row, Move(row, "queued", values), f"{row.name} failed: {reason}")
-    ledger.add_event("warning", f"{row.name} {decision}")
-    return f"{row.name} failed and is {decision}: {reason}"
+    ledger.add_event("warning", f"{row.name} failed and is {decision}: {reason}", kind="retried")
 
 
-def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
-    """Take a file out of the stream, back at its boundary, with a report in `rejected/`; the archive keeps it.
-
-    Returns:
-        What was done, for a person.
-    """
+def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> None:
+    """Take a file out of the stream, back at its boundary, with a report in `rejected/`; the archive keeps it."""
     refusal = Refusal.of_training(row.name, reason, "mend it, then add it again; its content stays in archive/")
-    keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True)
+    report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
-    ledger.add_event("error", f"{row.name} quarantined: {reason}", kind="quarantined")
-    return f"{row.name} quarantined (rejected/{row.name}.report.json): {reason}"
+    ledger.add_event("error", f"{row.name} quarantined ({report}): {reason}", kind="quarantined")
 
 
 def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:

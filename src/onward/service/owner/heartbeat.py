@@ -38,22 +38,24 @@ class Heartbeat:
         self._clock = clock
         self._monotonic = monotonic
         self._moved = monotonic()
-        self._limit: float | None = None
+        self.limit: float | None = None
+        """Seconds that the step in hand may take; None while no step is in hand."""
 
     def moved(self) -> None:
         """Note that the work moves, and that what follows may take any time."""
         self._moved = self._monotonic()
-        self._limit = None
+        self.limit = None
 
     def expect_step(self, seconds: float) -> None:
         """Note that a step begins: it is measured against the one before, which took so many seconds."""
         self._moved = self._monotonic()
-        self._limit = max(SHORTEST, STEP_SLACK * seconds)
+        self.limit = max(SHORTEST, STEP_SLACK * seconds)
 
     @property
     def hangs(self) -> bool:
         """Whether the step in hand takes longer than a step could."""
-        return self._limit is not None and self._monotonic() - self._moved > self._limit
+        limit = self.limit  # read once: the work goes on in another thread
+        return limit is not None and self._monotonic() - self._moved > limit
 
     def beat(self) -> None:
         """Write the heartbeat to the ledger, without waiting for the disk."""

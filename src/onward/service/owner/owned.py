@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass
 
-from onward.events import Hub
+from onward.errors import OnwardError
+from onward.events import Hub, Note
 from onward.layout import RunLayout
+from onward.service.outside.reporting import NewNotes
 from onward.service.owner.answers import Answers
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.settings import Settings
@@ -26,3 +29,26 @@ class Owned:
     heartbeat: Heartbeat
     hub: Hub
     shown: Shown
+    news: NewNotes
+
+    def record(self, level: str, message: str, kind: str) -> None:
+        """Record what whoever watches should read; where the ledger cannot take it now, it is told all the same."""
+        try:
+            self.ledger.add_event(level, message, kind=kind)
+        except (sqlite3.Error, OnwardError):
+            self.hub.tell(Note(message))
+        else:
+            self.tell_news()
+
+    def tell_news(self) -> None:
+        """Tell whoever watches what the ledger got since the last time: refused files, what operators did."""
+        for note in self.news():
+            self.hub.tell(note)
+
+    def look_at_config(self) -> bool:
+        """Read the config again if it changed; a refused one is shown, and changes nothing. True if it changed."""
+        changed, problem = self.settings.refresh(), self.settings.problem
+        if changed and problem is not None:
+            self.record("error", f"the config is refused; what was read before stays in force: {problem}", "config")
+        self.shown.stand(problem)
+        return changed

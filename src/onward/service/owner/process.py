@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from onward.config import Config, read_config
-from onward.errors import FileRejected, OnwardError, UsageError
+from onward.config import Config, NotifyConfig, read_config
+from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
-from onward.service.outside.reporting import Reporter
+from onward.service.outside.reporting import NewNotes, Reporter
 from onward.service.owner.answers import Answers
 from onward.service.owner.background import Background, Job
 from onward.service.owner.crashes import Crash, find_crash
@@ -107,10 +107,25 @@ class OpenedRun:
 
 @contextlib.contextmanager
 def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
-    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications."""
+    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications.
+
+    How the process began and ended is left in the ledger, and in the log.
+    """
+    reporter = Reporter(opened.layout, NotifyConfig)
+    try:
+        with _account(opened.ledger, wishes), _work(opened, wishes, observe, reporter, watch=watch) as daemon:
+            yield daemon
+    finally:
+        with contextlib.suppress(Exception):  # the last words must not stand in the way of what is raised
+            reporter.report()
+        reporter.close()
+
+
+@contextlib.contextmanager
+def _work(opened: OpenedRun, wishes: Wishes, observe: Observe, reporter: Reporter, *, watch: bool) -> Generator[Daemon]:
     crash = find_crash(opened.ledger)
     owned = _own(opened, wishes, observe)
-    reporter = Reporter(opened.layout, lambda: owned.settings.current.notify)
+    reporter.notify = lambda: owned.settings.current.notify
     requests = Ledger(opened.layout.ledger, read_only=True)
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
     failure: str | None = None
@@ -129,7 +144,6 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
         with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
             owned.answers.close(wishes, failure)
         requests.close()
-        reporter.close()
 
 
 def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
@@ -138,6 +152,8 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     def warn(message: str) -> None:
         with contextlib.suppress(sqlite3.Error):  # the observer's terminal may be a file on the same full disk
             ledger.add_event("warning", message)
+        with contextlib.suppress(Exception):  # the caller's, as the observer is
+            opened.report(message)
 
     return Owned(
         layout=opened.layout,
@@ -148,6 +164,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
         heartbeat=Heartbeat(opened.layout.ledger),
         hub=Hub([observe], warn),
         shown=Shown(ledger),
+        news=NewNotes(ledger),
     )
 
 
@@ -159,7 +176,7 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
     if watch:
         with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
             try:
-                wishes.interruptibly(lambda: opened.session, by_any=True)  # what is wrong with config or model is said
+                wishes.interruptibly(lambda: _open_now(opened), by_any=True)
             except Stopped:
                 if wishes.wants_end:
                     raise
@@ -173,6 +190,18 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
     return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)
 
 
+def _open_now(opened: OpenedRun) -> None:
+    """Say at once what is wrong with config or model."""
+    from onward.service.owner.faults import for_person
+
+    try:
+        _ = opened.session
+    except (Stopped, sqlite3.OperationalError):
+        raise
+    except Exception as error:
+        raise for_person(error, None) from None
+
+
 def _import_daemon(opened: OpenedRun) -> None:
     with opened.loading():
         opened.hash_base()
@@ -180,7 +209,7 @@ def _import_daemon(opened: OpenedRun) -> None:
 
 
 @contextlib.contextmanager
-def account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
+def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
     """Leave in the ledger that a process began, how it ended, and who ended it."""
     shown = Shown(ledger)
     here = f"onward {__version__}, pid {os.getpid()} on {socket.gethostname()}"
@@ -193,6 +222,11 @@ def account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
     except (FileRejected, UsageError) as error:  # the command was refused; the run is as it was
         _note(ledger, "warning", error.what)
         shown.at_rest()
+        raise
+    except DeviceLost as error:  # the state stays: the next process counts this as a death in the same place
+        _note(ledger, "error", error.what, "failed")
+        with contextlib.suppress(sqlite3.Error):
+            ledger.put(problem=error.what)
         raise
     except OnwardError as error:
         _note(ledger, "error", error.what)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from onward.config import Config, stored_config
@@ -18,8 +18,9 @@ from onward.digest import sha256_json
 from onward.errors import TrainingError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
-from onward.service.owner.faults import StepFailed
+from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.start import Start
+from onward.service.owner.steps import record_of, watched
 from onward.service.session import Session, check_identity
 from onward.service.settings import Settings
 from onward.service.shown import Shown
@@ -28,7 +29,7 @@ from onward.service.state.writer import Writer
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
-from onward.store.rows import FileRow, StepRecord
+from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.handover import Probe, compare, measure
@@ -48,6 +49,7 @@ class Surroundings:
         wishes: polled after every step; once it is true the state is committed and the file is left.
         settings: the config as it stands on disk.
         shown: where the run's state is shown.
+        heartbeat: told when a step begins and ends.
         goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
         hooks: called at each boundary, before it is committed.
         look: called while rows are read again; raises `Stopped` to leave the file.
@@ -56,6 +58,7 @@ class Surroundings:
     wishes: Wishes
     settings: Settings
     shown: Shown
+    heartbeat: Heartbeat
     goes_on: Callable[[], bool] = lambda: True
     hooks: tuple[AtBoundary, ...] = ()
     look: Callable[[], None] = lambda: None
@@ -79,10 +82,11 @@ class Worker:
         self._newest = start.manifest
         self._log = start.log
         self._has_begun = False
-        self._writer = Writer(session.layout, session.ledger.clock)
+        self._writer = Writer(session.layout, session.ledger)
         self._copy: Snapshot | None = None
         self._probed: Probe | None = None
         self._facts: Facts | None = None
+        self._sources: tuple[str, ...] = ()
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
@@ -143,6 +147,7 @@ class Worker:
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)
         plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
+        self._sources = plan.sources
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -201,8 +206,8 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
-        for result in _naming_failures(trainer.steps({plan.sha256: tokens}, plan), file_id):
-            metrics.append(_record(file_id, result))
+        for result in watched(trainer.steps({plan.sha256: tokens}, plan), file_id, self.around.heartbeat):
+            metrics.append(record_of(file_id, result))
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
@@ -239,7 +244,9 @@ class Worker:
             return {}
         self.around.shown.set("evaluating")
         boundary = Boundary(self.state.step, row.name, self.state.model, tokens, plan, self.config)
-        return run_hooks(self.around.hooks, boundary, self.session.device)
+        results = run_hooks(self.around.hooks, boundary, self.session.device)
+        self.around.shown.set("saving")
+        return results
 
     def _require_done(self, file_id: int, plan: FilePlan) -> None:
         counted = self.ledger.count_trained(file_id)
@@ -303,7 +310,7 @@ class Worker:
         if written.done is not None:
             if before is not None and written.manifest.measurement["weights"] == before.measurement["weights"]:
                 yield Note(f"{written.done.name} changed no weight: is the learning rate too small?")
-            forget_tokens(self.session)
+            forget_tokens(self.session, self._sources)
             yield written.done
 
     def _remember(self, result: StepTaken) -> None:
@@ -317,24 +324,6 @@ class Worker:
                     "grad_norm": result.grad_norm,
                 }
             )
-
-
-def _naming_failures(steps: Iterator[StepTaken], file_id: int) -> Iterator[StepTaken]:
-    """Yield steps; what fails inside one is raised as a failure of the file in hand."""
-    while True:
-        try:
-            result = next(steps)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise StepFailed(file_id, error) from error
-        yield result
-
-
-def _record(file_id: int, result: StepTaken) -> StepRecord:
-    values = asdict(result)
-    del values["steps_in_file"]
-    return StepRecord(file_id, **values)
 
 
 def _broken(reason: str) -> TrainingError:

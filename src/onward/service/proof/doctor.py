@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from onward.config import Config, read_config
-from onward.errors import OnwardError
+from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.store.ledger import Ledger
@@ -50,6 +51,11 @@ def examine(layout: RunLayout) -> list[Finding]:
     """Look at the machine and, where there is one, at the run in `layout`."""
     findings = list(_machine())
     if not layout.ledger.exists():
+        with contextlib.suppress(UsageError):
+            try:
+                layout.require()
+            except DamagedState as error:
+                return [*findings, Finding("error", "ledger", error.what, error.hint)]
         return [
             *findings,
             Finding("warning", "run", f"there is no run in {layout.root.absolute()}", "onward init DIR makes one"),

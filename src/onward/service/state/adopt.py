@@ -86,7 +86,7 @@ def _make(
     unfinished = layout.ledger.with_name(f"{TEMPORARY_PREFIX}{layout.ledger.name}")
     for left in layout.temporaries():
         remove_tree(left)
-    with Ledger(unfinished) as ledger:
+    with Ledger(unfinished, create=True) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
         probe = Probe(state.model, config.seed, session.device, session.dtype)

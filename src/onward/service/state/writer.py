@@ -29,14 +29,14 @@ class Writer:
     A process that ends without waiting leaves what a kill leaves.
 
     Args:
-        clock: seconds since the epoch.
+        ledger: the owner's; a commit to another one is none.
         after_commit: called in this thread after the ledger moved, each on its own: what one fails at is an event in
             the ledger, and it is called again after the next commit.
     """
 
-    def __init__(self, layout: RunLayout, clock: Callable[[], float], after_commit: Sequence[AfterCommit] = ()) -> None:
+    def __init__(self, layout: RunLayout, ledger: Ledger, after_commit: Sequence[AfterCommit] = ()) -> None:
         self._layout = layout
-        self._clock = clock
+        self._ledger = ledger
         self._thread: threading.Thread | None = None
         self._after_commit = tuple(after_commit)
         self._written: Written | None = None
@@ -82,9 +82,12 @@ class Writer:
     def _run(self, commit: Commit) -> None:
         _give_way()
         try:
-            with Ledger(self._layout.ledger, clock=self._clock) as ledger:
-                self._written = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
-                self._call_after_commit(ledger, self._written.manifest)
+            self._ledger.require_in_place()
+            with Ledger(self._layout.ledger, clock=self._ledger.clock) as ledger:
+                written = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
+                self._ledger.require_in_place()  # removed meanwhile: nobody would find what was recorded
+                self._written = written
+                self._call_after_commit(ledger, written.manifest)
         except BaseException as error:  # raised where the commit is collected
             self._error = error
             if not self._measured.done():

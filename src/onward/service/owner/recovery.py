@@ -1,0 +1,64 @@
+"""Waiting after a failure: of the machine, of the config, or of the process before this one."""
+
+from __future__ import annotations
+
+import time
+
+from onward.service.owner import faults
+from onward.service.owner.crashes import Crash
+from onward.service.owner.owned import Owned
+from onward.service.shown import FAILED, PAUSED
+
+TICK = 0.05
+"""Seconds between two looks at what may end the waiting."""
+FULL_DISK = 2.0
+"""Seconds between two tries while the disk is full."""
+LONGEST = 300.0
+"""Seconds that a daemon waits at most before it tries again."""
+
+
+class Recovery:
+    """Counts failures in a row and waits longer after each."""
+
+    def __init__(self, owned: Owned) -> None:
+        self._owned = owned
+        self._failures = 0
+
+    def succeeded(self) -> None:
+        """Note that something was done: the next failure is the first one again."""
+        self._failures = 0
+
+    def outlive(self, error: Exception) -> None:
+        """Say what failed and wait; a mended config or a wish ends the waiting."""
+        self._failures += 1
+        full = faults.is_out_of_space(error)
+        seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
+        problem = f"{faults.describe(error)}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
+        self._owned.shown.set(PAUSED if full else FAILED, problem)
+        self._owned.record("error", problem, "failed")
+        self._rest(seconds)
+
+    def after_death(self, crash: Crash | None) -> None:
+        """Wait longer after each death in the same place, then give up the file in hand."""
+        if crash is None:
+            return
+        owned, deaths = self._owned, crash.deaths
+        row = owned.ledger.file(crash.row.id) if crash.row else None
+        if crash.gives_up and row is not None and row.state == "training":  # nobody skipped it meanwhile
+            reason = f"the process died {deaths.count} times in it without getting past step {deaths.step}"
+            faults.quarantine(owned.layout, owned.ledger, row, reason)
+            owned.ledger.put(died=None)
+        elif crash.waits:
+            seconds = min(crash.waits, LONGEST)
+            problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {seconds:.0f} s"
+            owned.shown.set(FAILED, problem)
+            self._rest(seconds)
+
+    def _rest(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends and not self._owned.wishes.pending:
+            self._owned.heartbeat.moved()
+            self._owned.ledger.require_in_place()
+            if self._owned.look_at_config():
+                return
+            time.sleep(TICK)

@@ -1,0 +1,101 @@
+"""The ledger is removed or replaced while a daemon owns the run."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import onward
+from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+
+from onward import Run
+from onward.errors import DamagedState
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger
+
+COPY = "ledger.copy"
+"""A copy of the ledger from when the run was made."""
+
+
+def remove(layout: RunLayout) -> None:
+    """Remove the ledger and its log."""
+    for path in layout.root.glob("ledger.sqlite3*"):
+        path.unlink()
+
+
+def replace(layout: RunLayout) -> None:
+    """Put an older copy in the ledger's place."""
+    remove(layout)
+    shutil.copy(layout.root / COPY, layout.ledger)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run that has trained one file."""
+    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    shutil.copy(made.layout.ledger, made.layout.root / COPY)
+    made.train(rows_file(tmp_path / "a.jsonl", 4))
+    return made
+
+
+def require_told(run: Run, log: Path) -> list[str]:
+    """The process named the ledger and the way out, and claimed no commit; returns the words of the command named."""
+    words = log.read_text()
+    assert "the ledger was removed or replaced" in words
+    assert "committed" not in words.replace("last commit", "")
+    assert "Traceback" not in words
+    command = shlex.split(words.rpartition("last commit: ")[2].splitlines()[0])
+    assert ["onward", "adopt", str(run.layout.checkpoints()[0]), "--run", "NEW_RUN"] == command
+    return command
+
+
+@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("by", ["itself", "a stop"])
+def test_in_the_middle_of_a_file(run: Run, tmp_path: Path, lose: Callable[[RunLayout], None], by: str) -> None:
+    """The process ends with status 5, names the way out and claims no commit; nobody makes another ledger."""
+    run.add(rows_file(tmp_path / "b.jsonl", LONG))
+    held = hold(run)
+    process = watch(run, prepare=held)
+    until(is_in(run, "b.jsonl"), process)
+    lose(run.layout)
+    if by == "a stop":
+        assert 5 == end(process, signal.SIGTERM)
+    else:
+        held.let_go.touch()
+        process.join(PATIENCE)
+        assert 5 == process.exitcode
+    require_told(run, tmp_path / "log")
+    assert (lose is replace) == run.layout.ledger.exists()
+
+
+def test_while_nothing_is_trained(run: Run, tmp_path: Path) -> None:
+    """An idle daemon notices, too; status, doctor and every command then say so, and the way out works."""
+    process = watch(run)
+    until(lambda: run.status()["state"] == "idle", process)
+    step = run.status()["global_step"]
+    remove(run.layout)
+    process.join(PATIENCE)
+    assert 5 == process.exitcode
+    command = require_told(run, tmp_path / "log")
+    for words in (["status"], ["history"], ["train"], ["stop"], ["add", tmp_path / "a.jsonl"]):
+        outcome = onward(*words, "--run", run.layout.root)
+        assert (5, True) == (outcome.status, shlex.join(command) in outcome.err), words
+    examined = onward("doctor", "--run", run.layout.root)
+    assert (1, True) == (examined.status, shlex.join(command) in examined.out)
+    assert not run.layout.ledger.exists()
+    adopted = Run.adopt(command[2], tmp_path / "new")
+    assert step == adopted.status()["global_step"]
+    assert adopted.verify().ok
+
+
+def test_only_a_new_run_makes_a_ledger(tmp_path: Path) -> None:
+    """A missing ledger is said to be missing, and stays missing."""
+    path = tmp_path / "ledger.sqlite3"
+    for read_only in (False, True):
+        with pytest.raises(DamagedState, match="removed or replaced"):
+            Ledger(path, read_only=read_only)
+    assert [] == list(tmp_path.iterdir())

@@ -1,0 +1,203 @@
+"""What happens is told once to whoever watches, and stays in the ledger and the log."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+from states import assert_same_state
+
+from onward import Run
+from onward.atomic import remove_tree
+from onward.data.loader import Batch
+from onward.errors import FileRejected
+from onward.events import Event, FileDone, Hub, Note, StepTaken
+from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.process import OpenedRun, operate
+from onward.service.owner.start import load_start
+from onward.service.owner.worker import Surroundings, Worker
+from onward.service.settings import Settings
+from onward.service.shown import Shown
+from onward.service.state.retention import Retention
+from onward.service.state.settle import Settlement
+from onward.service.wishes import AFTER_FILE, Wish, Wishes
+from onward.store.ledger import Ledger
+from onward.training.boundary import AtBoundary, Boundary
+from onward.training.trainer import Trainer
+
+AFTER_FIRST = Wish("stop", AFTER_FILE)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A new run."""
+    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+
+
+def test_an_observer_that_fails_disturbs_nobody() -> None:
+    """It is told of once, dropped after three failures in a row, and the others hear everything."""
+    heard, warned = list[Event](), list[str]()
+    failing = iter([True, True, False, True, True, True, True])
+
+    def observe(event: Event) -> None:
+        if next(failing):
+            raise ValueError("no terminal")
+
+    hub = Hub([observe, heard.append], warned.append)
+    events: list[Event] = [Note(str(number)) for number in range(8)]
+    for event in events:
+        hub.tell(event)
+    assert events == heard
+    assert [
+        "an observer failed; training goes on: ValueError('no terminal')",
+        "an observer failed 3 times in a row and is told nothing more: ValueError('no terminal')",
+    ] == warned
+    assert [True] == list(failing)
+
+
+def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
+    """`watch` prints refused files, what operators asked for and what changed, each once; the log has it all."""
+    run.add(rows_file(tmp_path / "a.jsonl", LONG))
+    (run.layout.inbox / "bad.jsonl").write_text("nonsense\n")
+    held = hold(run)
+    process = watch(run, prepare=held)
+    until(is_in(run, "a.jsonl"), process)
+    assert "paused at step 3" == run.pause()
+    assert "goes on" == run.resume()
+    until(is_in(run, "a.jsonl", step=4), process)
+    until(lambda: "rejected" in run.layout.log.read_text(), process)
+    assert 0 == end(process)
+    printed, log = (tmp_path / "log").read_text(), run.layout.log.read_text()
+    step = run.status()["global_step"]
+    for words in ("bad.jsonl rejected", "paused by an operator at step 3", "resumed by an operator"):
+        assert (1, 1) == (printed.count(words), log.count(words)), words
+    here = f"pid {process.pid} on {socket.gethostname()}"
+    for pattern in (
+        rf"started: onward \S+, {here}", "loading the model and the state of step 0",
+        rf"stopped by SIGTERM at step {step}",
+    ):  # fmt: skip
+        assert 1 == len(re.findall(pattern, log)), pattern
+        with Ledger(run.layout.ledger) as ledger:
+            assert 1 == sum(bool(re.search(pattern, event.message)) for event in ledger.events(100)), pattern
+    run.train()
+    assert f"resumed at step {step} from current_model/checkpoint-{step}, learning rate" in run.layout.log.read_text()
+
+
+def test_train_tells_a_refusal_once(run: Run, tmp_path: Path) -> None:
+    """What `train` raises is no note as well."""
+    bad, told = tmp_path / "bad.jsonl", list[Event]()
+    bad.write_text("nonsense\n")
+    with pytest.raises(FileRejected):
+        run.train(bad, observe=told.append)
+    run.train(rows_file(tmp_path / "a.jsonl", 2), observe=told.append)
+    assert [] == [event for event in told if isinstance(event, Note)]
+
+
+def test_a_stop_after_the_file_is_recorded(run: Run, tmp_path: Path) -> None:
+    """Who ended the process is said of every way to end it."""
+    run.add(rows_file(tmp_path / "a.jsonl", 4))
+    wishes = Wishes()
+    run.watch(stop=wishes, observe=lambda event: wishes.put(AFTER_FIRST) if getattr(event, "step", 0) == 1 else None)
+    assert "stopped by onward stop --after-file at step 2" in run.layout.log.read_text()
+
+
+def test_the_limit_of_a_step_holds_only_in_a_step(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps, while a commit or the next file is waited for, nothing hangs, however long it takes."""
+    run.train(rows_file(tmp_path / "a.jsonl", 2))
+    run.add(rows_file(tmp_path / "b.jsonl", 8))
+    inside, outside = list[Any](), list[Any]()
+    plain = Trainer.take_step
+    with Run(run.layout.root)._owned() as ledger:
+        opened = OpenedRun(run.layout, ledger, lambda _: None)
+
+        def observe(event: Event) -> None:
+            outside.append(daemon.owned.heartbeat.limit)
+
+        def take_step(self: Trainer, batch: Batch, plan: Any) -> StepTaken:
+            inside.append(daemon.owned.heartbeat.limit)
+            return plain(self, batch, plan)
+
+        monkeypatch.setattr(Trainer, "take_step", take_step)
+        with operate(opened, Wishes(), observe) as daemon:
+            daemon.run(once=True)
+    assert [None, 60.0, 60.0, 60.0] == inside
+    assert {None} == set(outside)
+
+
+class Hook:
+    """What is done at a boundary: uses random numbers, keeps what it saw, returns a value."""
+
+    def __init__(self, shown: Shown) -> None:
+        self.seen: list[Any] = []
+        self._shown = shown
+
+    def __call__(self, boundary: Boundary) -> dict[str, Any]:
+        import torch
+
+        self.seen.append((boundary.step, boundary.file, boundary.model.training, self._shown.state))
+        return {"random": torch.rand(()).item(), "rows": boundary.plan.steps}
+
+
+def train_with(run: Run, files: list[Path]) -> Hook:
+    """Train files in one worker with a hook."""
+    with run._owned() as ledger:
+        opened = OpenedRun(run.layout, ledger, lambda _: None)
+        opened.intake().take(files)
+        settings, shown = Settings(run.layout.config), Shown(ledger)
+        settled = Settlement(run.layout, ledger, Retention.of(settings.current)).settle()
+        hook = Hook(shown)
+        hooks: tuple[AtBoundary, ...] = (hook,)
+        around = Surroundings(Wishes(), settings, shown, Heartbeat(run.layout.ledger), hooks=hooks)
+        worker = Worker(opened.session, load_start(opened.session, settled), around)
+        states = [shown.state for event in worker.train_next() if isinstance(event, StepTaken | FileDone)]
+    assert "evaluating" not in states
+    return hook
+
+
+def test_what_is_done_at_a_boundary(run: Run, model: Path, tmp_path: Path) -> None:
+    """Hooks see the model in eval mode at each boundary; results are kept and trimmed like steps; no bit changes."""
+    files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", 4), ("b", 6))]
+    hook = train_with(run, files)
+    assert [(2, "a.jsonl", False, "evaluating"), (5, "b.jsonl", False, "evaluating")] == hook.seen
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin.train(*files)
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify(deep=True).ok
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        results = [ledger.boundary_results(row.id) for row in ledger.files("done")]
+        assert [2, 3] == [result["rows"] for result in results]
+        assert results[0]["random"] != results[1]["random"]
+    remove_tree(run.layout.checkpoint(5))
+    remove_tree(run.layout.boundary(5))
+    run.train()  # goes back to step 2, and trains the rest again, without hooks
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        assert [results[0], {}] == [ledger.boundary_results(row.id) for row in ledger.files("done")]
+    assert_same_state(twin.layout.root, run.layout.root)
+
+
+def test_a_stop_of_a_process_that_is_killed(run: Run, tmp_path: Path) -> None:
+    """A process that ended without answering committed nothing more, and nobody says that it did."""
+    run.add(rows_file(tmp_path / "a.jsonl", LONG))
+    process = watch(run, prepare=hold(run))
+    until(is_in(run, "a.jsonl"), process)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    answers: list[str] = []
+    asking = threading.Thread(target=lambda: answers.append(run.stop()))
+    asking.start()
+
+    def is_asked() -> bool:
+        with Ledger(run.layout.ledger, read_only=True) as ledger:
+            return bool(ledger.open_requests())
+
+    until(is_asked)
+    os.kill(process.pid, signal.SIGKILL)
+    asking.join(PATIENCE)
+    assert ["the process ended without an answer; step 0 is committed"] == answers
