@@ -60,7 +60,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 )
 def test_looking_is_light(arguments: list[str], trained: Path) -> None:
     """Help, status and history load neither torch nor transformers, whatever the state of the run."""
-    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", PROBE % (HEAVY,), *arguments],
         env=environment,
@@ -236,7 +236,7 @@ def test_one_run_in_two_processes(trained: Path, copy: Path, tmp_path: Path) -> 
 def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
     """`onward history | head -0` ends quietly: nothing on stderr, no traceback."""
     command = f"{sys.executable} -m onward history | true; {sys.executable} -m onward status | true"
-    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert "" == done.stderr
 
