@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from onward import startup
 from onward.cli.options import JsonOption, ModelOption, RunOption, SetOption
 from onward.cli.output import show
 from onward.errors import ModelError, UsageError
@@ -22,7 +23,7 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Make a run."""
-    from onward.config import parse_settings
+    from onward.config_text import parse_settings
     from onward.run import Run
 
     values = parse_settings(settings or [])
@@ -33,7 +34,7 @@ def init(
     if "model" in values and not values["model"]:
         raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
     try:
-        made = Run.create(directory or run, report=say, **values)
+        made = Run.create(directory or run, report=say, loading=startup.large_imports, **values)
     except ModelError as error:
         raise UsageError(
             error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
@@ -53,10 +54,11 @@ def adopt(
     as_json: JsonOption = False,
 ) -> None:
     """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
-    from onward.config import parse_settings
+    from onward.config_text import parse_settings
     from onward.run import Run
 
-    adopted = Run.adopt(checkpoint, run, model, settings=parse_settings(settings or []), report=say)
+    values = parse_settings(settings or [])
+    adopted = Run.adopt(checkpoint, run, model, settings=values, report=say, loading=startup.large_imports)
     if as_json:
         show(adopted.status())
     step = adopted.status()["global_step"]

@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.shown import PAUSED, Shown
+from onward.service.wishes import AFTER_FILE, RELEASE
 from onward.store.ledger import Ledger
+from onward.store.lookup import find_file
+from onward.store.rows import FileRow
 
 POLL_SECONDS = 0.1
+REMOVABLE = ("arriving", "queued", "training")
+"""States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,47 @@ class Patience:
 
     seconds: float
     until: Callable[[], bool] = lambda: False
+
+
+def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: bool) -> str:
+    """Ask the owner to hold still, or note it for the next one; returns the answer."""
+    if is_held(layout.lock):
+        return request(layout, ledger, patience, "pause", RELEASE if release else None)
+    ledger.put(paused={"release": release})
+    Shown(ledger).set(PAUSED)
+    return "no process works on this run; the next onward watch begins paused"
+
+
+def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
+    """Ask the owner to go on, or take back a pause that was noted; returns the answer."""
+    if is_held(layout.lock):
+        return request(layout, ledger, patience, "resume")
+    was_paused = ledger.get("paused") is not None
+    ledger.put(paused=None)
+    Shown(ledger).at_rest()
+    return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
+
+
+def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool) -> str:
+    """Ask the owner to end, and wait until it has ended or, with `after_file`, until it has answered."""
+    if not is_held(layout.lock):
+        return "no process works on this run"
+    if after_file:
+        return request(layout, ledger, Patience(seconds), "stop", AFTER_FILE)
+    return request(layout, ledger, Patience(seconds, lambda: not is_held(layout.lock)), "stop")
+
+
+def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileRow:
+    """Return the file that a person means to skip; without a name the one in hand.
+
+    Raises:
+        UsageError: there is none.
+    """
+    row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
+    if row is None:
+        hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
+        raise UsageError("no file is being trained", where=layout.root.absolute(), hint=hint)
+    return row
 
 
 def request(

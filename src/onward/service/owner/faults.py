@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from onward.atomic import link_or_copy
-from onward.config import Config, read_config, stored_config
+from onward.config import Config, stored_config
+from onward.config_text import read_config
 from onward.errors import FileRejected, NoSpace, OnwardError, TrainingError
 from onward.layout import RunLayout
 from onward.service.intake.refusals import Refusal, keep_refused

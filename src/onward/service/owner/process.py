@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from onward import __version__
-from onward.config import read_config
+from onward.config_text import read_config
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout

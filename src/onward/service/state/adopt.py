@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
-from onward.config import IDENTITY_KEYS, Config, parse_config, render_yaml
+from onward.config import IDENTITY_KEYS, Config
+from onward.config_text import parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
 from onward.service.session import OWN_BASE, open_session
