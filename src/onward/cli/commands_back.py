@@ -87,7 +87,9 @@ def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption =
     result = opened.reset()
     if as_json:
         show(result)
-    say(f"reset; undone: {_names(result['undone'])}. The originals stay in archive/")
+    step = result["global_step"]
+    now = f"back at the adopted step {step}" if step else "reset"
+    say(f"{now}; undone: {_names(result['undone'])}. The originals stay in archive/")
 
 
 def ask(question: str, yes: bool) -> None:
