@@ -158,14 +158,16 @@ class Run:
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
-            with account(ledger, wishes):
-                intent = ledger.add_intent(files, again=again, priority=0) if files else None
-                with operate(opened, wishes, observe) as daemon:
-                    for refusal in daemon.intake.finish_left_over(intent):
-                        report(f"handed over earlier: {refusal}")
-                    if intent is not None:
-                        daemon.intake.take(files, again=again, intent=intent)
-                    daemon.run(once=True)
+            with (
+                account(ledger, wishes),
+                client.intent(ledger, files, again=again) as intent,
+                operate(opened, wishes, observe) as daemon,
+            ):
+                for refusal in daemon.intake.finish_left_over(intent):
+                    report(f"handed over earlier: {refusal}")
+                if intent is not None:
+                    daemon.intake.take(files, again=again, intent=intent)
+                daemon.run(once=True)
             positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 

@@ -1,11 +1,13 @@
-"""The other side of control: a command asks the process that owns a run for something and waits for its answer."""
+"""The other side of control: a command records what it was given, asks the owner of a run and waits for its answer."""
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
@@ -60,6 +62,18 @@ def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool)
     if after_file:
         return request(layout, ledger, Patience(seconds), "stop", AFTER_FILE)
     return request(layout, ledger, Patience(seconds, lambda: not is_held(layout.lock)), "stop")
+
+
+@contextlib.contextmanager
+def intent(ledger: Ledger, files: Sequence[Path], *, again: bool) -> Generator[int | None]:
+    """Record which files a command was given, before anything of them is read; one that is refused gave none."""
+    number = ledger.add_intent(files, again=again, priority=0) if files else None
+    try:
+        yield number
+    except UsageError:
+        if number is not None:
+            ledger.end_intent(number)
+        raise
 
 
 def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileRow:

@@ -143,9 +143,8 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
             from onward.service.owner.daemon import Daemon
             from onward.service.owner.incoming import Incoming
 
-        if watch:
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-                _ = opened.session  # what is wrong with config or model is said at once
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for, or met again
+            _ = opened.session  # what is wrong with config or model is said before a file is taken
     intake = opened.intake(owned.wishes.check)
     inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
     incoming = Incoming(owned, intake, inbox, opened.start_checker)
