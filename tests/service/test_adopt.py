@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onward import Run
+from onward.data.tokenizer import load_tokenizer_state
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.state.adopt import adopt
@@ -229,6 +230,8 @@ def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path:
     command = [sys.executable, "-m", "onward", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (0, STEPS) == (done.returncode, json.loads(done.stdout)["global_step"])
+    (stored,) = (tmp_path / "run/cache/tokenizer").iterdir()
+    assert load_tokenizer_state(stored) is not None
     lines = [line.partition(" ")[0] for line in done.stderr.splitlines()]
     assert ["from", "from", "the", "batch_size", "the", "adopted"] == lines
     assert f"adopted step {STEPS}" in done.stderr
