@@ -19,7 +19,8 @@ import typer
 from typer.main import get_command
 
 from onward import cli
-from onward.config import SECTIONS, Config, acts, parse_config
+from onward.config import SECTIONS, Config, acts
+from onward.config_text import parse_config
 from onward.data import records
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_row

@@ -52,7 +52,7 @@ def onward(*arguments: object) -> Outcome:
 def onward_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Outcome:
     """Run the command line in a process of its own."""
     variables = {name: value for name, value in os.environ.items() if name != "ONWARD_RUN"}
-    variables |= {"PYTHONPATH": str(Path(cli.__file__).parents[1]), **environment}
+    variables |= {"PYTHONPATH": str(Path(cli.__file__).parents[2]), **environment}
     done = subprocess.run(
         [sys.executable, "-m", "onward", *map(str, arguments)],
         cwd=cwd, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,

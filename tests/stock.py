@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from onward.config import read_config
+from onward.config_text import read_config
 from onward.layout import RunLayout
 from onward.training.base import resolve_base
 from onward.training.checkpoint import inspect_checkpoint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 from commands import assert_refused, onward, onward_process, snapshot
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from onward.config_text import read_config
 from onward.service.lock import RunLock
 
 
@@ -124,6 +127,29 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     assert_refused(both, 2, "the model is named twice", "Name it once")
 
 
+def test_a_length_that_the_model_has_not_learned_is_refused_by_init(tmp_path: Path) -> None:
+    """`init` names the key and the way out, makes nothing, and with that way makes the run."""
+    tokenizer = tiny.byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    for part in (GPT2LMHeadModel(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    words = ["init", tmp_path / "new", "--model", tmp_path / "model"]
+    refusal = onward(*words)
+    assert_refused(refusal, 2, "max_length is 1024, the model has learned 64 positions", "--set max_length=64")
+    assert not (tmp_path / "new").exists()
+    assert 0 == onward(*words, "--set", "max_length=64").status
+
+
+@pytest.mark.parametrize("text", ["", "{}", "no JSON"])
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_init(text: str, model: Path, tmp_path: Path) -> None:
+    """A base without a usable tokenizer is wrong usage, named by its folder, and nothing is made."""
+    broken = Path(shutil.copytree(model, tmp_path / "broken"))
+    (broken / "tokenizer.json").write_text(text)
+    outcome = onward("init", tmp_path / "new", "--model", broken)
+    assert_refused(outcome, 2, "tokenizer", str(broken), "save_pretrained")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_model_without_weights_trains_nothing(model: Path, tmp_path: Path) -> None:
     """A folder with a config and no weights is refused by name before a file is taken in."""
     bare = Path(shutil.copytree(model, tmp_path / "bare"))
@@ -158,6 +184,21 @@ def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run
     assert_refused(outcome, 5, "the ledger cannot be read", str(copy / "ledger.sqlite3"), "onward adopt")
     assert weights == (copy / "current_model/adapter_model.safetensors").read_bytes()
     assert_refused(onward("init", copy), 2, "there is a run in this directory already")
+
+
+def test_an_empty_ledger_next_to_a_model_names_the_way_out(run: Path, tmp_path: Path) -> None:
+    """A ledger that holds nothing is refused with the command that makes a run of the model, and that command works."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    for path in copy.glob("ledger.sqlite3*"):
+        path.unlink()
+    (copy / "ledger.sqlite3").touch()
+    outcome = onward("train", "--run", copy)
+    assert_refused(outcome, 5, "the ledger is empty", "onward adopt")
+    words = shlex.split(outcome.err.partition("onward adopt ")[2])
+    assert [str(copy / "current_model/checkpoint-2"), "--run", "NEW_RUN"] == words
+    model = read_config(copy / "onward.yaml").model
+    assert 0 == onward("adopt", words[0], "--run", tmp_path / "new", "--model", model).status
+    assert 2 == onward("status", "--run", tmp_path / "new", "--json").json["global_step"]
 
 
 def test_a_second_process_is_turned_away_at_once(untouched: Path) -> None:

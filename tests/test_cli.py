@@ -26,7 +26,8 @@ STATUS_KEYS = [
     "problem",
 ]  # fmt: skip
 COMMANDS = ["init", "train", "add", "status", "history", "verify", "rollback", "adopt", "reset", "doctor"]
-HEAVY = ("torch", "transformers", "peft", "numpy")
+LARGE = ("torch", "transformers", "peft")
+HEAVY = (*LARGE, "numpy")
 PROBE = """
 import sys
 from onward import cli
@@ -36,6 +37,18 @@ try:
 finally:
     print([name for name in %r if name in sys.modules], file=sys.stderr)
 """
+PUBLIC = """
+import onward, sys
+values = [getattr(onward, name) for name in onward.__all__]
+print([name for name in %r if name in sys.modules])
+"""
+
+
+def light(script: str, *arguments: str, run: Path = Path()) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process of its own that has this package and a run."""
+    environment = {**os.environ, "ONWARD_RUN": str(run), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +73,24 @@ def copy(trained: Path, tmp_path: Path) -> Path:
 )
 def test_looking_is_light(arguments: list[str], trained: Path) -> None:
     """Help, status and history load neither torch nor transformers, whatever the state of the run."""
-    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE % (HEAVY,), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = light(PROBE % (HEAVY,), *arguments, run=trained)
     assert 0 == done.returncode, done.stderr
     assert "[]" == done.stderr.splitlines()[-1]
     assert done.stdout
+
+
+def test_the_first_add_is_light(model: Path, tmp_path: Path) -> None:
+    """`init` leaves the tokenizer as plain values, so that not even the first `add` loads torch or transformers."""
+    run = make_run(tmp_path / "run", model)
+    file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4))
+    done = light(PROBE % (LARGE,), "add", str(file), run=run)
+    assert ["accepted", "[]"] == [line.partition(" ")[0] for line in done.stderr.splitlines()]
+
+
+def test_the_public_names_are_light() -> None:
+    """What `import onward` offers loads no torch, whatever of it is used."""
+    done = light(PUBLIC % (HEAVY,))
+    assert "[]\n" == done.stdout, done.stderr
 
 
 def test_help_names_every_command() -> None:
@@ -168,7 +188,9 @@ def test_results_go_to_stdout_and_messages_to_stderr(model: Path, tmp_path: Path
     for number, line in enumerate(lines[1:3], start=1):
         assert line.startswith(f"  step {number} ({number}/2)  loss ")
         assert [] == [word for word in ("lr ", " tokens/s", "ETA ") if word not in line]
-    assert "file 1 done: steps 1-2 committed" == lines[3]
+    kept = "weights, optimizer, scheduler, RNG"
+    assert f"committed checkpoint-2 ({kept}); removed checkpoint-0; restore point step-2" == lines[3]
+    assert ["file 1 done: steps 1-2 committed"] == lines[4:]
     assert "\x1b" not in outcome.err
     for command in ("status", "history", "verify"):
         shown = onward(command, "--run", run)
@@ -236,7 +258,7 @@ def test_one_run_in_two_processes(trained: Path, copy: Path, tmp_path: Path) -> 
 def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
     """`onward history | head -0` ends quietly: nothing on stderr, no traceback."""
     command = f"{sys.executable} -m onward history | true; {sys.executable} -m onward status | true"
-    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    environment = {**os.environ, "ONWARD_RUN": str(trained), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert "" == done.stderr
 

@@ -10,7 +10,8 @@ import pytest
 import tiny
 from commands import make_run, onward
 
-from onward.config import IDENTITY_KEYS, Config, known_keys, parse_config, parse_settings, read_config, render_yaml
+from onward.config import IDENTITY_KEYS, Config, known_keys
+from onward.config_text import parse_config, parse_settings, read_config, render_yaml
 from onward.errors import ConfigError
 from onward.store.ledger import Ledger
 

@@ -151,18 +151,19 @@ def test_every_key_of_the_manifest_is_explained() -> None:
 
 @pytest.mark.slow
 def test_quickstart_and_readme_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands and the Python of the quickstart work as written, in order, and end as the page says.
+    """The commands and the Python that the pages mark work as written, in order, and end as the page says.
 
     A tiny model stands in for the default one. A block of the README whose commands are all in the quickstart
     is not run twice.
     """
     prepare(model, tmp_path, monkeypatch)
     commands: set[str] = set()
-    for block in [*blocks(DOCS / "quickstart.md"), *blocks(ROOT / "README.md")]:
+    pages = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
+    for block in [block for page in pages for block in blocks(page) if block.runnable]:
         script = block.script()
-        if block.language == "python" and block.page.name == "quickstart.md":
-            exec(compile(block.body, block.page.name, "exec"), {"__name__": "quickstart"})
-        elif block.runnable and not commands.issuperset(script.splitlines()):
+        if block.language == "python":
+            exec(compile(block.body, block.page.name, "exec"), {"__name__": block.page.stem})
+        elif not commands.issuperset(script.splitlines()):
             assert run(script) in block.statuses, script
             commands.update(script.splitlines())
 

@@ -29,7 +29,7 @@ from onward.store.rows import EventRow
 from onward.terminal import tolerant
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e.jsonl"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
 
 def started(position: int, name: str = "a.jsonl", steps: int = 2) -> FileStarted:

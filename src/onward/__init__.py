@@ -7,6 +7,7 @@ TYPE_CHECKING = False  # as typing has it, which is not imported: see __main__
 if TYPE_CHECKING:
     from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
     from onward.run import Run
+    from onward.service.wishes import Wishes
 
 __all__ = [
     "Committed",
@@ -17,6 +18,7 @@ __all__ = [
     "Resumed",
     "Run",
     "StepTaken",
+    "Wishes",
     "__version__",
 ]
 
@@ -26,6 +28,10 @@ def __getattr__(name: str) -> object:
         from onward.run import Run
 
         return Run
+    if name == "Wishes":
+        from onward.service.wishes import Wishes
+
+        return Wishes
     if name in __all__:
         from onward import events
 

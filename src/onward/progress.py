@@ -201,8 +201,8 @@ def _describe_start(event: FileStarted) -> str:
 
 
 def _describe_commit(event: Committed) -> str | None:
-    """Say what a commit at a boundary kept and removed; the others are many, and say nothing new."""
-    if event.restore_point is None:
+    """Say what a commit at a boundary kept and removed; the others are many, and step 0 has nothing trained yet."""
+    if event.restore_point is None or event.step == 0:
         return None
     removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
     kept = "weights, optimizer, scheduler, RNG"

@@ -11,29 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward import status
-from onward.config import Config, parse_config, read_config, render_yaml
-from onward.errors import DamagedState, UsageError
+from onward.config import Config
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.service.client import Patience, expire_requests, request
+from onward.making import create, open_ledger, refuse_occupied
+from onward.service import client
+from onward.service.client import Patience
 from onward.service.holder import is_held
+from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
 from onward.service.owner.process import OpenedRun, operate
 from onward.service.settings import Settings
-from onward.service.shown import PAUSED, Shown
-from onward.service.wishes import AFTER_FILE, RELEASE, Wishes, interrupts_of_host
-from onward.store.ledger import Ledger, make_ledger
-from onward.store.lookup import find_file
-from onward.text import quoted
+from onward.service.wishes import Wishes, interrupts_of_host
+from onward.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
+    from onward.training.checkpoint import Manifest
 
 PathLike = str | os.PathLike[str]
-
-
-REMOVABLE = ("arriving", "queued", "training")
-"""States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
 
 
 def _silent(_: Any) -> None:
@@ -71,24 +67,23 @@ class Run:
         model: str | None = None,
         *,
         report: Callable[[str], None] = _silent,
+        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         **settings: Any,
     ) -> Run:
         """Make a run. Settings are config keys: `Run.create("run", "path/to/model", batch_size=4, lora={"rank": 8})`.
 
+        Args:
+            report: receives a line when something takes long.
+            loading: as for `Run`.
+
         Raises:
             ConfigError: a setting is refused.
-            ModelError: the base model cannot be had.
+            ModelError: the base model or its tokenizer is missing or unusable.
             UsageError: there is a run in `directory` already.
         """
         values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
-        layout = RunLayout(Path(directory))
-        _refuse_occupied(layout)
-        if layout.config.exists() and values:
-            hint = "Leave the settings out to use it, or remove it."
-            raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)
-        config = read_config(layout.config) if layout.config.exists() else parse_config(values)
-        _create(layout, config, report)
-        return cls(directory)
+        create(RunLayout(Path(directory)), values, report, loading)
+        return cls(directory, loading=loading)
 
     @classmethod
     def adopt(
@@ -99,6 +94,7 @@ class Run:
         *,
         settings: Mapping[str, Any] | None = None,
         report: Callable[[str], None] = _silent,
+        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Run:
         """Make a run from a checkpoint of transformers' Trainer: weights, moments and step go on.
 
@@ -106,13 +102,17 @@ class Run:
             checkpoint: a `checkpoint-N` directory, LoRA (PEFT) or full.
             model: the base model, where the checkpoint does not name one that is here.
             settings: config keys to set beyond what the checkpoint says.
+            report: receives a line for all that was taken over, set anew or is unknown.
+            loading: as for `Run`.
         """
-        from onward.service.state.adopt import adopt
-
         layout = RunLayout(Path(directory))
-        _refuse_occupied(layout)
-        adopt(Path(checkpoint), layout, model, settings or {}, report)
-        return cls(directory)
+        refuse_occupied(layout)
+        with loading():
+            from onward.service.state.adopt import adopt
+
+        for line in adopt(Path(checkpoint), layout, model, settings or {}, report):
+            report(line)
+        return cls(directory, loading=loading)
 
     @property
     def config(self) -> Config:
@@ -127,13 +127,8 @@ class Run:
         Raises:
             FileRejected: a file was refused; its report is in `rejected/`.
         """
-        from onward.service.intake.inbox import PRIORITIES
-
-        if priority not in PRIORITIES:
-            raise UsageError(
-                f"there is no priority {priority!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}"
-            )
-        with self._ledger() as ledger:
+        require_priority(priority)
+        with open_ledger(self.layout) as ledger:
             opened = self._opened(ledger)
             taken = opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
             return [asdict(row) for row in taken]
@@ -163,8 +158,7 @@ class Run:
         with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
-            intent = ledger.add_intent(files, again=again, priority=0) if files else None
-            with operate(opened, wishes, observe) as daemon:
+            with client.intent(ledger, files, again=again) as intent, operate(opened, wishes, observe) as daemon:
                 for refusal in daemon.intake.finish_left_over(intent):
                     report(f"handed over earlier: {refusal}")
                 if intent is not None:
@@ -209,7 +203,7 @@ class Run:
         from onward.service.intake.checker import check_arrived
 
         stop = Wishes() if stop is None else stop
-        with self._ledger() as ledger:
+        with open_ledger(self.layout) as ledger:
             check_arrived(self.layout, ledger, stop.check)
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
@@ -217,30 +211,18 @@ class Run:
 
         Without such a process the pause is noted, and the next `watch` begins paused.
         """
-        with self._ledger() as ledger:
-            if not is_held(self.layout.lock):
-                ledger.put(paused={"release": release})
-                Shown(ledger).set(PAUSED)
-                return "no process works on this run; the next onward watch begins paused"
-            return request(self.layout, ledger, Patience(patience), "pause", RELEASE if release else None)
+        with open_ledger(self.layout) as ledger:
+            return client.pause(self.layout, ledger, Patience(patience), release=release)
 
     def resume(self, *, patience: float = 60.0) -> str:
         """Ask a paused process to go on."""
-        with self._ledger() as ledger:
-            if not is_held(self.layout.lock):
-                was_paused = ledger.get("paused") is not None
-                ledger.put(paused=None)
-                Shown(ledger).at_rest()
-                return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
-            return request(self.layout, ledger, Patience(patience), "resume")
+        with open_ledger(self.layout) as ledger:
+            return client.resume(self.layout, ledger, Patience(patience))
 
     def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
         """Ask the process that trains to commit and end, now or at the next boundary."""
-        with self._ledger() as ledger:
-            if not is_held(self.layout.lock):
-                return "no process works on this run"
-            waiting = Patience(patience, until_end=True)
-            return request(self.layout, ledger, waiting, "stop", AFTER_FILE if after_file else None)
+        with open_ledger(self.layout) as ledger:
+            return client.stop(self.layout, ledger, patience, after_file=after_file)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -248,13 +230,10 @@ class Run:
         Raises:
             UsageError: no such file waits, or none is in hand.
         """
-        with self._ledger() as ledger:
-            row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
-            if row is None:
-                hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
-                raise UsageError("no file is being trained", where=self.layout.root.absolute(), hint=hint)
+        with open_ledger(self.layout) as ledger:
+            row = client.find_removable(self.layout, ledger, file)
             if is_held(self.layout.lock):
-                return request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
+                return client.request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
             reason = reason or "skipped by an operator"
             if row.state == "arriving":
                 return self._opened(ledger).intake().withdraw(row, reason)
@@ -282,6 +261,21 @@ class Run:
                 from onward.service.proof.verify import verify
 
             return verify(self.layout, ledger, deep=deep)
+
+    def snapshot(self, target: PathLike) -> Manifest:
+        """Make `target` a directory with the newest committed checkpoint, verified, whatever is trained meanwhile.
+
+        Its files are hard links where the file system allows: they are to be read, not changed.
+
+        Raises:
+            UsageError: `target` is there already, or nothing was committed yet.
+            DamagedState: the newest checkpoint is not what was committed.
+            Unreadable: something cannot be read now.
+        """
+        with self._loading():
+            from onward.service.state.reading import snapshot
+
+        return snapshot(self.layout, Path(target))
 
     def rollback(self, to: str | int, *, requeue: bool = False) -> dict[str, Any]:
         """Go back to the boundary after a file (name, position or hash prefix) or at a step; later files are undone.
@@ -331,10 +325,10 @@ class Run:
 
     @contextlib.contextmanager
     def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
-        with self._ledger() as ledger:
+        with open_ledger(self.layout) as ledger:
             asked = ledger.last_request()  # what is asked from here on is asked of this process
             with RunLock(self.layout.lock):
-                expire_requests(ledger, asked)
+                client.expire_requests(ledger, asked)
                 if wishes is not None:
                     wishes.ignore_up_to(asked)
                 yield ledger
@@ -342,46 +336,7 @@ class Run:
     def _opened(self, ledger: Ledger, report: Callable[[str], None] = _silent) -> OpenedRun:
         return OpenedRun(self.layout, ledger, report, loading=self._loading)
 
-    def _ledger(self) -> Ledger:
-        ledger = Ledger(self.layout.ledger)
-        if ledger.get("run") is None:
-            ledger.close()
-            raise DamagedState(
-                "the ledger is empty",
-                where=self.layout.ledger,
-                hint="Put it back from a copy. If nothing was trained here: remove it, then onward init",
-            )
-        return ledger
-
 
 def _ctrl_c(given: Wishes | None, wishes: Wishes) -> contextlib.AbstractContextManager[None]:
     """Let Ctrl-C commit first, unless the caller looks after signals and stops itself."""
     return contextlib.nullcontext() if given is not None else interrupts_of_host(wishes)
-
-
-def _refuse_occupied(layout: RunLayout) -> None:
-    if layout.ledger.exists():
-        hint = f"onward status --run {quoted(layout.root)}; for another run name another directory."
-        raise UsageError("there is a run in this directory already", where=layout.root.absolute(), hint=hint)
-    if layout.checkpoints() or layout.restore_points():
-        hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run of it."
-        raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
-    if layout.root.exists() and not layout.root.is_dir():
-        raise UsageError("this is a file, not a directory", where=layout.root.absolute())
-
-
-def _create(layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
-    """Find the base model first, so that a refusal leaves nothing behind; the ledger last, so that it makes the run."""
-    from onward.training.base import require_complete, resolve_base, with_stored_path
-
-    base = resolve_base(config.model, download=True, report=report)
-    require_complete(base)
-    config = with_stored_path(config, base, layout.root)
-    try:
-        layout.root.mkdir(parents=True, exist_ok=True)
-        layout.make()
-        if not layout.config.exists():
-            layout.config.write_text(render_yaml(config), encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
-    make_ledger(layout.ledger)

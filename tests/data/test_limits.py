@@ -11,7 +11,8 @@ import pytest
 import zstandard
 from tiny import byte_tokenizer, write_jsonl
 
-from onward.config import Config, parse_config
+from onward.config import Config
+from onward.config_text import parse_config
 from onward.data.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import FileError, read_rows

@@ -19,6 +19,7 @@ import stock
 import tiny
 import torch
 import yaml
+from commands import onward
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from states import read_state
@@ -26,6 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from onward import Run
+from onward.data.tokenizer import load_tokenizer_state
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.state.adopt import adopt
@@ -228,6 +230,10 @@ def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path:
     command = [sys.executable, "-m", "onward", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (0, STEPS) == (done.returncode, json.loads(done.stdout)["global_step"])
+    (stored,) = (tmp_path / "run/cache/tokenizer").iterdir()
+    assert load_tokenizer_state(stored) is not None
+    lines = [line.partition(" ")[0] for line in done.stderr.splitlines()]
+    assert ["from", "from", "the", "batch_size", "the", "adopted"] == lines
     assert f"adopted step {STEPS}" in done.stderr
     assert (RATE, "lora") == (Run(tmp_path / "run").config.learning_rate, Run(tmp_path / "run").config.method)
 
@@ -440,7 +446,8 @@ def test_reset_is_back_at_the_adopted_step(
     for number in (1, 2):
         run.train(tiny.write_jsonl(tmp_path / f"{number}.jsonl", tiny.chat_rows(4, seed=number)))
     assert [STEPS + 7, STEPS + 6, STEPS] == [int(path.name[5:]) for path in run.layout.restore_points()]
-    assert {"global_step": STEPS, "undone": ["more.jsonl", "1.jsonl", "2.jsonl"]} == run.reset()
+    back = onward("reset", "--yes", "--run", run.layout.root)
+    assert f"back at the adopted step {STEPS}; undone: more.jsonl, 1.jsonl, 2.jsonl. The" in back.err
     state = stock.open_state(run.layout.root)
     stock.assert_equal(saved[method].weights, stock.trained(state.model))
     stock.assert_equal(saved[method].moments, stock.moments(state.model, state.optimizer))

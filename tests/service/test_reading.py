@@ -45,6 +45,13 @@ def run(trained: Path, tmp_path: Path) -> Run:
     return Run(copy_run(trained, tmp_path / "run"))
 
 
+def test_a_run_gives_a_snapshot(run: Run, tmp_path: Path) -> None:
+    """`Run.snapshot` makes a directory with all files of the newest commit, and says which it is."""
+    manifest = run.snapshot(tmp_path / "copy")
+    assert inspect_checkpoint(tmp_path / "copy").verified == manifest
+    assert 3 == manifest.step
+
+
 def test_a_snapshot_is_of_one_step(run: Run, files: list[Path], tmp_path: Path) -> None:
     """Commits between any two files that are linked lead to the newer state, never to a mix."""
     names = sorted(path.name for path in run.layout.checkpoint(3).iterdir())

@@ -8,7 +8,8 @@ import pytest
 from daemons import configure, rows_file
 
 from onward import Run
-from onward.config import NotifyConfig, parse_config, stored_config
+from onward.config import NotifyConfig, stored_config
+from onward.config_text import parse_config
 from onward.errors import ConfigError
 from onward.layout import RunLayout
 from onward.service.outside.reporting import Reporter

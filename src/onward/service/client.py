@@ -1,20 +1,28 @@
-"""The other side of control: a command asks the process that owns a run for something and waits for its answer."""
+"""The other side of control: a command records what it was given, asks the owner of a run and waits for its answer."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
 import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.shown import PAUSED, Shown
+from onward.service.wishes import AFTER_FILE, RELEASE
 from onward.store.ledger import Ledger
+from onward.store.lookup import find_file
+from onward.store.rows import FileRow
 
 POLL_SECONDS = 0.1
 EXPIRED = "the process it was meant for had ended"
 """The answer to what was asked of a process that is gone, given by the next one."""
+REMOVABLE = ("arriving", "queued", "training")
+"""States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,57 @@ class Patience:
 
     seconds: float
     until_end: bool = False
+
+
+def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: bool) -> str:
+    """Ask the owner to hold still, or note it for the next one; returns the answer."""
+    if is_held(layout.lock):
+        return request(layout, ledger, patience, "pause", RELEASE if release else None)
+    ledger.put(paused={"release": release})
+    Shown(ledger).set(PAUSED)
+    return "no process works on this run; the next onward watch begins paused"
+
+
+def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
+    """Ask the owner to go on, or take back a pause that was noted; returns the answer."""
+    if is_held(layout.lock):
+        return request(layout, ledger, patience, "resume")
+    was_paused = ledger.get("paused") is not None
+    ledger.put(paused=None)
+    Shown(ledger).at_rest()
+    return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
+
+
+def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool) -> str:
+    """Ask the owner to end, and wait until it has ended or, with `after_file`, until it has answered."""
+    if not is_held(layout.lock):
+        return "no process works on this run"
+    return request(layout, ledger, Patience(seconds, until_end=True), "stop", AFTER_FILE if after_file else None)
+
+
+@contextlib.contextmanager
+def intent(ledger: Ledger, files: Sequence[Path], *, again: bool) -> Generator[int | None]:
+    """Record which files a command was given, before anything of them is read; one that is refused gave none."""
+    number = ledger.add_intent(files, again=again, priority=0) if files else None
+    try:
+        yield number
+    except UsageError:
+        if number is not None:
+            ledger.end_intent(number)
+        raise
+
+
+def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileRow:
+    """Return the file that a person means to skip; without a name the one in hand.
+
+    Raises:
+        UsageError: there is none.
+    """
+    row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
+    if row is None:
+        hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
+        raise UsageError("no file is being trained", where=layout.root.absolute(), hint=hint)
+    return row
 
 
 def request(

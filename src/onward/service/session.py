@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from onward.config import Config, read_config
+from onward.config import Config
+from onward.config_text import read_config
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onward.config import Config, read_config
+from onward.config import Config
+from onward.config_text import read_config
 from onward.errors import ConfigError
 
 

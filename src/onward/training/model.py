@@ -26,6 +26,7 @@ from onward.training.adapter import (
     saved_adapter_config,
 )
 from onward.training.attention import ROW_ATTENTION, is_padding_free
+from onward.training.base import COMPLETE
 from onward.training.fused_lora import fuse_lora
 from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
@@ -41,9 +42,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(
-            f"the tokenizer cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
-        ) from None
+        raise ModelError(f"the tokenizer cannot be loaded: {first_line(error)}", where=folder, hint=COMPLETE) from None
 
 
 def build_model(

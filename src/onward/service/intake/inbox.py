@@ -12,12 +12,23 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from onward.errors import UsageError
 from onward.service.intake.writers import is_being_written
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
 """Folders of the inbox, and what `--priority` takes, with their rank."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
 """Endings under which writers and editors keep what is not done."""
+
+
+def require_priority(name: str) -> None:
+    """Refuse a priority that there is not.
+
+    Raises:
+        UsageError: there is no such priority.
+    """
+    if name not in PRIORITIES:
+        raise UsageError(f"there is no priority {name!r}", where="priority", hint=f"One of: {', '.join(PRIORITIES)}")
 
 
 @dataclass

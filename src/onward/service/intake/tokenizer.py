@@ -129,18 +129,39 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
 
 
 def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
-    """Return the tokenizer of a model folder as it is stored in `cache/`; transformers loads it the first time.
+    """Return the tokenizer of a model folder as it is stored in `cache/`; where it is not, it is loaded and stored.
 
     Raises:
         ModelError: there is none, or it cannot be used.
     """
-    path = layout.cache / "tokenizer" / tokenizer_files_digest(folder)
-    state = load_tokenizer_state(path)
+    state = load_tokenizer_state(_place(layout, folder))
     if state is None:
-        from onward.training.model import load_tokenizer
-
-        state = TokenizerState.of(load_tokenizer(folder))
-        remove_tree(path.parent)
-        with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
-            save_tokenizer_state(path, state)
+        state = load_tokenizer_of(folder)
+        store_tokenizer(layout, folder, state)
     return state
+
+
+def load_tokenizer_of(folder: Path) -> TokenizerState:
+    """Load the tokenizer of a model folder with transformers, which takes seconds to import.
+
+    Raises:
+        ModelError: there is none, or it cannot be used.
+    """
+    from onward.training.model import load_tokenizer
+
+    try:
+        return TokenizerState.of(load_tokenizer(folder))
+    except ModelError as error:
+        raise ModelError(error.what, where=error.where or folder, hint=error.hint) from None
+
+
+def store_tokenizer(layout: RunLayout, folder: Path, state: TokenizerState) -> None:
+    """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
+    path = _place(layout, folder)
+    remove_tree(path.parent)
+    with contextlib.suppress(OSError):  # a full disk: it is loaded anew each time
+        save_tokenizer_state(path, state)
+
+
+def _place(layout: RunLayout, folder: Path) -> Path:
+    return layout.cache / "tokenizer" / tokenizer_files_digest(folder)

@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from onward.config import Config, NotifyConfig, read_config
+from onward.config import Config, NotifyConfig
+from onward.config_text import read_config
 from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout

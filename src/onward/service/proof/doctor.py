@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from onward.config import Config, read_config
+from onward.config import Config
+from onward.config_text import read_config
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder

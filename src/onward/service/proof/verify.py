@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
-from onward.config import Config, read_config, stored_config
+from onward.config import Config, stored_config
+from onward.config_text import read_config
 from onward.data.order import make_plan, rows_digest
 from onward.digest import xxh3_file
 from onward.errors import OnwardError

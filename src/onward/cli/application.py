@@ -1,0 +1,47 @@
+"""The application: all commands, in the order in which `onward --help` lists them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from onward import __version__
+from onward.cli.commands_back import rebuild, reset, rollback
+from onward.cli.commands_control import pause, resume, skip, stop
+from onward.cli.commands_make import adopt, init
+from onward.cli.commands_show import doctor, history, service, status, verify
+from onward.cli.commands_train import add, check, train, watch
+from onward.terminal import show_line
+
+app = typer.Typer(
+    help="Cumulative fine-tuning: files arrive one after another, and every file continues the same run.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Exit status: 0 done, 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, "
+    "5 verification failed.",
+)
+COMMANDS = (
+    init, adopt,
+    train, add, watch,
+    pause, resume, stop, skip,
+    status, history, verify, doctor,
+    rollback, rebuild, reset,
+    service,
+)  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Answer `--version`."""
+    if show_version:
+        show_line(f"onward {__version__}")
+        raise typer.Exit
+
+
+for command in COMMANDS:
+    app.command()(command)
+app.command(hidden=True)(check)

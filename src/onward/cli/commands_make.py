@@ -1,0 +1,66 @@
+"""Commands that make a run: `init` from a base model, `adopt` from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.options import JsonOption, ModelOption, RunOption, SetOption
+from onward.cli.output import show
+from onward.errors import ModelError, UsageError
+from onward.terminal import say
+from onward.text import quoted
+
+
+def init(
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The new run's directory.")] = None,
+    run: RunOption = Path(),
+    model: ModelOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run."""
+    from onward.config_text import parse_settings
+    from onward.run import Run
+
+    values = parse_settings(settings or [])
+    if model is not None and "model" in values:
+        raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
+    if model is not None:
+        values["model"] = model
+    if "model" in values and not values["model"]:
+        raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
+    try:
+        made = Run.create(directory or run, report=say, loading=startup.large_imports, **values)
+    except ModelError as error:
+        raise UsageError(
+            error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
+        ) from None
+    if as_json:
+        show({"run": str(made.layout.root.absolute()), "config": made.config.model_dump(mode="json")})
+    else:
+        place = quoted(made.layout.root)
+        say(f"made the run {place}; next: onward train FILE... --run {place}")
+
+
+def adopt(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of transformers' Trainer.")],
+    run: RunOption = Path(),
+    model: ModelOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
+    from onward.config_text import parse_settings
+    from onward.run import Run
+
+    values = parse_settings(settings or [])
+    adopted = Run.adopt(checkpoint, run, model, settings=values, report=say, loading=startup.large_imports)
+    if as_json:
+        show(adopted.status())
+    step = adopted.status()["global_step"]
+    place = quoted(adopted.layout.root)
+    say(f"adopted step {step} into {place}; next: onward train FILE... --run {place}")

@@ -1,0 +1,103 @@
+"""Commands that change nothing: `status`, `history`, `verify`, `doctor`; `service` prints a systemd unit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.options import JsonOption, RunOption
+from onward.cli.output import show
+from onward.errors import printable_lines
+from onward.layout import RunLayout
+from onward.terminal import say, show_line
+from onward.text import printable
+
+REFRESH_SECONDS = 1.0
+
+
+def status(
+    run: RunOption = Path(),
+    keep_showing: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show step, file, queue, loss, learning rate, ETA, disk and what happened last."""
+    from onward.status import read_status, recent_events
+
+    layout = RunLayout(run)
+    if as_json:
+        show(read_status(layout))
+        return
+    from onward.progress import print_status, status_lines, watch_status
+
+    if keep_showing:
+        watch_status(lambda: status_lines(read_status(layout), recent_events(layout)), REFRESH_SECONDS)
+    print_status(read_status(layout), recent_events(layout))
+
+
+def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Show one row per file: rows, steps, loss, learning rate, handover, time."""
+    from onward.status import read_history
+
+    entries = read_history(RunLayout(run))
+    if as_json:
+        show(entries)
+        return
+    from onward.progress import print_history
+
+    print_history(entries)
+
+
+def verify(
+    run: RunOption = Path(),
+    deep: Annotated[bool, typer.Option("--deep", help="Train again from the last boundary and compare.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check the run's proof: files, hashes, counters, rows, learning rates, handovers."""
+    from onward.run import Run
+
+    proof = Run(run, loading=startup.large_imports).verify(deep=deep)
+    if as_json:
+        show(proof.to_dict())
+    else:
+        for check in proof.checks:
+            show_line(f"{'ok    ' if check.ok else 'FAILED'}  {check.name}: {printable_lines(check.detail)}")
+    if not proof.ok:
+        failed = ", ".join(check.name for check in proof.checks if not check.ok)
+        say(f"not verified: {failed}")
+        raise typer.Exit(5)
+
+
+def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
+    """Check this machine and run for what would stop training later."""
+    from onward.service.proof.doctor import examine
+
+    findings = examine(RunLayout(run))
+    if as_json:
+        show([finding.to_dict() for finding in findings])
+    else:
+        for finding in findings:
+            show_line(f"{finding.level:<8}{printable(finding.subject)}: {printable_lines(finding.message)}")
+            if finding.hint:
+                show_line(f"        {printable_lines(finding.hint)}")
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def service(
+    run: RunOption = Path(),
+    user: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Who runs it; by default you or, for root, the owner of the run's directory."
+        ),
+    ] = None,
+) -> None:
+    """Print a systemd unit that watches this run."""
+    from onward.service.outside.unit import systemd_unit
+
+    layout = RunLayout(run)
+    layout.require()
+    show_line(systemd_unit(layout.root, user).rstrip("\n"))

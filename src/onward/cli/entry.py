@@ -1,0 +1,50 @@
+"""The entry point: every way in which a command ends becomes a line and an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import sys
+from typing import NoReturn, cast
+
+import typer
+
+from onward import startup
+from onward.cli.application import app
+from onward.errors import OnwardError
+from onward.terminal import flush_results, open_standard_streams, say
+
+CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
+"""click's `ClickException`, be it click's own or of the copy of click inside typer."""
+INTERRUPTED = 130
+"""What typer makes of a second Ctrl-C."""
+
+
+def main() -> NoReturn:
+    """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    startup.set_environment()
+    open_standard_streams()
+    try:
+        outcome = app(standalone_mode=False)
+        flush_results()
+    except CommandLineError as error:
+        with contextlib.suppress(OSError, ValueError):
+            error.show()
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        say("interrupted; what was committed is safe")
+        sys.exit(1)
+    except OnwardError as error:
+        say(f"onward: {error}")
+        sys.exit(error.exit_status)
+    except sqlite3.DatabaseError as error:
+        say(f"onward: the ledger cannot be used: {error}\n  onward doctor says more.")
+        sys.exit(1)
+    except OSError as error:
+        say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
+        say("  What was committed is safe; onward doctor says more.")
+        sys.exit(1)
+    if outcome == INTERRUPTED:
+        say("interrupted; what was committed is safe")
+        sys.exit(1)
+    sys.exit(outcome if isinstance(outcome, int) else 0)

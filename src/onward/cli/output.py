@@ -1,0 +1,24 @@
+"""What commands print that several of them share."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from onward.terminal import say, show_line
+from onward.text import quoted
+
+if TYPE_CHECKING:
+    from onward.run import Run
+
+
+def show(value: Any) -> None:
+    """Print a result as JSON."""
+    show_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def say_stopped(run: Run, reason: str, command: str) -> None:
+    """Say that a command ended because of a stop, what is committed by now, and which command goes on."""
+    checkpoint = run.status()["checkpoint"]
+    committed = f"{checkpoint} is committed" if checkpoint else "nothing is committed yet"
+    say(f"stopped ({reason}); {committed}; onward {command} --run {quoted(run.layout.root)} goes on")

@@ -1,0 +1,149 @@
+"""The config as text: `onward.yaml`, `config.json` and `--set`; what is refused names the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from onward.config import IDENTITY_KEYS, SECRET_KEYS, SECTIONS, Config, known_keys
+from onward.errors import ConfigError
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's safe loader where PyYAML has it: ten times faster, and the config is read at every boundary."""
+
+KEYS_HINT = "docs/config.md lists every key with its values."
+MISSING_HINT = (
+    "Put it back; the values last trained with stand in current_model/checkpoint-*/onward.json, under config."
+)
+BROKEN_HINT = "Mend it, or put back the values of current_model/checkpoint-*/onward.json, under config."
+
+
+def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
+    """Validate nested or dotted values.
+
+    Raises:
+        ConfigError: unknown keys, wrong types or impossible values, each named with the nearest right name.
+    """
+    if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"a config is a mapping of keys to values, not {values!r}", where=where)
+    try:
+        return Config.model_validate(_nested(values, where))
+    except ValidationError as error:
+        lines = [_describe(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("; ".join(lines), where=where, hint=KEYS_HINT) from None
+
+
+def read_config(path: Path) -> Config:
+    """Read `onward.yaml` or `config.json`.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or refused.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
+    except FileNotFoundError:
+        raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
+    if values is None:
+        raise ConfigError("the config is empty", where=path, hint=MISSING_HINT)
+    return parse_config(values, where=path)
+
+
+def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
+    """Turn `KEY=VALUE` words into a flat mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: a word without `=`, an unknown key, or a value that is not YAML.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"{setting!r} is not KEY=VALUE", where="--set", hint="For instance: --set lora.rank=8")
+        try:
+            values[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            hint = "Values are YAML: a number, a word, or a list such as [q_proj, v_proj]."
+            raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set", hint=hint) from None
+    _nested(values, "--set")
+    return values
+
+
+def render_yaml(config: Config) -> str:
+    """Return the text of `onward.yaml`: every key, its value and what it means."""
+    lines = ["# Config of this run. Locked once it has trained: " + ", ".join(IDENTITY_KEYS) + "."]
+    lines.append("# The other keys act at the next file or at once, as docs/config.md says; the ledger records it.")
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            lines.append(f"{name}:")
+            for key, inner in type(value).model_fields.items():
+                lines.append(f"  {key}: {_scalar(getattr(value, key))}  # {inner.description}")
+        else:
+            lines.append(f"{name}: {_scalar(value)}  # {field.description}")
+    return "\n".join(lines) + "\n"
+
+
+def _scalar(value: Any) -> str:
+    return json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Spread dotted keys and refuse unknown ones, each with the nearest right name."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        section, dot, rest = str(key).partition(".")
+        if dot:
+            inner = result.setdefault(section, {})
+            if isinstance(inner, dict):
+                inner[rest] = value
+        elif isinstance(value, Mapping) and isinstance(result.get(section), dict):
+            result[section].update(value)
+        else:
+            result[section] = {str(k): v for k, v in cast(Any, value).items()} if isinstance(value, Mapping) else value
+    sections = {name: result[name] for name in SECTIONS if isinstance(result.get(name), dict)}
+    names = [key for key in result if key not in SECTIONS]
+    names += [f"{name}.{key}" for name, section in sections.items() for key in section]
+    for name in names:
+        if name not in known_keys():
+            value = _lookup(result, name)
+            shown = "" if name.startswith("notify.") else f" with value {value!r}"  # it may be a secret, misspelt
+            raise ConfigError(f"unknown key {name!r}{shown}{_nearest(name)}", where=where, hint=KEYS_HINT)
+    return result
+
+
+def _lookup(values: dict[str, Any], name: str) -> Any:
+    section, dot, rest = name.partition(".")
+    return values[section][rest] if dot and isinstance(values[section], dict) else values[section]
+
+
+def _nearest(name: str) -> str:
+    keys = known_keys()
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    close = close or [key for key in keys if key.endswith("." + name.rpartition(".")[2])]
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "list[", "str")))
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    if key in SECRET_KEYS:
+        return f"{key}: its value is refused: {message[:1].lower()}{message[1:]}"
+    value = problem["input"]
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(value, str):
+        allowed = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        close = difflib.get_close_matches(value, allowed, n=1)
+        near = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{key}: {value!r} is refused: {message[:1].lower()}{message[1:]}{near}"

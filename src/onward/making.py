@@ -1,0 +1,123 @@
+"""What makes a directory a run: how it is made, and the ledger that shows that it was.
+
+Everything that can be refused is refused before anything is made, so that a refusal leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward.config import Config
+from onward.config_text import parse_config, read_config, render_yaml
+from onward.errors import DamagedState, UsageError
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger, make_ledger
+from onward.text import quoted
+
+if TYPE_CHECKING:
+    from onward.data.tokenizer import TokenizerState
+
+
+def create(
+    layout: RunLayout,
+    values: Mapping[str, Any],
+    report: Callable[[str], None],
+    loading: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Make a run from a base model.
+
+    Args:
+        values: config keys; none where the directory has a config already.
+        report: receives a line when something takes long.
+        loading: a context in which large libraries are imported.
+
+    Raises:
+        ConfigError: a setting is refused, or rows may be longer than the positions that the model has learned.
+        ModelError: the base model or its tokenizer is missing or unusable.
+        UsageError: the directory is in use.
+    """
+    from onward.service.intake.tokenizer import store_tokenizer
+    from onward.training.base import require_complete, resolve_base, with_stored_path
+    from onward.training.capacity import read_capacity, require_fits
+
+    refuse_occupied(layout)
+    config = _choose_config(layout, values)
+    base = resolve_base(config.model, download=True, report=report)
+    require_complete(base)
+    require_fits(read_capacity(base), max_length=config.max_length)
+    folder = layout.tokenizer(base)
+    tokenizer = _load_tokenizer(folder, report, loading)
+    _make_files(layout, with_stored_path(config, base, layout.root))
+    store_tokenizer(layout, folder, tokenizer)
+    make_ledger(layout.ledger)  # last: it is what makes the directory a run
+
+
+def refuse_occupied(layout: RunLayout) -> None:
+    """Refuse a directory that holds a run or a model already.
+
+    Raises:
+        UsageError: it does, or there is a file of that name.
+    """
+    if layout.ledger.exists():
+        hint = f"onward status --run {quoted(layout.root)}; for another run name another directory."
+        raise UsageError("there is a run in this directory already", where=layout.root.absolute(), hint=hint)
+    if layout.checkpoints() or layout.restore_points():
+        hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run of it."
+        raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
+    if layout.root.exists() and not layout.root.is_dir():
+        raise UsageError("this is a file, not a directory", where=layout.root.absolute())
+
+
+def open_ledger(layout: RunLayout) -> Ledger:
+    """Open the ledger of a run.
+
+    Raises:
+        DamagedState: it is empty, so it is not the one that the run was made with.
+    """
+    ledger = Ledger(layout.ledger)
+    if ledger.get("run") is not None:
+        return ledger
+    ledger.close()
+    found = layout.checkpoints()
+    hint = (
+        f"Put it back from a copy, or make a run of the model: onward adopt {quoted(found[0])} --run NEW_RUN"
+        if found
+        else "Put it back from a copy. If nothing was trained here: remove it, then onward init"
+    )
+    raise DamagedState("the ledger is empty", where=layout.ledger, hint=hint)
+
+
+def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
+    if not layout.config.exists():
+        return parse_config(values)
+    if values:
+        hint = "Leave the settings out to use it, or remove it."
+        raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)
+    return read_config(layout.config)
+
+
+def _load_tokenizer(
+    folder: Path, report: Callable[[str], None], loading: Callable[[], AbstractContextManager[None]]
+) -> TokenizerState:
+    """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
+    from onward.service.intake.tokenizer import load_tokenizer_of
+
+    if "transformers" in sys.modules:
+        return load_tokenizer_of(folder)
+    report("preparing the tokenizer, once")
+    with loading():
+        return load_tokenizer_of(folder)
+
+
+def _make_files(layout: RunLayout, config: Config) -> None:
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+        layout.make()
+        if not layout.config.exists():
+            layout.config.write_text(render_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
