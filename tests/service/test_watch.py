@@ -218,7 +218,7 @@ def test_skip_without_a_daemon(run: Run, tmp_path: Path) -> None:
     assert "skipped a.jsonl" == run.skip("a.jsonl")
     run.train()
     assert ["b.jsonl"] == done(run)
-    with pytest.raises(UsageError, match=r"'b\.jsonl' is done.*\n.*rebuild --without 1"):
+    with pytest.raises(UsageError, match=r"'b\.jsonl' is done.*\n.*rebuild --without file:1"):
         run.skip("b.jsonl")
 
 
