@@ -174,13 +174,12 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
     owned.shown.set("loading")
     wishes = owned.wishes
     wishes.interruptibly(lambda: _import_daemon(opened), by_any=False)
-    if watch:
-        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for
-            try:
-                wishes.interruptibly(lambda: _open_now(opened), by_any=True)
-            except Stopped:
-                if wishes.wants_end:
-                    raise
+    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for, or met again
+        try:
+            wishes.interruptibly(lambda: _open_now(opened), by_any=True)  # before a file is taken in
+        except Stopped:
+            if wishes.wants_end:
+                raise
     from onward.service.intake.inbox import Inbox
     from onward.service.owner.daemon import Daemon
     from onward.service.owner.incoming import Incoming
