@@ -18,7 +18,7 @@ from onward.layout import RunLayout
 from onward.service.client import Patience, expire_requests, request
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
-from onward.service.owner.process import OpenedRun, operate
+from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.settings import Settings
 from onward.service.shown import PAUSED, Shown
 from onward.service.wishes import AFTER_FILE, RELEASE, Wishes, interrupts_of_host
@@ -163,13 +163,14 @@ class Run:
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
-            intent = ledger.add_intent(files, again=again, priority=0) if files else None
-            with operate(opened, wishes, observe) as daemon:
-                for refusal in daemon.intake.finish_left_over(intent):
-                    report(f"handed over earlier: {refusal}")
-                if intent is not None:
-                    daemon.intake.take(files, again=again, intent=intent)
-                daemon.run(once=True)
+            with account(opened, wishes) as reporter:
+                intent = ledger.add_intent(files, again=again, priority=0) if files else None
+                with operate(opened, wishes, observe, reporter) as daemon:
+                    for refusal in daemon.intake.finish_left_over(intent):
+                        report(f"handed over earlier: {refusal}")
+                    if intent is not None:
+                        daemon.intake.take(files, again=again, intent=intent)
+                    daemon.run(once=True)
             positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 
@@ -200,7 +201,10 @@ class Run:
         with self._owned() as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
             opened = self._opened(ledger, report)
-            with operate(opened, wishes, observe, watch=True) as daemon:
+            with (
+                account(opened, wishes) as reporter,
+                operate(opened, wishes, observe, reporter, watch=True) as daemon,
+            ):
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
 
