@@ -20,7 +20,7 @@ from onward.service.client import Patience
 from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
-from onward.service.owner.process import OpenedRun, operate
+from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.settings import Settings
 from onward.service.wishes import Wishes, interrupts_of_host
 from onward.store.ledger import Ledger
@@ -158,7 +158,11 @@ class Run:
         with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
-            with client.intent(ledger, files, again=again) as intent, operate(opened, wishes, observe) as daemon:
+            with (
+                account(opened, wishes) as reporter,
+                client.intent(ledger, files, again=again) as intent,
+                operate(opened, wishes, observe, reporter) as daemon,
+            ):
                 for refusal in daemon.intake.finish_left_over(intent):
                     report(f"handed over earlier: {refusal}")
                 if intent is not None:
@@ -194,7 +198,10 @@ class Run:
         with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
             seen = ledger.last_event()
             opened = self._opened(ledger, report)
-            with operate(opened, wishes, observe, watch=True) as daemon:
+            with (
+                account(opened, wishes) as reporter,
+                operate(opened, wishes, observe, reporter, watch=True) as daemon,
+            ):
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
 

@@ -12,7 +12,7 @@ from states import assert_same_state
 from onward import Run
 from onward.layout import step_of
 from onward.service.lock import RunLock
-from onward.service.owner.process import OpenedRun, operate
+from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.state.retention import DAY
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
@@ -59,7 +59,8 @@ def train(run: Run, file: Path, clock: Clock) -> None:
     """Train a file as `onward train` does, by another clock."""
     with RunLock(run.layout.lock), Ledger(run.layout.ledger, clock=clock) as ledger:
         opened = OpenedRun(run.layout, ledger, lambda _: None)
-        with operate(opened, Wishes(), lambda _: None) as daemon:
+        wishes = Wishes()
+        with account(opened, wishes) as reporter, operate(opened, wishes, lambda _: None, reporter) as daemon:
             daemon.intake.take([file])
             daemon.run(once=True)
 

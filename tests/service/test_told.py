@@ -20,7 +20,7 @@ from onward.data.loader import Batch
 from onward.errors import FileRejected
 from onward.events import Event, FileDone, Hub, Note, StepTaken
 from onward.service.owner.heartbeat import Heartbeat
-from onward.service.owner.process import OpenedRun, operate
+from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.owner.start import load_start
 from onward.service.owner.worker import Surroundings, Worker
 from onward.service.settings import Settings
@@ -125,7 +125,8 @@ def test_the_limit_of_a_step_holds_only_in_a_step(run: Run, tmp_path: Path, monk
             return plain(self, batch, plan)
 
         monkeypatch.setattr(Trainer, "take_step", take_step)
-        with operate(opened, Wishes(), observe) as daemon:
+        wishes = Wishes()
+        with account(opened, wishes) as reporter, operate(opened, wishes, observe, reporter) as daemon:
             daemon.run(once=True)
     assert [None, 60.0, 60.0, 60.0] == inside
     assert {None} == set(outside)

@@ -107,15 +107,15 @@ class OpenedRun:
 
 
 @contextlib.contextmanager
-def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool = False) -> Generator[Daemon]:
-    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications.
+def account(opened: OpenedRun, wishes: Wishes) -> Generator[Reporter]:
+    """Leave in ledger and log that a process began, how it ended, and who ended it; yields what writes the log.
 
-    How the process began and ended is left in the ledger, and in the log.
+    A stop that is noticed inside ends the body, and is no error.
     """
     reporter = Reporter(opened.layout, NotifyConfig)
     try:
-        with _account(opened.ledger, wishes), _work(opened, wishes, observe, reporter, watch=watch) as daemon:
-            yield daemon
+        with _account(opened.ledger, wishes):
+            yield reporter
     finally:
         with contextlib.suppress(Exception):  # the last words must not stand in the way of what is raised
             reporter.report()
@@ -123,7 +123,10 @@ def operate(opened: OpenedRun, wishes: Wishes, observe: Observe, *, watch: bool 
 
 
 @contextlib.contextmanager
-def _work(opened: OpenedRun, wishes: Wishes, observe: Observe, reporter: Reporter, *, watch: bool) -> Generator[Daemon]:
+def operate(
+    opened: OpenedRun, wishes: Wishes, observe: Observe, reporter: Reporter, *, watch: bool = False
+) -> Generator[Daemon]:
+    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications."""
     crash = find_crash(opened.ledger)
     owned = _own(opened, wishes, observe)
     reporter.notify = lambda: owned.settings.current.notify
@@ -210,7 +213,6 @@ def _import_daemon(opened: OpenedRun) -> None:
 
 @contextlib.contextmanager
 def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
-    """Leave in the ledger that a process began, how it ended, and who ended it."""
     shown = Shown(ledger)
     here = f"onward {__version__}, pid {os.getpid()} on {socket.gethostname()}"
     _note(ledger, "info", f"started: {here}", "started")
