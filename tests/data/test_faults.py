@@ -16,7 +16,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer, chat_rows, write_jsonl
+from tiny import byte_state, chat_rows, write_jsonl
 
 from onward.data.containers import SourceFile, check_readable
 from onward.data.faults import FileError, SourceChanged, refusal_of
@@ -30,7 +30,7 @@ from onward.errors import ModelError
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-ROW_TOKENIZER = RowTokenizer(byte_tokenizer(), 200)
+ROW_TOKENIZER = RowTokenizer(byte_state(), 200)
 CHATS = chat_rows(6)
 LINES = "".join(json.dumps(row) + "\n" for row in CHATS).encode()
 
@@ -200,7 +200,7 @@ def test_the_row_at_which_a_library_gives_up_is_named(tmp_path: Path) -> None:
     """Whatever rendering and tokenizing raise is a problem of the row that caused it, in a chunk of good ones."""
     words = ["a", "prepare index", "b", "prepare panic", "tokenize overflow", "c", "tokenize panic"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in words])
-    tokenizer = GivesUp(byte_tokenizer(), 200)
+    tokenizer = GivesUp(byte_state(), 200)
     report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer)
     remedy = "correct it or take it out, then add the file again"
     expected = [

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from tiny import byte_tokenizer, write_jsonl
+from tiny import byte_state, write_jsonl
 
 from onward.config import Config
 from onward.config_text import parse_config
@@ -27,7 +27,7 @@ PROGRAM = """
 import json, resource, sys
 from pathlib import Path
 import pyarrow
-from tiny import byte_tokenizer, write_jsonl
+from tiny import byte_state, write_jsonl
 from onward.data.limits import Limits
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import read_rows
@@ -35,7 +35,7 @@ from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
 
 status, folder = Path("/proc/self/status"), Path(sys.argv[1])
-tokenizer = RowTokenizer(byte_tokenizer(), 200)
+tokenizer = RowTokenizer(byte_state(), 200)
 
 
 def peak():
@@ -176,7 +176,7 @@ def test_a_text_that_the_template_makes_too_long_is_a_problem_of_its_row(tmp_pat
     rows = [{"messages": [{"role": role, "content": "x" * 400} for role in ("user", "assistant")]}, {"text": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     size = len(path.read_text().splitlines()[0]) + 200  # its values count, too
-    tokenizer = RowTokenizer(byte_tokenizer("{% for m in messages %}{{ '-' * 500 + m.content }}{% endfor %}"), 200)
+    tokenizer = RowTokenizer(byte_state("{% for m in messages %}{{ '-' * 500 + m.content }}{% endfor %}"), 200)
     limits = Limits(row_bytes=size)
     report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer, limits=limits)
     expected = [f"the text of the row is larger than {size} bytes", "text is empty"]

@@ -277,6 +277,7 @@ def test_a_saved_tokenizer_has_the_state_of_the_one_in_memory(tmp_path: Path) ->
 
 
 PROGRAM = """
+import hashlib
 import sys
 from pathlib import Path
 from onward.data.row_tokenizer import RowTokenizer
@@ -285,7 +286,8 @@ from onward.data.tokenizer import load_tokenizer_state
 
 folder = Path(sys.argv[1])
 row_tokenizer = RowTokenizer(load_tokenizer_state(folder / "s"), 99)
-report = tokenize_file(folder / "a.jsonl", folder / "tokens", "00", row_tokenizer)
+source = folder / "a.jsonl"
+report = tokenize_file(source, folder / "tokens", hashlib.sha256(source.read_bytes()).hexdigest(), row_tokenizer)
 print(report.rows, [name for name in ("torch", "transformers", "huggingface_hub", "pyarrow") if name in sys.modules])
 """
 
