@@ -219,7 +219,7 @@ class Config(_Section):
         return {key: flat[key] for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
-        """Return `{key: (value here, value in other)}` for every key that differs, but for the secret ones."""
+        """Return `{key: (value here, value in other)}` for every key that differs, except the secret ones."""
         here, there = self.flat(), other.flat()
         return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in SECRET_KEYS}
 

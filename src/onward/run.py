@@ -102,7 +102,7 @@ class Run:
             checkpoint: a `checkpoint-N` directory, LoRA (PEFT) or full.
             model: the base model, where the checkpoint does not name one that is here.
             settings: config keys to set beyond what the checkpoint says.
-            report: receives a line for all that was taken over, set anew or is unknown.
+            report: receives a line for everything that was taken over, was set or is unknown.
             loading: as for `Run`.
         """
         layout = RunLayout(Path(directory))
@@ -186,7 +186,7 @@ class Run:
             observe, stop, report: as for `train`.
 
         Returns:
-            How many files were refused or quarantined meanwhile.
+            How many files were refused or quarantined while it ran.
 
         Raises:
             RunLocked: another process owns the run.
@@ -270,7 +270,7 @@ class Run:
             return verify(self.layout, ledger, deep=deep)
 
     def snapshot(self, target: PathLike) -> Manifest:
-        """Make `target` a directory with the newest committed checkpoint, verified, whatever is trained meanwhile.
+        """Make `target` a directory with the newest committed checkpoint, verified, while training goes on.
 
         Its files are hard links where the file system allows: they are to be read, not changed.
 

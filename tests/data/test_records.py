@@ -6,7 +6,7 @@ from onward.data.records import Chat, Completion, RowError, Text, parse_row
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
-HALF = "holds half of a surrogate pair, which is no character"
+HALF = "holds half of a surrogate pair, which is not a character"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from onward.terminal import say
 
 def pause(
     run: RunOption = Path(),
-    release: Annotated[bool, typer.Option("--release", help="Free the model's memory meanwhile.")] = False,
+    release: Annotated[bool, typer.Option("--release", help="Free the model's memory while it is paused.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Finish the current step, commit and wait."""

@@ -178,7 +178,9 @@ class _Intake:
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
             for chunk in chunks:
                 if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
-                    self._take(*ahead)  # the tokens of a long row take much memory, so no other chunk is held meanwhile
+                    self._take(
+                        *ahead
+                    )  # the tokens of a long row take much memory, so no other chunk is held at the same time
                     ahead = None
                 encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
                 if ahead is not None:

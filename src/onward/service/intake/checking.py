@@ -123,7 +123,7 @@ class Intake:
     def withdraw(self, row: FileRow, reason: str) -> str:
         """Take a file out of the stream that arrived and was not accepted yet, even while a process checks it.
 
-        It goes to `rejected/`; a process that reads it notices within a moment and lets go of it.
+        It goes to `rejected/`; a process that is reading it notices within a moment and leaves it.
 
         Returns:
             What was done, for a person.

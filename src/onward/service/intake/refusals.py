@@ -152,7 +152,7 @@ def rejection(refusals: list[Refusal], given: int) -> FileRejected:
 
 
 def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:
-    """A problem as one line of plain text each: what a row holds must not steer a terminal or break a report."""
+    """A problem as one line of plain text each: what a row holds can neither steer a terminal nor break a report."""
     return {"line": line, "reason": _one_line(reason), "remedy": _one_line(remedy)}
 
 

@@ -159,7 +159,7 @@ def store_tokenizer(layout: RunLayout, folder: Path, state: TokenizerState) -> N
     """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
     path = _place(layout, folder)
     remove_tree(path.parent)
-    with contextlib.suppress(OSError):  # a full disk: it is loaded anew each time
+    with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
         save_tokenizer_state(path, state)
 
 

@@ -26,7 +26,7 @@ class Background:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5.0)
-        if self._thread.is_alive():  # a job hangs: it must not be called a second time meanwhile
+        if self._thread.is_alive():  # a job hangs: it must not be called a second time now
             return
         for _seconds, job in self._jobs:  # the last words
             _attempt(job)

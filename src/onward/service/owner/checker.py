@@ -40,7 +40,7 @@ class Checker:
         self._not_before = float("-inf")
 
     def is_running(self) -> bool:
-        """Whether it is at work; takes note of how it ended."""
+        """Whether it is running; if it ended, how is noted."""
         if self._process is None:
             return False
         status = self._process.poll()
@@ -75,7 +75,7 @@ class Checker:
             self._process.wait()
             row = self._ledger.next_arriving()
             if row is not None and row.attempts:
-                self._ledger.count_attempt(row.id, -1)  # this was no fault of the file
+                self._ledger.count_attempt(row.id, -1)  # the file is not to blame for this
 
     def _fail(self, what: str) -> None:
         self._failures += 1

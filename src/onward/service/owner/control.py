@@ -21,8 +21,8 @@ class Work:
     """What obeying does to the work of the process.
 
     Args:
-        leave: lets go of the worker, whose file goes back to its boundary.
-        release: lets go of model and memory.
+        leave: drops the worker, whose file goes back to its boundary.
+        release: frees the model and its memory.
         say: shows a line to a person.
     """
 
@@ -67,7 +67,7 @@ class Control:
         self.is_paused = self.began_paused = True
 
     def obey(self, work: Work) -> None:
-        """Do everything that is asked for, up to a stop; nothing is in hand but what `work` can let go of."""
+        """Do everything that is asked for, up to a stop; nothing is in hand that `work` cannot drop."""
         self._owned.answers.write()
         while not self.is_stopped and (wish := self._wishes.head()) is not None:
             self._do(wish, work)
@@ -78,7 +78,7 @@ class Control:
         while (wish := self._wishes.head()) is not None and self._wishes.answered_at_once(wish):
             self._do(wish, work)
 
-    def obey_meanwhile(self, work: Work) -> None:
+    def obey_while_reading(self, work: Work) -> None:
         """Obey while files are read, at every row.
 
         Raises:
@@ -167,7 +167,7 @@ class Control:
         if row.state == "arriving":
             try:
                 return self._intake.withdraw(row, reason)
-            except OnwardError:  # another process may have accepted, refused or forgotten it meanwhile
+            except OnwardError:  # another process may have accepted, refused or forgotten it since
                 if self._meant(wish) == row:
                     raise
                 return self._take_out(wish, work)

@@ -69,7 +69,7 @@ class Daemon:
         self._crash = crash
         self._patient = patient
         self._work = Work(leave=self._drop_worker, release=self._drop_worker, say=self._show)
-        self._look = partial(self.control.obey_meanwhile, self._work)
+        self._look = partial(self.control.obey_while_reading, self._work)
         intake.stop = self._look
         self._room = DiskRoom(owned, patient, partial(self.control.obey_at_rest, self._work))
         self._recovery = Recovery(owned)
@@ -125,7 +125,7 @@ class Daemon:
                     self._after_failure(error)
         tell_systemd("STOPPING=1")
         self.ledger.require_in_place()
-        with contextlib.suppress(sqlite3.OperationalError):  # a full disk is no reason not to stop
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk does not keep it from stopping
             self.owned.tell_news()
 
     def _turn(self) -> bool:
@@ -138,7 +138,7 @@ class Daemon:
         if self.control.is_paused:
             return self._stay_paused()
         self._take_in()
-        if not self.control.may_train():  # asked for meanwhile
+        if not self.control.may_train():  # something was asked for while files were taken in
             return True
         if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self.intake.outranks_queue()):
             self._room.wait(self._next_bytes())
@@ -170,7 +170,7 @@ class Daemon:
         self._incoming.take_in(all_or_none=self._once)
 
     def _settle(self) -> Settled:
-        """Mend what the process before left; what is lost is owed again."""
+        """Mend what the process before left; what was lost waits to be trained again."""
         retention = Retention.of(self.owned.settings.current)
         settled = self._settled = Settlement(self.owned.layout, self.ledger, retention).settle()
         for message in settled.messages():
@@ -182,7 +182,7 @@ class Daemon:
     # files trained
 
     def _train_file(self) -> None:
-        """Train the file that is owed, and those that follow at once, until something is asked for."""
+        """Train the next file, and those that follow at once, until something is asked for."""
         failure: faults.Failure | None = None
         try:
             if self._worker is None:
@@ -253,7 +253,7 @@ class Daemon:
                 self._incoming.take_in(between_steps=True)
 
     def _drop_worker(self) -> None:
-        """Let go of model and optimizer; the next file is begun from the last commit."""
+        """Release model and optimizer; the next file begins from the last commit."""
         self._worker = self._settled = None
         self._was_dropped = True
         gc.collect()
@@ -292,7 +292,7 @@ class Daemon:
             time.sleep(TICK / 2)
 
     def _keep(self, message: str, step: int, kind: str) -> None:
-        """Keep in the ledger what the log has to say; a full disk is no reason not to go on."""
+        """Keep in the ledger what belongs in the log; on a full disk training goes on without."""
         with contextlib.suppress(sqlite3.OperationalError):
             self.ledger.add_event("info", message, step, kind=kind)
 

@@ -1,4 +1,4 @@
-"""Waiting for room on the disk: memory keeps what was trained meanwhile."""
+"""Waiting for room on the disk: what was trained stays in memory until there is."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def is_device_lost(error: BaseException) -> bool:
 def blames_file(error: BaseException) -> bool:
     """Whether an error is about the file in hand, so that the queue can go on without it.
 
-    A file is to blame for what its rows cause, after its first step began; the machine for everything else: its disk,
+    A file is to blame for what its rows cause after its first step began, the machine for everything else: its disk,
     its ledger, its GPU, and memory that ran out while the model was loaded; the config for what it does not allow.
     """
     cause = error.cause if isinstance(error, StepFailed) else error

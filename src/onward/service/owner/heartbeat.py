@@ -1,4 +1,4 @@
-"""The heartbeat: how others see that a process is alive and whether its work moves on.
+"""The heartbeat: shows others that a process is alive and whether its work progresses.
 
 Written from a background thread, so that a step that hangs is told from a process that is gone. Under systemd it
 feeds the watchdog too (protocol: sd_notify(3)), but only while the work moves.
@@ -70,7 +70,7 @@ class Heartbeat:
 
 
 def tell_systemd(message: str) -> None:
-    """Send a line to systemd, where a service manager listens; one that does not is no reason to wait or to fail."""
+    """Send a line to systemd, if a service manager listens; this neither waits nor fails."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

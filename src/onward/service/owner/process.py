@@ -110,14 +110,14 @@ class OpenedRun:
 def account(opened: OpenedRun, wishes: Wishes) -> Generator[Reporter]:
     """Leave in ledger and log that a process began, how it ended, and who ended it; yields what writes the log.
 
-    A stop that is noticed inside ends the body, and is no error.
+    A stop that is noticed inside ends the body and is not an error.
     """
     reporter = Reporter(opened.layout, NotifyConfig)
     try:
         with _account(opened.ledger, wishes):
             yield reporter
     finally:
-        with contextlib.suppress(Exception):  # the last words must not stand in the way of what is raised
+        with contextlib.suppress(Exception):  # what is raised matters more than the last line of the log
             reporter.report()
         reporter.close()
 

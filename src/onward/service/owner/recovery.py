@@ -44,7 +44,7 @@ class Recovery:
             return
         owned, deaths = self._owned, crash.deaths
         row = owned.ledger.file(crash.row.id) if crash.row else None
-        if crash.gives_up and row is not None and row.state == "training":  # nobody skipped it meanwhile
+        if crash.gives_up and row is not None and row.state == "training":  # unless it was skipped since
             reason = f"the process died {deaths.count} times in it without getting past step {deaths.step}"
             faults.quarantine(owned.layout, owned.ledger, row, reason)
             owned.ledger.put(died=None)

@@ -65,7 +65,7 @@ class Surroundings:
 
 
 class Worker:
-    """Trains what is owed, one file after another, as one run.
+    """Trains the files that wait, one after another, as one run.
 
     Args:
         session: the run, opened by the one process that owns it.
@@ -108,7 +108,7 @@ class Worker:
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
-            yield from self._collect(wait=True)  # whoever goes back must not meet a commit that still goes on
+            yield from self._collect(wait=True)  # before anyone goes back, the commit in flight has to end
             raise
         except GeneratorExit:
             self._writer.join()
@@ -142,7 +142,7 @@ class Worker:
         resumed = row.state == "training" and self.state.cursor.position == row.position
         if not resumed:
             self.config = self._config_in_force(row)
-            if self.config != self._in_force:  # what is being written must not meet another config
+            if self.config != self._in_force:  # the commit in flight is of the old config
                 yield from self._collect(wait=True)
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)

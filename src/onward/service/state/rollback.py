@@ -135,7 +135,7 @@ def _require_origin(layout: RunLayout, ledger: Ledger, origin: int) -> None:
 def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     """Go back to before a file and queue the later ones again, in their order and under their configs, without it.
 
-    Where the boundary before the file is no longer kept, an older one serves, and after that the start: the files
+    If the boundary before the file is no longer kept, an older one is used, and failing that the start: the files
     in between are queued again too. A file that only waits is taken out of the queue.
 
     Returns:

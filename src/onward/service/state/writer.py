@@ -85,7 +85,7 @@ class Writer:
             self._ledger.require_in_place()
             with Ledger(self._layout.ledger, clock=self._ledger.clock) as ledger:
                 written = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
-                self._ledger.require_in_place()  # removed meanwhile: nobody would find what was recorded
+                self._ledger.require_in_place()  # if it was removed, nobody would find what was recorded
                 self._written = written
                 self._call_after_commit(ledger, written.manifest)
         except BaseException as error:  # raised where the commit is collected
