@@ -180,7 +180,7 @@ class _Intake:
                 if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
                     self._take(
                         *ahead
-                    )  # the tokens of a long row take much memory, so no other chunk is held at the same time
+                    )  # a long row takes much memory: no other chunk is held with it
                     ahead = None
                 encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
                 if ahead is not None:

@@ -152,7 +152,7 @@ def digest_base(folder: Path) -> str:
 
 
 class BaseDigest:
-    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports that run at the same time.
+    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports.
 
     A process that ends does not wait for it.
     """
