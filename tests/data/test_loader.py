@@ -11,6 +11,7 @@ from onward.data.loader import Batch, batch_at, flatten, pad
 from onward.data.order import FilePlan, Plan, RowReference
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row
+from onward.digest import sha256_file
 
 
 def row(*ids: int) -> Row:
@@ -28,7 +29,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> TokenizedFile:
     """Return a tokenized file of 21 chats."""
     directory = tmp_path_factory.mktemp("file")
     path = write_jsonl(directory / "a.jsonl", chat_rows(21))
-    assert tokenize_file(path, directory / "tokens", "00", RowTokenizer(byte_state(), 500)).ok
+    assert tokenize_file(path, directory / "tokens", sha256_file(path), RowTokenizer(byte_state(), 500)).ok
     return TokenizedFile.open(directory / "tokens")
 
 

@@ -309,7 +309,8 @@ def test_a_signal_is_obeyed_by_a_process_whose_ledger_is_full(run: Run, model: P
     file = rows_file(tmp_path / "long.jsonl", LONG)
     run.add(file)
     wishes, steps = Wishes(), list[int]()
-    with wishes.on_signals((signal.SIGTERM,)), run._owned(wishes) as ledger, account(ledger, wishes):
+    with wishes.on_signals((signal.SIGTERM,)), run._owned(wishes) as ledger:
+        opened = run._opened(ledger)
 
         def fill(event: object) -> None:
             if isinstance(event, StepTaken):
@@ -318,7 +319,7 @@ def test_a_signal_is_obeyed_by_a_process_whose_ledger_is_full(run: Run, model: P
                     ledger.query("PRAGMA query_only = 1")
                     signal.raise_signal(signal.SIGTERM)
 
-        with operate(run._opened(ledger), wishes, fill, watch=True) as owner:
+        with account(opened, wishes) as log, operate(opened, wishes, fill, log, watch=True) as owner:
             owner.run()
     assert (7, 7) == (steps[-1], run.status()["global_step"])
     run.train()
