@@ -87,7 +87,7 @@ class Alternating:
 def test_a_batch_takes_each_row_from_its_source(file: TokenizedFile, tmp_path: Path) -> None:
     """The rows of a step may come from several files; each is looked up in its own."""
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": f"other {place}"} for place in range(9)])
-    assert tokenize_file(path, tmp_path / "tokens", "bb", RowTokenizer(byte_state(), 500)).ok
+    assert tokenize_file(path, tmp_path / "tokens", sha256_file(path), RowTokenizer(byte_state(), 500)).ok
     files = {"aa": file, "bb": TokenizedFile.open(tmp_path / "tokens")}
     plan: Plan = Alternating((FilePlan("aa", 9, 1, 1, 0), FilePlan("bb", 9, 1, 1, 0)))
     for step in range(plan.steps):
