@@ -226,7 +226,7 @@ def test_an_observer_that_fails_is_dropped(run: Run) -> None:
     said: list[str] = []
     assert 0 == run.watch(once=True, observe=observe, report=said.append)
     assert {"done"} == set(states(run).values())
-    words = ("an observer failed; training goes on", "an observer failed 3 times in a row and is told nothing more")
+    words = ("an observer failed; training goes on", "an observer failed 3 times in a row and gets no more events")
     assert [f"{text}: ValueError('no terminal')" for text in words] == said
 
 

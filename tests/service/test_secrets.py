@@ -71,7 +71,7 @@ def test_the_log_says_what_failed_without_it(notify: dict[str, str], reason: str
     layout = RunLayout(tmp_path)
     layout.make()
     make_ledger(layout.ledger)
-    reporter = Reporter(layout, NotifyConfig(**notify, events=["done"]))  # pyright: ignore[reportArgumentType]
+    reporter = Reporter(layout, lambda: NotifyConfig(**notify, events=["done"]))  # pyright: ignore[reportArgumentType]
     with Ledger(layout.ledger) as ledger:
         ledger.add_event("info", "one", kind="done")
     reporter.report()

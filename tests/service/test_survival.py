@@ -198,7 +198,7 @@ def test_changed_base_is_refused(model: Path, files: list[Path], tmp_path: Path)
 
     with pytest.raises(ModelError, match="changed on disk"):
         run.train(files[0])
-    assert (1, 6) == (run.status()["queue"], run.status()["global_step"])
+    assert (0, 6) == (run.status()["queue"], run.status()["global_step"])
 
 
 def test_loss_that_is_not_finite(model: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_an_observer_that_fails_disturbs_nobody() -> None:
     assert events == heard
     assert [
         "an observer failed; training goes on: ValueError('no terminal')",
-        "an observer failed 3 times in a row and is told nothing more: ValueError('no terminal')",
+        "an observer failed 3 times in a row and gets no more events: ValueError('no terminal')",
     ] == warned
     assert [True] == list(failing)
 
@@ -201,4 +201,4 @@ def test_a_stop_of_a_process_that_is_killed(run: Run, tmp_path: Path) -> None:
     until(is_asked)
     os.kill(process.pid, signal.SIGKILL)
     asking.join(PATIENCE)
-    assert ["the process ended without an answer; step 0 is committed"] == answers
+    assert ["it ended without an answer; the last commit is step 0"] == answers

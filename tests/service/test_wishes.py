@@ -23,6 +23,7 @@ from onward import Run
 from onward.events import Hub
 from onward.service.client import expire_requests
 from onward.service.intake.checking import Intake
+from onward.service.outside.reporting import NewNotes
 from onward.service.owner.answers import Answers
 from onward.service.owner.control import Control, Work
 from onward.service.owner.heartbeat import Heartbeat
@@ -115,6 +116,7 @@ class Process:
             heartbeat=Heartbeat(layout.ledger),
             hub=Hub([], self.said.append),
             shown=Shown(self.ledger),
+            news=NewNotes(self.ledger),
         )
         self.intake = Intake(layout, self.ledger)
         self.control = Control(self.owned, self.intake)

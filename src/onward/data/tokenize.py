@@ -178,9 +178,7 @@ class _Intake:
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
             for chunk in chunks:
                 if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
-                    self._take(
-                        *ahead
-                    )  # a long row takes much memory: no other chunk is held with it
+                    self._take(*ahead)  # a long row takes much memory: no other chunk is held with it
                     ahead = None
                 encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
                 if ahead is not None:

@@ -70,9 +70,10 @@ def intent(ledger: Ledger, files: Sequence[Path], *, again: bool) -> Generator[i
     number = ledger.add_intent(files, again=again, priority=0) if files else None
     try:
         yield number
-    except UsageError:
-        if number is not None:
-            ledger.end_intent(number)
+    except OnwardError:
+        with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
+            if number is not None:
+                ledger.end_intent(number)
         raise
 
 
