@@ -36,7 +36,7 @@ from onward.training.environment import release_freed_memory
 
 TICK = 0.1
 """Seconds between two looks at what was asked, while nothing is done."""
-BESIDE_STEPS = 5.0
+LOOK_SECONDS = 5.0
 """Seconds between looks at the inbox while a file is trained."""
 
 
@@ -248,7 +248,7 @@ class Daemon:
             return
         if self._worker is not None:
             self._room.wait(self._worker.bytes_needed())
-        if self._incoming.is_watching and self._incoming.seconds_since_scan() > BESIDE_STEPS:
+        if self._incoming.is_watching and self._incoming.seconds_since_scan() > LOOK_SECONDS:
             with contextlib.suppress(OSError, sqlite3.Error, OnwardError, Stopped):  # it comes again between two files
                 self._incoming.take_in(between_steps=True)
 
