@@ -21,6 +21,8 @@ from onward.text import printable
 
 TEXT_FORMATS = ("jsonl", "ndjson", "json", "txt")
 ENDINGS = tuple(f".{name}" for name in (*TEXT_FORMATS, "parquet"))
+TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
+"""What is said of an integer that Python refuses to convert."""
 JSON_CHUNK = 1 << 16
 
 __all__ = ["FileError", "SourceRow", "file_format", "read_rows", "row_unit", "rows_of"]
@@ -128,8 +130,8 @@ def _parse_line(line: int, text: str, limits: Limits, *, plain: bool) -> SourceR
         reason, remedy = f"not valid JSON: {error.msg} at column {error.colno}", "write one JSON object per line"
     except RecursionError:
         reason, remedy = "the JSON is nested too deeply", "flatten the row"
-    except ValueError as error:  # an integer of more digits than Python converts
-        reason, remedy = f"not usable JSON: {error}", "write the number as a string"
+    except ValueError:
+        reason, remedy = TOO_MANY_DIGITS
     return SourceRow(line, None, reason, remedy)
 
 
@@ -147,8 +149,8 @@ def _json_rows(stream: BinaryIO, limits: Limits) -> Iterator[SourceRow]:
         raise FileError(f"not UTF-8: {error.reason}", "export the file again as UTF-8", row) from None
     except RecursionError:
         raise FileError("the JSON is nested too deeply", "flatten the row", row) from None
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise FileError(f"not usable JSON: {error}", "write the number as a string", row) from None
+    except ValueError:
+        raise FileError(*TOO_MANY_DIGITS, row) from None
 
 
 class _JsonReader:

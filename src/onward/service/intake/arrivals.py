@@ -233,7 +233,7 @@ class Arrivals:
 
     def _refuse(self, path: Path, refusal: Refusal) -> None:
         keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
-        self.ledger.add_event("warning", f"{refusal.name} rejected: {refusal.lines()[0]}", kind="rejected")
+        self.ledger.add_event("warning", f"rejected: {refusal.lines()[0]}", kind="rejected")
 
     def _require_movable(self, path: Path) -> None:
         if not os.access(path.parent, os.W_OK):

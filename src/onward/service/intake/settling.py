@@ -73,7 +73,7 @@ class Settling:
             with self.ledger.transaction():
                 self.ledger.move_file(row.id, "rejected", note=note)
                 if refusal:
-                    self.ledger.add_event("warning", f"{row.name} rejected: {refusal.lines()[0]}", kind="rejected")
+                    self.ledger.add_event("warning", f"rejected: {refusal.lines()[0]}", kind="rejected")
             if not refusal:
                 self._remove_copy(row)
 
