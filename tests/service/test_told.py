@@ -76,7 +76,7 @@ def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
     assert 0 == end(process)
     printed, log = (tmp_path / "log").read_text(), run.layout.log.read_text()
     step = run.status()["global_step"]
-    for words in ("bad.jsonl rejected", "paused by an operator at step 3", "resumed by an operator"):
+    for words in ("rejected: bad.jsonl", "paused by an operator at step 3", "resumed by an operator"):
         assert (1, 1) == (printed.count(words), log.count(words)), words
     here = f"pid {process.pid} on {socket.gethostname()}"
     for pattern in (
