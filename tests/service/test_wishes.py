@@ -388,8 +388,16 @@ def test_a_signal_at_any_instruction_of_interruptible_work(by_any: bool) -> None
     assert {"done", "stopped"} == ends
 
 
+@pytest.fixture
+def hangup() -> Generator[None]:
+    """SIGHUP as a terminal finds it, also where the tests themselves run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_each_signal_is_a_stop_and_the_handlers_before_are_back(number: signal.Signals) -> None:
+def test_each_signal_is_a_stop_and_the_handlers_before_are_back(number: signal.Signals, hangup: None) -> None:
     """Four signals ask for the same; a lone wake-up of SIGURG is nothing; what handled them before does so again."""
     before = [signal.getsignal(one) for one in (*signal.valid_signals(),)]
     wishes = Wishes()
