@@ -10,9 +10,12 @@ from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
 from onward.training.attention import row_arguments, takes_rows
+from onward.training.buffers import Buffers
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
 from onward.training.model import causal_lm, keeps_logits
+from onward.training.parts import RowLayout
+from onward.training.rope import angles_of
 
 
 class TargetLoss:
@@ -33,11 +36,22 @@ class TargetLoss:
         self._causal_lm: Any = causal_lm(model)
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
+        self._buffers = Buffers(model)
+        self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config))
+        """How the parts of a step must be cut for this model."""
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the loss, with its graph where gradients are on."""
+        """Return the loss, with its graph where gradients are on.
+
+        All rows must have the same angles (`layout.angles`), as those of a part of a step have.
+        """
+        self.forget()
         with autocast(self.device, self.dtype):
             return self._flat(batch) if self._takes_rows else self._padded(batch)
+
+    def forget(self) -> None:
+        """Put back what forward passes left in the model's buffers."""
+        self._buffers.restore()
 
     def _flat(self, batch: Batch) -> torch.Tensor:
         flat = flatten(batch)
