@@ -7,7 +7,7 @@ longest length seen) are plain values of the module that holds the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,12 +40,12 @@ class Buffers:
         self._held = {module: _hold(module) for module in model.modules() if vars(module)["_buffers"]}
 
     def changed(self) -> list[str]:
-        """Return what a forward pass changed since, by module type and name."""
-        return [
+        """Return what has another content by now, by module type and name."""
+        return sorted(
             f"{type(module).__name__}.{name}"
             for module, held in self._held.items()
-            for name in (*_changed_buffers(module, held), *_changed_values(module, held))
-        ]
+            for name in _differing({**held.values, **held.contents}, {**_plain_values(module), **_buffers(module)})
+        )
 
     def restore(self) -> None:
         """Put everything back, to the last bit; costs next to nothing where nothing changed."""
@@ -65,7 +65,7 @@ def own_buffers(buffers: dict[str, torch.Tensor | None]) -> dict[str, torch.Tens
 
 
 def _hold(module: nn.Module) -> _Held:
-    buffers = dict(cast(dict[str, torch.Tensor | None], vars(module)["_buffers"]))
+    buffers = dict(_buffers(module))
     there = {name: buffer for name, buffer in buffers.items() if buffer is not None}
     return _Held(
         buffers=buffers,
@@ -75,12 +75,26 @@ def _hold(module: nn.Module) -> _Held:
     )
 
 
+def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    return cast(dict[str, torch.Tensor | None], vars(module)["_buffers"])
+
+
+def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    for name in before.keys() | after.keys():
+        one, other = before.get(name), after.get(name)
+        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+            if one.shape != other.shape or not torch.equal(one, other):
+                yield name
+        elif one != other:
+            yield name
+
+
 def _plain_values(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if isinstance(value, PLAIN) and name != "training"}
 
 
 def _changed_buffers(module: nn.Module, held: _Held) -> Iterator[str]:
-    now = cast(dict[str, torch.Tensor | None], vars(module)["_buffers"])
+    now = _buffers(module)
     for name in now.keys() | held.buffers.keys():
         before, after = held.buffers.get(name), now.get(name)
         moved = after is not before or (name in now) != (name in held.buffers)
@@ -104,7 +118,7 @@ def _changed_values(module: nn.Module, held: _Held) -> Iterator[str]:
 
 
 def _restore_buffer(module: nn.Module, held: _Held, name: str) -> None:
-    buffers = cast(dict[str, torch.Tensor | None], vars(module)["_buffers"])
+    buffers = _buffers(module)
     if name not in held.buffers:
         del buffers[name]
         return
