@@ -1,4 +1,4 @@
-"""Every row is trained with the angles that plain transformers gives that row alone, whatever comes with or before it."""
+"""Every row is trained with the angles that plain transformers gives that row alone."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onward.config import MICRO_BATCH_TOKENS, Config
 from onward.data.loader import Batch
-from onward.training.rope import Angles
+from onward.training.rope import CONSTANT, Angles
 from onward.training.seeds import fold
 
 SEED_OF_RANK_0 = 0
@@ -23,7 +23,10 @@ class RowLayout:
     """
 
     padded: bool = False
-    angles: Angles = Angles()
+    angles: Angles = CONSTANT
+
+
+END_TO_END = RowLayout()
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Part:
     seed: int
 
 
-def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = RowLayout()) -> list[Part]:
+def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO_END) -> list[Part]:
     """Cut a batch into its parts, a function of the batch, the config, how rows are laid and the steps taken before.
 
     Rows of one part have the same angles. Where rows are padded they are taken by falling length, so that rows and
@@ -60,4 +63,6 @@ def _cut(group: Batch, batch: Batch, config: Config, layout: RowLayout) -> list[
     parts = config.gradient_accumulation
     if parts != "auto":
         return group.split(-(-parts * len(group) // len(batch)))
-    return group.split_by_padded_size(MICRO_BATCH_TOKENS) if layout.padded else group.split_by_tokens(MICRO_BATCH_TOKENS)
+    return (
+        group.split_by_padded_size(MICRO_BATCH_TOKENS) if layout.padded else group.split_by_tokens(MICRO_BATCH_TOKENS)
+    )

@@ -11,10 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-DEPENDENT = ("dynamic", "longrope")
-"""Kinds whose angles depend on the length of the row, as `transformers.modeling_rope_utils` tells them apart."""
-
-
 @dataclass(frozen=True)
 class Angles:
     """Which rows are turned by the same angles.
@@ -36,6 +32,10 @@ class Angles:
         """Return what is equal for two rows if and only if they have the same angles."""
         own = length if self.own_beyond is not None and length > self.own_beyond else 0
         return sum(length > bound for bound in self.bounds), own
+
+
+CONSTANT = Angles()
+"""The same angles for rows of every length."""
 
 
 def angles_of(config: Any) -> Angles:
