@@ -73,7 +73,11 @@ class Batch:
 
     def take(self, places: Sequence[int]) -> Batch:
         """Return the rows at these places, in this order."""
-        return Batch(*([held[place] for place in places] for held in (self.rows, self.references, self.lines)))
+        return Batch(
+            [self.rows[place] for place in places],
+            [self.references[place] for place in places],
+            [self.lines[place] for place in places],
+        )
 
     def _cut(self, bounds: list[int]) -> list[Batch]:
         return [

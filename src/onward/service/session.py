@@ -21,6 +21,7 @@ from onward.training.base import BaseDigest, base_of_run, digest_base
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
+from onward.training.numerics import numerics_of
 
 Report = Callable[[str], None]
 
@@ -87,7 +88,7 @@ def open_session(
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
-    environment = describe_environment(device, dtype)
+    environment = describe_environment(device, dtype, numerics_of(base, config, device))
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
 
 

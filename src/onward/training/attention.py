@@ -33,9 +33,8 @@ def is_padding_free(model_type: str) -> bool:
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether rows may be laid end to end for this model: its type is known to keep them apart, its attention does."""
-    config = model.config
-    return is_padding_free(config.model_type) and cast(Any, config)._attn_implementation == ROW_ATTENTION
+    """Whether rows are laid end to end for this model."""
+    return cast(Any, model.config)._attn_implementation == ROW_ATTENTION
 
 
 def row_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:

@@ -126,5 +126,7 @@ def _restore_buffer(module: nn.Module, held: _Held, name: str) -> None:
     if buffer is not None:
         content = held.contents[name]
         with torch.no_grad():
-            buffer.copy_(content) if buffer.shape == content.shape else buffer.set_(content.clone())
+            if buffer.shape != content.shape:
+                buffer.data = torch.empty_like(content)
+            buffer.copy_(content)
         held.versions[name] = buffer._version

@@ -87,16 +87,18 @@ class Head:
             return linear_cross_entropy(scaled, self.module.weight, labels, dtype)
         if not torch.is_grad_enabled():
             return sum(
-                (self._plain(part, wanted) for part, wanted in self._chunks(hidden, labels)),
+                (self.plain(part, wanted) for part, wanted in self.chunks(hidden, labels)),
                 start=torch.zeros((), device=hidden.device),
             )
         trained = [weight for weight in self.module.parameters() if weight.requires_grad]
         return cast(Any, _InChunks).apply(hidden, labels, self, *trained)
 
-    def _plain(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def plain(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss with all logits at once."""
         return functional.cross_entropy(self.tail(self.module(hidden)).float(), labels, reduction="sum")
 
-    def _chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield hidden states and labels of as many tokens as have `LOGITS_BYTES` of logits."""
         vocabulary = max(len(weight) for weight in self.module.parameters())
         size = max(1, LOGITS_BYTES // (4 * vocabulary))
         return zip(hidden.split(size), labels.split(size), strict=True)
@@ -109,13 +111,14 @@ class _InChunks(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, *trained: torch.Tensor
     ) -> torch.Tensor:
-        total, hidden_grads = torch.zeros((), device=hidden.device), []
+        total = torch.zeros((), device=hidden.device)
+        hidden_grads: list[torch.Tensor] = []
         sums = [torch.zeros_like(weight) for weight in trained]
-        for part, wanted in head._chunks(hidden.detach(), labels):
+        for part, wanted in head.chunks(hidden.detach(), labels):
             own = part.requires_grad_()
             with torch.enable_grad():
-                loss = head._plain(own, wanted)
-            own_grad, *grads = torch.autograd.grad(loss, [own, *trained], allow_unused=True)
+                loss = head.plain(own, wanted)
+            own_grad, *grads = cast(Any, torch.autograd.grad(loss, [own, *trained], allow_unused=True))
             total += loss.detach()
             hidden_grads.append(own_grad)
             for held, grad in zip(sums, grads, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.attention import row_arguments, takes_rows
+from onward.training.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.buffers import Buffers
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
@@ -42,7 +42,8 @@ class TargetLoss:
         self._buffers = Buffers(model)
         self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config))
         """How the parts of a step must be cut for this model."""
-        self._head = None if self._takes_rows else self._find_head()
+        known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
+        self._head = None if known else self._find_head()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the loss, with its graph where gradients are on.
@@ -70,6 +71,10 @@ class TargetLoss:
         places = torch.from_numpy(flat.position_ids).to(self.device)
         before = torch.from_numpy(flat.before_targets).to(self.device)
         rows = row_arguments(flat.lengths, self.device)
+        if self._head is not None:
+            forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
+            hidden = self._head.hidden(forward)[0].index_select(0, before)
+            return self._head.loss(hidden, ids[before + 1], self.dtype)
         outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
         hidden = outputs.last_hidden_state[0]
         hidden, labels = hidden.index_select(0, before), ids[before + 1]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+
 @dataclass(frozen=True)
 class Angles:
     """Which rows are turned by the same angles.
@@ -43,8 +44,8 @@ def angles_of(config: Any) -> Angles:
 
     A config may have parameters for each kind of its layers, and one for the text inside it.
     """
-    text = config.get_text_config()
-    own = getattr(text, "max_position_embeddings", None)
+    text = config.get_text_config(decoder=True)
+    own = int(getattr(text, "max_position_embeddings", None) or 0)
     bounds: set[int] = set()
     dynamic = False
     for parameters in _parameters(getattr(text, "rope_parameters", None)):
@@ -53,12 +54,12 @@ def angles_of(config: Any) -> Angles:
             dynamic = True
         elif kind == "longrope" or "long_mscale" in parameters:  # PhiMoE scales any kind by one of two values
             bounds.add(int(parameters.get("original_max_position_embeddings") or own))
-    return Angles(tuple(sorted(bounds)), int(cast(int, own)) if dynamic else None)
+    return Angles(tuple(sorted(bounds)), own if dynamic else None)
 
 
 def rope_kinds(config: Any) -> tuple[str, ...]:
     """Return the kinds of RoPE that a model has, each once, in order; empty where its config names none."""
-    found = _parameters(getattr(config.get_text_config(), "rope_parameters", None))
+    found = _parameters(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
     return tuple(sorted({str(each.get("rope_type", each.get("type", "default"))) for each in found}))
 
 
