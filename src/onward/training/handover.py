@@ -134,9 +134,9 @@ class Probe:
         return mean
 
 
-def _places(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Return where each weight lies, and how often it was written to."""
-    return {name: (weight.data_ptr(), weight._version) for name, weight in model.named_parameters()}
+def _places(model: nn.Module) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+    """Return where each weight lies, and as what."""
+    return {name: (weight.data_ptr(), weight.shape, weight.dtype) for name, weight in model.named_parameters()}
 
 
 def measure(snapshot: Snapshot, probe_loss: float) -> Measurement:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from onward.training.cross_entropy import LOGITS_BYTES, linear_cross_entropy
+from onward.training import cross_entropy
 
 Form = Literal["times", "over", "cap"]
 RANGE = 60.0
@@ -84,7 +84,7 @@ class Head:
         scale = self.tail.scale
         if scale is not None and type(self.module) is nn.Linear and cast(Any, self.module).bias is None:
             scaled = hidden if scale == 1.0 else hidden * scale
-            return linear_cross_entropy(scaled, self.module.weight, labels, dtype)
+            return cross_entropy.linear_cross_entropy(scaled, self.module.weight, labels, dtype)
         if not torch.is_grad_enabled():
             return sum(
                 (self.plain(part, wanted) for part, wanted in self.chunks(hidden, labels)),
@@ -100,7 +100,7 @@ class Head:
     def chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield hidden states and labels of as many tokens as have `LOGITS_BYTES` of logits."""
         vocabulary = max(len(weight) for weight in self.module.parameters())
-        size = max(1, LOGITS_BYTES // (4 * vocabulary))
+        size = max(1, cross_entropy.LOGITS_BYTES // (4 * vocabulary))
         return zip(hidden.split(size), labels.split(size), strict=True)
 
 

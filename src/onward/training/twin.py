@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
@@ -123,6 +123,8 @@ class _Guard(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
+        if func.overloadpacket is torch.ops.aten.set_ and _place(args[0]) == _place(args[-1]):
+            return func(*args, **given)  # parametrizing a weight sets it to itself
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[place] if place < len(args) else given.get(argument.name)
@@ -132,9 +134,9 @@ class _Guard(TorchDispatchMode):
         return func(*args, **given)
 
 
-def _place(tensor: torch.Tensor) -> int:
-    """Return where a tensor's memory begins, of whatever views of it there are; it has none on the meta device."""
-    return cast(Any, tensor).untyped_storage().data_ptr() or id(tensor)
+def _place(held: object) -> int:
+    """Return where the memory of a tensor begins, of whatever views of it there are; it has none on the meta device."""
+    return (held.untyped_storage().data_ptr() or id(held)) if isinstance(held, torch.Tensor) else 0
 
 
 def _innermost(twin: nn.Module, trace: TracebackType | None) -> nn.Module | None:
