@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from rows import CPU, VOCABULARY, batch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from onward import Run
 from onward.config import Config
 from onward.data.loader import Batch
 from onward.training.attention import ROW_ATTENTION, is_padding_free
@@ -164,3 +168,17 @@ def test_parts_of_mixed_angles() -> None:
 def lengths(parts: list[Part]) -> list[list[int]]:
     """Return the lengths of the rows of each part."""
     return [[len(row.ids) for row in part.batch.rows] for part in parts]
+
+
+@pytest.mark.parametrize("kind", DEPENDENT)
+def test_a_run_of_mixed_lengths_is_proven(kind: str, tmp_path: Path) -> None:
+    """Files with rows on both sides of the original length, in one process: training the last one again is the same."""
+    base = tiny.save_tiny_model(tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    rope = {**KINDS[kind], "rope_theta": 100.0, "original_max_position_embeddings": 120}
+    (base / "config.json").write_text(json.dumps(values | {"rope_parameters": rope, "max_position_embeddings": 120}))
+    run = Run.create(tmp_path / "run", str(base), batch_size=4, max_length=256)
+    rows = [{"text": "a" * length} for length in (40, 200, 60, 230, 119, 120, 121, 40)]
+    run.train(tiny.write_jsonl(tmp_path / "long.jsonl", rows))
+    run.train(tiny.write_jsonl(tmp_path / "mixed.jsonl", rows[::-1]))
+    assert run.verify(deep=True).ok
