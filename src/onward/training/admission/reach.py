@@ -47,10 +47,11 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
 
 def share_reached(model: nn.Module, base: PreTrainedModel) -> float:
     """Return which share of the weights outside embeddings and head is trained, or has an adapter."""
-    outside = _ids([base.get_input_embeddings(), base.get_output_embeddings()])
+    tables = [part for part in base.modules() if isinstance(part, nn.Embedding)]
+    outside = _ids([*tables, base.get_input_embeddings(), base.get_output_embeddings()])
     adapted: set[int] = set()
     for part in model.modules():
-        if isinstance(part, BaseTunerLayer):
+        if isinstance(part, BaseTunerLayer) and any(weight.requires_grad for weight in part.parameters()):
             held: Any = part.get_base_layer()
             name = getattr(part, "parameter_name", None)
             own = [getattr(held, name)] if isinstance(name, str) else cast(nn.Module, held).parameters(recurse=False)
