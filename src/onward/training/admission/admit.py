@@ -15,10 +15,11 @@ from onward.config import Config
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, reach
-from onward.training.admission.causality import learned_positions, looks_ahead
+from onward.training.admission.causality import looks_ahead
 from onward.training.admission.findings import Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
+from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks, head_only_multiplies
 from onward.training.admission.remedies import NO_REMEDY, causal_hint, evaluation_hint, repeat_hint
 from onward.training.attention import PADDING_FREE
@@ -137,10 +138,10 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
 
 def _require_positions(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     model.eval()
-    limit = learned_positions(causal_lm(model), vocabulary, proof.device)
-    model.train()
     longest = proof.config.max_length
-    if limit is not None and longest > limit:
+    limit = most_positions(causal_lm(model), vocabulary, longest, proof.device)
+    model.train()
+    if limit is not None:
         hint = f"Set max_length to at most {limit}: --set max_length={limit}, or in the config."
         proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
 

@@ -1,4 +1,4 @@
-"""Whether a model looks ahead, and which tables it looks positions up in."""
+"""Whether a model looks ahead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from onward.training.admission.inputs import LONG, rows, tokens
 from onward.training.environment import autocast, deterministic
@@ -40,35 +39,3 @@ def _logits(model: nn.Module, ids: torch.Tensor, device: torch.device, dtype: to
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite")
     return logits
-
-
-def learned_positions(model: PreTrainedModel, vocabulary: int, device: torch.device) -> int | None:
-    """Return the tokens of the longest row that a model has positions for; None where no table limits them.
-
-    A table of positions is an embedding that is asked for one row more for each further token.
-    """
-    asked: dict[nn.Module, list[int]] = {}
-
-    def note(part: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-        if inputs and isinstance(inputs[0], torch.Tensor) and not inputs[0].is_floating_point():
-            asked.setdefault(part, []).append(int(inputs[0].max()))
-
-    embedding = model.get_input_embeddings()
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding) and part is not embedding]
-    if not tables:
-        return None
-    hooks = [part.register_forward_hook(note) for part in tables]
-    batch = rows([LONG, LONG], vocabulary)
-    try:
-        for length in (LONG - 1, LONG):
-            with torch.no_grad():
-                cast(Any, model)(input_ids=tokens(batch.rows[0], device)[:, :length], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    limits = [
-        cast(nn.Embedding, part).num_embeddings - (places[-1] - (LONG - 1))
-        for part, places in asked.items()
-        if len(places) == 2 and places[1] == places[0] + 1
-    ]
-    return min(limits, default=None)
