@@ -124,7 +124,7 @@ def _in_process(family: str, method: str) -> Result:
 
 
 def _child(family: str, method: str, pipe: Any) -> None:
-    with open(os.devnull, "w") as nothing, tempfile.TemporaryDirectory() as folder:
+    with Path(os.devnull).open("w") as nothing, tempfile.TemporaryDirectory() as folder:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
         try:

@@ -55,9 +55,9 @@ LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "attention
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
-        "rope_parameters": dict.fromkeys(
-            ("full_attention", "sliding_attention"), {"rope_type": "default", "rope_theta": 1e4}
-        )
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": FEW_HEADS, "rope_theta": 1e4, "clip_qkv": 8},
