@@ -27,13 +27,16 @@ def create(
     values: Mapping[str, Any],
     report: Callable[[str], None],
     loading: Callable[[], AbstractContextManager[None]],
+    *,
+    later: bool = False,
 ) -> None:
-    """Make a run from a base model.
+    """Make a run from a base model, once the model has passed its admission.
 
     Args:
         values: config keys; none where the directory has a config already.
-        report: receives a line when something takes long.
+        report: receives a line when something takes long, and what the admission found.
         loading: a context in which large libraries are imported.
+        later: leave the admission to the first start.
 
     Raises:
         ConfigError: a setting is refused, or rows may be longer than the positions that the model has learned.
@@ -41,19 +44,25 @@ def create(
         UsageError: the directory is in use.
     """
     from onward.service.tokenizer import store_tokenizer
-    from onward.training.base import require_complete, resolve_base, with_stored_path
-    from onward.training.capacity import read_capacity, require_fits
+    from onward.training.base import require_complete, require_plain, resolve_base, with_stored_path
+    from onward.training.capacity import read_capacity, require_embedded, require_fits
 
     refuse_occupied(layout)
     config = _choose_config(layout, values)
     base = resolve_base(config.model, download=True, report=report)
     require_complete(base)
-    require_fits(read_capacity(base), max_length=config.max_length)
+    require_plain(base, method=config.method)
+    capacity = read_capacity(base)
+    require_fits(capacity, max_length=config.max_length)
     folder = layout.tokenizer(base)
     tokenizer = _load_tokenizer(folder, report, loading)
+    require_embedded(capacity, tokenizer)
+    facts: dict[str, Any] = {}
+    if not later:
+        config, facts = _admit(config, base, values, report, loading)
     _make_files(layout, with_stored_path(config, base, layout.root))
     store_tokenizer(layout, folder, tokenizer)
-    make_ledger(layout.ledger)  # last: it is what makes the directory a run
+    make_ledger(layout.ledger, **facts)  # last: it is what makes the directory a run
 
 
 def refuse_occupied(layout: RunLayout) -> None:
@@ -111,6 +120,26 @@ def _load_tokenizer(
     report("preparing the tokenizer, once")
     with loading():
         return load_tokenizer_of(folder)
+
+
+def _admit(
+    config: Config,
+    base: Path,
+    values: Mapping[str, Any],
+    report: Callable[[str], None],
+    loading: Callable[[], AbstractContextManager[None]],
+) -> tuple[Config, dict[str, Any]]:
+    """Prove the model; returns the config with settings that work, and what the ledger keeps."""
+    with loading():
+        from onward.service.admission import admit_new
+    from onward.training.admission.findings import FACT
+
+    lora = values.get("lora")
+    chosen = "lora.dropout" in values or (isinstance(lora, Mapping) and "dropout" in lora) or not values
+    config, findings = admit_new(config, base, has_chosen_dropout=chosen)
+    for line in findings.lines():
+        report(line)
+    return config, {FACT: findings.to_dict()}
 
 
 def _make_files(layout: RunLayout, config: Config) -> None:

@@ -68,21 +68,23 @@ class Run:
         *,
         report: Callable[[str], None] = _silent,
         loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        later: bool = False,
         **settings: Any,
     ) -> Run:
         """Make a run. Settings are config keys: `Run.create("run", "path/to/model", batch_size=4, lora={"rank": 8})`.
 
         Args:
-            report: receives a line when something takes long.
+            report: receives a line when something takes long, and what the model's admission found.
             loading: as for `Run`.
+            later: leave the model's admission to the first start, which then may refuse it.
 
         Raises:
             ConfigError: a setting is refused.
-            ModelError: the base model or its tokenizer is missing or unusable.
+            ModelError: the base model or its tokenizer is missing or unusable, or the model cannot be proven right.
             UsageError: there is a run in `directory` already.
         """
         values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
-        create(RunLayout(Path(directory)), values, report, loading)
+        create(RunLayout(Path(directory)), values, report, loading, later=later)
         return cls(directory, loading=loading)
 
     @classmethod

@@ -20,9 +20,10 @@ def init(
     run: RunOption = Path(),
     model: ModelOption = None,
     settings: SetOption = None,
+    later: Annotated[bool, typer.Option("--later", help="Leave the proof of the model to the first start.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run."""
+    """Make a run, once its model is proven to train right."""
     from onward.config_text import parse_settings
     from onward.run import Run
 
@@ -34,7 +35,7 @@ def init(
     if "model" in values and not values["model"]:
         raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
     try:
-        made = Run.create(directory or run, report=say, loading=startup.large_imports, **values)
+        made = Run.create(directory or run, report=say, loading=startup.large_imports, later=later, **values)
     except ModelError as error:
         raise UsageError(
             error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"

@@ -18,11 +18,14 @@ from onward.layout import RunLayout
 from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
+from onward.training.admission.findings import FACT, Findings
 from onward.training.base import BaseDigest, base_of_run, digest_base
+from onward.training.capacity import read_capacity
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
 from onward.training.numerics import numerics_of
+from onward.training.treatment import Treatment
 
 Report = Callable[[str], None]
 
@@ -49,9 +52,15 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """A token id to fill short rows with; masked everywhere, so any id would do."""
-        pad_id = self.tokenizer.pad_token_id
-        return pad_id if isinstance(pad_id, int) else 0
+        """A token id to fill short rows with; masked everywhere, so any id would do that the embedding has."""
+        pad_id, rows = self.tokenizer.pad_token_id, read_capacity(self.base).embedding_rows
+        return pad_id if isinstance(pad_id, int) and (rows is None or pad_id < rows) else 0
+
+    @property
+    def treatment(self) -> Treatment | None:
+        """How the model is treated, as its admission found; None in a run that has trained and was not admitted yet."""
+        findings = Findings.of(self.ledger.get(FACT))
+        return None if findings is None else findings.treatment
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +19,36 @@ from onward.errors import ModelError, Unreadable, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ALL_LINEAR = "all-linear"
+_WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
+"""Names of modules, one or some, with dots at most: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
 
 
-def new_adapter_config(config: Config, base: Path) -> LoraConfig:
-    """Return the adapter that a run's config asks for."""
+def new_adapter_config(config: Config, base: Path, left_out: Sequence[str] = ()) -> LoraConfig:
+    """Return the adapter that a run's config asks for.
+
+    Args:
+        left_out: modules that get none, by their whole names.
+    """
     return LoraConfig(
         r=config.lora.rank,
         lora_alpha=cast(int, config.lora.alpha),
         lora_dropout=config.lora.dropout,
-        target_modules=config.lora.targets,
+        target_modules=named_targets(config.lora.targets),
+        exclude_modules=list(left_out) or None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
     )
+
+
+def named_targets(targets: str | list[str]) -> str | list[str]:
+    """Return targets as PEFT takes them: words are names, or ends of names, of modules; else text is an expression.
+
+    PEFT holds every text against the whole name of a module, so that `q_proj` alone would fit none.
+    """
+    if isinstance(targets, list) or targets == ALL_LINEAR or not _WORDS.fullmatch(targets):
+        return targets
+    return [word for word in re.split(r"[,\s]+", targets) if word]
 
 
 def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftConfig:

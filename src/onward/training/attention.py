@@ -7,6 +7,7 @@ the backward pass. Without that keyword the model attends as with transformers' 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -24,17 +25,25 @@ ROW_ATTENTION = "onward_rows"
 PADDING_FREE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "smollm3", "starcoder2"}
 )  # fmt: skip
-"""Model types whose tokens meet in attention only and whose logits are the head's output: each is tested."""
-
-
-def is_padding_free(model_type: str) -> bool:
-    """Whether a model of this type may be given rows laid end to end."""
-    return model_type in PADDING_FREE
+"""Model types whose rows are laid end to end in runs that were made before models were proven (`admission/`)."""
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
     """Whether rows are laid end to end for this model."""
     return cast(Any, model.config)._attn_implementation == ROW_ATTENTION
+
+
+def lay_end_to_end(model: PreTrainedModel) -> None:
+    """Have a model attend to rows laid end to end, each to itself.
+
+    Raises:
+        ValueError: its attention is not one that can be replaced by another computing the same.
+    """
+    if not model._supports_sdpa:  # pyright: ignore[reportPrivateUsage]
+        raise ValueError("its attention is one of its own")
+    model.set_attn_implementation(ROW_ATTENTION)
+    if not takes_rows(model):
+        raise ValueError("its attention cannot be set")
 
 
 def row_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
@@ -76,6 +85,7 @@ def row_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    _require_plain(module, kwargs)
     # split, not slices: backward of a slice fills and adds a tensor of the full size for every row
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
     return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None
@@ -114,6 +124,17 @@ def _require_no_rows(module: nn.Module, attention_mask: torch.Tensor | None) -> 
             where=type(module).__name__,
             hint="Nothing was trained. Install the versions in Onward's constraints.txt, then: onward train",
         )
+
+
+def _require_plain(module: nn.Module, extra: Mapping[str, Any]) -> None:
+    """Refuse what changes the scores of attention (sinks, biases of positions, a cap): it is not computed here."""
+    asked = [
+        name
+        for name, value in extra.items()
+        if (isinstance(value, torch.Tensor) and value.is_floating_point()) or (name == "softcap" and value is not None)
+    ]
+    if asked:
+        raise ModelError(f"its attention is given {', '.join(asked)}", where=type(module).__name__)
 
 
 AttentionInterface.register(ROW_ATTENTION, row_attention)

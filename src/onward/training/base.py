@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any, cast
 
 from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
@@ -18,6 +19,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""
 
 
+ADAPTER = "adapter_config.json"
+"""What makes a folder one of PEFT's adapters."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OWN_BASE = "base"
 """Folder of a base model that a run keeps in its own directory."""
@@ -44,6 +47,8 @@ def resolve_base(
     if name in EMBEDDED:
         return ensure_embedded(name, cache_directory(), report=report)
     path = Path(name).expanduser()
+    if (path / ADAPTER).is_file():
+        raise _is_adapter(path)
     if path.is_dir():
         raise ModelError("this folder is not a Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -141,6 +146,56 @@ def require_complete(folder: Path) -> None:
         raise ModelError("this folder holds no weights", where=folder, hint=COMPLETE)
     if not any((folder / name).is_file() for name in TOKENIZER):
         raise ModelError("this folder holds no tokenizer", where=folder, hint=COMPLETE)
+
+
+def require_plain(folder: Path, *, method: str) -> None:
+    """Refuse what is not a model of full weights and of code that transformers has.
+
+    Args:
+        method: the config's.
+
+    Raises:
+        ModelError: the folder holds an adapter, quantized weights, or needs code of its own.
+    """
+    if (folder / ADAPTER).is_file():
+        raise _is_adapter(folder)
+    config = json.loads((folder / "config.json").read_bytes())
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        kind = str(cast(dict[str, Any], quantization).get("quant_method", "unknown"))
+        if method == "qlora" and kind == "bitsandbytes":
+            return
+        raise ModelError(
+            f"its weights are quantized ({kind})",
+            where=folder,
+            hint="Name the model that it was made from, whose weights are whole; to train on it in 4 bits add: "
+            "--set method=qlora",
+        )
+    if config.get("auto_map") and not _is_known(str(config.get("model_type"))):
+        raise ModelError(
+            "it needs code of its own (auto_map in config.json), which Onward never runs",
+            where=folder,
+            hint="Look for a conversion of it to an architecture of transformers; its name often ends in -hf.",
+        )
+
+
+def _is_known(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _is_adapter(folder: Path) -> ModelError:
+    try:
+        base = json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    named = quoted(base) if isinstance(base, str) and base else "BASE"
+    return ModelError(
+        "this folder holds an adapter, not a model",
+        where=folder,
+        hint=f"Start from its weights: onward init NEW_RUN --model {named} --adapter {quoted(folder)}",
+    )
 
 
 def digest_base(folder: Path) -> str:

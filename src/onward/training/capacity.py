@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError, Unreadable
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +82,18 @@ def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max
             where="max_length",
             hint=f"Set max_length to at most {positions}: --set max_length={positions}, or in the config.",
         )
+
+
+def require_embedded(capacity: Capacity, tokenizer: TokenizerState) -> None:
+    """Refuse a tokenizer whose template or whose end of a text needs tokens that the model's embedding has not.
+
+    Raises:
+        ModelError: a token that every chat has, or that begins or ends a text, lies beyond the embedding.
+    """
+    named = [tokenizer.bos_id, tokenizer.eos_id]
+    written = [token for token in tokenizer.special_tokens if token in tokenizer.chat_template]
+    ids = [tokenizer.tokenizer.token_to_id(token) for token in written]
+    require_fits(capacity, largest_token_id=max((number for number in [*named, *ids] if number is not None), default=0))
 
 
 def _usable(rows: int, config: Mapping[str, Any]) -> int:

@@ -15,18 +15,30 @@ from onward.training.checkpoint import Manifest
 from onward.training.model import build_model
 from onward.training.optimizers import Entry, saved_groups
 from onward.training.state import TrainState
+from onward.training.treatment import Treatment
 
 
 def load_state(
-    folder: Path, manifest: Manifest, config: Config, base: Path, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    manifest: Manifest,
+    config: Config,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    treatment: Treatment | None = None,
 ) -> TrainState:
     """Build the TrainState that a verified checkpoint holds.
+
+    Args:
+        treatment: what the model's admission found; None for a run that was made before there was one.
 
     Raises:
         DamagedState: names, shapes or types are not those of the manifest.
         Unreadable: a file cannot be read now.
     """
-    state = TrainState.start(build_model(config, base, device, dtype, checkpoint=folder), config)
+    model = build_model(config, base, device, dtype, checkpoint=folder, treatment=treatment)
+    state = TrainState.start(model, config)
     if state.view().describe_parameters() != manifest.parameters:
         raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
     load_moments(state, folder / huggingface.OPTIMIZER)

@@ -25,11 +25,13 @@ from onward.training.adapter import (
     new_adapter_config,
     saved_adapter_config,
 )
-from onward.training.attention import ROW_ATTENTION, is_padding_free
+from onward.training.attention import PADDING_FREE, lay_end_to_end
 from onward.training.base import COMPLETE
+from onward.training.completeness import require_all_weights, require_no_others
 from onward.training.fused_lora import fuse_lora
 from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
+from onward.training.treatment import Treatment
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -46,7 +48,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_model(
-    config: Config, base: Path, device: torch.device, dtype: torch.dtype, *, checkpoint: Path | None = None
+    config: Config,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    checkpoint: Path | None = None,
+    treatment: Treatment | None = None,
 ) -> nn.Module:
     """Build the model of a run in training mode, with trained weights in float32.
 
@@ -54,28 +62,64 @@ def build_model(
         base: folder of the base model.
         checkpoint: folder to take trained weights (and the adapter's config) from; None starts a new run, whose
             adapter is a function of the seed.
+        treatment: what the model's admission found; None for a run that was made before there was one.
 
     Raises:
         ModelError: the base cannot be loaded, or the method does not fit this machine or model.
         Unreadable: a file of the model cannot be read now.
     """
+    left_out = () if treatment is None else treatment.left_out
+    model = build_plain(config, base, device, dtype, checkpoint=checkpoint, left_out=left_out)
+    was_listed = causal_lm(model).config.model_type in PADDING_FREE
+    make_fast(model, dtype, end_to_end=was_listed if treatment is None else treatment.end_to_end)
+    return model
+
+
+def build_plain(
+    config: Config,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    checkpoint: Path | None = None,
+    left_out: tuple[str, ...] = (),
+    strict: bool = False,
+) -> nn.Module:
+    """Build the model of a run as transformers and PEFT compute it; the arguments are those of `build_model`.
+
+    Args:
+        left_out: what is not trained: modules without an adapter, or weights where all others are trained.
+        strict: refuse files that hold weights which the model has no place for.
+    """
     if config.method == "full":
-        model = _prepare(_load(checkpoint or base, torch.float32))
-        with _in_memory(model, device):
-            return cast(nn.Module, model).train()
-    base_model = _prepare(_load(base, dtype, **_quantization(config, dtype, device)))
+        whole = _without_cache(_load(checkpoint or base, torch.float32, strict=strict))
+        with _in_memory(whole, device):
+            for name, parameter in whole.named_parameters():
+                parameter.requires_grad_(name not in left_out)
+            return cast(nn.Module, whole).train()
+    base_model = _without_cache(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)))
     base_model.requires_grad_(False)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
-        adapter = new_adapter_config(config, base)
+        adapter = new_adapter_config(config, base, left_out)
         if checkpoint is not None:
             adapter = saved_adapter_config(checkpoint, dropout=config.lora.dropout)
         model = add_adapter(base_model, adapter)
         if checkpoint is not None:
             load_adapter(model, checkpoint)
-    if dtype == torch.float32:
-        fuse_lora(model)
     return model.to(device).train() if config.method != "qlora" else model.train()
+
+
+def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None:
+    """Have a plain model compute the same faster: rows end to end, and the layers of an adapter in one node.
+
+    Raises:
+        ValueError: rows cannot be laid end to end for it.
+    """
+    if end_to_end:
+        lay_end_to_end(causal_lm(model))
+    if isinstance(model, PeftModel) and dtype == torch.float32:
+        fuse_lora(model)
 
 
 def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -102,25 +146,27 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
-def _load(folder: Path, dtype: torch.dtype, **extra: Any) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, **extra
-            )
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **extra,
+            )  # fmt: skip
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
             raise Unreadable.of(error, folder) from None
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
         ) from None
+    require_all_weights(loaded, folder)
+    if strict:
+        require_no_others(loaded, folder)
+    return model
 
 
-def _prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model ready for training: no cache of keys and values, rows laid end to end where it is known to work."""
+def _without_cache(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False
-    if is_padding_free(model.config.model_type):
-        model.set_attn_implementation(ROW_ATTENTION)
     return model
 
 

@@ -61,6 +61,7 @@ class Trainer:
         state, index = self.state, self.state.cursor.step
         rate = learning_rate(self.config, state.step + 1, index + 1)
         loss = self._gradients(batch)
+        self._fill()
         grad_norm = self._clip()
         self._require_finite(loss, grad_norm, batch)
         set_learning_rate(state.optimizer, rate)
@@ -94,6 +95,12 @@ class Trainer:
         finally:
             self.loss.forget()
         return float(total)
+
+    def _fill(self) -> None:
+        """Give weights that no token of the step reached (of experts) a gradient of zeros: each counts every step."""
+        for parameter in self.state.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm or float("inf")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onward.config import Config, stored_config
+from onward.service.admission import admit_at_start
 from onward.service.session import Session
 from onward.service.state.settle import Settled
 from onward.training import huggingface
@@ -41,11 +42,15 @@ def load_start(session: Session, settled: Settled) -> Start:
     """
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
     if settled.folder is None or settled.manifest is None:
-        model = build_model(session.config, session.base, session.device, session.dtype)
+        admit_at_start(session, has_trained=False)
+        model = build_model(session.config, session.base, session.device, session.dtype, treatment=session.treatment)
         return Start(TrainState.start(model, session.config), None, session.config, log)
+    admit_at_start(session, has_trained=True)
     manifest = settled.manifest
     config = stored_config(manifest.config)
     loaded = session.config if manifest.cursor.at_boundary else config
-    state = load_state(settled.folder, manifest, loaded, session.base, session.device, session.dtype)
+    state = load_state(
+        settled.folder, manifest, loaded, session.base, session.device, session.dtype, treatment=session.treatment
+    )
     log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
     return Start(state, manifest, config, log)

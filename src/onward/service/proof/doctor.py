@@ -23,6 +23,7 @@ from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
+from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.base import base_of_run, digest_base
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.environment import pick_device, pick_dtype
@@ -65,6 +66,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("config", lambda: _config(layout)),
         ("identity", lambda: _identity(layout)),
         ("base model", lambda: _base(layout)),
+        ("model", lambda: _admission(layout)),
         ("ledger", lambda: _ledger(layout)),
         ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
@@ -141,6 +143,17 @@ def _template(tokenizer: Any) -> Iterator[Finding]:
     if tokenizer.chat_template is None:
         hint = "Chat rows will be refused; prompt/completion and text rows work"
         yield Finding("warning", "chat template", "the tokenizer has none", hint)
+
+
+def _admission(layout: RunLayout) -> Iterator[Finding]:
+    """Say what was proven of the model when the run was made."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        findings = Findings.of(ledger.get(FACT))
+    if findings is None:
+        yield Finding("warning", "model", "nothing is proven of it yet", "the next start proves it: onward train")
+        return
+    for line in findings.lines():
+        yield Finding("warning" if line.startswith(REFUSABLE) else "ok", "model", line)
 
 
 def _ledger(layout: RunLayout) -> Iterator[Finding]:

@@ -44,7 +44,10 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
                 hint="A replay is exact on the same machine with the same versions and thread count only.",
             )
-        state = load_state(folder, start, stored_config(start.config), session.base, session.device, session.dtype)
+        config = stored_config(start.config)
+        state = load_state(
+            folder, start, config, session.base, session.device, session.dtype, treatment=session.treatment
+        )
         steps = sum(1 for _ in _train_again(session, ledger, state, target))
         _require_equal(state, target, Path(scratch))
     return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"

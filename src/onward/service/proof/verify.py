@@ -134,6 +134,7 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     folder = layout.checkpoint(manifest.step)
     method = optimizer_method(stored_config(manifest.config))
     counted = saved_count(method, read_optimizer(folder / huggingface.OPTIMIZER, mapped=True))
+    _require(counted >= 0, "the optimizer has not counted the same steps for every weight: some it never trained")
     counters = manifest.state["counters"]
     values = {
         "ledger": ledger.committed_step(),

@@ -16,12 +16,14 @@ from onward.config import IDENTITY_KEYS, Config
 from onward.config_text import parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
+from onward.service.admission import admit_new, keep
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.admission.findings import Findings
 from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.handover import Probe
@@ -60,7 +62,8 @@ def adopt(
     base = resolve_base(config.model, download=True, report=report)
     _require_tokenizer(checkpoint, base)
     device = pick_device()
-    state = TrainState.start(_build(config, base, checkpoint, device), config)
+    _, findings = admit_new(config, base, has_chosen_dropout=True, checkpoint=checkpoint)
+    state = TrainState.start(_build(config, base, checkpoint, device, findings), config)
     load_moments(state, checkpoint / huggingface.OPTIMIZER)
     adam = state.view().adam_step()
     if not 0 < adam <= step:
@@ -70,12 +73,17 @@ def adopt(
         config = config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     else:
         config = with_stored_path(config, base, layout.root)
-    _make(checkpoint, layout, config, state, report)
+    _make(checkpoint, layout, config, state, findings, report)
     return describe(checkpoint, state.step, config, settings)
 
 
 def _make(
-    checkpoint: Path, layout: RunLayout, config: Config, state: TrainState, report: Callable[[str], None]
+    checkpoint: Path,
+    layout: RunLayout,
+    config: Config,
+    state: TrainState,
+    findings: Findings,
+    report: Callable[[str], None],
 ) -> None:
     """Make the run's files, the ledger's name last, so that it makes the run."""
     layout.root.mkdir(parents=True, exist_ok=True)
@@ -89,6 +97,7 @@ def _make(
         remove_tree(left)
     with Ledger(unfinished, create=True) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
+        keep(ledger, findings)
         session = open_session(layout, ledger, report=report, config=config)
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
@@ -177,8 +186,9 @@ def _optimizer_settings(path: Path) -> dict[str, Any]:
         raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
 
 
-def _build(config: Config, base: Path, checkpoint: Path, device: torch.device) -> torch.nn.Module:
-    return build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=checkpoint)
+def _build(config: Config, base: Path, checkpoint: Path, device: torch.device, findings: Findings) -> torch.nn.Module:
+    dtype = pick_dtype(config.dtype, device)
+    return build_model(config, base, device, dtype, checkpoint=checkpoint, treatment=findings.treatment)
 
 
 def _require_tokenizer(checkpoint: Path, base: Path) -> None:

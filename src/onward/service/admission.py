@@ -1,0 +1,62 @@
+"""The admission of a run's model: made once, kept in the ledger, asked by everything that builds the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onward.config import Config
+from onward.errors import ModelError
+from onward.service.session import Session
+from onward.store.ledger import Ledger
+from onward.training.admission.admit import admit
+from onward.training.admission.findings import FACT, Findings
+from onward.training.admission.remedies import working_config
+from onward.training.environment import pick_device, pick_dtype
+
+
+def admit_new(
+    config: Config, base: Path, *, has_chosen_dropout: bool, checkpoint: Path | None = None
+) -> tuple[Config, Findings]:
+    """Prove the model of a run that is about to be made; returns the config with settings that work.
+
+    Args:
+        base: folder of the base model.
+        has_chosen_dropout: whether a person chose `lora.dropout`; then it is not changed.
+        checkpoint: folder to take trained weights and the adapter's config from.
+
+    Raises:
+        ModelError: something about the model cannot be proven.
+        ConfigError: a setting does not fit it.
+    """
+    device = pick_device()
+    dtype = pick_dtype(config.dtype, device)
+    try:
+        return config, admit(config, base, device, dtype, checkpoint=checkpoint)
+    except ModelError as error:
+        if checkpoint is not None or not str(error.where).startswith("lora"):
+            raise
+        working, changed = working_config(config, base, has_chosen_dropout)
+        if not changed:
+            raise
+    return working, admit(working, base, device, dtype, settings=changed)
+
+
+def keep(ledger: Ledger, findings: Findings) -> None:
+    """Keep what an admission found."""
+    ledger.put(**{FACT: findings.to_dict()})
+
+
+def admit_at_start(session: Session, *, has_trained: bool) -> None:
+    """Prove the model of a run that has no findings yet: it was made with `--later`, or by an earlier release.
+
+    A run that has trained goes on as it did: what would refuse a new run is a warning.
+
+    Raises:
+        ModelError: weights are missing; or, in a run that has not trained, something cannot be proven.
+    """
+    if session.ledger.get(FACT) is not None:
+        return
+    found = admit(session.config, session.base, session.device, session.dtype, strict=not has_trained)
+    keep(session.ledger, found)
+    for warning in found.warnings:
+        session.ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")

@@ -1,0 +1,236 @@
+"""The admission of a model: everything is proven on the model at hand, with small rows, before a run trains on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.errors import ModelError, OnwardError, first_line
+from onward.training.admission import gradients, reach
+from onward.training.admission.causality import looks_ahead
+from onward.training.admission.findings import Findings, named
+from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
+from onward.training.admission.narrow import narrow, still
+from onward.training.admission.positions import most_positions
+from onward.training.admission.purity import Marks, head_only_multiplies
+from onward.training.admission.remedies import NO_REMEDY, causal_hint, evaluation_hint, repeat_hint
+from onward.training.attention import PADDING_FREE
+from onward.training.environment import describe_environment
+from onward.training.handover import Probe
+from onward.training.model import build_plain, causal_lm, make_fast
+from onward.training.seeds import fold, seeded
+
+
+@dataclass
+class _Proof:
+    """A model under proof.
+
+    Args:
+        strict: raise at the first thing that is wrong; else collect it as a warning.
+    """
+
+    config: Config
+    base: Path
+    device: torch.device
+    dtype: torch.dtype
+    strict: bool
+    warnings: list[str] = field(default_factory=list)
+
+    def refuse(self, what: str, hint: str, *, where: object = None) -> None:
+        if self.strict:
+            raise ModelError(what, where=where or self.base, hint=hint)
+        self.warnings.append(what)
+
+
+@dataclass
+class _Found:
+    """What was found of a step."""
+
+    left_out: tuple[str, ...] = ()
+    end_to_end: bool = False
+    why_padded: str = ""
+    difference: float = 0.0
+
+
+def admit(
+    config: Config,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    checkpoint: Path | None = None,
+    settings: dict[str, Any] | None = None,
+    strict: bool = True,
+) -> Findings:
+    """Prove that a model trains right as a config asks for; the model is loaded for it and dropped again.
+
+    Args:
+        base: folder of the base model.
+        checkpoint: folder to take trained weights and the adapter's config from.
+        settings: config keys that were given another value since their default does not work.
+        strict: refuse what cannot be proven; else it is a warning in the findings (for a run that has trained).
+
+    Raises:
+        ModelError: the model cannot be loaded, or something about it cannot be proven.
+        ConfigError: a setting does not fit the model.
+    """
+    proof = _Proof(config, base, device, dtype, strict)
+    model = build_plain(config, base, device, dtype, checkpoint=checkpoint, strict=strict)
+    begun = time.perf_counter()
+    try:
+        found = _prove(proof, model)
+    except (OnwardError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may fail in ways that nobody foresaw
+        proof.refuse(f"the model fails on small rows: {type(error).__name__}: {first_line(error)}", NO_REMEDY)
+        found = _Found()
+    if not strict:
+        found.left_out, found.end_to_end = (), causal_lm(model).config.model_type in PADDING_FREE
+    return Findings(
+        rows="end to end" if found.end_to_end else "padded",
+        why_padded=found.why_padded,
+        difference=found.difference,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        reach=round(reach.share_reached(model, causal_lm(model)), 4),
+        left_out=found.left_out,
+        unreached=() if config.method == "full" else reach.stacked_without_adapter(model),
+        settings=settings or {},
+        warnings=tuple(proof.warnings),
+        environment=describe_environment(device, dtype),
+        seconds=round(time.perf_counter() - begun, 3),
+    )
+
+
+def _prove(proof: _Proof, model: nn.Module) -> _Found:
+    vocabulary = int(cast(Any, causal_lm(model).get_input_embeddings()).weight.shape[0])
+    _require_causal(proof, model, vocabulary)
+    _require_positions(proof, model, vocabulary)
+    narrow(causal_lm(model))
+    _shift_adapter(model, proof.device)
+    found = _compare(proof, model, vocabulary)
+    _require_repeatable(proof, model, vocabulary)
+    _require_untouched(proof, model)
+    return found
+
+
+def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+    model.eval()
+    try:
+        ahead = looks_ahead(model, vocabulary, proof.device, proof.dtype)
+    except OnwardError:
+        raise
+    except Exception as error:
+        proof.refuse(f"the model computes no logits of a row of text: {first_line(error)}", NO_REMEDY)
+    else:
+        if ahead:
+            what = "the model looks ahead: another token at the end of a row changes logits before it"
+            proof.refuse(what, causal_hint(proof.base, proof.device, proof.dtype))
+    model.train()
+
+
+def _require_positions(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+    model.eval()
+    longest = proof.config.max_length
+    limit = most_positions(causal_lm(model), vocabulary, longest, proof.device)
+    model.train()
+    if limit is not None:
+        hint = f"Set max_length to at most {limit}: --set max_length={limit}, or in the config."
+        proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
+
+
+def _shift_adapter(model: nn.Module, device: torch.device) -> None:
+    """Give the matrices that an adapter begins with as zeros other values: else half of its gradients are zero."""
+    with torch.no_grad(), seeded(fold(0, "admission"), device):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_" in name and not bool(parameter.any()):
+                parameter.normal_(std=0.02)
+
+
+def _compare(proof: _Proof, model: nn.Module, vocabulary: int) -> _Found:
+    """Hold gradients of a step against those of its rows by themselves; weights without any are left out."""
+    batch = rows([MIDDLE, SHORT, LONG], vocabulary)
+    with still(model):
+        expected = gradients.row_by_row(model, batch, proof.device, proof.dtype)
+        left_out = _leave_out(proof, model, expected)
+        plain = cast(Any, causal_lm(model).config)._attn_implementation
+        largest, why = _try_end_to_end(proof, model, batch, expected)
+        if why:
+            causal_lm(model).set_attn_implementation(plain)
+            largest = _difference(proof, model, batch, expected)
+            if not largest <= gradients.TOLERANCE[proof.dtype]:
+                what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
+                proof.refuse(what, NO_REMEDY)
+    return _Found(left_out, not why, why, largest)
+
+
+def _leave_out(proof: _Proof, model: nn.Module, found: gradients.Gradients) -> tuple[str, ...]:
+    """Freeze weights that no gradient reaches; returns what is to be left out by a run, by the names it is left out by.
+
+    Raises:
+        ModelError: no gradient reaches any.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    dead = reach.without_gradient(trained, found.of.keys())
+    for name in dead:
+        trained[name].requires_grad_(False)
+    if len(dead) == len(trained):
+        what = "no gradient reaches any of the weights that are to be trained"
+        raise ModelError(
+            what, where=proof.base, hint="Name other modules, --set lora.targets=..., or --set method=full"
+        )
+    if dead and not proof.strict:
+        proof.warnings.append(f"no gradient reaches {named(dead)}")
+    return dead if proof.config.method == "full" else reach.modules_of(dead)
+
+
+def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> tuple[float, str]:
+    """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
+    try:
+        make_fast(model, proof.dtype, end_to_end=True)
+    except ValueError as error:
+        make_fast(model, proof.dtype, end_to_end=False)
+        return math.inf, first_line(error)
+    if not head_only_multiplies(causal_lm(model), proof.device):
+        return math.inf, "its logits are not those of its head alone"
+    try:
+        largest = _difference(proof, model, batch, expected)
+    except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
+        model.zero_grad(set_to_none=True)
+        return math.inf, first_line(error)
+    if largest <= gradients.TOLERANCE[proof.dtype]:
+        return largest, ""
+    return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+
+
+def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> float:
+    actual = gradients.of_step(model, batch, proof.config, proof.device, proof.dtype)
+    return gradients.difference(expected, actual)
+
+
+def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+    """Take a step, one with longer rows, and the first one again, dropout included."""
+    short, long = rows([MIDDLE], vocabulary), rows([LONG], vocabulary)
+    taken = [
+        gradients.of_step(model, batch, proof.config, proof.device, proof.dtype).digest()
+        for batch in (short, long, short)
+    ]
+    if taken[0] != taken[2]:
+        what = "two equal steps have different gradients: the model keeps something that no checkpoint holds"
+        proof.refuse(what, repeat_hint(causal_lm(model)))
+
+
+def _require_untouched(proof: _Proof, model: nn.Module) -> None:
+    """Evaluate the model as the handover's probe does, and look at every weight and buffer."""
+    marks = Marks(model)
+    Probe(model, proof.config.seed, proof.device, proof.dtype).of_model()
+    changed = tuple(marks.changed())
+    if changed:
+        proof.refuse(f"evaluating the model changes its own {named(changed)}", evaluation_hint(causal_lm(model)))

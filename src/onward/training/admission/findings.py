@@ -1,0 +1,93 @@
+"""What an admission found, as a plain record that the run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from onward.training.treatment import Treatment
+
+FACT = "admission"
+"""The fact of the ledger under which a run keeps its findings."""
+
+REFUSABLE = "a new run would be refused"
+"""How a line begins that says what is wrong in a run that goes on all the same."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was proven of a model on small inputs, and what was left out.
+
+    Args:
+        rows: `end to end` or `padded`: how the rows of a step are laid out.
+        why_padded: what speaks against laying rows end to end; empty where they are.
+        difference: the largest relative difference of a gradient from that of plain transformers, row by row.
+        trained: trained weights, in numbers.
+        reach: share of the weights outside embeddings and head that is trained or has an adapter.
+        left_out: what no gradient reaches: modules for an adapter, weights where all are trained.
+        unreached: stacked weights (experts) that have no adapter, by the end of their names.
+        settings: config keys that were given another value than their default, since the default does not work.
+        warnings: what would refuse a new run, in a run that has trained already.
+        environment: versions and device that this was found with.
+        seconds: how long it took, the loading of the model aside.
+    """
+
+    rows: str
+    why_padded: str
+    difference: float
+    trained: int
+    reach: float
+    left_out: tuple[str, ...]
+    unreached: tuple[str, ...]
+    settings: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    environment: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def treatment(self) -> Treatment:
+        """How the model is treated from now on."""
+        return Treatment(self.rows == "end to end", self.left_out)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the findings as JSON values."""
+        return {**asdict(self), "settings": dict(self.settings), "environment": dict(self.environment)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None) -> Self | None:
+        """Return the findings that a ledger kept; None where it kept none."""
+        if values is None:
+            return None
+        lists = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
+        return cls(**{**values, **lists})
+
+    def lines(self) -> list[str]:
+        """Return what a person should know, one line each; the first one sums up."""
+        rows = f"rows are laid {self.rows}" if self.rows == "end to end" else "rows are padded"
+        lines = [
+            f"the model passed: causal, gradients equal to those of single rows in plain transformers "
+            f"({self.difference:.0e}), {rows}; {self.reach:.0%} of its weights are reached"
+        ]
+        if self.why_padded:
+            lines.append(f"rows are padded: {self.why_padded}")
+        lines += [
+            f"{key} is {value} in this run: its default does not work here" for key, value in self.settings.items()
+        ]
+        if self.left_out:
+            lines.append(f"left out, since no gradient reaches them: {named(self.left_out)}")
+        if self.unreached:
+            lines.append(f"without an adapter: {named(self.unreached)} (stacked weights, which all-linear passes over)")
+        return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
+
+
+def named(names: tuple[str, ...], at_most: int = 4) -> str:
+    """Return names for a line of text, layer numbers as `*`, at most some of them."""
+    patterns = list(dict.fromkeys(pattern_of(name) for name in names))
+    more = f" and {len(patterns) - at_most} more" if len(patterns) > at_most else ""
+    return f"{', '.join(patterns[:at_most])}{more}"
+
+
+def pattern_of(name: str) -> str:
+    """Return a name with every number in it as `*`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

@@ -1,0 +1,82 @@
+"""Loss and gradients of a step, as plain transformers computes them row by row and as Onward does, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.training.admission.inputs import tokens
+from onward.training.environment import autocast, deterministic
+from onward.training.loss import TargetLoss
+from onward.training.parts import parts_of
+from onward.training.seeds import seeded
+from onward.training.state import digest_tensors
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+"""Relative difference that is rounding, by compute type."""
+_SMALL = 1e-3
+"""Share of the largest gradient below which a weight's own is not a scale to measure by."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The mean loss (nats) of a step, and the gradient of each trained weight that has one."""
+
+    loss: float
+    of: Mapping[str, torch.Tensor]
+
+    def digest(self) -> str:
+        """Return the digest of all bits."""
+        loss = torch.tensor(self.loss, dtype=torch.float64)
+        return digest_tensors([("loss", loss), *sorted(self.of.items())])
+
+
+def row_by_row(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Gradients:
+    """Return what plain transformers computes of rows, each by itself: no padding, no mask, whole logits."""
+    total = 0.0
+    for row in batch.rows:
+        ids = tokens(row, device)
+        wanted = torch.from_numpy(row.targets[1:]).to(device)
+        with deterministic(device), autocast(device, dtype):
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            loss = functional.cross_entropy(logits[wanted].float(), ids[0, 1:][wanted], reduction="sum")
+        (loss / batch.target_tokens).backward()
+        total += float(loss.detach())
+    return _take(model, total / batch.target_tokens)
+
+
+def of_step(model: nn.Module, batch: Batch, config: Config, device: torch.device, dtype: torch.dtype) -> Gradients:
+    """Return what a step of a run computes of rows, part by part, with the seeds of the first step."""
+    loss_of = TargetLoss(model, device, dtype)
+    total = 0.0
+    for part in parts_of(batch, config, 0):
+        with deterministic(device), seeded(part.seed, device):
+            loss = loss_of(part.batch) / batch.target_tokens
+            loss.backward()
+        total += float(loss.detach())
+    return _take(model, total)
+
+
+def difference(expected: Gradients, actual: Gradients) -> float:
+    """Return the largest relative difference of loss and gradients; infinite where one is missing or not finite."""
+    if expected.of.keys() != actual.of.keys():
+        return math.inf
+    sizes = {name: float(gradient.norm()) for name, gradient in expected.of.items()}
+    least = _SMALL * max(sizes.values(), default=0.0)
+    found = [abs(actual.loss - expected.loss) / max(abs(expected.loss), 1e-12)]
+    for name, gradient in expected.of.items():
+        found.append(float((actual.of[name] - gradient).norm()) / max(sizes[name], least, 1e-30))
+    return max(found) if all(map(math.isfinite, found)) else math.inf
+
+
+def _take(model: nn.Module, loss: float) -> Gradients:
+    taken = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return Gradients(loss, taken)

@@ -1,0 +1,78 @@
+"""Limits of a model brought down to the length of small rows, and its randomness taken away, for a proof."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+LIMIT = 8
+"""Tokens beyond which a sliding window, a chunk of attention or the original length of a position encoding ends."""
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
+_ORIGINAL = ("original_max_position_embeddings",)
+_OF_ROTARY = ("original_max_seq_len", "max_seq_len_cached")
+
+
+def narrow(model: PreTrainedModel) -> None:
+    """Bring sliding windows and the original length of position encodings down to `LIMIT` tokens.
+
+    Both sides of each limit can then be computed with rows of a few tokens. The model is good for the proof only.
+    """
+    for config in _configs(model):
+        for key in (*_WINDOWS, *_ORIGINAL):
+            _lower(config, key)
+        for parameters in _mappings(getattr(config, "rope_parameters", None)):
+            for key in _ORIGINAL:
+                if _is_above(parameters.get(key)):
+                    parameters[key] = LIMIT
+    for part in model.modules():
+        for key in (*_WINDOWS, *_OF_ROTARY):
+            _lower(part, key)
+
+
+@contextlib.contextmanager
+def still(model: nn.Module) -> Generator[None]:
+    """Take dropout, dropped layers and jitter away in the body, so that two ways to compute the same compare."""
+    found: list[tuple[nn.Module, str, float]] = []
+    for part in model.modules():
+        for key, value in vars(part).items():
+            is_dropout = key == "p" and isinstance(part, nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
+            if isinstance(value, float) and (is_dropout or "drop" in key or "jitter" in key):
+                found.append((part, key, value))
+    for part, key, _ in found:
+        setattr(part, key, 0.0)
+    try:
+        yield
+    finally:
+        for part, key, value in found:
+            setattr(part, key, value)
+
+
+def _lower(owner: Any, key: str) -> None:
+    with contextlib.suppress(Exception):  # a config may refuse to be read or changed: then nothing is narrowed
+        if _is_above(vars(owner).get(key)):
+            setattr(owner, key, LIMIT)
+
+
+def _is_above(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > LIMIT
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Return every config that a part of the model holds, each once."""
+    found = {id(config): config for part in model.modules() if (config := vars(part).get("config")) is not None}
+    for config in list(found.values()):
+        found |= {id(inner): inner for inner in vars(config).values() if hasattr(inner, "model_type")}
+    return list(found.values())
+
+
+def _mappings(value: Any) -> Iterator[dict[str, Any]]:
+    """Yield a mapping and those in it: models with several kinds of layers keep one for each."""
+    if isinstance(value, dict):
+        mapping = cast(dict[str, Any], value)
+        yield mapping
+        for inner in mapping.values():
+            yield from _mappings(inner)

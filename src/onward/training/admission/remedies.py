@@ -1,0 +1,130 @@
+"""Ways out of a refusal: settings of the model or of the run, tried where that costs little."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from onward.config import Config
+from onward.errors import ConfigError, first_line
+from onward.training.adapter import new_adapter_config
+from onward.training.admission.causality import looks_ahead
+from onward.training.quiet import quiet
+
+NO_REMEDY = "Nothing that Onward sets changes that: train another model."
+_TRIES = 8
+"""Kinds of modules that are left out at most, one after another, until an adapter fits."""
+
+
+def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, dict[str, Any]]:
+    """Return a config whose adapter fits the model, and the keys that it has instead of their defaults.
+
+    Args:
+        chosen: whether a person chose `lora.dropout`; then it is not changed.
+
+    Raises:
+        ConfigError: the adapter does not fit; the message names settings that were tried and work.
+    """
+    if config.method == "full":
+        return config, {}
+    problem = _problem(config, base)
+    if problem is None:
+        return config, {}
+    without = config.model_copy(update={"lora": config.lora.model_copy(update={"dropout": 0.0})})
+    if config.lora.dropout and _problem(without, base) is None:
+        if not chosen:
+            return without, {"lora.dropout": 0.0}
+        raise ConfigError(
+            f"the model has weights of experts, on whose adapters there can be no dropout ({problem})",
+            where="lora.dropout", hint="--set lora.dropout=0",
+        )  # fmt: skip
+    targets = _working_targets(config, base)
+    if targets is None:
+        return config, {}  # building the model says what it has
+    words = f"--set 'lora.targets=[{', '.join(targets)}]'"
+    raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"This fits: {words}")
+
+
+def causal_hint(base: Path, device: torch.device, dtype: torch.dtype) -> str:
+    """Return how a model that looks ahead becomes one that does not, if its own config has a key for that."""
+    try:
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, is_decoder=True
+            )
+        model = cast(PreTrainedModel, loaded.to(device).eval())
+        vocabulary = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+        works = not looks_ahead(model, vocabulary, device, dtype)
+    except Exception:
+        works = False
+    if not works:
+        return "It was not made to write text from left to right; train a causal language model."
+    return f'Set "is_decoder": true in {base / "config.json"}: then it looks at earlier tokens only.'
+
+
+def repeat_hint(model: PreTrainedModel) -> str:
+    """Return what to change where equal steps differ."""
+    if any("dynamic" in str(vars(part).get("rope_type")) for part in model.modules()):
+        return 'Set rope_type in its config.json to "yarn" or "linear": "dynamic" depends on the rows before.'
+    return NO_REMEDY
+
+
+def evaluation_hint(model: PreTrainedModel) -> str:
+    """Return what to change where an evaluation changes weights."""
+    if getattr(model.config, "rescale_every", 0):
+        return 'Set "rescale_every": 0 in its config.json, which changes nothing that it computes in float32.'
+    return NO_REMEDY
+
+
+def _skeleton(base: Path) -> PreTrainedModel:
+    """Return the model without memory for its weights."""
+    with quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _problem(config: Config, base: Path) -> str | None:
+    """Return why the adapter does not fit the model; None where it does, or where that cannot be tried."""
+    try:
+        skeleton = _skeleton(base)
+    except Exception:  # loading the model says it better
+        return None
+    return _refusal(skeleton, new_adapter_config(config, base))
+
+
+def _refusal(skeleton: PreTrainedModel, adapter: LoraConfig) -> str | None:
+    try:
+        with quiet():
+            get_peft_model(skeleton, adapter)
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
+def _working_targets(config: Config, base: Path) -> list[str] | None:
+    """Return kinds of linear layers that an adapter can have, none of those that one attempt after another refuses."""
+    skeleton = _skeleton(base)
+    head = skeleton.get_output_embeddings()
+    linear = {
+        name.rpartition(".")[2]
+        for name, part in skeleton.named_modules()
+        if isinstance(part, nn.Linear) and part is not head
+    }
+    for _ in range(_TRIES):
+        targets = sorted(linear)
+        if not targets:
+            return None
+        tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
+        refusal = _refusal(_skeleton(base), new_adapter_config(tried, base))
+        if refusal is None:
+            return targets
+        named_there = {name for name in linear if f"'{name}'" in refusal}
+        if not named_there:
+            return None
+        linear -= named_there
+    return None

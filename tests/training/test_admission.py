@@ -1,0 +1,306 @@
+"""The admission: what is proven of a model before a run is made of it, and what is refused with which way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from onward import Run
+from onward.config import Config
+from onward.errors import ConfigError, ModelError
+from onward.training.adapter import named_targets
+from onward.training.admission.admit import admit
+from onward.training.admission.findings import Findings
+from onward.training.admission.purity import head_only_multiplies
+from onward.training.admission.reach import without_gradient
+from onward.training.admission.remedies import working_config
+from onward.training.model import causal_lm
+
+CPU = torch.device("cpu")
+
+
+def save(folder: Path, family: str, **settings: Any) -> Path:
+    """Save a small model of a family with a tokenizer."""
+    small.small_model(family, **settings).save_pretrained(folder)
+    tiny.byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path, **settings: Any) -> Config:
+    """Return a config for a model."""
+    return Config.model_validate({"model": str(folder), "max_length": 64, **settings})
+
+
+def prove(folder: Path, family: str, **settings: Any) -> Findings:
+    """Return what the admission of a small model of a family finds, with the default settings."""
+    return admit(config(save(folder, family, **settings)), folder, CPU, torch.float32)
+
+
+LAID = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "gemma3_text": {},
+    "olmoe": {"num_experts_per_tok": 2},
+    "gpt2": {},
+}
+"""Families whose rows may lie end to end: sliding windows, layers of two kinds, experts, learned positions."""
+PADDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("head alone", {"logits_scaling": 8.0}),
+    "gemma2": ("one of its own", {}),
+    "falcon_mamba": ("one of its own", {}),
+    "lfm2": ("other gradients", {"layer_types": ["conv", "full_attention"]}),
+    "bloom": ("one of its own", {}),
+}
+"""Families whose rows may not, and why: scaled logits, capped scores, states, convolutions, distances as scores."""
+
+
+@pytest.mark.parametrize("family", LAID)
+def test_rows_lie_end_to_end_where_that_is_proven(family: str, tmp_path: Path) -> None:
+    """Loss and gradients of such a step are those of single rows in plain transformers, to float32 rounding."""
+    found = prove_working(tmp_path, family, **LAID[family])
+    assert ("end to end", "") == (found.rows, found.why_padded)
+    assert found.difference < 1e-5
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_rows_are_padded_where_they_would_mix(family: str, tmp_path: Path) -> None:
+    """What lies outside the attention of single rows speaks against laying them end to end, and is said."""
+    why, settings = PADDED[family]
+    found = prove_working(tmp_path, family, **settings)
+    assert "padded" == found.rows
+    assert why in found.why_padded
+    assert found.difference < 1e-5
+
+
+def prove_working(folder: Path, family: str, **settings: Any) -> Findings:
+    """Return what the admission finds with the settings that work."""
+    targets = ["in_proj"] if "mamba" in family else "all-linear"
+    asked = config(save(folder, family, **settings), lora={"targets": targets})
+    working, _ = working_config(asked, folder, False)
+    return admit(working, folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_a_model_that_looks_ahead_is_refused(family: str, tmp_path: Path) -> None:
+    """An encoder is refused with the key of its config that makes it causal, which was tried; with it, it passes."""
+    with pytest.raises(ModelError, match="looks ahead") as refused:
+        prove(tmp_path, family)
+    assert '"is_decoder": true' in str(refused.value.hint)
+    assert "padded" == prove(tmp_path / "causal", family, is_decoder=True).rows
+
+
+def test_a_model_that_always_looks_ahead_has_no_such_key(tmp_path: Path) -> None:
+    """XLM attends both ways whatever its config says, so the refusal proposes no key."""
+    with pytest.raises(ModelError, match="looks ahead") as refused:
+        prove(tmp_path, "xlm")
+    assert "is_decoder" not in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(("family", "limit"), [("gpt2", 512), ("codegen", 512), ("opt", 512), ("mpt", 512)])
+def test_rows_beyond_the_positions_of_a_model_are_refused(family: str, limit: int, tmp_path: Path) -> None:
+    """Tables that are weights, buffers or made on the way limit a row all the same; one that fits passes."""
+    asked = config(save(tmp_path, family), max_length=limit + 1)
+    with pytest.raises(ModelError, match=f"{limit} positions") as refused:
+        admit(asked, tmp_path, CPU, torch.float32)
+    assert f"--set max_length={limit}" in str(refused.value.hint)
+    fits = asked.model_copy(update={"max_length": limit})
+    assert 0 < admit(fits, tmp_path, CPU, torch.float32).trained
+
+
+def test_rotary_positions_have_no_end(tmp_path: Path) -> None:
+    """A model that turns its positions takes rows beyond the length that its config states."""
+    asked = config(save(tmp_path, "llama"), max_length=700)
+    assert "end to end" == admit(asked, tmp_path, CPU, torch.float32).rows
+
+
+def test_weights_without_a_gradient_are_left_out_by_name(tmp_path: Path) -> None:
+    """Jamba reads the weight of `dt_proj` past its forward pass, so an adapter there would never learn anything."""
+    found = prove(tmp_path, "jamba")
+    assert {"dt_proj"} == {name.rpartition(".")[2] for name in found.left_out}
+    assert any(
+        "left out, since no gradient reaches them: model.layers.*.mamba.dt_proj" in line for line in found.lines()
+    )
+    assert () == admit(config(tmp_path, method="full"), tmp_path, CPU, torch.float32).left_out
+
+
+def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) -> None:
+    """No row of text reaches it, whether an adapter or all weights are trained."""
+    assert all(name.startswith("model.vision_tower.") for name in prove(tmp_path, "gemma3").left_out)
+    whole = admit(config(tmp_path, method="full"), tmp_path, CPU, torch.float32).left_out
+    assert whole
+    assert [] == [name for name in whole if "language_model" in name]
+
+
+def test_experts_without_an_adapter_are_named(tmp_path: Path) -> None:
+    """`all-linear` passes over weights that are stacked; the share that is reached is told without them."""
+    found = prove(tmp_path, "gpt_oss")
+    assert ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") == found.unreached
+    assert found.reach < 0.2
+    assert 0.95 < prove(tmp_path / "llama", "llama").reach <= 1.0
+
+
+def test_an_expert_without_tokens_is_not_left_out() -> None:
+    """It gets no gradient in one step and may in another: an expert of the same layer got one."""
+    names = [f"layers.{layer}.experts.{expert}.up.weight" for layer in (0, 1) for expert in (0, 1)]
+    assert tuple(names[2:]) == without_gradient(names, {names[0]})
+    assert ("layers.1.up.weight",) == without_gradient(
+        ["layers.0.up.weight", "layers.1.up.weight"], {"layers.0.up.weight"}
+    )
+
+
+def test_the_default_dropout_gives_way_to_experts(tmp_path: Path) -> None:
+    """PEFT drops nothing of what experts read: the run is made with dropout 0 and says so, or refuses a chosen one."""
+    save(tmp_path / "model", "mixtral")
+    told: list[str] = []
+    run = Run.create(tmp_path / "run", str(tmp_path / "model"), report=told.append)
+    assert 0.0 == run.config.lora.dropout
+    assert any(line.startswith("lora.dropout is 0.0 in this run") for line in told)
+    with pytest.raises(ConfigError, match="experts") as refused:
+        Run.create(tmp_path / "other", str(tmp_path / "model"), lora={"dropout": 0.1})
+    assert "--set lora.dropout=0" == refused.value.hint
+    assert not (tmp_path / "other").exists()
+
+
+def test_targets_that_work_are_proposed(tmp_path: Path) -> None:
+    """Where `all-linear` names layers that PEFT refuses, the refusal names those that it takes; with them it works."""
+    asked = config(save(tmp_path, "mamba"))
+    with pytest.raises(ConfigError) as refused:
+        working_config(asked, tmp_path, False)
+    assert "--set 'lora.targets=[dt_proj, in_proj, x_proj]'" in str(refused.value.hint)
+    with_them = config(tmp_path, lora={"targets": ["dt_proj", "in_proj", "x_proj"]})
+    assert {"dt_proj"} == {name.rpartition(".")[2] for name in admit(with_them, tmp_path, CPU, torch.float32).left_out}
+
+
+@pytest.mark.parametrize(
+    ("written", "taken"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("q_proj v_proj", ["q_proj", "v_proj"]),
+        ("self_attn.q_proj", ["self_attn.q_proj"]),
+        ("all-linear", "all-linear"),
+        (r".*layers\.[01]\..*q_proj", r".*layers\.[01]\..*q_proj"),
+        ("(.*)(q|v)_proj", "(.*)(q|v)_proj"),
+        (["q_proj"], ["q_proj"]),
+    ],
+)
+def test_a_word_names_modules_and_all_else_is_an_expression(written: str | list[str], taken: str | list[str]) -> None:
+    """PEFT holds text against whole names only, so `q_proj` would fit nothing."""
+    assert taken == named_targets(written)
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "q_proj,v_proj", r".*\.[qv]_proj"])
+def test_targets_as_people_write_them(targets: str, tmp_path: Path, model: Path) -> None:
+    """A word, some words and an expression all make an adapter."""
+    found = admit(config(model, lora={"targets": targets}), model, CPU, torch.float32)
+    assert 0 < found.reach < 0.5
+
+
+def without(folder: Path, *names: str, **others: torch.Tensor) -> None:
+    """Take weights out of a model's file, and put others in."""
+    tensors = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if name not in names}
+    save_file({**tensors, **others}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "head": (lambda folder: without(folder, "lm_head.weight"), r"1 weight is missing .*lm_head\.weight"),
+    "layer": (
+        lambda folder: without(folder, *(f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))),
+        r"3 weights are missing .*layers\.1\.mlp",
+    ),
+    "shape": (
+        lambda folder: without(folder, **{"model.norm.weight": torch.ones(7)}),
+        r"another shape than config\.json says, model\.norm\.weight first: \[7\] in the files",
+    ),
+    "more": (
+        lambda folder: without(folder, **{"value_head.weight": torch.ones(7)}),
+        r"no place for: value_head\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_weights_that_are_not_the_models_are_refused_by_name(what: str, tmp_path: Path) -> None:
+    """Missing ones would be random, other shapes and others too many mean another model; nothing is made."""
+    folder = save(tmp_path / "model", "llama", tie_word_embeddings=False)
+    break_it, words = BROKEN[what]
+    break_it(folder)
+    with pytest.raises(ModelError, match=words):
+        Run.create(tmp_path / "run", str(folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    """A head that is the embedding stands in the file once."""
+    folder = save(tmp_path, "llama", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert "end to end" == admit(config(folder), folder, CPU, torch.float32).rows
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "remedy"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)", "method=qlora"),
+        ({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}, "code of its own", "-hf"),
+    ],
+)
+def test_models_that_need_more_are_named(values: dict[str, Any], words: str, remedy: str, tmp_path: Path) -> None:
+    """Quantized weights and code of the folder's own are refused as what they are, each with its way on."""
+    folder = save(tmp_path / "model", "llama")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ModelError, match=words) as refused:
+        Run.create(tmp_path / "run", str(folder))
+    assert remedy in str(refused.value.hint)
+
+
+@pytest.mark.parametrize("beside_a_model", [True, False])
+def test_an_adapter_is_named_as_one(beside_a_model: bool, tmp_path: Path) -> None:
+    """The way on is its base and `--adapter`; transformers would put it on the model beside it without a word."""
+    folder = save(tmp_path / "model", "llama") if beside_a_model else tmp_path / "model"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    with pytest.raises(ModelError, match="holds an adapter") as refused:
+        Run.create(tmp_path / "run", str(folder))
+    assert f"--model org/base --adapter {folder}" in str(refused.value.hint)
+
+
+def test_tokens_that_every_chat_has_lie_within_the_embedding(tmp_path: Path) -> None:
+    """A model whose embedding is smaller than its template's tokens is refused when the run is made."""
+    small.small_model("llama", vocab_size=257).save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"the model's embedding has 257 rows"):
+        Run.create(tmp_path / "run", str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "plain"),
+    [
+        ("llama", {}, True),
+        ("cohere", {"logit_scale": 0.5}, False),
+        ("granite", {"logits_scaling": 1.0}, True),
+        ("granite", {"logits_scaling": 8.0}, False),
+        ("gemma2", {"final_logit_softcapping": 30.0}, False),
+        ("gemma2", {"final_logit_softcapping": None}, True),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_seen(family: str, settings: dict[str, Any], plain: bool) -> None:
+    """Scaled or capped logits are not those of the head, also where small ones look alike."""
+    assert plain == head_only_multiplies(causal_lm(small.small_model(family, **settings)), CPU)
+
+
+def test_a_run_that_has_trained_is_warned_only(tmp_path: Path) -> None:
+    """What refuses a new run is kept as a warning for an old one, which goes on as it did."""
+    found = admit(config(save(tmp_path, "bert")), tmp_path, CPU, torch.float32, strict=False)
+    assert ("padded", ()) == (found.rows, found.left_out)
+    assert any("looks ahead" in warning for warning in found.warnings)
+    assert any(line.startswith("a new run would be refused: the model looks ahead") for line in found.lines())
+    assert found == Findings.of(json.loads(json.dumps(found.to_dict())))
