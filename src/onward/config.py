@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype")
+LATER_IDENTITY_KEYS = (
+    "lora.target_parameters", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_dora",
+    "lora.use_rslora", "lora.bias", "lora.init", "lora.modules_to_save", "lora.trainable_tokens",
+    "train", "tokens", "adapter",
+)  # fmt: skip
+"""Identity keys that runs of earlier releases lack; where one has its default, the identity does not mention it."""
+
+IDENTITY_KEYS = (
+    "model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype", *LATER_IDENTITY_KEYS
+)  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
 SECTIONS = ("lora", "notify")
@@ -39,6 +49,9 @@ Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, allow_inf_n
 Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 
 
+Name = Annotated[str, Field(min_length=1)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,11 +68,47 @@ class LoraConfig(_Section):
         default="all-linear",
         description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
     )
+    target_parameters: list[Name] = Field(
+        default=[],
+        description="Parameters that get an adapter, for experts kept as one tensor: `mlp.experts.gate_up_proj`. "
+        "Needs `lora.dropout: 0`.",
+    )
+    layers: list[Index] = Field(default=[], description="Layers whose `targets` get an adapter, from 0; all if empty.")
+    rank_pattern: dict[str, Count] = Field(
+        default={}, description="Other ranks, by module name (`{q_proj: 4}`) or regular expression of its end."
+    )
+    alpha_pattern: dict[str, Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)]] = (
+        Field(default={}, description="Other values of alpha, named in the same way.")
+    )
+    use_dora: bool = Field(default=False, description="DoRA: train the magnitude of each weight's columns apart.")
+    use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead.")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Biases that are trained too: none, all, or those of layers with an adapter."
+    )
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        default="default",
+        description="First weights of the adapter. `pissa` and `olora` take them out of the base, so the run keeps "
+        "what is left of it as a base of its own (`base/`, float32).",
+    )
+    modules_to_save: list[Name] = Field(
+        default=[], description="Modules trained whole beside the adapter, by name: `lm_head`, `embed_tokens`."
+    )
+    trainable_tokens: list[Index] | dict[str, list[Index]] = Field(
+        default=[],
+        description="Token ids whose rows are trained in the embedding and in the head, or "
+        "`{module: [ids]}`. `tokens` need not be named.",
+    )
 
     @model_validator(mode="after")
-    def _targets_named(self) -> Self:
-        if not self.targets:
+    def _possible(self) -> Self:
+        if not self.targets and not self.target_parameters:
             raise ValueError("lora.targets is empty: name modules, or use all-linear")
+        if self.target_parameters and self.dropout:
+            raise ValueError("lora.target_parameters needs lora.dropout 0: what an expert reads cannot be dropped")
+        if self.target_parameters and (self.use_dora or self.init in ("pissa", "olora")):
+            raise ValueError("lora.target_parameters cannot be combined with lora.use_dora, init pissa or olora")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            raise ValueError("lora.init orthogonal needs even ranks")
         return self
 
 
@@ -92,6 +141,19 @@ class Config(_Section):
         description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`).",
     )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
+    adapter: str = Field(
+        default="",
+        description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`: `init --adapter`.",
+    )
+    tokens: list[Name] = Field(
+        default=[],
+        description="Tokens added to the vocabulary when the run is made; their rows are trained. The run keeps the "
+        "grown base and its tokenizer in `base/`.",
+    )
+    train: list[Name] = Field(
+        default=[],
+        description="For `method: full`: train only weights whose name one of these regular expressions matches.",
+    )
     seed: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, lt=2**63)] = Field(
         default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
     )
@@ -181,7 +243,21 @@ class Config(_Section):
                 raise ValueError(f"schedule {self.schedule} needs total_steps; constant, inverse_sqrt and wsd do not")
             if self.total_steps <= self.warmup_steps:
                 raise ValueError(f"total_steps {self.total_steps} is not above warmup_steps {self.warmup_steps}")
+        self._require_method()
         return self
+
+    def _require_method(self) -> None:
+        if self.method != "full" and self.train:
+            raise ValueError("train names weights for method full; an adapter has lora.modules_to_save")
+        if self.method == "full" and self.adapter:
+            raise ValueError("adapter is for methods lora and qlora: method full has no adapter")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError("tokens names a token twice")
+        for pattern in self.train:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"train: {pattern!r} is not a regular expression: {error}") from None
 
     @property
     def most_parts(self) -> int:
@@ -214,9 +290,22 @@ class Config(_Section):
         return self.model_copy(update={key: getattr(other, key) for key in OPERATION_KEYS})
 
     def identity(self) -> dict[str, Any]:
-        """Return the identity keys with their values; the adapter's only where there is an adapter."""
-        flat = self.flat()
-        return {key: flat[key] for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")}
+        """Return the identity keys with their values; the adapter's only where there is an adapter.
+
+        Those of `LATER_IDENTITY_KEYS` are left out at their defaults, so that the identity of a run that an earlier
+        release made is the one that it was locked with.
+        """
+        flat, default = self.flat(), Config().flat()
+        keys = [key for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")]
+        return {key: flat[key] for key in keys if key not in LATER_IDENTITY_KEYS or flat[key] != default[key]}
+
+    def identity_changes(self, locked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return `{key: (locked value, value here)}` for every identity key that differs from a locked identity."""
+        default, here = Config().flat(), self.identity()
+        later = [key for key in LATER_IDENTITY_KEYS if key in here or key in locked]
+        pairs = {key: (locked.get(key, default[key]), here.get(key, default[key])) for key in later}
+        pairs |= {key: (locked[key], here.get(key)) for key in IDENTITY_KEYS if key in locked and key not in pairs}
+        return {key: (there, value) for key, (there, value) in pairs.items() if there != value}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Return `{key: (value here, value in other)}` for every key that differs, except the secret ones."""

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import importlib.util
 import inspect
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +18,18 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.config import Config
-from onward.errors import ModelError, Unreadable, first_line
+from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.adapter import (
     ADAPTER_CONFIG,
     add_adapter,
     load_adapter,
-    new_adapter_config,
     saved_adapter_config,
+    train_in_float32,
 )
+from onward.training.adapter_shape import new_adapter_config, require_effect
 from onward.training.attention import ROW_ATTENTION, is_padding_free
 from onward.training.base import COMPLETE
+from onward.training.expert_lora import wrap_experts
 from onward.training.fused_lora import fuse_lora
 from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
@@ -62,20 +65,42 @@ def build_model(
     if config.method == "full":
         model = _prepare(_load(checkpoint or base, torch.float32))
         with _in_memory(model, device):
+            train_only(model, config.train)
             return cast(nn.Module, model).train()
     base_model = _prepare(_load(base, dtype, **_quantization(config, dtype, device)))
     base_model.requires_grad_(False)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
-        adapter = new_adapter_config(config, base)
-        if checkpoint is not None:
-            adapter = saved_adapter_config(checkpoint, dropout=config.lora.dropout)
-        model = add_adapter(base_model, adapter)
-        if checkpoint is not None:
-            load_adapter(model, checkpoint)
+        if checkpoint is None:
+            model = add_adapter(base_model, new_adapter_config(config, base, base_model))
+            require_effect(model, config)
+        else:
+            model = add_adapter(base_model, saved_adapter_config(checkpoint, dropout=config.lora.dropout))
+    if checkpoint is not None:  # only now: biases of the base may be trained too, and its memory is another one now
+        load_adapter(model, checkpoint)
+    train_in_float32(model)
+    wrap_experts(model)
     if dtype == torch.float32:
         fuse_lora(model)
     return model.to(device).train() if config.method != "qlora" else model.train()
+
+
+def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze every weight whose name no pattern is found in; without patterns all are trained.
+
+    Raises:
+        ConfigError: a pattern is found in no name.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        names.setdefault(parameter, []).append(name)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for own in names.values() for name in own):
+            kinds = sorted({re.sub(r"\.\d+\.", ".0.", name) for own in names.values() for name in own})
+            hint = f"Names are, for instance: {', '.join(kinds[:12])}."
+            raise ConfigError(f"train: {pattern!r} is found in no weight's name", where="train", hint=hint)
+    for parameter, own in names.items():
+        parameter.requires_grad_(not patterns or any(re.search(pattern, name) for pattern in patterns for name in own))
 
 
 def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -99,6 +124,7 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
     with quiet(), seeded(0, device):
         adapted = add_adapter(model, saved_adapter_config(folder))
         load_adapter(adapted, folder)
+    wrap_experts(adapted)
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
