@@ -19,6 +19,8 @@ from onward.errors import ModelError, Unreadable, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODULES_TO_SAVE = ".modules_to_save."
+"""Part of the model's own name of a module that is trained whole; PEFT's file names it without."""
 
 
 def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftConfig:
@@ -92,7 +94,8 @@ def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> di
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in weights}
     every = model.named_parameters(remove_duplicate=False)
     tensors = {name: weights[names[id(parameter)]] for name, parameter in every if id(parameter) in names}
-    return get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    named = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    return {name: tensor for name, tensor in named.items() if MODULES_TO_SAVE not in name}  # named twice by `bias: all`
 
 
 def train_in_float32(model: nn.Module) -> None:

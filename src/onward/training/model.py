@@ -76,9 +76,9 @@ def build_model(
             require_effect(model, config)
         else:
             model = add_adapter(base_model, saved_adapter_config(checkpoint, dropout=config.lora.dropout))
+    train_in_float32(model)
     if checkpoint is not None:  # only now: biases of the base may be trained too, and its memory is another one now
         load_adapter(model, checkpoint)
-    train_in_float32(model)
     wrap_experts(model)
     if dtype == torch.float32:
         fuse_lora(model)
