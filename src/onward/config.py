@@ -20,6 +20,9 @@ IDENTITY_KEYS = (
 )  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
+RESIDUAL_INITS = ("pissa", "olora")
+"""First weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
+
 SECTIONS = ("lora", "notify")
 """Keys that have keys of their own."""
 
@@ -105,7 +108,7 @@ class LoraConfig(_Section):
             raise ValueError("lora.targets is empty: name modules, or use all-linear")
         if self.target_parameters and self.dropout:
             raise ValueError("lora.target_parameters needs lora.dropout 0: what an expert reads cannot be dropped")
-        if self.target_parameters and (self.use_dora or self.init in ("pissa", "olora")):
+        if self.target_parameters and (self.use_dora or self.init in RESIDUAL_INITS):
             raise ValueError("lora.target_parameters cannot be combined with lora.use_dora, init pissa or olora")
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
             raise ValueError("lora.init orthogonal needs even ranks")
@@ -258,6 +261,11 @@ class Config(_Section):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"train: {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter's first weights are taken out of the base, so that the run has a base of its own."""
+        return self.method != "full" and self.lora.init in RESIDUAL_INITS
 
     @property
     def most_parts(self) -> int:

@@ -5,6 +5,7 @@ Everything that can be refused is refused before anything is made, so that a ref
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from onward.config import Config
 from onward.config_text import parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
+from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.ledger import Ledger, make_ledger
 from onward.text import quoted
 
@@ -41,19 +43,27 @@ def create(
         UsageError: the directory is in use.
     """
     from onward.service.intake.tokenizer import store_tokenizer
-    from onward.training.base import require_complete, resolve_base, with_stored_path
+    from onward.training.base import base_of_run, require_complete, resolve_base, with_stored_path
     from onward.training.capacity import read_capacity, require_fits
 
     refuse_occupied(layout)
     config = _choose_config(layout, values)
+    with loading() if is_made(config) else contextlib.nullcontext():
+        own = OwnParts(layout, config, report)
+    config = own.config
     base = resolve_base(config.model, download=True, report=report)
     require_complete(base)
     require_fits(read_capacity(base), max_length=config.max_length)
-    folder = layout.tokenizer(base)
+    own.require_possible(base)
+    folder = own.tokenizer(base)
     tokenizer = _load_tokenizer(folder, report, loading)
-    _make_files(layout, with_stored_path(config, base, layout.root))
+    config = own.make(with_stored_path(config, base, layout.root), base, folder)
+    _make_files(layout, config, replace=own.made is not None)
+    if own.made is not None:
+        folder = layout.tokenizer(base_of_run(layout.root, config.model))
+        tokenizer = _load_tokenizer(folder, report, loading)
     store_tokenizer(layout, folder, tokenizer)
-    make_ledger(layout.ledger)  # last: it is what makes the directory a run
+    make_ledger(layout.ledger, made=own.made)  # last: it is what makes the directory a run
 
 
 def refuse_occupied(layout: RunLayout) -> None:
@@ -113,11 +123,11 @@ def _load_tokenizer(
         return load_tokenizer_of(folder)
 
 
-def _make_files(layout: RunLayout, config: Config) -> None:
+def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
-        if not layout.config.exists():
+        if replace or not layout.config.exists():
             layout.config.write_text(render_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None

@@ -160,7 +160,9 @@ def test_a_kind_goes_on_exactly_and_loads_in_stock_peft(
     torch.testing.assert_close(trained, stock.logits(here), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3]}], ids=named)
+@pytest.mark.parametrize(
+    "lora", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3]}], ids=named
+)
 def test_what_is_trained_beside_an_adapter_is_float32_on_a_bfloat16_base(
     lora: dict[str, Any], family: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -285,7 +287,7 @@ def test_identity_keys_of_this_release_are_locked_in_old_runs(tmp_path: Path, mo
     text = run.layout.config.read_text()
     assert "lora.use_dora" not in json.dumps(run.config.identity())
     run.layout.config.write_text(text.replace("use_dora: false", "use_dora: true"))
-    with pytest.raises(ConfigError, match="lora.use_dora: the run has False, the config says True"):
+    with pytest.raises(ConfigError, match=r"lora\.use_dora: the run has False, the config says True"):
         Run(run.layout.root).train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(3, seed=1)))
 
 

@@ -20,8 +20,6 @@ from onward.errors import ConfigError
 ALL_LINEAR = "all-linear"
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The number of a layer in a module's name, as PEFT finds it for `layers_to_transform`."""
-_INIT = {"default": True, "pissa": True, "olora": True}
-"""PEFT's words for `lora.init`; after `pissa` and `olora` the run has a base and first weights of its own."""
 
 
 def new_adapter_config(config: Config, base: Path, model: PreTrainedModel) -> LoraConfig:
@@ -39,7 +37,7 @@ def new_adapter_config(config: Config, base: Path, model: PreTrainedModel) -> Lo
         target_modules=targets,
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
-        init_lora_weights=cast(Any, _INIT.get(lora.init, lora.init)),
+        init_lora_weights=cast(Any, lora.init if lora.init in ("gaussian", "orthogonal") else True),
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
         bias=lora.bias,

@@ -128,6 +128,16 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
+def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a base model as it is, in the type of its files where none is given.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        Unreadable: a file of it cannot be read now.
+    """
+    return _load(folder, cast(torch.dtype, dtype or "auto"))
+
+
 def _load(folder: Path, dtype: torch.dtype, **extra: Any) -> PreTrainedModel:
     try:
         with quiet():

@@ -9,6 +9,7 @@ from typing import Any
 
 from onward.config import Config, stored_config
 from onward.service.session import Session
+from onward.service.state.own_parts import start_folder
 from onward.service.state.settle import Settled
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
@@ -41,7 +42,8 @@ def load_start(session: Session, settled: Settled) -> Start:
     """
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
     if settled.folder is None or settled.manifest is None:
-        model = build_model(session.config, session.base, session.device, session.dtype)
+        start = start_folder(session.layout, session.ledger, session.config)
+        model = build_model(session.config, session.base, session.device, session.dtype, checkpoint=start)
         return Start(TrainState.start(model, session.config), None, session.config, log)
     manifest = settled.manifest
     config = stored_config(manifest.config)
