@@ -6,7 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from onward.config_lora import (
+    RESIDUAL_INITS,
+    Count,
+    Fraction,
+    Index,
+    LoraConfig,
+    Name,
+    Rate,
+    Section,
+    refuse_bool,
+)
 
 LATER_IDENTITY_KEYS = (
     "lora.target_parameters", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_dora",
@@ -19,9 +31,6 @@ IDENTITY_KEYS = (
     "model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype", *LATER_IDENTITY_KEYS
 )  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
-
-RESIDUAL_INITS = ("pissa", "olora")
-"""First weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
 
 SECTIONS = ("lora", "notify")
 """Keys that have keys of their own."""
@@ -40,86 +49,11 @@ HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
 
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
-Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-
-
-Name = Annotated[str, Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LoraConfig(_Section):
-    """The adapter; ignored for `method: full`."""
-
-    rank: Count = Field(default=16, description="Rank of the two adapter matrices.")
-    alpha: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
-        default=32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
-    )
-    dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input while training.")
-    targets: str | list[str] = Field(
-        default="all-linear",
-        description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
-    )
-    target_parameters: list[Name] = Field(
-        default=[],
-        description="Parameters that get an adapter, for experts kept as one tensor: `mlp.experts.gate_up_proj`. "
-        "Needs `lora.dropout: 0`.",
-    )
-    layers: list[Index] = Field(default=[], description="Layers whose `targets` get an adapter, from 0; all if empty.")
-    rank_pattern: dict[str, Count] = Field(
-        default={}, description="Other ranks, by module name (`{q_proj: 4}`) or regular expression of its end."
-    )
-    alpha_pattern: dict[str, Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)]] = (
-        Field(default={}, description="Other values of alpha, named in the same way.")
-    )
-    use_dora: bool = Field(default=False, description="DoRA: train the magnitude of each weight's columns apart.")
-    use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead.")
-    bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Biases that are trained too: none, all, or those of layers with an adapter."
-    )
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
-        default="default",
-        description="First weights of the adapter. `pissa` and `olora` take them out of the base, so the run keeps "
-        "what is left of it as a base of its own (`base/`, float32).",
-    )
-    modules_to_save: list[Name] = Field(
-        default=[], description="Modules trained whole beside the adapter, by name: `lm_head`, `embed_tokens`."
-    )
-    trainable_tokens: list[Index] | dict[str, list[Index]] = Field(
-        default=[],
-        description="Token ids whose rows are trained in the embedding and in the head, or "
-        "`{module: [ids]}`. `tokens` need not be named.",
-    )
-
-    @model_validator(mode="after")
-    def _possible(self) -> Self:
-        if not self.targets and not self.target_parameters:
-            raise ValueError("lora.targets is empty: name modules, or use all-linear")
-        if self.target_parameters and self.dropout:
-            raise ValueError("lora.target_parameters needs lora.dropout 0: what an expert reads cannot be dropped")
-        if self.target_parameters and (self.use_dora or self.init in RESIDUAL_INITS):
-            raise ValueError("lora.target_parameters cannot be combined with lora.use_dora, init pissa or olora")
-        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
-            raise ValueError("lora.init orthogonal needs even ranks")
-        return self
-
-
 MICRO_BATCH_TOKENS = 8192
 """Tokens of a part of a step under `gradient_accumulation: auto`. The last bits of a step depend on it."""
 
 
-class NotifyConfig(_Section):
+class NotifyConfig(Section):
     """Who is notified of events while a process trains; nobody unless named here."""
 
     command: Annotated[str, Field()] = Field(
@@ -133,7 +67,7 @@ class NotifyConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
@@ -157,14 +91,14 @@ class Config(_Section):
         default=[],
         description="For `method: full`: train only weights whose name one of these regular expressions matches.",
     )
-    seed: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, lt=2**63)] = Field(
+    seed: Annotated[int, BeforeValidator(refuse_bool), Field(ge=0, lt=2**63)] = Field(
         default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
     )
-    max_length: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=2)] = Field(
+    max_length: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
         default=1024, description="Tokens of a row at most."
     )
     over_length: Literal["truncate", "drop", "reject"] = Field(
@@ -178,7 +112,7 @@ class Config(_Section):
         f"`auto`: as few as have at most {MICRO_BATCH_TOKENS} tokens, or one row.",
     )
     epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
-    learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+    learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=2e-4, description="Peak learning rate."
     )
     schedule: Literal["constant", "inverse_sqrt", "wsd", "cosine", "linear"] = Field(

@@ -69,6 +69,7 @@ def build_model(
             return cast(nn.Module, model).train()
     base_model = _prepare(_load(base, dtype, **_quantization(config, dtype, device)))
     base_model.requires_grad_(False)
+    _keep_quantized(base_model)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
         if checkpoint is None:
@@ -192,6 +193,17 @@ def _quantization(config: Config, dtype: torch.dtype, device: torch.device) -> d
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _keep_quantized(model: nn.Module) -> None:
+    """Have 4-bit layers compute from the weights as they are, in evaluation as in training.
+
+    On a CPU with AVX512-BF16 bitsandbytes packs a layer's weight in place at its first forward pass in evaluation mode,
+    which the probe is; from then on also training computes in bfloat16, and a resumed run gives other bits.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            cast(Any, part).support_avx512bf16_for_cpu = False
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
