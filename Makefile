@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
+# bitsandbytes apart from the rest: it makes `import peft` seconds slower, and one test needs it.
+QLORA := .qlora
 DATA ?= $(wildcard ../shared/data)
 # The newest Python of the classifiers: code and the standard library's types are checked for it too.
 NEWEST := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -V | tail -1)
@@ -12,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench recipe docs clean
+.PHONY: help demo test soak lint format bench recipe docs qlora clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -51,8 +53,10 @@ recipe: $(READY) ## the usual recipe and Onward on the same three files
 docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
 
+qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
+
 clean: ## remove the virtual environment and what tools left
-	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
+	rm -rf $(VENV) $(QLORA) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
 
 # torch comes first and alone: an open range could bring another build of it, several GB larger.
 $(READY): pyproject.toml constraints.txt
@@ -67,4 +71,9 @@ $(READY): pyproject.toml constraints.txt
 
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@touch $@
+
+$(QLORA)/.ready: $(READY) constraints.txt
+	rm -rf $(QLORA)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt --target $(QLORA) bitsandbytes
 	@touch $@

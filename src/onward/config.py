@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype")
+from onward.config_lora import (
+    RESIDUAL_INITS,
+    Count,
+    Fraction,
+    Index,
+    LoraConfig,
+    Name,
+    Rate,
+    Section,
+    refuse_bool,
+)
+
+LATER_IDENTITY_KEYS = (
+    "lora.target_parameters", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_dora",
+    "lora.use_rslora", "lora.bias", "lora.init", "lora.modules_to_save", "lora.trainable_tokens",
+    "train", "tokens", "adapter",
+)  # fmt: skip
+"""Identity keys that runs of earlier releases lack; where one has its default, the identity does not mention it."""
+
+IDENTITY_KEYS = (
+    "model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype", *LATER_IDENTITY_KEYS
+)  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
 SECTIONS = ("lora", "notify")
@@ -27,47 +49,11 @@ HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
 
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1)]
-Index = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0)]
-Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LoraConfig(_Section):
-    """The adapter; ignored for `method: full`."""
-
-    rank: Count = Field(default=16, description="Rank of the two adapter matrices.")
-    alpha: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
-        default=32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
-    )
-    dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input while training.")
-    targets: str | list[str] = Field(
-        default="all-linear",
-        description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
-    )
-
-    @model_validator(mode="after")
-    def _targets_named(self) -> Self:
-        if not self.targets:
-            raise ValueError("lora.targets is empty: name modules, or use all-linear")
-        return self
-
-
 MICRO_BATCH_TOKENS = 8192
 """Tokens of a part of a step under `gradient_accumulation: auto`. The last bits of a step depend on it."""
 
 
-class NotifyConfig(_Section):
+class NotifyConfig(Section):
     """Who is notified of events while a process trains; nobody unless named here."""
 
     command: Annotated[str, Field()] = Field(
@@ -81,7 +67,7 @@ class NotifyConfig(_Section):
     )
 
 
-class Config(_Section):
+class Config(Section):
     """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
@@ -92,14 +78,27 @@ class Config(_Section):
         description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`).",
     )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
-    seed: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=0, lt=2**63)] = Field(
+    adapter: str = Field(
+        default="",
+        description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`: `init --adapter`.",
+    )
+    tokens: list[Name] = Field(
+        default=[],
+        description="Tokens added to the vocabulary when the run is made; their rows are trained. The run keeps the "
+        "grown base and its tokenizer in `base/`.",
+    )
+    train: list[Name] = Field(
+        default=[],
+        description="For `method: full`: train only weights whose name one of these regular expressions matches.",
+    )
+    seed: Annotated[int, BeforeValidator(refuse_bool), Field(ge=0, lt=2**63)] = Field(
         default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
     )
-    max_length: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=2)] = Field(
+    max_length: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
         default=1024, description="Tokens of a row at most."
     )
     over_length: Literal["truncate", "drop", "reject"] = Field(
@@ -114,7 +113,7 @@ class Config(_Section):
         "or one row.",
     )
     epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
-    learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+    learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=2e-4, description="Peak learning rate."
     )
     schedule: Literal["constant", "inverse_sqrt", "wsd", "cosine", "linear"] = Field(
@@ -182,7 +181,26 @@ class Config(_Section):
                 raise ValueError(f"schedule {self.schedule} needs total_steps; constant, inverse_sqrt and wsd do not")
             if self.total_steps <= self.warmup_steps:
                 raise ValueError(f"total_steps {self.total_steps} is not above warmup_steps {self.warmup_steps}")
+        self._require_method()
         return self
+
+    def _require_method(self) -> None:
+        if self.method != "full" and self.train:
+            raise ValueError("train names weights for method full; an adapter has lora.modules_to_save")
+        if self.method == "full" and self.adapter:
+            raise ValueError("adapter is for methods lora and qlora: method full has no adapter")
+        if len(set(self.tokens)) < len(self.tokens):
+            raise ValueError("tokens names a token twice")
+        for pattern in self.train:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"train: {pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter's first weights are taken out of the base, so that the run has a base of its own."""
+        return self.method != "full" and self.lora.init in RESIDUAL_INITS
 
     @property
     def most_parts(self) -> int:
@@ -215,9 +233,22 @@ class Config(_Section):
         return self.model_copy(update={key: getattr(other, key) for key in OPERATION_KEYS})
 
     def identity(self) -> dict[str, Any]:
-        """Return the identity keys with their values; the adapter's only where there is an adapter."""
-        flat = self.flat()
-        return {key: flat[key] for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")}
+        """Return the identity keys with their values; the adapter's only where there is an adapter.
+
+        Those of `LATER_IDENTITY_KEYS` are left out at their defaults, so that the identity of a run that an earlier
+        release made is the one that it was locked with.
+        """
+        flat, default = self.flat(), Config().flat()
+        keys = [key for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")]
+        return {key: flat[key] for key in keys if key not in LATER_IDENTITY_KEYS or flat[key] != default[key]}
+
+    def identity_changes(self, locked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return `{key: (locked value, value here)}` for every identity key that differs from a locked identity."""
+        default, here = Config().flat(), self.identity()
+        later = [key for key in LATER_IDENTITY_KEYS if key in here or key in locked]
+        pairs = {key: (locked.get(key, default[key]), here.get(key, default[key])) for key in later}
+        pairs |= {key: (locked[key], here.get(key)) for key in IDENTITY_KEYS if key in locked and key not in pairs}
+        return {key: (there, value) for key, (there, value) in pairs.items() if there != value}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Return `{key: (value here, value in other)}` for every key that differs, except the secret ones."""

@@ -128,8 +128,8 @@ def _lookup(values: dict[str, Any], name: str) -> Any:
 
 def _nearest(name: str) -> str:
     keys = known_keys()
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    close = close or [key for key in keys if key.endswith("." + name.rpartition(".")[2])]
+    close = [key for key in keys if key.endswith("." + name.rpartition(".")[2])]
+    close = close or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

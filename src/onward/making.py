@@ -5,6 +5,7 @@ Everything that can be refused is refused before anything is made, so that a ref
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from onward.config import Config
 from onward.config_text import parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
+from onward.service.state.own_parts import MADE, OwnParts, is_made
 from onward.store.ledger import Ledger, make_ledger
 from onward.text import quoted
 
@@ -40,29 +42,51 @@ def create(
 
     Raises:
         ConfigError: a setting is refused, or rows may be longer than the positions that the model has learned.
-        ModelError: the base model or its tokenizer is missing or unusable.
+        ModelError: the base model or its tokenizer is missing or unusable, or cannot be proven.
         UsageError: the directory is in use.
     """
+    from onward.data.own_template import keep_template, write_template
     from onward.service.tokenizer import store_tokenizer
-    from onward.training.base import require_complete, require_plain, resolve_base, with_stored_path
-    from onward.training.capacity import read_capacity, require_embedded, require_fits
+    from onward.training.base import OWN_ADAPTER, base_of_run, resolve_base, with_stored_path
 
     refuse_occupied(layout)
     config = _choose_config(layout, values)
+    template_name, template = keep_template(config.chat_template, layout.root)
+    with loading() if is_made(config) else contextlib.nullcontext():
+        own = OwnParts(layout, config, report)
     base = resolve_base(config.model, download=True, report=report)
+    own.require_possible(base)
+    folder = own.tokenizer(base)
+    tokenizer = _load_tokenizer(folder, report, loading)
+    _require_usable(base, own.config, tokenizer)
+    config = with_stored_path(own.config, base, layout.root).model_copy(update={"chat_template": template_name})
+    with own.made_or_nothing():
+        config = own.make(config, base, folder)
+        base = base_of_run(layout.root, config.model)
+        facts: dict[str, Any] = {MADE: own.made} if own.made else {}
+        if not later:
+            start = layout.root / OWN_ADAPTER if config.adapter else None
+            config, findings = _admit(config, base, start, values, report, loading)
+            facts |= findings
+    _make_files(layout, config, replace=own.made is not None)
+    write_template(template_name, template, layout.root)
+    if own.made is not None:
+        folder = layout.tokenizer(base)
+        tokenizer = _load_tokenizer(folder, report, loading)
+    store_tokenizer(layout, folder, tokenizer)
+    make_ledger(layout.ledger, **facts)  # last: it is what makes the directory a run
+
+
+def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
+    """Refuse what the files of a base tell without loading its weights."""
+    from onward.training.base import require_complete, require_plain
+    from onward.training.capacity import read_capacity, require_embedded, require_fits
+
     require_complete(base)
     require_plain(base, method=config.method)
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
-    folder = layout.tokenizer(base)
-    tokenizer = _load_tokenizer(folder, report, loading)
     require_embedded(capacity, tokenizer)
-    facts: dict[str, Any] = {}
-    if not later:
-        config, facts = _admit(config, base, values, report, loading)
-    _make_files(layout, with_stored_path(config, base, layout.root))
-    store_tokenizer(layout, folder, tokenizer)
-    make_ledger(layout.ledger, **facts)  # last: it is what makes the directory a run
 
 
 def refuse_occupied(layout: RunLayout) -> None:
@@ -125,6 +149,7 @@ def _load_tokenizer(
 def _admit(
     config: Config,
     base: Path,
+    start: Path | None,
     values: Mapping[str, Any],
     report: Callable[[str], None],
     loading: Callable[[], AbstractContextManager[None]],
@@ -136,17 +161,17 @@ def _admit(
 
     lora = values.get("lora")
     chosen = "lora.dropout" in values or (isinstance(lora, Mapping) and "dropout" in lora) or not values
-    config, findings = admit_new(config, base, has_chosen_dropout=chosen)
+    config, findings = admit_new(config, base, has_chosen_dropout=chosen, checkpoint=start)
     for line in findings.lines():
         report(line)
     return config, {FACT: findings.to_dict()}
 
 
-def _make_files(layout: RunLayout, config: Config) -> None:
+def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
-        if not layout.config.exists():
+        if replace or not layout.config.exists():
             layout.config.write_text(render_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from onward import startup
-from onward.cli.options import JsonOption, ModelOption, RunOption, SetOption
+from onward.cli.options import AdapterOption, JsonOption, ModelOption, RunOption, SetOption
 from onward.cli.output import show
 from onward.errors import ModelError, UsageError
 from onward.terminal import say
@@ -19,6 +19,7 @@ def init(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="The new run's directory.")] = None,
     run: RunOption = Path(),
     model: ModelOption = None,
+    adapter: AdapterOption = None,
     settings: SetOption = None,
     later: Annotated[bool, typer.Option("--later", help="Leave the proof of the model to the first start.")] = False,
     as_json: JsonOption = False,
@@ -32,6 +33,8 @@ def init(
         raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
     if model is not None:
         values["model"] = model
+    if adapter is not None:
+        values["adapter"] = str(adapter)
     if "model" in values and not values["model"]:
         raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
     try:

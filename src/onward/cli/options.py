@@ -23,6 +23,10 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key, dotted: lora.rank=8. Repeatable.")
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hugging Face name, path, or smollm2-135m.")]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="FOLDER", help="Start from the weights of a PEFT LoRA adapter (fresh moments)."),
+]
 AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that the stream already has.")]
 
 

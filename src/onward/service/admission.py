@@ -46,17 +46,20 @@ def keep(ledger: Ledger, findings: Findings) -> None:
     ledger.put(**{FACT: findings.to_dict()})
 
 
-def admit_at_start(session: Session, *, has_trained: bool) -> None:
+def admit_at_start(session: Session, *, has_trained: bool, start: Path | None = None) -> None:
     """Prove the model of a run that has no findings yet: it was made with `--later`, or by an earlier release.
 
     A run that has trained goes on as it did: what would refuse a new run is a warning.
+
+    Args:
+        start: folder of the adapter that a new run starts from.
 
     Raises:
         ModelError: weights are missing; or, in a run that has not trained, something cannot be proven.
     """
     if session.ledger.get(FACT) is not None:
         return
-    found = admit(session.config, session.base, session.device, session.dtype, strict=not has_trained)
+    found = admit(session.config, session.base, session.device, session.dtype, checkpoint=start, strict=not has_trained)
     keep(session.ledger, found)
     for warning in found.warnings:
         session.ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")

@@ -28,6 +28,8 @@ from onward.training.numerics import numerics_of
 from onward.training.treatment import Treatment
 
 Report = Callable[[str], None]
+DIGESTS = ("base", "tokenizer")
+"""What a run's identity holds beside the keys of its config."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
     if locked is None or ledger.newest_checkpoint() is None:
         ledger.put(identity=here)
         return
-    changed = [key for key in locked if locked[key] != here.get(key)]
-    if changed == ["model"]:  # another place, the same bits
+    keys = config.identity_changes(locked)
+    changed = [key for key in DIGESTS if key in locked and locked[key] != here.get(key)]
+    if list(keys) == ["model"] and not changed:  # another place, the same bits
         ledger.put(identity=here)
         return
-    keys = [key for key in changed if key not in ("base", "tokenizer")]
     if keys:
-        lines = "; ".join(f"{key}: the run has {locked[key]!r}, the config says {here.get(key)!r}" for key in keys)
+        lines = "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in keys.items())
         raise ConfigError(
             f"identity keys are locked once a run has begun: {lines}",
             where="onward.yaml",

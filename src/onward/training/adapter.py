@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.config import Config
 from onward.errors import ModelError, Unreadable, first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -22,23 +23,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
 """Names of modules, one or some, with dots at most: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
-
-
-def new_adapter_config(config: Config, base: Path, left_out: Sequence[str] = ()) -> LoraConfig:
-    """Return the adapter that a run's config asks for.
-
-    Args:
-        left_out: modules that get none, by their whole names.
-    """
-    return LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=cast(int, config.lora.alpha),
-        lora_dropout=config.lora.dropout,
-        target_modules=named_targets(config.lora.targets),
-        exclude_modules=list(left_out) or None,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
-    )
+MODULES_TO_SAVE = ".modules_to_save."
+"""Part of the model's own name of a module that is trained whole; PEFT's file names it without."""
 
 
 def named_targets(targets: str | list[str]) -> str | list[str]:
@@ -55,7 +41,7 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
     """Return the adapter that a folder describes.
 
     Args:
-        dropout: train it with this dropout; None loads it for inference.
+        dropout: train it with this dropout; None leaves the one that it says.
 
     Raises:
         ModelError: the description is missing or is not one of PEFT's.
@@ -66,7 +52,7 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
         adapter = PeftConfig.from_peft_type(**json.loads(_read(path)))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"the adapter's config is not one of PEFT's: {first_line(error)}", where=path) from None
-    adapter.inference_mode = dropout is None
+    adapter.inference_mode = False
     if dropout is not None and isinstance(adapter, LoraConfig):
         adapter.lora_dropout = dropout
     return adapter
@@ -79,14 +65,18 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
         ModelError: the model has none of the layers that the adapter is for.
     """
     try:
-        return cast(PeftModel, get_peft_model(model, adapter))
-    except ValueError as error:
+        adapted = cast(PeftModel, get_peft_model(model, adapter))
+    except (ValueError, TypeError, NotImplementedError) as error:
         names = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
         raise ModelError(
             f"the adapter does not fit: {first_line(error)}",
-            where="lora.targets",
+            where="lora.targets" if "target module" in str(error).lower() else "lora",
             hint=f"Linear layers of this model: {', '.join(names)}; or all-linear.",
         ) from None
+    for part in adapted.modules():
+        if isinstance(part, ModulesToSaveWrapper):  # `bias: all` would train a bias that nothing reads
+            part.original_module.requires_grad_(False)
+    return adapted
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
@@ -100,11 +90,33 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
         tensors = load(_read(folder / ADAPTER_WEIGHTS))
     except SafetensorError as error:
         raise ModelError(f"the adapter's weights are damaged: {first_line(error)}", where=folder) from None
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    expected = adapter_tensors(model, trained)
     wrong = sorted(set(tensors) ^ set(expected)) or sorted(n for n in expected if expected[n].shape != tensors[n].shape)
     if wrong:
         raise ModelError(f"the adapter's weights do not fit its config: {', '.join(wrong[:3])}", where=folder)
     set_peft_model_state_dict(model, tensors)
+
+
+def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter's file by PEFT's names for them.
+
+    Args:
+        weights: trained weights, by the names of the model's parameters. A weight that two modules share has one
+            name here and two in the file.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters() if name in weights}
+    every = model.named_parameters(remove_duplicate=False)
+    tensors = {name: weights[names[id(parameter)]] for name, parameter in every if id(parameter) in names}
+    named = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    return {name: tensor for name, tensor in named.items() if MODULES_TO_SAVE not in name}  # named twice by `bias: all`
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Keep every trained weight in float32, also those that PEFT leaves in the base's type."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 def _read(path: Path) -> bytes:

@@ -24,6 +24,8 @@ ADAPTER = "adapter_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OWN_BASE = "base"
 """Folder of a base model that a run keeps in its own directory."""
+OWN_ADAPTER = "adapter"
+"""Folder of the adapter that a run starts from, in the run's own directory."""
 COMPLETE = "A model folder has config.json, *.safetensors and a tokenizer, as save_pretrained writes them."
 
 

@@ -21,10 +21,11 @@ from torch import nn
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree, write_file
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import NoSpace, NotMadeHere, Unreadable
+from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
 from onward.layout import MANIFEST
 from onward.training import huggingface
 from onward.training.handover import Measurement
+from onward.training.roundtrip import prove_roundtrip
 from onward.training.state import Cursor, Snapshot
 from onward.training.weights import save_weights
 
@@ -120,6 +121,7 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
     Raises:
         NoSpace: the disk has no room; nothing is left behind and earlier checkpoints are untouched.
         NotMadeHere: the name is taken by a directory that this run did not make.
+        VerificationFailed: the first checkpoint of these parameters does not load back equal.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     size = estimate_size(contents.state, contents.facts)
@@ -129,11 +131,13 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
     temporary.mkdir()
     try:
         _write_files(temporary, contents)
+        if contents.parent is None or contents.parent.parameters != contents.state.describe_parameters():
+            prove_roundtrip(contents.model, temporary, contents.state.weights)
         manifest = _describe(temporary, contents)
         write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
         remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or a step trained again
         publish_directory(temporary, target)
-    except (OSError, NotMadeHere, Unreadable) as error:
+    except (OSError, NotMadeHere, Unreadable, VerificationFailed) as error:
         remove_tree(temporary)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(target.parent, size) from None

@@ -49,6 +49,7 @@ def _can_fuse(layer: LoraLinear) -> bool:
         and not layer.lora_variant
         and not layer.fan_in_fan_out
         and cast(Any, layer.lora_B[ADAPTER]).bias is None
+        and not any(parameter.requires_grad for parameter in layer.base_layer.parameters())
     )
 
 

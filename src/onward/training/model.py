@@ -6,7 +6,8 @@ import contextlib
 import errno
 import importlib.util
 import inspect
-from collections.abc import Generator
+import re
+from collections.abc import Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +18,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.config import Config
-from onward.errors import ModelError, Unreadable, first_line
+from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.adapter import (
     ADAPTER_CONFIG,
     add_adapter,
     load_adapter,
-    new_adapter_config,
     saved_adapter_config,
+    train_in_float32,
 )
+from onward.training.adapter_shape import new_adapter_config, require_effect
 from onward.training.attention import PADDING_FREE, lay_end_to_end
 from onward.training.base import COMPLETE
 from onward.training.completeness import require_all_weights, require_no_others
+from onward.training.expert_lora import wrap_experts
 from onward.training.fused_lora import fuse_lora
 from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
@@ -94,20 +97,45 @@ def build_plain(
     if config.method == "full":
         whole = _without_cache(_load(checkpoint or base, torch.float32, strict=strict))
         with _in_memory(whole, device):
-            for name, parameter in whole.named_parameters():
-                parameter.requires_grad_(name not in left_out)
+            train_only(whole, config.train, left_out)
             return cast(nn.Module, whole).train()
     base_model = _without_cache(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)))
     base_model.requires_grad_(False)
+    _keep_quantized(base_model)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
-        adapter = new_adapter_config(config, base, left_out)
-        if checkpoint is not None:
-            adapter = saved_adapter_config(checkpoint, dropout=config.lora.dropout)
-        model = add_adapter(base_model, adapter)
-        if checkpoint is not None:
-            load_adapter(model, checkpoint)
+        if checkpoint is None:
+            model = add_adapter(base_model, new_adapter_config(config, base, base_model, left_out))
+            require_effect(model, config)
+        else:
+            model = add_adapter(base_model, saved_adapter_config(checkpoint, dropout=config.lora.dropout))
+    train_in_float32(model)
+    if checkpoint is not None:  # only now: biases of the base may be trained too, and its memory is another one now
+        load_adapter(model, checkpoint)
+    wrap_experts(model)
     return model.to(device).train() if config.method != "qlora" else model.train()
+
+
+def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str] = ()) -> None:
+    """Freeze every weight whose name no pattern is found in; without patterns all are trained.
+
+    Args:
+        left_out: names of weights that are frozen all the same.
+
+    Raises:
+        ConfigError: a pattern is found in no name.
+    """
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have two names
+        names.setdefault(parameter, []).append(name)
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for own in names.values() for name in own):
+            kinds = sorted({re.sub(r"\.\d+\.", ".0.", name) for own in names.values() for name in own})
+            hint = f"Names are, for instance: {', '.join(kinds[:12])}."
+            raise ConfigError(f"train: {pattern!r} is found in no weight's name", where="train", hint=hint)
+    for parameter, own in names.items():
+        asked = not patterns or any(re.search(pattern, name) for pattern in patterns for name in own)
+        parameter.requires_grad_(asked and not any(name in left_out for name in own))
 
 
 def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None:
@@ -143,7 +171,18 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
     with quiet(), seeded(0, device):
         adapted = add_adapter(model, saved_adapter_config(folder))
         load_adapter(adapted, folder)
+    wrap_experts(adapted)
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Load a base model as it is, in the type of its files where none is given.
+
+    Raises:
+        ModelError: it cannot be loaded.
+        Unreadable: a file of it cannot be read now.
+    """
+    return _load(folder, cast(torch.dtype, dtype or "auto"))
 
 
 def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
@@ -202,6 +241,17 @@ def _quantization(config: Config, dtype: torch.dtype, device: torch.device) -> d
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _keep_quantized(model: nn.Module) -> None:
+    """Have 4-bit layers compute from the weights as they are, in evaluation as in training.
+
+    On a CPU with AVX512-BF16 bitsandbytes packs a layer's weight in place at its first forward pass in evaluation mode,
+    which the probe is; from then on also training computes in bfloat16, and a resumed run gives other bits.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            cast(Any, part).support_avx512bf16_for_cpu = False
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:

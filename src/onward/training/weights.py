@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
 from onward.training.model import quiet
 
 CONFIG = "config.json"
@@ -36,13 +36,28 @@ def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: 
             cast(PreTrainedModel, model).save_pretrained(folder, state_dict=tensors)
         _share_mode(folder, CONFIG)
         return
-    tensors = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
+    save_adapter(model, weights, folder)
+
+
+def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter's trained weights and its config into a folder."""
+    tensors = adapter_tensors(model, weights)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(contiguous, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(_apart(contiguous), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
     text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # a set's own order differs between processes
     (folder / ADAPTER_CONFIG).write_text(text + "\n")
     _share_mode(folder, ADAPTER_CONFIG)
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give every name memory of its own: safetensors refuses two names for one."""
+    seen: set[int] = set()
+    apart: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        apart[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return apart
 
 
 def _share_mode(folder: Path, name: str) -> None:

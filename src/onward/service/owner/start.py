@@ -10,6 +10,7 @@ from typing import Any
 from onward.config import Config, stored_config
 from onward.service.admission import admit_at_start
 from onward.service.session import Session
+from onward.service.state.own_parts import start_folder
 from onward.service.state.settle import Settled
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
@@ -42,8 +43,11 @@ def load_start(session: Session, settled: Settled) -> Start:
     """
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
     if settled.folder is None or settled.manifest is None:
-        admit_at_start(session, has_trained=False)
-        model = build_model(session.config, session.base, session.device, session.dtype, treatment=session.treatment)
+        start = start_folder(session.layout, session.ledger, session.config)
+        admit_at_start(session, has_trained=False, start=start)
+        model = build_model(
+            session.config, session.base, session.device, session.dtype, checkpoint=start, treatment=session.treatment
+        )
         return Start(TrainState.start(model, session.config), None, session.config, log)
     admit_at_start(session, has_trained=True)
     manifest = settled.manifest

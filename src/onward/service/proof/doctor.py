@@ -118,10 +118,10 @@ def _identity(layout: RunLayout) -> Iterator[Finding]:
         locked: dict[str, Any] = ledger.get("identity") or {}
         if ledger.newest_checkpoint() is None:
             return
-    here = read_config(layout.config).identity()
-    changed = [key for key in locked if key in here and key != "model" and locked[key] != here[key]]
-    if changed:
-        lines = "; ".join(f"{key}: the run has {locked[key]!r}, the config says {here[key]!r}" for key in changed)
+    changes = read_config(layout.config).identity_changes(locked)
+    changes.pop("model", None)
+    if changes:
+        lines = "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in changes.items())
         hint = "Put the old values back, or make another run: onward init NEW_RUN"
         yield Finding("error", "identity", f"locked keys were changed: {lines}", hint)
 

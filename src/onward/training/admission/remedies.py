@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from onward.config import Config
 from onward.errors import ConfigError, first_line
-from onward.training.adapter import new_adapter_config
+from onward.training.adapter_shape import new_adapter_config
 from onward.training.admission.causality import looks_ahead
 from onward.training.quiet import quiet
 
@@ -94,7 +94,7 @@ def _problem(config: Config, base: Path) -> str | None:
         skeleton = _skeleton(base)
     except Exception:  # loading the model says it better
         return None
-    return _refusal(skeleton, new_adapter_config(config, base))
+    return _refusal(skeleton, new_adapter_config(config, base, skeleton))
 
 
 def _refusal(skeleton: PreTrainedModel, adapter: LoraConfig) -> str | None:
@@ -120,7 +120,8 @@ def _working_targets(config: Config, base: Path) -> list[str] | None:
         if not targets:
             return None
         tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
-        refusal = _refusal(_skeleton(base), new_adapter_config(tried, base))
+        skeleton = _skeleton(base)
+        refusal = _refusal(skeleton, new_adapter_config(tried, base, skeleton))
         if refusal is None:
             return targets
         named_there = {name for name in linear if f"'{name}'" in refusal}

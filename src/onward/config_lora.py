@@ -1,0 +1,86 @@
+"""The keys of a config's section `lora`: the adapter's shape; and the kinds of numbers that keys of a config are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+RESIDUAL_INITS = ("pissa", "olora")
+"""First weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
+
+
+def refuse_bool(value: Any) -> Any:
+    """Refuse true and false where a number is meant: to Python they are 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]
+Index = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Keys of a config: unknown ones are refused, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraConfig(Section):
+    """The adapter; ignored for `method: full`."""
+
+    rank: Count = Field(default=16, description="Rank of the two adapter matrices.")
+    alpha: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+        default=32.0, description="Scale: the adapter's output is multiplied by alpha / rank."
+    )
+    dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input while training.")
+    targets: str | list[str] = Field(
+        default="all-linear",
+        description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
+    )
+    target_parameters: list[Name] = Field(
+        default=[],
+        description="Parameters that get an adapter, for experts kept as one tensor: `mlp.experts.gate_up_proj`. "
+        "Needs `lora.dropout: 0`.",
+    )
+    layers: list[Index] = Field(default=[], description="Layers whose `targets` get an adapter, from 0; all if empty.")
+    rank_pattern: dict[str, Count] = Field(
+        default={}, description="Other ranks, by module name (`{q_proj: 4}`) or regular expression of its end."
+    )
+    alpha_pattern: dict[str, Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)]] = (
+        Field(default={}, description="Other values of alpha, named in the same way.")
+    )
+    use_dora: bool = Field(default=False, description="DoRA: train the magnitude of each weight's columns apart.")
+    use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead.")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        default="none", description="Biases that are trained too: none, all, or those of layers with an adapter."
+    )
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
+        default="default",
+        description="First weights of the adapter. `pissa` and `olora` take them out of the base, so the run keeps "
+        "what is left of it as a base of its own (`base/`, float32).",
+    )
+    modules_to_save: list[Name] = Field(
+        default=[], description="Modules trained whole beside the adapter, by name: `lm_head`, `embed_tokens`."
+    )
+    trainable_tokens: list[Index] | dict[str, list[Index]] = Field(
+        default=[],
+        description="Token ids whose rows are trained in the embedding and in the head, or "
+        "`{module: [ids]}`. `tokens` need not be named.",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.targets and not self.target_parameters:
+            raise ValueError("lora.targets is empty: name modules, or use all-linear")
+        if self.target_parameters and self.dropout:
+            raise ValueError("lora.target_parameters needs lora.dropout 0: what an expert reads cannot be dropped")
+        if self.target_parameters and (self.use_dora or self.init in RESIDUAL_INITS):
+            raise ValueError("lora.target_parameters cannot be combined with lora.use_dora, init pissa or olora")
+        if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
+            raise ValueError("lora.init orthogonal needs even ranks")
+        return self

@@ -1,0 +1,205 @@
+"""What a run is given of its own when it is made: a base with more tokens or less weight, an adapter to start from.
+
+Made once, before the ledger; the ledger remembers it, since no later change of the config can make it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
+from onward.config import Config
+from onward.errors import ConfigError, DamagedState, UsageError
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger
+from onward.training.base import OWN_ADAPTER, OWN_BASE, TOKENIZER
+
+if TYPE_CHECKING:
+    from onward.training.start_adapter import StartAdapter
+
+TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
+TOKENIZER_MARK = "tokenizer_config.json"
+MADE = "made"
+"""Fact of the ledger: `{key: value}` of the config's keys that were put in force when the run was made."""
+_DIGEST = "adapter digest"
+
+
+class OwnParts:
+    """The parts of one new run.
+
+    Args:
+        config: what was asked for; `self.config` is what that means with the adapter that it starts from.
+        report: receives what was taken over.
+
+    Raises:
+        UsageError, ConfigError, ModelError: the adapter cannot be the start of this run.
+    """
+
+    def __init__(self, layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
+        self._layout, self._report = layout, report
+        if is_made(config):
+            importlib.import_module("onward.training.own_base")  # here, where the caller may look after large imports
+        self._start = _read_start(config) if config.adapter else None
+        self.config = config if self._start is None else _with_start(config, self._start)
+        self.made: dict[str, Any] | None = None
+        self._published: list[Path] = []
+
+    def tokenizer(self, base: Path) -> Path:
+        """The folder with the tokenizer: the adapter's, if it brought one, else the base's."""
+        folder = self._layout.tokenizer(base) if self._start is None else self._start.folder
+        return folder if (folder / TOKENIZER_MARK).is_file() else self._layout.tokenizer(base)
+
+    def require_possible(self, base: Path) -> None:
+        """Refuse, before anything is made, what cannot be made.
+
+        Raises:
+            ModelError: the adapter does not fit the base.
+            UsageError: a directory of the run is taken.
+        """
+        for name in (OWN_BASE, OWN_ADAPTER) if is_made(self.config) else ():
+            if (self._layout.root / name).exists():
+                hint = f"Remove it if an interrupted init left it: rm -r {name}; or name another directory."
+                raise UsageError(f"{name}/ is there already", where=self._layout.root.absolute(), hint=hint)
+        if self._start is not None:
+            self._require_start(self._start, base)
+
+    def _require_start(self, start: StartAdapter, base: Path) -> None:
+        from onward.training.start_adapter import require_fits_base
+
+        require_fits_base(start.folder, base)
+        shape = ", ".join(f"{key} {start.lora[key]}" for key in ("rank", "alpha", "targets") if key in start.lora)
+        self._report(f"starts from the weights of {start.folder} ({shape}); moments, step and learning rate are new")
+        if start.base and Path(start.base).name != base.name and start.base != self.config.model:
+            self._report(f"the adapter was made on {start.base}; here it goes on {self.config.model}, which it fits")
+
+    def make(self, config: Config, base: Path, tokenizer: Path) -> Config:
+        """Make the parts; returns the config of the run that has them.
+
+        Raises:
+            ConfigError: a token is in the vocabulary already, or the adapter asks for what the model has not.
+        """
+        if not is_made(config):
+            return config
+        self._layout.root.mkdir(parents=True, exist_ok=True)
+        if self._start is None:
+            config = self._make_base(config, base, tokenizer)
+        else:
+            self._keep_start(self._start, tokenizer)
+            config = config.model_copy(update={"adapter": OWN_ADAPTER})
+        self.made = _made(config)
+        if config.adapter:
+            from onward.training.start_adapter import digest_adapter
+
+            self.made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
+        return config
+
+    def _make_base(self, config: Config, base: Path, tokenizer: Path) -> Config:
+        from onward.training.own_base import make_own_base
+
+        with self._publishing(OWN_BASE) as own, self._publishing(OWN_ADAPTER) as adapter:
+            config = make_own_base(config, base, tokenizer, own, adapter)
+        words = [f"{len(config.tokens)} more tokens"] if config.tokens else []
+        words += [f"what {config.lora.init} leaves of the weights, float32"] if config.takes_from_base else []
+        self._report(f"the run has a base of its own in {OWN_BASE}/: {', '.join(words)}")
+        return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})
+
+    def _keep_start(self, start: StartAdapter, tokenizer: Path) -> None:
+        from onward.training.start_adapter import keep_start_adapter
+
+        with self._publishing(OWN_ADAPTER) as folder:
+            keep_start_adapter(start.folder, folder)
+        if tokenizer == start.folder:
+            remove_tree(self._layout.root / "tokenizer")
+            with self._publishing("tokenizer") as folder:
+                _copy(start.folder, TOKENIZER_FILES, folder)
+
+    @contextmanager
+    def made_or_nothing(self) -> Generator[None]:
+        """Remove the parts that were made if the body fails."""
+        try:
+            yield
+        except BaseException:
+            for folder in self._published:
+                remove_tree(folder)
+            raise
+
+    @contextmanager
+    def _publishing(self, name: str) -> Generator[Path]:
+        """Make a directory of the run in one act, with the files that the body writes; none if it writes none."""
+        temporary = self._layout.root / f"{TEMPORARY_PREFIX}{name}"
+        remove_tree(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            files = sorted(temporary.iterdir())
+            for path in files:
+                fsync_file(path)
+            if files:
+                publish_directory(temporary, self._layout.root / name)
+                self._published.append(self._layout.root / name)
+        finally:
+            remove_tree(temporary)
+
+
+def start_folder(layout: RunLayout, ledger: Ledger, config: Config) -> Path | None:
+    """Return the folder of the adapter that a run starts from; None for fresh weights.
+
+    Raises:
+        DamagedState: the adapter was changed since the run was made.
+        ConfigError: the config asks for what is put in force only when a run is made.
+    """
+    made: dict[str, Any] = ledger.get(MADE) or {}
+    now, default = _made(config), _made(Config())
+    asked = [key for key in now if now[key] != made.get(key, default[key])]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]} is put in force when a run is made: this one has {made.get(asked[0], default[asked[0]])!r}",
+            where=layout.config, hint="Put the old value back, or make another run: onward init NEW_RUN",
+        )  # fmt: skip
+    if not config.adapter:
+        return None
+    from onward.training.start_adapter import digest_adapter
+
+    folder = layout.root / OWN_ADAPTER
+    if digest_adapter(folder) != made.get(_DIGEST):
+        what = "the adapter that the run starts from was changed since the run was made"
+        raise DamagedState(what, where=folder, hint="Put it back from a copy, or make another run: onward init NEW_RUN")
+    return folder
+
+
+def _made(config: Config) -> dict[str, Any]:
+    """Return the keys that are put in force when a run is made."""
+    init = config.lora.init if config.takes_from_base else "default"
+    return {"tokens": config.tokens, "adapter": config.adapter, "lora.init": init}
+
+
+def is_made(config: Config) -> bool:
+    """Whether a config asks for parts that are made with the run."""
+    return bool(config.adapter or config.tokens or config.takes_from_base)
+
+
+def _read_start(config: Config) -> StartAdapter:
+    if config.tokens:
+        what = "an adapter of another vocabulary cannot be the start of a run with new tokens"
+        hint = "Leave tokens or the adapter out; or merge the adapter into its base and add the tokens to that."
+        raise ConfigError(what, where="tokens", hint=hint)
+    from onward.training.start_adapter import read_start_adapter
+
+    return read_start_adapter(Path(config.adapter).expanduser().resolve())
+
+
+def _with_start(config: Config, start: StartAdapter) -> Config:
+    from onward.training.start_adapter import with_start_adapter
+
+    return with_start_adapter(config, start)
+
+
+def _copy(source: Path, names: Iterable[str], target: Path) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -1,0 +1,113 @@
+"""A base model of the run's own: with a grown vocabulary, or with what an adapter's first weights leave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from tokenizers import AddedToken
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from onward.config import Config
+from onward.errors import ConfigError
+from onward.training.adapter import add_adapter
+from onward.training.adapter_shape import new_adapter_config, require_effect
+from onward.training.model import causal_lm, load_base, load_tokenizer
+from onward.training.quiet import quiet
+from onward.training.seeds import fold, seeded
+from onward.training.weights import save_adapter
+
+CPU = torch.device("cpu")
+
+
+def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, adapter: Path) -> Config:
+    """Write a run's own base, with its tokenizer, and the adapter it starts from where that is taken out of the base.
+
+    Args:
+        base: folder of the model that the config names.
+        tokenizer: folder of its tokenizer.
+        target: folder to write the base into.
+        adapter: folder to write the adapter into.
+
+    Returns:
+        The config, with the new tokens among those whose rows an adapter trains.
+
+    Raises:
+        ConfigError: a token is in the vocabulary already, or the adapter asks for what the model has not.
+        ModelError: the base cannot be loaded.
+    """
+    words = load_tokenizer(tokenizer)
+    model = load_base(base, torch.float32 if config.takes_from_base else None)
+    with quiet(), seeded(fold(config.seed, "own base"), CPU):
+        if config.tokens:
+            config = _with_rows(config, _grow(model, words, config.tokens), model)
+        if config.takes_from_base:
+            model = _take_out(model, config, base, adapter)
+        model.save_pretrained(target)
+        words.save_pretrained(target)
+    return config
+
+
+def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add tokens to tokenizer, embedding and head; each new row is the mean of the rows of the vocabulary so far.
+
+    Returns:
+        The ids of the new tokens.
+    """
+    known = tokenizer.get_vocab()
+    there = [token for token in tokens if token in known]
+    if there:
+        raise ConfigError(
+            f"{', '.join(map(repr, there))}: in the vocabulary already", where="tokens",
+            hint=f"Leave them out; to train their rows: lora.trainable_tokens={[known[token] for token in there]}",
+        )  # fmt: skip
+    before = len(tokenizer)
+    added = [AddedToken(token, lstrip=False, rstrip=False, normalized=False) for token in tokens]
+    cast(Any, tokenizer).add_tokens(added)
+    ids = [int(cast(Any, tokenizer).convert_tokens_to_ids(token)) for token in tokens]
+    rows = len(cast(Any, model.get_input_embeddings()).weight)
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        for weight in _tables(model):
+            weight[ids] = weight[: min(before, rows)].float().mean(0).to(weight.dtype)
+    return ids
+
+
+def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return embedding and head, and the head's bias, each once."""
+    head: Any = model.get_output_embeddings()
+    embedding = cast(Any, model.get_input_embeddings()).weight
+    found = [embedding, *([head.weight, getattr(head, "bias", None)] if head is not None else [])]
+    return list({id(weight): weight for weight in found if weight is not None}.values())
+
+
+def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Config:
+    """Return the config of an adapter that trains the new rows too, unless it trains those modules whole."""
+    tables = (model.get_input_embeddings(), cast(Any, model.get_output_embeddings()))
+    names = [name for name, part in model.named_modules() if any(part is table for table in tables)]
+    if config.method == "full" or any(name.endswith(saved) for name in names for saved in config.lora.modules_to_save):
+        return config
+    tokens = config.lora.trainable_tokens
+    if isinstance(tokens, dict):
+        rows: Any = {module: sorted({*own, *ids}) for module, own in tokens.items()}
+    else:
+        rows = sorted({*tokens, *ids})
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"trainable_tokens": rows})})
+
+
+def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path) -> PreTrainedModel:
+    """Write the adapter that PEFT takes out of a base's weights, and return what it leaves of the base."""
+    shape = new_adapter_config(config, base, model)
+    shape.init_lora_weights = cast(Any, config.lora.init)
+    made: PeftModel = add_adapter(model, shape)
+    require_effect(made, config)
+    cast(Any, made.peft_config["default"]).init_lora_weights = True  # on the base that is left it is a plain adapter
+    adapter.mkdir(parents=True, exist_ok=True)
+    weights = {name: weight.detach() for name, weight in made.named_parameters() if weight.requires_grad}
+    save_adapter(made, weights, adapter)
+    assert causal_lm(made) is model
+    return cast(PreTrainedModel, cast(Any, made).unload())

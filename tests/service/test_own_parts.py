@@ -1,0 +1,206 @@
+"""What a run is given of its own when it is made: more tokens, what is left of a base, an adapter to start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import pytest
+import stock
+import tiny
+import torch
+from commands import onward
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from onward import Run
+from onward.errors import ConfigError, ModelError, OnwardError
+
+TOKENS = ["<tool>", "<\u00e9tape>"]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose head has weights of its own."""
+    tokenizer = tiny.byte_tokenizer()
+    folder = tmp_path_factory.mktemp("untied")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=512, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        LlamaForCausalLM(config).float().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows(path: Path, seed: int, text: str = "") -> Path:
+    """Write a file of four rows, each with a text in its answer."""
+    found = tiny.chat_rows(4, seed=seed)
+    for row in found:
+        row["messages"][-1]["content"] += text
+    return tiny.write_jsonl(path / f"{seed}.jsonl", found)
+
+
+def stock_logits(run: Run) -> torch.Tensor:
+    """Return what stock transformers and PEFT compute from the run's newest checkpoint and its base."""
+    folder = run.layout.checkpoints()[0]
+    if (folder / "config.json").is_file():
+        return stock.logits(AutoModelForCausalLM.from_pretrained(folder))
+    base = AutoModelForCausalLM.from_pretrained(run.layout.root / run.config.model, dtype=torch.float32)
+    return stock.logits(PeftModel.from_pretrained(base, folder))
+
+
+def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: Any) -> Run:
+    """Train the files in one run at once and in another one by one; returns one of two runs of equal bits."""
+    names = ("one", "two") if len(files) > 1 else ("one",)
+    runs = [Run.create(tmp_path / name, str(model), batch_size=2, **settings) for name in names]
+    runs[0].train(*files)
+    if len(files) == 1:
+        return runs[0]
+    for file in files:
+        Run(runs[1].layout.root).train(file)
+    kept = [checkpoints.files_of(run.layout.checkpoints()[0]) for run in runs]
+    names = [name for name in kept[0] if name.endswith((".safetensors", "optimizer.pt", "tokenizer.json"))]
+    assert [] == [name for name in names if kept[0][name] != kept[1][name]]
+    return runs[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("rows", True), ("rows", False), ("modules", True), ("modules", False), ("full", False)]
+)
+def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path, tmp_path: Path) -> None:
+    """A run with `tokens` keeps a grown base and its tokenizer, trains the new rows, and goes on exactly."""
+    settings: dict[str, Any] = (
+        {"lora": {"rank": 2}}
+        if kind == "rows"
+        else {"lora": {"rank": 2, "modules_to_save": ["embed_tokens", "lm_head"]}}
+    )
+    if kind == "full":
+        settings = {"method": "full"}
+    base = model if tied else untied
+    files = [rows(tmp_path, seed, "<tool>") for seed in ((1, 2) if kind == "rows" else (1,))]
+    run = train_both_ways(tmp_path, base, files, tokens=TOKENS, **settings)
+    before, after = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(run.layout.checkpoints()[0])
+    ids = [len(before), len(before) + 1]
+    assert ids == after.convert_tokens_to_ids(TOKENS)
+    assert [ids[0]] == after("<tool>", add_special_tokens=False)["input_ids"]
+    assert (ids if kind == "rows" else []) == run.config.lora.trainable_tokens
+    state = stock.open_state(run.layout.root)
+    torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
+    old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
+    grown = AutoModelForCausalLM.from_pretrained(run.layout.root / "base").get_input_embeddings().weight.detach()
+    assert torch.equal(old, grown[: len(old)])
+    torch.testing.assert_close(old.mean(0), grown[ids[0]])
+    now = state.model.get_input_embeddings().weight.detach()
+    assert not torch.equal(grown[ids[0]], now[ids[0]])
+    assert run.verify(deep=kind == "rows" and tied).ok
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path) -> None:
+    """With `pissa` and `olora` base and adapter together are the model that was given; the run owns what is left."""
+    files = [rows(tmp_path, seed) for seed in ((1, 2) if init == "pissa" else (1,))]
+    run = train_both_ways(tmp_path, model, files, lora={"rank": 4, "init": init})
+    given, left = (AutoModelForCausalLM.from_pretrained(path) for path in (model, run.layout.root / "base"))
+    fresh = PeftModel.from_pretrained(left, run.layout.root / "adapter")
+    assert not torch.equal(given.model.layers[0].mlp.up_proj.weight, left.model.layers[0].mlp.up_proj.base_layer.weight)
+    torch.testing.assert_close(stock.logits(given), stock.logits(fresh), rtol=0, atol=1e-5)
+    state = stock.open_state(run.layout.root)
+    torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
+    assert True is json.loads((run.layout.checkpoints()[0] / "adapter_config.json").read_text())["init_lora_weights"]
+    assert run.verify(deep=init == "pissa").ok
+
+
+def made_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save an adapter with weights that do something."""
+    shape = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"], **settings}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        adapted: Any = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **shape)
+        )
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_a_start(model: Path, tmp_path: Path) -> None:
+    """`init --adapter` takes weights and shape of a folder; the run needs it no more, and `reset` goes back to it."""
+    folder = made_adapter(model, tmp_path / "adapter", use_dora=True, bias="none")
+    outcome = onward("init", tmp_path / "run", "--adapter", folder, "--set", "batch_size=2")
+    assert 0 == outcome.status, outcome.err
+    assert "moments, step and learning rate are new" in outcome.err
+    run = Run(tmp_path / "run")
+    shape = run.config.lora
+    assert (4, 12.0, 0.1, ["q_proj", "up_proj"], True) == (
+        shape.rank, shape.alpha, shape.dropout, shape.targets, shape.use_dora
+    )  # fmt: skip
+    expected = {name: weight.clone() for name, weight in load_file(folder / "adapter_model.safetensors").items()}
+    for path in folder.iterdir():
+        path.unlink()
+    assert run.config.model == str(model)
+    file = rows(tmp_path, 1)
+    run.train(file)
+    first = checkpoints.files_of(run.layout.checkpoints()[0])["adapter_model.safetensors"]
+    origin = load_file(run.layout.restore_points()[-1] / "adapter_model.safetensors")
+    assert [] == [name for name, weight in expected.items() if not torch.equal(weight, origin[name])]
+    assert run.verify(deep=True).ok
+    run.reset()
+    Run(run.layout.root).train(file, again=True)
+    assert first == checkpoints.files_of(run.layout.checkpoints()[0])["adapter_model.safetensors"]
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({}, {"lora": {"rank": 8}}, "lora.rank: 4 there, 8 asked"),
+    ({}, {"lora": {"init": "gaussian"}}, "lora.init"),
+    ({}, {"method": "full"}, "method full has no adapter"),
+    ({}, {"tokens": ["<x>"]}, "cannot be the start of a run with new tokens"),
+    ({"init_lora_weights": "pissa"}, {}, "path_initial_model_for_weight_conversion"),
+    ({"init_lora_weights": "loftq"}, {}, "changes what its base is"),
+    ({"peft_type": "IA3"}, {}, "adapters of type IA3"),
+    ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens, which cannot go on"),
+    ({"target_modules": ["v_proj"]}, {}, "do not fit its config"),
+    ({"r": 5}, {}, "do not fit its config"),
+]
+
+
+@pytest.mark.parametrize(("saved", "settings", "message"), REFUSED)
+def test_an_adapter_that_cannot_go_on_is_refused(
+    saved: dict[str, Any], settings: dict[str, Any], message: str, model: Path, tmp_path: Path
+) -> None:
+    """Another shape, a kind that changes its base, names or shapes that do not fit: nothing is made."""
+    folder = made_adapter(model, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **saved}))
+    with pytest.raises((ConfigError, ModelError), match=message):
+        Run.create(tmp_path / "run", adapter=str(folder), **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Path) -> None:
+    """Tokens, a start and first weights out of the base are made with the run; a later wish for them is refused."""
+    file = rows(tmp_path, 1)
+    for number, (old, new) in enumerate(
+        (("\ntokens: []", '\ntokens: ["<x>"]'), (r'init: "default"', 'init: "pissa"'), (r'adapter: ""', 'adapter: "x"'))
+    ):
+        run = Run.create(tmp_path / str(number), str(model), lora={"rank": 2})
+        text = run.layout.config.read_text()
+        run.layout.config.write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match="put in force when a run is made"):
+            Run(run.layout.root).train(file)
+    with pytest.raises(ConfigError, match="in the vocabulary already"):
+        Run.create(tmp_path / "known", str(model), tokens=["<|im_start|>"])
+
+
+def test_a_changed_start_is_noticed(model: Path, tmp_path: Path) -> None:
+    """Another adapter in the place of the one that the run was made from is no start."""
+    run = Run.create(tmp_path / "run", adapter=str(made_adapter(model, tmp_path / "adapter")))
+    path = run.layout.root / "adapter" / "adapter_model.safetensors"
+    save_file({name: weight + 1 for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(OnwardError, match="changed since the run was made"):
+        run.train(rows(tmp_path, 1))

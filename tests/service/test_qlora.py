@@ -1,0 +1,34 @@
+"""Quantized LoRA, seen working: on a CPU, with bitsandbytes from `make qlora`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+APART = ROOT / ".qlora"
+
+
+def test_quantized_runs_are_exact_and_load_in_stock_peft(tmp_path: Path) -> None:
+    """Two equal runs, one of them killed, have equal bits; an evaluation changes no weight; PEFT loads the adapter."""
+    if importlib.util.find_spec("bitsandbytes") is None and not (APART / "bitsandbytes").is_dir():
+        pytest.skip("bitsandbytes is not installed: make qlora")
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), *([str(APART)] if APART.is_dir() else [])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "qlora.py"), str(tmp_path)]
+    outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert 0 == outcome.returncode, outcome.stderr
+    seen = json.loads(outcome.stdout.splitlines()[-1])
+    assert [0, -signal.SIGKILL, 0, 0] == seen["statuses"]
+    assert seen["measured"][0] == seen["measured"][1]
+    assert not seen["changed by evaluation"]
+    assert [] == seen["checks that fail"]
+    assert 14 == seen["four-bit weights"]
+    assert 1e-5 > seen["difference to stock"]

@@ -1,0 +1,320 @@
+"""Every kind of adapter that a config can ask for goes on exactly, and loads in stock PEFT as it was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import processes
+import pytest
+import stock
+import tiny
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from onward import Run
+from onward.config import Config
+from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.checkpoint import Contents, inspect_checkpoint, write_checkpoint
+from onward.training.expert_lora import ExpertLora
+from onward.training.fused_lora import FusedLoraLinear
+from onward.training.handover import measure, probe_batch, with_weights
+from onward.training.loading import load_state
+from onward.training.loss import TargetLoss
+from onward.training.model import build_model, load_model
+from onward.training.roundtrip import prove_roundtrip
+from onward.training.seeds import fold, seeded
+from onward.training.state import TrainState
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+    "vocab_size": 64,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 8},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+}
+STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"use_dora": True}),
+    ("gpt2", {"use_dora": True, "dropout": 0.0}),
+    ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {".*mlp.*": 5.0}}),
+    ("qwen2", {"bias": "all"}),
+    ("qwen2", {"bias": "lora_only", "targets": ["q_proj", "o_proj"]}),
+    ("gpt2", {"bias": "all", "modules_to_save": ["ln_f"]}),
+    ("llama", {"modules_to_save": ["embed_tokens"]}),
+    ("llama", {"modules_to_save": ["lm_head"]}),
+    ("qwen2", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    ("gpt2", {"modules_to_save": ["wte"]}),
+    ("llama", {"layers": [1]}),
+    ("gpt2", {"layers": [0], "targets": ["c_attn"]}),
+    ("llama", {"trainable_tokens": [5, 3]}),
+    ("qwen2", {"trainable_tokens": [5, 3], "use_dora": True}),
+    ("gpt2", {"trainable_tokens": [5]}),
+    ("qwen2", {"trainable_tokens": {"lm_head": [3, 5]}}),
+    ("llama", {"init": "gaussian"}),
+    ("llama", {"init": "orthogonal", "targets": ["q_proj", "v_proj"]}),
+    ("qwen2", {"targets": ["q_proj", "lm_head", "embed_tokens"]}),
+    ("qwen2_moe", {"target_parameters": STACKED, "dropout": 0.0}),
+    ("gpt_oss", {"target_parameters": STACKED, "targets": ["q_proj"], "dropout": 0.0, "modules_to_save": ["router"]}),
+]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a random small model of a family."""
+    root = tmp_path_factory.mktemp("families")
+
+    def make(name: str) -> Path:
+        if not (root / name).is_dir():
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                config = AutoConfig.for_model(name, **SMALL | FAMILIES[name])
+                AutoModelForCausalLM.from_config(config).float().save_pretrained(root / name)
+        return root / name
+
+    return make
+
+
+def config_of(base: Path, lora: dict[str, Any], **settings: Any) -> Config:
+    """Return the config of a run on a base."""
+    return Config.model_validate({"model": str(base), "lora": {"rank": 2, "dropout": 0.1, **lora}, **settings})
+
+
+def take_steps(state: TrainState, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> None:
+    """Take optimizer steps on rows and with dropout that follow from the step's number."""
+    loss = TargetLoss(state.model, CPU, dtype)
+    for _ in range(steps):
+        with seeded(fold(config.seed, state.step), CPU):
+            loss(probe_batch(state.step, SMALL["vocab_size"])).backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.counters.step += 1
+
+
+def write(folder: Path, state: TrainState, config: Config) -> Contents:
+    """Write the state as a checkpoint; it is proven to load back."""
+    contents = checkpoints.make_contents(Path(config.model), lora={"rank": 1}, steps=0)
+    view = state.view()
+    contents = Contents(state.model, view, config, measure(view, 1.0), contents.facts)
+    write_checkpoint(folder, contents)
+    return contents
+
+
+def stock_model(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a checkpoint as anyone would."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def named(kind: object) -> str | None:
+    """Name a test after what its adapter is asked for."""
+    return "-".join(kind) if isinstance(kind, dict) else None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "lora"), KINDS, ids=named)
+def test_a_kind_goes_on_exactly_and_loads_in_stock_peft(
+    name: str, lora: dict[str, Any], family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Stopped and loaded between two steps, the state is that of no stop; PEFT computes from its files what it does."""
+    base = family(name)
+    config = config_of(base, lora)
+    whole = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    fresh = stock.logits(whole.model)
+    take_steps(whole, config, 4)
+    stopped = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    take_steps(stopped, config, 2)
+    write(tmp_path / "checkpoint-2", stopped, config)
+    manifest = inspect_checkpoint(tmp_path / "checkpoint-2").verified
+    assert manifest is not None
+    loaded = load_state(tmp_path / "checkpoint-2", manifest, config, base, CPU, torch.float32)
+    assert stopped.view().digest() == loaded.view().digest()
+    take_steps(loaded, config, 2)
+    assert whole.view().digest() == loaded.view().digest()
+    assert len(whole.parameters) == len(whole.view().moments)  # every trained weight has got a gradient
+    for state, folder in ((whole, "checkpoint-4"), (loaded, "checkpoint-5")):
+        write(tmp_path / folder, state, config)
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        assert (tmp_path / "checkpoint-4" / file).read_bytes() == (tmp_path / "checkpoint-5" / file).read_bytes()
+    trained = stock.logits(whole.model)
+    assert not torch.equal(fresh, trained)
+    torch.testing.assert_close(trained, stock.logits(stock_model(base, tmp_path / "checkpoint-4")), rtol=0, atol=1e-6)
+    here = load_model(tmp_path / "checkpoint-4", base, CPU, torch.float32)
+    torch.testing.assert_close(trained, stock.logits(here), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3]}], ids=named
+)
+def test_what_is_trained_beside_an_adapter_is_float32_on_a_bfloat16_base(
+    lora: dict[str, Any], family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Biases, whole modules and rows of tokens keep their bits through a checkpoint."""
+    base = family("qwen2")
+    config = config_of(base, lora, dtype="bfloat16")
+    state = TrainState.start(build_model(config, base, CPU, torch.bfloat16), config)
+    assert {torch.float32} == {weight.dtype for weight in state.parameters.values()}
+    take_steps(state, config, 2, torch.bfloat16)
+    write(tmp_path / "checkpoint-2", state, config)
+    manifest = inspect_checkpoint(tmp_path / "checkpoint-2").verified
+    assert manifest is not None
+    loaded = load_state(tmp_path / "checkpoint-2", manifest, config, base, CPU, torch.bfloat16)
+    assert state.view().digest() == loaded.view().digest()
+
+
+@pytest.mark.parametrize("train", [["layers.1.", r"^model\.norm"], ["lm_head"]])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_part_of_a_whole_model_is_trained(
+    name: str, train: list[str], family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With `train` the rest stays the base's, bit for bit, and the checkpoint is a whole model all the same."""
+    base = family(name)
+    config = Config.model_validate({"model": str(base), "method": "full", "train": train})
+    state = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    take_steps(state, config, 2)
+    write(tmp_path / "checkpoint-2", state, config)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
+    assert [] == [kind for kind, names in info.items() if names]
+    before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    changed = {name for name, weight in loaded.named_parameters() if not torch.equal(weight, before[name])}
+    assert set(state.parameters) == changed
+    assert 0 < len(changed) < len(before)
+    prove_roundtrip(state.model, tmp_path / "checkpoint-2", whole=True)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"lora.layers": [0, 7]}, "lora.layers names 7"),
+    ("llama", {"lora.rank_pattern": {"nowhere": 3}}, "lora.rank_pattern names 'nowhere'"),
+    ("llama", {"lora.alpha_pattern": {"nowhere": 3.0}}, "lora.alpha_pattern names 'nowhere'"),
+    ("llama", {"lora.modules_to_save": ["score"]}, "lora.modules_to_save names 'score'"),
+    ("llama", {"lora.bias": "all"}, "no such biases"),
+    ("llama", {"lora.trainable_tokens": [64]}, "which has 64 rows"),
+    ("llama", {"lora.trainable_tokens": [3], "lora.modules_to_save": ["embed_tokens"]}, "trained fully"),
+    ("qwen2_moe", {"lora.target_parameters": ["w1"], "lora.dropout": 0.0}, "experts.gate_up_proj"),
+    ("llama", {"method": "full", "train": ["layers.9"]}, "found in no weight's name"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED)
+def test_what_a_model_has_nothing_for_is_refused(
+    name: str, settings: dict[str, Any], message: str, family: Callable[[str], Path]
+) -> None:
+    """A name that PEFT would pass over is an error before the first step, with the names that there are."""
+    base = family(name)
+    values: dict[str, Any] = {"model": str(base), "lora": {"rank": 2}}
+    for key, value in settings.items():
+        section, dot, rest = key.partition(".")
+        if dot:
+            values[section][rest] = value
+        else:
+            values[key] = value
+    with pytest.raises((ConfigError, ModelError), match=message):
+        build_model(Config.model_validate(values), base, CPU, torch.float32)
+
+
+def test_only_plain_layers_are_fused(family: Callable[[str], Path]) -> None:
+    """Where the one node cannot compute the same, PEFT's own module does."""
+    for lora, fused in (({}, 14), ({"use_dora": True}, 0), ({"bias": "all"}, 8)):
+        built = build_model(config_of(family("qwen2"), lora), family("qwen2"), CPU, torch.float32)
+        assert fused == sum(isinstance(part, FusedLoraLinear) for part in built.modules())
+
+
+def test_experts_are_computed_apart_from_other_threads(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """The probe's copy has experts of its own, also while a step computes: no cache of the process is between them."""
+    base = family("qwen2_moe")
+    config = config_of(base, {"target_parameters": STACKED, "dropout": 0.0})
+    state = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    assert 4 == sum(isinstance(part, ExpertLora) for part in state.model.modules())
+    before = with_weights(state.model, state.snapshot().weights)
+    expected = stock.logits(before)
+    with torch.nn.utils.parametrize.cached():  # as PEFT's own wrapper is in another thread
+        take_steps(state, config, 2)
+        assert torch.equal(expected, before(input_ids=torch.arange(3, 3 + stock.LENGTH)[None]).logits)
+        again = before(input_ids=torch.arange(3, 3 + stock.LENGTH)[None]).logits
+    assert torch.equal(expected, again)
+    assert not torch.equal(expected, stock.logits(state.model))
+
+
+DAMAGE: list[Callable[[dict[str, torch.Tensor]], object]] = [
+    lambda tensors: tensors.pop(min(tensors)),
+    lambda tensors: tensors.update({"base_model.model.score.weight": torch.zeros(1)}),
+    lambda tensors: tensors.update({min(tensors): tensors[min(tensors)][:1].clone()}),
+    lambda tensors: tensors[min(tensors)].add_(1),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=["missing", "unexpected", "shape", "value"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_what_does_not_load_back_is_refused(
+    method: str, damage: Callable[[dict[str, torch.Tensor]], object], model: Path, tmp_path: Path
+) -> None:
+    """A weight that the stock library misses, does not expect, or finds with another shape or value is an error."""
+    from safetensors.torch import load_file, save_file
+
+    contents = checkpoints.make_contents(model, method=method)
+    write_checkpoint(tmp_path / "checkpoint-1", contents)
+    prove_roundtrip(contents.model, tmp_path / "checkpoint-1")
+    file = next((tmp_path / "checkpoint-1").glob("*.safetensors"))
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match="does not load back"):
+        prove_roundtrip(contents.model, tmp_path / "checkpoint-1")
+
+
+def test_identity_keys_of_this_release_are_locked_in_old_runs(tmp_path: Path, model: Path) -> None:
+    """A run whose identity was locked without a later key goes on with its default, and is refused another value."""
+    run = Run.create(tmp_path / "run", str(model), batch_size=4)
+    run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(3)))
+    text = run.layout.config.read_text()
+    assert "lora.use_dora" not in json.dumps(run.config.identity())
+    run.layout.config.write_text(text.replace("use_dora: false", "use_dora: true"))
+    with pytest.raises(ConfigError, match=r"lora\.use_dora: the run has False, the config says True"):
+        Run(run.layout.root).train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(3, seed=1)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora": {"rank": 2, "use_dora": True, "trainable_tokens": [3, 5]}}, {"method": "full", "train": ["layers.1."]}],
+    ids=["lora", "full"],
+)
+def test_files_in_processes_of_their_own_are_one_run(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Two files trained in two processes give the bits of two files trained in one; a deep proof holds."""
+    files = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(5, seed=seed)) for seed in (1, 2)]
+    runs = [Run.create(tmp_path / name, str(model), batch_size=2, **settings) for name in ("one", "two")]
+    runs[0].train(*files)
+    for file in files:
+        assert 0 == processes.train(runs[1].layout.root, [file])
+    kept = [checkpoints.files_of(run.layout.checkpoints()[0]) for run in runs]
+    names = [name for name in kept[0] if name.endswith((".safetensors", "optimizer.pt", "_config.json"))]
+    assert [] == [name for name in names if kept[0][name] != kept[1][name]]
+    assert runs[1].verify(deep=True).ok
+
+
+def test_an_adapter_of_nothing_is_refused() -> None:
+    """Settings that exclude one another are refused when the config is read."""
+    for lora in ({"targets": []}, {"target_parameters": ["w"]}, {"init": "orthogonal", "rank": 3}):
+        with pytest.raises(ValueError, match=r"lora\."):
+            Config.model_validate({"lora": lora})
+    for values in ({"train": ["x"]}, {"method": "full", "train": ["("]}, {"tokens": ["a", "a"]}):
+        with pytest.raises(ValueError, match=r"train|tokens"):
+            Config.model_validate(values)
+    assert issubclass(ConfigError, OnwardError)
