@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype")
+IDENTITY_KEYS = ("model", "method", "lora.rank", "lora.alpha", "lora.targets", "seed", "dtype", "chat_template")
 """Keys that make a run what it is: locked once it has trained a step."""
 
 SECTIONS = ("lora", "notify")
@@ -19,6 +19,9 @@ OPERATION_KEYS = (
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
+
+LATER_KEYS = ("chat_template",)
+"""Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
@@ -98,6 +101,11 @@ class Config(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+    )
+    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Chat template instead of the tokenizer's own: a .jinja file, of which the run keeps a copy, or "
+        "the name of one for training that TRL ships, such as `qwen3_training` (needs `onward[templates]`).",
     )
     max_length: Annotated[int, BeforeValidator(_refuse_bool), Field(ge=2)] = Field(
         default=1024, description="Tokens of a row at most."
@@ -207,7 +215,12 @@ class Config(_Section):
 
     def training(self) -> dict[str, Any]:
         """Return the settings that a step's result depends on, by dotted key."""
-        return {key: value for key, value in self.flat().items() if key.partition(".")[0] not in OPERATION_KEYS}
+        flat, plain = self.flat(), Config().flat()
+        return {
+            key: value
+            for key, value in flat.items()
+            if key.partition(".")[0] not in OPERATION_KEYS and not (key in LATER_KEYS and value == plain[key])
+        }
 
     def with_operation_keys_of(self, other: Config) -> Config:
         """Return this config with the keys that act at once taken from another."""

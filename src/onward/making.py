@@ -40,6 +40,7 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable.
         UsageError: the directory is in use.
     """
+    from onward.data.own_template import keep_template, write_template
     from onward.service.intake.tokenizer import store_tokenizer
     from onward.training.base import require_complete, resolve_base, with_stored_path
     from onward.training.capacity import read_capacity, require_fits
@@ -50,8 +51,11 @@ def create(
     require_complete(base)
     require_fits(read_capacity(base), max_length=config.max_length)
     folder = layout.tokenizer(base)
+    name, template = keep_template(config.chat_template, layout.root)
     tokenizer = _load_tokenizer(folder, report, loading)
-    _make_files(layout, with_stored_path(config, base, layout.root))
+    config = with_stored_path(config, base, layout.root).model_copy(update={"chat_template": name})
+    _make_files(layout, config)
+    write_template(name, template, layout.root)
     store_tokenizer(layout, folder, tokenizer)
     make_ledger(layout.ledger)  # last: it is what makes the directory a run
 

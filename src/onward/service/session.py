@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
 from onward.config_text import read_config
+from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
@@ -83,6 +84,9 @@ def open_session(
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     tokenizer = load_tokenizer(layout.tokenizer(base))
+    template = read_template(config.chat_template, layout.root)
+    if template is not None:  # it goes into checkpoints, too: inference shall ask as training did
+        tokenizer.chat_template = template
     tokenizer_state = TokenizerState.of(tokenizer)
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
@@ -103,6 +107,7 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
     if locked is None or ledger.newest_checkpoint() is None:
         ledger.put(identity=here)
         return
+    locked = {"chat_template": None, **locked}  # a run of an earlier release has the tokenizer's own
     changed = [key for key in locked if locked[key] != here.get(key)]
     if changed == ["model"]:  # another place, the same bits
         ledger.put(identity=here)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.limits import Limits
+from onward.data.own_template import read_template
 from onward.data.records import RowError
 from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
-from onward.errors import ModelError
+from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.training.base import base_of_run
@@ -115,9 +117,10 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = stored_tokenizer(layout, folder)
+    state = stored_tokenizer(layout, folder).with_template(read_template(config.chat_template, layout.root))
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
+        require_template_of(identity, config)
         raise ModelError(
             "the tokenizer or chat template changed on disk since this run began",
             where=folder,
@@ -126,6 +129,25 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     return RunTokenizer(state, config, capacity.embedding_rows)
+
+
+def require_template_of(identity: Mapping[str, Any], config: Config) -> None:
+    """Refuse a config that names another chat template than a run began with.
+
+    Args:
+        identity: what the run has locked; one of an earlier release had the tokenizer's own template.
+
+    Raises:
+        ConfigError: it does.
+    """
+    locked, here = identity.get("chat_template"), config.chat_template
+    if locked != here:
+        raise ConfigError(
+            f"identity keys are locked once a run has begun: chat_template: the run has {locked!r}, "
+            f"the config says {here!r}",
+            where="onward.yaml",
+            hint="Put the old value back, or make another run: onward init NEW_RUN",
+        )
 
 
 def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
