@@ -50,6 +50,7 @@ recipe: $(READY) ## the usual recipe and Onward on the same three files
 
 docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python tests/template_sweep.py
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
