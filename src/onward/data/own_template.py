@@ -20,6 +20,7 @@ KEY = "chat_template"
 ENDING = ".jinja"
 SHIPPED = "_training"
 """How names of TRL's templates for training end; its others are the models' own."""
+MISSING = "Name a .jinja file that is there. A run that has trained has its template in current_model/, too."
 _NAME = re.compile(r"\w+", re.ASCII)
 
 
@@ -42,7 +43,7 @@ def find_template(value: str, root: Path, *others: Path) -> tuple[str, str]:
         copy = root / f"{value}{ENDING}"
         shipped = copy if copy.is_file() else _shipped(value)
         return shipped.name, _checked(_read(shipped), shipped)
-    raise ConfigError("there is no such chat template", where=f"{KEY}: {value}", hint="Name a .jinja file that exists.")
+    raise ConfigError("there is no such chat template", where=f"{KEY}: {value}", hint=MISSING)
 
 
 def read_template(value: str | None, root: Path) -> str | None:
@@ -80,6 +81,31 @@ def write_template(value: str | None, text: str, root: Path) -> None:
         (root / value).write_text(text, encoding="utf-8")
 
 
+def training_twin(template: str) -> str | None:
+    """Return the name of the template for training that the installed TRL ships for a model's own; None if it has none.
+
+    TRL keeps models' own templates beside those for training; which model this is follows from the text.
+    """
+    folder = _trl_folder()
+    if not template or folder is None:
+        return None
+    for path in sorted(folder.glob(f"*{SHIPPED}{ENDING}")):
+        own = path.with_name(f"{path.stem.removesuffix(SHIPPED)}{ENDING}")
+        if own.is_file() and own.read_text(encoding="utf-8") == template:
+            return path.stem
+    return None
+
+
+def other_template_hint(template: str) -> str:
+    """Return where a template for training may be had for a model whose own leaves something out."""
+    twin = training_twin(template)
+    if twin is not None:
+        return f"TRL ships a template for training with this model: {KEY}: {twin}"
+    if _trl_folder() is None:
+        return "TRL ships templates for training with many models, by name: pip install 'onward[templates]'"
+    return ""
+
+
 def _name_in(root: Path, path: Path) -> str:
     """Return the path of a file below a run's directory, or the name of the copy that it gets there."""
     here, found = root.resolve(), path.resolve()
@@ -88,14 +114,12 @@ def _name_in(root: Path, path: Path) -> str:
 
 def _shipped(name: str) -> Path:
     """Return a template for training that the installed TRL ships."""
-    where = f"{KEY}: {name}"
-    spec = find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
+    where, folder = f"{KEY}: {name}", _trl_folder()
+    if folder is None:
         hint = f"pip install 'onward[templates]', or bring the file: --set {KEY}=PATH/{name}{ENDING}"
         raise ConfigError(
             "there is no such file, and TRL, which ships templates, is not installed", where=where, hint=hint
         )
-    folder = Path(spec.submodule_search_locations[0]) / "chat_templates"
     names = sorted(path.stem for path in folder.glob(f"*{SHIPPED}{ENDING}"))
     if name in names:
         return folder / f"{name}{ENDING}"
@@ -103,6 +127,13 @@ def _shipped(name: str) -> Path:
     nearest = f"Did you mean {' or '.join(close)}? " if close else ""
     hint = f"{nearest}The installed TRL has {', '.join(names) or 'none'}; a file is named by its path."
     raise ConfigError("there is neither such a file nor such a template for training", where=where, hint=hint)
+
+
+def _trl_folder() -> Path | None:
+    """Return where the installed TRL keeps its chat templates; it is not imported."""
+    spec = find_spec("trl")
+    places = spec.submodule_search_locations if spec is not None else None
+    return Path(places[0]) / "chat_templates" if places else None
 
 
 def _read(path: Path) -> str:

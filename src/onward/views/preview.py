@@ -6,7 +6,7 @@ would be trained and what is refused here is what `add` refuses. Nothing is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -151,17 +151,16 @@ def split_text(ids: NDArray[np.int64], targets: NDArray[np.bool_], decode: Calla
     every = ids.tolist()
     text = decode(every)
     changes = (np.flatnonzero(targets[1:] != targets[:-1]) + 1).tolist()
-    places = [0]
-    for change in changes:  # what more tokens change of the text so far is no whole character yet
-        places.append(max(places[-1], _common(decode(every[:change]), text)))
+    kinds = [bool(targets[first]) for first in (0, *changes)]
+    texts = [decode(every[start:end]) for start, end in pairwise((0, *changes, len(every)))]
+    if "".join(texts) != text:  # a character is torn, or a token reads otherwise at the beginning of a text
+        texts = _cut(text, [decode(every[:change]) for change in changes])
     pieces: list[Segment] = []
-    for (start, end), first in zip(pairwise([*places, len(text)]), [0, *changes], strict=True):
-        trained = bool(targets[first])
-        if start == end:
-            continue
-        if pieces and pieces[-1].trained == trained:
-            start -= len(pieces.pop().text)
-        pieces.append(Segment(text[start:end], trained))
+    for piece, trained in zip(texts, kinds, strict=True):
+        if piece and pieces and pieces[-1].trained == trained:
+            pieces.append(Segment(pieces.pop().text + piece, trained))
+        elif piece:
+            pieces.append(Segment(piece, trained))
     return pieces
 
 
@@ -181,6 +180,14 @@ def lines_of(row: ShownRow, unit: str, mark: Callable[[str], str]) -> list[str]:
 
 def _printable(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
+
+
+def _cut(text: str, beginnings: Sequence[str]) -> list[str]:
+    """Return a text cut behind what it has in common with each of its beginnings: their ends may be torn characters."""
+    places = [0]
+    for beginning in beginnings:
+        places.append(max(places[-1], _common(beginning, text)))
+    return [text[start:end] for start, end in pairwise((*places, len(text)))]
 
 
 def _common(first: str, second: str) -> int:

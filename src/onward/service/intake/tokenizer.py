@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.limits import Limits
-from onward.data.own_template import read_template
-from onward.data.records import RowError
-from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.own_template import KEY, other_template_hint, read_template
+from onward.data.records import Record, RowError
+from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
 from onward.errors import ConfigError, ModelError
@@ -39,6 +40,24 @@ class RunTokenizer(RowTokenizer):
         super().__init__(state, config.max_length, config.over_length)
         is_too_large = embedding_rows is not None and state.largest_id >= embedding_rows
         self._embedding_rows = embedding_rows if is_too_large else None
+
+    def prepare(self, record: Record) -> RowText:
+        """Return the text of a row and which of its characters are targets.
+
+        Raises:
+            RowError: the chat template refuses the row, or its targets cannot be proven. Where another template is the
+                remedy, the one is named that TRL ships for this model.
+        """
+        try:
+            return super().prepare(record)
+        except RowError as error:
+            if KEY not in error.remedy or not self._other_template:
+                raise
+            raise RowError(error.reason, f"{error.remedy}; {self._other_template}") from None
+
+    @cached_property
+    def _other_template(self) -> str:
+        return other_template_hint(self.state.chat_template)
 
     def fit(self, packed: PackedRow) -> Fitted:
         """Apply the length policy to one row.
