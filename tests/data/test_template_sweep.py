@@ -7,6 +7,13 @@ from importlib.metadata import version
 
 import pytest
 from template_sweep import PAGE, ROWS, cells_of, is_marked, marked_twin, names, try_row, written
+from tiny import CHATML, byte_state
+from trait_templates import template_text
+
+from onward.config import Config
+from onward.data.own_template import training_twin
+from onward.data.records import Chat, RowError
+from onward.service.intake.tokenizer import RunTokenizer
 
 EVERY = 1 if os.environ.get("ONWARD_SOAK") else 6
 SAMPLE = names()[::EVERY]
@@ -34,3 +41,21 @@ def test_what_is_accepted_is_what_the_row_says(name: str) -> None:
     """Every word of the answers, calls and thoughts is a target once a row is accepted, and no word of others is."""
     pytest.importorskip("onward.data.proof")
     assert {} == {kind: found.lost for kind, row in ROWS.items() if (found := try_row(name, row)).lost}
+
+
+def test_the_twin_for_training_is_found_by_the_text() -> None:
+    """For a model's own template that TRL knows, the one for training is named; for any other text none is."""
+    own = [name for name in names() if f"{name}_training" in names()]
+    assert [f"{name}_training" for name in own] == [training_twin(template_text(name)) for name in own]
+    assert [None, None] == [training_twin(text) for text in ("", CHATML)]
+
+
+def test_a_refusal_names_the_twin() -> None:
+    """Where another template is the remedy, the refusal says which one TRL ships for this model."""
+    pytest.importorskip("onward.data.proof")
+    tokenizer = RunTokenizer(byte_state(template_text("qwen2_5")), Config(), None)
+    thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?"}
+    row = Chat([{"role": "user", "content": "Is it?"}, thought])
+    with pytest.raises(RowError) as refusal:
+        tokenizer.prepare(row)
+    assert "chat_template: qwen2_5_training" in refusal.value.remedy

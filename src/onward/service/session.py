@@ -16,6 +16,7 @@ from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
+from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.base import BaseDigest, base_of_run, digest_base
@@ -83,11 +84,10 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    tokenizer = load_tokenizer(layout.tokenizer(base))
-    template = read_template(config.chat_template, layout.root)
-    if template is not None:  # it goes into checkpoints, too: inference shall ask as training did
+    folder, template = layout.tokenizer(base), read_template(config.chat_template, layout.root)
+    tokenizer, tokenizer_state = load_tokenizer(folder), stored_tokenizer(layout, folder).with_template(template)
+    if template is not None:  # it goes into checkpoints, too: inference has to ask as training did
         tokenizer.chat_template = template
-    tokenizer_state = TokenizerState.of(tokenizer)
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)

@@ -1,24 +1,22 @@
-"""How a run turns rows into tokens: its tokenizer, without torch and transformers where that was loaded once before."""
+"""How a run turns rows into tokens: its tokenizer, and what rows have to meet."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.limits import Limits
 from onward.data.own_template import KEY, other_template_hint, read_template
 from onward.data.records import Record, RowError
 from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
-from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
+from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training.base import base_of_run
 from onward.training.capacity import read_capacity, require_fits
@@ -167,42 +165,3 @@ def require_template_of(identity: Mapping[str, Any], config: Config) -> None:
             where="onward.yaml",
             hint="Put the old value back, or make another run: onward init NEW_RUN",
         )
-
-
-def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
-    """Return the tokenizer of a model folder as it is stored in `cache/`; where it is not, it is loaded and stored.
-
-    Raises:
-        ModelError: there is none, or it cannot be used.
-    """
-    state = load_tokenizer_state(_place(layout, folder))
-    if state is None:
-        state = load_tokenizer_of(folder)
-        store_tokenizer(layout, folder, state)
-    return state
-
-
-def load_tokenizer_of(folder: Path) -> TokenizerState:
-    """Load the tokenizer of a model folder with transformers, which takes seconds to import.
-
-    Raises:
-        ModelError: there is none, or it cannot be used.
-    """
-    from onward.training.model import load_tokenizer
-
-    try:
-        return TokenizerState.of(load_tokenizer(folder))
-    except ModelError as error:
-        raise ModelError(error.what, where=error.where or folder, hint=error.hint) from None
-
-
-def store_tokenizer(layout: RunLayout, folder: Path, state: TokenizerState) -> None:
-    """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
-    path = _place(layout, folder)
-    remove_tree(path.parent)
-    with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
-        save_tokenizer_state(path, state)
-
-
-def _place(layout: RunLayout, folder: Path) -> Path:
-    return layout.cache / "tokenizer" / tokenizer_files_digest(folder)
