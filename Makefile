@@ -52,6 +52,7 @@ recipe: $(READY) ## the usual recipe and Onward on the same three files
 
 docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python tests/template_sweep.py
 
 qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
 

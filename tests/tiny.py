@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onward.data.tokenizer import TokenizerState
 
-TEMPLATES = Path(__file__).parent / "templates"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
     "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -31,7 +30,7 @@ COHERE = {
 }
 MISTRAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TOKENIZERS: dict[str, dict[str, Any]] = {
-    "smollm2": {},
+    "default_system": {},
     "qwen2_5": {"extra": ["<|endoftext|>"]},
     "qwen3": {},
     "qwen3_training": {},
@@ -39,17 +38,12 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "gemma": GEMMA,
     "phi3": PHI,
     "cohere2": COHERE,
-    "mistral": MISTRAL,
-    "zephyr": MISTRAL,
+    "brackets": MISTRAL,
+    "plain_headers": MISTRAL,
 }
-"""The special tokens that go with each template of `tests/templates`."""
+"""Templates of `trait_templates` that are tested together, each with the special tokens that go with it."""
 SUBJECTS = ("the river", "a quiet house", "my old bicycle", "the last train", "a green lamp", "this small town")
 VERBS = ("waits for", "belongs to", "looks like", "runs past", "remembers", "leads to")
-
-
-def template_text(name: str) -> str:
-    """Return the text of `tests/templates/NAME.jinja`."""
-    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def byte_tokenizer(template: str | None = CHATML, *, extra: Iterable[str] = (), **special: str) -> Any:

@@ -23,7 +23,7 @@ from onward.config_lora import (
 LATER_IDENTITY_KEYS = (
     "lora.target_parameters", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_dora",
     "lora.use_rslora", "lora.bias", "lora.init", "lora.modules_to_save", "lora.trainable_tokens",
-    "train", "tokens", "adapter",
+    "train", "tokens", "adapter", "chat_template",
 )  # fmt: skip
 """Identity keys that runs of earlier releases lack; where one has its default, the identity does not mention it."""
 
@@ -41,6 +41,9 @@ OPERATION_KEYS = (
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
+
+LATER_KEYS = (*LATER_IDENTITY_KEYS,)
+"""Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
@@ -97,6 +100,11 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+    )
+    chat_template: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None,
+        description="Chat template instead of the tokenizer's own: a .jinja file, of which the run keeps a copy, or "
+        "the name of one for training that TRL ships, such as `qwen3_training` (needs `onward[templates]`).",
     )
     max_length: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
         default=1024, description="Tokens of a row at most."
@@ -226,7 +234,12 @@ class Config(Section):
 
     def training(self) -> dict[str, Any]:
         """Return the settings that a step's result depends on, by dotted key."""
-        return {key: value for key, value in self.flat().items() if key.partition(".")[0] not in OPERATION_KEYS}
+        flat, plain = self.flat(), Config().flat()
+        return {
+            key: value
+            for key, value in flat.items()
+            if key.partition(".")[0] not in OPERATION_KEYS and not (key in LATER_KEYS and value == plain[key])
+        }
 
     def with_operation_keys_of(self, other: Config) -> Config:
         """Return this config with the keys that act at once taken from another."""

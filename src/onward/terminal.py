@@ -7,12 +7,18 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import IO, TextIO, cast
 
 from onward.errors import printable_lines
 
 GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 """Errors of a stream that nobody will ever read again."""
+
+BRACKETS = ("\u27e6", "\u27e7")
+"""Mathematical white brackets, which texts seldom hold."""
+LINE_END = "\u23ce"
+UNDERLINED, PLAIN = "\x1b[4;32m", "\x1b[0m"
 
 
 def open_standard_streams() -> None:
@@ -91,6 +97,18 @@ def is_interactive(stream: TextIO) -> bool:
         return stream.isatty()
     except ValueError:
         return False
+
+
+def marker(stream: TextIO) -> Callable[[str], str]:
+    """Return what marks a printable text on a stream: underlined on a terminal, between brackets elsewhere.
+
+    A terminal does not show whether the end of a line is marked, so a sign stands there. `NO_COLOR` asks for brackets.
+    """
+    if not is_interactive(stream) or os.environ.get("NO_COLOR"):
+        return lambda text: f"{BRACKETS[0]}{text}{BRACKETS[1]}"
+    return lambda text: "\n".join(
+        f"{UNDERLINED}{line}{PLAIN}" for line in text.replace("\n", f"{LINE_END}\n").split("\n")
+    )
 
 
 class Tolerant:

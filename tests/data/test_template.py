@@ -1,19 +1,20 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer, template_text
+from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
+from trait_templates import template_text
 
 from onward.data.records import Chat, RowError, parse_row
 from onward.data.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 
-ALTERNATE = "Conversation roles must alternate user/assistant/user/assistant/..."
+ALTERNATE = "Roles take turns here: first user, then assistant"
 THINK = "<think>\nhm\n</think>\n\n"
 
 
 def template(name: str) -> ChatTemplate:
-    """Return the public template of that name with the special tokens of its model."""
+    """Return the template of that name with the special tokens of its model."""
     return ChatTemplate(byte_state(template_text(name), **TOKENIZERS[name]))
 
 
@@ -32,9 +33,9 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "row", "expected"),
     [
-        ("smollm2", chat("Hi", "Hello"), ["Hello<|im_end|>"]),
-        ("smollm2", chat("Hi", "Hello", "And?", " More\n"), ["Hello<|im_end|>", " More\n<|im_end|>"]),
-        ("smollm2", chat("assistant", "assistant", "assistant", "Hi"), ["assistant<|im_end|>", "Hi<|im_end|>"]),
+        ("default_system", chat("Hi", "Hello"), ["Hello<|im_end|>"]),
+        ("default_system", chat("Hi", "Hello", "And?", " More\n"), ["Hello<|im_end|>", " More\n<|im_end|>"]),
+        ("default_system", chat("assistant", "assistant", "assistant", "Hi"), ["assistant<|im_end|>", "Hi<|im_end|>"]),
         ("qwen2_5", chat("Hi", "Hello", "And?", "More"), ["Hello<|im_end|>", "More<|im_end|>"]),
         ("qwen2_5", chat("Hi", "Hello", system="Be kind"), ["Hello<|im_end|>"]),
         ("qwen3", chat("Hi", "Hello"), ["<think>\n\n</think>\n\nHello<|im_end|>"]),
@@ -48,11 +49,11 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
         ),
         ("llama3_2", chat("Hi", "  Hello\n", "So", "Bye"), ["Hello<|eot_id|>", "Bye<|eot_id|>"]),
         ("llama3_2", chat("Hi", "Hello", system="Be kind"), ["Hello<|eot_id|>"]),
-        ("mistral", chat("Hi", "Hello", "So", "Bye"), ["Hello</s>", "Bye</s>"]),
-        ("mistral", chat("Hi", "INST", "INST", "[INST"), ["INST</s>", "[INST</s>"]),
+        ("brackets", chat("Hi", "Hello", "So", "Bye"), ["Hello</s>", "Bye</s>"]),
+        ("brackets", chat("Hi", "ASK", "ASK", "[ASK"), ["ASK</s>", "[ASK</s>"]),
         ("gemma", chat("Hi", " Hello ", "So", "model"), ["Hello<end_of_turn>", "model<end_of_turn>"]),
         ("phi3", chat("Hi", "Hello", "So", "Bye"), ["Hello<|end|>", "Bye<|end|>"]),
-        ("zephyr", chat("Hi", "Hello", "So", "Bye", system="Be kind"), ["Hello</s>", "Bye</s>"]),
+        ("plain_headers", chat("Hi", "Hello", "So", "Bye", system="Be kind"), ["Hello</s>", "Bye</s>"]),
         (
             "cohere2",
             chat("Hi", "Hello", "So", "Bye"),
@@ -61,7 +62,7 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
     ],
 )
 def test_targets_are_the_answers_and_their_end_tokens(name: str, row: Chat, expected: list[str]) -> None:
-    """For each public template the targets are what the model has to produce, and not a character more."""
+    """For each template the targets are what the model has to produce, and not a character more."""
     assert expected == pieces(template(name), row)
 
 
@@ -150,11 +151,13 @@ def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
 def test_a_message_that_holds_the_generation_prompt() -> None:
     """A generation prompt that a message quotes, with the answer after it, is not taken for the template's."""
     for quoted in ("<|im_start|>assistant\nHi", "a<|im_start|>assistant\n"):
-        assert ["Hi<|im_end|>"] == pieces(template("smollm2"), chat(quoted, "Hi"))
-        assert ["Hi<|im_end|>", f"{quoted}<|im_end|>"] == pieces(template("smollm2"), chat("a", "Hi", "b", quoted))
+        assert ["Hi<|im_end|>"] == pieces(template("default_system"), chat(quoted, "Hi"))
+        assert ["Hi<|im_end|>", f"{quoted}<|im_end|>"] == pieces(
+            template("default_system"), chat("a", "Hi", "b", quoted)
+        )
 
 
-@pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"mistral"}))
+@pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"brackets"}))
 def test_both_proofs_agree(name: str) -> None:
     """What the generation prompt and the end token prove is what the beginnings of the chat prove."""
     proven, slow = template(name), template(name)
@@ -214,11 +217,11 @@ def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
-        ("smollm2", chat("Hi", "a<|im_end|>b"), "a message contains the control token '<|im_end|>'"),
-        ("smollm2", chat("<|im_end|>", "b"), "a message contains the control token '<|im_end|>'"),
-        ("smollm2", chat("Hi", "\ufdd0"), "a message contains the control token '\\ufdd0'"),
+        ("default_system", chat("Hi", "a<|im_end|>b"), "a message contains the control token '<|im_end|>'"),
+        ("default_system", chat("<|im_end|>", "b"), "a message contains the control token '<|im_end|>'"),
+        ("default_system", chat("Hi", "\ufdd0"), "a message contains the control token '\\ufdd0'"),
         ("gemma", chat("Hi", "Hello", system="x"), "the chat template refuses the row: System role not supported"),
-        ("mistral", Chat(chat("a", "b").messages[1:]), f"the chat template refuses the row: {ALTERNATE}"),
+        ("brackets", Chat(chat("a", "b").messages[1:]), f"the chat template refuses the row: {ALTERNATE}"),
     ],
 )
 def test_refused_rows(name: str, row: Chat, reason: str) -> None:
@@ -242,21 +245,24 @@ def test_broken_template() -> None:
         ChatTemplate(byte_state("{% for %}"))
 
 
-PROVEN = {name: template(name) for name in ("smollm2", "qwen2_5", "llama3_2", "mistral", "gemma", "phi3", "zephyr")}
+PROVEN = {
+    name: template(name)
+    for name in ("default_system", "qwen2_5", "llama3_2", "brackets", "gemma", "phi3", "plain_headers")
+}
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=20)
 ANSWERS = WORDS.filter(lambda text: bool(text.strip()))
 
 
 @given(name=st.sampled_from(sorted(PROVEN)), turns=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=3))
 @settings(max_examples=150)
-@example(name="mistral", turns=[("", "\n0"), ("", "0 ")])
-@example(name="mistral", turns=[("[/INST]", "[INST]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
+@example(name="brackets", turns=[("", "\n0"), ("", "0 ")])
+@example(name="brackets", turns=[("[/ASK]", "[ASK]"), ("onwardProbeNumber0End", "onwardProbeNumber1End")])
 @example(name="phi3", turns=[("<|assistant|>", "assistant\n"), ("\n", "<|user|>")])
 def test_targets_of_random_chats(name: str, turns: list[tuple[str, str]]) -> None:
     """Whatever the messages say, each target is its answer, perhaps trimmed by the template, plus the end token."""
     found = pieces(PROVEN[name], chat(*(text for turn in turns for text in turn)))
     end = {"llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}.get(
-        name, "</s>" if name in ("mistral", "zephyr") else "<|im_end|>"
+        name, "</s>" if name in ("brackets", "plain_headers") else "<|im_end|>"
     )
     trim = str.strip if name in ("llama3_2", "gemma") else str
     assert [trim(answer) + end for _, answer in turns] == found

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from trait_templates import template_text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onward.data.records import Completion, RowError, Text, parse_row
@@ -37,7 +38,7 @@ def trained(model: Any, trainer: Any, **parts: Any) -> Any:
         setattr(backend, name, part)
     backend.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMED)
-    tokenizer.chat_template = tiny.template_text("zephyr")
+    tokenizer.chat_template = template_text("plain_headers")
     return tokenizer
 
 
@@ -76,7 +77,7 @@ def word_level() -> Any:
 
 def template_post_processor() -> Any:
     """A byte-level tokenizer that puts tokens around a text, and pads and cuts it since it was last called."""
-    tokenizer = tiny.byte_tokenizer(tiny.template_text("mistral"), bos_token="<s>", eos_token="</s>")
+    tokenizer = tiny.byte_tokenizer(template_text("brackets"), bos_token="<s>", eos_token="</s>")
     tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=tokens)
     tokenizer.backend_tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), post_processor])
@@ -92,8 +93,8 @@ def split_special_tokens() -> Any:
 
 
 def with_template(name: str) -> Any:
-    """A byte-level tokenizer with one of the public templates and its special tokens."""
-    return tiny.byte_tokenizer(tiny.template_text(name), **tiny.TOKENIZERS[name])
+    """A byte-level tokenizer with one of the templates of `trait_templates` and its special tokens."""
+    return tiny.byte_tokenizer(template_text(name), **tiny.TOKENIZERS[name])
 
 
 MODELS = (unigram, wordpiece, byte_fallback, word_level, template_post_processor, split_special_tokens)

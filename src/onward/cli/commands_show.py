@@ -1,7 +1,8 @@
-"""Commands that change nothing: `status`, `history`, `verify`, `doctor`; `service` prints a systemd unit."""
+"""Commands that change nothing: `status`, `history`, `preview`, `verify`, `doctor`; `service` prints a systemd unit."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,10 @@ import typer
 
 from onward import startup
 from onward.cli.options import JsonOption, RunOption
-from onward.cli.output import show
+from onward.cli.output import show, show_each
 from onward.errors import printable_lines
 from onward.layout import RunLayout
-from onward.terminal import say, show_line
+from onward.terminal import marker, say, show_line
 from onward.text import printable
 
 REFRESH_SECONDS = 1.0
@@ -48,6 +49,35 @@ def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
     from onward.progress import print_history
 
     print_history(entries)
+
+
+def preview(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A training file.")],
+    run: RunOption = Path(),
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many rows to show.", show_default="3; with --json all")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the rows of a file as the model would see them, what is trained marked; nothing is added."""
+    from onward.progress import duration, over_length
+    from onward.views.preview import ROWS, lines_of, preview
+
+    seen = preview(RunLayout(run), file, rows or (None if as_json else ROWS))
+    report = seen.report
+    if as_json:
+        show_each(row.to_dict() for row in seen.rows())
+    else:
+        mark = marker(sys.stdout)
+        for row in seen.rows():
+            for line in lines_of(row, report.unit, mark):
+                show_line(line)
+    long = over_length(report.rows, report.truncated, report.dropped, seen.max_length)
+    share = f"{report.tokens} tokens, {report.target_tokens} of them trained"
+    time = f", about {duration(seen.seconds)} at the last pace" if seen.seconds is not None else ""
+    say(
+        f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; {seen.steps} steps{time}"
+    )
 
 
 def verify(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from onward.terminal import say, show_line
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 def show(value: Any) -> None:
     """Print a result as JSON."""
     show_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_each(values: Iterable[Any]) -> None:
+    """Print a result as a JSON list, one value a line, so that the whole is never held; odd characters as escapes."""
+    before = "["
+    for value in values:
+        text = json.dumps(value, ensure_ascii=False)
+        show_line(before)
+        before = f"  {text if text.isprintable() else json.dumps(value)},"
+    show_line("[]" if before == "[" else f"{before[:-1]}\n]")
 
 
 def say_stopped(run: Run, reason: str, command: str) -> None:

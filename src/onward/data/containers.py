@@ -46,24 +46,26 @@ def check_readable(path: Path) -> None:
 
 
 class SourceFile(io.RawIOBase):
-    """A training file, opened once and never by a symbolic link; hashes the bytes that are read from it, in order.
+    """A training file, opened once; hashes the bytes that are read from it, in order.
 
     Args:
         path: the file.
+        links: whether a symbolic link is followed.
 
     Raises:
-        FileError: it is missing, a link, a directory, a special file, or not readable.
+        FileError: it is missing, a link that is not followed, a directory, a special file, or not readable.
         OSError: the machine cannot open it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, links: bool = False) -> None:
         super().__init__()
         self.path = path
         self.taken = 0
         self._digest = hashlib.sha256()
         self._unpacked_digest: Any = None
-        try:  # not blocking: a fifo would wait for a writer
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a fifo would wait for a writer
+        try:
+            descriptor = os.open(path, flags if links else flags | os.O_NOFOLLOW)
         except OSError as error:
             raise _refusal(error, path) from None
         try:

@@ -12,9 +12,9 @@ from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
 from onward.data.limits import DEFAULT_LIMITS, Limits
 from onward.data.records import RowError, parse_row
-from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
+from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, cache_key
 from onward.data.sources import SourceRow, file_format, row_unit, rows_of
-from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
+from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
@@ -24,17 +24,9 @@ _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
 
 __all__ = [
-    "IntakeReport",
-    "Limits",
-    "OverLength",
-    "Problem",
-    "Row",
-    "RowTokenizer",
-    "SourceChanged",
-    "TokenizedFile",
-    "cache_key",
-    "tokenize_file",
-]
+    "IntakeReport", "Limits", "OverLength", "Problem", "Row", "RowTokenizer", "SourceChanged", "TokenizedFile",
+    "cache_key", "check_rows", "tokenize_file",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +123,26 @@ def tokenize_file(
         writer.discard()
 
 
+def check_rows(
+    source: Path,
+    row_tokenizer: RowTokenizer,
+    seen: Callable[[int, Fitted], None],
+    *,
+    stop: Callable[[], None] = lambda: None,
+    limits: Limits = DEFAULT_LIMITS,
+) -> IntakeReport:
+    """Check every row of `source` as `tokenize_file` does, which has the same arguments and errors; write nothing.
+
+    Links are followed, and nothing notices if the file changes meanwhile: it is its owner's still.
+
+    Args:
+        seen: receives the line and the tokens of every row that is not refused, in order.
+    """
+    intake = _Intake(row_tokenizer, RowCount(), limits, _Stop(stop), seen)
+    intake.read(source, None)
+    return intake.report(_unit(source))
+
+
 class _Stop:
     """The caller's request to stop; remembers what it raised, since no file is to blame for that."""
 
@@ -147,25 +159,33 @@ class _Stop:
 
 
 class _Intake:
-    """The counts and problems of one file while it is read."""
+    """The counts and problems of one file while it is read; `seen` receives its rows."""
 
-    def __init__(self, row_tokenizer: RowTokenizer, writer: TokenizedWriter, limits: Limits, stop: _Stop) -> None:
+    def __init__(
+        self,
+        row_tokenizer: RowTokenizer,
+        writer: RowCount,
+        limits: Limits,
+        stop: _Stop,
+        seen: Callable[[int, Fitted], None] = lambda *_: None,
+    ) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
         self._limits = limits
         self._stop = stop
+        self._seen = seen
         self._problems: list[Problem] = []
         self._problem_count = self._truncated = self._dropped = 0
 
-    def read(self, path: Path, sha256: str) -> None:
-        """Tokenize a file and compare what was read with its hash.
+    def read(self, path: Path, sha256: str | None) -> None:
+        """Tokenize a file and compare what was read with its hash; without one, links are followed.
 
         Raises:
             SourceChanged: it is not the file that has this hash.
         """
         try:
             file_format(path)
-            source = SourceFile(path)
+            source = SourceFile(path, links=sha256 is None)
         except FileError as error:
             self._refuse(None, error)
             return
@@ -204,10 +224,10 @@ class _Intake:
             unit=unit,
         )
 
-    def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
+    def _readable(self, source: SourceFile, sha256: str | None) -> Iterator[SourceRow]:
         """Yield the rows of a file as far as it can be read, then compare all of its bytes with its hash."""
         is_read_in_order = file_format(source.path) != "parquet"
-        if not is_read_in_order:
+        if sha256 is not None and not is_read_in_order:
             source.check_read(sha256, self._stop)
         line = 0
         try:
@@ -219,6 +239,8 @@ class _Intake:
         except BaseException as error:
             known = isinstance(error, FileError)
             self._refuse(error.line if known else line + 1, error)
+        if sha256 is None:
+            return
         if not is_read_in_order:
             source.rewind()
         source.check_read(sha256, self._stop)
@@ -252,6 +274,7 @@ class _Intake:
             except RowError as error:
                 self._refuse(line, error)
                 continue
+            self._seen(line, fitted)
             self._truncated += fitted.truncated
             if fitted.packed is None:
                 self._dropped += 1

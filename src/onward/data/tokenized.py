@@ -53,7 +53,24 @@ def unpack(packed: PackedRow) -> Row:
     return Row((packed & ~TARGET_BIT).astype(np.int64), packed >= TARGET_BIT)
 
 
-class TokenizedWriter:
+class RowCount:
+    """Counts rows and the tokens in them; `longest` is the number of tokens of the longest row."""
+
+    def __init__(self) -> None:
+        self.rows = self.tokens = self.target_tokens = self.longest = 0
+
+    def append(self, rows: Sequence[PackedRow], lines: Sequence[int]) -> None:
+        """Count rows, given with their source lines, one line per row."""
+        if not rows:
+            return
+        lengths = [len(row) for row in rows]
+        self.rows += len(rows)
+        self.tokens += sum(lengths)
+        self.target_tokens += int(np.count_nonzero(np.concatenate(rows) >= TARGET_BIT))
+        self.longest = max(self.longest, *lengths)
+
+
+class TokenizedWriter(RowCount):
     """Writes a tokenized file under a temporary name; `publish` renames it to its final place in one act.
 
     Args:
@@ -61,7 +78,7 @@ class TokenizedWriter:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.rows = self.tokens = self.target_tokens = self.longest = 0
+        super().__init__()
         self._final = directory
         self._temporary = directory.with_name(f"{TEMPORARY_PREFIX}{directory.name}")
         remove_tree(self._temporary)
@@ -75,14 +92,10 @@ class TokenizedWriter:
         if not rows:
             return
         lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-        tokens = np.concatenate(rows)
-        self._append("tokens.bin", tokens.astype("<u4"))
+        self._append("tokens.bin", np.concatenate(rows).astype("<u4"))
         self._append("offsets.bin", (self.tokens + np.cumsum(lengths)).astype("<i8"))
         self._append("lines.bin", np.asarray(lines, dtype="<i8"))
-        self.rows += len(rows)
-        self.tokens += int(lengths.sum())
-        self.target_tokens += int(np.count_nonzero(tokens >= TARGET_BIT))
-        self.longest = max(self.longest, int(lengths.max()))
+        super().append(rows, lines)
 
     def publish(self, meta: dict[str, Any]) -> None:
         """Rename everything into place, `meta` included.

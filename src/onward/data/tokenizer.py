@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ class TokenizerState:
                 hint="give the tokens in its vocabulary ids without gaps, then save it again with save_pretrained",
             )
         return state
+
+    def with_template(self, template: str | None) -> TokenizerState:
+        """Return the state of this tokenizer with another chat template; with None itself.
+
+        Raises:
+            ModelError: the template is not valid Jinja.
+        """
+        if template is None:
+            return self
+        Renderer(template, dict(self.special_tokens_map))
+        fingerprint = _fingerprint(self.backend, template, self.special_tokens_map, self.eos_id)
+        return replace(self, chat_template=template, fingerprint=fingerprint)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TokenizerState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
 from onward.config_text import read_config
+from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
@@ -45,7 +47,6 @@ class Session:
     tokenizer_state: TokenizerState
     device: torch.device
     dtype: torch.dtype
-    environment: dict[str, Any]
 
     @property
     def tokenizer_digest(self) -> str:
@@ -63,6 +64,14 @@ class Session:
         """How the model is treated, as its admission found; None in a run that has trained and was not admitted yet."""
         findings = Findings.of(self.ledger.get(FACT))
         return None if findings is None else findings.treatment
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What bit-exactness depends on; asked for only once the model was admitted."""
+        treatment = self.treatment
+        end_to_end = None if treatment is None else treatment.end_to_end
+        numerics = numerics_of(self.base, self.config, self.device, end_to_end=end_to_end)
+        return describe_environment(self.device, self.dtype, numerics)
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""
@@ -95,13 +104,14 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    folder = layout.tokenizer(base)
-    tokenizer, tokenizer_state = load_tokenizer(folder), stored_tokenizer(layout, folder)
+    folder, template = layout.tokenizer(base), read_template(config.chat_template, layout.root)
+    tokenizer, tokenizer_state = load_tokenizer(folder), stored_tokenizer(layout, folder).with_template(template)
+    if template is not None:  # it goes into checkpoints, too: inference has to ask as training did
+        tokenizer.chat_template = template
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
-    environment = describe_environment(device, dtype, numerics_of(base, config, device))
-    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
+    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype)
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:

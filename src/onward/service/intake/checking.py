@@ -239,7 +239,7 @@ class Intake:
         command = uuid.uuid4().hex
         try:
             for path in paths:
-                _require_file(path)
+                require_file(path)
             arrived = self._copy(paths)
         except (OnwardError, OSError):
             if intent is not None:
@@ -319,7 +319,12 @@ class Intake:
                 continue
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Refuse a path that a person mistyped: at which nothing lies, or a directory.
+
+    Raises:
+        UsageError: it is one of those.
+    """
     shown = printable(str(path))
     try:
         path.stat()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from onward.config import Config
 from onward.data.limits import Limits
-from onward.data.records import RowError
-from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.own_template import KEY, other_template_hint, read_template
+from onward.data.records import Record, RowError
+from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ModelError
+from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
@@ -35,6 +38,24 @@ class RunTokenizer(RowTokenizer):
         super().__init__(state, config.max_length, config.over_length)
         is_too_large = embedding_rows is not None and state.largest_id >= embedding_rows
         self._embedding_rows = embedding_rows if is_too_large else None
+
+    def prepare(self, record: Record) -> RowText:
+        """Return the text of a row and which of its characters are targets.
+
+        Raises:
+            RowError: the chat template refuses the row, or its targets cannot be proven. Where another template is the
+                remedy, the one is named that TRL ships for this model.
+        """
+        try:
+            return super().prepare(record)
+        except RowError as error:
+            if KEY not in error.remedy or not self._other_template:
+                raise
+            raise RowError(error.reason, f"{error.remedy}; {self._other_template}") from None
+
+    @cached_property
+    def _other_template(self) -> str:
+        return other_template_hint(self.state.chat_template)
 
     def fit(self, packed: PackedRow) -> Fitted:
         """Apply the length policy to one row.
@@ -113,9 +134,10 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = stored_tokenizer(layout, folder)
+    state = stored_tokenizer(layout, folder).with_template(read_template(config.chat_template, layout.root))
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
+        require_template_of(identity, config)
         raise ModelError(
             "the tokenizer or chat template changed on disk since this run began",
             where=folder,
@@ -124,3 +146,22 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     return RunTokenizer(state, config, capacity.embedding_rows)
+
+
+def require_template_of(identity: Mapping[str, Any], config: Config) -> None:
+    """Refuse a config that names another chat template than a run began with.
+
+    Args:
+        identity: what the run has locked; one of an earlier release had the tokenizer's own template.
+
+    Raises:
+        ConfigError: it does.
+    """
+    locked, here = identity.get("chat_template"), config.chat_template
+    if locked != here:
+        raise ConfigError(
+            f"identity keys are locked once a run has begun: chat_template: the run has {locked!r}, "
+            f"the config says {here!r}",
+            where="onward.yaml",
+            hint="Put the old value back, or make another run: onward init NEW_RUN",
+        )

@@ -18,6 +18,7 @@ import torch
 
 from onward.config import Config
 from onward.config_text import read_config
+from onward.data.own_template import read_template
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
@@ -136,12 +137,14 @@ def _base(layout: RunLayout) -> Iterator[Finding]:
         yield Finding("error", "base model", "changed on disk since this run began", "Put the original files back")
         return
     yield Finding("ok", "base model", f"{base} ({digest[:12]})")
-    yield from _template(load_tokenizer(base))
+    yield from _template(layout, config, base)
 
 
-def _template(tokenizer: Any) -> Iterator[Finding]:
-    if tokenizer.chat_template is None:
-        hint = "Chat rows will be refused; prompt/completion and text rows work"
+def _template(layout: RunLayout, config: Config, base: Path) -> Iterator[Finding]:
+    if read_template(config.chat_template, layout.root) is not None:
+        yield Finding("ok", "chat template", f"{config.chat_template}, the run's own")
+    elif load_tokenizer(layout.tokenizer(base)).chat_template is None:
+        hint = "Chat rows will be refused; prompt/completion and text rows work. onward init --set chat_template=FILE"
         yield Finding("warning", "chat template", "the tokenizer has none", hint)
 
 

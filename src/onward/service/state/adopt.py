@@ -14,6 +14,7 @@ import torch
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import IDENTITY_KEYS, Config
 from onward.config_text import parse_config, render_yaml
+from onward.data.own_template import keep_template, write_template
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
@@ -59,6 +60,7 @@ def adopt(
         )
     step = _read_step(checkpoint)
     config = _read_config(checkpoint, model, settings)
+    template_name, template = keep_template(config.chat_template, layout.root)
     base = resolve_base(config.model, download=True, report=report)
     _require_tokenizer(checkpoint, base)
     device = pick_device()
@@ -73,6 +75,9 @@ def adopt(
         config = config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     else:
         config = with_stored_path(config, base, layout.root)
+    config = config.model_copy(update={"chat_template": template_name})
+    layout.root.mkdir(parents=True, exist_ok=True)
+    write_template(template_name, template, layout.root)
     _make(checkpoint, layout, config, state, findings, report)
     return describe(checkpoint, state.step, config, settings)
 
@@ -86,7 +91,6 @@ def _make(
     report: Callable[[str], None],
 ) -> None:
     """Make the run's files, the ledger's name last, so that it makes the run."""
-    layout.root.mkdir(parents=True, exist_ok=True)
     layout.make()
     if config.model == OWN_BASE:
         _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)

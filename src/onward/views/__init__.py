@@ -1,0 +1,1 @@
+"""What shows a run and its files to a person. Nothing imports these but the command line."""

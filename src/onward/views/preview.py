@@ -1,0 +1,210 @@
+"""A training file as the model sees it: which tokens each row becomes, and which of them the loss covers.
+
+The rows are checked by the very code that takes a file in, under the config of the run, so that what is shown is what
+would be trained and what is refused here is what `add` refuses. Nothing is written, and no model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.config import Config
+from onward.config_text import read_config
+from onward.data.order import make_plan
+from onward.data.row_tokenizer import Fitted
+from onward.data.tokenize import IntakeReport, check_rows
+from onward.data.tokenized import PackedRow, unpack
+from onward.errors import FileRejected
+from onward.layout import RunLayout
+from onward.service.intake.checking import require_file
+from onward.service.intake.names import plain_name
+from onward.service.intake.refusals import Refusal
+from onward.service.intake.tokenizer import RulesOfRun
+from onward.store.ledger import Ledger
+from onward.text import printable
+
+ROWS = 3
+"""Rows that a person is shown who names no number."""
+PACE = 20
+"""Steps over which the time ahead is averaged."""
+GUTTER = "  | "
+"""Stands before every line of a row, so that no row can pass for something that Onward says."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens that are all trained, or all not: their text."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row.
+
+    Args:
+        line: its line in the file, or its row in formats without lines; that of the row it was cut from.
+        tokens: how many it has.
+        trained: how many of them the loss covers.
+        cut: whether its end was cut off at `max_length`.
+        segments: its text; joined, they are what its tokens are decoded to, special tokens included.
+    """
+
+    line: int
+    tokens: int
+    trained: int
+    cut: bool
+    segments: list[Segment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values, as `--json` prints it."""
+        segments = [{"text": segment.text, "trained": segment.trained} for segment in self.segments]
+        return {"line": self.line, "tokens": self.tokens, "cut": self.cut, "segments": segments}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a file holds, as far as it was asked for.
+
+    Args:
+        name: the file's.
+        report: what checking all of its rows found.
+        max_length: tokens that a row may have.
+        steps: optimizer steps that training it takes.
+        seconds: how long those take at the pace of the newest steps; None where the run has none.
+        kept: line, tokens and whether they were cut, for each row to be shown.
+        decode: gives the text of token ids.
+    """
+
+    name: str
+    report: IntakeReport
+    max_length: int
+    steps: int
+    seconds: float | None
+    kept: list[tuple[int, PackedRow, bool]] = field(repr=False)
+    decode: Callable[[list[int]], str] = field(repr=False)
+
+    def rows(self) -> Iterator[ShownRow]:
+        """Yield the rows that were asked for, in the order of the file."""
+        for line, packed, cut in self.kept:
+            row = unpack(packed)
+            segments = split_text(row.ids, row.targets, self.decode)
+            yield ShownRow(line, len(row.ids), int(np.count_nonzero(row.targets)), cut, segments)
+
+
+def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
+    """Read a file as `add` would under the run's config, and keep its first rows for showing.
+
+    All of the file is checked, in memory that does not grow with it. Rows that a length policy leaves out are counted
+    in the report and not shown.
+
+    Args:
+        count: rows to show, as they would be trained; None for all.
+
+    Raises:
+        FileRejected: `add` would refuse the file.
+        UsageError: there is no run, or no such file.
+        ConfigError, ModelError: the config, or the tokenizer of the run, cannot be used.
+    """
+    layout.require()
+    require_file(path)
+    config = read_config(layout.config)
+    kept: list[tuple[int, PackedRow, bool]] = []
+
+    def seen(line: int, fitted: Fitted) -> None:
+        if fitted.packed is not None and (count is None or len(kept) < count):
+            kept.append((line, fitted.packed.copy(), fitted.truncated))  # a view would keep its whole chunk
+
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        rules = RulesOfRun(layout, ledger, lambda: config)()
+        report = check_rows(path, rules.tokenizer, seen, limits=rules.limits)
+        if not report.ok:
+            raise _rejection(Refusal.of_rows(plain_name(path.name), report))
+        steps = make_plan("", report.rows, config).steps
+        seconds = _seconds(ledger, report, config)
+    backend: Any = rules.tokenizer.state.tokenizer
+
+    def decode(ids: list[int]) -> str:
+        return backend.decode(ids, skip_special_tokens=False)
+
+    return Preview(path.name, report, config.max_length, steps, seconds, kept, decode)
+
+
+def split_text(ids: NDArray[np.int64], targets: NDArray[np.bool_], decode: Callable[[list[int]], str]) -> list[Segment]:
+    """Return the text of a row in pieces that are trained or not; joined, they are `decode` of all ids.
+
+    A character whose bytes lie in tokens of both kinds belongs to the piece in which it ends.
+
+    Args:
+        ids: token ids, shape (T,).
+        targets: which of them the loss covers, bool, shape (T,).
+        decode: gives the text of token ids.
+    """
+    every = ids.tolist()
+    text = decode(every)
+    changes = (np.flatnonzero(targets[1:] != targets[:-1]) + 1).tolist()
+    kinds = [bool(targets[first]) for first in (0, *changes)]
+    texts = [decode(every[start:end]) for start, end in pairwise((0, *changes, len(every)))]
+    if "".join(texts) != text:  # a character is torn, or a token reads otherwise at the beginning of a text
+        texts = _cut(text, [decode(every[:change]) for change in changes])
+    pieces: list[Segment] = []
+    for piece, trained in zip(texts, kinds, strict=True):
+        if piece and pieces and pieces[-1].trained == trained:
+            pieces.append(Segment(pieces.pop().text + piece, trained))
+        elif piece:
+            pieces.append(Segment(piece, trained))
+    return pieces
+
+
+def lines_of(row: ShownRow, unit: str, mark: Callable[[str], str]) -> list[str]:
+    """Return a row as lines for a person, printable whatever the row holds.
+
+    Args:
+        unit: what the row's line counts, "line" or "row".
+        mark: marks printable lines as trained text.
+    """
+    cut = ", cut" if row.cut else ""
+    head = f"{unit} {row.line}: {row.tokens} tokens, {row.trained} trained{cut}"
+    shown = [(_printable(segment.text), segment.trained) for segment in row.segments]
+    body = "".join(mark(text) if trained else text for text, trained in shown)
+    return [head, *(f"{GUTTER}{line}" if line else GUTTER.rstrip() for line in body.split("\n"))]
+
+
+def _printable(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _cut(text: str, beginnings: Sequence[str]) -> list[str]:
+    """Return a text cut behind what it has in common with each of its beginnings: their ends may be torn characters."""
+    places = [0]
+    for beginning in beginnings:
+        places.append(max(places[-1], _common(beginning, text)))
+    return [text[start:end] for start, end in pairwise((*places, len(text)))]
+
+
+def _common(first: str, second: str) -> int:
+    """Return how many characters two texts have in common from their beginning on."""
+    places = range(min(len(first), len(second)))
+    return next((place for place in places if first[place] != second[place]), len(places))
+
+
+def _rejection(refusal: Refusal) -> FileRejected:
+    lines = "\n".join(f"  {line}" for line in refusal.lines())
+    return FileRejected(
+        f"the file would be rejected:\n{lines}", where=refusal.name, hint="Mend the rows and look again."
+    )
+
+
+def _seconds(ledger: Ledger, report: IntakeReport, config: Config) -> float | None:
+    last = ledger.at_position(ledger.last_position())
+    steps = ledger.last_steps(last.id, PACE) if last is not None else []
+    tokens, seconds = sum(step.tokens for step in steps), sum(step.seconds for step in steps)
+    return report.tokens * config.epochs * seconds / tokens if tokens else None
