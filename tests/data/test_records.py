@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from onward.data.records import Chat, Completion, RowError, Text, parse_row
+from onward.data.records import Chat, Completion, RowError, Text, parse_record
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
@@ -62,7 +62,7 @@ HALF = "holds half of a surrogate pair, which is not a character"
 )
 def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
     """Each format is recognised by its keys; nulls and unknown keys do not count."""
-    assert expected == parse_row(row)
+    assert expected == parse_record(row)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
 def test_refused_rows(row: Any, reason: str) -> None:
     """A row that cannot be trained on is refused with its reason and a remedy."""
     with pytest.raises(RowError) as refusal:
-        parse_row(row)
+        parse_record(row)
     assert reason == refusal.value.reason
     assert refusal.value.remedy
 
@@ -117,6 +117,6 @@ def test_calls_of_an_answer_without_content_are_kept() -> None:
     """An assistant's turn of two keys may be a role and calls of tools, which are a part of it too."""
     calls = [{"function": {"name": "time", "arguments": {}}}]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]
-    record = parse_row({"messages": turns})
+    record = parse_record({"messages": turns})
     assert isinstance(record, Chat)
     assert calls == record.messages[1]["tool_calls"]

@@ -3,7 +3,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer, template_text
 
-from onward.data.records import Chat, RowError, parse_row
+from onward.data.records import Chat, RowError, parse_record
 from onward.data.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
@@ -77,7 +77,7 @@ def test_text_is_what_transformers_renders(name: str) -> None:
 def test_tools_are_rendered_and_calls_are_targets() -> None:
     """Tool schemas reach the template; the call of a tool is a target, its result is not."""
     call = {"function": {"name": "w", "arguments": {"c": 1}}}
-    row = parse_row(
+    row = parse_record(
         {
             "messages": [
                 {"role": "user", "content": "Weather?"},

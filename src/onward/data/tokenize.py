@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
 from onward.data.limits import DEFAULT_LIMITS, Limits
-from onward.data.records import RowError, parse_row
+from onward.data.records import RowError, parse_record
 from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
 from onward.data.sources import SourceRow, file_format, row_unit, rows_of
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
@@ -236,7 +236,7 @@ class _Intake:
     def _prepare(self, row: SourceRow) -> RowText:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
-        prepared = self._row_tokenizer.prepare(parse_row(row.value))
+        prepared = self._row_tokenizer.prepare(parse_record(row.value))
         longest_character = 4  # bytes in UTF-8
         limit = self._limits.row_bytes
         if len(prepared.text) * longest_character > limit and len(prepared.text.encode()) > limit:

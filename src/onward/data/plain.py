@@ -1,0 +1,121 @@
+"""Chats of nothing but roles and texts, proven once for each order of roles.
+
+Where a template renders a chat to the same pieces of its own text around whatever the messages say, the proof of one
+such chat, of unique words, is the proof of all: that a row renders to those pieces around its own texts is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from onward.data.row_types import Chat, Message, RowError
+from onward.data.turns import Target
+
+WORD = "onwardPlain{:06d}End"
+STRIPPERS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+SHAPES = 512
+"""Orders of roles that are kept; chats of more are proven one by one."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a template renders chats of one order of roles.
+
+    Args:
+        pieces: the template's own text before, between and after the texts of the messages.
+        targets: the place of each answer; how many texts stand before its start and its end; and how many characters
+            of the pieces do.
+    """
+
+    pieces: list[str]
+    targets: list[tuple[int, int, int, int, int]]
+
+    def filled(self, texts: Sequence[str]) -> str:
+        """Return the pieces around texts."""
+        parts = [part for pair in zip(self.pieces, texts, strict=False) for part in pair]
+        return "".join(parts) + self.pieces[-1]
+
+    def place(self, texts: Sequence[str], untrained: frozenset[int]) -> list[tuple[int, int]]:
+        """Return the targets' ranges of characters."""
+        before = [0, *accumulate(map(len, texts))]
+        return [
+            (before[first] + start, before[behind] + end)
+            for turn, first, start, behind, end in self.targets
+            if turn not in untrained
+        ]
+
+
+class PlainChats:
+    """Finds the targets of plain chats.
+
+    Args:
+        prove: returns the text of a chat and its proven targets.
+        marks: pieces of text whose presence may change how the template renders.
+    """
+
+    def __init__(self, prove: Callable[[Chat], tuple[str, list[Target]]], marks: Sequence[str]) -> None:
+        self._prove = prove
+        self._marks = marks
+        self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
+
+    def targets(self, chat: Chat, text: str) -> list[tuple[int, int]] | None:
+        """Return the targets of a chat that renders to `text`; None if it has to be proven by itself."""
+        if chat.tools or chat.arguments or any(len(message) != 2 for message in chat.messages):
+            return None
+        texts: list[str] = [message["content"] for message in chat.messages]
+        whole = "\0".join(texts)
+        if any(mark in whole for mark in self._marks):
+            return None
+        is_padded = False
+        for said in texts:
+            if not said or said.isspace():
+                return None
+            is_padded = is_padded or said[0].isspace() or said[-1].isspace()
+        shape = self._shape(is_padded, tuple([message["role"] for message in chat.messages]))
+        if shape is None:
+            return None
+        for strip in STRIPPERS[: len(STRIPPERS) if is_padded else 1]:
+            kept = [strip(said) for said in texts]
+            if shape.filled(kept) == text:
+                return shape.place(kept, chat.untrained)
+        return None
+
+    def _shape(self, is_padded: bool, roles: tuple[str, ...]) -> _Shape | None:
+        key = is_padded, roles
+        if key not in self._shapes:
+            if len(self._shapes) >= SHAPES:
+                return None
+            self._shapes[key] = self._padded(roles) if is_padded else self._proven(roles, "")
+        return self._shapes[key]
+
+    def _padded(self, roles: tuple[str, ...]) -> _Shape | None:
+        """Return the shape for texts with white space around them, where that changes nothing else."""
+        return self._shape(False, roles) if self._proven(roles, " \n") else None
+
+    def _proven(self, roles: Sequence[str], around: str) -> _Shape | None:
+        words = [WORD.format(place) for place in range(len(roles))]
+        messages: list[Message] = [
+            {"role": role, "content": around + word + around} for role, word in zip(roles, words, strict=True)
+        ]
+        try:
+            text, targets = self._prove(Chat(messages))
+        except RowError:
+            return None
+        return _Shape(list(_split(text, words)), [_measured(target, text, words) for target in targets])
+
+
+def _split(text: str, words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        piece, _, text = text.partition(word)
+        yield piece
+    yield text
+
+
+def _measured(target: Target, text: str, words: Sequence[str]) -> tuple[int, int, int, int, int]:
+    ends = [text.index(word) + len(word) for word in words]
+    first = sum(end <= target.start for end in ends)
+    behind = sum(end <= target.end for end in ends)
+    length = len(words[0])
+    return target.place, first, target.start - first * length, behind, target.end - behind * length
