@@ -65,6 +65,7 @@ def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
     listed = json_text(turn.get("tool_calls"), f'"tool_calls" of {where}') or []
     if not isinstance(listed, list):
         raise RowError(f'"tool_calls" of {where} is {kind_of(listed)}, not a list', CALL_REMEDY)
+    check_strings(listed, where)
     legacy = json_text(turn.get("function_call"), f'"function_call" of {where}')
     if listed and legacy:
         raise RowError(f"{where} has both tool_calls and function_call", 'leave out "function_call"')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -83,15 +82,21 @@ class Forms:
         return {**call, "function": {**call["function"], "arguments": other}}
 
     @cached_property
-    def _blanks(self) -> dict[bool, Sequence[str | None]]:
-        """The contents with which a call is written whose arguments are an object (False) or JSON text (True)."""
-        made: dict[bool, Any] = {False: {KEY: VALUE}, True: json.dumps({KEY: VALUE})}
-        return {
-            is_text: [blank for blank in ("", None) if self._writes(arguments, blank)]
-            for is_text, arguments in made.items()
-        }
+    def _blanks(self) -> dict[bool, list[str | None]]:
+        """The contents with which a call is written whose arguments are an object (False) or JSON text (True).
 
-    def _writes(self, arguments: Any, blank: str | None) -> bool:
+        Where both are written, but not alike, JSON text is not what the template is made for.
+        """
+        texts = [
+            {blank: self._call_text(made, blank) for blank in ("", None)}
+            for made in ({KEY: VALUE}, json.dumps({KEY: VALUE}))
+        ]
+        objects, strings = ([blank for blank, text in found.items() if text] for found in texts)
+        alike = [blank for blank in strings if not objects or texts[1][blank] == texts[0][blank]]
+        return {False: objects, True: alike}
+
+    def _call_text(self, arguments: Any, blank: str | None) -> str | None:
+        """Return what a chat with a call renders to; None if the call is not written, or not as JSON has it."""
         call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         asking: Message = {"role": "assistant", "content": blank, "tool_calls": [call]}
         result: Message = {"role": "tool", "content": "Result", "tool_call_id": CALL_ID, "name": NAME}
@@ -102,5 +107,5 @@ class Forms:
             except RowError:
                 continue
             whole = all(word in text for word in (NAME, KEY, VALUE))
-            return whole and '\\"' not in text and f"'{KEY}': '{VALUE}'" not in text
-        return False
+            return text if whole and '\\"' not in text and f"'{KEY}': '{VALUE}'" not in text else None
+        return None

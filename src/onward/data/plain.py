@@ -34,8 +34,10 @@ class _Shape:
 
     def filled(self, texts: Sequence[str]) -> str:
         """Return the pieces around texts."""
-        parts = [part for pair in zip(self.pieces, texts, strict=False) for part in pair]
-        return "".join(parts) + self.pieces[-1]
+        parts = [""] * (2 * len(texts) + 1)
+        parts[::2] = self.pieces
+        parts[1::2] = texts
+        return "".join(parts)
 
     def place(self, texts: Sequence[str], untrained: frozenset[int]) -> list[tuple[int, int]]:
         """Return the targets' ranges of characters."""
@@ -52,32 +54,29 @@ class PlainChats:
 
     Args:
         prove: returns the text of a chat and its proven targets.
-        marks: pieces of text whose presence may change how the template renders.
     """
 
-    def __init__(self, prove: Callable[[Chat], tuple[str, list[Target]]], marks: Sequence[str]) -> None:
+    def __init__(self, prove: Callable[[Chat], tuple[str, list[Target]]]) -> None:
         self._prove = prove
-        self._marks = marks
         self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
 
-    def targets(self, chat: Chat, text: str) -> list[tuple[int, int]] | None:
-        """Return the targets of a chat that renders to `text`; None if it has to be proven by itself."""
-        if chat.tools or chat.arguments or any(len(message) != 2 for message in chat.messages):
+    def targets(self, chat: Chat, texts: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+        """Return the targets of a chat; None if it has to be proven by itself.
+
+        Args:
+            chat: a chat that is plain.
+            texts: what its messages say.
+            text: what it renders to.
+        """
+        kept = [said.strip() for said in texts]
+        if not all(kept):
             return None
-        texts: list[str] = [message["content"] for message in chat.messages]
-        whole = "\0".join(texts)
-        if any(mark in whole for mark in self._marks):
-            return None
-        is_padded = False
-        for said in texts:
-            if not said or said.isspace():
-                return None
-            is_padded = is_padded or said[0].isspace() or said[-1].isspace()
+        is_padded = sum(map(len, kept)) != sum(map(len, texts))
         shape = self._shape(is_padded, tuple([message["role"] for message in chat.messages]))
         if shape is None:
             return None
-        for strip in STRIPPERS[: len(STRIPPERS) if is_padded else 1]:
-            kept = [strip(said) for said in texts]
+        for strip in STRIPPERS if is_padded else STRIPPERS[:1]:
+            kept = list(map(strip, texts))
             if shape.filled(kept) == text:
                 return shape.place(kept, chat.untrained)
         return None

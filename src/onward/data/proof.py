@@ -114,7 +114,7 @@ def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
 
 
 def _has_siblings(probe: Probe, slot: Slot) -> bool:
-    return slot.kind != ARGUMENT and sum((other.place, other.kind) == (slot.place, slot.kind) for other in probe.slots) > 1
+    return slot.kind in (CONTENT, REASONING) and sum((other.place, other.kind) == (slot.place, slot.kind) for other in probe.slots) > 1
 
 
 def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:

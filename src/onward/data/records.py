@@ -161,9 +161,9 @@ def _chat(
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowError("the chat has no assistant turn", "add the assistant's answer as the last message")
     if messages[-1]["role"] != "assistant":
+        if all(message["role"] != "assistant" for message in messages):
+            raise RowError("the chat has no assistant turn", "add the assistant's answer as the last message")
         raise RowError(
             f"the last message is the {messages[-1]['role']}'s: the answer is missing",
             "end the chat with an assistant message",

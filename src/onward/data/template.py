@@ -69,7 +69,7 @@ class ChatTemplate:
         ends = self._habits.ends
         endings = (ends.inner, ends.last, GENERATION_START, GENERATION_END)
         self._control = tuple(dict.fromkeys(ending for ending in endings if ending))
-        self._plain = PlainChats(self._proven, self._reads.marks)
+        self._plain = PlainChats(self._proven)
 
     def render(self, chat: Chat) -> tuple[str, list[Span]]:
         """Return the text of a chat and the character ranges [start, end) that the model has to produce.
@@ -81,22 +81,23 @@ class ChatTemplate:
         """
         if self._renderer is None:
             raise NO_TEMPLATE
-        for message in chat.messages:
-            for value in message.values():
-                self._refuse_control_tokens(value)
-        messages = self._forms.messages(chat)
+        texts: list[str] | None = [message["content"] for message in chat.messages] if chat.is_plain else None
+        said = "\0".join(texts) if texts is not None else chat.messages
+        self._refuse_control_tokens(said)
+        messages = chat.messages if texts is not None else self._forms.messages(chat)
         marked = self._renderer.render(messages, chat.tools, chat.arguments)
         text = without_marks(marked) if self._marked else marked
-        spans = self._plain.targets(chat, text)
-        if spans is None:
-            spans = [(target.start, target.end) for target in self._targets(chat, messages, marked)]
         if self._start and text.startswith(2 * self._start):
             raise RowError(f"the chat template writes the start token {self._start!r} twice", REMEDY)
-        return text, spans
+        if texts is not None and isinstance(said, str) and not any(mark in said for mark in self._reads.marks):
+            spans = self._plain.targets(chat, texts, text)
+            if spans is not None:
+                return text, spans
+        return text, [(target.start, target.end) for target in self._targets(chat, messages, marked)]
 
     def ignored(self, chat: Chat) -> tuple[str, ...]:
         """Return the keys of a row and of its messages that nothing reads."""
-        if self._renderer is None:
+        if self._renderer is None or chat.is_plain:
             return chat.ignored
         return (*chat.ignored, *self._forms.ignored(chat))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jinja2
@@ -12,7 +12,6 @@ from jinja2 import meta, nodes
 WORD = re.compile(r"\w\w+", re.ASCII)
 TEXT_METHODS = ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
 SAYING = ("raise_exception", "strftime_now")
-DECIDING = (nodes.Assign, nodes.Call, nodes.Compare, nodes.Filter, nodes.Test)
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,27 @@ class Reads:
 def _marks(tree: nodes.Node) -> Iterator[str]:
     """Yield the strings that can decide what is rendered.
 
-    Strings that are only written cannot. Words are names of roles and keys, unless a method of strings takes them.
+    Strings that are only written cannot. Words are names of roles and keys, unless a method of strings takes them; what
+    `strip` takes off is seen to be missing.
     """
-    for node in tree.find_all(DECIDING):
-        callee = node.node if isinstance(node, nodes.Call) else None
-        if isinstance(callee, nodes.Name) and callee.name in SAYING:
-            continue
-        if isinstance(callee, nodes.Getattr):
-            if callee.attr in TEXT_METHODS:
-                yield from _strings(node)
-            if callee.attr.endswith("strip"):
-                continue  # what it takes off, is seen to be missing
-        yield from (text for text in _strings(node) if text.strip() and not WORD.fullmatch(text))
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in TEXT_METHODS:
+            yield from _direct(call.args)
+        elif isinstance(call.node, nodes.Name) and call.node.name not in SAYING:
+            yield from _unlike_words(_direct(call.args))
+    for compare in tree.find_all((nodes.Compare, nodes.Test)):
+        yield from _unlike_words(_strings(compare))
+    for assign in tree.find_all(nodes.Assign):
+        yield from _unlike_words(_direct([assign.node]))
+
+
+def _unlike_words(texts: Iterable[str]) -> Iterator[str]:
+    return (text for text in texts if text.strip() and not WORD.fullmatch(text))
 
 
 def _strings(tree: nodes.Node) -> Iterator[str]:
-    for node in [tree, *tree.find_all(nodes.Const)]:
-        if isinstance(node, nodes.Const) and isinstance(node.value, str):
-            yield node.value
+    return _direct(tree.find_all(nodes.Const))
+
+
+def _direct(found: Iterable[nodes.Node]) -> Iterator[str]:
+    return (node.value for node in found if isinstance(node, nodes.Const) and isinstance(node.value, str))

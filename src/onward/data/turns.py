@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from onward.data.end_tokens import EndTokens
-from onward.data.proof import REMEDY, Layout, Placed
+from onward.data.proof import REMEDY, Layout
 from onward.data.row_types import Message, RowError
 
 Span: TypeAlias = tuple[int, int]
@@ -95,7 +95,7 @@ class Turns:
         """
         targets = [self._of_mark(span) for span in spans]
         for place in turns:
-            self._start(place)
+            self._check_whole(place, self._start(place))
             own = [target for target in targets if target.place == place]
             for piece in self._layout.of(place):
                 if not any(target.start <= piece.start and piece.end <= target.end for target in own):
@@ -104,13 +104,14 @@ class Turns:
                     )
             if not self._has_end_token(place, own):
                 raise self._no_end(place)
-        return [target for target in targets if target.place in turns]
+        return _joined([target for target in targets if target.place in turns])
 
     def _start(self, place: int) -> int:
         """Return where inference's prompt for an answer ends."""
         first = min(piece.start for piece in self._layout.of(place))
         prompt = self._prompt(place, first)
-        if not self._text.startswith(prompt) or len(prompt) > first:
+        given = len(prompt) - first  # characters of the answer that the prompt has already: `<think>`
+        if not self._text.startswith(prompt) or given > len(self._habits.prompt):
             raise RowError(
                 f"the text before the answer of message {place + 1} is not what the model is given at inference: "
                 "the chat template renders the beginning of the chat otherwise",
@@ -139,9 +140,26 @@ class Turns:
         at = self._text.find(token, last, limit) if token else -1
         if at >= 0:
             return at + len(token)
-        if is_whole and self._messages[place].get("tool_calls"):  # some end otherwise where they call a tool
-            return self._first_special(last, limit) or self._raise_no_end(place)
-        return self._raise_no_end(place)
+        if is_whole and self._messages[place].get("tool_calls"):
+            return self._end_of_call(place, last, limit)
+        raise self._no_end(place)
+
+    def _end_of_call(self, place: int, last: int, limit: int) -> int:
+        """Return where an answer ends that calls a tool and has an end token of its own for that (gpt-oss, Gemma 4).
+
+        What ends the message is no such token if it is written once more where there are more calls.
+        """
+        end = last + len(self._text[last:limit].rstrip())
+        token = next((token for token in self._habits.special_tokens if self._text.endswith(token, last, end)), "")
+        message = self._messages[place]
+        twice = {**message, "tool_calls": [*message["tool_calls"], *message["tool_calls"]]}
+        try:
+            more = self._render([*self._messages[:place], twice])
+        except RowError:  # one call at a time
+            more = ""
+        if not token or more.count(token) > self._text[:limit].count(token):
+            raise self._no_end(place)
+        return end
 
     def _limit(self, place: int) -> tuple[int, bool]:
         """Return where a message ends at the latest, and whether it is known to end there."""
@@ -164,9 +182,6 @@ class Turns:
         at, length = min(found)
         return start + at - length
 
-    def _raise_no_end(self, place: int) -> int:
-        raise self._no_end(place)
-
     def _no_end(self, place: int) -> RowError:
         return RowError(
             f"the chat template writes no end token after the answer of message {place + 1}, or leaves it out of the "
@@ -175,20 +190,22 @@ class Turns:
         )
 
     def _check(self, target: Target) -> None:
-        """Refuse a target that holds what another message says, a name twice, or an answer inside of a thought."""
-        layout = self._layout
-        own = layout.of(target.place)
-        for piece in [*layout.placed, *layout.repeated]:
-            inside = piece.start < target.end and piece.end > target.start
-            if inside and (piece.slot.place != target.place or piece in layout.repeated):
+        """Refuse a target that holds what another message says, or an answer inside of a thought."""
+        for piece in self._layout.placed:
+            if piece.slot.place != target.place and piece.start < target.end and piece.end > target.start:
                 raise RowError(
                     f"the chat template writes more than the answer where message {target.place + 1} is", REMEDY
                 )
-        message, before = self._messages[target.place], self._text[target.start : own[0].start]
+        self._check_whole(target.place, target.start)
+
+    def _check_whole(self, place: int, start: int) -> None:
+        """Refuse an answer that the template tears in a thought and the rest, which its author did not."""
+        message = self._messages[place]
+        before = self._text[start : self._layout.of(place)[0].start]
         thinks = message.get("reasoning_content") or _said(message).lstrip().startswith(THINK_START)
         if not thinks and before.count(THINK_START) > before.count(THINK_END):
             raise RowError(
-                f"the chat template tears the answer of message {target.place + 1} at {THINK_END!r}",
+                f"the chat template tears the answer of message {place + 1} at {THINK_END!r}",
                 f'write the thought as "reasoning_content", or put {THINK_START!r} before it',
             )
 
@@ -221,6 +238,17 @@ class Turns:
         last = max(piece.end for piece in self._layout.of(place))
         end = max((target.end for target in own), default=0)
         return self._first_special(last, end) is not None
+
+
+def _joined(targets: Sequence[Target]) -> list[Target]:
+    """Return targets of which none overlaps another."""
+    joined: list[Target] = []
+    for target in targets:
+        if joined and target.start < joined[-1].end:
+            joined[-1] = Target(target.place, joined[-1].start, max(target.end, joined[-1].end))
+        else:
+            joined.append(target)
+    return joined
 
 
 def _said(message: Message) -> str:
