@@ -123,7 +123,13 @@ def test_targets_of_random_chats_decode_to_the_answers(chats: list[list[str]]) -
 
 def test_batches_equal_single_calls() -> None:
     """Rows come out the same alone and in a batch of mixed kinds."""
-    rows = [Text("abc"), parse_record(chat_rows(1)[0]), Completion("a", "b"), Text("x" * 50), parse_record(chat_rows(2)[1])]
+    rows = [
+        Text("abc"),
+        parse_record(chat_rows(1)[0]),
+        Completion("a", "b"),
+        Text("x" * 50),
+        parse_record(chat_rows(2)[1]),
+    ]
     for together, row in zip(encode(TOKENIZER, *rows), rows, strict=True):
         (alone,) = encode(TOKENIZER, row)
         assert alone.ids.tolist() == together.ids.tolist()

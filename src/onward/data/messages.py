@@ -161,7 +161,8 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
     given = [turn[key] for key in REASONING_KEYS if turn.get(key) is not None]
     if any(not isinstance(value, str) for value in given):
         raise RowError(f"the reasoning of {where} is not a string", 'write "reasoning_content" as a string')
-    found = list(dict.fromkeys([*given, *(["\n".join(thoughts)] if thoughts else [])]))
+    found: list[str] = list(dict.fromkeys(given))
+    found += ["\n".join(thoughts)] if thoughts and "\n".join(thoughts) not in found else []
     if len(found) > 1:
         raise RowError(f"{where} has two different thoughts", "keep one of them")
     check_strings(found, where)

@@ -114,7 +114,8 @@ def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
 
 
 def _has_siblings(probe: Probe, slot: Slot) -> bool:
-    return slot.kind in (CONTENT, REASONING) and sum((other.place, other.kind) == (slot.place, slot.kind) for other in probe.slots) > 1
+    own = [other for other in probe.slots if (other.place, other.kind) == (slot.place, slot.kind)]
+    return slot.kind in (CONTENT, REASONING) and len(own) > 1
 
 
 def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
@@ -124,14 +125,12 @@ def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
         slot = piece.slot
         if slot.kind not in (CONTENT, REASONING):
             continue
-        is_next = behind is not None and (behind.slot.place, behind.slot.kind) == (slot.place, slot.kind)
-        if is_next and behind is not None:
-            kept = _squeezed(layout.text[behind.end : piece.start]) == _squeezed(slot.before)
+        before, after = _squeezed(slot.before), _squeezed(slot.after)
+        if behind is not None and (behind.slot.place, behind.slot.kind) == (slot.place, slot.kind):
+            is_kept = _squeezed(layout.text[behind.end : piece.start]) == before
         else:
-            kept = _squeezed(layout.text[: piece.start]).endswith(_squeezed(slot.before)) if slot.before.strip() else True
-        if slot.after.strip():
-            kept = kept and _squeezed(layout.text[piece.end :]).startswith(_squeezed(slot.after))
-        if not kept:
+            is_kept = not before or _squeezed(layout.text[: piece.start]).endswith(before)
+        if not is_kept or (after and not _squeezed(layout.text[piece.end :]).startswith(after)):
             raise _refusal("changes", slot.place, slot.kind, messages)
         behind = piece
 

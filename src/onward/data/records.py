@@ -229,7 +229,7 @@ def _refuse_known(row: dict[str, Any]) -> None:
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:
     """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
-    return label is False or (label == 0 and not isinstance(label, bool) and "text" not in row)
+    return label is False or (isinstance(label, int | float) and label == 0 and "text" not in row)
 
 
 def _refuse_tokens(row: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Templates with `{% generation %}` markers say so themselves. In the others an answer is what stands between the end of
 the prompt that inference would have and the token at which inference stops. All that the messages say has to stand in
-the text, once and in place. What cannot be proven is refused, where transformers only warns and trains on an empty mask.
+the text, once and in place. What cannot be proven is refused; transformers only warns, and trains on an empty mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from onward.data.plain import PlainChats
 from onward.data.proof import REMEDY, lay_out
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.row_types import Chat, Message, RowError
-from onward.data.template_reads import Reads
 from onward.data.tokenizer import TokenizerState
 from onward.data.turns import Habits, Span, Target, Turns
 

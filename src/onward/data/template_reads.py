@@ -10,7 +10,20 @@ import jinja2
 from jinja2 import meta, nodes
 
 WORD = re.compile(r"\w\w+", re.ASCII)
-TEXT_METHODS = ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
+TEXT_METHODS = frozenset(
+    ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
+)
+    "count",
+    "endswith",
+    "find",
+    "index",
+    "partition",
+    "rfind",
+    "rpartition",
+    "rsplit",
+    "split",
+    "startswith",
+)
 SAYING = ("raise_exception", "strftime_now")
 
 

@@ -100,7 +100,8 @@ class Turns:
             for piece in self._layout.of(place):
                 if not any(target.start <= piece.start and piece.end <= target.end for target in own):
                     raise RowError(
-                        f"the chat template's {{% generation %}} markers leave out a part of message {place + 1}", REMEDY
+                        f"the chat template's {{% generation %}} markers leave out a part of message {place + 1}",
+                        REMEDY,
                     )
             if not self._has_end_token(place, own):
                 raise self._no_end(place)
@@ -215,9 +216,7 @@ class Turns:
         inside = {piece.slot.place for piece in self._layout.placed if piece.start < end and piece.end > start}
         place = inside.pop() if len(inside) == 1 else -1 if inside else self._owner(start, end)
         if place < 0 or self._messages[place]["role"] != "assistant":
-            raise RowError(
-                "the chat template's {% generation %} markers enclose more than an answer", REMEDY
-            )
+            raise RowError("the chat template's {% generation %} markers enclose more than an answer", REMEDY)
         token = self._habits.ends.of(is_last=place + 1 == len(self._messages)) or self._habits.ends.last
         whole = self._text[start:end].rstrip()
         if token and whole.endswith(token):
@@ -253,5 +252,3 @@ def _joined(targets: Sequence[Target]) -> list[Target]:
 
 def _said(message: Message) -> str:
     return message["content"] or ""
-
-
