@@ -13,17 +13,6 @@ WORD = re.compile(r"\w\w+", re.ASCII)
 TEXT_METHODS = frozenset(
     ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
 )
-    "count",
-    "endswith",
-    "find",
-    "index",
-    "partition",
-    "rfind",
-    "rpartition",
-    "rsplit",
-    "split",
-    "startswith",
-)
 SAYING = ("raise_exception", "strftime_now")
 
 
