@@ -182,4 +182,5 @@ def _refusal(does: str, place: int, kind: str, messages: Sequence[Message], how:
         NAME: "the tool call",
         ARGUMENT: "the arguments of the tool call",
     }[kind]
-    return RowError(f"the chat template {does} {what} of message {place + 1}{' ' if how else ''}{how}", REMEDY)
+    key = {REASONING: " (reasoning_content)", NAME: " (tool_calls)", ARGUMENT: " (tool_calls)"}.get(kind, "")
+    return RowError(f"the chat template {does} {what} of message {place + 1}{key}{' ' if how else ''}{how}", REMEDY)

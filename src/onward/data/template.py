@@ -109,10 +109,10 @@ class ChatTemplate:
     def _targets(self, chat: Chat, messages: Sequence[Message], marked: str) -> list[Target]:
         """Return the proven targets of a chat from its messages in the template's form and their marked text."""
         assert self._renderer is not None
-        self._require_tools(chat, marked)
         text, spans = _split_marks(marked)
         render = partial(_rendered, self._renderer, chat)
         layout = lay_out(messages, text, render, self._reads.marks)
+        self._require_tools(chat, text)
         turns = Turns(layout, messages, render, self._habits)
         return turns.marked(chat.turns, spans) if self._marked else turns.found(chat.turns)
 
