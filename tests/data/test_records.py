@@ -96,7 +96,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, ANSWER, USER]}, "the last message is the user's: the answer is missing"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "the answer in message 2 " + HALF),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{**CALL, "a": "\udc00"}]}]}, "message 2 " + HALF),
-        ({"messages": [USER, ANSWER], "tools": "a"}, '"tools" is a string that is not JSON'),
+        ({"messages": [USER, ANSWER], "tools": "a"}, '"tools" cannot be read as JSON'),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"prompt": "x", "completion": [ANSWER]}, '"prompt" is a string and "completion" is a list'),
         ({"instruction": "x", "output": 3}, '"output" is a number, not a string'),

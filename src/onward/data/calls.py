@@ -22,7 +22,7 @@ def json_text(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise RowError(f"{where} is a string that is not JSON", f"write {where} as JSON") from None
+        raise RowError(f"{where} cannot be read as JSON", f"write {where} as JSON") from None
 
 
 def without_nulls(value: Any) -> Any:
