@@ -17,7 +17,7 @@ from typing import Any
 
 from measuring import child, docstrings, held_against, interleaved, resident, spread
 
-from onward.data.records import parse_row
+from onward.data.records import parse_record
 from onward.data.sources import read_rows
 from onward.data.tokenize import CHUNK_ROWS, RowTokenizer, tokenize_file
 from onward.data.tokenizer import TokenizerState
@@ -69,7 +69,7 @@ def row_tokenizer() -> RowTokenizer:
 def compare(folder: Path, rows: Path, rounds: int) -> dict[str, Any]:
     """Measure both sides on one file, in turns."""
     ours = row_tokenizer()
-    prepared = [ours.prepare(parse_row(row.value)) for row in read_rows(rows)]
+    prepared = [ours.prepare(parse_record(row.value)) for row in read_rows(rows)]
     texts = [[row.text for row in prepared[at : at + CHUNK_ROWS]] for at in range(0, len(prepared), CHUNK_ROWS)]
     special = not prepared[0].closed
     made = iter(range(1000))

@@ -23,7 +23,7 @@ from onward.config import SECTIONS, Config, acts
 from onward.config_text import parse_config
 from onward.data import records
 from onward.data.containers import COMPRESSIONS
-from onward.data.records import RowError, parse_row
+from onward.data.records import RowError, parse_record
 from onward.data.sources import FileError, read_rows
 from onward.data.tokenize import PROBLEMS_SHOWN
 from onward.errors import ConfigError
@@ -54,7 +54,7 @@ EXAMPLES: Sequence[tuple[str, str, dict[str, Any]]] = (
     ),
     ("`text`", "Plain text.", {"text": "HTTP status 404 means: Not Found."}),
 )
-"""Name, what it is, and a row that `parse_row` accepts, in the order in which a row's keys are looked at."""
+"""Name, what it is, and a row that `parse_record` accepts, in the order in which a row's keys are looked at."""
 
 REFUSED_ROWS: Sequence[Any] = (
     "a string",
@@ -289,7 +289,7 @@ def formats_page() -> str:
     head = FORMATS_HEAD.format(shown=PROBLEMS_SHOWN, compressions=compressions)
     lines = [NOTE, "", "# Training files", "", head]
     for name, what, row in EXAMPLES:
-        kind = type(parse_row(row)).__name__.lower()
+        kind = type(parse_record(row)).__name__.lower()
         lines += [f"### {name}", "", f"{what} Kind: {kind}.", "", "```json", json.dumps(row), "```", ""]
     lines.append(
         CHAT_RULES.format(
@@ -299,7 +299,7 @@ def formats_page() -> str:
     )  # fmt: skip
     lines += ["## What is refused", "", "Rows:", "", "| row | reason | remedy |", "|---|---|---|"]
     for value in REFUSED_ROWS:
-        error = _refusal(parse_row, value, RowError)
+        error = _refusal(parse_record, value, RowError)
         lines.append(f"| `{_cell(json.dumps(value))}` | {_cell(error.reason)} | {_cell(error.remedy)} |")
     lines += ["", "Files:", "", "| file | reason | remedy |", "|---|---|---|"]
     for what, name, content in REFUSED_FILES:

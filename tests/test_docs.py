@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 import onward
-from onward.data.records import parse_row
+from onward.data.records import parse_record
 from onward.training.checkpoint import Manifest
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def test_example_rows_are_accepted() -> None:
     """Each row format's example on the page is one that the parser takes, and no format lacks one."""
     rows = [json.loads(block.body) for block in blocks(DOCS / "file-formats.md") if block.language == "json"]
     assert [row for _, _, row in load_generator().EXAMPLES] == rows
-    assert ["Chat", "Chat", "Completion", "Chat", "Text"] == [type(parse_row(row)).__name__ for row in rows]
+    assert ["Chat", "Chat", "Completion", "Chat", "Text"] == [type(parse_record(row)).__name__ for row in rows]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -176,7 +176,9 @@ def test_a_text_that_the_template_makes_too_long_is_a_problem_of_its_row(tmp_pat
     rows = [{"messages": [{"role": role, "content": "x" * 400} for role in ("user", "assistant")]}, {"text": ""}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     size = len(path.read_text().splitlines()[0]) + 200  # its values count, too
-    tokenizer = RowTokenizer(byte_state("{% for m in messages %}{{ '-' * 500 + m.content }}{% endfor %}"), 200)
+    tokenizer = RowTokenizer(
+        byte_state("{% for m in messages %}{{ '-' * 500 + m.content + eos_token }}{% endfor %}"), 200
+    )
     limits = Limits(row_bytes=size)
     report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer, limits=limits)
     expected = [f"the text of the row is larger than {size} bytes", "text is empty"]

@@ -2,21 +2,22 @@ from typing import Any
 
 import pytest
 
-from onward.data.records import Chat, Completion, RowError, Text, parse_row
+from onward.data.records import Chat, Completion, RowError, Text, parse_record
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 HALF = "holds half of a surrogate pair, which is not a character"
 
 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": [USER, ANSWER], "id": 7}, Chat([USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "id": 7}, Chat([USER, ANSWER], ignored=("id",))),
         ({"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, Chat([USER, ANSWER], [{"name": "f"}])),
         ({"messages": None, "text": "good"}, Text("good")),
-        ({"prompt": "a", "text": "good"}, Text("good")),
-        ({"messages": [USER, ANSWER], "text": "other"}, Chat([USER, ANSWER])),
+        ({"prompt": "a", "text": "good"}, Text("good", ("prompt",))),
+        ({"messages": [USER, ANSWER], "text": "other"}, Chat([USER, ANSWER], ignored=("text",))),
         (
             {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
             Chat([USER, ANSWER]),
@@ -51,8 +52,8 @@ HALF = "holds half of a surrogate pair, which is not a character"
             Chat([USER, ANSWER]),
         ),
         (
-            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, ANSWER]},
-            Chat([USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, ANSWER]),
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, ANSWER]},
+            Chat([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, ANSWER]),
         ),
         (
             {"messages": [USER, {**ANSWER, "thinking": "hm", "name": None, "weight": 1}]},
@@ -62,7 +63,7 @@ HALF = "holds half of a surrogate pair, which is not a character"
 )
 def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
     """Each format is recognised by its keys; nulls and unknown keys do not count."""
-    assert expected == parse_row(row)
+    assert expected == parse_record(row)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +88,15 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "the content of message 1 is a number"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-            "the content of message 1 is a list",
+            "message 1 holds a part of type 'image': only text is trained",
         ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 has no content"),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "the answer in message 2 is empty"),
         ({"messages": [USER]}, "the chat has no assistant turn"),
         ({"messages": [USER, ANSWER, USER]}, "the last message is the user's: the answer is missing"),
         ({"messages": [USER, {"role": "assistant", "content": "\ud800"}]}, "the answer in message 2 " + HALF),
-        ({"messages": [USER, {**ANSWER, "tool_calls": [{"a": "\udc00"}]}]}, "message 2 " + HALF),
-        ({"messages": [USER, ANSWER], "tools": "[]"}, '"tools" is a string, not a list'),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{**CALL, "a": "\udc00"}]}]}, "message 2 " + HALF),
+        ({"messages": [USER, ANSWER], "tools": "a"}, '"tools" cannot be read as JSON'),
         ({"prompt": "x", "completion": ""}, "completion is empty"),
         ({"prompt": "x", "completion": [ANSWER]}, '"prompt" is a string and "completion" is a list'),
         ({"instruction": "x", "output": 3}, '"output" is a number, not a string'),
@@ -108,7 +109,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
 def test_refused_rows(row: Any, reason: str) -> None:
     """A row that cannot be trained on is refused with its reason and a remedy."""
     with pytest.raises(RowError) as refusal:
-        parse_row(row)
+        parse_record(row)
     assert reason == refusal.value.reason
     assert refusal.value.remedy
 
@@ -117,6 +118,6 @@ def test_calls_of_an_answer_without_content_are_kept() -> None:
     """An assistant's turn of two keys may be a role and calls of tools, which are a part of it too."""
     calls = [{"function": {"name": "time", "arguments": {}}}]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": calls}]
-    record = parse_row({"messages": turns})
+    record = parse_record({"messages": turns})
     assert isinstance(record, Chat)
     assert calls == record.messages[1]["tool_calls"]

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
 from trait_templates import template_text
 
-from onward.data.records import Chat, RowError, parse_row
+from onward.data.records import Chat, RowError, parse_record
 from onward.data.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
@@ -41,7 +41,6 @@ def pieces(chat_template: ChatTemplate, row: Chat) -> list[str]:
         ("qwen3", chat("Hi", "Hello"), ["<think>\n\n</think>\n\nHello<|im_end|>"]),
         ("qwen3", chat("Hi", THINK + "Hello"), [THINK + "Hello<|im_end|>"]),
         ("qwen3", chat("Hi", "A", "So", "B"), ["A<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]),
-        ("qwen3", chat("Hi", THINK + "A", "So", THINK + "B"), ["A<|im_end|>", THINK + "B<|im_end|>"]),
         (
             "qwen3_training",
             chat("Hi", "A", "So", "B"),
@@ -78,7 +77,7 @@ def test_text_is_what_transformers_renders(name: str) -> None:
 def test_tools_are_rendered_and_calls_are_targets() -> None:
     """Tool schemas reach the template; the call of a tool is a target, its result is not."""
     call = {"function": {"name": "w", "arguments": {"c": 1}}}
-    row = parse_row(
+    row = parse_record(
         {
             "messages": [
                 {"role": "user", "content": "Weather?"},
@@ -112,40 +111,44 @@ def test_template_that_ignores_the_generation_prompt() -> None:
     assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
 
 
+NO_END = (
+    "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
+    "would not learn to stop"
+)
+
+
 def test_template_without_end_token() -> None:
-    """Without an end token the target ends with the answer."""
+    """Where nothing ends an answer, the model would not learn to stop: the row is refused."""
     source = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n\n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
-    assert ["Hello", "Bye"] == pieces(ChatTemplate(byte_state(source)), chat("Hi", "Hello", "So", "Bye \n"))
+    with pytest.raises(RowError) as refusal:
+        ChatTemplate(byte_state(source)).render(chat("Hi", "Hello", "So", "Bye \n"))
+    assert NO_END.format(2) == refusal.value.reason
 
 
 def test_template_with_an_end_token_after_the_last_answer_only() -> None:
-    """An end token that only the last answer gets is trained there."""
+    """An end token that only the last answer gets is trained there; an earlier answer without one is refused."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}"
-    assert ["Hello", "Bye\n<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("Hi", "Hello", "So", "Bye"))
+    assert ["Hello\n<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("Hi", "Hello"))
+    with pytest.raises(RowError) as refusal:
+        ChatTemplate(byte_state(source)).render(chat("Hi", "Hello", "So", "Bye"))
+    assert NO_END.format(2) == refusal.value.reason
 
 
-def test_template_that_renders_prefixes_differently() -> None:
-    """Where the beginning of a chat renders unlike the whole, the answers are found by what stands in their place."""
-    source = "{{ '#' + (messages | length) | string }}" + CHATML
-    assert ["Hi<|im_end|>", "#2<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "#", "#2"))
+OTHERWISE = (
+    "the text before the answer of message 2 is not what the model is given at inference: the chat template renders "
+    "the beginning of the chat otherwise"
+)
 
 
-NAMED = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}{% endfor %}"
-
-
-def test_template_whose_answers_cannot_be_located_is_refused() -> None:
-    """Where neither prefixes nor replaced answers agree with the whole, the row is refused."""
-    source = "{{ '#' + (messages | tojson | length) | string }}" + NAMED
-    with pytest.raises(RowError, match="does not render the beginning of a chat the same as the whole"):
-        ChatTemplate(byte_state(source)).render(chat("a", "Hi"))
-
-
-def test_a_generation_prompt_with_a_special_token_is_proof() -> None:
-    """Where only the template can have written the text around an answer, nothing else has to agree."""
-    source = "{{ '#' + (messages | tojson | length) | string }}" + CHATML
-    assert ["Hi<|im_end|>", "a<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), chat("a", "Hi", "a", "a"))
+@pytest.mark.parametrize("content", ["Hi", "#2", "a"])
+def test_template_that_renders_prefixes_differently(content: str) -> None:
+    """Where the beginning of a chat renders unlike the whole, the model would be asked otherwise than it was taught."""
+    for count in ("(messages | length)", "(messages | tojson | length)"):
+        with pytest.raises(RowError) as refusal:
+            ChatTemplate(byte_state("{{ '#' + " + count + " | string }}" + CHATML)).render(chat("a", content))
+        assert OTHERWISE == refusal.value.reason or "does not write the messages as they are" in refusal.value.reason
 
 
 def test_a_message_that_holds_the_generation_prompt() -> None:
@@ -159,30 +162,25 @@ def test_a_message_that_holds_the_generation_prompt() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(TOKENIZERS) - {"brackets"}))
 def test_both_proofs_agree(name: str) -> None:
-    """What the generation prompt and the end token prove is what the beginnings of the chat prove."""
-    proven, slow = template(name), template(name)
-    slow._prompt = ""  # pyright: ignore[reportPrivateUsage]
+    """What one proof for all chats of an order of roles gives is what the proof of each chat gives."""
+    proven = template(name)
     rows = [
         chat("Hi", "Hello"), chat("Hi", "Hello", "So", "Bye\n", system="Be brief."), chat("", "a", "b", f"{THINK}c"),
-        chat("assistant", "assistant", "assistant\n", " assistant "), chat("Hi", "Hello", "So"),
+        chat("assistant", "assistant", "assistant\n", " assistant "), chat("Hi", "Hello", "So", "Bye"),
     ]  # fmt: skip
     for row in rows:
         if name == "gemma" and row.messages[0]["role"] == "system":
             continue  # its template refuses them
-        assert proven.render(row) == slow.render(row)
+        text, targets = proven._proven(row)  # pyright: ignore[reportPrivateUsage]
+        assert (text, [(target.start, target.end) for target in targets]) == proven.render(row)
 
 
 def test_template_that_changes_answers_is_refused() -> None:
     """A template that rewrites or hides an answer is refused, not trained on."""
-    reasons = {
-        "| replace('l', '')": "changes an answer or leaves a part of it out",
-        "| upper": "does not render the beginning of a chat the same as the whole",
-        "[:2]": "does not render the beginning of a chat the same as the whole",
-    }
-    for change, reason in reasons.items():
+    for change in ("| replace('l', '')", "| upper", "[:2]"):
         source = CHATML.replace("message['content']", f"(message['content'] {change})")
-        with pytest.raises(RowError, match=reason):
-            ChatTemplate(byte_state(source)).render(chat("Hi", "Hello"))
+        with pytest.raises(RowError, match="changes, or leaves a part of it out, the answer of message 2"):
+            ChatTemplate(byte_state(source)).render(chat("HI", "Hello"))
 
 
 GENERATION = (
@@ -210,7 +208,7 @@ def test_generation_markers(inside: str, outside: str) -> None:
 def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
     """Markers around something else than the answer are refused."""
     source = GENERATION.replace("%s", "x", 1).replace("%s", "{{ m['content'] }}<|im_end|>", 1)
-    with pytest.raises(RowError, match="markers leave out an answer"):
+    with pytest.raises(RowError, match="markers leave out a part of message 2"):
         ChatTemplate(byte_state(source)).render(chat("Hi", "Hello"))
 
 

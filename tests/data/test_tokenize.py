@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, chat_rows, write_jsonl
 from tokenizers import pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
-from onward.data.records import Chat, Completion, RowError, Text, parse_row
+from onward.data.records import Chat, Completion, RowError, Text, parse_record
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
 from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row, unpack
@@ -71,7 +71,7 @@ def test_added_special_tokens() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=list(ids.items())
     )
-    completion, text, chat = encode(tokenizer, Completion("a", "b"), Text("ab"), parse_row(chat_rows(1)[0]))
+    completion, text, chat = encode(tokenizer, Completion("a", "b"), Text("ab"), parse_record(chat_rows(1)[0]))
     assert "<s>ab</s>" == decoded(tokenizer, completion, only_targets=False)
     assert "b</s>" == decoded(tokenizer, completion, only_targets=True)
     assert "ab</s>" == decoded(tokenizer, text, only_targets=True)
@@ -123,7 +123,13 @@ def test_targets_of_random_chats_decode_to_the_answers(chats: list[list[str]]) -
 
 def test_batches_equal_single_calls() -> None:
     """Rows come out the same alone and in a batch of mixed kinds."""
-    rows = [Text("abc"), parse_row(chat_rows(1)[0]), Completion("a", "b"), Text("x" * 50), parse_row(chat_rows(2)[1])]
+    rows = [
+        Text("abc"),
+        parse_record(chat_rows(1)[0]),
+        Completion("a", "b"),
+        Text("x" * 50),
+        parse_record(chat_rows(2)[1]),
+    ]
     for together, row in zip(encode(TOKENIZER, *rows), rows, strict=True):
         (alone,) = encode(TOKENIZER, row)
         assert alone.ids.tolist() == together.ids.tolist()
@@ -175,7 +181,7 @@ def test_a_file_becomes_rows(tmp_path: Path) -> None:
     path.write_text("\n" + path.read_text())
     report = intake(path)
     file = TokenizedFile.open(tmp_path / "tokens")
-    expected = encode(TOKENIZER, *map(parse_row, rows))
+    expected = encode(TOKENIZER, *map(parse_record, rows))
     assert report == IntakeReport(
         ok=True,
         rows=1502,

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from trait_templates import template_text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onward.data.records import Completion, RowError, Text, parse_row
+from onward.data.records import Completion, RowError, Text, parse_record
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.tokenized import FORMAT, unpack
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
@@ -27,7 +27,7 @@ from onward.errors import ModelError
 TEXTS = [row["messages"][1]["content"] for row in tiny.chat_rows(40)]
 NAMED = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 ROWS = [
-    Text(" a  b\n\u00e9\U0001f600 7</s>"), Completion("The river ", "runs past."), *map(parse_row, tiny.chat_rows(6))
+    Text(" a  b\n\u00e9\U0001f600 7</s>"), Completion("The river ", "runs past."), *map(parse_record, tiny.chat_rows(6))
 ]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_a_stored_state_makes_the_same_rows(tokenizer: Any, tmp_path: Path) -> N
     """Texts, tokens and targets of every kind of row are the same straight from transformers and through a file."""
     ways = [RowTokenizer(state, 500) for state in (TokenizerState.of(tokenizer), stored(tokenizer, tmp_path / "state"))]
     assert [outcome(ways[0], row) for row in ROWS] == [outcome(ways[1], row) for row in ROWS]
-    rendered = outcome(ways[1], parse_row(tiny.chat_rows(1)[0]))
+    rendered = outcome(ways[1], parse_record(tiny.chat_rows(1)[0]))
     chat = tiny.chat_rows(1)[0]["messages"]
     if not isinstance(rendered, str) and "strftime_now" not in tokenizer.chat_template:
         text = tokenizer.apply_chat_template(chat, tokenize=False)

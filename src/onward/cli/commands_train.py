@@ -69,7 +69,8 @@ def add(
         )
     for row in accepted:
         long = over_length(row["rows"], row["truncated"], row["dropped"], max_length)
-        say(f"accepted {printable(row['name'])}: {row['rows']} rows{long}, {row['tokens']} tokens")
+        note = f"; {row['note']}" if row["note"] else ""
+        say(f"accepted {printable(row['name'])}: {row['rows']} rows{long}, {row['tokens']} tokens{note}")
     if len(accepted) < len(files):
         count = len(files) - len(accepted)
         say(f"{count} {'was' if count == 1 else 'were'} in the stream already")

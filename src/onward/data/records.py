@@ -1,102 +1,70 @@
 """The row formats: a parsed JSON value becomes a `Chat`, a `Completion` or a `Text`, or is refused with a reason.
 
-Which format a row has is read from its keys; keys whose value is null do not count, and unknown keys are ignored.
-The formats are those of OpenAI and TRL (`messages`, `prompt`/`completion`, `text`), ShareGPT and Stanford Alpaca.
+Which format a row has is read from its keys; keys whose value is null do not count. Keys with a known meaning are
+followed or refused, and all others are named in the record as ignored. The formats are those of OpenAI and TRL
+(`messages`, `prompt`/`completion`, `text`), ShareGPT and Stanford Alpaca.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-Message: TypeAlias = dict[str, Any]
+from onward.data.calls import json_text, tools_of, without_nulls
+from onward.data.messages import MEDIA_KEYS, WEIGHT_KEYS, message_list, message_of, said_trained
+from onward.data.row_types import (
+    Chat,
+    Completion,
+    Message,
+    Record,
+    RowError,
+    Text,
+    UnreadableValue,
+    check_answer,
+    check_strings,
+    check_text,
+    kind_of,
+)
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-PASSED_ON = ("tool_calls", "tool_call_id", "name")  # what chat templates read besides role and content
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+__all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
+
 SHAPES = (
     '{"messages": [...]}, {"conversations": [...]}, {"prompt": ..., "completion": ...}, '
     '{"instruction": ..., "output": ...} or {"text": ...}'
 )
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
+SYSTEM_KEYS = ("system", "system_prompt")
+CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "chat_template_kwargs", "label"))
+"""Keys that are followed beside any chat."""
+
+PREFERENCE_KEYS = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages")
+TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
+LABEL_KEYS = ("label", "kto_tag")
+OURS = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"))
+"""Arguments of a template that a row cannot set."""
+
+Parser: TypeAlias = Callable[[dict[str, Any], bool], Record]
 
 
-@dataclass(frozen=True)
-class UnreadableValue:
-    """Stands for a value that Python cannot hold; harmless under a key that no row format asks for."""
-
-    reason: str
-
-
-class RowError(Exception):
-    """A row that cannot be trained on.
-
-    Args:
-        reason: what is wrong with the row.
-        remedy: what to change.
-    """
-
-    def __init__(self, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.remedy = remedy
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation; the loss covers every assistant turn.
-
-    Each message has `role` and `content` (strings) and, where the row has them, the keys that templates read.
-    """
-
-    messages: list[Message]
-    tools: list[Any] | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and its continuation; the loss covers the continuation."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """Plain text; the loss covers all of it."""
-
-    text: str
-
-
-Record: TypeAlias = Chat | Completion | Text
-
-
-def parse_row(value: object) -> Record:
+def parse_record(value: object, *, padded: bool = False) -> Record:
     """Return the row that a parsed JSON value stands for.
 
+    Args:
+        value: the row.
+        padded: whether the row was read from Arrow or Parquet, whose null fields in tools and arguments mean nothing.
+
     Raises:
-        RowError: the value has none of the formats, or breaks the rules of its format.
+        RowError: the value has none of the formats, breaks the rules of its format, or asks for what cannot be done.
     """
     if not isinstance(value, dict):
-        raise RowError(f"the row is {_kind(value)}, not an object", f"write each row as {SHAPES}")
+        raise RowError(f"the row is {kind_of(value)}, not an object", f"write each row as {SHAPES}")
     row: dict[str, Any] = {str(key): item for key, item in value.items() if item is not None}
+    if len(row) > 1:
+        _refuse_known(row)
     for keys, parse in PARSERS:
         if all(key in row for key in keys):
-            return parse(row)
+            return parse(row, padded)
+    _refuse_tokens(row)
     for key, missing in HALVES.items():
         if key in row:
             raise RowError(f'the row has "{key}" but no "{missing}"', f'add "{missing}" to the row')
@@ -104,43 +72,60 @@ def parse_row(value: object) -> Record:
     raise RowError(f"no known row format (keys with a value: {found})", f"write each row as {SHAPES}")
 
 
-def _messages_row(row: dict[str, Any]) -> Chat:
-    return _chat(row, _message_list(row["messages"], "messages"))
+def _messages_row(row: dict[str, Any], padded: bool) -> Chat:
+    if len(row) == 1:
+        return _chat(row, message_list(row["messages"], "messages"), padded=padded)
+    turns = _with_system(row, message_list(row["messages"], "messages"))
+    return _chat(row, turns, padded=padded, read=("messages",))
 
 
-def _sharegpt_row(row: dict[str, Any]) -> Chat:
-    turns = [_sharegpt_message(turn) for turn in _message_list(row["conversations"], "conversations")]
-    return _chat(row, _system_message(row) + turns)
+def _sharegpt_row(row: dict[str, Any], padded: bool) -> Chat:
+    turns = _with_system(row, message_list(row["conversations"], "conversations"))
+    return _chat(row, turns, padded=padded, read=("conversations",))
 
 
-def _prompt_row(row: dict[str, Any]) -> Chat | Completion:
+def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat(row, _message_list(prompt, "prompt") + _message_list(completion, "completion"))
+        asked = _with_system(row, message_list(prompt, "prompt"))
+        turns = asked + message_list(completion, "completion")
+        return _chat(row, turns, padded=padded, read=("prompt", "completion"), given=len(asked))
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise RowError(
-            f'"prompt" is {_kind(prompt)} and "completion" is {_kind(completion)}',
+            f'"prompt" is {kind_of(prompt)} and "completion" is {kind_of(completion)}',
             "make both strings, or both lists of messages",
         )
-    _check_text(prompt, "prompt")
-    _check_answer(completion, "completion")
-    return Completion(prompt, completion)
+    for key in (*SYSTEM_KEYS, "tools", "chat_template_kwargs"):
+        if row.get(key):
+            raise RowError(
+                f'"{key}" stands beside a prompt that is plain text', "write prompt and completion as messages"
+            )
+    check_text(prompt, "prompt")
+    check_answer(completion, "completion")
+    _refuse_untrained(row)
+    return Completion(prompt, completion, _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label")))
 
 
-def _alpaca_row(row: dict[str, Any]) -> Chat:
+def _alpaca_row(row: dict[str, Any], padded: bool) -> Chat:
     instruction = _string(row, "instruction")
     question = "\n\n".join(part for part in (instruction, _string(row, "input")) if part)
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": _string(row, "output")}]
-    return _chat(row, _system_message(row) + turns)
+    pairs = [*_history(row), (question, _string(row, "output"))]
+    turns: list[Message] = [
+        message
+        for asked, answer in pairs
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    ]
+    return _chat(row, _with_system(row, turns), padded=padded, read=("instruction", "input", "output", "history"))
 
 
-def _text_row(row: dict[str, Any]) -> Text:
+def _text_row(row: dict[str, Any], padded: bool) -> Text:
     text = _string(row, "text")
-    _check_answer(text, "text")
-    return Text(text)
+    check_answer(text, "text")
+    _refuse_untrained(row)
+    return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)))
 
 
-PARSERS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]], ...] = (
+PARSERS: tuple[tuple[tuple[str, ...], Parser], ...] = (
     (("messages",), _messages_row),
     (("conversations",), _sharegpt_row),
     (("prompt", "completion"), _prompt_row),
@@ -149,131 +134,123 @@ PARSERS: tuple[tuple[tuple[str, ...], Callable[[dict[str, Any]], Record]], ...] 
 )
 
 
-def _chat(row: dict[str, Any], turns: list[Message]) -> Chat:
-    messages = [_message(turn, f"message {number}") for number, turn in enumerate(turns, start=1)]
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowError("the chat has no assistant turn", "add the assistant's answer as the last message")
+def _chat(
+    row: dict[str, Any], turns: Sequence[Message], *, padded: bool, read: Sequence[str] = (), given: int = 0
+) -> Chat:
+    """Return the chat of a row.
+
+    Args:
+        read: the keys that the messages were read from; none where the row has no other key.
+        given: how many of the messages are the prompt, whose answers are not trained.
+    """
+    messages: list[Message] = []
+    untrained: set[int] = set()
+    for place, turn in enumerate(turns):
+        message, says = message_of(turn, place + 1, padded=padded)
+        if (says is False or place < given) and message["role"] == "assistant":
+            untrained.add(place)
+        messages.append(message)
+    _check_turns(messages)
+    if not read:
+        return _with_targets(Chat(messages, untrained=frozenset(untrained)))
+    _refuse_untrained(row)
+    tools = tools_of(row.get("tools"), padded=padded)
+    arguments = _template_arguments(row, padded=padded)
+    ignored = _ignored(row, (*read, *CHAT_KEYS))
+    return _with_targets(Chat(messages, tools, frozenset(untrained), arguments, ignored))
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
     if messages[-1]["role"] != "assistant":
+        if all(message["role"] != "assistant" for message in messages):
+            raise RowError("the chat has no assistant turn", "add the assistant's answer as the last message")
         raise RowError(
             f"the last message is the {messages[-1]['role']}'s: the answer is missing",
             "end the chat with an assistant message",
         )
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f'"tools" is {_kind(tools)}, not a list', 'write "tools" as a list of JSON schemas')
-    _check_strings(tools, "tools")
-    return Chat(messages, tools or None)
 
 
-def _message_list(value: Any, key: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError(f'"{key}" is {_kind(value)}, not a list', f'write "{key}" as a list of messages')
-    if not value:
-        raise RowError(f'"{key}" is empty', "add at least a user and an assistant message")
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict):
-            raise RowError(f'"{key}" holds {_kind(turn)} at place {number}', "write each message as an object")
-    return value
+def _with_targets(chat: Chat) -> Chat:
+    if chat.untrained and not chat.turns:
+        raise RowError("no answer of the chat is in the loss: each has the weight 0", "take the row out")
+    return chat
 
 
-def _message(turn: Message, where: str) -> Message:
-    role = turn.get("role")
-    if role not in ROLES:
-        raise RowError(f"{where} has the unknown role {role!r}", f"use one of {', '.join(ROLES)}")
-    calls = turn.get("tool_calls")
-    message: Message = {"role": role, "content": _content(turn, where, optional=role == "assistant" and bool(calls))}
-    if role == "assistant" and not calls:
-        _check_answer(message["content"], f"the answer in {where}")
-    else:
-        _check_text(message["content"], where)
-    if len(turn) == 2 and "content" in turn:  # role and content alone, as in nearly every message
-        return message
-    extra = {key: turn[key] for key in PASSED_ON if turn.get(key) is not None}
-    reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key) is not None), None)
-    if reasoning is not None:
-        extra |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in the name they read
-    _check_strings(extra, where)
-    return message | extra
+def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
+    """Return messages led by the system text that stands beside them, if there is one."""
+    texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _string(row, key))))
+    if not texts:
+        return turns
+    own = [turn.get("content", turn.get("value")) for turn in turns if "system" in (turn.get("role"), turn.get("from"))]
+    if len(texts) > 1 or (own and own != texts):
+        raise RowError("the row has two different system texts", "keep one of them")
+    return turns if own else [{"role": "system", "content": texts[0]}, *turns]
 
 
-def _content(turn: Message, where: str, *, optional: bool) -> str:
-    content = turn.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None:
-        if optional:
-            return ""
-        raise RowError(f"{where} has no content", 'give the message a "content" string')
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
-        return "".join(part["text"] for part in content)
+def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
+    pairs = json_text(row.get("history") or [], '"history"')
+    if isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs
+    ):
+        return [(asked, answer) for asked, answer in pairs]
     raise RowError(
-        f"the content of {where} is {_kind(content)}", "write the content as a string or a list of text parts"
+        '"history" is not a list of pairs of strings', 'write "history" as [[QUESTION, ANSWER], ...], the oldest first'
     )
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
+    given = json_text(row.get("chat_template_kwargs", {}), '"chat_template_kwargs"')
+    if not isinstance(given, dict):
+        raise RowError(f'"chat_template_kwargs" is {kind_of(given)}', 'write "chat_template_kwargs" as an object')
+    taken = sorted(OURS.intersection(given))
+    if taken:
+        raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'leave "{taken[0]}" out: the row itself says it')
+    check_strings(given, "chat_template_kwargs")
+    return without_nulls(given) if padded else given
 
 
-def _sharegpt_message(turn: Message) -> Message:
-    if "from" not in turn:
-        return turn
-    role = SHAREGPT_ROLES.get(str(turn["from"]))
-    if role is None:
-        raise RowError(f'unknown "from": {turn["from"]!r}', f"use one of {', '.join(SHAREGPT_ROLES)}")
-    return {**turn, "role": role, "content": turn.get("value")}
+def _refuse_known(row: dict[str, Any]) -> None:
+    """Refuse rows that mean something other than a text to learn."""
+    for key in PREFERENCE_KEYS:
+        if key in row:
+            raise RowError(
+                f'the row has "{key}": Onward does not train preferences',
+                'keep the good answer as "messages" or "completion", and take the other out',
+            )
+    for key in LABEL_KEYS:
+        if _is_bad(row[key], row) if key in row else False:
+            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "take the row out")
+    for key in MEDIA_KEYS:
+        if row.get(key):
+            raise RowError(f'the row has "{key}": only text is trained', f'take the row out, or its "{key}"')
+    if "input_ids" in row:
+        _refuse_tokens(row)
 
 
-def _system_message(row: dict[str, Any]) -> list[Message]:
-    system = _string(row, "system")
-    return [{"role": "system", "content": system}] if system else []
+def _is_bad(label: Any, row: dict[str, Any]) -> bool:
+    """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
+    return label is False or (isinstance(label, int | float) and label == 0 and "text" not in row)
+
+
+def _refuse_tokens(row: dict[str, Any]) -> None:
+    for key in TOKEN_KEYS:
+        if isinstance(row.get(key), list):
+            raise RowError(
+                f'the row has "{key}": it is tokenized already', "bring the text: Onward tokenizes it for the model"
+            )
+
+
+def _refuse_untrained(row: dict[str, Any]) -> None:
+    if said_trained(row, "the row") is False:
+        raise RowError("the row has the weight 0: nothing of it is in the loss", "take the row out")
+
+
+def _ignored(row: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:
+    return tuple(key for key in row if key not in read)
 
 
 def _string(row: dict[str, Any], key: str) -> str:
     value = row.get(key, "")
     if not isinstance(value, str):
-        raise RowError(f'"{key}" is {_kind(value)}, not a string', f'write "{key}" as a string')
+        raise RowError(f'"{key}" is {kind_of(value)}, not a string', f'write "{key}" as a string')
     return value
-
-
-def _check_answer(text: str, where: str) -> None:
-    if not text.strip():
-        raise RowError(f"{where} is empty", "write what the model should answer, or remove the row")
-    _check_text(text, where)
-
-
-def _check_text(text: str, where: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError(
-            f"{where} holds half of a surrogate pair, which is not a character",
-            "export the file again as UTF-8, or remove the broken \\ud800-\\udfff escape",
-        ) from None
-
-
-def _check_strings(value: Any, where: str) -> None:
-    if isinstance(value, str):
-        _check_text(value, where)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _check_strings(key, where)
-            _check_strings(item, where)
-    elif isinstance(value, list):
-        for item in value:
-            _check_strings(item, where)
-    elif value is not None and not isinstance(value, bool | int | float):
-        raise RowError(f"{where} holds {_kind(value)}, which JSON does not know", "write it as a string")
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, UnreadableValue):
-        return f"a value that cannot be read ({value.reason})"
-    names: dict[type, str] = {
-        dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bytes: "binary data",
-    }  # fmt: skip
-    return names.get(type(value), f"a {type(value).__name__}")

@@ -19,7 +19,8 @@ from jinja2.parser import Parser
 from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from onward.data.records import Message, RowError
+from onward.data.row_types import Message, RowError
+from onward.data.template_reads import Reads
 from onward.errors import ModelError
 
 TODAY = datetime(2024, 7, 26)  # the day that Llama 3.2's own template falls back to
@@ -42,12 +43,13 @@ class Renderer:
     Args:
         template: the Jinja source.
         variables: what the template sees besides the messages: the special tokens by name.
+        parts: whether the content of a message is handed over as a list with one part, as for models that see.
 
     Raises:
         ModelError: the template is not valid Jinja.
     """
 
-    def __init__(self, template: str, variables: dict[str, Any]) -> None:
+    def __init__(self, template: str, variables: dict[str, Any], *, parts: bool = False) -> None:
         try:
             self._template = _environment().from_string(template)
         except jinja2.TemplateSyntaxError as error:
@@ -57,14 +59,35 @@ class Renderer:
             ) from error
         self._template.globals = dict(self._template.globals)  # not a chain of dicts, which is a third slower
         self._variables = variables
+        self._source = template
+        self._parts = parts
 
-    def render(self, messages: list[Message], tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+    def reads(self) -> Reads:
+        """Return what the template reads."""
+        return Reads.of(self._source, self._template.environment)
+
+    def render(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None = None,
+        arguments: dict[str, Any] | None = None,
+        *,
+        prompt: bool = False,
+    ) -> str:
         """Return the text of `messages`; with `prompt` also the header that asks the model for the next answer.
+
+        Args:
+            arguments: what else the template sees, by name; a row's `chat_template_kwargs`.
 
         Raises:
             RowError: the template refuses the messages.
         """
+        if self._parts:
+            messages = [_in_parts(message) for message in messages]
         try:
+            if arguments:
+                variables = {"documents": None} | self._variables | arguments
+                return self._template.render(variables, messages=messages, tools=tools, add_generation_prompt=prompt)
             return self._template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
@@ -96,6 +119,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         if type(obj) is LoopContext and attribute in LOOP_ATTRIBUTES:
             return getattr(obj, attribute)
         return super().getattr(obj, attribute)
+
+
+def _in_parts(message: Message) -> Message:
+    content = message["content"]
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _environment() -> jinja2.Environment:

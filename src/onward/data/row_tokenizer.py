@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.records import Chat, Completion, Record, RowError
-from onward.data.template import ChatTemplate, RowText, Span
+from onward.data.row_types import Chat, Record, RowError, Text
+from onward.data.template import ChatTemplate, RowText
 from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, PackedRow, pack
 from onward.data.tokenizer import TokenizerState
+from onward.data.turns import Span
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
@@ -51,6 +52,7 @@ class RowTokenizer:
         self._end_id = state.eos_id
         self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(state)
+        self._begins = _start_token(state)
 
     @property
     def fingerprint(self) -> str:
@@ -65,11 +67,16 @@ class RowTokenizer:
         """
         if isinstance(record, Chat):
             text, spans = self._template.render(record)
-            return RowText(text, spans, closed=True)
-        if isinstance(record, Completion):
-            text = record.prompt + record.completion
-            return RowText(text, [(len(record.prompt), len(text) + 1)], closed=False)
-        return RowText(record.text, [(0, len(record.text) + 1)], closed=False)
+            return RowText(text, spans, closed=True, ignored=self._template.ignored(record))
+        is_text = isinstance(record, Text)
+        text = record.text if is_text else record.prompt + record.completion
+        if self._begins and text.startswith(self._begins):
+            raise RowError(
+                f"the text begins with the start token {self._begins!r}, which the tokenizer adds",
+                "take it out: it would be trained twice",
+            )
+        start = 0 if is_text else len(record.prompt)
+        return RowText(text, [(start, len(text) + 1)], closed=False, ignored=record.ignored)
 
     def encode(self, rows: Sequence[RowText]) -> list[PackedRow]:
         """Return the packed tokens of each row, whatever their length.
@@ -147,6 +154,13 @@ class RowTokenizer:
         del offsets[len(ids) :]
         ids.append(self._end_id)
         offsets.append((len(row.text), len(row.text) + 1))
+
+
+def _start_token(state: TokenizerState) -> str:
+    """Return the start token that the tokenizer puts before a text; "" if it puts none."""
+    token = state.special_tokens_map.get("bos_token", "")
+    added: list[int] = state.tokenizer.encode("a", add_special_tokens=True).ids
+    return token if token and added[:1] == [state.bos_id] else ""
 
 
 def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
 from onward.data.limits import DEFAULT_LIMITS, Limits
-from onward.data.records import RowError, parse_row
+from onward.data.records import RowError, parse_record
 from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, cache_key
 from onward.data.sources import SourceRow, file_format, row_unit, rows_of
 from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter
@@ -19,6 +19,11 @@ from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, Token
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
 PROBLEMS_SHOWN = 20
+IGNORED_COUNTED = 100
+"""Different keys that are counted: rows may have keys of their own."""
+
+PADDED_FORMATS = ("parquet", "arrow")
+"""Formats whose rows all have the same fields, null where a row has none."""
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
@@ -53,6 +58,7 @@ class IntakeReport:
         problems: the first problems, at most 20.
         problem_count: how many there are.
         unit: what `Problem.line` counts, "line" or "row".
+        ignored: keys of rows and messages that nothing read, with the number of rows that have them.
     """
 
     ok: bool
@@ -65,6 +71,7 @@ class IntakeReport:
     problems: list[Problem] = field(default_factory=list[Problem])
     problem_count: int = 0
     unit: str = "line"
+    ignored: dict[str, int] = field(default_factory=dict[str, int])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, as `rejected/` keeps it."""
@@ -176,6 +183,8 @@ class _Intake:
         self._seen = seen
         self._problems: list[Problem] = []
         self._problem_count = self._truncated = self._dropped = 0
+        self._ignored: dict[str, int] = {}
+        self._padded = False
 
     def read(self, path: Path, sha256: str | None) -> None:
         """Tokenize a file and compare what was read with its hash; without one, links are followed.
@@ -184,7 +193,7 @@ class _Intake:
             SourceChanged: it is not the file that has this hash.
         """
         try:
-            file_format(path)
+            self._padded = file_format(path) in PADDED_FORMATS
             source = SourceFile(path, links=sha256 is None)
         except FileError as error:
             self._refuse(None, error)
@@ -222,6 +231,7 @@ class _Intake:
             problems=self._problems,
             problem_count=self._problem_count,
             unit=unit,
+            ignored=self._ignored,
         )
 
     def _readable(self, source: SourceFile, sha256: str | None) -> Iterator[SourceRow]:
@@ -258,7 +268,10 @@ class _Intake:
     def _prepare(self, row: SourceRow) -> RowText:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
-        prepared = self._row_tokenizer.prepare(parse_row(row.value))
+        prepared = self._row_tokenizer.prepare(parse_record(row.value, padded=self._padded))
+        for key in prepared.ignored:
+            if key in self._ignored or len(self._ignored) < IGNORED_COUNTED:
+                self._ignored[key] = self._ignored.get(key, 0) + 1
         longest_character = 4  # bytes in UTF-8
         limit = self._limits.row_bytes
         if len(prepared.text) * longest_character > limit and len(prepared.text.encode()) > limit:

@@ -11,6 +11,9 @@ from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import printable
+
+KEYS_NAMED = 12
 
 
 class Settling:
@@ -88,9 +91,12 @@ class Settling:
         self.ledger.move_file(
             row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
             truncated=report.truncated, dropped=report.dropped, attempts=0, occurrence=occurrence,
+            note=ignored_keys(report) or None,
         )  # fmt: skip
         notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
         detail = f" ({', '.join(notes)} for length)" if notes else ""
+        ignored = ignored_keys(report)
+        detail += f"; {ignored}" if ignored else ""
         self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
 
     def _is_arriving(self, row: FileRow) -> bool:
@@ -100,3 +106,12 @@ class Settling:
         """Remove the copy of a file that a person still has; a file of the inbox has only the one."""
         if row.inbox is None:
             self.layout.kept(row.copy).unlink(missing_ok=True)
+
+
+def ignored_keys(report: IntakeReport) -> str:
+    """Return a clause that names the keys of rows that nothing read; "" if there are none."""
+    if not report.ignored:
+        return ""
+    named = [printable(key) for key in list(report.ignored)[:KEYS_NAMED]]
+    more = len(report.ignored) - len(named)
+    return f"ignored keys: {', '.join(named)}{f' and {more} more' if more else ''}"

@@ -1,0 +1,121 @@
+"""Calls of tools in the shapes in which rows have them, brought into OpenAI's: `tool_calls` with `function` objects."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from onward.data.row_types import Message, RowError, check_strings, kind_of
+
+CALL_REMEDY = 'write each call as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
+ARGUMENT_KEYS = ("arguments", "parameters")
+
+
+def json_text(value: Any, where: str) -> Any:
+    """Return what a JSON text holds; any other value as it is.
+
+    Raises:
+        RowError: the text is not valid JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(f"{where} cannot be read as JSON", f"write {where} as JSON") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects, which Arrow adds where rows differ in their fields."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
+    """Return the schemas of tools from a list or its JSON text; None for none.
+
+    Args:
+        padded: whether null fields mean nothing.
+
+    Raises:
+        RowError: the value is not a list of objects.
+    """
+    tools = json_text(value, '"tools"')
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise RowError(f'"tools" is {kind_of(tools)}, not a list', 'write "tools" as a list of JSON schemas')
+    tools = [json_text(tool, '"tools"') for tool in tools]
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise RowError(f'"tools" holds {kind_of(tool)}', 'write "tools" as a list of JSON schemas')
+    check_strings(tools, "tools")
+    return (without_nulls(tools) if padded else tools) or None
+
+
+def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
+    """Return the calls that a message makes with `tool_calls` or, as OpenAI had it before, with `function_call`.
+
+    Raises:
+        RowError: a call has no name, or arguments that are not an object.
+    """
+    listed = json_text(turn.get("tool_calls"), f'"tool_calls" of {where}') or []
+    if not isinstance(listed, list):
+        raise RowError(f'"tool_calls" of {where} is {kind_of(listed)}, not a list', CALL_REMEDY)
+    check_strings(listed, where)
+    legacy = json_text(turn.get("function_call"), f'"function_call" of {where}')
+    if listed and legacy:
+        raise RowError(f"{where} has both tool_calls and function_call", 'leave out "function_call"')
+    return [_call(call, where, padded=padded) for call in listed or ([legacy] if legacy else [])]
+
+
+def called(text: str, where: str, *, padded: bool) -> list[Message]:
+    """Return the calls that the text of a ShareGPT `function_call` turn holds: an object, or a list of them.
+
+    Raises:
+        RowError: the text is not JSON, or not of calls.
+    """
+    found = json_text(text, f"the call in {where}")
+    calls = found if isinstance(found, list) else [found]
+    if not calls:
+        raise RowError(f"{where} calls nothing", CALL_REMEDY)
+    return [_call(call, where, padded=padded) for call in calls]
+
+
+def _call(call: Any, where: str, *, padded: bool) -> Message:
+    call = json_text(call, f"a call in {where}")
+    if not isinstance(call, dict):
+        raise RowError(f"a call in {where} is {kind_of(call)}, not an object", CALL_REMEDY)
+    outer = {key: value for key, value in call.items() if value is not None}
+    inner = json_text(outer.get("function", outer), f"a call in {where}")
+    if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
+        raise RowError(f"a call in {where} has no name", CALL_REMEDY)
+    key = next((key for key in ARGUMENT_KEYS if inner.get(key) is not None), None)
+    given: Any = inner[key] if key else {}
+    arguments = _arguments(given, f"the arguments of {inner['name']!r} in {where}", padded=padded)
+    function = {
+        ("arguments" if name == key else name): (arguments if name == key else value)
+        for name, value in inner.items()
+        if value is not None
+    }
+    function.setdefault("arguments", arguments)
+    check_strings(outer, where)
+    if "function" in outer:
+        return {**outer, "function": function}
+    named = {"name": function.pop("name"), "arguments": function.pop("arguments")}
+    return {"type": "function", **function, "function": named}
+
+
+def _arguments(given: Any, where: str, *, padded: bool) -> dict[str, Any] | str:
+    """Return arguments as the row has them, an object or its JSON text; templates differ in which one they take."""
+    if isinstance(given, str) and not given.strip():
+        return {}
+    value = json_text(given, where)
+    if not isinstance(value, dict):
+        raise RowError(f"{where} are {kind_of(value)}, not an object", CALL_REMEDY)
+    if isinstance(given, str):
+        return given
+    return without_nulls(value) if padded else value

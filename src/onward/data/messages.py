@@ -1,0 +1,210 @@
+"""Messages in the shapes in which rows have them, brought into one: `role`, `content` and what else they say.
+
+The shapes are those of OpenAI (chat completions, old and new), ShareGPT, LLaMA-Factory, Axolotl and TRL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.data.calls import called, calls_of, json_text
+from onward.data.row_types import Message, RowError, check_answer, check_strings, check_text, kind_of
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+"""Names of roles that other tools use, and what they are called here."""
+
+CALL_ROLES = ("function_call", "tool_call")
+"""Roles whose text is a call in JSON."""
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
+"""Keys that say whether a message, or a whole row, is in the loss."""
+
+SPAN_KEYS = ("train_detail", "training_detail")
+CONTENT_KEYS = ("content", "value")
+TEXT_PARTS = ("text", "input_text", "output_text")
+THINKING_PARTS = ("thinking", "reasoning")
+MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio", "video_url")
+MEDIA_PARTS = (*MEDIA_KEYS, "input_image", "audio_url", "input_video")
+HANDLED = frozenset(
+    ("role", "from", *CONTENT_KEYS, "tool_calls", "function_call", *REASONING_KEYS, *WEIGHT_KEYS, *SPAN_KEYS)
+)
+"""Keys of a message that are brought into the one shape; all others are passed on as they are."""
+
+
+def message_list(value: Any, key: str) -> list[Message]:
+    """Return a list of messages, which may be written as JSON text.
+
+    Raises:
+        RowError: it is not a list of objects, or it is empty.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = json_text(value, f'"{key}"')
+    if not isinstance(value, list):
+        raise RowError(f'"{key}" is {kind_of(value)}, not a list', f'write "{key}" as a list of messages')
+    if not value:
+        raise RowError(f'"{key}" is empty', "add at least a user and an assistant message")
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, dict):
+            raise RowError(f'"{key}" holds {kind_of(turn)} at place {number}', "write each message as an object")
+    return value
+
+
+def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, bool | None]:
+    """Return a message in the one shape, and whether it says that it is trained; None if it says nothing.
+
+    Args:
+        turn: the message as the row has it.
+        number: its place in the chat, from 1.
+        padded: whether null fields of arguments mean nothing.
+
+    Raises:
+        RowError: the message breaks a rule.
+    """
+    content, role = turn.get("content"), turn.get("role")
+    if len(turn) == 2 and isinstance(content, str) and role in ROLES:  # as in nearly every message
+        where = f"message {number}"
+        if role == "assistant":
+            check_answer(content, f"the answer in {where}")
+        else:
+            check_text(content, where)
+        return {"role": role, "content": content}, None
+    return _message(turn, f"message {number}", padded=padded)
+
+
+def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, bool | None]:
+    named = _role(turn, where)
+    role = OTHER_ROLES.get(named, named)
+    _refuse_media(turn, where)
+    text, thoughts = _content(turn, where)
+    calls = calls_of(turn, where, padded=padded)
+    if named in CALL_ROLES:
+        calls, text = [*called(text or "", where, padded=padded), *calls], ""
+    if calls and role != "assistant":
+        raise RowError(f"{where} calls a tool, but its role is {role!r}", "give calls to the assistant")
+    if text is None and not calls:
+        raise RowError(f"{where} has no content", 'give the message a "content" string')
+    message: Message = {"role": role, "content": text or ""}
+    if role == "assistant" and not calls:
+        check_answer(message["content"], f"the answer in {where}")
+    else:
+        check_text(message["content"], where)
+    if calls:
+        message["tool_calls"] = calls
+    reasoning = _reasoning(turn, thoughts, where)
+    if reasoning is not None:
+        message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in the name they read
+    message |= {key: value for key, value in turn.items() if key not in HANDLED and value is not None}
+    return message, _trained(turn, role, where)
+
+
+def _role(turn: Message, where: str) -> str:
+    key = "role" if turn.get("role") is not None or turn.get("from") is None else "from"
+    role = turn.get(key)
+    if isinstance(role, str) and (role in ROLES or role in OTHER_ROLES):
+        return role
+    if key == "from":
+        raise RowError(f'unknown "from": {role!r}', f"use one of {', '.join((*ROLES, *OTHER_ROLES))}")
+    raise RowError(f"{where} has the unknown role {role!r}", f"use one of {', '.join(ROLES)}")
+
+
+def _content(turn: Message, where: str) -> tuple[str | None, list[str]]:
+    """Return the text of a message, None if it has none, and the thoughts that stand beside the text."""
+    content = next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
+    if content is None or isinstance(content, str):
+        return content, []
+    if not isinstance(content, list):
+        raise RowError(
+            f"the content of {where} is {kind_of(content)}", "write the content as a string or a list of text parts"
+        )
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in content:
+        kind, text = _part(part, where)
+        if kind in THINKING_PARTS and any(piece.strip() for piece in texts):
+            raise RowError(f"a thought stands after the text of {where}", "put thoughts before the text")
+        (thoughts if kind in THINKING_PARTS else texts).append(text)
+    return "".join(texts) if texts or not thoughts else None, thoughts
+
+
+def _part(part: Any, where: str) -> tuple[str, str]:
+    if not isinstance(part, dict):
+        raise RowError(f"the content of {where} holds {kind_of(part)}", 'write each part as {"type": "text", ...}')
+    kind = part.get("type", "text")
+    if kind in MEDIA_PARTS:
+        raise RowError(f"{where} holds a part of type {kind!r}: only text is trained", "take the row out")
+    if kind in TEXT_PARTS or kind in THINKING_PARTS:
+        text = next((part[key] for key in (kind, "text", "value", "content") if isinstance(part.get(key), str)), None)
+        if text is not None:
+            return kind, text
+    raise RowError(
+        f"the content of {where} holds a part of type {kind!r} without a text that is known",
+        'write each part as {"type": "text", "text": ...}',
+    )
+
+
+def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
+    """Return the reasoning of a message; None if it has none. Rows write "" where a model did not think."""
+    given = [turn[key] for key in REASONING_KEYS if turn.get(key) is not None]
+    if any(not isinstance(value, str) for value in given):
+        raise RowError(f"the reasoning of {where} is not a string", 'write "reasoning_content" as a string')
+    found: list[str] = list(dict.fromkeys(given))
+    found += ["\n".join(thoughts)] if thoughts and "\n".join(thoughts) not in found else []
+    if len(found) > 1:
+        raise RowError(f"{where} has two different thoughts", "keep one of them")
+    check_strings(found, where)
+    return found[0] if found else None
+
+
+def _trained(turn: Message, role: str, where: str) -> bool | None:
+    for key in SPAN_KEYS:
+        if turn.get(key):
+            raise RowError(f'{where} has "{key}": parts of a message cannot be weighed', f'leave "{key}" out')
+    says = said_trained(turn, where)
+    if says and role != "assistant":
+        raise RowError(
+            f"{where} asks for a text of the {role} in the loss, which covers answers only",
+            f"take {', '.join(WEIGHT_KEYS)} out of messages that are not the assistant's",
+        )
+    return says
+
+
+def said_trained(value: Message, where: str) -> bool | None:
+    """Return whether a message or a row says that it is in the loss; None if it says nothing.
+
+    Raises:
+        RowError: it has a weight other than 0 and 1, or something that is no weight.
+    """
+    says: bool | None = None
+    for key in WEIGHT_KEYS:
+        weight = value.get(key)
+        if weight is None:
+            continue
+        if not isinstance(weight, bool | int | float):
+            raise RowError(f'"{key}" of {where} is {kind_of(weight)}', f'write "{key}" as 0 or 1, or leave it out')
+        if weight not in (0, 1):
+            raise RowError(
+                f'"{key}" of {where} is {weight!r}: a weight is 0 (not in the loss) or 1',
+                f'write "{key}" as 0 or 1, or leave it out',
+            )
+        says = bool(weight) and says is not False
+    return says
+
+
+def _refuse_media(turn: Message, where: str) -> None:
+    for key in MEDIA_KEYS:
+        if turn.get(key):
+            raise RowError(f'{where} has "{key}": only text is trained', "take the row out")

@@ -1,0 +1,120 @@
+"""Chats of nothing but roles and texts, proven once for each order of roles.
+
+Where a template renders a chat to the same pieces of its own text around whatever the messages say, the proof of one
+such chat, of unique words, is the proof of all: that a row renders to those pieces around its own texts is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from onward.data.row_types import Chat, Message, RowError
+from onward.data.turns import Target
+
+WORD = "onwardPlain{:06d}End"
+STRIPPERS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
+SHAPES = 512
+"""Orders of roles that are kept; chats of more are proven one by one."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a template renders chats of one order of roles.
+
+    Args:
+        pieces: the template's own text before, between and after the texts of the messages.
+        targets: the place of each answer; how many texts stand before its start and its end; and how many characters
+            of the pieces do.
+    """
+
+    pieces: list[str]
+    targets: list[tuple[int, int, int, int, int]]
+
+    def filled(self, texts: Sequence[str]) -> str:
+        """Return the pieces around texts."""
+        parts = [""] * (2 * len(texts) + 1)
+        parts[::2] = self.pieces
+        parts[1::2] = texts
+        return "".join(parts)
+
+    def place(self, texts: Sequence[str], untrained: frozenset[int]) -> list[tuple[int, int]]:
+        """Return the targets' ranges of characters."""
+        before = [0, *accumulate(map(len, texts))]
+        return [
+            (before[first] + start, before[behind] + end)
+            for turn, first, start, behind, end in self.targets
+            if turn not in untrained
+        ]
+
+
+class PlainChats:
+    """Finds the targets of plain chats.
+
+    Args:
+        prove: returns the text of a chat and its proven targets.
+    """
+
+    def __init__(self, prove: Callable[[Chat], tuple[str, list[Target]]]) -> None:
+        self._prove = prove
+        self._shapes: dict[tuple[bool, tuple[str, ...]], _Shape | None] = {}
+
+    def targets(self, chat: Chat, texts: Sequence[str], text: str) -> list[tuple[int, int]] | None:
+        """Return the targets of a chat; None if it has to be proven by itself.
+
+        Args:
+            chat: a chat that is plain.
+            texts: what its messages say.
+            text: what it renders to.
+        """
+        kept = [said.strip() for said in texts]
+        if not all(kept):
+            return None
+        is_padded = sum(map(len, kept)) != sum(map(len, texts))
+        shape = self._shape(is_padded, tuple([message["role"] for message in chat.messages]))
+        if shape is None:
+            return None
+        for strip in STRIPPERS if is_padded else STRIPPERS[:1]:
+            kept = list(map(strip, texts))
+            if shape.filled(kept) == text:
+                return shape.place(kept, chat.untrained)
+        return None
+
+    def _shape(self, is_padded: bool, roles: tuple[str, ...]) -> _Shape | None:
+        key = is_padded, roles
+        if key not in self._shapes:
+            if len(self._shapes) >= SHAPES:
+                return None
+            self._shapes[key] = self._padded(roles) if is_padded else self._proven(roles, "")
+        return self._shapes[key]
+
+    def _padded(self, roles: tuple[str, ...]) -> _Shape | None:
+        """Return the shape for texts with white space around them, where that changes nothing else."""
+        return self._shape(False, roles) if self._proven(roles, " \n") else None
+
+    def _proven(self, roles: Sequence[str], around: str) -> _Shape | None:
+        words = [WORD.format(place) for place in range(len(roles))]
+        messages: list[Message] = [
+            {"role": role, "content": around + word + around} for role, word in zip(roles, words, strict=True)
+        ]
+        try:
+            text, targets = self._prove(Chat(messages))
+        except RowError:
+            return None
+        return _Shape(list(_split(text, words)), [_measured(target, text, words) for target in targets])
+
+
+def _split(text: str, words: Sequence[str]) -> Iterator[str]:
+    for word in words:
+        piece, _, text = text.partition(word)
+        yield piece
+    yield text
+
+
+def _measured(target: Target, text: str, words: Sequence[str]) -> tuple[int, int, int, int, int]:
+    ends = [text.index(word) + len(word) for word in words]
+    first = sum(end <= target.start for end in ends)
+    behind = sum(end <= target.end for end in ends)
+    length = len(words[0])
+    return target.place, first, target.start - first * length, behind, target.end - behind * length

@@ -1,0 +1,186 @@
+"""The proof of one chat: all that its messages say stands in the rendered text, in place, and in the loss where meant.
+
+Where each piece stands is found by rendering the chat with unique words in the place of the pieces: the text has to be
+that skeleton with the words replaced. An answer's targets begin where the prompt that inference would have ends, which
+has to be what the text begins with, and end with the token at which inference stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from onward.data.probes import ARGUMENT, CONTENT, NAME, REASONING, Placed, Probe, Slot
+from onward.data.row_types import Message, RowError
+
+Render: TypeAlias = Callable[[Sequence[Message]], str]
+
+OTHER_TEMPLATE = "use a chat template that does, by the config key chat_template: FILE"
+REMEDY = f"{OTHER_TEMPLATE} (in a run that has trained: onward init NEW --set chat_template=FILE)"
+SPACE = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rendered chat and where all that its messages say stands in it.
+
+    Args:
+        text: the rendered chat.
+        placed: the pieces, in the order of the text; each is there once.
+        repeated: further places of the names of called tools, which templates repeat with the result of a call.
+    """
+
+    text: str
+    placed: list[Placed]
+    repeated: list[Placed]
+
+    def of(self, place: int) -> list[Placed]:
+        """Return the pieces of one message."""
+        return [piece for piece in self.placed if piece.slot.place == place]
+
+    def start_after(self, place: int) -> int:
+        """Return where the first piece of any later message stands; the end of the text if there is none."""
+        return next((piece.start for piece in self.placed if piece.slot.place > place), len(self.text))
+
+
+def lay_out(messages: Sequence[Message], text: str, render: Render, marks: Sequence[str]) -> Layout:
+    """Return where all that the messages say stands in the text that they render to.
+
+    Args:
+        messages: the messages as the template gets them.
+        text: what they render to.
+        render: renders other messages with all else that the row says.
+        marks: pieces of text whose presence may change how the template renders.
+
+    Raises:
+        RowError: a piece is missing, changed, repeated or out of place.
+    """
+    found = [mark for mark in marks if any(_holds(message, mark) for message in messages)]
+    pattern = re.compile("|".join(map(re.escape, found))) if found else None
+    refusal: RowError | None = None
+    for kept, deep in ((None, True), (None, False), *(((pattern, False),) if pattern else ())):
+        probe = Probe(messages, text, kept, deep=deep)
+        try:
+            skeleton = render(probe.messages)
+        except RowError:
+            continue
+        pieces = probe.place(skeleton, text)
+        if pieces is None:
+            continue
+        try:
+            layout = _checked(probe, pieces, text)
+            _check_marks(layout, messages)
+            _check_shallow(layout, messages, deep=deep)
+        except RowError as error:
+            refusal = refusal or error
+            continue
+        return layout
+    raise refusal or _changed(messages, text)
+
+
+def _holds(message: Message, mark: str) -> bool:
+    said = [message.get("content"), *(message.get(key) for key in ("reasoning_content", "thinking", "reasoning"))]
+    return any(isinstance(value, str) and mark in value for value in said)
+
+
+def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
+    """Return the layout of pieces that are all there, once, and in the order of their messages."""
+    placed: list[Placed] = []
+    repeated: list[Placed] = []
+    seen: set[int] = set()
+    at = 0
+    for piece in pieces:
+        known = id(piece.slot) in seen
+        if known and piece.slot.kind == NAME:
+            repeated.append(piece)
+            continue
+        if known:
+            raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "twice")
+        if piece.slot.place < at:
+            raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "behind a later message")
+        seen.add(id(piece.slot))
+        at = piece.slot.place
+        placed.append(piece)
+    for slot in probe.slots:
+        if id(slot) not in seen:
+            does = "leaves out a part of" if slot.before.strip() or _has_siblings(probe, slot) else "does not write"
+            raise _refusal(does, slot.place, slot.kind, probe.messages)
+    for place, message in enumerate(probe.messages):
+        if message["content"] and not any(piece.slot.place == place for piece in placed) and _text_of(message).strip():
+            raise _refusal("does not write", place, CONTENT, probe.messages)
+    return Layout(text, placed, repeated)
+
+
+def _has_siblings(probe: Probe, slot: Slot) -> bool:
+    own = [other for other in probe.slots if (other.place, other.kind) == (slot.place, slot.kind)]
+    return slot.kind in (CONTENT, REASONING) and len(own) > 1
+
+
+def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
+    """Refuse a text in which marks inside of what a message says were removed, moved or added to."""
+    behind: Placed | None = None
+    for piece in layout.placed:
+        slot = piece.slot
+        if slot.kind not in (CONTENT, REASONING):
+            continue
+        before, after = _squeezed(slot.before), _squeezed(slot.after)
+        if behind is not None and (behind.slot.place, behind.slot.kind) == (slot.place, slot.kind):
+            is_kept = _squeezed(layout.text[behind.end : piece.start]) == before
+        else:
+            is_kept = not before or _squeezed(layout.text[: piece.start]).endswith(before)
+        if not is_kept or (after and not _squeezed(layout.text[piece.end :]).startswith(after)):
+            raise _refusal("changes", slot.place, slot.kind, messages)
+        behind = piece
+
+
+def _check_shallow(layout: Layout, messages: Sequence[Message], *, deep: bool) -> None:
+    """Refuse calls whose keys, booleans and nulls, where these were not replaced by words, are not written."""
+    if deep:
+        return
+    for place, message in enumerate(messages):
+        pieces = layout.of(place)
+        for call in message.get("tool_calls") or ():
+            written = layout.text[pieces[0].start : layout.start_after(place)] if pieces else ""
+            for word in _fixed(call["function"]["arguments"]):
+                if word not in written and word.capitalize() not in written:
+                    raise _refusal("does not write", place, ARGUMENT, messages)
+
+
+def _fixed(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [word for key, item in value.items() for word in (str(key), *_fixed(item))]
+    if isinstance(value, list):
+        return [word for item in value for word in _fixed(item)]
+    if value is None or isinstance(value, bool):
+        return [{None: "null", True: "true", False: "false"}[value]]
+    return []
+
+
+def _text_of(message: Message) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+def _squeezed(text: str) -> str:
+    return SPACE.sub("", text)
+
+
+def _changed(messages: Sequence[Message], text: str) -> RowError:
+    for place, message in enumerate(messages):
+        if _text_of(message).strip() not in text:
+            return _refusal("changes, or leaves a part of it out,", place, CONTENT, messages)
+    return RowError("the chat template does not write the messages as they are", REMEDY)
+
+
+def _refusal(does: str, place: int, kind: str, messages: Sequence[Message], how: str = "") -> RowError:
+    role = messages[place]["role"]
+    what = {
+        CONTENT: "the answer" if role == "assistant" else f"the {role} text",
+        REASONING: "the reasoning",
+        NAME: "the tool call",
+        ARGUMENT: "the arguments of the tool call",
+    }[kind]
+    key = {REASONING: " (reasoning_content)", NAME: " (tool_calls)", ARGUMENT: " (tool_calls)"}.get(kind, "")
+    return RowError(f"the chat template {does} {what} of message {place + 1}{key}{' ' if how else ''}{how}", REMEDY)

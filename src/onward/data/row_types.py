@@ -1,0 +1,129 @@
+"""What a row can be: a `Chat`, a `Completion` or a `Text`; and the refusal of a row that is none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class UnreadableValue:
+    """Stands for a value that Python cannot hold; harmless under a key that no row format asks for."""
+
+    reason: str
+
+
+class RowError(Exception):
+    """A row that cannot be trained on.
+
+    Args:
+        reason: what is wrong with the row.
+        remedy: what to change.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation; the loss covers its assistant turns.
+
+    Args:
+        messages: each has `role` and `content` (a string) and whatever other keys the row gave it.
+        tools: the schemas of the tools that the assistant may call.
+        untrained: places in `messages` of assistant turns that are in the text but not in the loss.
+        arguments: what the row hands to the chat template by name.
+        ignored: keys of the row that nothing reads.
+    """
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    untrained: frozenset[int] = frozenset()
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the messages have nothing but roles and contents, and the row nothing but messages."""
+        return not self.tools and not self.arguments and max(map(len, self.messages)) == 2
+
+    @property
+    def turns(self) -> list[int]:
+        """The places in `messages` of the assistant turns that the loss covers."""
+        return [
+            place
+            for place, message in enumerate(self.messages)
+            if message["role"] == "assistant" and place not in self.untrained
+        ]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and its continuation; the loss covers the continuation."""
+
+    prompt: str
+    completion: str
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; the loss covers all of it."""
+
+    text: str
+    ignored: tuple[str, ...] = ()
+
+
+Record: TypeAlias = Chat | Completion | Text
+
+
+def kind_of(value: object) -> str:
+    """Return what a parsed JSON value is, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, UnreadableValue):
+        return f"a value that cannot be read ({value.reason})"
+    names: dict[type, str] = {
+        dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bytes: "binary data",
+    }  # fmt: skip
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse a text that holds half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError(
+            f"{where} holds half of a surrogate pair, which is not a character",
+            "export the file again as UTF-8, or remove the broken \\ud800-\\udfff escape",
+        ) from None
+
+
+def check_answer(text: str, where: str) -> None:
+    """Refuse an answer without text."""
+    if not text.strip():
+        raise RowError(f"{where} is empty", "write what the model should answer, or remove the row")
+    check_text(text, where)
+
+
+def check_strings(value: Any, where: str) -> None:
+    """Refuse a value that JSON does not know, or a broken string, however deep it is nested."""
+    if isinstance(value, str):
+        check_text(value, where)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_strings(key, where)
+            check_strings(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            check_strings(item, where)
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise RowError(f"{where} holds {kind_of(value)}, which JSON does not know", "write it as a string")

@@ -1,0 +1,72 @@
+"""What a chat template reads, by its syntax tree: which names, which keys, and which pieces of text it looks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import jinja2
+from jinja2 import meta, nodes
+
+WORD = re.compile(r"\w\w+", re.ASCII)
+TEXT_METHODS = frozenset(
+    ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
+)
+SAYING = ("raise_exception", "strftime_now")
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a template reads.
+
+    Args:
+        names: variables that it takes from its caller.
+        keys: every string and attribute by which it can look into a message.
+        marks: pieces of text whose presence in a message may change how the template renders, the longest first.
+    """
+
+    names: frozenset[str]
+    keys: frozenset[str]
+    marks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: str, environment: jinja2.Environment) -> Reads:
+        """Return what a template reads; `source` is valid for the environment."""
+        tree = environment.parse(source)
+        keys = {node.attr for node in tree.find_all(nodes.Getattr)} | set(_strings(tree))
+        marks = set(_marks(tree)) - {""}
+        return cls(
+            frozenset(meta.find_undeclared_variables(tree)),
+            frozenset(keys),
+            tuple(sorted(marks, key=lambda text: (-len(text), text))),
+        )
+
+
+def _marks(tree: nodes.Node) -> Iterator[str]:
+    """Yield the strings that can decide what is rendered.
+
+    Strings that are only written cannot. Words are names of roles and keys, unless a method of strings takes them; what
+    `strip` takes off is seen to be missing.
+    """
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in TEXT_METHODS:
+            yield from _direct(call.args)
+        elif isinstance(call.node, nodes.Name) and call.node.name not in SAYING:
+            yield from _unlike_words(_direct(call.args))
+    for compare in tree.find_all((nodes.Compare, nodes.Test)):
+        yield from _unlike_words(_strings(compare))
+    for assign in tree.find_all(nodes.Assign):
+        yield from _unlike_words(_direct([assign.node]))
+
+
+def _unlike_words(texts: Iterable[str]) -> Iterator[str]:
+    return (text for text in texts if text.strip() and not WORD.fullmatch(text))
+
+
+def _strings(tree: nodes.Node) -> Iterator[str]:
+    return _direct(tree.find_all(nodes.Const))
+
+
+def _direct(found: Iterable[nodes.Node]) -> Iterator[str]:
+    return (node.value for node in found if isinstance(node, nodes.Const) and isinstance(node.value, str))

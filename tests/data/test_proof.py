@@ -1,0 +1,267 @@
+"""What a row says is what is trained, or the row is refused: for each trait that chat templates have."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import templates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import byte_state, byte_tokenizer
+from tokenizers import processors
+
+from onward.data.end_tokens import without_marks
+from onward.data.records import Chat, RowError, parse_record
+from onward.data.row_tokenizer import RowTokenizer
+from onward.data.template import ChatTemplate
+from onward.data.tokenizer import TokenizerState
+
+USER = {"role": "user", "content": "Qone"}
+ANSWER = {"role": "assistant", "content": "Aone"}
+SYSTEM = {"role": "system", "content": "Sone"}
+AGAIN = [{"role": "user", "content": "Qtwo"}, {"role": "assistant", "content": "Atwo"}]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "look_up", "arguments": {"city": "Rome", "n": 3}}}
+OTHER = {"id": "abcdefghj", "type": "function", "function": {"name": "add", "arguments": {"sum": True, "to": None}}}
+CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TWO = {**CALLS, "tool_calls": [CALL, OTHER]}
+RESULT = {"role": "tool", "content": "Sunny", "tool_call_id": "abcdefghi", "name": "look_up"}
+LOST = "the text before the answer of message {} is not what the model is given at inference: the chat template "
+LOST += "renders the beginning of the chat otherwise"
+NO_END = (
+    "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
+)
+NO_END += "would not learn to stop"
+OUT = "the chat template does not write the {} of message {}"
+NO_CALL = OUT.format("tool call", 2) + " (tool_calls)"
+NO_THOUGHT = OUT.format("reasoning", 2) + " (reasoning_content)"
+HALF = "the chat template leaves out a part of the answer of message 2"
+TORN = "the chat template tears the answer of message 2 at '</think>'"
+MOVED = "the chat template writes the system text of message 1 behind a later message"
+MARKS = "the chat template's {% generation %} markers "
+CALLED = '\n<call>look_up {"city": "Rome", "n": 3}</call>'
+
+
+@cache
+def template(trait: str) -> ChatTemplate:
+    """Return the template of `tests/templates.py` that has a trait."""
+    start = {"bos_token": "<s>"} if trait == "START_TWICE" else {}
+    return ChatTemplate(byte_state(getattr(templates, trait), extra=templates.SPECIAL.get(trait, ()), **start))
+
+
+def chat_of(row: dict[str, Any]) -> Chat:
+    """Return the chat of a row."""
+    record = parse_record(row)
+    assert isinstance(record, Chat)
+    return record
+
+
+def pieces(trait: str, row: dict[str, Any]) -> list[str]:
+    """Return the texts of the targets of a row."""
+    text, spans = template(trait).render(chat_of(row))
+    return [text[start:end] for start, end in spans]
+
+
+def thinking(text: str) -> dict[str, Any]:
+    """Return an answer with a thought in its content."""
+    return {**ANSWER, "content": text}
+
+
+@pytest.mark.parametrize(
+    ("trait", "messages", "expected"),
+    [
+        ("WHOLE", [USER, CALLS], [CALLED + "<|im_end|>"]),
+        (
+            "WHOLE",
+            [USER, {**CALLS, "tool_calls": [CALL, OTHER], "content": "Wait", "thinking": "hm"}, RESULT, ANSWER],
+            [
+                f"<think>\nhm\n</think>\nWait{CALLED}" + '\n<call>add {"sum": true, "to": null}</call><|im_end|>',
+                "Aone<|im_end|>",
+            ],
+        ),
+        ("CALLS_WITHOUT_CONTENT", [USER, CALLS], [CALLED + "<|im_end|>"]),
+        ("TEXT_ARGUMENTS", [USER, CALLS], ['<call>look_up {"city": "Rome", "n": 3}<|im_end|>']),
+        ("CALL_END", [USER, CALLS, RESULT, ANSWER], [CALLED + "<|call|>", "Aone<|im_end|>"]),
+        ("MARKED", [USER, {**CALLS, "reasoning": "hm"}], ["<think>\nhm\n</think>\n" + CALLED + "<|im_end|>"]),
+        ("MOVES_THOUGHTS", [USER, thinking("<think>T</think>A")], ["<think>\nT\n</think>\n\nA<|im_end|>"]),
+        ("MOVES_THOUGHTS", [USER, ANSWER, *AGAIN], ["Aone<|im_end|>", "<think>\n\n</think>\n\nAtwo<|im_end|>"]),
+        ("ASKS_TO_THINK", [USER, thinking("<think>\nT</think>A")], ["T</think>A<|im_end|>"]),
+        ("TWO_ENDS", [USER, ANSWER, *AGAIN], ["Aone<|end|>", "Atwo<|return|>"]),
+        ("SYSTEM_LAST", [USER, ANSWER, *AGAIN], ["Aone<|im_end|>", "Atwo<|im_end|>"]),
+        ("PARTS", [SYSTEM, USER, ANSWER], ["Aone<|im_end|>"]),
+        ("DROPS_CALLS", [USER, {**ANSWER, "tool_calls": []}], ["Aone<|im_end|>"]),
+        ("DROPS_CALLS", [USER, thinking("a </think> b")], ["a </think> b<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_targets(trait: str, messages: list[Any], expected: list[str]) -> None:
+    """The targets are contents, thoughts and calls as the template writes them, to the token inference stops at."""
+    assert expected == pieces(trait, {"messages": messages})
+
+
+@pytest.mark.parametrize(
+    ("trait", "messages", "reason"),
+    [
+        ("DROPS_CALLS", [USER, CALLS], NO_CALL),
+        ("DROPS_CALLS", [USER, CALLS, RESULT, ANSWER], NO_CALL),
+        ("DROPS_CALLS", [USER, {**CALLS, "content": "Wait"}], NO_CALL),
+        ("FIRST_CALL_ONLY", [USER, TWO], NO_CALL),
+        ("CALL_NAMES_ONLY", [USER, CALLS], OUT.format("arguments of the tool call", 2) + " (tool_calls)"),
+        ("CALLS_WITHOUT_CONTENT", [USER, {**CALLS, "content": "Wait"}], NO_CALL),
+        ("DROPS_CALLS", [USER, {**ANSWER, "reasoning_content": "hm"}], NO_THOUGHT),
+        ("STRIPS_THOUGHTS", [USER, thinking("<think>T</think>A")], HALF),
+        ("MOVES_THOUGHTS", [USER, thinking("<think>T</think>A"), *AGAIN], HALF),
+        ("MOVES_THOUGHTS", [USER, thinking("Say </think> to end")], TORN),
+        ("ASKS_TO_THINK", [USER, ANSWER], LOST.format(2)),
+        ("NO_END", [USER, ANSWER], NO_END.format(2)),
+        ("SYSTEM_LAST", [SYSTEM, USER, ANSWER, *AGAIN], MOVED),
+        ("SYSTEM_AT_INFERENCE", [SYSTEM, USER, ANSWER], OUT.format("system text", 1)),
+        ("NO_DEVELOPER", [{**SYSTEM, "role": "developer"}, USER, ANSWER], OUT.format("developer text", 1)),
+        ("ROLES_REFUSED", [SYSTEM, USER, ANSWER], "the chat template refuses the row: Only users and assistants"),
+        ("TWICE", [SYSTEM, USER, ANSWER], "the chat template writes the system text of message 1 twice"),
+        ("START_TWICE", [USER, ANSWER], "the chat template writes the start token '<s>' twice"),
+        ("MARKS_WITHOUT_CALLS", [USER, CALLS], MARKS + "leave out a part of message 2"),
+        ("MARKS_QUESTIONS", [USER, ANSWER], MARKS + "enclose more than an answer"),
+    ],
+)  # fmt: skip
+def test_refused(trait: str, messages: list[Any], reason: str) -> None:
+    """What a template leaves out, tears, moves or does not end is refused with what is missing, and a remedy."""
+    with pytest.raises(RowError) as refusal:
+        pieces(trait, {"messages": messages})
+    assert reason == refusal.value.reason
+    assert "chat_template: FILE" in refusal.value.remedy or "tears" in reason or "refuses the row" in reason
+
+
+def test_messages_that_are_not_in_the_loss() -> None:
+    """A message of weight 0 stands in the text and not in the loss, whatever is proven of it."""
+    for trait in ("WHOLE", "MARKED", "MOVES_THOUGHTS"):
+        row = {"messages": [USER, {**ANSWER, "weight": 0}, *AGAIN]}
+        text, _ = template(trait).render(chat_of(row))
+        assert "Aone" in text
+        assert [part.rpartition("\n")[2] for part in pieces(trait, row)] == ["Atwo<|im_end|>"]
+    row = {"messages": [USER, ANSWER, AGAIN[0], {**AGAIN[1], "train": False}]}
+    assert ["Aone<|end|>"] == pieces("TWO_ENDS", row)
+    assert ["Atwo<|im_end|>"] == pieces("WHOLE", {"prompt": [USER, ANSWER, AGAIN[0]], "completion": [AGAIN[1]]})
+
+
+def test_tools_that_a_template_does_not_write_are_refused() -> None:
+    """Inference would know the tools of the row as little as training did: the author means otherwise."""
+    row = {"messages": [USER, ANSWER], "tools": json.dumps([{"type": "function", "function": {"name": "look_up"}}])}
+    assert ["Aone<|im_end|>"] == pieces("WHOLE", row)
+    with pytest.raises(RowError, match="does not write the tools of the row"):
+        pieces("DROPS_CALLS", row)
+
+
+def test_arguments_of_the_template() -> None:
+    """`chat_template_kwargs` reach the template, in the text and in the prompt that inference has."""
+    row = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False, "mood": 1}}
+    text, spans = template("THINKING_SWITCH").render(chat_of(row))
+    assert "assistant\n<think></think>Aone" in text
+    assert ["Aone<|im_end|>"] == [text[start:end] for start, end in spans]
+    assert ("chat_template_kwargs.mood",) == template("THINKING_SWITCH").ignored(chat_of(row))
+
+
+def test_every_key_that_the_template_reads() -> None:
+    """Keys of a message reach the template where it reads them; the others are named."""
+    row = {"messages": [{**USER, "name": "Ann", "mood": "!", "at": 5}, ANSWER], "source": "web"}
+    text, _ = template("NAMES").render(chat_of(row))
+    assert "Ann: !Qone" in text
+    assert ("source", "messages.at") == template("NAMES").ignored(chat_of(row))
+    assert ("source", "messages.name", "messages.mood", "messages.at") == template("DROPS_CALLS").ignored(chat_of(row))
+
+
+@pytest.mark.parametrize("trait", ["WHOLE", "TEXT_ARGUMENTS"])
+def test_arguments_as_an_object_and_as_json_text(trait: str) -> None:
+    """Arguments are the same to a template whether the row has them as an object or as its JSON text."""
+    text = json.dumps(CALL["function"]["arguments"])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    other = {**CALL, "function": {"name": "look_up", "arguments": text}}
+    rows = [{"messages": [USER, {**CALLS, "tool_calls": [call]}]} for call in (CALL, other)]
+    assert pieces(trait, rows[0]) == pieces(trait, rows[1])
+
+
+WORDS = st.text(st.sampled_from("ab \n\t\"'\\{}é<|/"), max_size=8)
+TRAITS = [
+    "WHOLE", "DROPS_CALLS", "CALLS_WITHOUT_CONTENT", "TEXT_ARGUMENTS", "FIRST_CALL_ONLY", "CALL_NAMES_ONLY",
+    "STRIPS_THOUGHTS", "MOVES_THOUGHTS", "ASKS_TO_THINK", "NO_END", "TWO_ENDS", "CALL_END", "SYSTEM_LAST",
+    "SYSTEM_AT_INFERENCE", "NO_DEVELOPER", "TWICE", "PARTS", "MARKED", "MARKS_WITHOUT_CALLS", "MARKS_QUESTIONS",
+]  # fmt: skip
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[str, bool]]]:
+    """Return a chat, and each word that it says with whether its author has it trained."""
+    said: list[tuple[str, bool]] = []
+
+    def words(is_trained: bool) -> str:
+        said.append((f"W{len(said):02d}w", is_trained))
+        return draw(WORDS) + said[-1][0] + draw(WORDS)
+
+    messages: list[dict[str, Any]] = []
+    for role in draw(st.sampled_from(((), ("system",), ("developer",)))):
+        messages.append({"role": role, "content": words(False)})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": words(False)})
+        is_trained = draw(st.booleans()) or draw(st.booleans())
+        answer: dict[str, Any] = {"role": "assistant", "weight": int(is_trained)}
+        kind = draw(st.sampled_from(("plain", "plain", "call", "both", "thought", "think")))
+        if kind in ("call", "both"):
+            arguments = {"k": words(is_trained), "flag": draw(st.sampled_from((True, None, 2.5)))}
+            answer["tool_calls"] = [
+                {"type": "function", "function": {"name": words(is_trained).strip(), "arguments": arguments}}
+            ]
+        if kind == "thought":
+            answer["reasoning_content"] = words(is_trained)
+        head = f"<think>{words(is_trained)}</think>" if kind == "think" else ""
+        answer["content"] = None if kind == "call" else head + words(is_trained)
+        messages.append(answer)
+        if kind in ("call", "both"):
+            messages.append({"role": "tool", "content": words(False)})
+            messages.append({"role": "assistant", "content": words(True)})
+    return messages, said
+
+
+@given(trait=st.sampled_from(TRAITS), chat=chats())
+@settings(max_examples=120, deadline=None)
+def test_a_chat_is_trained_as_it_says_or_refused(
+    trait: str, chat: tuple[list[dict[str, Any]], list[tuple[str, bool]]]
+) -> None:
+    """Every word stands in the text once, in the loss where its author meant, after what inference would give."""
+    messages, said = chat
+    try:
+        record = chat_of({"messages": messages})
+        text, spans = template(trait).render(record)
+    except RowError:
+        return
+    for word, is_trained in said:
+        places = [match.start() for match in re.finditer(word, text)]
+        assert 1 == len(places), word
+        assert is_trained == any(start <= places[0] < end for start, end in spans), word
+    assert len(record.turns) == len(spans)
+    for turn, (start, end) in zip(record.turns, spans, strict=True):
+        assert trait == "MARKED" or text[:start].startswith(asked_at_inference(trait, record, turn))
+        assert re.search(r"<\|(im_end|end|return|call)\|>$", text[:end])
+
+
+def asked_at_inference(trait: str, chat: Chat, turn: int) -> str:
+    """Return the prompt for an answer, made from the chat's beginning alone."""
+    made = template(trait)
+    before = made._forms.messages(chat)[:turn]  # pyright: ignore[reportPrivateUsage]
+    renderer = made._renderer  # pyright: ignore[reportPrivateUsage]
+    assert renderer is not None
+    return without_marks(renderer.render(before, prompt=True))
+
+
+def test_a_text_that_brings_the_start_token_of_its_tokenizer() -> None:
+    """The tokenizer adds the start token: a text that begins with it would train it."""
+    tokenizer = byte_tokenizer(bos_token="<s>")
+    start = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", start)]
+    )
+    rows = RowTokenizer(TokenizerState.of(tokenizer), 100)
+    assert "a<s>" == rows.prepare(parse_record({"text": "a<s>"})).text
+    for row in ({"text": "<s>a"}, {"prompt": "<s>a", "completion": "b"}):
+        with pytest.raises(RowError, match="begins with the start token '<s>', which the tokenizer adds"):
+            rows.prepare(parse_record(row))

@@ -1,0 +1,174 @@
+"""Keys with a known meaning are followed or refused, in every shape in which rows bring them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from onward.data.records import Chat, Completion, RowError, Text, parse_record
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "S"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "R"}
+PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
+    """Return ShareGPT's turns."""
+    return [{"from": role, "value": text} for role, text in said]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [USER, ANSWER], "system": "S"}, Chat([SYSTEM, USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "system_prompt": "S"}, Chat([SYSTEM, USER, ANSWER])),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "S"}, Chat([SYSTEM, USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "system": ""}, Chat([USER, ANSWER])),
+        ({"messages": json.dumps([USER, ANSWER])}, Chat([USER, ANSWER])),
+        ({"messages": turns(("human", "Hi"), ("gpt", "Hello"))}, Chat([USER, ANSWER])),
+        (
+            {"messages": [{"role": "human", "content": "Hi"}, {"role": "model", "content": "Hello"}]},
+            Chat([USER, ANSWER]),
+        ),
+        ({"conversations": [USER, ANSWER], "tools": "[]"}, Chat([USER, ANSWER])),
+        ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, Chat([USER, ANSWER])),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 1}, USER, {**ANSWER, "weight": 0}]},
+            Chat([USER, ANSWER, USER, ANSWER], untrained=frozenset({3})),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "train": False}, USER, ANSWER]},
+            Chat([USER, ANSWER, USER, ANSWER], untrained=frozenset({1})),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "loss": False}, USER, {**ANSWER, "loss_weight": 1.0}]},
+            Chat([USER, ANSWER, USER, ANSWER], untrained=frozenset({1})),
+        ),
+        ({"messages": [{**USER, "training": False}, {**ANSWER, "training": True}]}, Chat([USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "weight": 1, "label": True}, Chat([USER, ANSWER])),
+        ({"prompt": PAIR, "completion": [USER, ANSWER]}, Chat([*PAIR, USER, ANSWER], untrained=frozenset({1}))),
+        ({"instruction": "Hi", "output": "Hello", "history": [["Q", "A"]]}, Chat([*PAIR, USER, ANSWER])),
+        ({"instruction": "Hi", "output": "Hello", "history": []}, Chat([USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "tools": '[{"name": "f"}]'}, Chat([USER, ANSWER], [{"name": "f"}])),
+        ({"messages": [USER, ANSWER], "tools": ['{"name": "f"}']}, Chat([USER, ANSWER], [{"name": "f"}])),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"x": 1}}, Chat([USER, ANSWER], arguments={"x": 1})),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": {"a": 1}}},
+                ]
+            },
+            Chat([USER, CALLS]),
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]}]},
+            Chat([USER, CALLS]),
+        ),
+        (
+            {"messages": [USER, CALLS, {"role": "function", "content": "R"}, ANSWER]},
+            Chat([USER, CALLS, RESULT, ANSWER]),
+        ),
+        (
+            {
+                "conversations": turns(
+                    ("human", "Hi"),
+                    ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
+                    ("observation", "R"),
+                    ("gpt", "Hello"),
+                )
+            },
+            Chat([USER, CALLS, RESULT, ANSWER]),
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "value": "Hi"}]}, ANSWER]}, Chat([USER, ANSWER])),
+        (
+            {
+                "messages": [
+                    USER,
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Hello"}],
+                    },
+                ]
+            },
+            Chat([USER, {**ANSWER, "reasoning_content": "hm", "thinking": "hm"}]),
+        ),
+        ({"prompt": "a", "completion": "b", "label": True, "id": 1}, Completion("a", "b", ("id",))),
+        ({"text": "a", "label": 0}, Text("a", ("label",))),
+        ({"text": "a", "tokens": 512}, Text("a", ("tokens",))),
+    ],
+)
+def test_followed(row: dict[str, Any], expected: object) -> None:
+    """What a key means is done; a key without a meaning is named."""
+    assert expected == parse_record(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'the row has "chosen": Onward does not train preferences'),
+        ({"messages": [USER, ANSWER], "rejected": ANSWER}, 'the row has "rejected": Onward does not train preferences'),
+        ({"prompt": "a", "completion": "b", "label": False}, '"label" is False: the answer is labelled as bad'),
+        ({"messages": [USER, ANSWER], "label": 0}, '"label" is 0: the answer is labelled as bad'),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, 'the row has "images": only text is trained'),
+        ({"messages": [USER, {**ANSWER, "audio": {"id": 1}}]}, 'message 2 has "audio": only text is trained'),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, 'the row has "input_ids": it is tokenized already'),
+        ({"tokens": [1, 2]}, 'the row has "tokens": it is tokenized already'),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+            '"weight" of message 2 is 0.5: a weight is 0 (not in the loss) or 1',
+        ),
+        ({"messages": [USER, {**ANSWER, "train": "no"}]}, '"train" of message 2 is a string'),
+        (
+            {"messages": [{**USER, "train": True}, ANSWER]},
+            "message 1 asks for a text of the user in the loss, which covers answers only",
+        ),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no answer of the chat is in the loss: each has the weight 0"),
+        ({"messages": [USER, ANSWER], "weight": 0}, "the row has the weight 0: nothing of it is in the loss"),
+        ({"text": "a", "train": False}, "the row has the weight 0: nothing of it is in the loss"),
+        (
+            {"messages": [USER, {**ANSWER, "train_detail": [1]}]},
+            'message 2 has "train_detail": parts of a message cannot be weighed',
+        ),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "T"}, "the row has two different system texts"),
+        ({"prompt": "a", "completion": "b", "system": "S"}, '"system" stands beside a prompt that is plain text'),
+        ({"instruction": "a", "output": "b", "history": "x"}, '"history" cannot be read as JSON'),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, '"history" is not a list of pairs of strings'),
+        (
+            {"messages": [USER, {"role": "function_call", "content": "f(a)"}]},
+            "the call in message 2 cannot be read as JSON",
+        ),
+        (
+            {"messages": [USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+            "the arguments of 'f' in message 2 cannot be read as JSON",
+        ),
+        ({"messages": [USER, {**CALLS, "tool_calls": [{"id": "1"}]}]}, "a call in message 2 has no name"),
+        ({"messages": [USER, {**ANSWER, "thinking": "a", "reasoning": "b"}]}, "message 2 has two different thoughts"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}}, '"chat_template_kwargs" sets "tools"'),
+    ],
+)
+def test_refused(row: dict[str, Any], reason: str) -> None:
+    """A key whose meaning cannot be followed is refused by its name, with what to do."""
+    with pytest.raises(RowError) as refusal:
+        parse_record(row)
+    assert reason == refusal.value.reason
+    assert refusal.value.remedy
+
+
+def test_nulls_that_columns_pad() -> None:
+    """Null fields of tools and arguments mean nothing in a row of Arrow, and what they say in a row of JSON."""
+    arguments = {"city": "Rome", "n": None}
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    tool = {"name": "f", "parameters": {"a": None, "b": 1}}
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [tool]}
+    for padded, given, schema in ((True, {"city": "Rome"}, {"b": 1}), (False, arguments, {"a": None, "b": 1})):
+        record = parse_record(row, padded=padded)
+        assert isinstance(record, Chat)
+        assert given == record.messages[1]["tool_calls"][0]["function"]["arguments"]
+        assert [{"name": "f", "parameters": schema}] == record.tools
