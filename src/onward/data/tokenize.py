@@ -4,30 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onward.data.columns import Columns
 from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
-from onward.data.limits import DEFAULT_LIMITS, Limits
+from onward.data.formats import SEEKS, format_of, unit_of
+from onward.data.limits import Limits
+from onward.data.lines import SourceRow
+from onward.data.reading import Reading
 from onward.data.records import RowError, parse_row
-from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, cache_key
-from onward.data.sources import SourceRow, file_format, row_unit, rows_of
+from onward.data.report import PROBLEMS_SHOWN, IntakeReport, Problem, Problems
+from onward.data.row_tokenizer import OverLength, RowText, RowTokenizer, TooLong, cache_key
+from onward.data.sources import rows_of
 from onward.data.tokenized import PackedRow, Row, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
-PROBLEMS_SHOWN = 20
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
 
 __all__ = [
+    "PROBLEMS_SHOWN",
     "IntakeReport",
     "Limits",
     "OverLength",
     "Problem",
+    "Reading",
     "Row",
     "RowTokenizer",
     "SourceChanged",
@@ -37,48 +42,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Why a file is refused: the line (or row) concerned, None for the whole file, and what to do about it."""
-
-    line: int | None
-    reason: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class IntakeReport:
-    """The outcome of reading one file.
-
-    Args:
-        ok: whether the file was tokenized and published.
-        rows: rows that will be trained on.
-        tokens: tokens in them.
-        target_tokens: tokens that the loss covers.
-        truncated: rows whose end was cut off at `max_length`.
-        dropped: rows left out because they are too long.
-        longest: tokens of the longest row kept.
-        problems: the first problems, at most 20.
-        problem_count: how many there are.
-        unit: what `Problem.line` counts, "line" or "row".
-    """
-
-    ok: bool
-    rows: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    longest: int = 0
-    problems: list[Problem] = field(default_factory=list[Problem])
-    problem_count: int = 0
-    unit: str = "line"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, as `rejected/` keeps it."""
-        return asdict(self)
-
-
 def tokenize_file(
     source: Path,
     directory: Path,
@@ -86,7 +49,7 @@ def tokenize_file(
     row_tokenizer: RowTokenizer,
     *,
     stop: Callable[[], None] = lambda: None,
-    limits: Limits = DEFAULT_LIMITS,
+    reading: Reading | None = None,
 ) -> IntakeReport:
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
 
@@ -99,7 +62,7 @@ def tokenize_file(
         sha256: the hash of the file's bytes, or of what they unpack to; kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
         stop: called for every row, good or bad; may raise to give up, and then nothing is left behind.
-        limits: what the file and its rows may grow to.
+        reading: how the file is read, and what may be wrong with it.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -111,14 +74,16 @@ def tokenize_file(
         raise FileExistsError(directory)
     writer = TokenizedWriter(directory)
     try:
-        intake = _Intake(row_tokenizer, writer, limits, _Stop(stop))
+        intake = _Intake(row_tokenizer, writer, reading or Reading(), _Stop(stop))
         intake.read(source, sha256)
-        report = intake.report(_unit(source))
+        report = intake.report()
         if report.ok:
             writer.publish(
                 {
                     "truncated": report.truncated,
                     "dropped": report.dropped,
+                    "split": report.split,
+                    "lost_tokens": report.lost_tokens,
                     "unit": report.unit,
                     "source_sha256": sha256,
                     "tokenizer": row_tokenizer.fingerprint,
@@ -149,13 +114,16 @@ class _Stop:
 class _Intake:
     """The counts and problems of one file while it is read."""
 
-    def __init__(self, row_tokenizer: RowTokenizer, writer: TokenizedWriter, limits: Limits, stop: _Stop) -> None:
+    def __init__(self, row_tokenizer: RowTokenizer, writer: TokenizedWriter, reading: Reading, stop: _Stop) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
-        self._limits = limits
+        self._reading = reading
         self._stop = stop
-        self._problems: list[Problem] = []
-        self._problem_count = self._truncated = self._dropped = 0
+        self._columns = Columns(reading.columns)
+        self._problems = Problems()
+        self._notes: list[str] = []
+        self._unit = "line"
+        self._seen = self._truncated = self._dropped = self._split = self._lost = 0
 
     def read(self, path: Path, sha256: str) -> None:
         """Tokenize a file and compare what was read with its hash.
@@ -164,13 +132,16 @@ class _Intake:
             SourceChanged: it is not the file that has this hash.
         """
         try:
-            file_format(path)
             source = SourceFile(path)
         except FileError as error:
-            self._refuse(None, error)
+            form = format_of(path.name)
+            self._unit = unit_of(form) if form else "line"
+            self._refuse(None, error, is_of_file=True)
             return
         with source:
             self._tokenize(_chunks(self._prepared(self._readable(source, sha256))))
+            self._unit = unit_of(source.form)
+            self._notes = source.notes
 
     def _tokenize(self, chunks: Iterable[_Chunk]) -> None:
         """Take chunks in; one is tokenized in another thread while the next is read and the last written."""
@@ -187,38 +158,44 @@ class _Intake:
             if ahead is not None:
                 self._take(*ahead)
 
-    def report(self, unit: str) -> IntakeReport:
-        if not self._problem_count and not self._writer.rows:
-            self._refuse(None, self._nothing_left())
-        writer = self._writer
+    def report(self) -> IntakeReport:
+        writer, problems = self._writer, self._problems
+        if not problems.count and not writer.rows:
+            self._refuse(None, self._nothing_left(), is_of_file=True)
+        is_ok = problems.may_be_left_out(self._reading.bad_rows, self._seen) and bool(writer.rows)
         return IntakeReport(
-            ok=not self._problem_count,
+            ok=is_ok,
             rows=writer.rows,
             tokens=writer.tokens,
             target_tokens=writer.target_tokens,
             truncated=self._truncated,
             dropped=self._dropped,
+            split=self._split,
+            lost_tokens=self._lost,
+            bad_rows=problems.count if is_ok else 0,
             longest=writer.longest,
-            problems=self._problems,
-            problem_count=self._problem_count,
-            unit=unit,
+            problems=problems.first,
+            problem_count=problems.count,
+            unit=self._unit,
+            notes=[*self._notes, *self._columns.notes],
         )
 
     def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
         """Yield the rows of a file as far as it can be read, then compare all of its bytes with its hash."""
-        is_read_in_order = file_format(source.path) != "parquet"
+        is_read_in_order = source.form not in SEEKS
         if not is_read_in_order:
             source.check_read(sha256, self._stop)
+            source.rewind()
         line = 0
         try:
-            for row in rows_of(source, self._limits, self._stop):
+            for row in rows_of(source, self._reading, self._stop):
                 line = row.line
                 yield row
         except GeneratorExit:  # the reader of the rows stopped early
             raise
         except BaseException as error:
             known = isinstance(error, FileError)
-            self._refuse(error.line if known else line + 1, error)
+            self._refuse(error.line if known else line + 1, error, is_of_file=True)
         if not is_read_in_order:
             source.rewind()
         source.check_read(sha256, self._stop)
@@ -226,6 +203,7 @@ class _Intake:
     def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
         for row in rows:
             self._stop()
+            self._seen += 1
             try:
                 text = self._prepare(row)
             except BaseException as error:
@@ -236,58 +214,66 @@ class _Intake:
     def _prepare(self, row: SourceRow) -> RowText:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
-        prepared = self._row_tokenizer.prepare(parse_row(row.value))
+        prepared = self._row_tokenizer.prepare(parse_row(self._columns.mapped(row.value)))
         longest_character = 4  # bytes in UTF-8
-        limit = self._limits.row_bytes
-        if len(prepared.text) * longest_character > limit and len(prepared.text.encode()) > limit:
-            raise self._limits.row_refusal("the text of the row")
+        limits = self._reading.limits
+        if len(prepared.text) * longest_character > limits.row_bytes < len(prepared.text.encode()):
+            raise limits.row_refusal("the text of the row")
         return prepared
 
     def _take(self, chunk: _Chunk, encodings: Future[list[Any]]) -> None:
         kept: list[PackedRow] = []
         lines: list[int] = []
-        for line, packed in self._packed(chunk, encodings):
-            try:
-                fitted = self._row_tokenizer.fit(packed)
-            except RowError as error:
-                self._refuse(line, error)
-                continue
-            self._truncated += fitted.truncated
-            if fitted.packed is None:
-                self._dropped += 1
-                continue
-            kept.append(fitted.packed)
-            lines.append(line)
+        for line, pieces in self._packed(chunk, encodings):
+            fitted = self._fitted(line, pieces)
+            kept += fitted
+            lines += [line] * len(fitted)
         self._writer.append(kept, lines)
 
-    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterable[tuple[int, PackedRow]]:
+    def _fitted(self, line: int, pieces: list[PackedRow]) -> list[PackedRow]:
+        """Apply the length policy to the pieces of a row, and count what is lost; return what is left."""
         try:
-            packed = self._row_tokenizer.pack([text for _, text in chunk], encodings.result())
+            fitted = [self._row_tokenizer.fit(piece) for piece in pieces]
+        except RowError as error:
+            self._refuse(line, error, is_of_file=isinstance(error, TooLong))
+            return []
+        kept = [one.packed for one in fitted if one.packed is not None]
+        self._split += len(pieces) > 1
+        self._truncated += sum(one.truncated for one in fitted)
+        self._dropped += len(fitted) - len(kept)
+        self._lost += sum(map(len, pieces)) - sum(map(len, kept))
+        return kept
+
+    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterator[tuple[int, list[PackedRow]]]:
+        """Yield the line of each row of a chunk with the rows that it is to be trained as."""
+        texts = [text for _, text in chunk]
+        try:
+            made = encodings.result()
+            packed = self._row_tokenizer.pack(texts, made)
+            pieces = [self._row_tokenizer.split(*row) for row in zip(texts, packed, made, strict=True)]
         except BaseException as error:
             refusal_of(error)
-            return self._packed_alone(chunk)
-        return zip([line for line, _ in chunk], packed, strict=True)
+            yield from self._packed_alone(chunk)
+            return
+        yield from zip([line for line, _ in chunk], pieces, strict=True)
 
-    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, PackedRow]]:
+    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, list[PackedRow]]]:
         """Tokenize the rows of a chunk one by one, to find those that the tokenizer fails on."""
         for line, text in chunk:
             self._stop()
             try:
                 (packed,) = self._row_tokenizer.encode([text])
+                pieces = self._row_tokenizer.split(text, packed)
             except BaseException as error:
                 self._refuse(line, error)
                 continue
-            yield line, packed
+            yield line, pieces
 
-    def _refuse(self, line: int | None, error: BaseException) -> None:
-        """Note why the file is refused; the one place that decides what a file is to blame for."""
+    def _refuse(self, line: int | None, error: BaseException, *, is_of_file: bool = False) -> None:
+        """Note a problem of a row, or one that refuses the file; the one place that decides what is to blame."""
         if self._stop.raised is not None:
             raise self._stop.raised
-        refusal = refusal_of(error)
-        self._problem_count += 1
-        self._problems = sorted(
-            [*self._problems, Problem(line, refusal.reason, refusal.remedy)], key=lambda problem: problem.line or 0
-        )[:PROBLEMS_SHOWN]
+        self._problems.add(line, refusal_of(error), is_of_file=is_of_file)
 
     def _nothing_left(self) -> FileError:
         if self._dropped:
@@ -314,10 +300,3 @@ def _chunks(rows: Iterable[tuple[int, RowText]]) -> Iterator[_Chunk]:
 
 def _characters(chunk: _Chunk) -> int:
     return sum(len(text.text) for _, text in chunk)
-
-
-def _unit(source: Path) -> str:
-    try:
-        return row_unit(source)
-    except FileError:
-        return "line"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from onward.data.tokenize import IntakeReport
 from onward.layout import RunLayout
+from onward.lengths import Lengths
 from onward.service.intake.file_check import FileCheck
 from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused
@@ -85,13 +86,22 @@ class Settling:
 
     def _queue(self, row: FileRow, report: IntakeReport) -> None:
         occurrence = self.ledger.next_occurrence(row.sha256) if row.again else 0
+        lengths = {"truncated": report.truncated, "dropped": report.dropped, "split": report.split}
+        lengths["lost_tokens"] = report.lost_tokens
         self.ledger.move_file(
             row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
-            truncated=report.truncated, dropped=report.dropped, attempts=0, occurrence=occurrence,
+            bad_rows=report.bad_rows, attempts=0, occurrence=occurrence, note="; ".join(report.notes) or None, **lengths,
         )  # fmt: skip
-        notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
-        detail = f" ({', '.join(notes)} for length)" if notes else ""
-        self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
+        words = Lengths(rows=report.rows, tokens=report.tokens, **lengths).words(None)
+        notes = "".join(f"; {note}" for note in report.notes)
+        level = "warning" if report.lost_tokens else "info"
+        kind = "accepted" if report.notes else None  # then a person should read it; lengths are told when it begins
+        self.ledger.add_event(level, f"{row.name} accepted: {report.rows} rows{words}{notes}", kind=kind)
+        if report.bad_rows:
+            for line in Refusal.of_rows(row.name, report).lines():
+                self.ledger.add_event("warning", f"left out: {line}", kind="left_out")
+            count = f"{report.bad_rows} {'row' if report.bad_rows == 1 else 'rows'}"
+            self.ledger.add_event("warning", f"{row.name}: {count} left out (bad_rows: drop)", kind="left_out")
 
     def _is_arriving(self, row: FileRow) -> bool:
         return self.ledger.file(row.id).state == "arriving"
