@@ -10,12 +10,8 @@ from typing import Any
 
 from onward.data.records import RowError
 
-FORMATS = (
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("text",),
+FORMATS = tuple(
+    map(frozenset, (["messages"], ["text"], ["conversations"], ["prompt", "completion"], ["instruction", "output"]))
 )
 """The keys of each row format."""
 QUESTIONS = ("question", "query", "instruction", "prompt")
@@ -48,7 +44,7 @@ class Columns:
         Raises:
             RowError: it cannot be told which key is the question or the answer.
         """
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or (_has_format(value) and not self._sources):
             return value
         row: dict[Any, Any] = {key: item for key, item in value.items() if item is not None}
         if self._sources & row.keys():
@@ -86,7 +82,7 @@ class Columns:
 
 
 def _has_format(row: dict[Any, Any]) -> bool:
-    return any(all(key in row for key in keys) for keys in FORMATS)
+    return any(keys <= row.keys() and all(row[key] is not None for key in keys) for keys in FORMATS)
 
 
 def _ambiguous(names: list[str], what: str, question: str, answer: str) -> RowError:

@@ -23,6 +23,7 @@ SAMPLE_LINES = 20
 """Lines of which each has to be a JSON object before a file is taken for JSON lines."""
 LINES_OF_GROUP = 32
 """Lines of a group, in the mean, above which blank lines do not separate documents."""
+LITERAL = len("-Infinity")
 SAID = {"line": "line", "blank": "group of lines between blank ones", "file": "file"}
 
 _JSON_BEGINS = re.compile(r'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
@@ -40,7 +41,7 @@ def document_rows(stream: BinaryIO, source: SourceFile, reading: Reading) -> Ite
         stream = io.BufferedReader(_Rejoined(head, stream), SAMPLE)
         lines = _sample(head)
         if not reading.is_accepted:
-            _refuse_json(lines, source.path)
+            _refuse_json(lines, source.path, is_cut=len(head) == SAMPLE)
         if documents == "auto":
             documents = detected(lines)
             source.notes.append(f"each {SAID[documents]} is a document (text.documents: {documents})")
@@ -82,11 +83,11 @@ def _sample(head: bytes) -> list[str]:
     return lines[:-1] if len(head) == SAMPLE and len(lines) > 1 else lines
 
 
-def _refuse_json(lines: list[str], path: Path) -> None:
+def _refuse_json(lines: list[str], path: Path, *, is_cut: bool) -> None:
     filled = [line for line in lines if line.strip()][:SAMPLE_LINES]
     if filled and all(_is_object(line) for line in filled):
         what, ending = "each line of the file is a JSON object", "jsonl"
-    elif _JSON_BEGINS.match("\n".join(filled)):
+    elif _is_json("\n".join(lines), is_cut=is_cut):
         what, ending = "the file holds JSON", "json"
     else:
         return
@@ -97,6 +98,23 @@ def _refuse_json(lines: list[str], path: Path) -> None:
         f"rename it to {quoted(Path(better))}; to train JSON as text, write each document as "
         '{"text": ...} in a .jsonl',
     )
+
+
+def _is_json(text: str, *, is_cut: bool) -> bool:
+    """Whether a text is an array of JSON objects or objects one after another, as far as it goes."""
+    text = text.strip()
+    if not _JSON_BEGINS.match(text):
+        return False
+    decoder, at = json.JSONDecoder(), 0
+    try:
+        while at < len(text):
+            _, at = decoder.raw_decode(text, at)
+            at = len(text) - len(text[at:].lstrip())
+    except json.JSONDecodeError as error:
+        return is_cut and (error.msg.startswith("Unterminated") or error.pos >= len(text) - LITERAL)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_object(line: str) -> bool:

@@ -47,8 +47,12 @@ def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | Sour
         FileError: a line exceeds the limit of a row.
     """
     for line, raw in raw_lines(stream, limits):
-        text = decoded(raw.rstrip(b"\r\n"), line)
-        if isinstance(text, SourceRow) or (text and not text.isspace()):
+        try:
+            text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield line, _not_utf8(line, error)
+            continue
+        if text and not text.isspace():
             yield line, text
 
 
@@ -57,5 +61,9 @@ def decoded(data: bytes, line: int) -> str | SourceRow:
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        return SourceRow(line, None, f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8")
+        return _not_utf8(line, error)
+
+
+def _not_utf8(line: int, error: UnicodeDecodeError) -> SourceRow:
+    byte = error.object[error.start]
+    return SourceRow(line, None, f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8")

@@ -42,26 +42,29 @@ class Reading:
         limits: what the file and its rows may grow to.
         documents: what one row of a `.txt` file is.
         columns: `(key, column)` of the config's `columns`.
-        bad_rows: the rows that may be left out.
+        bad_rows: the rows that may be left out, where `leaves_out`.
+        leaves_out: whether bad rows are left out; else they refuse their file.
         is_accepted: whether the file was accepted earlier, and is not judged again.
     """
 
     limits: Limits = DEFAULT_LIMITS
     documents: Documents = "line"
     columns: tuple[tuple[str, str], ...] = ()
-    bad_rows: BadRows = BadRows()
+    bad_rows: BadRows = BadRows(0.05, FEW)
+    leaves_out: bool = False
     is_accepted: bool = False
 
     @classmethod
     def of(cls, config: Config) -> Reading:
         """Return how a config says that files are read."""
-        bad = BadRows(config.bad_rows_share, FEW) if config.bad_rows == "drop" else BadRows()
-        return cls(Limits.of(config), config.text.documents, _pairs(config), bad)
+        bad = BadRows(config.bad_rows_share, FEW)
+        return cls(Limits.of(config), config.text.documents, _pairs(config), bad, leaves_out=config.bad_rows == "drop")
 
     @classmethod
     def of_accepted(cls, config: Config, bad_rows: int) -> Reading:
         """Return how a file is read again that was accepted without some of its rows."""
-        return cls(NO_LIMITS, config.text.documents, _pairs(config), BadRows(known=bad_rows), is_accepted=True)
+        known = BadRows(known=bad_rows)
+        return cls(NO_LIMITS, config.text.documents, _pairs(config), known, leaves_out=True, is_accepted=True)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that tokens depend on, without those that read rows as earlier releases did."""

@@ -41,6 +41,7 @@ class IntakeReport:
         problem_count: how many there are.
         unit: what `Problem.line` counts, "line" or "row".
         notes: how the file was read, where that is not plain from its rows.
+        way_out: how a refused file could be trained without its bad rows, "" where it cannot.
     """
 
     ok: bool
@@ -57,6 +58,7 @@ class IntakeReport:
     problem_count: int = 0
     unit: str = "line"
     notes: list[str] = field(default_factory=list[str])
+    way_out: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, as `rejected/` keeps it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -162,7 +162,8 @@ class _Intake:
         writer, problems = self._writer, self._problems
         if not problems.count and not writer.rows:
             self._refuse(None, self._nothing_left(), is_of_file=True)
-        is_ok = problems.may_be_left_out(self._reading.bad_rows, self._seen) and bool(writer.rows)
+        can_do_without = bool(writer.rows) and problems.may_be_left_out(self._reading.bad_rows, self._seen)
+        is_ok = not problems.count or (self._reading.leaves_out and can_do_without)
         return IntakeReport(
             ok=is_ok,
             rows=writer.rows,
@@ -178,6 +179,7 @@ class _Intake:
             problem_count=problems.count,
             unit=self._unit,
             notes=[*self._notes, *self._columns.notes],
+            way_out="" if is_ok or problems.of_file else self._way_out(can_do_without),
         )
 
     def _readable(self, source: SourceFile, sha256: str) -> Iterator[SourceRow]:
@@ -224,13 +226,15 @@ class _Intake:
     def _take(self, chunk: _Chunk, encodings: Future[list[Any]]) -> None:
         kept: list[PackedRow] = []
         lines: list[int] = []
-        for line, pieces in self._packed(chunk, encodings):
-            fitted = self._fitted(line, pieces)
-            kept += fitted
-            lines += [line] * len(fitted)
+        for line, text, packed, encoding in self._packed(chunk, encodings):
+            is_long = len(packed) > self._row_tokenizer.max_length
+            pieces = self._row_tokenizer.split(text, packed, encoding) if is_long else (packed,)
+            for piece in self._fitted(line, pieces):
+                kept.append(piece)
+                lines.append(line)
         self._writer.append(kept, lines)
 
-    def _fitted(self, line: int, pieces: list[PackedRow]) -> list[PackedRow]:
+    def _fitted(self, line: int, pieces: Sequence[PackedRow]) -> list[PackedRow]:
         """Apply the length policy to the pieces of a row, and count what is lost; return what is left."""
         try:
             fitted = [self._row_tokenizer.fit(piece) for piece in pieces]
@@ -238,42 +242,49 @@ class _Intake:
             self._refuse(line, error, is_of_file=isinstance(error, TooLong))
             return []
         kept = [one.packed for one in fitted if one.packed is not None]
+        if len(kept) == len(pieces) == 1 and not fitted[0].truncated:
+            return kept
         self._split += len(pieces) > 1
         self._truncated += sum(one.truncated for one in fitted)
         self._dropped += len(fitted) - len(kept)
         self._lost += sum(map(len, pieces)) - sum(map(len, kept))
         return kept
 
-    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterator[tuple[int, list[PackedRow]]]:
-        """Yield the line of each row of a chunk with the rows that it is to be trained as."""
-        texts = [text for _, text in chunk]
+    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterable[tuple[int, RowText, PackedRow, Any]]:
+        """Return the rows of a chunk with their lines, tokens and encodings."""
+        lines, texts = zip(*chunk, strict=True)
         try:
             made = encodings.result()
             packed = self._row_tokenizer.pack(texts, made)
-            pieces = [self._row_tokenizer.split(*row) for row in zip(texts, packed, made, strict=True)]
         except BaseException as error:
             refusal_of(error)
-            yield from self._packed_alone(chunk)
-            return
-        yield from zip([line for line, _ in chunk], pieces, strict=True)
+            return self._packed_alone(chunk)
+        return zip(lines, texts, packed, made, strict=True)
 
-    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, list[PackedRow]]]:
+    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, RowText, PackedRow, Any]]:
         """Tokenize the rows of a chunk one by one, to find those that the tokenizer fails on."""
         for line, text in chunk:
             self._stop()
             try:
                 (packed,) = self._row_tokenizer.encode([text])
-                pieces = self._row_tokenizer.split(text, packed)
             except BaseException as error:
                 self._refuse(line, error)
                 continue
-            yield line, pieces
+            yield line, text, packed, None
 
     def _refuse(self, line: int | None, error: BaseException, *, is_of_file: bool = False) -> None:
         """Note a problem of a row, or one that refuses the file; the one place that decides what is to blame."""
         if self._stop.raised is not None:
             raise self._stop.raised
         self._problems.add(line, refusal_of(error), is_of_file=is_of_file)
+
+    def _way_out(self, can_do_without: bool) -> str:
+        if can_do_without:
+            return "or have such rows left out: set bad_rows: drop"
+        if not self._reading.leaves_out or not self._writer.rows:
+            return ""
+        share = self._reading.bad_rows.share
+        return f"{self._problems.count} of {self._seen} rows are more than bad_rows_share: {share:g}; or raise that"
 
     def _nothing_left(self) -> FileError:
         if self._dropped:

@@ -90,7 +90,8 @@ class Settling:
         lengths["lost_tokens"] = report.lost_tokens
         self.ledger.move_file(
             row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
-            bad_rows=report.bad_rows, attempts=0, occurrence=occurrence, note="; ".join(report.notes) or None, **lengths,
+            bad_rows=report.bad_rows, attempts=0, occurrence=occurrence, note="; ".join(report.notes) or None,
+            **lengths,
         )  # fmt: skip
         words = Lengths(rows=report.rows, tokens=report.tokens, **lengths).words(None)
         notes = "".join(f"; {note}" for note in report.notes)
