@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from onward.config_lora import (
     RESIDUAL_INITS,
@@ -32,24 +32,54 @@ IDENTITY_KEYS = (
 )  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
-SECTIONS = ("lora", "notify")
+SECTIONS = ("lora", "text", "notify")
 """Keys that have keys of their own."""
 
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
     "compress_archive", "notify",
-    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
+    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
-LATER_KEYS = (*LATER_IDENTITY_KEYS,)
+LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents")
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
 
+ROW_KEYS = (
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "history",
+    "tools",
+)  # fmt: skip
+"""Keys of the row formats that `columns` may name a column for."""
+
+NEW_RUN = {"over_length": "auto", "text.documents": "auto"}
+"""What `init` and `adopt` write for these keys, unless told otherwise. Their defaults differ: a run of an earlier
+release whose config does not name them goes on reading files as it did."""
+
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
+
+
+def _check_columns(columns: dict[str, str]) -> dict[str, str]:
+    unknown = next((key for key in columns if key not in ROW_KEYS), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown!r} is no key of a row format; write {{KEY: COLUMN}} with {', '.join(ROW_KEYS)}")
+    twice = next((name for name in columns.values() if list(columns.values()).count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} is named for two keys")
+    return columns
+
+
+class TextConfig(Section):
+    """How a `.txt` file is read."""
+
+    documents: Literal["auto", "line", "blank", "file"] = Field(
+        default="line",
+        description="What one row of a .txt file is: a line, the lines between two blank ones, the whole file; `auto` "
+        "looks at the file and says what it took. `onward init` writes `auto`.",
+    )
 
 
 MICRO_BATCH_TOKENS = 8192
@@ -109,9 +139,25 @@ class Config(Section):
     max_length: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
         default=1024, description="Tokens of a row at most."
     )
-    over_length: Literal["truncate", "drop", "reject"] = Field(
+    over_length: Literal["auto", "truncate", "drop", "reject"] = Field(
         default="truncate",
-        description="What becomes of a longer row: cut at the end, left out, or the file is rejected.",
+        description="What becomes of a longer row: cut at the end, left out, or the file is rejected; `auto` splits "
+        "plain text into several rows, of which nothing is lost, and cuts others. `onward init` writes `auto`.",
+    )
+    columns: Annotated[dict[str, Annotated[str, Field(min_length=1)]], AfterValidator(_check_columns)] = Field(
+        default={},
+        description="Columns that are meant by keys of a row format: `{prompt: question, completion: answer}`.",
+    )
+    text: TextConfig = Field(default=TextConfig(), description="How a `.txt` file is read.")
+    bad_rows: Literal["reject", "drop"] = Field(
+        default="reject",
+        description="What becomes of a row that cannot be trained: the file is rejected, or the row is left out and "
+        "named.",
+    )
+    bad_rows_share: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, le=1.0, allow_inf_nan=False)] = Field(
+        default=0.05,
+        description="Share of a file's rows that `bad_rows: drop` may leave out; judged above 10 such rows, or where "
+        "they are half of the file.",
     )
     batch_size: Count = Field(default=8, description="Rows of one optimizer step.")
     gradient_accumulation: Literal["auto"] | Count = Field(
@@ -279,7 +325,10 @@ def acts(key: str) -> Acts:
     return "at once" if key.partition(".")[0] in OPERATION_KEYS else "at the next file"
 
 
-SECTION_FIELDS = {"lora": frozenset(LoraConfig.model_fields), "notify": frozenset(NotifyConfig.model_fields)}
+SECTION_FIELDS = {
+    name: frozenset(section.model_fields)
+    for name, section in (("lora", LoraConfig), ("text", TextConfig), ("notify", NotifyConfig))
+}
 
 
 def known_keys() -> list[str]:

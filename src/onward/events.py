@@ -23,7 +23,8 @@ class Resumed:
 class FileStarted:
     """A file's first step, or its next one after a stop, is about to be taken.
 
-    `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`.
+    `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`,
+    `lost_tokens` what went with that, of `tokens` that are left; `split` counts texts that became several rows.
     """
 
     name: str
@@ -35,6 +36,9 @@ class FileStarted:
     steps_done: int
     handover: str
     max_length: int | None = None
+    split: int = 0
+    tokens: int = 0
+    lost_tokens: int = 0
 
 
 @dataclass(frozen=True)

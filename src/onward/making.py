@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.config import Config
+from onward.config import NEW_RUN, Config
 from onward.config_text import parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
@@ -126,7 +126,7 @@ def open_ledger(layout: RunLayout) -> Ledger:
 
 def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
     if not layout.config.exists():
-        return parse_config(values)
+        return parse_config({**NEW_RUN, **values})
     if values:
         hint = "Leave the settings out to use it, or remove it."
         raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from onward.errors import ConfigError, printable_lines
 from onward.events import Committed, Event, FileDone, FileStarted, Observe, Resumed, StepTaken
+from onward.lengths import Lengths
 from onward.store.rows import EventRow
 from onward.terminal import is_interactive, say, show_line, tolerant
 from onward.text import printable
@@ -192,7 +193,8 @@ def describe(event: Event, log_steps: int = 1) -> str | None:
 
 
 def _describe_start(event: FileStarted) -> str:
-    long = over_length(event.rows, event.truncated, event.dropped, event.max_length)
+    lengths = Lengths(event.rows, event.truncated, event.dropped, event.split, event.tokens, event.lost_tokens)
+    long = lengths.words(event.max_length)
     done = f", {event.steps_done} done" if event.steps_done else ""
     return (
         f"file {event.position}: {printable(event.name)}, {event.rows} rows{long}, {event.steps} steps{done}"
@@ -207,23 +209,6 @@ def _describe_commit(event: Committed) -> str | None:
     removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
     kept = "weights, optimizer, scheduler, RNG"
     return f"committed checkpoint-{event.step} ({kept}){removed}; restore point {event.restore_point}"
-
-
-def over_length(rows: int, truncated: int, dropped: int, max_length: int | None) -> str:
-    """Say what became of rows longer than `max_length`; empty where there were none.
-
-    Args:
-        rows: the rows that are trained, cut ones included.
-    """
-    counts = [(count, word) for count, word in ((truncated, "cut"), (dropped, "dropped")) if count]
-    if not counts:
-        return ""
-    limit = f"max_length={max_length}" if max_length else "max_length"
-    words = " and ".join(
-        f"{count} of {rows + dropped} rows {word}" if place == 0 else f"{count} {word}"
-        for place, (count, word) in enumerate(counts)
-    )
-    return f" ({words} at {limit})"
 
 
 def duration(seconds: float) -> str:

@@ -123,16 +123,28 @@ class Run:
             self._settings = Settings(self.layout.config)
         return self._settings.read()
 
-    def add(self, *paths: PathLike, priority: str = "normal", again: bool = False) -> list[dict[str, Any]]:
+    def add(
+        self,
+        *paths: PathLike,
+        priority: str = "normal",
+        again: bool = False,
+        report: Callable[[str], None] = _silent,
+    ) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
+
+        Args:
+            report: receives a line for each row that was left out.
 
         Raises:
             FileRejected: a file was refused; its report is in `rejected/`.
         """
         require_priority(priority)
         with open_ledger(self.layout) as ledger:
-            opened = self._opened(ledger)
+            opened, seen = self._opened(ledger), ledger.last_event()
             taken = opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
+            for event in ledger.events_after(seen):
+                if event.kind == "left_out":
+                    report(event.message)
             return [asdict(row) for row in taken]
 
     def train(

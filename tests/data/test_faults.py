@@ -21,6 +21,7 @@ from tiny import byte_state, chat_rows, write_jsonl
 from onward.data.containers import SourceFile, check_readable
 from onward.data.faults import FileError, SourceChanged, refusal_of
 from onward.data.limits import DEFAULT_LIMITS, Limits
+from onward.data.reading import Reading
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import read_rows
 from onward.data.tokenize import IntakeReport, Problem, tokenize_file
@@ -60,7 +61,7 @@ VALID = {
 def intake(path: Path, limits: Limits = DEFAULT_LIMITS, **options: Any) -> IntakeReport:
     """Tokenize a file into a directory alongside it, which is removed again."""
     target = path.with_name("tokens")
-    report = tokenize_file(path, target, sha256_file(path), ROW_TOKENIZER, limits=limits, **options)
+    report = tokenize_file(path, target, sha256_file(path), ROW_TOKENIZER, reading=Reading(limits), **options)
     assert report.ok == target.exists()
     if report.ok:
         shutil.rmtree(target)

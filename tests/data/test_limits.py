@@ -14,6 +14,7 @@ from tiny import byte_state, write_jsonl
 from onward.config import Config
 from onward.config_text import parse_config
 from onward.data.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
+from onward.data.reading import Reading
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import FileError, read_rows
 from onward.data.tokenize import tokenize_file
@@ -29,6 +30,7 @@ from pathlib import Path
 import pyarrow
 from tiny import byte_state, write_jsonl
 from onward.data.limits import Limits
+from onward.data.reading import Reading
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import read_rows
 from onward.data.tokenize import tokenize_file
@@ -54,7 +56,7 @@ def intake(path):
 for small in sorted((folder / "small").iterdir()):
     assert intake(small)[1] == "", small
 grown = {path.name: intake(path) for path in sorted((folder / "bombs").iterdir())}
-rows = sum(1 for _ in read_rows(folder / "bombs" / "rows.parquet", Limits(ratio=1 << 40)))
+rows = sum(1 for _ in read_rows(folder / "bombs" / "rows.parquet", Reading(Limits(ratio=1 << 40))))
 arrow = pyarrow.default_memory_pool().max_memory() >> 20
 long = {count: intake(write_jsonl(folder / f"{count}.jsonl", [{"text": "x" * (1 << 20)}] * count)) for count in (1, 4)}
 print(json.dumps({"bombs": grown, "rows": rows, "arrow": arrow, "long": long}))
@@ -93,7 +95,7 @@ def smalls(directory: Path) -> None:
     parquet.write_table(pyarrow.table({"text": ["a"]}), directory / "a.parquet")
     for name, packed in {"a.jsonl": data, "b.json": data, "c.json.gz": gzip.compress(data)}.items():
         (directory / name).write_bytes(packed)
-    (directory / "d.txt.zst").write_bytes(zstandard.compress(data))
+    (directory / "d.txt.zst").write_bytes(zstandard.compress(b"a"))
 
 
 @pytest.mark.slow
@@ -133,7 +135,7 @@ def test_a_row_over_the_limit_is_named(tmp_path: Path, name: str, data: bytes, r
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(FileError) as refusal:
-        list(read_rows(path, Limits(row_bytes=1000)))
+        list(read_rows(path, Reading(Limits(row_bytes=1000))))
     assert (2, remedy) == (refusal.value.line, refusal.value.remedy)
 
 
@@ -143,9 +145,9 @@ def test_a_parquet_row_over_the_limit_is_named(tmp_path: Path) -> None:
     table = pyarrow.table({"text": pyarrow.array(texts), "list": [[{"a": "z", "b": None}]] * len(texts)})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2000)
     with pytest.raises(FileError) as refusal:
-        list(read_rows(tmp_path / "a.parquet", Limits(row_bytes=1000)))
+        list(read_rows(tmp_path / "a.parquet", Reading(Limits(row_bytes=1000))))
     assert (2503, "the row is larger than 1000 bytes") == (refusal.value.line, refusal.value.reason)
-    assert texts == [row.value["text"] for row in read_rows(tmp_path / "a.parquet", Limits(row_bytes=1200))]
+    assert texts == [row.value["text"] for row in read_rows(tmp_path / "a.parquet", Reading(Limits(row_bytes=1200)))]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.zst", "a.parquet"])
@@ -161,13 +163,13 @@ def test_what_a_file_may_unpack_to(tmp_path: Path, name: str) -> None:
             path.write_bytes(pack("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
         limits = Limits(ratio=2)
         if fits:
-            assert count == sum(1 for _ in read_rows(path, limits))
+            assert count == sum(1 for _ in read_rows(path, Reading(limits)))
         else:
             with pytest.raises(FileError, match="it unpacks to more than 2 times its size"):
-                list(read_rows(path, limits))
-        assert count == sum(1 for _ in read_rows(path, NO_LIMITS))
+                list(read_rows(path, Reading(limits)))
+        assert count == sum(1 for _ in read_rows(path, Reading(NO_LIMITS)))
         with pytest.raises(FileError, match="it unpacks to more than 9 MiB") as refusal:
-            list(read_rows(path, Limits(unpacked_bytes=9 * MIB)))
+            list(read_rows(path, Reading(Limits(unpacked_bytes=9 * MIB))))
         assert "split the file, or raise max_unpacked_mb" == refusal.value.remedy
 
 
@@ -180,7 +182,7 @@ def test_a_text_that_the_template_makes_too_long_is_a_problem_of_its_row(tmp_pat
         byte_state("{% for m in messages %}{{ '-' * 500 + m.content + eos_token }}{% endfor %}"), 200
     )
     limits = Limits(row_bytes=size)
-    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer, limits=limits)
+    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer, reading=Reading(limits))
     expected = [f"the text of the row is larger than {size} bytes", "text is empty"]
     assert expected == [problem.reason for problem in report.problems]
 

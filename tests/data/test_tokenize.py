@@ -236,7 +236,7 @@ def test_files_without_rows_or_readable_content(tmp_path: Path) -> None:
         "a.jsonl": (b"\n\n", "the file has no rows", "line"),
         "a.json": (b"[]", "the file has no rows", "row"),
         "b.json": (b'[{"text": "a"}', "not valid JSON: the array has no end", "row"),
-        "a.csv": (b"", "the ending of a.csv is not one that Onward reads", "line"),
+        "a.xml": (b"", "the ending of a.xml is not one that Onward reads", "line"),
     }
     for name, (data, reason, unit) in expected.items():
         (tmp_path / name).write_bytes(data)

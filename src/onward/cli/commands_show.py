@@ -60,7 +60,7 @@ def preview(
     as_json: JsonOption = False,
 ) -> None:
     """Show the rows of a file as the model would see them, what is trained marked; nothing is added."""
-    from onward.progress import duration, over_length
+    from onward.progress import duration
     from onward.views.preview import ROWS, lines_of, preview
 
     seen = preview(RunLayout(run), file, rows or (None if as_json else ROWS))
@@ -72,11 +72,13 @@ def preview(
         for row in seen.rows():
             for line in lines_of(row, report.unit, mark):
                 show_line(line)
-    long = over_length(report.rows, report.truncated, report.dropped, seen.max_length)
+    long = report.lengths.words(seen.max_length)
+    notes = "".join(f"; {printable(note)}" for note in report.notes)
     share = f"{report.tokens} tokens, {report.target_tokens} of them trained"
     time = f", about {duration(seen.seconds)} at the last pace" if seen.seconds is not None else ""
     say(
-        f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; {seen.steps} steps{time}"
+        f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; "
+        f"{seen.steps} steps{time}{notes}"
     )
 
 

@@ -14,6 +14,9 @@ from onward.cli.output import say_stopped, show
 from onward.terminal import say
 from onward.text import printable, quoted
 
+_COUNTS = ("tokens", "truncated", "dropped", "split", "lost_tokens")
+"""What is counted of a file's rows and their lengths."""
+
 
 def train(
     files: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="Training files, in order.")] = None,
@@ -54,22 +57,17 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check files and put them in the stream."""
-    from onward.progress import over_length
+    from onward.lengths import Lengths
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
-    accepted = opened.add(*files, priority=priority, again=again)
+    accepted = opened.add(*files, priority=priority, again=again, report=say)
     max_length = opened.config.max_length
     if as_json:
-        show(
-            [
-                {key: row[key] for key in ("name", "sha256", "rows", "tokens", "truncated", "dropped")}
-                for row in accepted
-            ]
-        )
+        show([{key: row[key] for key in ("name", "sha256", "rows", *_COUNTS, "bad_rows", "note")} for row in accepted])
     for row in accepted:
-        long = over_length(row["rows"], row["truncated"], row["dropped"], max_length)
-        note = f"; {row['note']}" if row["note"] else ""
+        long = Lengths(row["rows"], **{name: row[name] for name in _COUNTS}).words(max_length)
+        note = f"; {printable(row['note'])}" if row["note"] else ""
         say(f"accepted {printable(row['name'])}: {row['rows']} rows{long}, {row['tokens']} tokens{note}")
     if len(accepted) < len(files):
         count = len(files) - len(accepted)

@@ -1,32 +1,29 @@
-"""Training files as streams of bytes: opened once, hashed as they are read, gzip and zstandard taken off."""
+"""Training files as streams of bytes: opened once, hashed as they are read, compression and archives taken off."""
 
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import io
 import os
 import stat
-import zlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import zstandard
-
+from onward.data.archives import member_of
+from onward.data.compression import DAMAGE, decompressed
+from onward.data.content import require_content
 from onward.data.faults import FileError, SourceChanged, is_of_machine
+from onward.data.formats import ARCHIVE, file_format
 from onward.data.limits import Limits
 from onward.text import quoted
 
-COMPRESSIONS = ("gz", "zst")
-MAGIC = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"PK\x03\x04": "zip"}
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-ZSTD_INPUT = 1024  # compressed bytes at a time: bounds what one read can unpack to
 BUFFER = 1 << 18
 
-__all__ = ["COMPRESSIONS", "FileError", "SourceChanged", "SourceFile", "check_readable", "open_bytes"]
+__all__ = ["FileError", "SourceChanged", "SourceFile", "check_readable", "open_bytes"]
 
 
 def check_readable(path: Path) -> None:
@@ -52,6 +49,10 @@ class SourceFile(io.RawIOBase):
         path: the file.
         links: whether a symbolic link is followed.
 
+    Attributes:
+        form: its format by its name, and once an archive was opened that of the file in it.
+        notes: what a person should know of how it was read.
+
     Raises:
         FileError: it is missing, a link that is not followed, a directory, a special file, or not readable.
         OSError: the machine cannot open it.
@@ -60,6 +61,8 @@ class SourceFile(io.RawIOBase):
     def __init__(self, path: Path, *, links: bool = False) -> None:
         super().__init__()
         self.path = path
+        self.form = file_format(path)
+        self.notes: list[str] = []
         self.taken = 0
         self._digest = hashlib.sha256()
         self._unpacked_digest: Any = None
@@ -126,34 +129,48 @@ class SourceFile(io.RawIOBase):
 
 
 @contextmanager
-def open_bytes(
-    source: SourceFile, compression: str | None, limits: Limits, stop: Callable[[], None]
-) -> Generator[BinaryIO]:
-    """Open the uncompressed bytes of a text file; damage found while the block reads them becomes a `FileError`.
+def open_bytes(source: SourceFile, limits: Limits, stop: Callable[[], None]) -> Generator[BinaryIO]:
+    """Open the uncompressed bytes of a file; damage found while the block reads them becomes a `FileError`.
+
+    What an archive holds becomes the format of `source`.
 
     Args:
         stop: called for every buffer that is read; may raise.
 
     Raises:
-        FileError: the content is not what the ending says, is UTF-16, is damaged, or exceeds a limit once unpacked.
+        FileError: the content is not what the ending says, is damaged, or exceeds a limit once unpacked.
         OSError: the machine cannot read it.
     """
-    raw = io.BufferedReader(source, BUFFER)
+    raw: Any = io.BufferedReader(source, BUFFER)
+    is_archive = source.form == ARCHIVE
     try:
-        _check_compression(raw, compression)
-        unpacked = _decompressed(raw, compression)
-        stream: BinaryIO = io.BufferedReader(_Counted(unpacked, source, limits, stop, compression), BUFFER)
-        _check_text(stream, source.path)
-        yield stream
+        require_content(raw.peek(16)[:16], source.form, source.fileno(), source.path)
+        packed: Any = raw
+        if is_archive:
+            source.form, packed = member_of(source.fileno())
+            require_content(packed.peek(16)[:16], source.form, None, source.path)
+        compression = source.form.partition(".")[2] or None
+        size = source.size
+        count = (lambda: size) if is_archive else (lambda: source.taken) if compression else None
+        counted = _Counted(decompressed(packed, compression), source, limits, stop, count)
+        yield io.BufferedReader(counted, BUFFER)
     except EOFError:
         raise FileError("the compressed file is cut off", "copy or download it again") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise FileError(f"the compressed file is damaged ({error})", "copy or download it again") from None
+    except DAMAGE as error:
+        raise _damage(error) from None
     except OSError as error:
+        if error.errno is None and source.form.endswith((".bz2", ARCHIVE)):
+            raise _damage(error) from None
         raise _refusal(error, source.path) from None
     finally:
         if not raw.closed:
             raw.detach()  # otherwise it closes the source when it is collected
+
+
+def _damage(error: BaseException) -> FileError:
+    if "memory usage limit" in str(error).lower():
+        return FileError("unpacking it takes more memory than xz -9 does", "unpack it, and compress it with xz -9")
+    return FileError(f"the compressed file is damaged ({error})", "copy or download it again")
 
 
 def _check_kind(mode: int) -> None:
@@ -178,16 +195,12 @@ def _refusal(error: OSError, path: Path) -> Exception:
     return FileError(f"cannot be read: {error.strerror or error}", f"check it with: ls -l {quoted(path)}")
 
 
-def _check_compression(raw: Any, compression: str | None) -> None:
-    head = raw.peek(4)[:4]
-    found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
-    if found is not None and found != compression:
-        raise FileError(f"the content is {found}, but the name does not say so", f"rename it to end in .{found}")
-    if compression is not None and found is None and head:
-        raise FileError(f"the content is not {compression}, but the name says so", f"rename it without .{compression}")
+def require_text(stream: Any, path: Path) -> None:
+    """Refuse content that does not begin as UTF-8 text does.
 
-
-def _check_text(stream: Any, path: Path) -> None:
+    Raises:
+        FileError: it looks like UTF-16 or like a binary file.
+    """
     head = stream.peek(64)[:64]
     if head.startswith(UTF16_MARKS) or b"\x00" in head:
         raise FileError(
@@ -197,26 +210,22 @@ def _check_text(stream: Any, path: Path) -> None:
         )
 
 
-def _decompressed(raw: Any, compression: str | None) -> Any:
-    if compression == "gz":
-        return gzip.GzipFile(fileobj=raw)
-    if compression == "zst":
-        return _ZstdStream(raw)
-    return raw
-
-
 class _Counted(io.RawIOBase):
-    """Counts what a file unpacks to, while it does, and polls for a stop."""
+    """Counts what a file unpacks to, while it does, and polls for a stop.
+
+    Args:
+        packed: returns the bytes that were unpacked so far; None where nothing is.
+    """
 
     def __init__(
-        self, inner: Any, source: SourceFile, limits: Limits, stop: Callable[[], None], compression: str | None
+        self, inner: Any, source: SourceFile, limits: Limits, stop: Callable[[], None], packed: Callable[[], int] | None
     ) -> None:
         super().__init__()
         self._inner = inner
-        self._source = source
         self._limits = limits
         self._stop = stop
-        self._digest = hashlib.sha256() if compression else None
+        self._packed = packed
+        self._digest = hashlib.sha256() if packed else None
         self._count = 0
         if self._digest is not None:
             source.unpacks_to(self._digest)
@@ -227,46 +236,8 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         self._stop()
         count: int = self._inner.readinto(buffer)
-        if self._digest is not None:
+        if self._digest is not None and self._packed is not None:
             self._digest.update(memoryview(buffer)[:count])
             self._count += count
-            self._limits.check_unpacked(self._count, self._source.taken)
+            self._limits.check_unpacked(self._count, self._packed())
         return count
-
-
-class _ZstdStream(io.RawIOBase):
-    """The content of one or more zstandard frames; unlike `zstandard.stream_reader` it notices a missing end."""
-
-    def __init__(self, raw: Any) -> None:
-        super().__init__()
-        self._raw = raw
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            if not self._advance():
-                return 0
-        count = min(len(buffer), len(self._output))
-        buffer[:count] = self._output[:count]
-        self._output = self._output[count:]
-        return count
-
-    def _advance(self) -> bool:
-        data = self._input or self._raw.read(ZSTD_INPUT)
-        if not data:
-            if self._frame is not None:
-                raise EOFError
-            return False
-        self._frame = self._frame or self._new_frame()
-        self._output = memoryview(self._frame.decompress(data))
-        self._input = b""
-        if self._frame.eof:
-            self._input = self._frame.unused_data
-            self._frame = None
-        return True

@@ -7,7 +7,6 @@ then row by row in batches that are known to fit.
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,14 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onward.data.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes
 from onward.data.containers import SourceFile
 from onward.data.faults import FileError, described, is_of_machine
-from onward.data.limits import VALUE_BYTES, Limits
-from onward.data.records import UnreadableValue
+from onward.data.limits import Limits
 from onward.text import printable
 
-BATCH_ROWS = 1024
-BATCH_BYTES = 8 << 20
 READ_BUFFER = 1 << 18
 TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")
 """Logical types of columns whose dictionaries Arrow can leave as they are."""
@@ -92,9 +89,8 @@ class _Reader:
         row = 0
         for group in range(self._metadata.num_row_groups):
             sizes = self._row_sizes(group, row)
-            for batch in self._batches(self._plain, group, _batch_rows(sizes)):
-                columns = [_values(column) for column in batch.columns]
-                for values in zip(*columns, strict=True):
+            for batch in self._batches(self._plain, group, batch_rows(sizes)):
+                for values in batch_values(batch):
                     row += 1
                     yield dict(zip(self._names, values, strict=True))
 
@@ -111,7 +107,7 @@ class _Reader:
         batch_rows = min(max(BATCH_BYTES * count // max(stated, 1), 1), BATCH_ROWS)
         row = before
         for batch in self._batches(self._coded, group, batch_rows):
-            sizes.append(sum((_sizes(column) for column in batch.columns), np.zeros(len(batch), dtype=np.int64)))
+            sizes.append(row_sizes(batch))
             over = np.flatnonzero(sizes[-1] > self._limits.row_bytes)
             if len(over):
                 raise self._limits.row_refusal("the row", row + int(over[0]) + 1)
@@ -133,66 +129,3 @@ class _Reader:
     def _batches(self, reader: Any, group: int, rows: int) -> Iterator[Any]:
         # one thread: two would share the place in the file
         return reader.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
-
-
-def _batch_rows(sizes: NDArray[np.int64]) -> int:
-    """Return how many rows a batch may have so that none is over `BATCH_BYTES`, or 1."""
-    rows = BATCH_ROWS
-    while rows > 1 and len(sizes) and np.add.reduceat(sizes, np.arange(0, len(sizes), rows)).max() > BATCH_BYTES:
-        rows //= 2
-    return rows
-
-
-def _values(column: Any) -> list[Any]:
-    try:
-        return column.to_pylist()
-    except Exception as error:  # text that is not UTF-8, nanoseconds, two fields of one name
-        if is_of_machine(error):
-            raise
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except Exception as error:
-        if is_of_machine(error):
-            raise
-        return UnreadableValue(described(error))
-
-
-def _sizes(array: Any) -> NDArray[np.int64]:
-    """Return the bytes that each element of an Arrow array takes as text, plus what each value counts."""
-    from pyarrow import types
-
-    compute: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
-    kind = array.type
-    own = np.full(len(array), VALUE_BYTES, dtype=np.int64)
-    if types.is_dictionary(kind):
-        values = np.append(_sizes(array.dictionary), VALUE_BYTES)
-        return values[compute.fill_null(array.indices, len(values) - 1).to_numpy(zero_copy_only=False)]
-    if types.is_struct(kind):
-        return sum((_sizes(field) for field in array.flatten()), own)
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_map(kind):
-        ends = np.append(0, np.cumsum(_items(array)))[array.offsets.to_numpy()]
-        return own + np.diff(ends)
-    if types.is_fixed_size_list(kind):
-        ends = np.append(0, np.cumsum(_sizes(array.values)))
-        first = np.arange(len(array)) + array.offset
-        return own + ends[(first + 1) * kind.list_size] - ends[first * kind.list_size]
-    if hasattr(array, "storage"):
-        return _sizes(array.storage)
-    if types.is_fixed_size_binary(kind):
-        return own + kind.byte_width
-    if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind):
-        return own + compute.fill_null(compute.binary_length(array), 0).to_numpy(zero_copy_only=False)
-    return own
-
-
-def _items(array: Any) -> NDArray[np.int64]:
-    """Return the sizes of all items that the lists of an array are cut from."""
-    from pyarrow import types
-
-    if types.is_map(array.type):
-        return _sizes(array.keys) + _sizes(array.items)
-    return _sizes(array.values)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onward.data.row_types import Chat, Record, RowError, Text
+from onward.data.splitting import LEAST, cuts, places_of_bytes, places_of_ranges
 from onward.data.template import ChatTemplate, RowText
 from onward.data.tiling import byte_lengths, pack_tiled
-from onward.data.tokenized import FORMAT, PackedRow, pack
+from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, pack
 from onward.data.tokenizer import TokenizerState
 from onward.data.turns import Span
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
-OverLength: TypeAlias = Literal["truncate", "drop", "reject"]
+OverLength: TypeAlias = Literal["auto", "truncate", "drop", "reject"]
+
+
+class TooLong(RowError):
+    """A row that is too long, where the policy is to refuse its file."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class RowTokenizer:
     Args:
         state: the tokenizer; it must have an end token.
         max_length: tokens that a row may have.
-        over_length: what happens to longer rows: cut their end off, leave them out, or refuse them.
+        over_length: what happens to longer rows: cut their end off, leave them out, or refuse them; `auto` splits texts
+            into several rows and cuts others.
 
     Raises:
         ModelError: the tokenizer has no end token, or its chat template is not valid Jinja.
@@ -121,19 +128,51 @@ class RowTokenizer:
         """Apply the length policy to one row.
 
         Raises:
-            RowError: the row is too long and the policy is to refuse it.
+            TooLong: the row is too long and the policy is to refuse it.
         """
         if len(packed) <= self.max_length:
             return Fitted(packed)
         if self.over_length == "reject":
-            raise RowError(
+            raise TooLong(
                 f"the row has {len(packed)} tokens, more than max_length = {self.max_length}",
-                "shorten the row, raise max_length, or set over_length to truncate or drop",
+                "shorten the row, raise max_length, or set over_length to auto, truncate or drop",
             )
         kept = packed[: self.max_length]
         if self.over_length == "drop" or not np.any(kept >> 31):
             return Fitted(None)
         return Fitted(kept, truncated=True)
+
+    def split(self, row: RowText, packed: PackedRow, encoding: Any = None) -> list[PackedRow]:
+        """Return the rows that a row is to be trained as: several where it is a text that is too long, else itself.
+
+        Laid end to end they are the row, but that each begins with the tokens that the tokenizer begins any text with.
+        Each token is a target as it was, but for the first one of a piece, which nothing predicts.
+
+        Args:
+            packed: all tokens of `row`.
+            encoding: what `tokenize` returned for it, if that is at hand.
+        """
+        if self.over_length != "auto" or len(packed) <= self.max_length or not _is_text(row):
+            return [packed]
+        begin, places = self._places(row, packed, encoding)
+        room = self.max_length - begin
+        if room < 2 * LEAST:
+            return [packed]
+        first, *others = np.split(packed, [begin + cut for cut in cuts(row.text, places, room)])
+        return [first, *(_continued(packed[:begin], piece) for piece in others)]
+
+    def _places(self, row: RowText, packed: PackedRow, encoding: Any) -> tuple[int, NDArray[np.int64]]:
+        """Return how many tokens stand before the text of a row, and where in the text each of the others starts."""
+        end = len(row.text)  # where the end token stands
+        if self._lengths is not None:
+            places = places_of_bytes(row.text, self._lengths[packed[:-1] & ~TARGET_BIT])
+            if places is not None:
+                return 0, np.append(places, end)
+            encoding = None
+        encoding = encoding or self._backend.encode(row.text, add_special_tokens=True)
+        begin = sum(1 for _ in takewhile(bool, encoding.special_tokens_mask))
+        ranges = np.array(encoding.offsets[begin : len(packed) - 1], dtype=np.int64).reshape(-1, 2)
+        return begin, np.append(places_of_ranges(row.text, ranges), end)
 
     def _tokens(self, row: RowText, encoding: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the ids of a row, shape (T,), and their character ranges, laid end to end, shape (2 * T,).
@@ -163,6 +202,18 @@ def _start_token(state: TokenizerState) -> str:
     return token if token and added[:1] == [state.bos_id] else ""
 
 
+def _is_text(row: RowText) -> bool:
+    """Return whether a row is plain text, all of it to be trained."""
+    return not row.closed and row.spans == [(0, len(row.text) + 1)]
+
+
+def _continued(begin: PackedRow, piece: PackedRow) -> PackedRow:
+    """Return a later piece of a text as a row that begins as any text does."""
+    if len(begin):
+        return np.concatenate((begin, piece))
+    return np.append(piece[:1] & ~TARGET_BIT, piece[1:])
+
+
 def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for every token of every row, laid end to end, whether it is a target.
 
@@ -186,6 +237,17 @@ def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArr
     return targets
 
 
-def cache_key(sha256: str, tokenizer_fingerprint: str, max_length: int, over_length: OverLength) -> str:
-    """Return the name under which the tokens of a file are kept: equal keys mean equal tokens and targets."""
-    return sha256_json([FORMAT, sha256, tokenizer_fingerprint, max_length, over_length])
+def cache_key(
+    sha256: str,
+    tokenizer_fingerprint: str,
+    max_length: int,
+    over_length: OverLength,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """Return the name under which the tokens of a file are kept: equal keys mean equal tokens and targets.
+
+    Args:
+        settings: how the file is read, as `Reading.settings` returns it.
+    """
+    added = [dict(settings)] if settings else []
+    return sha256_json([FORMAT, sha256, tokenizer_fingerprint, max_length, over_length, *added])

@@ -2,80 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from onward.data.columns import Columns
 from onward.data.containers import SourceFile
 from onward.data.faults import FileError, SourceChanged, refusal_of
-from onward.data.limits import DEFAULT_LIMITS, Limits
+from onward.data.formats import SEEKS, TABLE_FORMATS, format_of, unit_of
+from onward.data.limits import Limits
+from onward.data.lines import SourceRow
+from onward.data.reading import Reading
 from onward.data.records import RowError, parse_record
-from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, cache_key
-from onward.data.sources import SourceRow, file_format, row_unit, rows_of
+from onward.data.report import PROBLEMS_SHOWN, IgnoredKeys, IntakeReport, Problem, Problems
+from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, TooLong, cache_key
+from onward.data.sources import rows_of
 from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
-PROBLEMS_SHOWN = 20
-IGNORED_COUNTED = 100
-"""Different keys that are counted: rows may have keys of their own."""
-
-PADDED_FORMATS = ("parquet", "arrow")
-"""Formats whose rows all have the same fields, null where a row has none."""
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
 
 __all__ = [
-    "IntakeReport", "Limits", "OverLength", "Problem", "Row", "RowTokenizer", "SourceChanged", "TokenizedFile",
-    "cache_key", "check_rows", "tokenize_file",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a file is refused: the line (or row) concerned, None for the whole file, and what to do about it."""
-
-    line: int | None
-    reason: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class IntakeReport:
-    """The outcome of reading one file.
-
-    Args:
-        ok: whether the file was tokenized and published.
-        rows: rows that will be trained on.
-        tokens: tokens in them.
-        target_tokens: tokens that the loss covers.
-        truncated: rows whose end was cut off at `max_length`.
-        dropped: rows left out because they are too long.
-        longest: tokens of the longest row kept.
-        problems: the first problems, at most 20.
-        problem_count: how many there are.
-        unit: what `Problem.line` counts, "line" or "row".
-        ignored: keys of rows and messages that nothing read, with the number of rows that have them.
-    """
-
-    ok: bool
-    rows: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    longest: int = 0
-    problems: list[Problem] = field(default_factory=list[Problem])
-    problem_count: int = 0
-    unit: str = "line"
-    ignored: dict[str, int] = field(default_factory=dict[str, int])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, as `rejected/` keeps it."""
-        return asdict(self)
+    "PROBLEMS_SHOWN",
+    "IntakeReport",
+    "Limits",
+    "OverLength",
+    "Problem",
+    "Reading",
+    "Row",
+    "RowTokenizer",
+    "SourceChanged",
+    "TokenizedFile",
+    "cache_key",
+    "check_rows",
+    "tokenize_file",
+]
 
 
 def tokenize_file(
@@ -85,7 +50,7 @@ def tokenize_file(
     row_tokenizer: RowTokenizer,
     *,
     stop: Callable[[], None] = lambda: None,
-    limits: Limits = DEFAULT_LIMITS,
+    reading: Reading | None = None,
 ) -> IntakeReport:
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
 
@@ -98,7 +63,7 @@ def tokenize_file(
         sha256: the hash of the file's bytes, or of what they unpack to; kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
         stop: called for every row, good or bad; may raise to give up, and then nothing is left behind.
-        limits: what the file and its rows may grow to.
+        reading: how the file is read, and what may be wrong with it.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -110,14 +75,16 @@ def tokenize_file(
         raise FileExistsError(directory)
     writer = TokenizedWriter(directory)
     try:
-        intake = _Intake(row_tokenizer, writer, limits, _Stop(stop))
+        intake = _Intake(row_tokenizer, writer, reading or Reading(), _Stop(stop))
         intake.read(source, sha256)
-        report = intake.report(_unit(source))
+        report = intake.report()
         if report.ok:
             writer.publish(
                 {
                     "truncated": report.truncated,
                     "dropped": report.dropped,
+                    "split": report.split,
+                    "lost_tokens": report.lost_tokens,
                     "unit": report.unit,
                     "source_sha256": sha256,
                     "tokenizer": row_tokenizer.fingerprint,
@@ -136,7 +103,7 @@ def check_rows(
     seen: Callable[[int, Fitted], None],
     *,
     stop: Callable[[], None] = lambda: None,
-    limits: Limits = DEFAULT_LIMITS,
+    reading: Reading | None = None,
 ) -> IntakeReport:
     """Check every row of `source` as `tokenize_file` does, which has the same arguments and errors; write nothing.
 
@@ -145,9 +112,9 @@ def check_rows(
     Args:
         seen: receives the line and the tokens of every row that is not refused, in order.
     """
-    intake = _Intake(row_tokenizer, RowCount(), limits, _Stop(stop), seen)
+    intake = _Intake(row_tokenizer, RowCount(), reading or Reading(), _Stop(stop), seen)
     intake.read(source, None)
-    return intake.report(_unit(source))
+    return intake.report()
 
 
 class _Stop:
@@ -166,25 +133,28 @@ class _Stop:
 
 
 class _Intake:
-    """The counts and problems of one file while it is read; `seen` receives its rows."""
+    """The counts and problems of one file while it is read; `show` receives its rows."""
 
     def __init__(
         self,
         row_tokenizer: RowTokenizer,
         writer: RowCount,
-        limits: Limits,
+        reading: Reading,
         stop: _Stop,
-        seen: Callable[[int, Fitted], None] = lambda *_: None,
+        show: Callable[[int, Fitted], None] = lambda *_: None,
     ) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
-        self._limits = limits
+        self._reading = reading
         self._stop = stop
-        self._seen = seen
-        self._problems: list[Problem] = []
-        self._problem_count = self._truncated = self._dropped = 0
-        self._ignored: dict[str, int] = {}
-        self._padded = False
+        self._show = show
+        self._columns = Columns(reading.columns)
+        self._ignored = IgnoredKeys()
+        self._problems = Problems()
+        self._notes: list[str] = []
+        self._unit = "line"
+        self._is_table = False
+        self._seen = self._truncated = self._dropped = self._split = self._lost = 0
 
     def read(self, path: Path, sha256: str | None) -> None:
         """Tokenize a file and compare what was read with its hash; without one, links are followed.
@@ -193,13 +163,17 @@ class _Intake:
             SourceChanged: it is not the file that has this hash.
         """
         try:
-            self._padded = file_format(path) in PADDED_FORMATS
             source = SourceFile(path, links=sha256 is None)
         except FileError as error:
-            self._refuse(None, error)
+            form = format_of(path.name)
+            self._unit = unit_of(form) if form else "line"
+            self._refuse(None, error, is_of_file=True)
             return
         with source:
+            self._is_table = source.form in TABLE_FORMATS
             self._tokenize(_chunks(self._prepared(self._readable(source, sha256))))
+            self._unit = unit_of(source.form)
+            self._notes = source.notes
 
     def _tokenize(self, chunks: Iterable[_Chunk]) -> None:
         """Take chunks in; one is tokenized in another thread while the next is read and the last written."""
@@ -216,39 +190,46 @@ class _Intake:
             if ahead is not None:
                 self._take(*ahead)
 
-    def report(self, unit: str) -> IntakeReport:
-        if not self._problem_count and not self._writer.rows:
-            self._refuse(None, self._nothing_left())
-        writer = self._writer
+    def report(self) -> IntakeReport:
+        writer, problems = self._writer, self._problems
+        if not problems.count and not writer.rows:
+            self._refuse(None, self._nothing_left(), is_of_file=True)
+        can_do_without = bool(writer.rows) and problems.may_be_left_out(self._reading.bad_rows, self._seen)
+        is_ok = not problems.count or (self._reading.leaves_out and can_do_without)
         return IntakeReport(
-            ok=not self._problem_count,
+            ok=is_ok,
             rows=writer.rows,
             tokens=writer.tokens,
             target_tokens=writer.target_tokens,
             truncated=self._truncated,
             dropped=self._dropped,
+            split=self._split,
+            lost_tokens=self._lost,
+            bad_rows=problems.count if is_ok else 0,
             longest=writer.longest,
-            problems=self._problems,
-            problem_count=self._problem_count,
-            unit=unit,
-            ignored=self._ignored,
+            problems=problems.first,
+            problem_count=problems.count,
+            unit=self._unit,
+            notes=[*self._notes, *self._columns.notes, *self._ignored.notes],
+            way_out="" if is_ok or problems.of_file else self._way_out(can_do_without),
         )
 
     def _readable(self, source: SourceFile, sha256: str | None) -> Iterator[SourceRow]:
         """Yield the rows of a file as far as it can be read, then compare all of its bytes with its hash."""
-        is_read_in_order = file_format(source.path) != "parquet"
+        is_read_in_order = source.form not in SEEKS
         if sha256 is not None and not is_read_in_order:
             source.check_read(sha256, self._stop)
+            source.rewind()
         line = 0
         try:
-            for row in rows_of(source, self._limits, self._stop):
+            for row in rows_of(source, self._reading, self._stop):
                 line = row.line
                 yield row
         except GeneratorExit:  # the reader of the rows stopped early
             raise
         except BaseException as error:
             known = isinstance(error, FileError)
-            self._refuse(error.line if known else line + 1, error)
+            self._refuse(error.line if known else line + 1, error, is_of_file=True)
         if sha256 is None:
             return
         if not is_read_in_order:
@@ -258,6 +239,7 @@ class _Intake:
     def _prepared(self, rows: Iterable[SourceRow]) -> Iterator[tuple[int, RowText]]:
         for row in rows:
             self._stop()
+            self._seen += 1
             try:
                 text = self._prepare(row)
             except BaseException as error:
@@ -268,43 +250,56 @@ class _Intake:
     def _prepare(self, row: SourceRow) -> RowText:
         if row.problem is not None:
             raise RowError(row.problem, row.remedy or "")
-        prepared = self._row_tokenizer.prepare(parse_record(row.value, padded=self._padded))
-        for key in prepared.ignored:
-            if key in self._ignored or len(self._ignored) < IGNORED_COUNTED:
-                self._ignored[key] = self._ignored.get(key, 0) + 1
+        record = parse_record(self._columns.mapped(row.value), padded=self._is_table)
+        prepared = self._row_tokenizer.prepare(record)
+        self._ignored.add(prepared.ignored)
         longest_character = 4  # bytes in UTF-8
-        limit = self._limits.row_bytes
-        if len(prepared.text) * longest_character > limit and len(prepared.text.encode()) > limit:
-            raise self._limits.row_refusal("the text of the row")
+        limits = self._reading.limits
+        if len(prepared.text) * longest_character > limits.row_bytes < len(prepared.text.encode()):
+            raise limits.row_refusal("the text of the row")
         return prepared
 
     def _take(self, chunk: _Chunk, encodings: Future[list[Any]]) -> None:
         kept: list[PackedRow] = []
         lines: list[int] = []
-        for line, packed in self._packed(chunk, encodings):
-            try:
-                fitted = self._row_tokenizer.fit(packed)
-            except RowError as error:
-                self._refuse(line, error)
-                continue
-            self._seen(line, fitted)
-            self._truncated += fitted.truncated
-            if fitted.packed is None:
-                self._dropped += 1
-                continue
-            kept.append(fitted.packed)
-            lines.append(line)
+        for line, text, packed, encoding in self._packed(chunk, encodings):
+            is_long = len(packed) > self._row_tokenizer.max_length
+            pieces = self._row_tokenizer.split(text, packed, encoding) if is_long else (packed,)
+            for piece in self._fitted(line, pieces):
+                kept.append(piece)
+                lines.append(line)
         self._writer.append(kept, lines)
 
-    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterable[tuple[int, PackedRow]]:
+    def _fitted(self, line: int, pieces: Sequence[PackedRow]) -> list[PackedRow]:
+        """Apply the length policy to the pieces of a row, and count what is lost; return what is left."""
         try:
-            packed = self._row_tokenizer.pack([text for _, text in chunk], encodings.result())
+            fitted = [self._row_tokenizer.fit(piece) for piece in pieces]
+        except RowError as error:
+            self._refuse(line, error, is_of_file=isinstance(error, TooLong))
+            return []
+        for one in fitted:
+            self._show(line, one)
+        kept = [one.packed for one in fitted if one.packed is not None]
+        if len(kept) == len(pieces) == 1 and not fitted[0].truncated:
+            return kept
+        self._split += len(pieces) > 1
+        self._truncated += sum(one.truncated for one in fitted)
+        self._dropped += len(fitted) - len(kept)
+        self._lost += sum(map(len, pieces)) - sum(map(len, kept))
+        return kept
+
+    def _packed(self, chunk: _Chunk, encodings: Future[list[Any]]) -> Iterable[tuple[int, RowText, PackedRow, Any]]:
+        """Return the rows of a chunk with their lines, tokens and encodings."""
+        lines, texts = zip(*chunk, strict=True)
+        try:
+            made = encodings.result()
+            packed = self._row_tokenizer.pack(texts, made)
         except BaseException as error:
             refusal_of(error)
             return self._packed_alone(chunk)
-        return zip([line for line, _ in chunk], packed, strict=True)
+        return zip(lines, texts, packed, made, strict=True)
 
-    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, PackedRow]]:
+    def _packed_alone(self, chunk: _Chunk) -> Iterator[tuple[int, RowText, PackedRow, Any]]:
         """Tokenize the rows of a chunk one by one, to find those that the tokenizer fails on."""
         for line, text in chunk:
             self._stop()
@@ -313,17 +308,21 @@ class _Intake:
             except BaseException as error:
                 self._refuse(line, error)
                 continue
-            yield line, packed
+            yield line, text, packed, None
 
-    def _refuse(self, line: int | None, error: BaseException) -> None:
-        """Note why the file is refused; the one place that decides what a file is to blame for."""
+    def _refuse(self, line: int | None, error: BaseException, *, is_of_file: bool = False) -> None:
+        """Note a problem of a row, or one that refuses the file; the one place that decides what is to blame."""
         if self._stop.raised is not None:
             raise self._stop.raised
-        refusal = refusal_of(error)
-        self._problem_count += 1
-        self._problems = sorted(
-            [*self._problems, Problem(line, refusal.reason, refusal.remedy)], key=lambda problem: problem.line or 0
-        )[:PROBLEMS_SHOWN]
+        self._problems.add(line, refusal_of(error), is_of_file=is_of_file)
+
+    def _way_out(self, can_do_without: bool) -> str:
+        if can_do_without:
+            return "or have such rows left out: set bad_rows: drop"
+        if not self._reading.leaves_out or not self._writer.rows:
+            return ""
+        share = self._reading.bad_rows.share
+        return f"{self._problems.count} of {self._seen} rows are more than bad_rows_share: {share:g}; or raise that"
 
     def _nothing_left(self) -> FileError:
         if self._dropped:
@@ -350,10 +349,3 @@ def _chunks(rows: Iterable[tuple[int, RowText]]) -> Iterator[_Chunk]:
 
 def _characters(chunk: _Chunk) -> int:
     return sum(len(text.text) for _, text in chunk)
-
-
-def _unit(source: Path) -> str:
-    try:
-        return row_unit(source)
-    except FileError:
-        return "line"

@@ -176,6 +176,11 @@ MIGRATIONS = (
         PRIMARY KEY (file_id, step, name)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE files ADD COLUMN split INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE files ADD COLUMN lost_tokens INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE files ADD COLUMN bad_rows INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

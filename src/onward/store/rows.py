@@ -17,7 +17,9 @@ class FileRow:
     it was (device, inode, size, time). `attempts` counts the checks of its rows that began and did not end.
     `occurrence` counts the files with the same content
     that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
-    each of its steps is cut after lack of memory.
+    each of its steps is cut after lack of memory. `truncated` and `dropped` count rows that were cut or left out for
+    their length, `lost_tokens` the tokens that went with that (0 in files of earlier releases, which did not count
+    them), `split` texts that became several rows, `bad_rows` rows left out because they cannot be trained.
     """
 
     id: int
@@ -48,6 +50,9 @@ class FileRow:
     attempts: int = 0
     occurrence: int = 0
     seen: str | None = None
+    split: int = 0
+    lost_tokens: int = 0
+    bad_rows: int = 0
 
     @property
     def is_announced(self) -> bool:

@@ -125,7 +125,7 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
 
     with Ledger(layout.ledger, read_only=True) as ledger:
         rules = RulesOfRun(layout, ledger, lambda: config)()
-        report = check_rows(path, rules.tokenizer, seen, limits=rules.limits)
+        report = check_rows(path, rules.tokenizer, seen, reading=rules.reading)
         if not report.ok:
             raise _rejection(Refusal.of_rows(plain_name(path.name), report))
         steps = make_plan("", report.rows, config).steps

@@ -95,7 +95,7 @@ class FileCheck:
             look()
 
         look()
-        return tokenize_file(original, target, row.sha256, rules.tokenizer, stop=stop, limits=rules.limits)
+        return tokenize_file(original, target, row.sha256, rules.tokenizer, stop=stop, reading=rules.reading)
 
     def _tokens(self, row: FileRow, rules: RowRules) -> Path:
         return self.layout.tokens / rules.key(row.sha256)

@@ -29,12 +29,16 @@ REASON_LENGTH = 500
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a file was not accepted. `problems` are `{"line", "reason", "remedy"}`, at most `REPORTED`."""
+    """Why a file was not accepted. `problems` are `{"line", "reason", "remedy"}`, at most `REPORTED`.
+
+    `way_out` is what may be done instead of mending the rows, "" where there is nothing.
+    """
 
     name: str
     problems: list[dict[str, Any]]
     problem_count: int
     unit: str = "line"
+    way_out: str = ""
 
     @classmethod
     def of_file(cls, name: str, error: FileError) -> Refusal:
@@ -45,7 +49,7 @@ class Refusal:
     def of_rows(cls, name: str, report: IntakeReport) -> Refusal:
         """The refusal of a file with bad rows."""
         problems = [_problem(problem.line, problem.reason, problem.remedy) for problem in report.problems]
-        return cls(name, problems, report.problem_count, report.unit)
+        return cls(name, problems, report.problem_count, report.unit, report.way_out)
 
     @classmethod
     def of_duplicate(cls, row: FileRow, twin: FileRow) -> Refusal:
@@ -101,6 +105,7 @@ def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *,
         target = unused_name(layout.rejected, target.name, with_report=True)
     report = {"file": refusal.name, "problem_count": refusal.problem_count, "unit": refusal.unit}
     report |= {"rejected": now, "problems": refusal.problems}
+    report |= {"way_out": refusal.way_out} if refusal.way_out else {}
     replace_json(report_of(target), report)
     if not move and look(target) is None:
         _keep_copy(path, target)
@@ -146,9 +151,10 @@ def rejection(refusals: list[Refusal], given: int) -> FileRejected:
     """Return the error for a command of `given` files of which some were refused."""
     lines = [line for refusal in refusals for line in refusal.lines()]
     what = f"{len(refusals)} of {given} files rejected, none added:\n" + "\n".join(f"  {line}" for line in lines)
-    return FileRejected(
-        what, where=refusals[0].name, hint="Reports are in rejected/. Mend the rows and add the file again."
-    )
+    ways = {refusal.way_out for refusal in refusals}
+    way = f" {ways.pop()}" if len(ways) == 1 and "" not in ways else ""
+    hint = f"Reports are in rejected/. Mend the rows and add the file again{',' if way else ''}{way}."
+    return FileRejected(what, where=refusals[0].name, hint=hint)
 
 
 def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:

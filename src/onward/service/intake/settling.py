@@ -11,9 +11,6 @@ from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.text import printable
-
-KEYS_NAMED = 12
 
 
 class Settling:
@@ -90,14 +87,19 @@ class Settling:
         occurrence = self.ledger.next_occurrence(row.sha256) if row.again else 0
         self.ledger.move_file(
             row.id, "queued", rows=report.rows, tokens=report.tokens, target_tokens=report.target_tokens,
-            truncated=report.truncated, dropped=report.dropped, attempts=0, occurrence=occurrence,
-            note=ignored_keys(report) or None,
+            truncated=report.truncated, dropped=report.dropped, split=report.split, lost_tokens=report.lost_tokens,
+            bad_rows=report.bad_rows, attempts=0, occurrence=occurrence, note="; ".join(report.notes) or None,
         )  # fmt: skip
-        notes = [f"{count} {word}" for count, word in ((report.truncated, "cut"), (report.dropped, "dropped")) if count]
-        detail = f" ({', '.join(notes)} for length)" if notes else ""
-        ignored = ignored_keys(report)
-        detail += f"; {ignored}" if ignored else ""
-        self.ledger.add_event("info", f"{row.name} accepted: {report.rows} rows{detail}")
+        words = report.lengths.words(None)
+        notes = "".join(f"; {note}" for note in report.notes)
+        level = "warning" if report.lost_tokens else "info"
+        kind = "accepted" if report.notes else None  # then a person should read it; lengths are told when it begins
+        self.ledger.add_event(level, f"{row.name} accepted: {report.rows} rows{words}{notes}", kind=kind)
+        if report.bad_rows:
+            for line in Refusal.of_rows(row.name, report).lines():
+                self.ledger.add_event("warning", f"left out: {line}", kind="left_out")
+            count = f"{report.bad_rows} {'row' if report.bad_rows == 1 else 'rows'}"
+            self.ledger.add_event("warning", f"{row.name}: {count} left out (bad_rows: drop)", kind="left_out")
 
     def _is_arriving(self, row: FileRow) -> bool:
         return self.ledger.file(row.id).state == "arriving"
@@ -106,12 +108,3 @@ class Settling:
         """Remove the copy of a file that a person still has; a file of the inbox has only the one."""
         if row.inbox is None:
             self.layout.kept(row.copy).unlink(missing_ok=True)
-
-
-def ignored_keys(report: IntakeReport) -> str:
-    """Return a clause that names the keys of rows that nothing read; "" if there are none."""
-    if not report.ignored:
-        return ""
-    named = [printable(key) for key in list(report.ignored)[:KEYS_NAMED]]
-    more = len(report.ignored) - len(named)
-    return f"ignored keys: {', '.join(named)}{f' and {more} more' if more else ''}"

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from onward.config import Config
-from onward.data.limits import Limits
 from onward.data.own_template import KEY, other_template_hint, read_template
+from onward.data.reading import Reading
 from onward.data.records import Record, RowError
 from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
@@ -80,18 +80,19 @@ class RowRules:
 
     Args:
         tokenizer: turns them into tokens.
-        limits: what a file may grow to.
+        reading: how a file is read, and what may be wrong with it.
         room: bytes of the disk that checking leaves free.
     """
 
     tokenizer: RowTokenizer
-    limits: Limits
+    reading: Reading
     room: int
 
     def key(self, sha256: str) -> str:
         """Return the name under which the tokens of a file are kept."""
         tokenizer = self.tokenizer
-        return cache_key(sha256, tokenizer.fingerprint, tokenizer.max_length, tokenizer.over_length)
+        settings = self.reading.settings()
+        return cache_key(sha256, tokenizer.fingerprint, tokenizer.max_length, tokenizer.over_length, settings)
 
 
 class RulesOfRun:
@@ -120,7 +121,7 @@ class RulesOfRun:
             newest = self._ledger.newest_checkpoint()
             needed = int(newest.bytes * CHECKPOINT_ROOM) if newest else 0
             tokenizer = run_tokenizer(self._layout, self._ledger, config)
-            self._rules = RowRules(tokenizer, Limits.of(config), needed + (config.disk_margin_mb << 20))
+            self._rules = RowRules(tokenizer, Reading.of(config), needed + (config.disk_margin_mb << 20))
             self._config = config
         return self._rules
 

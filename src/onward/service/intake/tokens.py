@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
-from onward.data.limits import NO_LIMITS
+from onward.data.reading import Reading
 from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
 from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of
@@ -40,15 +40,16 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
     # apart from those that intake makes: a process that checks files holds its lock for as long as a file takes
     made = session.layout.cache / "again" / folder.name
     remove_tree(made.parent)
+    reading = Reading.of_accepted(config, row.bad_rows)
     try:
-        report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, limits=NO_LIMITS)
+        report = tokenize_file(original, made, row.sha256, row_tokenizer, stop=stop, reading=reading)
     except SourceChanged:
         raise DamagedState(f"the archived original of {row.name} was changed", where=original) from None
     if not report.ok:
         first = report.problems[0]
         raise ConfigError(
             f"{row.name}, {report.unit} {first.line}: {first.reason}",
-            where="max_length, over_length",
+            where="max_length, over_length, columns, text.documents",
             hint="The file was accepted under another config. Put that back, or leave the file out: "
             f"onward skip {quoted(row.name)}",
         )
@@ -88,4 +89,5 @@ def _is_needed(ledger: Ledger, row: FileRow, first: int) -> bool:
 
 
 def _key(session: Session, row: FileRow, config: Config) -> str:
-    return cache_key(row.sha256, session.tokenizer_digest, config.max_length, config.over_length)
+    settings = Reading.of(config).settings()
+    return cache_key(row.sha256, session.tokenizer_digest, config.max_length, config.over_length, settings)

@@ -159,6 +159,9 @@ class Worker:
             steps_done=self.state.cursor.step,
             handover=handover,
             max_length=self.config.max_length,
+            split=tokens.meta.get("split", 0),  # not counted by earlier releases
+            tokens=tokens.meta["tokens"],
+            lost_tokens=tokens.meta.get("lost_tokens", 0),
         )
         self.around.shown.set("training")
         yield from self._train(row.id, tokens, plan, metrics)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
-from onward.config import IDENTITY_KEYS, Config
+from onward.config import IDENTITY_KEYS, NEW_RUN, Config
 from onward.config_text import parse_config, render_yaml
 from onward.data.own_template import keep_template, write_template
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
@@ -140,7 +140,7 @@ def _read_step(checkpoint: Path) -> int:
 
 def _read_config(checkpoint: Path, model: str | None, settings: Mapping[str, Any]) -> Config:
     """Return the config that goes on where the checkpoint's Trainer stood; `settings` win."""
-    values: dict[str, Any] = {"warmup_steps": 0, **_optimizer_settings(checkpoint / huggingface.OPTIMIZER)}
+    values: dict[str, Any] = {**NEW_RUN, "warmup_steps": 0, **_optimizer_settings(checkpoint / huggingface.OPTIMIZER)}
     adapter = checkpoint / ADAPTER_CONFIG
     if adapter.is_file():
         lora = _read_adapter(adapter)

@@ -30,6 +30,9 @@ KEPT = (
     "target_tokens",
     "truncated",
     "dropped",
+    "split",
+    "lost_tokens",
+    "bad_rows",
     "priority",
     "occurrence",
 )
@@ -60,6 +63,9 @@ class Successor(TypedDict, total=False):
     target_tokens: int
     truncated: int
     dropped: int
+    split: int
+    lost_tokens: int
+    bad_rows: int
     priority: int
     occurrence: int
     again: int

@@ -1,0 +1,234 @@
+"""Rows of an Arrow file (`.arrow`): the IPC file format and the stream format, which `datasets` writes.
+
+Both are a sequence of messages. Each is looked at before Arrow unpacks it: a record batch says how large it will be.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.data.arrow_values import batch_rows, batch_values, row_sizes, unknown_type
+from onward.data.containers import SourceFile
+from onward.data.faults import FileError, described, is_of_machine
+from onward.data.limits import VALUE_BYTES, Limits, in_mib
+from onward.text import printable
+
+FILE_MARK = b"ARROW1\0\0"
+CONTINUES = b"\xff\xff\xff\xff"
+SCHEMA, DICTIONARY, BATCH = 1, 2, 3
+"""Kinds of messages, by the number that stands for them."""
+ROWS_OF_BATCH = 32
+"""Largest rows that a batch may take the memory of: Arrow unpacks a batch as a whole."""
+
+
+def arrow_rows(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an Arrow file; columns are keys.
+
+    Raises:
+        FileError: pyarrow is missing, the file is damaged, or it or a row exceeds a limit.
+        OSError: the machine cannot read the file.
+    """
+    try:
+        import pyarrow
+        from pyarrow import ipc
+    except ImportError:
+        raise FileError("reading .arrow needs pyarrow", "pip install 'onward[parquet]'") from None
+    rows = 0
+    try:
+        reader: Any = ipc.open_stream(io.BufferedReader(_Checked(stream, source.size, limits)))
+        names = _names(reader.schema)
+        unpacked = 0
+        for batch in reader:
+            sizes = row_sizes(batch)
+            over = np.flatnonzero(sizes > limits.row_bytes)
+            if len(over):
+                raise limits.row_refusal("the row", rows + int(over[0]) + 1)
+            unpacked += int(sizes.sum())
+            limits.check_unpacked(unpacked, source.size)
+            for values in _batch(batch, sizes):
+                rows += 1
+                yield dict(zip(names, values, strict=True))
+    except (pyarrow.ArrowException, OSError, struct.error, IndexError) as error:
+        if is_of_machine(error):
+            raise
+        raise FileError(
+            f"not a readable arrow file ({described(error)})", "write or download it again", rows + 1 if rows else None
+        ) from None
+
+
+def messages_of(stream: BinaryIO) -> Iterator[Message]:
+    """Yield the messages of an Arrow file.
+
+    Raises:
+        FileError: it is no Arrow file, or it is cut off.
+    """
+    start = stream.read(len(FILE_MARK))
+    if start == FILE_MARK:
+        start = stream.read(len(FILE_MARK))
+    while len(start) == len(FILE_MARK) and start[4:] != bytes(4):
+        if not start.startswith(CONTINUES):
+            raise FileError("not a readable arrow file", "write or download it again")
+        (size,) = struct.unpack("<i", start[4:])
+        yield Message.read(start, _exactly(stream, size), stream)
+        start = stream.read(len(FILE_MARK))
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:  # what a damaged file states is not allocated before it is there
+        part = stream.read(min(size - len(data), 1 << 20))
+        if not part:
+            raise FileError("the arrow file is cut off", "copy or download it again")
+        data += part
+    return bytes(data)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: its bytes, what kind it is, and the bytes and rows that it unpacks to.
+
+    `metadata` is a flatbuffer. Of a record batch it names the buffers; a compressed one begins with its full length.
+    """
+
+    start: bytes
+    metadata: bytes
+    body_bytes: int
+    stream: BinaryIO
+
+    @classmethod
+    def read(cls, start: bytes, metadata: bytes, stream: BinaryIO) -> Message:
+        """Return the message that begins with these bytes; its body is read later."""
+        table = _Table(metadata, _u32(metadata, 0))
+        return cls(start, metadata, table.int64(3), stream)
+
+    @property
+    def kind(self) -> int:
+        """The number of its kind."""
+        return _Table(self.metadata, _u32(self.metadata, 0)).byte(1)
+
+    def body(self) -> bytes:
+        """Read its body, once."""
+        return _exactly(self.stream, self.body_bytes)
+
+    def unpacked(self, body: bytes) -> int:
+        """Return the bytes that a record batch or a dictionary takes in memory, its rows counted."""
+        if self.kind not in (DICTIONARY, BATCH):
+            return 0
+        batch = _Table(self.metadata, _u32(self.metadata, 0)).table(2)
+        if self.kind == DICTIONARY:
+            batch = batch.table(1)
+        size = VALUE_BYTES * batch.int64(0)
+        for offset, length in batch.pairs(2):
+            stated = length
+            if batch.has(3) and length >= 8:
+                (stated,) = struct.unpack_from("<q", body, offset)
+            size += length if stated < 0 else stated
+        return size
+
+
+class _Checked(io.RawIOBase):
+    """The messages of an Arrow file as a stream, each held against the limits before it is handed on."""
+
+    def __init__(self, stream: BinaryIO, size: int, limits: Limits) -> None:
+        super().__init__()
+        self._messages = messages_of(stream)
+        self._size = size
+        self._limits = limits
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._left:
+            self._left = memoryview(self._next())
+        count = min(len(buffer), len(self._left))
+        buffer[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+    def _next(self) -> bytes:
+        message = next(self._messages, None)
+        if message is None:
+            return b""
+        self._require_room(message.body_bytes)
+        body = message.body()
+        self._require_room(message.unpacked(body))
+        return message.start + message.metadata + body
+
+    def _require_room(self, size: int) -> None:
+        self._limits.check_unpacked(size, self._size)
+        most = ROWS_OF_BATCH * self._limits.row_bytes
+        if size > most:
+            raise FileError(
+                f"a batch of rows takes more than {in_mib(most)}", "write it in smaller batches, or raise max_row_mb"
+            )
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A table of a flatbuffer."""
+
+    data: bytes
+    at: int
+
+    def _place(self, field: int) -> int:
+        names = self.at - struct.unpack_from("<i", self.data, self.at)[0]
+        if 4 + 2 * field >= struct.unpack_from("<H", self.data, names)[0]:
+            return 0
+        offset: int = struct.unpack_from("<H", self.data, names + 4 + 2 * field)[0]
+        return self.at + offset if offset else 0
+
+    def has(self, field: int) -> bool:
+        return self._place(field) != 0
+
+    def byte(self, field: int) -> int:
+        place = self._place(field)
+        return self.data[place] if place else 0
+
+    def int64(self, field: int) -> int:
+        place = self._place(field)
+        value: int = struct.unpack_from("<q", self.data, place)[0] if place else 0
+        return max(value, 0)
+
+    def table(self, field: int) -> _Table:
+        place = self._place(field)
+        return _Table(self.data, place + _u32(self.data, place))
+
+    def pairs(self, field: int) -> Iterator[tuple[int, int]]:
+        place = self._place(field)
+        if not place:
+            return
+        place += _u32(self.data, place)
+        for number in range(_u32(self.data, place)):
+            yield struct.unpack_from("<qq", self.data, place + 4 + 16 * number)
+
+
+def _u32(data: bytes, at: int) -> int:
+    value: int = struct.unpack_from("<I", data, at)[0]
+    return value
+
+
+def _names(schema: Any) -> list[str]:
+    names: list[str] = list(schema.names)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them")
+    strange = next((field for field in schema if unknown_type(field.type)), None)
+    if strange is not None:
+        raise FileError(f"the column {printable(strange.name)} has the type {strange.type}", "write the rows as .jsonl")
+    return names
+
+
+def _batch(batch: Any, sizes: NDArray[np.int64]) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of the rows of a batch, of which few become Python values at a time."""
+    step = batch_rows(sizes)
+    for start in range(0, len(sizes), step):
+        yield from batch_values(batch.slice(start, step))

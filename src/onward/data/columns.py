@@ -1,0 +1,91 @@
+"""Which columns of a row are meant: the config's `columns`, and the usual names of a question and its answer.
+
+What a row says in the words of a row format is never read otherwise. A row of none is a question with its answer where
+it has one key for each, whatever their names; that is a chat, as Alpaca's `instruction` and `output` are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.data.records import RowError
+
+FORMATS = tuple(
+    map(frozenset, (["messages"], ["text"], ["conversations"], ["prompt", "completion"], ["instruction", "output"]))
+)
+"""The keys of each row format."""
+QUESTIONS = ("question", "query", "instruction", "prompt")
+"""Names of a question; `input` is one too where there is no other, and else what belongs to it."""
+ANSWERS = ("answer", "response", "output", "completion")
+BESIDES = ("input", "context")
+"""Names of what belongs to a question: it follows after a blank line, as Alpaca's `input` does."""
+
+
+class Columns:
+    """Maps rows to the keys that the row formats have.
+
+    Args:
+        columns: `(key, column)` pairs of the config's `columns`.
+    """
+
+    def __init__(self, columns: tuple[tuple[str, str], ...] = ()) -> None:
+        self._columns = dict(columns)
+        self._sources = frozenset(self._columns.values())
+        self._pairs: dict[tuple[str, str], None] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know: names that were taken for a question and its answer."""
+        return [f"{question} and {answer} are read as a chat" for question, answer in self._pairs]
+
+    def mapped(self, value: Any) -> Any:
+        """Return a row with the keys of its format; what is no object is returned as it is.
+
+        Raises:
+            RowError: it cannot be told which key is the question or the answer.
+        """
+        if not isinstance(value, dict) or (_has_format(value) and not self._sources):
+            return value
+        row: dict[Any, Any] = {key: item for key, item in value.items() if item is not None}
+        if self._sources & row.keys():
+            value = row = self._by_config(row)
+        return value if _has_format(row) else self._by_name(row) or value
+
+    def _by_config(self, row: dict[Any, Any]) -> dict[Any, Any]:
+        """Map the columns that the config names; keys of other formats do not count beside a whole format."""
+        named = {key: row[column] for key, column in self._columns.items() if column in row}
+        aside = {key for keys in FORMATS for key in keys} if _has_format(named) else set[str]()
+        others = {key: item for key, item in row.items() if key not in self._sources and key not in aside}
+        return {**others, **named}
+
+    def _by_name(self, row: dict[Any, Any]) -> dict[Any, Any] | None:
+        questions = [name for name in QUESTIONS if name in row]
+        answers = [name for name in ANSWERS if name in row]
+        besides = [name for name in BESIDES if name in row]
+        if not questions and "input" in besides:
+            questions = ["input"]
+            besides.remove("input")
+        if not questions or not answers:
+            return None
+        for names, what in ((questions, "question"), (answers, "answer"), (besides, "context")):
+            if len(names) > 1:
+                raise _ambiguous(names, what, questions[0], answers[0])
+        (question,), (answer,) = questions, answers
+        odd = next((name for name in (question, answer) if not isinstance(row[name], str)), None)
+        if odd is not None:
+            raise RowError(f'"{odd}" is not a string', f'write "{odd}" as a string')
+        self._pairs[question, answer] = None
+        used = {question, answer, *besides}
+        rest = {key: item for key, item in row.items() if key not in used}
+        context = {"input": row[besides[0]]} if besides else {}
+        return {**rest, "instruction": row[question], **context, "output": row[answer]}
+
+
+def _has_format(row: dict[Any, Any]) -> bool:
+    return any(keys <= row.keys() and all(row[key] is not None for key in keys) for keys in FORMATS)
+
+
+def _ambiguous(names: list[str], what: str, question: str, answer: str) -> RowError:
+    shown = " and ".join(f'"{name}"' for name in names)
+    way = f"{{instruction: {question}, output: {answer}}}"
+    return RowError(f"the row has {shown}, and one of them is the {what}", f"say which: set columns to {way} or alike")

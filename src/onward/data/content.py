@@ -1,0 +1,60 @@
+"""What the first bytes of a file say it is, against what its name says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from onward.data.archives import member_name
+from onward.data.faults import FileError
+from onward.data.formats import ARCHIVE, COMPRESSIONS, TEXT_FORMATS
+from onward.text import quoted
+
+SIGNS = (
+    ("gz", re.compile(rb"\x1f\x8b")),
+    ("zst", re.compile(rb"\x28\xb5\x2f\xfd")),
+    ("xz", re.compile(rb"\xfd7zXZ\0")),
+    ("bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")),
+    ("parquet", re.compile(rb"PAR1")),
+    ("arrow", re.compile(rb"ARROW1\0\0|\xff\xff\xff\xff[^\0]..\0", re.DOTALL)),
+    (ARCHIVE, re.compile(rb"PK(\x03\x04|\x05\x06)")),
+)
+"""Formats with the bytes that their files begin with; bzip2's second form is an empty file."""
+
+
+def require_content(head: bytes, form: str, descriptor: int | None, path: Path) -> None:
+    """Refuse a file that does not begin as its format does; one that is empty begins as any.
+
+    Args:
+        head: its first 16 bytes.
+        form: the format that its name stands for.
+        descriptor: the file, where it is to be looked at further; its place is left at the end.
+
+    Raises:
+        FileError: it is something else, with the way to have it read.
+    """
+    name, _, compression = form.partition(".")
+    expected = compression or (name if name not in TEXT_FORMATS else None)
+    found = next((sign for sign, pattern in SIGNS if pattern.match(head)), None)
+    if not head or found == expected:
+        return
+    if found is not None:
+        raise _misnamed(found, form, descriptor, path)
+    if expected in COMPRESSIONS:
+        raise FileError(f"the content is not {expected}, but the name says so", f"rename it without .{expected}")
+    if expected == ARCHIVE:
+        raise FileError("the content is not zip, but the name says so", "give it the ending of what it holds")
+
+
+def _misnamed(found: str, form: str, descriptor: int | None, path: Path) -> FileError:
+    reason = f"the content is {found}, but the name does not say so"
+    text, _, compression = form.partition(".")
+    if found == ARCHIVE and descriptor is None:
+        return FileError("the archive holds another archive", "unpack it, and add what is in it")
+    if found == ARCHIVE and descriptor is not None:
+        member_name(descriptor)  # renaming an archive that cannot be read is no way out
+    if found in COMPRESSIONS and text not in TEXT_FORMATS:
+        return FileError(reason, f"unpack it: .{found} goes with the text formats only")
+    plain = path.with_suffix("") if compression else path
+    name = f"{plain.name if found in COMPRESSIONS else plain.stem}.{found}"
+    return FileError(reason, f"rename it to {quoted(Path(name))}")

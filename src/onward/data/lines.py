@@ -1,0 +1,69 @@
+"""Rows as they stand in a file, and the lines of a text file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from onward.data.limits import Limits
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it stands in the file.
+
+    Args:
+        line: 1-based line number, or row number in .json, .parquet and .arrow files.
+        value: the parsed JSON value; None where there is a problem.
+        problem: why the row could not be parsed.
+        remedy: what to do about it.
+    """
+
+    line: int
+    value: Any = None
+    problem: str | None = None
+    remedy: str | None = None
+
+
+def raw_lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of every line, its end included.
+
+    Raises:
+        FileError: a line exceeds the limit of a row.
+    """
+    line = 0
+    while raw := stream.readline(limits.row_bytes + 1):
+        line += 1
+        if len(raw) > limits.row_bytes:
+            raise limits.row_refusal("the line", line)
+        yield line, raw
+
+
+def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | SourceRow]]:
+    """Yield every line that is not blank, without its end; one that is not UTF-8 is a row with that problem.
+
+    Raises:
+        FileError: a line exceeds the limit of a row.
+    """
+    for line, raw in raw_lines(stream, limits):
+        try:
+            text = raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            yield line, _not_utf8(line, error)
+            continue
+        if text and not text.isspace():
+            yield line, text
+
+
+def decoded(data: bytes, line: int) -> str | SourceRow:
+    """Return the text of what begins at a line, or a row with the problem that it is not UTF-8."""
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return _not_utf8(line, error)
+
+
+def _not_utf8(line: int, error: UnicodeDecodeError) -> SourceRow:
+    byte = error.object[error.start]
+    return SourceRow(line, None, f"byte 0x{byte:02x} is not UTF-8", "export the file again as UTF-8")

@@ -1,0 +1,119 @@
+"""Rows of `.csv` and `.tsv` files, whose first line names the columns (RFC 4180).
+
+Python's csv module refuses a field of more than 131,072 characters, unless a setting of the whole process is changed;
+texts are longer. Fields are read here as that module reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from onward.data.faults import FileError
+from onward.data.limits import VALUE_BYTES, Limits, in_mib
+from onward.data.lines import SourceRow, decoded, raw_lines
+from onward.text import printable
+
+DELIMITERS = (",", ";", "\t", "|")
+_QUOTED = re.compile(r'((?:[^"]|"")*+)("?)')
+
+
+def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRow]:
+    """Yield the rows of a table as objects of strings, each at its first line; blank lines are skipped.
+
+    A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of. A column without a
+    name, as an index that was written along, is left out.
+
+    Raises:
+        FileError: two columns have one name, a quoted field has no end, or a row exceeds its limit.
+    """
+    delimiter = "\t" if form == "tsv" else ""
+    names: list[str] | None = None
+    for line, fields in _records(stream, delimiter, limits):
+        if isinstance(fields, SourceRow):
+            yield fields
+        elif names is None:
+            names = _header(fields, line)
+        elif len(fields) != len(names):
+            counts = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}, the first line names {len(names)}"
+            remedy = "write a field with the separator or a line end in it in double quotes"
+            yield SourceRow(line, None, f"the row has {counts}", remedy)
+        else:
+            yield SourceRow(line, {name: field for name, field in zip(names, fields, strict=True) if name})
+
+
+def _header(fields: list[str], line: int) -> list[str]:
+    names = [field.strip() for field in fields]
+    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
+    if twice is not None:
+        raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them", line)
+    return names
+
+
+def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple[int, list[str] | SourceRow]]:
+    """Yield the first line and the fields of every record; the first one decides on the delimiter, if there is none."""
+    record: _Record | None = None
+    first = size = 0
+    for line, raw in raw_lines(stream, limits):
+        text = decoded(raw, line)
+        if isinstance(text, SourceRow):
+            yield line, text
+            record = None
+            continue
+        if record is None:
+            if not text.strip("\r\n"):
+                continue
+            delimiter = delimiter or _separator(text)
+            record, first, size = _Record(delimiter), line, 0
+        size += len(raw) + VALUE_BYTES * text.count(delimiter)
+        if size > limits.row_bytes:
+            what = "the quoted field without an end" if record.is_open else "the row, its fields counted,"
+            raise FileError(f"{what} is larger than {in_mib(limits.row_bytes)}", "end it, or raise max_row_mb", first)
+        if record.feed(text):
+            yield first, record.fields
+            record = None
+    if record is not None:
+        raise FileError("a quoted field has no end", 'write a double quote inside a field as ""', first)
+
+
+def _separator(header: str) -> str:
+    outside = re.sub(r'"[^"]*"', "", header)
+    return max(DELIMITERS, key=outside.count)
+
+
+class _Record:
+    """The fields of one record, which a quoted field may spread over several lines."""
+
+    def __init__(self, delimiter: str) -> None:
+        self.fields: list[str] = []
+        self._delimiter = delimiter
+        self._open: list[str] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a quoted field goes on in the next line."""
+        return self._open is not None
+
+    def feed(self, line: str) -> bool:
+        """Take in a line with its end; returns whether the record ends with it."""
+        at, end = 0, len(line)
+        while True:
+            value = ""
+            if self._open is None and line.startswith('"', at):
+                self._open, at = [], at + 1
+            if self._open is not None:
+                match = _QUOTED.match(line, at)
+                assert match is not None
+                self._open.append(match[1])
+                if not match[2]:
+                    return False
+                value, self._open, at = "".join(self._open).replace('""', '"'), None, match.end()
+            stop = line.find(self._delimiter, at)
+            if stop < 0:
+                rest = line[at:end]
+                self.fields.append(value + rest.removesuffix("\n").removesuffix("\r"))
+                return True
+            self.fields.append(value + line[at:stop])
+            at = stop + 1

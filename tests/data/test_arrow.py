@@ -1,0 +1,109 @@
+"""Arrow files: both formats, in memory that is bounded, and columns of every kind."""
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onward.data.arrow_ipc import messages_of
+from onward.data.limits import Limits
+from onward.data.reading import Reading
+from onward.data.sources import FileError, read_rows
+
+pyarrow = pytest.importorskip("pyarrow")
+
+
+def put(path: Path, batches: list[Any], **options: Any) -> Path:
+    """Write batches as an Arrow stream."""
+    sink = io.BytesIO()
+    with pyarrow.ipc.new_stream(sink, batches[0].schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    path.write_bytes(sink.getvalue())
+    return path
+
+
+def texts_of(path: Path, limits: Limits | None = None) -> list[Any]:
+    """Return the texts of all rows."""
+    return [row.value["text"] for row in read_rows(path, Reading(limits or Limits()))]
+
+
+def refusal_of(path: Path, limits: Limits | None = None) -> FileError:
+    """Return the refusal of a file."""
+    with pytest.raises(FileError) as refusal:
+        texts_of(path, limits)
+    return refusal.value
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_texts_of_every_kind_of_column(tmp_path: Path, kind: str, compression: str | None) -> None:
+    """Plain, large, viewed and dictionary-coded texts come out, with nulls, across batches."""
+    made = {
+        "string": pyarrow.string(), "large_string": pyarrow.large_string(), "string_view": pyarrow.string_view(),
+        "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    }  # fmt: skip
+    texts = [None, "a", "b" * 500, "caf\u00e9", "a"]
+    batch = pyarrow.record_batch({"text": pyarrow.array(texts, type=made[kind]), "n": list(range(5))})
+    path = put(tmp_path / "a.arrow", [batch] * 3, compression=compression)
+    assert texts * 3 == texts_of(path)
+    assert 3 == refusal_of(path, Limits(row_bytes=500)).line
+
+
+def test_a_value_that_many_rows_repeat_is_not_held_many_times(tmp_path: Path) -> None:
+    """Of a dictionary that unpacks to very much, rows become values a few at a time, until the ratio refuses it."""
+    import tracemalloc
+
+    codes = pyarrow.array([0] * 200_000, type=pyarrow.int32())
+    column = pyarrow.DictionaryArray.from_arrays(codes, pyarrow.array(["x" * 50_000]))
+    path = put(tmp_path / "a.arrow", [pyarrow.record_batch({"text": column})], compression="zstd")
+    assert "raise max_unpack_ratio" in refusal_of(path).remedy
+    tracemalloc.start()
+    rows = read_rows(path, Reading(Limits(ratio=1 << 40, unpacked_bytes=1 << 40)))
+    assert 3_000 == sum(1 for _, _ in zip(range(3_000), rows, strict=False))
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def test_a_batch_says_what_it_unpacks_to_before_it_is_unpacked(tmp_path: Path) -> None:
+    """A batch beyond the memory of 32 rows, or of more rows than bytes can hold, is refused unread."""
+    big = pyarrow.record_batch({"text": ["x" * 1000] * 200})
+    path = put(tmp_path / "a.arrow", [big], compression="zstd")
+    refusal = refusal_of(path, Limits(row_bytes=2000))
+    assert "write it in smaller batches, or raise max_row_mb" == refusal.remedy
+    data = bytearray(put(tmp_path / "b.arrow", [pyarrow.record_batch({"text": pyarrow.nulls(77)})]).read_bytes())
+    at = data.index(struct.pack("<q", 77))
+    data[at : at + 8] = struct.pack("<q", 1 << 50)
+    (tmp_path / "b.arrow").write_bytes(data)
+    assert "it unpacks to more than 65536 MiB" == refusal_of(tmp_path / "b.arrow").reason
+
+
+def test_columns_that_are_refused(tmp_path: Path) -> None:
+    """Two columns of one name, and types whose size cannot be told, are named."""
+    twice = pyarrow.RecordBatch.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    assert "two columns are named text" == refusal_of(put(tmp_path / "a.arrow", [twice])).reason
+    runs = pyarrow.RunEndEncodedArray.from_arrays([3], ["a"])
+    encoded = pyarrow.record_batch({"text": runs})
+    assert refusal_of(put(tmp_path / "b.arrow", [encoded])).reason.startswith("the column text has the type run_end")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"text", b"ARROW1\0\0", b"\xff\xff\xff\xff" + b"\x10\0\0\0" + bytes(9), b"\xff" * 99]
+)
+def test_what_is_no_arrow_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    """Arbitrary bytes are refused, with what to do."""
+    path = tmp_path / "a.arrow"
+    path.write_bytes(data)
+    assert refusal_of(path).remedy
+
+
+def test_messages_cover_a_file(tmp_path: Path) -> None:
+    """A schema and its batches: what a stream holds up to its end, byte by byte."""
+    path = put(tmp_path / "a.arrow", [pyarrow.record_batch({"text": ["a"]})] * 2)
+    messages = [
+        (message.kind, message.start + message.metadata + message.body()) for message in messages_of(path.open("rb"))
+    ]
+    assert [1, 3, 3] == [kind for kind, _ in messages]
+    assert path.read_bytes() == b"".join(data for _, data in messages) + b"\xff\xff\xff\xff" + bytes(4)
