@@ -54,7 +54,8 @@ def trainer(model: Any, output: Path, *, rows: int = 40, **settings: Any) -> Tra
         ids = tokenizer(row["messages"][0]["content"] * 2)["input_ids"][:LENGTH]
         data.append({"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": ids})
     arguments = TrainingArguments(output_dir=str(output), **{**ARGUMENTS, **settings})
-    return Trainer(model=model, args=arguments, train_dataset=data, **own)
+    evaluated = data if arguments.eval_strategy != "no" else None
+    return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, **own)
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
