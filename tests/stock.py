@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from onward.config_text import read_config
 from onward.layout import RunLayout
@@ -28,6 +28,17 @@ ARGUMENTS: dict[str, Any] = {
     "save_strategy": "no",
 }
 LENGTH = 24
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, before its schedule ends."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the end, and for a checkpoint."""
+        control.should_training_stop = control.should_save = state.global_step >= self.step
 
 
 def lora_model(base: Path, **settings: Any) -> PeftModel:
