@@ -59,7 +59,16 @@ def _axolotl(model: nn.Module) -> Names:
     return [decayed, apart, others]
 
 
+def _lora_plus(model: nn.Module) -> Names:
+    """Divide as PEFT's `create_loraplus_optimizer` does, and LLaMA-Factory: the matrices B have a rate of their own."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    apart = [name for name in trained if "lora_embedding" in name]
+    second = [name for name in trained if name not in apart and ("lora_B" in name or trained[name].ndim == 1)]
+    decayed, others = ([name for name in group if name in second] for group in _transformers_5(model))
+    return [[name for name in trained if name not in (*apart, *second)], apart, decayed, others]
+
+
 GROUPINGS: tuple[Callable[[nn.Module], Names], ...] = (
-    _transformers_5, _transformers_4, _transformers_4_few_norms, _one_group, _decayed_last, _axolotl,
+    _transformers_5, _transformers_4, _transformers_4_few_norms, _one_group, _decayed_last, _axolotl, _lora_plus,
 )  # fmt: skip
 """Every known division, the likeliest first."""

@@ -104,6 +104,10 @@ class _Machine:
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise ValueError(f"opcode {name} is not known")
 
+    def push(self, value: Any) -> None:
+        """Put a value on the stack, as it is by then: working the value out may have ended a group."""
+        self.stack.append(value)
+
     def pop(self, count: int) -> list[Any]:
         """Take the topmost values, in the order they were put."""
         if count > len(self.stack):
@@ -171,30 +175,30 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "MARK": _Machine.mark,
     "POP": lambda machine, _: machine.pop(1),
     "POP_MARK": lambda machine, _: machine.group(),
-    "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
+    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
     "PUT": _Machine.remember, "BINPUT": _Machine.remember, "LONG_BINPUT": _Machine.remember,
     "MEMOIZE": _Machine.remember,
-    "GET": lambda machine, number: machine.stack.append(machine.memo[int(number)]),
-    "BINGET": lambda machine, number: machine.stack.append(machine.memo[number]),
-    "LONG_BINGET": lambda machine, number: machine.stack.append(machine.memo[number]),
-    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine.group())),
-    "TUPLE1": lambda machine, _: machine.stack.append(tuple(machine.pop(1))),
-    "TUPLE2": lambda machine, _: machine.stack.append(tuple(machine.pop(2))),
-    "TUPLE3": lambda machine, _: machine.stack.append(tuple(machine.pop(3))),
-    "LIST": lambda machine, _: machine.stack.append(machine.group()),
+    "GET": lambda machine, number: machine.push(machine.memo[int(number)]),
+    "BINGET": lambda machine, number: machine.push(machine.memo[number]),
+    "LONG_BINGET": lambda machine, number: machine.push(machine.memo[number]),
+    "TUPLE": lambda machine, _: machine.push(tuple(machine.group())),
+    "TUPLE1": lambda machine, _: machine.push(tuple(machine.pop(1))),
+    "TUPLE2": lambda machine, _: machine.push(tuple(machine.pop(2))),
+    "TUPLE3": lambda machine, _: machine.push(tuple(machine.pop(3))),
+    "LIST": lambda machine, _: machine.push(machine.group()),
     "DICT": _Machine.new_dict,
-    "FROZENSET": lambda machine, _: machine.stack.append(Inert("frozenset", items=machine.group())),
+    "FROZENSET": lambda machine, _: machine.push(Inert("frozenset", items=machine.group())),
     "APPEND": lambda machine, _: machine.extend(machine.pop(1)),
     "APPENDS": lambda machine, _: machine.extend(machine.group()),
     "ADDITEMS": lambda machine, _: machine.extend(machine.group()),
     "SETITEM": lambda machine, _: machine.set_items(machine.pop(2)),
     "SETITEMS": lambda machine, _: machine.set_items(machine.group()),
-    "GLOBAL": lambda machine, names: machine.stack.append(Inert(str(names).replace(" ", "."))),
-    "STACK_GLOBAL": lambda machine, _: machine.stack.append(Inert(".".join(map(str, machine.pop(2))))),
+    "GLOBAL": lambda machine, names: machine.push(Inert(str(names).replace(" ", "."))),
+    "STACK_GLOBAL": lambda machine, _: machine.push(Inert(".".join(map(str, machine.pop(2))))),
     "REDUCE": lambda machine, _: machine.call(machine.pop(2)),
     "NEWOBJ": lambda machine, _: machine.call(machine.pop(2)),
     "NEWOBJ_EX": lambda machine, _: machine.call(machine.pop(3)),
     "BUILD": _Machine.build,
-    "BINPERSID": lambda machine, _: machine.stack.append(Inert("persistent", tuple(machine.pop(1)))),
+    "BINPERSID": lambda machine, _: machine.push(Inert("persistent", tuple(machine.pop(1)))),
 }  # fmt: skip
 """What each opcode does. `OBJ`, `INST`, `EXT*` and out-of-band buffers are not written by `torch.save`."""

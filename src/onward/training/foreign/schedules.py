@@ -139,6 +139,7 @@ def _candidates(schedule: TrainerSchedule) -> Iterator[dict[str, Any]]:
         return
     shared = {"learning_rate": schedule.peak, "warmup_steps": schedule.warmup_steps, "schedule_offset": offset}
     yield {**shared, "schedule": "constant"}
+    yield {**shared, "schedule": "constant", "warmup_steps": 0}
     yield {**shared, "schedule": "inverse_sqrt"}
     floor = max(0.0, schedule.peak * schedule.factor(schedule.total_steps)) if schedule.total_steps else 0.0
     ends = {"total_steps": schedule.total_steps or None, "min_learning_rate": floor}
