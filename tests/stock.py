@@ -41,8 +41,8 @@ class StopAt(TrainerCallback):
         control.should_training_stop = control.should_save = state.global_step >= self.step
 
 
-def lora_model(base: Path, **settings: Any) -> PeftModel:
-    """Return a fresh adapter on a base model."""
+def lora_model(folder: Path, *, base: Any = None, **settings: Any) -> PeftModel:
+    """Return a fresh adapter on a base model: that of the folder, or one that was loaded and changed."""
     torch.manual_seed(7)
     shape: dict[str, Any] = {
         "r": 4,
@@ -52,7 +52,7 @@ def lora_model(base: Path, **settings: Any) -> PeftModel:
         **settings,
     }
     adapter = LoraConfig(task_type="CAUSAL_LM", **shape)
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model: Any = get_peft_model(base or AutoModelForCausalLM.from_pretrained(folder), adapter)
     return model
 
 

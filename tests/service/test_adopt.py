@@ -234,7 +234,7 @@ def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path:
     (stored,) = (tmp_path / "run/cache/tokenizer").iterdir()
     assert load_tokenizer_state(stored) is not None
     lines = [line.partition(" ")[0] for line in done.stderr.splitlines()]
-    assert ["from", "from", "the", "batch_size", "the", "adopted"] == lines
+    assert ["from", "from", "from", "from", "defaults,", "learning", "adopted"] == lines
     assert f"adopted step {STEPS}" in done.stderr
     assert (RATE, "lora") == (Run(tmp_path / "run").config.learning_rate, Run(tmp_path / "run").config.method)
 
@@ -487,10 +487,21 @@ def test_adoption_tells_what_it_took_over(saved: dict[str, Saved], model: Path, 
     """`adopt` says what came from the checkpoint, what was set by hand, what is new and what is unknown."""
     layout = RunLayout(tmp_path / "run")
     lines = adopt(saved["lora"].folder, layout, str(model), {"max_length": 128}, lambda _: None)
-    assert "from optimizer.pt: learning_rate 0.003, weight_decay 0.1, betas 0.85 0.97" == lines[0]
-    assert lines[1].startswith("from adapter_config.json: lora.rank 4, lora.alpha 8, lora.dropout 0.1, lora.targets ")
-    assert "set by you: max_length 128" == lines[2]
-    assert lines[3].startswith("the learning rate goes from 0, the Trainer's last, to 0.003 (schedule constant, warmup")
-    assert lines[4].startswith("batch_size 8 is this run's default; the Trainer had 4 rows per device")
-    assert "batch_size 8, gradient_accumulation auto, epochs 1, max_grad_norm 1, seed 0" in lines[5]
-    assert 6 == len(lines)
+    assert lines[0].startswith(
+        "from adapter_config.json: method lora, lora.rank 4, lora.alpha 8, lora.dropout 0.1, lora.targets "
+    )
+    assert (
+        "from training_args.bin: batch_size 4 (4 rows per device, 1 accumulated, 1 device), gradient_accumulation 1, "
+        "max_grad_norm 1, seed 42" == lines[1]
+    )
+    assert (
+        "from schedule of the Trainer (linear): learning_rate 0.003, warmup_steps 0, schedule_offset 1, "
+        "total_steps 40, min_learning_rate 0, schedule linear" == lines[2]
+    )
+    assert "from optimizer.pt: weight_decay 0.1, betas 0.85 0.97, eps 1e-08" == lines[3]
+    assert "set by you: max_length 128" == lines[4]
+    assert (
+        "defaults, for training_args.bin does not say: epochs 1; onward.yaml changes them before the first" in lines[5]
+    )
+    assert lines[6].startswith("learning rates (schedule linear): step 6: 0.002625 (the Trainer's: 0.002625), step 7: ")
+    assert 7 == len(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -275,9 +276,7 @@ def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkp
 
 
 ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
-    "PiSSA": ({"init_lora_weights": "pissa"}, "begun by pissa"),
     "fast PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "begun by pissa_niter_16"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "begun by olora"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "begun by loftq"),
     "CorDA": ({"init_lora_weights": "corda"}, "begun by corda"),
     "of a future release": ({"splendid": {"more": 1}}, "splendid {'more': 1}"),
@@ -289,14 +288,14 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: Path) -> None:
-    """What changes the base, or is not known, is named; the way on is to merge."""
+    """What changes the base, or is not known, is named, and the way on."""
     fields, reason = ADAPTERS[case]
     path = checkpoint / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(ModelError) as caught:
         read_adapter(checkpoint)
     assert reason in caught.value.what
-    assert "merge" in str(caught.value.hint)
+    assert re.search("Merge it into its base: python -c|with --model FOLDER", str(caught.value.hint))
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
@@ -306,6 +305,40 @@ def test_rows_of_a_grown_vocabulary_are_refused_by_name(name: str, checkpoint: P
     save_file({**load_file(path), f"base_model.model.{name}.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ModelError, match=f"carries base_model.model.{name}.weight: embeddings or a head of its own"):
         read_adapter(checkpoint)
+
+
+MERGED: dict[str, dict[str, Any]] = {
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "a head of its own": {"modules_to_save": ["embed_tokens"]},
+    "a grown vocabulary": {},
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_the_command_that_merges_makes_the_same_model(case: str, model: Path, tmp_path: Path) -> None:
+    """What is refused goes on as a whole model, by the command that the refusal names: equal logits, to rounding."""
+    tokenizer = tiny.byte_tokenizer(extra=["<|new|>"] if case == "a grown vocabulary" else [])
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.resize_token_embeddings(len(tokenizer))
+    adapted = stock.lora_model(model, base=base, **MERGED[case])
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data += 0.05 * torch.randn_like(weight)
+    for part in (adapted, tokenizer):
+        part.save_pretrained(tmp_path / "an adapter")
+    with pytest.raises(ModelError) as caught:
+        read_adapter(tmp_path / "an adapter")
+    words = shlex.split(str(caught.value.hint).partition("base: ")[2].partition("; then: ")[0])
+    assert ["python", "-c"] == words[:2]
+    with contextlib.chdir(tmp_path):
+        exec(compile(words[2], "hint", "exec"))  # the program that a person would run, without a new interpreter
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "MERGED")
+    expected, actual = stock.logits(adapted), stock.logits(merged)
+    assert torch.allclose(expected, actual, rtol=0.0, atol=1e-4)
+    untrained = stock.logits(AutoModelForCausalLM.from_pretrained(model))
+    assert not torch.allclose(untrained, actual[..., : untrained.shape[-1]], rtol=0.0, atol=1e-2)
+    Run.create(tmp_path / "run", str(tmp_path / "MERGED"))
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])

@@ -31,8 +31,10 @@ def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) ->
 
 def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
     values = adopted.config.flat()
-    for source, found in adopted.sources.items():
-        keys = [key for key in found if key not in settings and key in values]
+    named: set[str] = set(settings)
+    for source, found in reversed(adopted.sources.items()):  # a later source wins over an earlier one
+        keys = [key for key in found if key not in named and key in values]
+        named.update(keys)
         if source == TRAINING_ARGUMENTS and "batch_size" in keys:
             rows = f" ({batch_words(adopted.folder, adopted.arguments)})"
             yield f"from {source}: batch_size {values['batch_size']}{rows}, {_listed(values, keys[1:])}"

@@ -22,6 +22,7 @@ from onward.training.foreign.schedules import TrainerSchedule, read_schedule, re
 from onward.training.foreign.settings import argument_settings, optimizer_arguments
 
 SCHEDULE_SOURCE = "schedule of the Trainer"
+WHOLE_MODEL = "the model's files"
 NEW_SCHEDULE: dict[str, Any] = {"warmup_steps": 0}
 """What holds where a schedule is set by hand: the run does not begin, it goes on."""
 
@@ -68,7 +69,7 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         sources[SCHEDULE_SOURCE] = _schedule_values(schedule, folder, settings, fresh=fresh)
         merged = {**sources.get(huggingface.TRAINING_ARGUMENTS, {}), **argument_settings(folder, arguments)}
         sources[huggingface.TRAINING_ARGUMENTS] = merged
-    sources[ADAPTER_CONFIG] = adapter
+    sources[ADAPTER_CONFIG if named is not None else WHOLE_MODEL] = adapter
     config = _merge(sources, model or named or str(checkpoint.absolute()), settings, checkpoint)
     return Adopted(folder, config, arguments, moments, schedule, sources)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
+from onward.text import quoted
 from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 KEYS: Mapping[str, str] = {
@@ -46,7 +47,8 @@ WITHOUT_EFFECT = frozenset(
 OWN_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva", "default")
 """Values of `init_lora_weights` that leave the base as it is; the others take the first weights out of it."""
 
-MERGED = "docs/adopting.md shows how to merge the adapter into its base; then: onward init NEW_RUN --model FOLDER"
+MADE_AGAIN = ("pissa", "olora")
+"""Of these PEFT takes the same first weights out of the base wherever it loads the adapter."""
 
 
 def read_adapter(checkpoint: Path) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def read_adapter(checkpoint: Path) -> dict[str, Any]:
     _require_own_weights(values, path)
     refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
     if refused:
-        raise ModelError(f"the adapter has what a run cannot take over: {'; '.join(refused)}", where=path, hint=MERGED)
+        what = f"the adapter has what a run cannot take over: {'; '.join(refused)}"
+        raise ModelError(what, where=path, hint=_merge_hint(checkpoint, values))
     _require_plain_weights(checkpoint, values)
     return values
 
@@ -87,12 +90,31 @@ def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
     """Refuse adapters whose first weights were taken out of the base: with the base as it is they are another model."""
     begun = values.get("init_lora_weights")
-    if begun not in OWN_WEIGHTS:
-        raise ModelError(
-            f"the adapter was begun by {begun}, which changes the base: with the base as it is, it is another model",
-            where=path,
-            hint=MERGED,
-        )
+    if begun in OWN_WEIGHTS:
+        return
+    hint = _merge_hint(path.parent, values) if begun in MADE_AGAIN else _changed_base_hint(path)
+    what = f"the adapter was begun by {begun}, which changes the base: with the base as it is, it is another model"
+    raise ModelError(what, where=path, hint=hint)
+
+
+def _merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
+    """Return the command that makes a whole model of an adapter and its base."""
+    own = (checkpoint / "tokenizer_config.json").is_file()
+    tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
+    program = (
+        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+        f"M.from_pretrained({str(checkpoint)!r}, dtype='float32').merge_and_unload().save_pretrained('MERGED'); "
+        f"T.from_pretrained({tokenizer!r}).save_pretrained('MERGED')"
+    )
+    return f"Merge it into its base: python -c {quoted(program)}; then: onward init NEW_RUN --model MERGED"
+
+
+def _changed_base_hint(path: Path) -> str:
+    return (
+        "Where you have the base that it left, as a folder: write true for init_lora_weights in a copy of "
+        f"{path.parent.name}, and adopt that with --model FOLDER. Else convert the adapter where it was trained: "
+        "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) of PEFT"
+    )
 
 
 def _is_taken(name: str, value: Any) -> bool:
@@ -119,5 +141,5 @@ def _require_plain_weights(checkpoint: Path, values: Mapping[str, Any]) -> None:
         raise ModelError(
             f"the adapter carries {whole[0]}: embeddings or a head of its own, as after its vocabulary has grown",
             where=path,
-            hint=MERGED,
+            hint=_merge_hint(checkpoint, values),
         )
