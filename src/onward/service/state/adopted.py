@@ -32,7 +32,7 @@ def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) ->
 def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
     values = adopted.config.flat()
     named: set[str] = set(settings)
-    for source, found in reversed(adopted.sources.items()):  # a later source wins over an earlier one
+    for source, found in reversed(list(adopted.sources.items())):  # a later source wins over an earlier one
         keys = [key for key in found if key not in named and key in values]
         named.update(keys)
         if source == TRAINING_ARGUMENTS and "batch_size" in keys:
