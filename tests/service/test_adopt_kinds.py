@@ -17,7 +17,7 @@ import stock
 import tiny
 import torch
 from commands import onward
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from states import read_state
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -31,6 +31,7 @@ from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import open_folder
 from onward.training.foreign.grouping import GROUPINGS
 from onward.training.foreign.moments import load_into, read_moments
+from onward.training.optimizers import ADAMW
 from onward.training.state import TrainState
 
 STEPS, HORIZON = 5, 40
@@ -266,6 +267,17 @@ def test_what_adamw_cannot_go_on_with_is_refused_by_name(case: str, saved: Saved
     assert f"onward adopt {checkpoint} --run NEW_RUN --fresh-moments" in str(caught.value.hint)
 
 
+def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, checkpoint: Path) -> None:
+    """A Trainer whose weights were bfloat16 had moments of that type; float32 holds all of them, and it is said."""
+    halves = {slot: lambda entry, slot=slot: entry.update({slot: entry[slot].bfloat16()}) for slot in ADAMW.slots}
+    change(checkpoint, both(*(each_entry(edit) for edit in halves.values())))
+    state = start(saved)
+    lines = load(state, checkpoint)
+    assert ["weights and moments were bfloat16: they go on in float32, from the same values"] == lines
+    expected = {name: value.bfloat16().float() for name, value in saved.moments.items()}
+    stock.assert_equal(expected, stock.moments(state.model, state.optimizer))
+
+
 def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     """LoRA+ is adopted with its moments under a learning rate set by hand, which the refusal names."""
     change(checkpoint, lora_plus)
@@ -298,13 +310,22 @@ def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: P
     assert re.search("Merge it into its base: python -c|with --model FOLDER", str(caught.value.hint))
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
-def test_rows_of_a_grown_vocabulary_are_refused_by_name(name: str, checkpoint: Path) -> None:
-    """PEFT saves the embedding beside the adapter where the vocabulary has grown; nothing else says so."""
-    path = checkpoint / "adapter_model.safetensors"
-    save_file({**load_file(path), f"base_model.model.{name}.weight": torch.zeros(4, 4)}, path)
-    with pytest.raises(ModelError, match=f"carries base_model.model.{name}.weight: embeddings or a head of its own"):
-        read_adapter(checkpoint)
+@pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
+def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_path: Path) -> None:
+    """PEFT writes the base's own rows beside such an adapter; they are recognized, and all goes on as it was."""
+    adapted = stock.lora_model(model, target_modules=["q_proj", layer])
+    stop: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
+    trainer = stock.trainer(adapted, tmp_path / "stock", **stop)
+    trainer.train()
+    folder = tmp_path / "stock/checkpoint-2"
+    assert [] != [name for name in load_file(folder / "adapter_model.safetensors") if ".lora_" not in name]
+    run = Run.adopt(folder, tmp_path / "run", str(model), settings=SETTINGS)
+    state = stock.open_state(tmp_path / "run")
+    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
+    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
+    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
+    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
 
 
 MERGED: dict[str, dict[str, Any]] = {
@@ -328,7 +349,7 @@ def test_the_command_that_merges_makes_the_same_model(case: str, model: Path, tm
     for part in (adapted, tokenizer):
         part.save_pretrained(tmp_path / "an adapter")
     with pytest.raises(ModelError) as caught:
-        read_adapter(tmp_path / "an adapter")
+        Run.adopt(tmp_path / "an adapter", tmp_path / "run", str(model), fresh_moments=True)
     words = shlex.split(str(caught.value.hint).partition("base: ")[2].partition("; then: ")[0])
     assert ["python", "-c"] == words[:2]
     with contextlib.chdir(tmp_path):
@@ -354,6 +375,35 @@ def without(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).unlink()
     return folder
+
+
+def test_an_output_folder_leads_to_its_newest_checkpoint(saved: Saved, tmp_path: Path) -> None:
+    """A Trainer's output folder is none of its checkpoints; the newest by number is named."""
+    for step in (2, 10, 9):
+        shutil.copytree(saved.folder, tmp_path / f"out/checkpoint-{step}")
+    with pytest.raises(UsageError, match=r"no optimizer\.pt") as caught:
+        open_folder(tmp_path / "out", fresh=False)
+    assert f"onward adopt {tmp_path}/out/checkpoint-10 --run NEW_RUN" in str(caught.value.hint)
+
+
+def test_weights_of_an_old_peft_are_adopted_after_the_command_that_is_named(saved: Saved, checkpoint: Path) -> None:
+    """`adapter_model.bin` is refused with a command that writes it as safetensors."""
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    torch.save(weights, without(checkpoint, "adapter_model.safetensors") / "adapter_model.bin")
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors is missing") as caught:
+        read_adapter(checkpoint)
+    words = shlex.split(str(caught.value.hint).partition("one: ")[2].partition("; then adopt")[0])
+    exec(compile(words[2], "hint", "exec"))
+    assert 4 == read_adapter(checkpoint)["r"]
+    stock.assert_equal(weights, load_file(checkpoint / "adapter_model.safetensors"))
+
+
+def test_a_whole_state_of_fsdp_is_renamed(tmp_path: Path) -> None:
+    """FSDP's one file of weights is a model's file under another name."""
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(UsageError, match="a name of its own") as caught:
+        open_folder(tmp_path, fresh=True)
+    assert f"cp {tmp_path}/pytorch_model_fsdp.bin {tmp_path}/pytorch_model.bin" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("tool", ["DeepSpeed", "FSDP"])

@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from onward.store.ledger import Ledger
 from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.capacity import read_capacity, require_fits
 from onward.training.environment import pick_device, pick_dtype
+from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
 from onward.training.handover import Probe
@@ -82,7 +84,8 @@ def adopt(
 def _load(adopted: Adopted, base: Path) -> tuple[TrainState, list[str]]:
     """Return the state that the Trainer had, and what to say of its moments."""
     config, folder, device = adopted.config, adopted.folder, pick_device()
-    model = build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=folder.path)
+    with without_carried(folder.path, base, adopted.adapter) if adopted.adapter else nullcontext(folder.path) as path:
+        model = build_model(config, base, device, pick_dtype(config.dtype, device), checkpoint=path)
     state = TrainState.start(model, config)
     if adopted.moments is None:
         state.counters.step = state.counters.adam_origin = folder.step

@@ -35,6 +35,7 @@ class Adopted:
         moments: its optimizer's state; None where it begins afresh.
         schedule: the Trainer's; None for a checkpoint of Onward's own, which says more.
         sources: config values by where they are from.
+        adapter: what the adapter's config says; nothing for a whole model.
     """
 
     folder: TrainerFolder
@@ -43,6 +44,7 @@ class Adopted:
     moments: Moments | None
     schedule: TrainerSchedule | None
     sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any], *, fresh: bool) -> Adopted:
@@ -56,7 +58,7 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
     folder = open_folder(checkpoint, fresh=fresh)
     manifest = _own_manifest(checkpoint)
     arguments = Arguments(missing=f"{MANIFEST} says more") if manifest else read_arguments(checkpoint)
-    adapter, named = _adapter(checkpoint)
+    adapter = read_adapter(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else {}
     moments = None if fresh else read_moments(folder, arguments, one_rate="learning_rate" in settings)
     sources: dict[str, Mapping[str, Any]] = {}
     schedule = None
@@ -69,17 +71,13 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
         sources[SCHEDULE_SOURCE] = _schedule_values(schedule, folder, settings, fresh=fresh)
         merged = {**sources.get(huggingface.TRAINING_ARGUMENTS, {}), **argument_settings(folder, arguments)}
         sources[huggingface.TRAINING_ARGUMENTS] = merged
-    sources[ADAPTER_CONFIG if named is not None else WHOLE_MODEL] = adapter
-    config = _merge(sources, model or named or str(checkpoint.absolute()), settings, checkpoint)
-    return Adopted(folder, config, arguments, moments, schedule, sources)
-
-
-def _adapter(checkpoint: Path) -> tuple[dict[str, Any], str | None]:
-    """Return the config keys of the adapter, and the base that it names; of a whole model none."""
-    if not (checkpoint / ADAPTER_CONFIG).is_file():
-        return {"method": "full"}, None
-    values = read_adapter(checkpoint)
-    return {"method": "lora", **adapter_settings(values)}, values.get("base_model_name_or_path") or ""
+    if adapter:
+        sources[ADAPTER_CONFIG] = {"method": "lora", **adapter_settings(adapter)}
+    else:
+        sources[WHOLE_MODEL] = {"method": "full"}  # which is its own base
+    named = adapter.get("base_model_name_or_path") if adapter else str(checkpoint.absolute())
+    config = _merge(sources, model or named or "", settings, checkpoint)
+    return Adopted(folder, config, arguments, moments, schedule, sources, adapter)
 
 
 def _merge(sources: Mapping[str, Mapping[str, Any]], model: str, settings: Mapping[str, Any], where: Path) -> Config:

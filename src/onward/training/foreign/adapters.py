@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
 
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
@@ -66,15 +65,26 @@ def read_adapter(checkpoint: Path) -> dict[str, Any]:
         raise DamagedState(f"{ADAPTER_CONFIG} cannot be read: {type(error).__name__}", where=path) from None
     if values.get("peft_type") != "LORA":
         raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
-    if not (checkpoint / ADAPTER_WEIGHTS).is_file():
-        raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=checkpoint)
+    _require_weights(checkpoint)
     _require_own_weights(values, path)
     refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
     if refused:
         what = f"the adapter has what a run cannot take over: {'; '.join(refused)}"
-        raise ModelError(what, where=path, hint=_merge_hint(checkpoint, values))
-    _require_plain_weights(checkpoint, values)
+        raise ModelError(what, where=path, hint=merge_hint(checkpoint, values))
     return values
+
+
+def _require_weights(checkpoint: Path) -> None:
+    """Refuse an adapter without safetensors; releases of PEFT before 0.7 wrote `adapter_model.bin`."""
+    weights, older = checkpoint / ADAPTER_WEIGHTS, checkpoint / "adapter_model.bin"
+    if weights.is_file():
+        return
+    program = (
+        "import torch; from safetensors.torch import save_file as s; "
+        f"s({{k: v.contiguous() for k, v in torch.load({str(older)!r}, weights_only=True).items()}}, {str(weights)!r})"
+    )
+    hint = f"Write it as one: python -c {quoted(program)}; then adopt again." if older.is_file() else None
+    raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=checkpoint, hint=hint)
 
 
 def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,12 +102,12 @@ def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
     begun = values.get("init_lora_weights")
     if begun in OWN_WEIGHTS:
         return
-    hint = _merge_hint(path.parent, values) if begun in MADE_AGAIN else _changed_base_hint(path)
+    hint = merge_hint(path.parent, values) if begun in MADE_AGAIN else _changed_base_hint(path)
     what = f"the adapter was begun by {begun}, which changes the base: with the base as it is, it is another model"
     raise ModelError(what, where=path, hint=hint)
 
 
-def _merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
+def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
     """Return the command that makes a whole model of an adapter and its base."""
     own = (checkpoint / "tokenizer_config.json").is_file()
     tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
@@ -124,22 +134,3 @@ def _is_taken(name: str, value: Any) -> bool:
 def _is_default(name: str, value: Any) -> bool:
     """Whether a field says nothing: it is as PEFT makes it, or empty."""
     return not value or value == getattr(LoraConfig, name, None)
-
-
-def _require_plain_weights(checkpoint: Path, values: Mapping[str, Any]) -> None:
-    """Refuse weights beside the adapter's that no field speaks of: the rows of a vocabulary that has grown."""
-    path = checkpoint / ADAPTER_WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except SafetensorError as error:
-        raise DamagedState(f"{ADAPTER_WEIGHTS} cannot be read: {error}", where=path) from None
-    whole = [name for name in names if ".lora_" not in name]
-    if whole and not any(values.get(name) for name in ("modules_to_save", "trainable_token_indices", "use_dora")):
-        if values.get("bias") not in (None, "none"):
-            return
-        raise ModelError(
-            f"the adapter carries {whole[0]}: embeddings or a head of its own, as after its vocabulary has grown",
-            where=path,
-            hint=_merge_hint(checkpoint, values),
-        )

@@ -16,7 +16,7 @@ from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 FULL_OPTIMIZER = "optimizer.bin"
 """The whole optimizer's state by the names of its parameters, as FSDP's full state dict is saved."""
 FRESH = "--fresh-moments"
-_WHOLE = ("model*.safetensors", "pytorch_model*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
+_WHOLE = ("model*.safetensors", "pytorch_model.bin*", "pytorch_model-*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
     if not path.is_dir():
         raise UsageError("there is no such checkpoint directory", where=path)
     found = next((name for name in (OPTIMIZER, FULL_OPTIMIZER) if (path / name).is_file()), None)
+    if found is None and not fresh and _newest_checkpoint(path) is not None:
+        raise _without_optimizer(path)
     _require_weights(path)
     if fresh:
         return TrainerFolder(path, None, _read_state(path) if (path / TRAINER_STATE).is_file() else {})
@@ -87,7 +89,7 @@ def _read_state(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"trainer_state.json cannot be read: {type(error).__name__}", where=path,
-            hint="Name a checkpoint-N directory that transformers' Trainer wrote.",
+            hint=f"Name a checkpoint-N directory that transformers' Trainer wrote. {fresh_hint(path)}",
         ) from None  # fmt: skip
 
 
@@ -98,6 +100,10 @@ def _require_weights(path: Path) -> None:
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
         raise _in_shards("DeepSpeed", path, command)
+    whole = path / "pytorch_model_fsdp.bin"
+    if whole.is_file():
+        command = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}"
+        raise UsageError("FSDP gave the weights a name of its own", where=whole, hint=f"{command}; then adopt again.")
     shards = sorted(path.glob("pytorch_model_fsdp_*/"))
     if shards:
         raise _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
@@ -125,7 +131,16 @@ def _without_optimizer(path: Path) -> UsageError:
     if _is_deepspeed(path):
         return UsageError("DeepSpeed keeps the moments in shards of its own", where=path, hint=fresh_hint(path))
     what = "the checkpoint has no optimizer.pt, so there are no moments to go on with"
+    inner = _newest_checkpoint(path)
+    if inner is not None:
+        return UsageError(what, where=path, hint=f"Its newest checkpoint: onward adopt {quoted(inner)} --run NEW_RUN")
     return UsageError(what, where=path, hint=f"Name a checkpoint-N directory of Trainer. {fresh_hint(path)}")
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    """Return the newest checkpoint below a Trainer's output folder."""
+    found = {folder: folder.name.rpartition("-")[2] for folder in path.glob("checkpoint-*/")}
+    return max((folder for folder in found if found[folder].isdigit()), key=lambda one: int(found[one]), default=None)
 
 
 def _is_deepspeed(path: Path) -> bool:

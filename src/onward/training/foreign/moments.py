@@ -45,10 +45,12 @@ class Moments:
     Args:
         groups: its parameter groups: settings, and under `params` numbers or names.
         entries: what it keeps for each parameter that it has moved, as AdamW keeps it.
+        dtype: the type that it kept moments in, which were those of its weights; here they are float32.
     """
 
     groups: list[dict[str, Any]]
     entries: dict[Key, Entry]
+    dtype: str = "float32"
 
     @property
     def rates(self) -> list[float]:
@@ -89,7 +91,8 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
         saved = _read(path, arguments)
         groups = [dict(group) for group in cast(list[Mapping[str, Any]], saved["param_groups"])]
         held = cast(Mapping[Key, Mapping[str, Any]], saved["state"])
-        moments = Moments(groups, {key: _as_adamw(entry, group_of(groups, key)) for key, entry in held.items()})
+        entries = {key: _as_adamw(entry, group_of(groups, key)) for key, entry in held.items()}
+        moments = Moments(groups, entries, _type_of(held))
         quantizes = any(_WRAPPED in entry or "state1" in entry for entry in held.values())
         _require_settings(moments, quantizes=quantizes, one_rate=one_rate)
     except _NotTaken as reason:
@@ -135,6 +138,13 @@ def _as_adamw(entry: Mapping[str, Any], group: Mapping[str, Any]) -> Entry:
         raise _NotTaken("the moments are not floating-point numbers")
     counter = torch.as_tensor(values[ADAMW.counter], dtype=torch.float32).reshape(())
     return {ADAMW.counter: counter, **{slot: value.float() for slot, value in moments.items()}}
+
+
+def _type_of(held: Mapping[Key, Mapping[str, Any]]) -> str:
+    tensors = [value for entry in held.values() for value in entry.values() if torch.is_tensor(value) and value.ndim]
+    return next(
+        (str(value.dtype).removeprefix("torch.") for value in tensors if value.dtype != torch.float32), "float32"
+    )
 
 
 def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> None:
@@ -195,7 +205,12 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     for group in own:
         group["lr"] = float(moments.groups[0]["lr"])
     state.optimizer.load_state_dict({"state": entries, "param_groups": own})
-    return list(_decay_differs(state, moments, named))
+    return [*_decay_differs(state, moments, named), *_widened(moments)]
+
+
+def _widened(moments: Moments) -> Iterator[str]:
+    if moments.dtype != "float32":
+        yield f"weights and moments were {moments.dtype}: they go on in float32, from the same values"
 
 
 def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolder) -> dict[str, Entry]:
