@@ -370,6 +370,26 @@ def test_how_an_adapter_began_does_not_matter_where_the_base_stayed(init: Any, c
     assert 4 == read_adapter(checkpoint)["r"]
 
 
+def test_a_whole_model_whose_vocabulary_has_grown_is_its_own_base(model: Path, tmp_path: Path) -> None:
+    """Also where `--model` names what it was made from: tokens that only it has are trained. It needs its tokenizer."""
+    tokenizer = tiny.byte_tokenizer(extra=["<|new|>"])
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    whole.resize_token_embeddings(len(tokenizer))
+    stop: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(1)]}
+    stock.trainer(whole, tmp_path / "stock", **stop).train()
+    folder = tmp_path / "stock/checkpoint-1"
+    with pytest.raises(UsageError, match=f"has {len(tokenizer)} rows in its embedding.* and no tokenizer") as caught:
+        Run.adopt(folder, tmp_path / "run", str(model))
+    words = shlex.split(str(caught.value.hint).partition("into it: ")[2].partition("; then")[0])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    exec(compile(words[2].replace("'TOKENIZER'", repr(str(tmp_path / "tokenizer"))), "hint", "exec"))
+    run = Run.adopt(folder, tmp_path / "run", str(model), settings=SETTINGS)
+    assert "base" == run.config.model
+    row = {"messages": [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "<|new|>"}]}
+    run.train(tiny.write_jsonl(tmp_path / "new.jsonl", [row] * 4))
+    assert (2, True) == (run.status()["global_step"], run.verify().ok)
+
+
 def without(folder: Path, *names: str) -> Path:
     """Remove files of a folder; return it."""
     for name in names:

@@ -135,6 +135,7 @@ def test_a_trainer_goes_on_saves_and_is_adopted_again(
     run = Run.adopt(saved, tmp_path / "run", str(model))
     assert STEPS + MORE == run.status()["global_step"]
     assert run.verify().ok
+    assert (64 if tool is supervised else 1024) == run.config.max_length
     state = stock.open_state(tmp_path / "run")
     if not trainer.args.load_best_model_at_end:
         stock.assert_equal(stock.trained(trainer.model), stock.trained(state.model))

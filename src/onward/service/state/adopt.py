@@ -22,6 +22,7 @@ from onward.service.state.adopted import describe
 from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
+from onward.text import quoted
 from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.capacity import read_capacity, require_fits
 from onward.training.environment import pick_device, pick_dtype
@@ -69,7 +70,7 @@ def adopt(
             "there is a config in this directory already", where=layout.config, hint="Name another directory."
         )
     adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
-    base = resolve_base(adopted.config.model, download=True, report=report)
+    base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
     require_fits(read_capacity(base), max_length=adopted.config.max_length)
     _require_tokenizer(checkpoint, base)
     state, notes = _load(adopted, base)
@@ -79,6 +80,23 @@ def adopt(
         config = with_stored_path(adopted.config, base, layout.root)
     _make(checkpoint, layout, config, state, report)
     return describe(replace(adopted, config=config), settings, notes)
+
+
+def _base(adopted: Adopted, named: Path) -> Path:
+    """Return the run's base: a whole model whose vocabulary is not that of the base named for it is its own."""
+    own = adopted.folder.path.resolve()
+    if adopted.adapter or named == own or read_capacity(own).embedding_rows == read_capacity(named).embedding_rows:
+        return named
+    if (own / TOKENIZER_MARK).is_file():
+        return own
+    rows = (
+        f"{read_capacity(own).embedding_rows} rows in its embedding, {named.name} {read_capacity(named).embedding_rows}"
+    )
+    program = (
+        f"from transformers import AutoTokenizer as T; T.from_pretrained('TOKENIZER').save_pretrained({str(own)!r})"
+    )
+    hint = f"Put the tokenizer that it was trained with into it: python -c {quoted(program)}; then adopt again."
+    raise UsageError(f"the checkpoint has {rows}, and no tokenizer", where=own, hint=hint)
 
 
 def _load(adopted: Adopted, base: Path) -> tuple[TrainState, list[str]]:

@@ -16,8 +16,6 @@ LEFT: Mapping[str, str] = {
     "neftune_noise_alpha": "a run has none",
     "packing": "rows are trained one by one, laid end to end where the model allows it",
     "padding_free": "rows are laid end to end where the model allows it",
-    "assistant_only_loss": "a run trains every answer of a chat and nothing else",
-    "completion_only_loss": "a run trains completions and nothing else",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "data_seed": "the order of rows is the run's own, a function of the seed",
     "fp16": "a run computes in float32 or bfloat16: dtype",
@@ -33,6 +31,12 @@ LEFT: Mapping[str, str] = {
     "auto_find_batch_size": "the batch size that it found is taken",
 }
 """Arguments that are not taken where they are set, and why."""
+
+WITHOUT: Mapping[str, str] = {
+    "assistant_only_loss": "a run trains every answer of a chat and nothing else of it",
+    "completion_only_loss": "a run trains completions and nothing else of such a row",
+}
+"""Arguments that are not taken where they are false, and why."""
 
 
 def batch_settings(folder: TrainerFolder, arguments: Arguments) -> dict[str, Any]:
@@ -100,3 +104,4 @@ def left_out(arguments: Arguments) -> Iterator[str]:
         value = arguments.values.get(name)
         if value and value != "text":
             yield f"{name} {value} ({reason})"
+    yield from (f"{name} False ({why})" for name, why in WITHOUT.items() if arguments.values.get(name) is False)
