@@ -16,6 +16,7 @@ import pytest
 import stock
 import tiny
 import torch
+from accelerate.utils import merge_fsdp_weights
 from commands import onward
 from safetensors.torch import load_file
 from states import read_state
@@ -439,6 +440,27 @@ def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: st
         "FSDP": f"accelerate merge-weights '{folder}/pytorch_model_fsdp_0' '{folder}'",
     }
     assert f"{expected[tool]}; then: onward adopt '{folder}' --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+
+
+def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Path, tmp_path: Path) -> None:
+    """A checkpoint of FSDP has shards and no config; joined by accelerate, beside the base's config, it is a model."""
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    weights = {name: torch.randn_like(weight) for name, weight in whole.named_parameters()}
+    sharded.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.raises(UsageError, match="in shards") as caught:
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    command = re.search(r"accelerate merge-weights (.*); then", str(caught.value.hint))
+    assert command is not None
+    merge_fsdp_weights(*shlex.split(command[1]))
+    with pytest.raises(UsageError, match=r"no config\.json beside the weights"):
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    shutil.copy(model / "config.json", folder)
+    run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    assert 5 == run.status()["global_step"]
+    stock.assert_equal(weights, stock.trained(stock.open_state(tmp_path / "run").model))
 
 
 def test_moments_of_deepspeed_are_refused_by_name(checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from onward.errors import UsageError
 from onward.text import quoted
-from onward.training.adapter import ADAPTER_WEIGHTS
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 
 FULL_OPTIMIZER = "optimizer.bin"
@@ -96,6 +96,11 @@ def _read_state(path: Path) -> Mapping[str, Any]:
 def _require_weights(path: Path) -> None:
     """Refuse a folder whose weights lie in shards, with the command that puts them together."""
     if any(next(path.glob(pattern), None) for pattern in _WHOLE):
+        if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
+            hint = (
+                f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
+            )
+            raise UsageError("there is no config.json beside the weights", where=path, hint=hint)
         return
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
