@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from onward.config_text import read_config
 from onward.layout import RunLayout
@@ -30,8 +30,19 @@ ARGUMENTS: dict[str, Any] = {
 LENGTH = 24
 
 
-def lora_model(base: Path, **settings: Any) -> PeftModel:
-    """Return a fresh adapter on a base model."""
+class StopAt(TrainerCallback):
+    """Ends training after a step, before its schedule ends."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for the end, and for a checkpoint."""
+        control.should_training_stop = control.should_save = state.global_step >= self.step
+
+
+def lora_model(folder: Path, *, base: Any = None, **settings: Any) -> PeftModel:
+    """Return a fresh adapter on a base model: that of the folder, or one that was loaded and changed."""
     torch.manual_seed(7)
     shape: dict[str, Any] = {
         "r": 4,
@@ -41,7 +52,7 @@ def lora_model(base: Path, **settings: Any) -> PeftModel:
         **settings,
     }
     adapter = LoraConfig(task_type="CAUSAL_LM", **shape)
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model: Any = get_peft_model(base or AutoModelForCausalLM.from_pretrained(folder), adapter)
     return model
 
 
@@ -54,7 +65,8 @@ def trainer(model: Any, output: Path, *, rows: int = 40, **settings: Any) -> Tra
         ids = tokenizer(row["messages"][0]["content"] * 2)["input_ids"][:LENGTH]
         data.append({"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": ids})
     arguments = TrainingArguments(output_dir=str(output), **{**ARGUMENTS, **settings})
-    return Trainer(model=model, args=arguments, train_dataset=data, **own)
+    evaluated = data if arguments.eval_strategy != "no" else None
+    return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, **own)
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

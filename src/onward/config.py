@@ -178,12 +178,20 @@ class Config(Section):
     total_steps: Count | None = Field(
         default=None, description="Horizon of `cosine` and `linear`: the step at which `min_learning_rate` is reached."
     )
+    schedule_offset: Index = Field(
+        default=0,
+        description="Steps by which the schedule lags behind the step; `adopt` sets it, for a Trainer's first step "
+        "has the rate of step 0.",
+    )
     min_learning_rate: Rate = Field(
         default=0.0, description="Learning rate below which no schedule falls after warmup."
     )
     weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
+    )
+    eps: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+        default=1e-8, description="AdamW's term that keeps a division from being one by zero."
     )
     max_grad_norm: Rate = Field(
         default=1.0, description="Gradient norm above which gradients are scaled down; 0 is off."

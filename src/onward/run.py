@@ -95,6 +95,7 @@ class Run:
         model: str | None = None,
         *,
         settings: Mapping[str, Any] | None = None,
+        fresh_moments: bool = False,
         report: Callable[[str], None] = _silent,
         loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Run:
@@ -104,6 +105,7 @@ class Run:
             checkpoint: a `checkpoint-N` directory, LoRA (PEFT) or full.
             model: the base model, where the checkpoint does not name one that is here.
             settings: config keys to set beyond what the checkpoint says.
+            fresh_moments: take the weights alone, for a checkpoint whose optimizer is missing or of another kind.
             report: receives a line for everything that was taken over, was set or is unknown.
             loading: as for `Run`.
         """
@@ -112,7 +114,7 @@ class Run:
         with loading():
             from onward.service.state.adopt import adopt
 
-        for line in adopt(Path(checkpoint), layout, model, settings or {}, report):
+        for line in adopt(Path(checkpoint), layout, model, settings or {}, report, fresh_moments=fresh_moments):
             report(line)
         return cls(directory, loading=loading)
 

@@ -55,6 +55,9 @@ def adopt(
     run: RunOption = Path(),
     model: ModelOption = None,
     settings: SetOption = None,
+    fresh_moments: Annotated[
+        bool, typer.Option("--fresh-moments", help="Take the weights alone; the optimizer begins afresh.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
@@ -62,7 +65,9 @@ def adopt(
     from onward.run import Run
 
     values = parse_settings(settings or [])
-    adopted = Run.adopt(checkpoint, run, model, settings=values, report=say, loading=startup.large_imports)
+    adopted = Run.adopt(
+        checkpoint, run, model, settings=values, fresh_moments=fresh_moments, report=say, loading=startup.large_imports
+    )
     if as_json:
         show(adopted.status())
     step = adopted.status()["global_step"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,17 @@ from onward.training.state import Snapshot
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+CALLBACKS: dict[str, Any] = {
+    "TrainerControl": {
+        "args": dict.fromkeys(
+            ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log"), False
+        ),
+        "attributes": {},
+    },
+    "EarlyStoppingCallback": [],
+}
+"""States of callbacks. A Trainer that saves looks up each of its own here and fails where one is missing; an empty list
+is a place for one, without a state that would replace the Trainer's."""
 LOG_TAIL = 50
 """Entries of `log_history` that a checkpoint carries; the whole history is in the ledger."""
 
@@ -68,33 +80,35 @@ def random_state(config: Config, step: int) -> dict[str, Any]:
         "python": words,
         "numpy": ("MT19937", list(words[1][:-1]), words[1][-1], 0, 0.0),
         "cpu": torch.Generator().manual_seed(seed).get_state(),
+        "cuda": torch.tensor(list(struct.pack("<QQ", seed, 0)), dtype=torch.uint8),  # seed and offset, as CUDA has them
     }
 
 
 def trainer_state(state: Snapshot, config: Config, log_history: Sequence[dict[str, Any]]) -> bytes:
-    """Return `trainer_state.json`: the fields of transformers' `TrainerState`, with a bounded log."""
+    """Return `trainer_state.json`: what a Trainer needs of its `TrainerState`, with a bounded log.
+
+    A Trainer that resumes takes every field from here, and its own default for a field that is left out. So
+    `save_steps`, `logging_steps` and `eval_steps` are left out: the run's must not stand in for those of the Trainer.
+    Fields that only newer releases know are left out too, for an older one refuses what it does not know.
+    """
     cursor = state.cursor
     values = {
         "epoch": cursor.step * config.epochs / cursor.steps if cursor.steps else 0.0,
         "global_step": state.step,
         "max_steps": state.step,
-        "logging_steps": config.log_steps,
-        "eval_steps": config.log_steps,
-        "save_steps": config.save_steps,
         "train_batch_size": config.batch_size,
         "num_train_epochs": config.epochs,
         "num_input_tokens_seen": state.counters.tokens,
         "total_flos": 0.0,
         "log_history": list(log_history)[-LOG_TAIL:],
         "best_metric": None,
-        "best_global_step": None,
         "best_model_checkpoint": None,
         "is_local_process_zero": True,
         "is_world_process_zero": True,
         "is_hyper_param_search": False,
         "trial_name": None,
         "trial_params": None,
-        "stateful_callbacks": {},
+        "stateful_callbacks": CALLBACKS,
     }
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 

@@ -1,6 +1,6 @@
 """Optimizers as named methods: what is built, which tensors it keeps, how it counts and what its settings are.
 
-Whoever reads the state of an optimizer (checkpoints, the handover, adoption, `verify`) asks its method.
+Whoever reads the state of an optimizer (checkpoints, the handover, `verify`) asks its method.
 """
 
 from __future__ import annotations
@@ -69,19 +69,6 @@ class OptimizerMethod(Protocol):
         """Return why an entry cannot belong to a parameter; None where it fits."""
         ...
 
-    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config values that a saved parameter group was trained with.
-
-        Raises:
-            KeyError, TypeError, ValueError: the group is not one of this method.
-            UnsupportedSetting: the group has a setting that no config key can express.
-        """
-        ...
-
-
-class UnsupportedSetting(Exception):
-    """A saved optimizer has a setting that a run cannot take over; the message says which."""
-
 
 class AdamW:
     """AdamW with the parameter groups of transformers' Trainer, so that each can load the other's `optimizer.pt`."""
@@ -89,8 +76,6 @@ class AdamW:
     name = "adamw"
     slots = ("exp_avg", "exp_avg_sq")
     counter = "step"
-    eps = 1e-8
-    """PyTorch's default and the Trainer's."""
 
     def groups(self, model: nn.Module) -> tuple[Named, Named]:
         """Return the trainable parameters with and without weight decay, in `named_parameters` order."""
@@ -104,15 +89,16 @@ class AdamW:
     def build(self, model: nn.Module, config: Config) -> torch.optim.AdamW:
         """Return AdamW over two groups, as the Trainer makes them."""
         groups = [{"params": [parameter for _, parameter in group]} for group in self.groups(model)]
-        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=self.eps, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=config.eps, fused=True)
         self.configure(optimizer, config)
         return optimizer
 
     def configure(self, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        """Put weight decay, betas and the peak learning rate in force."""
+        """Put weight decay, betas, eps and the peak learning rate in force."""
         for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
             group["weight_decay"] = weight_decay
             group["betas"] = config.betas
+            group["eps"] = config.eps
             group["initial_lr"] = config.learning_rate
 
     def count(self, entries: Collection[Entry], parameters: int) -> int:
@@ -133,17 +119,6 @@ class AdamW:
         shape = tuple(parameter.shape)
         wrong = [slot for slot in self.slots if tuple(entry[slot].shape) != shape]
         return f"its {wrong[0]} has shape {tuple(entry[wrong[0]].shape)} instead of {shape}" if wrong else None
-
-    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return learning rate, weight decay and betas; an `eps` other than `AdamW.eps` is refused."""
-        values = {
-            "learning_rate": float(group.get("initial_lr", group["lr"])),
-            "weight_decay": float(group["weight_decay"]),
-            "betas": [float(beta) for beta in group["betas"]],
-        }
-        if float(group["eps"]) != self.eps:
-            raise UnsupportedSetting(f"AdamW's eps {float(group['eps']):g}, a run has {self.eps:g}")
-        return values
 
 
 ADAMW = AdamW()

@@ -18,6 +18,9 @@ def learning_rate(config: Config, step: int, step_in_file: int) -> float:
     Raises:
         ConfigError: `step` lies beyond the horizon of a schedule that has one.
     """
+    require_horizon(config, step)
+    if config.schedule_offset:
+        return _lagging(config, max(0, step - config.schedule_offset), step_in_file)
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     warmed = step_in_file if config.boundary == "rewarm" else step
     factor = min(1.0, warmed / warmup) if warmup else 1.0
@@ -28,11 +31,30 @@ def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int)
     if config.schedule == "inverse_sqrt":
         return peak * math.sqrt(max(warmup, 1) / max(step, warmup, 1))
     if config.schedule in HORIZON_SCHEDULES:
-        require_horizon(config, step)
         progress = max(0, step - warmup) / ((config.total_steps or 0) - warmup)
         shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
         return floor + (peak - floor) * shape
     return peak
+
+
+def _lagging(config: Config, position: int, step_in_file: int) -> float:
+    """Return the learning rate at a position that lags behind the step.
+
+    Such a schedule was begun by a Trainer: it is computed as `transformers.optimization` does, to the last bit.
+    """
+    peak, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps or 0
+    warmed = step_in_file if config.boundary == "rewarm" else position
+    factor = 1.0
+    if position >= warmup and config.schedule == "inverse_sqrt":
+        factor = 1.0 / math.sqrt(position / max(1, warmup)) if position else 1.0
+    elif position >= warmup and config.schedule == "linear":
+        factor = max(0.0, (total - position) / (total - warmup))
+    elif position >= warmup and config.schedule == "cosine":
+        factor = max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((position - warmup) / (total - warmup)))))
+    if config.min_learning_rate:
+        lowest = config.min_learning_rate / peak
+        factor = factor * (1.0 - lowest) + lowest if config.schedule in HORIZON_SCHEDULES else max(factor, lowest)
+    return peak * (factor if warmed >= warmup else factor * (warmed / warmup))
 
 
 def require_unstretched(used: Config, wanted: Config) -> None:

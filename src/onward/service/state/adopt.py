@@ -6,31 +6,33 @@ import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
-from onward.config import IDENTITY_KEYS, NEW_RUN, Config
-from onward.config_text import parse_config, render_yaml
+from onward.config import Config
+from onward.config_text import render_yaml
 from onward.data.own_template import keep_template, write_template
-from onward.errors import ConfigError, DamagedState, ModelError, UsageError
+from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
+from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
-from onward.training import huggingface
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.text import quoted
 from onward.training.admission.findings import Findings
 from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
+from onward.training.capacity import read_capacity, require_fits
 from onward.training.environment import pick_device, pick_dtype
+from onward.training.foreign.carried import without_carried
+from onward.training.foreign.folders import fresh_hint
+from onward.training.foreign.moments import load_into
 from onward.training.handover import Probe
-from onward.training.loading import load_moments, read_optimizer
 from onward.training.model import build_model, load_tokenizer
-from onward.training.optimizers import ADAMW, UnsupportedSetting, saved_groups
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (
@@ -42,44 +44,85 @@ MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 
 def adopt(
-    checkpoint: Path, layout: RunLayout, model: str | None, settings: Mapping[str, Any], report: Callable[[str], None]
+    checkpoint: Path,
+    layout: RunLayout,
+    model: str | None,
+    settings: Mapping[str, Any],
+    report: Callable[[str], None],
+    *,
+    fresh_moments: bool = False,
 ) -> list[str]:
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
+
+    Args:
+        settings: config keys set by hand; they win over the checkpoint.
+        fresh_moments: take the weights alone; the optimizer begins afresh.
 
     Returns:
         What the run took over, what was set and what is unknown, one line each.
 
     Raises:
-        UsageError: this is no Trainer checkpoint, or the directory holds a config already.
+        UsageError: this is no Trainer checkpoint, it holds what cannot go on exactly, or the directory holds a config
+            already.
         DamagedState: its moments do not fit its model.
-        ModelError: the base model or its tokenizer is missing or cannot be loaded.
+        ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
     if layout.config.exists():
         raise UsageError(
             "there is a config in this directory already", where=layout.config, hint="Name another directory."
         )
-    step = _read_step(checkpoint)
-    config = _read_config(checkpoint, model, settings)
-    template_name, template = keep_template(config.chat_template, layout.root)
-    base = resolve_base(config.model, download=True, report=report)
+    adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
+    template_name, template = keep_template(adopted.config.chat_template, layout.root)
+    base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
+    require_fits(read_capacity(base), max_length=adopted.config.max_length)
     _require_tokenizer(checkpoint, base)
-    device = pick_device()
-    _, findings = admit_new(config, base, has_chosen_dropout=True, checkpoint=checkpoint)
-    state = TrainState.start(_build(config, base, checkpoint, device, findings), config)
-    load_moments(state, checkpoint / huggingface.OPTIMIZER)
-    adam = state.view().adam_step()
-    if not 0 < adam <= step:
-        raise DamagedState(f"Adam counts {adam} steps, trainer_state.json {step}", where=checkpoint)
-    state.counters.step, state.counters.adam_origin = step, step - adam
+    state, findings, notes = _load(adopted, base)
     if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
-        config = config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
+        config = adopted.config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     else:
-        config = with_stored_path(config, base, layout.root)
+        config = with_stored_path(adopted.config, base, layout.root)
     config = config.model_copy(update={"chat_template": template_name})
     layout.root.mkdir(parents=True, exist_ok=True)
     write_template(template_name, template, layout.root)
     _make(checkpoint, layout, config, state, findings, report)
-    return describe(checkpoint, state.step, config, settings)
+    return describe(replace(adopted, config=config), settings, notes)
+
+
+def _base(adopted: Adopted, named: Path) -> Path:
+    """Return the run's base: a whole model whose vocabulary is not that of the base named for it is its own."""
+    own = adopted.folder.path.resolve()
+    if adopted.adapter or named == own or read_capacity(own).embedding_rows == read_capacity(named).embedding_rows:
+        return named
+    if (own / TOKENIZER_MARK).is_file():
+        return own
+    rows = (
+        f"{read_capacity(own).embedding_rows} rows in its embedding, {named.name} {read_capacity(named).embedding_rows}"
+    )
+    program = (
+        f"from transformers import AutoTokenizer as T; T.from_pretrained('TOKENIZER').save_pretrained({str(own)!r})"
+    )
+    hint = f"Put the tokenizer that it was trained with into it: python -c {quoted(program)}; then adopt again."
+    raise UsageError(f"the checkpoint has {rows}, and no tokenizer", where=own, hint=hint)
+
+
+def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]]:
+    """Return the state that the Trainer had, how its model is treated, and what to say of its moments."""
+    config, folder, device = adopted.config, adopted.folder, pick_device()
+    with without_carried(folder.path, base, adopted.adapter) if adopted.adapter else nullcontext(folder.path) as path:
+        _, findings = admit_new(config, base, has_chosen_dropout=True, checkpoint=path)
+        dtype = pick_dtype(config.dtype, device)
+        model = build_model(config, base, device, dtype, checkpoint=path, treatment=findings.treatment)
+    state = TrainState.start(model, config)
+    if adopted.moments is None:
+        state.counters.step = state.counters.adam_origin = folder.step
+        return state, findings, []
+    notes = load_into(state, adopted.moments, folder)
+    adam = state.view().adam_step()
+    if not 0 < adam <= folder.step:
+        what = f"Adam counts {adam} steps, trainer_state.json {folder.step}"
+        raise DamagedState(what, where=folder.path, hint=fresh_hint(folder.path))
+    state.counters.step, state.counters.adam_origin = folder.step, folder.step - adam
+    return state, findings, notes
 
 
 def _make(
@@ -118,81 +161,6 @@ def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         shutil.copyfile(path, target / path.name)
         fsync_file(target / path.name)
-
-
-def _read_step(checkpoint: Path) -> int:
-    if not checkpoint.is_dir():
-        raise UsageError("there is no such checkpoint directory", where=checkpoint)
-    if not (checkpoint / huggingface.OPTIMIZER).is_file():
-        raise UsageError(
-            "the checkpoint has no optimizer.pt, so there are no moments to go on with",
-            where=checkpoint,
-            hint="Name a checkpoint-N directory of Trainer; for weights alone: onward init NEW_RUN --model FOLDER",
-        )
-    try:
-        return int(json.loads((checkpoint / huggingface.TRAINER_STATE).read_bytes())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"trainer_state.json cannot be read: {type(error).__name__}", where=checkpoint,
-            hint="Name a checkpoint-N directory that transformers' Trainer wrote.",
-        ) from None  # fmt: skip
-
-
-def _read_config(checkpoint: Path, model: str | None, settings: Mapping[str, Any]) -> Config:
-    """Return the config that goes on where the checkpoint's Trainer stood; `settings` win."""
-    values: dict[str, Any] = {**NEW_RUN, "warmup_steps": 0, **_optimizer_settings(checkpoint / huggingface.OPTIMIZER)}
-    adapter = checkpoint / ADAPTER_CONFIG
-    if adapter.is_file():
-        lora = _read_adapter(adapter)
-        values |= {"method": "lora", "model": model or lora["base_model_name_or_path"]}
-        values |= {"lora.rank": lora["r"], "lora.alpha": lora["lora_alpha"], "lora.dropout": lora["lora_dropout"]}
-        values["lora.targets"] = lora["target_modules"]
-    else:
-        values |= {"method": "full", "model": model or str(checkpoint.absolute())}
-    if not values["model"]:
-        raise UsageError("the checkpoint does not name its base model", where=adapter, hint="--model NAME_OR_PATH")
-    config = parse_config({**values, **settings}, where=checkpoint)
-    _require_shape(parse_config(values, where=checkpoint), config)
-    return config
-
-
-def _require_shape(saved: Config, config: Config) -> None:
-    """Refuse settings that ask for another shape than the checkpoint has; a 4-bit base under an adapter is none."""
-    asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
-    refused = {key: asked[key] for key in asked if key == "method" or key.startswith("lora.")}
-    if refused.get("method") == "qlora" and saved.method == "lora":
-        del refused["method"]
-    if refused:
-        words = ", ".join(f"{key}={value}" for key, value in refused.items())
-        raise ConfigError(f"the checkpoint has another shape than {words}", where="--set", hint="Leave these out.")
-
-
-def _read_adapter(path: Path) -> dict[str, Any]:
-    try:
-        values = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedState(f"{ADAPTER_CONFIG} cannot be read: {type(error).__name__}", where=path) from None
-    if values.get("peft_type") != "LORA":
-        raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
-    if not (path.parent / ADAPTER_WEIGHTS).is_file():
-        raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=path.parent)
-    return values
-
-
-def _optimizer_settings(path: Path) -> dict[str, Any]:
-    saved = read_optimizer(path, mapped=True)
-    try:
-        return ADAMW.settings(saved_groups(saved)[0])
-    except UnsupportedSetting as error:
-        hint = "There is no config key for it. Train on with transformers, or start again: onward init NEW_RUN"
-        raise UsageError(f"the checkpoint was trained with {error}", where=path, hint=hint) from None
-    except (LookupError, TypeError, ValueError) as error:
-        raise DamagedState(f"optimizer.pt is not that of AdamW: {type(error).__name__}: {error}", where=path) from None
-
-
-def _build(config: Config, base: Path, checkpoint: Path, device: torch.device, findings: Findings) -> torch.nn.Module:
-    dtype = pick_dtype(config.dtype, device)
-    return build_model(config, base, device, dtype, checkpoint=checkpoint, treatment=findings.treatment)
 
 
 def _require_tokenizer(checkpoint: Path, base: Path) -> None:

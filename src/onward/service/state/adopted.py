@@ -1,89 +1,102 @@
-"""What an adopted run took over from its checkpoint, what was set and what is unknown, in sentences."""
+"""What an adopted run took over from its checkpoint, what it did not and why, and its next learning rates."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, cast
 
-from onward.config import Config
-from onward.errors import OnwardError
-from onward.training import huggingface
-from onward.training.adapter import ADAPTER_CONFIG
-from onward.training.loading import read_optimizer
+from onward.config import HORIZON_SCHEDULES, Config
+from onward.errors import ConfigError
+from onward.service.state.adopted_config import SCHEDULE_SOURCE, Adopted
+from onward.training.foreign.schedules import TrainerSchedule
+from onward.training.foreign.settings import batch_words, left_out
+from onward.training.huggingface import TRAINING_ARGUMENTS
 from onward.training.schedule import learning_rate
 
-OF_OPTIMIZER = ("learning_rate", "weight_decay", "betas")
-OF_TRAINER = ("batch_size", "gradient_accumulation", "epochs", "max_length", "max_grad_norm", "seed")
-"""Keys that the Trainer had in its arguments, which the checkpoint holds as Python objects only."""
+AHEAD = 3
+"""Steps whose learning rates are named."""
+UNKNOWN = ("batch_size", "gradient_accumulation", "max_grad_norm", "seed", "max_length", "epochs")
+"""Keys that the Trainer had in its arguments."""
 
 
-def describe(checkpoint: Path, step: int, config: Config, settings: Mapping[str, Any]) -> list[str]:
+def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) -> list[str]:
     """Return one line for each thing that a person should know of the new run.
 
     Args:
-        step: the step that the run stands at.
         settings: what was set by hand; it won over the checkpoint.
+        notes: what else was found while the state was loaded.
     """
-    return [*_taken(config, settings), *_rates(checkpoint, step, config), *_of_trainer(checkpoint, config, settings)]
+    return [*_taken(adopted, settings), *_fresh(adopted), *_left(adopted, settings), *notes, *_rates(adopted)]
 
 
-def _taken(config: Config, settings: Mapping[str, Any]) -> Iterator[str]:
-    values = config.flat()
-    sources = {huggingface.OPTIMIZER: [key for key in OF_OPTIMIZER if key not in settings]}
-    if config.method != "full":
-        sources[ADAPTER_CONFIG] = [key for key in values if key.startswith("lora.") and key not in settings]
-    for source, keys in sources.items():
-        if keys:
-            yield f"from {source}: {_listed(values, keys)}"
+def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
+    values = adopted.config.flat()
+    named: set[str] = set(settings)
+    for source, found in reversed(list(adopted.sources.items())):  # a later source wins over an earlier one
+        keys = [key for key in found if key not in named and key in values]
+        named.update(keys)
+        if source == TRAINING_ARGUMENTS and "batch_size" in keys:
+            rows = f" ({batch_words(adopted.folder, adopted.arguments)})"
+            yield f"from {source}: batch_size {values['batch_size']}{rows}, {_listed(values, keys[1:])}"
+        elif keys:
+            name = f" ({adopted.schedule.name})" if source == SCHEDULE_SOURCE and adopted.schedule else ""
+            yield f"from {source}{name}: {_listed(values, keys)}"
     if settings:
         yield f"set by you: {_listed(values, [key for key in values if key in settings])}"
 
 
-def _rates(checkpoint: Path, step: int, config: Config) -> Iterator[str]:
-    """Compare the Trainer's last learning rate with the run's next one; the schedule itself is not in the files."""
-    following = learning_rate(config, step + 1, 1)
-    rule = f"schedule {config.schedule}, warmup_steps {config.warmup_steps}"
-    last = _last_rate(checkpoint)
-    if last is None:
-        yield f"the next step has learning rate {following:g} ({rule}); the Trainer's last one is unknown"
-    elif last == following:
-        yield f"the learning rate goes on at {following:g} ({rule})"
-    else:
-        yield (
-            f"the learning rate goes from {last:g}, the Trainer's last, to {following:g} ({rule}); the checkpoint does "
-            "not say which schedule the Trainer had"
-        )
+def _fresh(adopted: Adopted) -> Iterator[str]:
+    if adopted.moments is None:
+        step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
+        yield f"weights only: the optimizer's moments begin afresh, after {step}"
 
 
-def _last_rate(checkpoint: Path) -> float | None:
-    """Return the learning rate that the Trainer's scheduler stood at."""
-    try:
-        return float(cast(list[float], read_optimizer(checkpoint / huggingface.SCHEDULER)["_last_lr"])[0])
-    except (OnwardError, LookupError, TypeError, ValueError):
-        return None
-
-
-def _of_trainer(checkpoint: Path, config: Config, settings: Mapping[str, Any]) -> Iterator[str]:
-    values = config.flat()
-    rows = _rows_per_device(checkpoint)
-    if rows is not None and "batch_size" not in settings:
-        yield (
-            f"batch_size {config.batch_size} is this run's default; the Trainer had {rows} rows per device, times "
-            "devices and accumulated batches, which the checkpoint does not say"
-        )
-    defaults = [key for key in OF_TRAINER if key not in settings and values[key] is not None]
+def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Name what is not taken, and what is a default of the run because nothing says what it was."""
+    values = adopted.config.flat()
+    left = list(left_out(adopted.arguments))
+    if left:
+        yield f"not taken: {'; '.join(left)}"
+    known = {key for found in adopted.sources.values() for key in found} | set(settings)
+    defaults = [key for key in UNKNOWN if key not in known and values[key] is not None]
     if defaults:
-        yield (
-            f"the Trainer's own values are unknown (training_args.bin is never read, it could run code), so the "
-            f"defaults hold: {_listed(values, defaults)}; onward.yaml changes them before the first file"
-        )
+        why = adopted.arguments.missing or f"{TRAINING_ARGUMENTS} does not say"
+        yield f"defaults, for {why}: {_listed(values, defaults)}; onward.yaml changes them before the first file"
 
 
-def _rows_per_device(checkpoint: Path) -> int | None:
-    rows = json.loads((checkpoint / huggingface.TRAINER_STATE).read_bytes()).get("train_batch_size")
-    return rows if isinstance(rows, int) else None
+def _rates(adopted: Adopted) -> Iterator[str]:
+    """Put the run's next learning rates beside those that the Trainer would have used."""
+    config, schedule, first = adopted.config, adopted.schedule, adopted.folder.step + 1
+    ended = config.schedule in HORIZON_SCHEDULES and (config.total_steps or 0) < first
+    if schedule is not None and schedule.finished and ended:
+        yield _finished(schedule)
+        return
+    steps = range(first, first + AHEAD)
+    pairs = [f"step {step}: {_rate(config, step)}{_beside(schedule, step)}" for step in steps]
+    yield f"learning rates (schedule {config.schedule}): {', '.join(pairs)}"
+
+
+def _finished(schedule: TrainerSchedule) -> str:
+    return (
+        f"the Trainer's schedule ({schedule.name}) is finished: step {schedule.step} was its last of "
+        f"{schedule.total_steps}. The next file is refused until onward.yaml says how to go on, such as "
+        f"schedule: constant and learning_rate: {schedule.peak:g} (its peak was {schedule.peak:g}); "
+        "with adopt: --set schedule=constant --set learning_rate=RATE"
+    )
+
+
+def _rate(config: Config, step: int) -> str:
+    try:
+        return f"{learning_rate(config, step, step):.6g}"
+    except ConfigError:
+        return "none, the schedule ends before"
+
+
+def _beside(schedule: TrainerSchedule | None, step: int) -> str:
+    if schedule is None:
+        return ""
+    rate = schedule.rate(step)
+    return " (the Trainer's: unknown)" if rate is None else f" (the Trainer's: {rate:.6g})"
 
 
 def _listed(values: Mapping[str, Any], keys: list[str]) -> str:

@@ -1,0 +1,128 @@
+"""The config under which a run goes on where a checkpoint's Trainer stood, and where each of its values is from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onward.config import IDENTITY_KEYS, NEW_RUN, SECTIONS, Config, known_keys, stored_config
+from onward.config_text import parse_config
+from onward.errors import ConfigError, UsageError
+from onward.layout import MANIFEST
+from onward.training import huggingface
+from onward.training.adapter import ADAPTER_CONFIG
+from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.foreign.adapters import adapter_settings, read_adapter
+from onward.training.foreign.arguments import Arguments, read_arguments
+from onward.training.foreign.folders import TrainerFolder, open_folder
+from onward.training.foreign.moments import Moments, read_moments
+from onward.training.foreign.schedules import TrainerSchedule, read_schedule, require_schedule
+from onward.training.foreign.settings import argument_settings, optimizer_arguments
+
+SCHEDULE_SOURCE = "schedule of the Trainer"
+WHOLE_MODEL = "the model's files"
+NEW_SCHEDULE: dict[str, Any] = {"warmup_steps": 0}
+"""What holds where a schedule is set by hand: the run does not begin, it goes on."""
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What a checkpoint becomes.
+
+    Args:
+        moments: its optimizer's state; None where it begins afresh.
+        schedule: the Trainer's; None for a checkpoint of Onward's own, which says more.
+        sources: config values by where they are from.
+        adapter: what the adapter's config says; nothing for a whole model.
+    """
+
+    folder: TrainerFolder
+    config: Config
+    arguments: Arguments
+    moments: Moments | None
+    schedule: TrainerSchedule | None
+    sources: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any], *, fresh: bool) -> Adopted:
+    """Read what a checkpoint says of how it was trained; `settings` win over it.
+
+    Raises:
+        UsageError, ModelError: it holds what cannot go on exactly.
+        DamagedState: a file of it does not hold what it should.
+        ConfigError: the settings ask for what the checkpoint is not.
+    """
+    folder = open_folder(checkpoint, fresh=fresh)
+    manifest = _own_manifest(checkpoint)
+    arguments = Arguments(missing=f"{MANIFEST} says more") if manifest else read_arguments(checkpoint)
+    adapter = read_adapter(checkpoint) if (checkpoint / ADAPTER_CONFIG).is_file() else {}
+    moments = None if fresh else read_moments(folder, arguments, one_rate="learning_rate" in settings)
+    sources: dict[str, Mapping[str, Any]] = {}
+    schedule = None
+    if manifest is not None:
+        sources[MANIFEST] = _recorded(manifest)
+    else:
+        optimizer = moments.settings() if moments else optimizer_arguments(arguments)
+        sources[huggingface.OPTIMIZER if moments else huggingface.TRAINING_ARGUMENTS] = optimizer
+        schedule = read_schedule(folder, arguments, float(optimizer.get("learning_rate", 0.0)))
+        sources[SCHEDULE_SOURCE] = _schedule_values(schedule, folder, settings, fresh=fresh)
+        merged = {**sources.get(huggingface.TRAINING_ARGUMENTS, {}), **argument_settings(folder, arguments)}
+        sources[huggingface.TRAINING_ARGUMENTS] = merged
+    if adapter:
+        sources[ADAPTER_CONFIG] = {"method": "lora", **adapter_settings(adapter)}
+    else:
+        sources[WHOLE_MODEL] = {"method": "full"}  # which is its own base
+    named = adapter.get("base_model_name_or_path") if adapter else str(checkpoint.absolute())
+    config = _merge(sources, model or named or "", settings, checkpoint)
+    return Adopted(folder, config, arguments, moments, schedule, sources, adapter)
+
+
+def _merge(sources: Mapping[str, Mapping[str, Any]], model: str, settings: Mapping[str, Any], where: Path) -> Config:
+    values = {key: value for source in sources.values() for key, value in source.items()}
+    if not (model or settings.get("model")):
+        raise UsageError("the checkpoint does not name its base model", where=where, hint="--model NAME_OR_PATH")
+    values = {**values, "model": model or settings["model"]}
+    config = parse_config({**NEW_RUN, **values, **settings}, where=where)
+    shape = {key: value for key, value in values.items() if key == "model" or _is_shape(key)}
+    _require_shape(parse_config(shape, where=where), config)
+    return config
+
+
+def _is_shape(key: str) -> bool:
+    return key == "method" or key.startswith("lora.")
+
+
+def _require_shape(saved: Config, config: Config) -> None:
+    """Refuse settings that ask for another shape than the checkpoint has; a 4-bit base under an adapter is none."""
+    asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
+    refused = {key: asked[key] for key in asked if _is_shape(key)}
+    if refused.get("method") == "qlora" and saved.method == "lora":
+        del refused["method"]
+    if refused:
+        words = ", ".join(f"{key}={value}" for key, value in refused.items())
+        raise ConfigError(f"the checkpoint has another shape than {words}", where="--set", hint="Leave these out.")
+
+
+def _schedule_values(
+    schedule: TrainerSchedule, folder: TrainerFolder, settings: Mapping[str, Any], *, fresh: bool
+) -> Mapping[str, Any]:
+    if "schedule" in settings:
+        return NEW_SCHEDULE
+    if fresh and not schedule.name:  # nothing says how it was trained: warm up from here
+        return {"schedule_offset": folder.step}
+    return require_schedule(schedule, folder)
+
+
+def _own_manifest(checkpoint: Path) -> Manifest | None:
+    """Return the manifest of a checkpoint that Onward wrote, where it holds: it says all that a Trainer's does not."""
+    return inspect_checkpoint(checkpoint).manifest if checkpoint.is_dir() else None
+
+
+def _recorded(manifest: Manifest) -> dict[str, Any]:
+    """Return the config that a checkpoint of Onward's own was trained under, its base and its adapter aside."""
+    flat = stored_config(manifest.config).flat()
+    left = {key for key in known_keys() if key == "model" or _is_shape(key) or key.partition(".")[0] == "notify"}
+    return {key: value for key, value in flat.items() if key not in left | set(SECTIONS) and value is not None}

@@ -1,0 +1,136 @@
+"""What an `adapter_config.json` of PEFT says: the config keys that it becomes, or which of it cannot go on here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig
+
+from onward.config import known_keys
+from onward.errors import DamagedState, ModelError, UsageError
+from onward.text import quoted
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+KEYS: Mapping[str, str] = {
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "target_modules": "lora.targets",
+    "target_parameters": "lora.target_parameters",
+    "layers_to_transform": "lora.layers",
+    "rank_pattern": "lora.rank_pattern",
+    "alpha_pattern": "lora.alpha_pattern",
+    "use_dora": "lora.use_dora",
+    "use_rslora": "lora.use_rslora",
+    "bias": "lora.bias",
+    "modules_to_save": "lora.modules_to_save",
+    "trainable_token_indices": "lora.trainable_tokens",
+}
+"""Fields of PEFT's LoRA, and the config keys that they become. One whose key this release lacks is refused by name."""
+
+ALWAYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
+"""Fields that every adapter has."""
+
+WITHOUT_EFFECT = frozenset(
+    {
+        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode",
+        "revision", "fan_in_fan_out", "megatron_core", "megatron_config", "loftq_config", "eva_config", "corda_config",
+        "lora_ga_config", "runtime_config", "qalora_group_size", "init_lora_weights",
+    }
+)  # fmt: skip
+"""Fields that change nothing once the weights are there (`init_lora_weights` has a check of its own)."""
+
+OWN_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva", "default")
+"""Values of `init_lora_weights` that leave the base as it is; the others take the first weights out of it."""
+
+MADE_AGAIN = ("pissa", "olora")
+"""Of these PEFT takes the same first weights out of the base wherever it loads the adapter."""
+
+
+def read_adapter(checkpoint: Path) -> dict[str, Any]:
+    """Return what an adapter's config says.
+
+    Raises:
+        DamagedState: it cannot be read.
+        ModelError: the adapter is no LoRA, or one that cannot go on exactly; the message names what of it.
+        UsageError: its weights are missing.
+    """
+    path = checkpoint / ADAPTER_CONFIG
+    try:
+        values = dict(cast(dict[str, Any], json.loads(path.read_bytes())))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedState(f"{ADAPTER_CONFIG} cannot be read: {type(error).__name__}", where=path) from None
+    if values.get("peft_type") != "LORA":
+        raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
+    _require_weights(checkpoint)
+    _require_own_weights(values, path)
+    refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
+    if refused:
+        what = f"the adapter has what a run cannot take over: {'; '.join(refused)}"
+        raise ModelError(what, where=path, hint=merge_hint(checkpoint, values))
+    return values
+
+
+def _require_weights(checkpoint: Path) -> None:
+    """Refuse an adapter without safetensors; releases of PEFT before 0.7 wrote `adapter_model.bin`."""
+    weights, older = checkpoint / ADAPTER_WEIGHTS, checkpoint / "adapter_model.bin"
+    if weights.is_file():
+        return
+    program = (
+        "import torch; from safetensors.torch import save_file as s; "
+        f"s({{k: v.contiguous() for k, v in torch.load({str(older)!r}, weights_only=True).items()}}, {str(weights)!r})"
+    )
+    hint = f"Write it as one: python -c {quoted(program)}; then adopt again." if older.is_file() else None
+    raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=checkpoint, hint=hint)
+
+
+def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config keys that an adapter's config becomes."""
+    try:
+        taken = {KEYS[name]: values[name] for name in ALWAYS}
+    except KeyError as error:
+        raise DamagedState(f"{ADAPTER_CONFIG} does not say {error}", where=ADAPTER_CONFIG) from None
+    others = [name for name in KEYS if name not in ALWAYS and not _is_default(name, values.get(name))]
+    return taken | {KEYS[name]: values[name] for name in others}
+
+
+def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
+    """Refuse adapters whose first weights were taken out of the base: with the base as it is they are another model."""
+    begun = values.get("init_lora_weights")
+    if begun in OWN_WEIGHTS:
+        return
+    hint = merge_hint(path.parent, values) if begun in MADE_AGAIN else _changed_base_hint(path)
+    what = f"the adapter was begun by {begun}, which changes the base: with the base as it is, it is another model"
+    raise ModelError(what, where=path, hint=hint)
+
+
+def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
+    """Return the command that makes a whole model of an adapter and its base."""
+    own = (checkpoint / "tokenizer_config.json").is_file()
+    tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
+    program = (
+        "from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+        f"M.from_pretrained({str(checkpoint)!r}, dtype='float32').merge_and_unload().save_pretrained('MERGED'); "
+        f"T.from_pretrained({tokenizer!r}).save_pretrained('MERGED')"
+    )
+    return f"Merge it into its base: python -c {quoted(program)}; then: onward init NEW_RUN --model MERGED"
+
+
+def _changed_base_hint(path: Path) -> str:
+    return (
+        "Where you have the base that it left, as a folder: write true for init_lora_weights in a copy of "
+        f"{path.parent.name}, and adopt that with --model FOLDER. Else convert the adapter where it was trained: "
+        "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) of PEFT"
+    )
+
+
+def _is_taken(name: str, value: Any) -> bool:
+    return name in WITHOUT_EFFECT or KEYS.get(name) in known_keys() or _is_default(name, value)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether a field says nothing: it is as PEFT makes it, or empty."""
+    return not value or value == getattr(LoraConfig, name, None)

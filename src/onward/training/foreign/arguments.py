@@ -1,0 +1,96 @@
+"""The arguments that a Trainer had: `training_args.bin`, read as plain values, never unpickled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from onward.errors import Unreadable
+from onward.training.foreign.pickles import Inert, NotAPickle, read_saved
+from onward.training.huggingface import TRAINING_ARGUMENTS
+
+_RANDOM_STATES = "rng_state_*.pth"
+"""One for each process, where there were several."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a Trainer was told.
+
+    Args:
+        values: its arguments by name: numbers, strings, lists; of enumerations the value.
+        kind: the class of the arguments, such as `SFTConfig`.
+        processes: how many processes trained, as far as the checkpoint shows.
+        missing: why there are no arguments; empty where there are.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    kind: str = ""
+    processes: int = 1
+    missing: str = ""
+
+    def number(self, name: str, default: float) -> float:
+        """Return a number among the arguments, or the default where it is none."""
+        value = self.values.get(name)
+        return default if isinstance(value, bool) or not isinstance(value, (int, float)) else value
+
+    def count(self, name: str) -> int:
+        """Return a number of things, at least 1."""
+        return max(1, int(self.number(name, 1)))
+
+    def text(self, name: str) -> str:
+        """Return a word among the arguments, or nothing."""
+        value = self.values.get(name)
+        return value if isinstance(value, str) else ""
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Return the steps of warmup: a count, or a share of all steps (of its own key before transformers 5)."""
+        steps = self.number("warmup_steps", 0)
+        if steps >= 1:
+            return int(steps)
+        return math.ceil(total_steps * (steps or self.number("warmup_ratio", 0)))
+
+
+def read_arguments(checkpoint: Path) -> Arguments:
+    """Return the arguments that a checkpoint holds; where it holds none that can be read, why.
+
+    Raises:
+        Unreadable: the file is there and cannot be read now.
+    """
+    path = checkpoint / TRAINING_ARGUMENTS
+    try:
+        saved = read_saved(path)
+    except FileNotFoundError:
+        return Arguments(missing=f"{TRAINING_ARGUMENTS} is missing", processes=_processes(checkpoint, {}))
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+    except NotAPickle as error:
+        return Arguments(missing=f"{TRAINING_ARGUMENTS} cannot be read: {error}", processes=_processes(checkpoint, {}))
+    state = saved.state if isinstance(saved, Inert) else saved
+    if not isinstance(state, dict):
+        return Arguments(missing=f"{TRAINING_ARGUMENTS} holds no arguments", processes=_processes(checkpoint, {}))
+    values = {str(name): _plain(value) for name, value in cast(dict[Any, Any], state).items()}
+    kind = saved.name.rpartition(".")[2] if isinstance(saved, Inert) else ""
+    return Arguments(values, kind, _processes(checkpoint, state))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value without the class around it: of an enumeration's member the value, of an object its fields."""
+    if not isinstance(value, Inert):
+        return value
+    if isinstance(value.state, dict):
+        return cast(dict[str, Any], value.state)
+    words = [argument for argument in value.arguments if isinstance(argument, (str, int, float))]
+    member = value.name.rpartition(".")[2] == "getattr"  # a member by its name, as Python 3.11 pickled some
+    return str(words[-1]).lower() if words and member else (words[-1] if words else value.name)
+
+
+def _processes(checkpoint: Path, state: Mapping[Any, Any]) -> int:
+    """Return how many processes trained: as they said, or as many as left the state of their random generators."""
+    held = _plain(state.get("distributed_state"))
+    said: Any = cast(dict[str, Any], held).get("num_processes") if isinstance(held, dict) else None
+    left = sum(path.stem.removeprefix("rng_state_").isdigit() for path in checkpoint.glob(_RANDOM_STATES))
+    return max(1, left, said if isinstance(said, int) else 1)

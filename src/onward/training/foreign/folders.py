@@ -1,0 +1,152 @@
+"""What a checkpoint folder of another tool holds: its step, its weights, its optimizer's file, or why not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from onward.errors import UsageError
+from onward.text import quoted
+from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
+
+FULL_OPTIMIZER = "optimizer.bin"
+"""The whole optimizer's state by the names of its parameters, as FSDP's full state dict is saved."""
+FRESH = "--fresh-moments"
+_WHOLE = ("model*.safetensors", "pytorch_model.bin*", "pytorch_model-*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class TrainerFolder:
+    """A checkpoint folder that can be adopted.
+
+    Args:
+        optimizer: the file with the optimizer's state; None where moments begin afresh.
+        state: what `trainer_state.json` says; empty where there is none.
+    """
+
+    path: Path
+    optimizer: Path | None
+    state: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps that the Trainer had taken; 1 stands for an unknown number of them."""
+        return int(self.state["global_step"]) if self.state else 1
+
+    @property
+    def total_steps(self) -> int:
+        """Steps that the Trainer was to take in all; 0 where nothing says."""
+        steps = self.state.get("max_steps")
+        return steps if isinstance(steps, int) and steps > 0 else 0
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Rows of one batch of one process, which is `train_batch_size` of the Trainer's state."""
+        rows = self.state.get("train_batch_size")
+        return rows if isinstance(rows, int) and rows > 0 else None
+
+
+def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
+    """Look at a checkpoint folder.
+
+    Args:
+        fresh: the optimizer's state is not wanted.
+
+    Raises:
+        UsageError: this is no checkpoint, or one whose state cannot be read as it is, with the way on.
+    """
+    if not path.is_dir():
+        raise UsageError("there is no such checkpoint directory", where=path)
+    found = next((name for name in (OPTIMIZER, FULL_OPTIMIZER) if (path / name).is_file()), None)
+    if found is None and not fresh and _newest_checkpoint(path) is not None:
+        raise _without_optimizer(path)
+    _require_weights(path)
+    if fresh:
+        return TrainerFolder(path, None, _read_state(path) if (path / TRAINER_STATE).is_file() else {})
+    if found is None:
+        raise _without_optimizer(path)
+    return TrainerFolder(path, path / found, _read_state(path))
+
+
+def fresh_command(path: Path) -> str:
+    """Return the command that goes on from a checkpoint's weights alone."""
+    return f"onward adopt {quoted(path)} --run NEW_RUN {FRESH}"
+
+
+def fresh_hint(path: Path) -> str:
+    """Return the way on that every checkpoint with readable weights has."""
+    return f"To go on from its weights alone, with fresh moments: {fresh_command(path)}"
+
+
+def _read_state(path: Path) -> Mapping[str, Any]:
+    try:
+        values = cast(dict[str, Any], json.loads((path / TRAINER_STATE).read_bytes()))
+        return {**values, "global_step": int(values["global_step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"trainer_state.json cannot be read: {type(error).__name__}", where=path,
+            hint=f"Name a checkpoint-N directory that transformers' Trainer wrote. {fresh_hint(path)}",
+        ) from None  # fmt: skip
+
+
+def _require_weights(path: Path) -> None:
+    """Refuse a folder whose weights lie in shards, with the command that puts them together."""
+    if any(next(path.glob(pattern), None) for pattern in _WHOLE):
+        if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
+            hint = (
+                f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
+            )
+            raise UsageError("there is no config.json beside the weights", where=path, hint=hint)
+        return
+    if _is_deepspeed(path):
+        command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
+        raise _in_shards("DeepSpeed", path, command)
+    whole = path / "pytorch_model_fsdp.bin"
+    if whole.is_file():
+        command = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}"
+        raise UsageError("FSDP gave the weights a name of its own", where=whole, hint=f"{command}; then adopt again.")
+    shards = sorted(path.glob("pytorch_model_fsdp_*/"))
+    if shards:
+        raise _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
+
+
+def _in_shards(tool: str, path: Path, command: str) -> UsageError:
+    return UsageError(
+        f"{tool} wrote the weights of this checkpoint in shards",
+        where=path,
+        hint=f"Put them together: {command}; then: {fresh_command(path)}",
+    )
+
+
+def _without_optimizer(path: Path) -> UsageError:
+    """Return what to say of a folder without an optimizer's file that can be read."""
+    sharded = next(iter(sorted(path.glob("optimizer_*/"))), None)
+    if sharded is not None and next(sharded.glob("*.distcp"), None):
+        program = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        command = f"{program} {quoted(sharded)} {quoted(path / FULL_OPTIMIZER)}"
+        return UsageError(
+            "FSDP wrote the optimizer's state in shards",
+            where=sharded,
+            hint=f"Put it together: {command}; then adopt again. {fresh_hint(path)}",
+        )
+    if _is_deepspeed(path):
+        return UsageError("DeepSpeed keeps the moments in shards of its own", where=path, hint=fresh_hint(path))
+    what = "the checkpoint has no optimizer.pt, so there are no moments to go on with"
+    inner = _newest_checkpoint(path)
+    if inner is not None:
+        return UsageError(what, where=path, hint=f"Its newest checkpoint: onward adopt {quoted(inner)} --run NEW_RUN")
+    return UsageError(what, where=path, hint=f"Name a checkpoint-N directory of Trainer. {fresh_hint(path)}")
+
+
+def _newest_checkpoint(path: Path) -> Path | None:
+    """Return the newest checkpoint below a Trainer's output folder."""
+    found = {folder: folder.name.rpartition("-")[2] for folder in path.glob("checkpoint-*/")}
+    return max((folder for folder in found if found[folder].isdigit()), key=lambda one: int(found[one]), default=None)
+
+
+def _is_deepspeed(path: Path) -> bool:
+    return (path / "zero_to_fp32.py").is_file() or next(path.glob("global_step*/"), None) is not None

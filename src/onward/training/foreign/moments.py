@@ -1,0 +1,263 @@
+"""The optimizer's state of another tool: AdamW's moments by the name of their parameter, or why they are not.
+
+Taken is what continues exactly: AdamW of PyTorch (plain, fused, of any release), of transformers 4, of apex, and the
+32-bit one of bitsandbytes, paged or not. Their moments mean the same; names and the type of the step counter differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from onward.errors import DamagedState, UsageError, first_line
+from onward.training.foreign.arguments import Arguments
+from onward.training.foreign.folders import TrainerFolder, fresh_hint
+from onward.training.foreign.grouping import GROUPINGS
+from onward.training.loading import read_optimizer
+from onward.training.optimizers import ADAMW
+from onward.training.state import TrainState
+
+Key = int | str
+"""A parameter in a saved optimizer: its number, or its name where a tool saved it so."""
+Entry = dict[str, Any]
+_WRAPPED = "__bnb_optimizer_quant_state__"
+"""Where bitsandbytes since 0.49 puts its tensors."""
+_RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+_SIGNS = ("amsgrad", "correct_bias", "bias_correction", "t_alpha")
+"""Settings that only Adams have: PyTorch's, transformers', apex', bitsandbytes'. RAdam keeps the same tensors."""
+_PLAIN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit")
+"""Optimizers of the Trainer whose files hold nothing else."""
+
+
+class _NotTaken(Exception):
+    """Why an optimizer's state cannot be gone on with."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A saved optimizer.
+
+    Args:
+        groups: its parameter groups: settings, and under `params` numbers or names.
+        entries: what it keeps for each parameter that it has moved, as AdamW keeps it.
+        dtype: the type that it kept moments in, which were those of its weights; here they are float32.
+    """
+
+    groups: list[dict[str, Any]]
+    entries: dict[Key, Entry]
+    dtype: str = "float32"
+
+    @property
+    def rates(self) -> list[float]:
+        """The peak learning rate of each group that has parameters, each value once."""
+        return list(dict.fromkeys(float(group.get("initial_lr", group["lr"])) for group in self._filled()))
+
+    @property
+    def decays(self) -> list[float]:
+        """The weight decays other than 0, each once."""
+        return [value for value in dict.fromkeys(float(group["weight_decay"]) for group in self._filled()) if value]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the config's values; those of several learning rates the first."""
+        group = self._filled()[0]
+        decay = max(self.decays, default=0.0)
+        betas = [float(beta) for beta in group["betas"]]
+        return {"learning_rate": self.rates[0], "weight_decay": decay, "betas": betas, "eps": float(group["eps"])}
+
+    def _filled(self) -> list[dict[str, Any]]:
+        return [group for group in self.groups if group["params"]]
+
+
+def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool) -> Moments:
+    """Read the optimizer's state of a checkpoint.
+
+    Args:
+        one_rate: a person has set the learning rate, so that groups may have had several.
+
+    Raises:
+        UsageError: it cannot be gone on with exactly; the message names what it is.
+        DamagedState: the file is not an optimizer's.
+        Unreadable: it cannot be read now.
+    """
+    path = folder.optimizer
+    assert path is not None
+    named = f" (the Trainer's optim was {arguments.text('optim')})" if arguments.text("optim") else ""
+    try:
+        saved = _read(path, arguments)
+        groups = [dict(group) for group in cast(list[Mapping[str, Any]], saved["param_groups"])]
+        held = cast(Mapping[Key, Mapping[str, Any]], saved["state"])
+        entries = {key: _as_adamw(entry, group_of(groups, key)) for key, entry in held.items()}
+        moments = Moments(groups, entries, _type_of(held))
+        quantizes = any(_WRAPPED in entry or "state1" in entry for entry in held.values())
+        _require_settings(moments, quantizes=quantizes, one_rate=one_rate)
+    except _NotTaken as reason:
+        raise UsageError(f"{reason}{named}", where=path, hint=fresh_hint(folder.path)) from None
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DamagedState(f"this is not that of AdamW: {reason}{named}", where=path) from None
+    return moments
+
+
+def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
+    try:
+        saved = read_optimizer(path)
+    except DamagedState as error:
+        if arguments.text("optim") in ("", *_PLAIN):
+            raise
+        raise _NotTaken(f"the optimizer's state holds more than tensors and plain values: {error.what}") from None
+    return cast(dict[str, Any], saved.get("optimizer", saved))  # as PyTorch's distributed checkpoints wrap it
+
+
+def group_of(groups: list[dict[str, Any]], key: Key) -> dict[str, Any]:
+    """Return the group that a parameter belongs to; the first where none names it."""
+    return next((group for group in groups if key in group["params"]), groups[0])
+
+
+def _as_adamw(entry: Mapping[str, Any], group: Mapping[str, Any]) -> Entry:
+    """Return an entry with the names and types that PyTorch's AdamW gives them."""
+    flat = {**entry, **cast(Mapping[str, Any], entry.get(_WRAPPED, {}))}
+    flat.pop(_WRAPPED, None)
+    if any(name.startswith(("qmap", "absmax")) for name in flat):
+        raise _NotTaken("the moments are those of an 8-bit optimizer, rounded to 256 values")
+    values = {_RENAMED.get(name, name): value for name, value in flat.items()}
+    if "step" not in values and "step" in group:  # apex counts once per group
+        values["step"] = group["step"]
+    if "max_exp_avg_sq" in values:
+        raise _NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
+    wanted = {ADAMW.counter, *ADAMW.slots}
+    if set(values) != wanted:
+        found = ", ".join(sorted(map(str, values)))
+        raise _NotTaken(f"the optimizer's state is not that of AdamW: it keeps {found}")
+    moments = {slot: cast(torch.Tensor, values[slot]) for slot in ADAMW.slots}
+    if any(not torch.is_tensor(value) or not value.is_floating_point() for value in moments.values()):
+        raise _NotTaken("the moments are not floating-point numbers")
+    counter = torch.as_tensor(values[ADAMW.counter], dtype=torch.float32).reshape(())
+    return {ADAMW.counter: counter, **{slot: value.float() for slot, value in moments.items()}}
+
+
+def _type_of(held: Mapping[Key, Mapping[str, Any]]) -> str:
+    tensors = [value for entry in held.values() for value in entry.values() if torch.is_tensor(value) and value.ndim]
+    return next(
+        (str(value.dtype).removeprefix("torch.") for value in tensors if value.dtype != torch.float32), "float32"
+    )
+
+
+def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> None:
+    """Refuse settings under which AdamW would not do what that optimizer did.
+
+    Args:
+        quantizes: the optimizer is one of bitsandbytes, whose settings show less.
+        one_rate: several learning rates become one.
+    """
+    for group in moments.groups:
+        if len(group.get("betas", ())) != len(ADAMW.slots) or not (quantizes or any(sign in group for sign in _SIGNS)):
+            raise _NotTaken(f"the optimizer's state is not that of AdamW: its settings are {', '.join(sorted(group))}")
+        decay = float(group["weight_decay"])
+        if group.get("amsgrad"):
+            raise _NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
+        if group.get("maximize") or group.get("correct_bias") is False or group.get("bias_correction") in (False, 0):
+            raise _NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
+        if decay and group.get("decoupled_weight_decay") is False:
+            raise _NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
+    if len(moments.rates) > 1 and not one_rate:
+        rates = ", ".join(f"{rate:g}" for rate in moments.rates)
+        way = "--set learning_rate=RATE goes on with one for all"
+        raise _NotTaken(f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has; {way}")
+    if len(moments.decays) > 1 or len({(*map(float, group["betas"]), group["eps"]) for group in moments.groups}) > 1:
+        raise _NotTaken("its groups of weights have weight decays, betas or eps of their own")
+
+
+def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> list[str]:
+    """Put moments into a fresh state, by name.
+
+    Returns:
+        What a person should know: whose weight decay changes.
+
+    Raises:
+        UsageError: they are those of other weights.
+        DamagedState: those of some weights are missing or have other shapes.
+    """
+    path = folder.optimizer
+    assert path is not None
+    named = _named(state, moments, path, folder)
+    for name, parameter in state.parameters.items():
+        problem = ADAMW.problem(parameter, named.get(name)) if moments.entries else None
+        if problem is not None:
+            raise DamagedState(f"{name}: {problem}", where=path)
+    counts = sorted({int(entry[ADAMW.counter]) for entry in named.values()})
+    if len(counts) > 1:
+        what = (
+            f"Adam counts -1: its counters disagree (from {counts[0]} to {counts[-1]}), so some weights sat out steps"
+        )
+        raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
+    numbers = {name: number for number, name in enumerate(state.parameters)}
+    entries = {
+        numbers[name]: {slot: value.clone() for slot, value in entry.items()}
+        for name, entry in named.items()
+        if name in numbers
+    }
+    own = state.optimizer.state_dict()["param_groups"]
+    for group in own:
+        group["lr"] = float(moments.groups[0]["lr"])
+    state.optimizer.load_state_dict({"state": entries, "param_groups": own})
+    return [*_decay_differs(state, moments, named), *_widened(moments)]
+
+
+def _widened(moments: Moments) -> Iterator[str]:
+    if moments.dtype != "float32":
+        yield f"weights and moments were {moments.dtype}: they go on in float32, from the same values"
+
+
+def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolder) -> dict[str, Entry]:
+    """Return the entries by the names that the run's model gives the parameters."""
+    order = [key for group in moments.groups for key in group["params"]]
+    if all(isinstance(key, str) for key in order):
+        return {_own_name(str(key), state.parameters): entry for key, entry in moments.entries.items()}
+    sizes = [len(group["params"]) for group in moments.groups if group["params"]]
+    fitting = [names for names in _groupings(state.model) if [len(group) for group in names] == sizes]
+    found = [names for names in fitting if _shapes_fit(state, moments, order, [n for group in names for n in group])]
+    chosen = (found or fitting)[:1]
+    if not chosen:
+        expected = [len(group) for group in next(iter(_groupings(state.model)))]
+        what = f"the optimizer has parameter groups of {sizes}, the model of {expected}"
+        if sum(sizes) < sum(expected):
+            what += ": a part of the weights was frozen"
+        raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
+    names = [name for group in chosen[0] for name in group]
+    return {name: moments.entries[key] for name, key in zip(names, order, strict=True) if key in moments.entries}
+
+
+def _own_name(saved: str, known: Mapping[str, Any]) -> str:
+    """Return a parameter's name without what wrappers put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module."):
+        if saved not in known:
+            saved = saved.replace(wrapper, "")
+    return saved
+
+
+def _groupings(model: nn.Module) -> Iterator[list[list[str]]]:
+    for grouping in GROUPINGS:
+        yield [group for group in grouping(model) if group]
+
+
+def _shapes_fit(state: TrainState, moments: Moments, order: list[Key], names: list[str]) -> bool:
+    for key, name in zip(order, names, strict=True):
+        entry = moments.entries.get(key)
+        if entry is not None and entry["exp_avg"].shape != state.parameters[name].shape:
+            return False
+    return True
+
+
+def _decay_differs(state: TrainState, moments: Moments, named: Mapping[str, Entry]) -> Iterator[str]:
+    """Say on how many weights the decay falls otherwise than it did: older Trainers decay some norms."""
+    owner = {id(entry): key for key, entry in moments.entries.items()}
+    decayed = {name for name, _ in ADAMW.groups(state.model)[0]}
+    there = {name for name, entry in named.items() if float(group_of(moments.groups, owner[id(entry)])["weight_decay"])}
+    others = sorted((there ^ decayed) & set(named)) if moments.decays else []
+    if others:
+        yield f"weight_decay falls on {len(others)} weights otherwise than the Trainer's did, such as {others[0]}"
