@@ -6,17 +6,20 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from onward.config_lora import (
+from onward.config_sections import (
     RESIDUAL_INITS,
+    Columns,
     Count,
     Fraction,
     Index,
     LoraConfig,
     Name,
+    NotifyConfig,
     Rate,
     Section,
+    TextConfig,
     refuse_bool,
 )
 
@@ -42,17 +45,11 @@ OPERATION_KEYS = (
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
-LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents")
+LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps")
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
-
-ROW_KEYS = (
-    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "history",
-    "tools",
-)  # fmt: skip
-"""Keys of the row formats that `columns` may name a column for."""
 
 NEW_RUN = {"over_length": "auto", "text.documents": "auto"}
 """What `init` and `adopt` write for these keys, unless told otherwise. Their defaults differ: a run of an earlier
@@ -62,42 +59,8 @@ HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
 
-def _check_columns(columns: dict[str, str]) -> dict[str, str]:
-    unknown = next((key for key in columns if key not in ROW_KEYS), None)
-    if unknown is not None:
-        raise ValueError(f"{unknown!r} is no key of a row format; write {{KEY: COLUMN}} with {', '.join(ROW_KEYS)}")
-    twice = next((name for name in columns.values() if list(columns.values()).count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"the column {twice!r} is named for two keys")
-    return columns
-
-
-class TextConfig(Section):
-    """How a `.txt` file is read."""
-
-    documents: Literal["auto", "line", "blank", "file"] = Field(
-        default="line",
-        description="What one row of a .txt file is: a line, the lines between two blank ones, the whole file; `auto` "
-        "looks at the file and says what it took. `onward init` writes `auto`.",
-    )
-
-
 MICRO_BATCH_TOKENS = 8192
 """Tokens of a part of a step under `gradient_accumulation: auto`. The last bits of a step depend on it."""
-
-
-class NotifyConfig(Section):
-    """Who is notified of events while a process trains; nobody unless named here."""
-
-    command: Annotated[str, Field()] = Field(
-        default="", description="A program and its arguments; it gets the event as JSON on its standard input."
-    )
-    url: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = Field(
-        default="", description="A webhook: the event is posted to it as JSON."
-    )
-    events: list[Literal["done", "rejected", "failed", "paused"]] = Field(
-        default=["rejected", "failed", "paused"], description="What to tell of: done, rejected, failed, paused."
-    )
 
 
 class Config(Section):
@@ -144,7 +107,7 @@ class Config(Section):
         description="What becomes of a longer row: cut at the end, left out, or the file is rejected; `auto` splits "
         "plain text into several rows, of which nothing is lost, and cuts others. `onward init` writes `auto`.",
     )
-    columns: Annotated[dict[str, Annotated[str, Field(min_length=1)]], AfterValidator(_check_columns)] = Field(
+    columns: Columns = Field(
         default={},
         description="Columns that are meant by keys of a row format: `{prompt: question, completion: answer}`.",
     )
@@ -190,7 +153,7 @@ class Config(Section):
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
-    eps: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
+    eps: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=1e-8, description="AdamW's term that keeps a division from being one by zero."
     )
     max_grad_norm: Rate = Field(

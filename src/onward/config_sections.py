@@ -1,10 +1,10 @@
-"""The keys of a config's section `lora`: the adapter's shape; and the kinds of numbers that keys of a config are."""
+"""The sections of a config, with keys of their own; and the kinds of values that keys of a config have."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 RESIDUAL_INITS = ("pissa", "olora")
 """First weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
@@ -22,6 +22,26 @@ Index = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+ROW_KEYS = (
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "system", "history",
+    "tools",
+)  # fmt: skip
+"""Keys of the row formats that `columns` may name a column for."""
+
+
+def _check_columns(columns: dict[str, str]) -> dict[str, str]:
+    unknown = next((key for key in columns if key not in ROW_KEYS), None)
+    if unknown is not None:
+        raise ValueError(f"{unknown!r} is no key of a row format; write {{KEY: COLUMN}} with {', '.join(ROW_KEYS)}")
+    twice = next((name for name in columns.values() if list(columns.values()).count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the column {twice!r} is named for two keys")
+    return columns
+
+
+Columns = Annotated[dict[str, Name], AfterValidator(_check_columns)]
 
 
 class Section(BaseModel):
@@ -84,3 +104,27 @@ class LoraConfig(Section):
         if self.init == "orthogonal" and any(rank % 2 for rank in (self.rank, *self.rank_pattern.values())):
             raise ValueError("lora.init orthogonal needs even ranks")
         return self
+
+
+class TextConfig(Section):
+    """How a `.txt` file is read."""
+
+    documents: Literal["auto", "line", "blank", "file"] = Field(
+        default="line",
+        description="What one row of a .txt file is: a line, the lines between two blank ones, the whole file; `auto` "
+        "looks at the file and says what it took. `onward init` writes `auto`.",
+    )
+
+
+class NotifyConfig(Section):
+    """Who is notified of events while a process trains; nobody unless named here."""
+
+    command: Annotated[str, Field()] = Field(
+        default="", description="A program and its arguments; it gets the event as JSON on its standard input."
+    )
+    url: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = Field(
+        default="", description="A webhook: the event is posted to it as JSON."
+    )
+    events: list[Literal["done", "rejected", "failed", "paused"]] = Field(
+        default=["rejected", "failed", "paused"], description="What to tell of: done, rejected, failed, paused."
+    )
