@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from onward.data.loader import Batch
 from onward.training import cross_entropy
 from onward.training.attention import ROW_ATTENTION
+from onward.training.environment import autocast
 from onward.training.head import Head, Tail, find_head
 from onward.training.loss import TargetLoss
 
@@ -137,3 +138,13 @@ def test_looking_for_the_tail_draws_nothing() -> None:
     before = torch.get_rng_state()
     assert find_head(model, CPU) is not None
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
+def test_tails_in_bfloat16(family: str) -> None:
+    """The tail is found in the compute type too, where the head's logits are bfloat16."""
+    settings, tail = TAILS[family]
+    with autocast(CPU, torch.bfloat16):
+        head = find_head(tiny_model(family, "eager", **settings).eval(), CPU)
+    assert head is not None
+    assert tail == head.tail
