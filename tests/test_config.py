@@ -16,13 +16,14 @@ from onward.errors import ConfigError
 from onward.store.ledger import Ledger
 
 KEYS = [
-    "model", "method", "seed", "dtype", "chat_template", "max_length", "over_length", "batch_size",
+    "model", "method", "seed", "dtype", "max_length", "over_length", "batch_size",
     "gradient_accumulation", "epochs",
     "learning_rate", "schedule", "warmup_steps", "total_steps", "min_learning_rate", "weight_decay", "betas",
     "max_grad_norm", "eps", "schedule_offset", "save_steps", "log_steps", "keep_boundaries", "boundary",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "keep_days", "settle_seconds", "retries",
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
-    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", *LATER_IDENTITY_KEYS,
+    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "columns", "text.documents", "bad_rows", "bad_rows_share",
+    *LATER_IDENTITY_KEYS,
 ]  # fmt: skip
 """Every key. A new one is a decision: it is documented, tested and added here."""
 

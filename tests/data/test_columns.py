@@ -1,6 +1,7 @@
 """Columns: what the config names, the usual pairs by themselves, and what is ambiguous is refused by name."""
 
 from itertools import product
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,15 @@ import yaml
 from onward.config_text import parse_config
 from onward.data.columns import ANSWERS, FORMATS, QUESTIONS, Columns
 from onward.data.reading import Reading
-from onward.data.records import Completion, RowError, Text, parse_row
+from onward.data.records import Completion, Record, RowError, Text, parse_record
 
-CHAT = parse_row({"instruction": "Q", "output": "A"})
-WITH_CONTEXT = parse_row({"instruction": "Q", "input": "C", "output": "A"})
+CHAT = parse_record({"instruction": "Q", "output": "A"})
+WITH_CONTEXT = parse_record({"instruction": "Q", "input": "C", "output": "A"})
+
+
+def parsed(row: Any) -> Record:
+    """Return the record that a row is, whatever else stands in the row."""
+    return replace(parse_record(row), ignored=())
 
 
 def mapped(row: Any, **columns: str) -> Any:
@@ -25,10 +31,10 @@ def test_a_question_and_its_answer_are_known_under_any_pair_of_names(question: s
     """Each pair is a chat of two turns, in any order and beside other keys; prompt and completion stay themselves."""
     row = {"id": 3, answer: "A", question: "Q", "category": "x", "context": None}
     if (question, answer) == ("prompt", "completion"):
-        assert Completion("Q", "A") == parse_row(mapped(row))
+        assert Completion("Q", "A") == parsed(mapped(row))
         return
     columns = Columns()
-    assert CHAT == parse_row(columns.mapped(row))
+    assert CHAT == parsed(columns.mapped(row))
     known = {question, answer} == {"instruction", "output"}
     assert ([] if known else [f"{question} and {answer} are read as a chat"]) == columns.notes
 
@@ -43,8 +49,8 @@ def test_a_question_and_its_answer_are_known_under_any_pair_of_names(question: s
 )
 def test_what_belongs_to_a_question_is_kept(row: dict[str, str]) -> None:
     """A context follows the question as Alpaca's input does; an empty one is none."""
-    assert WITH_CONTEXT == parse_row(mapped(row))
-    assert CHAT == parse_row(mapped({key: "" if value == "C" else value for key, value in row.items()}))
+    assert WITH_CONTEXT == parsed(mapped(row))
+    assert CHAT == parsed(mapped({key: "" if value == "C" else value for key, value in row.items()}))
 
 
 @pytest.mark.parametrize("keys", FORMATS, ids=sorted)
@@ -67,7 +73,7 @@ def test_what_is_ambiguous_is_refused_and_read_as_told(row: dict[str, str], word
     with pytest.raises(RowError, match=words) as refusal:
         mapped(row)
     said = refusal.value.remedy.removeprefix("say which: set columns to ").removesuffix(" or alike")
-    parse_row(mapped(row, **yaml.safe_load(said)))
+    parse_record(mapped(row, **yaml.safe_load(said)))
 
 
 def test_values_that_are_no_text_are_named_by_their_own_key() -> None:
@@ -87,11 +93,11 @@ def test_columns_of_the_config() -> None:
     config = parse_config({"columns": {"prompt": "question", "completion": "answer"}})
     columns = Columns(Reading.of(config).columns)
     row = {"question": "Q", "answer": "A", "text": "x", "messages": "y", "prompt": "z"}
-    assert Completion("Q", "A") == parse_row(columns.mapped(row))
-    assert Text("x") == parse_row(columns.mapped({"text": "x"}))
-    assert CHAT == parse_row(columns.mapped({"query": "Q", "response": "A"}))
-    assert Text("x") == parse_row(mapped({"content": "x", "text": "y"}, text="content"))
-    assert WITH_CONTEXT == parse_row(
+    assert Completion("Q", "A") == parsed(columns.mapped(row))
+    assert Text("x") == parsed(columns.mapped({"text": "x"}))
+    assert CHAT == parsed(columns.mapped({"query": "Q", "response": "A"}))
+    assert Text("x") == parsed(mapped({"content": "x", "text": "y"}, text="content"))
+    assert WITH_CONTEXT == parsed(
         mapped({"task": "Q", "extra": "C", "response": "A"}, instruction="task", input="extra")
     )
 
@@ -99,6 +105,6 @@ def test_columns_of_the_config() -> None:
 def test_columns_of_a_row_without_all_of_them() -> None:
     """A column that a row lacks is missed under its key; one that is null does not count."""
     with pytest.raises(RowError, match='the row has "prompt" but no "completion"'):
-        parse_row(mapped({"q": "Q", "a": None}, prompt="q", completion="a"))
-    assert WITH_CONTEXT == parse_row(mapped({"q": "Q", "c": "C", "a": "A"}, instruction="q", input="c", output="a"))
-    assert CHAT == parse_row(mapped({"q": "Q", "c": None, "a": "A"}, instruction="q", input="c", output="a"))
+        parse_record(mapped({"q": "Q", "a": None}, prompt="q", completion="a"))
+    assert WITH_CONTEXT == parsed(mapped({"q": "Q", "c": "C", "a": "A"}, instruction="q", input="c", output="a"))
+    assert CHAT == parsed(mapped({"q": "Q", "c": None, "a": "A"}, instruction="q", input="c", output="a"))

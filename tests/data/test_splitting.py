@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, chat_rows, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onward.data.records import Completion, Text, parse_row
+from onward.data.records import Completion, Text, parse_record
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.splitting import INSIDE, cuts, places_of_bytes, places_of_ranges
 from onward.data.tokenize import TokenizedFile, tokenize_file
@@ -155,7 +155,7 @@ def test_chats_and_completions_are_cut(tmp_path: Path) -> None:
         {"prompt": "a" * 10, "completion": "b" * 50},
         {"prompt": "a" * 50, "completion": "b"},
     ]
-    packed = [split(tokenizer, parse_row(row)) for row in others]
+    packed = [split(tokenizer, parse_record(row)) for row in others]
     assert all(1 == len(pieces) for _, pieces in packed)
     path = write_jsonl(tmp_path / "a.jsonl", [*others, *texts])
     report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer)

@@ -18,7 +18,7 @@ from commands import assert_refused, make_run, onward
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onward.data.records import parse_row
+from onward.data.records import parse_record
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.sources import read_rows
 from onward.data.tokenized import unpack
@@ -81,7 +81,7 @@ def test_json_has_the_rows_as_they_are_trained(untouched: Path, tmp_path: Path) 
     """Each row comes with its line, its number of tokens, whether it was cut, and its text in marked pieces."""
     file = tiny.write_jsonl(tmp_path / "a.jsonl", ROWS)
     shown = onward("preview", file, "--run", untouched, "--json")
-    assert (0, 4) == (shown.status, len(shown.json))
+    assert (0, 5) == (shown.status, len(shown.json))
     assert {
         "line": 1,
         "tokens": 32,
@@ -92,13 +92,14 @@ def test_json_has_the_rows_as_they_are_trained(untouched: Path, tmp_path: Path) 
             {"text": "\n", "trained": False},
         ],
     } == shown.json[0]
-    assert [[2, 10, False], [3, 17, False], [4, 256, True]] == [
+    assert [[2, 10, False], [3, 17, False], [4, 255, False], [4, 146, False]] == [
         [row["line"], row["tokens"], row["cut"]] for row in shown.json[1:]
     ]
+    texts = ["".join(segment["text"] for segment in row["segments"]) for row in shown.json]
     tokenizer = RowTokenizer(STATE, 256)
-    for row, source in zip(shown.json, read_rows(file), strict=True):
-        (packed,) = tokenizer.encode([tokenizer.prepare(parse_row(source.value))])
-        assert decode(unpack(packed[:256]).ids.tolist()) == "".join(segment["text"] for segment in row["segments"])
+    for text, source in zip((*texts[:3], "".join(texts[3:])), read_rows(file), strict=True):
+        (packed,) = tokenizer.encode([tokenizer.prepare(parse_record(source.value))])
+        assert decode(unpack(packed).ids.tolist()) == text
     assert shown.json[:2] == onward("preview", file, "--run", untouched, "--json", "--rows", 2).json
 
 
@@ -152,7 +153,7 @@ def test_people_see_three_rows(untouched: Path, tmp_path: Path) -> None:
         r"  | \x1b" + "\u27e6" + r"[2Jred\x9b31m\u202e\r<|im_end|>" + "\u27e7",
     ]
     assert expected == shown.out.splitlines()
-    assert "link.jsonl: 3 of 4 rows shown (1 of 4 rows cut at max_length=256); " in shown.err
+    assert "link.jsonl: 3 of 5 rows shown (1 text split at max_length=256); " in shown.err
 
 
 def test_a_json_value_with_odd_characters_is_ascii(untouched: Path, tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path, model: Path) -> None
     run = make_run(tmp_path / "run", model, "over_length=drop", "epochs=3")
     shown = onward("preview", tiny.write_jsonl(tmp_path / "a.jsonl", ROWS), "--run", run)
     assert (
-        "3 of 3 rows shown (1 of 4 rows dropped at max_length=256); 59 tokens, 33 of them trained; 3 steps\n"
+        "3 of 3 rows shown (1 of 4 rows dropped at max_length=256: 401 tokens lost, 87 %); 59 tokens, 33 of them trained; 3 steps\n"
         in shown.err
     )
 
