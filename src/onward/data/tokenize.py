@@ -126,7 +126,7 @@ def tokenize_file(
 def check_rows(
     source: Path,
     row_tokenizer: RowTokenizer,
-    seen: Callable[[int, Fitted], None],
+    observe: Callable[[int, Fitted], None],
     *,
     stop: Callable[[], None] = lambda: None,
     limits: Limits = DEFAULT_LIMITS,
@@ -136,9 +136,9 @@ def check_rows(
     Links are followed, and nothing notices if the file changes meanwhile: it is its owner's still.
 
     Args:
-        seen: receives the line and the tokens of every row that is not refused, in order.
+        observe: receives the line and the tokens of every row that is not refused, in order.
     """
-    intake = _Intake(row_tokenizer, RowCount(), limits, _Stop(stop), seen)
+    intake = _Intake(row_tokenizer, RowCount(), limits, _Stop(stop), observe)
     intake.read(source, None)
     return intake.report(_unit(source))
 
@@ -159,7 +159,7 @@ class _Stop:
 
 
 class _Intake:
-    """The counts and problems of one file while it is read; `seen` receives its rows."""
+    """The counts and problems of one file while it is read; `observe` receives its rows."""
 
     def __init__(
         self,
@@ -167,13 +167,13 @@ class _Intake:
         writer: RowCount,
         limits: Limits,
         stop: _Stop,
-        seen: Callable[[int, Fitted], None] = lambda *_: None,
+        observe: Callable[[int, Fitted], None] = lambda *_: None,
     ) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
         self._limits = limits
         self._stop = stop
-        self._seen = seen
+        self._observe = observe
         self._problems: list[Problem] = []
         self._problem_count = self._truncated = self._dropped = 0
 
@@ -274,7 +274,7 @@ class _Intake:
             except RowError as error:
                 self._refuse(line, error)
                 continue
-            self._seen(line, fitted)
+            self._observe(line, fitted)
             self._truncated += fitted.truncated
             if fitted.packed is None:
                 self._dropped += 1
