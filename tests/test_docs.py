@@ -169,10 +169,13 @@ def test_quickstart_and_readme_run(model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def run(script: str) -> int:
-    """Run a script in bash; a command that fails ends it."""
+    """Run a script in bash; a command that fails ends it. Returns the status as a shell would: 137 for a kill.
+
+    bash is replaced by the last command, and `timeout --signal=KILL` kills itself too.
+    """
     done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=SECONDS, check=False)
     print(script, done.stdout, done.stderr)
-    return done.returncode
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 
 def prepare(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

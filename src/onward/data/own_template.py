@@ -35,13 +35,13 @@ def find_template(value: str, root: Path, *others: Path) -> tuple[str, str]:
     Raises:
         ConfigError: there is no such template, or it is not one.
     """
+    copy = root / f"{Path(value).stem}{ENDING}"  # of a file or of TRL's, where either is gone by now
     found = (folder / Path(value).expanduser() for folder in (root, *others))
-    path = next((path for path in found if path.is_file()), None)
+    path = next((path for path in (*found, copy) if path.is_file()), None)
     if path is not None:
         return _name_in(root, path), _checked(_read(path), path)
     if _NAME.fullmatch(value):
-        copy = root / f"{value}{ENDING}"
-        shipped = copy if copy.is_file() else _shipped(value)
+        shipped = _shipped(value)
         return shipped.name, _checked(_read(shipped), shipped)
     raise ConfigError("there is no such chat template", where=f"{KEY}: {value}", hint=MISSING)
 

@@ -100,7 +100,7 @@ def tokenize_file(
 def check_rows(
     source: Path,
     row_tokenizer: RowTokenizer,
-    seen: Callable[[int, Fitted], None],
+    observe: Callable[[int, Fitted], None],
     *,
     stop: Callable[[], None] = lambda: None,
     reading: Reading | None = None,
@@ -110,9 +110,9 @@ def check_rows(
     Links are followed, and nothing notices if the file changes meanwhile: it is its owner's still.
 
     Args:
-        seen: receives the line and the tokens of every row that is not refused, in order.
+        observe: receives the line and the tokens of every row that is not refused, in order.
     """
-    intake = _Intake(row_tokenizer, RowCount(), reading or Reading(), _Stop(stop), seen)
+    intake = _Intake(row_tokenizer, RowCount(), reading or Reading(), _Stop(stop), observe)
     intake.read(source, None)
     return intake.report()
 
@@ -133,7 +133,7 @@ class _Stop:
 
 
 class _Intake:
-    """The counts and problems of one file while it is read; `show` receives its rows."""
+    """The counts and problems of one file while it is read; `observe` receives its rows."""
 
     def __init__(
         self,
@@ -141,13 +141,13 @@ class _Intake:
         writer: RowCount,
         reading: Reading,
         stop: _Stop,
-        show: Callable[[int, Fitted], None] = lambda *_: None,
+        observe: Callable[[int, Fitted], None] = lambda *_: None,
     ) -> None:
         self._row_tokenizer = row_tokenizer
         self._writer = writer
         self._reading = reading
         self._stop = stop
-        self._show = show
+        self._observe = observe
         self._columns = Columns(reading.columns)
         self._ignored = IgnoredKeys()
         self._problems = Problems()
@@ -278,7 +278,7 @@ class _Intake:
             self._refuse(line, error, is_of_file=isinstance(error, TooLong))
             return []
         for one in fitted:
-            self._show(line, one)
+            self._observe(line, one)
         kept = [one.packed for one in fitted if one.packed is not None]
         if len(kept) == len(pieces) == 1 and not fitted[0].truncated:
             return kept
