@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 
 from onward.config_text import parse_config
+from onward.errors import DamagedState
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder
 from onward.training.foreign.pickles import Inert, NotAPickle, run_pickle
@@ -232,6 +234,26 @@ def test_a_schedule_that_is_not_what_it_is_called_is_noticed(tmp_path: Path) -> 
     schedule = read_schedule(folder, arguments, PEAK)
     assert "cosine in another form" == schedule.name
     assert schedule_settings(schedule) is None
+
+
+def test_a_scheduler_that_is_no_function_of_the_step_is_read(tmp_path: Path) -> None:
+    """A schedule that follows the loss has no rates ahead; where it stands is known."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=PEAK)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for loss in (1.0, np.float64(2.0)):
+        scheduler.step(loss)
+    torch.save(scheduler.state_dict(), tmp_path / "scheduler.pt")
+    arguments = saved_arguments(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+    schedule = read_schedule(TrainerFolder(tmp_path, None, {"global_step": 2, "max_steps": TOTAL}), arguments, PEAK)
+    assert (PEAK / 2, None) == (schedule.current, schedule_settings(schedule))
+    assert (PEAK / 2, None) == (schedule.rate(3), schedule.rate(4))
+
+
+def test_a_torn_scheduler_is_an_error(tmp_path: Path) -> None:
+    """Half a file is not taken for a missing one."""
+    (tmp_path / "scheduler.pt").write_bytes(b"PK half")
+    with pytest.raises(DamagedState, match=r"scheduler\.pt cannot be read"):
+        read_schedule(TrainerFolder(tmp_path, None, {"global_step": 2}), Arguments(), PEAK)
 
 
 def test_a_finished_schedule_is_known_as_one(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
         saved = read_optimizer(path)
     except DamagedState as error:
         if arguments.text("optim") in ("", *_PLAIN):
-            raise
+            raise DamagedState(error.what, where=path, hint=fresh_hint(path.parent)) from None
         raise _NotTaken(f"the optimizer's state holds more than tensors and plain values: {error.what}") from None
     return cast(dict[str, Any], saved.get("optimizer", saved))  # as PyTorch's distributed checkpoints wrap it
 

@@ -21,9 +21,9 @@ from onward.config_text import parse_config
 from onward.errors import ConfigError, DamagedState, Unreadable, UsageError
 from onward.text import quoted
 from onward.training.foreign.arguments import Arguments
-from onward.training.foreign.folders import TrainerFolder
+from onward.training.foreign.folders import TrainerFolder, fresh_hint
+from onward.training.foreign.pickles import NotAPickle, read_saved
 from onward.training.huggingface import SCHEDULER
-from onward.training.loading import read_optimizer
 from onward.training.schedule import learning_rate
 
 COMPARED = 10_000
@@ -80,29 +80,40 @@ def read_schedule(folder: TrainerFolder, arguments: Arguments, peak: float) -> T
         peak: the learning rate by the optimizer, for a checkpoint without `scheduler.pt`.
 
     Raises:
-        Unreadable: a file cannot be read now.
+        DamagedState: `scheduler.pt` does not hold a scheduler's state.
+        Unreadable: it cannot be read now.
     """
     name, total = arguments.text("lr_scheduler_type"), folder.total_steps
     saved = _saved(folder)
-    bases, last = saved.get("base_lrs"), saved.get("_last_lr")
-    peak = float(bases[0]) if isinstance(bases, list) and bases else peak
+    base, last = _first(saved.get("base_lrs")), _first(saved.get("_last_lr"))
+    peak = peak if base is None else base
     position = int(saved.get("last_epoch", folder.step))
     warmup = arguments.warmup_steps(total)
     factor = _factor(name, warmup, total, peak, arguments.values.get("lr_scheduler_kwargs"))
-    current = float(last[0]) if isinstance(last, list) and last else peak * factor(position) if factor else peak
+    current = last if last is not None else peak * factor(position) if factor else peak
     if factor is not None and not math.isclose(peak * factor(position), current, rel_tol=1e-9, abs_tol=1e-15):
         name, factor = f"{name} in another form", None  # a schedule of the person's own, under the name of the default
     return TrainerSchedule(name, peak, position, current, folder.step, total, warmup, factor)
 
 
 def _saved(folder: TrainerFolder) -> dict[str, Any]:
+    """Return what `scheduler.pt` says; nothing where there is none."""
     path = folder.path / SCHEDULER
     try:
-        return read_optimizer(path)
-    except (DamagedState, Unreadable):
-        if path.is_file():
-            raise
+        saved = read_saved(path)
+    except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+    except NotAPickle as error:
+        raise DamagedState(f"{SCHEDULER} cannot be read: {error}", where=path, hint=fresh_hint(folder.path)) from None
+    return cast(dict[str, Any], saved) if isinstance(saved, dict) else {}
+
+
+def _first(values: Any) -> float | None:
+    """Return the first of several rates; None where it is none."""
+    first = cast(list[Any], values)[0] if isinstance(values, list) and values else None
+    return float(first) if isinstance(first, (int, float)) else None
 
 
 def _factor(name: str, warmup: int, total: int, peak: float, extra: Any) -> Callable[[int], float] | None:
