@@ -55,6 +55,8 @@ def create(
     require_complete(base)
     require_fits(read_capacity(base), max_length=config.max_length)
     own.require_possible(base)
+    if config.method != "full" and (config.lora.use_dora or config.lora.bias != "none"):
+        report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
     folder = own.tokenizer(base)
     tokenizer = _load_tokenizer(folder, report, loading)
     config = own.make(with_stored_path(config, base, layout.root), base, folder)

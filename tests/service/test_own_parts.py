@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import checkpoints
 import pytest
@@ -27,8 +27,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model whose head has weights of its own."""
     tokenizer = tiny.byte_tokenizer()
     folder = tmp_path_factory.mktemp("untied")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=512, **sizes)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, num_attention_heads=4, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         LlamaForCausalLM(config).float().save_pretrained(folder)
@@ -51,6 +56,11 @@ def stock_logits(run: Run) -> torch.Tensor:
         return stock.logits(AutoModelForCausalLM.from_pretrained(folder))
     base = AutoModelForCausalLM.from_pretrained(run.layout.root / run.config.model, dtype=torch.float32)
     return stock.logits(PeftModel.from_pretrained(base, folder))
+
+
+def embedding(model: Any) -> torch.Tensor:
+    """Return the rows of a model's tokens."""
+    return model.get_input_embeddings().weight.detach()
 
 
 def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: Any) -> Run:
@@ -90,11 +100,13 @@ def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path
     assert (ids if kind == "rows" else []) == run.config.lora.trainable_tokens
     state = stock.open_state(run.layout.root)
     torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
-    old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
-    grown = AutoModelForCausalLM.from_pretrained(run.layout.root / "base").get_input_embeddings().weight.detach()
+    old, grown = (
+        embedding(AutoModelForCausalLM.from_pretrained(base)),
+        embedding(AutoModelForCausalLM.from_pretrained(run.layout.root / "base")),
+    )
     assert torch.equal(old, grown[: len(old)])
     torch.testing.assert_close(old.mean(0), grown[ids[0]])
-    now = state.model.get_input_embeddings().weight.detach()
+    now = embedding(state.model)
     assert not torch.equal(grown[ids[0]], now[ids[0]])
     assert run.verify(deep=kind == "rows" and tied).ok
 
@@ -104,7 +116,8 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
     """With `pissa` and `olora` base and adapter together are the model that was given; the run owns what is left."""
     files = [rows(tmp_path, seed) for seed in ((1, 2) if init == "pissa" else (1,))]
     run = train_both_ways(tmp_path, model, files, lora={"rank": 4, "init": init})
-    given, left = (AutoModelForCausalLM.from_pretrained(path) for path in (model, run.layout.root / "base"))
+    paths = (model, run.layout.root / "base")
+    given, left = (cast(Any, AutoModelForCausalLM.from_pretrained(path)) for path in paths)
     fresh = PeftModel.from_pretrained(left, run.layout.root / "adapter")
     assert not torch.equal(given.model.layers[0].mlp.up_proj.weight, left.model.layers[0].mlp.up_proj.base_layer.weight)
     torch.testing.assert_close(stock.logits(given), stock.logits(fresh), rtol=0, atol=1e-5)
@@ -116,11 +129,17 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
 
 def made_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     """Save an adapter with weights that do something."""
-    shape = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"], **settings}
+    shape: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 12,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "up_proj"],
+        **settings,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(3)
         adapted: Any = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **shape)
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **shape | settings)
         )
         for parameter in adapted.parameters():
             if parameter.requires_grad:

@@ -148,7 +148,8 @@ def _read_config(checkpoint: Path, model: str | None, settings: Mapping[str, Any
 def _require_shape(saved: Config, config: Config) -> None:
     """Refuse settings that ask for another shape than the checkpoint has; a 4-bit base under an adapter is none."""
     asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
-    refused = {key: asked[key] for key in asked if key == "method" or key.startswith("lora.")}
+    shape = ("method", "tokens", "adapter")  # the last two are put in force by init alone
+    refused = {key: asked[key] for key in asked if key in shape or key.startswith("lora.")}
     if refused.get("method") == "qlora" and saved.method == "lora":
         del refused["method"]
     if refused:
