@@ -17,6 +17,7 @@ from onward.config_lora import (
     Name,
     Rate,
     Section,
+    path_text,
     refuse_bool,
 )
 
@@ -78,7 +79,7 @@ class Config(Section):
         description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`).",
     )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
-    adapter: str = Field(
+    adapter: Annotated[str, BeforeValidator(path_text)] = Field(
         default="",
         description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`: `init --adapter`.",
     )

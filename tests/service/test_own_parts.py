@@ -218,8 +218,12 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
 
 def test_a_changed_start_is_noticed(model: Path, tmp_path: Path) -> None:
     """Another adapter in the place of the one that the run was made from is no start."""
-    run = Run.create(tmp_path / "run", adapter=str(made_adapter(model, tmp_path / "adapter")))
+    run = Run.create(tmp_path / "run", adapter=made_adapter(model, tmp_path / "adapter"))
     path = run.layout.root / "adapter" / "adapter_model.safetensors"
     save_file({name: weight + 1 for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(OnwardError, match="changed since the run was made"):
         run.train(rows(tmp_path, 1))
+    save_file(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), path, metadata={"format": "pt"})
+    (run.layout.root / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(OnwardError, match="started from is gone"):
+        run.train()

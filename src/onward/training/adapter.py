@@ -124,7 +124,7 @@ def head_weight(head: nn.Module) -> torch.Tensor | None:
     """
     if type(head) is ModulesToSaveWrapper:
         head = cast(Any, head.modules_to_save)[ADAPTER]
-    plain = cast(nn.Module, head.original_module) if type(head) is TrainableTokensWrapper else head
+    plain = head.original_module if type(head) is TrainableTokensWrapper else head
     return cast(Any, head).weight if type(plain) is nn.Linear and cast(Any, plain).bias is None else None
 
 

@@ -140,7 +140,7 @@ def _token_rows(tokens: list[int] | dict[str, list[int]], model: PreTrainedModel
 def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the embedding and, where it has weights of its own, the head, by name."""
     names = {id(part): name for name, part in model.named_modules()}
-    embedding, head = cast(nn.Module, model.get_input_embeddings()), cast(Any, model.get_output_embeddings())
+    embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     yield names[id(embedding)], embedding
     if head is not None and not _is_tied(model):
         yield names[id(head)], head
