@@ -42,7 +42,7 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable.
         UsageError: the directory is in use.
     """
-    from onward.service.intake.tokenizer import store_tokenizer
+    from onward.service.tokenizer import store_tokenizer
     from onward.training.base import base_of_run, require_complete, resolve_base, with_stored_path
     from onward.training.capacity import read_capacity, require_fits
 
@@ -60,12 +60,12 @@ def create(
     folder = own.tokenizer(base)
     tokenizer = _load_tokenizer(folder, report, loading)
     config = own.make(with_stored_path(config, base, layout.root), base, folder)
-    _make_files(layout, config, replace=own.made is not None)
-    if own.made is not None:
+    _make_files(layout, config, replace=bool(own.facts))
+    if own.facts:
         folder = layout.tokenizer(base_of_run(layout.root, config.model))
         tokenizer = _load_tokenizer(folder, report, loading)
     store_tokenizer(layout, folder, tokenizer)
-    make_ledger(layout.ledger, made=own.made)  # last: it is what makes the directory a run
+    make_ledger(layout.ledger, **own.facts)  # last: it is what makes the directory a run
 
 
 def refuse_occupied(layout: RunLayout) -> None:
@@ -116,7 +116,7 @@ def _load_tokenizer(
     folder: Path, report: Callable[[str], None], loading: Callable[[], AbstractContextManager[None]]
 ) -> TokenizerState:
     """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
-    from onward.service.intake.tokenizer import load_tokenizer_of
+    from onward.service.tokenizer import load_tokenizer_of
 
     if "transformers" in sys.modules:
         return load_tokenizer_of(folder)

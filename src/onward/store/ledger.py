@@ -21,16 +21,12 @@ from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, Ste
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 
 
-def make_ledger(path: Path, *, made: Mapping[str, Any] | None = None) -> None:
-    """Make a new run's ledger, whole or not at all.
-
-    Args:
-        made: what was made for the run beside its config (`own_parts`).
-    """
+def make_ledger(path: Path, **facts: Any) -> None:
+    """Make a new run's ledger, with these facts of the run in it, whole or not at all."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
     with Ledger(temporary, create=True) as ledger:
-        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0, **({"made": made} if made else {}))
+        ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0, **facts)
     temporary.replace(path)
     fsync_directory(path.parent)
 

@@ -46,7 +46,8 @@ class OwnParts:
             importlib.import_module("onward.training.own_base")  # here, where the caller may look after large imports
         self._start = _read_start(config) if config.adapter else None
         self.config = config if self._start is None else _with_start(config, self._start)
-        self.made: dict[str, Any] | None = None
+        self.facts: dict[str, Any] = {}
+        """What the ledger keeps of the parts that were made; empty where there are none."""
 
     def tokenizer(self, base: Path) -> Path:
         """The folder with the tokenizer: the adapter's, if it brought one, else the base's."""
@@ -90,11 +91,12 @@ class OwnParts:
         else:
             self._keep_start(self._start, tokenizer)
             config = config.model_copy(update={"adapter": OWN_ADAPTER})
-        self.made = _made(config)
+        made = _made(config)
         if config.adapter:
             from onward.training.start_adapter import digest_adapter
 
-            self.made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
+            made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
+        self.facts = {MADE: made}
         return config
 
     def _make_base(self, config: Config, base: Path, tokenizer: Path) -> Config:
