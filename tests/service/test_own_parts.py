@@ -14,7 +14,7 @@ import torch
 from commands import onward
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from onward import Run
 from onward.errors import ConfigError, ModelError, OnwardError
@@ -33,7 +33,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
     }
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, num_attention_heads=4, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         LlamaForCausalLM(config).float().save_pretrained(folder)
@@ -127,6 +127,17 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
     assert run.verify(deep=init == "pissa").ok
 
 
+def test_first_weights_that_do_not_suit_a_layer_are_refused(tmp_path: Path) -> None:
+    """PEFT's OLoRA gives layers of GPT-2 matrices that PEFT does not load; nothing is made then."""
+    tokenizer = tiny.byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"lora\.init olora does not suit layers of this model"):
+        Run.create(tmp_path / "run", str(tmp_path / "base"), lora={"rank": 2, "init": "olora"})
+    assert not (tmp_path / "run").exists()
+
+
 def made_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     """Save an adapter with weights that do something."""
     shape: dict[str, Any] = {
@@ -214,6 +225,7 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
             Run(run.layout.root).train(file)
     with pytest.raises(ConfigError, match="in the vocabulary already"):
         Run.create(tmp_path / "known", str(model), tokens=["<|im_start|>"])
+    assert not (tmp_path / "known").exists()
 
 
 def test_a_changed_start_is_noticed(model: Path, tmp_path: Path) -> None:
