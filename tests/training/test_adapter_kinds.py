@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {"use_dora": True}),
+    ("llama", {"use_dora": True, "targets": "all-linear"}),
     ("gpt2", {"use_dora": True, "dropout": 0.0}),
     ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {".*mlp.*": 5.0}}),
     ("qwen2", {"bias": "all"}),
@@ -60,7 +60,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"modules_to_save": ["lm_head"]}),
     ("qwen2", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     ("gpt2", {"modules_to_save": ["wte"]}),
-    ("llama", {"layers": [1]}),
+    ("llama", {"layers": [1], "targets": "all-linear"}),
     ("gpt2", {"layers": [0], "targets": ["c_attn"]}),
     ("llama", {"trainable_tokens": [5, 3]}),
     ("qwen2", {"trainable_tokens": [5, 3], "use_dora": True}),
@@ -92,7 +92,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def config_of(base: Path, lora: dict[str, Any], **settings: Any) -> Config:
     """Return the config of a run on a base."""
-    return Config.model_validate({"model": str(base), "lora": {"rank": 2, "dropout": 0.1, **lora}, **settings})
+    some = ["c_attn"] if base.name == "gpt2" else ["q_proj", "down_proj"]
+    shape = {"rank": 2, "dropout": 0.1, "targets": some, **lora}
+    return Config.model_validate({"model": str(base), "lora": shape, **settings})
 
 
 def take_steps(state: TrainState, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> None:
@@ -251,7 +253,9 @@ def test_what_a_model_has_nothing_for_is_refused(
 def test_only_plain_layers_are_fused(family: Callable[[str], Path]) -> None:
     """Where the one node cannot compute the same, PEFT's own module does."""
     for lora, fused in (({}, 14), ({"use_dora": True}, 0), ({"bias": "all"}, 8)):
-        built = build_model(config_of(family("qwen2"), lora), family("qwen2"), CPU, torch.float32)
+        built = build_model(
+            config_of(family("qwen2"), {"targets": "all-linear", **lora}), family("qwen2"), CPU, torch.float32
+        )
         assert fused == sum(isinstance(part, FusedLoraLinear) for part in built.modules())
 
 
