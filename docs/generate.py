@@ -347,6 +347,8 @@ def _values(schema: Mapping[str, Any]) -> str:
         return "`true`, `false`"
     if schema["type"] == "array":
         return f"list of {_values(schema['items'])}"
+    if schema["type"] == "object":
+        return f"mapping of names to {_values(schema['additionalProperties'])}"
     if "pattern" in schema:
         return f"text that matches `{_cell(schema['pattern'])}`"
     name = {"integer": "integer", "number": "number", "string": "text", "null": "null"}[schema["type"]]

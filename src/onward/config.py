@@ -20,6 +20,7 @@ from onward.config_sections import (
     Rate,
     Section,
     TextConfig,
+    path_text,
     refuse_bool,
 )
 
@@ -74,7 +75,7 @@ class Config(Section):
         description="Train an adapter, all weights, or an adapter on a 4-bit base (needs `onward[qlora]`).",
     )
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
-    adapter: str = Field(
+    adapter: Annotated[str, BeforeValidator(path_text)] = Field(
         default="",
         description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`: `init --adapter`.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,6 +16,11 @@ def refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     return value
+
+
+def path_text(value: Any) -> Any:
+    """Return a path as text; what is none is left to be refused."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]

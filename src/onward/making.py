@@ -16,7 +16,7 @@ from onward.config import NEW_RUN, Config
 from onward.config_text import parse_config, read_config, render_yaml
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.service.state.own_parts import MADE, OwnParts, is_made
+from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.ledger import Ledger, make_ledger
 from onward.text import quoted
 
@@ -56,6 +56,8 @@ def create(
         own = OwnParts(layout, config, report)
     base = resolve_base(config.model, download=True, report=report)
     own.require_possible(base)
+    if config.method != "full" and (config.lora.use_dora or config.lora.bias != "none"):
+        report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
     folder = own.tokenizer(base)
     tokenizer = _load_tokenizer(folder, report, loading)
     _require_usable(base, own.config, tokenizer)
@@ -63,14 +65,14 @@ def create(
     with own.made_or_nothing():
         config = own.make(config, base, folder)
         base = base_of_run(layout.root, config.model)
-        facts: dict[str, Any] = {MADE: own.made} if own.made else {}
+        facts: dict[str, Any] = dict(own.facts)
         if not later:
             start = layout.root / OWN_ADAPTER if config.adapter else None
             config, findings = _admit(config, base, start, values, report, loading)
             facts |= findings
-    _make_files(layout, config, replace=own.made is not None)
+    _make_files(layout, config, replace=bool(own.facts))
     write_template(template_name, template, layout.root)
-    if own.made is not None:
+    if own.facts:
         folder = layout.tokenizer(base)
         tokenizer = _load_tokenizer(folder, report, loading)
     store_tokenizer(layout, folder, tokenizer)

@@ -1,7 +1,7 @@
 """Columns: what the config names, the usual pairs by themselves, and what is ambiguous is refused by name."""
 
-from itertools import product
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest

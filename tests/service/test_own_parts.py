@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import checkpoints
 import pytest
@@ -14,7 +14,7 @@ import torch
 from commands import onward
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from onward import Run
 from onward.errors import ConfigError, ModelError, OnwardError
@@ -27,8 +27,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model whose head has weights of its own."""
     tokenizer = tiny.byte_tokenizer()
     folder = tmp_path_factory.mktemp("untied")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, max_position_embeddings=512, **sizes)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         LlamaForCausalLM(config).float().save_pretrained(folder)
@@ -51,6 +56,11 @@ def stock_logits(run: Run) -> torch.Tensor:
         return stock.logits(AutoModelForCausalLM.from_pretrained(folder))
     base = AutoModelForCausalLM.from_pretrained(run.layout.root / run.config.model, dtype=torch.float32)
     return stock.logits(PeftModel.from_pretrained(base, folder))
+
+
+def embedding(model: Any) -> torch.Tensor:
+    """Return the rows of a model's tokens."""
+    return model.get_input_embeddings().weight.detach()
 
 
 def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: Any) -> Run:
@@ -90,11 +100,13 @@ def test_new_tokens_are_trained(kind: str, tied: bool, model: Path, untied: Path
     assert (ids if kind == "rows" else []) == run.config.lora.trainable_tokens
     state = stock.open_state(run.layout.root)
     torch.testing.assert_close(stock.logits(state.model), stock_logits(run), rtol=0, atol=1e-6)
-    old = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight.detach()
-    grown = AutoModelForCausalLM.from_pretrained(run.layout.root / "base").get_input_embeddings().weight.detach()
+    old, grown = (
+        embedding(AutoModelForCausalLM.from_pretrained(base)),
+        embedding(AutoModelForCausalLM.from_pretrained(run.layout.root / "base")),
+    )
     assert torch.equal(old, grown[: len(old)])
     torch.testing.assert_close(old.mean(0), grown[ids[0]])
-    now = state.model.get_input_embeddings().weight.detach()
+    now = embedding(state.model)
     assert not torch.equal(grown[ids[0]], now[ids[0]])
     assert run.verify(deep=kind == "rows" and tied).ok
 
@@ -104,7 +116,8 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
     """With `pissa` and `olora` base and adapter together are the model that was given; the run owns what is left."""
     files = [rows(tmp_path, seed) for seed in ((1, 2) if init == "pissa" else (1,))]
     run = train_both_ways(tmp_path, model, files, lora={"rank": 4, "init": init})
-    given, left = (AutoModelForCausalLM.from_pretrained(path) for path in (model, run.layout.root / "base"))
+    paths = (model, run.layout.root / "base")
+    given, left = (cast(Any, AutoModelForCausalLM.from_pretrained(path)) for path in paths)
     fresh = PeftModel.from_pretrained(left, run.layout.root / "adapter")
     assert not torch.equal(given.model.layers[0].mlp.up_proj.weight, left.model.layers[0].mlp.up_proj.base_layer.weight)
     torch.testing.assert_close(stock.logits(given), stock.logits(fresh), rtol=0, atol=1e-5)
@@ -114,13 +127,30 @@ def test_what_is_left_of_the_base_is_kept(init: str, model: Path, tmp_path: Path
     assert run.verify(deep=init == "pissa").ok
 
 
+def test_first_weights_that_do_not_suit_a_layer_are_refused(tmp_path: Path) -> None:
+    """PEFT's OLoRA gives layers of GPT-2 matrices that PEFT does not load; nothing is made then."""
+    tokenizer = tiny.byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"lora\.init olora does not suit layers of this model"):
+        Run.create(tmp_path / "run", str(tmp_path / "base"), lora={"rank": 2, "init": "olora"})
+    assert not (tmp_path / "run").exists()
+
+
 def made_adapter(base: Path, folder: Path, **settings: Any) -> Path:
     """Save an adapter with weights that do something."""
-    shape = {"r": 4, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["q_proj", "up_proj"], **settings}
+    shape: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 12,
+        "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "up_proj"],
+        **settings,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(3)
         adapted: Any = get_peft_model(
-            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **shape)
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **shape | settings)
         )
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -195,12 +225,17 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
             Run(run.layout.root).train(file)
     with pytest.raises(ConfigError, match="in the vocabulary already"):
         Run.create(tmp_path / "known", str(model), tokens=["<|im_start|>"])
+    assert not (tmp_path / "known").exists()
 
 
 def test_a_changed_start_is_noticed(model: Path, tmp_path: Path) -> None:
     """Another adapter in the place of the one that the run was made from is no start."""
-    run = Run.create(tmp_path / "run", adapter=str(made_adapter(model, tmp_path / "adapter")))
+    run = Run.create(tmp_path / "run", adapter=made_adapter(model, tmp_path / "adapter"))
     path = run.layout.root / "adapter" / "adapter_model.safetensors"
     save_file({name: weight + 1 for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(OnwardError, match="changed since the run was made"):
         run.train(rows(tmp_path, 1))
+    save_file(load_file(tmp_path / "adapter" / "adapter_model.safetensors"), path, metadata={"format": "pt"})
+    (run.layout.root / "adapter" / "adapter_config.json").unlink()
+    with pytest.raises(OnwardError, match="started from is gone"):
+        run.train()

@@ -20,13 +20,12 @@ from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
 from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from onward.training.checkpoint import Contents, inspect_checkpoint, write_checkpoint
-from onward.training.expert_lora import ExpertLora
+from onward.training.checkpoint import Contents, Facts, Manifest, write_checkpoint
 from onward.training.fused_lora import FusedLoraLinear
 from onward.training.handover import measure, probe_batch, with_weights
 from onward.training.loading import load_state
 from onward.training.loss import TargetLoss
-from onward.training.model import build_model, load_model
+from onward.training.model import build_model
 from onward.training.roundtrip import prove_roundtrip
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
@@ -51,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 STACKED = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {"use_dora": True}),
+    ("llama", {"use_dora": True, "targets": "all-linear"}),
     ("gpt2", {"use_dora": True, "dropout": 0.0}),
     ("llama", {"use_rslora": True, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {".*mlp.*": 5.0}}),
     ("qwen2", {"bias": "all"}),
@@ -61,7 +60,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"modules_to_save": ["lm_head"]}),
     ("qwen2", {"modules_to_save": ["lm_head", "embed_tokens"]}),
     ("gpt2", {"modules_to_save": ["wte"]}),
-    ("llama", {"layers": [1]}),
+    ("llama", {"layers": [1], "targets": "all-linear"}),
     ("gpt2", {"layers": [0], "targets": ["c_attn"]}),
     ("llama", {"trainable_tokens": [5, 3]}),
     ("qwen2", {"trainable_tokens": [5, 3], "use_dora": True}),
@@ -93,7 +92,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def config_of(base: Path, lora: dict[str, Any], **settings: Any) -> Config:
     """Return the config of a run on a base."""
-    return Config.model_validate({"model": str(base), "lora": {"rank": 2, "dropout": 0.1, **lora}, **settings})
+    some = ["c_attn"] if base.name == "gpt2" else ["q_proj", "down_proj"]
+    shape = {"rank": 2, "dropout": 0.1, "targets": some, **lora}
+    return Config.model_validate({"model": str(base), "lora": shape, **settings})
 
 
 def take_steps(state: TrainState, config: Config, steps: int, dtype: torch.dtype = torch.float32) -> None:
@@ -107,13 +108,11 @@ def take_steps(state: TrainState, config: Config, steps: int, dtype: torch.dtype
         state.counters.step += 1
 
 
-def write(folder: Path, state: TrainState, config: Config) -> Contents:
-    """Write the state as a checkpoint; it is proven to load back."""
-    contents = checkpoints.make_contents(Path(config.model), lora={"rank": 1}, steps=0)
+def write(folder: Path, state: TrainState, config: Config, parent: Manifest | None = None) -> Manifest:
+    """Write the state as a checkpoint; without one before it, it is proven to load back."""
+    facts = Facts("a run", {"name": "base", "digest": "d"}, "t", {"device": "cpu"}, {})
     view = state.view()
-    contents = Contents(state.model, view, config, measure(view, 1.0), contents.facts)
-    write_checkpoint(folder, contents)
-    return contents
+    return write_checkpoint(folder, Contents(state.model, view, config, measure(view, 1.0), facts, parent=parent))
 
 
 def stock_model(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -138,30 +137,24 @@ def test_a_kind_goes_on_exactly_and_loads_in_stock_peft(
     config = config_of(base, lora)
     whole = TrainState.start(build_model(config, base, CPU, torch.float32), config)
     fresh = stock.logits(whole.model)
-    take_steps(whole, config, 4)
-    stopped = TrainState.start(build_model(config, base, CPU, torch.float32), config)
-    take_steps(stopped, config, 2)
-    write(tmp_path / "checkpoint-2", stopped, config)
-    manifest = inspect_checkpoint(tmp_path / "checkpoint-2").verified
-    assert manifest is not None
-    loaded = load_state(tmp_path / "checkpoint-2", manifest, config, base, CPU, torch.float32)
-    assert stopped.view().digest() == loaded.view().digest()
-    take_steps(loaded, config, 2)
+    take_steps(whole, config, 1)
+    first = write(tmp_path / "checkpoint-1", whole, config)
+    loaded = load_state(tmp_path / "checkpoint-1", first, config, base, CPU, torch.float32)
+    assert whole.view().digest() == loaded.view().digest()
+    for state, folder in ((whole, "checkpoint-2"), (loaded, "checkpoint-3")):
+        take_steps(state, config, 1)
+        write(tmp_path / folder, state, config, first)
     assert whole.view().digest() == loaded.view().digest()
     assert len(whole.parameters) == len(whole.view().moments)  # every trained weight has got a gradient
-    for state, folder in ((whole, "checkpoint-4"), (loaded, "checkpoint-5")):
-        write(tmp_path / folder, state, config)
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        assert (tmp_path / "checkpoint-4" / file).read_bytes() == (tmp_path / "checkpoint-5" / file).read_bytes()
+        assert (tmp_path / "checkpoint-2" / file).read_bytes() == (tmp_path / "checkpoint-3" / file).read_bytes()
     trained = stock.logits(whole.model)
     assert not torch.equal(fresh, trained)
-    torch.testing.assert_close(trained, stock.logits(stock_model(base, tmp_path / "checkpoint-4")), rtol=0, atol=1e-6)
-    here = load_model(tmp_path / "checkpoint-4", base, CPU, torch.float32)
-    torch.testing.assert_close(trained, stock.logits(here), rtol=0, atol=1e-6)
+    torch.testing.assert_close(trained, stock.logits(stock_model(base, tmp_path / "checkpoint-2")), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "lora", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3]}], ids=named
+    "lora", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3], "use_dora": True}], ids=named
 )
 def test_what_is_trained_beside_an_adapter_is_float32_on_a_bfloat16_base(
     lora: dict[str, Any], family: Callable[[str], Path], tmp_path: Path
@@ -172,11 +165,37 @@ def test_what_is_trained_beside_an_adapter_is_float32_on_a_bfloat16_base(
     state = TrainState.start(build_model(config, base, CPU, torch.bfloat16), config)
     assert {torch.float32} == {weight.dtype for weight in state.parameters.values()}
     take_steps(state, config, 2, torch.bfloat16)
-    write(tmp_path / "checkpoint-2", state, config)
-    manifest = inspect_checkpoint(tmp_path / "checkpoint-2").verified
-    assert manifest is not None
+    manifest = write(tmp_path / "checkpoint-2", state, config)
     loaded = load_state(tmp_path / "checkpoint-2", manifest, config, base, CPU, torch.bfloat16)
     assert state.view().digest() == loaded.view().digest()
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_tokens": [3, 5]}, {"use_dora": True, "bias": "all"}],
+    ids=named,
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_loss_and_gradients_are_those_of_plain_rows(
+    name: str, lora: dict[str, Any], family: Callable[[str], Path]
+) -> None:
+    """The head's part of a step, computed without all logits, is that of PEFT's own forward pass, row by row."""
+    if name == "llama" and "bias" in lora:
+        lora = {"use_dora": True}  # it has no biases
+    config = config_of(family(name), {**lora, "dropout": 0.0})
+    built = build_model(config, family(name), CPU, torch.float32)
+    batch = probe_batch(0, SMALL["vocab_size"])
+    parameters = {key: weight for key, weight in built.named_parameters() if weight.requires_grad}
+    TargetLoss(built, CPU, torch.float32)(batch).backward()
+    ours = {key: weight.grad for key, weight in parameters.items()}
+    built.zero_grad()
+    for row in batch.rows:
+        ids = torch.from_numpy(row.ids)
+        logits = built(input_ids=ids[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
+    for key, weight in parameters.items():
+        assert weight.grad is not None
+        torch.testing.assert_close(weight.grad, ours[key], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [["layers.1.", r"^model\.norm"], ["lm_head"]])
@@ -190,7 +209,8 @@ def test_a_part_of_a_whole_model_is_trained(
     state = TrainState.start(build_model(config, base, CPU, torch.float32), config)
     take_steps(state, config, 2)
     write(tmp_path / "checkpoint-2", state, config)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
+    stock_loader: Any = AutoModelForCausalLM
+    loaded, info = stock_loader.from_pretrained(tmp_path / "checkpoint-2", output_loading_info=True)
     assert [] == [kind for kind, names in info.items() if names]
     before = dict(AutoModelForCausalLM.from_pretrained(base).named_parameters())
     changed = {name for name, weight in loaded.named_parameters() if not torch.equal(weight, before[name])}
@@ -233,24 +253,25 @@ def test_what_a_model_has_nothing_for_is_refused(
 def test_only_plain_layers_are_fused(family: Callable[[str], Path]) -> None:
     """Where the one node cannot compute the same, PEFT's own module does."""
     for lora, fused in (({}, 14), ({"use_dora": True}, 0), ({"bias": "all"}, 8)):
-        built = build_model(config_of(family("qwen2"), lora), family("qwen2"), CPU, torch.float32)
+        built = build_model(
+            config_of(family("qwen2"), {"targets": "all-linear", **lora}), family("qwen2"), CPU, torch.float32
+        )
         assert fused == sum(isinstance(part, FusedLoraLinear) for part in built.modules())
 
 
-def test_experts_are_computed_apart_from_other_threads(family: Callable[[str], Path], tmp_path: Path) -> None:
-    """The probe's copy has experts of its own, also while a step computes: no cache of the process is between them."""
+def test_experts_are_computed_apart_from_other_threads(family: Callable[[str], Path]) -> None:
+    """A step, and the probe's copy of the model, find no expert of the step before in a cache of the process."""
     base = family("qwen2_moe")
     config = config_of(base, {"target_parameters": STACKED, "dropout": 0.0})
-    state = TrainState.start(build_model(config, base, CPU, torch.float32), config)
-    assert 4 == sum(isinstance(part, ExpertLora) for part in state.model.modules())
-    before = with_weights(state.model, state.snapshot().weights)
-    expected = stock.logits(before)
-    with torch.nn.utils.parametrize.cached():  # as PEFT's own wrapper is in another thread
-        take_steps(state, config, 2)
-        assert torch.equal(expected, before(input_ids=torch.arange(3, 3 + stock.LENGTH)[None]).logits)
-        again = before(input_ids=torch.arange(3, 3 + stock.LENGTH)[None]).logits
-    assert torch.equal(expected, again)
-    assert not torch.equal(expected, stock.logits(state.model))
+    alone, beside = (TrainState.start(build_model(config, base, CPU, torch.float32), config) for _ in range(2))
+    copied = with_weights(beside.model, beside.snapshot().weights)
+    ids = torch.arange(3, 3 + stock.LENGTH)[None]
+    expected = copied(input_ids=ids).logits
+    take_steps(alone, config, 3)
+    with torch.nn.utils.parametrize.cached():  # as another thread holds it while it measures with PEFT's own wrapper
+        take_steps(beside, config, 3)
+        assert torch.equal(expected, copied(input_ids=ids).logits)
+    assert alone.view().digest() == beside.view().digest()
 
 
 DAMAGE: list[Callable[[dict[str, torch.Tensor]], object]] = [
@@ -296,13 +317,16 @@ def test_identity_keys_of_this_release_are_locked_in_old_runs(tmp_path: Path, mo
     [{"lora": {"rank": 2, "use_dora": True, "trainable_tokens": [3, 5]}}, {"method": "full", "train": ["layers.1."]}],
     ids=["lora", "full"],
 )
-def test_files_in_processes_of_their_own_are_one_run(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
-    """Two files trained in two processes give the bits of two files trained in one; a deep proof holds."""
+def test_files_one_by_one_are_one_run(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Two files trained one by one, in processes of their own too, give the bits of two trained at once."""
     files = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(5, seed=seed)) for seed in (1, 2)]
     runs = [Run.create(tmp_path / name, str(model), batch_size=2, **settings) for name in ("one", "two")]
     runs[0].train(*files)
     for file in files:
-        assert 0 == processes.train(runs[1].layout.root, [file])
+        if "lora" in settings:
+            assert 0 == processes.train(runs[1].layout.root, [file])
+        else:
+            Run(runs[1].layout.root).train(file)
     kept = [checkpoints.files_of(run.layout.checkpoints()[0]) for run in runs]
     names = [name for name in kept[0] if name.endswith((".safetensors", "optimizer.pt", "_config.json"))]
     assert [] == [name for name in names if kept[0][name] != kept[1][name]]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
@@ -23,6 +23,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
 """Names of modules, one or some, with dots at most: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
+ADAPTER = "default"
+"""PEFT's name of the one adapter of a run."""
 MODULES_TO_SAVE = ".modules_to_save."
 """Part of the model's own name of a module that is trained whole; PEFT's file names it without."""
 
@@ -129,10 +131,21 @@ def _read(path: Path) -> bytes:
         raise Unreadable.of(error, path) from None
 
 
+def head_weight(head: nn.Module) -> torch.Tensor | None:
+    """Return the matrix of a head that does nothing but multiply by it; None for any other head.
+
+    Beside an adapter the head may be trained whole, or some of its rows.
+    """
+    if type(head) is ModulesToSaveWrapper:
+        head = cast(Any, head.modules_to_save)[ADAPTER]
+    plain = head.original_module if type(head) is TrainableTokensWrapper else head
+    return cast(Any, head).weight if type(plain) is nn.Linear and cast(Any, plain).bias is None else None
+
+
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Put another adapter dropout in force (the key may change at a boundary)."""
     if isinstance(model, PeftModel):
-        cast(Any, model.peft_config["default"]).lora_dropout = probability
+        cast(Any, model.peft_config[ADAPTER]).lora_dropout = probability
         for name in [name for name, _ in model.named_modules()]:
             if name.endswith("lora_dropout.default"):
                 parent = model.get_submodule(name.rpartition(".")[0])

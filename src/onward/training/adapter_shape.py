@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +69,8 @@ def require_effect(model: PeftModel, config: Config) -> None:
     saved = [name for name, part in parts.items() if isinstance(part, ModulesToSaveWrapper)]
     parameters = [f"{name}.{part.parameter_name}" for name, part in adapted.items() if isinstance(part, ParamWrapper)]
     parameters = [name.replace(".base_layer", "") for name in parameters]
-    layers = {int(found[1]) for name in adapted if (found := _LAYER.match(name))}
+    modules = {name: part for name, part in adapted.items() if not isinstance(part, ParamWrapper)}
+    layers = _layers(modules)
     _require("lora.target_parameters", lora.target_parameters, parameters, _ends_with, lambda: _stacked(model))
     _require("lora.layers", lora.layers, layers, lambda layer, other: layer == other, lambda: sorted(_layers(parts)))
     for key, patterns in (("lora.rank_pattern", lora.rank_pattern), ("lora.alpha_pattern", lora.alpha_pattern)):
@@ -114,7 +115,7 @@ def _stacked(model: nn.Module) -> list[str]:
     return sorted({".".join(name.split(".")[-3:]) for name in stacked})
 
 
-def _layers(parts: Mapping[str, nn.Module]) -> set[int]:
+def _layers(parts: Iterable[str]) -> set[int]:
     return {int(found[1]) for name in parts if (found := _LAYER.match(name))}
 
 
@@ -145,9 +146,9 @@ def _token_rows(tokens: list[int] | dict[str, list[int]], model: PreTrainedModel
 def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the embedding and, where it has weights of its own, the head, by name."""
     names = {id(part): name for name, part in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     yield names[id(embedding)], embedding
-    if cast(Any, head) is not None and not _is_tied(model):
+    if head is not None and not _is_tied(model):
         yield names[id(head)], head
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
+from onward.training.adapter import head_weight
 from onward.training.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.buffers import Buffers
 from onward.training.cross_entropy import linear_cross_entropy
@@ -79,8 +80,9 @@ class TargetLoss:
         hidden = outputs.last_hidden_state[0]
         hidden, labels = hidden.index_select(0, before), ids[before + 1]
         head = self._causal_lm.get_output_embeddings()
-        if type(head) is nn.Linear and cast(Any, head).bias is None:
-            return linear_cross_entropy(hidden, head.weight, labels, self.dtype)
+        weight = head_weight(head)
+        if weight is not None:
+            return linear_cross_entropy(hidden, weight, labels, self.dtype)
         return functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
     def _padded(self, batch: Batch) -> torch.Tensor:

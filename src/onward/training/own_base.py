@@ -12,11 +12,12 @@ from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.config import Config
-from onward.errors import ConfigError
+from onward.errors import ConfigError, VerificationFailed
 from onward.training.adapter import add_adapter
 from onward.training.adapter_shape import new_adapter_config, require_effect
 from onward.training.model import causal_lm, load_base, load_tokenizer
 from onward.training.quiet import quiet
+from onward.training.roundtrip import prove_roundtrip
 from onward.training.seeds import fold, seeded
 from onward.training.weights import save_adapter
 
@@ -109,5 +110,10 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     adapter.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach() for name, weight in made.named_parameters() if weight.requires_grad}
     save_adapter(made, weights, adapter)
+    try:
+        prove_roundtrip(made, adapter, weights)
+    except VerificationFailed as error:
+        what = f"lora.init {config.lora.init} does not suit layers of this model: {error.what}"
+        raise ConfigError(what, where="lora.init", hint="Leave it out, or try pissa.") from None
     assert causal_lm(made) is model
     return cast(PreTrainedModel, cast(Any, made).unload())

@@ -144,8 +144,14 @@ def require_fits_base(folder: Path, base: Path) -> None:
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        made = add_adapter(bare, saved_adapter_config(folder))
-        load_adapter(made, folder)
+        try:
+            load_adapter(add_adapter(bare, saved_adapter_config(folder)), folder)
+        except ModelError as error:
+            hint = (
+                "Name the base that it was made on: --model NAME_OR_PATH. One with a vocabulary of its own goes on "
+                "merged into its base (PEFT's merge_and_unload): onward init NEW_RUN --model MERGED"
+            )
+            raise ModelError(error.what, where=folder, hint=hint) from None
 
 
 def keep_start_adapter(folder: Path, target: Path) -> None:

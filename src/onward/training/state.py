@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 import xxhash
+from peft import PeftModel
 from torch import nn
 
 from onward.config import Config
@@ -64,6 +65,7 @@ class Snapshot:
         weights: trained weights by name, in the order of `optimizer.pt`.
         optimizer: the optimizer's `state_dict`: what it keeps for each parameter, and its groups.
         method: what the optimizer's state means.
+        frozen: bytes of weights that are written too and not trained.
     """
 
     counters: Counters
@@ -71,6 +73,7 @@ class Snapshot:
     weights: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     method: OptimizerMethod
+    frozen: int = 0
 
     @property
     def step(self) -> int:
@@ -90,8 +93,8 @@ class Snapshot:
 
     @property
     def size(self) -> int:
-        """Bytes of the weights and of the optimizer's state."""
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
+        """Bytes of the weights, trained or written with them, and of the optimizer's state."""
+        weights = self.frozen + sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
         return weights + self.method.bytes(self.weights)
 
     def adam_step(self) -> int:
@@ -137,6 +140,12 @@ class TrainState:
         self.cursor = Cursor()
         self.parameters = dict(named for group in method.groups(model) for named in group)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
+        rest = (
+            []
+            if isinstance(model, PeftModel)
+            else [weight for weight in model.parameters() if not weight.requires_grad]
+        )
+        self._frozen = sum(weight.numel() * weight.element_size() for weight in rest)
 
     @classmethod
     def start(cls, model: nn.Module, config: Config) -> Self:
@@ -157,7 +166,8 @@ class TrainState:
     def view(self) -> Snapshot:
         """Return the state as it is now, in the memory that training changes."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        return Snapshot(replace(self.counters), self.cursor, weights, self.optimizer.state_dict(), self.method)
+        optimizer = self.optimizer.state_dict()
+        return Snapshot(replace(self.counters), self.cursor, weights, optimizer, self.method, self._frozen)
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """Return a copy of the state in main memory.

@@ -16,6 +16,7 @@ from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
 from onward.service.proof.replay import replay
+from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
@@ -217,6 +218,8 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
-    digest = digest_base(base_of_run(layout.root, read_config(layout.config).model))
+    config = read_config(layout.config)
+    start_folder(layout, ledger, config)  # refuses an adapter to start from that was changed
+    digest = digest_base(base_of_run(layout.root, config.model))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

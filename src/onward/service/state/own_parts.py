@@ -46,7 +46,8 @@ class OwnParts:
             importlib.import_module("onward.training.own_base")  # here, where the caller may look after large imports
         self._start = _read_start(config) if config.adapter else None
         self.config = config if self._start is None else _with_start(config, self._start)
-        self.made: dict[str, Any] | None = None
+        self.facts: dict[str, Any] = {}
+        """What the ledger keeps of the parts that were made; empty where there are none."""
         self._published: list[Path] = []
 
     def tokenizer(self, base: Path) -> Path:
@@ -85,17 +86,24 @@ class OwnParts:
         """
         if not is_made(config):
             return config
-        self._layout.root.mkdir(parents=True, exist_ok=True)
-        if self._start is None:
-            config = self._make_base(config, base, tokenizer)
-        else:
-            self._keep_start(self._start, tokenizer)
-            config = config.model_copy(update={"adapter": OWN_ADAPTER})
-        self.made = _made(config)
+        root, was_there = self._layout.root, self._layout.root.exists()
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            if self._start is None:
+                config = self._make_base(config, base, tokenizer)
+            else:
+                self._keep_start(self._start, tokenizer)
+                config = config.model_copy(update={"adapter": OWN_ADAPTER})
+        except BaseException:
+            if not was_there:
+                remove_tree(root)
+            raise
+        made = _made(config)
         if config.adapter:
             from onward.training.start_adapter import digest_adapter
 
-            self.made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
+            made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
+        self.facts = {MADE: made}
         return config
 
     def _make_base(self, config: Config, base: Path, tokenizer: Path) -> Config:
@@ -103,7 +111,8 @@ class OwnParts:
 
         with self._publishing(OWN_BASE) as own, self._publishing(OWN_ADAPTER) as adapter:
             config = make_own_base(config, base, tokenizer, own, adapter)
-        words = [f"{len(config.tokens)} more tokens"] if config.tokens else []
+        count = len(config.tokens)
+        words = [f"{count} more token{'s' if count > 1 else ''}"] if count else []
         words += [f"what {config.lora.init} leaves of the weights, float32"] if config.takes_from_base else []
         self._report(f"the run has a base of its own in {OWN_BASE}/: {', '.join(words)}")
         return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})
