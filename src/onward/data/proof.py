@@ -170,7 +170,7 @@ def _squeezed(text: str) -> str:
 def _changed(messages: Sequence[Message], text: str) -> RowError:
     for place, message in enumerate(messages):
         if _text_of(message).strip() not in text:
-            return _refusal("changes, or leaves a part of it out,", place, CONTENT, messages)
+            return _refusal("changes or cuts", place, CONTENT, messages)
     return RowError("the chat template does not write the messages as they are", REMEDY)
 
 
