@@ -170,12 +170,14 @@ def _renderer(state: TokenizerState) -> Renderer:
 
 
 def _habits(renderer: Renderer, state: TokenizerState) -> Habits:
-    ends = end_tokens(renderer, state.special_tokens)
-    if not ends.last:
+    tokens: Sequence[str] = state.special_tokens
+    ends = end_tokens(renderer, tokens)
+    if not ends.last:  # a tokenizer may have the token without calling it special
         added = [token.content for token in state.tokenizer.get_added_tokens_decoder().values()]
-        ends = end_tokens(renderer, sorted(added, key=lambda token: (-len(token), token)))
+        tokens = sorted(added, key=lambda token: (-len(token), token))
+        ends = end_tokens(renderer, tokens)
     has_prompt, prompt = _generation_prompt(renderer, state.special_tokens)
-    return Habits(ends, state.special_tokens, prompt, "" if has_prompt else _header(renderer))
+    return Habits(ends, tokens, prompt, "" if has_prompt else _header(renderer))
 
 
 def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tuple[bool, str]:
