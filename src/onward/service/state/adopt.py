@@ -16,7 +16,6 @@ from onward.config import IDENTITY_KEYS, Config
 from onward.config_text import parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
-from onward.service.intake.tokenizer import store_tokenizer
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
@@ -91,7 +90,6 @@ def _make(
     with Ledger(unfinished, create=True) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         session = open_session(layout, ledger, report=report, config=config)
-        store_tokenizer(layout, layout.tokenizer(session.base), session.tokenizer_state)
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
         values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measurement)
