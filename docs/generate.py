@@ -21,7 +21,7 @@ from typer.main import get_command
 from onward import cli
 from onward.config import SECTIONS, Config, acts
 from onward.config_text import parse_config
-from onward.data import records
+from onward.data import messages, records
 from onward.data.containers import COMPRESSIONS
 from onward.data.records import RowError, parse_record
 from onward.data.sources import FileError, read_rows
@@ -38,18 +38,19 @@ EXAMPLES: Sequence[tuple[str, str, dict[str, Any]]] = (
     ("`messages`", "Chat of OpenAI and TRL.", {"messages": [USER, ANSWER]}),
     (
         "`conversations`",
-        "ShareGPT. A `system` key alongside becomes the system message.",
+        "ShareGPT.",
         {"conversations": [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": ANSWER["content"]}]},
     ),
     (
         "`prompt` and `completion`",
-        "Two strings, laid end to end without a template. Two lists of messages are a chat.",
+        "Two strings, laid end to end without a template. Two lists of messages are a chat, of which only the answers "
+        "in the completion are trained.",
         {"prompt": "HTTP status 404 means: ", "completion": "Not Found."},
     ),
     (
         "`instruction`, `input` and `output`",
-        "Alpaca. The question is `instruction`, a blank line and `input` (which may be absent or empty); `system` "
-        "becomes the system message. The row is a chat.",
+        "Alpaca. The question is `instruction`, a blank line and `input` (which may be absent or empty); `history` is "
+        "a list of earlier pairs of question and answer. The row is a chat.",
         {"instruction": "Say what this HTTP status means.", "input": "404", "output": "Not Found."},
     ),
     ("`text`", "Plain text.", {"text": "HTTP status 404 means: Not Found."}),
@@ -63,12 +64,17 @@ REFUSED_ROWS: Sequence[Any] = (
     {"messages": []},
     {"messages": [USER]},
     {"messages": [USER, {"role": "assistant", "content": " "}]},
-    {"messages": [USER, {"role": "bot", "content": "Not Found."}]},
+    {"messages": [USER, {"role": "narrator", "content": "Not Found."}]},
     {"messages": [USER, {"role": "assistant", "content": 404}]},
     {"conversations": [{"from": "me", "value": "404?"}]},
     {"prompt": "404?", "completion": ""},
     {"text": ""},
     {"text": "\ud800"},
+    {"prompt": "404?", "chosen": "Not Found.", "rejected": "Found."},
+    {"prompt": "404?", "completion": "Found.", "label": False},
+    {"messages": [USER, ANSWER], "images": ["404.png"]},
+    {"input_ids": [404]},
+    {"messages": [USER, {**ANSWER, "weight": 0.5}]},
 )
 
 REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
@@ -174,20 +180,42 @@ data is refused with its row.
 ## Row formats
 
 The format of a row is read from its keys, in the order of this page: the first format whose keys are all there wins.
-Keys whose value is null do not count. Unknown keys are ignored. Rows of several formats may stand in one file.
+Keys whose value is null do not count. Rows of several formats may stand in one file. Keys with a known meaning are
+followed or refused; all others are named when the file is accepted: `ignored keys: id, source`.
 """
 
 CHAT_RULES = """\
 ## Rules of chats
 
-- Roles: {roles}. ShareGPT's `from` may be {from_roles}.
-- Content is a string, or a list of text parts `{{"type": "text", "text": ...}}`, which are joined.
+- Roles: {roles}; by other names: {other_roles}. A message may say `from` and `value` for `role` and `content`.
+- Content is a string, or a list of parts: `{{"type": "text", "text": ...}}` are joined, `{{"type": "thinking", ...}}`
+  before them are reasoning. A part may say `value` for its text.
 - There is at least one assistant turn, and the last message is one. No assistant turn is empty, unless it calls tools.
-- {passed} of a message and `tools` of a row reach the chat template. {reasoning} of an assistant message reach it as
-  `reasoning_content` and as `thinking`.
+- Calls are `tool_calls`, OpenAI's older `function_call`, or the JSON text of a `function_call` turn. `arguments` may be
+  an object or its JSON text: the template gets what it takes. An empty list of calls is none.
+- {reasoning} of an assistant message are its reasoning.
+- Every other key of a message that the template reads reaches it.
 - No message contains the template's own end token.
 - The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
   day, so that a row always renders the same.
+
+Beside the messages of a row:
+
+| key | what it means |
+|---|---|
+| {system} | a system message before the others |
+| `tools` | schemas of tools, a list or its JSON text, for the template |
+| `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
+| {weights} | of an answer: 0 or `false` leaves it in the text and out of the loss; numbers between are refused |
+| `messages`, `conversations` | may be the JSON text of the list |
+
+Null fields in `tools` and `arguments` are left out where the file is Parquet, which gives all rows the same fields.
+
+After rendering it is proven of every message that its content, its reasoning and its calls stand in the text once, in
+the order of the messages. The text before each answer in the loss has to be what the template gives at inference for
+the messages before it, and the answer has to end with a token at which inference stops. A template that leaves out a
+call or a thought, tears an answer at `</think>`, moves the system text or ends an answer with nothing refuses the row:
+use another one, `chat_template: FILE`.
 """
 
 FILES_TAIL = """\
@@ -218,10 +246,11 @@ FORMATS_TAIL = """\
 | `prompt` and `completion` | every token of the completion, and the end token after it |
 | `text` | every token but the first, and the end token after it |
 
-A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. The
-assistant turns of a rendered chat are found by the template's `{% generation %}` markers; without markers, by what the
-beginning of the chat renders to; failing that, by rendering the chat with unique words for the answers. Each range is
-then proven to hold its answer. A row where that fails is refused; no row is trained with an empty mask.
+A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. An
+answer of a rendered chat begins where the prompt that inference would have ends, and ends with the end token after it:
+what the template writes in between, such as the frame of a call, is a part of it. A template with `{% generation %}`
+markers says itself what is covered; its end token is added where it left it out. Where the messages say something is
+found by rendering the chat once more with unique words in their place. No row is trained with an empty mask.
 
 The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is.
 
@@ -293,8 +322,9 @@ def formats_page() -> str:
         lines += [f"### {name}", "", f"{what} Kind: {kind}.", "", "```json", json.dumps(row), "```", ""]
     lines.append(
         CHAT_RULES.format(
-            roles=_names(records.ROLES), from_roles=_names(records.SHAREGPT_ROLES), passed=_names(records.PASSED_ON),
-            reasoning=_names(records.REASONING_KEYS),
+            roles=_names(messages.ROLES), other_roles=_names(messages.OTHER_ROLES),
+            reasoning=_names(messages.REASONING_KEYS), system=_names(records.SYSTEM_KEYS),
+            weights=_names(messages.WEIGHT_KEYS),
         )
     )  # fmt: skip
     lines += ["## What is refused", "", "Rows:", "", "| row | reason | remedy |", "|---|---|---|"]

@@ -29,12 +29,14 @@ OTHER = {"id": "abcdefghj", "type": "function", "function": {"name": "add", "arg
 CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TWO = {**CALLS, "tool_calls": [CALL, OTHER]}
 RESULT = {"role": "tool", "content": "Sunny", "tool_call_id": "abcdefghi", "name": "look_up"}
-LOST = "the text before the answer of message {} is not what the model is given at inference: the chat template "
-LOST += "renders the beginning of the chat otherwise"
+LOST = (
+    "the text before the answer of message {} is not what the model is given at inference: the chat template renders "
+    "the beginning of the chat otherwise"
+)
 NO_END = (
     "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
+    "would not learn to stop"
 )
-NO_END += "would not learn to stop"
 OUT = "the chat template does not write the {} of message {}"
 NO_CALL = OUT.format("tool call", 2) + " (tool_calls)"
 NO_THOUGHT = OUT.format("reasoning", 2) + " (reasoning_content)"

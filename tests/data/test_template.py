@@ -179,7 +179,7 @@ def test_template_that_changes_answers_is_refused() -> None:
     """A template that rewrites or hides an answer is refused, not trained on."""
     for change in ("| replace('l', '')", "| upper", "[:2]"):
         source = CHATML.replace("message['content']", f"(message['content'] {change})")
-        with pytest.raises(RowError, match="changes, or leaves a part of it out, the answer of message 2"):
+        with pytest.raises(RowError, match="changes or cuts the answer of message 2"):
             ChatTemplate(byte_state(source)).render(chat("HI", "Hello"))
 
 

@@ -34,12 +34,14 @@ class Forms:
 
     def messages(self, chat: Chat) -> list[Message]:
         """Return the messages as the template takes them."""
-        if all(len(message) == 2 for message in chat.messages):
+        if max(map(len, chat.messages)) == 2:
             return chat.messages
         return [self._message(message, place) for place, message in enumerate(chat.messages, start=1)]
 
     def ignored(self, chat: Chat) -> list[str]:
         """Return the keys of messages and arguments of a row that the template does not read."""
+        if max(map(len, chat.messages)) == 2 and not chat.arguments:
+            return []
         keys = {
             f"messages.{key}": None
             for message in chat.messages

@@ -17,8 +17,10 @@ from onward.data.row_types import Message, RowError
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 
-OTHER_TEMPLATE = "use a chat template that does, by the config key chat_template: FILE"
-REMEDY = f"{OTHER_TEMPLATE} (in a run that has trained: onward init NEW --set chat_template=FILE)"
+REMEDY = (
+    "use a chat template that does: the config key chat_template: FILE, or onward init NEW --set chat_template=FILE if "
+    "the run has trained"
+)
 SPACE = re.compile(r"\s+")
 
 
@@ -60,7 +62,10 @@ def lay_out(messages: Sequence[Message], text: str, render: Render, marks: Seque
     found = [mark for mark in marks if any(_holds(message, mark) for message in messages)]
     pattern = re.compile("|".join(map(re.escape, found))) if found else None
     refusal: RowError | None = None
-    for kept, deep in ((None, True), (None, False), *(((pattern, False),) if pattern else ())):
+    ways = [(None, True), (pattern, False)] if pattern else [(None, True)]
+    if any(message.get("tool_calls") for message in messages):
+        ways.insert(1, (None, False))
+    for kept, deep in ways:
         probe = Probe(messages, text, kept, deep=deep)
         try:
             skeleton = render(probe.messages)
@@ -170,7 +175,7 @@ def _squeezed(text: str) -> str:
 def _changed(messages: Sequence[Message], text: str) -> RowError:
     for place, message in enumerate(messages):
         if _text_of(message).strip() not in text:
-            return _refusal("changes, or leaves a part of it out,", place, CONTENT, messages)
+            return _refusal("changes or cuts", place, CONTENT, messages)
     return RowError("the chat template does not write the messages as they are", REMEDY)
 
 

@@ -48,11 +48,6 @@ class Chat:
     ignored: tuple[str, ...] = ()
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the messages have nothing but roles and contents, and the row nothing but messages."""
-        return not self.tools and not self.arguments and max(map(len, self.messages)) == 2
-
-    @property
     def turns(self) -> list[int]:
         """The places in `messages` of the assistant turns that the loss covers."""
         return [

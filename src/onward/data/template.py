@@ -80,15 +80,16 @@ class ChatTemplate:
         """
         if self._renderer is None:
             raise NO_TEMPLATE
-        texts: list[str] | None = [message["content"] for message in chat.messages] if chat.is_plain else None
-        said = "\0".join(texts) if texts is not None else chat.messages
-        self._refuse_control_tokens(said)
-        messages = chat.messages if texts is not None else self._forms.messages(chat)
+        messages = self._forms.messages(chat)
+        is_plain = not chat.tools and not chat.arguments and max(map(len, messages)) == 2
+        texts: list[str] = [message["content"] for message in messages] if is_plain else []
+        said = "\0".join(texts)
+        self._refuse_control_tokens(said if is_plain else chat.messages)
         marked = self._renderer.render(messages, chat.tools, chat.arguments)
         text = without_marks(marked) if self._marked else marked
         if self._start and text.startswith(2 * self._start):
             raise RowError(f"the chat template writes the start token {self._start!r} twice", REMEDY)
-        if texts is not None and isinstance(said, str) and not any(mark in said for mark in self._reads.marks):
+        if is_plain and not any(mark in said for mark in self._reads.marks):
             spans = self._plain.targets(chat, texts, text)
             if spans is not None:
                 return text, spans
@@ -96,7 +97,7 @@ class ChatTemplate:
 
     def ignored(self, chat: Chat) -> tuple[str, ...]:
         """Return the keys of a row and of its messages that nothing reads."""
-        if self._renderer is None or chat.is_plain:
+        if self._renderer is None:
             return chat.ignored
         return (*chat.ignored, *self._forms.ignored(chat))
 
@@ -169,12 +170,14 @@ def _renderer(state: TokenizerState) -> Renderer:
 
 
 def _habits(renderer: Renderer, state: TokenizerState) -> Habits:
-    ends = end_tokens(renderer, state.special_tokens)
-    if not ends.last:
+    tokens: Sequence[str] = state.special_tokens
+    ends = end_tokens(renderer, tokens)
+    if not ends.last:  # a tokenizer may have the token without calling it special
         added = [token.content for token in state.tokenizer.get_added_tokens_decoder().values()]
-        ends = end_tokens(renderer, sorted(added, key=lambda token: (-len(token), token)))
+        tokens = sorted(added, key=lambda token: (-len(token), token))
+        ends = end_tokens(renderer, tokens)
     has_prompt, prompt = _generation_prompt(renderer, state.special_tokens)
-    return Habits(ends, state.special_tokens, prompt, "" if has_prompt else _header(renderer))
+    return Habits(ends, tokens, prompt, "" if has_prompt else _header(renderer))
 
 
 def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tuple[bool, str]:
