@@ -21,7 +21,7 @@ KEYS = [
     "max_grad_norm", "save_steps", "log_steps", "keep_boundaries", "boundary",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "keep_days", "settle_seconds", "retries",
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
-    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio",
+    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "text.documents", "columns", "bad_rows", "bad_rows_share",
 ]  # fmt: skip
 """Every key. A new one is a decision: it is documented, tested and added here."""
 
