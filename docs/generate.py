@@ -222,8 +222,8 @@ A row that has none of these formats, but one key for a question and one for its
 | after the question, if it is there | {besides} |
 
 So `question`/`answer`, `query`/`response`, `input`/`output` and Dolly's `instruction`/`context`/`response` are read,
-and the line that accepts the file says so. `prompt` with `completion` is the format above. A row with two keys for one of
-them is refused with both names.
+and the line that accepts the file says so. `prompt` with `completion` is the format above. A row with two keys for one
+of them is refused with both names.
 
 The key `columns` says what else is meant: `columns: {{prompt: question, completion: answer}}` lays the two end to end,
 `{{instruction: question, output: answer}}` makes a chat of them, `{{text: body}}` reads one column. Rows that have none

@@ -17,8 +17,8 @@ from onward import cli
 
 HISTORY_KEYS = [
     "position", "name", "state", "sha256", "rows", "rows_trained", "truncated", "dropped", "split", "tokens",
-    "lost_tokens", "bad_rows", "steps", "first_step", "last_step", "first_loss", "last_loss", "first_learning_rate", "last_learning_rate", "handover", "note",
-    "seconds",
+    "lost_tokens", "bad_rows", "steps", "first_step", "last_step", "first_loss", "last_loss", "first_learning_rate",
+    "last_learning_rate", "handover", "note", "seconds",
 ]  # fmt: skip
 STATUS_KEYS = [
     "run", "state", "doing", "global_step", "file", "file_step", "file_steps", "lost_tokens", "queue",
