@@ -71,7 +71,7 @@ def test_bad_rows_are_left_out_if_told_so(model: Path, tmp_path: Path) -> None:
     rows = [*[GOOD] * 3, {"instruction": "a", "input": "", "output": ""}]
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     file = tiny.write_jsonl(tmp_path / "a.jsonl", [*rows, GOOD, {"messages": chat}])
-    way = "or have such rows left out: set bad_rows: drop"
+    way = "or have such rows left out: set bad_rows: drop in the run's config"
     assert_refused(onward("add", file, "--run", run), 3, "a.jsonl, line 4: ", "a.jsonl, line 6: ", way)
     assert way == json.loads((run / "rejected" / "a.jsonl.report.json").read_text())["way_out"]
     configure(run, "bad_rows:", "bad_rows: drop")

@@ -280,7 +280,7 @@ class _Intake:
 
     def _way_out(self, can_do_without: bool) -> str:
         if can_do_without:
-            return "or have such rows left out: set bad_rows: drop"
+            return "or have such rows left out: set bad_rows: drop in the run's config"
         if not self._reading.leaves_out or not self._writer.rows:
             return ""
         share = self._reading.bad_rows.share
