@@ -241,9 +241,9 @@ class _Intake:
         except RowError as error:
             self._refuse(line, error, is_of_file=isinstance(error, TooLong))
             return []
+        if len(fitted) == 1 and fitted[0].packed is pieces[0]:  # as it was, like nearly every row
+            return [pieces[0]]
         kept = [one.packed for one in fitted if one.packed is not None]
-        if len(kept) == len(pieces) == 1 and not fitted[0].truncated:
-            return kept
         self._split += len(pieces) > 1
         self._truncated += sum(one.truncated for one in fitted)
         self._dropped += len(fitted) - len(kept)
