@@ -7,10 +7,12 @@ python docs/generate.py --check   write nothing; exit status 1 when one is stale
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from onward import cli
 from onward.config import SECTIONS, Config, acts
 from onward.config_text import parse_config
 from onward.data import messages, records
-from onward.data.containers import COMPRESSIONS
+from onward.data.columns import ANSWERS, BESIDES, QUESTIONS
+from onward.data.formats import COMPRESSIONS, listed
 from onward.data.records import RowError, parse_record
 from onward.data.sources import FileError, read_rows
 from onward.data.tokenize import PROBLEMS_SHOWN
@@ -59,7 +62,7 @@ EXAMPLES: Sequence[tuple[str, str, dict[str, Any]]] = (
 
 REFUSED_ROWS: Sequence[Any] = (
     "a string",
-    {"question": "404?", "answer": "Not Found."},
+    {"code": 404, "meaning": "Not Found."},
     {"prompt": "404?"},
     {"messages": []},
     {"messages": [USER]},
@@ -77,8 +80,22 @@ REFUSED_ROWS: Sequence[Any] = (
     {"messages": [USER, {**ANSWER, "weight": 0.5}]},
 )
 
+
+def _zip(*names: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(zipfile.ZipInfo(name), b'{"text": "a"}\n')
+    return stream.getvalue()
+
+
 REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
-    ("another ending", "rows.csv", b"a,b\n"),
+    ("another ending", "rows.xlsx", b"a,b\n"),
+    ("a compression alone", "rows.gz", gzip.compress(b"a\n")),
+    ("JSON in a text", "rows.txt", b'{"text": "a"}\n'),
+    ("a zip of several files", "rows.zip", _zip("a.jsonl", "b.jsonl")),
+    ("zip without its ending", "rows.jsonl", _zip("a.jsonl")),
+    ("a row of too many fields", "rows.csv", b"text\na,b\n"),
     ("UTF-16", "rows.jsonl", '{"text": "a"}\n'.encode("utf-16")),
     ("gzip without its ending", "rows.jsonl", gzip.compress(b'{"text": "a"}\n')),
     ("an ending without gzip", "rows.jsonl.gz", b'{"text": "a"}\n'),
@@ -93,7 +110,7 @@ LIMITS: Sequence[tuple[str, str]] = (
         "max_row_mb",
         "a row, in the file and as the text that is tokenized; a value counts for more than its text",
     ),
-    ("max_unpacked_mb", "all that a compressed or Parquet file unpacks to"),
+    ("max_unpacked_mb", "all that a compressed, Parquet or Arrow file unpacks to"),
     ("max_unpack_ratio", "the same, as a multiple of the file's size; judged above 16 MiB"),
 )
 """Key and what it bounds."""
@@ -114,7 +131,7 @@ REFUSED_SETTINGS: Sequence[dict[str, Any]] = (
 CONFIG_RULES = """\
 A config is `onward.yaml` in the run's directory, or a `config.json` with the same keys where there is no `onward.yaml`.
 `onward init` writes every key with its value; a key that is left out has its default. On the command line keys of
-`lora` and `notify` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
+`lora`, `text` and `notify` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
 """
 
 CONFIG_CHANGES = """\
@@ -126,7 +143,8 @@ The last column of the table says when a change acts in a run that has trained.
   values; put the old one back, or make another run. `model` alone may name another place with the same bits. The base
   model, the tokenizer and the chat template are locked too, by their content.
 - **At the next file**: a file that was begun goes on under the config that it began with, also after a stop. The ledger
-  records each change with its step. Files that wait under another `max_length` or `over_length` are tokenized again.
+  records each change with its step. Files that wait under another `max_length`, `over_length`,
+  `columns` or `text.documents` are tokenized again.
 - **At once**: no weight depends on the key. A process that runs reads the file again when it changes.
 
 A config that is refused changes nothing in a process that runs: `onward status` shows why as `problem`, and the next
@@ -168,11 +186,26 @@ one command stand or fall together.
 |---|---|---|
 | `.jsonl`, `.ndjson` | one JSON object per line; blank lines are skipped | line |
 | `.json` | an array of objects, or objects one after another | row |
-| `.txt` | one row per line, as `{{"text": LINE}}`; blank lines are skipped | line |
+| `.txt` | plain text: each [document](#documents-of-a-txt) is a row `{{"text": ...}}` | line |
+| `.csv`, `.tsv` | a table: its first line names the columns, values are strings; blank lines are skipped | line |
 | `.parquet` | one row per table row, columns are keys; needs `pip install 'onward[parquet]'` | row |
+| `.arrow` | Arrow's file or stream format, which `datasets` writes; as `.parquet` | row |
+| `.zip` | an archive of one file of the formats above `.parquet`; `__MACOSX` does not count | as in that file |
 
 {compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
 mark at the start and CRLF line ends are fine.
+
+A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of, a `.tsv` by tabs. A field
+with the separator, a line end or a double quote in it stands in double quotes, and a double quote in it is written
+twice. A column without a name is left out.
+
+`onward add` and `onward train` take two more, and copy them as one file each:
+
+- **A folder** that `Dataset.save_to_disk` wrote: its files one after another, as `FOLDER.arrow`. Of a `DatasetDict`
+  name the split: `FOLDER/train`.
+- **A data set of the Hugging Face Hub**: `hf://datasets/OWNER/NAME`, with `@REVISION` and `/FILE` or `/FOLDER` after it
+  where they are needed; `*` stands for any name. It is downloaded into the cache of `huggingface_hub`. Where a data set
+  has several files, those for training are taken (`train` in their names).
 
 A Parquet column that no row format reads may hold anything. In one that a format reads, a date, a decimal or binary
 data is refused with its row.
@@ -182,6 +215,40 @@ data is refused with its row.
 The format of a row is read from its keys, in the order of this page: the first format whose keys are all there wins.
 Keys whose value is null do not count. Rows of several formats may stand in one file. Keys with a known meaning are
 followed or refused; all others are named when the file is accepted: `ignored keys: id, source`.
+"""
+
+COLUMNS = """\
+## Columns of other names
+
+A row that has none of these formats, but one key for a question and one for its answer, is a chat, as Alpaca's row is:
+
+| | keys |
+|---|---|
+| question | {questions}; `input` where there is no other |
+| answer | {answers} |
+| after the question, if it is there | {besides} |
+
+So `question`/`answer`, `query`/`response`, `input`/`output` and Dolly's `instruction`/`context`/`response` are read,
+and the line that accepts the file says so. `prompt` with `completion` is the format above. A row with two keys for one
+of them is refused with both names.
+
+The key `columns` says what else is meant: `columns: {{prompt: question, completion: answer}}` lays the two end to end,
+`{{instruction: question, output: answer}}` makes a chat of them, `{{text: body}}` reads one column. Rows that have none
+of the columns are read as ever. Beside a whole format that `columns` makes, keys of other formats do not count.
+
+## Documents of a `.txt`
+
+| `text.documents` | a row is |
+|---|---|
+| `line` | a line |
+| `blank` | the lines between two blank ones |
+| `file` | the whole file |
+| `auto` | what the first 256 KiB look like; the line that accepts the file says what it was |
+
+`auto` takes `blank` where blank lines separate groups of several lines (of at most 32 in the mean); else `file` where
+most lines begin in lower case or with white space, so that one runs on into the next; else `line`. `onward init` writes
+`auto`; a run whose config does not name the key reads lines, as earlier releases did. Inner lines end in a line feed.
+
 """
 
 CHAT_RULES = """\
@@ -260,12 +327,26 @@ The mean of a step is taken over all covered tokens of all its rows, whatever `g
 
 | `over_length` | what happens |
 |---|---|
+| `auto` | plain text is split into several rows, and nothing of it is lost; other rows are cut as under `truncate` |
 | `truncate` | its end is cut off; a row with no covered token left is dropped |
 | `drop` | the row is left out |
 | `reject` | the file is rejected |
 
-The ledger counts cut and dropped rows; `onward history --json` shows them as `truncated` and `dropped`. A file whose
-rows are all dropped is rejected.
+`onward init` writes `auto`; a run whose config does not name the key cuts, as earlier releases did. A text is split
+between two tokens: after the last sentence that ends in the second half of a row, else at white space, else between two
+characters. The rows laid end to end are the tokens of the text, with one end token at its end; where the tokenizer
+begins a text with a token of its own, each row begins with it. Every token is a target but the first one of a row.
+
+The line that accepts a file, the line that begins it and the log say how many rows were split, cut and dropped, and the
+tokens lost with their share. `onward history --json` has `split`, `truncated`, `dropped`, `tokens` and `lost_tokens`. A
+file whose rows are all dropped is rejected.
+
+## Rows that cannot be trained
+
+`bad_rows: reject`, the default, refuses a file for one such row. `bad_rows: drop` leaves such rows out: the log and the
+command name the first {shown} of them with line and reason, and how many there are; `onward history --json` has
+`bad_rows`. A file may lose ten of its rows that way as long as they are less than half, and more up to `bad_rows_share`
+of them; else it is refused. What makes the rest of a file unreadable always refuses it.
 
 ## Duplicates
 
@@ -314,12 +395,13 @@ def config_page() -> str:
 
 def formats_page() -> str:
     """Return the text of file-formats.md."""
-    compressions = " or ".join(f"`.{name}`" for name in COMPRESSIONS)
+    compressions = listed(COMPRESSIONS)
     head = FORMATS_HEAD.format(shown=PROBLEMS_SHOWN, compressions=compressions)
     lines = [NOTE, "", "# Training files", "", head]
     for name, what, row in EXAMPLES:
         kind = type(parse_record(row)).__name__.lower()
         lines += [f"### {name}", "", f"{what} Kind: {kind}.", "", "```json", json.dumps(row), "```", ""]
+    lines.append(COLUMNS.format(questions=_names(QUESTIONS), answers=_names(ANSWERS), besides=_names(BESIDES)))
     lines.append(
         CHAT_RULES.format(
             roles=_names(messages.ROLES), other_roles=_names(messages.OTHER_ROLES),
@@ -337,7 +419,7 @@ def formats_page() -> str:
         lines.append(f"| {what} | {_cell(reason)} | {_cell(remedy)} |")
     lines += ["", FILES_TAIL, "## Limits", "", LIMITS_HEAD, "| key | default | what it bounds |", "|---|---|---|"]
     lines += [f"| `{key}` | {getattr(Config(), key)} | {what} |" for key, what in LIMITS]
-    lines += ["", LIMITS_TAIL, FORMATS_TAIL]
+    lines += ["", LIMITS_TAIL, FORMATS_TAIL.replace("{shown}", str(PROBLEMS_SHOWN))]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -113,7 +113,8 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "cut.jsonl.zst": (zstandard.compress(GOOD * 50)[:-3], ("cut.jsonl.zst: the compressed file is cut off", "again")),
     "plain.jsonl.zst": (GOOD, ("plain.jsonl.zst: the content is not zst", "rename it without .zst")),
     "garbage.parquet": (b"PAR1" + b"garbage" * 50 + b"PAR1", ("garbage.parquet: not a readable parquet file", "again")),
-    "table.csv": (b"a,b\n1,2\n", ("the ending of table.csv is not one that Onward reads", ".jsonl", ".parquet")),
+    "table.xml": (b"<a>1</a>\n", ("the ending of table.xml is not one that Onward reads", ".jsonl", ".parquet")),
+    "headless.csv": (b"1,2\n3,4\n", ("headless.csv, line 2: no known row format", '"1", "2"', SHAPES)),
     "nameless": (GOOD, ("the ending of nameless is not one that Onward reads", "rename or convert it")),
     "row-101.jsonl": (
         lines(*({"prompt": f"{number}", "completion": "" if number == 101 else "x"} for number in range(1, 201))),
@@ -155,9 +156,9 @@ def test_one_bad_file_keeps_out_the_whole_command(untouched: Path, tmp_path: Pat
         onward("train", good, bad, "--run", untouched), 3, "1 of 2 files rejected, none added", "bad.jsonl, line 1"
     )
     assert not (untouched / "rejected/fine.jsonl").exists()
-    bad.rename(tmp_path / "bad.csv")
+    bad.rename(tmp_path / "bad.xml")
     assert_refused(
-        onward("train", good, tmp_path / "bad.csv", "--run", untouched), 3, "1 of 2 files rejected", "bad.csv"
+        onward("train", good, tmp_path / "bad.xml", "--run", untouched), 3, "1 of 2 files rejected", "bad.xml"
     )
     assert_refused(
         onward("train", good, tmp_path / "gone.jsonl", "--run", untouched), 2, "no such file", "nothing was added"
@@ -208,10 +209,10 @@ def test_a_strange_name_is_kept_printable(name: str, untouched: Path, tmp_path: 
 
 def test_a_name_that_is_no_text_is_refused_like_any_other(untouched: Path, tmp_path: Path) -> None:
     """A name of bytes that are not UTF-8 breaks neither the refusal nor its report."""
-    bad = tmp_path / os.fsdecode(b"caf\xe9.csv")
+    bad = tmp_path / os.fsdecode(b"caf\xe9.xml")
     bad.write_bytes(b"{}\n")
-    assert_refused(onward("train", bad, "--run", untouched), 3, "caf_.csv: the ending of", "rename or convert it")
-    assert "caf_.csv" == json.loads((untouched / "rejected/caf_.csv.report.json").read_text())["file"]
+    assert_refused(onward("train", bad, "--run", untouched), 3, "caf_.xml: the ending of", "rename or convert it")
+    assert "caf_.xml" == json.loads((untouched / "rejected/caf_.xml.report.json").read_text())["file"]
 
 
 def test_refused_files_of_one_name_are_all_kept(untouched: Path, tmp_path: Path) -> None:

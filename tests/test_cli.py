@@ -16,12 +16,13 @@ from commands import make_run, onward, onward_process
 from onward import cli
 
 HISTORY_KEYS = [
-    "position", "name", "state", "sha256", "rows", "rows_trained", "truncated", "dropped", "steps", "first_step",
-    "last_step", "first_loss", "last_loss", "first_learning_rate", "last_learning_rate", "handover", "note",
-    "seconds",
+    "position", "name", "state", "sha256", "rows", "rows_trained", "truncated", "dropped", "split", "tokens",
+    "lost_tokens", "bad_rows", "steps", "first_step", "last_step", "first_loss", "last_loss", "first_learning_rate",
+    "last_learning_rate", "handover", "note", "seconds",
 ]  # fmt: skip
 STATUS_KEYS = [
-    "run", "state", "doing", "global_step", "file", "file_step", "file_steps", "queue", "learning_rate", "loss",
+    "run", "state", "doing", "global_step", "file", "file_step", "file_steps", "lost_tokens", "queue",
+    "learning_rate", "loss",
     "tokens_per_second", "eta_seconds", "checkpoint", "disk_free_bytes", "heartbeat_seconds",
     "problem",
 ]  # fmt: skip
@@ -146,7 +147,9 @@ def test_added_files_are_trained_later(copy: Path, tmp_path: Path) -> None:
     added = onward("add", *files[:2], "--run", copy, "--json")
     assert 0 == added.status, added.err
     assert ["a.jsonl", "b.jsonl"] == [entry["name"] for entry in added.json]
-    assert ["name", "sha256", "rows", "tokens", "truncated", "dropped"] == list(added.json[0])
+    assert [
+        "name", "sha256", "rows", "tokens", "truncated", "dropped", "split", "lost_tokens", "bad_rows", "note"
+    ] == list(added.json[0])  # fmt: skip
     assert 0 == onward("add", files[2], "--priority", "high", "--run", copy).status
     waiting = onward("status", "--run", copy, "--json").json
     assert (3, 4) == (waiting["queue"], waiting["global_step"])

@@ -22,16 +22,11 @@ def test_long_rows_are_counted_and_shown(model: Path, tmp_path: Path) -> None:
     """Rows longer than `max_length` are cut or dropped by policy, and the line of their file says how many."""
     rows = [{"text": "short"}, {"text": "x" * 60}, {"text": "y" * 60}, {"text": "short too"}]
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    cut = Run.create(tmp_path / "cut", str(model), max_length=32)
-    assert (
-        "file 1: rows.jsonl, 4 rows (2 of 4 rows cut at max_length=32), 1 steps (handover bitwise)"
-        == lines(cut, file)[0]
-    )
+    cut = Run.create(tmp_path / "cut", str(model), max_length=32, over_length="truncate")
+    begun = "file 1: rows.jsonl, {} rows ({} at max_length=32: {}), 1 steps (handover bitwise)"
+    assert begun.format(4, "2 of 4 rows cut", "58 tokens lost, 42 %") == lines(cut, file)[0]
     dropped = Run.create(tmp_path / "dropped", str(model), max_length=32, over_length="drop")
-    assert (
-        "file 1: rows.jsonl, 2 rows (2 of 4 rows dropped at max_length=32), 1 steps (handover bitwise)"
-        == lines(dropped, file)[0]
-    )
+    assert begun.format(2, "2 of 4 rows dropped", "122 tokens lost, 88 %") == lines(dropped, file)[0]
     assert [(2, 0), (0, 2)] == [
         (entry["truncated"], entry["dropped"]) for run in (cut, dropped) for entry in run.history()
     ]

@@ -186,11 +186,12 @@ class Config(Section):
         default=16, description="Megabytes of a row, in the file and as it is tokenized, above which a file is refused."
     )
     max_unpacked_mb: Count = Field(
-        default=65536, description="Megabytes that a compressed or Parquet file may unpack to; above, it is refused."
+        default=65536,
+        description="Megabytes that a compressed, Parquet or Arrow file may unpack to; above, it is refused.",
     )
     max_unpack_ratio: Count = Field(
         default=200,
-        description="Times its size that a compressed or Parquet file may unpack to; judged above 16 megabytes.",
+        description="Times its size that a compressed, Parquet or Arrow file may unpack to; judged above 16 megabytes.",
     )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(

@@ -25,6 +25,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
     """Return where the run stands, as `onward status --json` prints it.
 
     `doing` says in words what `state` means here. `problem` is what keeps the run from going on, or None.
+    `lost_tokens` are those of the file in training that were cut off or left out for length.
     `heartbeat_seconds` is the age of the owner's last sign of life, None where no process owns the run.
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
@@ -50,6 +51,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             "file": current.name if current else None,
             "file_step": file_step,
             "file_steps": current.planned_steps if current else 0,
+            "lost_tokens": current.lost_tokens if current else 0,
             "queue": ledger.queued(),
             "learning_rate": last[0].learning_rate if last else None,
             "loss": last[0].loss if last else None,

@@ -22,6 +22,9 @@ from onward.text import printable
 
 FILE_MARK = b"ARROW1\0\0"
 CONTINUES = b"\xff\xff\xff\xff"
+END = CONTINUES + bytes(4)
+"""What a stream ends with."""
+PART = 1 << 20
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
 """Kinds of messages, by the number that stands for them."""
 ROWS_OF_BATCH = 32
@@ -76,18 +79,18 @@ def messages_of(stream: BinaryIO) -> Iterator[Message]:
         if not start.startswith(CONTINUES):
             raise FileError("not a readable arrow file", "write or download it again")
         (size,) = struct.unpack("<i", start[4:])
-        yield Message.read(start, _exactly(stream, size), stream)
+        yield Message.read(start, b"".join(_read(stream, size)), stream)
         start = stream.read(len(FILE_MARK))
 
 
-def _exactly(stream: BinaryIO, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:  # what a damaged file states is not allocated before it is there
-        part = stream.read(min(size - len(data), 1 << 20))
+def _read(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield so many bytes in parts: what a damaged file states is not allocated before it is there."""
+    while size > 0:
+        part = stream.read(min(size, PART))
         if not part:
             raise FileError("the arrow file is cut off", "copy or download it again")
-        data += part
-    return bytes(data)
+        size -= len(part)
+        yield part
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,13 @@ class Message:
         """The number of its kind."""
         return _Table(self.metadata, _u32(self.metadata, 0)).byte(1)
 
+    def parts(self) -> Iterator[bytes]:
+        """Read its body, once, in parts."""
+        return _read(self.stream, self.body_bytes)
+
     def body(self) -> bytes:
         """Read its body, once."""
-        return _exactly(self.stream, self.body_bytes)
+        return b"".join(self.parts())
 
     def unpacked(self, body: bytes) -> int:
         """Return the bytes that a record batch or a dictionary takes in memory, its rows counted."""

@@ -82,7 +82,13 @@ class Columns:
 
 
 def _has_format(row: dict[Any, Any]) -> bool:
-    return any(keys <= row.keys() and all(row[key] is not None for key in keys) for keys in FORMATS)
+    for keys in FORMATS:
+        for key in keys:
+            if row.get(key) is None:
+                break
+        else:
+            return True
+    return False
 
 
 def _ambiguous(names: list[str], what: str, question: str, answer: str) -> RowError:

@@ -56,14 +56,15 @@ class _Stream(io.RawIOBase):
         while True:
             if self._inner is None and not self._begin():
                 return 0
-            if self._inner.needs_input and not self._input:
+            inner: Any = self._inner
+            if inner.needs_input and not self._input:
                 self._input = self._raw.read(INPUT)
                 if not self._input:
                     raise EOFError
-            data: bytes = self._inner.decompress(self._input, len(buffer))
+            data: bytes = inner.decompress(self._input, len(buffer))
             self._input = b""
-            if self._inner.eof:
-                self._input, self._inner = self._inner.unused_data, None
+            if inner.eof:
+                self._input, self._inner = inner.unused_data, None
             if data:
                 buffer[: len(data)] = data
                 return len(data)

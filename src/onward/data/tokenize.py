@@ -279,9 +279,9 @@ class _Intake:
             return []
         for one in fitted:
             self._observe(line, one)
+        if len(fitted) == 1 and fitted[0].packed is pieces[0]:  # as it was, like nearly every row
+            return [pieces[0]]
         kept = [one.packed for one in fitted if one.packed is not None]
-        if len(kept) == len(pieces) == 1 and not fitted[0].truncated:
-            return kept
         self._split += len(pieces) > 1
         self._truncated += sum(one.truncated for one in fitted)
         self._dropped += len(fitted) - len(kept)
@@ -318,7 +318,7 @@ class _Intake:
 
     def _way_out(self, can_do_without: bool) -> str:
         if can_do_without:
-            return "or have such rows left out: set bad_rows: drop"
+            return "or have such rows left out: set bad_rows: drop in the run's config"
         if not self._reading.leaves_out or not self._writer.rows:
             return ""
         share = self._reading.bad_rows.share

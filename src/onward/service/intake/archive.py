@@ -9,6 +9,7 @@ from pathlib import Path
 import zstandard
 
 from onward.atomic import fsync_directory
+from onward.data.formats import TEXT_FORMATS
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout
@@ -18,7 +19,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 PACKED = ".zst"
-TEXT = (".jsonl", ".ndjson", ".json", ".txt")
+TEXT = tuple(f".{form}" for form in TEXT_FORMATS)
 """Endings of originals that are worth compressing; the reader of rows unpacks them by their name."""
 
 

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
 from onward.data.containers import FileError, check_readable
@@ -20,6 +20,7 @@ from onward.data.sources import file_format
 from onward.digest import sha256_file
 from onward.errors import Unreadable
 from onward.layout import RunLayout
+from onward.service.intake.folders import is_saved_dataset, joined
 from onward.service.intake.guard import BudgetSpent, Guard
 from onward.service.intake.names import plain_name, unused_name
 from onward.service.intake.reading import Changed, identity, look, move_durably, read_whole
@@ -51,13 +52,15 @@ class Arrivals:
             FileError: it is not a training file.
             Unreadable: the machine cannot read it now.
         """
-        form, name = file_format(path), plain_name(path.name)
+        is_folder = is_saved_dataset(path)
+        form, name = ("arrow", plain_name(f"{path.absolute().name}.arrow")) if is_folder else _named(path)
         target = unused_name(self.layout.archive, name)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
         try:
-            check_readable(path)
+            if not is_folder:
+                check_readable(path)
             with temporary.open("wb") as writer:
-                digest, found = read_whole(path, guard, writer=writer, links=True)
+                digest, size = joined(path, writer, guard) if is_folder else _copied(path, writer, guard)
                 writer.flush()
                 os.fsync(writer.fileno())
         except BaseException as error:
@@ -67,7 +70,7 @@ class Arrivals:
             if isinstance(error, OSError) and error.filename == str(path):
                 raise Unreadable.of(error, path) from None
             raise
-        values = {"name": name, "sha256": digest, "bytes": found.st_size, "format": form}
+        values = {"name": name, "sha256": digest, "bytes": size, "format": form}
         return temporary, {**values, "copy": self._below(target)}
 
     def record(self, arrived: Sequence[Values], intent: int | None = None) -> list[FileRow]:
@@ -241,6 +244,15 @@ class Arrivals:
 
     def _below(self, target: Path) -> str:
         return target.relative_to(self.layout.root).as_posix()
+
+
+def _named(path: Path) -> tuple[str, str]:
+    return file_format(path), plain_name(path.name)
+
+
+def _copied(path: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
+    digest, found = read_whole(path, guard, writer=writer, links=True)
+    return digest, found.st_size
 
 
 def _is_text(name: str) -> bool:

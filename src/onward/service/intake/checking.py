@@ -22,7 +22,9 @@ from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import TOGETHER, Arrivals, Values
 from onward.service.intake.file_check import FileCheck, Withdrawn
+from onward.service.intake.folders import is_saved_dataset, require_one_split
 from onward.service.intake.guard import Budget, BudgetSpent, Guard
+from onward.service.intake.hub import Hub, is_hub_name
 from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.lock import IntakeLock
 from onward.service.intake.reading import look
@@ -56,6 +58,7 @@ class Intake:
         self.ledger = ledger
         self.stop = stop
         self._lock = IntakeLock(layout)
+        self._hub = Hub()
         self._arrivals = Arrivals(layout, ledger)
         self._check = FileCheck(
             layout, ledger, rules or RulesOfRun(layout, ledger, lambda: read_config(layout.config)), begun
@@ -238,6 +241,7 @@ class Intake:
         """Copy files into the archive under names of their own and record them, durably; returns their command."""
         command = uuid.uuid4().hex
         try:
+            paths = [file for path in paths for file in (self._hub.fetch(path) if is_hub_name(path) else [path])]
             for path in paths:
                 require_file(path)
             arrived = self._copy(paths)
@@ -332,5 +336,6 @@ def require_file(path: Path) -> None:
         raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
     except OSError:
         return  # said in its own words when it is read
-    if path.is_dir():
+    if path.is_dir() and not is_saved_dataset(path):
+        require_one_split(path)
         raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

@@ -1,0 +1,91 @@
+"""A folder that `datasets` saved (`save_to_disk`) as one Arrow file: the batches of its files, one after another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from onward.data.arrow_ipc import END, SCHEMA, messages_of
+from onward.data.faults import FileError
+from onward.errors import UsageError
+from onward.service.intake.guard import Guard
+from onward.text import printable, quoted
+
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+SAVE_AGAIN = "save it again: dataset.flatten_indices().save_to_disk(FOLDER)"
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return whether a folder is one that `Dataset.save_to_disk` wrote."""
+    return (folder / STATE).is_file() and (folder / INFO).is_file()
+
+
+def require_one_split(folder: Path) -> None:
+    """Refuse a folder of several splits.
+
+    Raises:
+        UsageError: it is one that `DatasetDict.save_to_disk` wrote; the hint names a split.
+    """
+    if not (folder / SPLITS).is_file():
+        return
+    splits = [name for name in _names(folder / SPLITS, "splits") if is_saved_dataset(folder / name)]
+    first = "train" if "train" in splits else next(iter(splits), "SPLIT")
+    raise UsageError(
+        f"this is a data set of {len(splits)} splits ({', '.join(map(printable, splits[:5]))})",
+        where=printable(str(folder)),
+        hint=f"Name the split to train: {quoted(folder / first)}",
+    )
+
+
+def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
+    """Write the files of a folder as one; returns its SHA-256 and its bytes.
+
+    Raises:
+        FileError: a file is missing or damaged, they differ in their columns, or the folder selects some of their rows.
+    """
+    if _names(folder / STATE, "_indices_data_files") or _names(folder / STATE, "_indices_files"):
+        raise FileError("the folder holds a selection of rows and not the rows themselves", SAVE_AGAIN)
+    digest, size = hashlib.sha256(), 0
+    for part in _parts(folder, _names(folder / STATE, "_data_files"), guard):
+        writer.write(part)
+        digest.update(part)
+        size += len(part)
+    return digest.hexdigest(), size
+
+
+def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
+    schema: bytes | None = None
+    for name in names:
+        path = folder / name
+        with path.open("rb") as stream:
+            before = os.fstat(stream.fileno())
+            for message in messages_of(stream):
+                guard.spend(0)
+                if message.kind == SCHEMA and schema is not None:
+                    if message.metadata != schema:
+                        raise FileError(f"{printable(name)} has other columns than the files before it", SAVE_AGAIN)
+                    continue
+                if message.kind == SCHEMA:
+                    schema = message.metadata
+                yield message.start + message.metadata
+                yield from message.parts()
+            after = path.stat()
+        if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
+            raise FileError("the folder changed while it was read", "add it when its writer is done")
+    yield END
+
+
+def _names(path: Path, key: str) -> list[str]:
+    """Return the names that a JSON file lists under a key, each of something in its own folder."""
+    try:
+        found: Any = json.loads(path.read_bytes()).get(key) or []
+        names = [str(entry["filename"]) if isinstance(entry, dict) else str(entry) for entry in found]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FileError(f"{path.name} cannot be read", SAVE_AGAIN) from None
+    if any(name in (".", "..") or Path(name).name != name for name in names):
+        raise FileError(f"{path.name} names a file outside of the folder", SAVE_AGAIN)
+    return names

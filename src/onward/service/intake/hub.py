@@ -1,0 +1,120 @@
+"""Data sets of the Hugging Face Hub by name: `hf://datasets/OWNER/NAME[@REVISION][/PATH]`.
+
+Only a person who names one has it downloaded, into the cache of `huggingface_hub`; from there its files are copied and
+hashed as any others.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.data.formats import format_of
+from onward.errors import UsageError, first_line
+from onward.text import printable, quoted
+
+SCHEME = "hf:"
+_TRAIN = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
+_SHOWN = 5
+
+
+def is_hub_name(path: Path) -> bool:
+    """Return whether a path is the name of a data set; made absolute, it still is."""
+    return SCHEME in path.parts
+
+
+@dataclass(frozen=True)
+class HubName:
+    """The name of a data set, or of some of its files; a path may have `*` in it."""
+
+    repository: str
+    revision: str | None
+    path: str
+
+    @classmethod
+    def of(cls, path: Path) -> HubName:
+        """Parse a name.
+
+        Raises:
+            UsageError: it names no data set.
+        """
+        kind, *rest = [*path.parts[path.parts.index(SCHEME) + 1 :], ""]
+        parts = [part for part in rest if part]
+        if kind != "datasets" or len(parts) < 2:
+            hint = "Name it as hf://datasets/OWNER/NAME, with /FILE after it for one of its files."
+            raise UsageError("this names no data set of the Hub", where=printable(str(path)), hint=hint)
+        name, _, revision = parts[1].partition("@")
+        return cls(f"{parts[0]}/{name}", revision.replace("%2F", "/") or None, "/".join(parts[2:]))
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://datasets/{self.repository}{revision}{'/' if self.path else ''}{self.path}"
+
+
+class Hub:
+    """Downloads data sets.
+
+    Args:
+        api: a `huggingface_hub.HfApi`; by default one with the settings of the environment.
+    """
+
+    def __init__(self, api: Any = None) -> None:
+        self._api = api
+
+    def fetch(self, path: Path) -> list[Path]:
+        """Return the files of a data set, downloaded; of one with splits those for training.
+
+        Raises:
+            UsageError: there is no such data set, it cannot be had now, or it cannot be told which of its files are
+                meant.
+        """
+        name = HubName.of(path)
+        try:
+            api = self._api or _api()
+            info = api.dataset_info(name.repository, revision=name.revision)
+            files = _chosen(name, [file.rfilename for file in info.siblings or []])
+            return [
+                Path(api.hf_hub_download(name.repository, file, repo_type="dataset", revision=info.sha))
+                for file in files
+            ]
+        except UsageError:
+            raise
+        except Exception as error:  # of the network, of its libraries, or of the Hub
+            raise UsageError(
+                f"the data set {name.repository} cannot be had: {first_line(error)}",
+                where=str(name),
+                hint="Check the name and the network; for one that asks for a login: hf auth login. Nothing was added.",
+            ) from None
+
+
+def _api() -> Any:
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def _chosen(name: HubName, files: list[str]) -> list[str]:
+    readable = sorted(file for file in files if format_of(file) is not None and not file.startswith("."))
+    if name.path:
+        below = name.path.rstrip("/") + "/"
+        asked = [file for file in readable if file.startswith(below) or fnmatch.fnmatchcase(file, name.path)]
+        if not asked:
+            raise _refusal(name, "there is no such file that Onward reads", readable)
+        return asked
+    chosen = readable if len(readable) == 1 else [file for file in readable if _TRAIN.search(file)]
+    if not chosen:
+        raise _refusal(name, "it cannot be told which of its files are meant", readable)
+    if len({(file.rpartition("/")[0], format_of(file)) for file in chosen}) > 1:
+        raise _refusal(name, "it has files for training in several folders or formats", chosen)
+    return chosen
+
+
+def _refusal(name: HubName, reason: str, files: list[str]) -> UsageError:
+    whole = HubName(name.repository, name.revision, "")
+    shown = ", ".join(map(printable, files[:_SHOWN])) + (", ..." if len(files) > _SHOWN else "")
+    first = quoted(Path(f"{files[0]}")) if files else "FILE"
+    hint = f"It has {shown}. Name what you want: {whole}/{first}" if files else "It has no file that Onward reads."
+    return UsageError(f"{reason}: {whole}", where=str(name), hint=hint)
