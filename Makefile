@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench recipe docs clean
+.PHONY: help demo test soak lint format bench recipe docs families clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -50,6 +50,9 @@ recipe: $(READY) ## the usual recipe and Onward on the same three files
 
 docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
+
+families: $(READY) ## every causal family of transformers, small, through init and two files, into docs/families.md (half an hour)
+	$(BIN)/python tests/families.py --jobs 2
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run

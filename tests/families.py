@@ -96,8 +96,8 @@ def train_family(folder: Path, method: str, **settings: Any) -> Result:
         found = Findings.of(ledger.get(FACT))
     assert found is not None
     changed = ", ".join(f"{key}: {value:g}" for key, value in found.settings.items())
-    unreached = (named(found.unreached),) if found.unreached else ()
-    left_out = (named(found.left_out),) if found.left_out else ()
+    unreached = (named(found.unreached, 2),) if found.unreached else ()
+    left_out = (named(found.left_out, 2),) if found.left_out else ()
     return Result("trains", found.rows, left_out, unreached, found.reach, changed)
 
 

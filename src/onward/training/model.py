@@ -149,7 +149,7 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
 def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with quiet():
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
@@ -159,6 +159,7 @@ def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: An
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
         ) from None
+    model, loaded = found
     require_all_weights(loaded, folder)
     if strict:
         require_no_others(loaded, folder)

@@ -21,7 +21,7 @@ from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks, head_only_multiplies
-from onward.training.admission.remedies import NO_REMEDY, causal_hint, evaluation_hint, repeat_hint
+from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint, evaluation_hint, repeat_hint
 from onward.training.attention import PADDING_FREE
 from onward.training.environment import describe_environment
 from onward.training.handover import Probe
@@ -101,7 +101,9 @@ def admit(
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         reach=round(reach.share_reached(model, causal_lm(model)), 4),
         left_out=found.left_out,
-        unreached=() if config.method == "full" else reach.stacked_without_adapter(model),
+        unreached=()
+        if config.method == "full"
+        else reach.large_without_adapter(model, causal_lm(model), found.left_out),
         settings=settings or {},
         warnings=tuple(proof.warnings),
         environment=describe_environment(device, dtype),
@@ -128,7 +130,8 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     except OnwardError:
         raise
     except Exception as error:
-        proof.refuse(f"the model computes no logits of a row of text: {first_line(error)}", NO_REMEDY)
+        hint = adapter_hint(proof.config, proof.base, proof.device, proof.dtype)
+        proof.refuse(f"the model computes no logits of a row of text: {first_line(error)}", hint)
     else:
         if ahead:
             what = "the model looks ahead: another token at the end of a row changes logits before it"

@@ -26,7 +26,7 @@ class Findings:
         trained: trained weights, in numbers.
         reach: share of the weights outside embeddings and head that is trained or has an adapter.
         left_out: what no gradient reaches: modules for an adapter, weights where all are trained.
-        unreached: stacked weights (experts) that have no adapter, by the end of their names.
+        unreached: large matrices (experts) that have no adapter, by the end of their names.
         settings: config keys that were given another value than their default, since the default does not work.
         warnings: what would refuse a new run, in a run that has trained already.
         environment: versions and device that this was found with.
@@ -59,7 +59,7 @@ class Findings:
         """Return the findings that a ledger kept; None where it kept none."""
         if values is None:
             return None
-        lists = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
+        lists: dict[str, Any] = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
         return cls(**{**values, **lists})
 
     def lines(self) -> list[str]:
@@ -77,7 +77,7 @@ class Findings:
         if self.left_out:
             lines.append(f"left out, since no gradient reaches them: {named(self.left_out)}")
         if self.unreached:
-            lines.append(f"without an adapter: {named(self.unreached)} (stacked weights, which all-linear passes over)")
+            lines.append(f"without an adapter: {named(self.unreached)} (no Linear layers, which all-linear takes)")
         return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
 
 
