@@ -43,7 +43,7 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable.
         UsageError: the directory is in use.
     """
-    from onward.service.intake.tokenizer import store_tokenizer
+    from onward.service.tokenizer import store_tokenizer
     from onward.training.base import require_complete, require_plain, resolve_base, with_stored_path
     from onward.training.capacity import read_capacity, require_embedded, require_fits
 
@@ -113,7 +113,7 @@ def _load_tokenizer(
     folder: Path, report: Callable[[str], None], loading: Callable[[], AbstractContextManager[None]]
 ) -> TokenizerState:
     """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
-    from onward.service.intake.tokenizer import load_tokenizer_of
+    from onward.service.tokenizer import load_tokenizer_of
 
     if "transformers" in sys.modules:
         return load_tokenizer_of(folder)

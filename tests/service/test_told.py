@@ -66,6 +66,7 @@ def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
     """`watch` prints refused files, what operators asked for and what changed, each once; the log has it all."""
     run.add(rows_file(tmp_path / "a.jsonl", LONG))
     (run.layout.inbox / "bad.jsonl").write_text("nonsense\n")
+    (run.layout.inbox / "monday").mkdir()
     held = hold(run)
     process = watch(run, prepare=held)
     until(is_in(run, "a.jsonl"), process)
@@ -76,7 +77,8 @@ def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
     assert 0 == end(process)
     printed, log = (tmp_path / "log").read_text(), run.layout.log.read_text()
     step = run.status()["global_step"]
-    for words in ("rejected: bad.jsonl", "paused by an operator at step 3", "resumed by an operator"):
+    left = "inbox/monday is a directory and is left alone"
+    for words in ("rejected: bad.jsonl", left, "paused by an operator at step 3", "resumed by an operator"):
         assert (1, 1) == (printed.count(words), log.count(words)), words
     here = f"pid {process.pid} on {socket.gethostname()}"
     for pattern in (

@@ -73,6 +73,7 @@ def rebuild(
         show(result)
     if asked.reason:
         say_stopped(opened, asked.reason, "train")
+        return
     again = len(result["queued"])
     name = printable(result["without"])
     say(f"without {name}: step {result['global_step']}; trained again: {again} {'file' if again == 1 else 'files'}")

@@ -15,6 +15,7 @@ from onward.config_text import read_config
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
+from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
@@ -91,8 +92,8 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    tokenizer = load_tokenizer(layout.tokenizer(base))
-    tokenizer_state = TokenizerState.of(tokenizer)
+    folder = layout.tokenizer(base)
+    tokenizer, tokenizer_state = load_tokenizer(folder), stored_tokenizer(layout, folder)
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)

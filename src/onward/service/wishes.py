@@ -95,12 +95,19 @@ class Wishes:
         self._open.append(wish)
         if _is_stop(wish):
             self.reason = self.reason or wish.argument or "onward stop"
-        ends_work = self._ends_work
-        is_elsewhere = threading.current_thread() is not threading.main_thread()
-        if self._listens and is_elsewhere and ends_work is not None and ends_work(wish):
-            main = threading.main_thread().ident
-            assert main is not None
-            signal.pthread_kill(main, _WAKE)  # wakes it from a system call, too
+        self.wake()
+
+    def wake(self) -> None:
+        """Interrupt the main thread where an open wish ends the work it does; does nothing in the main thread itself.
+
+        A signal that finds it on its way into a system call is noticed only after that, so `poll` calls this again.
+        """
+        main, ends_work = threading.main_thread(), self._ends_work
+        if not self._listens or ends_work is None or threading.current_thread() is main:
+            return
+        if any(ends_work(wish) for wish in tuple(self._open)):
+            assert main.ident is not None
+            signal.pthread_kill(main.ident, _WAKE)
 
     def ignore_up_to(self, request: int) -> None:
         """Leave requests of the ledger up to this id alone: they were made of another process."""
@@ -112,6 +119,7 @@ class Wishes:
             if row.id > self._seen:
                 self._seen = row.id
                 self.put(Wish.of(row))
+        self.wake()
 
     def head(self) -> Wish | None:
         """Return the oldest wish, which stays in the queue."""

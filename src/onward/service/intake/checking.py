@@ -142,7 +142,7 @@ class Intake:
         path = next((place for place in reversed(places) if look(place) is not None), None)
         if path is not None:
             keep_refused(self.layout, path, refusal, self.ledger.clock(), move=True)
-        self.ledger.add_event("warning", f"skip: {reason}: {row.name}")
+        self.ledger.add_event("warning", f"skipped {row.name}: {reason}")
         return f"skipped {row.name}"
 
     # the inbox

@@ -1,21 +1,19 @@
-"""How a run turns rows into tokens: its tokenizer, without torch and transformers where that was loaded once before."""
+"""How a run turns rows into tokens: its tokenizer, and what rows have to meet."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from onward.atomic import remove_tree
 from onward.config import Config
 from onward.data.limits import Limits
 from onward.data.records import RowError
 from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
 from onward.data.tokenized import TARGET_BIT, PackedRow
-from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
+from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
+from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training.base import base_of_run
 from onward.training.capacity import read_capacity, require_fits
@@ -126,42 +124,3 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     return RunTokenizer(state, config, capacity.embedding_rows)
-
-
-def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:
-    """Return the tokenizer of a model folder as it is stored in `cache/`; where it is not, it is loaded and stored.
-
-    Raises:
-        ModelError: there is none, or it cannot be used.
-    """
-    state = load_tokenizer_state(_place(layout, folder))
-    if state is None:
-        state = load_tokenizer_of(folder)
-        store_tokenizer(layout, folder, state)
-    return state
-
-
-def load_tokenizer_of(folder: Path) -> TokenizerState:
-    """Load the tokenizer of a model folder with transformers, which takes seconds to import.
-
-    Raises:
-        ModelError: there is none, or it cannot be used.
-    """
-    from onward.training.model import load_tokenizer
-
-    try:
-        return TokenizerState.of(load_tokenizer(folder))
-    except ModelError as error:
-        raise ModelError(error.what, where=error.where or folder, hint=error.hint) from None
-
-
-def store_tokenizer(layout: RunLayout, folder: Path, state: TokenizerState) -> None:
-    """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
-    path = _place(layout, folder)
-    remove_tree(path.parent)
-    with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
-        save_tokenizer_state(path, state)
-
-
-def _place(layout: RunLayout, folder: Path) -> Path:
-    return layout.cache / "tokenizer" / tokenizer_files_digest(folder)

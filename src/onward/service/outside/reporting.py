@@ -32,7 +32,7 @@ REST = 30.0
 """Seconds after a failed notification in which none is sent: they wait, so that a stop does not."""
 DUE = 1000
 """Notifications that wait at most; the oldest are dropped first."""
-NOTED = ("rejected", "quarantined", "retried", "failed", "paused", "resumed", "config")
+NOTED = ("rejected", "quarantined", "retried", "failed", "paused", "resumed", "config", "left_alone")
 """Kinds of events that whoever watches a process should read; the others are shown in another way, or only logged."""
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 

@@ -184,7 +184,8 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
     Returns:
         What was done, for a person.
     """
-    _take_back(layout, ledger, row, Move(row, "skipped", {"note": reason, "position": None}), f"skip: {reason}")
+    move = Move(row, "skipped", {"note": reason, "position": None})
+    _take_back(layout, ledger, row, move, f"skipped {row.name}: {reason}")
     step = row.start_step if row.state == "training" else None
     where = f", back at step {step}" if step is not None else ""
     return f"skipped {row.name}{where}"
@@ -199,7 +200,7 @@ def _take_back(layout: RunLayout, ledger: Ledger, row: FileRow, move: Move, what
             ledger.set_file(row.id, **move.values)
         else:
             ledger.move_file(row.id, move.state, **move.values)
-        ledger.add_event("warning", f"{what}: {row.name}")
+        ledger.add_event("warning", what)
 
 
 def _smaller_parts(row: FileRow, ledger: Ledger, config: Config) -> int | None:

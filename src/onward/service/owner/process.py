@@ -11,11 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING
 
-from onward.config import Config, NotifyConfig
-from onward.config_text import read_config
+from onward.config import NotifyConfig
 from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Observe
 from onward.layout import RunLayout
@@ -61,8 +59,20 @@ class OpenedRun:
         self.ledger = ledger
         self.report = report
         self.loading = loading
+        self._settings: Settings | None = None
         self._session: Session | None = None
         self._begun: BaseDigest | None = None
+
+    @property
+    def settings(self) -> Settings:
+        """The config in force, read when it is first needed.
+
+        Raises:
+            ConfigError: it is refused.
+        """
+        if self._settings is None:
+            self._settings = Settings(self.layout.config)
+        return self._settings
 
     @property
     def session(self) -> Session:
@@ -77,27 +87,24 @@ class OpenedRun:
                 from onward.service.session import open_session
 
             begun, self._begun = self._begun, None
-            self._session = open_session(self.layout, self.ledger, report=self.report, begun=begun)
+            config = self.settings.read()
+            self._session = open_session(self.layout, self.ledger, report=self.report, config=config, begun=begun)
         return self._session
 
     def hash_base(self) -> None:
         """Begin to hash the base model alongside the large imports; later there is nothing to hide behind."""
         if "torch" in sys.modules or self._begun is not None:
             return
-        folder = find_here(read_config(self.layout.config).model, root=self.layout.root)
+        folder = find_here(self.settings.read().model, root=self.layout.root)
         if folder is not None:
             self._begun = BaseDigest(folder)
 
-    def intake(self, config: Callable[[], Config] | None = None) -> Intake:
-        """Make what checks files.
-
-        Args:
-            config: returns the config as it is now.
-        """
+    def intake(self) -> Intake:
+        """Make what checks files."""
         from onward.service.intake.checking import Intake
         from onward.service.intake.tokenizer import RulesOfRun
 
-        rules = RulesOfRun(self.layout, self.ledger, config or partial(read_config, self.layout.config))
+        rules = RulesOfRun(self.layout, self.ledger, lambda: self.settings.read())
         return Intake(self.layout, self.ledger, rules=rules)
 
     def start_checker(self) -> subprocess.Popen[bytes]:
@@ -162,7 +169,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     return Owned(
         layout=opened.layout,
         ledger=ledger,
-        settings=Settings(opened.layout.config),
+        settings=opened.settings,
         wishes=wishes,
         answers=Answers(ledger),
         heartbeat=Heartbeat(opened.layout.ledger),
@@ -187,7 +194,7 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
     from onward.service.owner.daemon import Daemon
     from onward.service.owner.incoming import Incoming
 
-    intake = opened.intake(owned.settings.read)
+    intake = opened.intake()
     inbox = Inbox(opened.layout.inbox, owned.settings.current.settle_seconds) if watch else None
     incoming = Incoming(owned, intake, inbox, opened.start_checker)
     return Daemon(owned, opened.open, intake, incoming, crash=crash, patient=watch)

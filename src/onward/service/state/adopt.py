@@ -17,7 +17,6 @@ from onward.config_text import parse_config, render_yaml
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
-from onward.service.intake.tokenizer import store_tokenizer
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.commits import Commit, Commits
@@ -100,7 +99,6 @@ def _make(
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         keep(ledger, findings)
         session = open_session(layout, ledger, report=report, config=config)
-        store_tokenizer(layout, layout.tokenizer(session.base), session.tokenizer_state)
         probe = Probe(state.model, config.seed, session.device, session.dtype)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
         values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measurement)

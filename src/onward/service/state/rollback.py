@@ -95,7 +95,8 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
     step = find_step(ledger, to, [step_of(point) for point in Ownership(layout, ledger).restore_points()])
     position = _restore_point(layout, step).cursor.position
     later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
-    go_back(layout, ledger, step, undone(later, position, requeue=requeue), f"went back to step {step}")
+    what = f"went back to step {step}; undone: {_names(later)}"
+    go_back(layout, ledger, step, undone(later, position, requeue=requeue), what)
     return {"global_step": step, "undone": [row.name for row in later]}
 
 
@@ -115,7 +116,8 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
     origin = int(ledger.get("origin_step", 0))
     if origin > 0:
         _require_origin(layout, ledger, origin)
-    what = f"back at the adopted step {origin}" if origin > 0 else "went back to the start"
+    where = f"back at the adopted step {origin}" if origin > 0 else "went back to the start"
+    what = f"{where}; undone: {_names(begun)}"
     go_back(layout, ledger, origin if origin > 0 else TO_NOTHING, undone(begun, 0, requeue=False), what)
     return {"global_step": origin, "undone": [row.name for row in begun]}
 
@@ -155,7 +157,7 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     others = [other for other in begun if other.id != row.id]
     moves = undone(others, position, requeue=True, with_config=True)
     moves.append(Move(row, "skipped", {"note": "left out by rebuild", "position": None}))
-    go_back(layout, ledger, step, moves, f"rebuild without {row.name}")
+    go_back(layout, ledger, step, moves, f"rebuild without {row.name}; queued again: {_names(others)}")
     return {
         "global_step": max(step, 0),
         "without": row.name,
@@ -181,7 +183,7 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
 
     Args:
         step: that of a restore point, or `TO_NOTHING`.
-        what: why, for the event.
+        what: what was done, for the event.
     """
     move_ledger_back(ledger, step, moves, what)
     retention = Retention(0, 0) if step == TO_NOTHING else Retention.of(read_config(layout.config))
@@ -190,7 +192,6 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
     """Move the ledger back in one transaction, which also says where the directories have to follow."""
-    names = ", ".join(move.row.name for move in moves) or "nothing"
     with ledger.transaction():
         for move in moves:
             ledger.move_file(move.row.id, move.state, **move.values)
@@ -201,7 +202,11 @@ def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str
         if step == TO_NOTHING:
             ledger.put(identity=None, origin_step=0)
         ledger.put(state="idle", problem=None, going_back=step)
-        ledger.add_event("warning", f"{what}; concerned: {names}", max(step, 0))
+        ledger.add_event("warning", what, max(step, 0))
+
+
+def _names(rows: Sequence[FileRow]) -> str:
+    return ", ".join(row.name for row in rows) or "nothing"
 
 
 def _boundary_before(layout: RunLayout, ledger: Ledger, row: FileRow) -> tuple[int, int]:
