@@ -15,13 +15,14 @@ from onward.config import Config
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, reach
-from onward.training.admission.causality import looks_ahead
+from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks, head_only_multiplies
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint, evaluation_hint, repeat_hint
+from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.attention import PADDING_FREE
 from onward.training.environment import describe_environment
 from onward.training.handover import Probe
@@ -126,7 +127,8 @@ def _prove(proof: _Proof, model: nn.Module) -> _Found:
 def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     model.eval()
     try:
-        ahead = looks_ahead(model, vocabulary, proof.device, proof.dtype)
+        with as_float32(model):
+            ahead = looks_ahead(model, vocabulary, proof.device)
     except OnwardError:
         raise
     except Exception as error:
@@ -135,7 +137,7 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     else:
         if ahead:
             what = "the model looks ahead: another token at the end of a row changes logits before it"
-            proof.refuse(what, causal_hint(proof.base, proof.device, proof.dtype))
+            proof.refuse(what, causal_hint(proof.base, proof.device))
     model.train()
 
 
@@ -181,7 +183,8 @@ def _leave_out(proof: _Proof, model: nn.Module, found: gradients.Gradients) -> t
         ModelError: no gradient reaches any.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    dead = reach.without_gradient(trained, found.of.keys())
+    dead = tuple(dict.fromkeys([*reach.without_gradient(trained, found.of.keys()), *not_loaded_back(model)]))
+    found.forget(dead)
     for name in dead:
         trained[name].requires_grad_(False)
     if len(dead) == len(trained):
