@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +30,7 @@ class Gradients:
     """The mean loss (nats) of a step, and the gradient of each trained weight that has one."""
 
     loss: float
-    of: dict[str, torch.Tensor]
-
-    def forget(self, names: Iterable[str]) -> None:
-        """Leave weights out."""
-        for name in names:
-            self.of.pop(name, None)
+    of: Mapping[str, torch.Tensor]
 
     def digest(self) -> str:
         """Return the digest of all bits."""
