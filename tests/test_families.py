@@ -7,15 +7,16 @@ from pathlib import Path
 import families
 import pytest
 import small
+import transformers
 
-TRAINED = {"mixtral": "lora", "gemma3": "lora", "mamba": "full"}
-"""Experts that take an adapter, text beside images, states instead of attention: one of a kind, by its method."""
+TRAINED = ("mixtral", "gemma3")
+"""Experts that take an adapter; text beside images."""
 
 
 @pytest.mark.parametrize("family", TRAINED)
 def test_a_family_trains_two_files_and_verifies(family: str, tmp_path: Path) -> None:
     """Two files in two openings of the run, with the default settings, and a replay of them to the last bit."""
-    result = families.try_family(family, TRAINED[family], tmp_path, lora={"rank": 2})
+    result = families.try_family(family, "lora", tmp_path, lora={"rank": 2})
     assert "trains" == result.outcome, result.detail
 
 
@@ -28,7 +29,8 @@ def test_the_proposal_of_a_refusal_trains(tmp_path: Path) -> None:
 
 
 def test_every_family_has_its_row() -> None:
-    """The page has all families that the installed transformers knows, and none that must not be there."""
+    """The page has all families of the transformers that it names, and none that must not be there."""
     rows = families.written()
-    assert [] == [family for family in small.causal_families() if family not in rows]
+    if f"transformers {transformers.__version__}," in families.PAGE.read_text(encoding="utf-8"):
+        assert small.causal_families() == sorted(rows)
     assert [] == [row for row in rows.values() if "FAILED" in row]
