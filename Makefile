@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench recipe docs qlora clean
+.PHONY: help demo test soak lint format bench recipe docs families qlora clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -55,6 +55,9 @@ docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python tests/template_sweep.py
 
 qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
+
+families: $(READY) ## every causal family of transformers, small, into docs/families.md (half an hour)
+	$(BIN)/python tests/families.py --jobs 2
 
 clean: ## remove the virtual environment and what tools left
 	rm -rf $(VENV) $(QLORA) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run

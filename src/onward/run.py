@@ -79,12 +79,11 @@ class Run:
             later: leave the model's admission to the first start, which then may refuse it.
 
         Raises:
-            ConfigError: a setting is refused.
+            ConfigError, UsageError: a setting is refused, or there is a run in `directory` already.
             ModelError: the base model or its tokenizer is missing or unusable, or the model cannot be proven right.
-            UsageError: there is a run in `directory` already.
         """
-        values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
-        create(RunLayout(Path(directory)), values, report, loading, later=later)
+        named = {} if model is None else {"model": model}
+        create(RunLayout(Path(directory)), {**settings, **named}, report, loading, later=later)
         return cls(directory, loading=loading)
 
     @classmethod

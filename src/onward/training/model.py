@@ -188,16 +188,23 @@ def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with quiet():
-            model, loaded = AutoModelForCausalLM.from_pretrained(
+            found: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
             raise Unreadable.of(error, folder) from None
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                "transformers has no causal language model of this kind",
+                where=folder,
+                hint="It is a part of a larger model, or no model of text. Name another: --model NAME_OR_PATH",
+            ) from None
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
         ) from None
+    model, loaded = found
     require_all_weights(loaded, folder)
     if strict:
         require_no_others(loaded, folder)

@@ -95,7 +95,8 @@ def let_write_nothing(twin: nn.Module, writers: frozenset[type[nn.Module]]) -> n
 def keeps_process_state(model: nn.Module) -> bool:
     """Whether a forward pass uses state of the whole process, so that two may not run at once.
 
-    PyTorch's cache of parametrized weights is such a state, and PEFT's adapters of parameters use it; `ExpertLora`, which replaces them, does not.
+    PyTorch's cache of parametrized weights is such a state, and PEFT's adapters of parameters use it. `ExpertLora`,
+    which takes their place, does not.
     """
     return any(type(module) is ParamWrapper or parametrize.is_parametrized(module) for module in model.modules())
 

@@ -25,8 +25,9 @@ class Findings:
         difference: the largest relative difference of a gradient from that of plain transformers, row by row.
         trained: trained weights, in numbers.
         reach: share of the weights outside embeddings and head that is trained or has an adapter.
-        left_out: what no gradient reaches: modules for an adapter, weights where all are trained.
-        unreached: stacked weights (experts) that have no adapter, by the end of their names.
+        left_out: what no gradient reaches or PEFT does not load back: modules for an adapter, weights where all are
+            trained.
+        unreached: large matrices (experts) that have no adapter, by the end of their names.
         settings: config keys that were given another value than their default, since the default does not work.
         warnings: what would refuse a new run, in a run that has trained already.
         environment: versions and device that this was found with.
@@ -59,15 +60,15 @@ class Findings:
         """Return the findings that a ledger kept; None where it kept none."""
         if values is None:
             return None
-        lists = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
+        lists: dict[str, Any] = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
         return cls(**{**values, **lists})
 
     def lines(self) -> list[str]:
         """Return what a person should know, one line each; the first one sums up."""
-        rows = f"rows are laid {self.rows}" if self.rows == "end to end" else "rows are padded"
+        rows = "rows are laid end to end" if self.rows == "end to end" else "rows are padded"
         lines = [
-            f"the model passed: causal, gradients equal to those of single rows in plain transformers "
-            f"({self.difference:.0e}), {rows}; {self.reach:.0%} of its weights are reached"
+            "the model passed: it looks at earlier tokens only, a step's gradients are those of its rows in plain "
+            f"transformers; {rows}, {self.reach:.0%} of its weights are reached"
         ]
         if self.why_padded:
             lines.append(f"rows are padded: {self.why_padded}")
@@ -75,9 +76,11 @@ class Findings:
             f"{key} is {value} in this run: its default does not work here" for key, value in self.settings.items()
         ]
         if self.left_out:
-            lines.append(f"left out, since no gradient reaches them: {named(self.left_out)}")
+            lines.append(
+                f"left out (no gradient reaches them, or PEFT does not load them back): {named(self.left_out)}"
+            )
         if self.unreached:
-            lines.append(f"without an adapter: {named(self.unreached)} (stacked weights, which all-linear passes over)")
+            lines.append(f"without an adapter: {named(self.unreached)}")
         return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from onward.training.admission.findings import pattern_of
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LARGE = 0.02
+"""Share of the model from which on a kind of matrices without an adapter is named."""
 
 
 def without_gradient(trained: Iterable[str], reached: Collection[str]) -> tuple[str, ...]:
@@ -47,41 +48,52 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
 
 def share_reached(model: nn.Module, base: PreTrainedModel) -> float:
     """Return which share of the weights outside embeddings and head is trained, or has an adapter."""
+    reached, others = _split(model, base)
+    total = sum(parameter.numel() for parameter in [*reached.values(), *others.values()])
+    return sum(parameter.numel() for parameter in reached.values()) / max(total, 1)
+
+
+def large_without_adapter(model: nn.Module, base: PreTrainedModel, left_out: Collection[str]) -> tuple[str, ...]:
+    """Return matrices without an adapter that are no small part of the model (experts), by the ends of their names.
+
+    Args:
+        left_out: modules that no gradient reaches; they are told apart.
+    """
+    reached, others = _split(model, base)
+    total = sum(parameter.numel() for parameter in [*reached.values(), *others.values()])
+    sizes: dict[str, int] = {}
+    for name, parameter in others.items():
+        plain = name.replace(".base_layer", "")
+        if parameter.dim() >= 2 and not any(plain.startswith(f"{module}.") for module in left_out):
+            end = pattern_of(plain).rpartition("*.")[2]
+            sizes[end] = sizes.get(end, 0) + parameter.numel()
+    return tuple(name for name, size in sizes.items() if size >= _LARGE * total)
+
+
+def _split(model: nn.Module, base: PreTrainedModel) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Return the weights outside embeddings and head that are trained or have an adapter, and all others."""
     tables = [part for part in base.modules() if isinstance(part, nn.Embedding)]
     outside = _ids([*tables, base.get_input_embeddings(), base.get_output_embeddings()])
-    adapted: set[int] = set()
+    adapted = _adapted(model)
+    reached: dict[str, nn.Parameter] = {}
+    others: dict[str, nn.Parameter] = {}
+    for name, parameter in base.named_parameters():
+        if id(parameter) in outside or ".lora_" in name:
+            continue
+        (reached if parameter.requires_grad or id(parameter) in adapted else others)[name] = parameter
+    return reached, others
+
+
+def _adapted(model: nn.Module) -> set[int]:
+    """Return the identity of each weight with an adapter that is trained."""
+    found: set[int] = set()
     for part in model.modules():
         if isinstance(part, BaseTunerLayer) and any(weight.requires_grad for weight in part.parameters()):
             held: Any = part.get_base_layer()
             name = getattr(part, "parameter_name", None)
             own = [getattr(held, name)] if isinstance(name, str) else cast(nn.Module, held).parameters(recurse=False)
-            adapted |= {id(parameter) for parameter in own}
-    total = reached = 0
-    for name, parameter in base.named_parameters():
-        if id(parameter) in outside or ".lora_" in name:
-            continue
-        total += parameter.numel()
-        reached += parameter.numel() if parameter.requires_grad or id(parameter) in adapted else 0
-    return reached / max(total, 1)
-
-
-def stacked_without_adapter(model: nn.Module) -> tuple[str, ...]:
-    """Return weights of experts, kept as one tensor of three dimensions, that have no adapter: names without layers."""
-    wrapped: set[int] = set()
-    for part in model.modules():
-        name = getattr(part, "parameter_name", None)
-        if isinstance(part, BaseTunerLayer) and isinstance(name, str):
-            wrapped.add(id(getattr(part.get_base_layer(), name)))
-    found: dict[str, None] = {}
-    for prefix, part in model.named_modules():
-        if isinstance(part, _CONVOLUTIONS):
-            continue
-        for name, parameter in part.named_parameters(recurse=False):
-            is_stack = parameter.dim() == 3 and min(parameter.shape) > 1 and not parameter.requires_grad
-            if is_stack and id(parameter) not in wrapped:
-                full = f"{prefix}.{name}".removeprefix("base_model.model.")
-                found[pattern_of(full).rpartition("*.")[2]] = None
-    return tuple(found)
+            found |= {id(parameter) for parameter in own}
+    return found
 
 
 def _ids(parts: Iterable[Any]) -> set[int]:

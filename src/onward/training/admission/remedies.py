@@ -50,21 +50,43 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
     raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"This fits: {words}")
 
 
-def causal_hint(base: Path, device: torch.device, dtype: torch.dtype) -> str:
+def causal_hint(base: Path, device: torch.device) -> str:
     """Return how a model that looks ahead becomes one that does not, if its own config has a key for that."""
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, is_decoder=True
             )
-        model = cast(PreTrainedModel, loaded.to(device).eval())
+        model: PreTrainedModel = loaded.to(device).eval()
         vocabulary = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-        works = not looks_ahead(model, vocabulary, device, dtype)
+        works = not looks_ahead(model, vocabulary, device)
     except Exception:
         works = False
     if not works:
         return "It was not made to write text from left to right; train a causal language model."
     return f'Set "is_decoder": true in {base / "config.json"}: then it looks at earlier tokens only.'
+
+
+def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
+    """Return targets with which a model computes that fails with its adapter; layers of plain type are tried."""
+    from onward.training.model import build_plain
+
+    if config.method == "full":
+        return NO_REMEDY
+    skeleton = _skeleton(base)
+    head = skeleton.get_output_embeddings()
+    kinds: dict[str, set[type]] = {}
+    for name, part in skeleton.named_modules():
+        if isinstance(part, nn.Linear) and part is not head:
+            kinds.setdefault(name.rpartition(".")[2], set()).add(type(part))
+    targets = sorted(kind for kind, types in kinds.items() if types == {nn.Linear})
+    tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
+    try:
+        model = build_plain(tried, base, device, dtype).eval()
+        looks_ahead(model, int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0]), device)
+    except Exception:  # then the adapter is not what it fails by
+        return NO_REMEDY
+    return f"With these targets it computes: --set 'lora.targets=[{', '.join(targets)}]'"
 
 
 def repeat_hint(model: PreTrainedModel) -> str:
