@@ -21,8 +21,8 @@ from onward.training.admission.findings import Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
-from onward.training.admission.purity import Marks, head_only_multiplies
-from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint, evaluation_hint, repeat_hint
+from onward.training.admission.purity import Marks
+from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
 from onward.training.attention import PADDING_FREE
@@ -218,8 +218,6 @@ def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gra
     except ValueError as error:
         make_fast(model, proof.dtype, end_to_end=False)
         return math.inf, first_line(error)
-    if not head_only_multiplies(causal_lm(model), proof.device):
-        return math.inf, "its logits are not those of its head alone"
     try:
         largest = _difference(proof, model, batch, expected)
     except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
@@ -244,7 +242,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
     ]
     if taken[0] != taken[2]:
         what = "two equal steps have different gradients: the model keeps something that no checkpoint holds"
-        proof.refuse(what, repeat_hint(causal_lm(model)))
+        proof.refuse(what, NO_REMEDY)
 
 
 def _require_untouched(proof: _Proof, model: nn.Module) -> None:
@@ -253,4 +251,4 @@ def _require_untouched(proof: _Proof, model: nn.Module) -> None:
     Probe(model, proof.config.seed, proof.device, proof.dtype).of_model()
     changed = tuple(marks.changed())
     if changed:
-        proof.refuse(f"evaluating the model changes its own {named(changed)}", evaluation_hint(causal_lm(model)))
+        proof.refuse(f"evaluating the model changes its own {named(changed)}", NO_REMEDY)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from onward.config import Config
 from onward.data.loader import Batch
 from onward.training.admission.inputs import tokens
+from onward.training.buffers import Buffers
 from onward.training.environment import autocast, deterministic
 from onward.training.loss import TargetLoss
 from onward.training.parts import parts_of
@@ -40,7 +41,7 @@ class Gradients:
 
 def row_by_row(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Gradients:
     """Return what plain transformers computes of rows, each by itself: no padding, no mask, whole logits."""
-    total = 0.0
+    total, buffers = 0.0, Buffers(model)
     for row in batch.rows:
         ids = tokens(row, device)
         wanted = torch.from_numpy(row.targets[1:]).to(device)
@@ -48,6 +49,7 @@ def row_by_row(model: nn.Module, batch: Batch, device: torch.device, dtype: torc
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = functional.cross_entropy(logits[wanted].float(), ids[0, 1:][wanted], reduction="sum")
         (loss / batch.target_tokens).backward()
+        buffers.restore()  # each row as if it were the first
         total += float(loss.detach())
     return _take(model, total / batch.target_tokens)
 
@@ -56,11 +58,12 @@ def of_step(model: nn.Module, batch: Batch, config: Config, device: torch.device
     """Return what a step of a run computes of rows, part by part, with the seeds of the first step."""
     loss_of = TargetLoss(model, device, dtype)
     total = 0.0
-    for part in parts_of(batch, config, 0):
+    for part in parts_of(batch, config, 0, loss_of.layout):
         with deterministic(device), seeded(part.seed, device):
             loss = loss_of(part.batch) / batch.target_tokens
             loss.backward()
         total += float(loss.detach())
+    loss_of.forget()
     return _take(model, total)
 
 

@@ -89,20 +89,6 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     return f"With these targets it computes: --set 'lora.targets=[{', '.join(targets)}]'"
 
 
-def repeat_hint(model: PreTrainedModel) -> str:
-    """Return what to change where equal steps differ."""
-    if any("dynamic" in str(vars(part).get("rope_type")) for part in model.modules()):
-        return 'Set rope_type in its config.json to "yarn" or "linear": "dynamic" depends on the rows before.'
-    return NO_REMEDY
-
-
-def evaluation_hint(model: PreTrainedModel) -> str:
-    """Return what to change where an evaluation changes weights."""
-    if getattr(model.config, "rescale_every", 0):
-        return 'Set "rescale_every": 0 in its config.json, which changes nothing that it computes in float32.'
-    return NO_REMEDY
-
-
 def _skeleton(base: Path) -> PreTrainedModel:
     """Return the model without memory for its weights."""
     with quiet(), torch.device("meta"):

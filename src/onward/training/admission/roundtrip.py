@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 
+from onward.training.adapter import adapter_tensors
 from onward.training.quiet import quiet
 
 
@@ -20,9 +21,7 @@ def not_loaded_back(model: nn.Module) -> tuple[str, ...]:
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     saved = {name: weight + 1.0 for name, weight in before.items()}
     with torch.no_grad(), quiet():
-        set_peft_model_state_dict(
-            model, get_peft_model_state_dict(model, state_dict=saved, save_embedding_layers=False)
-        )
+        set_peft_model_state_dict(model, adapter_tensors(model, saved))
         lost = tuple(name for name, weight in trained.items() if not torch.equal(weight, saved[name]))
         for name, weight in trained.items():
             weight.copy_(before[name])
