@@ -43,7 +43,7 @@ def prove(folder: Path, family: str, **settings: Any) -> Findings:
 
 
 LAID: dict[str, dict[str, Any]] = {"gemma3_text": {}, "olmoe": {}, "gpt2": {}, "granite": {"logits_scaling": 8.0}}
-"""Families whose rows may lie end to end: layers with and without a window; experts; learned positions; scaled logits."""
+"""Families whose rows may lie end to end: layers with and without a window; experts; positions; scaled logits."""
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_mamba": ("one of its own", {}),
     "lfm2": ("other gradients", {"layer_types": ["conv", "full_attention"]}),
