@@ -110,7 +110,8 @@ class Config(_Section):
     gradient_accumulation: Literal["auto"] | Count = Field(
         default="auto",
         description="Parts into which the rows of a step are cut to save memory; the step stays the same. "
-        f"`auto`: as few as have at most {MICRO_BATCH_TOKENS} tokens, or one row.",
+        f"`auto`: as few as have at most {MICRO_BATCH_TOKENS} tokens (with the filling, where rows are padded), "
+        "or one row.",
     )
     epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(

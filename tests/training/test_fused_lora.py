@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from onward.training.fused_lora import FusedLoraLinear, fuse_lora
-from onward.training.handover import with_weights
+from onward.training.twin import with_weights
 
 
 class Attention(nn.Module):

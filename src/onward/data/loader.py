@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -56,6 +56,28 @@ class Batch:
                 filled = 0
             filled += len(row.ids)
         return self._cut([*bounds, len(self)])
+
+    def split_by_padded_size(self, tokens: int) -> list[Batch]:
+        """Return the batch in contiguous pieces whose rows times their longest are at most `tokens`, or one row."""
+        bounds, longest = [0], 0
+        for place, row in enumerate(self.rows):
+            longest = max(longest, len(row.ids))
+            if place > bounds[-1] and (place + 1 - bounds[-1]) * longest > tokens:
+                bounds.append(place)
+                longest = len(row.ids)
+        return self._cut([*bounds, len(self)])
+
+    def longest_first(self) -> Batch:
+        """Return the same rows by falling length; rows of equal length keep their order."""
+        return self.take(sorted(range(len(self)), key=lambda place: -len(self.rows[place].ids)))
+
+    def take(self, places: Sequence[int]) -> Batch:
+        """Return the rows at these places, in this order."""
+        return Batch(
+            [self.rows[place] for place in places],
+            [self.references[place] for place in places],
+            [self.lines[place] for place in places],
+        )
 
     def _cut(self, bounds: list[int]) -> list[Batch]:
         return [

@@ -24,6 +24,7 @@ from onward.training.capacity import read_capacity
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
+from onward.training.numerics import numerics_of
 from onward.training.treatment import Treatment
 
 Report = Callable[[str], None]
@@ -97,7 +98,9 @@ def open_session(
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
-    environment = describe_environment(device, dtype)
+    findings = Findings.of(ledger.get(FACT))
+    end_to_end = None if findings is None else findings.treatment.end_to_end
+    environment = describe_environment(device, dtype, numerics_of(base, config, device, end_to_end=end_to_end))
     return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype, environment)
 
 

@@ -14,6 +14,7 @@ from onward.data.order import Plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.training.adapter import set_dropout
+from onward.training.buffers import Buffers
 from onward.training.seeds import fold, seeded
 from onward.training.state import Cursor, TrainState
 
@@ -35,8 +36,12 @@ AtBoundary = Callable[[Boundary], Mapping[str, Any]]
 
 
 def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.device) -> dict[str, Any]:
-    """Call hooks with the model in eval mode and random generators of their own; returns all their results."""
+    """Call hooks with the model in eval mode and random generators of their own; returns all their results.
+
+    What their forward passes leave in the model's buffers is put back.
+    """
     results: dict[str, Any] = {}
+    buffers = Buffers(boundary.model)
     boundary.model.eval()
     try:
         for hook in hooks:
@@ -44,6 +49,7 @@ def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.dev
                 results.update(hook(boundary))
     finally:
         boundary.model.train()
+        buffers.restore()
     return results
 
 

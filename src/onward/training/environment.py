@@ -14,7 +14,8 @@ import transformers
 
 NUMERICS = 3
 """Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
-the head by parts of the vocabulary, layers with one input together, fused norms)."""
+the head by parts of the vocabulary, layers with one input together, fused norms). `numerics.py` says for which models
+it is a later number."""
 
 
 def pick_device() -> torch.device:
@@ -54,7 +55,7 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def describe_environment(device: torch.device, dtype: torch.dtype, numerics: int = NUMERICS) -> dict[str, Any]:
     """Return what two processes must have in common to compute the same bits."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
@@ -66,7 +67,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype) -> dict[str, 
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "machine": platform.machine(),
-        "numerics": NUMERICS,
+        "numerics": numerics,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,8 +20,9 @@ from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
-from onward.training.seeds import fold
+from onward.training.seeds import fold, seeded
 from onward.training.state import Snapshot
+from onward.training.twin import keeps_process_state, let_write_nothing, with_weights, writers_in_evaluation, writes
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 
@@ -64,44 +65,65 @@ def probe_batch(seed: int, vocabulary: int) -> Batch:
 class Probe:
     """The mean loss (nats) of a model on the run's fixed probe batch.
 
+    It is measured on a twin, so that nothing of the model changes: neither weights nor buffers.
+
     Args:
-        model: the model that is trained.
+        model: the model that is trained, between two steps.
         seed: the run's seed.
         dtype: compute type.
+
+    Raises:
+        ModelError: the model cannot be evaluated without a change of its weights.
     """
 
     def __init__(self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
         self._batch = probe_batch(seed, vocabulary)
         self._model = model
-        self._twin = with_weights(model, {})
-        self._device, self._dtype = device, dtype
+        self._seed, self._device, self._dtype = fold(seed, "probe"), device, dtype
+        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(self._batch))
+        self._at_once = device.type != "cpu" or bool(self._writers) or keeps_process_state(model)
+        self._twin = self._loss_of_twin({})
         self._copied: Mapping[str, torch.Tensor] = {}
-        self._copy: nn.Module | None = None
+        self._copy: TargetLoss | None = None
 
     def of_model(self) -> float:
         """Measure the model as it is now; nothing of it changes.
 
         Raises:
             TrainingError: the loss is not finite.
+            ModelError: a weight changed all the same.
         """
-        return self._measure(self._twin)
+        before = _places(self._model)
+        loss = self._measure(self._twin)
+        changed = [name for name, place in _places(self._model).items() if before[name] != place]
+        if changed:
+            raise writes(changed[0])
+        return loss
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], float]:
         """Return a function that measures a copy of the state, in any thread, while training goes on.
 
-        Where the model computes elsewhere than in main memory, which holds the copies, it is measured at once.
+        It is measured at once where the model computes elsewhere than in main memory, which holds the copies, or where
+        its forward pass is not one to run beside another: it uses state of the process, or draws random numbers.
         """
-        if self._device.type != "cpu":
+        if self._at_once:
             loss = self.of_model()
             return lambda: loss
         if self._copy is None or any(self._copied[name] is not weight for name, weight in snapshot.weights.items()):
-            self._copied, self._copy = snapshot.weights, with_weights(self._model, snapshot.weights)
+            self._copied, self._copy = snapshot.weights, self._loss_of_twin(snapshot.weights)
         return partial(self._measure, self._copy)
 
-    def _measure(self, model: nn.Module) -> float:
-        with torch.no_grad(), deterministic(self._device):
-            loss = TargetLoss(model, self._device, self._dtype)(self._batch)
+    def _loss_of_twin(self, weights: Mapping[str, torch.Tensor]) -> TargetLoss:
+        return self._loss(let_write_nothing(with_weights(self._model, weights), self._writers))
+
+    def _loss(self, twin: nn.Module) -> TargetLoss:
+        return TargetLoss(twin, self._device, self._dtype)
+
+    def _measure(self, loss_of: TargetLoss) -> float:
+        draws = seeded(self._seed, self._device) if self._writers else contextlib.nullcontext()
+        with torch.no_grad(), deterministic(self._device), draws:
+            loss = loss_of(self._batch)
         mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
         if not math.isfinite(mean):
             raise TrainingError(
@@ -112,28 +134,9 @@ class Probe:
         return mean
 
 
-def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a model for inference that has these weights, by name of `model`'s parameters, and shares all others.
-
-    Modules are copied, not what they hold: a deep copy takes longer than a step of a small model.
-    """
-    own: dict[int, nn.Parameter] = {
-        id(parameter): nn.Parameter(weights[name], requires_grad=False)
-        for name, parameter in model.named_parameters()
-        if name in weights
-    }
-    made: dict[int, nn.Module] = {}
-
-    def twin(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
-        new = made[id(module)] = copy.copy(module)
-        weights, parts = vars(module)["_parameters"], vars(module)["_modules"]
-        vars(new)["_parameters"] = {name: own.get(id(weight), weight) for name, weight in weights.items()}
-        vars(new)["_modules"] = {name: None if part is None else twin(part) for name, part in parts.items()}
-        return new
-
-    return twin(model).eval()
+def _places(model: nn.Module) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+    """Return where each weight lies, and as what."""
+    return {name: (weight.data_ptr(), weight.shape, weight.dtype) for name, weight in model.named_parameters()}
 
 
 def measure(snapshot: Snapshot, probe_loss: float) -> Measurement:

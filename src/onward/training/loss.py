@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -9,10 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.attention import row_arguments, takes_rows
+from onward.training.attention import PADDING_FREE, row_arguments, takes_rows
+from onward.training.buffers import Buffers
 from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
+from onward.training.head import Head, find_head
 from onward.training.model import causal_lm, keeps_logits
+from onward.training.parts import RowLayout
+from onward.training.rope import angles_of
 
 
 class TargetLoss:
@@ -33,11 +39,31 @@ class TargetLoss:
         self._causal_lm: Any = causal_lm(model)
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
+        self._buffers = Buffers(model)
+        self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config))
+        """How the parts of a step must be cut for this model."""
+        known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
+        self._head = None if known else self._find_head()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the loss, with its graph where gradients are on."""
+        """Return the loss, with its graph where gradients are on.
+
+        All rows must have the same angles (`layout.angles`), as those of a part of a step have.
+        """
+        self.forget()
         with autocast(self.device, self.dtype):
             return self._flat(batch) if self._takes_rows else self._padded(batch)
+
+    def _find_head(self) -> Head | None:
+        try:
+            with autocast(self.device, self.dtype):
+                return find_head(self.model, self.device)
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Put back what forward passes left in the model's buffers."""
+        self._buffers.restore()
 
     def _flat(self, batch: Batch) -> torch.Tensor:
         flat = flatten(batch)
@@ -45,6 +71,10 @@ class TargetLoss:
         places = torch.from_numpy(flat.position_ids).to(self.device)
         before = torch.from_numpy(flat.before_targets).to(self.device)
         rows = row_arguments(flat.lengths, self.device)
+        if self._head is not None:
+            forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
+            hidden = self._head.hidden(forward)[0].index_select(0, before)
+            return self._head.loss(hidden, ids[before + 1], self.dtype)
         outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
         hidden = outputs.last_hidden_state[0]
         hidden, labels = hidden.index_select(0, before), ids[before + 1]
@@ -58,9 +88,18 @@ class TargetLoss:
         ids = torch.from_numpy(padded.input_ids).to(self.device)
         mask = torch.from_numpy(padded.attention_mask).to(self.device)
         wanted = torch.from_numpy(padded.targets[:, 1:])
+        forward = partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False)
+        if self._head is None:
+            return self._from_logits(forward, ids, wanted)
+        before = torch.nonzero(functional.pad(wanted, (0, 1)).reshape(-1)).squeeze(1).to(self.device)
+        hidden = self._head.hidden(forward)
+        return self._head.loss(hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1], self.dtype)
+
+    def _from_logits(self, forward: Callable[..., Any], ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a model that computes its logits itself."""
         columns = wanted.any(dim=0).nonzero().squeeze(1).to(self.device)
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **extra).logits
+        logits = forward(**extra).logits
         if not self._keeps_logits:
             logits = logits[:, columns]
         chosen = wanted.to(self.device)[:, columns]

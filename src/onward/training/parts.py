@@ -6,10 +6,27 @@ from dataclasses import dataclass
 
 from onward.config import MICRO_BATCH_TOKENS, Config
 from onward.data.loader import Batch
+from onward.training.rope import CONSTANT, Angles
 from onward.training.seeds import fold
 
 SEED_OF_RANK_0 = 0
 """Seeds once depended on the rank. Now each part has its own, so that bits do not depend on who computes it."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """How a model takes rows.
+
+    Args:
+        padded: shorter rows are filled up to the longest of their part; else rows are laid end to end.
+        angles: which rows have the same angles of RoPE, so that they may be computed together.
+    """
+
+    padded: bool = False
+    angles: Angles = CONSTANT
+
+
+END_TO_END = RowLayout()
 
 
 @dataclass(frozen=True)
@@ -20,8 +37,32 @@ class Part:
     seed: int
 
 
-def parts_of(batch: Batch, config: Config, step: int) -> list[Part]:
-    """Cut a batch into its parts, a function of the batch, the config and the steps taken before this one."""
+def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO_END) -> list[Part]:
+    """Cut a batch into its parts, a function of the batch, the config, how rows are laid and the steps taken before.
+
+    Rows of one part have the same angles. Where rows are padded they are taken by falling length, so that rows and
+    filling of a part together are at most `MICRO_BATCH_TOKENS` under `gradient_accumulation: auto`, or one row.
+    """
+    pieces = [piece for group in _by_angles(batch, layout.angles) for piece in _cut(group, batch, config, layout)]
+    return [Part(piece, fold(config.seed, "step", step, number, SEED_OF_RANK_0)) for number, piece in enumerate(pieces)]
+
+
+def _by_angles(batch: Batch, angles: Angles) -> list[Batch]:
+    """Return the rows of each regime of angles, in the order in which the regimes first occur."""
+    if angles.are_constant:
+        return [batch]
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, row in enumerate(batch.rows):
+        places.setdefault(angles.regime(len(row.ids)), []).append(place)
+    return [batch.take(own) for own in places.values()]
+
+
+def _cut(group: Batch, batch: Batch, config: Config, layout: RowLayout) -> list[Batch]:
+    if layout.padded:
+        group = group.longest_first()
     parts = config.gradient_accumulation
-    batches = batch.split_by_tokens(MICRO_BATCH_TOKENS) if parts == "auto" else batch.split(parts)
-    return [Part(part, fold(config.seed, "step", step, number, SEED_OF_RANK_0)) for number, part in enumerate(batches)]
+    if parts != "auto":
+        return group.split(-(-parts * len(group) // len(batch)))
+    return (
+        group.split_by_padded_size(MICRO_BATCH_TOKENS) if layout.padded else group.split_by_tokens(MICRO_BATCH_TOKENS)
+    )

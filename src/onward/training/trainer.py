@@ -86,11 +86,14 @@ class Trainer:
     def _gradients(self, batch: Batch) -> float:
         """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss."""
         total = torch.zeros((), device=self.world.device)
-        for part in parts_of(batch, self.config, self.state.step):
-            with deterministic(self.world.device), seeded(part.seed, self.world.device):
-                loss = self.loss(part.batch) / batch.target_tokens
-                loss.backward()
-            total += loss.detach()
+        try:
+            for part in parts_of(batch, self.config, self.state.step, self.loss.layout):
+                with deterministic(self.world.device), seeded(part.seed, self.world.device):
+                    loss = self.loss(part.batch) / batch.target_tokens
+                    loss.backward()
+                total += loss.detach()
+        finally:
+            self.loss.forget()
         return float(total)
 
     def _fill(self) -> None:

@@ -56,11 +56,12 @@ def of_step(model: nn.Module, batch: Batch, config: Config, device: torch.device
     """Return what a step of a run computes of rows, part by part, with the seeds of the first step."""
     loss_of = TargetLoss(model, device, dtype)
     total = 0.0
-    for part in parts_of(batch, config, 0):
+    for part in parts_of(batch, config, 0, loss_of.layout):
         with deterministic(device), seeded(part.seed, device):
             loss = loss_of(part.batch) / batch.target_tokens
             loss.backward()
         total += float(loss.detach())
+    loss_of.forget()
     return _take(model, total)
 
 

@@ -1,0 +1,199 @@
+"""The head of a model, apart from what is below it, so that only targets get logits, and never all of them at once.
+
+What a model does to the output of its head before it returns it (scaling, a cap, a cast) is found by giving it values
+of our own in place of that output and looking at what comes back; constants are taken from its config. What cannot be
+explained to the last bit is not done apart: such a model computes all of its logits itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from onward.training import cross_entropy
+
+Form = Literal["times", "over", "cap"]
+RANGE = 60.0
+"""Logits between minus and plus this are what a tail is tried on."""
+IDS = (1, 2, 1)
+"""Tokens of the forward pass in which it is tried."""
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a model does to each logit of its head: nothing, or one of the forms with a constant.
+
+    Args:
+        form: `times` and `over` scale; `cap` is `constant * tanh(logit / constant)`.
+        in_float: the logit is float32 before that, whatever the head's type.
+    """
+
+    form: Form = "times"
+    constant: float = 1.0
+    in_float: bool = False
+
+    @property
+    def scale(self) -> float | None:
+        """The factor of a tail that only scales, else None."""
+        return {"times": self.constant, "over": 1.0 / self.constant, "cap": None}[self.form]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the model's logits of those of its head, any shape."""
+        if self.in_float:
+            logits = logits.float()
+        if self.form == "times":
+            return logits * self.constant if self.constant != 1.0 else logits
+        if self.form == "over":
+            return logits / self.constant
+        return torch.tanh(logits / self.constant) * self.constant
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that can be computed apart.
+
+    Args:
+        module: takes hidden states of shape (..., width), returns logits of shape (..., vocabulary).
+        tail: what the model does to them.
+    """
+
+    module: nn.Module
+    tail: Tail
+
+    def hidden(self, forward: Callable[[], object]) -> torch.Tensor:
+        """Return what a forward pass of the model gives its head, shape (B, T, width); one place of it gets logits."""
+        taken: list[torch.Tensor] = []
+
+        def take(_module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            taken.append(given[0])
+            return (given[0][:, :1],)
+
+        with _hook(self.module.register_forward_pre_hook(take)):
+            forward()
+        return taken[-1]
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the summed cross-entropy (nats, float32 scalar) of hidden states of shape (tokens, width)."""
+        scale = self.tail.scale
+        if scale is not None and type(self.module) is nn.Linear and cast(Any, self.module).bias is None:
+            scaled = hidden if scale == 1.0 else hidden * scale
+            return cross_entropy.linear_cross_entropy(scaled, self.module.weight, labels, dtype)
+        if not torch.is_grad_enabled():
+            return sum(
+                (self.plain(part, wanted) for part, wanted in self.chunks(hidden, labels)),
+                start=torch.zeros((), device=hidden.device),
+            )
+        trained = [weight for weight in self.module.parameters() if weight.requires_grad]
+        return cast(Any, _InChunks).apply(hidden, labels, self, *trained)
+
+    def plain(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss with all logits at once."""
+        return functional.cross_entropy(self.tail(self.module(hidden)).float(), labels, reduction="sum")
+
+    def chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield hidden states and labels of as many tokens as have `LOGITS_BYTES` of logits."""
+        vocabulary = max(len(weight) for weight in self.module.parameters())
+        size = max(1, cross_entropy.LOGITS_BYTES // (4 * vocabulary))
+        return zip(hidden.split(size), labels.split(size), strict=True)
+
+
+class _InChunks(torch.autograd.Function):
+    """The loss of some tokens at a time, whose gradient is made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, *trained: torch.Tensor
+    ) -> torch.Tensor:
+        total = torch.zeros((), device=hidden.device)
+        hidden_grads: list[torch.Tensor] = []
+        sums = [torch.zeros_like(weight) for weight in trained]
+        for part, wanted in head.chunks(hidden.detach(), labels):
+            own = part.requires_grad_()
+            with torch.enable_grad():
+                loss = head.plain(own, wanted)
+            own_grad, *grads = cast(Any, torch.autograd.grad(loss, [own, *trained], allow_unused=True))
+            total += loss.detach()
+            hidden_grads.append(own_grad)
+            for held, grad in zip(sums, grads, strict=True):
+                if grad is not None:
+                    held += grad
+        ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden), *sums)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_grad, *grads = (grad * grad_outputs[0] for grad in ctx.saved_tensors)
+        return (hidden_grad, None, None, *grads)
+
+
+def find_head(model: nn.Module, device: torch.device) -> Head | None:
+    """Return the head of a model whose logits it explains to the last bit, or None.
+
+    One forward pass over a few tokens, without gradients; random generators are left as they were. What it leaves in
+    buffers is the caller's to put back.
+
+    Args:
+        model: a causal language model, with or without an adapter around it.
+    """
+    causal_lm: Any = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    module = causal_lm.get_output_embeddings()
+    if not isinstance(module, nn.Module):
+        return None
+    given: list[torch.Tensor] = []
+    fits: list[bool] = []
+
+    def replace(_module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        fits.append(len(inputs) == 1 and inputs[0].shape[:2] == output.shape[:2] == (1, len(IDS)))
+        values = torch.linspace(-RANGE, RANGE, output.numel(), device=output.device)
+        given.append(values.view_as(output).to(output.dtype))
+        return given[-1]
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _hook(module.register_forward_hook(replace)):
+        ids = torch.tensor([IDS], device=device) % cast(Any, model).get_input_embeddings().weight.shape[0]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    if fits != [True] or given[0].shape != logits.shape:
+        return None
+    tail = _explain(given[0], logits, _numbers(causal_lm.config.to_dict()))
+    return None if tail is None else Head(module, tail)
+
+
+def _explain(given: torch.Tensor, logits: torch.Tensor, constants: Iterator[float]) -> Tail | None:
+    tails = [Tail(), Tail(in_float=True)]
+    for constant in sorted(set(constants) - {0.0, 1.0}):
+        for form in ("times", "over", "cap"):
+            tails += [Tail(form, constant), Tail(form, constant, in_float=True)]
+    few = slice(None, None, max(1, given.numel() // 1024))
+    given, wanted = given.reshape(-1), logits.float().reshape(-1)
+    for tail in tails:
+        if torch.equal(tail(given[few]).float(), wanted[few]) and torch.equal(tail(given).float(), wanted):
+            return tail
+    return None
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """Yield every number in a config, however deep."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield float(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for each in cast(Any, inner):
+        yield from _numbers(each)
+
+
+@contextlib.contextmanager
+def _hook(handle: Any) -> Generator[None]:
+    """Remove a hook after the body."""
+    try:
+        yield
+    finally:
+        handle.remove()

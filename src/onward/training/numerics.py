@@ -1,0 +1,38 @@
+"""Which way of computing a step holds for a model: a number in the environment of every state.
+
+A step that computes other last bits than an earlier release gets a new number, for those models alone. States of
+another number are compared as those of another machine are: weights and moments must be equal, the probe's loss close.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from onward.config import Config
+from onward.training.attention import PADDING_FREE
+from onward.training.environment import NUMERICS
+from onward.training.quiet import quiet
+from onward.training.rope import angles_of
+
+PROVEN_APART = 4
+"""Padded rows in parts of like length with a head apart; RoPE by length; a probe that leaves packed weights alone."""
+
+
+def numerics_of(base: Path, config: Config, device: torch.device, *, end_to_end: bool | None = None) -> int:
+    """Return the number for a base model, from its config: `NUMERICS` where nothing changed since, else a later one.
+
+    Args:
+        base: folder of the base model.
+        end_to_end: whether its rows are laid end to end; None where its type alone says it.
+    """
+    try:
+        with quiet():
+            model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except Exception:  # whoever loads the model says what is wrong with it
+        return NUMERICS
+    as_before = model.model_type in PADDING_FREE and end_to_end is not False and angles_of(model).are_constant
+    packs = config.method == "qlora" and device.type == "cpu"
+    return NUMERICS if as_before and not packs else PROVEN_APART

@@ -1,0 +1,74 @@
+"""At which lengths of a row a model turns its positions by other angles.
+
+Most kinds of RoPE turn a position by the same angle in every row. Two look at the longest position of the forward pass:
+`longrope` takes other factors beyond the original length, and `dynamic` (NTK) another base for every length beyond the
+model's own. Rows whose angles differ may not be in one forward pass: they would all get those of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Which rows are turned by the same angles.
+
+    Args:
+        bounds: lengths beyond each of which a row has other angles.
+        own_beyond: length beyond which every length has angles of its own; None where there is none.
+    """
+
+    bounds: tuple[int, ...] = ()
+    own_beyond: int | None = None
+
+    @property
+    def are_constant(self) -> bool:
+        """Whether every row has the same angles."""
+        return not self.bounds and self.own_beyond is None
+
+    def regime(self, length: int) -> tuple[int, int]:
+        """Return what is equal for two rows if and only if they have the same angles."""
+        own = length if self.own_beyond is not None and length > self.own_beyond else 0
+        return sum(length > bound for bound in self.bounds), own
+
+
+CONSTANT = Angles()
+"""The same angles for rows of every length."""
+
+
+def angles_of(config: Any) -> Angles:
+    """Return the angles of a model, from its config (`transformers.PreTrainedConfig`).
+
+    A config may have parameters for each kind of its layers, and one for the text inside it.
+    """
+    text = config.get_text_config(decoder=True)
+    own = int(getattr(text, "max_position_embeddings", None) or 0)
+    bounds: set[int] = set()
+    dynamic = False
+    for parameters in _parameters(getattr(text, "rope_parameters", None)):
+        kind = str(parameters.get("rope_type", parameters.get("type")))
+        if "dynamic" in kind:
+            dynamic = True
+        elif kind == "longrope" or "long_mscale" in parameters:  # PhiMoE scales any kind by one of two values
+            bounds.add(int(parameters.get("original_max_position_embeddings") or own))
+    return Angles(tuple(sorted(bounds)), own if dynamic else None)
+
+
+def rope_kinds(config: Any) -> tuple[str, ...]:
+    """Return the kinds of RoPE that a model has, each once, in order; empty where its config names none."""
+    found = _parameters(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
+    return tuple(sorted({str(each.get("rope_type", each.get("type", "default"))) for each in found}))
+
+
+def _parameters(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield each set of RoPE parameters: the value itself, or those of each kind of layer inside it."""
+    if not isinstance(value, Mapping):
+        return
+    held = cast(Mapping[str, Any], value)
+    if "rope_type" in held or "type" in held:
+        yield held
+    for inner in held.values():
+        yield from _parameters(inner)

@@ -1,0 +1,156 @@
+"""A second model for inference over the weights of one that is trained, which changes nothing of it.
+
+Evaluation is not always reading. RWKV divides weights in place, bitsandbytes packs 4-bit weights on a CPU: training
+would go on with what was written. Which modules do so is found by watching every write of a forward pass before it
+happens; they are left in training mode, where they do not write.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onward.errors import ModelError
+from onward.training.buffers import own_buffers
+
+HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+"""Ends of the names under which PyTorch's modules keep their hooks: one put on the twin is not the model's."""
+ROUNDS = 8
+"""Types of modules that may be found to write, one in each round."""
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a model for inference that has these weights, by name of `model`'s parameters, and shares all others.
+
+    Its buffers are its own. Modules are copied, not what they hold: a deep copy takes longer than a step of a small
+    model.
+    """
+    own: dict[int, nn.Parameter] = {
+        id(parameter): nn.Parameter(weights[name], requires_grad=False)
+        for name, parameter in model.named_parameters()
+        if name in weights
+    }
+    made: dict[int, nn.Module] = {}
+
+    def twin(module: nn.Module) -> nn.Module:
+        if id(module) in made:
+            return made[id(module)]
+        new = made[id(module)] = copy.copy(module)
+        held, parts = vars(module)["_parameters"], vars(module)["_modules"]
+        vars(new).update((name, copy.copy(hooks)) for name, hooks in vars(module).items() if name.endswith(HOOKS))
+        vars(new)["_parameters"] = {name: own.get(id(weight), weight) for name, weight in held.items()}
+        vars(new)["_buffers"] = own_buffers(vars(module)["_buffers"])
+        vars(new)["_modules"] = {name: None if part is None else twin(part) for name, part in parts.items()}
+        return new
+
+    return twin(model).eval()
+
+
+def writers_in_evaluation(model: nn.Module, forward: Callable[[nn.Module], object]) -> frozenset[type[nn.Module]]:
+    """Return the types of modules that would write to the model's weights in evaluation mode; nothing is written.
+
+    Args:
+        forward: a forward pass of the twin that it is given.
+
+    Raises:
+        ModelError: weights are written to, and not by a module of the model or in training mode too.
+    """
+    packing = {type(module) for module in model.modules() if _packs(module)}
+    found: frozenset[type[nn.Module]] = frozenset(packing)
+    names = {_place(parameter): name for name, parameter in model.named_parameters()}
+    for _ in range(ROUNDS):
+        twin = let_write_nothing(with_weights(model, {}), found)
+        try:
+            with torch.no_grad(), _Guard(names):
+                forward(twin)
+        except _Write as write:
+            writer = _innermost(twin, write.__traceback__)
+            if writer is None or type(writer) in found:
+                raise writes(write.name) from None
+            found |= {type(writer)}
+        else:
+            break
+    return found
+
+
+def let_write_nothing(twin: nn.Module, writers: frozenset[type[nn.Module]]) -> nn.Module:
+    """Leave the modules of these types in training mode; what is inside them stays in evaluation."""
+    for module in twin.modules():
+        if type(module) in writers:
+            module.training = True
+    return twin
+
+
+def keeps_process_state(model: nn.Module) -> bool:
+    """Whether a forward pass uses state of the whole process, so that two may not run at once.
+
+    PyTorch's cache of parametrized weights is such a state, and PEFT's adapters of parameters use it.
+    """
+    return any(isinstance(module, ParamWrapper) or parametrize.is_parametrized(module) for module in model.modules())
+
+
+def writes(name: str) -> ModelError:
+    """Return the refusal of a model that writes to a weight when it is looked at."""
+    return ModelError(
+        f"a forward pass in evaluation changes the weight {name}",
+        where="the model",
+        hint="What is trained would depend on when it was looked at, so nothing was trained. Use another model.",
+    )
+
+
+class _Write(Exception):
+    """A weight was about to be written to."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class _Guard(TorchDispatchMode):
+    """Stops a forward pass before it writes to memory that a weight lies in."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func.overloadpacket is torch.ops.aten.set_ and _place(args[0]) == _place(args[-1]):
+            return func(*args, **given)  # parametrizing a weight sets it to itself
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else given.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(tensor, torch.Tensor) and _place(tensor) in self._names:
+                        raise _Write(self._names[_place(tensor)])
+        return func(*args, **given)
+
+
+def _place(held: object) -> int:
+    """Return where the memory of a tensor begins, of whatever views of it there are; it has none on the meta device."""
+    return (held.untyped_storage().data_ptr() or id(held)) if isinstance(held, torch.Tensor) else 0
+
+
+def _innermost(twin: nn.Module, trace: TracebackType | None) -> nn.Module | None:
+    """Return the module in whose code an error was raised."""
+    parts, found = set(twin.modules()), None
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in parts:
+            found = owner
+        trace = trace.tb_next
+    return found
+
+
+def _packs(module: nn.Module) -> bool:
+    """Whether a module holds a quantized weight on a CPU, which bitsandbytes packs when it is evaluated."""
+    weight = vars(module)["_parameters"].get("weight")
+    return weight is not None and weight.device.type == "cpu" and hasattr(weight, "quant_state")
