@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,15 @@ from onward.config import Config
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, reach
-from onward.training.admission.causality import looks_ahead
+from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks, head_only_multiplies
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint, evaluation_hint, repeat_hint
+from onward.training.admission.roundtrip import not_loaded_back
+from onward.training.admission.shorten import shorten
 from onward.training.attention import PADDING_FREE
 from onward.training.environment import describe_environment
 from onward.training.handover import Probe
@@ -52,9 +55,12 @@ class _Proof:
 
 @dataclass
 class _Found:
-    """What was found of a step."""
+    """What was found of a model, as far as the proof came."""
 
+    trained: int = 0
+    reach: float = 0.0
     left_out: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
     end_to_end: bool = False
     why_padded: str = ""
     difference: float = 0.0
@@ -85,25 +91,23 @@ def admit(
     proof = _Proof(config, base, device, dtype, strict)
     model = build_plain(config, base, device, dtype, checkpoint=checkpoint, strict=strict)
     begun = time.perf_counter()
+    found = _Found()
     try:
-        found = _prove(proof, model)
+        _prove(proof, model, found)
     except (OnwardError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in ways that nobody foresaw
         proof.refuse(f"the model fails on small rows: {type(error).__name__}: {first_line(error)}", NO_REMEDY)
-        found = _Found()
     if not strict:
         found.left_out, found.end_to_end = (), causal_lm(model).config.model_type in PADDING_FREE
     return Findings(
         rows="end to end" if found.end_to_end else "padded",
         why_padded=found.why_padded,
         difference=found.difference,
-        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        reach=round(reach.share_reached(model, causal_lm(model)), 4),
+        trained=found.trained,
+        reach=found.reach,
         left_out=found.left_out,
-        unreached=()
-        if config.method == "full"
-        else reach.large_without_adapter(model, causal_lm(model), found.left_out),
+        unreached=found.unreached,
         settings=settings or {},
         warnings=tuple(proof.warnings),
         environment=describe_environment(device, dtype),
@@ -111,32 +115,46 @@ def admit(
     )
 
 
-def _prove(proof: _Proof, model: nn.Module) -> _Found:
+def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
+    """Prove all there is, the whole model first, then with as many of its layers as it takes."""
     vocabulary = int(cast(Any, causal_lm(model).get_input_embeddings()).weight.shape[0])
+    _shift_adapter(model, proof.device)
+    _examine_whole(proof, model, vocabulary, found)
+    few = rows([SHORT], vocabulary)
+    shorten(model, lambda: gradients.row_by_row(model, few, proof.device, proof.dtype))
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
-    _shift_adapter(model, proof.device)
-    found = _compare(proof, model, vocabulary)
+    _compare(proof, model, vocabulary, found)
     _require_repeatable(proof, model, vocabulary)
     _require_untouched(proof, model)
-    return found
+
+
+def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
+    """Find which weights a gradient reaches, and leave the others out; what fails here fails by itself."""
+    try:
+        with still(model):
+            reached = gradients.row_by_row(model, rows([SHORT], vocabulary), proof.device, proof.dtype).of.keys()
+    except Exception as error:
+        hint = adapter_hint(proof.config, proof.base, proof.device, proof.dtype)
+        raise ModelError(
+            f"the model computes no loss of a row of text: {first_line(error)}", where=proof.base, hint=hint
+        ) from None
+    found.left_out = _leave_out(proof, model, reached)
+    found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    found.reach = round(reach.share_reached(model, causal_lm(model)), 4)
+    if proof.config.method != "full":
+        found.unreached = reach.large_without_adapter(model, causal_lm(model), found.left_out)
 
 
 def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     model.eval()
-    try:
-        ahead = looks_ahead(model, vocabulary, proof.device, proof.dtype)
-    except OnwardError:
-        raise
-    except Exception as error:
-        hint = adapter_hint(proof.config, proof.base, proof.device, proof.dtype)
-        proof.refuse(f"the model computes no logits of a row of text: {first_line(error)}", hint)
-    else:
-        if ahead:
-            what = "the model looks ahead: another token at the end of a row changes logits before it"
-            proof.refuse(what, causal_hint(proof.base, proof.device, proof.dtype))
+    with as_float32(model):
+        ahead = looks_ahead(model, vocabulary, proof.device)
     model.train()
+    if ahead:
+        what = "the model looks ahead: another token at the end of a row changes logits before it"
+        proof.refuse(what, causal_hint(proof.base, proof.device))
 
 
 def _require_positions(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
@@ -157,12 +175,11 @@ def _shift_adapter(model: nn.Module, device: torch.device) -> None:
                 parameter.normal_(std=0.02)
 
 
-def _compare(proof: _Proof, model: nn.Module, vocabulary: int) -> _Found:
-    """Hold gradients of a step against those of its rows by themselves; weights without any are left out."""
+def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
+    """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
         expected = gradients.row_by_row(model, batch, proof.device, proof.dtype)
-        left_out = _leave_out(proof, model, expected)
         plain = cast(Any, causal_lm(model).config)._attn_implementation
         largest, why = _try_end_to_end(proof, model, batch, expected)
         if why:
@@ -171,17 +188,17 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int) -> _Found:
             if not largest <= gradients.TOLERANCE[proof.dtype]:
                 what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
                 proof.refuse(what, NO_REMEDY)
-    return _Found(left_out, not why, why, largest)
+    found.end_to_end, found.why_padded, found.difference = not why, why, largest
 
 
-def _leave_out(proof: _Proof, model: nn.Module, found: gradients.Gradients) -> tuple[str, ...]:
+def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:
     """Freeze weights that no gradient reaches; returns what is to be left out by a run, by the names it is left out by.
 
     Raises:
         ModelError: no gradient reaches any.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    dead = reach.without_gradient(trained, found.of.keys())
+    dead = tuple(dict.fromkeys([*reach.without_gradient(trained, reached), *not_loaded_back(model)]))
     for name in dead:
         trained[name].requires_grad_(False)
     if len(dead) == len(trained):

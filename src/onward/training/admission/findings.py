@@ -25,7 +25,8 @@ class Findings:
         difference: the largest relative difference of a gradient from that of plain transformers, row by row.
         trained: trained weights, in numbers.
         reach: share of the weights outside embeddings and head that is trained or has an adapter.
-        left_out: what no gradient reaches: modules for an adapter, weights where all are trained.
+        left_out: what no gradient reaches or PEFT does not load back: modules for an adapter, weights where all are
+            trained.
         unreached: large matrices (experts) that have no adapter, by the end of their names.
         settings: config keys that were given another value than their default, since the default does not work.
         warnings: what would refuse a new run, in a run that has trained already.
@@ -75,9 +76,11 @@ class Findings:
             f"{key} is {value} in this run: its default does not work here" for key, value in self.settings.items()
         ]
         if self.left_out:
-            lines.append(f"left out, since no gradient reaches them: {named(self.left_out)}")
+            lines.append(
+                f"left out (no gradient reaches them, or PEFT does not load them back): {named(self.left_out)}"
+            )
         if self.unreached:
-            lines.append(f"without an adapter: {named(self.unreached)} (no Linear layers, which all-linear takes)")
+            lines.append(f"without an adapter: {named(self.unreached)}")
         return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
 
 

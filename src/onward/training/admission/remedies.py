@@ -50,7 +50,7 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
     raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"This fits: {words}")
 
 
-def causal_hint(base: Path, device: torch.device, dtype: torch.dtype) -> str:
+def causal_hint(base: Path, device: torch.device) -> str:
     """Return how a model that looks ahead becomes one that does not, if its own config has a key for that."""
     try:
         with quiet():
@@ -59,7 +59,7 @@ def causal_hint(base: Path, device: torch.device, dtype: torch.dtype) -> str:
             )
         model: PreTrainedModel = loaded.to(device).eval()
         vocabulary = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-        works = not looks_ahead(model, vocabulary, device, dtype)
+        works = not looks_ahead(model, vocabulary, device)
     except Exception:
         works = False
     if not works:
@@ -83,7 +83,7 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
     try:
         model = build_plain(tried, base, device, dtype).eval()
-        looks_ahead(model, int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0]), device, dtype)
+        looks_ahead(model, int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0]), device)
     except Exception:  # then the adapter is not what it fails by
         return NO_REMEDY
     return f"With these targets it computes: --set 'lora.targets=[{', '.join(targets)}]'"

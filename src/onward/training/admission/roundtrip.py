@@ -1,0 +1,29 @@
+"""Whether PEFT gives an adapter's weights back as they were saved: some names it changes on the way, without a word."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from onward.training.quiet import quiet
+
+
+def not_loaded_back(model: nn.Module) -> tuple[str, ...]:
+    """Return the trained weights of an adapter that loading would leave as they are; the model is as it was after.
+
+    Transformers renames weights of some families when it loads them, and PEFT renames an adapter's with them.
+    """
+    if not isinstance(model, PeftModel):
+        return ()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    saved = {name: weight + 1.0 for name, weight in before.items()}
+    with torch.no_grad(), quiet():
+        set_peft_model_state_dict(
+            model, get_peft_model_state_dict(model, state_dict=saved, save_embedding_layers=False)
+        )
+        lost = tuple(name for name, weight in trained.items() if not torch.equal(weight, saved[name]))
+        for name, weight in trained.items():
+            weight.copy_(before[name])
+    return lost
