@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from onward import Run
 from onward.config import Config
 from onward.data.loader import Batch
-from onward.training.attention import ROW_ATTENTION, is_padding_free
+from onward.training.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.buffers import Buffers
 from onward.training.loss import TargetLoss
 from onward.training.parts import Part, RowLayout, parts_of
@@ -71,7 +71,7 @@ def make_model(family: str, kind: str) -> nn.Module:
         bos_token_id=1, eos_token_id=2, rope_parameters=rope, original_max_position_embeddings=ORIGINAL, **settings,
     )  # fmt: skip
     torch.manual_seed(0)
-    attention = ROW_ATTENTION if is_padding_free(family) else "sdpa"
+    attention = ROW_ATTENTION if family in PADDING_FREE else "sdpa"
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 

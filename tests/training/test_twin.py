@@ -14,6 +14,7 @@ from transformers.models.rwkv.modeling_rwkv import RwkvModel
 
 from onward.config import Config
 from onward.errors import ModelError
+from onward.training.boundary import Boundary, run_hooks
 from onward.training.buffers import Buffers
 from onward.training.handover import Probe
 from onward.training.loss import TargetLoss
@@ -145,3 +146,19 @@ def test_state_of_the_process_is_known() -> None:
     """Adapters of parameters use a cache of the whole process; those of layers do not."""
     assert keeps_process_state(make_model("parameters"))
     assert not keeps_process_state(make_model("rwkv with an adapter"))
+
+
+def test_hooks_leave_nothing_in_buffers() -> None:
+    """What a hook's forward passes at a boundary leave in buffers is put back."""
+    model: Any = make_model("longrope")
+    buffers = Buffers(model)
+    boundary = Boundary(0, "a.jsonl", model, None, None, Config())  # type: ignore[arg-type]
+
+    def hook(_boundary: Boundary) -> dict[str, Any]:
+        model(input_ids=torch.arange(20)[None])
+        return {"changed": buffers.changed()}
+
+    assert {"changed": ["LlamaRotaryEmbedding.inv_freq", "LlamaRotaryEmbedding.long_inv_freq"]} == run_hooks(
+        [hook], boundary, CPU
+    )
+    assert [] == buffers.changed()

@@ -81,7 +81,7 @@ class Probe:
         self._batch = probe_batch(seed, vocabulary)
         self._model = model
         self._seed, self._device, self._dtype = fold(seed, "probe"), device, dtype
-        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(self._batch))
+        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
         self._at_once = device.type != "cpu" or bool(self._writers) or keeps_process_state(model)
         self._twin = self._loss_of_twin({})
         self._copied: Mapping[str, torch.Tensor] = {}
@@ -132,6 +132,12 @@ class Probe:
                 hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
             )
         return mean
+
+
+def _shortened(batch: Batch) -> Batch:
+    """Return what is enough of a batch to see what a forward pass does."""
+    row = batch.rows[0]
+    return Batch([Row(row.ids[:2], row.targets[:2])], batch.references[:1], batch.lines[:1])
 
 
 def _places(model: nn.Module) -> dict[str, tuple[int, torch.Size, torch.dtype]]:

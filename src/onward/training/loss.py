@@ -40,7 +40,7 @@ class TargetLoss:
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
         self._buffers = Buffers(model)
-        self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config))
+        self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config, self._causal_lm))
         """How the parts of a step must be cut for this model."""
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
         self._head = None if known else self._find_head()

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Angles:
@@ -39,10 +41,13 @@ CONSTANT = Angles()
 """The same angles for rows of every length."""
 
 
-def angles_of(config: Any) -> Angles:
+def angles_of(config: Any, model: nn.Module | None = None) -> Angles:
     """Return the angles of a model, from its config (`transformers.PreTrainedConfig`).
 
     A config may have parameters for each kind of its layers, and one for the text inside it.
+
+    Args:
+        model: the model itself, whose modules know the length that `dynamic` begins at; without it the config says it.
     """
     text = config.get_text_config(decoder=True)
     own = int(getattr(text, "max_position_embeddings", None) or 0)
@@ -54,7 +59,14 @@ def angles_of(config: Any) -> Angles:
             dynamic = True
         elif kind == "longrope" or "long_mscale" in parameters:  # PhiMoE scales any kind by one of two values
             bounds.add(int(parameters.get("original_max_position_embeddings") or own))
-    return Angles(tuple(sorted(bounds)), own if dynamic else None)
+    return Angles(tuple(sorted(bounds)), min(_beginnings(model), default=own) if dynamic else None)
+
+
+def _beginnings(model: nn.Module | None) -> Iterator[int]:
+    """Yield the length beyond which each `dynamic` module of a model has other angles."""
+    for module in model.modules() if model is not None else ():
+        if "dynamic" in str(vars(module).get("rope_type")) and "original_max_seq_len" in vars(module):
+            yield int(vars(module)["original_max_seq_len"])
 
 
 def rope_kinds(config: Any) -> tuple[str, ...]:

@@ -21,8 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from onward.errors import ModelError
 from onward.training.buffers import own_buffers
 
-HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
-"""Ends of the names under which PyTorch's modules keep their hooks: one put on the twin is not the model's."""
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""Where PyTorch's modules keep their hooks: one put on the twin is not the model's."""
 ROUNDS = 8
 """Types of modules that may be found to write, one in each round."""
 
@@ -45,7 +48,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
             return made[id(module)]
         new = made[id(module)] = copy.copy(module)
         held, parts = vars(module)["_parameters"], vars(module)["_modules"]
-        vars(new).update((name, copy.copy(hooks)) for name, hooks in vars(module).items() if name.endswith(HOOKS))
+        vars(new).update((name, vars(module)[name].copy()) for name in HOOKS)
         vars(new)["_parameters"] = {name: own.get(id(weight), weight) for name, weight in held.items()}
         vars(new)["_buffers"] = own_buffers(vars(module)["_buffers"])
         vars(new)["_modules"] = {name: None if part is None else twin(part) for name, part in parts.items()}
