@@ -1,7 +1,7 @@
 """Every causal family of the installed transformers, small and random, through `init` and two files: a table.
 
     make families                             all of them (about half an hour on one core), into docs/families.md
-    python tests/families.py llama mamba      some of them, onto the terminal
+    python tests/families.py llama mamba      some of them, onto the terminal; --write: into the page too
 
 Each family is a process of its own, with a limit of time. A family either trains with the default settings, its state
 proven by `verify --deep`, or is refused by `init` in a line that names what to set; that setting is tried too.
@@ -60,9 +60,13 @@ def try_family(family: str, method: str, folder: Path, **settings: Any) -> Resul
     """
     import small
     import tiny
+    import torch
 
     try:
-        small.small_model(family).save_pretrained(folder / "model")
+        model = small.small_model(family)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.arange(20)[None], use_cache=False)
+        model.save_pretrained(folder / "model")
     except Exception as error:
         return Result("not made", _short(error))
     tiny.byte_tokenizer().save_pretrained(folder / "model")
@@ -159,7 +163,14 @@ def _cell(result: Result, *, adapter: bool) -> str:
     return "; ".join([*parts, *([f"set: {result.settings}"] if result.settings else [])])
 
 
-def page(rows: list[str], counts: dict[str, int]) -> str:
+def _written() -> dict[str, str]:
+    """Return the rows of the page as it stands, by family."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| family ")]
+    return {line.split(" | ")[0].removeprefix("| "): line for line in rows}
+
+
+def page(rows: list[str]) -> str:
     """Return the page of the documentation."""
     import peft
     import torch
@@ -167,15 +178,19 @@ def page(rows: list[str], counts: dict[str, int]) -> str:
 
     head = (HERE / "families_page.md").read_text(encoding="utf-8")
     versions = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__}"
-    summary = ", ".join(f"{count} {name}" for name, count in counts.items())
+    lora = [line.split(" | ")[1] for line in rows]
+    words = {"train": "trains", "are refused": "**refused**", "could not be made": "**not made**", "FAIL": "**FAILED**"}
+    counts = {name: sum(cell.startswith(start) for cell in lora) for name, start in words.items()}
+    summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     table = "\n".join(["| family | LoRA, default settings | all weights (`method: full`) |", "|---|---|---|", *rows])
-    return f"{head.format(versions=versions, summary=summary)}\n{table}\n"
+    return f"{head.format(versions=versions, summary=summary, families=len(rows))}\n{table}\n"
 
 
 def main() -> None:
     """Run the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="names; all if none is given, and then the page is written")
+    parser.add_argument("--write", action="store_true", help="put the rows of the named families into the page")
     parser.add_argument("--jobs", type=int, default=1, help="families tried at once")
     arguments = parser.parse_args()
     sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
@@ -186,15 +201,15 @@ def main() -> None:
     import onward.service.owner.daemon  # noqa: F401  # forked processes have it already
 
     torch.set_num_threads(1)
-    rows: list[str] = []
+    rows = _written() if arguments.write and arguments.families else {}
     counts: dict[str, int] = {}
     begun = time.perf_counter()
     for family, results in sweep(arguments.families or small.causal_families(), arguments.jobs):
-        rows.append(row(family, results))
+        rows[family] = row(family, results)
         counts[results["lora"].outcome] = counts.get(results["lora"].outcome, 0) + 1
-        print(rows[-1], flush=True)
-    if not arguments.families:
-        PAGE.write_text(page(rows, counts), encoding="utf-8")
+        print(rows[family], flush=True)
+    if arguments.write or not arguments.families:
+        PAGE.write_text(page([rows[name] for name in sorted(rows)]), encoding="utf-8")
     print(f"{counts} in {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     sys.exit(1 if counts.get("FAILED") else 0)
 

@@ -129,6 +129,11 @@ def _compute(layers: Sequence[FusedLoraLinear], x: torch.Tensor) -> tuple[torch.
     return cast(Any, _Lora).apply(x, layers[0].dropout, scalings, *(m for layer in layers for m in layer.matrices))
 
 
+def _reshaped(out: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Return a tensor in another shape that is no view: models may write into what a layer returns."""
+    return torch.ops.aten._unsafe_view.default(out, shape)
+
+
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -145,7 +150,8 @@ class _Lora(torch.autograd.Function):
             out = times(flat, weight)
             if bias is not None:
                 out += bias
-            outs.append(out.addmm_(part, up.T, alpha=scaling).view(*x.shape[:-1], -1))
+            out.addmm_(part, up.T, alpha=scaling)
+            outs.append(_reshaped(out, [*x.shape[:-1], out.shape[-1]]))
         ctx.save_for_backward(seen, mask, inner, down, *weights, *ups)
         ctx.scalings, ctx.kept, ctx.ranks = scalings, 1.0 - dropout, ranks
         return tuple(outs)

@@ -156,6 +156,12 @@ def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: An
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
             raise Unreadable.of(error, folder) from None
+        if "Unrecognized configuration class" in str(error):
+            raise ModelError(
+                "transformers has no causal language model of this kind",
+                where=folder,
+                hint="It is a part of a larger model, or no model of text. Name another: --model NAME_OR_PATH",
+            ) from None
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
         ) from None
