@@ -51,7 +51,7 @@ recipe: $(READY) ## the usual recipe and Onward on the same three files
 docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
 
-families: $(READY) ## every causal family of transformers, small, through init and two files, into docs/families.md (half an hour)
+families: $(READY) ## every causal family of transformers, small, into docs/families.md (half an hour)
 	$(BIN)/python tests/families.py --jobs 2
 
 clean: ## remove the virtual environment and what tools left

@@ -163,7 +163,7 @@ def _cell(result: Result, *, adapter: bool) -> str:
     return "; ".join([*parts, *([f"set: {result.settings}"] if result.settings else [])])
 
 
-def _written() -> dict[str, str]:
+def written() -> dict[str, str]:
     """Return the rows of the page as it stands, by family."""
     lines = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.exists() else []
     rows = [line for line in lines if line.startswith("| ") and not line.startswith("| family ")]
@@ -201,7 +201,7 @@ def main() -> None:
     import onward.service.owner.daemon  # noqa: F401  # forked processes have it already
 
     torch.set_num_threads(1)
-    rows = _written() if arguments.write and arguments.families else {}
+    rows = written() if arguments.write and arguments.families else {}
     counts: dict[str, int] = {}
     begun = time.perf_counter()
     for family, results in sweep(arguments.families or small.causal_families(), arguments.jobs):

@@ -123,6 +123,12 @@ class Run:
             self._settings = Settings(self.layout.config)
         return self._settings.read()
 
+    @property
+    def admission(self) -> dict[str, Any] | None:
+        """What was proven of the model (keys as in `onward init --json`); None until its admission."""
+        with Ledger(self.layout.ledger, read_only=True) as ledger:
+            return ledger.get("admission")
+
     def add(self, *paths: PathLike, priority: str = "normal", again: bool = False) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
 

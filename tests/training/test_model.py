@@ -58,13 +58,12 @@ def test_targets_that_do_not_exist_are_named(model: Path) -> None:
 def test_qlora_trains_where_bitsandbytes_is_there(tmp_path: Path) -> None:
     """Quantized LoRA trains and verifies where bitsandbytes is installed; elsewhere it is refused with the command."""
     base = tiny.save_tiny_model(tmp_path / "base", hidden=64)
-    run = Run.create(tmp_path / "run", str(base), method="qlora", batch_size=4, max_length=256)
-    file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(6))
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(ModelError, match=r"onward\[qlora\]"):
-            run.train(file)
+            Run.create(tmp_path / "run", str(base), method="qlora")
         return
-    run.train(file)
+    run = Run.create(tmp_path / "run", str(base), method="qlora", batch_size=4, max_length=256)
+    run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(6)))
     assert run.verify(deep=True).ok
 
 

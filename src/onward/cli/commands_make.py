@@ -41,7 +41,8 @@ def init(
             error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
         ) from None
     if as_json:
-        show({"run": str(made.layout.root.absolute()), "config": made.config.model_dump(mode="json")})
+        config = made.config.model_dump(mode="json")
+        show({"run": str(made.layout.root.absolute()), "config": config, "admission": made.admission})
     else:
         place = quoted(made.layout.root)
         say(f"made the run {place}; next: onward train FILE... --run {place}")
