@@ -45,7 +45,7 @@ def prove(folder: Path, family: str, **settings: Any) -> Findings:
 
 
 LAID = ("gemma3_text", "olmoe", "gpt2")
-"""Families whose rows may lie end to end: layers of two kinds, one with a sliding window; experts; learned positions."""
+"""Families whose rows may lie end to end: layers with and without a window; experts; learned positions."""
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("head alone", {"logits_scaling": 8.0}),
     "falcon_mamba": ("one of its own", {}),

@@ -28,6 +28,8 @@ def narrow(model: PreTrainedModel) -> None:
             for key in _ORIGINAL:
                 if _is_above(parameters.get(key)):
                     parameters[key] = LIMIT
+            if "dynamic" in str(parameters.get("rope_type")):  # its original length is that of the model
+                _lower(config, "max_position_embeddings")
     for part in model.modules():
         for key in (*_WINDOWS, *_OF_ROTARY):
             _lower(part, key)
