@@ -79,12 +79,11 @@ class Run:
             later: leave the model's admission to the first start, which then may refuse it.
 
         Raises:
-            ConfigError: a setting is refused.
+            ConfigError, UsageError: a setting is refused, or there is a run in `directory` already.
             ModelError: the base model or its tokenizer is missing or unusable, or the model cannot be proven right.
-            UsageError: there is a run in `directory` already.
         """
-        values: dict[str, Any] = {**settings, **({"model": model} if model is not None else {})}
-        create(RunLayout(Path(directory)), values, report, loading, later=later)
+        named = {} if model is None else {"model": model}
+        create(RunLayout(Path(directory)), {**settings, **named}, report, loading, later=later)
         return cls(directory, loading=loading)
 
     @classmethod
@@ -122,12 +121,6 @@ class Run:
         if self._settings is None:
             self._settings = Settings(self.layout.config)
         return self._settings.read()
-
-    @property
-    def admission(self) -> dict[str, Any] | None:
-        """What was proven of the model (keys as in `onward init --json`); None until its admission."""
-        with Ledger(self.layout.ledger, read_only=True) as ledger:
-            return ledger.get("admission")
 
     def add(self, *paths: PathLike, priority: str = "normal", again: bool = False) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains takes them up by itself.

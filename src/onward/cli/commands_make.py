@@ -26,6 +26,7 @@ def init(
     """Make a run, once its model is proven to train right."""
     from onward.config_text import parse_settings
     from onward.run import Run
+    from onward.store.ledger import Ledger
 
     values = parse_settings(settings or [])
     if model is not None and "model" in values:
@@ -42,7 +43,8 @@ def init(
         ) from None
     if as_json:
         config = made.config.model_dump(mode="json")
-        show({"run": str(made.layout.root.absolute()), "config": config, "admission": made.admission})
+        with Ledger(made.layout.ledger, read_only=True) as ledger:
+            show({"run": str(made.layout.root.absolute()), "config": config, "admission": ledger.get("admission")})
     else:
         place = quoted(made.layout.root)
         say(f"made the run {place}; next: onward train FILE... --run {place}")
