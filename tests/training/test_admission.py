@@ -60,6 +60,22 @@ def test_rows_lie_end_to_end_where_that_is_proven(family: str, tmp_path: Path) -
     assert found.difference < 1e-5
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 8.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0],
+         "original_max_position_embeddings": 64},
+    ],
+    ids=lambda kind: kind["rope_type"],
+)  # fmt: skip
+def test_angles_that_depend_on_the_row_are_proven_on_both_sides(kind: dict[str, Any], tmp_path: Path) -> None:
+    """Original lengths are brought down for the proof, so that its rows lie below and beyond them."""
+    found = prove(tmp_path, "llama", rope_parameters={"rope_theta": 100.0, **kind})
+    assert "end to end" == found.rows
+    assert found.difference < 1e-5
+
+
 @pytest.mark.parametrize("family", PADDED)
 def test_rows_are_padded_where_they_would_mix(family: str, tmp_path: Path) -> None:
     """What lies outside the attention of single rows speaks against laying them end to end, and is said."""

@@ -117,7 +117,7 @@ def admit(
 
 def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     """Prove all there is, the whole model first, then with as many of its layers as it takes."""
-    vocabulary = int(cast(Any, causal_lm(model).get_input_embeddings()).weight.shape[0])
+    vocabulary = _vocabulary(model)
     _shift_adapter(model, proof.device)
     _examine_whole(proof, model, vocabulary, found)
     few = rows([SHORT], vocabulary)
@@ -128,6 +128,13 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _compare(proof, model, vocabulary, found)
     _require_repeatable(proof, model, vocabulary)
     _require_untouched(proof, model)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Return how many token ids a model both takes and gives: an embedding may have more rows than its head."""
+    base = causal_lm(model)
+    parts = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return min(int(cast(Any, part).weight.shape[0]) for part in parts if hasattr(part, "weight"))
 
 
 def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
