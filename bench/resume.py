@@ -67,7 +67,7 @@ def move(run: Run, step: int) -> None:
         assert settled.folder is not None
         assert settled.manifest is not None
         config = Config.model_validate(settled.manifest.config)
-        state = load_state(settled.folder, settled.manifest, config, session.base, session.device, session.dtype)
+        state = load_state(settled.folder, settled.manifest, replace(session.spec, config=config))
         ahead = step - state.cursor.step
         state.cursor = replace(state.cursor, step=step)
         state.counters.step += ahead

@@ -21,6 +21,7 @@ import torch
 from onward.config import Config
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model import build_model
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 STEPS, EVERY = 34, 10
@@ -70,7 +71,7 @@ def measure_copy(model: Path) -> dict[str, Any]:
     device = pick_device()
     measuring.tune_process()
     config = Config.model_validate({"model": str(model), "method": "full"})
-    state = TrainState.start(build_model(config, model, device, pick_dtype("auto", device)), config)
+    state = TrainState.start(build_model(ModelSpec(config, model, device, pick_dtype("auto", device))), config)
     for parameter in state.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     state.optimizer.step()

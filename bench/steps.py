@@ -26,6 +26,7 @@ from onward.digest import sha256_file
 from onward.events import StepTaken
 from onward.training.environment import pick_dtype
 from onward.training.model import build_model, load_tokenizer
+from onward.training.spec import ModelSpec
 
 BATCH, MAX_LENGTH, RATE = 8, 512, 2e-4
 ON_GPU = torch.cuda.is_available()
@@ -155,7 +156,7 @@ def peer_model(folder: Path, values: dict[str, Any]) -> torch.nn.Module:
     dtype = pick_dtype("auto", torch.device("cuda" if ON_GPU else "cpu"))
     if values["method"] == "full":
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    begun = build_model(Config.model_validate(values), base, torch.device("cpu"), torch.float32)
+    begun = build_model(ModelSpec(Config.model_validate(values), base, torch.device("cpu"), torch.float32))
     (folder / "adapter").mkdir()
     save_weights(begun, dict(begun.named_parameters()), folder / "adapter")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
@@ -169,7 +170,9 @@ def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
     the head for target tokens. For a full model the gradient of the weight too.
     """
     tune_process()  # the limit is not that of the allocator
-    model = build_model(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
+    model = build_model(
+        ModelSpec(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
+    )
     device = torch.device("cuda" if ON_GPU else "cpu")
     dtype = pick_dtype("auto", device)
     shapes = [tuple(m.weight.shape) for name, m in model.named_modules() if _is_base_linear(name, m)]

@@ -11,6 +11,7 @@ from onward.config import Config
 from onward.training.checkpoint import Contents, Facts
 from onward.training.handover import measure
 from onward.training.model import build_model
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ RUN = "a run"
 def make_contents(model: Path, *, run: str = RUN, steps: int = 1, **settings: Any) -> Contents:
     """Return what a checkpoint of a state is written from that has taken some steps."""
     config = Config.model_validate({"model": str(model), "lora": {"rank": 2}, **settings})
-    state = TrainState.start(build_model(config, model, CPU, torch.float32), config)
+    state = TrainState.start(build_model(ModelSpec(config, model, CPU, torch.float32)), config)
     torch.manual_seed(0)
     for _ in range(steps):
         for parameter in state.parameters.values():

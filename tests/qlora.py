@@ -26,6 +26,7 @@ from onward.events import StepTaken
 from onward.training.base import resolve_base
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state
+from onward.training.spec import ModelSpec
 from onward.training.state import digest_tensors
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def look(root: Path) -> dict[str, Any]:
     assert manifests[0] is not None
     assert manifests[1] is not None
     config = read_config(killed.layout.config)
-    state = load_state(folders[1], manifests[1], config, resolve_base(config.model), CPU, torch.float32)
+    state = load_state(folders[1], manifests[1], ModelSpec(config, resolve_base(config.model), CPU, torch.float32))
     before = digest_of(state.model)
     with torch.no_grad():
         state.model.eval()(input_ids=torch.arange(3, 9)[None])

@@ -17,6 +17,7 @@ from onward.layout import RunLayout
 from onward.training.base import resolve_base
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 ARGUMENTS: dict[str, Any] = {
@@ -93,7 +94,7 @@ def open_state(run: Path) -> TrainState:
     assert [] == found.problems
     assert found.manifest is not None
     base = resolve_base(config.model, root=run)
-    return load_state(folder, found.manifest, config, base, torch.device("cpu"), torch.float32)
+    return load_state(folder, found.manifest, ModelSpec(config, base, torch.device("cpu"), torch.float32))
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -120,7 +120,7 @@ def test_after_a_commit(run: Run) -> None:
         folder = run.layout.checkpoint(3)
         manifest = inspect_checkpoint(folder).verified
         assert manifest is not None
-        state = load_state(folder, manifest, session.config, session.base, session.device, session.dtype)
+        state = load_state(folder, manifest, session.spec)
         probe = Probe(state.model, session.config.seed, session.device, session.dtype)
         writer = Writer(run.layout, ledger, [mirror, lambda _, manifest: reached.append(manifest.step)])
         for _ in range(2):

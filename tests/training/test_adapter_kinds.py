@@ -28,6 +28,7 @@ from onward.training.loss import TargetLoss
 from onward.training.model import build_model
 from onward.training.roundtrip import prove_roundtrip
 from onward.training.seeds import fold, seeded
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -135,11 +136,11 @@ def test_a_kind_goes_on_exactly_and_loads_in_stock_peft(
     """Stopped and loaded between two steps, the state is that of no stop; PEFT computes from its files what it does."""
     base = family(name)
     config = config_of(base, lora)
-    whole = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    whole = TrainState.start(build_model(ModelSpec(config, base, CPU, torch.float32)), config)
     fresh = stock.logits(whole.model)
     take_steps(whole, config, 1)
     first = write(tmp_path / "checkpoint-1", whole, config)
-    loaded = load_state(tmp_path / "checkpoint-1", first, config, base, CPU, torch.float32)
+    loaded = load_state(tmp_path / "checkpoint-1", first, ModelSpec(config, base, CPU, torch.float32))
     assert whole.view().digest() == loaded.view().digest()
     for state, folder in ((whole, "checkpoint-2"), (loaded, "checkpoint-3")):
         take_steps(state, config, 1)
@@ -162,11 +163,11 @@ def test_what_is_trained_beside_an_adapter_is_float32_on_a_bfloat16_base(
     """Biases, whole modules and rows of tokens keep their bits through a checkpoint."""
     base = family("qwen2")
     config = config_of(base, lora, dtype="bfloat16")
-    state = TrainState.start(build_model(config, base, CPU, torch.bfloat16), config)
+    state = TrainState.start(build_model(ModelSpec(config, base, CPU, torch.bfloat16)), config)
     assert {torch.float32} == {weight.dtype for weight in state.parameters.values()}
     take_steps(state, config, 2, torch.bfloat16)
     manifest = write(tmp_path / "checkpoint-2", state, config)
-    loaded = load_state(tmp_path / "checkpoint-2", manifest, config, base, CPU, torch.bfloat16)
+    loaded = load_state(tmp_path / "checkpoint-2", manifest, ModelSpec(config, base, CPU, torch.bfloat16))
     assert state.view().digest() == loaded.view().digest()
 
 
@@ -183,7 +184,7 @@ def test_loss_and_gradients_are_those_of_plain_rows(
     if name == "llama" and "bias" in lora:
         lora = {"use_dora": True}  # it has no biases
     config = config_of(family(name), {**lora, "dropout": 0.0})
-    built = build_model(config, family(name), CPU, torch.float32)
+    built = build_model(ModelSpec(config, family(name), CPU, torch.float32))
     batch = probe_batch(0, SMALL["vocab_size"])
     parameters = {key: weight for key, weight in built.named_parameters() if weight.requires_grad}
     TargetLoss(built, CPU, torch.float32)(batch).backward()
@@ -206,7 +207,7 @@ def test_a_part_of_a_whole_model_is_trained(
     """With `train` the rest stays the base's, bit for bit, and the checkpoint is a whole model all the same."""
     base = family(name)
     config = Config.model_validate({"model": str(base), "method": "full", "train": train})
-    state = TrainState.start(build_model(config, base, CPU, torch.float32), config)
+    state = TrainState.start(build_model(ModelSpec(config, base, CPU, torch.float32)), config)
     take_steps(state, config, 2)
     write(tmp_path / "checkpoint-2", state, config)
     stock_loader: Any = AutoModelForCausalLM
@@ -247,14 +248,16 @@ def test_what_a_model_has_nothing_for_is_refused(
         else:
             values[key] = value
     with pytest.raises((ConfigError, ModelError), match=message):
-        build_model(Config.model_validate(values), base, CPU, torch.float32)
+        build_model(ModelSpec(Config.model_validate(values), base, CPU, torch.float32))
 
 
 def test_only_plain_layers_are_fused(family: Callable[[str], Path]) -> None:
     """Where the one node cannot compute the same, PEFT's own module does."""
     for lora, fused in (({}, 14), ({"use_dora": True}, 0), ({"bias": "all"}, 8)):
         built = build_model(
-            config_of(family("qwen2"), {"targets": "all-linear", **lora}), family("qwen2"), CPU, torch.float32
+            ModelSpec(
+                config_of(family("qwen2"), {"targets": "all-linear", **lora}), family("qwen2"), CPU, torch.float32
+            )
         )
         assert fused == sum(isinstance(part, FusedLoraLinear) for part in built.modules())
 
@@ -263,7 +266,9 @@ def test_experts_are_computed_apart_from_other_threads(family: Callable[[str], P
     """A step, and the probe's copy of the model, find no expert of the step before in a cache of the process."""
     base = family("qwen2_moe")
     config = config_of(base, {"target_parameters": STACKED, "dropout": 0.0})
-    alone, beside = (TrainState.start(build_model(config, base, CPU, torch.float32), config) for _ in range(2))
+    alone, beside = (
+        TrainState.start(build_model(ModelSpec(config, base, CPU, torch.float32)), config) for _ in range(2)
+    )
     copied = with_weights(beside.model, beside.snapshot().weights)
     ids = torch.arange(3, 3 + stock.LENGTH)[None]
     expected = copied(input_ids=ids).logits

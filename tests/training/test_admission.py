@@ -21,6 +21,7 @@ from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
+from onward.training.spec import ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def config(folder: Path, **settings: Any) -> Config:
 
 def prove(folder: Path, family: str, **settings: Any) -> Findings:
     """Return what the admission of a small model of a family finds, with the default settings."""
-    return admit(config(save(folder, family, **settings)), folder, CPU, torch.float32)
+    return admit(ModelSpec(config(save(folder, family, **settings)), folder, CPU, torch.float32))
 
 
 LAID: dict[str, dict[str, Any]] = {"gemma3_text": {}, "olmoe": {}, "gpt2": {}, "granite": {"logits_scaling": 8.0}}
@@ -91,7 +92,7 @@ def prove_working(folder: Path, family: str, **settings: Any) -> Findings:
     targets = ["in_proj"] if "mamba" in family else "all-linear"
     asked = config(save(folder, family, **settings), lora={"targets": targets})
     working, _ = working_config(asked, folder, False)
-    return admit(working, folder, CPU, torch.float32)
+    return admit(ModelSpec(working, folder, CPU, torch.float32))
 
 
 @pytest.mark.parametrize("family", ["bert"])
@@ -115,14 +116,14 @@ def test_rows_beyond_the_positions_of_a_model_are_refused(family: str, limit: in
     """Tables that are weights, buffers or made on the way limit a row all the same."""
     asked = config(save(tmp_path, family), max_length=limit + 1)
     with pytest.raises(ModelError, match=f"{limit} positions") as refused:
-        admit(asked, tmp_path, CPU, torch.float32)
+        admit(ModelSpec(asked, tmp_path, CPU, torch.float32))
     assert f"--set max_length={limit}" in str(refused.value.hint)
 
 
 def test_rotary_positions_have_no_end(tmp_path: Path) -> None:
     """A model that turns its positions takes rows beyond the length that its config states."""
     asked = config(save(tmp_path, "llama"), max_length=700)
-    assert "end to end" == admit(asked, tmp_path, CPU, torch.float32).rows
+    assert "end to end" == admit(ModelSpec(asked, tmp_path, CPU, torch.float32)).rows
 
 
 def test_weights_without_a_gradient_are_left_out_by_name(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_weights_without_a_gradient_are_left_out_by_name(tmp_path: Path) -> None
     found = prove(tmp_path, "jamba")
     assert {"dt_proj"} == {name.rpartition(".")[2] for name in found.left_out}
     assert any(line.endswith(": model.layers.*.mamba.dt_proj") for line in found.lines())
-    assert () == admit(config(tmp_path, method="full"), tmp_path, CPU, torch.float32).left_out
+    assert () == admit(ModelSpec(config(tmp_path, method="full"), tmp_path, CPU, torch.float32)).left_out
 
 
 def test_an_adapter_that_peft_does_not_load_back_is_left_out(tmp_path: Path) -> None:
@@ -144,13 +145,13 @@ def test_looking_ahead_is_seen_in_any_compute_type(tmp_path: Path) -> None:
     """What a token changes before it may be little, so it is looked for in float32; the weights stay as they are."""
     save(tmp_path, "bert")
     with pytest.raises(ModelError, match="looks ahead"):
-        admit(config(tmp_path), tmp_path, CPU, torch.bfloat16)
+        admit(ModelSpec(config(tmp_path), tmp_path, CPU, torch.bfloat16))
 
 
 def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) -> None:
     """No row of text reaches it, whether an adapter or all weights are trained."""
     assert all(name.startswith("model.vision_tower.") for name in prove(tmp_path, "gemma3").left_out)
-    whole = admit(config(tmp_path, method="full"), tmp_path, CPU, torch.float32).left_out
+    whole = admit(ModelSpec(config(tmp_path, method="full"), tmp_path, CPU, torch.float32)).left_out
     assert whole
     assert [] == [name for name in whole if "language_model" in name]
 
@@ -192,7 +193,9 @@ def test_targets_that_work_are_proposed(tmp_path: Path) -> None:
         working_config(asked, tmp_path, False)
     assert "--set 'lora.targets=[dt_proj, in_proj, x_proj]'" in str(refused.value.hint)
     with_them = config(tmp_path, lora={"targets": ["dt_proj", "in_proj", "x_proj"]})
-    assert {"dt_proj"} == {name.rpartition(".")[2] for name in admit(with_them, tmp_path, CPU, torch.float32).left_out}
+    assert {"dt_proj"} == {
+        name.rpartition(".")[2] for name in admit(ModelSpec(with_them, tmp_path, CPU, torch.float32)).left_out
+    }
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_a_word_names_modules_and_all_else_is_an_expression(written: str | list[
 @pytest.mark.parametrize("targets", ["q_proj", r".*\.[qv]_proj"])
 def test_targets_as_people_write_them(targets: str, tmp_path: Path, model: Path) -> None:
     """A word, some words and an expression all make an adapter."""
-    found = admit(config(model, lora={"targets": targets}), model, CPU, torch.float32)
+    found = admit(ModelSpec(config(model, lora={"targets": targets}), model, CPU, torch.float32))
     assert 0 < found.reach < 0.5
 
 
@@ -258,7 +261,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     """A head that is the embedding stands in the file once."""
     folder = save(tmp_path, "llama", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    assert "end to end" == admit(config(folder), folder, CPU, torch.float32).rows
+    assert "end to end" == admit(ModelSpec(config(folder), folder, CPU, torch.float32)).rows
 
 
 @pytest.mark.parametrize(
@@ -299,7 +302,7 @@ def test_tokens_that_every_chat_has_lie_within_the_embedding(tmp_path: Path) -> 
 
 def test_a_run_that_has_trained_is_warned_only(tmp_path: Path) -> None:
     """What refuses a new run is kept as a warning for an old one, which goes on as it did."""
-    found = admit(config(save(tmp_path, "bert")), tmp_path, CPU, torch.float32, strict=False)
+    found = admit(ModelSpec(config(save(tmp_path, "bert")), tmp_path, CPU, torch.float32), strict=False)
     assert ("padded", ()) == (found.rows, found.left_out)
     assert any("looks ahead" in warning for warning in found.warnings)
     assert any(line.startswith("a new run would be refused: the model looks ahead") for line in found.lines())

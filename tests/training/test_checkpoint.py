@@ -31,6 +31,7 @@ from onward.training.handover import Probe, probe_batch
 from onward.training.loading import load_state
 from onward.training.model import build_model
 from onward.training.seeds import seeded
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
@@ -71,7 +72,7 @@ def test_a_copied_state_is_the_state_and_its_moments_share_one_storage(
 ) -> None:
     """Digests are equal, and so is what is loaded from the file, of which one storage is most of the bytes."""
     config, cpu = Config.model_validate({"model": str(model), "method": method}), torch.device("cpu")
-    built = build_model(config, model, cpu, torch.float32)
+    built = build_model(ModelSpec(config, model, cpu, torch.float32))
     state, copy = TrainState.start(built, config), None
     torch.manual_seed(0)
     for _ in range(3):
@@ -209,7 +210,7 @@ def test_a_state_that_is_let_go_is_freed(method: str, model: Path, tmp_path: Pat
     contents = checkpoints.make_contents(model, method=method)
     manifest = write_checkpoint(tmp_path / "checkpoint-1", contents)
     config = contents.config
-    state = load_state(tmp_path / "checkpoint-1", manifest, config, model, checkpoints.CPU, torch.float32)
+    state = load_state(tmp_path / "checkpoint-1", manifest, ModelSpec(config, model, checkpoints.CPU, torch.float32))
     probe, trainer = Probe(state.model, 0, checkpoints.CPU, torch.float32), make_trainer(state, config)
     copy = state.snapshot()
     assert probe.of_model() == probe.of_copy(copy)()
@@ -233,4 +234,6 @@ def test_parameters_of_another_model_are_refused(checkpoint: Path, model: Path) 
     assert manifest is not None
     other = manifest.model_copy(update={"parameters": {"weight": [[1], "float32"]}})
     with pytest.raises(DamagedState, match="trained parameters"):
-        load_state(checkpoint, other, Config.model_validate(manifest.config), model, checkpoints.CPU, torch.float32)
+        load_state(
+            checkpoint, other, ModelSpec(Config.model_validate(manifest.config), model, checkpoints.CPU, torch.float32)
+        )

@@ -13,6 +13,7 @@ from onward.config import Config
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.handover import Measurement, Probe, compare, probe_batch
 from onward.training.model import build_model
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 BEFORE = Measurement(weights="w", moments="m", adam_step=7, learning_rate=1e-3, probe_loss=2.0)
@@ -70,7 +71,7 @@ def test_probe_is_a_function_of_the_seed() -> None:
 def test_a_copy_is_measured_while_training_goes_on(method: str, model: Path) -> None:
     """In another thread, after the weights moved on, a copy has the loss that the state had when it was copied."""
     config, cpu = Config.model_validate({"model": str(model), "method": method}), torch.device("cpu")
-    built = build_model(config, model, cpu, torch.float32)
+    built = build_model(ModelSpec(config, model, cpu, torch.float32))
     state = TrainState.start(built, config)
     probe = Probe(built, config.seed, cpu, torch.float32)
     copied, losses = None, []
@@ -91,7 +92,7 @@ def test_a_copy_is_measured_while_training_goes_on(method: str, model: Path) -> 
 def test_a_loss_that_is_not_finite_is_no_commit(model: Path) -> None:
     """A state whose probe has no finite loss is refused, measured now or behind training."""
     config, cpu = Config.model_validate({"model": str(model)}), torch.device("cpu")
-    built = build_model(config, model, cpu, torch.float32)
+    built = build_model(ModelSpec(config, model, cpu, torch.float32))
     state = TrainState.start(built, config)
     for parameter in state.parameters.values():
         parameter.data.fill_(float("nan"))

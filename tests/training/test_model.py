@@ -18,6 +18,7 @@ from onward.errors import ModelError
 from onward.training.base import find_here, resolve_base, with_stored_path
 from onward.training.checkpoint import write_checkpoint
 from onward.training.model import build_model, load_model
+from onward.training.spec import ModelSpec
 
 CPU = torch.device("cpu")
 
@@ -32,7 +33,7 @@ def test_bfloat16_computes_and_float32_is_trained(method: str, model: Path, tmp_
     """With `dtype: bfloat16` the trained weights and their files stay float32, and a replay gives the same bits."""
     run = Run.create(tmp_path / "run", str(model), method=method, dtype="bfloat16", batch_size=4, max_length=256)
     run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(9)))
-    built = build_model(run.config, model, CPU, torch.bfloat16)
+    built = build_model(ModelSpec(run.config, model, CPU, torch.bfloat16))
     assert {torch.float32} == {parameter.dtype for parameter in built.parameters() if parameter.requires_grad}
     assert run.verify(deep=True).ok
 
@@ -42,7 +43,7 @@ def test_adapter_is_a_function_of_the_seed(model: Path) -> None:
     weights: list[torch.Tensor] = []
     for seed, state in ((1, 5), (1, 6), (2, 5)):
         torch.manual_seed(state)
-        built = build_model(config(model, seed=seed), model, CPU, torch.float32)
+        built = build_model(ModelSpec(config(model, seed=seed), model, CPU, torch.float32))
         assert torch.initial_seed() == state
         weights.append(next(value for name, value in built.named_parameters() if "lora_A" in name).detach())
     assert torch.equal(weights[0], weights[1])
@@ -52,7 +53,7 @@ def test_adapter_is_a_function_of_the_seed(model: Path) -> None:
 def test_targets_that_do_not_exist_are_named(model: Path) -> None:
     """An adapter for modules that the model lacks is refused with those it has."""
     with pytest.raises(ModelError, match=r"Linear layers of this model: .*q_proj"):
-        build_model(config(model, lora={"targets": ["attention_query"]}), model, CPU, torch.float32)
+        build_model(ModelSpec(config(model, lora={"targets": ["attention_query"]}), model, CPU, torch.float32))
 
 
 def test_qlora_trains_where_bitsandbytes_is_there(tmp_path: Path) -> None:
@@ -78,7 +79,9 @@ def test_a_model_without_an_optimizer_is_that_of_the_checkpoint(method: str, mod
     assert not loaded.training
     assert [] == [name for name, parameter in loaded.named_parameters() if parameter.requires_grad]
     assert torch.equal(stock.logits(contents.model), stock.logits(loaded))
-    assert not torch.equal(stock.logits(build_model(contents.config, model, CPU, torch.float32)), stock.logits(loaded))
+    assert not torch.equal(
+        stock.logits(build_model(ModelSpec(contents.config, model, CPU, torch.float32))), stock.logits(loaded)
+    )
     half = load_model(tmp_path / "checkpoint-3", model, CPU, torch.bfloat16)
     assert {torch.bfloat16} == {parameter.dtype for parameter in half.parameters()}
 

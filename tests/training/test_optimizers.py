@@ -16,6 +16,7 @@ from onward.training import huggingface
 from onward.training.loading import load_moments, read_optimizer
 from onward.training.model import build_model
 from onward.training.optimizers import ADAMW, OPTIMIZERS, AdamW, OptimizerMethod, saved_count
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 STEPS = 3
@@ -40,7 +41,7 @@ METHODS: Mapping[str, OptimizerMethod] = {**OPTIMIZERS, "adamax": Adamax()}
 def make_state(model: Path, method: OptimizerMethod, *, steps: int) -> TrainState:
     """Return a state of full training that has taken some steps."""
     config = Config.model_validate({"model": str(model), "method": "full"})
-    built = build_model(config, model, torch.device("cpu"), torch.float32)
+    built = build_model(ModelSpec(config, model, torch.device("cpu"), torch.float32))
     state = TrainState(built, method.build(built, config), method)
     torch.manual_seed(0)
     for _ in range(steps):

@@ -12,6 +12,7 @@ from onward.training.admission.admit import admit
 from onward.training.admission.findings import FACT, Findings
 from onward.training.admission.remedies import working_config
 from onward.training.environment import pick_device, pick_dtype
+from onward.training.spec import ModelSpec
 
 
 def admit_new(
@@ -31,14 +32,14 @@ def admit_new(
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)
     try:
-        return config, admit(config, base, device, dtype, checkpoint=checkpoint)
+        return config, admit(ModelSpec(config, base, device, dtype), checkpoint=checkpoint)
     except ModelError as error:
         if checkpoint is not None or not str(error.where).startswith("lora"):
             raise
         working, changed = working_config(config, base, has_chosen_dropout)
         if not changed:
             raise
-    return working, admit(working, base, device, dtype, settings=changed)
+    return working, admit(ModelSpec(working, base, device, dtype), settings=changed)
 
 
 def keep(ledger: Ledger, findings: Findings) -> None:
@@ -59,7 +60,7 @@ def admit_at_start(session: Session, *, has_trained: bool, start: Path | None = 
     """
     if session.ledger.get(FACT) is not None:
         return
-    found = admit(session.config, session.base, session.device, session.dtype, checkpoint=start, strict=not has_trained)
+    found = admit(session.spec, checkpoint=start, strict=not has_trained)
     keep(session.ledger, found)
     for warning in found.warnings:
         session.ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")

@@ -27,6 +27,7 @@ from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
 from onward.training.model import load_tokenizer
 from onward.training.numerics import numerics_of
+from onward.training.spec import ModelSpec
 from onward.training.treatment import Treatment
 
 Report = Callable[[str], None]
@@ -64,6 +65,11 @@ class Session:
         """How the model is treated, as its admission found; None in a run that has trained and was not admitted yet."""
         findings = Findings.of(self.ledger.get(FACT))
         return None if findings is None else findings.treatment
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the run's model is built from."""
+        return ModelSpec(self.config, self.base, self.device, self.dtype)
 
     @cached_property
     def environment(self) -> dict[str, Any]:

@@ -8,26 +8,17 @@ from typing import Any, cast
 
 import torch
 
-from onward.config import Config
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
 from onward.training.model import build_model
 from onward.training.optimizers import Entry, saved_groups
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 from onward.training.treatment import Treatment
 
 
-def load_state(
-    folder: Path,
-    manifest: Manifest,
-    config: Config,
-    base: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    treatment: Treatment | None = None,
-) -> TrainState:
+def load_state(folder: Path, manifest: Manifest, spec: ModelSpec, *, treatment: Treatment | None = None) -> TrainState:
     """Build the TrainState that a verified checkpoint holds.
 
     Args:
@@ -37,12 +28,12 @@ def load_state(
         DamagedState: names, shapes or types are not those of the manifest.
         Unreadable: a file cannot be read now.
     """
-    model = build_model(config, base, device, dtype, checkpoint=folder, treatment=treatment)
-    state = TrainState.start(model, config)
+    model = build_model(spec, checkpoint=folder, treatment=treatment)
+    state = TrainState.start(model, spec.config)
     if state.view().describe_parameters() != manifest.parameters:
         raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
     load_moments(state, folder / huggingface.OPTIMIZER)
-    state.method.configure(state.optimizer, config)
+    state.method.configure(state.optimizer, spec.config)
     state.load_plain(manifest.state)
     return state
 

@@ -34,6 +34,7 @@ from onward.training.expert_lora import wrap_experts
 from onward.training.fused_lora import fuse_lora
 from onward.training.quiet import quiet
 from onward.training.seeds import fold, seeded
+from onward.training.spec import ModelSpec
 from onward.training.treatment import Treatment
 
 
@@ -50,19 +51,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ModelError(f"the tokenizer cannot be loaded: {first_line(error)}", where=folder, hint=COMPLETE) from None
 
 
-def build_model(
-    config: Config,
-    base: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    checkpoint: Path | None = None,
-    treatment: Treatment | None = None,
-) -> nn.Module:
+def build_model(spec: ModelSpec, *, checkpoint: Path | None = None, treatment: Treatment | None = None) -> nn.Module:
     """Build the model of a run in training mode, with trained weights in float32.
 
     Args:
-        base: folder of the base model.
         checkpoint: folder to take trained weights (and the adapter's config) from; None starts a new run, whose
             adapter is a function of the seed.
         treatment: what the model's admission found; None for a run that was made before there was one.
@@ -72,17 +64,14 @@ def build_model(
         Unreadable: a file of the model cannot be read now.
     """
     left_out = () if treatment is None else treatment.left_out
-    model = build_plain(config, base, device, dtype, checkpoint=checkpoint, left_out=left_out)
+    model = build_plain(spec, checkpoint=checkpoint, left_out=left_out)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
-    make_fast(model, dtype, end_to_end=was_listed if treatment is None else treatment.end_to_end)
+    make_fast(model, spec.dtype, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
 
 
 def build_plain(
-    config: Config,
-    base: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    spec: ModelSpec,
     *,
     checkpoint: Path | None = None,
     left_out: tuple[str, ...] = (),
@@ -94,6 +83,7 @@ def build_plain(
         left_out: what is not trained: modules without an adapter, or weights where all others are trained.
         strict: refuse files that hold weights which the model has no place for.
     """
+    config, base, device, dtype = spec.config, spec.base, spec.device, spec.dtype
     if config.method == "full":
         whole = _without_cache(_load(checkpoint or base, torch.float32, strict=strict))
         with _in_memory(whole, device):

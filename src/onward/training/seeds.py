@@ -23,5 +23,19 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
     """Run the body with torch's generators seeded; afterwards the caller's random state is as it was before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        _seed(seed, device)
         yield
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a computation on this device reads.
+
+    `torch.manual_seed` would seed every device of the machine and, for each kind that was not used yet, format the
+    stack: some milliseconds a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onward.config import Config, stored_config
@@ -45,16 +45,12 @@ def load_start(session: Session, settled: Settled) -> Start:
     if settled.folder is None or settled.manifest is None:
         start = start_folder(session.layout, session.ledger, session.config)
         admit_at_start(session, has_trained=False, start=start)
-        model = build_model(
-            session.config, session.base, session.device, session.dtype, checkpoint=start, treatment=session.treatment
-        )
+        model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
         return Start(TrainState.start(model, session.config), None, session.config, log)
     admit_at_start(session, has_trained=True)
     manifest = settled.manifest
     config = stored_config(manifest.config)
     loaded = session.config if manifest.cursor.at_boundary else config
-    state = load_state(
-        settled.folder, manifest, loaded, session.base, session.device, session.dtype, treatment=session.treatment
-    )
+    state = load_state(settled.folder, manifest, replace(session.spec, config=loaded), treatment=session.treatment)
     log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
     return Start(state, manifest, config, log)

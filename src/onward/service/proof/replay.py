@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from onward.config import stored_config
@@ -45,9 +46,7 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
                 hint="A replay is exact on the same machine with the same versions and thread count only.",
             )
         config = stored_config(start.config)
-        state = load_state(
-            folder, start, config, session.base, session.device, session.dtype, treatment=session.treatment
-        )
+        state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
         steps = sum(1 for _ in _train_again(session, ledger, state, target))
         _require_equal(state, target, Path(scratch))
     return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"

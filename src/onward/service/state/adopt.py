@@ -33,6 +33,7 @@ from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
 from onward.training.handover import Probe
 from onward.training.model import build_model, load_tokenizer
+from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (
@@ -111,7 +112,7 @@ def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]
     with without_carried(folder.path, base, adopted.adapter) if adopted.adapter else nullcontext(folder.path) as path:
         _, findings = admit_new(config, base, has_chosen_dropout=True, checkpoint=path)
         dtype = pick_dtype(config.dtype, device)
-        model = build_model(config, base, device, dtype, checkpoint=path, treatment=findings.treatment)
+        model = build_model(ModelSpec(config, base, device, dtype), checkpoint=path, treatment=findings.treatment)
     state = TrainState.start(model, config)
     if adopted.moments is None:
         state.counters.step = state.counters.adam_origin = folder.step

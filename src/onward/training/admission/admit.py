@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from onward.config import Config
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, reach
@@ -30,6 +29,7 @@ from onward.training.environment import describe_environment
 from onward.training.handover import Probe
 from onward.training.model import build_plain, causal_lm, make_fast
 from onward.training.seeds import fold, seeded
+from onward.training.spec import ModelSpec
 
 
 @dataclass
@@ -40,16 +40,13 @@ class _Proof:
         strict: raise at the first thing that is wrong; else collect it as a warning.
     """
 
-    config: Config
-    base: Path
-    device: torch.device
-    dtype: torch.dtype
+    spec: ModelSpec
     strict: bool
     warnings: list[str] = field(default_factory=list)
 
     def refuse(self, what: str, hint: str, *, where: object = None) -> None:
         if self.strict:
-            raise ModelError(what, where=where or self.base, hint=hint)
+            raise ModelError(what, where=where or self.spec.base, hint=hint)
         self.warnings.append(what)
 
 
@@ -67,10 +64,7 @@ class _Found:
 
 
 def admit(
-    config: Config,
-    base: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    spec: ModelSpec,
     *,
     checkpoint: Path | None = None,
     settings: dict[str, Any] | None = None,
@@ -79,7 +73,6 @@ def admit(
     """Prove that a model trains right as a config asks for; the model is loaded for it and dropped again.
 
     Args:
-        base: folder of the base model.
         checkpoint: folder to take trained weights and the adapter's config from.
         settings: config keys that were given another value since their default does not work.
         strict: refuse what cannot be proven; else it is a warning in the findings (for a run that has trained).
@@ -88,8 +81,8 @@ def admit(
         ModelError: the model cannot be loaded, or something about it cannot be proven.
         ConfigError: a setting does not fit the model.
     """
-    proof = _Proof(config, base, device, dtype, strict)
-    model = build_plain(config, base, device, dtype, checkpoint=checkpoint, strict=strict)
+    proof = _Proof(spec, strict)
+    model = build_plain(spec, checkpoint=checkpoint, strict=strict)
     begun = time.perf_counter()
     found = _Found()
     try:
@@ -110,7 +103,7 @@ def admit(
         unreached=found.unreached,
         settings=settings or {},
         warnings=tuple(proof.warnings),
-        environment=describe_environment(device, dtype),
+        environment=describe_environment(spec.device, spec.dtype),
         seconds=round(time.perf_counter() - begun, 3),
     )
 
@@ -118,10 +111,10 @@ def admit(
 def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     """Prove all there is, the whole model first, then with as many of its layers as it takes."""
     vocabulary = _vocabulary(model)
-    _shift_adapter(model, proof.device)
+    _shift_adapter(model, proof.spec.device)
     _examine_whole(proof, model, vocabulary, found)
     few = rows([SHORT], vocabulary)
-    shorten(model, lambda: gradients.row_by_row(model, few, proof.device, proof.dtype))
+    shorten(model, lambda: gradients.row_by_row(model, few, proof.spec.device, proof.spec.dtype))
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
@@ -141,33 +134,35 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
     """Find which weights a gradient reaches, and leave the others out; what fails here fails by itself."""
     try:
         with still(model):
-            reached = gradients.row_by_row(model, rows([SHORT], vocabulary), proof.device, proof.dtype).of.keys()
+            reached = gradients.row_by_row(
+                model, rows([SHORT], vocabulary), proof.spec.device, proof.spec.dtype
+            ).of.keys()
     except Exception as error:
-        hint = adapter_hint(proof.config, proof.base, proof.device, proof.dtype)
+        hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
-            f"the model computes no loss of a row of text: {first_line(error)}", where=proof.base, hint=hint
+            f"the model computes no loss of a row of text: {first_line(error)}", where=proof.spec.base, hint=hint
         ) from None
     found.left_out = _leave_out(proof, model, reached)
     found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     found.reach = round(reach.share_reached(model, causal_lm(model)), 4)
-    if proof.config.method != "full":
+    if proof.spec.config.method != "full":
         found.unreached = reach.large_without_adapter(model, causal_lm(model), found.left_out)
 
 
 def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     model.eval()
     with as_float32(model):
-        ahead = looks_ahead(model, vocabulary, proof.device)
+        ahead = looks_ahead(model, vocabulary, proof.spec.device)
     model.train()
     if ahead:
         what = "the model looks ahead: another token at the end of a row changes logits before it"
-        proof.refuse(what, causal_hint(proof.base, proof.device))
+        proof.refuse(what, causal_hint(proof.spec.base, proof.spec.device))
 
 
 def _require_positions(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
     model.eval()
-    longest = proof.config.max_length
-    limit = most_positions(causal_lm(model), vocabulary, longest, proof.device)
+    longest = proof.spec.config.max_length
+    limit = most_positions(causal_lm(model), vocabulary, longest, proof.spec.device)
     model.train()
     if limit is not None:
         hint = f"Set max_length to at most {limit}: --set max_length={limit}, or in the config."
@@ -186,13 +181,13 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
     """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
-        expected = gradients.row_by_row(model, batch, proof.device, proof.dtype)
+        expected = gradients.row_by_row(model, batch, proof.spec.device, proof.spec.dtype)
         plain = cast(Any, causal_lm(model).config)._attn_implementation
         largest, why = _try_end_to_end(proof, model, batch, expected)
         if why:
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
-            if not largest <= gradients.TOLERANCE[proof.dtype]:
+            if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
                 what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
                 proof.refuse(what, NO_REMEDY)
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
@@ -211,32 +206,32 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
     if len(dead) == len(trained):
         what = "no gradient reaches any of the weights that are to be trained"
         raise ModelError(
-            what, where=proof.base, hint="Name other modules, --set lora.targets=..., or --set method=full"
+            what, where=proof.spec.base, hint="Name other modules, --set lora.targets=..., or --set method=full"
         )
     if dead and not proof.strict:
         proof.warnings.append(f"no gradient reaches {named(dead)}")
-    return dead if proof.config.method == "full" else reach.modules_of(dead)
+    return dead if proof.spec.config.method == "full" else reach.modules_of(dead)
 
 
 def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
-        make_fast(model, proof.dtype, end_to_end=True)
+        make_fast(model, proof.spec.dtype, end_to_end=True)
     except ValueError as error:
-        make_fast(model, proof.dtype, end_to_end=False)
+        make_fast(model, proof.spec.dtype, end_to_end=False)
         return math.inf, first_line(error)
     try:
         largest = _difference(proof, model, batch, expected)
     except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
-    if largest <= gradients.TOLERANCE[proof.dtype]:
+    if largest <= gradients.TOLERANCE[proof.spec.dtype]:
         return largest, ""
     return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
 
 
 def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> float:
-    actual = gradients.of_step(model, batch, proof.config, proof.device, proof.dtype)
+    actual = gradients.of_step(model, batch, proof.spec.config, proof.spec.device, proof.spec.dtype)
     return gradients.difference(expected, actual)
 
 
@@ -244,7 +239,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
     """Take a step, one with longer rows, and the first one again, dropout included."""
     short, long = rows([MIDDLE], vocabulary), rows([LONG], vocabulary)
     taken = [
-        gradients.of_step(model, batch, proof.config, proof.device, proof.dtype).digest()
+        gradients.of_step(model, batch, proof.spec.config, proof.spec.device, proof.spec.dtype).digest()
         for batch in (short, long, short)
     ]
     if taken[0] != taken[2]:
@@ -255,7 +250,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
 def _require_untouched(proof: _Proof, model: nn.Module) -> None:
     """Evaluate the model as the handover's probe does, and look at every weight and buffer."""
     marks = Marks(model)
-    Probe(model, proof.config.seed, proof.device, proof.dtype).of_model()
+    Probe(model, proof.spec.config.seed, proof.spec.device, proof.spec.dtype).of_model()
     changed = tuple(marks.changed())
     if changed:
         proof.refuse(f"evaluating the model changes its own {named(changed)}", NO_REMEDY)

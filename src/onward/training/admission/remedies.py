@@ -15,6 +15,7 @@ from onward.errors import ConfigError, first_line
 from onward.training.adapter_shape import new_adapter_config
 from onward.training.admission.causality import looks_ahead
 from onward.training.quiet import quiet
+from onward.training.spec import ModelSpec
 
 NO_REMEDY = "Nothing that Onward sets changes that: train another model."
 _TRIES = 8
@@ -82,7 +83,7 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     targets = sorted(kind for kind, types in kinds.items() if types == {nn.Linear})
     tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
     try:
-        model = build_plain(tried, base, device, dtype).eval()
+        model = build_plain(ModelSpec(tried, base, device, dtype)).eval()
         looks_ahead(model, int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0]), device)
     except Exception:  # then the adapter is not what it fails by
         return NO_REMEDY
