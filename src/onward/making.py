@@ -45,38 +45,78 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable, or cannot be proven.
         UsageError: the directory is in use.
     """
-    from onward.data.own_template import keep_template, write_template
-    from onward.service.tokenizer import store_tokenizer
-    from onward.training.base import OWN_ADAPTER, base_of_run, resolve_base, with_stored_path
-
     refuse_occupied(layout)
-    config = _choose_config(layout, values)
-    template_name, template = keep_template(config.chat_template, layout.root)
-    with loading() if is_made(config) else contextlib.nullcontext():
-        own = OwnParts(layout, config, report)
-    base = resolve_base(config.model, download=True, report=report)
-    own.require_possible(base)
-    if config.method != "full" and (config.lora.use_dora or config.lora.bias != "none"):
-        report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
-    folder = own.tokenizer(base)
-    tokenizer = _load_tokenizer(folder, report, loading)
-    _require_usable(base, own.config, tokenizer)
-    config = with_stored_path(own.config, base, layout.root).model_copy(update={"chat_template": template_name})
-    with own.made_or_nothing():
-        config = own.make(config, base, folder)
-        base = base_of_run(layout.root, config.model)
-        facts: dict[str, Any] = dict(own.facts)
-        if not later:
-            start = layout.root / OWN_ADAPTER if config.adapter else None
-            config, findings = _admit(config, base, start, values, report, loading)
-            facts |= findings
-    _make_files(layout, config, replace=bool(own.facts))
-    write_template(template_name, template, layout.root)
-    if own.facts:
-        folder = layout.tokenizer(base)
-        tokenizer = _load_tokenizer(folder, report, loading)
-    store_tokenizer(layout, folder, tokenizer)
-    make_ledger(layout.ledger, **facts)  # last: it is what makes the directory a run
+    _Making(layout, values, report, loading).make(later)
+
+
+class _Making:
+    """One run while it is made; the arguments are those of `create`."""
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        values: Mapping[str, Any],
+        report: Callable[[str], None],
+        loading: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.layout = layout
+        self.values = values
+        self.report = report
+        self.loading = loading
+
+    def make(self, later: bool) -> None:
+        from onward.data.own_template import keep_template, write_template
+        from onward.service.tokenizer import store_tokenizer
+        from onward.training.base import base_of_run, resolve_base, with_stored_path
+
+        config = _choose_config(self.layout, self.values)
+        name, template = keep_template(config.chat_template, self.layout.root)
+        with self.loading() if is_made(config) else contextlib.nullcontext():
+            own = OwnParts(self.layout, config, self.report)
+        base = resolve_base(own.config.model, download=True, report=self.report)
+        own.require_possible(base)
+        if own.config.method != "full" and (own.config.lora.use_dora or own.config.lora.bias != "none"):
+            self.report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
+        folder = own.tokenizer(base)
+        tokenizer = self._load_tokenizer(folder)
+        _require_usable(base, own.config, tokenizer)
+        config = with_stored_path(own.config, base, self.layout.root).model_copy(update={"chat_template": name})
+        with own.made_or_nothing():
+            config = own.make(config, base, folder)
+            base = base_of_run(self.layout.root, config.model)
+            config, facts = (config, {}) if later else self._admit(config, base)
+        _make_files(self.layout, config, replace=bool(own.facts))
+        write_template(name, template, self.layout.root)
+        if own.facts:
+            folder = self.layout.tokenizer(base)
+            tokenizer = self._load_tokenizer(folder)
+        store_tokenizer(self.layout, folder, tokenizer)
+        make_ledger(self.layout.ledger, **own.facts, **facts)  # last: it is what makes the directory a run
+
+    def _load_tokenizer(self, folder: Path) -> TokenizerState:
+        """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
+        from onward.service.tokenizer import load_tokenizer_of
+
+        if "transformers" in sys.modules:
+            return load_tokenizer_of(folder)
+        self.report("preparing the tokenizer, once")
+        with self.loading():
+            return load_tokenizer_of(folder)
+
+    def _admit(self, config: Config, base: Path) -> tuple[Config, dict[str, Any]]:
+        """Prove the model; returns the config with settings that work, and what the ledger keeps."""
+        with self.loading():
+            from onward.service.admission import admit_new
+        from onward.training.admission.findings import FACT
+        from onward.training.base import OWN_ADAPTER
+
+        lora = self.values.get("lora")
+        chosen = "lora.dropout" in self.values or (isinstance(lora, Mapping) and "dropout" in lora) or not self.values
+        start = self.layout.root / OWN_ADAPTER if config.adapter else None
+        config, findings = admit_new(config, base, has_chosen_dropout=chosen, checkpoint=start)
+        for line in findings.lines():
+            self.report(line)
+        return config, {FACT: findings.to_dict()}
 
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
@@ -133,40 +173,6 @@ def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
         hint = "Leave the settings out to use it, or remove it."
         raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)
     return read_config(layout.config)
-
-
-def _load_tokenizer(
-    folder: Path, report: Callable[[str], None], loading: Callable[[], AbstractContextManager[None]]
-) -> TokenizerState:
-    """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
-    from onward.service.tokenizer import load_tokenizer_of
-
-    if "transformers" in sys.modules:
-        return load_tokenizer_of(folder)
-    report("preparing the tokenizer, once")
-    with loading():
-        return load_tokenizer_of(folder)
-
-
-def _admit(
-    config: Config,
-    base: Path,
-    start: Path | None,
-    values: Mapping[str, Any],
-    report: Callable[[str], None],
-    loading: Callable[[], AbstractContextManager[None]],
-) -> tuple[Config, dict[str, Any]]:
-    """Prove the model; returns the config with settings that work, and what the ledger keeps."""
-    with loading():
-        from onward.service.admission import admit_new
-    from onward.training.admission.findings import FACT
-
-    lora = values.get("lora")
-    chosen = "lora.dropout" in values or (isinstance(lora, Mapping) and "dropout" in lora) or not values
-    config, findings = admit_new(config, base, has_chosen_dropout=chosen, checkpoint=start)
-    for line in findings.lines():
-        report(line)
-    return config, {FACT: findings.to_dict()}
 
 
 def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:

@@ -20,6 +20,7 @@ from onward.service.client import Patience
 from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
+from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.settings import Settings
 from onward.service.wishes import Wishes, interrupts_of_host
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from onward.training.checkpoint import Manifest
 
 PathLike = str | os.PathLike[str]
+Report = Callable[[str], None]
+Loading = Callable[[], AbstractContextManager[None]]
 
 
 def _silent(_: Any) -> None:
@@ -49,9 +52,7 @@ class Run:
         UsageError: there is no run in it.
     """
 
-    def __init__(
-        self, directory: PathLike = ".", *, loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
-    ) -> None:
+    def __init__(self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext) -> None:
         self.layout = RunLayout(Path(directory))
         self.layout.require()
         self._loading = loading
@@ -66,8 +67,8 @@ class Run:
         directory: PathLike,
         model: str | None = None,
         *,
-        report: Callable[[str], None] = _silent,
-        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        report: Report = _silent,
+        loading: Loading = contextlib.nullcontext,
         later: bool = False,
         **settings: Any,
     ) -> Run:
@@ -95,8 +96,8 @@ class Run:
         *,
         settings: Mapping[str, Any] | None = None,
         fresh_moments: bool = False,
-        report: Callable[[str], None] = _silent,
-        loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        report: Report = _silent,
+        loading: Loading = contextlib.nullcontext,
     ) -> Run:
         """Make a run from a checkpoint of transformers' Trainer: weights, moments and step go on.
 
@@ -125,11 +126,7 @@ class Run:
         return self._settings.read()
 
     def add(
-        self,
-        *paths: PathLike,
-        priority: str = "normal",
-        again: bool = False,
-        report: Callable[[str], None] = _silent,
+        self, *paths: PathLike, priority: str = "normal", again: bool = False, report: Report = _silent
     ) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
 
@@ -141,11 +138,10 @@ class Run:
         """
         require_priority(priority)
         with open_ledger(self.layout) as ledger:
-            opened, seen = self._opened(ledger), ledger.last_event()
-            taken = opened.intake().take([Path(path) for path in paths], again=again, priority=priority)
-            for event in ledger.events_after(seen):
-                if event.kind == "left_out":
-                    report(event.message)
+            left_out = NewNotes(ledger, ("left_out",))
+            taken = self._opened(ledger).intake().take([Path(path) for path in paths], again=again, priority=priority)
+            for note in left_out():
+                report(note.message)
             return [asdict(row) for row in taken]
 
     def train(
@@ -154,7 +150,7 @@ class Run:
         again: bool = False,
         observe: Observe = _silent,
         stop: Wishes | None = None,
-        report: Callable[[str], None] = _silent,
+        report: Report = _silent,
     ) -> list[dict[str, Any]]:
         """Add files and train everything that waits, in order; returns the history entries of files done now.
 
@@ -170,7 +166,7 @@ class Run:
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
-        with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
+        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
             before = {row.id for row in ledger.files("done")}
             opened = self._opened(ledger, report)
             with (
@@ -192,7 +188,7 @@ class Run:
         once: bool = False,
         observe: Observe = _silent,
         stop: Wishes | None = None,
-        report: Callable[[str], None] = _silent,
+        report: Report = _silent,
     ) -> int:
         """Train whatever arrives in the inbox and the stream, until stopped; outlive what can be outlived.
 
@@ -210,7 +206,7 @@ class Run:
             KeyboardInterrupt: as for `train`.
         """
         wishes = Wishes() if stop is None else stop
-        with self._owned(wishes) as ledger, _ctrl_c(stop, wishes):
+        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
             seen = ledger.last_event()
             opened = self._opened(ledger, report)
             with (
@@ -311,12 +307,7 @@ class Run:
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
     def rebuild(
-        self,
-        without: str,
-        *,
-        observe: Observe = _silent,
-        stop: Wishes | None = None,
-        report: Callable[[str], None] = _silent,
+        self, without: str, *, observe: Observe = _silent, stop: Wishes | None = None, report: Report = _silent
     ) -> dict[str, Any]:
         """Make the run as if it had never seen a file: go back to before it and train the later ones again.
 
@@ -355,10 +346,5 @@ class Run:
                     wishes.ignore_up_to(asked)
                 yield ledger
 
-    def _opened(self, ledger: Ledger, report: Callable[[str], None] = _silent) -> OpenedRun:
+    def _opened(self, ledger: Ledger, report: Report = _silent) -> OpenedRun:
         return OpenedRun(self.layout, ledger, report, loading=self._loading)
-
-
-def _ctrl_c(given: Wishes | None, wishes: Wishes) -> contextlib.AbstractContextManager[None]:
-    """Let Ctrl-C commit first, unless the caller looks after signals and stops itself."""
-    return contextlib.nullcontext() if given is not None else interrupts_of_host(wishes)

@@ -501,7 +501,7 @@ def test_in_a_thread_that_is_not_the_main_one() -> None:
     def host() -> None:
         wishes = Wishes()
         try:
-            with interrupts_of_host(wishes):
+            with interrupts_of_host(wishes, are_own=True):
                 wishes.ask("the caller")
                 wishes.interruptibly(lambda: None, by_any=True)
         except Stopped as stopped:
@@ -519,7 +519,7 @@ def test_an_interrupt_of_a_host_comes_after_the_work() -> None:
     wishes, committed = Wishes(), list[str]()
 
     def work() -> None:
-        with interrupts_of_host(wishes):
+        with interrupts_of_host(wishes, are_own=True):
             wishes.ask("onward stop came first")
             signal.raise_signal(signal.SIGINT)
             committed.append("the step")
@@ -538,7 +538,7 @@ def test_a_host_that_handles_interrupts_is_left_alone() -> None:
     before = signal.signal(signal.SIGINT, lambda number, _: called.append(number))
     wishes = Wishes()
     try:
-        with interrupts_of_host(wishes):
+        with interrupts_of_host(wishes, are_own=True):
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -66,6 +66,10 @@ class RowTokenizer:
         """The fingerprint of the tokenizer."""
         return self.state.fingerprint
 
+    def settings(self) -> dict[str, Any]:
+        """Return what decides which tokens a row becomes, as values."""
+        return {"tokenizer": self.fingerprint, "max_length": self.max_length, "over_length": self.over_length}
+
     def prepare(self, record: Record) -> RowText:
         """Return the text of a row and which of its characters are targets.
 

@@ -79,19 +79,8 @@ def tokenize_file(
         intake.read(source, sha256)
         report = intake.report()
         if report.ok:
-            writer.publish(
-                {
-                    "truncated": report.truncated,
-                    "dropped": report.dropped,
-                    "split": report.split,
-                    "lost_tokens": report.lost_tokens,
-                    "unit": report.unit,
-                    "source_sha256": sha256,
-                    "tokenizer": row_tokenizer.fingerprint,
-                    "max_length": row_tokenizer.max_length,
-                    "over_length": row_tokenizer.over_length,
-                }
-            )
+            counts = {name: getattr(report, name) for name in ("truncated", "dropped", "split", "lost_tokens", "unit")}
+            writer.publish({**counts, "source_sha256": sha256, **row_tokenizer.settings()})
         return report
     finally:
         writer.discard()

@@ -219,16 +219,19 @@ def _may_be_taken(number: signal.Signals, handler: object) -> bool:
 
 
 @contextlib.contextmanager
-def interrupts_of_host(wishes: Wishes) -> Generator[None]:
+def interrupts_of_host(wishes: Wishes, *, are_own: bool) -> Generator[None]:
     """Let Ctrl-C in a notebook or a script that calls the library commit first, then interrupt as it always does.
 
     Nothing is changed where the host program handles SIGINT itself, or outside of the main thread.
+
+    Args:
+        are_own: whether the library made `wishes` itself; the owner of others looks after signals, too.
 
     Raises:
         KeyboardInterrupt: after the body, if it was stopped by one.
     """
     is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not is_plain or threading.current_thread() is not threading.main_thread():
+    if not are_own or not is_plain or threading.current_thread() is not threading.main_thread():
         yield
         return
     with wishes.on_signals((signal.SIGINT,)):
