@@ -198,9 +198,9 @@ def _common(first: str, second: str) -> int:
 
 def _rejection(refusal: Refusal) -> FileRejected:
     lines = "\n".join(f"  {line}" for line in refusal.lines())
-    return FileRejected(
-        f"the file would be rejected:\n{lines}", where=refusal.name, hint="Mend the rows and look again."
-    )
+    way = f", {refusal.way_out}" if refusal.way_out else ""
+    hint = f"Mend the rows and look again{way}."
+    return FileRejected(f"the file would be rejected:\n{lines}", where=refusal.name, hint=hint)
 
 
 def _seconds(ledger: Ledger, report: IntakeReport, config: Config) -> float | None:
