@@ -87,7 +87,7 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "bare-messages.jsonl": (lines({"messages": ["a"]}), ("line 1:", "write each message as an object")),
     "sharegpt.jsonl": (
         lines({"conversations": [{"from": "alien", "value": "a"}, {"from": "gpt", "value": "b"}]}),
-        ("sharegpt.jsonl, line 1: unknown \"from\": 'alien'", "use one of human"),
+        ("sharegpt.jsonl, line 1: unknown \"from\": 'alien'", "use one of system"),
     ),
     "surrogate.jsonl": (
         b'{"prompt": "a", "completion": "\\ud800"}\n',

@@ -18,7 +18,6 @@ from onward.data.tokenized import Row, unpack
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.errors import DamagedState, ModelError
-from onward.service.intake.settling import ignored_keys
 
 TOKENIZER = byte_tokenizer()
 STATE = TokenizerState.of(TOKENIZER)
@@ -239,15 +238,13 @@ def test_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
         {"messages": [{**messages[0], "at": 5}, *messages[1:]], "id": 2, "url": ""},
     ]
     report = intake(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert {"id": 2, "url": 1, "messages.at": 1} == report.ignored
-    assert "ignored keys: id, url, messages.at" == ignored_keys(report)
+    assert ["ignored keys: id, url, messages.at"] == report.notes
     many = [{"text": "a", f"key{number:03d}": 1} for number in range(300)]
     (tmp_path / "b").mkdir()
     report = intake(write_jsonl(tmp_path / "b" / "a.jsonl", many))
-    assert 100 == len(report.ignored)
-    assert ignored_keys(report).endswith("key011 and 88 more")
+    assert report.notes[0].endswith("key011 and 88 more")
     (tmp_path / "c").mkdir()
-    assert "" == ignored_keys(intake(write_jsonl(tmp_path / "c" / "a.jsonl", chat_rows(2))))
+    assert [] == intake(write_jsonl(tmp_path / "c" / "a.jsonl", chat_rows(2))).notes
 
 
 def test_files_without_rows_or_readable_content(tmp_path: Path) -> None:

@@ -329,10 +329,36 @@ def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_p
     assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": 0},
+        {"trainable_token_indices": [3, 5]},
+    ],
+    ids=lambda lora: "+".join(lora),
+)
+def test_more_of_peft_is_taken(lora: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    """Each field becomes a config key; weights, moments and logits are the Trainer's, and the run goes on, proven."""
+    adapted = stock.lora_model(model, **lora)
+    stop: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
+    trainer = stock.trainer(adapted, tmp_path / "stock", **stop)
+    trainer.train()
+    run = Run.adopt(tmp_path / "stock/checkpoint-2", tmp_path / "run", str(model), settings=SETTINGS)
+    state = stock.open_state(tmp_path / "run")
+    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
+    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
+    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
+    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify(deep=True).ok)
+
+
 MERGED: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
-    "a head of its own": {"modules_to_save": ["embed_tokens"]},
     "a grown vocabulary": {},
 }
 

@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-LONG_ROWS = {**DAEMON, "max_length": 16, "batch_size": 1000}
+LONG_ROWS = {**DAEMON, "max_length": 16, "batch_size": 1000, "over_length": "truncate"}
 """Settings under which there is much to check and little to train."""
 IN_TIME = 5.0 if FULL_SIZE else 30.0
 """Seconds in which a process must end when asked to; the small form runs on busy machines."""

@@ -39,7 +39,7 @@ class Shown:
         self._ledger = ledger
         self._last: tuple[str, str | None] | None = None
         self._problem: str | None = None
-        self._standing: str | None = None
+        self._standing: dict[str, str] = {}
         self.state = ""
         """The state shown last; empty before the first."""
 
@@ -48,14 +48,16 @@ class Shown:
         self.state, self._problem = state, problem
         self._write()
 
-    def stand(self, problem: str | None) -> None:
-        """Show a problem alongside every state that has none of its own, until there is none any more."""
-        self._standing = problem
+    def stand(self, subject: str, problem: str | None) -> None:
+        """Show a problem alongside every state that has none of its own, until its subject has none any more."""
+        self._standing = {key: other for key, other in self._standing.items() if key != subject}
+        if problem is not None:
+            self._standing[subject] = problem
         if self.state:
             self._write()
 
     def _write(self) -> None:
-        shown = (self.state, self._problem or self._standing)
+        shown = (self.state, self._problem or next(iter(self._standing.values()), None))
         if shown == self._last:
             return
         with contextlib.suppress(sqlite3.OperationalError):

@@ -150,7 +150,7 @@ class Daemon:
             return False
         if not self._incoming.is_watching:
             return self.ledger.next_arriving() is not None
-        self.owned.shown.set("tokenizing" if self.ledger.next_arriving() else IDLE, self._incoming.problem)
+        self.owned.shown.set("tokenizing" if self.ledger.next_arriving() else IDLE)
         self._wait(TICK if self.ledger.next_arriving() else 5 * TICK)
         return True
 

@@ -179,6 +179,7 @@ class Incoming:
             self._inbox_problem = printable(f"the inbox cannot be used: {error}")
 
     def _report(self, problem: str | None) -> None:
+        self._owned.shown.stand("inbox", problem)
         if problem == self._told:
             return
         if problem is not None:

@@ -50,5 +50,5 @@ class Owned:
         changed, problem = self.settings.refresh(), self.settings.problem
         if changed and problem is not None:
             self.record("error", f"the config is refused; what was read before stays in force: {problem}", "config")
-        self.shown.stand(problem)
+        self.shown.stand("config", problem)
         return changed

@@ -34,6 +34,9 @@ KEYS: Mapping[str, str] = {
 ALWAYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 """Fields that every adapter has."""
 
+LISTS = ("layers_to_transform",)
+"""Fields that may be one number instead of a list."""
+
 WITHOUT_EFFECT = frozenset(
     {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode",
@@ -94,7 +97,11 @@ def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     except KeyError as error:
         raise DamagedState(f"{ADAPTER_CONFIG} does not say {error}", where=ADAPTER_CONFIG) from None
     others = [name for name in KEYS if name not in ALWAYS and not _is_default(name, values.get(name))]
-    return taken | {KEYS[name]: values[name] for name in others}
+    return taken | {KEYS[name]: _as_list(values[name]) if name in LISTS else values[name] for name in others}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [value] if isinstance(value, int) else list(value)
 
 
 def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
@@ -132,5 +139,7 @@ def _is_taken(name: str, value: Any) -> bool:
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Whether a field says nothing: it is as PEFT makes it, or empty."""
-    return not value or value == getattr(LoraConfig, name, None)
+    """Whether a field says nothing: it is as PEFT makes it, or empty. Layer 0 is a layer."""
+    is_layer = name in LISTS and value is not None and value != []
+    says_nothing = not value and not is_layer
+    return says_nothing or value == getattr(LoraConfig, name, None)
