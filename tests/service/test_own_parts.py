@@ -190,10 +190,10 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"lora": {"init": "gaussian"}}, "lora.init"),
     ({}, {"method": "full"}, "method full has no adapter"),
     ({}, {"tokens": ["<x>"]}, "cannot be the start of a run with new tokens"),
-    ({"init_lora_weights": "pissa"}, {}, "path_initial_model_for_weight_conversion"),
-    ({"init_lora_weights": "loftq"}, {}, "changes what its base is"),
+    ({"init_lora_weights": "pissa"}, {}, "begun by pissa, which changes the base"),
+    ({"init_lora_weights": "loftq"}, {}, "begun by loftq, which changes the base"),
     ({"peft_type": "IA3"}, {}, "adapters of type IA3"),
-    ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens, which cannot go on"),
+    ({"alora_invocation_tokens": [1]}, {}, "cannot take over: alora_invocation_tokens"),
     ({"target_modules": ["v_proj"]}, {}, "do not fit its config"),
     ({"r": 5}, {}, "do not fit its config"),
 ]

@@ -5,46 +5,22 @@ The run keeps a copy in `adapter/`, so that it depends on no other folder and `r
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from onward.atomic import fsync_file
 from onward.config import Config
+from onward.config_sections import LoraConfig
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, load_adapter, saved_adapter_config
+from onward.training.foreign.adapters import KEYS, adapter_settings, read_adapter
 from onward.training.quiet import quiet
-
-_KEYS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
-    "r": ("rank", int),
-    "lora_alpha": ("alpha", float),
-    "target_modules": ("targets", lambda value: value if isinstance(value, str) else sorted(value or [])),
-    "target_parameters": ("target_parameters", lambda value: list(value or [])),
-    "layers_to_transform": ("layers", lambda value: [value] if isinstance(value, int) else list(value or [])),
-    "rank_pattern": ("rank_pattern", lambda value: dict(value or {})),
-    "alpha_pattern": ("alpha_pattern", lambda value: dict(value or {})),
-    "use_dora": ("use_dora", bool),
-    "use_rslora": ("use_rslora", bool),
-    "bias": ("bias", str),
-    "modules_to_save": ("modules_to_save", lambda value: list(value or [])),
-}
-"""PEFT's fields that a config key of `lora` tells of."""
-_CARRIED = frozenset(
-    {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-     "init_lora_weights", "lora_dropout", "trainable_token_indices", "fan_in_fan_out", "exclude_modules",
-     "layers_pattern", "lora_bias", "ensure_weight_tying", "megatron_core", "qalora_group_size", "eva_config"}
-)  # fmt: skip
-"""Fields that change no base weight and are followed as the adapter's own config has them."""
-_PLAIN_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
-"""First weights that leave the base as it is; nothing is left of them once an adapter is trained."""
 
 
 @dataclass(frozen=True)
@@ -60,51 +36,22 @@ def read_start_adapter(folder: Path) -> StartAdapter:
     """Read what an adapter's folder says of itself.
 
     Raises:
+        DamagedState: its config cannot be read.
         UsageError: the folder holds no adapter in safetensors.
         ModelError: the adapter is of a kind that cannot go on exactly.
     """
-    path = folder / ADAPTER_CONFIG
-    try:
-        values = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+    if not (folder / ADAPTER_CONFIG).is_file():
         hint = "Name a folder with adapter_config.json and adapter_model.safetensors, as PEFT's save_pretrained writes."
-        raise UsageError(f"this is no adapter of PEFT: {type(error).__name__}", where=path, hint=hint) from None
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        hint = "Load it once with PEFT and save it: save_pretrained writes safetensors."
-        raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=folder, hint=hint)
-    _require_plain(values, path)
-    lora: dict[str, Any] = {key: read(values[name]) for name, (key, read) in _KEYS.items() if name in values}
-    lora["dropout"] = float(values.get("lora_dropout") or 0.0)
-    tokens = values.get("trainable_token_indices")
-    lora["trainable_tokens"] = tokens if isinstance(tokens, dict) else list(tokens or [])
+        raise UsageError("this is no adapter of PEFT", where=folder, hint=hint)
+    values = read_adapter(folder)
+    default = LoraConfig().model_dump(mode="json")
+    shape = {_name_of(key): value for key, value in adapter_settings(values).items()}
+    lora = {name: shape.get(name, default[name]) for name in map(_name_of, KEYS.values())}
     return StartAdapter(folder, str(values.get("base_model_name_or_path") or ""), lora)
 
 
-def _require_plain(values: Mapping[str, Any], path: Path) -> None:
-    """Refuse kinds of adapter that this run could not go on with exactly."""
-    merged = "Merge it into its base with PEFT (merge_and_unload, save_pretrained) and make a run of that folder: "
-    if values.get("peft_type") != "LORA":
-        raise ModelError(
-            f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path,
-            hint=f"{merged}onward init NEW_RUN --model MERGED",
-        )  # fmt: skip
-    init = values.get("init_lora_weights")
-    if init not in _PLAIN_INIT:
-        hint = (
-            "PEFT turns it into a plain LoRA adapter: model.save_pretrained(FOLDER, "
-            f"path_initial_model_for_weight_conversion=INITIAL). Else: {merged[0].lower()}{merged[1:]}"
-            "onward init NEW_RUN --model MERGED"
-        )
-        what = f"the adapter was begun with init_lora_weights {init!r}, which changes what its base is"
-        raise ModelError(what, where=path, hint=hint)
-    default = PeftLoraConfig().to_dict()
-    others = sorted(
-        name for name, value in values.items()
-        if name not in _CARRIED and name not in _KEYS and (value or None) != (default.get(name) or None)
-    )  # fmt: skip
-    if others:
-        what = f"the adapter has {', '.join(others)}, which cannot go on here exactly"
-        raise ModelError(what, where=path, hint=f"{merged}onward init NEW_RUN --model MERGED")
+def _name_of(key: str) -> str:
+    return key.removeprefix("lora.")
 
 
 def with_start_adapter(config: Config, start: StartAdapter) -> Config:

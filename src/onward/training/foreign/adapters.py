@@ -37,14 +37,16 @@ ALWAYS = ("r", "lora_alpha", "lora_dropout", "target_modules")
 LISTS = ("layers_to_transform",)
 """Fields that may be one number instead of a list."""
 
-WITHOUT_EFFECT = frozenset(
+CARRIED = frozenset(
     {
         "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode",
         "revision", "fan_in_fan_out", "megatron_core", "megatron_config", "loftq_config", "eva_config", "corda_config",
-        "lora_ga_config", "runtime_config", "qalora_group_size", "init_lora_weights",
+        "lora_ga_config", "runtime_config", "qalora_group_size", "init_lora_weights", "exclude_modules",
+        "layers_pattern", "ensure_weight_tying",
     }
 )  # fmt: skip
-"""Fields that change nothing once the weights are there (`init_lora_weights` has a check of its own)."""
+"""Fields that change no base weight and are followed as the adapter's own config has them (`init_lora_weights` has a
+check of its own)."""
 
 OWN_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva", "default")
 """Values of `init_lora_weights` that leave the base as it is; the others take the first weights out of it."""
@@ -97,11 +99,12 @@ def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     except KeyError as error:
         raise DamagedState(f"{ADAPTER_CONFIG} does not say {error}", where=ADAPTER_CONFIG) from None
     others = [name for name in KEYS if name not in ALWAYS and not _is_default(name, values.get(name))]
-    return taken | {KEYS[name]: _as_list(values[name]) if name in LISTS else values[name] for name in others}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return [value] if isinstance(value, int) else list(value)
+    taken |= {KEYS[name]: values[name] for name in others}
+    for name in LISTS:
+        if isinstance(value := taken.get(KEYS[name]), int):
+            taken[KEYS[name]] = [value]
+    targets: Any = taken["lora.targets"]
+    return taken | {"lora.targets": sorted(targets) if isinstance(targets, list) else targets or []}
 
 
 def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
@@ -135,7 +138,7 @@ def _changed_base_hint(path: Path) -> str:
 
 
 def _is_taken(name: str, value: Any) -> bool:
-    return name in WITHOUT_EFFECT or KEYS.get(name) in known_keys() or _is_default(name, value)
+    return name in CARRIED or KEYS.get(name) in known_keys() or _is_default(name, value)
 
 
 def _is_default(name: str, value: Any) -> bool:
