@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 }
 SHARES = 4 if FULL_SIZE else 2
 """Number of tests that a sweep is split into, so that they run in parallel."""
-STRIDE = 1 if FULL_SIZE else 31
+STRIDE = 1 if FULL_SIZE else 61
 """The small form tries every n-th change only, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""

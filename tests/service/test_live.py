@@ -19,6 +19,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.digest import sha256_file
+from onward.service.holder import read_holder
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_a_killed_owner_keeps_nobody_out(run: Run, model: Path, tmp_path: Path) 
 def test_a_second_owner_is_told_who_the_first_is(run: Run, tmp_path: Path) -> None:
     """While a daemon runs, `watch`, `train`, `verify` and `rebuild` end with 4 and its pid, host and start time."""
     process = watch(run)
-    until(run.layout.lock.with_name(".lock.holder").exists, process)
+    until(lambda: read_holder(run.layout.lock) is not None, process)
     holder = json.loads(run.layout.lock.with_name(".lock.holder").read_text())
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
     said = f"pid {process.pid} on {socket.gethostname()}, since {since}"

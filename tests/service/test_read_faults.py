@@ -22,7 +22,7 @@ from onward.layout import RunLayout
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "save_steps": 2, "max_length": 128, "lora": {"rank": 2, "dropout": 0.1}}
 KINDS = ("EIO", "EMFILE", "ESTALE")
-POINTS = 10**6 if FULL_SIZE else 6
+POINTS = 10**6 if FULL_SIZE else 4
 """Reads that are tried in each folder, spread over all of them."""
 
 
