@@ -17,8 +17,8 @@ from typing import Any
 
 from measuring import child, docstrings, held_against, interleaved, resident, spread
 
-from onward.data.records import parse_record
-from onward.data.sources import read_rows
+from onward.data.files.sources import read_rows
+from onward.data.rows.records import parse_record
 from onward.data.tokenize import CHUNK_ROWS, RowTokenizer, tokenize_file
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file

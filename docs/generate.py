@@ -23,11 +23,11 @@ from typer.main import get_command
 from onward import cli
 from onward.config import SECTIONS, Config, acts
 from onward.config_text import parse_config
-from onward.data import messages, records
-from onward.data.columns import ANSWERS, BESIDES, QUESTIONS
-from onward.data.formats import COMPRESSIONS, listed
-from onward.data.records import RowError, parse_record
-from onward.data.sources import FileError, read_rows
+from onward.data.files.formats import COMPRESSIONS, listed
+from onward.data.files.sources import FileError, read_rows
+from onward.data.rows import messages, records
+from onward.data.rows.columns import ANSWERS, BESIDES, QUESTIONS
+from onward.data.rows.records import RowError, parse_record
 from onward.data.tokenize import PROBLEMS_SHOWN
 from onward.errors import ConfigError
 

@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 import tiny
 from trait_templates import template_text, trl_folder
 
-from onward.data import records
-from onward.data.records import Chat, RowError
-from onward.data.template import ChatTemplate
+from onward.data.rows import records
+from onward.data.rows.records import Chat, RowError
+from onward.data.rows.template import ChatTemplate
 
 Span: TypeAlias = tuple[int, int]
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 import onward
-from onward.data.records import parse_record
+from onward.data.rows.records import parse_record
 from onward.training.checkpoint import Manifest
 
 ROOT = Path(__file__).parents[1]

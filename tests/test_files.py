@@ -14,7 +14,7 @@ from commands import assert_refused, make_run, onward
 
 from onward.config import NEW_RUN, Config
 from onward.config_text import read_config
-from onward.data.reading import BadRows, Reading
+from onward.data.files.reading import BadRows, Reading
 from onward.data.row_tokenizer import cache_key
 from onward.errors import UsageError
 from onward.service.intake.hub import Hub, HubName, is_hub_name

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from onward.data.arrow_ipc import messages_of
-from onward.data.limits import Limits
-from onward.data.reading import Reading
-from onward.data.sources import FileError, read_rows
+from onward.data.files.arrow_ipc import messages_of
+from onward.data.files.limits import Limits
+from onward.data.files.reading import Reading
+from onward.data.files.sources import FileError, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from onward.config_text import parse_config
-from onward.data.columns import ANSWERS, FORMATS, QUESTIONS, Columns
-from onward.data.reading import Reading
-from onward.data.records import Completion, Record, RowError, Text, parse_record
+from onward.data.files.reading import Reading
+from onward.data.rows.columns import ANSWERS, FORMATS, QUESTIONS, Columns
+from onward.data.rows.records import Completion, Record, RowError, Text, parse_record
 
 CHAT = parse_record({"instruction": "Q", "output": "A"})
 WITH_CONTEXT = parse_record({"instruction": "Q", "input": "C", "output": "A"})

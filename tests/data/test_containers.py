@@ -17,11 +17,11 @@ import pytest
 import zstandard
 from tiny import byte_state
 
-from onward.data.containers import FileError
-from onward.data.limits import Limits
-from onward.data.reading import Reading
+from onward.data.files.containers import FileError
+from onward.data.files.limits import Limits
+from onward.data.files.reading import Reading
+from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.sources import read_rows
 from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
 

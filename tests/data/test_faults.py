@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_state, chat_rows, write_jsonl
 
-from onward.data.containers import SourceFile, check_readable
-from onward.data.faults import FileError, SourceChanged, refusal_of
-from onward.data.limits import DEFAULT_LIMITS, Limits
-from onward.data.reading import Reading
+from onward.data.files.containers import SourceFile, check_readable
+from onward.data.files.faults import FileError, SourceChanged, refusal_of
+from onward.data.files.limits import DEFAULT_LIMITS, Limits
+from onward.data.files.reading import Reading
+from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.sources import read_rows
 from onward.data.tokenize import IntakeReport, Problem, tokenize_file
 from onward.digest import sha256_file
 from onward.errors import ModelError

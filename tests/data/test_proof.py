@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tiny import byte_state, byte_tokenizer
 from tokenizers import processors
 
-from onward.data.end_tokens import without_marks
-from onward.data.records import Chat, RowError, parse_record
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.template import ChatTemplate
+from onward.data.rows.end_tokens import without_marks
+from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 
 USER = {"role": "user", "content": "Qone"}

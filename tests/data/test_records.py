@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from onward.data.records import Chat, Completion, RowError, Text, parse_record
+from onward.data.rows.records import Chat, Completion, RowError, Text, parse_record
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}

@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, chat_rows, write_jsonl
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onward.data.records import Completion, Text, parse_record
 from onward.data.row_tokenizer import RowTokenizer
+from onward.data.rows.records import Completion, Text, parse_record
 from onward.data.splitting import INSIDE, cuts, places_of_bytes, places_of_ranges
 from onward.data.tokenize import TokenizedFile, tokenize_file
 from onward.data.tokenized import TARGET_BIT, PackedRow

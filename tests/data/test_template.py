@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
 from trait_templates import template_text
 
-from onward.data.records import Chat, RowError, parse_record
-from onward.data.template import ChatTemplate
+from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 

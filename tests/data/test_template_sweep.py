@@ -12,8 +12,8 @@ from trait_templates import template_text
 
 from onward.config import Config
 from onward.data.own_template import training_twin
-from onward.data.records import Chat, RowError
-from onward.service.intake.tokenizer import RunTokenizer
+from onward.data.rows.records import Chat, RowError
+from onward.service.intake.rules import RunTokenizer
 
 EVERY = 1 if os.environ.get("ONWARD_SOAK") else 6
 SAMPLE = names()[::EVERY]
@@ -39,7 +39,7 @@ def test_markers_are_followed(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_what_is_accepted_is_what_the_row_says(name: str) -> None:
     """Every word of the answers, calls and thoughts is a target once a row is accepted, and no word of others is."""
-    pytest.importorskip("onward.data.proof")
+    pytest.importorskip("onward.data.rows.proof")
     assert {} == {kind: found.lost for kind, row in ROWS.items() if (found := try_row(name, row)).lost}
 
 
@@ -52,7 +52,7 @@ def test_the_twin_for_training_is_found_by_the_text() -> None:
 
 def test_a_refusal_names_the_twin() -> None:
     """Where another template is the remedy, the refusal says which one TRL ships for this model."""
-    pytest.importorskip("onward.data.proof")
+    pytest.importorskip("onward.data.rows.proof")
     tokenizer = RunTokenizer(byte_state(template_text("qwen2_5")), Config(), None)
     thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?"}
     row = Chat([{"role": "user", "content": "Is it?"}, thought])

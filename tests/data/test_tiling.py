@@ -12,7 +12,7 @@ from tiny import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.template import RowText
+from onward.data.rows.template import RowText
 from onward.data.tiling import byte_lengths
 from onward.data.tokenizer import TokenizerState
 

@@ -11,8 +11,8 @@ from tiny import byte_tokenizer, chat_rows, write_jsonl
 from tokenizers import pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
-from onward.data.records import Chat, Completion, RowError, Text, parse_record
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
+from onward.data.rows.records import Chat, Completion, RowError, Text, parse_record
 from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row, unpack
 from onward.data.tokenizer import TokenizerState

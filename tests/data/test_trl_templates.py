@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from tiny import byte_tokenizer
 
-from onward.data.records import Chat, RowError, parse_record
-from onward.data.template import ChatTemplate
+from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 
 trl = pytest.importorskip("trl", reason="TRL is an extra of development: its chat templates are not in this repository")

@@ -18,9 +18,9 @@ from commands import assert_refused, make_run, onward
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onward.data.records import parse_record
+from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.sources import read_rows
+from onward.data.rows.records import parse_record
 from onward.data.tokenized import unpack
 from onward.layout import RunLayout
 from onward.service.lock import RunLock

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from onward.data.faults import FileError
-from onward.data.reading import BadRows
-from onward.data.records import RowError
+from onward.data.files.faults import FileError
+from onward.data.files.reading import BadRows
+from onward.data.row_types import RowError
 from onward.lengths import Lengths
 from onward.text import printable
 

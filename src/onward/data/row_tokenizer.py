@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onward.data.row_types import Chat, Record, RowError, Text
+from onward.data.rows.template import ChatTemplate, RowText
+from onward.data.rows.turns import Span
 from onward.data.splitting import LEAST, cuts, places_of_bytes, places_of_ranges
-from onward.data.template import ChatTemplate, RowText
 from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, pack
 from onward.data.tokenizer import TokenizerState
-from onward.data.turns import Span
 from onward.digest import sha256_json
 from onward.errors import ModelError
 

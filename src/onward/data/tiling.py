@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import models, pre_tokenizers
 
-from onward.data.template import RowText
+from onward.data.rows.template import RowText
 from onward.data.tokenized import PackedRow, pack
 
 SPLITTERS = ("Digits", "Split")

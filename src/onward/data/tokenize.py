@@ -7,17 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from onward.data.columns import Columns
-from onward.data.containers import SourceFile
-from onward.data.faults import FileError, SourceChanged, refusal_of
-from onward.data.formats import SEEKS, TABLE_FORMATS, format_of, unit_of
-from onward.data.limits import Limits
-from onward.data.lines import SourceRow
-from onward.data.reading import Reading
-from onward.data.records import RowError, parse_record
+from onward.data.files.containers import SourceFile
+from onward.data.files.faults import FileError, SourceChanged, refusal_of
+from onward.data.files.formats import SEEKS, TABLE_FORMATS, format_of, unit_of
+from onward.data.files.limits import Limits
+from onward.data.files.lines import SourceRow
+from onward.data.files.reading import Reading
+from onward.data.files.sources import rows_of
 from onward.data.report import PROBLEMS_SHOWN, IgnoredKeys, IntakeReport, Problem, Problems
 from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, TooLong, cache_key
-from onward.data.sources import rows_of
+from onward.data.rows.columns import Columns
+from onward.data.rows.records import RowError, parse_record
 from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter
 
 CHUNK_ROWS = 1024

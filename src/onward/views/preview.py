@@ -26,7 +26,7 @@ from onward.layout import RunLayout
 from onward.service.intake.checking import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
-from onward.service.intake.tokenizer import RulesOfRun
+from onward.service.intake.rules import RulesOfRun
 from onward.store.ledger import Ledger
 from onward.text import printable
 

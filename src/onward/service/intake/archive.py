@@ -9,7 +9,7 @@ from pathlib import Path
 import zstandard
 
 from onward.atomic import fsync_directory
-from onward.data.formats import TEXT_FORMATS
+from onward.data.files.formats import TEXT_FORMATS
 from onward.digest import CHUNK, sha256_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
-from onward.data.containers import FileError, check_readable
-from onward.data.sources import file_format
+from onward.data.files.containers import FileError, check_readable
+from onward.data.files.sources import file_format
 from onward.digest import sha256_file
 from onward.errors import Unreadable
 from onward.layout import RunLayout

@@ -7,7 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable
 
-from onward.data.faults import described
+from onward.data.files.faults import described
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.intake.checking import Intake

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from onward.atomic import remove_temporaries
 from onward.config_text import read_config
-from onward.data.containers import FileError
+from onward.data.files.containers import FileError
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected, OnwardError, UsageError
 from onward.layout import RunLayout
@@ -29,8 +29,8 @@ from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.lock import IntakeLock
 from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused, rejection
+from onward.service.intake.rules import RowRules, RulesOfRun
 from onward.service.intake.settling import Settling
-from onward.service.intake.tokenizer import RowRules, RulesOfRun
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, IntentRow
 from onward.text import printable, quoted

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onward.atomic import remove_tree
-from onward.data.faults import is_of_machine
+from onward.data.files.faults import is_of_machine
 from onward.data.tokenize import IntakeReport, SourceChanged, tokenize_file
 from onward.errors import NoSpace
 from onward.layout import RunLayout
 from onward.service.intake.guard import BudgetSpent, Guard, at_intervals
 from onward.service.intake.refusals import Refusal
-from onward.service.intake.tokenizer import RowRules
+from onward.service.intake.rules import RowRules
 from onward.service.wishes import Stopped
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.data.formats import format_of
+from onward.data.files.formats import format_of
 from onward.errors import UsageError, first_line
 from onward.text import printable, quoted
 

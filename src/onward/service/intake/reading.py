@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
-from onward.data.containers import FileError
+from onward.data.files.containers import FileError
 from onward.service.intake.guard import Guard
 
 CHUNK = 1 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, replace_json
-from onward.data.faults import FileError, described
+from onward.data.files.faults import FileError, described
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
-from onward.data.reading import Reading
+from onward.data.files.reading import Reading
 from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
 from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of

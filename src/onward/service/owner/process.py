@@ -102,7 +102,7 @@ class OpenedRun:
     def intake(self) -> Intake:
         """Make what checks files."""
         from onward.service.intake.checking import Intake
-        from onward.service.intake.tokenizer import RulesOfRun
+        from onward.service.intake.rules import RulesOfRun
 
         rules = RulesOfRun(self.layout, self.ledger, lambda: self.settings.read())
         return Intake(self.layout, self.ledger, rules=rules)

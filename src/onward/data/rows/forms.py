@@ -6,10 +6,10 @@ import json
 from functools import cached_property
 from typing import Any
 
-from onward.data.end_tokens import QUESTION
-from onward.data.messages import REASONING_KEYS
 from onward.data.rendering import Renderer
 from onward.data.row_types import Chat, Message, RowError, check_strings
+from onward.data.rows.end_tokens import QUESTION
+from onward.data.rows.messages import REASONING_KEYS
 from onward.data.template_reads import Reads
 
 ALWAYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from onward.data.arrow_ipc import arrow_rows
-from onward.data.containers import SourceFile, open_bytes, require_text
-from onward.data.content import require_content
-from onward.data.documents import document_rows
-from onward.data.faults import FileError
-from onward.data.formats import file_format
-from onward.data.json_rows import TOO_MANY_DIGITS, json_values
-from onward.data.limits import Limits
-from onward.data.lines import SourceRow, lines_of
-from onward.data.parquet import parquet_rows
-from onward.data.reading import Reading
-from onward.data.table import table_rows
+from onward.data.files.arrow_ipc import arrow_rows
+from onward.data.files.containers import SourceFile, open_bytes, require_text
+from onward.data.files.content import require_content
+from onward.data.files.documents import document_rows
+from onward.data.files.faults import FileError
+from onward.data.files.formats import file_format
+from onward.data.files.json_rows import TOO_MANY_DIGITS, json_values
+from onward.data.files.limits import Limits
+from onward.data.files.lines import SourceRow, lines_of
+from onward.data.files.parquet import parquet_rows
+from onward.data.files.reading import Reading
+from onward.data.files.table import table_rows
 
 __all__ = ["FileError", "SourceRow", "file_format", "read_rows", "rows_of"]
 

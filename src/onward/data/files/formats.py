@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onward.data.faults import FileError
+from onward.data.files.faults import FileError
 from onward.text import printable, quoted
 
 TEXT_FORMATS = ("jsonl", "ndjson", "json", "txt", "csv", "tsv")

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from onward.data.faults import FileError
-from onward.data.limits import Limits
+from onward.data.files.faults import FileError
+from onward.data.files.limits import Limits
 
 TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
 """What is said of an integer that Python refuses to convert."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from onward.data.records import RowError
+from onward.data.row_types import RowError
 from onward.errors import OnwardError
 from onward.text import printable
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from onward.data.end_tokens import EndTokens
-from onward.data.proof import REMEDY, Layout
 from onward.data.row_types import Message, RowError
+from onward.data.rows.end_tokens import EndTokens
+from onward.data.rows.proof import REMEDY, Layout
 
 Span: TypeAlias = tuple[int, int]
 

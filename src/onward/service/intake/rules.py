@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from onward.config import Config
+from onward.data.files.reading import Reading
 from onward.data.own_template import KEY, other_template_hint, read_template
-from onward.data.reading import Reading
-from onward.data.records import Record, RowError
 from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
+from onward.data.rows.records import Record, RowError
 from onward.data.tokenized import TARGET_BIT, PackedRow
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from onward.data.limits import Limits
+from onward.data.files.limits import Limits
 
 
 @dataclass(frozen=True)

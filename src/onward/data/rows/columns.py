@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from onward.data.records import RowError
+from onward.data.row_types import RowError
 
 FORMATS = tuple(
     map(frozenset, (["messages"], ["text"], ["conversations"], ["prompt", "completion"], ["instruction", "output"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from onward.data.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
+from onward.data.files.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
 
 if TYPE_CHECKING:
     from onward.config import Config

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from onward.data.faults import FileError
+from onward.data.files.faults import FileError
 
 if TYPE_CHECKING:
     from onward.config import Config

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.arrow_values import batch_rows, batch_values, row_sizes, unknown_type
-from onward.data.containers import SourceFile
-from onward.data.faults import FileError, described, is_of_machine
-from onward.data.limits import VALUE_BYTES, Limits, in_mib
+from onward.data.files.arrow_values import batch_rows, batch_values, row_sizes, unknown_type
+from onward.data.files.containers import SourceFile
+from onward.data.files.faults import FileError, described, is_of_machine
+from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
 from onward.text import printable
 
 FILE_MARK = b"ARROW1\0\0"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from onward.data.calls import called, calls_of, json_text
 from onward.data.row_types import Message, RowError, check_answer, check_strings, check_text, kind_of
+from onward.data.rows.calls import called, calls_of, json_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {

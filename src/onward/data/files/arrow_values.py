@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.faults import described, is_of_machine
-from onward.data.limits import VALUE_BYTES
-from onward.data.records import UnreadableValue
+from onward.data.files.faults import described, is_of_machine
+from onward.data.files.limits import VALUE_BYTES
+from onward.data.row_types import UnreadableValue
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 << 20

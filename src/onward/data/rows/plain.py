@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from onward.data.row_types import Chat, Message, RowError
-from onward.data.turns import Target
+from onward.data.rows.turns import Target
 
 WORD = "onwardPlain{:06d}End"
 STRIPPERS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)

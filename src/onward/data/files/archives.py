@@ -9,8 +9,8 @@ import zipfile
 import zlib
 from typing import Any
 
-from onward.data.faults import FileError, described, is_of_machine
-from onward.data.formats import SEEKS, TABLE_FORMATS, format_of
+from onward.data.files.faults import FileError, described, is_of_machine
+from onward.data.files.formats import SEEKS, TABLE_FORMATS, format_of
 from onward.text import printable
 
 DIRECTORY_BYTES = 1 << 20

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from onward.data.probes import ARGUMENT, CONTENT, NAME, REASONING, Placed, Probe, Slot
 from onward.data.row_types import Message, RowError
+from onward.data.rows.probes import ARGUMENT, CONTENT, NAME, REASONING, Placed, Probe, Slot
 
 Render: TypeAlias = Callable[[Sequence[Message]], str]
 

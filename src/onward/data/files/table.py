@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from onward.data.faults import FileError
-from onward.data.limits import VALUE_BYTES, Limits, in_mib
-from onward.data.lines import SourceRow, decoded, raw_lines
+from onward.data.files.faults import FileError
+from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
+from onward.data.files.lines import SourceRow, decoded, raw_lines
 from onward.text import printable
 
 DELIMITERS = (",", ";", "\t", "|")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from onward.data.archives import member_name
-from onward.data.faults import FileError
-from onward.data.formats import ARCHIVE, COMPRESSIONS, TEXT_FORMATS
+from onward.data.files.archives import member_name
+from onward.data.files.faults import FileError
+from onward.data.files.formats import ARCHIVE, COMPRESSIONS, TEXT_FORMATS
 from onward.text import quoted
 
 SIGNS = (

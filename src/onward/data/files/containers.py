@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.data.archives import member_of
-from onward.data.compression import DAMAGE, decompressed
-from onward.data.content import require_content
-from onward.data.faults import FileError, SourceChanged, is_of_machine
-from onward.data.formats import ARCHIVE, file_format
-from onward.data.limits import Limits
+from onward.data.files.archives import member_of
+from onward.data.files.compression import DAMAGE, decompressed
+from onward.data.files.content import require_content
+from onward.data.files.faults import FileError, SourceChanged, is_of_machine
+from onward.data.files.formats import ARCHIVE, file_format
+from onward.data.files.limits import Limits
 from onward.text import quoted
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")

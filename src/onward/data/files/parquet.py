@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes
-from onward.data.containers import SourceFile
-from onward.data.faults import FileError, described, is_of_machine
-from onward.data.limits import Limits
+from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes
+from onward.data.files.containers import SourceFile
+from onward.data.files.faults import FileError, described, is_of_machine
+from onward.data.files.limits import Limits
 from onward.text import printable
 
 READ_BUFFER = 1 << 18

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from onward.data.calls import json_text, tools_of, without_nulls
-from onward.data.messages import MEDIA_KEYS, WEIGHT_KEYS, message_list, message_of, said_trained
 from onward.data.row_types import (
     Chat,
     Completion,
@@ -25,6 +23,8 @@ from onward.data.row_types import (
     check_text,
     kind_of,
 )
+from onward.data.rows.calls import json_text, tools_of, without_nulls
+from onward.data.rows.messages import MEDIA_KEYS, WEIGHT_KEYS, message_list, message_of, said_trained
 
 __all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from onward.data.end_tokens import PROBE, QUESTION, end_tokens, without_marks
-from onward.data.forms import Forms
-from onward.data.plain import PlainChats
-from onward.data.proof import REMEDY, lay_out
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.row_types import Chat, Message, RowError
+from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, without_marks
+from onward.data.rows.forms import Forms
+from onward.data.rows.plain import PlainChats
+from onward.data.rows.proof import REMEDY, lay_out
+from onward.data.rows.turns import Habits, Span, Target, Turns
 from onward.data.tokenizer import TokenizerState
-from onward.data.turns import Habits, Span, Target, Turns
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NO_TEMPLATE = RowError(

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.data.containers import SourceFile
-from onward.data.faults import FileError
-from onward.data.limits import Limits, in_mib
-from onward.data.lines import SourceRow, decoded, lines_of, raw_lines
-from onward.data.reading import Documents, Reading
+from onward.data.files.containers import SourceFile
+from onward.data.files.faults import FileError
+from onward.data.files.limits import Limits, in_mib
+from onward.data.files.lines import SourceRow, decoded, lines_of, raw_lines
+from onward.data.files.reading import Documents, Reading
 from onward.text import quoted
 
 SAMPLE = 1 << 18

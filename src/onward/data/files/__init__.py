@@ -1,0 +1,1 @@
+"""Training files: from bytes to the rows that stand in them."""
