@@ -14,6 +14,7 @@ from torch import nn
 
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
+from onward.training.adapter import ALL_LINEAR
 from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import Findings, named
@@ -58,6 +59,7 @@ class _Found:
     reach: float = 0.0
     left_out: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    """Large weights that `all-linear` gives no adapter; not asked where targets are named."""
     end_to_end: bool = False
     why_padded: str = ""
     difference: float = 0.0
@@ -145,7 +147,7 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
     found.left_out = _leave_out(proof, model, reached)
     found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     found.reach = round(reach.share_reached(model, causal_lm(model)), 4)
-    if proof.spec.config.method != "full":
+    if proof.spec.config.method != "full" and proof.spec.config.lora.targets == ALL_LINEAR:
         found.unreached = reach.large_without_adapter(model, causal_lm(model), found.left_out)
 
 
