@@ -69,24 +69,25 @@ def adopt(
         ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
     if layout.config.exists():
-        raise UsageError(
-            "there is a config in this directory already", where=layout.config, hint="Name another directory."
-        )
+        what = "there is a config in this directory already"
+        raise UsageError(what, where=layout.config, hint="Name another directory.")
     adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
     template_name, template = keep_template(adopted.config.chat_template, layout.root)
     base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
     require_fits(read_capacity(base), max_length=adopted.config.max_length)
     _require_tokenizer(checkpoint, base)
     state, findings, notes = _load(adopted, base)
-    if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
-        config = adopted.config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
-    else:
-        config = with_stored_path(adopted.config, base, layout.root)
-    config = config.model_copy(update={"chat_template": template_name})
+    config = _with_base(adopted.config, base, checkpoint, layout).model_copy(update={"chat_template": template_name})
     layout.root.mkdir(parents=True, exist_ok=True)
     write_template(template_name, template, layout.root)
     _make(checkpoint, layout, config, state, findings, report)
     return describe(replace(adopted, config=config), settings, notes)
+
+
+def _with_base(config: Config, base: Path, checkpoint: Path, layout: RunLayout) -> Config:
+    if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
+        return config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
+    return with_stored_path(config, base, layout.root)
 
 
 def _base(adopted: Adopted, named: Path) -> Path:
