@@ -159,9 +159,8 @@ def trl_mask(name: str, chat: Chat) -> tuple[str, list[Span]]:
 
 def try_row(name: str, row: dict[str, Any]) -> Outcome:
     """Return what becomes of a row with a template."""
-    parse: Any = getattr(records, "parse_record", None) or records.parse_row
     try:
-        chat = parse(row)
+        chat = records.parse_record(row)
     except RowError as error:
         return Outcome(refused=error.reason)
     assert isinstance(chat, Chat)

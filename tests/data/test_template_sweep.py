@@ -39,7 +39,6 @@ def test_markers_are_followed(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLE)
 def test_what_is_accepted_is_what_the_row_says(name: str) -> None:
     """Every word of the answers, calls and thoughts is a target once a row is accepted, and no word of others is."""
-    pytest.importorskip("onward.data.rows.proof")
     assert {} == {kind: found.lost for kind, row in ROWS.items() if (found := try_row(name, row)).lost}
 
 
@@ -52,7 +51,6 @@ def test_the_twin_for_training_is_found_by_the_text() -> None:
 
 def test_a_refusal_names_the_twin() -> None:
     """Where another template is the remedy, the refusal says which one TRL ships for this model."""
-    pytest.importorskip("onward.data.rows.proof")
     tokenizer = RunTokenizer(byte_state(template_text("qwen2_5")), Config(), None)
     thought = {"role": "assistant", "content": "Yes.", "reasoning_content": "Is it?"}
     row = Chat([{"role": "user", "content": "Is it?"}, thought])

@@ -1,4 +1,4 @@
-"""What must not happen: an evaluation that changes the model, a head that does more than multiply."""
+"""What must not happen: an evaluation that changes the model."""
 
 from __future__ import annotations
 
