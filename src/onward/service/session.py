@@ -15,8 +15,9 @@ from onward.config import Config
 from onward.config_text import read_config
 from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ConfigError, ModelError
+from onward.errors import ModelError
 from onward.layout import RunLayout
+from onward.service.settings import locked_refusal
 from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
@@ -138,12 +139,7 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
         ledger.put(identity=here)
         return
     if keys:
-        lines = "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in keys.items())
-        raise ConfigError(
-            f"identity keys are locked once a run has begun: {lines}",
-            where="onward.yaml",
-            hint="Put the old values back, or make another run: onward init NEW_RUN",
-        )
+        raise locked_refusal(keys)
     if changed:
         thing = "base model" if "base" in changed else "tokenizer or chat template"
         raise ModelError(

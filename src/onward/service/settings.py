@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from onward.config import Config
 from onward.config_text import read_config
 from onward.errors import ConfigError
+
+PUT_BACK = "Put the old values back, or make another run: onward init NEW_RUN"
+
+
+def locked_refusal(changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
+    """Return the refusal of changed identity keys, given as `Config.identity_changes` does."""
+    what = f"identity keys are locked once a run has begun: {changes_in_words(changes)}"
+    return ConfigError(what, where="onward.yaml", hint=PUT_BACK)
+
+
+def changes_in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return what a run was begun with and what its config says, key by key."""
+    return "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in changes.items())
 
 
 class Settings:

@@ -14,8 +14,9 @@ from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.rows.records import Record, RowError
 from onward.data.tokenized import TARGET_BIT, PackedRow
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ConfigError, ModelError
+from onward.errors import ModelError
 from onward.layout import RunLayout
+from onward.service.settings import locked_refusal
 from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training.base import base_of_run
@@ -158,11 +159,6 @@ def require_template_of(identity: Mapping[str, Any], config: Config) -> None:
     Raises:
         ConfigError: it does.
     """
-    locked, here = identity.get("chat_template"), config.chat_template
-    if locked != here:
-        raise ConfigError(
-            f"identity keys are locked once a run has begun: chat_template: the run has {locked!r}, "
-            f"the config says {here!r}",
-            where="onward.yaml",
-            hint="Put the old value back, or make another run: onward init NEW_RUN",
-        )
+    changes = config.identity_changes(identity)
+    if "chat_template" in changes:
+        raise locked_refusal({"chat_template": changes["chat_template"]})

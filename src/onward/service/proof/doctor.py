@@ -22,6 +22,7 @@ from onward.data.own_template import read_template
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
@@ -122,9 +123,7 @@ def _identity(layout: RunLayout) -> Iterator[Finding]:
     changes = read_config(layout.config).identity_changes(locked)
     changes.pop("model", None)
     if changes:
-        lines = "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in changes.items())
-        hint = "Put the old values back, or make another run: onward init NEW_RUN"
-        yield Finding("error", "identity", f"locked keys were changed: {lines}", hint)
+        yield Finding("error", "identity", f"locked keys were changed: {changes_in_words(changes)}", PUT_BACK)
 
 
 def _base(layout: RunLayout) -> Iterator[Finding]:
