@@ -22,8 +22,8 @@ from onward.data.rows.records import parse_record
 from onward.data.tokenize import CHUNK_ROWS, RowTokenizer, tokenize_file
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
-from onward.training.base import resolve_base
-from onward.training.model import load_tokenizer
+from onward.training.model.base import resolve_base
+from onward.training.model.load import load_tokenizer
 
 GOAL = 0.8
 FLAT = 1.1

@@ -73,7 +73,7 @@ def small_llama(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from onward.training.base import resolve_base
+    from onward.training.model.base import resolve_base
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_base("smollm2-135m", report=lambda _: None))
     config = LlamaConfig(

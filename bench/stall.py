@@ -20,8 +20,8 @@ import torch
 
 from onward.config import Config
 from onward.training.environment import pick_device, pick_dtype
-from onward.training.model import build_model
-from onward.training.spec import ModelSpec
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
 STEPS, EVERY = 34, 10

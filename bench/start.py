@@ -31,7 +31,7 @@ FIRST_STEP = "file 1: "
 def measure(rounds: int = 5, rows: int = 100) -> dict[str, Any]:
     """Return the seconds to the first step of `onward train` and those of the bare script."""
     from onward import Run
-    from onward.training.base import resolve_base
+    from onward.training.model.base import resolve_base
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

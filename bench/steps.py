@@ -25,8 +25,8 @@ from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.events import StepTaken
 from onward.training.environment import pick_dtype
-from onward.training.model import build_model, load_tokenizer
-from onward.training.spec import ModelSpec
+from onward.training.model.load import build_model, load_tokenizer
+from onward.training.model.spec import ModelSpec
 
 BATCH, MAX_LENGTH, RATE = 8, 512, 2e-4
 ON_GPU = torch.cuda.is_available()
@@ -150,7 +150,7 @@ def peer_model(folder: Path, values: dict[str, Any]) -> torch.nn.Module:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from onward.training.weights import save_weights
+    from onward.training.model.weights import save_weights
 
     base = Path(values["model"])
     dtype = pick_dtype("auto", torch.device("cuda" if ON_GPU else "cpu"))

@@ -29,7 +29,7 @@ def throughput(model: Path | None, *, steps: int, rounds: int) -> Callable[[Path
     def measure(work: Path, data: Path | None) -> Any:
         from throughput import measure as measure_throughput
 
-        from onward.training.base import resolve_base
+        from onward.training.model.base import resolve_base
 
         folder = measuring.small_llama(work / "model") if model is None else resolve_base(str(model))
         rows = measuring.mixed_rows(work / "rows.jsonl", data, steps * 8)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import facts
 
-from onward.training.embedded import cache_directory, ensure_embedded
+from onward.training.model.embedded import cache_directory, ensure_embedded
 
 MODEL = "smollm2-135m"
 RUN = Path("demo-run")

@@ -10,8 +10,8 @@ import torch
 from onward.config import Config
 from onward.training.checkpoint import Contents, Facts
 from onward.training.handover import measure
-from onward.training.model import build_model
-from onward.training.spec import ModelSpec
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from typing import Any
 from onward.layout import RunLayout
 from onward.run import Run
 from onward.store.ledger import Ledger
-from onward.training import weights
 from onward.training.checkpoint import inspect_checkpoint
+from onward.training.model import weights
 
 ERRORS = ("ENOSPC", "EIO")
 KILL = "SIGKILL"

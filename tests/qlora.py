@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from onward import Run
 from onward.config_text import read_config
 from onward.events import StepTaken
-from onward.training.base import resolve_base
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state
-from onward.training.spec import ModelSpec
+from onward.training.model.base import resolve_base
+from onward.training.model.spec import ModelSpec
 from onward.training.state import digest_tensors
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from onward.config_text import read_config
 from onward.layout import RunLayout
-from onward.training.base import resolve_base
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state
-from onward.training.spec import ModelSpec
+from onward.training.model.base import resolve_base
+from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
 ARGUMENTS: dict[str, Any] = {

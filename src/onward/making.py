@@ -67,7 +67,7 @@ class _Making:
     def make(self, later: bool) -> None:
         from onward.data.own_template import keep_template, write_template
         from onward.service.tokenizer import store_tokenizer
-        from onward.training.base import base_of_run, resolve_base, with_stored_path
+        from onward.training.model.base import base_of_run, resolve_base, with_stored_path
 
         config = _choose_config(self.layout, self.values)
         name, template = keep_template(config.chat_template, self.layout.root)
@@ -108,7 +108,7 @@ class _Making:
         with self.loading():
             from onward.service.admission import admit_new
         from onward.training.admission.findings import FACT
-        from onward.training.base import OWN_ADAPTER
+        from onward.training.model.base import OWN_ADAPTER
 
         lora = self.values.get("lora")
         chosen = "lora.dropout" in self.values or (isinstance(lora, Mapping) and "dropout" in lora) or not self.values
@@ -121,8 +121,8 @@ class _Making:
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
     """Refuse what the files of a base tell without loading its weights."""
-    from onward.training.base import require_complete, require_plain
-    from onward.training.capacity import read_capacity, require_embedded, require_fits
+    from onward.training.model.base import require_complete, require_plain
+    from onward.training.model.capacity import read_capacity, require_embedded, require_fits
 
     require_complete(base)
     require_plain(base, method=config.method)

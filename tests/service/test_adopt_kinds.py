@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, UsageError
-from onward.training.foreign.adapters import read_adapter
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import open_folder
 from onward.training.foreign.grouping import GROUPINGS
 from onward.training.foreign.moments import load_into, read_moments
+from onward.training.model.adapter_config import read_adapter
 from onward.training.optimizers import ADAMW
 from onward.training.state import TrainState
 

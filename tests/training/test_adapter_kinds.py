@@ -19,16 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.checkpoint import Contents, Facts, Manifest, write_checkpoint
-from onward.training.fused_lora import FusedLoraLinear
 from onward.training.handover import measure, probe_batch, with_weights
+from onward.training.layers.fused_lora import FusedLoraLinear
 from onward.training.loading import load_state
 from onward.training.loss import TargetLoss
-from onward.training.model import build_model
-from onward.training.roundtrip import prove_roundtrip
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.load import build_model
+from onward.training.model.roundtrip import prove_roundtrip
+from onward.training.model.spec import ModelSpec
 from onward.training.seeds import fold, seeded
-from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")

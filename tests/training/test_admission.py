@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError
-from onward.training.adapter import named_targets
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
-from onward.training.spec import ModelSpec
+from onward.training.model.adapter import named_targets
+from onward.training.model.spec import ModelSpec
 
 CPU = torch.device("cpu")
 

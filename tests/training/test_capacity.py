@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from onward.errors import ConfigError, ModelError, Unreadable
-from onward.training.capacity import Capacity, read_capacity, require_fits
+from onward.training.model.capacity import Capacity, read_capacity, require_fits
 
 ROWS, LEARNED = 37, 12
 SHAPE: dict[str, Any] = {

@@ -29,9 +29,9 @@ from onward.training.checkpoint import (
 )
 from onward.training.handover import Probe, probe_batch
 from onward.training.loading import load_state
-from onward.training.model import build_model
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
 from onward.training.seeds import seeded
-from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onward.errors import ModelError
-from onward.training import embedded
+from onward.training.model import embedded
 
 NAME = "smollm2-135m"
 SOURCE = embedded.EMBEDDED[NAME]

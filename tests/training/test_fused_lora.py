@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from onward.training.fused_lora import FusedLoraLinear, fuse_lora
-from onward.training.twin import with_weights
+from onward.training.layers.fused_lora import FusedLoraLinear, fuse_lora
+from onward.training.layers.twin import with_weights
 
 
 class Attention(nn.Module):

@@ -14,9 +14,9 @@ from onward.config import Config
 from onward.errors import DamagedState
 from onward.training import huggingface
 from onward.training.loading import load_moments, read_optimizer
-from onward.training.model import build_model
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import ADAMW, OPTIMIZERS, AdamW, OptimizerMethod, saved_count
-from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
 
 STEPS = 3

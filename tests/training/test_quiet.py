@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
-from onward.training.quiet import quiet
+from onward.training.model.quiet import quiet
 
 
 def state() -> dict[str, Any]:

@@ -15,9 +15,9 @@ from read_faults import REFUSALS, ReadFault
 
 from onward.errors import Unreadable
 from onward.training import huggingface
-from onward.training.adapter import load_adapter, saved_adapter_config
 from onward.training.checkpoint import inspect_checkpoint, remove_checkpoint, write_checkpoint
 from onward.training.loading import load_moments, read_optimizer
+from onward.training.model.adapter import load_adapter, saved_adapter_config
 
 BEYOND = 2
 """Points after the last read that are tried too: nothing happens there."""

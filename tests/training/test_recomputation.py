@@ -11,10 +11,10 @@ from rows import CPU, VOCABULARY, batch, loss_and_gradients, tiny_model
 from torch import nn
 
 from onward.errors import ModelError
-from onward.training.attention import PADDING_FREE, ROW_ATTENTION
-from onward.training.fused_lora import fuse_lora
+from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
+from onward.training.layers.fused_lora import fuse_lora
 from onward.training.loss import TargetLoss
-from onward.training.model import causal_lm
+from onward.training.model.load import causal_lm
 
 ROWS = (9, 2, 17, 6)
 WINDOWED = ("mistral", "starcoder2", "phi3")

@@ -15,11 +15,11 @@ from transformers.models.rwkv.modeling_rwkv import RwkvModel
 from onward.config import Config
 from onward.errors import ModelError
 from onward.training.boundary import Boundary, run_hooks
-from onward.training.buffers import Buffers
 from onward.training.handover import Probe
+from onward.training.layers.buffers import Buffers
+from onward.training.layers.twin import keeps_process_state, with_weights, writers_in_evaluation
 from onward.training.loss import TargetLoss
 from onward.training.state import TrainState, digest_tensors
-from onward.training.twin import keeps_process_state, with_weights, writers_in_evaluation
 
 ROPE: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},

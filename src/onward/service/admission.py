@@ -12,7 +12,7 @@ from onward.training.admission.admit import admit
 from onward.training.admission.findings import FACT, Findings
 from onward.training.admission.remedies import working_config
 from onward.training.environment import pick_device, pick_dtype
-from onward.training.spec import ModelSpec
+from onward.training.model.spec import ModelSpec
 
 
 def admit_new(

@@ -22,14 +22,14 @@ from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
-from onward.training.base import BaseDigest, base_of_run, digest_base
-from onward.training.capacity import read_capacity
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
-from onward.training.model import load_tokenizer
+from onward.training.model.base import BaseDigest, base_of_run, digest_base
+from onward.training.model.capacity import read_capacity
+from onward.training.model.load import load_tokenizer
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
 from onward.training.numerics import numerics_of
-from onward.training.spec import ModelSpec
-from onward.training.treatment import Treatment
 
 Report = Callable[[str], None]
 DIGESTS = ("base", "tokenizer")

@@ -30,7 +30,7 @@ def load_tokenizer_of(folder: Path) -> TokenizerState:
     Raises:
         ModelError: there is none, or it cannot be used.
     """
-    from onward.training.model import load_tokenizer
+    from onward.training.model.load import load_tokenizer
 
     try:
         return TokenizerState.of(load_tokenizer(folder))

@@ -13,8 +13,8 @@ from onward.config import Config
 from onward.data.order import Plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.training.adapter import set_dropout
-from onward.training.buffers import Buffers
+from onward.training.layers.buffers import Buffers
+from onward.training.model.adapter import set_dropout
 from onward.training.seeds import fold, seeded
 from onward.training.state import Cursor, TrainState
 

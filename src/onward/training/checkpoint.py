@@ -25,9 +25,9 @@ from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
 from onward.layout import MANIFEST
 from onward.training import huggingface
 from onward.training.handover import Measurement
-from onward.training.roundtrip import prove_roundtrip
+from onward.training.model.roundtrip import prove_roundtrip
+from onward.training.model.weights import save_weights
 from onward.training.state import Cursor, Snapshot
-from onward.training.weights import save_weights
 
 FORMAT = 1
 SPACE_MARGIN = 1.1

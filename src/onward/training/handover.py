@@ -19,10 +19,16 @@ from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError, VerificationFailed
 from onward.training.environment import deterministic
+from onward.training.layers.twin import (
+    keeps_process_state,
+    let_write_nothing,
+    with_weights,
+    writers_in_evaluation,
+    writes,
+)
 from onward.training.loss import TargetLoss
 from onward.training.seeds import fold, seeded
 from onward.training.state import Snapshot
-from onward.training.twin import keeps_process_state, let_write_nothing, with_weights, writers_in_evaluation, writes
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 

@@ -11,11 +11,11 @@ import torch
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
-from onward.training.model import build_model
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
 from onward.training.optimizers import Entry, saved_groups
-from onward.training.spec import ModelSpec
 from onward.training.state import TrainState
-from onward.training.treatment import Treatment
 
 
 def load_state(folder: Path, manifest: Manifest, spec: ModelSpec, *, treatment: Treatment | None = None) -> TrainState:

@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional
 
 from onward.data.loader import Batch, flatten, pad
-from onward.training.adapter import head_weight
-from onward.training.attention import PADDING_FREE, row_arguments, takes_rows
-from onward.training.buffers import Buffers
-from onward.training.cross_entropy import linear_cross_entropy
 from onward.training.environment import autocast
-from onward.training.head import Head, find_head
-from onward.training.model import causal_lm, keeps_logits
+from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
+from onward.training.layers.buffers import Buffers
+from onward.training.layers.cross_entropy import linear_cross_entropy
+from onward.training.layers.head import Head, find_head
+from onward.training.layers.rope import angles_of
+from onward.training.model.adapter import head_weight
+from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
-from onward.training.rope import angles_of
 
 
 class TargetLoss:

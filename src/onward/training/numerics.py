@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig
 
 from onward.config import Config
-from onward.training.attention import PADDING_FREE
 from onward.training.environment import NUMERICS
-from onward.training.quiet import quiet
-from onward.training.rope import angles_of
+from onward.training.layers.attention import PADDING_FREE
+from onward.training.layers.rope import angles_of
+from onward.training.model.quiet import quiet
 
 PROVEN_APART = 4
 """Padded rows in parts of like length with a head apart; RoPE by length; a probe that leaves packed weights alone."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onward.config import MICRO_BATCH_TOKENS, Config
 from onward.data.loader import Batch
-from onward.training.rope import CONSTANT, Angles
+from onward.training.layers.rope import CONSTANT, Angles
 from onward.training.seeds import fold
 
 SEED_OF_RANK_0 = 0

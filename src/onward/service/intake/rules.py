@@ -19,8 +19,8 @@ from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
 from onward.service.tokenizer import stored_tokenizer
 from onward.store.ledger import Ledger
-from onward.training.base import base_of_run
-from onward.training.capacity import read_capacity, require_fits
+from onward.training.model.base import base_of_run
+from onward.training.model.capacity import read_capacity, require_fits
 
 CHECKPOINT_ROOM = 1.2
 """Share of the newest checkpoint's size that checking leaves free on the disk: training needs it next."""

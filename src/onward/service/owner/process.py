@@ -28,7 +28,7 @@ from onward.service.settings import Settings
 from onward.service.shown import FAILED, STOPPED, Shown
 from onward.service.wishes import Stopped, Wishes
 from onward.store.ledger import Ledger
-from onward.training.base import BaseDigest, find_here
+from onward.training.model.base import BaseDigest, find_here
 from onward.version import __version__
 
 if TYPE_CHECKING:

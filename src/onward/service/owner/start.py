@@ -15,7 +15,7 @@ from onward.service.state.settle import Settled
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
 from onward.training.loading import load_state
-from onward.training.model import build_model
+from onward.training.model.load import build_model
 from onward.training.state import TrainState
 
 Log = deque[dict[str, Any]]

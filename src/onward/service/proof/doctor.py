@@ -26,10 +26,10 @@ from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
-from onward.training.base import base_of_run, digest_base
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.environment import pick_device, pick_dtype
-from onward.training.model import load_tokenizer
+from onward.training.model.base import base_of_run, digest_base
+from onward.training.model.load import load_tokenizer
 
 LITTLE_DISK = 2 << 30
 """Free bytes below which a warning is given, however small the checkpoints are."""

@@ -19,9 +19,9 @@ from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.loading import load_state
+from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
-from onward.training.weights import save_weights
 from onward.training.world import SingleProcess
 
 

@@ -21,9 +21,9 @@ from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
-from onward.training.base import base_of_run, digest_base
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.loading import read_optimizer
+from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 

@@ -25,15 +25,15 @@ from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
-from onward.training.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
-from onward.training.capacity import read_capacity, require_fits
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
 from onward.training.handover import Probe
-from onward.training.model import build_model, load_tokenizer
-from onward.training.spec import ModelSpec
+from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
+from onward.training.model.capacity import read_capacity, require_fits
+from onward.training.model.load import build_model, load_tokenizer
+from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (

@@ -12,14 +12,14 @@ from onward.config_text import parse_config
 from onward.errors import ConfigError, UsageError
 from onward.layout import MANIFEST
 from onward.training import huggingface
-from onward.training.adapter import ADAPTER_CONFIG
 from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.foreign.adapters import adapter_settings, read_adapter
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder, open_folder
 from onward.training.foreign.moments import Moments, read_moments
 from onward.training.foreign.schedules import TrainerSchedule, read_schedule, require_schedule
 from onward.training.foreign.settings import argument_settings, optimizer_arguments
+from onward.training.model.adapter import ADAPTER_CONFIG
+from onward.training.model.adapter_config import adapter_settings, read_adapter
 
 SCHEDULE_SOURCE = "schedule of the Trainer"
 WHOLE_MODEL = "the model's files"

@@ -17,10 +17,10 @@ from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
-from onward.training.base import OWN_ADAPTER, OWN_BASE, TOKENIZER
+from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER
 
 if TYPE_CHECKING:
-    from onward.training.start_adapter import StartAdapter
+    from onward.training.model.start_adapter import StartAdapter
 
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
 TOKENIZER_MARK = "tokenizer_config.json"
@@ -43,7 +43,8 @@ class OwnParts:
     def __init__(self, layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
         self._layout, self._report = layout, report
         if is_made(config):
-            importlib.import_module("onward.training.own_base")  # here, where the caller may look after large imports
+            # Here, where the caller may look after large imports.
+            importlib.import_module("onward.training.model.own_base")
         self._start = _read_start(config) if config.adapter else None
         self.config = config if self._start is None else _with_start(config, self._start)
         self.facts: dict[str, Any] = {}
@@ -70,7 +71,7 @@ class OwnParts:
             self._require_start(self._start, base)
 
     def _require_start(self, start: StartAdapter, base: Path) -> None:
-        from onward.training.start_adapter import require_fits_base
+        from onward.training.model.start_adapter import require_fits_base
 
         require_fits_base(start.folder, base)
         shape = ", ".join(f"{key} {start.lora[key]}" for key in ("rank", "alpha", "targets") if key in start.lora)
@@ -100,14 +101,14 @@ class OwnParts:
             raise
         made = _made(config)
         if config.adapter:
-            from onward.training.start_adapter import digest_adapter
+            from onward.training.model.start_adapter import digest_adapter
 
             made[_DIGEST] = digest_adapter(self._layout.root / OWN_ADAPTER)
         self.facts = {MADE: made}
         return config
 
     def _make_base(self, config: Config, base: Path, tokenizer: Path) -> Config:
-        from onward.training.own_base import make_own_base
+        from onward.training.model.own_base import make_own_base
 
         with self._publishing(OWN_BASE) as own, self._publishing(OWN_ADAPTER) as adapter:
             config = make_own_base(config, base, tokenizer, own, adapter)
@@ -118,7 +119,7 @@ class OwnParts:
         return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})
 
     def _keep_start(self, start: StartAdapter, tokenizer: Path) -> None:
-        from onward.training.start_adapter import keep_start_adapter
+        from onward.training.model.start_adapter import keep_start_adapter
 
         with self._publishing(OWN_ADAPTER) as folder:
             keep_start_adapter(start.folder, folder)
@@ -172,7 +173,7 @@ def start_folder(layout: RunLayout, ledger: Ledger, config: Config) -> Path | No
         )  # fmt: skip
     if not config.adapter:
         return None
-    from onward.training.start_adapter import digest_adapter
+    from onward.training.model.start_adapter import digest_adapter
 
     folder = layout.root / OWN_ADAPTER
     if digest_adapter(folder) != made.get(_DIGEST):
@@ -197,13 +198,13 @@ def _read_start(config: Config) -> StartAdapter:
         what = "an adapter of another vocabulary cannot be the start of a run with new tokens"
         hint = "Leave tokens or the adapter out; or merge the adapter into its base and add the tokens to that."
         raise ConfigError(what, where="tokens", hint=hint)
-    from onward.training.start_adapter import read_start_adapter
+    from onward.training.model.start_adapter import read_start_adapter
 
     return read_start_adapter(Path(config.adapter).expanduser().resolve())
 
 
 def _with_start(config: Config, start: StartAdapter) -> Config:
-    from onward.training.start_adapter import with_start_adapter
+    from onward.training.model.start_adapter import with_start_adapter
 
     return with_start_adapter(config, start)
 

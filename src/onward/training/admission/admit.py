@@ -14,7 +14,6 @@ from torch import nn
 
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
-from onward.training.adapter import ALL_LINEAR
 from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import Findings, named
@@ -25,12 +24,13 @@ from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
-from onward.training.attention import PADDING_FREE
 from onward.training.environment import describe_environment
 from onward.training.handover import Probe
-from onward.training.model import build_plain, causal_lm, make_fast
+from onward.training.layers.attention import PADDING_FREE
+from onward.training.model.adapter import ALL_LINEAR
+from onward.training.model.load import build_plain, causal_lm, make_fast
+from onward.training.model.spec import ModelSpec
 from onward.training.seeds import fold, seeded
-from onward.training.spec import ModelSpec
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from onward.training.treatment import Treatment
+from onward.training.model.treatment import Treatment
 
 FACT = "admission"
 """The fact of the ledger under which a run keeps its findings."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from onward.config import Config
 from onward.data.loader import Batch
 from onward.training.admission.inputs import tokens
-from onward.training.buffers import Buffers
 from onward.training.environment import autocast, deterministic
+from onward.training.layers.buffers import Buffers
 from onward.training.loss import TargetLoss
 from onward.training.parts import parts_of
 from onward.training.seeds import seeded

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from onward.config import Config
 from onward.errors import ConfigError, first_line
-from onward.training.adapter_shape import new_adapter_config
 from onward.training.admission.causality import looks_ahead
-from onward.training.quiet import quiet
-from onward.training.spec import ModelSpec
+from onward.training.model.adapter_shape import new_adapter_config
+from onward.training.model.quiet import quiet
+from onward.training.model.spec import ModelSpec
 
 NO_REMEDY = "Nothing that Onward sets changes that: train another model."
 _TRIES = 8
@@ -70,7 +70,7 @@ def causal_hint(base: Path, device: torch.device) -> str:
 
 def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
     """Return targets with which a model computes that fails with its adapter; layers of plain type are tried."""
-    from onward.training.model import build_plain
+    from onward.training.model.load import build_plain
 
     if config.method == "full":
         return NO_REMEDY

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 
-from onward.training.adapter import adapter_tensors
-from onward.training.quiet import quiet
+from onward.training.model.adapter import adapter_tensors
+from onward.training.model.quiet import quiet
 
 
 def not_loaded_back(model: nn.Module) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from onward.errors import DamagedState, ModelError
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from onward.training.foreign.adapters import merge_hint
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter_config import merge_hint
 
 WITH_WEIGHTS = ("modules_to_save", "trainable_token_indices", "bias")
 """Fields of an adapter that say that its file holds more than matrices."""

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from onward.errors import UsageError
 from onward.text import quoted
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FULL_OPTIMIZER = "optimizer.bin"
 """The whole optimizer's state by the names of its parameters, as FSDP's full state dict is saved."""

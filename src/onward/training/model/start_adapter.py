@@ -18,9 +18,15 @@ from onward.config import Config
 from onward.config_sections import LoraConfig
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, load_adapter, saved_adapter_config
-from onward.training.foreign.adapters import KEYS, adapter_settings, read_adapter
-from onward.training.quiet import quiet
+from onward.training.model.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    add_adapter,
+    load_adapter,
+    saved_adapter_config,
+)
+from onward.training.model.adapter_config import KEYS, adapter_settings, read_adapter
+from onward.training.model.quiet import quiet
 
 
 @dataclass(frozen=True)

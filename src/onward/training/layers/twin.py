@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.errors import ModelError
-from onward.training.buffers import own_buffers
+from onward.training.layers.buffers import own_buffers
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",

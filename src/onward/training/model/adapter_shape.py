@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onward.config import Config
 from onward.errors import ConfigError
-from onward.training.adapter import ALL_LINEAR, named_targets
+from onward.training.model.adapter import ALL_LINEAR, named_targets
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The number of a layer in a module's name, as PEFT finds it for `layers_to_transform`."""

@@ -19,23 +19,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
-from onward.training.adapter import (
+from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
+from onward.training.layers.fused_lora import fuse_lora
+from onward.training.model.adapter import (
     ADAPTER_CONFIG,
     add_adapter,
     load_adapter,
     saved_adapter_config,
     train_in_float32,
 )
-from onward.training.adapter_shape import new_adapter_config, require_effect
-from onward.training.attention import PADDING_FREE, lay_end_to_end
-from onward.training.base import COMPLETE
-from onward.training.completeness import require_all_weights, require_no_others
-from onward.training.expert_lora import wrap_experts
-from onward.training.fused_lora import fuse_lora
-from onward.training.quiet import quiet
+from onward.training.model.adapter_shape import new_adapter_config, require_effect
+from onward.training.model.base import COMPLETE
+from onward.training.model.completeness import require_all_weights, require_no_others
+from onward.training.model.expert_lora import wrap_experts
+from onward.training.model.quiet import quiet
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
 from onward.training.seeds import fold, seeded
-from onward.training.spec import ModelSpec
-from onward.training.treatment import Treatment
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

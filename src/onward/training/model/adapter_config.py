@@ -12,7 +12,7 @@ from peft import LoraConfig
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
 from onward.text import quoted
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 KEYS: Mapping[str, str] = {
     "r": "lora.rank",

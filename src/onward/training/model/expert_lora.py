@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from onward.training.adapter import ADAPTER
+from onward.training.model.adapter import ADAPTER
 
 
 def wrap_experts(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.training.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
-from onward.training.model import quiet
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
+from onward.training.model.load import quiet
 
 CONFIG = "config.json"
 

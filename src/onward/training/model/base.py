@@ -13,7 +13,7 @@ from onward.config import Config
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ModelError, first_line
 from onward.text import quoted
-from onward.training.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
+from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_embedded, find_embedded
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from onward.config import Config
 from onward.errors import ConfigError, VerificationFailed
-from onward.training.adapter import add_adapter
-from onward.training.adapter_shape import new_adapter_config, require_effect
-from onward.training.model import causal_lm, load_base, load_tokenizer
-from onward.training.quiet import quiet
-from onward.training.roundtrip import prove_roundtrip
+from onward.training.model.adapter import add_adapter
+from onward.training.model.adapter_shape import new_adapter_config, require_effect
+from onward.training.model.load import causal_lm, load_base, load_tokenizer
+from onward.training.model.quiet import quiet
+from onward.training.model.roundtrip import prove_roundtrip
+from onward.training.model.weights import save_adapter
 from onward.training.seeds import fold, seeded
-from onward.training.weights import save_adapter
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from onward.training.matmul import times
+from onward.training.layers.matmul import times
 
 LOGITS_BYTES = 128 << 20
 """Memory for the logits of some tokens. The more tokens at a time, the less often the head's weights are read."""

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onward.errors import VerificationFailed, first_line
-from onward.training.adapter import ADAPTER_WEIGHTS, add_adapter, saved_adapter_config
-from onward.training.quiet import quiet
+from onward.training.model.adapter import ADAPTER_WEIGHTS, add_adapter, saved_adapter_config
+from onward.training.model.quiet import quiet
 
 META = torch.device("meta")
 

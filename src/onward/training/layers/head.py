@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from onward.training import cross_entropy
+from onward.training.layers import cross_entropy
 
 Form = Literal["times", "over", "cap"]
 RANGE = 60.0

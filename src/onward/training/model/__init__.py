@@ -1,0 +1,1 @@
+"""The model that is trained: its base, its adapter, how it is loaded and written."""
