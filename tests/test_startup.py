@@ -14,6 +14,8 @@ import tiny
 from commands import make_run
 
 from onward import startup
+from onward.layout import RunLayout
+from onward.store.ledger import Ledger, make_ledger
 
 IMPORTS = """
 import gc, sys
@@ -160,3 +162,34 @@ def test_the_library_leaves_a_host_program_as_it_is(imports: str, model: Path, t
     changed, step = printed(HOST.format(imports=imports, **places))[-2:]
     assert {} == json.loads(changed)
     assert "1" == step
+
+
+LIGHT = """
+import sys
+from onward import Run
+run = Run(sys.argv[1])
+print(run.skip("a.jsonl"), run.pause(), run.resume(), run.stop(), [entry["state"] for entry in run.history()], sep="|")
+print([name for name in ("torch", "transformers") if name in sys.modules])
+"""
+
+
+def test_what_needs_no_model_loads_no_torch(tmp_path: Path) -> None:
+    """A waiting file is taken out, and a run paused, stopped and looked at, without the seconds that torch takes."""
+    layout = RunLayout(tmp_path)
+    layout.make()
+    make_ledger(layout.ledger)
+    with Ledger(layout.ledger) as ledger:
+        ledger.insert_file(
+            command="c", name="a.jsonl", sha256="0" * 64, bytes=1, format="jsonl", copy="archive/a", state="queued",
+            again=0, priority=0, rows=1, tokens=1, target_tokens=1, truncated=0, dropped=0,
+        )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LIGHT, str(tmp_path)], capture_output=True, text=True, check=True)
+    answers, loaded = done.stdout.splitlines()
+    assert [
+        "skipped a.jsonl",
+        "no process works on this run; the next onward watch begins paused",
+        "no longer paused; onward watch goes on",
+        "no process works on this run",
+        "['skipped']",
+    ] == answers.split("|")
+    assert "[]" == loaded

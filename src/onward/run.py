@@ -220,9 +220,8 @@ class Run:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
         from onward.service.intake.checker import check_arrived
 
-        stop = Wishes() if stop is None else stop
         with open_ledger(self.layout) as ledger:
-            check_arrived(self.layout, ledger, stop.check)
+            check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
         """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
@@ -256,9 +255,12 @@ class Run:
             if row.state == "arriving":
                 return self._opened(ledger).intake().withdraw(row, reason)
         with self._owned() as ledger:
-            from onward.service.owner.faults import skip
+            row = ledger.file(row.id)
+            if row.state == "queued":
+                return client.skip_queued(ledger, row, reason)
+            from onward.service.owner import faults
 
-            return skip(self.layout, ledger, ledger.file(row.id), reason)
+            return faults.skip(self.layout, ledger, row, reason)
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands (keys as in `onward status --json`)."""

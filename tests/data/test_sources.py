@@ -250,10 +250,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     assert peaks[1] < 1.2 * peaks[0] + (1 << 19)
 
 
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra, a .parquet file is refused with the command that installs it."""
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_a_table_without_pyarrow(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the extra, a file that only pyarrow reads is refused with the command that installs it."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(FileError) as refusal:
-        values(put(tmp_path, "a.parquet", b"PAR1"))
-    assert "reading .parquet needs pyarrow" == refusal.value.reason
+        values(put(tmp_path, f"a.{form}", b"ARROW1\0\0" if form == "arrow" else b"PAR1"))
+    assert f"reading .{form} needs pyarrow" == refusal.value.reason
     assert "pip install 'onward[parquet]'" == refusal.value.remedy

@@ -22,6 +22,8 @@ from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, Token
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
+COUNTS = ("truncated", "dropped", "split", "lost_tokens", "unit")
+"""Entries of a report that are kept with the tokens."""
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
@@ -54,8 +56,8 @@ def tokenize_file(
 ) -> IntakeReport:
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
 
-    The file is opened once, and its bytes are hashed while they are read: what is published has the hash `sha256`.
-    Any error that the content causes in reading, parsing, rendering or tokenizing becomes a problem in the report.
+    The file is opened once, and its bytes are hashed while they are read: what is published has the hash `sha256`. Any
+    error that the content causes becomes a problem in the report.
 
     Args:
         source: the training file.
@@ -68,8 +70,7 @@ def tokenize_file(
     Raises:
         FileExistsError: `directory` exists.
         SourceChanged: the content that was read is not the one that has the hash `sha256`.
-        OSError: the machine cannot read the file or write the tokens; trying again may help.
-        MemoryError: there is too little memory.
+        OSError, MemoryError: the machine cannot read the file or write the tokens; trying again may help.
     """
     if directory.exists():
         raise FileExistsError(directory)
@@ -79,8 +80,8 @@ def tokenize_file(
         intake.read(source, sha256)
         report = intake.report()
         if report.ok:
-            counts = {name: getattr(report, name) for name in ("truncated", "dropped", "split", "lost_tokens", "unit")}
-            writer.publish({**counts, "source_sha256": sha256, **row_tokenizer.settings()})
+            counts = {name: getattr(report, name) for name in COUNTS}
+            writer.publish(counts | {"source_sha256": sha256} | row_tokenizer.settings())
         return report
     finally:
         writer.discard()

@@ -90,6 +90,17 @@ def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileR
     return row
 
 
+def skip_queued(ledger: Ledger, row: FileRow, reason: str) -> str:
+    """Take a file that waits out of the stream; returns what was done, for a person.
+
+    Nothing of it was trained: no state has to go back, and torch is not needed.
+    """
+    with ledger.transaction():
+        ledger.move_file(row.id, "skipped", note=reason, position=None)
+        ledger.add_event("warning", f"skipped {row.name}: {reason}")
+    return f"skipped {row.name}"
+
+
 def request(
     layout: RunLayout, ledger: Ledger, patience: Patience, kind: str, argument: str | None = None,
     file_id: int | None = None,

@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
 from onward.config_text import read_config
-from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import stored_tokenizer
+from onward.service.tokenizer import tokenizer_of_run
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
@@ -111,10 +110,10 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    folder, template = layout.tokenizer(base), read_template(config.chat_template, layout.root)
-    tokenizer, tokenizer_state = load_tokenizer(folder), stored_tokenizer(layout, folder).with_template(template)
-    if template is not None:  # it goes into checkpoints, too: inference has to ask as training did
-        tokenizer.chat_template = template
+    folder = layout.tokenizer(base)
+    tokenizer, tokenizer_state = load_tokenizer(folder), tokenizer_of_run(layout, config, folder)
+    if config.chat_template is not None:  # it goes into checkpoints, too: inference has to ask as training did
+        tokenizer.chat_template = tokenizer_state.chat_template
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     device = pick_device()
     dtype = pick_dtype(config.dtype, device)

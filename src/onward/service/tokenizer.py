@@ -6,9 +6,21 @@ import contextlib
 from pathlib import Path
 
 from onward.atomic import remove_tree
+from onward.config import Config
+from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
 from onward.errors import ModelError
 from onward.layout import RunLayout
+
+
+def tokenizer_of_run(layout: RunLayout, config: Config, folder: Path) -> TokenizerState:
+    """Return the tokenizer of a model folder with the chat template that the run's config names, if it names one.
+
+    Raises:
+        ConfigError: there is no such template, or it is not one.
+        ModelError: there is no tokenizer, or it cannot be used.
+    """
+    return stored_tokenizer(layout, folder).with_template(read_template(config.chat_template, layout.root))
 
 
 def stored_tokenizer(layout: RunLayout, folder: Path) -> TokenizerState:

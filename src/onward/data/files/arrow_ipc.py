@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import batch_rows, batch_values, row_sizes, unknown_type
+from onward.data.files.arrow_values import batch_rows, batch_values, row_sizes, rows_of_arrow, unknown_type
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError, described, is_of_machine
+from onward.data.files.faults import FileError
 from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
 from onward.text import printable
 
@@ -38,32 +38,25 @@ def arrow_rows(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator
         FileError: pyarrow is missing, the file is damaged, or it or a row exceeds a limit.
         OSError: the machine cannot read the file.
     """
-    try:
-        import pyarrow
-        from pyarrow import ipc
-    except ImportError:
-        raise FileError("reading .arrow needs pyarrow", "pip install 'onward[parquet]'") from None
-    rows = 0
-    try:
-        reader: Any = ipc.open_stream(io.BufferedReader(_Checked(stream, source.size, limits)))
-        names = _names(reader.schema)
-        unpacked = 0
-        for batch in reader:
-            sizes = row_sizes(batch)
-            over = np.flatnonzero(sizes > limits.row_bytes)
-            if len(over):
-                raise limits.row_refusal("the row", rows + int(over[0]) + 1)
-            unpacked += int(sizes.sum())
-            limits.check_unpacked(unpacked, source.size)
-            for values in _batch(batch, sizes):
-                rows += 1
-                yield dict(zip(names, values, strict=True))
-    except (pyarrow.ArrowException, OSError, struct.error, IndexError) as error:
-        if is_of_machine(error):
-            raise
-        raise FileError(
-            f"not a readable arrow file ({described(error)})", "write or download it again", rows + 1 if rows else None
-        ) from None
+    return rows_of_arrow("arrow", lambda: _rows(stream, source, limits))
+
+
+def _rows(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]:
+    from pyarrow import ipc
+
+    reader: Any = ipc.open_stream(io.BufferedReader(_Checked(stream, source.size, limits)))
+    names = _names(reader.schema)
+    rows = unpacked = 0
+    for batch in reader:
+        sizes = row_sizes(batch)
+        over = np.flatnonzero(sizes > limits.row_bytes)
+        if len(over):
+            raise limits.row_refusal("the row", rows + int(over[0]) + 1)
+        unpacked += int(sizes.sum())
+        limits.check_unpacked(unpacked, source.size)
+        for values in _batch(batch, sizes):
+            yield dict(zip(names, values, strict=True))
+        rows += len(sizes)
 
 
 def messages_of(stream: BinaryIO) -> Iterator[Message]:

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.faults import described, is_of_machine
+from onward.data.files.faults import FileError, described, is_of_machine
 from onward.data.files.limits import VALUE_BYTES
 from onward.data.row_types import UnreadableValue
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 8 << 20
+
+
+def rows_of_arrow(form: str, read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file that pyarrow reads; whatever it makes of damage refuses the file.
+
+    Args:
+        form: the ending of the file's name, without its dot.
+        read: yields the rows; called once pyarrow is there.
+
+    Raises:
+        FileError: pyarrow is missing, or the file is damaged.
+        OSError: the machine cannot read the file.
+    """
+    try:
+        import pyarrow
+    except ImportError:
+        raise FileError(f"reading .{form} needs pyarrow", "pip install 'onward[parquet]'") from None
+    rows = 0
+    try:
+        for row in read():
+            rows += 1
+            yield row
+    except (pyarrow.ArrowException, OSError, struct.error, IndexError) as error:
+        if is_of_machine(error):
+            raise
+        what = f"not a readable {form} file ({described(error)})"
+        raise FileError(what, "write or download it again", rows + 1 if rows else None) from None
 
 
 def batch_rows(sizes: NDArray[np.int64]) -> int:

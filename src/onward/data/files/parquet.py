@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes
+from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes, rows_of_arrow
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError, described, is_of_machine
+from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
 from onward.text import printable
 
@@ -32,23 +32,7 @@ def parquet_rows(source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]
         FileError: pyarrow is missing, the file is damaged, or it or a row exceeds a limit.
         OSError: the machine cannot read the file.
     """
-    try:
-        import pyarrow
-    except ImportError:
-        raise FileError("reading .parquet needs pyarrow", "pip install 'onward[parquet]'") from None
-    rows = 0
-    try:
-        for row in _Reader(source, limits).rows():
-            rows += 1
-            yield row
-    except (pyarrow.ArrowException, OSError) as error:
-        if is_of_machine(error):
-            raise
-        raise FileError(
-            f"not a readable parquet file ({described(error)})",
-            "write or download it again",
-            rows + 1 if rows else None,
-        ) from None
+    return rows_of_arrow("parquet", lambda: _Reader(source, limits).rows())
 
 
 class _Reader:

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.config import Config
 from onward.data.files.reading import Reading
-from onward.data.own_template import KEY, other_template_hint, read_template
+from onward.data.own_template import KEY, other_template_hint
 from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.rows.records import Record, RowError
 from onward.data.tokenized import TARGET_BIT, PackedRow
@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import stored_tokenizer
+from onward.service.tokenizer import tokenizer_of_run
 from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
@@ -136,7 +136,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = stored_tokenizer(layout, folder).with_template(read_template(config.chat_template, layout.root))
+    state = tokenizer_of_run(layout, config, folder)
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
         require_template_of(identity, config)

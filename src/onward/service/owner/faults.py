@@ -18,6 +18,7 @@ from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
 from onward.errors import DeviceLost, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
+from onward.service.client import skip_queued
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
@@ -184,10 +185,11 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
     Returns:
         What was done, for a person.
     """
+    if row.state != "training":
+        return skip_queued(ledger, row, reason)
     move = Move(row, "skipped", {"note": reason, "position": None})
     _take_back(layout, ledger, row, move, f"skipped {row.name}: {reason}")
-    step = row.start_step if row.state == "training" else None
-    where = f", back at step {step}" if step is not None else ""
+    where = f", back at step {row.start_step}" if row.start_step is not None else ""
     return f"skipped {row.name}{where}"
 
 

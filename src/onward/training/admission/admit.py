@@ -95,6 +95,11 @@ def admit(
         proof.refuse(f"the model fails on small rows: {type(error).__name__}: {first_line(error)}", NO_REMEDY)
     if not strict:
         found.left_out, found.end_to_end = (), causal_lm(model).config.model_type in PADDING_FREE
+    return _findings(proof, found, settings or {}, time.perf_counter() - begun)
+
+
+def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: float) -> Findings:
+    """Return what is kept of a proof that ended."""
     return Findings(
         rows="end to end" if found.end_to_end else "padded",
         why_padded=found.why_padded,
@@ -103,10 +108,10 @@ def admit(
         reach=found.reach,
         left_out=found.left_out,
         unreached=found.unreached,
-        settings=settings or {},
+        settings=settings,
         warnings=tuple(proof.warnings),
-        environment=describe_environment(spec.device, spec.dtype),
-        seconds=round(time.perf_counter() - begun, 3),
+        environment=describe_environment(proof.spec.device, proof.spec.dtype),
+        seconds=round(seconds, 3),
     )
 
 
