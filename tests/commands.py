@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runs import new_run
+
 from onward import cli
+from onward.config_text import parse_settings
 
 SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
 """Settings that make a run of the tiny model quick."""
@@ -62,10 +65,7 @@ def onward_process(*arguments: object, cwd: Path | None = None, **environment: s
 
 def make_run(directory: Path, model: Path, *settings: str) -> Path:
     """Make a run of the tiny model; return its directory."""
-    words = [word for setting in (*SMALL, *settings) for word in ("--set", setting)]
-    outcome = onward("init", directory, "--model", model, *words)
-    assert 0 == outcome.status, outcome.err
-    return directory
+    return new_run(directory, model, **parse_settings([*SMALL, *settings])).layout.root
 
 
 def snapshot(run: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ settings.load_profile("exploring" if os.environ.get("ONWARD_SOAK") else "repeata
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a random two-layer model with a byte-level tokenizer."""
+    """The folder of a random model of one layer with a byte-level tokenizer."""
     return tiny.save_tiny_model(tmp_path_factory.mktemp("model"))
 
 

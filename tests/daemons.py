@@ -16,6 +16,7 @@ import tiny
 import yaml
 from faults import FULL_SIZE
 from processes import as_it_is, start_command, train
+from runs import new_run
 
 from onward import Run
 from onward.events import Event, StepTaken
@@ -139,6 +140,6 @@ def done(run: Run) -> list[str]:
 def twin_of(run: Run, model: Path, files: list[Path]) -> Path:
     """Train files in one uninterrupted run of the same settings."""
     root = run.layout.root.parent / "twin"
-    Run.create(root, str(model), **SETTINGS)
+    new_run(root, model, **SETTINGS)
     assert 0 == train(root, files)
     return root

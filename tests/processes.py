@@ -23,7 +23,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 def _start_server() -> None:
     """Start the process that others are forked from; Python 3.11 hands it no `sys.path` to find this module with."""
-    _CONTEXT.set_forkserver_preload(["processes", "onward.service.owner.daemon"])
+    _CONTEXT.set_forkserver_preload(["processes", "onward.service.owner.daemon", "preloaded"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), path)))
     try:

@@ -59,7 +59,7 @@ def digest_of(model: torch.nn.Module) -> str:
 
 def look(root: Path) -> dict[str, Any]:
     """Train two runs of the same two files, one of them killed and gone on with, and look at what they hold."""
-    base = tiny.save_tiny_model(root / "base", hidden=64)
+    base = tiny.save_tiny_model(root / "base", layers=2, hidden=64)
     files = [tiny.write_jsonl(root / f"{seed}.jsonl", tiny.chat_rows(6, seed=seed)) for seed in (1, 2)]
     whole, killed = (Run.create(root / name, str(base), **SETTINGS) for name in ("whole", "killed"))
     statuses = [

@@ -77,9 +77,9 @@ def byte_state(template: str | None = CHATML, *, extra: Iterable[str] = (), **sp
 
 
 def save_tiny_model(
-    directory: Path, *, layers: int = 2, hidden: int = 32, seed: int = 0, tokenizer: Any = None
+    directory: Path, *, layers: int = 1, hidden: int = 32, seed: int = 0, tokenizer: Any = None
 ) -> Path:
-    """Save a random Llama in fp32 with its tokenizer, as `from_pretrained` reads them; return `directory`."""
+    """Save a random Llama in float32 with its tokenizer, as `from_pretrained` reads them; return `directory`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

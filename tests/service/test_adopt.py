@@ -21,6 +21,7 @@ import torch
 import yaml
 from commands import onward
 from peft import PromptTuningConfig, get_peft_model
+from runs import new_run
 from safetensors.torch import load_file
 from states import read_state
 from torch import nn
@@ -161,7 +162,7 @@ def test_adopting_onwards_own_checkpoint_continues_it_exactly(model: Path, tmp_p
     """
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(20, seed=4))
     settings: dict[str, Any] = {**SETTINGS, "warmup_steps": 8, "learning_rate": RATE, "eps": 1e-6, "seed": 3}
-    old = Run.create(tmp_path / "old", str(model), **settings, lora={"rank": 4, "dropout": 0.1})
+    old = new_run(tmp_path / "old", model, **settings, lora={"rank": 4, "dropout": 0.1})
     old.train(first)
     new = Run.adopt(tmp_path / "old/current_model/checkpoint-5", tmp_path / "new")
     old.train(file)
@@ -398,7 +399,7 @@ def test_settings_cannot_change_the_shape(
 
 def test_an_existing_run_is_not_touched(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
     """A directory that has a run is refused, and every file of it stays as it was."""
-    Run.create(tmp_path / "run", str(model))
+    new_run(tmp_path / "run", model)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UsageError, match="there is a run in this directory already"):
         Run.adopt(saved["lora"].folder, tmp_path / "run", str(model))

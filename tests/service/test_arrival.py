@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from runs import new_run
 
-from onward import Run
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
 from onward.service.intake.guard import Guard
@@ -256,7 +256,7 @@ def test_an_inbox_that_cannot_be_emptied_takes_nothing(layout: RunLayout, monkey
 
 def test_compressed_originals_still_train(model: Path, tmp_path: Path) -> None:
     """With `compress_archive` finished originals are packed; the proof and a replay read them as before."""
-    run = Run.create(tmp_path / "run", str(model), max_length=256, compress_archive=True, lora={"rank": 2})
+    run = new_run(tmp_path / "run", model, max_length=256, compress_archive=True, lora={"rank": 2})
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 5)]
     run.train(*files)
     assert ["5.jsonl.zst", "9.jsonl.zst"] == sorted(path.name for path in run.layout.archive.iterdir())

@@ -13,6 +13,7 @@ import pytest
 import tiny
 from commands import onward
 from daemons import SETTINGS, configure, rows_file
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -30,7 +31,7 @@ NAMES = ("a.jsonl", "b.jsonl", "c.jsonl")
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run with three files in its queue: 2, 3 and 2 steps."""
-    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    made = new_run(tmp_path / "run", model, **SETTINGS)
     for name, rows in zip(NAMES, (4, 6, 3), strict=True):
         made.add(rows_file(tmp_path / name, rows))
     return made
@@ -257,7 +258,7 @@ def test_a_released_pause_leaves_no_model_in_memory(run: Run, model: Path, monke
     monkeypatch.setattr(Trainer, "take_step", take_step)
     run.watch(stop=wishes, observe=observe)
     assert [False, False] == left
-    twin = Run.create(run.layout.root.parent / "twin", str(model), **SETTINGS)
+    twin = new_run(run.layout.root.parent / "twin", model, **SETTINGS)
     twin.train(*(run.layout.root.parent / name for name in NAMES))
     assert_same_state(twin.layout.root, run.layout.root)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from daemons import done, rows_file
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -50,7 +51,7 @@ def files(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def twin(model: Path, tmp_path: Path, files: list[Path]) -> Path:
     """The run of the same files under a clock that was not changed."""
-    made = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    made = new_run(tmp_path / "twin", model, **SETTINGS)
     made.train(*files)
     return made.layout.root
 
@@ -68,7 +69,7 @@ def train(run: Run, file: Path, clock: Clock) -> None:
 @pytest.mark.parametrize("jump", [0.0, -DAY, -30 * DAY, DAY])
 def test_a_clock_that_jumps(model: Path, tmp_path: Path, files: list[Path], twin: Path, jump: float) -> None:
     """Order and state are those of any run; what retention counts on is kept, and a clock set back loses none of it."""
-    run, clock = Run.create(tmp_path / "run", str(model), **SETTINGS), Clock()
+    run, clock = new_run(tmp_path / "run", model, **SETTINGS), Clock()
     for number, file in enumerate(files):
         clock.at += jump if number == 2 else 60.0
         train(run, file, clock)
@@ -83,7 +84,7 @@ def test_a_clock_that_jumps(model: Path, tmp_path: Path, files: list[Path], twin
 
 def test_a_reader_that_holds_its_view(model: Path, tmp_path: Path, files: list[Path], twin: Path) -> None:
     """A read transaction that stays open sees the run as it was, and holds up neither training nor other readers."""
-    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run = new_run(tmp_path / "run", model, **SETTINGS)
     run.train(files[0])
     with Ledger(run.layout.ledger, read_only=True) as reader:
         reader.query("BEGIN")

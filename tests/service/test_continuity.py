@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 from processes import train
+from runs import new_run
 from states import assert_same_state, read_state
 
 from onward import Run
@@ -48,8 +49,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_three_processes_equal_one(variant: str, model: Path, files: list[Path], tmp_path: Path) -> None:
     """Three files trained by three processes give the state of three files trained by one, whatever the settings."""
     settings = {**SETTINGS, **VARIANTS[variant]}
-    Run.create(tmp_path / "one", str(model), **settings)
-    Run.create(tmp_path / "three", str(model), **settings)
+    new_run(tmp_path / "one", model, **settings)
+    new_run(tmp_path / "three", model, **settings)
     assert train(tmp_path / "one", files) == 0
     assert [train(tmp_path / "three", [file]) for file in files] == [0, 0, 0]
     assert_same_state(tmp_path / "one", tmp_path / "three")
@@ -72,7 +73,7 @@ def test_command_line_equals_library(model: Path, files: list[Path], tmp_path: P
     """The console command trains the same bits as the library, with the machine's own thread count in both."""
     command = [sys.executable, "-m", "onward"]
     for name in ("one", "two"):
-        Run.create(tmp_path / name, str(model), batch_size=8, max_length=256, lora={"dropout": 0.1, "rank": 4})
+        new_run(tmp_path / name, model, batch_size=8, max_length=256, lora={"dropout": 0.1, "rank": 4})
     subprocess.run([*command, "train", *map(str, files[:2]), "--run", str(tmp_path / "one")], check=True)
     for file in files[:2]:
         subprocess.run([*command, "train", str(file), "--run", str(tmp_path / "two")], check=True)
@@ -85,9 +86,7 @@ def test_accumulation_changes_memory_only(model: Path, tmp_path: Path) -> None:
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(24))
     losses: list[list[float]] = []
     for parts in (1, 4):
-        run = Run.create(
-            tmp_path / str(parts), str(model), gradient_accumulation=parts, lora={"dropout": 0.0}, max_length=256
-        )
+        run = new_run(tmp_path / str(parts), model, gradient_accumulation=parts, lora={"dropout": 0.0}, max_length=256)
         entry = run.train(file)[0]
         losses.append([entry["steps"], entry["first_loss"], entry["last_loss"]])
     assert losses[0][0] == losses[1][0] == 3
@@ -97,7 +96,7 @@ def test_accumulation_changes_memory_only(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [10, 100])
 def test_steps_cross_powers_of_ten(steps: int, model: Path, tmp_path: Path) -> None:
     """Around steps 9/10 and 99/100 the kept checkpoint is the one with the highest number."""
-    run = Run.create(tmp_path / "run", str(model), batch_size=1, max_length=256, save_steps=9, keep_boundaries=2)
+    run = new_run(tmp_path / "run", model, batch_size=1, max_length=256, save_steps=9, keep_boundaries=2)
     first = tiny.write_jsonl(tmp_path / "first.jsonl", tiny.chat_rows(steps - 1, seed=1))
     run.train(first)
     assert [f"checkpoint-{steps - 1}"] == [path.name for path in run.layout.checkpoints()]
@@ -109,7 +108,7 @@ def test_steps_cross_powers_of_ten(steps: int, model: Path, tmp_path: Path) -> N
 
 def test_file_of_one_row(model: Path, tmp_path: Path) -> None:
     """A file of one row trains one step and commits."""
-    run = Run.create(tmp_path / "run", str(model), max_length=256)
+    run = new_run(tmp_path / "run", model, max_length=256)
     (entry,) = run.train(tiny.write_jsonl(tmp_path / "one.jsonl", tiny.chat_rows(1)))
     assert (1, 1, 1, "done") == (entry["rows"], entry["rows_trained"], entry["steps"], entry["state"])
     assert "checkpoint-1" == run.status()["checkpoint"]
@@ -118,7 +117,7 @@ def test_file_of_one_row(model: Path, tmp_path: Path) -> None:
 def test_a_used_horizon_is_never_stretched(model: Path, tmp_path: Path) -> None:
     """A file beyond `total_steps` waits; a longer horizon is refused; a constant rate lets it go on."""
     settings: dict[str, Any] = {"schedule": "linear", "total_steps": 5, "warmup_steps": 1, "batch_size": 4}
-    run = Run.create(tmp_path / "run", str(model), **settings, max_length=256)
+    run = new_run(tmp_path / "run", model, **settings, max_length=256)
     run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(12, seed=1)))
     with pytest.raises(ConfigError, match="this file at 6"):
         run.train(tiny.write_jsonl(tmp_path / "b.jsonl", tiny.chat_rows(12, seed=2)))

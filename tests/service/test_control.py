@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from daemons import LONG, PATIENCE, SETTINGS, configure, done, end, hold, is_in, rows_file, twin_of, until, watch
 from processes import as_it_is, start_command
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -34,7 +35,7 @@ from onward.store.ledger import Ledger
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from daemons import SETTINGS, Hold, done, end, is_in, rows_file, until, watch
 from processes import train
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -62,9 +63,9 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
 ) -> None:
     """The daemon holds still, says so, goes on by itself when there is room, and ends in the same state as ever."""
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS), ("b", 7))]
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     assert 0 == train(twin.layout.root, files)
-    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run = new_run(disk / "run", model, **SETTINGS)
     run.add(*files)
     held = Hold(2, tmp_path / "let_go")
     process = watch(run, prepare=held, log=disk / "log" if log == "on the same disk" else tmp_path / "log")
@@ -86,9 +87,9 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
 def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) -> None:
     """A stop ends the process although nothing can be written; the next one goes on from the last commit."""
     file = rows_file(tmp_path / "a.jsonl", ROWS)
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     assert 0 == train(twin.layout.root, [file])
-    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run = new_run(disk / "run", model, **SETTINGS)
     run.add(file)
     held = Hold(2, tmp_path / "let_go")
     process = watch(run, prepare=held, log=tmp_path / "log")
@@ -105,7 +106,7 @@ def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) 
 def test_a_file_that_arrives_on_a_full_disk(disk: Path, model: Path, tmp_path: Path) -> None:
     """An inbox on another disk than the run: a file that cannot be brought in stays, and is taken when it can."""
     file = rows_file(tmp_path / "a.jsonl", ROWS)
-    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run = new_run(disk / "run", model, **SETTINGS)
     inbox = tmp_path / "inbox"
     inbox.mkdir()
     run.layout.inbox.rmdir()
@@ -126,7 +127,7 @@ def test_a_file_that_arrives_on_a_full_disk(disk: Path, model: Path, tmp_path: P
 
 def test_an_observer_that_fails_on_a_full_disk(disk: Path, model: Path, tmp_path: Path) -> None:
     """An observer whose own disk is the full one, a terminal in a file there, does not end the daemon."""
-    run = Run.create(disk / "run", str(model), **SETTINGS)
+    run = new_run(disk / "run", model, **SETTINGS)
     run.add(rows_file(tmp_path / "a.jsonl", 8))
     is_full = False
 

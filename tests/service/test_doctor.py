@@ -13,6 +13,7 @@ import pytest
 import tiny
 from daemons import configure
 from filelock import FileLock
+from runs import new_run
 
 from onward import Run
 from onward.layout import RunLayout
@@ -34,7 +35,7 @@ FILE: dict[str, Any] = {
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one file; tests copy it."""
     folder = tmp_path_factory.mktemp("doctor")
-    run = Run.create(folder / "run", str(model), batch_size=4, max_length=256, lora={"rank": 2})
+    run = new_run(folder / "run", model, batch_size=4, max_length=256, lora={"rank": 2})
     run.train(*[tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (8, 4)])
     return run.layout.root
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -43,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run with three files in its inbox, taken in by name."""
-    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    made = new_run(tmp_path / "run", model, **SETTINGS)
     for file in files(tmp_path):
         made.add(file)
     return made
@@ -57,7 +58,7 @@ def files(folder: Path) -> list[Path]:
 def twin(run: Run, model: Path, *names: str, **settings: Any) -> Path:
     """A run that had only the files named."""
     root = run.layout.root.parent / f"twin-{len(names)}"
-    made = Run.create(root, str(model), **{**SETTINGS, **settings})
+    made = new_run(root, model, **{**SETTINGS, **settings})
     made.train(*[run.layout.root.parent / name for name in names])
     return root
 

@@ -26,6 +26,7 @@ from faults import (
     copy_run,
 )
 from processes import command
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -68,7 +69,7 @@ def sweep(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """A run with one file trained and one owed."""
     folder = tmp_path_factory.mktemp("sweep")
     first, second = (tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 6))
-    run = Run.create(folder / "before", str(model), **SETTINGS)
+    run = new_run(folder / "before", model, **SETTINGS)
     assert 0 == command(folder / "output", "train", first, "--run", run.layout.root)
     run.add(second)
     after = copy_run(folder / "before", folder / "after")
@@ -107,7 +108,7 @@ def test_faults_while_training(share: int, sweep: Sweep, tmp_path: Path) -> None
 @pytest.mark.parametrize("share", range(SHARES))
 def test_faults_while_a_boundary_is_committed_behind_the_next_file(share: int, model: Path, tmp_path: Path) -> None:
     """The same where one file's boundary is written while the next one is begun and trained."""
-    run = Run.create(tmp_path / "before", str(model), **SETTINGS)
+    run = new_run(tmp_path / "before", model, **SETTINGS)
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (2, 5, 3)]
     for file in files:
         run.add(file)
@@ -122,7 +123,7 @@ def test_faults_while_a_boundary_is_committed_behind_the_next_file(share: int, m
 @pytest.mark.parametrize("share", range(SHARES))
 def test_faults_while_a_file_arrives(share: int, sweep: Sweep, model: Path, tmp_path: Path) -> None:
     """The same from the arrival of the first file on: the command that failed is given again."""
-    whole = Run.create(tmp_path / "whole", str(model), **SETTINGS).layout.root
+    whole = new_run(tmp_path / "whole", model, **SETTINGS).layout.root
     empty = copy_run(whole, tmp_path / "empty")
     assert 0 == command(tmp_path / "output", "train", sweep.file, "--run", whole)
     alone = Sweep(empty, whole, sweep.file, committed_states(whole))

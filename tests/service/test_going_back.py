@@ -14,6 +14,7 @@ from daemons import LONG, done, end, hold, is_in, rows_file, twin_of, until, wat
 from daemons import SETTINGS as DAEMON
 from faults import FULL_SIZE, KILL, Fault, copy_run
 from processes import command, kill_after
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -44,7 +45,7 @@ def rebuilt(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Rebuilt:
     """Both runs, without any interruption."""
     folder = tmp_path_factory.mktemp("rebuilt")
     files = [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 5, 6)]
-    roots = [Run.create(folder / name, str(model), **SETTINGS).layout.root for name in ("before", "without")]
+    roots = [new_run(folder / name, model, **SETTINGS).layout.root for name in ("before", "without")]
     for root, given in zip(roots, (files, [files[0], files[2]]), strict=True):
         assert 0 == command(folder / "output", "train", *given, "--run", root)
     return Rebuilt(*roots)
@@ -97,7 +98,7 @@ def test_a_rebuild_that_is_killed(rebuilt: Rebuilt, tmp_path: Path, kept: bool) 
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run for a daemon."""
-    return Run.create(tmp_path / "run", str(model), **DAEMON)
+    return new_run(tmp_path / "run", model, **DAEMON)
 
 
 @pytest.mark.parametrize(("how", "by"), [("stopped", "command"), ("killed", "daemon")])

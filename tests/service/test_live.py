@@ -15,6 +15,7 @@ import pytest
 from commands import assert_refused, onward_process
 from daemons import LONG, SETTINGS, configure, done, end, hold, is_in, rows_file, twin_of, until, watch
 from processes import command, kill_after
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -25,7 +26,7 @@ from onward.service.holder import read_holder
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 def dead_pid() -> int:

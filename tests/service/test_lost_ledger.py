@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from commands import onward
 from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+from runs import new_run
 
 from onward import Run
 from onward.errors import DamagedState
@@ -36,7 +37,7 @@ def replace(layout: RunLayout) -> None:
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that has trained one file."""
-    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    made = new_run(tmp_path / "run", model, **SETTINGS)
     shutil.copy(made.layout.ledger, made.layout.root / COPY)
     made.train(rows_file(tmp_path / "a.jsonl", 4))
     return made

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from faults import copy_run
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -31,7 +32,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the first file."""
-    run = Run.create(tmp_path_factory.mktemp("trained") / "run", str(model), **SETTINGS)
+    run = new_run(tmp_path_factory.mktemp("trained") / "run", model, **SETTINGS)
     run.train(files[0])
     return run.layout.root
 
@@ -47,7 +48,7 @@ def twin(trained: Path, files: list[Path], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def stranger(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another run of both files, with another seed."""
-    run = Run.create(tmp_path_factory.mktemp("stranger") / "run", str(model), seed=1, **SETTINGS)
+    run = new_run(tmp_path_factory.mktemp("stranger") / "run", model, seed=1, **SETTINGS)
     run.train(*files)
     return run.layout.root
 
@@ -146,7 +147,7 @@ def test_what_stands_in_the_way_is_moved_by_a_person(
 
 def fresh_ledger(root: Path, model: Path) -> None:
     """Put a new run's ledger into a directory."""
-    new = Run.create(root.with_name("new"), str(model), **SETTINGS)
+    new = new_run(root.with_name("new"), model, **SETTINGS)
     (root / "ledger.sqlite3").write_bytes(new.layout.ledger.read_bytes())
 
 

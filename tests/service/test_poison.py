@@ -16,6 +16,7 @@ import pytest
 import tiny
 import zstandard
 from commands import onward_process
+from runs import new_run
 
 from onward import Run
 from onward.errors import DamagedState, FileRejected
@@ -49,7 +50,7 @@ POISONS: dict[str, bytes] = {
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 def announce(layout: RunLayout, ledger: Ledger, *names: str) -> None:

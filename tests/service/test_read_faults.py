@@ -15,6 +15,7 @@ import tiny
 from faults import FULL_SIZE, assert_committed, assert_complete, committed_states, copy_run
 from processes import command
 from read_faults import ReadFault
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -30,7 +31,7 @@ POINTS = 10**6 if FULL_SIZE else 4
 def test_a_read_that_fails(name: str, model: Path, tmp_path: Path) -> None:
     """A failing disk, too many open files or a stale mount at the n-th read costs nothing but another start."""
     first, second = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 6))
-    before = Run.create(tmp_path / "before", str(model), **SETTINGS).layout.root
+    before = new_run(tmp_path / "before", model, **SETTINGS).layout.root
     assert 0 == command(tmp_path / "output", "train", first, "--run", before)
     Run(before).add(second)
     after = copy_run(before, tmp_path / "after")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from faults import copy_run
+from runs import new_run
 
 from onward import Run
 from onward.errors import DamagedState, UsageError
@@ -34,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the first file."""
-    run = Run.create(tmp_path_factory.mktemp("trained") / "run", str(model), **SETTINGS)
+    run = new_run(tmp_path_factory.mktemp("trained") / "run", model, **SETTINGS)
     run.train(files[0])
     return run.layout.root
 
@@ -88,7 +89,7 @@ def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_
     with pytest.raises(UsageError, match="under this name"):
         snapshot(run.layout, tmp_path)
     with pytest.raises(UsageError, match="nothing was committed"):
-        snapshot(Run.create(tmp_path / "new", str(model)).layout, tmp_path / "none")
+        snapshot(new_run(tmp_path / "new", model).layout, tmp_path / "none")
     (run.layout.checkpoint(3) / "optimizer.pt").unlink()
     with pytest.raises(DamagedState, match=r"optimizer\.pt is missing"):
         snapshot(run.layout, tmp_path / "damaged")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from daemons import SETTINGS, configure, done, end, rows_file, twin_of, until, variable, watch
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -73,7 +74,7 @@ def listener() -> Generator[Listener]:
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 @pytest.fixture

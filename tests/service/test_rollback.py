@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -29,7 +30,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def run(model: Path, files: list[Path], tmp_path: Path) -> Run:
     """A run of the three files."""
-    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run = new_run(tmp_path / "run", model, **SETTINGS)
     run.train(*files)
     return run
 
@@ -37,7 +38,7 @@ def run(model: Path, files: list[Path], tmp_path: Path) -> Run:
 @pytest.mark.parametrize("to", ["9.jsonl", "1", "step-3", "hash"])
 def test_back_to_a_boundary(to: str, run: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
     """Name, position, step and hash prefix name a boundary; the state is that of a run which stopped there."""
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     twin.train(files[0])
     result = run.rollback(run.history()[0]["sha256"][:8] if to == "hash" else to)
     assert {"global_step": 3, "undone": ["14.jsonl", "6.jsonl"]} == result
@@ -81,7 +82,7 @@ def test_unknown_boundaries_are_refused(run: Run) -> None:
 
 def test_only_kept_boundaries_can_be_reached(model: Path, files: list[Path], tmp_path: Path) -> None:
     """`keep_boundaries` bounds the restore points, and a boundary no longer kept is named as such."""
-    run = Run.create(tmp_path / "run", str(model), **SETTINGS, keep_boundaries=1)
+    run = new_run(tmp_path / "run", model, **SETTINGS, keep_boundaries=1)
     run.train(*files)
     assert ["step-9", "step-7"] == [point.name for point in run.layout.restore_points()]
     with pytest.raises(UsageError, match="no longer kept"):
@@ -95,7 +96,7 @@ def test_reset_forgets_progress_and_keeps_originals(run: Run, files: list[Path],
     assert 0 == run.status()["global_step"]
     assert 3 == len(list(run.layout.archive.iterdir()))
     run.train(files[1])
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     twin.train(files[1])
     assert_same_state(twin.layout.root, run.layout.root)
     assert run.verify().ok

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from daemons import configure, rows_file
+from runs import new_run
 
-from onward import Run
 from onward.config import NotifyConfig, stored_config
 from onward.config_text import parse_config
 from onward.errors import ConfigError
@@ -27,7 +27,7 @@ def holding(root: Path) -> list[str]:
 def test_a_secret_reaches_no_manifest_ledger_or_event(model: Path, tmp_path: Path) -> None:
     """Trained with an address and a command that hold a secret, changed in between: only the config file has it."""
     notify = {"url": f"http://127.0.0.1:9/{SECRET}", "command": f"false {SECRET}", "events": []}
-    run = Run.create(tmp_path / "run", str(model), max_length=256, notify=notify)
+    run = new_run(tmp_path / "run", model, max_length=256, notify=notify)
     run.train(rows_file(tmp_path / "a.jsonl", 4))
     configure(run, notify={**notify, "url": f"http://127.0.0.1:9/again/{SECRET}"}, max_grad_norm=0.5)
     run.train(rows_file(tmp_path / "b.jsonl", 5))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 from daemons import SETTINGS, configure, done, rows_file
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -27,7 +28,7 @@ STEPS = 10
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run with one file in its queue."""
-    made = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    made = new_run(tmp_path / "run", model, **SETTINGS)
     made.add(rows_file(tmp_path / "a.jsonl", 2 * STEPS))
     return made
 
@@ -63,7 +64,7 @@ def test_save_steps(run: Run) -> None:
 def test_what_is_kept(run: Run, model: Path, tmp_path: Path) -> None:
     """Restore points beyond a lower number are removed at the next commit."""
     files = [rows_file(tmp_path / f"{name}.jsonl", 4, seed=seed) for seed, name in enumerate("bcd")]
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS, keep_boundaries=1, keep_days=0)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS, keep_boundaries=1, keep_days=0)
     twin.train(tmp_path / "a.jsonl", *files)
     for file in files:
         run.add(file)
@@ -162,7 +163,7 @@ def test_a_config_that_is_broken_meanwhile(run: Run, model: Path, tmp_path: Path
     assert ["the config is refused; what was read before stays in force: "] == [
         note.partition("batch_size")[0] for note in notes
     ]
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     twin.train(tmp_path / "a.jsonl")
     assert_same_state(twin.layout.root, run.layout.root)
 

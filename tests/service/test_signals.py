@@ -18,6 +18,7 @@ from daemons import LONG, done, hold, is_in, rows_file, seconds_to_end, twin_of,
 from daemons import SETTINGS as DAEMON
 from faults import FULL_SIZE, KILL, SIGNALS, Fault, assert_committed, assert_complete, committed_states, copy_run
 from processes import command
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -68,9 +69,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def journey(model: Path, file: Path, tmp_path_factory: pytest.TempPathFactory) -> Journey:
     """The first file of a run, from its arrival to its boundary."""
     folder = tmp_path_factory.mktemp("journey")
-    before = Run.create(folder / "before", str(model), **SETTINGS).layout.root
+    before = new_run(folder / "before", model, **SETTINGS).layout.root
     after = copy_run(before, folder / "after")
-    every_step = Run.create(folder / "every_step", str(model), **{**SETTINGS, "save_steps": 1}).layout.root
+    every_step = new_run(folder / "every_step", model, **{**SETTINGS, "save_steps": 1}).layout.root
     for root in (after, every_step):
         assert 0 == command(folder / "output", "train", file, "--run", root)
     return Journey(before, ("train", file), after, committed_states(every_step))
@@ -145,7 +146,7 @@ def test_a_stop_while_modules_are_imported(work: Callable[[], None]) -> None:
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run for a daemon."""
-    return Run.create(tmp_path / "run", str(model), **DAEMON)
+    return new_run(tmp_path / "run", model, **DAEMON)
 
 
 def test_a_second_interrupt_while_a_file_is_trained(run: Run, model: Path, tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def is_open_in(pid: int | None, path: Path) -> Callable[[], bool]:
 def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> None:
     """Checking long rows ends in time with status 0, and the next start ends as if there had been no stop."""
     for rows in (200, 1_000, 5_000):  # large enough for this machine: not checked before anybody can ask for a stop
-        run, file = Run.create(tmp_path / f"run-{rows}", str(model), **LONG_ROWS), tmp_path / f"{rows}.jsonl"
+        run, file = new_run(tmp_path / f"run-{rows}", model, **LONG_ROWS), tmp_path / f"{rows}.jsonl"
         tiny.write_jsonl(file, ({"text": f"{number} {'word ' * 5_000}"} for number in range(rows)))
         shutil.copy(file, run.layout.inbox)
         process = watch(run)
@@ -191,7 +192,7 @@ def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> No
             break
     assert (1, []) == (run.status()["queue"], done(run))
     assert [] == temporary_files(run.layout.root)
-    twin = Run.create(tmp_path / "twin", str(model), **LONG_ROWS)
+    twin = new_run(tmp_path / "twin", model, **LONG_ROWS)
     for root, words in ((run.layout.root, ()), (twin.layout.root, (file,))):
         assert 0 == command(tmp_path / "output", "train", *words, "--run", root)
     assert_same_state(twin.layout.root, run.layout.root)

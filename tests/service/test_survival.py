@@ -13,6 +13,7 @@ import pytest
 import tiny
 from daemons import hold, until
 from processes import kill_after, start, start_command, train
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -39,7 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def uninterrupted(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the three files that nothing stopped."""
     root = tmp_path_factory.mktemp("whole") / "run"
-    Run.create(root, str(model), **SETTINGS)
+    new_run(root, model, **SETTINGS)
     assert train(root, files) == 0
     return root
 
@@ -67,7 +68,7 @@ def test_killed_at_random_instants(
 ) -> None:
     """Killed repeatedly at random instants, a run ends in the state of an undisturbed one."""
     root = tmp_path / "run"
-    Run.create(root, str(model), **SETTINGS)
+    new_run(root, model, **SETTINGS)
     Run(root).add(*files)
     source = random.Random(seed)
     for _ in range(KILLS):
@@ -84,7 +85,7 @@ def test_killed_while_files_arrive(
 ) -> None:
     """A command killed while it takes files in can be given again: what it had taken is neither lost nor doubled."""
     root = tmp_path / "run"
-    Run.create(root, str(model), **SETTINGS)
+    new_run(root, model, **SETTINGS)
     kill_after(start(root, files), delay)
     assert train(root, files) in (0, 3)  # 3: everything was trained before the kill already
     assert_same_state(uninterrupted, root)
@@ -97,7 +98,7 @@ def test_asked_to_stop(
 ) -> None:
     """SIGTERM and SIGINT finish the step, commit it and exit 0; the next process goes on from exactly there."""
     root = tmp_path / "run"
-    Run.create(root, str(model), **{**SETTINGS, "save_steps": 1000})
+    new_run(root, model, **{**SETTINGS, "save_steps": 1000})
     process = start_command(tmp_path / "output", "train", *files, "--run", root, prepare=hold(Run(root), step=4))
     until(lambda: Run(root).status()["global_step"] >= 4, process)
     kill_after(process, 0, number)
@@ -203,7 +204,7 @@ def test_changed_base_is_refused(model: Path, files: list[Path], tmp_path: Path)
 
 def test_loss_that_is_not_finite(model: Path, tmp_path: Path) -> None:
     """A loss that is not finite stops the file, names step and lines, and commits nothing of that step."""
-    run = Run.create(tmp_path / "run", str(model), **{**SETTINGS, "learning_rate": 1e30, "warmup_steps": 0})
+    run = new_run(tmp_path / "run", model, **{**SETTINGS, "learning_rate": 1e30, "warmup_steps": 0})
     with pytest.raises(TrainingError, match=r"not finite|no finite loss") as caught:
         run.train(tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(12)))
     assert "lines" in caught.value.what

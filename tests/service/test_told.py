@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+from runs import new_run
 from states import assert_same_state
 
 from onward import Run
@@ -38,7 +39,7 @@ AFTER_FIRST = Wish("stop", AFTER_FILE)
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A new run."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 def test_an_observer_that_fails_disturbs_nobody() -> None:
@@ -169,7 +170,7 @@ def test_what_is_done_at_a_boundary(run: Run, model: Path, tmp_path: Path) -> No
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", 4), ("b", 6))]
     hook = train_with(run, files)
     assert [(2, "a.jsonl", False, "evaluating"), (5, "b.jsonl", False, "evaluating")] == hook.seen
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     twin.train(*files)
     assert_same_state(twin.layout.root, run.layout.root)
     assert run.verify(deep=True).ok

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from runs import new_run
 
 from onward import Run
 from onward.errors import RunLocked
@@ -20,7 +21,7 @@ from onward.store.ledger import Ledger
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two files."""
     folder = tmp_path_factory.mktemp("trained")
-    run = Run.create(folder / "run", str(model), batch_size=4, max_length=256, epochs=2, lora={"rank": 4})
+    run = new_run(folder / "run", model, batch_size=4, max_length=256, epochs=2, lora={"rank": 4})
     run.train(*[tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 6)])
     return run.layout.root
 
@@ -88,7 +89,7 @@ def test_tampering_is_named(name: str, trained: Path, tmp_path: Path) -> None:
 
 def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:
     """A run that has trained nothing verifies too."""
-    proof = Run.create(tmp_path / "run", str(model)).verify(deep=True)
+    proof = new_run(tmp_path / "run", model).verify(deep=True)
     assert proof.ok
     assert "nothing was trained yet" == proof.checks[0].detail
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from daemons import LONG, PATIENCE, SETTINGS, configure, done, end, hold, is_in, rows_file, twin_of, until, watch
 from faults import FULL_SIZE
+from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
@@ -25,7 +26,7 @@ from onward.store.ledger import Ledger
 @pytest.fixture
 def run(tmp_path: Path, model: Path) -> Run:
     """A run that nothing was trained in."""
-    return Run.create(tmp_path / "run", str(model), **SETTINGS)
+    return new_run(tmp_path / "run", model, **SETTINGS)
 
 
 def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_rebuild_is_a_run_that_never_had_the_file(run: Run, model: Path, tmp_pat
 def test_rebuild_keeps_the_configs_that_files_had(run: Run, model: Path, tmp_path: Path) -> None:
     """A file that was trained under an older config is trained again under that one."""
     files = [rows_file(tmp_path / f"{letter}.jsonl", rows) for letter, rows in zip("abc", (9, 5, 7), strict=True)]
-    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin = new_run(tmp_path / "twin", model, **SETTINGS)
     for one, names in ((run, files), (twin, files[1:])):
         one.train(*names[:-1])
         one.layout.config.write_text(

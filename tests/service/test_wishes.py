@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from daemons import LONG, SETTINGS, rows_file
 from faults import copy_run
+from runs import new_run
 
 from onward import Run
 from onward.events import Hub
@@ -81,7 +82,7 @@ SECOND = {
 def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A run in the middle of a file, with one that waits and one that lies in the inbox unread."""
     folder = tmp_path_factory.mktemp("begun")
-    run = Run.create(folder / "run", str(model), **SETTINGS)
+    run = new_run(folder / "run", model, **SETTINGS)
     run.add(*(rows_file(folder / name, rows) for name, rows in (("m0.jsonl", 4), (IN_HAND, LONG), (WAITING, 6))))
     stop = Wishes()
     run.train(stop=stop, observe=lambda event: stop.ask("test") if getattr(event, "step", 0) == STEP else None)

@@ -58,7 +58,7 @@ def test_targets_that_do_not_exist_are_named(model: Path) -> None:
 
 def test_qlora_trains_where_bitsandbytes_is_there(tmp_path: Path) -> None:
     """Quantized LoRA trains and verifies where bitsandbytes is installed; elsewhere it is refused with the command."""
-    base = tiny.save_tiny_model(tmp_path / "base", hidden=64)
+    base = tiny.save_tiny_model(tmp_path / "base", layers=2, hidden=64)
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(ModelError, match=r"onward\[qlora\]"):
             Run.create(tmp_path / "run", str(base), method="qlora")
@@ -89,7 +89,7 @@ def test_a_model_without_an_optimizer_is_that_of_the_checkpoint(method: str, mod
 def test_a_base_inside_a_run_moves_with_it(model: Path, tmp_path: Path) -> None:
     """It is stored relative to the run and found there from any directory; one outside is stored whole."""
     root = tmp_path / "run"
-    tiny.save_tiny_model(root / "base")
+    tiny.save_tiny_model(root / "base", layers=2)
     own = with_stored_path(config(root / "base"), resolve_base(str(root / "base")), root)
     assert "base" == own.model
     assert with_stored_path(own, resolve_base(own.model, root=root), root) == own
