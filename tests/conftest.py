@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import tiny
 import torch
 from commands import make_run, onward, snapshot
 from hypothesis import settings
+from launcher import make_program
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
@@ -41,6 +43,13 @@ def untouched(run: Path) -> Iterator[Path]:
     before = snapshot(run)
     yield run
     assert before == snapshot(run)
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Path]:
+    """The program `onward` for shells, which is forked and so starts at once."""
+    with tempfile.TemporaryDirectory(prefix="onward-") as folder:
+        yield make_program(Path(folder))
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

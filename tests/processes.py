@@ -84,6 +84,12 @@ def apart(function: Callable[..., None], *arguments: object) -> int | None:
     return process.exitcode
 
 
+def apart_with(function: Callable[..., None], *arguments: object) -> None:
+    """Call a function in a process of its own, which ends with this one."""
+    _start_server()
+    _CONTEXT.Process(target=function, args=arguments, daemon=True).start()
+
+
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
     """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
     _start_server()

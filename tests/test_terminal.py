@@ -123,11 +123,11 @@ def run_in_terminal(command: list[str], **environment: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dumb", "xterm"])
-def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, model: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, program: Path, model: Path, tmp_path: Path) -> None:
     """A dumb terminal gets plain lines, another one a bar; neither loses its cursor, so a suspended run leaves it."""
     run = make_run(tmp_path / "run", model)
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(8))
-    shown = run_in_terminal([sys.executable, "-m", "onward", "train", str(file), "--run", str(run)], TERM=kind)
+    shown = run_in_terminal([str(program), "train", str(file), "--run", str(run)], TERM=kind)
     assert "file 1: a.jsonl, 8 rows, 2 steps" in shown
     assert "file 1 done: steps 1-2 committed" in shown
     assert "\x1b[?25l" not in shown
@@ -136,17 +136,21 @@ def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, model: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&-", ">&- 2>&- <&-", "2> >(true)", "2>/dev/full >/dev/null"])
-def test_nobody_reads_and_training_goes_on(redirection: str, model: Path, tmp_path: Path) -> None:
-    """Closed, full and abandoned streams end nothing: files are trained, and the exit status is that of the work."""
+def test_nobody_reads_and_training_goes_on(redirection: str, program: Path, model: Path, tmp_path: Path) -> None:
+    """Closed, full and abandoned streams end nothing: files are trained, and the exit status is that of the work.
+
+    Python begins otherwise where all streams are closed: that is tried with a process from its very start.
+    """
     run = make_run(tmp_path / "run", model)
     files = [tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(8, n)) for n in (1, 2)]
-    words = shlex.join([sys.executable, "-m", "onward", "train", *map(str, files), "--run", str(run)])
+    start = [sys.executable, "-m", "onward"] if "<&-" in redirection else [str(program)]
+    words = shlex.join([*start, "train", *map(str, files), "--run", str(run)])
     assert 0 == subprocess.run(["bash", "-c", f"{words} {redirection}"], env=ENVIRONMENT, check=False).returncode
     assert ["done", "done"] == [entry["state"] for entry in read_history(RunLayout(run))]
     with Ledger(run / "ledger.sqlite3") as ledger:
         assert ("ok", []) == (ledger.quick_check(), [e.message for e in ledger.events(100) if "observer" in e.message])
         ledger.write("DELETE FROM handovers")
-    words = shlex.join([sys.executable, "-m", "onward", "verify", "--run", str(run)])
+    words = shlex.join([str(program), "verify", "--run", str(run)])
     done = subprocess.run(["bash", "-c", f"{words} {redirection}"], env=ENVIRONMENT, capture_output=True, check=False)
     assert 5 == done.returncode
 
