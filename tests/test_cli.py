@@ -246,14 +246,16 @@ def test_init_makes_a_run_where_one_stands(model: Path, tmp_path: Path, monkeypa
     assert all((tmp_path / name / "ledger.sqlite3").is_file() for name in ("below", "beside"))
 
 
-@pytest.mark.slow
-def test_one_run_in_two_processes(trained: Path, copy: Path, tmp_path: Path) -> None:
-    """A file trained by `python -m onward` in a process of its own continues the run, bit for bit handed over."""
+def test_one_run_in_two_processes(trained: Path, copy: Path, program: Path, tmp_path: Path) -> None:
+    """A file trained by `onward` in a process of its own continues the run, bit for bit handed over."""
     file = tiny.write_jsonl(tmp_path / "3.jsonl", tiny.chat_rows(8, 3))
-    outcome = onward_process("train", file, "--json", ONWARD_RUN=str(copy), OMP_NUM_THREADS="1")
-    assert 0 == outcome.status, outcome.err
+    environment = {**os.environ, "ONWARD_RUN": str(copy)}
+    command = [program, "train", file, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, done.stderr
     assert [(3, 5, 6, "bitwise")] == [
-        (entry["position"], entry["first_step"], entry["last_step"], entry["handover"]) for entry in outcome.json
+        (entry["position"], entry["first_step"], entry["last_step"], entry["handover"])
+        for entry in json.loads(done.stdout)
     ]
     assert 4 == onward("status", "--run", trained, "--json").json["global_step"]
 

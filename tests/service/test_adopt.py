@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +228,10 @@ def test_the_tokenizer_is_the_checkpoints(checkpoint: Callable[[str], Path], mod
     assert expected == (tmp_path / "run/current_model/chat_template.jinja").read_text() != tiny.CHATML
 
 
-def test_the_command_line_adopts(saved: dict[str, Saved], model: Path, tmp_path: Path) -> None:
+def test_the_command_line_adopts(saved: dict[str, Saved], program: Path, model: Path, tmp_path: Path) -> None:
     """`onward adopt` exits with 0, prints the run's status as JSON and names the next command."""
     words = ["adopt", saved["lora"].folder, "--run", tmp_path / "run", "--model", model, "--json"]
-    command = [sys.executable, "-m", "onward", *map(str, words)]
+    command = [program, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (0, STEPS) == (done.returncode, json.loads(done.stdout)["global_step"])
     (stored,) = (tmp_path / "run/cache/tokenizer").iterdir()
@@ -416,9 +415,9 @@ def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[
     assert {f"checkpoint-{STEPS}", "config.json"} == {path.name for path in output.iterdir()}
 
 
-def test_refusals_are_lines_and_a_status(tmp_path: Path) -> None:
+def test_refusals_are_lines_and_a_status(program: Path, tmp_path: Path) -> None:
     """On the command line a refusal is a sentence with a place and a hint, exit status 2, and no traceback."""
-    command = [sys.executable, "-m", "onward", "adopt", str(tmp_path / "nothing"), "--run", str(tmp_path / "run")]
+    command = [program, "adopt", str(tmp_path / "nothing"), "--run", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (2, "") == (done.returncode, done.stdout)
     assert "there is no such checkpoint directory" in done.stderr

@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "warmup_steps": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-SHARES = 4 if FULL_SIZE else 2
+SHARES = 4 if FULL_SIZE else 1
 """Number of tests that a sweep is split into, so that they run in parallel."""
 STRIDE = 1 if FULL_SIZE else 61
 """The small form tries every n-th change only, each with one of the faults in turn."""
