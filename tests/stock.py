@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ ARGUMENTS: dict[str, Any] = {
     "save_strategy": "no",
 }
 LENGTH = 24
+STEPS, HORIZON = 5, 40
+"""Steps after which a checkpoint is taken, and those of its schedule."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, and the model and the moments that its Trainer held."""
+
+    folder: Path
+    model: Any
+    moments: dict[str, torch.Tensor]
 
 
 class StopAt(TrainerCallback):
@@ -68,6 +80,15 @@ def trainer(model: Any, output: Path, *, rows: int = 40, **settings: Any) -> Tra
     arguments = TrainingArguments(output_dir=str(output), **{**ARGUMENTS, **settings})
     evaluated = data if arguments.eval_strategy != "no" else None
     return Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=evaluated, **own)
+
+
+def save_lora(base: Path, root: Path) -> Saved:
+    """Train an adapter, and save a checkpoint in the middle of a linear schedule."""
+    adapted = lora_model(base)
+    settings: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [StopAt(STEPS)], "weight_decay": 0.1}
+    trained_by = trainer(adapted, root, gradient_accumulation_steps=2, warmup_steps=2, **settings)
+    trained_by.train()
+    return Saved(root / f"checkpoint-{STEPS}", adapted, moments(adapted, trained_by.optimizer))
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

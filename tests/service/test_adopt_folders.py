@@ -1,0 +1,142 @@
+"""Folders that other tools write: what can be adopted of each, and the command that makes it so."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stock
+import tiny
+import torch
+from accelerate.utils import merge_fsdp_weights
+from commands import onward
+from safetensors.torch import load_file
+from states import read_state
+from stock import STEPS, Saved
+from torch.distributed import checkpoint as sharded
+from transformers import AutoModelForCausalLM
+
+from onward import Run
+from onward.errors import UsageError
+from onward.training.foreign.folders import open_folder
+from onward.training.model.adapter_config import read_adapter
+
+SETTINGS: dict[str, Any] = {"max_length": 128}
+
+
+def without(folder: Path, *names: str) -> Path:
+    """Remove files of a folder; return it."""
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+def test_an_output_folder_leads_to_its_newest_checkpoint(saved: Saved, tmp_path: Path) -> None:
+    """A Trainer's output folder is none of its checkpoints; the newest by number is named."""
+    for step in (2, 10, 9):
+        shutil.copytree(saved.folder, tmp_path / f"out/checkpoint-{step}")
+    with pytest.raises(UsageError, match=r"no optimizer\.pt") as caught:
+        open_folder(tmp_path / "out", fresh=False)
+    assert f"onward adopt {tmp_path}/out/checkpoint-10 --run NEW_RUN" in str(caught.value.hint)
+
+
+def test_weights_of_an_old_peft_are_adopted_after_the_command_that_is_named(saved: Saved, checkpoint: Path) -> None:
+    """`adapter_model.bin` is refused with a command that writes it as safetensors."""
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    torch.save(weights, without(checkpoint, "adapter_model.safetensors") / "adapter_model.bin")
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors is missing") as caught:
+        read_adapter(checkpoint)
+    words = shlex.split(str(caught.value.hint).partition("one: ")[2].partition("; then adopt")[0])
+    exec(compile(words[2], "hint", "exec"))
+    assert 4 == read_adapter(checkpoint)["r"]
+    stock.assert_equal(weights, load_file(checkpoint / "adapter_model.safetensors"))
+
+
+def test_a_whole_state_of_fsdp_is_renamed(tmp_path: Path) -> None:
+    """FSDP's one file of weights is a model's file under another name."""
+    (tmp_path / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(UsageError, match="a name of its own") as caught:
+        open_folder(tmp_path, fresh=True)
+    assert f"cp {tmp_path}/pytorch_model_fsdp.bin {tmp_path}/pytorch_model.bin" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("tool", ["DeepSpeed", "FSDP"])
+def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: str, tmp_path: Path) -> None:
+    """DeepSpeed's own script, or accelerate's command; then the weights are adopted."""
+    folder = tmp_path / "a checkpoint"
+    shards = "global_step5" if tool == "DeepSpeed" else "pytorch_model_fsdp_0"
+    (folder / shards).mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"{tool} wrote the weights of this checkpoint in shards") as caught:
+        open_folder(folder, fresh=True)
+    expected = {
+        "DeepSpeed": f"python '{folder}/zero_to_fp32.py' --safe_serialization '{folder}' '{folder}'",
+        "FSDP": f"accelerate merge-weights '{folder}/pytorch_model_fsdp_0' '{folder}'",
+    }
+    assert f"{expected[tool]}; then: onward adopt '{folder}' --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+
+
+def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Path, tmp_path: Path) -> None:
+    """A checkpoint of FSDP has shards and no config; joined by accelerate, beside the base's config, it is a model."""
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    weights = {name: torch.randn_like(weight) for name, weight in whole.named_parameters()}
+    sharded.save({"model": weights}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    with pytest.raises(UsageError, match="in shards") as caught:
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    command = re.search(r"accelerate merge-weights (.*); then", str(caught.value.hint))
+    assert command is not None
+    merge_fsdp_weights(*shlex.split(command[1]))
+    with pytest.raises(UsageError, match=r"no config\.json beside the weights"):
+        Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    shutil.copy(model / "config.json", folder)
+    run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
+    assert 5 == run.status()["global_step"]
+    stock.assert_equal(weights, stock.trained(stock.open_state(tmp_path / "run").model))
+
+
+def test_moments_of_deepspeed_are_refused_by_name(checkpoint: Path) -> None:
+    """Its weights are whole, its moments in shards: the way on is the weights."""
+    without(checkpoint, "optimizer.pt")
+    (checkpoint / f"global_step{STEPS}").mkdir()
+    with pytest.raises(UsageError, match="DeepSpeed keeps the moments in shards of its own") as caught:
+        open_folder(checkpoint, fresh=False)
+    assert "--fresh-moments" in str(caught.value.hint)
+
+
+def test_weights_go_on_with_fresh_moments(saved: Saved, model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Without an optimizer the command line takes the weights, says so, and goes on with step and schedule."""
+    without(checkpoint, "optimizer.pt", "scheduler.pt")
+    refused = onward("adopt", checkpoint, "--run", tmp_path / "run", "--model", model)
+    assert 2 == refused.status
+    assert "--fresh-moments" in refused.err
+    done = onward("adopt", checkpoint, "--run", tmp_path / "run", "--model", model, "--fresh-moments",
+                  "--set", "max_length=128")  # fmt: skip
+    assert 0 == done.status
+    assert f"weights only: the optimizer's moments begin afresh, after step {STEPS}" in done.err
+    state = stock.open_state(tmp_path / "run")
+    assert (STEPS, STEPS, 0) == (state.step, state.counters.adam_origin, state.view().adam_step())
+    stock.assert_equal(stock.trained(saved.model), stock.trained(state.model))
+    run = Run(tmp_path / "run")
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(16)))
+    assert (STEPS + 2, {2}) == (run.status()["global_step"], read_state(run.layout.root)["adam"])
+    assert run.verify().ok
+
+
+def test_an_adapter_alone_goes_on(saved: Saved, model: Path, tmp_path: Path) -> None:
+    """A folder with nothing but an adapter: its own training counts as a step, the run warms up, `reset` comes back."""
+    folder = tmp_path / "adapter"
+    saved.model.save_pretrained(folder)
+    lines: list[str] = []
+    run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True, settings=SETTINGS, report=lines.append)
+    assert any("after an unknown number of steps, counted as 1" in line for line in lines)
+    assert (1, 10, 1) == (run.status()["global_step"], run.config.warmup_steps, run.config.schedule_offset)
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(16)))
+    assert run.verify().ok
+    run.reset()
+    stock.assert_equal(stock.trained(saved.model), stock.trained(stock.open_state(tmp_path / "run").model))

@@ -1,0 +1,250 @@
+"""Moments of other optimizers and tools: taken exactly, or refused by name with a way on that works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stock
+import torch
+from stock import STEPS, Saved
+from torch.distributed import checkpoint as sharded
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+from onward import Run
+from onward.config import Config
+from onward.errors import OnwardError, UsageError
+from onward.training.foreign.arguments import Arguments
+from onward.training.foreign.folders import open_folder
+from onward.training.foreign.grouping import GROUPINGS
+from onward.training.foreign.moments import load_into, read_moments
+from onward.training.optimizers import ADAMW
+from onward.training.state import TrainState
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+def change(folder: Path, edit: Edit) -> None:
+    """Edit the optimizer's state of a checkpoint."""
+    values = torch.load(folder / "optimizer.pt", weights_only=True)
+    edit(values)
+    torch.save(values, folder / "optimizer.pt")
+
+
+def each_entry(edit: Edit) -> Edit:
+    """Edit what is kept for each parameter."""
+    return lambda values: [edit(entry) for entry in values["state"].values()]
+
+
+def each_group(edit: Edit) -> Edit:
+    """Edit the settings of each group."""
+    return lambda values: [edit(group) for group in values["param_groups"]]
+
+
+def both(*edits: Edit) -> Edit:
+    """Edit several times."""
+    return lambda values: [edit(values) for edit in edits]
+
+
+def only(*names: str, **others: Any) -> Edit:
+    """Leave a group only some of its settings, and give it others."""
+
+    def keep(group: dict[str, Any]) -> None:
+        kept = {name: group[name] for name in ("params", "lr", "betas", "eps", "weight_decay", *names)}
+        group.clear()
+        group.update(kept, **others)
+
+    return keep
+
+
+def counted_whole(entry: dict[str, Any]) -> None:
+    """Count steps in an integer, as PyTorch before 1.12, transformers 4 and bitsandbytes do."""
+    entry["step"] = int(entry["step"])
+
+
+def of_bitsandbytes(entry: dict[str, Any]) -> None:
+    """Keep moments as bitsandbytes' 32-bit optimizers do."""
+    entry.update(step=int(entry["step"]), state1=entry.pop("exp_avg"), state2=entry.pop("exp_avg_sq"))
+
+
+def wrapped(entry: dict[str, Any]) -> None:
+    """Keep them as bitsandbytes does since 0.49."""
+    of_bitsandbytes(entry)
+    entry["__bnb_optimizer_quant_state__"] = {name: entry.pop(name) for name in ("state1", "state2")}
+
+
+def of_apex(values: dict[str, Any]) -> None:
+    """Count steps once per group."""
+    for group in values["param_groups"]:
+        group.update(step=STEPS, bias_correction=1)
+        del group["amsgrad"]
+    for entry in values["state"].values():
+        del entry["step"]
+
+
+TAKEN: dict[str, Edit] = {
+    "as it is": lambda values: None,
+    "whole steps": each_entry(counted_whole),
+    "steps in a tensor of one": each_entry(lambda entry: entry.update(step=entry["step"].reshape(1))),
+    "an older PyTorch": each_group(only("amsgrad", maximize=False, foreach=None, capturable=False)),
+    "transformers 4": both(each_entry(counted_whole), each_group(only(correct_bias=True))),
+    "bitsandbytes, 32 bit": both(each_entry(of_bitsandbytes), each_group(only())),
+    "bitsandbytes, 32 bit, wrapped": both(each_entry(wrapped), each_group(only(alpha=0.0, t_alpha=None, t_beta3=None))),
+    "apex": of_apex,
+    "Adam without weight decay": each_group(lambda group: group.update(decoupled_weight_decay=False, weight_decay=0.0)),
+}  # fmt: skip
+
+
+def start(saved: Saved) -> TrainState:
+    """Return a fresh state of the stock model."""
+    return TrainState.start(saved.model, Config())
+
+
+def load(state: TrainState, folder: Path, **arguments: Any) -> list[str]:
+    """Load a checkpoint's moments into a state."""
+    opened = open_folder(folder, fresh=False)
+    return load_into(state, read_moments(opened, Arguments(arguments), one_rate=False), opened)
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_moments_of_every_kind_of_adamw_are_taken(case: str, saved: Saved, checkpoint: Path) -> None:
+    """Each keeps other names, types or settings; moments and steps are the same, by parameter name."""
+    change(checkpoint, TAKEN[case])
+    state = start(saved)
+    assert [] == load(state, checkpoint)
+    stock.assert_equal(saved.moments, stock.moments(state.model, state.optimizer))
+    assert STEPS == state.view().adam_step()
+
+
+def named_state(saved: Saved, prefix: str = "") -> dict[str, Any]:
+    """Return the optimizer's state by the names of parameters, as FSDP gathers it."""
+    values = torch.load(saved.folder / "optimizer.pt", weights_only=True)
+    names = [f"{prefix}{name}" for group in GROUPINGS[0](saved.model) for name in group]
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in values["param_groups"]]
+    return {"state": {names[index]: entry for index, entry in values["state"].items()}, "param_groups": groups}
+
+
+@pytest.mark.parametrize("prefix", ["", "_fsdp_wrapped_module."])
+def test_moments_that_are_saved_by_name_are_taken(prefix: str, saved: Saved, checkpoint: Path) -> None:
+    """FSDP's full state dict, `optimizer.bin`, knows parameters by their names."""
+    (checkpoint / "optimizer.pt").unlink()
+    torch.save(named_state(saved, prefix), checkpoint / "optimizer.bin")
+    state = start(saved)
+    load(state, checkpoint)
+    stock.assert_equal(saved.moments, stock.moments(state.model, state.optimizer))
+
+
+def test_sharded_moments_are_taken_after_the_command_that_is_named(saved: Saved, checkpoint: Path) -> None:
+    """FSDP's shards are refused with a command of PyTorch's; what it makes is adopted."""
+    (checkpoint / "optimizer.pt").unlink()
+    sharded.save({"optimizer": named_state(saved)}, checkpoint_id=checkpoint / "optimizer_0", no_dist=True)
+    with pytest.raises(UsageError, match="FSDP wrote the optimizer's state in shards") as caught:
+        open_folder(checkpoint, fresh=False)
+    command = re.search(r"format_utils dcp_to_torch (.*); then", str(caught.value.hint))
+    assert command is not None
+    source, target = shlex.split(command[1])
+    dcp_to_torch_save(source, target)
+    state = start(saved)
+    load(state, checkpoint)
+    stock.assert_equal(saved.moments, stock.moments(state.model, state.optimizer))
+
+
+@pytest.mark.parametrize("number", range(len(GROUPINGS)))
+def test_groups_of_every_division_are_told_apart(number: int, model: Path, tmp_path: Path) -> None:
+    """Weights divided as other releases and tools do are loaded by name; where the decay changes, it is said."""
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    parameters = dict(whole.named_parameters())
+    groups = [group for group in GROUPINGS[number](whole) if group]
+    decays = [0.1, *[0.0] * (len(groups) - 1)]
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameters[name] for name in group], "weight_decay": decay}
+         for group, decay in zip(groups, decays, strict=True)]
+    )  # fmt: skip
+    sum((weight * torch.rand_like(weight)).sum() for weight in parameters.values()).backward()
+    optimizer.step()
+    folder = tmp_path / "checkpoint-1"
+    whole.save_pretrained(folder)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    state = TrainState.start(whole, Config(method="full"))
+    lines = load(state, folder)
+    stock.assert_equal(stock.moments(whole, optimizer), stock.moments(whole, state.optimizer))
+    same = {*groups[0]} == {*GROUPINGS[0](whole)[0]}
+    assert same == (lines == [])
+
+
+def lora_plus(values: dict[str, Any]) -> None:
+    """Give the weights of B another learning rate."""
+    group = values["param_groups"][0]
+    first, second = group["params"][::2], group["params"][1::2]
+    values["param_groups"] = [{**group, "params": first}, {**group, "params": second, "initial_lr": 8e-4}]
+
+
+def of_eight_bits(entry: dict[str, Any]) -> None:
+    """Keep moments rounded, as 8-bit optimizers do for large weights."""
+    of_bitsandbytes(entry)
+    entry.update(state1=entry["state1"].byte(), state2=entry["state2"].byte(), qmap1=torch.ones(256), absmax1=1.0)
+
+
+def frozen_part(values: dict[str, Any]) -> None:
+    """Leave out half of the weights."""
+    group = values["param_groups"][0]
+    kept = group["params"][: len(group["params"]) // 2]
+    values["state"] = {index: values["state"][index] for index in kept}
+    group["params"] = kept
+
+
+REFUSED: dict[str, tuple[Edit, str]] = {
+    "8 bit": (each_entry(of_eight_bits), "8-bit"),
+    "AMSGrad": (each_group(lambda group: group.update(amsgrad=True)), "AMSGrad"),
+    "Adam with L2": (each_group(lambda group: group.update(decoupled_weight_decay=False)), "L2 weight decay 0.1"),
+    "RAdam": (each_group(lambda group: group.pop("amsgrad")), "not that of AdamW"),
+    "Lion": (
+        each_entry(lambda entry: [entry.pop("exp_avg_sq"), entry.pop("step")]), "not that of AdamW: it keeps exp_avg"
+    ),
+    "AdEMAMix": (
+        both(each_entry(of_bitsandbytes), each_group(lambda group: group.update(betas=(0.9, 0.99, 0.999)))),
+        "not that of AdamW",
+    ),
+    "maximize": (each_group(lambda group: group.update(maximize=True)), "maximize"),
+    "no correction": (each_group(lambda group: group.update(correct_bias=False)), "no correction"),
+    "LoRA+": (lora_plus, "learning rates of their own"),
+    "frozen": (frozen_part, "a part of the weights was frozen"),
+    "weights that sat out": (lambda values: values["state"][0]["step"].sub_(1), "sat out steps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_adamw_cannot_go_on_with_is_refused_by_name(case: str, saved: Saved, checkpoint: Path) -> None:
+    """The refusal says what it is, what the Trainer called it, and names the command that goes on from the weights."""
+    edit, reason = REFUSED[case]
+    change(checkpoint, edit)
+    with pytest.raises(OnwardError) as caught:
+        load(start(saved), checkpoint, optim="some_adam")
+    assert reason in caught.value.what
+    assert f"onward adopt {checkpoint} --run NEW_RUN --fresh-moments" in str(caught.value.hint)
+
+
+def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, checkpoint: Path) -> None:
+    """A Trainer whose weights were bfloat16 had moments of that type; float32 holds all of them, and it is said."""
+    halves = {slot: lambda entry, slot=slot: entry.update({slot: entry[slot].bfloat16()}) for slot in ADAMW.slots}
+    change(checkpoint, both(*(each_entry(edit) for edit in halves.values())))
+    state = start(saved)
+    lines = load(state, checkpoint)
+    assert ["weights and moments were bfloat16: they go on in float32, from the same values"] == lines
+    expected = {name: value.bfloat16().float() for name, value in saved.moments.items()}
+    stock.assert_equal(expected, stock.moments(state.model, state.optimizer))
+
+
+def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """LoRA+ is adopted with its moments under a learning rate set by hand, which the refusal names."""
+    change(checkpoint, lora_plus)
+    with pytest.raises(UsageError, match="--set learning_rate=RATE"):
+        Run.adopt(checkpoint, tmp_path / "run", str(model))
+    run = Run.adopt(checkpoint, tmp_path / "run", str(model), settings={"learning_rate": 1e-4, "schedule": "constant"})
+    assert (1e-4, STEPS) == (run.config.learning_rate, run.status()["global_step"])
