@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -50,6 +51,17 @@ def program() -> Iterator[Path]:
     """The program `onward` for shells, which is forked and so starts at once."""
     with tempfile.TemporaryDirectory(prefix="onward-") as folder:
         yield make_program(Path(folder))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let each worker begin with a part of its own, whose fixtures it makes alone, and end with what another has left.
+
+    What xdist does by itself, handing out tests in turn, makes every fixture of a module in every worker.
+    """
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

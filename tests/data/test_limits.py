@@ -67,19 +67,19 @@ def bombs(directory: Path) -> dict[str, Path]:
     """Write a small file of each kind that unpacks to very much; return them by name."""
     directory.mkdir(exist_ok=True)
     tables = {
-        "rows": pyarrow.table({"text": ["x" * MIB] * 400}),
-        "items": pyarrow.table({"text": ["a"], "messages": [[{"content": "x" * MIB}] * 400]}),
-        "numbers": pyarrow.table({"text": ["a"], "numbers": [[1] * 10_000_000]}),
-        "one": pyarrow.table({"text": ["a", "x" * (256 * MIB)]}),
+        "rows": pyarrow.table({"text": ["x" * MIB] * 200}),
+        "items": pyarrow.table({"text": ["a"], "messages": [[{"content": "x" * MIB}] * 200]}),
+        "numbers": pyarrow.table({"text": ["a"], "numbers": [[1] * 8_000_000]}),
+        "one": pyarrow.table({"text": ["a", "x" * (192 * MIB)]}),
     }
     paths: dict[str, Path] = {}
     for name, table in tables.items():
         paths[name] = directory / f"{name}.parquet"
         parquet.write_table(table, paths[name], compression="zstd")
     for name, data in {
-        "blank.jsonl.zst": zstandard.compress(b"\n" * (256 * MIB)),
-        "line.txt.zst": zstandard.compress(b"x" * (256 * MIB)),
-        "row.json.gz": gzip.compress(b'[{"text": "' + b"x" * (256 * MIB), 1),
+        "blank.jsonl.zst": zstandard.compress(b"\n" * (192 * MIB)),
+        "line.txt.zst": zstandard.compress(b"x" * (192 * MIB)),
+        "row.json.gz": gzip.compress(b'[{"text": "' + b"x" * (192 * MIB), 1),
         "lists.jsonl": b'{"text": "a", "x": [' + b"[]," * (5 * MIB) + b"[]]}",
         "lists.json": b'{"text": "a", "x": [' + b"[]," * (5 * MIB) + b"[]]}",
     }.items():
@@ -115,7 +115,7 @@ def test_bombs_and_long_rows_take_bounded_memory(tmp_path: Path) -> None:
     for name, (mib, remedy) in found["bombs"].items():
         assert "max_row_mb" in remedy or "max_unpack_ratio" in remedy, name
         assert mib < 150, name
-    assert 400 == found["rows"]
+    assert 200 == found["rows"]
     assert found["arrow"] < 50
     (one, _), (further, _) = found["long"].values()
     assert further < 0.3 * one + 30

@@ -72,7 +72,7 @@ def test_killed_at_random_instants(
     Run(root).add(*files)
     source = random.Random(seed)
     for _ in range(KILLS):
-        kill_after(start(root), source.uniform(0.1, 1.2))
+        kill_after(start(root), source.uniform(0.05, 0.7))
     assert train(root) == 0
     assert_same_state(uninterrupted, root)
     assert temporary_files(root) == []
