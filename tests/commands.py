@@ -17,6 +17,8 @@ from runs import new_run
 
 from onward import cli
 from onward.config_text import parse_settings
+from onward.layout import RunLayout
+from onward.status import read_history, read_status
 
 SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
 """Settings that make a run of the tiny model quick."""
@@ -78,10 +80,11 @@ def snapshot(run: Path) -> dict[str, Any]:
         for path in paths
         if path.is_file()
     }
-    status = onward("status", "--run", run, "--json").json
+    layout = RunLayout(run)
+    status = read_status(layout)
     return {
         "files": files,
-        "history": onward("history", "--run", run, "--json").json,
+        "history": read_history(layout),
         "status": {key: status[key] for key in ("global_step", "queue", "file", "checkpoint")},
     }
 

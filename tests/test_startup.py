@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 from commands import make_run
+from processes import apart
 
 from onward import startup
 from onward.layout import RunLayout
@@ -23,7 +24,7 @@ from onward.startup import large_imports
 {before}
 with large_imports():
     inside = gc.isenabled()
-    import torch
+    import {library}
 print(inside, gc.isenabled(), gc.get_freeze_count() > 10_000)
 """
 
@@ -93,6 +94,17 @@ print(json.dumps({{key: [before[key], after[key]] for key in before if before[ke
 print(run.status()["global_step"])
 """
 
+OWN_SETTINGS = """
+import numpy, torch, peft, transformers
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_info()
+logging.getLogger("peft").setLevel(logging.DEBUG)
+warnings.simplefilter("error", FutureWarning)
+gc.unfreeze(); gc.disable(); gc.set_threshold(900, 9, 9)
+torch.use_deterministic_algorithms(True)
+"""
+"""What a host program may have set before it uses the library."""
+
 
 def printed(script: str, **environment: str) -> list[str]:
     """Run a script in a process of its own, without the settings; returns the lines that it printed."""
@@ -102,19 +114,25 @@ def printed(script: str, **environment: str) -> list[str]:
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def host(script: str, output: str) -> None:
+    """Run a script in this process, which has all libraries; what it prints goes to a file."""
+    with Path(output).open("w") as stream, contextlib.redirect_stdout(stream):
+        exec(compile(script, "host", "exec"), {"__name__": "host"})
+
+
 def test_large_imports_rest_the_collector_and_put_their_objects_out_of_its_way() -> None:
     """Within, the collector is off; afterwards it is on again and passes over what was imported."""
-    assert ["False True True"] == printed(IMPORTS.format(before=""))
+    assert ["False True True"] == printed(IMPORTS.format(before="", library="torch"))
 
 
 def test_a_process_that_has_torch_is_left_as_it_is() -> None:
     """Where torch is imported already, large garbage may wait: the collector stays on."""
-    assert ["True True False"] == printed(IMPORTS.format(before="import torch"))
+    assert ["True True False"] == printed(IMPORTS.format(before="sys.modules['torch'] = sys", library="torch"))
 
 
 def test_a_collector_that_the_user_switched_off_stays_off() -> None:
     """The user's setting wins."""
-    assert ["False False False"] == printed(IMPORTS.format(before="gc.disable()"))
+    assert ["False False False"] == printed(IMPORTS.format(before="gc.disable()", library="json"))
 
 
 def test_variables_of_the_user_win() -> None:
@@ -141,25 +159,18 @@ def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -
     assert enabled
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "",
-        "import numpy, torch, peft, transformers\n"
-        "transformers.utils.logging.disable_progress_bar()\n"
-        "transformers.utils.logging.set_verbosity_info()\n"
-        "logging.getLogger('peft').setLevel(logging.DEBUG)\n"
-        "warnings.simplefilter('error', FutureWarning)\n"
-        "gc.disable(); gc.set_threshold(900, 9, 9)\n"
-        "torch.use_deterministic_algorithms(True)\n",
-    ],
-    ids=["before torch", "with settings of its own"],
-)
-def test_the_library_leaves_a_host_program_as_it_is(imports: str, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_settings", [False, True], ids=["before torch", "with settings of its own"])
+def test_the_library_leaves_a_host_program_as_it_is(has_settings: bool, model: Path, tmp_path: Path) -> None:
     """Whoever imports Onward, trains and verifies has the same process afterwards: no setting of it has changed."""
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))
-    places: dict[str, Any] = {"run": str(tmp_path / "run"), "model": str(model), "file": str(file)}
-    changed, step = printed(HOST.format(imports=imports, **places))[-2:]
+    script = HOST.format(
+        imports=OWN_SETTINGS if has_settings else "", run=str(tmp_path / "run"), model=str(model), file=str(file)
+    )
+    if has_settings:
+        assert 0 == apart(host, script, str(tmp_path / "output"))
+        changed, step = (tmp_path / "output").read_text().splitlines()[-2:]
+    else:
+        changed, step = printed(script)[-2:]
     assert {} == json.loads(changed)
     assert "1" == step
 
