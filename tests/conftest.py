@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
-from commands import make_run, onward, snapshot
 from hypothesis import settings
-from launcher import make_program
 
-torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that tests start
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("exploring", deadline=None, print_blob=True)
 settings.load_profile("exploring" if os.environ.get("ONWARD_SOAK") else "repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compute with one thread. The process that only hands out tests to workers needs no torch, nor its seconds."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A run that has trained one file; every test here must leave it as it is."""
+    from commands import make_run, onward
+
     directory = make_run(tmp_path_factory.mktemp("refusals") / "run", model)
     outcome = onward("train", tiny.write_jsonl(directory.parent / "good.jsonl", tiny.chat_rows(8)), "--run", directory)
     assert 0 == outcome.status, outcome.err
@@ -41,6 +48,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 @pytest.fixture
 def untouched(run: Path) -> Iterator[Path]:
     """The run; the test fails if anything of it has changed at its end."""
+    from commands import snapshot
+
     before = snapshot(run)
     yield run
     assert before == snapshot(run)
@@ -49,6 +58,8 @@ def untouched(run: Path) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def program() -> Iterator[Path]:
     """The program `onward` for shells, which is forked and so starts at once."""
+    from launcher import make_program
+
     with tempfile.TemporaryDirectory(prefix="onward-") as folder:
         yield make_program(Path(folder))
 
