@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import (
     BioGptConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from onward.errors import ConfigError, ModelError, Unreadable
-from onward.training.model.capacity import Capacity, read_capacity, require_fits
+from onward.training.model.capacity import Capacity, read_capacity, require_embedded, require_fits
 
 ROWS, LEARNED = 37, 12
 SHAPE: dict[str, Any] = {
@@ -86,6 +87,20 @@ def test_what_does_not_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
         require_fits(capacity, largest_token_id=ROWS)
     with pytest.raises(ConfigError, match=rf"{LEARNED + 1}, .* {LEARNED} positions[\s\S]*--set max_length"):
         require_fits(capacity, max_length=LEARNED + 1)
+
+
+def test_the_token_that_pads_is_one_that_the_model_has(tmp_path: Path) -> None:
+    """A config that names a token for padding beyond the embedding is refused with one that is there."""
+    state = tiny.byte_state()
+    for padding, is_refused in ((500, True), (499, False), (-1, False), (None, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 500, "pad_token_id": padding}))
+        capacity = read_capacity(tmp_path)
+        if not is_refused:
+            require_embedded(capacity, state)
+            continue
+        with pytest.raises(ModelError, match="token id 500 for padding") as refusal:
+            require_embedded(capacity, state)
+        assert f": {state.eos_id}" in str(refusal.value.hint)
 
 
 def header(tensors: dict[str, list[int]]) -> bytes:
