@@ -67,7 +67,8 @@ def test_limits_are_those_at_which_the_model_fails(kind: str, shard: str, tmp_pa
     make, learned = MODELS[kind]
     model: Any = make().eval()
     model.save_pretrained(tmp_path, max_shard_size=shard)
-    assert Capacity(tmp_path, ROWS, learned) == read_capacity(tmp_path)
+    capacity = read_capacity(tmp_path)
+    assert (ROWS, learned) == (capacity.embedding_rows, capacity.learned_positions)
     length = 4 * LEARNED if learned is None else learned
     model(input_ids=torch.full((1, length), ROWS - 1))
     with pytest.raises(IndexError):
