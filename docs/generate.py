@@ -259,8 +259,10 @@ CHAT_RULES = """\
   before them are reasoning. A part may say `value` for its text.
 - There is at least one assistant turn, and the last message is one. No assistant turn is empty, unless it calls tools.
 - Calls are `tool_calls`, OpenAI's older `function_call`, or the JSON text of a `function_call` turn. `arguments` may be
-  an object or its JSON text: the template gets what it takes. An empty list of calls is none.
-- {reasoning} of an assistant message are its reasoning.
+  an object or its JSON text: the template gets the object if it takes one, else the text. An empty list of calls is
+  none.
+- {reasoning} of an assistant message are its reasoning. A thought beside one in the content (`<think>...</think>`) is
+  refused: both would be trained.
 - Every other key of a message that the template reads reaches it.
 - No message contains the template's own end token.
 - The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
@@ -271,12 +273,17 @@ Beside the messages of a row:
 | key | what it means |
 |---|---|
 | {system} | a system message before the others |
-| `tools` | schemas of tools, a list or its JSON text, for the template |
+| `tools`, `functions` | schemas of tools, a list or its JSON text, for the template; `functions` as OpenAI had them |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
 | {weights} | of an answer: 0 or `false` leaves it in the text and out of the loss; numbers between are refused |
-| `messages`, `conversations` | may be the JSON text of the list |
+| `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |
 
-Null fields in `tools` and `arguments` are left out where the file is Parquet, which gives all rows the same fields.
+Weights and `label` may be words (`"0"`, `"false"`), as a `.csv` has them. What nothing but a chat can follow (`system`,
+`history`, `tools`, `chat_template_kwargs`) is refused beside plain text, unless it is empty; so is `history` beside
+messages.
+
+Null fields in `tools` and `arguments` are left out where the file is Parquet or Arrow, which give all rows the same
+fields; in JSON text they stand for what they say.
 
 After rendering it is proven of every message that its content, its reasoning and its calls stand in the text once, in
 the order of the messages. The text before each answer in the loss has to be what the template gives at inference for

@@ -36,6 +36,13 @@ TEXT_ARGUMENTS = chatml(
 )
 """Takes the arguments of calls as JSON text."""
 
+EITHER_ARGUMENTS = chatml(
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{% set a = c.function.arguments %}"
+    "{{ '<call>' + c.function.name + ' ' + (a if a is string else a | tojson) }}{% endfor %}",
+    before=TOOLS,
+)
+"""Writes arguments that are JSON text as they are."""
+
 FIRST_CALL_ONLY = chatml(
     "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name + ' ' + "
     "(m.tool_calls[0].function.arguments | tojson) }}{% endif %}"

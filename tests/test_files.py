@@ -18,6 +18,7 @@ from onward.data.files.reading import BadRows, Reading
 from onward.data.row_tokenizer import cache_key
 from onward.errors import UsageError
 from onward.service.intake.hub import Hub, HubName, is_hub_name
+from onward.views.opened import opened
 
 GOOD = {"prompt": "one", "completion": "two"}
 
@@ -159,6 +160,11 @@ def test_a_saved_dataset_is_taken_in_as_one_file(model: Path, tmp_path: Path) ->
     folder = save(tmp_path / "sets" / "train", [rows[:3], rows[3:]])
     (tmp_path / "sets" / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
     assert_refused(onward("add", folder.parent, "--run", run), 2, "1 splits (train)", f"{folder}")
+    shown = onward("preview", folder, "--run", run, "--json")
+    assert [row["text"] + "<|im_end|>" for row in rows] == [
+        "".join(segment["text"] for segment in row["segments"]) for row in shown.json
+    ]
+    assert_refused(onward("preview", folder.parent, "--run", run), 2, "1 splits (train)", f"{folder}")
     added = onward("train", folder, "--run", run, "--json")
     assert [("train.arrow", 7)] == [(entry["name"], entry["rows_trained"]) for entry in added.json]
     assert_refused(onward("add", folder, "--run", run), 3, "its content is that of file 1 of the stream")
@@ -173,7 +179,8 @@ def test_saved_datasets_that_cannot_be_taken_in(model: Path, tmp_path: Path) -> 
     selection = save(tmp_path / "a", [[{"text": "a"}]])
     state = json.loads((selection / "state.json").read_text())
     (selection / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "i.arrow"}]}))
-    assert_refused(onward("add", selection, "--run", run), 3, "selection of rows", "flatten_indices")
+    for command in ("preview", "add"):
+        assert_refused(onward(command, selection, "--run", run), 3, "selection of rows", "flatten_indices")
     columns = save(tmp_path / "b", [[{"text": "a"}], [{"body": "a"}]])
     assert_refused(onward("add", columns, "--run", run), 3, "has other columns than the files before it")
     outside = save(tmp_path / "c", [[{"text": "a"}]])
@@ -247,8 +254,23 @@ def test_data_sets_that_cannot_be_had(tmp_path: Path, name: str, files: list[str
         assert 1 == len(hub.fetch(Path(said)))
 
 
+def test_a_look_at_a_data_set(tmp_path: Path) -> None:
+    """The one file that a name stands for is looked at; of several, one is to be named, and then it is found."""
+    files = ["train-0.csv", "train-1.csv"]
+    (tmp_path / "main").mkdir()
+    for file in files:
+        (tmp_path / "main" / file).touch()
+    hub = Hub(Api(tmp_path, *files))
+    with pytest.raises(UsageError, match="this names 2 files") as refusal, opened(Path("hf://datasets/who/what"), hub):
+        pass
+    with opened(Path(str(refusal.value.hint).partition(": ")[2]), hub) as file:
+        assert tmp_path / "main" / "train-0.csv" == file
+
+
 def test_a_name_of_the_hub_in_a_command_is_one_line(model: Path, tmp_path: Path) -> None:
     """What cannot be had ends the command with wrong usage, and nothing was added."""
     run = make_run(tmp_path / "run", model)
-    assert_refused(onward("add", "hf://datasets/who", "--run", run), 2, "names no data set", "hf://datasets/OWNER/NAME")
+    for command in ("preview", "add"):
+        refused = onward(command, "hf://datasets/who", "--run", run)
+        assert_refused(refused, 2, "names no data set", "hf://datasets/OWNER/NAME")
     assert "hf://datasets/a/b@c/d" == str(HubName.of(Path("hf://datasets/a/b@c/d")))

@@ -37,5 +37,5 @@ class Lengths:
             return ""
         limit = f"max_length={max_length}" if max_length else "max_length"
         share = self.lost_tokens / max(1, self.tokens + self.lost_tokens)
-        lost = f": {self.lost_tokens} tokens lost, {100 * share:.2g} %" if self.lost_tokens else ""
+        lost = f": {self.lost_tokens} tokens lost, {min(99.0, 100 * share):.2g} %" if self.lost_tokens else ""
         return f" ({', '.join(parts)} at {limit}{lost})"

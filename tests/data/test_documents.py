@@ -106,6 +106,7 @@ def test_a_document_beyond_the_limit_names_the_key(tmp_path: Path) -> None:
     ("name", "text", "count"),
     [
         ("a.txt", '{"text": "a"}\n\n{"text": "b"}\n', 2),
+        ("a.txt", '[{"role": "user"}]\n[{"role": "user"}]\n', 2),
         ("a.b.txt", '\ufeff{"messages": []}\n', 1),
         ("a.txt.gz", '{"text": "a"}\n', 1),
         ("a.txt", '[\n  {\n    "text": "a"\n  }\n]\n', 1),

@@ -183,6 +183,15 @@ def test_arguments_as_an_object_and_as_json_text(trait: str) -> None:
     assert pieces(trait, rows[0]) == pieces(trait, rows[1])
 
 
+def test_arguments_as_json_text_without_spaces() -> None:
+    """A template that writes JSON text as it is and objects as JSON gets the object, which inference hands over too."""
+    rows: list[dict[str, Any]] = []
+    for arguments in ({"city": "Rome", "n": 3}, '{"city":"Rome","n":3}'):
+        call = {"type": "function", "function": {"name": "look_up", "arguments": arguments}}
+        rows.append({"messages": [USER, {**CALLS, "tool_calls": [call]}]})
+    assert pieces("EITHER_ARGUMENTS", rows[0]) == pieces("EITHER_ARGUMENTS", rows[1])
+
+
 WORDS = st.text(st.sampled_from("ab \n\t\"'\\{}é<|/"), max_size=8)
 TRAITS = [
     "WHOLE", "DROPS_CALLS", "CALLS_WITHOUT_CONTENT", "TEXT_ARGUMENTS", "FIRST_CALL_ONLY", "CALL_NAMES_ONLY",

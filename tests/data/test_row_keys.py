@@ -15,6 +15,7 @@ SYSTEM = {"role": "system", "content": "S"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 RESULT = {"role": "tool", "content": "R"}
+THOUGHT = "<think>\nhm\n</think>\n\nHello"
 PAIR = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
@@ -100,6 +101,23 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
             Chat([USER, {**ANSWER, "reasoning_content": "hm", "thinking": "hm"}]),
         ),
         ({"prompt": "a", "completion": "b", "label": True, "id": 1}, Completion("a", "b", ("id",))),
+        ({"prompt": json.dumps(PAIR[:1]), "completion": json.dumps(PAIR[1:])}, Chat(PAIR)),
+        ({"prompt": "[1, 2]", "completion": "[3]", "weight": "1.0"}, Completion("[1, 2]", "[3]")),
+        (
+            {"messages": [USER, {**ANSWER, "train": "False"}, USER, {**ANSWER, "weight": ""}]},
+            Chat([USER, ANSWER, USER, ANSWER], untrained=frozenset({1})),
+        ),
+        ({"messages": [USER, ANSWER], "tools": " "}, Chat([USER, ANSWER])),
+        (
+            {"messages": [USER, ANSWER], "functions": [{"name": "f"}]},
+            Chat([USER, ANSWER], [{"type": "function", "function": {"name": "f"}}]),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": THOUGHT, "thinking": ""}]},
+            Chat([USER, {**ANSWER, "content": THOUGHT}]),
+        ),
+        ({"text": "a", "tools": "[]", "history": []}, Text("a", ("tools", "history"))),
+        ({"text": "a", "label": "0"}, Text("a", ("label",))),
         ({"text": "a", "label": 0}, Text("a", ("label",))),
         ({"text": "a", "tokens": 512}, Text("a", ("tokens",))),
     ],
@@ -116,6 +134,20 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, ANSWER], "rejected": ANSWER}, 'the row has "rejected": Onward does not train preferences'),
         ({"prompt": "a", "completion": "b", "label": False}, '"label" is False: the answer is labelled as bad'),
         ({"messages": [USER, ANSWER], "label": 0}, '"label" is 0: the answer is labelled as bad'),
+        ({"prompt": "a", "completion": "b", "label": "0"}, "\"label\" is '0': the answer is labelled as bad"),
+        ({"text": "a", "label": "False"}, "\"label\" is 'False': the answer is labelled as bad"),
+        ({"text": "a", "system": "S"}, '"system" stands beside plain text'),
+        ({"text": "a", "tools": [{"name": "f"}]}, '"tools" stands beside plain text'),
+        ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, '"history" stands beside messages'),
+        ({"prompt": [USER], "completion": [ANSWER], "history": [["a", "b"]]}, '"history" stands beside messages'),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"name": "f"}], "functions": [{"name": "f"}]},
+            "the row has both tools and functions",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "content": THOUGHT, "thinking": "hm"}]},
+            "message 2 has a thought in its content and beside it",
+        ),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, 'the row has "images": only text is trained'),
         ({"messages": [USER, {**ANSWER, "audio": {"id": 1}}]}, 'message 2 has "audio": only text is trained'),
         ({"input_ids": [1, 2], "labels": [1, 2]}, 'the row has "input_ids": it is tokenized already'),
@@ -162,13 +194,16 @@ def test_refused(row: dict[str, Any], reason: str) -> None:
 
 
 def test_nulls_that_columns_pad() -> None:
-    """Null fields of tools and arguments mean nothing in a row of Arrow, and what they say in a row of JSON."""
+    """Null fields of tools and arguments mean nothing in a row of Arrow, and what they say in JSON and its text."""
     arguments = {"city": "Rome", "n": None}
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     tool = {"name": "f", "parameters": {"a": None, "b": 1}}
     row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}], "tools": [tool]}
-    for padded, given, schema in ((True, {"city": "Rome"}, {"b": 1}), (False, arguments, {"a": None, "b": 1})):
-        record = parse_record(row, padded=padded)
+    texts = {key: json.dumps(value) for key, value in row.items()}
+    whole = (arguments, {"a": None, "b": 1})
+    cases = [(row, True, {"city": "Rome"}, {"b": 1}), (row, False, *whole), (texts, True, *whole)]
+    for each, padded, given, schema in cases:
+        record = parse_record(each, padded=padded)
         assert isinstance(record, Chat)
         assert given == record.messages[1]["tool_calls"][0]["function"]["arguments"]
         assert [{"name": "f", "parameters": schema}] == record.tools

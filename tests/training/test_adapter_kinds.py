@@ -222,6 +222,7 @@ def test_a_part_of_a_whole_model_is_trained(
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"lora.layers": [0, 7]}, "lora.layers names 7"),
+    ("llama", {"lora.layers": [7]}, "lora.layers names 7"),
     ("llama", {"lora.rank_pattern": {"nowhere": 3}}, "lora.rank_pattern names 'nowhere'"),
     ("llama", {"lora.alpha_pattern": {"nowhere": 3.0}}, "lora.alpha_pattern names 'nowhere'"),
     ("llama", {"lora.modules_to_save": ["score"]}, "lora.modules_to_save names 'score'"),

@@ -12,12 +12,14 @@ import small
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
+from onward.training.admission.longer import causal_length
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
 from onward.training.model.adapter import named_targets
@@ -132,6 +134,46 @@ def test_weights_without_a_gradient_are_left_out_by_name(tmp_path: Path) -> None
     assert {"dt_proj"} == {name.rpartition(".")[2] for name in found.left_out}
     assert any(line.endswith(": model.layers.*.mamba.dt_proj") for line in found.lines())
     assert () == admit(ModelSpec(config(tmp_path, method="full"), tmp_path, CPU, torch.float32)).left_out
+
+
+def test_weights_that_only_longer_rows_reach_are_trained(tmp_path: Path) -> None:
+    """What sums tokens up in blocks gets a gradient from rows of more than a block, if the run has such rows."""
+    folder = save(tmp_path, "deepseek_v4")
+    name = "model.layers.0.self_attn.compressor.kv_proj.weight"
+    for max_length, is_left_out in ((64, True), (160, False)):
+        asked = config(folder, method="full", max_length=max_length)
+        assert is_left_out == (name in admit(ModelSpec(asked, folder, CPU, torch.float32)).left_out)
+
+
+def test_rows_are_not_filled_up_where_that_changes_them(tmp_path: Path) -> None:
+    """Attention that chooses tokens may choose others in a filled up row; such rows go with those of their length."""
+    folder = save(tmp_path, "glm_moe_dsa")
+    for max_length, laid in ((16, "padded"), (64, "by length")):
+        asked = config(folder, method="full", max_length=max_length)
+        found = admit(ModelSpec(asked, folder, CPU, torch.float32))
+        assert (laid, laid == "by length") == (found.rows, found.treatment.by_length)
+        assert found == Findings.of(json.loads(json.dumps(found.to_dict())))
+    assert any(line.startswith("rows are computed with those of their own length: filled up") for line in found.lines())
+
+
+class LooksAheadInLongRows(LlamaForCausalLM):
+    """A model whose logits depend on all tokens of a row, where it has more than 40."""
+
+    def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+        """Return logits as the model does."""
+        outputs = super().forward(input_ids=input_ids, **more)
+        if input_ids.shape[1] > 40:
+            outputs.logits = outputs.logits + outputs.logits.mean(dim=1, keepdim=True)
+        return outputs
+
+
+def test_a_model_that_looks_ahead_in_long_rows_only(tmp_path: Path) -> None:
+    """The number of tokens is found up to which it does not."""
+    folder = save(tmp_path, "llama")
+    spec = ModelSpec(config(folder), folder, CPU, torch.float32)
+    model = LooksAheadInLongRows.from_pretrained(folder)
+    assert 40 == causal_length(spec, model, small.VOCABULARY)
+    assert causal_length(spec, LlamaForCausalLM.from_pretrained(folder), small.VOCABULARY) is None
 
 
 def test_an_adapter_that_peft_does_not_load_back_is_left_out(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from transformers import (
     BioGptConfig,
@@ -30,7 +31,7 @@ from transformers import (
 )
 
 from onward.errors import ConfigError, ModelError, Unreadable
-from onward.training.model.capacity import Capacity, read_capacity, require_fits
+from onward.training.model.capacity import Capacity, read_capacity, require_embedded, require_fits
 
 ROWS, LEARNED = 37, 12
 SHAPE: dict[str, Any] = {
@@ -66,7 +67,8 @@ def test_limits_are_those_at_which_the_model_fails(kind: str, shard: str, tmp_pa
     make, learned = MODELS[kind]
     model: Any = make().eval()
     model.save_pretrained(tmp_path, max_shard_size=shard)
-    assert Capacity(tmp_path, ROWS, learned) == read_capacity(tmp_path)
+    capacity = read_capacity(tmp_path)
+    assert (ROWS, learned) == (capacity.embedding_rows, capacity.learned_positions)
     length = 4 * LEARNED if learned is None else learned
     model(input_ids=torch.full((1, length), ROWS - 1))
     with pytest.raises(IndexError):
@@ -86,6 +88,20 @@ def test_what_does_not_fit_is_refused_with_the_way_out(tmp_path: Path) -> None:
         require_fits(capacity, largest_token_id=ROWS)
     with pytest.raises(ConfigError, match=rf"{LEARNED + 1}, .* {LEARNED} positions[\s\S]*--set max_length"):
         require_fits(capacity, max_length=LEARNED + 1)
+
+
+def test_the_token_that_pads_is_one_that_the_model_has(tmp_path: Path) -> None:
+    """A config that names a token for padding beyond the embedding is refused with one that is there."""
+    state = tiny.byte_state()
+    for padding, is_refused in ((500, True), (499, False), (-1, False), (None, False)):
+        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 500, "pad_token_id": padding}))
+        capacity = read_capacity(tmp_path)
+        if not is_refused:
+            require_embedded(capacity, state)
+            continue
+        with pytest.raises(ModelError, match="token id 500 for padding") as refusal:
+            require_embedded(capacity, state)
+        assert f": {state.eos_id}" in str(refusal.value.hint)
 
 
 def header(tensors: dict[str, list[int]]) -> bytes:

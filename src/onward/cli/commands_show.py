@@ -52,7 +52,7 @@ def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
 
 
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A training file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A training file, or what add takes for one.")],
     run: RunOption = Path(),
     rows: Annotated[
         int | None, typer.Option(min=1, help="How many rows to show.", show_default="3; with --json all")

@@ -67,6 +67,12 @@ class Session:
         return None if findings is None else findings.treatment
 
     @property
+    def is_by_length(self) -> bool:
+        """Whether rows are computed with those of their own length only."""
+        treatment = self.treatment
+        return treatment is not None and treatment.by_length
+
+    @property
     def spec(self) -> ModelSpec:
         """What the run's model is built from."""
         return ModelSpec(self.config, self.base, self.device, self.dtype)

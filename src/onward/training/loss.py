@@ -16,7 +16,7 @@ from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.head import Head, find_head
-from onward.training.layers.rope import angles_of
+from onward.training.layers.rope import EVERY_LENGTH, angles_of
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
@@ -30,9 +30,18 @@ class TargetLoss:
     Args:
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: the token that shorter rows are filled with when rows are padded.
+        by_length: the rows of a part of a step have one length, for models that a filled up row changes.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, pad_id: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        pad_id: int = 0,
+        *,
+        by_length: bool = False,
+    ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
@@ -41,7 +50,8 @@ class TargetLoss:
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
         self._buffers = Buffers(model)
-        self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config, self._causal_lm))
+        angles = EVERY_LENGTH if by_length else angles_of(self._causal_lm.config, self._causal_lm)
+        self.layout = RowLayout(padded=not self._takes_rows, angles=angles)
         """How the parts of a step must be cut for this model."""
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
         self._head = None if known else self._find_head()

@@ -34,13 +34,23 @@ class Trainer:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
+        by_length: rows are computed with those of their own length only, as the model's admission found.
     """
 
-    def __init__(self, state: TrainState, config: Config, world: World, dtype: torch.dtype, pad_id: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        world: World,
+        dtype: torch.dtype,
+        pad_id: int,
+        *,
+        by_length: bool = False,
+    ) -> None:
         self.state = state
         self.config = config
         self.world = world
-        self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
+        self.loss = TargetLoss(state.model, world.device, dtype, pad_id, by_length=by_length)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.

@@ -17,18 +17,19 @@ from numpy.typing import NDArray
 
 from onward.config import Config
 from onward.config_text import read_config
+from onward.data.files.faults import FileError
 from onward.data.order import make_plan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import IntakeReport, check_rows
 from onward.data.tokenized import PackedRow, unpack
 from onward.errors import FileRejected
 from onward.layout import RunLayout
-from onward.service.intake.checking import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
-from onward.service.intake.rules import RulesOfRun
+from onward.service.intake.rules import RowRules, RulesOfRun
 from onward.store.ledger import Ledger
 from onward.text import printable
+from onward.views.opened import opened
 
 ROWS = 3
 """Rows that a person is shown who names no number."""
@@ -107,15 +108,15 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
     in the report and not shown.
 
     Args:
+        path: a file, a saved data set, or the name of one of the Hub.
         count: rows to show, as they would be trained; None for all.
 
     Raises:
         FileRejected: `add` would refuse the file.
-        UsageError: there is no run, or no such file.
+        UsageError: there is no run, no such file, or more than one.
         ConfigError, ModelError: the config, or the tokenizer of the run, cannot be used.
     """
     layout.require()
-    require_file(path)
     config = read_config(layout.config)
     kept: list[tuple[int, PackedRow, bool]] = []
 
@@ -125,9 +126,7 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
 
     with Ledger(layout.ledger, read_only=True) as ledger:
         rules = RulesOfRun(layout, ledger, lambda: config)()
-        report = check_rows(path, rules.tokenizer, seen, reading=rules.reading)
-        if not report.ok:
-            raise _rejection(Refusal.of_rows(plain_name(path.name), report))
+        name, report = _checked(path, rules, seen)
         steps = make_plan("", report.rows, config).steps
         seconds = _seconds(ledger, report, config)
     backend: Any = rules.tokenizer.state.tokenizer
@@ -135,7 +134,24 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
     def decode(ids: list[int]) -> str:
         return backend.decode(ids, skip_special_tokens=False)
 
-    return Preview(path.name, report, config.max_length, steps, seconds, kept, decode)
+    return Preview(name, report, config.max_length, steps, seconds, kept, decode)
+
+
+def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]) -> tuple[str, IntakeReport]:
+    """Check all rows of what a path stands for; returns its name and what was found.
+
+    Raises:
+        FileRejected: it would be refused.
+    """
+    try:
+        with opened(path) as file:
+            name = plain_name(file.name)
+            report = check_rows(file, rules.tokenizer, observe, reading=rules.reading)
+    except FileError as error:
+        raise _rejection(Refusal.of_file(plain_name(path.name), error)) from None
+    if not report.ok:
+        raise _rejection(Refusal.of_rows(name, report))
+    return name, report
 
 
 def split_text(ids: NDArray[np.int64], targets: NDArray[np.bool_], decode: Callable[[list[int]], str]) -> list[Segment]:

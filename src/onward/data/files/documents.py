@@ -20,7 +20,7 @@ from onward.text import quoted
 SAMPLE = 1 << 18
 """Bytes at the beginning of a file by which `auto` decides."""
 SAMPLE_LINES = 20
-"""Lines of which each has to be a JSON object before a file is taken for JSON lines."""
+"""Lines of which each has to be JSON before a file is taken for JSON lines."""
 LINES_OF_GROUP = 32
 """Lines of a group, in the mean, above which blank lines do not separate documents."""
 LITERAL = len("-Infinity")
@@ -86,7 +86,7 @@ def _sample(head: bytes) -> list[str]:
 def _refuse_json(lines: list[str], path: Path, *, is_cut: bool) -> None:
     filled = [line for line in lines if line.strip()][:SAMPLE_LINES]
     if filled and all(_is_object(line) for line in filled):
-        what, ending = "each line of the file is a JSON object", "jsonl"
+        what, ending = "each line of the file is JSON", "jsonl"
     elif _is_json("\n".join(lines), is_cut=is_cut):
         what, ending = "the file holds JSON", "json"
     else:
@@ -118,10 +118,12 @@ def _is_json(text: str, *, is_cut: bool) -> bool:
 
 
 def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object, or a list of them."""
     try:
-        return isinstance(json.loads(line), dict)
+        value: Any = json.loads(line)
     except (ValueError, RecursionError):
         return False
+    return isinstance(value, dict) or (isinstance(value, list) and any(isinstance(each, dict) for each in value))
 
 
 def _grouped(stream: BinaryIO, limits: Limits, documents: Documents) -> Iterator[SourceRow]:

@@ -25,6 +25,11 @@ def json_text(value: Any, where: str) -> Any:
         raise RowError(f"{where} cannot be read as JSON", f"write {where} as JSON") from None
 
 
+def is_padded(value: Any, *, padded: bool) -> bool:
+    """Return whether null fields of a value mean nothing; in JSON text they were written by somebody."""
+    return padded and not isinstance(value, str)
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value without the null fields of its objects, which Arrow adds where rows differ in their fields."""
     if isinstance(value, dict):
@@ -35,7 +40,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
-    """Return the schemas of tools from a list or its JSON text; None for none.
+    """Return the schemas of tools from a list or its JSON text; None for none, which an empty text stands for too.
 
     Args:
         padded: whether null fields mean nothing.
@@ -43,17 +48,28 @@ def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
     Raises:
         RowError: the value is not a list of objects.
     """
-    tools = json_text(value, '"tools"')
-    if tools is None:
+    if isinstance(value, str) and not value.strip():
         return None
-    if not isinstance(tools, list):
-        raise RowError(f'"tools" is {kind_of(tools)}, not a list', 'write "tools" as a list of JSON schemas')
-    tools = [json_text(tool, '"tools"') for tool in tools]
-    for tool in tools:
+    listed = json_text(value, '"tools"')
+    if listed is None:
+        return None
+    if not isinstance(listed, list):
+        raise RowError(f'"tools" is {kind_of(listed)}, not a list', 'write "tools" as a list of JSON schemas')
+    padded = is_padded(value, padded=padded)
+    tools: list[Any] = []
+    for each in listed:
+        tool = json_text(each, '"tools"')
         if not isinstance(tool, dict):
             raise RowError(f'"tools" holds {kind_of(tool)}', 'write "tools" as a list of JSON schemas')
-    check_strings(tools, "tools")
-    return (without_nulls(tools) if padded else tools) or None
+        check_strings(tool, "tools")
+        tools.append(without_nulls(tool) if is_padded(each, padded=padded) else tool)
+    return tools or None
+
+
+def functions_of(value: Any, *, padded: bool) -> list[Any] | None:
+    """Return the schemas of tools from OpenAI's older `functions`, in today's form."""
+    functions = tools_of(value, padded=padded)
+    return [{"type": "function", "function": function} for function in functions] if functions else None
 
 
 def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
@@ -69,10 +85,12 @@ def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
     legacy = json_text(turn.get("function_call"), f'"function_call" of {where}')
     if listed and legacy:
         raise RowError(f"{where} has both tool_calls and function_call", 'leave out "function_call"')
-    return [_call(call, where, padded=padded) for call in listed or ([legacy] if legacy else [])]
+    if listed:
+        return [_call(call, where, padded=is_padded(turn["tool_calls"], padded=padded)) for call in listed]
+    return [_call(legacy, where, padded=is_padded(turn["function_call"], padded=padded))] if legacy else []
 
 
-def called(text: str, where: str, *, padded: bool) -> list[Message]:
+def called(text: str, where: str) -> list[Message]:
     """Return the calls that the text of a ShareGPT `function_call` turn holds: an object, or a list of them.
 
     Raises:
@@ -82,14 +100,16 @@ def called(text: str, where: str, *, padded: bool) -> list[Message]:
     calls = found if isinstance(found, list) else [found]
     if not calls:
         raise RowError(f"{where} calls nothing", CALL_REMEDY)
-    return [_call(call, where, padded=padded) for call in calls]
+    return [_call(call, where, padded=False) for call in calls]
 
 
 def _call(call: Any, where: str, *, padded: bool) -> Message:
+    padded = is_padded(call, padded=padded)
     call = json_text(call, f"a call in {where}")
     if not isinstance(call, dict):
         raise RowError(f"a call in {where} is {kind_of(call)}, not an object", CALL_REMEDY)
     outer = {key: value for key, value in call.items() if value is not None}
+    padded = is_padded(outer.get("function"), padded=padded)
     inner = json_text(outer.get("function", outer), f"a call in {where}")
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"].strip():
         raise RowError(f"a call in {where} has no name", CALL_REMEDY)

@@ -78,7 +78,9 @@ class Forms:
     def _call(self, call: Message) -> Message:
         arguments = call["function"]["arguments"]
         is_text = isinstance(arguments, str)
-        if self._blanks[is_text] or not self._blanks[not is_text]:
+        if is_text and not self._blanks[False]:
+            return call
+        if not is_text and (self._blanks[False] or not self._blanks[True]):
             return call
         other = json.loads(arguments) if is_text else json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**call["function"], "arguments": other}}

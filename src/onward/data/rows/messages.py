@@ -5,6 +5,7 @@ The shapes are those of OpenAI (chat completions, old and new), ShareGPT, LLaMA-
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from onward.data.row_types import Message, RowError, check_answer, check_strings, check_text, kind_of
@@ -32,6 +33,12 @@ CALL_ROLES = ("function_call", "tool_call")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
 """Keys that say whether a message, or a whole row, is in the loss."""
+
+SAID = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+"""Weights as text, which is all that a table of strings has."""
+
+THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+"""A thought at the beginning of an answer."""
 
 SPAN_KEYS = ("train_detail", "training_detail")
 CONTENT_KEYS = ("content", "value")
@@ -63,6 +70,24 @@ def message_list(value: Any, key: str) -> list[Message]:
     return value
 
 
+def list_in_text(text: str) -> list[Message] | None:
+    """Return the messages that a text holds as JSON; None where it is any other text."""
+    if text.lstrip()[:1] != "[":
+        return None
+    try:
+        found = json_text(text, "")
+    except RowError:
+        return None
+    is_messages = isinstance(found, list) and found and all(_is_message(turn) for turn in found)
+    return found if is_messages else None
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(value.get(key), str) and value[key] in (*ROLES, *OTHER_ROLES) for key in ("role", "from")
+    )
+
+
 def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, bool | None]:
     """Return a message in the one shape, and whether it says that it is trained; None if it says nothing.
 
@@ -92,7 +117,7 @@ def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, bool 
     text, thoughts = _content(turn, where)
     calls = calls_of(turn, where, padded=padded)
     if named in CALL_ROLES:
-        calls, text = [*called(text or "", where, padded=padded), *calls], ""
+        calls, text = [*called(text or "", where), *calls], ""
     if calls and role != "assistant":
         raise RowError(f"{where} calls a tool, but its role is {role!r}", "give calls to the assistant")
     if text is None and not calls:
@@ -104,7 +129,7 @@ def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, bool 
         check_text(message["content"], where)
     if calls:
         message["tool_calls"] = calls
-    reasoning = _reasoning(turn, thoughts, where)
+    reasoning = _beside(_reasoning(turn, thoughts, where), message, where)
     if reasoning is not None:
         message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in the name they read
     message |= {key: value for key, value in turn.items() if key not in HANDLED and value is not None}
@@ -169,6 +194,19 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
     return found[0] if found else None
 
 
+def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
+    """Return the reasoning that stands beside a content; an empty one says nothing where the content holds a thought.
+
+    Raises:
+        RowError: there are two thoughts.
+    """
+    if reasoning is None or message["role"] != "assistant" or not THOUGHT.match(message["content"]):
+        return reasoning
+    if not reasoning.strip():
+        return None
+    raise RowError(f"{where} has a thought in its content and beside it", "keep one of them: both would be trained")
+
+
 def _trained(turn: Message, role: str, where: str) -> bool | None:
     for key in SPAN_KEYS:
         if turn.get(key):
@@ -190,7 +228,7 @@ def said_trained(value: Message, where: str) -> bool | None:
     """
     says: bool | None = None
     for key in WEIGHT_KEYS:
-        weight = value.get(key)
+        weight = weight_of(value.get(key))
         if weight is None:
             continue
         if not isinstance(weight, bool | int | float):
@@ -202,6 +240,14 @@ def said_trained(value: Message, where: str) -> bool | None:
             )
         says = bool(weight) and says is not False
     return says
+
+
+def weight_of(value: Any) -> Any:
+    """Return a weight or a label as a number where it is written as text; None for an empty one."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    return SAID.get(word, value) if word else None
 
 
 def _refuse_media(turn: Message, where: str) -> None:

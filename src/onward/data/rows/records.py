@@ -23,8 +23,16 @@ from onward.data.row_types import (
     check_text,
     kind_of,
 )
-from onward.data.rows.calls import json_text, tools_of, without_nulls
-from onward.data.rows.messages import MEDIA_KEYS, WEIGHT_KEYS, message_list, message_of, said_trained
+from onward.data.rows.calls import functions_of, is_padded, json_text, tools_of, without_nulls
+from onward.data.rows.messages import (
+    MEDIA_KEYS,
+    WEIGHT_KEYS,
+    list_in_text,
+    message_list,
+    message_of,
+    said_trained,
+    weight_of,
+)
 
 __all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
 
@@ -34,8 +42,11 @@ SHAPES = (
 )
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
 SYSTEM_KEYS = ("system", "system_prompt")
-CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "chat_template_kwargs", "label"))
+CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_template_kwargs", "label"))
 """Keys that are followed beside any chat."""
+
+OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
+"""Keys that nothing but a chat can follow."""
 
 PREFERENCE_KEYS = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages")
 TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
@@ -73,20 +84,25 @@ def parse_record(value: object, *, padded: bool = False) -> Record:
 
 
 def _messages_row(row: dict[str, Any], padded: bool) -> Chat:
-    if len(row) == 1:
-        return _chat(row, message_list(row["messages"], "messages"), padded=padded)
-    turns = _with_system(row, message_list(row["messages"], "messages"))
-    return _chat(row, turns, padded=padded, read=("messages",))
+    return _listed_row(row, "messages", padded)
 
 
 def _sharegpt_row(row: dict[str, Any], padded: bool) -> Chat:
-    turns = _with_system(row, message_list(row["conversations"], "conversations"))
-    return _chat(row, turns, padded=padded, read=("conversations",))
+    return _listed_row(row, "conversations", padded)
+
+
+def _listed_row(row: dict[str, Any], key: str, padded: bool) -> Chat:
+    turns = message_list(row[key], key)
+    if len(row) == 1:
+        return _chat(row, turns, padded=is_padded(row[key], padded=padded))
+    _refuse_beside(row, ("history",), "messages", 'write the earlier turns into the messages, or take "history" out')
+    return _chat(row, _with_system(row, turns), padded=padded, read=(key,))
 
 
 def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
-    prompt, completion = row["prompt"], row["completion"]
+    prompt, completion = _lists_in_text(row["prompt"], row["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
+        _refuse_beside(row, ("history",), "messages", 'write the earlier turns into "prompt", or take "history" out')
         asked = _with_system(row, message_list(prompt, "prompt"))
         turns = asked + message_list(completion, "completion")
         return _chat(row, turns, padded=padded, read=("prompt", "completion"), given=len(asked))
@@ -95,15 +111,20 @@ def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
             f'"prompt" is {kind_of(prompt)} and "completion" is {kind_of(completion)}',
             "make both strings, or both lists of messages",
         )
-    for key in (*SYSTEM_KEYS, "tools", "chat_template_kwargs"):
-        if row.get(key):
-            raise RowError(
-                f'"{key}" stands beside a prompt that is plain text', "write prompt and completion as messages"
-            )
+    _refuse_beside(row, OF_CHATS, "a prompt that is plain text", "write prompt and completion as messages")
     check_text(prompt, "prompt")
     check_answer(completion, "completion")
     _refuse_untrained(row)
     return Completion(prompt, completion, _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label")))
+
+
+def _lists_in_text(prompt: Any, completion: Any) -> tuple[Any, Any]:
+    """Return prompt and completion as lists of messages where both are the JSON text of one, else as they are."""
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        return prompt, completion
+    asked = list_in_text(prompt)
+    answered = list_in_text(completion) if asked else None
+    return (asked, answered) if answered else (prompt, completion)
 
 
 def _alpaca_row(row: dict[str, Any], padded: bool) -> Chat:
@@ -120,6 +141,7 @@ def _alpaca_row(row: dict[str, Any], padded: bool) -> Chat:
 
 def _text_row(row: dict[str, Any], padded: bool) -> Text:
     text = _string(row, "text")
+    _refuse_beside(row, OF_CHATS, "plain text", "write the row as messages, or take {key} out")
     check_answer(text, "text")
     _refuse_untrained(row)
     return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)))
@@ -145,8 +167,9 @@ def _chat(
     """
     messages: list[Message] = []
     untrained: set[int] = set()
+    is_text = any(isinstance(row[key], str) for key in read if key in row)
     for place, turn in enumerate(turns):
-        message, says = message_of(turn, place + 1, padded=padded)
+        message, says = message_of(turn, place + 1, padded=padded and not is_text)
         if (says is False or place < given) and message["role"] == "assistant":
             untrained.add(place)
         messages.append(message)
@@ -154,7 +177,7 @@ def _chat(
     if not read:
         return _with_targets(Chat(messages, untrained=frozenset(untrained)))
     _refuse_untrained(row)
-    tools = tools_of(row.get("tools"), padded=padded)
+    tools = _tools(row, padded=padded)
     arguments = _template_arguments(row, padded=padded)
     ignored = _ignored(row, (*read, *CHAT_KEYS))
     return _with_targets(Chat(messages, tools, frozenset(untrained), arguments, ignored))
@@ -187,6 +210,21 @@ def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
     return turns if own else [{"role": "system", "content": texts[0]}, *turns]
 
 
+def _tools(row: dict[str, Any], *, padded: bool) -> list[Any] | None:
+    tools = tools_of(row.get("tools"), padded=padded)
+    functions = functions_of(row.get("functions"), padded=padded)
+    if tools and functions:
+        raise RowError("the row has both tools and functions", 'leave out "functions"')
+    return tools or functions
+
+
+def _refuse_beside(row: dict[str, Any], keys: Sequence[str], what: str, remedy: str) -> None:
+    """Refuse keys that cannot be followed beside what a row is; empty ones say nothing."""
+    for key in keys:
+        if row.get(key) and row[key] != "[]":
+            raise RowError(f'"{key}" stands beside {what}', remedy.replace("{key}", f'"{key}"'))
+
+
 def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
     pairs = json_text(row.get("history") or [], '"history"')
     if isinstance(pairs, list) and all(
@@ -206,7 +244,7 @@ def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
     if taken:
         raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'leave "{taken[0]}" out: the row itself says it')
     check_strings(given, "chat_template_kwargs")
-    return without_nulls(given) if padded else given
+    return without_nulls(given) if is_padded(row.get("chat_template_kwargs"), padded=padded) else given
 
 
 def _refuse_known(row: dict[str, Any]) -> None:
@@ -229,7 +267,9 @@ def _refuse_known(row: dict[str, Any]) -> None:
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:
     """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
-    return label is False or (isinstance(label, int | float) and label == 0 and "text" not in row)
+    weight = weight_of(label)
+    is_word = isinstance(label, str) and label.strip().isalpha()
+    return label is False or (weight == 0 and (is_word or "text" not in row))
 
 
 def _refuse_tokens(row: dict[str, Any]) -> None:

@@ -208,7 +208,10 @@ class Worker:
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
+        trainer = Trainer(
+            state, self.config, SingleProcess(session.device), session.dtype, session.pad_id,
+            by_length=session.is_by_length,
+        )  # fmt: skip
         for result in watched(trainer.steps({plan.sha256: tokens}, plan), file_id, self.around.heartbeat):
             metrics.append(record_of(file_id, result))
             self._remember(result)

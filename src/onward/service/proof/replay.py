@@ -74,7 +74,10 @@ def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Man
     plan = make_plan(row.sha256, tokens.rows, config, row.occurrence)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
-    trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
+    trainer = Trainer(
+        state, config, SingleProcess(session.device), session.dtype, session.pad_id,
+        by_length=session.is_by_length,
+    )  # fmt: skip
     for result in trainer.steps({plan.sha256: tokens}, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(

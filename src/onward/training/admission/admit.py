@@ -14,9 +14,9 @@ from torch import nn
 
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
-from onward.training.admission import gradients, reach
+from onward.training.admission import gradients, longer, reach
 from onward.training.admission.causality import as_float32, looks_ahead
-from onward.training.admission.findings import Findings, named
+from onward.training.admission.findings import BY_LENGTH, END_TO_END, PADDED, Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
@@ -61,6 +61,7 @@ class _Found:
     unreached: tuple[str, ...] = ()
     """Large weights that `all-linear` gives no adapter; not asked where targets are named."""
     end_to_end: bool = False
+    by_length: bool = False
     why_padded: str = ""
     difference: float = 0.0
 
@@ -101,7 +102,7 @@ def admit(
 def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: float) -> Findings:
     """Return what is kept of a proof that ended."""
     return Findings(
-        rows="end to end" if found.end_to_end else "padded",
+        rows=END_TO_END if found.end_to_end else BY_LENGTH if found.by_length else PADDED,
         why_padded=found.why_padded,
         difference=found.difference,
         trained=found.trained,
@@ -126,6 +127,8 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
     _compare(proof, model, vocabulary, found)
+    if not found.end_to_end and longer.longest_of(proof.spec.config) > LONG:
+        _compare_longer(proof, model, vocabulary, found)
     _require_repeatable(proof, model, vocabulary)
     _require_untouched(proof, model)
 
@@ -144,6 +147,7 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
             reached = gradients.row_by_row(
                 model, rows([SHORT], vocabulary), proof.spec.device, proof.spec.dtype
             ).of.keys()
+            reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
     except Exception as error:
         hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
@@ -198,6 +202,25 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
                 what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
                 proof.refuse(what, NO_REMEDY)
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
+
+
+def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
+    """Prove with a long row what attention of a model's own makes of it; rows that filling changes are not filled."""
+    limit = longer.causal_length(proof.spec, model, vocabulary)
+    if limit is not None:
+        hint = f"Up to {limit} tokens it does not: --set max_length={limit}"
+        proof.refuse("the model looks ahead in longer rows: later tokens change logits before them", hint)
+    tolerance = gradients.TOLERANCE[proof.spec.dtype]
+    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=False)
+    if difference <= tolerance:
+        found.difference = max(found.difference, difference)
+        return
+    found.by_length = True
+    found.why_padded = f"filled up, a long row has other gradients (relative difference {difference:.0e})"
+    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
+    if not difference <= tolerance:
+        what = f"a step has other gradients than its rows by themselves (relative difference {difference:.0e})"
+        proof.refuse(what, NO_REMEDY)
 
 
 def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:

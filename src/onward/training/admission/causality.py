@@ -14,6 +14,8 @@ from onward.training.environment import autocast, deterministic
 
 TOLERANCE = 1e-5
 """Change of an earlier logit, relative to the spread of the logits, that is rounding."""
+PLACES = 5
+"""Tokens of a longer row that are tried."""
 LARGEST = 2_000_000_000
 """Weights up to which a model is looked at in float32, whatever its type: rounding hides what looks ahead a little."""
 
@@ -35,17 +37,21 @@ def as_float32(model: nn.Module) -> Generator[None]:
             tensor.data = tensor.data.to(dtype)
 
 
-def looks_ahead(model: nn.Module, vocabulary: int, device: torch.device) -> bool:
+def looks_ahead(model: nn.Module, vocabulary: int, device: torch.device, *, length: int = LONG) -> bool:
     """Whether another token at the end, or in the middle, of a row changes a logit before it.
+
+    Args:
+        length: tokens of the row; of a longer one, some more tokens are tried.
 
     Raises:
         ValueError: the logits are not finite.
     """
-    ids = tokens(rows([LONG], vocabulary).rows[0], device)
+    ids = tokens(rows([length], vocabulary).rows[0], device)
     before = _logits(model, ids, device)
     eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
     tolerance = TOLERANCE * eps / torch.finfo(torch.float32).eps
-    for place in (LONG - 1, LONG // 2):
+    places = (length - 1, length // 2) if length <= LONG else range(length - 1, 0, -(length // PLACES))
+    for place in places:
         changed = ids.clone()
         changed[0, place] = (changed[0, place] + vocabulary // 2) % vocabulary
         after = _logits(model, changed, device)

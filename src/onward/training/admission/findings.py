@@ -11,6 +11,14 @@ from onward.training.model.treatment import Treatment
 FACT = "admission"
 """The fact of the ledger under which a run keeps its findings."""
 
+END_TO_END, PADDED, BY_LENGTH = "end to end", "padded", "by length"
+LAID = {
+    END_TO_END: "rows are laid end to end",
+    PADDED: "rows are padded",
+    BY_LENGTH: "rows are computed with those of their own length",
+}
+"""How the rows of a step are laid out, in words."""
+
 REFUSABLE = "a new run would be refused"
 """How a line begins that says what is wrong in a run that goes on all the same."""
 
@@ -20,7 +28,7 @@ class Findings:
     """What was proven of a model on small inputs, and what was left out.
 
     Args:
-        rows: `end to end` or `padded`: how the rows of a step are laid out.
+        rows: `end to end`, `padded` or `by length` (no row is filled up): how the rows of a step are laid out.
         why_padded: what speaks against laying rows end to end; empty where they are.
         difference: the largest relative difference of a gradient from that of plain transformers, row by row.
         trained: trained weights, in numbers.
@@ -49,7 +57,7 @@ class Findings:
     @property
     def treatment(self) -> Treatment:
         """How the model is treated from now on."""
-        return Treatment(self.rows == "end to end", self.left_out)
+        return Treatment(self.rows == END_TO_END, self.left_out, self.rows == BY_LENGTH)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON values."""
@@ -65,13 +73,13 @@ class Findings:
 
     def lines(self) -> list[str]:
         """Return what a person should know, one line each; the first one sums up."""
-        rows = "rows are laid end to end" if self.rows == "end to end" else "rows are padded"
+        rows = LAID[self.rows]
         lines = [
             "the model passed: it looks at earlier tokens only, a step's gradients are those of its rows in plain "
             f"transformers; {rows}, {self.reach:.0%} of its weights are reached"
         ]
         if self.why_padded:
-            lines.append(f"rows are padded: {self.why_padded}")
+            lines.append(f"{LAID[self.rows]}: {self.why_padded}")
         lines += [
             f"{key} is {value} in this run: its default does not work here" for key, value in self.settings.items()
         ]

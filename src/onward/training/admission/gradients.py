@@ -54,9 +54,15 @@ def row_by_row(model: nn.Module, batch: Batch, device: torch.device, dtype: torc
     return _take(model, total / batch.target_tokens)
 
 
-def of_step(model: nn.Module, batch: Batch, config: Config, device: torch.device, dtype: torch.dtype) -> Gradients:
-    """Return what a step of a run computes of rows, part by part, with the seeds of the first step."""
-    loss_of = TargetLoss(model, device, dtype)
+def of_step(
+    model: nn.Module, batch: Batch, config: Config, device: torch.device, dtype: torch.dtype, *, by_length: bool = False
+) -> Gradients:
+    """Return what a step of a run computes of rows, part by part, with the seeds of the first step.
+
+    Args:
+        by_length: rows of a part have one length.
+    """
+    loss_of = TargetLoss(model, device, dtype, by_length=by_length)
     total = 0.0
     for part in parts_of(batch, config, 0, loss_of.layout):
         with deterministic(device), seeded(part.seed, device):

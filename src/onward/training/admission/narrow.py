@@ -13,6 +13,7 @@ LIMIT = 8
 """Tokens beyond which a sliding window, a chunk of attention or the original length of a position encoding ends."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 _ORIGINAL = ("original_max_position_embeddings",)
+_CHOICES = ("index_topk", "keep_window_size", "indexer_budget")
 _OF_ROTARY = ("original_max_seq_len", "max_seq_len_cached")
 
 
@@ -33,6 +34,27 @@ def narrow(model: PreTrainedModel) -> None:
     for part in model.modules():
         for key in (*_WINDOWS, *_OF_ROTARY):
             _lower(part, key)
+
+
+def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
+    """Bring numbers of tokens that attention chooses down to `LIMIT`, where rows may have more.
+
+    The model is good for the proof only.
+
+    Args:
+        max_length: tokens of the longest row that is asked for.
+
+    Returns:
+        The least number that was brought down; None where there is none.
+    """
+    found: list[int] = []
+    for owner in (*_configs(model), *model.modules()):
+        for key in _CHOICES:
+            value = vars(owner).get(key)
+            if _is_above(value) and value < max_length:
+                found.append(value)
+                _lower(owner, key)
+    return min(found, default=None)
 
 
 @contextlib.contextmanager

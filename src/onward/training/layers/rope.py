@@ -40,6 +40,9 @@ class Angles:
 CONSTANT = Angles()
 """The same angles for rows of every length."""
 
+EVERY_LENGTH = Angles(own_beyond=0)
+"""Angles of its own for every length, as if: rows of different lengths are not to be in one forward pass."""
+
 
 def angles_of(config: Any, model: nn.Module | None = None) -> Angles:
     """Return the angles of a model, from its config (`transformers.PreTrainedConfig`).

@@ -29,9 +29,11 @@ def new_adapter_config(config: Config, base: Path, model: PreTrainedModel, left_
         left_out: modules that get none, by their whole names.
 
     Raises:
-        ConfigError: it asks for rows of the embedding that there are not.
+        ConfigError: it asks for rows of the embedding, or for layers, that there are not.
     """
     lora = config.lora
+    layers = _layers(name for name, _ in model.named_modules())
+    _require("lora.layers", lora.layers, layers, lambda layer, other: layer == other, lambda: sorted(layers))
     targets = named_targets(lora.targets)
     if lora.layers and targets == ALL_LINEAR:
         targets = _linear_layers(model)

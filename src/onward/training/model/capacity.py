@@ -36,11 +36,13 @@ class Capacity:
         folder: the model's folder.
         embedding_rows: token ids go from 0 to one below.
         learned_positions: tokens of the longest row, for models with a learned vector for each position.
+        padding_id: the token id that the model's config names for padding.
     """
 
     folder: Path
     embedding_rows: int | None = None
     learned_positions: int | None = None
+    padding_id: int | None = None
 
 
 def read_capacity(folder: Path) -> Capacity:
@@ -54,7 +56,8 @@ def read_capacity(folder: Path) -> Capacity:
     embeddings = [rows for name, rows in tables.items() if _EMBEDDING.search(name)]
     rows = min(embeddings, default=_number(config, "vocab_size"))
     positions = [rows for name, rows in tables.items() if _POSITIONS.search(name)]
-    return Capacity(folder, rows, _usable(min(positions), config) if positions else None)
+    longest = _usable(min(positions), config) if positions else None
+    return Capacity(folder, rows, longest, _number(config, "pad_token_id"))
 
 
 def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max_length: int | None = None) -> None:
@@ -88,8 +91,16 @@ def require_embedded(capacity: Capacity, tokenizer: TokenizerState) -> None:
     """Refuse a tokenizer whose template or whose end of a text needs tokens that the model's embedding has not.
 
     Raises:
-        ModelError: a token that every chat has, or that begins or ends a text, lies beyond the embedding.
+        ModelError: a token that every chat has, that begins or ends a text, or that is to pad rows, lies beyond the
+            embedding.
     """
+    rows, padding = capacity.embedding_rows, capacity.padding_id
+    if rows is not None and padding is not None and padding >= rows:
+        raise ModelError(
+            f"it names token id {padding} for padding, the model's embedding has {rows} rows (0 to {rows - 1})",
+            where=capacity.folder / "config.json",
+            hint=f'Set "pad_token_id" there to one that it has, such as the end token\'s: {tokenizer.eos_id}',
+        )
     named = [tokenizer.bos_id, tokenizer.eos_id]
     written = [token for token in tokenizer.special_tokens if token in tokenizer.chat_template]
     ids = [tokenizer.tokenizer.token_to_id(token) for token in written]

@@ -1,0 +1,84 @@
+"""The proof with longer rows, for models whose attention is one of their own: what such a one does depends on length.
+
+Some choose the tokens that they attend to once there are more than a number of them, and some sum tokens up in blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from onward.config import Config
+from onward.training.admission import gradients, reach
+from onward.training.admission.causality import as_float32, looks_ahead
+from onward.training.admission.inputs import LONG, SHORT, rows
+from onward.training.admission.narrow import lower_choices, still
+from onward.training.model.load import causal_lm
+from onward.training.model.spec import ModelSpec
+
+LONGEST = 288
+"""Tokens of the longest row of a proof: more than two of the blocks of 128 that some sum up."""
+SHARES = (1.0, 0.8, 0.6, 0.4, 0.25, 0.15)
+"""Rows of a step with a long row, as shares of its length."""
+COST = 100_000_000_000
+"""Weights times tokens up to which a whole model takes a row that long on a CPU: some seconds."""
+
+
+def longest_of(config: Config) -> int:
+    """Return the tokens of the longest row of a proof: no row of the run is longer, or few are."""
+    return min(config.max_length, LONGEST)
+
+
+def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: int, reached: Collection[str]) -> set[str]:
+    """Return the trained weights that get a gradient from a row, a long one included where a short one leaves some out.
+
+    Args:
+        reached: those that get one from a short row.
+    """
+    found, longest = set(reached), longest_of(spec.config)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    cost = longest * sum(parameter.numel() for parameter in model.parameters())
+    if not reach.without_gradient(trained, found) or (spec.device.type == "cpu" and cost > COST):
+        return found
+    try:
+        found |= gradients.row_by_row(model, rows([longest], vocabulary), spec.device, spec.dtype).of.keys()
+    except Exception:  # it has fewer positions, which is told later
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: int) -> int | None:
+    """Return the tokens up to which a model that looks ahead in longer rows does not; None where it never does."""
+    limit, longest = lower_choices(causal_lm(model), spec.config.max_length), longest_of(spec.config)
+    model.eval()
+    with as_float32(model):
+        if not _looks_ahead(model, vocabulary, longest, spec.device):
+            low = high = 0
+        else:
+            low, high = LONG, longest
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if _looks_ahead(model, vocabulary, middle, spec.device) else (middle, high)
+    model.train()
+    return (limit or low) if high else None
+
+
+def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: int, *, by_length: bool) -> float:
+    """Return the relative difference of a step's gradients from those of its rows by themselves, a long row included.
+
+    Args:
+        by_length: rows of a step are computed with those of their own length only, so that none is filled up.
+    """
+    longest = longest_of(spec.config)
+    batch = rows([max(SHORT, int(share * longest)) for share in SHARES], vocabulary)
+    with still(model):
+        expected = gradients.row_by_row(model, batch, spec.device, spec.dtype)
+        actual = gradients.of_step(model, batch, spec.config, spec.device, spec.dtype, by_length=by_length)
+    return gradients.difference(expected, actual)
+
+
+def _looks_ahead(model: nn.Module, vocabulary: int, length: int, device: torch.device) -> bool:
+    return looks_ahead(cast(Any, model), vocabulary, device, length=length)

@@ -1,0 +1,49 @@
+"""What a person names for a look, as the one file that `add` would read: a saved data set is put together for it."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+
+from onward.errors import UsageError
+from onward.service.intake.checking import require_file
+from onward.service.intake.folders import is_saved_dataset, joined
+from onward.service.intake.guard import Guard
+from onward.service.intake.hub import Hub, HubName, is_hub_name
+from onward.service.intake.names import plain_name
+
+
+@contextlib.contextmanager
+def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
+    """Yield the file that a path stands for; what is made for it lasts as long as the body.
+
+    Args:
+        path: a file, a folder that `Dataset.save_to_disk` wrote, or the name of a data set of the Hub.
+        hub: where data sets come from.
+
+    Raises:
+        UsageError: there is no such file, or the data set has several.
+        FileError: a saved data set cannot be put together.
+    """
+    path = _downloaded(path, hub or Hub()) if is_hub_name(path) else path
+    require_file(path)
+    if not is_saved_dataset(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="onward-") as folder:
+        file = Path(folder) / plain_name(f"{path.absolute().name}.arrow")
+        with file.open("wb") as writer:
+            joined(path, writer, Guard())
+        yield file
+
+
+def _downloaded(path: Path, hub: Hub) -> Path:
+    files = hub.fetch(path)
+    if len(files) == 1:
+        return files[0]
+    name = HubName.of(path)
+    whole = HubName(name.repository, name.revision, "")
+    hint = f"Name one of them: {whole}/*{files[0].name}"
+    raise UsageError(f"this names {len(files)} files", where=str(name), hint=hint)
