@@ -25,11 +25,12 @@ from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_h
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
 from onward.training.environment import describe_environment
-from onward.training.handover import Probe
 from onward.training.layers.attention import PADDING_FREE
+from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probe
 from onward.training.seeds import fold, seeded
 
 
@@ -49,6 +50,11 @@ class _Proof:
         if self.strict:
             raise ModelError(what, where=where or self.spec.base, hint=hint)
         self.warnings.append(what)
+
+    def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
+        """Return what plain transformers computes of rows."""
+        spec = self.spec
+        return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 @dataclass
@@ -105,7 +111,12 @@ def admit(
         unreached=found.unreached,
         settings=settings or {},
         warnings=tuple(proof.warnings),
-        environment=describe_environment(spec.device, spec.dtype),
+        environment=describe_environment(
+            spec.device,
+            spec.dtype,
+            exact=spec.config.deterministic,
+            attention=kernel_name(spec.device, spec.dtype),
+        ),
         seconds=round(time.perf_counter() - begun, 3),
     )
 
@@ -116,7 +127,7 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _shift_adapter(model, proof.spec.device)
     _examine_whole(proof, model, vocabulary, found)
     few = rows([SHORT], vocabulary)
-    shorten(model, lambda: gradients.row_by_row(model, few, proof.spec.device, proof.spec.dtype))
+    shorten(model, lambda: proof.row_by_row(model, few))
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
@@ -136,9 +147,9 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
     """Find which weights a gradient reaches, and leave the others out; what fails here fails by itself."""
     try:
         with still(model):
-            reached = gradients.row_by_row(
-                model, rows([SHORT], vocabulary), proof.spec.device, proof.spec.dtype
-            ).of.keys()
+            reached = proof.row_by_row(model, rows([SHORT], vocabulary)).of.keys()
+    except OnwardError:
+        raise
     except Exception as error:
         hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
@@ -183,7 +194,7 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
     """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
-        expected = gradients.row_by_row(model, batch, proof.spec.device, proof.spec.dtype)
+        expected = proof.row_by_row(model, batch)
         plain = cast(Any, causal_lm(model).config)._attn_implementation
         largest, why = _try_end_to_end(proof, model, batch, expected)
         if why:
@@ -252,7 +263,8 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
 def _require_untouched(proof: _Proof, model: nn.Module) -> None:
     """Evaluate the model as the handover's probe does, and look at every weight and buffer."""
     marks = Marks(model)
-    Probe(model, proof.spec.config.seed, proof.spec.device, proof.spec.dtype).of_model()
+    config = proof.spec.config
+    Probe(model, config.seed, proof.spec.device, proof.spec.dtype, exact=config.deterministic).of_model()
     changed = tuple(marks.changed())
     if changed:
         proof.refuse(f"evaluating the model changes its own {named(changed)}", NO_REMEDY)
