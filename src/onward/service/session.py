@@ -78,7 +78,7 @@ class Session:
         """What bit-exactness depends on; asked for only once the model was admitted."""
         treatment = self.treatment
         end_to_end = None if treatment is None else treatment.end_to_end
-        numerics = numerics_of(self.base, self.config, self.device, end_to_end=end_to_end)
+        numerics = numerics_of(self.base, self.config, self.device, self.dtype, end_to_end=end_to_end)
         return describe_environment(
             self.device,
             self.dtype,

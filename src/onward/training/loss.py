@@ -16,6 +16,7 @@ from onward.training.environment import autocast
 from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
+from onward.training.layers.fused_lora import fused_layers, lowered
 from onward.training.layers.head import Head, find_head
 from onward.training.layers.rope import angles_of
 from onward.training.layers.varlen import Varlen, kernel_for, to_device
@@ -52,6 +53,7 @@ class TargetLoss:
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
         self._buffers = Buffers(model)
+        self._fused = fused_layers(model)
         self.layout = RowLayout(padded=not self._takes_rows, angles=angles_of(self._causal_lm.config, self._causal_lm))
         """How the parts of a step must be cut for this model."""
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
@@ -63,7 +65,7 @@ class TargetLoss:
         All rows must have the same angles (`layout.angles`), as those of a part of a step have.
         """
         self.forget()
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
             return self._flat(batch) if self._takes_rows else self._padded(batch)
 
     def _find_head(self) -> Head | None:

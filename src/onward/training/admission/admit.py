@@ -229,9 +229,9 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
 def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
-        make_fast(model, proof.spec.dtype, end_to_end=True)
+        make_fast(model, end_to_end=True)
     except ValueError as error:
-        make_fast(model, proof.spec.dtype, end_to_end=False)
+        make_fast(model, end_to_end=False)
         return math.inf, first_line(error)
     try:
         largest = _difference(proof, model, batch, expected)

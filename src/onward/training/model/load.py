@@ -66,7 +66,7 @@ def build_model(spec: ModelSpec, *, checkpoint: Path | None = None, treatment: T
     left_out = () if treatment is None else treatment.left_out
     model = build_plain(spec, checkpoint=checkpoint, left_out=left_out)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
-    make_fast(model, spec.dtype, end_to_end=was_listed if treatment is None else treatment.end_to_end)
+    make_fast(model, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
 
 
@@ -128,7 +128,7 @@ def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[s
         parameter.requires_grad_(asked and not any(name in left_out for name in own))
 
 
-def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None:
+def make_fast(model: nn.Module, *, end_to_end: bool) -> None:
     """Have a plain model compute the same faster: rows end to end, and the layers of an adapter in one node.
 
     Raises:
@@ -136,7 +136,7 @@ def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None
     """
     if end_to_end:
         lay_end_to_end(causal_lm(model))
-    if isinstance(model, PeftModel) and dtype == torch.float32:
+    if isinstance(model, PeftModel):
         fuse_lora(model)
 
 
