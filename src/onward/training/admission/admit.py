@@ -19,12 +19,13 @@ from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
+from onward.training.admission.neighbours import influence
 from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
-from onward.training.environment import describe_environment
+from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
 from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
@@ -196,7 +197,7 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
     with still(model):
         expected = proof.row_by_row(model, batch)
         plain = cast(Any, causal_lm(model).config)._attn_implementation
-        largest, why = _try_end_to_end(proof, model, batch, expected)
+        largest, why = _try_end_to_end(proof, model, batch, vocabulary, expected)
         if why:
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
@@ -226,7 +227,9 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
     return dead if proof.spec.config.method == "full" else reach.modules_of(dead)
 
 
-def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> tuple[float, str]:
+def _try_end_to_end(
+    proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int, expected: gradients.Gradients
+) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
         make_fast(model, end_to_end=True)
@@ -235,12 +238,21 @@ def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gra
         return math.inf, first_line(error)
     try:
         largest = _difference(proof, model, batch, expected)
+        mixed = _influence(proof, model, batch, vocabulary)
     except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
-    if largest <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, ""
-    return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+    if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
+        return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+    if not mixed <= gradients.TOLERANCE[proof.spec.dtype]:
+        return largest, "laid end to end a row changes the logits of another"
+    return largest, ""
+
+
+def _influence(proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int) -> float:
+    spec = proof.spec
+    with deterministic(spec.device, exact=spec.config.deterministic):
+        return influence(model, batch, vocabulary, spec.device, spec.dtype)
 
 
 def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> float:

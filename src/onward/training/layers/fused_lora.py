@@ -212,7 +212,8 @@ class _Lora(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dropout, scalings, dtype = settings.dropout, settings.scalings, settings.dtype
         weights, biases = (_all_in(dtype, cast(Any, matrices[kind::4])) for kind in range(2))
-        downs, ups = zip(*(layer.adapters_in(dtype) for layer in settings.layers), strict=True)
+        adapters = [layer.adapters_in(dtype) for layer in settings.layers]
+        downs, ups = [down for down, _ in adapters], [up for _, up in adapters]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         seen, mask = torch.native_dropout(flat, dropout, train=True) if dropout else (flat, None)
         down = torch.cat(downs) if len(downs) > 1 else downs[0]
