@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from onward.errors import ModelError
+from onward.training.admission.findings import Findings
 from onward.training.environment import (
     LATER_FACTS,
     describe_environment,
@@ -118,6 +119,25 @@ def test_where_bits_are_promised() -> None:
 def test_bfloat16_needs_units_for_it(capability: tuple[int, int], is_amd: bool, fits: bool) -> None:
     """V100 and T4 only emulate it, so `auto` trains in float32 there."""
     assert fits == multiplies_bfloat16(capability, is_amd=is_amd)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"device": "cuda", "capability": "7.5", "bfloat16": False, "dtype": "float32"}, ["7.5", "in float32"]),
+        ({"device": "cuda", "capability": "7.0", "bfloat16": False, "dtype": "bfloat16"}, ["emulates bfloat16"]),
+        ({"device": "mps", "dtype": "float32"}, ["`close` at most"]),
+        ({**BASE, "deterministic": False}, ["`not deterministic`"]),
+        ({"device": "cuda", "capability": "9.0", "bfloat16": True, "dtype": "bfloat16"}, []),
+        (BASE, []),
+    ],
+)
+def test_a_person_is_told_what_a_machine_does_not_have(environment: dict[str, Any], words: list[str]) -> None:
+    """`init` and `doctor` say in a line which type is computed in and why, and where no bits are promised."""
+    found = Findings("end to end", "", 0.0, 1, 1.0, (), (), {}, (), environment, 0.0)
+    text = "\n".join(found.lines()[1:])
+    assert [True] * len(words) == [word in text for word in words]
+    assert words or not text
 
 
 def test_types_that_are_picked_without_nvidia() -> None:

@@ -21,7 +21,9 @@ NUMERICS = 3
 the head by parts of the vocabulary, layers with one input together, fused norms). `numerics.py` says for which models
 it is a later number."""
 
-LATER_FACTS = frozenset({"processor_model", "driver", "cuda", "capability", "cublas", "cudnn", "tf32", "attention"})
+LATER_FACTS = frozenset(
+    {"processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention"}
+)
 """Facts that earlier releases did not record: where one of two records lacks one, it says nothing about it."""
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"

@@ -40,10 +40,12 @@ def multiplies_bfloat16(capability: tuple[int, int], *, is_amd: bool = torch.ver
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
     """Return driver, libraries and settings on which the bits of a CUDA device depend."""
+    capability = torch.cuda.get_device_capability(device)
     return {
         "driver": driver_version(),
         "cuda": torch.version.cuda or torch.version.hip or UNKNOWN,
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
+        "capability": ".".join(map(str, capability)),
+        "bfloat16": multiplies_bfloat16(capability),
         "cublas": cublas_version(),
         "cudnn": torch.backends.cudnn.version() or UNKNOWN,
         "tf32": tf32(),

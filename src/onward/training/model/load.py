@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
+from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.model.adapter import (
     ADAPTER_CONFIG,
@@ -85,11 +86,11 @@ def build_plain(
     """
     config, base, device, dtype = spec.config, spec.base, spec.device, spec.dtype
     if config.method == "full":
-        whole = _without_cache(_load(checkpoint or base, torch.float32, strict=strict))
+        whole = _for_training(_load(checkpoint or base, torch.float32, strict=strict), spec)
         with _in_memory(whole, device):
             train_only(whole, config.train, left_out)
             return cast(nn.Module, whole).train()
-    base_model = _without_cache(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)))
+    base_model = _for_training(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)), spec)
     base_model.requires_grad_(False)
     _keep_quantized(base_model)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
@@ -201,8 +202,10 @@ def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: An
     return model
 
 
-def _without_cache(model: PreTrainedModel) -> PreTrainedModel:
+def _for_training(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     model.config.use_cache = False
+    if spec.config.deterministic:
+        let_experts_repeat(model, spec.device)
     return model
 
 
