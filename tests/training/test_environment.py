@@ -65,7 +65,7 @@ def test_what_does_not_repeat_is_refused_by_name() -> None:
     with pytest.raises(ModelError, match="the model uses put_") as refused, deterministic(GPU):
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     assert "deterministic" == refused.value.where
-    assert "deterministic=false" in str(refused.value.hint)
+    assert "deterministic: false" in str(refused.value.hint)
 
 
 @pytest.mark.parametrize(

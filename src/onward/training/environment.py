@@ -99,8 +99,8 @@ def _refusal(message: str) -> ModelError | None:
     return ModelError(
         f"the model uses {found.group(1)}, which has no deterministic form on this GPU",
         where="deterministic",
-        hint="Equal bits cannot be promised with it. To train all the same: deterministic=false, by --set or in the "
-        "config; every handover then says so.",
+        hint="Equal bits cannot be promised with it. To train all the same: deterministic: false in onward.yaml, or "
+        "onward init --set deterministic=false for a new run; every handover then says so.",
     )
 
 

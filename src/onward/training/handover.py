@@ -99,7 +99,7 @@ def _not_repeated(before: Mapping[str, Any], here: Mapping[str, Any]) -> Verific
         "the gradient of the probe is another one than before the stop, with equal weights and an equal loss",
         where="handover",
         hint="A backward pass of this model does not repeat here. Nothing was trained on it. To go on without the "
-        "promise of equal bits: deterministic: false in the config.",
+        "promise of equal bits: deterministic: false in onward.yaml.",
     )
 
 
