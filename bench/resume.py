@@ -28,8 +28,8 @@ from onward.service.state.retention import Retention
 from onward.service.state.settle import Settlement
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
-from onward.training.handover import Probe
 from onward.training.loading import load_state
+from onward.training.probe import Probe
 
 BATCH, TRAINED, NEAR = 8, 10, 1000
 COLD_GOAL, POSITION_GOAL = 1.15, 1.15
@@ -74,10 +74,10 @@ def move(run: Run, step: int) -> None:
         state.counters.adam_origin += ahead
         row = ledger.at_position(state.cursor.position)
         assert row is not None
-        loss = Probe(state.model, config.seed, session.device, session.dtype).of_model()
+        probed = Probe(state.model, config.seed, session.device, session.dtype).of_model()
         commits.commit(
             Commit(
-                state.model, state.snapshot(), config, lambda: loss, session.facts(), parent=settled.manifest,
+                state.model, state.snapshot(), config, lambda: probed, session.facts(), parent=settled.manifest,
                 file_id=row.id,
             )
         )  # fmt: skip

@@ -12,6 +12,7 @@ from onward.training.checkpoint import Contents, Facts
 from onward.training.handover import measure
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probed
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")
@@ -30,7 +31,7 @@ def make_contents(model: Path, *, run: str = RUN, steps: int = 1, **settings: An
     state.counters.step = steps
     view = state.view()
     facts = Facts(run, {"name": str(model), "digest": "d"}, "t", {"device": "cpu"}, {"tokenizer.json": b"{}"})
-    return Contents(state.model, view, config, measure(view, 1.0), facts)
+    return Contents(state.model, view, config, measure(view, Probed(1.0, "")), facts)
 
 
 def make_state(contents: Contents) -> TrainState:

@@ -16,7 +16,7 @@ from onward.errors import ConfigError
 from onward.store.ledger import Ledger
 
 KEYS = [
-    "model", "method", "seed", "dtype", "max_length", "over_length", "batch_size",
+    "model", "method", "seed", "dtype", "deterministic", "max_length", "over_length", "batch_size",
     "gradient_accumulation", "epochs",
     "learning_rate", "schedule", "warmup_steps", "total_steps", "min_learning_rate", "weight_decay", "betas",
     "max_grad_norm", "eps", "schedule_offset", "save_steps", "log_steps", "keep_boundaries", "boundary",

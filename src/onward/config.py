@@ -46,7 +46,7 @@ OPERATION_KEYS = (
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
-LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps")
+LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic")
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
@@ -94,6 +94,11 @@ class Config(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+    )
+    deterministic: bool = Field(
+        default=True,
+        description="On a GPU: compute only with operations that give the same bits every time. `false` allows others; "
+        "handovers then say `not deterministic` instead of `bitwise`.",
     )
     chat_template: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,

@@ -19,8 +19,8 @@ from onward.service.state.reading import snapshot
 from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.handover import Probe
 from onward.training.loading import load_state
+from onward.training.probe import Probe
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "warmup_steps": 0, "lora": {"rank": 2}}
 

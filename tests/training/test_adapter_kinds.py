@@ -20,14 +20,16 @@ from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
 from onward.training.checkpoint import Contents, Facts, Manifest, write_checkpoint
-from onward.training.handover import measure, probe_batch, with_weights
+from onward.training.handover import measure
 from onward.training.layers.fused_lora import FusedLoraLinear
+from onward.training.layers.twin import with_weights
 from onward.training.loading import load_state
 from onward.training.loss import TargetLoss
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.model.load import build_model
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probed, probe_batch
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 
@@ -113,7 +115,9 @@ def write(folder: Path, state: TrainState, config: Config, parent: Manifest | No
     """Write the state as a checkpoint; without one before it, it is proven to load back."""
     facts = Facts("a run", {"name": "base", "digest": "d"}, "t", {"device": "cpu"}, {})
     view = state.view()
-    return write_checkpoint(folder, Contents(state.model, view, config, measure(view, 1.0), facts, parent=parent))
+    return write_checkpoint(
+        folder, Contents(state.model, view, config, measure(view, Probed(1.0, "")), facts, parent=parent)
+    )
 
 
 def stock_model(base: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:

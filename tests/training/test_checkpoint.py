@@ -27,10 +27,10 @@ from onward.training.checkpoint import (
     require_space,
     write_checkpoint,
 )
-from onward.training.handover import Probe, probe_batch
 from onward.training.loading import load_state
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probe, probe_batch
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer

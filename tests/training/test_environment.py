@@ -1,31 +1,175 @@
-"""Deterministic kernels, for as long as they are needed."""
+"""Deterministic kernels, for as long as they are needed; what is recorded of a machine, and what of it is compared."""
 
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from onward.training.environment import deterministic
+from onward.errors import ModelError
+from onward.training.admission.findings import Findings
+from onward.training.environment import (
+    LATER_FACTS,
+    describe_environment,
+    deterministic,
+    pick_dtype,
+    promises_bits,
+    same_environment,
+)
+from onward.training.hardware import (
+    UNKNOWN,
+    cublas_version,
+    driver_version,
+    multiplies_bfloat16,
+    processor_model,
+    tf32,
+)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BASE = {"device": "cpu", "threads": 2, "dtype": "float32"}
 
 
-def flags() -> tuple[bool, bool]:
-    """Return whether deterministic algorithms are on, and whether they only warn."""
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+def flags() -> tuple[bool, bool, bool]:
+    """Return whether deterministic algorithms are on, whether they only warn, and whether memory is filled."""
+    memory: Any = torch.utils.deterministic
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        memory.fill_uninitialized_memory,
+    )
 
 
 @pytest.mark.parametrize("own", [(False, False), (True, False), (True, True)])
 def test_deterministic_kernels_end_with_the_body(own: tuple[bool, bool]) -> None:
-    """On a GPU they are on within and put back as they were, after an error too; on a CPU nothing is set."""
+    """On a GPU they are on within, strictly, and put back as they were, after an error too; else nothing is set."""
     before = flags()
     try:
         torch.use_deterministic_algorithms(own[0], warn_only=own[1])
-        with deterministic(torch.device("cpu")):
-            assert own == flags()
-        with contextlib.suppress(ValueError), deterministic(torch.device("cuda")):
-            assert (True, True) == flags()
+        for plainly in (deterministic(CPU), deterministic(GPU, exact=False)):
+            with plainly:
+                assert (*own, True) == flags()
+        with contextlib.suppress(ValueError), deterministic(GPU):
+            assert (True, False, False) == flags()
             raise ValueError
-        assert own == flags()
+        assert (*own, True) == flags()
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def test_what_does_not_repeat_is_refused_by_name() -> None:
+    """An operation without a deterministic form is named, with the key that allows it: PyTorch's own error, really."""
+    with pytest.raises(ModelError, match="the model uses put_") as refused, deterministic(GPU):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    assert "deterministic" == refused.value.where
+    assert "deterministic: false" in str(refused.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (
+            "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+            "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses "
+            "CuBLAS and you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an "
+            "environment variable before running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8",
+            ModelError,
+        ),
+        ("CUDA error: device-side assert triggered", RuntimeError),
+    ],
+    ids=["cuBLAS", "another"],
+)
+def test_other_errors_stay_what_they_are(message: str, kind: type[Exception]) -> None:
+    """cuBLAS without its setting is told how to get it; what has nothing to do with it goes through."""
+    with pytest.raises(kind) as raised, deterministic(GPU):
+        raise RuntimeError(message)
+    assert type(raised.value) is kind
+    assert kind is RuntimeError or "CUBLAS_WORKSPACE_CONFIG=:4096:8" in str(raised.value.hint)  # type: ignore[attr-defined]
+
+
+def test_earlier_records_compare_as_before() -> None:
+    """A fact that one of two records lacks says nothing; one that both have must be equal."""
+    here = describe_environment(CPU, torch.float32)
+    before = {key: value for key, value in here.items() if key not in LATER_FACTS}
+    assert processor_model() == here["processor_model"]
+    assert same_environment(before, here)
+    assert same_environment(here, before)
+    assert not same_environment(here, {**here, "processor_model": "another"})
+    assert not same_environment({**before, "threads": 99}, here)
+    assert not same_environment({**here, "deterministic": False}, here)
+    assert not same_environment(before, {**here, "something": "new"})
+
+
+def test_where_bits_are_promised() -> None:
+    """Not where determinism is off, nor on Apple's GPUs; the record says that it is off, and only then says a thing."""
+    assert promises_bits(describe_environment(CPU, torch.float32))
+    assert "deterministic" not in describe_environment(CPU, torch.float32)
+    assert not promises_bits(describe_environment(CPU, torch.float32, exact=False))
+    assert not promises_bits({**BASE, "device": "mps"})
+    assert "varlen" == describe_environment(CPU, torch.float32, attention="varlen")["attention"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_amd", "fits"), [((7, 0), False, False), ((7, 5), False, False), ((8, 0), False, True),
+    ((9, 0), False, True), ((12, 0), False, True), ((7, 5), True, True)],
+)  # fmt: skip
+def test_bfloat16_needs_units_for_it(capability: tuple[int, int], is_amd: bool, fits: bool) -> None:
+    """V100 and T4 only emulate it, so `auto` trains in float32 there."""
+    assert fits == multiplies_bfloat16(capability, is_amd=is_amd)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"device": "cuda", "capability": "7.5", "bfloat16": False, "dtype": "float32"}, ["7.5", "in float32"]),
+        ({"device": "cuda", "capability": "7.0", "bfloat16": False, "dtype": "bfloat16"}, ["emulates bfloat16"]),
+        ({"device": "mps", "dtype": "float32"}, ["`close` at most"]),
+        ({**BASE, "deterministic": False}, ["`not deterministic`"]),
+        ({"device": "cuda", "capability": "9.0", "bfloat16": True, "dtype": "bfloat16"}, []),
+        (BASE, []),
+    ],
+)
+def test_a_person_is_told_what_a_machine_does_not_have(environment: dict[str, Any], words: list[str]) -> None:
+    """`init` and `doctor` say in a line which type is computed in and why, and where no bits are promised."""
+    found = Findings("end to end", "", 0.0, 1, 1.0, (), (), {}, (), environment, 0.0)
+    text = "\n".join(found.lines()[1:])
+    assert [True] * len(words) == [word in text for word in words]
+    assert words or not text
+
+
+def test_types_that_are_picked_without_nvidia() -> None:
+    """`auto` is float32 on a CPU and on Apple's GPUs; a type that is named is taken."""
+    assert [torch.float32] * 2 == [pick_dtype("auto", torch.device(kind)) for kind in ("cpu", "mps")]
+    assert torch.bfloat16 == pick_dtype("bfloat16", CPU)
+
+
+def test_names_are_read_where_the_system_says_them(tmp_path: Path) -> None:
+    """The processor's name and the driver's version are those of the system's files; what is missing is unknown."""
+    listing = tmp_path / "cpuinfo"
+    listing.write_text("processor\t: 0\nmodel name\t: A Processor, 64 cores\nmodel name\t: A Processor, 64 cores\n")
+    assert "A Processor, 64 cores" == processor_model(listing)
+    driver = tmp_path / "version"
+    driver.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\nGCC version:\n"
+    )
+    assert "580.65.06" == driver_version(driver)
+    assert UNKNOWN == driver_version(tmp_path / "nowhere")
+    assert UNKNOWN == cublas_version(None) == cublas_version("0.0")
+
+
+def test_settings_of_tf32_are_read_however_they_were_made() -> None:
+    """PyTorch has two ways to set it and refuses to read one after the other was used."""
+
+    class Newer:
+        fp32_precision = "tf32"
+
+        @property
+        def allow_tf32(self) -> bool:
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    owners = {"matmul": SimpleNamespace(allow_tf32=False), "cudnn": Newer()}
+    assert "matmul off, cudnn tf32" == tf32(owners)
+    assert {"matmul", "cudnn"} == {each.split()[0] for each in tf32().split(", ")}

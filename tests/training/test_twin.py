@@ -15,10 +15,10 @@ from transformers.models.rwkv.modeling_rwkv import RwkvModel
 from onward.config import Config
 from onward.errors import ModelError
 from onward.training.boundary import Boundary, run_hooks
-from onward.training.handover import Probe
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.twin import keeps_process_state, with_weights, writers_in_evaluation
 from onward.training.loss import TargetLoss
+from onward.training.probe import Probe
 from onward.training.state import TrainState, digest_tensors
 
 ROPE: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_measuring_does_not_disturb_the_steps_beside_it(kind: str) -> None:
                 state.optimizer.step()
                 state.optimizer.zero_grad()
                 if waiting is not None:
-                    assert waiting.result() > 0
+                    assert waiting.result().loss > 0
         digests.add(digest(model))
     assert 1 == len(digests)
 

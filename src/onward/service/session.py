@@ -23,6 +23,7 @@ from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
+from onward.training.layers.varlen import kernel_name
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
 from onward.training.model.capacity import read_capacity
 from onward.training.model.load import load_tokenizer
@@ -82,8 +83,14 @@ class Session:
         """What bit-exactness depends on; asked for only once the model was admitted."""
         treatment = self.treatment
         end_to_end = None if treatment is None else treatment.end_to_end
-        numerics = numerics_of(self.base, self.config, self.device, end_to_end=end_to_end)
-        return describe_environment(self.device, self.dtype, numerics)
+        numerics = numerics_of(self.base, self.config, self.device, self.dtype, end_to_end=end_to_end)
+        return describe_environment(
+            self.device,
+            self.dtype,
+            numerics,
+            exact=self.config.deterministic,
+            attention=kernel_name(self.device, self.dtype),
+        )
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""

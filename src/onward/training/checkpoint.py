@@ -24,7 +24,7 @@ from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
 from onward.layout import MANIFEST
 from onward.training import huggingface
-from onward.training.handover import Measurement
+from onward.training.handover import GRADIENT, Measurement
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.state import Cursor, Snapshot
@@ -55,7 +55,13 @@ class Manifest(BaseModel):
     parameters: dict[str, list[Any]]
     files: dict[str, dict[str, Any]]
     parent: dict[str, Any] | None
+    probe_gradient: str = ""
     digest: str = ""
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """All that was measured of the state, as `Measurement.to_dict` returns it."""
+        return {**self.measurement, GRADIENT: self.probe_gradient}
 
     @property
     def cursor(self) -> Cursor:
@@ -191,12 +197,15 @@ def _describe(folder: Path, contents: Contents) -> Manifest:
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
+    measured = contents.measurement.to_dict()
+    gradient = measured.pop(GRADIENT)  # beside what every release measured, whose readers take nothing else
     return Manifest(
         format=FORMAT,
         run=facts.run,
         step=state.step,
         state=state.plain(),
-        measurement=contents.measurement.to_dict(),
+        measurement=measured,
+        probe_gradient=gradient,
         config=config.recorded(),
         identity=sha256_json(config.identity()),
         base=facts.base,

@@ -5,45 +5,103 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import peft
 import torch
 import transformers
 
+from onward.errors import ModelError
+from onward.training.hardware import gpu_facts, multiplies_bfloat16, processor_model
+
 NUMERICS = 3
 """Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
 the head by parts of the vocabulary, layers with one input together, fused norms). `numerics.py` says for which models
 it is a later number."""
 
+LATER_FACTS = frozenset(
+    {"processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention"}
+)
+"""Facts that earlier releases did not record: where one of two records lacks one, it says nothing about it."""
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_NO_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
+
 
 def pick_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
 
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """Return the compute type of `dtype: auto|float32|bfloat16` on a device."""
+    """Return the compute type of `dtype: auto|float32|bfloat16` on a device.
+
+    `auto` is bfloat16 where the GPU has units for it. Older ones only emulate it, and float16, which they have, needs
+    a scale of the loss that changes from step to step; they train in float32.
+    """
     if setting == "auto":
-        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fits = device.type == "cuda" and multiplies_bfloat16(torch.cuda.get_device_capability(device))
         return torch.bfloat16 if fits else torch.float32
     return torch.bfloat16 if setting == "bfloat16" else torch.float32
 
 
 @contextlib.contextmanager
-def deterministic(device: torch.device) -> Generator[None]:
-    """Have CUDA compute the body with kernels that give the same bits every time; those of a CPU always do."""
-    if device.type != "cuda":
+def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None]:
+    """Have CUDA compute the body with kernels that give the same bits every time; those of a CPU always do.
+
+    The setting is strict: told only to warn, PyTorch takes other kernels for the backward pass of attention, which add
+    in any order. Memory is not filled beforehand, which costs time and changes no bit of what is computed.
+
+    Args:
+        exact: False leaves everything as it is (`deterministic: false`).
+
+    Raises:
+        ModelError: an operation of the body has no deterministic form, or cuBLAS was not told to be deterministic.
+    """
+    if device.type != "cuda" or not exact:
         yield
         return
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    memory: Any = torch.utils.deterministic
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        memory.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    memory.fill_uninitialized_memory = False
     try:
         yield
+    except RuntimeError as error:
+        refusal = _refusal(str(error))
+        if refusal is None:
+            raise
+        raise refusal from error
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = before[2]
+
+
+def _refusal(message: str) -> ModelError | None:
+    """Return what a person is told where PyTorch says that something would not repeat."""
+    if CUBLAS in message:
+        return ModelError(
+            f"cuBLAS was started without {CUBLAS}, so its products need not repeat",
+            where=CUBLAS,
+            hint=f"Start the process with {CUBLAS}=:4096:8 in its environment; the command onward does so itself.",
+        )
+    found = _NO_FORM.search(message)
+    if found is None:
+        return None
+    return ModelError(
+        f"the model uses {found.group(1)}, which has no deterministic form on this GPU",
+        where="deterministic",
+        hint="Equal bits cannot be promised with it. To train all the same: deterministic: false in onward.yaml, or "
+        "onward init --set deterministic=false for a new run; every handover then says so.",
+    )
 
 
 def release_freed_memory() -> None:
@@ -55,9 +113,17 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def describe_environment(device: torch.device, dtype: torch.dtype, numerics: int = NUMERICS) -> dict[str, Any]:
-    """Return what two processes must have in common to compute the same bits."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+def describe_environment(
+    device: torch.device, dtype: torch.dtype, numerics: int = NUMERICS, *, exact: bool = True, attention: str = ""
+) -> dict[str, Any]:
+    """Return what two processes must have in common to compute the same bits.
+
+    Args:
+        attention: the kernel that attends to rows laid end to end; empty where that is the one of every release.
+        exact: whether only operations are used that repeat; recorded where they are not.
+    """
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
     return {
         "device": device.type,
         "processor": name,
@@ -68,7 +134,21 @@ def describe_environment(device: torch.device, dtype: torch.dtype, numerics: int
         "peft": peft.__version__,
         "machine": platform.machine(),
         "numerics": numerics,
+        **(gpu_facts(device) if is_gpu else {"processor_model": processor_model()}),
+        **({"attention": attention} if attention else {}),
+        **({} if exact else {"deterministic": False}),
     }
+
+
+def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of environments that compute the same bits, as far as both of them say."""
+    unsaid = LATER_FACTS & (one.keys() ^ other.keys())
+    return all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - unsaid)
+
+
+def promises_bits(environment: Mapping[str, Any]) -> bool:
+    """Whether equal bits are promised in an environment at all: not without determinism, and not on Apple's GPUs."""
+    return environment.get("deterministic", True) is True and environment.get("device") != "mps"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -15,8 +16,10 @@ from onward.training.environment import autocast
 from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
+from onward.training.layers.fused_lora import fused_layers, lowered
 from onward.training.layers.head import Head, find_head
 from onward.training.layers.rope import EVERY_LENGTH, angles_of
+from onward.training.layers.varlen import Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
@@ -31,6 +34,7 @@ class TargetLoss:
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: the token that shorter rows are filled with when rows are padded.
         by_length: the rows of a part of a step have one length, for models that a filled up row changes.
+        kernel: attends to all rows in one call, where it fits; by default that of the device, if it has one.
     """
 
     def __init__(
@@ -41,16 +45,19 @@ class TargetLoss:
         pad_id: int = 0,
         *,
         by_length: bool = False,
+        kernel: Varlen | None = None,
     ) -> None:
         self.model = model
         self.device = device
         self.dtype = dtype
         self.pad_id = pad_id
+        self._kernel = kernel or kernel_for(device, dtype)
         self._causal_lm: Any = causal_lm(model)
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)
         self._buffers = Buffers(model)
         angles = EVERY_LENGTH if by_length else angles_of(self._causal_lm.config, self._causal_lm)
+        self._fused = fused_layers(model)
         self.layout = RowLayout(padded=not self._takes_rows, angles=angles)
         """How the parts of a step must be cut for this model."""
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
@@ -62,7 +69,7 @@ class TargetLoss:
         All rows must have the same angles (`layout.angles`), as those of a part of a step have.
         """
         self.forget()
-        with autocast(self.device, self.dtype):
+        with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
             return self._flat(batch) if self._takes_rows else self._padded(batch)
 
     def _find_head(self) -> Head | None:
@@ -76,12 +83,13 @@ class TargetLoss:
         """Put back what forward passes left in the model's buffers."""
         self._buffers.restore()
 
+    def _to_device(self, values: NDArray[Any]) -> torch.Tensor:
+        return to_device(torch.from_numpy(values), self.device)
+
     def _flat(self, batch: Batch) -> torch.Tensor:
         flat = flatten(batch)
-        ids = torch.from_numpy(flat.input_ids).to(self.device)
-        places = torch.from_numpy(flat.position_ids).to(self.device)
-        before = torch.from_numpy(flat.before_targets).to(self.device)
-        rows = row_arguments(flat.lengths, self.device)
+        ids, places, before = map(self._to_device, (flat.input_ids, flat.position_ids, flat.before_targets))
+        rows = row_arguments(flat.lengths, self.device, self._kernel)
         if self._head is not None:
             forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
             hidden = self._head.hidden(forward)[0].index_select(0, before)
@@ -97,8 +105,7 @@ class TargetLoss:
 
     def _padded(self, batch: Batch) -> torch.Tensor:
         padded = pad(batch, self.pad_id)
-        ids = torch.from_numpy(padded.input_ids).to(self.device)
-        mask = torch.from_numpy(padded.attention_mask).to(self.device)
+        ids, mask = map(self._to_device, (padded.input_ids, padded.attention_mask))
         wanted = torch.from_numpy(padded.targets[:, 1:])
         forward = partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False)
         if self._head is None:

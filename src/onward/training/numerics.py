@@ -21,13 +21,27 @@ PROVEN_APART = 4
 """Padded rows in parts of like length with a head apart; RoPE by length; a probe that leaves packed weights alone."""
 
 
-def numerics_of(base: Path, config: Config, device: torch.device, *, end_to_end: bool | None = None) -> int:
+IN_HALF = 5
+"""Below float32: LoRA layers in one node, logits and sums over chunks of the head in float32, one call of attention."""
+
+
+def numerics_of(
+    base: Path,
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    end_to_end: bool | None = None,
+) -> int:
     """Return the number for a base model, from its config: `NUMERICS` where nothing changed since, else a later one.
 
     Args:
         base: folder of the base model.
+        dtype: compute type.
         end_to_end: whether its rows are laid end to end; None where its type alone says it.
     """
+    if dtype != torch.float32:
+        return IN_HALF
     try:
         with quiet():
             model = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)

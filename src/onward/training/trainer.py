@@ -98,7 +98,8 @@ class Trainer:
         total = torch.zeros((), device=self.world.device)
         try:
             for part in parts_of(batch, self.config, self.state.step, self.loss.layout):
-                with deterministic(self.world.device), seeded(part.seed, self.world.device):
+                exactly = deterministic(self.world.device, exact=self.config.deterministic)
+                with exactly, seeded(part.seed, self.world.device):
                     loss = self.loss(part.batch) / batch.target_tokens
                     loss.backward()
                 total += loss.detach()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onward.config import Config, stored_config
@@ -32,7 +32,8 @@ from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
-from onward.training.handover import Probe, compare, measure
+from onward.training.handover import compare, measure
+from onward.training.probe import Probe
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot
 from onward.training.trainer import Trainer
@@ -87,6 +88,7 @@ class Worker:
         self._probed: Probe | None = None
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
+        self._compute_as_asked()
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
@@ -144,6 +146,7 @@ class Worker:
             self.config = self._config_in_force(row)
             if self.config != self._in_force:  # the commit in flight is of the old config
                 yield from self._collect(wait=True)
+        self._compute_as_asked()
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)
         plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
@@ -181,6 +184,12 @@ class Worker:
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
         return config
+
+    def _compute_as_asked(self) -> None:
+        """Have environment and probe say whether the config in force asks for operations that repeat."""
+        if self.config.deterministic != self.session.config.deterministic:
+            self.session = replace(self.session, config=self.config)
+            self._facts = self._probed = None
 
     def _begin(self, row: FileRow, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
@@ -272,7 +281,7 @@ class Worker:
             before, environment = measured.to_dict(), self.session.environment
         else:
             assert self._newest is not None
-            before, environment = self._newest.measurement, self._newest.environment
+            before, environment = self._newest.measured, self._newest.environment
         name, difference = compare(before, after, environment, self.session.environment)
         self.ledger.add_handover(
             kind=kind, step=self.state.step, file_id=row.id if row else None, difference=difference,
@@ -283,7 +292,8 @@ class Worker:
     def _probe(self) -> Probe:
         if self._probed is None:
             session = self.session
-            self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype)
+            exact = self.config.deterministic
+            self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype, exact=exact)
         return self._probed
 
     def _wait_for_commit(self) -> Iterator[Event]:

@@ -18,6 +18,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.environment import promises_bits, same_environment
 from onward.training.loading import load_state
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
@@ -40,7 +41,14 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
     folder, start = _start(layout, target)
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(layout, ledger, report=lambda _: None)
-        if session.environment != target.environment:
+        if not promises_bits(target.environment):
+            raise VerificationFailed(
+                "no equal bits are promised of this run, so training again would prove nothing",
+                where="deterministic",
+                hint="Its steps may differ from time to time (`deterministic: false`, or an Apple GPU). onward verify "
+                "checks everything else.",
+            )
+        if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
                 hint="A replay is exact on the same machine with the same versions and thread count only.",

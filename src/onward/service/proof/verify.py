@@ -22,6 +22,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.handover import same_measurement
 from onward.training.loading import read_optimizer
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
@@ -194,7 +195,8 @@ def _handovers(ledger: Ledger) -> str:
         before, after = json.loads(entry.before), json.loads(entry.after)
         for key in ("weights", "moments", "adam_step", "learning_rate"):
             _require(before[key] == after[key], f"the handover at step {entry.step} differs in {key}")
-        _require(entry.name != "bitwise" or before == after, f"the handover at step {entry.step} is not bitwise")
+        equal = entry.name != "bitwise" or same_measurement(before, after)
+        _require(equal, f"the handover at step {entry.step} is not bitwise")
         classes.append(entry.name)
     counts = {name: classes.count(name) for name in dict.fromkeys(classes)}
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none yet"

@@ -29,11 +29,11 @@ from onward.training.environment import pick_device, pick_dtype
 from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
-from onward.training.handover import Probe
 from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.model.capacity import read_capacity, require_fits
 from onward.training.model.load import build_model, load_tokenizer
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probe
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (
@@ -148,9 +148,9 @@ def _make(
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         keep(ledger, findings)
         session = open_session(layout, ledger, report=report, config=config)
-        probe = Probe(state.model, config.seed, session.device, session.dtype)
+        probe = Probe(state.model, config.seed, session.device, session.dtype, exact=config.deterministic)
         commit = Commit(state.model, state.view(), config, probe.of_model, session.facts())
-        values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measurement)
+        values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measured)
         ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     layout.config.write_text(render_yaml(config), encoding="utf-8")

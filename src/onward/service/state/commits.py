@@ -25,7 +25,9 @@ from onward.service.state.ownership import Ownership
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
+from onward.training.environment import promises_bits
 from onward.training.handover import Measurement, measure
+from onward.training.probe import Probed
 from onward.training.state import Snapshot
 
 
@@ -35,7 +37,7 @@ class Commit:
 
     Args:
         model: gives names and configuration; the weights are those of `state`.
-        probe_loss: measures the state's loss on the probe; called where the commit is made.
+        probe: measures the state on the probe; called where the commit is made.
         parent: the checkpoint before.
         done: what is to be told once it is committed.
         with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
@@ -44,7 +46,7 @@ class Commit:
     model: nn.Module
     state: Snapshot
     config: Config
-    probe_loss: Callable[[], float]
+    probe: Callable[[], Probed]
     facts: Facts
     log_history: Sequence[dict[str, Any]] = ()
     parent: Manifest | None = None
@@ -88,11 +90,12 @@ class Commits:
         """
         begun = time.perf_counter()
         state, config, facts = commit.state, commit.config, commit.facts
-        measurement = measure(state, commit.probe_loss())
+        measurement = measure(state, commit.probe())
         measured(measurement)
         basis = basis_of(config, state.cursor.stream, facts.environment)
         digest = measurement.state_digest
-        self._require_replay(state.step, basis, digest)
+        if promises_bits(facts.environment):
+            self._require_replay(state.step, basis, digest)
         target = self.layout.checkpoint(state.step)
         self.ownership.require_free(target)
         if state.cursor.at_boundary:

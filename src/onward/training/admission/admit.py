@@ -19,17 +19,19 @@ from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import BY_LENGTH, END_TO_END, PADDED, Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
+from onward.training.admission.neighbours import influence
 from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
-from onward.training.environment import describe_environment
-from onward.training.handover import Probe
+from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
+from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
+from onward.training.probe import Probe
 from onward.training.seeds import fold, seeded
 
 
@@ -49,6 +51,11 @@ class _Proof:
         if self.strict:
             raise ModelError(what, where=where or self.spec.base, hint=hint)
         self.warnings.append(what)
+
+    def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
+        """Return what plain transformers computes of rows."""
+        spec = self.spec
+        return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 @dataclass
@@ -101,6 +108,7 @@ def admit(
 
 def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: float) -> Findings:
     """Return what is kept of a proof that ended."""
+    spec = proof.spec
     return Findings(
         rows=END_TO_END if found.end_to_end else BY_LENGTH if found.by_length else PADDED,
         why_padded=found.why_padded,
@@ -111,7 +119,12 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
         unreached=found.unreached,
         settings=settings,
         warnings=tuple(proof.warnings),
-        environment=describe_environment(proof.spec.device, proof.spec.dtype),
+        environment=describe_environment(
+            spec.device,
+            spec.dtype,
+            exact=spec.config.deterministic,
+            attention=kernel_name(spec.device, spec.dtype),
+        ),
         seconds=round(seconds, 3),
     )
 
@@ -122,7 +135,7 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _shift_adapter(model, proof.spec.device)
     _examine_whole(proof, model, vocabulary, found)
     few = rows([SHORT], vocabulary)
-    shorten(model, lambda: gradients.row_by_row(model, few, proof.spec.device, proof.spec.dtype))
+    shorten(model, lambda: proof.row_by_row(model, few))
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
@@ -144,10 +157,10 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
     """Find which weights a gradient reaches, and leave the others out; what fails here fails by itself."""
     try:
         with still(model):
-            reached = gradients.row_by_row(
-                model, rows([SHORT], vocabulary), proof.spec.device, proof.spec.dtype
-            ).of.keys()
+            reached = proof.row_by_row(model, rows([SHORT], vocabulary)).of.keys()
             reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
+    except OnwardError:
+        raise
     except Exception as error:
         hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
@@ -192,9 +205,9 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
     """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
-        expected = gradients.row_by_row(model, batch, proof.spec.device, proof.spec.dtype)
+        expected = proof.row_by_row(model, batch)
         plain = cast(Any, causal_lm(model).config)._attn_implementation
-        largest, why = _try_end_to_end(proof, model, batch, expected)
+        largest, why = _try_end_to_end(proof, model, batch, vocabulary, expected)
         if why:
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
@@ -243,21 +256,32 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
     return dead if proof.spec.config.method == "full" else reach.modules_of(dead)
 
 
-def _try_end_to_end(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> tuple[float, str]:
+def _try_end_to_end(
+    proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int, expected: gradients.Gradients
+) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
-        make_fast(model, proof.spec.dtype, end_to_end=True)
+        make_fast(model, end_to_end=True)
     except ValueError as error:
-        make_fast(model, proof.spec.dtype, end_to_end=False)
+        make_fast(model, end_to_end=False)
         return math.inf, first_line(error)
     try:
         largest = _difference(proof, model, batch, expected)
+        mixed = _influence(proof, model, batch, vocabulary)
     except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
-    if largest <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, ""
-    return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+    if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
+        return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+    if not mixed <= gradients.TOLERANCE[proof.spec.dtype]:
+        return largest, "laid end to end a row changes the logits of another"
+    return largest, ""
+
+
+def _influence(proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int) -> float:
+    spec = proof.spec
+    with deterministic(spec.device, exact=spec.config.deterministic):
+        return influence(model, batch, vocabulary, spec.device, spec.dtype)
 
 
 def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> float:
@@ -280,7 +304,8 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
 def _require_untouched(proof: _Proof, model: nn.Module) -> None:
     """Evaluate the model as the handover's probe does, and look at every weight and buffer."""
     marks = Marks(model)
-    Probe(model, proof.spec.config.seed, proof.spec.device, proof.spec.dtype).of_model()
+    config = proof.spec.config
+    Probe(model, config.seed, proof.spec.device, proof.spec.dtype, exact=config.deterministic).of_model()
     changed = tuple(marks.changed())
     if changed:
         proof.refuse(f"evaluating the model changes its own {named(changed)}", NO_REMEDY)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.training.admission.inputs import LONG, rows, tokens
-from onward.training.environment import autocast, deterministic
+from onward.training.environment import autocast
 
 TOLERANCE = 1e-5
 """Change of an earlier logit, relative to the spread of the logits, that is rounding."""
@@ -63,7 +63,7 @@ def looks_ahead(model: nn.Module, vocabulary: int, device: torch.device, *, leng
 
 def _logits(model: nn.Module, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return the logits of one row, shape (tokens, vocabulary)."""
-    with torch.no_grad(), deterministic(device), autocast(device, _lowest(model)):
+    with torch.no_grad(), autocast(device, _lowest(model)):
         logits = cast(Any, model)(input_ids=ids, use_cache=False).logits[0].float()
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("its logits are not finite")

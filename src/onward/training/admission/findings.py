@@ -89,7 +89,22 @@ class Findings:
             )
         if self.unreached:
             lines.append(f"without an adapter: {named(self.unreached)}")
+        lines += _of_machine(self.environment)
         return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
+
+
+def _of_machine(environment: Mapping[str, Any]) -> list[str]:
+    """Return what is to be known of type and device of a model, where it is not the usual."""
+    lines: list[str] = []
+    capability = environment.get("capability")
+    if capability is not None and not environment.get("bfloat16", True):
+        how = "computes in float32" if environment["dtype"] == "float32" else "emulates bfloat16, which is slow"
+        lines.append(f"this GPU (compute capability {capability}) has no units for bfloat16 and {how}")
+    if environment.get("device") == "mps":
+        lines.append("equal bits are not promised on an Apple GPU: handovers are `close` at most")
+    if not environment.get("deterministic", True):
+        lines.append("operations that do not repeat are allowed: handovers say `not deterministic`")
+    return lines
 
 
 def named(names: tuple[str, ...], at_most: int = 4) -> str:

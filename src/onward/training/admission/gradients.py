@@ -39,16 +39,23 @@ class Gradients:
         return digest_tensors([("loss", loss), *sorted(self.of.items())])
 
 
-def row_by_row(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Gradients:
-    """Return what plain transformers computes of rows, each by itself: no padding, no mask, whole logits."""
+def row_by_row(
+    model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype, *, exact: bool = True
+) -> Gradients:
+    """Return what plain transformers computes of rows, each by itself: no padding, no mask, whole logits.
+
+    Args:
+        exact: compute with operations only that repeat (`deterministic`).
+    """
     total, buffers = 0.0, Buffers(model)
     for row in batch.rows:
         ids = tokens(row, device)
         wanted = torch.from_numpy(row.targets[1:]).to(device)
-        with deterministic(device), autocast(device, dtype):
+        with autocast(device, dtype), deterministic(device, exact=exact):
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             loss = functional.cross_entropy(logits[wanted].float(), ids[0, 1:][wanted], reduction="sum")
-        (loss / batch.target_tokens).backward()
+        with deterministic(device, exact=exact):
+            (loss / batch.target_tokens).backward()
         buffers.restore()  # each row as if it were the first
         total += float(loss.detach())
     return _take(model, total / batch.target_tokens)
@@ -65,7 +72,7 @@ def of_step(
     loss_of = TargetLoss(model, device, dtype, by_length=by_length)
     total = 0.0
     for part in parts_of(batch, config, 0, loss_of.layout):
-        with deterministic(device), seeded(part.seed, device):
+        with deterministic(device, exact=config.deterministic), seeded(part.seed, device):
             loss = loss_of(part.batch) / batch.target_tokens
             loss.backward()
         total += float(loss.detach())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from onward.config import Config
+from onward.data.loader import Batch
 from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.inputs import LONG, SHORT, rows
@@ -44,7 +45,7 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: int, rea
     if not reach.without_gradient(trained, found) or (spec.device.type == "cpu" and cost > COST):
         return found
     try:
-        found |= gradients.row_by_row(model, rows([longest], vocabulary), spec.device, spec.dtype).of.keys()
+        found |= _row_by_row(spec, model, rows([longest], vocabulary)).of.keys()
     except Exception:  # it has fewer positions, which is told later
         model.zero_grad(set_to_none=True)
     return found
@@ -75,9 +76,13 @@ def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: int, *, by
     longest = longest_of(spec.config)
     batch = rows([max(SHORT, int(share * longest)) for share in SHARES], vocabulary)
     with still(model):
-        expected = gradients.row_by_row(model, batch, spec.device, spec.dtype)
+        expected = _row_by_row(spec, model, batch)
         actual = gradients.of_step(model, batch, spec.config, spec.device, spec.dtype, by_length=by_length)
     return gradients.difference(expected, actual)
+
+
+def _row_by_row(spec: ModelSpec, model: nn.Module, batch: Batch) -> gradients.Gradients:
+    return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 def _looks_ahead(model: nn.Module, vocabulary: int, length: int, device: torch.device) -> bool:

@@ -51,7 +51,7 @@ def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
     for owner in (*_configs(model), *model.modules()):
         for key in _CHOICES:
             value = vars(owner).get(key)
-            if _is_above(value) and value < max_length:
+            if isinstance(value, int) and _is_above(value) and value < max_length:
                 found.append(value)
                 _lower(owner, key)
     return min(found, default=None)

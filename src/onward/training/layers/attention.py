@@ -1,5 +1,8 @@
 """Attention over the rows of a batch laid end to end: every row by itself, no padding, no mask.
 
+On a GPU and in a half type one call attends to all rows (`varlen.py`); elsewhere, and where that kernel does not fit,
+it is PyTorch's attention row by row.
+
 Registered with transformers as `ROW_ATTENTION`. The lengths of the rows are a keyword of the forward pass, which a
 decoder hands down to its layers and a layer to its attention; so they are there too when a layer is computed again in
 the backward pass. Without that keyword the model attends as with transformers' own `sdpa`.
@@ -19,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from onward.errors import ModelError
+from onward.training.layers.varlen import RowKernel, Varlen
 
 ROW_ATTENTION = "onward_rows"
 
@@ -46,13 +50,18 @@ def lay_end_to_end(model: PreTrainedModel) -> None:
         raise ValueError("its attention cannot be set")
 
 
-def row_arguments(lengths: tuple[int, ...], device: torch.device) -> dict[str, Any]:
+def row_arguments(lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None = None) -> dict[str, Any]:
     """Return the keywords of a forward pass over one sequence that is made of rows of these lengths.
 
     The empty mask has four dimensions, so transformers makes none of its own and hands it down as it is. Attention that
     gets it without the lengths knows that they were lost on the way.
+
+    Args:
+        kernel: attends to all rows in one call, where it fits; else it is row by row.
     """
-    return {"row_lengths": lengths, "attention_mask": torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)}
+    mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    called = {} if kernel is None else {"row_kernel": RowKernel.of(kernel, lengths, device)}
+    return {"row_lengths": lengths, "attention_mask": mask, **called}
 
 
 def row_attention(
@@ -65,11 +74,12 @@ def row_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     row_lengths: tuple[int, ...] | None = None,
+    row_kernel: RowKernel | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of each row to itself.
 
-    The signature is the one that transformers calls; `row_lengths` comes from `row_arguments`.
+    The signature is the one that transformers calls; `row_lengths` and `row_kernel` come from `row_arguments`.
 
     Args:
         query: shape (1, heads, tokens, dim); key and value may have fewer heads that divide them.
@@ -86,6 +96,8 @@ def row_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     _require_plain(module, kwargs)
+    if row_kernel is not None and not dropout and row_kernel.kernel.fits(query, key, value, sliding_window):
+        return row_kernel.attend((query, key, value), sliding_window, scaling), None
     # split, not slices: backward of a slice fills and adds a tensor of the full size for every row
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
     return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None

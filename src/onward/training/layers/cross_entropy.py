@@ -15,10 +15,12 @@ from typing import Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from onward.training.layers.matmul import times
+from onward.training.layers.matmul import product_in_float, times
 
 LOGITS_BYTES = 128 << 20
 """Memory for the logits of some tokens. The more tokens at a time, the less often the head's weights are read."""
+CHUNK_BYTES = {"cuda": 512 << 20}
+"""Memory for the logits of some tokens, by device: a GPU is busy only with more at a time; elsewhere `LOGITS_BYTES`."""
 TILE_BYTES = {"cpu": 12 << 20}
 """Memory for the logits of a part of the vocabulary, by device: what a CPU's cache holds; elsewhere `LOGITS_BYTES`."""
 WORDS = 512
@@ -34,7 +36,7 @@ def linear_cross_entropy(
         hidden: shape (tokens, width).
         weight: shape (vocabulary, width).
         labels: shape (tokens,), int64.
-        dtype: type of the matrix multiplications; exponents and sums are float32.
+        dtype: type of the factors of matrix multiplications; logits, exponents and sums are float32.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.requires_grad and torch.is_grad_enabled():
@@ -81,9 +83,10 @@ def _by_vocabulary(
     log_sum = rows.new_full((len(rows), 1), float("-inf"), dtype=torch.float32)
     chosen = torch.zeros_like(log_sum)
     seen = torch.zeros_like(rows, dtype=torch.float32) if wants_grad else None
+    product = _times if rows.dtype == torch.float32 else product_in_float
     for first in range(0, len(head), words):
         part = head[first : first + words]
-        logits = times(rows, part).float()
+        logits = product(rows, part.T)
         place = labels - first
         found = logits.gather(1, place.clamp(0, len(part) - 1))
         chosen = torch.where((place >= 0) & (place < len(part)), found, chosen)
@@ -93,25 +96,33 @@ def _by_vocabulary(
         before, log_sum = log_sum, torch.logaddexp(log_sum, own_sum)
         if seen is not None:
             seen.mul_((before - log_sum).exp_())
-            seen.addcmul_(times(shares.to(rows.dtype), part.T), (own_sum - log_sum).exp_())
+            seen.addcmul_(product(shares.to(rows.dtype), part), (own_sum - log_sum).exp_())
     return (log_sum - chosen).sum(), None if seen is None else seen.sub_(head[labels[:, 0]])
+
+
+def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return times(left, right.T)
 
 
 def _by_tokens(
     rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss and the gradients of both."""
-    chunk = max(1, LOGITS_BYTES // (4 * len(head)))
-    buffer = rows.new_empty(min(chunk, len(rows)), len(head))
-    hidden_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(head)
+    chunk = max(1, CHUNK_BYTES.get(rows.device.type, LOGITS_BYTES) // (4 * len(head)))
+    is_float = rows.dtype == torch.float32
+    buffer = rows.new_empty(min(chunk, len(rows)) if is_float else 0, len(head))
+    hidden_grad, weight_grad = torch.empty_like(rows), torch.zeros_like(head, dtype=torch.float32)
     total = torch.zeros((), device=rows.device)
     for first in range(0, len(rows), chunk):
         part, wanted = rows[first : first + chunk], labels[first : first + chunk]
-        logits = torch.mm(part, head.T, out=buffer[: len(part)]).float()
+        logits = torch.mm(part, head.T, out=buffer[: len(part)]) if is_float else product_in_float(part, head.T)
         chosen, largest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
         shares = torch.softmax(logits, 1, out=logits)
         total += (largest - shares.amax(1, keepdim=True).log_() - chosen).sum()
         grad = shares.scatter_add_(1, wanted, torch.full_like(chosen, -1.0)).to(head.dtype)
         torch.mm(grad, head, out=hidden_grad[first : first + chunk])
-        weight_grad.addmm_(grad.T, part)
+        if is_float:
+            weight_grad.addmm_(grad.T, part)
+        else:  # in a half type the sum over the chunks would be rounded at each
+            weight_grad += product_in_float(grad.T, part)
     return total, hidden_grad, weight_grad

@@ -4,11 +4,15 @@ The base weight is frozen, so backward needs the layer's input for the small mat
 input (query, key and value; gate and up) share one node, as in Unsloth: their small matrices are multiplied as one, and
 their input gets one gradient. What the first of them computes for the others lives as long as the forward pass of the
 module that holds them, so nothing is left for a later step, whether that pass ended, failed or was a recomputation.
+
+Below float32 the node multiplies in the compute type, its adapters cast all at once for a forward pass (`lowered`), and
+gradients of adapters leave it in float32 without having been rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +21,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from onward.training.layers.matmul import times
+from onward.training.layers.matmul import product_in_float, times
 
 ADAPTER = "default"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -72,6 +76,34 @@ def _end_sharing(names: Sequence[str], parent: nn.Module, _arguments: object, _o
         layer.shared = None
 
 
+@contextlib.contextmanager
+def lowered(layers: Sequence[FusedLoraLinear], dtype: torch.dtype) -> Generator[None]:
+    """Have layers use one cast of their adapters in the body, made in a few launches for all of them.
+
+    A layer that computes elsewhere, as in a recomputation, casts its own, to the same bits.
+    """
+    if not layers or dtype == torch.float32:
+        yield
+        return
+    adapters = [matrix.detach() for layer in layers for matrix in layer.adapters]
+    flat = adapters[0].new_empty(sum(matrix.numel() for matrix in adapters), dtype=dtype)
+    pieces = flat.split([matrix.numel() for matrix in adapters])
+    cast_ones = [piece.view(matrix.shape) for piece, matrix in zip(pieces, adapters, strict=True)]
+    torch._foreach_copy_(cast_ones, adapters)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    for layer, down, up in zip(layers, cast_ones[::2], cast_ones[1::2], strict=True):
+        layer.low = (down, up)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.low = None
+
+
+def fused_layers(model: nn.Module) -> list[FusedLoraLinear]:
+    """Return the fused layers of a model, each once."""
+    return [layer for layer in model.modules() if isinstance(layer, FusedLoraLinear)]
+
+
 class FusedLoraLinear(LoraLinear):
     """A LoRA layer with one adapter: `x W^T + b + scaling * dropout(x) A^T B^T`.
 
@@ -81,11 +113,13 @@ class FusedLoraLinear(LoraLinear):
 
     shared: _Shared | None
     """Set while the module that holds this layer and its siblings computes."""
+    low: tuple[torch.Tensor, torch.Tensor] | None
+    """The adapter's matrices in the compute type, while `lowered`."""
 
     def __init__(self, layer: LoraLinear) -> None:  # pyright: ignore[reportMissingSuperCall]
         nn.Module.__init__(self)
         vars(self).update(vars(layer))
-        self.shared = None
+        self.shared = self.low = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the layer's output, shape (..., out)."""
@@ -104,10 +138,22 @@ class FusedLoraLinear(LoraLinear):
         return getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
 
     @property
+    def adapters(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices of the adapter, as they are trained."""
+        return cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
+
+    def adapters_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two matrices of the adapter in a compute type, outside of autograd."""
+        if self.low is not None and self.low[0].dtype == dtype:
+            return self.low
+        down, up = self.adapters
+        return down.detach().to(dtype), up.detach().to(dtype)
+
+    @property
     def matrices(self) -> tuple[torch.Tensor | None, ...]:
         """Base weight, bias, and the two matrices of the adapter."""
         base = cast(nn.Linear, self.base_layer)
-        return base.weight, base.bias, cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
+        return base.weight, base.bias, *self.adapters
 
 
 class _Shared:
@@ -126,8 +172,28 @@ class _Shared:
 
 
 def _compute(layers: Sequence[FusedLoraLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    scalings = [float(layer.scaling[ADAPTER]) for layer in layers]
-    return cast(Any, _Lora).apply(x, layers[0].dropout, scalings, *(m for layer in layers for m in layer.matrices))
+    kind, settings = x.device.type, _Settings(layers)
+    matrices = (matrix for layer in layers for matrix in layer.matrices)
+    if not torch.is_autocast_enabled(kind):
+        return cast(Any, _Lora).apply(x, settings, *matrices)
+    settings.dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return cast(Any, _Lora).apply(x, settings, *matrices)
+
+
+class _Settings:
+    """What a node needs besides tensors.
+
+    Args:
+        layers: the layers that share its input.
+    """
+
+    def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
+        self.layers = layers
+        self.dropout = layers[0].dropout
+        self.scalings = [float(layer.scaling[ADAPTER]) for layer in layers]
+        self.dtype: torch.dtype = cast(nn.Linear, layers[0].base_layer).weight.dtype
+        """The type that the node multiplies in; that of autocast where it is on."""
 
 
 def _reshaped(out: torch.Tensor, shape: list[int]) -> torch.Tensor:
@@ -135,13 +201,20 @@ def _reshaped(out: torch.Tensor, shape: list[int]) -> torch.Tensor:
     return torch.ops.aten._unsafe_view.default(out, shape)
 
 
+def _all_in(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, dropout: float, scalings: list[float], *matrices: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, settings: _Settings, *matrices: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        weights, biases, downs, ups = (cast(Any, matrices[kind::4]) for kind in range(4))
-        flat = x.reshape(-1, x.shape[-1])
+        dropout, scalings, dtype = settings.dropout, settings.scalings, settings.dtype
+        weights, biases = (_all_in(dtype, cast(Any, matrices[kind::4])) for kind in range(2))
+        adapters = [layer.adapters_in(dtype) for layer in settings.layers]
+        downs, ups = [down for down, _ in adapters], [up for _, up in adapters]
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         seen, mask = torch.native_dropout(flat, dropout, train=True) if dropout else (flat, None)
         down = torch.cat(downs) if len(downs) > 1 else downs[0]
         ranks = [len(each) for each in downs]
@@ -154,7 +227,7 @@ class _Lora(torch.autograd.Function):
             out.addmm_(part, up.T, alpha=scaling)
             outs.append(_reshaped(out, [*x.shape[:-1], out.shape[-1]]))
         ctx.save_for_backward(seen, mask, inner, down, *weights, *ups)
-        ctx.scalings, ctx.kept, ctx.ranks = scalings, 1.0 - dropout, ranks
+        ctx.scalings, ctx.kept, ctx.ranks, ctx.type_of_x = scalings, 1.0 - dropout, ranks, x.dtype
         return tuple(outs)
 
     @staticmethod
@@ -165,9 +238,9 @@ class _Lora(torch.autograd.Function):
         weights, ups = rest[:layers], rest[layers:]
         grads = [grad.reshape(-1, len(weight)) for grad, weight in zip(grad_outputs, weights, strict=True)]
         inner_grad = torch.cat([(g @ up).mul_(s) for g, up, s in zip(grads, ups, ctx.scalings, strict=True)], 1)
-        down_grads = (inner_grad.T @ seen).split(ctx.ranks)
+        down_grads = product_in_float(inner_grad.T, seen).split(ctx.ranks)
         parts = inner.split(ctx.ranks, 1)
-        up_grads = [(g.T @ part).mul_(s) for g, part, s in zip(grads, parts, ctx.scalings, strict=True)]
+        up_grads = [product_in_float(g.T, part).mul_(s) for g, part, s in zip(grads, parts, ctx.scalings, strict=True)]
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = times(grads[0], weights[0].T)
@@ -177,6 +250,6 @@ class _Lora(torch.autograd.Function):
                 x_grad.addmm_(inner_grad, down)
             else:
                 x_grad.addcmul_(inner_grad @ down, mask.to(x_grad.dtype), value=1.0 / ctx.kept)
-            x_grad = x_grad.view(*grad_outputs[0].shape[:-1], -1)
+            x_grad = x_grad.view(*grad_outputs[0].shape[:-1], -1).to(ctx.type_of_x)
         adapters = [grad for pair in zip(down_grads, up_grads, strict=True) for grad in (None, None, *pair)]
-        return (x_grad, None, None, *adapters)
+        return (x_grad, None, *adapters)

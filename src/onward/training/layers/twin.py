@@ -31,15 +31,13 @@ ROUNDS = 8
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a model for inference that has these weights, by name of `model`'s parameters, and shares all others.
+    """Return a model in evaluation mode that has these weights, by name of `model`'s parameters, and shares all others.
 
-    Its buffers are its own. Modules are copied, not what they hold: a deep copy takes longer than a step of a small
-    model.
+    Its own weights take gradients of their own, and its buffers are its own. Modules are copied, not what they hold: a
+    deep copy takes longer than a step of a small model.
     """
     own: dict[int, nn.Parameter] = {
-        id(parameter): nn.Parameter(weights[name], requires_grad=False)
-        for name, parameter in model.named_parameters()
-        if name in weights
+        id(parameter): nn.Parameter(weights[name]) for name, parameter in model.named_parameters() if name in weights
     }
     made: dict[int, nn.Module] = {}
 

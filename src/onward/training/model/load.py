@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
+from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.model.adapter import (
     ADAPTER_CONFIG,
@@ -66,7 +67,7 @@ def build_model(spec: ModelSpec, *, checkpoint: Path | None = None, treatment: T
     left_out = () if treatment is None else treatment.left_out
     model = build_plain(spec, checkpoint=checkpoint, left_out=left_out)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
-    make_fast(model, spec.dtype, end_to_end=was_listed if treatment is None else treatment.end_to_end)
+    make_fast(model, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
 
 
@@ -85,11 +86,11 @@ def build_plain(
     """
     config, base, device, dtype = spec.config, spec.base, spec.device, spec.dtype
     if config.method == "full":
-        whole = _without_cache(_load(checkpoint or base, torch.float32, strict=strict))
+        whole = _for_training(_load(checkpoint or base, torch.float32, strict=strict), spec)
         with _in_memory(whole, device):
             train_only(whole, config.train, left_out)
             return cast(nn.Module, whole).train()
-    base_model = _without_cache(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)))
+    base_model = _for_training(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)), spec)
     base_model.requires_grad_(False)
     _keep_quantized(base_model)
     weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
@@ -128,7 +129,7 @@ def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[s
         parameter.requires_grad_(asked and not any(name in left_out for name in own))
 
 
-def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None:
+def make_fast(model: nn.Module, *, end_to_end: bool) -> None:
     """Have a plain model compute the same faster: rows end to end, and the layers of an adapter in one node.
 
     Raises:
@@ -136,7 +137,7 @@ def make_fast(model: nn.Module, dtype: torch.dtype, *, end_to_end: bool) -> None
     """
     if end_to_end:
         lay_end_to_end(causal_lm(model))
-    if isinstance(model, PeftModel) and dtype == torch.float32:
+    if isinstance(model, PeftModel):
         fuse_lora(model)
 
 
@@ -201,8 +202,10 @@ def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: An
     return model
 
 
-def _without_cache(model: PreTrainedModel) -> PreTrainedModel:
+def _for_training(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     model.config.use_cache = False
+    if spec.config.deterministic:
+        let_experts_repeat(model, spec.device)
     return model
 
 

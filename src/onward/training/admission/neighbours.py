@@ -1,0 +1,77 @@
+"""Whether rows that are laid end to end see each other: other tokens in one may change no bit of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from onward.data.loader import Batch, flatten, pad
+from onward.data.tokenized import Row
+from onward.training.environment import autocast
+from onward.training.layers.attention import row_arguments
+from onward.training.layers.buffers import Buffers
+from onward.training.layers.varlen import kernel_for
+
+Logits = list[torch.Tensor]
+"""Of each row, shape (tokens, vocabulary)."""
+
+
+def influence(model: nn.Module, batch: Batch, vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Return by how much rows laid end to end change each other's logits, relative to their size; 0.0 is no bit.
+
+    Experts multiply as many tokens at once as were sent to them, so that the last bits of a row depend on the others in
+    any layout. Where they do in plain padded rows too, what is returned is a difference; else every bit is a fault.
+    """
+    laid = _largest_change(lambda rows: _end_to_end(model, rows, device, dtype), model, batch, vocabulary)
+    if laid == 0.0:
+        return 0.0
+    padded = _largest_change(lambda rows: _padded(model, rows, device, dtype), model, batch, vocabulary)
+    return laid if padded > 0.0 else float("inf")
+
+
+def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batch: Batch, vocabulary: int) -> float:
+    buffers = Buffers(model)
+    with torch.no_grad():
+        before = logits_of(batch)
+        buffers.restore()
+        found = 0.0
+        for kept, changed in _variants(batch, vocabulary):
+            after = logits_of(changed)
+            buffers.restore()
+            for place in kept:
+                if not torch.equal(before[place], after[place]):
+                    moved = (after[place] - before[place]).float().norm() / before[place].float().norm()
+                    found = max(found, float(moved))
+    return found
+
+
+def _variants(batch: Batch, vocabulary: int) -> Iterator[tuple[list[int], Batch]]:
+    """Yield rows in which every second one has other tokens, with the places of those that are as they were."""
+    for first in (0, 1):
+        rows = [_other(row, vocabulary) if place % 2 == first else row for place, row in enumerate(batch.rows)]
+        yield [place for place in range(len(rows)) if place % 2 != first], replace(batch, rows=rows)
+
+
+def _other(row: Row, vocabulary: int) -> Row:
+    return Row((row.ids + vocabulary // 2) % vocabulary, row.targets)
+
+
+def _end_to_end(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Logits:
+    flat = flatten(batch)
+    ids, places = (torch.from_numpy(values).to(device) for values in (flat.input_ids, flat.position_ids))
+    rows = row_arguments(flat.lengths, device, kernel_for(device, dtype))
+    with autocast(device, dtype):
+        logits = cast(Any, model)(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows).logits[0]
+    return list(logits.split(flat.lengths))
+
+
+def _padded(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Logits:
+    padded = pad(batch, 0)
+    ids, mask = (torch.from_numpy(values).to(device) for values in (padded.input_ids, padded.attention_mask))
+    with autocast(device, dtype):
+        logits = cast(Any, model)(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return [own[: len(row.ids)] for own, row in zip(logits, batch.rows, strict=True)]

@@ -1,0 +1,153 @@
+"""PyTorch's attention over rows laid end to end, in one call: `torch.nn.attention.varlen.varlen_attn`.
+
+Its signature differs from release to release (a window, a scale and grouped heads came later), so it is read, not
+guessed from a number. What a release cannot express is computed row by row (`attention.py`). The kernel is a parameter,
+so that a CPU can hold all but the kernel itself against a plain reference.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+
+HALF = (torch.bfloat16, torch.float16)
+WIDEST, MULTIPLE = 256, 8
+"""The largest size of a head, and what it has to be a multiple of, for FlashAttention."""
+FIRST_CAPABILITY = (8, 0)
+"""The compute capability from which on it runs."""
+
+
+@dataclass(frozen=True)
+class Varlen:
+    """A kernel of one call, with what it takes.
+
+    Args:
+        kernel: `(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, ...)`; tensors of shape (tokens, heads, dim).
+        takes: names of its further parameters.
+    """
+
+    name: ClassVar[str] = "varlen"
+
+    kernel: Callable[..., Any]
+    takes: frozenset[str]
+
+    @classmethod
+    def of(cls, kernel: Callable[..., Any] | None) -> Varlen | None:
+        """Return what can be asked of a kernel; None where it is missing, or can be neither causal nor scaled."""
+        takes = frozenset(inspect.signature(kernel).parameters) if kernel is not None else frozenset[str]()
+        if kernel is None or "scale" not in takes or not takes & {"window_size", "is_causal"}:
+            return None
+        return cls(kernel, takes)
+
+    def fits(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
+        """Whether it can attend to rows of these tensors, shape (1, heads, tokens, dim), with this window."""
+        sizes = {part.shape[-1] for part in (query, key, value)}
+        fit = len(sizes) == 1 and all(size % MULTIPLE == 0 and size <= WIDEST for size in sizes)
+        return fit and (window is None or "window_size" in self.takes)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        places: torch.Tensor,
+        longest: int,
+        *,
+        window: int | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Return the causal attention of each row to itself.
+
+        Args:
+            query: shape (1, heads, tokens, dim); key and value may have fewer heads that divide them.
+            places: int32, shape (rows + 1,): the first token of each row, and the number of all tokens.
+            longest: tokens of the longest row.
+            window: how many tokens a token sees, itself among them; None: all before it.
+
+        Returns:
+            Shape (1, tokens, heads, dim).
+        """
+        extra: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
+        if "window_size" in self.takes:
+            extra["window_size"] = (-1 if window is None else window - 1, 0)
+        else:
+            extra["is_causal"] = True
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and "enable_gqa" in self.takes:
+            extra["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+        rows = (part[0].transpose(0, 1) for part in (query, key, value))
+        return self.kernel(*rows, places, places, longest, longest, **extra)[None]
+
+
+def _of_this_release() -> Callable[..., Any] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+VARLEN = Varlen.of(_of_this_release())
+"""The kernel of the PyTorch that is installed; None where it has none that is fit."""
+
+
+def kernel_for(device: torch.device, dtype: torch.dtype, kernel: Varlen | None = VARLEN) -> Varlen | None:
+    """Return the kernel where it can be used: a half type, on an NVIDIA GPU that FlashAttention is made for."""
+    if device.type != "cuda" or dtype not in HALF or torch.version.cuda is None:
+        return None
+    return kernel if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Return which kernel attends to rows, for the record of the environment; empty on a CPU, which has one."""
+    if device.type == "cpu":
+        return ""
+    return "row by row" if kernel_for(device, dtype) is None else Varlen.name
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """A kernel with the rows of a part as it takes them: made once on the host, the same for all layers.
+
+    Args:
+        places: int32, shape (rows + 1,), on the device that computes.
+        longest: tokens of the longest row.
+    """
+
+    kernel: Varlen
+    places: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, kernel: Varlen, lengths: Sequence[int], device: torch.device) -> RowKernel:
+        """Return rows of these lengths; nothing waits for the copy to a GPU."""
+        places = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(kernel, to_device(places, device), max(lengths))
+
+    def attend(
+        self, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], window: int | None, scaling: float | None
+    ) -> torch.Tensor:
+        """Return the causal attention of each row to itself, shape (1, tokens, heads, dim).
+
+        Args:
+            rows: query, key and value, shape (1, heads, tokens, dim), in the type of autocast where that is on: the
+                kernel is not one of those that PyTorch casts for.
+        """
+        kind = rows[0].device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows[0].dtype
+        query, key, value = (part.to(dtype) for part in rows)
+        return self.kernel(query, key, value, self.places, self.longest, window=window, scaling=scaling)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of main memory on a device; the copy to a GPU runs behind what the host does next."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

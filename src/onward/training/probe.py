@@ -1,0 +1,209 @@
+"""The probe: what a model computes of a fixed batch, forward and backward, without a trace in the model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.digest import sha256_json
+from onward.errors import TrainingError
+from onward.training.environment import deterministic
+from onward.training.layers.twin import (
+    keeps_process_state,
+    let_write_nothing,
+    with_weights,
+    writers_in_evaluation,
+    writes,
+)
+from onward.training.loss import TargetLoss
+from onward.training.model.load import causal_lm
+from onward.training.seeds import fold, seeded
+from onward.training.state import Snapshot, digest_tensors
+
+PROBE_ROWS, PROBE_LENGTH = 2, 16
+GRADIENT_LENGTH = {"cpu": 8}
+"""Tokens of a row whose gradient is digested, by device; elsewhere `LONG_LENGTH`."""
+LONG_LENGTH = 512
+"""Kernels of a GPU add in any order only where a row is longer than one of their blocks; and there it costs little."""
+PIECE = 1 << 24
+"""Elements of a gradient that are mixed at a time on a GPU."""
+_MIXERS = (-7046029254386353131, -4417276706812531889)
+"""Odd 64-bit factors (golden ratio, and a prime of xxHash's)."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was computed of the probe.
+
+    Args:
+        loss: mean loss (nats).
+        gradient: digest of the gradient of every trained weight.
+    """
+
+    loss: float
+    gradient: str
+
+
+def probe_batch(seed: int, vocabulary: int, length: int = PROBE_LENGTH) -> Batch:
+    """Return the run's fixed probe: token ids that are a function of the seed, all of them targets."""
+    cells = [[fold(seed, "probe", row, column) for column in range(length)] for row in range(PROBE_ROWS)]
+    ids = np.array(cells, dtype=np.int64) % vocabulary
+    targets = np.arange(length) > 0
+    places = range(PROBE_ROWS)
+    references = [RowReference("probe", place) for place in places]
+    return Batch([Row(row, targets) for row in ids], references, list(places))
+
+
+class Probe:
+    """The mean loss (nats) of a model on the run's fixed probe batch, and the digest of its gradients.
+
+    Both are measured on a twin, so that nothing of the model changes: neither weights nor gradients nor buffers.
+
+    Args:
+        model: the model that is trained, between two steps.
+        seed: the run's seed.
+        dtype: compute type.
+        exact: compute with operations only that repeat (`deterministic`).
+
+    Raises:
+        ModelError: the model cannot be evaluated without a change of its weights.
+    """
+
+    def __init__(
+        self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype, *, exact: bool = True
+    ) -> None:
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+        self._batch = probe_batch(seed, vocabulary)
+        self._with_gradient = probe_batch(seed, vocabulary, _length_with_gradient(model, device))
+        self._model = model
+        self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
+        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
+        self._at_once = device.type != "cpu" or bool(self._writers) or keeps_process_state(model)
+        self._twins: dict[str, tuple[list[int], TargetLoss]] = {}
+
+    def of_model(self) -> Probed:
+        """Measure the model as it is now; nothing of it changes.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            ModelError: a weight changed all the same.
+        """
+        before = _places(self._model)
+        trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
+        probed = self._measure(self._twin("model", trained))
+        changed = [name for name, place in _places(self._model).items() if before[name] != place]
+        if changed:
+            raise writes(changed[0])
+        return probed
+
+    def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
+        """Return a function that measures a copy of the state, in any thread, while training goes on.
+
+        It is measured at once where the model computes elsewhere than in main memory, which holds the copies, or where
+        its forward pass is not one to run beside another: it uses state of the process, or draws random numbers.
+        """
+        if self._at_once:
+            probed = self.of_model()
+            return lambda: probed
+        return partial(self._measure, self._twin("copy", snapshot.weights))
+
+    def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> TargetLoss:
+        """Return the loss of a twin with these weights; one is made again when they lie elsewhere than before."""
+        places = [weight.data_ptr() for weight in weights.values()]
+        if kind not in self._twins or self._twins[kind][0] != places:
+            twin = let_write_nothing(with_weights(self._model, weights), self._writers)
+            self._twins[kind] = places, self._loss(twin)
+        return self._twins[kind][1]
+
+    def _loss(self, twin: nn.Module) -> TargetLoss:
+        return TargetLoss(twin, self._device, self._dtype)
+
+    def _measure(self, loss_of: TargetLoss) -> Probed:
+        with self._repeatably(), torch.no_grad():
+            loss = loss_of(self._batch)
+        mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
+        if not math.isfinite(mean):
+            raise TrainingError(
+                f"the model computes no finite loss any more ({mean})",
+                where="the probe batch",
+                hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
+            )
+        with self._repeatably(), torch.enable_grad():
+            return Probed(mean, _digest_of_gradients(loss_of, self._with_gradient))
+
+    @contextlib.contextmanager
+    def _repeatably(self) -> Generator[None]:
+        draws = seeded(self._seed, self._device) if self._writers else contextlib.nullcontext()
+        with deterministic(self._device, exact=self._exact), draws:
+            yield
+
+
+def _length_with_gradient(model: nn.Module, device: torch.device) -> int:
+    positions = getattr(causal_lm(model).config, "max_position_embeddings", None)
+    return min(GRADIENT_LENGTH.get(device.type, LONG_LENGTH), positions or LONG_LENGTH)
+
+
+def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
+    """Return the digest of the gradients of a batch's loss, of which never more than one is kept."""
+    found: dict[str, str] = {}
+
+    def take(name: str, weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        found[name], weight.grad = fingerprint(weight.grad), None
+
+    hooks = [
+        weight.register_post_accumulate_grad_hook(partial(take, name))
+        for name, weight in loss_of.model.named_parameters()
+        if weight.requires_grad
+    ]
+    try:
+        loss_of(batch).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        loss_of.forget()
+    return sha256_json(found)
+
+
+def fingerprint(gradient: torch.Tensor) -> str:
+    """Return a digest of a tensor's bits, made where it lies: what leaves a GPU is one number.
+
+    There the bits are mixed one by one and added up as integers, in which no order of additions changes the sum.
+    """
+    if gradient.device.type == "cpu":
+        return digest_tensors([("", gradient)])
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.element_size()]
+    return f"{mixed_sum(gradient.detach().contiguous().reshape(-1).view(width)):016x}"
+
+
+def mixed_sum(bits: torch.Tensor) -> int:
+    """Return the sum (modulo 2**64) of integers, each mixed so that changes of several do not cancel out."""
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for piece in bits.split(PIECE):
+        mixed = piece.to(torch.int64) * _MIXERS[0]
+        mixed ^= mixed >> 29
+        mixed *= _MIXERS[1]
+        mixed ^= mixed >> 32
+        total += mixed.sum()
+    return int(total) % (1 << 64)
+
+
+def _shortened(batch: Batch) -> Batch:
+    """Return what is enough of a batch to see what a forward pass does."""
+    row = batch.rows[0]
+    return Batch([Row(row.ids[:2], row.targets[:2])], batch.references[:1], batch.lines[:1])
+
+
+def _places(model: nn.Module) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
+    """Return where each weight lies, and as what."""
+    return {name: (weight.data_ptr(), weight.shape, weight.dtype) for name, weight in model.named_parameters()}
