@@ -32,6 +32,7 @@ from onward.service.shown import IDLE, PAUSED
 from onward.service.state.retention import Retention
 from onward.service.state.settle import Settled, Settlement
 from onward.service.wishes import Stopped
+from onward.training.device_errors import is_device_lost
 from onward.training.environment import release_freed_memory
 
 TICK = 0.1
@@ -265,7 +266,7 @@ class Daemon:
         """Wait a while after a failure of the machine or the config, to go on from the last commit; or raise it."""
         self.ledger.require_in_place()
         self._drop_worker()
-        if not self._patient or faults.is_device_lost(error):
+        if not self._patient or is_device_lost(error):
             raise self._in_words(error) from None
         faults.forget_frames(error)
         self._recovery.outlive(error)
