@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 
 import torch
 
@@ -47,3 +48,13 @@ def is_device_lost(error: BaseException) -> bool:
 def is_of_the_device(error: BaseException) -> bool:
     """Whether an error is of the machine that computes, whatever it was computing."""
     return is_out_of_memory(error) or is_device_lost(error)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
+    seen: set[int] = set()  # an error can be its cause's context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

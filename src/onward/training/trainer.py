@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,10 +15,13 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
-from onward.training.environment import deterministic
+from onward.training.device_errors import forget_frames, is_out_of_memory
+from onward.training.device_memory import ReadUsage, read_usage
+from onward.training.economy import Economy
+from onward.training.environment import deterministic, release_freed_memory
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
-from onward.training.parts import parts_of
+from onward.training.parts import Part, parts_of
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
@@ -34,13 +37,23 @@ class Trainer:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
+        usage: asked for the device's memory.
     """
 
-    def __init__(self, state: TrainState, config: Config, world: World, dtype: torch.dtype, pad_id: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        world: World,
+        dtype: torch.dtype,
+        pad_id: int,
+        usage: ReadUsage = read_usage,
+    ) -> None:
         self.state = state
         self.config = config
         self.world = world
         self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
+        self.economy = Economy(state, self.loss, config, world.device, usage)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.
@@ -84,12 +97,32 @@ class Trainer:
         )
 
     def _gradients(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss."""
+        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
+
+        Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
+        """
+        parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
+        recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
+        try:
+            return self._accumulate(parts, recompute, batch.target_tokens)
+        except Exception as error:
+            if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
+                raise
+            forget_frames(error)  # they hold the graph
+            self.state.optimizer.zero_grad(set_to_none=True)
+            release_freed_memory()
+            if not self.economy.may_recompute():
+                raise
+        self.economy.always = True
+        return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
+
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> float:
         total = torch.zeros((), device=self.world.device)
         try:
-            for part in parts_of(batch, self.config, self.state.step, self.loss.layout):
+            for part, again in zip(parts, recompute, strict=True):
                 with deterministic(self.world.device), seeded(part.seed, self.world.device):
-                    loss = self.loss(part.batch) / batch.target_tokens
+                    with self.economy.recomputation.on(again):
+                        loss = self.loss(part.batch) / targets
                     loss.backward()
                 total += loss.detach()
         finally:

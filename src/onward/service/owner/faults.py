@@ -100,16 +100,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
-    seen: set[int] = set()  # an error can be its cause's context
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
 LESS_MEMORY = (
     "End what else holds the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
     "micro_batch_tokens in the config."

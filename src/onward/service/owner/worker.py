@@ -212,7 +212,9 @@ class Worker:
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
+        world = SingleProcess(session.device)
+        trainer = Trainer(state, self.config, world, session.dtype, session.pad_id, self.around.memory)
+        trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         steps = trainer.steps({plan.sha256: tokens}, plan)
         for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
@@ -222,6 +224,7 @@ class Worker:
             yield from self._collect(wait=False)
             if state.cursor.at_boundary:
                 return
+            trainer.economy.setting = self.around.settings.current.activation_checkpointing
             if self.around.wishes:
                 yield from self._begin_commit(file_id)
                 yield from self._wait_for_commit()
