@@ -26,6 +26,13 @@ _LOST = re.compile(
 )
 
 
+LESS_MEMORY = (
+    "End what else holds the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
+    "micro_batch_tokens in the config."
+)
+"""What helps where memory ran out."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or in the process."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

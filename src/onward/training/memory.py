@@ -26,7 +26,7 @@ from onward.training.state import TrainState
 
 FACT = "memory"
 """The fact of the ledger under which a run keeps what was measured of its model."""
-LONGEST = 96
+LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
 """Share of the memory at hand that a step may take."""

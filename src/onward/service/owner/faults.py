@@ -20,7 +20,7 @@ from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.device_errors import is_device_lost, is_out_of_memory
+from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of_memory
 
 
 class StepFailed(Exception):
@@ -98,13 +98,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OnwardError):
         return error.what
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-LESS_MEMORY = (
-    "End what else holds the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
-    "micro_batch_tokens in the config."
-)
-"""What helps where memory ran out."""
 
 
 def is_out_of_space(error: BaseException) -> bool:
