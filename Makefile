@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench recipe docs families qlora clean
+.PHONY: help demo test soak lint format bench gpu recipe docs families qlora clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -46,6 +46,10 @@ format: $(READY) ## let ruff mend what it can
 
 bench: $(BENCH_READY) ## speed against the peers, into bench/RESULTS.md (half an hour; DATA=folder for more rows)
 	$(BIN)/python bench/suite.py $(addprefix --data ,$(DATA))
+
+# On a machine without pip or network: make gpu READY= BIN=DIRECTORY_OF_PYTHON; peers that are missing are not run.
+gpu: $(READY) ## all that has to be seen on a GPU, in eight minutes, into bench/RESULTS-GPU.md (OUT=folder, TINY=1: on a CPU)
+	$(BIN)/python bench/gpu/suite.py $(if $(OUT),--out $(OUT)) $(if $(TINY),--tiny)
 
 recipe: $(READY) ## the usual recipe and Onward on the same three files
 	$(BIN)/python bench/continuity.py

@@ -33,6 +33,7 @@ SETTINGS = {
     "LRU_CACHE_CAPACITY": "32",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "GOMP_SPINCOUNT": "1000",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 """What the command line puts into its environment where the user has set nothing."""
 
@@ -146,6 +147,9 @@ def test_variables_of_the_user_win() -> None:
     waiting = {"OMP_WAIT_POLICY": "active"}
     startup.set_environment(waiting)
     assert waiting.keys() == {*SETTINGS, "OMP_WAIT_POLICY"} - {"GOMP_SPINCOUNT"}
+    earlier = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    startup.set_environment(earlier)
+    assert earlier.keys() == {*SETTINGS, "PYTORCH_CUDA_ALLOC_CONF"} - {"PYTORCH_ALLOC_CONF"}
 
 
 def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from onward.config_sections import (
     Rate,
     Section,
     TextConfig,
+    on_or_off,
     path_text,
     refuse_bool,
 )
@@ -42,11 +43,15 @@ SECTIONS = ("lora", "text", "notify")
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
     "compress_archive", "notify",
+    "activation_checkpointing",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
-LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic")
+LATER_KEYS = (
+    *LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic",
+    "micro_batch_tokens",
+)  # fmt: skip
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
@@ -61,7 +66,7 @@ HORIZON_SCHEDULES = ("cosine", "linear")
 
 
 MICRO_BATCH_TOKENS = 8192
-"""Tokens of a part of a step under `gradient_accumulation: auto`. The last bits of a step depend on it."""
+"""Tokens of a part of a step under `micro_batch_tokens: auto`, on a CPU. The last bits of a step depend on it."""
 
 
 class Config(Section):
@@ -132,8 +137,18 @@ class Config(Section):
     gradient_accumulation: Literal["auto"] | Count = Field(
         default="auto",
         description="Parts into which the rows of a step are cut to save memory; the step stays the same. "
-        f"`auto`: as few as have at most {MICRO_BATCH_TOKENS} tokens (with the filling, where rows are padded), "
+        "`auto`: as few as have at most `micro_batch_tokens` tokens (with the filling, where rows are padded), "
         "or one row.",
+    )
+    micro_batch_tokens: Literal["auto"] | Count = Field(
+        default="auto",
+        description="Tokens of such a part at most. The last bits of a step depend on it, so a run keeps the number "
+        f"that it began with. `auto`: {MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
+    )
+    activation_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_or_off)] = Field(
+        default="auto",
+        description="Compute the layers of a part again in its backward pass instead of keeping what they computed: "
+        "less memory, a third more time, the same bits. `auto`: for parts that would not fit otherwise.",
     )
     epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
@@ -239,7 +254,12 @@ class Config(Section):
         """Parts into which a step is cut at most."""
         if self.gradient_accumulation != "auto":
             return self.gradient_accumulation
-        return min(self.batch_size, -(-self.batch_size * self.max_length // MICRO_BATCH_TOKENS))
+        return min(self.batch_size, -(-self.batch_size * self.max_length // self.part_tokens))
+
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of a part at most, where parts are not counted."""
+        return MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by dotted key, as JSON values."""

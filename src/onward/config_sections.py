@@ -23,6 +23,11 @@ def path_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def on_or_off(value: Any) -> Any:
+    """Return a switch as text: YAML reads `on` and `off` as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]
 Index = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_nan=False)]

@@ -20,6 +20,9 @@ nearly every step has another number of tokens. Read at the first product that o
 _CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """What makes cuBLAS give the same bits every time. Read when cuBLAS starts."""
 
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""Memory of a GPU in segments that grow: steps of ever other lengths leave no holes that nothing fits into."""
+
 _THREADS = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other burn a core that other work on this machine may want: then a step took up to 100
 times longer. Read by libgomp when torch is loaded; the bits are the same."""
@@ -30,7 +33,9 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that torch's libraries read when they are loaded or first used; the user's own values stay."""
-    wanted = {**_KERNELS, **_CUBLAS, **({} if "OMP_WAIT_POLICY" in environment else _THREADS)}
+    wanted = {**_KERNELS, **_CUBLAS}
+    wanted |= {} if "OMP_WAIT_POLICY" in environment else _THREADS
+    wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else _ALLOCATOR  # its earlier name
     for name, value in wanted.items():
         environment.setdefault(name, value)
 

@@ -33,7 +33,7 @@ from onward.training.model.spec import ModelSpec
 from onward.training.probe import Probe, probe_batch
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
-from onward.training.trainer import Trainer
+from onward.training.trainer import Execution, Trainer
 from onward.training.world import SingleProcess
 
 
@@ -225,7 +225,7 @@ def test_a_state_that_is_let_go_is_freed(method: str, model: Path, tmp_path: Pat
 
 def make_trainer(state: TrainState, config: Config) -> Trainer:
     """Return a trainer of a state on this processor."""
-    return Trainer(state, config, SingleProcess(checkpoints.CPU), torch.float32, pad_id=0)
+    return Trainer(state, config, Execution(SingleProcess(checkpoints.CPU), torch.float32))
 
 
 def test_parameters_of_another_model_are_refused(checkpoint: Path, model: Path) -> None:

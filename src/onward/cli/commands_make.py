@@ -10,7 +10,8 @@ import typer
 from onward import startup
 from onward.cli.options import AdapterOption, JsonOption, ModelOption, RunOption, SetOption
 from onward.cli.output import show
-from onward.errors import ModelError, UsageError
+from onward.errors import ModelError, UsageError, first_line
+from onward.layout import RunLayout
 from onward.terminal import say
 from onward.text import quoted
 
@@ -44,13 +45,34 @@ def init(
         raise UsageError(
             error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
         ) from None
+    if not later:
+        _say_memory(made.layout)
     if as_json:
         config = made.config.model_dump(mode="json")
         with Ledger(made.layout.ledger, read_only=True) as ledger:
-            show({"run": str(made.layout.root.absolute()), "config": config, "admission": ledger.get("admission")})
+            facts = {name: ledger.get(name) for name in ("admission", "memory")}
+        show({"run": str(made.layout.root.absolute()), "config": config, **facts})
     else:
         place = quoted(made.layout.root)
         say(f"made the run {place}; next: onward train FILE... --run {place}")
+
+
+def _say_memory(layout: RunLayout) -> None:
+    """Measure what a step takes, and say it; the run is made whether or not that can be told."""
+    with startup.large_imports():
+        from onward.service.proof.memory import measure_memory, memory_in_words
+    from onward.store.ledger import Ledger
+
+    try:
+        with Ledger(layout.ledger) as ledger:
+            measure_memory(layout, ledger)
+    except Exception as error:
+        say(f"what a step takes of memory cannot be told: {first_line(error)}")
+        return
+    found = memory_in_words(layout)
+    if found is not None:
+        words, has_room = found
+        say(f"memory: {words}" if has_room else f"memory: {words}; it may not be enough: onward doctor")
 
 
 def adopt(

@@ -30,6 +30,8 @@ from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.numerics import numerics_of
+from onward.training.trainer import Execution
+from onward.training.world import SingleProcess
 
 Report = Callable[[str], None]
 DIGESTS = ("base", "tokenizer")
@@ -68,10 +70,11 @@ class Session:
         return None if findings is None else findings.treatment
 
     @property
-    def is_by_length(self) -> bool:
-        """Whether rows are computed with those of their own length only."""
+    def execution(self) -> Execution:
+        """Where and how steps of the run are computed."""
         treatment = self.treatment
-        return treatment is not None and treatment.by_length
+        by_length = treatment is not None and treatment.by_length
+        return Execution(SingleProcess(self.device), self.dtype, self.pad_id, by_length)
 
     @property
     def spec(self) -> ModelSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.config import Config
 from onward.data.loader import Batch
 from onward.training.layers.rope import CONSTANT, Angles
 from onward.training.seeds import fold
@@ -41,7 +41,7 @@ def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO
     """Cut a batch into its parts, a function of the batch, the config, how rows are laid and the steps taken before.
 
     Rows of one part have the same angles. Where rows are padded they are taken by falling length, so that rows and
-    filling of a part together are at most `MICRO_BATCH_TOKENS` under `gradient_accumulation: auto`, or one row.
+    filling of a part together are at most `micro_batch_tokens` under `gradient_accumulation: auto`, or one row.
     """
     pieces = [piece for group in _by_angles(batch, layout.angles) for piece in _cut(group, batch, config, layout)]
     return [Part(piece, fold(config.seed, "step", step, number, SEED_OF_RANK_0)) for number, piece in enumerate(pieces)]
@@ -63,6 +63,5 @@ def _cut(group: Batch, batch: Batch, config: Config, layout: RowLayout) -> list[
     parts = config.gradient_accumulation
     if parts != "auto":
         return group.split(-(-parts * len(group) // len(batch)))
-    return (
-        group.split_by_padded_size(MICRO_BATCH_TOKENS) if layout.padded else group.split_by_tokens(MICRO_BATCH_TOKENS)
-    )
+    tokens = config.part_tokens
+    return group.split_by_padded_size(tokens) if layout.padded else group.split_by_tokens(tokens)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,14 +15,36 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
-from onward.training.environment import deterministic
+from onward.training.device_errors import forget_frames, is_out_of_memory
+from onward.training.device_memory import ReadUsage, read_usage
+from onward.training.economy import Economy
+from onward.training.environment import deterministic, release_freed_memory
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
-from onward.training.parts import parts_of
+from onward.training.parts import Part, parts_of
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
 from onward.training.world import World
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how steps are computed; nothing of it is state.
+
+    Args:
+        world: the processes that train, and the device of this one.
+        dtype: compute type; below float32 the forward runs under autocast.
+        pad_id: token id that shorter rows are padded with, where rows are padded.
+        by_length: rows are computed with those of their own length only, as the model's admission found.
+        usage: asked for the device's memory.
+    """
+
+    world: World
+    dtype: torch.dtype
+    pad_id: int = 0
+    by_length: bool = False
+    usage: ReadUsage = read_usage
 
 
 class Trainer:
@@ -31,26 +53,16 @@ class Trainer:
     Args:
         state: what evolves.
         config: the config in force for the file.
-        world: the processes that train, and the device of this one.
-        dtype: compute type; below float32 the forward runs under autocast.
-        pad_id: token id that shorter rows are padded with, where rows are padded.
-        by_length: rows are computed with those of their own length only, as the model's admission found.
+        execution: where and how steps are computed.
     """
 
-    def __init__(
-        self,
-        state: TrainState,
-        config: Config,
-        world: World,
-        dtype: torch.dtype,
-        pad_id: int,
-        *,
-        by_length: bool = False,
-    ) -> None:
+    def __init__(self, state: TrainState, config: Config, execution: Execution) -> None:
         self.state = state
         self.config = config
-        self.world = world
-        self.loss = TargetLoss(state.model, world.device, dtype, pad_id, by_length=by_length)
+        self.world = execution.world
+        device = execution.world.device
+        self.loss = TargetLoss(state.model, device, execution.dtype, execution.pad_id, by_length=execution.by_length)
+        self.economy = Economy(state, self.loss, config, device, execution.usage)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.
@@ -94,13 +106,33 @@ class Trainer:
         )
 
     def _gradients(self, batch: Batch) -> float:
-        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss."""
+        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
+
+        Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
+        """
+        parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
+        recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
+        try:
+            return self._accumulate(parts, recompute, batch.target_tokens)
+        except Exception as error:
+            if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
+                raise
+            forget_frames(error)  # they hold the graph
+            self.state.optimizer.zero_grad(set_to_none=True)
+            release_freed_memory()
+            if not self.economy.may_recompute():
+                raise
+        self.economy.always = True
+        return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
+
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> float:
         total = torch.zeros((), device=self.world.device)
         try:
-            for part in parts_of(batch, self.config, self.state.step, self.loss.layout):
+            for part, again in zip(parts, recompute, strict=True):
                 exactly = deterministic(self.world.device, exact=self.config.deterministic)
                 with exactly, seeded(part.seed, self.world.device):
-                    loss = self.loss(part.batch) / batch.target_tokens
+                    with self.economy.recomputation.on(again):
+                        loss = self.loss(part.batch) / targets
                     loss.backward()
                 total += loss.detach()
         finally:

@@ -32,6 +32,7 @@ from onward.service.shown import IDLE, PAUSED
 from onward.service.state.retention import Retention
 from onward.service.state.settle import Settled, Settlement
 from onward.service.wishes import Stopped
+from onward.training.device_errors import forget_frames, is_device_lost
 from onward.training.environment import release_freed_memory
 
 TICK = 0.1
@@ -196,7 +197,7 @@ class Daemon:
             if not self._patient or not faults.blames_file(error):
                 raise self._in_words(error) from None
             failure = faults.Failure.of(error)
-            faults.forget_frames(error)
+            forget_frames(error)
         if failure is not None:  # its own frames are gone, and with them the model
             self.owned.look_at_config()
             row, config = self.ledger.next_owed(), self.owned.settings.current
@@ -265,15 +266,15 @@ class Daemon:
         """Wait a while after a failure of the machine or the config, to go on from the last commit; or raise it."""
         self.ledger.require_in_place()
         self._drop_worker()
-        if not self._patient or faults.is_device_lost(error):
+        if not self._patient or is_device_lost(error):
             raise self._in_words(error) from None
-        faults.forget_frames(error)
+        forget_frames(error)
         self._recovery.outlive(error)
 
     def _in_words(self, error: Exception) -> Exception:
         """Return what to raise of a failure; what it held is free then."""
         words = faults.for_person(error, self.ledger.next_owed())
-        faults.forget_frames(error)
+        forget_frames(error)
         return words
 
     def _next_bytes(self) -> int:

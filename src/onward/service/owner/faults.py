@@ -12,8 +12,6 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
 from onward.errors import DeviceLost, NoSpace, OnwardError, TrainingError, first_line
@@ -23,6 +21,7 @@ from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of_memory
 
 
 class StepFailed(Exception):
@@ -31,12 +30,14 @@ class StepFailed(Exception):
     Args:
         file_id: the file in hand.
         cause: what was raised.
+        crowded: whether other processes held much of the GPU's memory then.
     """
 
-    def __init__(self, file_id: int, cause: Exception) -> None:
+    def __init__(self, file_id: int, cause: Exception, *, crowded: bool = False) -> None:
         super().__init__(str(cause))
         self.file_id = file_id
         self.cause = cause
+        self.crowded = crowded
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
             hint=f"Nothing after the last commit was kept. onward skip {row.position} takes the file out.",
         )
     hint = "What was committed is safe. onward doctor looks for the reason; onward train tries again."
+    if is_out_of_memory(cause):
+        hint = f"What was committed is safe. {LESS_MEMORY} Then: onward train"
     return OnwardError(f"training cannot go on: {describe(cause)}", where=_place(cause), hint=hint)
 
 
@@ -98,26 +101,6 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
-    seen: set[int] = set()  # an error can be its cause's context
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
-NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the process."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
-
-
 def is_out_of_space(error: BaseException) -> bool:
     """Whether an error says that a disk is full."""
     if isinstance(error, OSError):
@@ -125,26 +108,20 @@ def is_out_of_space(error: BaseException) -> bool:
     return isinstance(error, NoSpace) or (isinstance(error, sqlite3.OperationalError) and "full" in str(error))
 
 
-def is_device_lost(error: BaseException) -> bool:
-    """Whether an error says that the GPU can no longer be used by this process."""
-    if is_out_of_memory(error):
-        return False
-    lost = getattr(torch, "AcceleratorError", None)
-    named = str(error).startswith(("CUDA error", "HIP error"))
-    return (lost is not None and isinstance(error, lost)) or (isinstance(error, RuntimeError) and named)
-
-
 def blames_file(error: BaseException) -> bool:
     """Whether an error is about the file in hand, so that the queue can go on without it.
 
     A file is to blame for what its rows cause after its first step began, the machine for everything else: its disk,
-    its ledger, its GPU, and memory that ran out while the model was loaded; the config for what it does not allow.
+    its ledger, its GPU, memory that ran out while the model was loaded, was checked or was committed, or while other
+    processes held the GPU's; the config for what it does not allow.
     """
     cause = error.cause if isinstance(error, StepFailed) else error
     if isinstance(cause, TrainingError):
         return True
     elsewhere = isinstance(cause, OnwardError | OSError | sqlite3.Error) or is_device_lost(cause)
-    return isinstance(error, StepFailed) and not elsewhere
+    if not isinstance(error, StepFailed) or elsewhere:
+        return False
+    return not (error.crowded and is_out_of_memory(cause))
 
 
 def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, config: Config) -> None:

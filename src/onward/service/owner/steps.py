@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from onward.events import StepTaken
@@ -11,8 +11,13 @@ from onward.service.owner.heartbeat import Heartbeat
 from onward.store.rows import StepRecord
 
 
-def watched(steps: Iterator[StepTaken], file_id: int, heartbeat: Heartbeat) -> Iterator[StepTaken]:
+def watched(
+    steps: Iterator[StepTaken], file_id: int, heartbeat: Heartbeat, is_crowded: Callable[[], bool]
+) -> Iterator[StepTaken]:
     """Yield steps; the heartbeat's limit holds while one is in hand, and only then.
+
+    Args:
+        is_crowded: asked when a step fails: whether other processes hold much of the GPU's memory.
 
     Raises:
         StepFailed: a step failed; it belongs to the file in hand.
@@ -26,7 +31,7 @@ def watched(steps: Iterator[StepTaken], file_id: int, heartbeat: Heartbeat) -> I
         except StopIteration:
             return
         except Exception as error:
-            raise StepFailed(file_id, error) from error
+            raise StepFailed(file_id, error, crowded=is_crowded()) from error
         finally:
             heartbeat.moved()
         seconds = result.seconds

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from onward.config import Config, stored_config
@@ -32,12 +33,12 @@ from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
+from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
 from onward.training.handover import compare, measure
 from onward.training.probe import Probe
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot
 from onward.training.trainer import Trainer
-from onward.training.world import SingleProcess
 
 LedgerMoves = Callable[[Ledger], None]
 
@@ -54,6 +55,7 @@ class Surroundings:
         goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
         hooks: called at each boundary, before it is committed.
         look: called while rows are read again; raises `Stopped` to leave the file.
+        memory: asked for the device's memory when a step fails.
     """
 
     wishes: Wishes
@@ -63,6 +65,7 @@ class Surroundings:
     goes_on: Callable[[], bool] = lambda: True
     hooks: tuple[AtBoundary, ...] = ()
     look: Callable[[], None] = lambda: None
+    memory: ReadUsage = read_usage
 
 
 class Worker:
@@ -217,17 +220,18 @@ class Worker:
 
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(
-            state, self.config, SingleProcess(session.device), session.dtype, session.pad_id,
-            by_length=session.is_by_length,
-        )  # fmt: skip
-        for result in watched(trainer.steps({plan.sha256: tokens}, plan), file_id, self.around.heartbeat):
+        trainer = Trainer(state, self.config, replace(session.execution, usage=self.around.memory))
+        trainer.economy.setting = self.around.settings.current.activation_checkpointing
+        is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
+        steps = trainer.steps({plan.sha256: tokens}, plan)
+        for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result))
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
             if state.cursor.at_boundary:
                 return
+            trainer.economy.setting = self.around.settings.current.activation_checkpointing
             if self.around.wishes:
                 yield from self._begin_commit(file_id)
                 yield from self._wait_for_commit()

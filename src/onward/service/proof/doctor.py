@@ -22,11 +22,13 @@ from onward.data.own_template import read_template
 from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
+from onward.training.device_errors import LESS_MEMORY
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
@@ -69,6 +71,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("identity", lambda: _identity(layout)),
         ("base model", lambda: _base(layout)),
         ("model", lambda: _admission(layout)),
+        ("memory", lambda: _memory(layout)),
         ("ledger", lambda: _ledger(layout)),
         ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
@@ -156,6 +159,17 @@ def _admission(layout: RunLayout) -> Iterator[Finding]:
         return
     for line in findings.lines():
         yield Finding("warning" if line.startswith(REFUSABLE) else "ok", "model", line)
+
+
+def _memory(layout: RunLayout) -> Iterator[Finding]:
+    """Say what a step takes; the model is not loaded for it: a process may be training."""
+    found = memory_in_words(layout)
+    if found is None:
+        yield Finding("ok", "memory", "what a step takes was not measured on this machine; onward init measures it")
+        return
+    words, has_room = found
+    hint = f"{LESS_MEMORY} A smaller max_length or method: qlora takes less too"
+    yield Finding("ok" if has_room else "warning", "memory", words, None if has_room else hint)
 
 
 def _ledger(layout: RunLayout) -> Iterator[Finding]:

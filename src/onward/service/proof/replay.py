@@ -23,7 +23,6 @@ from onward.training.loading import load_state
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
-from onward.training.world import SingleProcess
 
 
 def replay(layout: RunLayout, ledger: Ledger) -> str:
@@ -82,10 +81,7 @@ def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Man
     plan = make_plan(row.sha256, tokens.rows, config, row.occurrence)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
-    trainer = Trainer(
-        state, config, SingleProcess(session.device), session.dtype, session.pad_id,
-        by_length=session.is_by_length,
-    )  # fmt: skip
+    trainer = Trainer(state, config, session.execution)
     for result in trainer.steps({plan.sha256: tokens}, plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(

@@ -25,6 +25,7 @@ from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import shorten
+from onward.training.device_errors import is_of_the_device
 from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
 from onward.training.layers.varlen import kernel_name
@@ -97,9 +98,11 @@ def admit(
     found = _Found()
     try:
         _prove(proof, model, found)
-    except (OnwardError, MemoryError, torch.OutOfMemoryError):
+    except OnwardError:
         raise
     except Exception as error:  # a model may fail in ways that nobody foresaw
+        if is_of_the_device(error):
+            raise
         proof.refuse(f"the model fails on small rows: {type(error).__name__}: {first_line(error)}", NO_REMEDY)
     if not strict:
         found.left_out, found.end_to_end = (), causal_lm(model).config.model_type in PADDING_FREE
@@ -162,6 +165,8 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
     except OnwardError:
         raise
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         hint = adapter_hint(proof.spec.config, proof.spec.base, proof.spec.device, proof.spec.dtype)
         raise ModelError(
             f"the model computes no loss of a row of text: {first_line(error)}", where=proof.spec.base, hint=hint
@@ -269,6 +274,8 @@ def _try_end_to_end(
         largest = _difference(proof, model, batch, expected)
         mixed = _influence(proof, model, batch, vocabulary)
     except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
+        if is_of_the_device(error):
+            raise
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
     if not largest <= gradients.TOLERANCE[proof.spec.dtype]:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
+from onward.training.device_errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import fuse_lora
@@ -184,6 +185,8 @@ def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: An
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
             raise Unreadable.of(error, folder) from None
         if "Unrecognized configuration class" in str(error):

@@ -1,0 +1,177 @@
+"""Whether steps give the same bits: `exactness.py twice SHAPE METHOD DTYPE`, `exactness.py files|kills SHAPE`.
+
+`twice` takes 20 steps from the same weights two times in one process. `files` trains three files in one process and in
+three, and lets the run prove itself. `kills` ends a process by SIGKILL at five instants of a file and its commits, and
+lets another one go on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import emit
+from shapes import device, saved_model, text_file
+from speed import EndlessPlan, batch_of
+
+STEPS, INSTANTS = 20, 5
+LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
+"""Tokens of the rows of one batch, by shape."""
+SETTINGS = ("batch_size=4", "save_steps=3", "warmup_steps=0", "learning_rate=0.001", "lora.dropout=0.1")
+
+
+def twice(shape: str, method: str, dtype: str) -> None:
+    """Take the same steps two times and say whether weights, moments and losses are equal to the last bit."""
+    from onward.config import Config
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = saved_model(shape, Path(folder) / "base")
+        least, most = LENGTHS[shape]
+        config = Config.model_validate(
+            {
+                "model": str(base), "method": method, "dtype": dtype, "max_length": most, "learning_rate": 1e-3,
+                "lora": {"rank": 16, "dropout": 0.1}, "warmup_steps": 0,
+            }
+        )  # fmt: skip
+        outcomes = [_steps(base, config, (least, most)) for _ in range(2)]
+    first, second = outcomes
+    emit("twice", method=method, dtype=dtype, steps=STEPS, lengths=[least, most], equal=first == second,
+         losses=[first[0][0], first[0][-1]])  # fmt: skip
+
+
+def _steps(base: Path, config: Any, lengths: tuple[int, int]) -> tuple[list[float], str, str]:
+    from onward.data.tokenized import Row
+    from onward.training.environment import pick_dtype
+    from onward.training.model.load import build_model
+    from onward.training.model.spec import ModelSpec
+    from onward.training.model.treatment import Treatment
+    from onward.training.state import Cursor, TrainState
+    from onward.training.trainer import Execution, Trainer
+    from onward.training.world import SingleProcess
+
+    where = device()
+    dtype = pick_dtype(config.dtype, where)
+    model = build_model(ModelSpec(config, base, where, dtype), treatment=Treatment(end_to_end=True))
+    state = TrainState.start(model, config)
+    state.cursor = Cursor(1, "exact", 0, STEPS)
+    trainer = Trainer(state, config, Execution(SingleProcess(where), dtype))
+    losses: list[float] = []
+    for step in range(STEPS):
+        source = np.random.default_rng(step)
+        sizes = [lengths[0], lengths[1], *source.integers(*lengths, 3)]
+        rows = [Row(source.integers(3, 250, size), np.arange(size) > 0) for size in sizes]
+        losses.append(trainer.take_step(batch_of(rows), EndlessPlan()).loss)  # type: ignore[arg-type]
+    digest = state.view().digest()
+    del model, state, trainer
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return losses, digest.weights, digest.moments
+
+
+def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:
+    base = saved_model(shape, folder / "base")
+    most = min(400, LENGTHS[shape][1])
+    files = [text_file(folder / f"{n}.jsonl", 16, (5, most), seed=n) for n in range(3)]
+    return base, files
+
+
+def _made(base: Path, root: Path, output: Path) -> Path:
+    from processes import command
+
+    words = [word for setting in (*SETTINGS, "max_length=512") for word in ("--set", setting)]
+    status = command(output, "init", root, "--model", base, *words)
+    if status != 0:
+        raise RuntimeError(f"init ended with {status}: {output.read_text()[-2000:]}")
+    return root
+
+
+def _trained(root: Path, output: Path, *files: Path, expected: int = 0, **options: Any) -> None:
+    from processes import command
+
+    status = command(output, "train", *files, "--run", root, **options)
+    if status != expected:
+        raise RuntimeError(f"train ended with {status}: {output.read_text()[-2000:]}")
+
+
+def _same(one: Path, other: Path) -> bool:
+    from states import assert_same_state
+
+    try:
+        assert_same_state(one, other)
+    except AssertionError:
+        return False
+    return True
+
+
+def files(shape: str) -> None:
+    """Say whether three files in one process and in three give one state, and whether the run proves itself."""
+    from processes import command
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        output = folder / "output"
+        base, names = _material(shape, folder)
+        whole = _made(base, folder / "whole", output)
+        parts = Path(shutil.copytree(whole, folder / "parts"))
+        _trained(whole, output, *names)
+        for name in names:
+            _trained(parts, output, name)
+        emit("one process and three", equal=_same(whole, parts))
+        status = command(output, "verify", "--deep", "--run", parts)
+        said = "" if status == 0 else output.read_text()[-600:]
+        emit("verify --deep", equal=status == 0, status=status, said=said)
+
+
+def kills(shape: str) -> None:
+    """Say of each instant whether the run that was killed there and went on has the state of the undisturbed one."""
+    import signal
+
+    from faults import KILL, Fault, copy_run
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        output = folder / "output"
+        base, names = _material(shape, folder)
+        before = _made(base, folder / "before", output)
+        _trained(before, output, names[0])
+        count = folder / "count"
+        undisturbed = copy_run(before, folder / "undisturbed")
+        _trained(undisturbed, output, names[1], prepare=Fault(0, KILL, count))
+        total = len(count.read_text().splitlines())
+        for instant in range(INSTANTS):
+            at = 1 + (2 * instant + 1) * total // (2 * INSTANTS)
+            root = copy_run(before, folder / f"killed-{instant}")
+            fault = Fault(at, KILL, folder / "struck-here")
+            _trained(root, output, names[1], expected=-signal.SIGKILL, prepare=fault)
+            known = names[1].name in _names(root)
+            _trained(root, output, *(() if known else (names[1],)))
+            emit("SIGKILL", instant=f"change {at} of {total} on the disk", equal=_same(undisturbed, root))
+
+
+def _names(root: Path) -> set[str]:
+    from onward import Run
+
+    return {entry["name"] for entry in Run(root).history()}
+
+
+def main() -> None:
+    """Make one check."""
+    what, shape = sys.argv[1:3]
+    if what == "twice":
+        twice(shape, *sys.argv[3:5])
+    elif what == "files":
+        files(shape)
+    else:
+        kills(shape)
+
+
+if __name__ == "__main__":
+    from onward import startup
+
+    startup.set_environment()
+    main()

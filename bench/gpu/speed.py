@@ -1,0 +1,263 @@
+"""One side's steps on one shape, in a process of its own: `speed.py SIDE SHAPE KIND [METHOD]`.
+
+`KIND` is `packed` (rows of 2,048 tokens) or `mixed`. All sides train the same tokens: 8 rows a step, AdamW, LoRA of
+rank 16 on all linear layers unless METHOD is `full`. The first steps are not timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from record import emit
+from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
+
+WARM = 3
+BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+"""Dense bfloat16 operations a second by the vendor's data sheet; others have no share of their peak."""
+RATE = 2e-4
+
+
+def lengths_of(kind: str, shape: str) -> tuple[int, int]:
+    """Return the least and the greatest length of a row."""
+    most = LENGTH if shape != "tiny" else 64
+    return (most, most) if kind == "packed" else (max(8, most // 40), most)
+
+
+def batches(shape: str, kind: str, steps: int) -> list[list[Any]]:
+    """Return the rows of each step."""
+    rows = token_rows(steps * ROWS, lengths_of(kind, shape), int(config_of(shape).vocab_size))
+    return [rows[step * ROWS : (step + 1) * ROWS] for step in range(steps)]
+
+
+def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
+    """Return Onward's trainer of a model made in memory, as a run builds it."""
+    from pathlib import Path
+
+    from onward.config import Config
+    from onward.training.layers.attention import lay_end_to_end
+    from onward.training.layers.fused_lora import fuse_lora
+    from onward.training.model.adapter import add_adapter, train_in_float32
+    from onward.training.model.adapter_shape import new_adapter_config
+    from onward.training.state import Cursor, TrainState
+    from onward.training.trainer import Execution, Trainer
+    from onward.training.world import SingleProcess
+
+    where, longest = device(), lengths_of("packed", shape)[1]
+    dtype = dtype_of(where)
+    values = {"max_length": longest, "learning_rate": RATE, "lora": {"rank": 16, "alpha": 32, "dropout": 0.0}}
+    config = Config.model_validate({**values, "method": method, **settings})
+    model = base_model(shape, torch.float32 if method == "full" else dtype)
+    lay_end_to_end(model)
+    if method != "full":
+        model.requires_grad_(False)
+        model = add_adapter(model, new_adapter_config(config, Path(shape), model)).to(where).train()
+        train_in_float32(model)
+        fuse_lora(model)
+    state = TrainState.start(model, config)
+    state.cursor = Cursor(1, "bench", 0, 1 << 20)
+    return Trainer(state, config, Execution(SingleProcess(where), dtype))
+
+
+class EndlessPlan:
+    """A plan with as many steps as are asked for."""
+
+    steps = 1 << 20
+    sources = ("bench",)
+
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch, always the first."""
+        return 0
+
+
+def batch_of(rows: list[Any]) -> Any:
+    """Return the batch of a step."""
+    from onward.data.loader import Batch
+    from onward.data.order import RowReference
+
+    return Batch(rows, [RowReference("bench", place) for place in range(len(rows))], list(range(len(rows))))
+
+
+def onward_steps(trainer: Any, shape: str, kind: str, steps: int) -> Iterator[tuple[float, int]]:
+    """Yield the seconds and the tokens of each step, the first ones among them."""
+    plan = EndlessPlan()
+    for rows in batches(shape, kind, steps + WARM):
+        synchronize()
+        begun = time.perf_counter()
+        taken = trainer.take_step(batch_of(rows), plan)
+        synchronize()
+        yield time.perf_counter() - begun, taken.tokens
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure_onward(shape: str, kind: str, method: str, **settings: Any) -> float:
+    """Say how fast Onward's steps are, what they take, and what was estimated; returns tokens a second."""
+    trainer = onward_trainer(shape, method, **settings)
+    profile = trainer.economy.profile
+    reset_peak()
+    before = allocated()
+    records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps))[WARM:]
+    rate = say(f"onward {method}", shape, kind, records, method, **settings)
+    if torch.cuda.is_available():
+        parts = largest_parts(trainer, shape, kind)
+        estimate = max((profile.estimate(part) for part in parts), key=lambda each: each.total)
+        peak = torch.cuda.max_memory_allocated()
+        emit(
+            "memory", shape=shape, kind=kind, method=method, estimate=estimate.total, measured=peak, before=before,
+            off=abs(estimate.total / peak - 1), goal=0.15,
+        )  # fmt: skip
+    return rate
+
+
+def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
+    """Return the lengths of the rows of each part that was trained."""
+    from onward.training.parts import parts_of
+
+    steps = batches(shape, kind, SHAPES[shape].steps + WARM)
+    parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]
+    return [[len(row.ids) for row in part.rows] for part in parts]
+
+
+def measure_determinism(shape: str) -> None:
+    """Say what determinism costs a step: the same steps with it and without, in turn."""
+    from onward.config import Config
+
+    if "deterministic" not in Config.model_fields:
+        emit("determinism", not_run="this build has no key for it")
+        return
+    rates = {on: measure_onward(shape, "packed", "lora", deterministic=on) for on in (True, False)}
+    cost = 1.0 - rates[True] / rates[False]
+    emit("determinism", shape=shape, cost=cost, goal=0.10, met=cost <= 0.10)
+
+
+def measure_peer(side: str, shape: str, kind: str) -> None:
+    """Say how fast a peer's steps are: `trl` with packed, padding-free rows and its chunked loss, or `trainer`."""
+    import tempfile
+
+    from peers import peer_trainer
+
+    steps = SHAPES[shape].steps + WARM
+    rows = [row for step in batches(shape, kind, steps) for row in step]
+    with tempfile.TemporaryDirectory() as folder:
+        reset_peak()
+        trainer, settings = peer_trainer(side, base_model(shape, dtype_of(device())), rows, steps, folder)
+        records: list[tuple[float, int]] = []
+        inner = trainer.training_step
+        begun = [time.perf_counter()]
+
+        def training_step(model: Any, inputs: dict[str, Any], *rest: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            tokens = int(mask.sum()) if mask is not None else int(inputs["input_ids"].numel())
+            loss = inner(model, inputs, *rest)
+            synchronize()
+            records.append((time.perf_counter() - begun[0], tokens))
+            begun[0] = time.perf_counter()
+            return loss
+
+        trainer.training_step = training_step
+        trainer.train()
+    say(side, shape, kind, records[WARM:], "lora", settings=settings)
+
+
+def say(side: str, shape: str, kind: str, records: list[tuple[float, int]], method: str, **more: Any) -> float:
+    """Emit the figures of one side; returns tokens a second, of all timed steps together."""
+    tokens = sum(each for _, each in records)
+    seconds = sum(each for each, _ in records)
+    rate = tokens / seconds
+    parameters = parameters_of(shape)
+    peak = next((flops for name, flops in BF16_PEAK.items() if name in device_name()), None)
+    share = None if peak is None else (6 if method == "full" else 4) * parameters * rate / peak
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    emit(
+        "speed", side=side, shape=shape, kind=kind, method=method, tokens_per_second=rate, share_of_peak=share,
+        peak_memory=memory, step=statistics.median(each for each, _ in records), steps=len(records), **more,
+    )  # fmt: skip
+    return rate
+
+
+def parameters_of(shape: str) -> int:
+    """Return the number of weights of a shape, without memory for them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config_of(shape)).parameters())
+
+
+def device_name() -> str:
+    """Return the GPU's name, or that there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+def reset_peak() -> None:
+    """Forget the greatest memory so far."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated() -> int:
+    """Return the bytes of the device that tensors of this process take now."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def measure_machine() -> None:
+    """Say what the machine is and what it can do at most: a copy on the device, and a product in bfloat16."""
+    from importlib import metadata
+
+    versions: dict[str, str] = {}
+    for name in ("torch", "transformers", "peft", "accelerate", "trl", "triton", "bitsandbytes", "liger-kernel"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    size = 8192 if torch.cuda.is_available() else 256
+    where = device()
+    left, right = (torch.randn(size, size, device=where, dtype=torch.bfloat16) for _ in range(2))
+    seconds = _median_of(lambda: left @ right)
+    source = torch.empty(size * size * 16, device=where)
+    target = torch.empty_like(source)
+    copied = _median_of(lambda: target.copy_(source))
+    emit(
+        "machine", device=device_name(), versions=versions, python=sys.version.split()[0], numpy=np.__version__,
+        cuda=torch.version.cuda, product=2 * size**3 / seconds, copy=2 * source.nbytes / copied,
+    )  # fmt: skip
+
+
+def _median_of(work: Any) -> float:
+    times: list[float] = []
+    for _ in range(8):
+        synchronize()
+        begun = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times[3:])
+
+
+def main() -> None:
+    """Measure one side of one shape."""
+    side, shape, kind = [*sys.argv[1:], "", ""][:3]
+    if side == "machine":
+        measure_machine()
+    elif side == "determinism":
+        measure_determinism(shape)
+    elif side == "onward":
+        measure_onward(shape, kind, sys.argv[4] if len(sys.argv) > 4 else "lora")
+    else:
+        measure_peer(side, shape, kind)
+
+
+if __name__ == "__main__":
+    from onward import startup
+
+    startup.set_environment()
+    main()

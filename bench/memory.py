@@ -1,0 +1,73 @@
+"""What was estimated of a step's memory, against what a step takes: `memory.py METHOD ROWS LENGTH [recompute]`.
+
+The default model on a CPU, in a process of its own: the peak of resident memory over what Python and its libraries held
+before the model was loaded. The last line of the output is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import resident, tune_process
+
+STEPS = 2
+
+
+def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str, Any]:
+    """Take two steps of one part and return the bytes that were estimated and measured."""
+    tune_process()
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    from onward.config import Config
+    from onward.data.loader import Batch
+    from onward.data.order import RowReference
+    from onward.data.tokenized import Row
+    from onward.training.model.base import resolve_base
+    from onward.training.model.load import build_model
+    from onward.training.model.spec import ModelSpec
+    from onward.training.model.treatment import Treatment
+    from onward.training.state import Cursor, TrainState
+    from onward.training.trainer import Execution, Trainer
+    from onward.training.world import SingleProcess
+
+    setting = "on" if recompute else "off"
+    config = Config.model_validate({"method": method, "max_length": length, "activation_checkpointing": setting})
+    base: Path = resolve_base("smollm2-135m", report=lambda _: None)
+    before = resident()
+    device = torch.device("cpu")
+    model = build_model(ModelSpec(config, base, device, torch.float32), treatment=Treatment(end_to_end=True))
+    state = TrainState.start(model, config)
+    state.cursor = Cursor(1, "bench", 0, 1 << 20)
+    trainer = Trainer(state, config, Execution(SingleProcess(device), torch.float32))
+    estimate = trainer.economy.profile.estimate([length] * rows, recompute=recompute)
+    source = np.random.default_rng(0)
+    made = [Row(source.integers(3, 40000, length), np.arange(length) > 0) for _ in range(rows)]
+    batch = Batch(made, [RowReference("bench", place) for place in range(rows)], list(range(rows)))
+    for _ in range(STEPS):
+        trainer.take_step(batch, _Plan())  # type: ignore[arg-type]
+    measured = resident("VmHWM") - before
+    return {
+        "method": method, "rows": rows, "length": length, "recompute": recompute, "estimate": estimate.total,
+        "measured": measured, "off": estimate.total / measured - 1,
+    }  # fmt: skip
+
+
+class _Plan:
+    """A plan with as many steps as are asked for."""
+
+    steps = 1 << 20
+    sources = ("bench",)
+
+    def epoch_of(self, index: int) -> int:
+        """Return the epoch, always the first."""
+        return 0
+
+
+if __name__ == "__main__":
+    method, rows, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    print(json.dumps(measure(method, rows, length, recompute="recompute" in sys.argv[4:])))

@@ -1,0 +1,68 @@
+"""What a step of a run takes of this machine's memory, told before the first one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.config import Config
+from onward.config_text import read_config
+from onward.digest import sha256_json
+from onward.layout import RunLayout
+from onward.service.session import open_session
+from onward.service.state.own_parts import start_folder
+from onward.store.ledger import Ledger
+from onward.training.device_memory import read_usage
+from onward.training.economy import Economy
+from onward.training.environment import pick_device, pick_dtype
+from onward.training.loss import TargetLoss
+from onward.training.memory import FACT, Profile, fits, largest_part
+from onward.training.model.load import build_model
+from onward.training.state import TrainState
+
+
+def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
+    """Load the model of a run as it is trained, measure it, and keep what was found in its ledger.
+
+    Raises:
+        OnwardError: the model cannot be loaded.
+    """
+    session = open_session(layout, ledger, report=lambda _: None)
+    start = start_folder(layout, ledger, session.config)
+    model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
+    state = TrainState.start(model, session.config)
+    loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
+    profile = Economy(state, loss, session.config, session.device, read_usage).profile
+    ledger.put(**{FACT: {"key": _key(session.config), "profile": profile.to_dict()}})
+    return profile
+
+
+def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
+    """Return what was measured of a run's model on this kind of device; None where nothing was."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        kept: dict[str, Any] = ledger.get(FACT) or {}
+    return Profile.of(kept["profile"]) if kept.get("key") == _key(config) else None
+
+
+def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
+    """Say what a step takes whose rows all have full length, and whether that fits; None where nothing was measured."""
+    config = read_config(layout.config)
+    profile = kept_profile(layout, config)
+    if profile is None:
+        return None
+    part, usage = largest_part(config), read_usage(pick_device())
+    whole, again = profile.estimate(part), profile.estimate(part, recompute=True)
+    has_room = fits(whole, usage)
+    recompute = config.activation_checkpointing == "on" or (
+        config.activation_checkpointing == "auto" and not has_room and profile.recomputed is not None
+    )
+    rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
+    here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB can be had"
+    how = "layers are computed again" if recompute else "nothing is computed again"
+    return f"{again if recompute else whole}: {rows}, {how}{here}", fits(again if recompute else whole, usage)
+
+
+def _key(config: Config) -> str:
+    """Return a digest of what the measured figures depend on."""
+    device = pick_device()
+    kinds = [device.type, str(pick_dtype(config.dtype, device)), config.lora.dropout > 0.0]
+    return sha256_json([config.identity(), *kinds])

@@ -1,0 +1,67 @@
+"""What an error says of the machine that computes: its memory ran out, or its GPU is lost to this process.
+
+PyTorch has no class for most of it. A library that finds no memory (cuBLAS makes its workspace at the first product)
+raises a plain RuntimeError, whose text has the name of a status.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+
+import torch
+
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad_alloc|bad allocation"
+    r"|\w+_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory",
+    re.IGNORECASE,
+)
+"""Texts of PyTorch's allocators, of CUDA and HIP, of their libraries, of the C++ runtime and of the system."""
+
+_LOST = re.compile(
+    r"^(CUDA|HIP)( driver)? error|^cuDNN( Frontend)? error|^CUDA unknown error|CU(BLAS|SOLVER|SPARSE)_STATUS_\w+"
+    r"|CUDNN_STATUS_\w+|device-side assert|unspecified launch failure",
+    re.IGNORECASE,
+)
+
+
+LESS_MEMORY = (
+    "End what else holds the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
+    "micro_batch_tokens in the config."
+)
+"""What helps where memory ran out."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or in the process."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an error says that the GPU can no longer be used by this process; another one may use it."""
+    if is_out_of_memory(error):
+        return False
+    lost = getattr(torch, "AcceleratorError", None)
+    if lost is not None and isinstance(error, lost):
+        return True
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether an error is of the machine that computes, whatever it was computing."""
+    return is_out_of_memory(error) or is_device_lost(error)
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
+    seen: set[int] = set()  # an error can be its cause's context
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,106 @@
+"""Which parts of a step keep less for the backward pass and compute it again, so that the step fits into memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.errors import ConfigError
+from onward.training.device_memory import ReadUsage
+from onward.training.environment import deterministic
+from onward.training.layers.recompute import Recomputation
+from onward.training.loss import TargetLoss
+from onward.training.memory import USABLE, Profile, crude_bytes, profile_of
+from onward.training.seeds import fold, seeded
+from onward.training.state import TrainState
+
+PROOF_ROWS = (12, 5)
+"""Tokens of the rows on which recomputation is proven."""
+
+
+class Economy:
+    """Says of each part of a step whether its layers are computed again in the backward pass.
+
+    The answer changes no bit of a step, which is proven on the model before the first time, with dropout.
+
+    Args:
+        loss: computes the loss of a part.
+        config: says whether: always, never, or where a part would not fit otherwise.
+        usage: asked for the device's memory.
+    """
+
+    def __init__(
+        self, state: TrainState, loss: TargetLoss, config: Config, device: torch.device, usage: ReadUsage
+    ) -> None:
+        self.recomputation = Recomputation(state.model)
+        self.setting = config.activation_checkpointing
+        """The key in force; it may change between two steps."""
+        self.always = False
+        """Whether memory ran out without."""
+        self._state, self._loss, self._config = state, loss, config
+        self._device, self._usage = device, usage
+        self._profile: Profile | None = None
+
+    @property
+    def profile(self) -> Profile:
+        """What the model takes, measured when it is first asked for: between two steps."""
+        if self._profile is None:
+            with deterministic(self._device, exact=self._config.deterministic), seeded(0, self._device):
+                self._profile = profile_of(self._state, self._loss, self._config, self._device.type)
+            self._loss.forget()
+        return self._profile
+
+    def recomputes(self, part: Batch) -> bool:
+        """Whether the layers are computed again for a part; asked before anything of the step is computed.
+
+        Raises:
+            ConfigError: the config wants it and the model does not allow it.
+        """
+        if self.setting == "off":
+            return False
+        if self.setting == "on":
+            if not self._is_exact():
+                raise ConfigError(
+                    "activation_checkpointing is on, and this model computes no layer again with the same bits",
+                    where="activation_checkpointing",
+                    hint="Set activation_checkpointing: off, and a lower micro_batch_tokens where memory is short.",
+                )
+            return True
+        return (self.always or not self._fits(part)) and self._is_exact()
+
+    def may_recompute(self) -> bool:
+        """Whether a step that lacked memory may be tried again with layers computed again."""
+        return self.setting == "auto" and self._is_exact()
+
+    def _fits(self, part: Batch) -> bool:
+        lengths = [len(row.ids) for row in part.rows]
+        if self._loss.layout.padded:
+            lengths = [max(lengths)] * len(lengths)
+        usage = self._usage(self._device)
+        if usage is None or crude_bytes(self._state.model, sum(lengths)) <= usage.free // 2:
+            return True
+        return self.profile.estimate(lengths).total <= USABLE * usage.available
+
+    def _is_exact(self) -> bool:
+        return self.recomputation.is_exact(self._gradients)
+
+    def _gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients of a small part with the dropout of training; nothing is left behind."""
+        model = self._state.model
+        rows = [Row(np.arange(length) % _vocabulary(self._loss), np.arange(length) > 0) for length in PROOF_ROWS]
+        batch = Batch(rows, [RowReference("proof", place) for place in range(len(rows))], list(range(len(rows))))
+        try:
+            with deterministic(self._device), seeded(fold(0, "recomputation"), self._device):
+                self._loss(batch).backward()
+            return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        finally:
+            self._loss.forget()
+            model.zero_grad(set_to_none=True)
+
+
+def _vocabulary(loss: TargetLoss) -> int:
+    return int(loss.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]

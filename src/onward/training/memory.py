@@ -1,0 +1,223 @@
+"""What a step takes of the device's memory: measured on the model at hand, extrapolated to the parts of a step.
+
+What backward keeps of a row is counted in small forward passes. It is a polynomial in the row's length: a constant,
+a share for each token, and one for each pair of tokens where attention keeps its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.training.device_memory import Usage
+from onward.training.layers.cross_entropy import LOGITS_BYTES, TILE_BYTES
+from onward.training.layers.recompute import Recomputation
+from onward.training.model.load import causal_lm
+from onward.training.state import TrainState
+
+FACT = "memory"
+"""The fact of the ledger under which a run keeps what was measured of its model."""
+LONGEST = 48
+"""Tokens of the longest row that is measured."""
+USABLE = 0.92
+"""Share of the memory at hand that a step may take."""
+HOLES = {"cpu": 1.3}
+"""Memory of the process for each byte of activations: glibc's heap keeps holes among them (1.28 to 1.34 seen, at 512 to
+2,048 tokens of a model of 135 million weights). What CUDA's allocator calls allocated has none."""
+CRUDE = 12
+"""Bytes that a token may leave at most for each feature that goes into a linear layer or out of it."""
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Bytes of a part: a constant, bytes for each token, bytes for each pair of tokens of a row."""
+
+    constant: float
+    token: float
+    pair: float
+
+    def __call__(self, lengths: Sequence[int]) -> int:
+        """Return the bytes of rows of these lengths."""
+        return int(self.constant + sum(self.token * length + self.pair * length**2 for length in lengths))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a model takes, in bytes.
+
+    Args:
+        base: weights that are not trained, and buffers.
+        trained: weights that are.
+        moments: the optimizer's state.
+        whole: what backward keeps of the rows of a part.
+        recomputed: the same where layers are computed again; None where they cannot be.
+        layers: lists of modules that are computed one after another; one of them is computed again at a time.
+        vocabulary: logits of a token.
+        trains_head: whether the gradient of whole rows of logits is needed.
+        device: type of the device.
+    """
+
+    base: int
+    trained: int
+    moments: int
+    whole: Polynomial
+    recomputed: Polynomial | None
+    layers: int
+    vocabulary: int
+    trains_head: bool
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None) -> Self | None:
+        """Return the profile that a ledger kept; None where it kept none."""
+        if values is None:
+            return None
+        again = values["recomputed"]
+        kept: dict[str, Any] = {
+            "whole": Polynomial(**values["whole"]), "recomputed": Polynomial(**again) if again else None
+        }  # fmt: skip
+        return cls(**{**values, **kept})
+
+    def estimate(self, lengths: Sequence[int], *, recompute: bool = False) -> Estimate:
+        """Return what a step takes whose largest part has rows of these lengths."""
+        tokens, whole = sum(lengths), self.whole(lengths)
+        one_layer = whole / max(1, self.layers)
+        kept = self.recomputed(lengths) + one_layer if recompute and self.recomputed else whole
+        budget = LOGITS_BYTES if self.trains_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
+        return Estimate(
+            base=self.base,
+            trained=self.trained,
+            gradients=self.trained,
+            moments=self.moments,
+            activations=int((kept + one_layer) * HOLES.get(self.device, 1.0)),
+            logits=2 * min(budget, 4 * tokens * self.vocabulary),
+        )
+
+    def longest_part(self, room: int, length: int, *, recompute: bool = False) -> int:
+        """Return how many rows of a length fit into `room` bytes together with everything else; at least none."""
+        fits, beyond = 0, 1
+        while self.estimate([length] * beyond, recompute=recompute).total <= room and beyond < 1 << 20:
+            fits, beyond = beyond, 2 * beyond
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            enough = self.estimate([length] * middle, recompute=recompute).total <= room
+            fits, beyond = (middle, beyond) if enough else (fits, middle)
+        return fits
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step takes at its peak, in bytes, by what it is for."""
+
+    base: int
+    trained: int
+    gradients: int
+    moments: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(self).items())
+        return f"{self.total / 1e9:.2f} GB at the peak of a step ({parts})"
+
+
+def largest_part(config: Config) -> list[int]:
+    """Return the lengths of the rows of the largest part that a step can have, where all rows have full length."""
+    tokens, length = config.part_tokens, config.max_length
+    if config.gradient_accumulation != "auto":
+        return [length] * -(-config.batch_size // min(config.gradient_accumulation, config.batch_size))
+    return [length] * max(1, min(config.batch_size, tokens // length))
+
+
+def profile_of(state: TrainState, loss: Callable[[Batch], torch.Tensor], config: Config, device: str) -> Profile:
+    """Measure a model in a few forward passes over small rows; nothing of it changes.
+
+    Args:
+        loss: computes the summed loss of a part, with its graph.
+    """
+    model, recomputation = state.model, Recomputation(state.model)
+    weights = {id(weight): weight.numel() * weight.element_size() for weight in model.parameters()}
+    trained = sum(weights[id(weight)] for weight in state.parameters.values())
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    embedding = int(causal_lm(model).get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
+    head = causal_lm(model).get_output_embeddings()
+    whole = _fit(model, loss, config.max_length)
+    with recomputation.on():
+        again = _fit(model, loss, config.max_length)
+    return Profile(
+        base=sum(weights.values()) - trained + buffers,
+        trained=trained,
+        moments=state.method.bytes(state.parameters),
+        whole=whole,
+        recomputed=again if again.token < 0.9 * whole.token else None,
+        layers=max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=1),
+        vocabulary=embedding,
+        trains_head=isinstance(head, nn.Module) and any(weight.requires_grad for weight in head.parameters()),
+        device=device,
+    )
+
+
+def crude_bytes(model: nn.Module, tokens: int) -> int:
+    """Return more bytes than a part of so many tokens keeps in usual models; costs nothing."""
+    features = sum(
+        weight.shape[0] + weight.shape[1]
+        for part in model.modules()
+        if isinstance(part, nn.Linear) and (weight := part.weight).dim() == 2
+    )
+    return CRUDE * features * tokens
+
+
+def fits(estimate: Estimate, usage: Usage | None) -> bool:
+    """Whether a step fits into the memory at hand; where that is unknown, it does."""
+    return usage is None or estimate.total <= USABLE * usage.available
+
+
+def _fit(model: nn.Module, loss: Callable[[Batch], torch.Tensor], longest: int) -> Polynomial:
+    top = max(8, min(LONGEST, longest))
+    lengths = [top // 2, 3 * top // 4, top]
+    sizes = [float(_kept(model, partial_loss)) for partial_loss in ((lambda n=n: loss(_row(n))) for n in lengths)]
+    matrix = np.array([[1.0, length, length**2] for length in lengths])
+    constant, token, pair = np.linalg.solve(matrix, np.array(sizes))
+    if abs(pair) * top**2 < 0.02 * sizes[-1]:  # rounding of blocks, not scores of attention
+        (token, constant), pair = np.polyfit(lengths, sizes, 1), 0.0
+    return Polynomial(max(0.0, float(constant)), float(token), max(0.0, float(pair)))
+
+
+def _row(length: int) -> Batch:
+    targets = np.arange(length) > 0
+    return Batch([Row(np.ones(length, dtype=np.int64), targets)], [RowReference("memory", 0)], [0])
+
+
+def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Return the bytes that backward would need of a forward pass, beside weights and buffers."""
+    own = {id(each.untyped_storage()): each for each in (*model.parameters(), *model.buffers())}
+    places = {each.untyped_storage().data_ptr() for each in own.values()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in places:
+            kept.setdefault(place, tensor)  # held, so that no other tensor gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -1,0 +1,154 @@
+"""Memory that runs out at any place of a file's journey: no file is lost to a machine that is short of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import onward
+from daemons import SETTINGS, rows_file
+from states import assert_same_state
+
+from onward import Run
+from onward.errors import DeviceLost
+from onward.events import Event, Note
+from onward.service.owner import faults
+from onward.service.owner.faults import StepFailed
+from onward.service.owner.steps import watched
+from onward.training.model import load
+from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+
+NAMES = ("a.jsonl", "b.jsonl")
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+FORMS: list[Callable[[], Exception]] = [
+    lambda: torch.OutOfMemoryError("CUDA out of memory."),
+    lambda: RuntimeError(CUBLAS),
+    MemoryError,
+    lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."),
+]
+LOAD, FIRST_STEP, MIDDLE, COMMIT = "while loading", "at the first step", "in the middle of a file", "at a commit"
+
+
+class Shortage:
+    """Memory that runs out at one place of a process, a number of times.
+
+    Args:
+        error: makes what is raised.
+        times: how often it is.
+    """
+
+    def __init__(self, error: Callable[[], Exception], times: int = 1) -> None:
+        self.error = error
+        self.left = times
+
+    def strike(self) -> None:
+        """Raise, unless it was raised often enough."""
+        if self.left > 0:
+            self.left -= 1
+            raise self.error()
+
+    def at(self, place: str, patch: pytest.MonkeyPatch) -> None:
+        """Let memory run out there."""
+        if place == LOAD:
+            self._before(patch, load.AutoModelForCausalLM, "from_pretrained", lambda *_: True)
+        elif place == COMMIT:
+            self._before(patch, TrainState, "snapshot", lambda state: state.step == 2)
+        else:
+            step = 0 if place == FIRST_STEP else 1
+            self._before(patch, Trainer, "_gradients", lambda trainer, _: trainer.state.step == step)
+
+    def _before(self, patch: pytest.MonkeyPatch, owner: Any, name: str, matches: Callable[..., bool]) -> None:
+        plain = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if matches(*arguments):
+                self.strike()
+            return plain(*arguments, **options)
+
+        patch.setattr(owner, name, call)
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path) -> Run:
+    """A run with two files in its queue, of 2 steps each."""
+    made = Run.create(tmp_path / "run", str(model), later=True, **SETTINGS)
+    for name, rows in zip(NAMES, (4, 3), strict=True):
+        made.add(rows_file(tmp_path / name, rows))
+    return made
+
+
+def watch(run: Run) -> list[str]:
+    """Train all that waits as a daemon does; returns what it told."""
+    told: list[str] = []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Note):
+            told.append(event.message)
+
+    assert 0 == run.watch(once=True, observe=observe)
+    return told
+
+
+@pytest.mark.parametrize("place", [LOAD, FIRST_STEP, MIDDLE, COMMIT])
+def test_no_file_is_lost_to_lack_of_memory(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Wherever memory runs out, and in whichever form, the files are trained as if it had not.
+
+    While loading and at a commit the machine is waited for. In a step the file is tried in smaller parts.
+    """
+    form = FORMS[[LOAD, FIRST_STEP, MIDDLE, COMMIT].index(place)]
+    Shortage(form).at(place, monkeypatch)
+    told = watch(run)
+    assert {"done"} == {entry["state"] for entry in run.history()}
+    blames_file = [note.startswith("a.jsonl failed and is tried again with each step in 2 parts") for note in told]
+    assert (1 if place in (FIRST_STEP, MIDDLE) else 0) == sum(blames_file)
+    if place in (LOAD, COMMIT):
+        assert 1 == sum("tried again in 1 s (failure 1 in a row)" in note for note in told)
+        monkeypatch.undo()
+        twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+        twin.train(*(tmp_path / name for name in NAMES))
+        assert_same_state(twin.layout.root, run.layout.root)
+
+
+def test_what_is_said_of_a_lack_of_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that cannot load its model says that memory ran out and what helps; no file is named."""
+    Shortage(FORMS[1]).at(LOAD, monkeypatch)
+    outcome = onward("train", "--run", run.layout.root)
+    assert (1, True) == (outcome.status, "training cannot go on: RuntimeError: CUDA error: CUBLAS" in outcome.err)
+    assert "nvidia-smi" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert not [name for name in NAMES if name in outcome.err]
+
+
+def test_a_gpu_lost_while_loading_ends_the_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only another process can use the GPU again, so a daemon does not try: it ends with status 1, the files wait."""
+    shortage = Shortage(lambda: RuntimeError("CUDA error: an illegal memory access was encountered"), times=9)
+    shortage.at(LOAD, monkeypatch)
+    with pytest.raises(DeviceLost, match="illegal memory access") as raised:
+        run.watch(once=True)
+    assert (8, 1) == (shortage.left, raised.value.exit_status)
+    assert {"queued"} == {entry["state"] for entry in run.history()}
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_who_is_blamed_for_lack_of_memory_in_a_step(form: Callable[[], Exception], crowded: bool) -> None:
+    """The rows of the file, unless other processes hold a large part of the GPU: then it is waited for."""
+
+    class Still:
+        def expect_step(self, seconds: float) -> None: ...
+        def moved(self) -> None: ...
+
+    def steps() -> Any:
+        raise form()
+        yield
+
+    with pytest.raises(StepFailed) as raised:
+        next(watched(steps(), 1, Still(), lambda: crowded))  # type: ignore[arg-type]
+    assert (not crowded) is faults.blames_file(raised.value)
+    assert faults.blames_file(StepFailed(1, IndexError("a row"), crowded=True))

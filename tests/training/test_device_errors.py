@@ -1,0 +1,86 @@
+"""What errors say of the machine that computes: memory ran out, or the GPU is lost to this process."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+
+from onward.training.device_errors import is_device_lost, is_out_of_memory
+from onward.training.device_memory import Usage, gpu_is_crowded, read_usage
+
+GIB = 1 << 30
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
+    RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB."),
+]
+LOST = [
+    RuntimeError("CUDA error: device-side assert triggered"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("CUDA driver error: unknown error"),
+    RuntimeError("HIP error: the operation cannot be performed in the present state"),
+]
+NEITHER = [
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+    IndexError("index out of range in self"),
+    OSError(errno.ENOSPC, "No space left on device"),
+    ValueError("CUDA error"),
+    ImportError("no such kernel"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_lack_of_memory_is_known_in_all_its_forms(error: BaseException) -> None:
+    """Whichever library finds no memory, it is lack of memory and not a lost GPU."""
+    assert (True, False) == (is_out_of_memory(error), is_device_lost(error))
+
+
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_a_lost_gpu_is_known(error: BaseException) -> None:
+    """After these a process can compute nothing more on its GPU; they are no lack of memory."""
+    assert (False, True) == (is_out_of_memory(error), is_device_lost(error))
+
+
+@pytest.mark.parametrize("error", NEITHER, ids=repr)
+def test_other_errors_are_neither(error: BaseException) -> None:
+    """What rows, code or a disk cause says nothing about the device."""
+    assert (False, False) == (is_out_of_memory(error), is_device_lost(error))
+
+
+def test_a_tensor_that_no_machine_can_hold() -> None:
+    """What PyTorch raises here for a tensor beyond all memory is lack of memory."""
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("free", "own", "expected"), [(60, 20, False), (45, 20, False), (20, 40, True), (0, 60, True), (10, 0, True)]
+)
+def test_who_holds_a_gpu(free: int, own: int, expected: bool) -> None:
+    """A GPU of 80 GiB is crowded from the share on that other processes hold a quarter of it."""
+    usage = Usage(80 * GIB, free * GIB, own * GIB)
+    assert expected == usage.is_crowded
+    assert expected == gpu_is_crowded(torch.device("cuda", 0), lambda _: usage)
+    assert not gpu_is_crowded(torch.device("cpu"), lambda _: usage)
+
+
+def test_main_memory() -> None:
+    """A CPU's memory is that of the machine or of the container; this process holds some of it."""
+    usage = read_usage(torch.device("cpu"))
+    assert usage is not None
+    assert 0 < usage.own < usage.total
+    assert usage.own <= usage.available <= usage.total

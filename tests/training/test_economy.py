@@ -1,0 +1,198 @@
+"""Memory for time: layers computed again, only where a part would not fit, with the same bits always."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rows import CPU, VOCABULARY, tiny_model
+from torch import nn
+
+from onward.config import Config
+from onward.config_text import parse_config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.errors import ConfigError
+from onward.training.device_memory import Usage
+from onward.training.layers.attention import ROW_ATTENTION
+from onward.training.layers.fused_lora import fuse_lora
+from onward.training.memory import Profile, largest_part
+from onward.training.state import Cursor, TrainState
+from onward.training.trainer import Execution, Trainer
+from onward.training.world import SingleProcess
+
+LENGTHS = (9, 31, 5, 24)
+NOTHING, PLENTY = Usage(1 << 40, 0, 0), Usage(1 << 40, 1 << 40, 0)
+MODELS = [
+    ("llama", ROW_ATTENTION, "lora", 0.3),
+    ("llama", ROW_ATTENTION, "full", 0.0),
+    ("llama", "sdpa", "lora", 0.3),
+    ("gpt2", "eager", "full", 0.1),
+    ("qwen3_moe", "sdpa", "lora", 0.0),
+]
+"""Type, attention (rows end to end, or padded), method, dropout: the adapter's, or GPT-2's own."""
+
+
+class OnePlan:
+    """A plan of a file of any length, whose rows are given by hand."""
+
+    steps = 8
+    sources = ("memory",)
+
+    def epoch_of(self, index: int) -> int:
+        return index // self.steps
+
+
+def step(seed: int) -> Batch:
+    """Return the rows of a step."""
+    source = np.random.default_rng(seed)
+    rows = [Row(source.integers(3, VOCABULARY, length), np.arange(length) > 0) for length in LENGTHS]
+    return Batch(rows, [RowReference("memory", place) for place in range(len(rows))], list(range(len(rows))))
+
+
+def model_of(model_type: str, attention: str, method: str, dropout: float) -> nn.Module:
+    """Return a model in training mode; equal for equal arguments."""
+    extra = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if "moe" in model_type else {}
+    if model_type == "gpt2":
+        extra = {"n_embd": 32, "n_layer": 3, "n_head": 4, "resid_pdrop": dropout, "attn_pdrop": dropout}
+    model = tiny_model(model_type, attention, **extra)
+    if method == "full":
+        return model
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if "moe" in model_type else "all-linear"
+    adapter = LoraConfig(r=2, lora_dropout=dropout, target_modules=targets, init_lora_weights=False)
+    adapted = get_peft_model(model, adapter).train()  # type: ignore[arg-type]
+    fuse_lora(adapted)
+    return adapted
+
+
+def trainer_of(model: nn.Module, usage: Usage | None = PLENTY, **settings: Any) -> Trainer:
+    """Return a trainer at the start of a file, with parts of at most 40 tokens."""
+    config = Config.model_validate({"learning_rate": 1e-2, "micro_batch_tokens": 40, "max_length": 64, **settings})
+    state = TrainState.start(model, config)
+    state.cursor = Cursor(1, "memory", 0, OnePlan.steps)
+    return Trainer(state, config, Execution(SingleProcess(CPU), torch.float32, usage=lambda _: usage))
+
+
+def steps(trainer: Trainer, count: int = 3) -> tuple[list[tuple[float, float]], str, str]:
+    """Take steps; return losses and norms, and the digests of weights and moments."""
+    taken = [trainer.take_step(step(seed), OnePlan()) for seed in range(count)]  # type: ignore[arg-type]
+    digest = trainer.state.view().digest()
+    return [(result.loss, result.grad_norm) for result in taken], digest.weights, digest.moments
+
+
+def calls_of(trainer: Trainer) -> list[str]:
+    """Return a list that gets an entry each time that the first layer's attention or MLP computes."""
+    calls: list[str] = []
+    for name, part in trainer.state.model.named_modules():
+        if name.endswith((".0.mlp", ".0.self_attn", ".0.attn")):
+            part.register_forward_pre_hook(lambda _module, _given, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize(("model_type", "attention", "method", "dropout"), MODELS)
+def test_steps_are_the_same_bit_for_bit(model_type: str, attention: str, method: str, dropout: float) -> None:
+    """Losses, norms, weights and moments are equal with recomputation on, off, and where memory is short."""
+    outcomes: list[Any] = []
+    counts: list[int] = []
+    settings = ({"activation_checkpointing": "off"}, {"activation_checkpointing": "on"}, {})
+    for setting, usage in zip(settings, (NOTHING, PLENTY, NOTHING), strict=True):
+        trainer = trainer_of(model_of(model_type, attention, method, dropout), usage, method=method, **setting)
+        trainer.economy.recomputes(step(0))  # the proof, before anything is counted
+        calls = calls_of(trainer)
+        outcomes.append(steps(trainer))
+        counts.append(len(calls))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert counts[0] < counts[1] <= counts[2]  # measuring computes, too
+
+
+def test_parts_that_fit_are_computed_once() -> None:
+    """`auto` keeps what it computed where a part fits, and computes again only the parts that do not."""
+    trainer = trainer_of(model_of(*MODELS[0]), None)
+    assert not trainer.economy.recomputes(step(0))
+    trainer = trainer_of(model_of(*MODELS[0]), PLENTY)
+    assert not trainer.economy.recomputes(step(0))
+    long, short = [60] * 4, [9]
+    profile = trainer.economy.profile
+    between = (profile.estimate(long).total + profile.estimate(short).total) // 2
+    trainer = trainer_of(model_of(*MODELS[0]), Usage(1 << 40, 0, int(between / 0.92)))
+    row = step(0)
+    assert not trainer.economy.recomputes(row.take([0]))
+    rows = [Row(np.ones(60, dtype=np.int64), np.arange(60) > 0)] * 4
+    assert trainer.economy.recomputes(Batch(rows, row.references, row.lines))
+
+
+def test_a_step_that_lacks_memory_is_taken_again_with_less() -> None:
+    """Memory that runs out in a part makes `auto` compute layers again from then on; the state is the same to a bit."""
+    expected = steps(trainer_of(model_of(*MODELS[0])))
+    trainer = trainer_of(model_of(*MODELS[0]))
+    calls: list[int] = []
+
+    def fail(_module: nn.Module, _given: Any) -> None:
+        calls.append(trainer.state.step)
+        if calls == [0, 0, 1, 1]:  # in the second part of the second step
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.state.model.get_submodule("base_model.model.model.layers.1.mlp").register_forward_pre_hook(fail)
+    actual = steps(trainer)
+    assert trainer.economy.always
+    assert expected == actual
+
+
+def test_off_means_off() -> None:
+    """With `off` lack of memory is raised as it is: whoever trains the file cuts its steps smaller."""
+    trainer = trainer_of(model_of(*MODELS[0]), NOTHING, activation_checkpointing="off")
+    assert not trainer.economy.recomputes(step(0))
+    assert not trainer.economy.may_recompute()
+
+
+class Forgetful(nn.Module):
+    """A layer that computes something else each time."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.times = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.times += 1
+        return self.inner(x) * (1.0 + self.times / 8)
+
+
+def test_a_model_that_cannot_be_computed_again_is_refused() -> None:
+    """What a second pass would compute otherwise is proven on the model: `on` is refused, `auto` keeps everything."""
+    model: Any = model_of(*MODELS[1])
+    layer = model.model.layers[0]
+    layer.mlp = Forgetful(layer.mlp)
+    with pytest.raises(ConfigError, match="no layer again with the same bits"):
+        trainer_of(model, activation_checkpointing="on", method="full").economy.recomputes(step(0))
+    assert not trainer_of(model, NOTHING, method="full").economy.recomputes(step(0))
+
+
+def test_the_switch_can_be_written_as_yaml_reads_it() -> None:
+    """`on` and `off` without quotes are true and false to YAML, and mean what they say."""
+    assert ["on", "off", "auto"] == [
+        parse_config({"activation_checkpointing": value}).activation_checkpointing for value in (True, False, "auto")
+    ]
+
+
+def test_a_profile_survives_the_ledger() -> None:
+    """What was measured is kept as JSON values and read back; longer rows take more, recomputation takes less."""
+    profile = trainer_of(model_of("gpt2", "eager", "full", 0.1), method="full").economy.profile
+    assert profile == Profile.of(profile.to_dict())
+    assert profile.whole.pair > 0  # plain attention keeps its scores
+    sizes = [profile.estimate([length] * 2).total for length in (8, 16, 32)]
+    assert sizes == sorted(set(sizes))
+    assert profile.estimate([60], recompute=True).total < profile.estimate([60]).total
+
+
+def test_the_largest_part_of_a_step() -> None:
+    """It follows from the tokens of a part, from the rows of a step, or from the parts that the config asks for."""
+    assert [1024] * 8 == largest_part(Config())
+    assert [1024] * 4 == largest_part(Config.model_validate({"micro_batch_tokens": 4500}))
+    assert [2048] == largest_part(Config.model_validate({"micro_batch_tokens": 100, "max_length": 2048}))
+    assert [1024] * 3 == largest_part(Config.model_validate({"gradient_accumulation": 3}))
