@@ -67,24 +67,23 @@ class TargetLoss:
         self._buffers.restore()
 
     def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the logits of a batch's targets, float32 (tokens, vocabulary), with their labels, some tokens at a time.
+        """Yield logits of a batch's targets, float32 (tokens, vocabulary), and their labels, some tokens at a time.
 
         All rows must have the same angles. Gradients are what the caller makes of them.
         """
         self.forget()
-        with autocast(self.device, self.dtype):
-            if not self._takes_rows and self._head is None:
-                logits, labels = self._chosen_logits(*self._padded_inputs(batch))
-            else:
-                logits, (hidden, labels) = None, self._hidden(batch)
-        if logits is not None:
-            yield logits, labels
+        if not self._takes_rows and self._head is None:
+            with autocast(self.device, self.dtype):
+                found = self._chosen_logits(*self._padded_inputs(batch))
+            yield found
             return
+        with autocast(self.device, self.dtype):
+            hidden, labels = self._hidden(batch)
         head = self._head or Head(self._causal_lm.get_output_embeddings(), Tail())
         for part, wanted in head.chunks(hidden, labels):
             with autocast(self.device, self.dtype):
-                found = head.tail(head.module(part)).float()
-            yield found, wanted
+                logits = head.tail(head.module(part)).float()
+            yield logits, wanted
 
     def _hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the head gets for each target, shape (targets, width), and the labels."""

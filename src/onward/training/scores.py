@@ -94,7 +94,7 @@ class Meter:
             after.training = before.training
         for module in other._twin.modules():
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                module._disable_adapters = True
+                vars(module)["_disable_adapters"] = True  # `disable_adapter` would freeze weights that training shares
         other._loss = TargetLoss(other._twin, self._compute.device, self._compute.dtype, self._compute.pad_id)
         return other
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+
 from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
