@@ -50,11 +50,10 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure a kept state: on all files, the anchor and evaluation.files, or on public tasks; nothing is recorded."""
-    from onward.views.evaluate import lines_of, measure, measure_tasks
+    with startup.large_imports():
+        from onward.views.evaluate import lines_of, measure, measure_tasks
 
     layout = RunLayout(run)
-    with startup.large_imports():
-        import torch  # noqa: F401
     names = [name for text in tasks or () for name in text.split(",") if name]
     found = measure_tasks(layout, at, names, limit, say) if names else measure(layout, at, say)
     if as_json:

@@ -188,27 +188,26 @@ class Ledger(Files, Requests):
         sql = "SELECT EXISTS (SELECT 1 FROM boundary_results WHERE file_id = ? AND name = ?)"
         return bool(self.scalar(sql, file_id, name))
 
-    def results_named(self, name: str) -> list[dict[str, Any]]:
-        """Return the results of one name of all files of the stream, in its order."""
-        rows = self.query(f"SELECT r.value {OF_STREAM} AND r.name = ? ORDER BY f.position", name)
-        return [json.loads(row["value"]) for row in rows]
+    def results_before(self, position: int, name: str) -> list[dict[str, Any]]:
+        """Return the results of one name of files of the stream before a position, in its order."""
+        sql = f"SELECT r.value {OF_STREAM} AND r.name = ? AND f.position < ? ORDER BY f.position"
+        return [json.loads(row["value"]) for row in self.query(sql, name, position)]
 
-    def evaluation_cost(self) -> int:
-        """Return the tokens that measuring passed forward at all files of the stream."""
-        return int(
-            self.scalar(
-                f"SELECT coalesce(sum(json_extract(r.value, '$.cost')), 0) {OF_STREAM} AND r.name IN ('grid', 'before')"
-            )
-        )
+    def evaluation_cost(self, position: int, *, begun: bool) -> int:
+        """Return the tokens that measuring passed forward before the boundary after a position, or before its file.
 
-    def trained_tokens(self) -> int:
-        """Return the tokens of all recorded steps of files of the stream."""
-        return int(
-            self.scalar(
-                "SELECT coalesce(sum(s.tokens), 0) FROM steps s JOIN files f ON f.id = s.file_id"
-                " WHERE f.state IN ('training', 'done')"
-            )
-        )
+        Args:
+            begun: the file at the position has begun: what was measured of it before its first step counts.
+        """
+        cost = f"SELECT coalesce(sum(json_extract(r.value, '$.cost')), 0) {OF_STREAM}"
+        earlier = self.scalar(f"{cost} AND f.position < ? AND r.name IN ('grid', 'before')", position)
+        own = self.scalar(f"{cost} AND f.position = ? AND r.name = 'before'", position) if begun else 0
+        return int(earlier) + int(own)
+
+    def trained_tokens(self, position: int) -> int:
+        """Return the tokens of all recorded steps of files of the stream up to a position."""
+        steps = "SELECT coalesce(sum(s.tokens), 0) FROM steps s JOIN files f ON f.id = s.file_id"
+        return int(self.scalar(f"{steps} WHERE f.{BEGUN} AND f.position <= ?", position))
 
     def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""

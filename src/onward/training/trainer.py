@@ -15,6 +15,7 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
+from onward.training.anchor import AnchorTerm
 from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
@@ -34,12 +35,22 @@ class Trainer:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
+        anchor: what the loss gets beside that of the rows; None for nothing.
     """
 
-    def __init__(self, state: TrainState, config: Config, world: World, dtype: torch.dtype, pad_id: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        world: World,
+        dtype: torch.dtype,
+        pad_id: int,
+        anchor: AnchorTerm | None = None,
+    ) -> None:
         self.state = state
         self.config = config
         self.world = world
+        self.anchor = anchor
         self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
@@ -61,6 +72,7 @@ class Trainer:
         state, index = self.state, self.state.cursor.step
         rate = learning_rate(self.config, state.step + 1, index + 1)
         loss = self._gradients(batch)
+        divergence = self._anchor_gradients()
         self._fill()
         grad_norm = self._clip()
         self._require_finite(loss, grad_norm, batch)
@@ -83,6 +95,7 @@ class Trainer:
             grad_norm=grad_norm,
             seconds=time.perf_counter() - begun,
             replayed=replayed,
+            anchor=divergence,
         )
 
     def _gradients(self, batch: Batch) -> float:
@@ -97,6 +110,17 @@ class Trainer:
         finally:
             self.loss.forget()
         return float(total)
+
+    def _anchor_gradients(self) -> float | None:
+        """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
+        if self.anchor is None:
+            return None
+        step = self.state.step
+        try:
+            with deterministic(self.world.device), seeded(self.anchor.seed(step, self.config), self.world.device):
+                return self.anchor.add_gradients(self.loss, step, self.config)
+        finally:
+            self.loss.forget()
 
     def _fill(self) -> None:
         """Give weights that no token of the step reached (of experts) a gradient of zeros: each counts every step."""

@@ -113,10 +113,10 @@ def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) ->
         if at is None:
             manifest = snapshot(layout, folder)
         else:
-            folder = layout.boundary(find_step(ledger, at, [step_of(point) for point in layout.restore_points()]))
+            steps = [step_of(point) for point in layout.restore_points()]
+            folder = layout.boundary(find_step(ledger, at, steps, "--at"))
             if not folder.is_dir():
-                kept = ", ".join(str(step_of(point)) for point in reversed(layout.restore_points()))
-                hint = f"Boundaries are kept at steps {kept}."
+                hint = f"Boundaries are kept at steps {', '.join(map(str, reversed(steps)))}."
                 raise UsageError("that boundary is no longer kept", where="--at", hint=hint)
             found = inspect_checkpoint(folder)
             if found.verified is None:

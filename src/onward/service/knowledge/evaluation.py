@@ -14,13 +14,14 @@ from onward.config import RESIDUAL_INITS, Config, stored_config
 from onward.data.tokenize import TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
-from onward.service.knowledge.anchor import anchor_rows
+from onward.service.knowledge.anchor import anchor_rows, anchor_term
 from onward.service.knowledge.samples import Samples
 from onward.service.knowledge.table import BEFORE, GRID
 from onward.service.session import Session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.training.anchor import AnchorTerm
 from onward.training.boundary import Boundary
 from onward.training.model.load import build_model
 from onward.training.scores import Compute, Meter, parameters_of
@@ -32,6 +33,7 @@ class _Now:
     """One measurement: at which file, under which config, as how much of it is measured."""
 
     row: FileRow
+    position: int
     config: Config
     step: int
     measuring: Measuring
@@ -46,9 +48,7 @@ class Evaluation:
             is for its owner.
     """
 
-    def __init__(
-        self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None
-    ) -> None:
+    def __init__(self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None) -> None:
         self._session = session
         self._ledger = session.ledger
         self._look = look
@@ -68,7 +68,8 @@ class Evaluation:
         self, model: nn.Module, row: FileRow, config: Config, step: int, tokens: TokenizedFile | None = None
     ) -> dict[str, Any]:
         """Return what is measured at the boundary after a file: the file, the anchor, the base, others in rotation."""
-        now = self._begin(model, row, config, step, bounded=True)
+        left = self._allowance(model, config, row.place, begun=True)
+        now = self._begin(model, row, config, (row.place, step), left)
         own, measuring = self._subject(now, row, tokens), now.measuring
         if measuring.of_model(own):
             self._measure_anchor(now)
@@ -88,7 +89,7 @@ class Evaluation:
         """
         if not config.evaluation.share or place[0] < 2:  # before the first file the model is the base
             return {}
-        now = self._begin(model, row, config, place[1], bounded=True)
+        now = self._begin(model, row, config, place, self._allowance(model, config, place[0], begun=False))
         now.measuring.of_model(self._subject(now, row, tokens))
         return {BEFORE: now.measuring.result()} if now.measuring.cost else {}
 
@@ -100,10 +101,18 @@ class Evaluation:
         Args:
             row: the last file of the stream that counts.
         """
-        now = self._begin(model, row, config, step, bounded=False)
+        now = self._begin(model, row, config, (row.place, step), None)
         now.measuring.all_of_model([*self._others(now), self._subject(now, row, None)])
         self._measure_anchor(now)
         return now.measuring.result()
+
+    def anchor_term(self, model: nn.Module, config: Config) -> AnchorTerm | None:
+        """Return what the loss of a step gets of the anchor under a config; None where it has no weight.
+
+        Args:
+            model: the one in training.
+        """
+        return anchor_term(self._session, config, lambda: self._base(self._meter_of(model, config), config))
 
     def require_questions(self, config: Config) -> None:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
@@ -115,16 +124,21 @@ class Evaluation:
             for name in config.evaluation.files:
                 self._samples.of_question_file(Path(name), config, config.evaluation.rows)
 
-    def _begin(self, model: nn.Module, row: FileRow, config: Config, step: int, *, bounded: bool) -> _Now:
+    def _begin(self, model: nn.Module, row: FileRow, config: Config, place: tuple[int, int], left: int | None) -> _Now:
+        meter = self._meter_of(model, config)
+        measuring = Measuring(meter, partial(self._base, meter, config), left)
+        return _Now(row, place[0], config, place[1], measuring)
+
+    def _allowance(self, model: nn.Module, config: Config, position: int, *, begun: bool) -> int:
+        trained = self._ledger.trained_tokens(position if begun else position - 1)
+        spent = self._ledger.evaluation_cost(position, begun=begun)
+        return allowance(config.evaluation.share, trained, spent, parameters_of(model))
+
+    def _meter_of(self, model: nn.Module, config: Config) -> Meter:
         compute = self._compute(config)
         if self._meter is None or self._meter[0] is not model:
             self._meter = (model, Meter(model, compute, self.writers))
-        meter = self._meter[1].under(compute)
-        left: int | None = None
-        if bounded:
-            trained, spent = self._ledger.trained_tokens(), self._ledger.evaluation_cost()
-            left = allowance(config.evaluation.share, trained, spent, parameters_of(model))
-        return _Now(row, config, step, Measuring(meter, partial(self._base, meter, config), left))
+        return self._meter[1].under(compute)
 
     def _compute(self, config: Config) -> Compute:
         session = self._session
@@ -147,7 +161,7 @@ class Evaluation:
 
     def _measure_missing_base(self, now: _Now, others: Iterable[Subject]) -> None:
         """Measure the base on files that were measured now and on which it never was."""
-        known = {key for record in self._ledger.results_named(GRID) for key in record.get("base", {})}
+        known = {key for record in self._ledger.results_before(now.position, GRID) for key in record.get("base", {})}
         for subject in others:
             if subject.key in now.measuring.model_scores and subject.key not in known:
                 now.measuring.of_base(subject)
@@ -156,7 +170,7 @@ class Evaluation:
         """Return the earlier files of the stream, each content once, then those of `evaluation.files`."""
         found: dict[str, Subject] = {}
         for row in self._ledger.files("training", "done"):
-            if row.position is not None and row.place < (now.row.position or row.place + 1):
+            if row.position is not None and row.place < now.position:
                 found.setdefault(row.sha256, self._subject(now, row, None))
         found.pop(now.row.sha256, None)
         for name in now.config.evaluation.files:

@@ -222,7 +222,8 @@ class Worker:
         self, file_id: int, files: Mapping[str, TokenizedFile], plan: StreamPlan, metrics: Metrics
     ) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
+        anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
+        trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id, anchor)
         for result in watched(trainer.steps(files, plan), file_id, self.around.heartbeat):
             metrics.append(record_of(file_id, result), result.replayed)
             self._remember(result)

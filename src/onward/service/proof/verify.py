@@ -16,6 +16,7 @@ from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
+from onward.service.knowledge.anchor import FACT, changed_anchors
 from onward.service.knowledge.plans import plan_of
 from onward.service.proof.replay import replay
 from onward.service.state.own_parts import start_folder
@@ -84,6 +85,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
         _check("restore points", lambda: _restore_points(layout, ledger)),
         _check("originals", lambda: _originals(layout, ledger)),
         _check("base model", lambda: _base(layout, ledger)),
+        *([_check("anchor", lambda: _anchor(layout, ledger))] if ledger.get(FACT) else []),
     ]
     if deep:
         checks.append(_check("replay", lambda: replay(layout, ledger)))
@@ -232,6 +234,12 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
         _require(layout.kept(row.copy).is_file(), f"{row.copy} is missing")
         require_original(layout, row)
     return f"{len(rows)} files, SHA-256 equal"
+
+
+def _anchor(layout: RunLayout, ledger: Ledger) -> str:
+    wrong = changed_anchors(layout, ledger)
+    _require(not wrong, f"missing, or not what the base wrote: {', '.join(wrong)}")
+    return f"{', '.join(ledger.get(FACT))}, hashes equal"
 
 
 def _base(layout: RunLayout, ledger: Ledger) -> str:
