@@ -27,12 +27,13 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     from onward.data.loader import Batch
     from onward.data.order import RowReference
     from onward.data.tokenized import Row
+    from onward.training.execution import Execution
     from onward.training.model.base import resolve_base
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.model.treatment import Treatment
     from onward.training.state import Cursor, TrainState
-    from onward.training.trainer import Execution, Trainer
+    from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
 
     setting = "on" if recompute else "off"

@@ -20,7 +20,7 @@ from onward.config_text import parse_settings
 from onward.layout import RunLayout
 from onward.status import read_history, read_status
 
-SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
+SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1", "evaluation.share=0")
 """Settings that make a run of the tiny model quick."""
 UNTOUCHED = ("current_model", "boundaries", "archive", "inbox", "cache", "onward.yaml")
 """What a refusal leaves alone: all of a run but the ledger (compared by content), locks and `rejected/`."""

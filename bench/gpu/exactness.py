@@ -47,11 +47,12 @@ def twice(shape: str, method: str, dtype: str) -> None:
 def _steps(base: Path, config: Any, lengths: tuple[int, int]) -> tuple[list[float], str, str]:
     from onward.data.tokenized import Row
     from onward.training.environment import pick_dtype
+    from onward.training.execution import Execution
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.model.treatment import Treatment
     from onward.training.state import Cursor, TrainState
-    from onward.training.trainer import Execution, Trainer
+    from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
 
     where = device()

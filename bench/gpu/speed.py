@@ -41,12 +41,13 @@ def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
     from pathlib import Path
 
     from onward.config import Config
+    from onward.training.execution import Execution
     from onward.training.layers.attention import lay_end_to_end
     from onward.training.layers.fused_lora import fuse_lora
     from onward.training.model.adapter import add_adapter, train_in_float32
     from onward.training.model.adapter_shape import new_adapter_config
     from onward.training.state import Cursor, TrainState
-    from onward.training.trainer import Execution, Trainer
+    from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
 
     where, longest = device(), lengths_of("packed", shape)[1]

@@ -22,7 +22,7 @@ from onward import Run
 from onward.errors import ModelError, UsageError
 from onward.training.model.adapter_config import read_adapter
 
-SETTINGS: dict[str, Any] = {"max_length": 128}
+SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from onward.errors import UsageError
 from onward.training.foreign.folders import open_folder
 from onward.training.model.adapter_config import read_adapter
 
-SETTINGS: dict[str, Any] = {"max_length": 128}
+SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
 
 def without(folder: Path, *names: str) -> Path:

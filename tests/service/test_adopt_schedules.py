@@ -17,7 +17,7 @@ from stock import HORIZON, STEPS, Saved
 from onward import Run
 from onward.errors import ConfigError
 
-SETTINGS: dict[str, Any] = {"max_length": 128}
+SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
 
 def test_a_finished_schedule_asks_how_to_go_on(model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,13 @@ from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.loading import load_state
 from onward.training.probe import Probe
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "warmup_steps": 0, "lora": {"rank": 2}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 4,
+    "max_length": 128,
+    "warmup_steps": 0,
+    "lora": {"rank": 2},
+}
 
 
 @pytest.fixture(scope="module")

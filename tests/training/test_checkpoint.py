@@ -27,13 +27,14 @@ from onward.training.checkpoint import (
     require_space,
     write_checkpoint,
 )
+from onward.training.execution import Execution
 from onward.training.loading import load_state
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.probe import Probe, probe_batch
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
-from onward.training.trainer import Execution, Trainer
+from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
 

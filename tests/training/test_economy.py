@@ -18,11 +18,12 @@ from onward.data.order import RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
 from onward.training.device_memory import Usage
+from onward.training.execution import Execution
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.memory import Profile, largest_part
 from onward.training.state import Cursor, TrainState
-from onward.training.trainer import Execution, Trainer
+from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
 LENGTHS = (9, 31, 5, 24)

@@ -23,6 +23,7 @@ from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype
+from onward.training.execution import Execution
 from onward.training.layers.varlen import kernel_name
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
 from onward.training.model.capacity import read_capacity
@@ -30,7 +31,6 @@ from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.numerics import numerics_of
-from onward.training.trainer import Execution
 from onward.training.world import SingleProcess
 
 Report = Callable[[str], None]

@@ -20,6 +20,10 @@ from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, Ste
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 
+BEGUN = "state IN ('training', 'done')"
+OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{BEGUN}"
+"""What was measured at files of the stream."""
+
 
 def make_ledger(path: Path, **facts: Any) -> None:
     """Make a new run's ledger, with these facts of the run in it, whole or not at all."""
@@ -167,14 +171,43 @@ class Ledger(Files, Requests):
 
     def keep_boundary_results(self, file_id: int, step: int, results: Mapping[str, Any]) -> None:
         """Keep what hooks measured at the boundary after a file, by name, as JSON values."""
-        for name, value in results.items():
-            values = {"file_id": file_id, "step": step, "name": name, "value": json.dumps(value)}
-            self.insert("boundary_results", {**values, "created": self.clock()})
+        with self.transaction():
+            for name, value in results.items():
+                self.write(
+                    "INSERT OR REPLACE INTO boundary_results VALUES (?, ?, ?, ?, ?)",
+                    file_id, step, name, json.dumps(value), self.clock(),
+                )  # fmt: skip
 
     def boundary_results(self, file_id: int) -> dict[str, Any]:
         """Return what hooks measured at the boundary after a file, by name."""
         rows = self.query("SELECT name, value FROM boundary_results WHERE file_id = ? ORDER BY name", file_id)
         return {row["name"]: json.loads(row["value"]) for row in rows}
+
+    def has_result(self, file_id: int, name: str) -> bool:
+        """Whether a result of this name is kept of a file."""
+        sql = "SELECT EXISTS (SELECT 1 FROM boundary_results WHERE file_id = ? AND name = ?)"
+        return bool(self.scalar(sql, file_id, name))
+
+    def results_before(self, position: int, name: str) -> list[dict[str, Any]]:
+        """Return the results of one name of files of the stream before a position, in its order."""
+        sql = f"SELECT r.value {OF_STREAM} AND r.name = ? AND f.position < ? ORDER BY f.position"
+        return [json.loads(row["value"]) for row in self.query(sql, name, position)]
+
+    def evaluation_cost(self, position: int, *, begun: bool) -> int:
+        """Return the tokens that measuring passed forward before the boundary after a position, or before its file.
+
+        Args:
+            begun: the file at the position has begun: what was measured of it before its first step counts.
+        """
+        cost = f"SELECT coalesce(sum(json_extract(r.value, '$.cost')), 0) {OF_STREAM}"
+        earlier = self.scalar(f"{cost} AND f.position < ? AND r.name IN ('grid', 'before')", position)
+        own = self.scalar(f"{cost} AND f.position = ? AND r.name = 'before'", position) if begun else 0
+        return int(earlier) + int(own)
+
+    def trained_tokens(self, position: int) -> int:
+        """Return the tokens of all recorded steps of files of the stream up to a position."""
+        steps = "SELECT coalesce(sum(s.tokens), 0) FROM steps s JOIN files f ON f.id = s.file_id"
+        return int(self.scalar(f"{steps} WHERE f.{BEGUN} AND f.position <= ?", position))
 
     def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""
@@ -198,6 +231,11 @@ class Ledger(Files, Requests):
     def steps(self, file_id: int) -> list[StepRecord]:
         """Return the step records of a file."""
         return self.records(StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
+
+    def replayed_rows(self, file_id: int) -> list[tuple[int, str, int]]:
+        """Return the replayed rows of a file's steps in order: step, SHA-256 of their file, index in it."""
+        rows = self.query("SELECT step, sha256, row FROM replayed_rows WHERE file_id = ? ORDER BY step, place", file_id)
+        return [(int(row["step"]), str(row["sha256"]), int(row["row"])) for row in rows]
 
     def last_steps(self, file_id: int, limit: int) -> list[StepRecord]:
         """Return the newest step records of a file, newest first."""
@@ -232,6 +270,7 @@ class Ledger(Files, Requests):
         with self.transaction():
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
+                self.write("DELETE FROM replayed_rows WHERE file_id = ? AND step > ?", file_id, step)
                 self.write("DELETE FROM boundary_results WHERE file_id = ? AND step > ?", file_id, step)
             self.write(
                 "UPDATE checkpoints SET state = ? WHERE step > ? AND state = 'committed'", checkpoint_state, step

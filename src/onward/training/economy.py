@@ -94,7 +94,10 @@ class Economy:
         rows = [Row(np.arange(length) % _vocabulary(self._loss), np.arange(length) > 0) for length in PROOF_ROWS]
         batch = Batch(rows, [RowReference("proof", place) for place in range(len(rows))], list(range(len(rows))))
         try:
-            with deterministic(self._device), seeded(fold(0, "recomputation"), self._device):
+            with (
+                deterministic(self._device, exact=self._config.deterministic),
+                seeded(fold(0, "recomputation"), self._device),
+            ):
                 self._loss(batch).backward()
             return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         finally:

@@ -87,8 +87,8 @@ class Probe:
         self._with_gradient = probe_batch(seed, vocabulary, _length_with_gradient(model, device))
         self._model = model
         self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
-        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
-        self._at_once = device.type != "cpu" or bool(self._writers) or keeps_process_state(model)
+        self.writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
+        self._at_once = device.type != "cpu" or bool(self.writers) or keeps_process_state(model)
         self._twins: dict[str, tuple[list[int], TargetLoss]] = {}
 
     def of_model(self) -> Probed:
@@ -121,7 +121,7 @@ class Probe:
         """Return the loss of a twin with these weights; one is made again when they lie elsewhere than before."""
         places = [weight.data_ptr() for weight in weights.values()]
         if kind not in self._twins or self._twins[kind][0] != places:
-            twin = let_write_nothing(with_weights(self._model, weights), self._writers)
+            twin = let_write_nothing(with_weights(self._model, weights), self.writers)
             self._twins[kind] = places, self._loss(twin)
         return self._twins[kind][1]
 
@@ -143,7 +143,7 @@ class Probe:
 
     @contextlib.contextmanager
     def _repeatably(self) -> Generator[None]:
-        draws = seeded(self._seed, self._device) if self._writers else contextlib.nullcontext()
+        draws = seeded(self._seed, self._device) if self.writers else contextlib.nullcontext()
         with deterministic(self._device, exact=self._exact), draws:
             yield
 

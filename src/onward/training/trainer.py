@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,36 +15,17 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
+from onward.training.anchor import AnchorTerm
 from onward.training.device_errors import forget_frames, is_out_of_memory
-from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.economy import Economy
 from onward.training.environment import deterministic, release_freed_memory
+from onward.training.execution import Execution
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
 from onward.training.parts import Part, parts_of
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
-from onward.training.world import World
-
-
-@dataclass(frozen=True)
-class Execution:
-    """Where and how steps are computed; nothing of it is state.
-
-    Args:
-        world: the processes that train, and the device of this one.
-        dtype: compute type; below float32 the forward runs under autocast.
-        pad_id: token id that shorter rows are padded with, where rows are padded.
-        by_length: rows are computed with those of their own length only, as the model's admission found.
-        usage: asked for the device's memory.
-    """
-
-    world: World
-    dtype: torch.dtype
-    pad_id: int = 0
-    by_length: bool = False
-    usage: ReadUsage = read_usage
 
 
 class Trainer:
@@ -54,11 +35,15 @@ class Trainer:
         state: what evolves.
         config: the config in force for the file.
         execution: where and how steps are computed.
+        anchor: what the loss gets beside that of the rows; None for nothing.
     """
 
-    def __init__(self, state: TrainState, config: Config, execution: Execution) -> None:
+    def __init__(
+        self, state: TrainState, config: Config, execution: Execution, anchor: AnchorTerm | None = None
+    ) -> None:
         self.state = state
         self.config = config
+        self.anchor = anchor
         self.world = execution.world
         device = execution.world.device
         self.loss = TargetLoss(state.model, device, execution.dtype, execution.pad_id, by_length=execution.by_length)
@@ -83,6 +68,7 @@ class Trainer:
         state, index = self.state, self.state.cursor.step
         rate = learning_rate(self.config, state.step + 1, index + 1)
         loss = self._gradients(batch)
+        divergence = self._anchor_gradients()
         self._fill()
         grad_norm = self._clip()
         self._require_finite(loss, grad_norm, batch)
@@ -90,12 +76,13 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch)
+        replayed = tuple(row for row in batch.references if row.sha256 != plan.sha256)
         return StepTaken(
             step=state.step,
             step_in_file=index + 1,
             steps_in_file=plan.steps,
             epoch=plan.epoch_of(index),
-            rows=len(batch.rows),
+            rows=len(batch) - len(replayed),
             rows_digest=rows_digest(batch.references, plan.sources),
             tokens=batch.tokens,
             target_tokens=batch.target_tokens,
@@ -103,6 +90,8 @@ class Trainer:
             learning_rate=rate,
             grad_norm=grad_norm,
             seconds=time.perf_counter() - begun,
+            replayed=replayed,
+            anchor=divergence,
         )
 
     def _gradients(self, batch: Batch) -> float:
@@ -138,6 +127,18 @@ class Trainer:
         finally:
             self.loss.forget()
         return float(total)
+
+    def _anchor_gradients(self) -> float | None:
+        """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
+        if self.anchor is None:
+            return None
+        step = self.state.step
+        try:
+            exactly = deterministic(self.world.device, exact=self.config.deterministic)
+            with exactly, seeded(self.anchor.seed(step, self.config), self.world.device):
+                return self.anchor.add_gradients(self.loss, step, self.config)
+        finally:
+            self.loss.forget()
 
     def _fill(self) -> None:
         """Give weights that no token of the step reached (of experts) a gradient of zeros: each counts every step."""

@@ -7,19 +7,21 @@ account of it in the ledger, and a kill at any instant leaves both where `Settle
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from onward.config import Config, stored_config
-from onward.data.order import FilePlan, make_plan
+from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.errors import TrainingError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.knowledge.evaluation import owed_evaluation
+from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.measuring import Measuring
+from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
 from onward.service.session import Session, check_identity
@@ -31,7 +33,7 @@ from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
-from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
+from onward.training.boundary import AtBoundary, cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
 from onward.training.handover import compare, measure
@@ -91,6 +93,8 @@ class Worker:
         self._probed: Probe | None = None
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
+        self._files = OpenSources(session, around.look)
+        self._measuring = Measuring(session, around.shown, around.hooks, around.look)
         self._compute_as_asked()
 
     def train_next(self) -> Iterator[Event]:
@@ -105,11 +109,12 @@ class Worker:
                 cannot be used again.
         """
         row = self.ledger.next_owed()
-        if row is None:
+        if row is None and owed_evaluation(self.ledger) is None:
             return
         metrics = Metrics(self.session.layout.ledger)
         try:
             yield from self._begin_run()
+            self._measuring.catch_up(self.state)
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
@@ -152,8 +157,14 @@ class Worker:
         self._compute_as_asked()
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)
-        plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
+        if self.config.replay.policy == "forgotten":  # it reads what was measured at the boundary before
+            yield from self._collect(wait=True)
+        position = self.state.cursor.position + (not resumed)
+        plan = plan_of(self.ledger, row, tokens.rows, self.config, position)
         self._sources = plan.sources
+        files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
+        if not resumed:
+            self._measuring.before_file(row, self.state, self.config, tokens)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -168,9 +179,10 @@ class Worker:
             split=tokens.meta.get("split", 0),  # not counted by earlier releases
             tokens=tokens.meta["tokens"],
             lost_tokens=tokens.meta.get("lost_tokens", 0),
+            held_out=len(plan.held_out),
         )
         self.around.shown.set("training")
-        yield from self._train(row.id, tokens, plan, metrics)
+        yield from self._train(row.id, files, plan, metrics)
         return (yield from self._finish(row, plan, tokens)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: FileRow) -> Config:
@@ -194,7 +206,7 @@ class Worker:
             self.session = replace(self.session, config=self.config)
             self._facts = self._probed = None
 
-    def _begin(self, row: FileRow, plan: FilePlan) -> str:
+    def _begin(self, row: FileRow, plan: StreamPlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
         state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
@@ -212,20 +224,22 @@ class Worker:
                 self.ledger.add_event("info", change, state.step, kind="config")
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
-                planned_steps=plan.steps, rows=plan.rows,
+                planned_steps=plan.steps, rows=plan.rows, held_out=len(plan.held_out),
             )  # fmt: skip
         cross_boundary(state, config, plan, position)
         self._in_force = config
         return handover
 
-    def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
+    def _train(
+        self, file_id: int, files: Mapping[str, TokenizedFile], plan: StreamPlan, metrics: Metrics
+    ) -> Iterator[Event]:
         session, state = self.session, self.state
-        trainer = Trainer(state, self.config, replace(session.execution, usage=self.around.memory))
+        anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
+        trainer = Trainer(state, self.config, replace(session.execution, usage=self.around.memory), anchor)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
-        steps = trainer.steps({plan.sha256: tokens}, plan)
-        for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
-            metrics.append(record_of(file_id, result))
+        for result in watched(trainer.steps(files, plan), file_id, self.around.heartbeat, is_crowded):
+            metrics.append(record_of(file_id, result), result.replayed)
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
@@ -239,15 +253,14 @@ class Worker:
             if result.step % self.around.settings.current.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
+    def _finish(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
-        self._require_done(row.id, plan)
+        require_done(self.ledger, self.state, row.id, plan)
         step = self.state.step
-        results = self._at_boundary(row, plan, tokens)
+        self._measuring.at_boundary(row, self.state, self.config, plan, tokens)
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row.id, "done", finished=ledger.clock())
-            ledger.keep_boundary_results(row.id, step, results)
             ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
         end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
@@ -257,25 +270,6 @@ class Worker:
         if following is None:
             yield from self._wait_for_commit()
         return following
-
-    def _at_boundary(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> dict[str, Any]:
-        if not self.around.hooks:
-            return {}
-        self.around.shown.set("evaluating")
-        boundary = Boundary(self.state.step, row.name, self.state.model, tokens, plan, self.config)
-        results = run_hooks(self.around.hooks, boundary, self.session.device)
-        self.around.shown.set("saving")
-        return results
-
-    def _require_done(self, file_id: int, plan: FilePlan) -> None:
-        counted = self.ledger.count_trained(file_id)
-        counters = self.state.counters
-        expected = (plan.steps, plan.rows * plan.epochs)
-        if counted != expected:
-            raise _broken(f"(steps, rows) were to be {expected}, the ledger counted {counted}")
-        adam_step = self.state.view().adam_step()
-        if adam_step != counters.step - counters.adam_origin:
-            raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
@@ -298,6 +292,7 @@ class Worker:
             session = self.session
             exact = self.config.deterministic
             self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype, exact=exact)
+            self._measuring.evaluation.writers = self._probed.writers
         return self._probed
 
     def _wait_for_commit(self) -> Iterator[Event]:
@@ -344,9 +339,3 @@ class Worker:
                     "grad_norm": result.grad_norm,
                 }
             )
-
-
-def _broken(reason: str) -> TrainingError:
-    return TrainingError(
-        f"the file was not trained as planned: {reason}", hint="Nothing of it was committed as done. onward verify"
-    )

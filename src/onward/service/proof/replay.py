@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from onward.config import stored_config
-from onward.data.order import make_plan
 from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.intake.tokens import open_tokens
+from onward.service.knowledge.evaluation import Evaluation
+from onward.service.knowledge.plans import OpenSources, plan_of
+from onward.service.knowledge.table import GRID
 from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -54,7 +57,8 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
             )
         config = stored_config(start.config)
         state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
-        steps = sum(1 for _ in _train_again(session, ledger, state, target))
+        evaluation = Evaluation(session, samples=Path(scratch) / "samples")
+        steps = sum(1 for _ in _train_again(session, evaluation, state, target))
         _require_equal(state, target, Path(scratch))
     return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"
 
@@ -68,21 +72,37 @@ def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:
     raise VerificationFailed("there is no restore point before the current state", where=layout.boundaries)
 
 
-def _train_again(session: Session, ledger: Ledger, state: TrainState, target: Manifest) -> Iterator[None]:
-    for row in ledger.files("training", "done"):
+def _train_again(session: Session, evaluation: Evaluation, state: TrainState, target: Manifest) -> Iterator[None]:
+    for row in session.ledger.files("training", "done"):
         if row.place <= state.cursor.position or row.place > target.cursor.position:
             continue
-        yield from _train_file(session, ledger, state, target, row)
+        yield from _train_file(session, evaluation, state, target, row)
+        if state.cursor.at_boundary:
+            _measure_again(session.ledger, evaluation, state, row)
 
 
-def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: FileRow) -> Iterator[None]:
+def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, row: FileRow) -> None:
+    """Measure a boundary as it was measured, and compare."""
+    recorded = ledger.boundary_results(row.id).get(GRID)
+    if recorded is None:
+        return
+    measured = evaluation.of_boundary(state.model, row, stored_config(ledger.config_of(row)), state.step)[GRID]
+    if json.loads(json.dumps(measured)) != recorded:
+        raise VerificationFailed(f"measured again after {row.name}, the model scores otherwise than recorded")
+
+
+def _train_file(
+    session: Session, evaluation: Evaluation, state: TrainState, target: Manifest, row: FileRow
+) -> Iterator[None]:
+    ledger = session.ledger
     config = stored_config(ledger.config_of(row))
     tokens = open_tokens(session, row, config, lambda: None)
-    plan = make_plan(row.sha256, tokens.rows, config, row.occurrence)
+    plan = plan_of(ledger, row, tokens.rows, config, row.place)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
-    trainer = Trainer(state, config, session.execution)
-    for result in trainer.steps({plan.sha256: tokens}, plan):
+    anchor = evaluation.anchor_term(state.model, config)
+    trainer = Trainer(state, config, session.execution, anchor)
+    for result in trainer.steps(OpenSources(session, lambda: None).of_plan(plan, tokens), plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
                 f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"

@@ -1,0 +1,123 @@
+"""The anchor: texts that the base wrote once for this run, stored and hashed; no data from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from onward.atomic import replace_file
+from onward.config import Config
+from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
+from onward.digest import xxh3_file
+from onward.errors import DamagedState
+from onward.layout import RunLayout
+from onward.service.session import Session
+from onward.store.ledger import Ledger
+from onward.training.anchor import TOP, AnchorTerm, top_of
+from onward.training.scores import Meter
+
+FACT = "anchor"
+"""Fact of the ledger: the hash of the texts by their count and length, and of the base's distributions on them."""
+TOP_MARK = f"-top{TOP}"
+
+
+def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> list[Row]:
+    """Return the anchor texts of a run as rows whose tokens but the first are all targets; written now if they are not.
+
+    Args:
+        base: makes what measures the base; called where the texts have to be written.
+
+    Raises:
+        DamagedState: they were written before, are gone or damaged, and written again they are others.
+    """
+    if not config.anchor.rows:
+        return []
+    name = f"{config.anchor.rows}x{config.anchor.tokens}"
+    folder = session.layout.anchor / name
+    known: dict[str, str] = session.ledger.get(FACT, {})
+    texts = TokenizedFile.open(folder) if folder.is_dir() else None
+    if texts is None:
+        ids = base().write((config.anchor.rows, config.anchor.tokens), _first_token(session))
+        _keep(folder, ids)
+        texts = TokenizedFile.open(folder)
+    digest: str = texts.meta["files"]["tokens.bin"]["xxh3"]
+    if known.get(name, digest) != digest:
+        raise _changed(folder)
+    if name not in known:
+        session.ledger.put(**{FACT: {**known, name: digest}})
+    return [texts.row(place) for place in range(texts.rows)]
+
+
+def changed_anchors(layout: RunLayout, ledger: Ledger) -> list[str]:
+    """Return the names of what the base wrote for a run that is missing now, or is not what was written."""
+    known: dict[str, str] = ledger.get(FACT, {})
+    wrong: list[str] = []
+    for name, digest in known.items():
+        path = layout.anchor / (f"{name}.safetensors" if name.endswith(TOP_MARK) else f"{name}/tokens.bin")
+        if not path.is_file() or xxh3_file(path) != digest:
+            wrong.append(str(path.relative_to(layout.root)))
+    return wrong
+
+
+def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> AnchorTerm | None:
+    """Return what the loss gets of the anchor under a config; None where it has no weight.
+
+    Args:
+        base: makes what measures the base; called where texts or distributions have to be made.
+
+    Raises:
+        DamagedState: what was made before is gone or damaged, and made again it is another.
+    """
+    if not (config.anchor.weight and config.anchor.rows):
+        return None
+    texts = anchor_rows(session, config, base)
+    name = f"{config.anchor.rows}x{config.anchor.tokens}{TOP_MARK}"
+    path = session.layout.anchor / f"{name}.safetensors"
+    if not path.is_file():
+        replace_file(path, save(_distributions(texts, base())))
+    known: dict[str, str] = session.ledger.get(FACT, {})
+    digest = xxh3_file(path)
+    if known.get(name, digest) != digest:
+        raise _changed(path)
+    if name not in known:
+        session.ledger.put(**{FACT: {**known, name: digest}})
+    kept = load(path.read_bytes())
+    return AnchorTerm(texts, kept["ids"].long(), kept["logs"], config.anchor.weight)
+
+
+def _distributions(texts: list[Row], base: Meter) -> dict[str, torch.Tensor]:
+    ids: list[torch.Tensor] = []
+    logs: list[torch.Tensor] = []
+    for text in texts:
+        found = [top_of(logits) for batch in base.batches([text]) for logits, _ in base.logits(batch)]
+        ids.append(torch.cat([each[0] for each in found]).int().cpu())
+        logs.append(torch.cat([each[1] for each in found]).cpu())
+    return {"ids": torch.stack(ids), "logs": torch.stack(logs)}
+
+
+def _changed(where: Path) -> DamagedState:
+    hint = f"Put {where.name} back from a copy, or set other anchor.rows in the config: they are written anew."
+    return DamagedState("the anchor is not the one that the base wrote for this run", where=where, hint=hint)
+
+
+def _first_token(session: Session) -> int:
+    """The token that a text begins with: the tokenizer's beginning, else its end, between two texts."""
+    tokenizer: Any = session.tokenizer
+    found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return next((token for token in found if isinstance(token, int)), session.pad_id)
+
+
+def _keep(folder: Path, ids: list[list[int]]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writer = TokenizedWriter(folder)
+    try:
+        targets = np.arange(len(ids[0])) > 0
+        writer.append([pack(np.array(text, dtype=np.int64), targets) for text in ids], list(range(len(ids))))
+        writer.publish({"written_by": "the base"})
+    finally:
+        writer.discard()

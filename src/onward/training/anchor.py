@@ -1,0 +1,99 @@
+"""The anchor in the loss: the KL divergence from the base on texts that the base wrote, a few of them in each step.
+
+The base's distribution is kept as its most probable tokens and what is left of it, so that the base itself need not be
+in memory. Learning Without Forgetting (Li and Hoiem, 2016) holds a model to its earlier answers in the same way; that
+text of the model itself serves better than raw text of the web: arXiv:2605.26097.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.permutation import Permutation
+from onward.data.tokenized import Row
+from onward.training.loss import TargetLoss
+from onward.training.parts import parts_of
+from onward.training.seeds import fold
+
+TOP = 64
+"""Tokens of the base's distribution that are kept, the most probable ones."""
+ROWS_PER_TEXT = 8
+"""Rows of a step for which one anchor text comes on top; one at least."""
+
+
+@dataclass(frozen=True)
+class AnchorTerm:
+    """What the loss of a step gets beside that of its rows: weight times the divergence, mean over tokens.
+
+    Args:
+        texts: tokens of the texts, all of one length, all but the first of each being targets.
+        ids: the base's most probable tokens at each target, int64, shape (texts, targets, top).
+        logs: their log-probabilities, float32, the same shape.
+        weight: what the divergence is multiplied by.
+    """
+
+    texts: Sequence[Row]
+    ids: torch.Tensor
+    logs: torch.Tensor
+    weight: float
+
+    def chosen(self, step: int, config: Config) -> list[int]:
+        """Return the texts of the step after `step`: a function of seed and step; each comes once before one twice."""
+        count = max(1, config.batch_size // ROWS_PER_TEXT)
+        found: list[int] = []
+        for number in range(step * count, (step + 1) * count):
+            turn, place = divmod(number, len(self.texts))
+            found.append(Permutation(len(self.texts), f"onward anchor 1:{config.seed}:{turn}".encode())[place])
+        return found
+
+    def seed(self, step: int, config: Config) -> int:
+        """Return the seed of the dropout of the step after `step`."""
+        return fold(config.seed, "step", step, "anchor")
+
+    def add_gradients(self, loss: TargetLoss, step: int, config: Config) -> float:
+        """Add the gradients of the term for the step after `step`; returns the divergence, nats per token."""
+        places = self.chosen(step, config)
+        batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
+        at_once = config.model_copy(update={"gradient_accumulation": "auto"})
+        total, targets = 0.0, batch.target_tokens
+        for part in parts_of(batch, at_once, step, loss.layout):
+            own = part.batch.lines
+            ids, logs = (kept[own].flatten(0, 1).to(loss.device) for kept in (self.ids, self.logs))
+            first = 0
+            parts: list[torch.Tensor] = []
+            for logits, labels in loss.logits(part.batch):
+                there = slice(first, first + len(labels))
+                parts.append(top_divergences(ids[there], logs[there], logits).sum())
+                first += len(labels)
+            divergence = torch.stack(parts).sum() / targets
+            (self.weight * divergence).backward()
+            total += float(divergence.detach())
+        return total
+
+
+def top_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the most probable tokens and their log-probabilities, shape (tokens, top), of (tokens, vocabulary)."""
+    found = functional.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1] - 1), -1)
+    return found.indices, found.values
+
+
+def top_divergences(ids: torch.Tensor, logs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return KL(base || model) in nats for each token, all tokens that are not among the kept ones counted as one.
+
+    That is at most the divergence over all tokens.
+
+    Args:
+        ids: kept tokens of the base, shape (tokens, top).
+        logs: their log-probabilities.
+        logits: of the model, shape (tokens, vocabulary).
+    """
+    here = functional.log_softmax(logits, -1).gather(-1, ids)
+    rest_there, rest_here = (torch.log1p(-each.exp().sum(-1).clamp(max=1 - 1e-6)) for each in (logs, here))
+    return (logs.exp() * (logs - here)).sum(-1) + rest_there.exp() * (rest_there - rest_here)

@@ -1,0 +1,280 @@
+"""Holdouts, replay, the grid and the anchor in whole runs: one process or many, stopped, killed, taken back."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import tiny
+import torch
+from commands import onward
+from peft import PeftModel
+from states import assert_same_state
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from onward import Run
+from onward.atomic import remove_tree
+from onward.data.tokenized import TokenizedFile
+from onward.errors import ConfigError
+from onward.events import Event, StepTaken
+from onward.service.wishes import Wishes
+from onward.status import read_status
+from onward.store.ledger import Ledger
+from onward.views.grid import read_grid
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "holdout": 0.2, "lora": {"rank": 2, "dropout": 0.1},
+    "replay": {"share": 0.3, "policy": "forgotten"}, "anchor": {"rows": 4, "tokens": 8, "weight": 0.1},
+}  # fmt: skip
+ROWS = (11, 6, 9)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three files."""
+    folder = tmp_path_factory.mktemp("files")
+    return [
+        tiny.write_jsonl(folder / f"{name}.jsonl", tiny.chat_rows(rows, seed=rows))
+        for name, rows in zip("abc", ROWS, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, files: list[Path]) -> Run:
+    """A run of all three files in one process; every test must leave it as it is."""
+    run = Run.create(tmp_path_factory.mktemp("whole") / "run", str(model), **SETTINGS)
+    run.train(*files)
+    return run
+
+
+def test_rows_are_counted_apart(whole: Run) -> None:
+    """History and proof count trained, held-out and replayed rows apart; trained again, scores are equal too."""
+    counts = [(entry["rows"], entry["rows_trained"], entry["rows_held_out"]) for entry in whole.history()]
+    assert [(11, 9, 2), (6, 5, 1), (9, 8, 1)] == counts
+    assert [0, 1, 2] == [entry["rows_replayed"] for entry in whole.history()]
+    proof = whole.verify(deep=True)
+    assert [] == [check for check in proof.checks if not check.ok]
+    rows = next(check.detail for check in proof.checks if check.name == "rows")
+    assert ["22 rows trained", "4 held out", "3 rows replayed"] == re.findall(
+        r"22 rows \w+|4 held out|3 rows \w+", rows
+    )
+
+
+def test_the_proof_recomputes_what_was_replayed(whole: Run) -> None:
+    """A replayed row that was recorded otherwise than its choice says fails the proof, by file."""
+    with Ledger(whole.layout.ledger) as ledger:
+        (step, sha256, row) = ledger.replayed_rows(ledger.files("done")[1].id)[0]
+        assert ledger.files("done")[0].sha256 == sha256
+        ledger.write("UPDATE replayed_rows SET row = row + 1 WHERE step = ?", step)
+        failed = [check.detail for check in whole.verify().checks if not check.ok]
+        ledger.write("UPDATE replayed_rows SET row = ? WHERE step = ?", row, step)
+    assert ["file 2 (b.jsonl): the rows recorded as replayed are not those that its choice says"] == failed
+
+
+def test_several_processes_are_one(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """Stopped at each step, in a process for each file, killed while it measures: states and grid are equal."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    wishes = Wishes()
+    run.train(files[0], stop=wishes, observe=stopping(wishes, at=2))
+    run.train()
+    assert -signal.SIGKILL == processes.apart(train_until_measured, run.layout.root, files[1])
+    assert "evaluating" == read_ledger_state(run)
+    run.train()
+    for folder in (*run.layout.tokens.iterdir(), *run.layout.samples.iterdir()):
+        remove_tree(folder)  # replayed rows are read again from the archive, and those that are measured
+    assert 0 == processes.train(run.layout.root, files[2:])
+    assert_same_state(whole.layout.root, run.layout.root)
+    assert read_grid(whole.layout) == read_grid(run.layout)
+
+
+def test_a_stop_comes_before_the_measurement(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A stop asked for at a boundary is honoured at once; the next process measures what is owed."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    wishes = Wishes()
+    run.train(*files, stop=wishes, observe=stopping(wishes, at=3))
+    assert (3, [0, 1], None) == (run.status()["global_step"], read_grid(run.layout)["after"], value_at(run, 1, 0))
+    run.train()
+    assert_same_state(whole.layout.root, run.layout.root)
+    assert read_grid(whole.layout) == read_grid(run.layout)
+    wishes = Wishes()
+    run.train(files[0], again=True, stop=wishes, observe=stopping(wishes, at=whole.status()["global_step"] + 3))
+    assert value_at(run, 4, 0) is None
+    run.train()  # nothing waits but the measurement
+    assert value_at(run, 4, 0) is not None
+    assert run.verify().ok
+
+
+def test_going_back_and_leaving_out(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """Rolled back and trained again, rebuilt without a file that was replayed: as a run that never knew it."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run.train(*files)
+    run.rollback("a.jsonl", requeue=True)
+    assert [0, 1] == read_grid(run.layout)["after"]
+    run.train()
+    assert_same_state(whole.layout.root, run.layout.root)
+    assert read_grid(whole.layout) == read_grid(run.layout)
+    run.rebuild("a.jsonl")
+    never = Run.create(tmp_path / "never", str(model), **SETTINGS)
+    never.train(*files[1:])
+    assert_same_state(never.layout.root, run.layout.root)
+    assert read_grid(never.layout) == read_grid(run.layout)
+    assert run.verify(deep=True).ok
+
+
+def test_measuring_changes_no_bit(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """The same run without evaluation has the same states."""
+    settings = {**SETTINGS, "replay": {"share": 0.3}, "anchor": {"rows": 4, "tokens": 8}}
+    runs = [
+        Run.create(tmp_path / str(share), str(model), **settings, evaluation={"share": share}) for share in (0, 0.05)
+    ]
+    for run in runs:
+        run.train(*files[:2])
+    assert_same_state(*(run.layout.root for run in runs))
+    assert [[0, 1, 2], [None] * 3] == [read_grid(runs[0].layout)["after"], read_grid(runs[0].layout)["anchor"]]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_grid_is_what_plain_transformers_computes(
+    method: str, model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """From restore points, with rows and texts as they are stored: loss, accuracy and divergence from the base."""
+    settings = {**SETTINGS, "method": method, "replay": {"share": 0.3}}
+    run = Run.create(tmp_path / "run", str(model), **settings)
+    run.train(*files[:2])
+    grid = read_grid(run.layout)
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    stored = list((run.layout.cache / "samples").iterdir())
+    for column, file in enumerate(grid["files"]):
+        sample = TokenizedFile.open(next(path for path in stored if f"{file['sha256']}" in meta_of(path)))
+        loss, accuracy = plain_score(base, sample)
+        assert (loss, accuracy) == pytest.approx((grid["loss"][0][column], grid["accuracy"][0][column]), rel=1e-5)
+        for row, point in enumerate(reversed(run.layout.restore_points()[:-1]), start=1):
+            if grid["loss"][row][column] is not None:
+                loss, accuracy = plain_score(plain_model(point, model, method), sample)
+                measured = grid["loss"][row][column], grid["accuracy"][row][column]
+                assert (loss, accuracy) == pytest.approx(measured, rel=1e-5)
+    texts = TokenizedFile.open(run.layout.anchor / "4x8")
+    last = plain_model(run.layout.restore_points()[0], model, method)
+    assert plain_divergence(base, last, texts) == pytest.approx(grid["anchor"][2], rel=1e-3)
+    assert 0.0 == grid["anchor"][0]
+
+
+def test_questions_of_a_user(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """Files of `evaluation.files` are columns and never trained; a missing one is refused before the first step."""
+    settings = {**SETTINGS, "evaluation": {"share": 0.05, "files": ["general.jsonl"]}, "anchor": {"rows": 0}}
+    run = Run.create(tmp_path / "run", str(model), **settings)
+    with pytest.raises(ConfigError, match="a file to measure on cannot be read"):
+        run.train(files[0])
+    assert 0 == run.status()["global_step"]
+    tiny.write_jsonl(run.layout.root / "general.jsonl", tiny.chat_rows(3, seed=99))
+    run.train()
+    grid = onward("grid", "--run", run.layout.root, "--json").json
+    assert [(1, "a.jsonl"), (None, "general.jsonl")] == [(file["position"], file["name"]) for file in grid["files"]]
+    assert [None, None] == grid["anchor"]
+    assert all(value is not None for row in grid["loss"] for value in row)
+    assert 9 == sum(entry["rows_trained"] for entry in run.history())
+    seen = onward("evaluate", "--run", run.layout.root, "--at", "a.jsonl", "--json").json
+    assert [grid["loss"][1][0], grid["loss"][1][1]] == [file["loss"] for file in sorted_by(grid, seen["files"])]
+    drawn = onward("grid", "--run", run.layout.root, "--svg", tmp_path / "grid.svg", "--csv")
+    assert (0, 3) == (drawn.status, len(drawn.out.splitlines()))
+    assert (tmp_path / "grid.svg").read_text().startswith("<svg")
+
+
+def test_what_does_not_fit_is_blank(whole: Run) -> None:
+    """The allowance grows with training and falls with measuring, and decides by counted tokens alone."""
+    from onward.hooks.evaluation import allowance
+
+    assert 500 == allowance(0.05, 0, 10**9, 10**8)  # what is free whatever was spent
+    assert 15_000 - 4_000 == allowance(0.05, 100_000, 4_000, 10**8)
+    with Ledger(whole.layout.ledger, read_only=True) as ledger:
+        assert ledger.evaluation_cost(2, begun=False) == ledger.results_before(2, "grid")[0]["cost"]
+
+
+def stopping(wishes: Wishes, at: int) -> Any:
+    """Ask for a stop when a step was taken."""
+
+    def observe(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.step == at:
+            wishes.ask("a test")
+
+    return observe
+
+
+class Killing(Wishes):
+    """Kills its process while the run is being measured, between two forward passes."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self._run = Run(run)
+
+    def check(self) -> None:
+        """Called between two forward passes and wherever work may be left."""
+        if read_status(self._run.layout)["state"] == "evaluating" and self._run.status()["file_step"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().check()
+
+
+def train_until_measured(run: Path, file: Path) -> None:
+    """Train a file until its boundary is being measured."""
+    torch.set_num_threads(1)
+    Run(run).train(file, stop=Killing(run))
+
+
+def read_ledger_state(run: Run) -> str:
+    """The state that the process showed last."""
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        return str(ledger.get("state"))
+
+
+def value_at(run: Run, row: int, column: int) -> float | None:
+    """A loss of the grid."""
+    return read_grid(run.layout)["loss"][row][column]
+
+
+def sorted_by(grid: dict[str, Any], files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return files in the order of the grid's columns."""
+    order = [file["sha256"] for file in grid["files"]]
+    return sorted(files, key=lambda file: order.index(file["sha256"]))
+
+
+def meta_of(folder: Path) -> str:
+    """Return the text of a tokenized file's meta.json."""
+    return (folder / "meta.json").read_text()
+
+
+def plain_model(point: Path, base: Path, method: str) -> Any:
+    """Load a restore point as anyone would."""
+    if method == "full":
+        return AutoModelForCausalLM.from_pretrained(point).eval()
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), point).eval()
+
+
+def target_logits(model: Any, ids: Any, targets: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits (targets, vocabulary), float64, and labels of the targets of one row."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0].double()
+    wanted = torch.from_numpy(targets)[1:]
+    return logits[:-1][wanted], torch.from_numpy(ids)[1:][wanted]
+
+
+def plain_score(model: Any, sample: TokenizedFile) -> tuple[float, float]:
+    """Mean loss and accuracy over the target tokens of all rows."""
+    found = [target_logits(model, row.ids, row.targets) for row in map(sample.row, range(sample.rows))]
+    logits, labels = (torch.cat(each) for each in zip(*found, strict=True))
+    return float(functional.cross_entropy(logits, labels)), float((logits.argmax(-1) == labels).double().mean())
+
+
+def plain_divergence(base: Any, model: Any, texts: TokenizedFile) -> float:
+    """KL(base || model) per token."""
+    rows = [texts.row(place) for place in range(texts.rows)]
+    there, here = (
+        torch.cat([target_logits(each, row.ids, row.targets)[0] for row in rows]).log_softmax(-1)
+        for each in (base, model)
+    )
+    return float(functional.kl_div(here, there, log_target=True, reduction="none").sum(-1).mean())

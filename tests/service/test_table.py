@@ -1,0 +1,79 @@
+"""The figures under the grid, on tables made by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.service.knowledge.table import Column, Table
+from onward.views.grid import grid_csv, grid_lines, grid_svg
+
+
+def score(loss: float, rows: tuple[int, ...] = (1, 2), *, trained: bool = False) -> dict[str, Any]:
+    """What was measured of one file."""
+    return {"loss": loss, "accuracy": loss / 10, "tokens": 5, "rows": list(rows), "trained": trained}
+
+
+A, B, C = (Column(key, place, f"{key}.jsonl") for place, key in enumerate("abc", start=1))
+TABLE = Table(
+    [A, B, C, Column("q", None, "q.jsonl")],
+    [0, 1, 2, 3],
+    [
+        {"a": score(4.0), "b": score(5.0), "c": score(6.0)},
+        {"a": score(2.0), "b": score(4.5)},
+        {"a": score(1.5), "b": score(3.0), "c": score(5.0), "q": score(9.0)},
+        {"a": score(2.5), "c": score(1.0, trained=True), "q": score(8.0)},
+    ],
+    [0.0, 0.1, None, 0.3],
+)
+
+
+def test_the_figures_are_those_of_their_formulas() -> None:
+    """Average, forgetting, backward and forward transfer are those that docs/knowledge.md defines; blanks stay out."""
+    found = TABLE.to_dict()
+    assert (2.5 + 1.0) / 2 == found["average"]
+    assert {"mean": 1.0, "worst": 1.0, "file": 1, "by_file": {"1": 1.0}} == found["forgetting"]
+    assert 2.0 - 2.5 == found["backward_transfer"]
+    assert ((4.5 - 5.0) + (5.0 - 6.0)) / 2 == found["transfer"]
+    assert [[4.0, 5.0, 6.0, None], [2.0, 4.5, None, None], [1.5, 3.0, 5.0, 9.0], [2.5, None, 1.0, 8.0]] == found["loss"]
+    assert 0.25 == found["accuracy"][3][0]
+    assert [1, 2, 3, None] == [file["position"] for file in found["files"]]
+    assert [0, 1, 2, 3] == found["after"]
+    assert [0.0, 0.1, None, 0.3] == found["anchor"]
+
+
+def test_other_rows_are_not_compared() -> None:
+    """A loss on other rows of a file says nothing about forgetting; nothing measured, nothing is invented."""
+    rows = [{}, {"a": score(2.0, (1,))}, {"a": score(9.0, (1, 2)), "b": score(1.0)}]
+    table = Table([A, B], [0, 1, 2], rows, [None] * 3)
+    assert {1: 0.0} == table.forgotten()
+    assert table.backward is None
+    assert table.transfer is None
+    empty = Table([], [0], [{}], [None]).to_dict()
+    assert (None, None, {"mean": None, "worst": None, "file": None, "by_file": {}}) == (
+        empty["average"], empty["transfer"], empty["forgetting"],
+    )  # fmt: skip
+
+
+def test_what_was_forgotten_most() -> None:
+    """Relative forgetting by content: the newest loss by the best one since the file was trained."""
+    assert {"a": 2.5 / 1.5 - 1.0, "b": 0.0, "c": 0.0} == TABLE.forgotten_share()
+
+
+def test_the_grid_as_text_csv_and_picture() -> None:
+    """What was not measured is blank in each; rows that were trained are marked; names are shown as text."""
+    grid = TABLE.to_dict()
+    grid["files"][0]["name"] = "<a>\x1b[31m&.jsonl"
+    lines = grid_lines(grid)
+    assert (["loss", "after"], "c.jsonl*", "anchor") == (
+        lines[0].split()[:2],
+        lines[0].split()[7],
+        lines[0].split()[-1],
+    )
+    assert ["3", "c.jsonl", "2.5000", "-", "1.0000", "8.0000", "0.3000"] == lines[4].split()
+    assert "forgetting         1.0000 mean, worst 1.0000 (file 1, " in "\n".join(lines)
+    assert "\x1b" not in "\n".join(lines)
+    table = grid_csv(grid).splitlines()
+    assert ["3", "2.5", "", "1.0", "8.0", "0.3"] == table[4].split(",")
+    picture = grid_svg(grid)
+    assert (True, False, False) == ("&lt;a&gt;" in picture, "<a>" in picture, "\x1b" in picture)
+    assert 4 * 5 == picture.count("<rect") - 1
