@@ -19,6 +19,7 @@ from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
+torch.set_num_threads(1)  # threads of a pool would not outlive a fork, and whoever waits for one would hang
 for name in (
     "peft.utils.transformers_weight_conversion",
     "transformers.training_args",
