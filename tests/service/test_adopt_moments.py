@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import stock
+import tiny
 import torch
 from stock import STEPS, Saved
 from torch.distributed import checkpoint as sharded
@@ -248,3 +249,23 @@ def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkp
         Run.adopt(checkpoint, tmp_path / "run", str(model))
     run = Run.adopt(checkpoint, tmp_path / "run", str(model), settings={"learning_rate": 1e-4, "schedule": "constant"})
     assert (1e-4, STEPS) == (run.config.learning_rate, run.status()["global_step"])
+
+
+def test_a_frozen_part_stays_frozen_where_train_names_the_rest(tmp_path: Path) -> None:
+    """The refusal names the key with which weights and moments of a partly frozen model go on bit for bit."""
+    model = tiny.save_tiny_model(tmp_path / "model", layers=2)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    whole.get_submodule("model.layers.0").requires_grad_(False)
+    trainer = stock.trainer(
+        whole, tmp_path / "stock", processing_class=tiny.byte_tokenizer(), max_steps=2, weight_decay=0.1,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    with pytest.raises(OnwardError, match="a part of the weights was frozen") as caught:
+        Run.adopt(tmp_path / "stock" / "checkpoint-2", tmp_path / "refused")
+    assert "--set 'train=[REGEX, ...]'" in str(caught.value.hint)
+    settings = {"train": ["layers.1.", "model.norm", "embed_tokens"]}
+    Run.adopt(tmp_path / "stock" / "checkpoint-2", tmp_path / "run", settings=settings)
+    state = stock.open_state(tmp_path / "run")
+    stock.assert_equal(stock.trained(whole), stock.trained(state.model))
+    stock.assert_equal(stock.moments(whole, trainer.optimizer), stock.moments(state.model, state.optimizer))

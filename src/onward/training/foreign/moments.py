@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from onward.errors import DamagedState, UsageError, first_line
@@ -27,6 +28,7 @@ Key = int | str
 Entry = dict[str, Any]
 _WRAPPED = "__bnb_optimizer_quant_state__"
 """Where bitsandbytes since 0.49 puts its tensors."""
+_TRAIN = "To go on exactly, say which weights were trained: --set 'train=[REGEX, ...]', found in their names."
 _RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 _SIGNS = ("amsgrad", "correct_bias", "bias_correction", "t_alpha")
 """Settings that only Adams have: PyTorch's, transformers', apex', bitsandbytes'. RAdam keeps the same tensors."""
@@ -225,9 +227,11 @@ def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolde
     if not chosen:
         expected = [len(group) for group in next(iter(_groupings(state.model)))]
         what = f"the optimizer has parameter groups of {sizes}, the model of {expected}"
+        hint = fresh_hint(folder.path)
         if sum(sizes) < sum(expected):
             what += ": a part of the weights was frozen"
-        raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
+            hint = f"{hint}\n{_TRAIN}" if not isinstance(state.model, PeftModel) else hint
+        raise DamagedState(what, where=path, hint=hint)
     names = [name for group in chosen[0] for name in group]
     return {name: moments.entries[key] for name, key in zip(names, order, strict=True) if key in moments.entries}
 
