@@ -102,6 +102,7 @@ def test_the_head_gives_the_same_bits_again(trained: bool, dtype: torch.dtype) -
     hidden, weight = (torch.randn(size, 128, generator=generator).to(DEVICE) for size in (3000, 50_000))
     labels = torch.randint(0, 50_000, (3000,), generator=generator).to(DEVICE)
     digests: set[tuple[str, ...]] = set()
+    own = []
     for _ in range(3):
         own: list[Any] = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
         with deterministic(DEVICE):
@@ -109,6 +110,10 @@ def test_the_head_gives_the_same_bits_again(trained: bool, dtype: torch.dtype) -
             loss.backward()
         digests.add((str(float(loss.detach())), *(fingerprint(each.grad) for each in own if each.grad is not None)))
     assert 1 == len(digests)
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    nn.functional.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").backward()
+    for each, value in zip(own, exact, strict=True):
+        assert each.grad is None or error(each.grad, value.grad) < (2e-2 if dtype == HALF else 1e-4)
 
 
 def test_products_are_not_rounded() -> None:

@@ -16,6 +16,7 @@ from onward.training.environment import (
     LATER_FACTS,
     describe_environment,
     deterministic,
+    pick_device,
     pick_dtype,
     promises_bits,
     same_environment,
@@ -144,6 +145,7 @@ def test_types_that_are_picked_without_nvidia() -> None:
     """`auto` is float32 on a CPU and on Apple's GPUs; a type that is named is taken."""
     assert [torch.float32] * 2 == [pick_dtype("auto", torch.device(kind)) for kind in ("cpu", "mps")]
     assert torch.bfloat16 == pick_dtype("bfloat16", CPU)
+    assert ["mps", "cpu"] == [pick_device(has_cuda=False, has_mps=there).type for there in (True, False)]
 
 
 def test_names_are_read_where_the_system_says_them(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from rows import CPU, batch, tiny_model
 from torch import nn
 
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
+from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.varlen import VARLEN, RowKernel, Varlen, kernel_for, kernel_name
 from onward.training.loss import TargetLoss
 
@@ -68,9 +70,9 @@ def found(kernel: Any) -> Varlen:
     return one
 
 
-def gradients(model: nn.Module, kernel: Varlen | None) -> dict[str, torch.Tensor]:
+def gradients(model: nn.Module, kernel: Varlen | None, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Return loss and gradients of the same rows."""
-    loss = TargetLoss(model, CPU, torch.float32, kernel=kernel)(batch(*LENGTHS))
+    loss = TargetLoss(model, CPU, dtype, kernel=kernel)(batch(*LENGTHS))
     loss.backward()
     taken = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
@@ -151,3 +153,21 @@ def test_the_kernel_of_this_release_is_found() -> None:
     assert "" == kernel_name(CPU, torch.bfloat16)
     assert Varlen.of(None) is None
     assert Varlen.of(lambda query, key: query) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_layers_call_the_kernel_with_the_same_rows(dtype: torch.dtype) -> None:
+    """With layers computed again in the backward pass, and LoRA layers in one node, loss and gradients are equal."""
+    outcomes: list[dict[str, torch.Tensor]] = []
+    for recomputes in (False, True):
+        torch.manual_seed(1)
+        adapter = LoraConfig(r=2, lora_dropout=0.25, target_modules="all-linear", init_lora_weights=False)
+        model: Any = get_peft_model(tiny_model("qwen3", ROW_ATTENTION), adapter).train()  # type: ignore[arg-type]
+        fuse_lora(model)
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(2)
+        outcomes.append(gradients(model, found(newest), dtype))
+    expected, actual = outcomes
+    assert expected.keys() == actual.keys()
+    assert [] == [name for name, value in expected.items() if not torch.equal(value, actual[name])]

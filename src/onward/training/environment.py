@@ -30,11 +30,16 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _NO_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
-def pick_device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
+def pick_device(*, has_cuda: bool | None = None, has_mps: bool | None = None) -> torch.device:
+    """Return the GPU if there is one, NVIDIA's or AMD's before Apple's, else the CPU.
+
+    Args:
+        has_cuda, has_mps: which there are; PyTorch is asked where nothing is given.
+    """
+    if torch.cuda.is_available() if has_cuda is None else has_cuda:
         return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+    is_apple = torch.backends.mps.is_available() if has_mps is None else has_mps
+    return torch.device("mps" if is_apple else "cpu")
 
 
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ for small ones, compiling a kernel for every new shape costs more than it saves.
 from __future__ import annotations
 
 import platform
+from functools import cache
 
 import torch
 
@@ -14,8 +15,6 @@ LARGE = 1 << 27
 """Number of multiplications from which oneDNN is faster."""
 
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if platform.machine() in {"x86_64", "AMD64"} else None
-
-_HAS_FLOAT_OUTPUT = "dtype" in torch.ops.aten.mm.overloads()
 
 
 def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -34,14 +33,31 @@ def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def product_in_float(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return `left @ right` in float32, without recording it for autograd.
 
-    Kernels of half types add up in float32 and round at the end; here they do not round. A CPU multiplies as float32,
-    which gives the same number up to the order of additions: products of two half numbers are exact in float32.
+    Kernels of half types add up in float32 and round at the end; here they do not round, where the release of PyTorch
+    has such a product. A CPU multiplies as float32, which gives the same number up to the order of additions: products
+    of two half numbers are exact in float32.
 
     Args:
         left: shape (rows, inner), of one type with right, shape (inner, columns).
     """
     if left.dtype == torch.float32:
         return left @ right
-    if left.device.type == "cuda" and _HAS_FLOAT_OUTPUT:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    if left.device.type != "cuda":
+        return left.float() @ right.float()
+    return _to_float(left, right) if _has_float_output(left.device, left.dtype) else (left @ right).float()
+
+
+def _to_float(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return torch.mm(left, right, out_dtype=torch.float32)
+
+
+@cache
+def _has_float_output(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device multiplies into float32: tried once, with factors as they lie in memory here."""
+    try:
+        ones = torch.ones(16, 16, device=device, dtype=dtype)
+        return _to_float(ones.T, ones).dtype == torch.float32
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False

@@ -81,9 +81,15 @@ class Varlen:
         if groups > 1 and "enable_gqa" in self.takes:
             extra["enable_gqa"] = True
         elif groups > 1:
-            key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+            key, value = (_repeated(part, groups) for part in (key, value))
         rows = (part[0].transpose(0, 1) for part in (query, key, value))
         return self.kernel(*rows, places, places, longest, longest, **extra)[None]
+
+
+def _repeated(part: torch.Tensor, times: int) -> torch.Tensor:
+    """Return every head as often, shape (1, heads * times, tokens, dim); its gradient is a plain sum, in order."""
+    _, heads, tokens, dim = part.shape
+    return part[:, :, None].expand(1, heads, times, tokens, dim).reshape(1, heads * times, tokens, dim)
 
 
 def _of_this_release() -> Callable[..., Any] | None:
