@@ -15,6 +15,7 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
+from onward.training.ahead import Ahead
 from onward.training.device_errors import forget_frames, is_out_of_memory
 from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.economy import Economy
@@ -65,17 +66,18 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite; the state is that before the step.
         """
-        while not self.state.cursor.at_boundary:
-            yield self.take_step(batch_at(files, plan, self.state.cursor.step), plan)
+        with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
+            while not self.state.cursor.at_boundary:
+                yield self.take_step(batches.at(self.state.cursor.step), plan)
 
     def take_step(self, batch: Batch, plan: Plan) -> StepTaken:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = learning_rate(self.config, state.step + 1, index + 1)
-        loss = self._gradients(batch)
+        total = self._gradients(batch)
         self._fill()
-        grad_norm = self._clip()
+        loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for the device
         self._require_finite(loss, grad_norm, batch)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
@@ -96,7 +98,7 @@ class Trainer:
             seconds=time.perf_counter() - begun,
         )
 
-    def _gradients(self, batch: Batch) -> float:
+    def _gradients(self, batch: Batch) -> torch.Tensor:
         """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
 
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
@@ -116,7 +118,7 @@ class Trainer:
         self.economy.always = True
         return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
 
-    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> float:
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> torch.Tensor:
         total = torch.zeros((), device=self.world.device)
         try:
             for part, again in zip(parts, recompute, strict=True):
@@ -127,7 +129,7 @@ class Trainer:
                 total += loss.detach()
         finally:
             self.loss.forget()
-        return float(total)
+        return total
 
     def _fill(self) -> None:
         """Give weights that no token of the step reached (of experts) a gradient of zeros: each counts every step."""
@@ -135,9 +137,9 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         limit = self.config.max_grad_norm or float("inf")
-        return float(nn.utils.clip_grad_norm_(self.state.parameters.values(), limit))
+        return nn.utils.clip_grad_norm_(self.state.parameters.values(), limit)
 
     def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:
         if not self.world.any(not torch.isfinite(torch.tensor([loss, grad_norm])).all()):

@@ -36,7 +36,7 @@ from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
 from onward.training.handover import Probe, compare, measure
 from onward.training.schedule import require_horizon, require_unstretched
-from onward.training.state import Snapshot
+from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
@@ -272,8 +272,9 @@ class Worker:
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
-        after = measure(self.state.view(), self._probe().of_model())
         measured = self._writer.measured()
+        digest = None if measured is None else StateDigest(measured.weights, measured.moments)
+        after = measure(self.state.view_of_copied(digest), self._probe().of_model())
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:
