@@ -20,6 +20,7 @@ from onward.errors import TrainingError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.part_tokens import with_part_tokens
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
 from onward.service.session import Session, check_identity
@@ -184,7 +185,7 @@ class Worker:
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
-        return config
+        return with_part_tokens(session, self.state, config, self.around.memory)
 
     def _begin(self, row: FileRow, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
