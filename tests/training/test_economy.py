@@ -18,6 +18,7 @@ from onward.data.order import RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
 from onward.training.device_memory import Usage
+from onward.training.economy import Learned
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.memory import Polynomial, Profile, largest_part, part_tokens
@@ -75,7 +76,7 @@ def trainer_of(model: nn.Module, usage: Usage | None = PLENTY, **settings: Any) 
     config = Config.model_validate({"learning_rate": 1e-2, "micro_batch_tokens": 40, "max_length": 64, **settings})
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "memory", 0, OnePlan.steps)
-    return Trainer(state, config, SingleProcess(CPU), torch.float32, 0, lambda _: usage)
+    return Trainer(state, config, SingleProcess(CPU), torch.float32, 0, Learned(lambda _: usage))
 
 
 def steps(trainer: Trainer, count: int = 3) -> tuple[list[tuple[float, float]], str, str]:

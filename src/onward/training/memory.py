@@ -34,8 +34,8 @@ HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 150_000_000}
 """Memory of the process for each byte of activations, since glibc's heap keeps holes among them; and what libraries
 take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135 million weights
 (`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
-CRUDE = 12
-"""Bytes that a token may leave at most for each feature that goes into a linear layer or out of it."""
+CRUDE = 8
+"""Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
 
 
 @dataclass(frozen=True)

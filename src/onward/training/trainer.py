@@ -17,8 +17,7 @@ from onward.errors import TrainingError
 from onward.events import StepTaken
 from onward.training.ahead import Ahead
 from onward.training.device_errors import forget_frames, is_out_of_memory
-from onward.training.device_memory import ReadUsage, read_usage
-from onward.training.economy import Economy
+from onward.training.economy import Economy, Learned
 from onward.training.environment import deterministic, release_freed_memory
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
@@ -38,7 +37,7 @@ class Trainer:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
-        usage: asked for the device's memory.
+        learned: what the process knows of the model already, for one that trains file after file.
     """
 
     def __init__(
@@ -48,13 +47,13 @@ class Trainer:
         world: World,
         dtype: torch.dtype,
         pad_id: int,
-        usage: ReadUsage = read_usage,
+        learned: Learned | None = None,
     ) -> None:
         self.state = state
         self.config = config
         self.world = world
         self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
-        self.economy = Economy(state, self.loss, config, world.device, usage)
+        self.economy = Economy(state, self.loss, config, world.device, learned or Learned())
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from onward.config import MICRO_BATCH_TOKENS, Config
 from onward.service.session import Session
-from onward.training.device_memory import ReadUsage
-from onward.training.economy import Economy
+from onward.training.economy import Economy, Learned
 from onward.training.loss import TargetLoss
 from onward.training.memory import USABLE, part_tokens
 from onward.training.state import TrainState
@@ -14,7 +13,7 @@ FACT = "micro_batch_tokens"
 """The fact of the ledger under which a run keeps its number."""
 
 
-def with_part_tokens(session: Session, state: TrainState, config: Config, usage: ReadUsage) -> Config:
+def with_part_tokens(session: Session, state: TrainState, config: Config, learned: Learned) -> Config:
     """Return the config with the run's own number in place of `micro_batch_tokens: auto`.
 
     The number follows from the memory of the device that the run begins on. A run that trained before there was a
@@ -24,15 +23,15 @@ def with_part_tokens(session: Session, state: TrainState, config: Config, usage:
         return config
     number = session.ledger.get(FACT)
     if number is None:
-        number = _choose(session, state, config, usage) if state.step == 0 else MICRO_BATCH_TOKENS
+        number = _choose(session, state, config, learned) if state.step == 0 else MICRO_BATCH_TOKENS
         session.ledger.put(**{FACT: number})
     return config if number == MICRO_BATCH_TOKENS else config.model_copy(update={FACT: number})
 
 
-def _choose(session: Session, state: TrainState, config: Config, read: ReadUsage) -> int:
-    usage = read(session.device) if session.device.type == "cuda" else None
+def _choose(session: Session, state: TrainState, config: Config, learned: Learned) -> int:
+    usage = learned.read(session.device) if session.device.type == "cuda" else None
     if usage is None:
         return MICRO_BATCH_TOKENS
     loss = TargetLoss(state.model, session.device, session.dtype, session.pad_id)
-    profile = Economy(state, loss, config, session.device, read).profile
+    profile = Economy(state, loss, config, session.device, learned).profile
     return part_tokens(profile, int(USABLE * usage.available), config.max_length)

@@ -35,6 +35,7 @@ from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
+from onward.training.economy import Learned
 from onward.training.handover import Probe, compare, measure
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, StateDigest
@@ -92,6 +93,7 @@ class Worker:
         self._probed: Probe | None = None
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
+        self._learned = Learned(around.memory)
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
@@ -185,7 +187,7 @@ class Worker:
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
-        return with_part_tokens(session, self.state, config, self.around.memory)
+        return with_part_tokens(session, self.state, config, self._learned)
 
     def _begin(self, row: FileRow, plan: FilePlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
@@ -214,7 +216,7 @@ class Worker:
     def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
         session, state = self.session, self.state
         world = SingleProcess(session.device)
-        trainer = Trainer(state, self.config, world, session.dtype, session.pad_id, self.around.memory)
+        trainer = Trainer(state, self.config, world, session.dtype, session.pad_id, self._learned)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         steps = trainer.steps({plan.sha256: tokens}, plan)
