@@ -18,10 +18,11 @@ from onward.data.order import RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
 from onward.training.device_memory import Usage
+from onward.training.economy import Learned
 from onward.training.execution import Execution
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
-from onward.training.memory import Profile, largest_part
+from onward.training.memory import Polynomial, Profile, largest_part, part_tokens
 from onward.training.state import Cursor, TrainState
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
@@ -76,7 +77,8 @@ def trainer_of(model: nn.Module, usage: Usage | None = PLENTY, **settings: Any) 
     config = Config.model_validate({"learning_rate": 1e-2, "micro_batch_tokens": 40, "max_length": 64, **settings})
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "memory", 0, OnePlan.steps)
-    return Trainer(state, config, Execution(SingleProcess(CPU), torch.float32, usage=lambda _: usage))
+    execution = Execution(SingleProcess(CPU), torch.float32)
+    return Trainer(state, config, execution, learned=Learned(lambda _: usage))
 
 
 def steps(trainer: Trainer, count: int = 3) -> tuple[list[tuple[float, float]], str, str]:
@@ -189,6 +191,15 @@ def test_a_profile_survives_the_ledger() -> None:
     sizes = [profile.estimate([length] * 2).total for length in (8, 16, 32)]
     assert sizes == sorted(set(sizes))
     assert profile.estimate([60], recompute=True).total < profile.estimate([60]).total
+
+
+def test_the_tokens_of_a_part_follow_from_memory() -> None:
+    """The most that fit without recomputation, else with it up to the usual number, never fewer than the least."""
+    one = Polynomial(0.0, 1000.0, 0.0)
+    few = Polynomial(0.0, 100.0, 0.0)
+    profile = Profile(10_000, 10, 20, one, few, 10, 1, 0, "cuda")
+    rooms = (40_000_000, 37_000_000, 10_000_000, 1_900_000, 700_000, 10)
+    assert [32768, 32768, 8192, 4096, 2048, 2048] == [part_tokens(profile, room, 1024) for room in rooms]
 
 
 def test_the_largest_part_of_a_step() -> None:

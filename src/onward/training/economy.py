@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 
@@ -10,7 +12,7 @@ from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
-from onward.training.device_memory import ReadUsage
+from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.environment import deterministic
 from onward.training.layers.recompute import Recomputation
 from onward.training.loss import TargetLoss
@@ -18,8 +20,25 @@ from onward.training.memory import USABLE, Profile, crude_bytes, profile_of
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 
+ROOMY = 0.75
+"""Share of the free memory that a crude estimate may take; then nothing is measured."""
 PROOF_ROWS = (12, 5)
 """Tokens of the rows on which recomputation is proven."""
+
+
+@dataclass
+class Learned:
+    """What a process learned of its model and its device, and asks no second time.
+
+    Args:
+        read: tells the device's memory.
+        profiles: what the model takes, by the adapter's dropout.
+        exact: whether it can be computed again with the same bits, by the adapter's dropout.
+    """
+
+    read: ReadUsage = read_usage
+    profiles: dict[float, Profile] = field(default_factory=dict[float, Profile])
+    exact: dict[float, bool] = field(default_factory=dict[float, bool])
 
 
 class Economy:
@@ -30,11 +49,11 @@ class Economy:
     Args:
         loss: computes the loss of a part.
         config: says whether: always, never, or where a part would not fit otherwise.
-        usage: asked for the device's memory.
+        learned: what is known already; what is found is kept there.
     """
 
     def __init__(
-        self, state: TrainState, loss: TargetLoss, config: Config, device: torch.device, usage: ReadUsage
+        self, state: TrainState, loss: TargetLoss, config: Config, device: torch.device, learned: Learned
     ) -> None:
         self.recomputation = Recomputation(state.model)
         self.setting = config.activation_checkpointing
@@ -42,17 +61,18 @@ class Economy:
         self.always = False
         """Whether memory ran out without."""
         self._state, self._loss, self._config = state, loss, config
-        self._device, self._usage = device, usage
-        self._profile: Profile | None = None
+        self._device, self._learned = device, learned
+        self._dropout = config.lora.dropout
 
     @property
     def profile(self) -> Profile:
         """What the model takes, measured when it is first asked for: between two steps."""
-        if self._profile is None:
+        known = self._learned.profiles
+        if self._dropout not in known:
             with deterministic(self._device, exact=self._config.deterministic), seeded(0, self._device):
-                self._profile = profile_of(self._state, self._loss, self._config, self._device.type)
+                known[self._dropout] = profile_of(self._state, self._loss, self._config, self._device.type)
             self._loss.forget()
-        return self._profile
+        return known[self._dropout]
 
     def recomputes(self, part: Batch) -> bool:
         """Whether the layers are computed again for a part; asked before anything of the step is computed.
@@ -80,13 +100,16 @@ class Economy:
         lengths = [len(row.ids) for row in part.rows]
         if self._loss.layout.padded:
             lengths = [max(lengths)] * len(lengths)
-        usage = self._usage(self._device)
-        if usage is None or crude_bytes(self._state.model, sum(lengths)) <= usage.free // 2:
+        usage = self._learned.read(self._device)
+        if usage is None or crude_bytes(self._state.model, sum(lengths)) <= ROOMY * usage.free:
             return True
         return self.profile.estimate(lengths).total <= USABLE * usage.available
 
     def _is_exact(self) -> bool:
-        return self.recomputation.is_exact(self._gradients)
+        known = self._learned.exact
+        if self._dropout not in known:
+            known[self._dropout] = self.recomputation.is_exact(self._gradients)
+        return known[self._dropout]
 
     def _gradients(self) -> dict[str, torch.Tensor]:
         """Return the gradients of a small part with the dropout of training; nothing is left behind."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.world import World
 
 
@@ -19,11 +18,9 @@ class Execution:
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
         by_length: rows are computed with those of their own length only, as the model's admission found.
-        usage: asked for the device's memory.
     """
 
     world: World
     dtype: torch.dtype
     pad_id: int = 0
     by_length: bool = False
-    usage: ReadUsage = read_usage

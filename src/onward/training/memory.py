@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from onward.config import Config
+from onward.config import MICRO_BATCH_TOKENS, Config
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row
@@ -30,11 +30,12 @@ LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
 """Share of the memory at hand that a step may take."""
-HOLES = {"cpu": 1.3}
-"""Memory of the process for each byte of activations: glibc's heap keeps holes among them (1.28 to 1.34 seen, at 512 to
-2,048 tokens of a model of 135 million weights). What CUDA's allocator calls allocated has none."""
-CRUDE = 12
-"""Bytes that a token may leave at most for each feature that goes into a linear layer or out of it."""
+HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 150_000_000}
+"""Memory of the process for each byte of activations, since glibc's heap keeps holes among them; and what libraries
+take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135 million weights
+(`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
+CRUDE = 8
+"""Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Profile:
         recomputed: the same where layers are computed again; None where they cannot be.
         layers: lists of modules that are computed one after another; one of them is computed again at a time.
         vocabulary: logits of a token.
-        trains_head: whether the gradient of whole rows of logits is needed.
+        trained_head: bytes of the head's weights where they are trained.
         device: type of the device.
     """
 
@@ -73,7 +74,7 @@ class Profile:
     recomputed: Polynomial | None
     layers: int
     vocabulary: int
-    trains_head: bool
+    trained_head: int
     device: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,26 +97,17 @@ class Profile:
         tokens, whole = sum(lengths), self.whole(lengths)
         one_layer = whole / max(1, self.layers)
         kept = self.recomputed(lengths) + one_layer if recompute and self.recomputed else whole
-        budget = LOGITS_BYTES if self.trains_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
+        budget = LOGITS_BYTES if self.trained_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
+        logits = 2 * min(budget, 4 * tokens * self.vocabulary)
         return Estimate(
             base=self.base,
             trained=self.trained,
             gradients=self.trained,
             moments=self.moments,
             activations=int((kept + one_layer) * HOLES.get(self.device, 1.0)),
-            logits=2 * min(budget, 4 * tokens * self.vocabulary),
+            logits=logits + 3 * self.trained_head,  # its gradient: summed, scaled, and that of tied embeddings
+            libraries=LIBRARIES.get(self.device, 0),
         )
-
-    def longest_part(self, room: int, length: int, *, recompute: bool = False) -> int:
-        """Return how many rows of a length fit into `room` bytes together with everything else; at least none."""
-        fits, beyond = 0, 1
-        while self.estimate([length] * beyond, recompute=recompute).total <= room and beyond < 1 << 20:
-            fits, beyond = beyond, 2 * beyond
-        while beyond - fits > 1:
-            middle = (fits + beyond) // 2
-            enough = self.estimate([length] * middle, recompute=recompute).total <= room
-            fits, beyond = (middle, beyond) if enough else (fits, middle)
-        return fits
 
 
 @dataclass(frozen=True)
@@ -128,6 +120,7 @@ class Estimate:
     moments: int
     activations: int
     logits: int
+    libraries: int
 
     @property
     def total(self) -> int:
@@ -145,6 +138,19 @@ def largest_part(config: Config) -> list[int]:
     if config.gradient_accumulation != "auto":
         return [length] * -(-config.batch_size // min(config.gradient_accumulation, config.batch_size))
     return [length] * max(1, min(config.batch_size, tokens // length))
+
+
+PART_TOKENS = (32768, 16384, MICRO_BATCH_TOKENS, 4096, 2048)
+"""Tokens that a part may have on a GPU, the most first; fewer leave a GPU idle."""
+
+
+def part_tokens(profile: Profile, room: int, length: int) -> int:
+    """Return the tokens of a part that fit into `room` bytes: without recomputation if they can, else with it."""
+    for recompute in (False, True):
+        for tokens in PART_TOKENS if not recompute else PART_TOKENS[2:]:
+            if profile.estimate([length] * max(1, tokens // length), recompute=recompute).total <= room:
+                return tokens
+    return PART_TOKENS[-1]
 
 
 def profile_of(state: TrainState, loss: Callable[[Batch], torch.Tensor], config: Config, device: str) -> Profile:
@@ -170,9 +176,13 @@ def profile_of(state: TrainState, loss: Callable[[Batch], torch.Tensor], config:
         recomputed=again if again.token < 0.9 * whole.token else None,
         layers=max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=1),
         vocabulary=embedding,
-        trains_head=isinstance(head, nn.Module) and any(weight.requires_grad for weight in head.parameters()),
+        trained_head=sum(weights[id(weight)] for weight in _trained_in(head)),
         device=device,
     )
+
+
+def _trained_in(head: object) -> list[nn.Parameter]:
+    return [weight for weight in head.parameters() if weight.requires_grad] if isinstance(head, nn.Module) else []
 
 
 def crude_bytes(model: nn.Module, tokens: int) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from onward.config import Config
 from onward.training.optimizers import OptimizerMethod, optimizer_method
+from onward.training.transfer import Wait, at_once, transfer_of
 
 ALIGNMENT = 64
 """A tensor in a shared storage begins at a multiple of this many elements."""
@@ -66,6 +67,8 @@ class Snapshot:
         optimizer: the optimizer's `state_dict`: what it keeps for each parameter, and its groups.
         method: what the optimizer's state means.
         frozen: bytes of weights that are written too and not trained.
+        wait: returns when the tensors hold what they are to hold; called before they are read.
+        known: the digest, where it was taken of a copy and nothing has changed since.
     """
 
     counters: Counters
@@ -74,6 +77,8 @@ class Snapshot:
     optimizer: dict[str, Any]
     method: OptimizerMethod
     frozen: int = 0
+    wait: Wait = at_once
+    known: StateDigest | None = None
 
     @property
     def step(self) -> int:
@@ -107,6 +112,9 @@ class Snapshot:
 
     def digest(self) -> StateDigest:
         """Hash every trained weight and every moment, in the order of their names."""
+        if self.known is not None:
+            return self.known
+        self.wait()
         moments = (
             (f"{name}.{key}", value)
             for name, entry in sorted(self.moments.items())
@@ -140,6 +148,9 @@ class TrainState:
         self.cursor = Cursor()
         self.parameters = dict(named for group in method.groups(model) for named in group)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
+        self.transfer = transfer_of(next(iter(self.parameters.values())).device)
+        """How its copies are made."""
+        self._marks: torch.Tensor | None = None
         rest = (
             []
             if isinstance(model, PeftModel)
@@ -170,7 +181,7 @@ class TrainState:
         return Snapshot(replace(self.counters), self.cursor, weights, optimizer, self.method, self._frozen)
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        """Return a copy of the state in main memory.
+        """Return a copy of the state in main memory, which may still be on its way: see `Snapshot.wait`.
 
         Args:
             into: an earlier copy that is no longer needed; its memory is reused.
@@ -180,16 +191,31 @@ class TrainState:
         targets = into.tensors() if into is not None else []
         if [tensor.shape for tensor in targets] != [tensor.shape for tensor in sources]:
             count = len(now.weights)
-            targets = [torch.empty_like(tensor, device="cpu") for tensor in sources[:count]]
-            targets += _in_one_storage(sources[count:])
-        torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            pins = self.transfer.pins
+            targets = [torch.empty_like(tensor, device="cpu", pin_memory=pins) for tensor in sources[:count]]
+            targets += _in_one_storage(sources[count:], pins=pins)
+        self._marks = self.transfer.marks(sources)
+        wait = self.transfer.copy(targets, sources)
         copies = dict(zip(map(id, sources), targets, strict=True))
         held = {
             index: {key: copies[id(value)] for key, value in entry.items()}
             for index, entry in now.optimizer["state"].items()
         }
         weights = {name: copies[id(tensor)] for name, tensor in now.weights.items()}
-        return replace(now, weights=weights, optimizer={**now.optimizer, "state": held})
+        return replace(now, weights=weights, optimizer={**now.optimizer, "state": held}, wait=wait)
+
+    def view_of_copied(self, digest: StateDigest | None) -> Snapshot:
+        """Return the state as it is now; where it is, on its device, the one that was copied last, with its digest.
+
+        Args:
+            digest: that of the last copy, as it was taken behind training.
+        """
+        now = self.view()
+        if digest is None or self._marks is None:
+            return now
+        marks = self.transfer.marks(now.tensors())
+        same = marks is not None and marks.shape == self._marks.shape and torch.equal(marks, self._marks)
+        return replace(now, known=digest) if same else now
 
     def reset_moments(self) -> None:
         """Start the optimizer's moments and its counter from nothing."""
@@ -202,7 +228,7 @@ class TrainState:
         self.cursor = Cursor(**values["cursor"])
 
 
-def _in_one_storage(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def _in_one_storage(tensors: list[torch.Tensor], *, pins: bool = False) -> list[torch.Tensor]:
     """Return memory for copies of tensors, one storage for each type, with zeros in the gaps.
 
     `torch.save` writes one storage at a time and takes Python's lock about four times for each. While another thread
@@ -211,7 +237,9 @@ def _in_one_storage(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     sizes: dict[torch.dtype, list[int]] = {}
     for tensor in tensors:
         sizes.setdefault(tensor.dtype, []).append(-(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
-    parts = {dtype: iter(torch.zeros(sum(own), dtype=dtype).split(own)) for dtype, own in sizes.items()}
+    parts = {
+        dtype: iter(torch.zeros(sum(own), dtype=dtype, pin_memory=pins).split(own)) for dtype, own in sizes.items()
+    }
     return [next(parts[tensor.dtype])[: tensor.numel()].view(tensor.shape) for tensor in tensors]
 
 

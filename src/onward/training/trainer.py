@@ -15,9 +15,10 @@ from onward.data.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
+from onward.training.ahead import Ahead
 from onward.training.anchor import AnchorTerm
 from onward.training.device_errors import forget_frames, is_out_of_memory
-from onward.training.economy import Economy
+from onward.training.economy import Economy, Learned
 from onward.training.environment import deterministic, release_freed_memory
 from onward.training.execution import Execution
 from onward.training.loss import TargetLoss
@@ -36,10 +37,17 @@ class Trainer:
         config: the config in force for the file.
         execution: where and how steps are computed.
         anchor: what the loss gets beside that of the rows; None for nothing.
+        learned: what the process knows of the model already, for one that trains file after file.
     """
 
     def __init__(
-        self, state: TrainState, config: Config, execution: Execution, anchor: AnchorTerm | None = None
+        self,
+        state: TrainState,
+        config: Config,
+        execution: Execution,
+        anchor: AnchorTerm | None = None,
+        *,
+        learned: Learned | None = None,
     ) -> None:
         self.state = state
         self.config = config
@@ -47,7 +55,7 @@ class Trainer:
         self.world = execution.world
         device = execution.world.device
         self.loss = TargetLoss(state.model, device, execution.dtype, execution.pad_id, by_length=execution.by_length)
-        self.economy = Economy(state, self.loss, config, device, execution.usage)
+        self.economy = Economy(state, self.loss, config, device, learned or Learned())
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.
@@ -59,18 +67,18 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite; the state is that before the step.
         """
-        while not self.state.cursor.at_boundary:
-            yield self.take_step(batch_at(files, plan, self.state.cursor.step), plan)
+        with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
+            while not self.state.cursor.at_boundary:
+                yield self.take_step(batches.at(self.state.cursor.step), plan)
 
     def take_step(self, batch: Batch, plan: Plan) -> StepTaken:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = learning_rate(self.config, state.step + 1, index + 1)
-        loss = self._gradients(batch)
-        divergence = self._anchor_gradients()
+        total, divergence = self._gradients(batch), self._anchor_gradients()
         self._fill()
-        grad_norm = self._clip()
+        loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for the device
         self._require_finite(loss, grad_norm, batch)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
@@ -94,7 +102,7 @@ class Trainer:
             anchor=divergence,
         )
 
-    def _gradients(self, batch: Batch) -> float:
+    def _gradients(self, batch: Batch) -> torch.Tensor:
         """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
 
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
@@ -114,7 +122,7 @@ class Trainer:
         self.economy.always = True
         return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
 
-    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> float:
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> torch.Tensor:
         total = torch.zeros((), device=self.world.device)
         try:
             for part, again in zip(parts, recompute, strict=True):
@@ -126,7 +134,7 @@ class Trainer:
                 total += loss.detach()
         finally:
             self.loss.forget()
-        return float(total)
+        return total
 
     def _anchor_gradients(self) -> float | None:
         """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
@@ -146,9 +154,9 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         limit = self.config.max_grad_norm or float("inf")
-        return float(nn.utils.clip_grad_norm_(self.state.parameters.values(), limit))
+        return nn.utils.clip_grad_norm_(self.state.parameters.values(), limit)
 
     def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:
         if not self.world.any(not torch.isfinite(torch.tensor([loss, grad_norm])).all()):

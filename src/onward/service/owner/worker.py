@@ -21,6 +21,7 @@ from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.measuring import Measuring
+from onward.service.owner.part_tokens import with_part_tokens
 from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
@@ -36,10 +37,11 @@ from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
+from onward.training.economy import Learned
 from onward.training.handover import compare, measure
 from onward.training.probe import Probe
 from onward.training.schedule import require_horizon, require_unstretched
-from onward.training.state import Snapshot
+from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 
 LedgerMoves = Callable[[Ledger], None]
@@ -95,6 +97,7 @@ class Worker:
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
         self._measuring = Measuring(session, around.shown, around.hooks, around.look)
+        self._learned = Learned(around.memory)
         self._compute_as_asked()
 
     def train_next(self) -> Iterator[Event]:
@@ -198,7 +201,7 @@ class Worker:
         check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
-        return config
+        return with_part_tokens(session, self.state, config, self._learned)
 
     def _compute_as_asked(self) -> None:
         """Have environment and probe say whether the config in force asks for operations that repeat."""
@@ -235,7 +238,7 @@ class Worker:
     ) -> Iterator[Event]:
         session, state = self.session, self.state
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
-        trainer = Trainer(state, self.config, replace(session.execution, usage=self.around.memory), anchor)
+        trainer = Trainer(state, self.config, session.execution, anchor, learned=self._learned)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         for result in watched(trainer.steps(files, plan), file_id, self.around.heartbeat, is_crowded):
@@ -273,8 +276,9 @@ class Worker:
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
-        after = measure(self.state.view(), self._probe().of_model())
         measured = self._writer.measured()
+        digest = None if measured is None else StateDigest(measured.weights, measured.moments)
+        after = measure(self.state.view_of_copied(digest), self._probe().of_model())
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:

@@ -12,7 +12,7 @@ from onward.service.session import open_session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
 from onward.training.device_memory import read_usage
-from onward.training.economy import Economy
+from onward.training.economy import Economy, Learned
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.loss import TargetLoss
 from onward.training.memory import FACT, Profile, fits, largest_part
@@ -31,7 +31,7 @@ def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
     model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
     state = TrainState.start(model, session.config)
     loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
-    profile = Economy(state, loss, session.config, session.device, read_usage).profile
+    profile = Economy(state, loss, session.config, session.device, Learned()).profile
     ledger.put(**{FACT: {"key": _key(session.config), "profile": profile.to_dict()}})
     return profile
 

@@ -90,6 +90,7 @@ class Commits:
         """
         begun = time.perf_counter()
         state, config, facts = commit.state, commit.config, commit.facts
+        state.wait()
         measurement = measure(state, commit.probe())
         measured(measurement)
         basis = basis_of(config, state.cursor.stream, facts.environment)

@@ -30,7 +30,6 @@ class Recomputation:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._parts = [part for part in model.modules() if isinstance(getattr(part, FLAG, None), bool)]
-        self._is_exact: bool | None = None
 
     @contextlib.contextmanager
     def on(self, wanted: bool = True) -> Generator[None]:
@@ -49,21 +48,19 @@ class Recomputation:
                 _switch(part, flag, function)
 
     def is_exact(self, gradients: Callable[[], dict[str, torch.Tensor]]) -> bool:
-        """Whether layers of this model are computed again at all, and then with the same bits; found once.
+        """Whether layers of this model are computed again at all, and then with the same bits.
 
         Args:
             gradients: computes the gradient of a small batch, each time with the same seed, and leaves nothing behind.
         """
-        if self._is_exact is None:
-            expected = gradients()
-            with self.on(), _counted(self._model) as calls:
-                actual = gradients()
-            again = any(count > 1 for count in calls.values())
-            same = expected.keys() == actual.keys() and all(
-                torch.equal(gradient, actual[name]) for name, gradient in expected.items()
-            )
-            self._is_exact = again and same
-        return self._is_exact
+        expected = gradients()
+        with self.on(), _counted(self._model) as calls:
+            actual = gradients()
+        again = any(count > 1 for count in calls.values())
+        same = expected.keys() == actual.keys() and all(
+            torch.equal(gradient, actual[name]) for name, gradient in expected.items()
+        )
+        return again and same
 
 
 def _switch(part: nn.Module, flag: bool, function: object) -> None:

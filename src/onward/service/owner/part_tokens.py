@@ -1,0 +1,37 @@
+"""The tokens of a part of a step: chosen once for a run, since its bits depend on them, and kept wherever it goes."""
+
+from __future__ import annotations
+
+from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.service.session import Session
+from onward.training.economy import Economy, Learned
+from onward.training.loss import TargetLoss
+from onward.training.memory import USABLE, part_tokens
+from onward.training.state import TrainState
+
+FACT = "micro_batch_tokens"
+"""The fact of the ledger under which a run keeps its number."""
+
+
+def with_part_tokens(session: Session, state: TrainState, config: Config, learned: Learned) -> Config:
+    """Return the config with the run's own number in place of `micro_batch_tokens: auto`.
+
+    The number follows from the memory of the device that the run begins on. A run that trained before there was a
+    number, and one that began on a CPU, has that of earlier releases, which is not written out.
+    """
+    if config.micro_batch_tokens != "auto" or config.gradient_accumulation != "auto":
+        return config
+    number = session.ledger.get(FACT)
+    if number is None:
+        number = _choose(session, state, config, learned) if state.step == 0 else MICRO_BATCH_TOKENS
+        session.ledger.put(**{FACT: number})
+    return config if number == MICRO_BATCH_TOKENS else config.model_copy(update={FACT: number})
+
+
+def _choose(session: Session, state: TrainState, config: Config, learned: Learned) -> int:
+    usage = learned.read(session.device) if session.device.type == "cuda" else None
+    if usage is None:
+        return MICRO_BATCH_TOKENS
+    loss = TargetLoss(state.model, session.device, session.dtype, session.pad_id)
+    profile = Economy(state, loss, config, session.device, learned).profile
+    return part_tokens(profile, int(USABLE * usage.available), config.max_length)

@@ -1,0 +1,158 @@
+"""What goes on behind training: copies on a stream of their own, digests that are not taken twice, the next batch."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rows import batch, tiny_model
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.training.ahead import Ahead
+from onward.training.state import StateDigest, TrainState
+from onward.training.transfer import CHUNK, Overlapped, mark, transfer_of
+
+CPU = torch.device("cpu")
+
+
+class Streams:
+    """Stands in for `torch.cuda`: work is queued on streams and done when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.main = self._stream("main")
+
+    def _stream(self, name: str) -> Any:
+        streams = self
+
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                streams.told.append(f"{name} waits for {other}")
+
+            def wait_event(self, event: Any) -> None:
+                streams.told.append(f"{name} waits for the copy")
+
+            def __str__(self) -> str:
+                return name
+
+        return Stream()
+
+    def current_stream(self) -> Any:
+        return self.main
+
+    def Stream(self) -> Any:
+        return self._stream("side")
+
+    def stream(self, stream: Any) -> Any:
+        streams = self
+
+        class On:
+            def __enter__(self) -> None:
+                streams.told.append(f"on {stream}")
+
+            def __exit__(self, *_: object) -> None:
+                streams.told.append("off")
+
+        return On()
+
+    def Event(self) -> Any:
+        streams = self
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                streams.told.append(f"recorded on {stream}")
+
+            def synchronize(self) -> None:
+                streams.told.append("waited for")
+
+        return Event()
+
+
+def state_of() -> TrainState:
+    """Return a state with moments."""
+    config = Config.model_validate({"method": "full"})
+    state = TrainState.start(tiny_model("llama", "sdpa"), config)
+    for parameter in state.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    return state
+
+
+def test_a_copy_leaves_training_alone() -> None:
+    """It begins after what was computed, on its own stream; the next step waits for it, the process does not."""
+    state, streams = state_of(), Streams()
+    state.transfer = Overlapped(streams, pins=False)
+    copy = state.snapshot()
+    order = ["side waits for main", "on side", "recorded on side", "off", "main waits for the copy"]
+    assert order == streams.told
+    assert state.view().digest() == copy.digest()
+    assert [*order, "waited for"] == streams.told
+
+
+def test_a_digest_is_not_taken_twice() -> None:
+    """The state that was copied has the copy's digest as long as no bit of it changes, wherever the bit is."""
+    state = state_of()
+    state.transfer = Overlapped(Streams(), pins=False)
+    digest = state.snapshot().digest()
+    assert digest is state.view_of_copied(digest).digest()
+    assert state.view_of_copied(None).digest() == digest
+    name = sorted(state.parameters)[0]
+    with torch.no_grad():
+        place = state.parameters[name].view(-1)[3:4].view(torch.int32)
+        place ^= 1
+    changed = state.view_of_copied(digest).digest()
+    assert changed is not digest
+    assert changed != digest
+
+
+def test_on_a_cpu_nothing_is_known_without_looking() -> None:
+    """There a digest costs what a mark would: the state is read."""
+    state = state_of()
+    copied = state.snapshot().digest()
+    wrong = StateDigest("0", "0")
+    assert copied == state.view_of_copied(wrong).digest()
+    assert not transfer_of(CPU).pins
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8, torch.bool])
+def test_a_mark_sees_every_bit_and_its_place(dtype: torch.dtype) -> None:
+    """A value that changes, two that change places, one more at the end: each gives another mark."""
+    tensor = (torch.arange(1, 301) % 7 + 1).to(dtype)
+    others = [tensor.clone() for _ in range(3)]
+    others[0][17] = 0
+    others[1][[3, 4]] = others[1][[4, 3]]
+    others[2] = torch.cat([tensor, tensor[:1]])
+    marks = {int(mark(each)) for each in (tensor, *(others if dtype is not torch.bool else [others[0], others[2]]))}
+    assert (4 if dtype is not torch.bool else 3) == len(marks)
+    assert int(mark(tensor)) == int(mark(tensor.clone()))
+
+
+def test_a_mark_does_not_depend_on_how_it_is_cut() -> None:
+    """A tensor larger than a chunk is marked with the same factors as in one piece."""
+    tensor = torch.zeros(CHUNK + 5, dtype=torch.uint8)
+    tensor[[0, CHUNK, CHUNK + 4]] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    first, second = mark(tensor), mark(tensor.flip(0))
+    assert int(first) != int(second)
+    assert int(first) == int(mark(tensor.clone()))
+
+
+def test_the_next_batch_is_made_while_a_gpu_computes() -> None:
+    """Each step has its own batch, whoever made it; on a CPU the thread that computes makes them all."""
+    made: list[tuple[int, bool]] = []
+
+    def make(step: int) -> Batch:
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        return batch(step + 2)
+
+    with Ahead(make, 4, torch.device("cuda", 0)) as batches:
+        lengths = [len(batches.at(step).rows[0].ids) for step in (0, 1, 3)]
+    assert [2, 3, 5] == lengths
+    assert [(0, True), (1, False), (2, False), (3, True)] == sorted(made)
+    made.clear()
+    with Ahead(make, 4, CPU) as batches:
+        assert np.array_equal(batches.at(2).rows[0].ids, batch(4).rows[0].ids)
+    assert [(2, True)] == made
