@@ -41,9 +41,11 @@ def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
     from pathlib import Path
 
     from onward.config import Config
+    from onward.training.device_memory import read_usage
     from onward.training.execution import Execution
     from onward.training.layers.attention import lay_end_to_end
     from onward.training.layers.fused_lora import fuse_lora
+    from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
     from onward.training.model.adapter_shape import new_adapter_config
     from onward.training.state import Cursor, TrainState
@@ -63,7 +65,12 @@ def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
         fuse_lora(model)
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "bench", 0, 1 << 20)
-    return Trainer(state, config, Execution(SingleProcess(where), dtype))
+    trainer = Trainer(state, config, Execution(SingleProcess(where), dtype))
+    usage = read_usage(where)
+    if where.type == "cuda" and usage is not None:  # as a run chooses it when it begins
+        tokens = part_tokens(trainer.economy.profile, int(USABLE * usage.available), longest)
+        trainer.config = config.model_copy(update={"micro_batch_tokens": tokens})
+    return trainer
 
 
 class EndlessPlan:
@@ -109,6 +116,7 @@ def measure_onward(shape: str, kind: str, method: str, **settings: Any) -> float
     reset_peak()
     before = allocated()
     records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps))[WARM:]
+    settings["part_tokens"] = trainer.config.part_tokens
     rate = say(f"onward {method}", shape, kind, records, method, **settings)
     if torch.cuda.is_available():
         parts = largest_parts(trainer, shape, kind)
@@ -168,7 +176,8 @@ def measure_peer(side: str, shape: str, kind: str) -> None:
 
         trainer.training_step = training_step
         trainer.train()
-    say(side, shape, kind, records[WARM:], "lora", settings=settings)
+    attention = trainer.model.config._attn_implementation
+    say(side, shape, kind, records[WARM:], "lora", settings=settings, attention=attention)
 
 
 def say(side: str, shape: str, kind: str, records: list[tuple[float, int]], method: str, **more: Any) -> float:

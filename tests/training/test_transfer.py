@@ -151,7 +151,8 @@ def test_the_next_batch_is_made_while_a_gpu_computes() -> None:
     with Ahead(make, 4, torch.device("cuda", 0)) as batches:
         lengths = [len(batches.at(step).rows[0].ids) for step in (0, 1, 3)]
     assert [2, 3, 5] == lengths
-    assert [(0, True), (1, False), (2, False), (3, True)] == sorted(made)
+    asked_for = sorted(each for each in made if each[0] != 2)  # which may have been begun, and was not wanted
+    assert [(0, True), (1, False), (3, True)] == asked_for
     made.clear()
     with Ahead(make, 4, CPU) as batches:
         assert np.array_equal(batches.at(2).rows[0].ids, batch(4).rows[0].ids)
