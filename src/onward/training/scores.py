@@ -108,8 +108,26 @@ class Meter:
 
     def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
         """Have the model write texts; the arguments are those of `write_texts`."""
-        compute = self._compute
-        return write_texts(self._twin, shape, first, compute.config.seed, compute.dtype, compute.look)
+        compute, raised = self._compute, list[BaseException]()
+
+        def look() -> None:
+            try:
+                compute.look()
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        def write(*, cached: bool) -> list[list[int]]:
+            return write_texts(self._twin, shape, first, compute.config.seed, compute.dtype, look, cached=cached)
+
+        try:
+            return write(cached=True)
+        except Exception:  # some families keep no keys and values, or keep them in a way of their own
+            if raised:
+                raise
+            return write(cached=False)
+        finally:
+            self._loss.forget()
 
     def score(self, rows: Sequence[Row]) -> Score:
         """Return loss and accuracy over the target tokens of rows, at least one of them with a target."""

@@ -30,7 +30,14 @@ class _Look(StoppingCriteria):
 
 
 def write_texts(
-    model: nn.Module, shape: tuple[int, int], first: int, seed: int, dtype: torch.dtype, look: Callable[[], None]
+    model: nn.Module,
+    shape: tuple[int, int],
+    first: int,
+    seed: int,
+    dtype: torch.dtype,
+    look: Callable[[], None],
+    *,
+    cached: bool = True,
 ) -> list[list[int]]:
     """Have a model write texts by drawing each next token from its own distribution, unchanged.
 
@@ -39,6 +46,7 @@ def write_texts(
         shape: how many texts, and how many tokens of each, the first included. They do not end at an end token.
         first: token that each begins with.
         look: called at each token; raises to give up.
+        cached: keep keys and values of earlier tokens, as generation does where a model can.
 
     Returns:
         Their token ids.
@@ -48,7 +56,7 @@ def write_texts(
     device = cast(Any, plain).device
     how = GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1,
-        eos_token_id=None, pad_token_id=0, use_cache=True,
+        eos_token_id=None, pad_token_id=0, use_cache=cached,
     )  # fmt: skip
     texts: list[list[int]] = []
     for begun in range(0, count, AT_ONCE):
