@@ -25,7 +25,7 @@ from onward.training.layers.twin import let_write_nothing, with_weights, writers
 from onward.training.loss import TargetLoss
 from onward.training.parts import parts_of
 from onward.training.seeds import fold, seeded
-from onward.training.texts import write_texts
+from onward.training.texts import Texts, write_texts
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass at most: fewer than a step costs, so that a stop is seen within one."""
@@ -116,9 +116,28 @@ class Meter:
         return other
 
     def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
-        """Have the model write texts; the arguments are those of `write_texts`."""
-        compute = self._compute
-        return write_texts(self._twin, shape, first, compute.config, compute.execution.dtype, compute.look)
+        """Have the model write texts: how many, of how many tokens, and the token that each begins with."""
+        compute, raised = self._compute, list[BaseException]()
+
+        def look() -> None:
+            try:
+                compute.look()
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        def write(*, cached: bool) -> list[list[int]]:
+            texts = Texts(*shape, first, cached=cached)
+            return write_texts(self._twin, texts, compute.config, compute.execution.dtype, look)
+
+        try:
+            return write(cached=True)
+        except Exception:  # some families keep no keys and values, or keep them in a way of their own
+            if raised:
+                raise
+            return write(cached=False)
+        finally:
+            self._loss.forget()
 
     def score(self, rows: Sequence[Row]) -> Score:
         """Return loss and accuracy over the target tokens of rows, at least one of them with a target."""

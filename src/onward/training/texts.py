@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -30,31 +31,45 @@ class _Look(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What is to be written.
+
+    Args:
+        count: how many texts.
+        tokens: of each, the first included. They do not end at an end token.
+        first: token that each begins with.
+        cached: keep keys and values of earlier tokens, as generation does where a model can.
+    """
+
+    count: int
+    tokens: int
+    first: int
+    cached: bool = True
+
+
 def write_texts(
-    model: nn.Module, shape: tuple[int, int], first: int, config: Config, dtype: torch.dtype, look: Callable[[], None]
+    model: nn.Module, texts: Texts, config: Config, dtype: torch.dtype, look: Callable[[], None]
 ) -> list[list[int]]:
     """Have a model write texts by drawing each next token from its own distribution, unchanged.
 
     Args:
         model: in evaluation mode.
-        shape: how many texts, and how many tokens of each, the first included. They do not end at an end token.
-        first: token that each begins with.
         config: gives the seed.
         look: called at each token; raises to give up.
 
     Returns:
         Their token ids.
     """
-    count, tokens = shape
     plain = causal_lm(model)
     device = cast(Any, plain).device
     how = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1,
-        eos_token_id=None, pad_token_id=0, use_cache=True,
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=texts.tokens - 1,
+        min_new_tokens=texts.tokens - 1, eos_token_id=None, pad_token_id=0, use_cache=texts.cached,
     )  # fmt: skip
-    texts: list[list[int]] = []
-    for begun in range(0, count, AT_ONCE):
-        ids = torch.full((min(AT_ONCE, count - begun), 1), first, dtype=torch.long, device=device)
+    ids_of: list[list[int]] = []
+    for begun in range(0, texts.count, AT_ONCE):
+        ids = torch.full((min(AT_ONCE, texts.count - begun), 1), texts.first, dtype=torch.long, device=device)
         draws = seeded(fold(config.seed, "texts", begun), device)
         exactly = deterministic(device, exact=config.deterministic)
         with torch.no_grad(), quiet(), exactly, draws, autocast(device, dtype):
@@ -62,5 +77,5 @@ def write_texts(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how,
                 stopping_criteria=StoppingCriteriaList([_Look(look)]),
             )  # fmt: skip
-        texts += cast(list[list[int]], written.tolist())
-    return texts
+        ids_of += cast(list[list[int]], written.tolist())
+    return ids_of

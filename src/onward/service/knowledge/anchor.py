@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from onward.atomic import replace_file
 from onward.config import Config
 from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
-from onward.digest import xxh3_file
+from onward.digest import sha256_json, xxh3_file
 from onward.errors import DamagedState
 from onward.layout import RunLayout
 from onward.service.session import Session
@@ -37,7 +37,7 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
     """
     if not config.anchor.rows:
         return []
-    name = f"{config.anchor.rows}x{config.anchor.tokens}"
+    name = _name(session, config)
     folder = session.layout.anchor / name
     known: dict[str, str] = session.ledger.get(FACT, {})
     texts = TokenizedFile.open(folder) if folder.is_dir() else None
@@ -76,7 +76,7 @@ def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> 
     if not (config.anchor.weight and config.anchor.rows):
         return None
     texts = anchor_rows(session, config, base)
-    name = f"{config.anchor.rows}x{config.anchor.tokens}{TOP_MARK}"
+    name = f"{_name(session, config)}{TOP_MARK}"
     path = session.layout.anchor / f"{name}.safetensors"
     if not path.is_file():
         replace_file(path, save(_distributions(texts, base())))
@@ -88,6 +88,12 @@ def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> 
         session.ledger.put(**{FACT: {**known, name: digest}})
     kept = load(path.read_bytes())
     return AnchorTerm(texts, kept["ids"].long(), kept["logs"], config.anchor.weight)
+
+
+def _name(session: Session, config: Config) -> str:
+    """The name of the texts: their count and length, and what they are a function of (after a reset it may change)."""
+    source = sha256_json([session.base_digest, session.tokenizer_digest, config.seed])
+    return f"{config.anchor.rows}x{config.anchor.tokens}-{source[:8]}"
 
 
 def _distributions(texts: list[Row], base: Meter) -> dict[str, torch.Tensor]:

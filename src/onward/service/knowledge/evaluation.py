@@ -156,6 +156,8 @@ class Evaluation:
         if not now.config.anchor.rows:
             return
         texts = anchor_rows(self._session, now.config, now.measuring.base)
+        if not texts:
+            return
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 
     def _measure_missing_base(self, now: _Now, others: Iterable[Subject]) -> None:

@@ -46,7 +46,7 @@ class Samples:
             DamagedState: the original is missing or changed.
             ConfigError: its rows are refused now.
         """
-        rows = row.rows or (tokens.rows if tokens is not None else 0)
+        rows = row.rows if tokens is None else tokens.rows
         held = self._held_out_always(row, rows, config)
         key = self._key(row.sha256, config)
         return self._sample(

@@ -17,6 +17,8 @@ from onward.store.rows import FileRow
 GRID, BEFORE = "grid", "before"
 """Names of boundary results: what was measured at the boundary after a file, and of a file before its first step."""
 
+NOTHING: Mapping[str, Any] = {"model": {}, "base": {}, "anchor": None, "names": {}, "cost": 0}
+"""What is kept where nothing could be measured."""
 Number = float | None
 
 

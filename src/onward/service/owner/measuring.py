@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import sqlite3
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
+from onward.errors import OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
+from onward.service.knowledge.table import BEFORE, GRID, NOTHING
 from onward.service.session import Session
 from onward.service.shown import Shown
 from onward.service.wishes import Stopped
@@ -34,7 +37,7 @@ class Measuring:
         self._ledger = session.ledger
         self._shown = shown
         self.evaluation = Evaluation(session, look)
-        self._hooks: tuple[AtBoundary, ...] = (self.evaluation.at_boundary, *hooks)
+        self._hooks: tuple[AtBoundary, ...] = (self._at_boundary, *hooks)
         self._has_others = bool(hooks)
 
     def at_boundary(
@@ -51,6 +54,20 @@ class Measuring:
                 return
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
+    def _at_boundary(self, boundary: Boundary) -> Mapping[str, Any]:
+        return self._or_nothing(GRID, boundary.step, lambda: self.evaluation.at_boundary(boundary))
+
+    def _or_nothing(self, name: str, step: int, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Measure; what fails in the model's own code leaves blanks and is said: it never keeps a run from training."""
+        try:
+            return measure()
+        except (Stopped, OnwardError, OSError, sqlite3.Error):  # of the machine or the config, or asked for
+            raise
+        except Exception as error:
+            reason = f"the model was not measured here: {type(error).__name__}: {first_line(error)}"
+            self._ledger.add_event("warning", reason, step)
+            return {name: NOTHING}
+
     def before_file(self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile) -> None:
         """Measure a file before its first step.
 
@@ -63,7 +80,9 @@ class Measuring:
         with self._showing("tokenizing"):
             self.evaluation.require_questions(config)
             place = (state.cursor.position + 1, state.step)
-            results = self.evaluation.before(state.model, row, config, tokens, place)
+            results = self._or_nothing(
+                BEFORE, state.step, lambda: self.evaluation.before(state.model, row, config, tokens, place)
+            )
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
     def catch_up(self, state: TrainState) -> None:
@@ -77,7 +96,9 @@ class Measuring:
             return
         config = stored_config(self._ledger.config_of(row))
         with self._showing("training"):
-            results = self.evaluation.of_boundary(state.model, row, config, state.step)
+            results = self._or_nothing(
+                GRID, state.step, lambda: self.evaluation.of_boundary(state.model, row, config, state.step)
+            )
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
     @contextmanager

@@ -1,0 +1,124 @@
+"""What a model scores: equal to plain transformers for every kind of adapter, and nothing of the model changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from small import small_model
+from torch.nn import functional
+
+from onward.config import Config
+from onward.data.tokenized import Row
+from onward.training.anchor import AnchorTerm, top_divergences, top_of
+from onward.training.model.expert_lora import wrap_experts
+from onward.training.model.load import make_fast
+from onward.training.scores import Compute, Meter, divergences
+
+KINDS: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": "all-linear"},
+    "dora": {"target_modules": "all-linear", "use_dora": True},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+}
+
+
+def rows(count: int, vocabulary: int = 300) -> list[Row]:
+    """Rows of different lengths with some targets."""
+    source = np.random.default_rng(0)
+    return [
+        Row(source.integers(0, vocabulary, 9 + 3 * place), np.r_[False, source.random(8 + 3 * place) > 0.4])
+        for place in range(count)
+    ]
+
+
+def compute(**settings: Any) -> Compute:
+    """How tests measure."""
+    return Compute(Config(**settings), torch.device("cpu"), torch.float32, 0)
+
+
+def plain(model: Any, some: list[Row]) -> torch.Tensor:
+    """Logits of the targets as the model itself computes them, row by row."""
+    with torch.no_grad():
+        found = [model(input_ids=torch.from_numpy(row.ids)[None]).logits[0, :-1] for row in some]
+    return torch.cat([logits[torch.from_numpy(row.targets)[1:]] for logits, row in zip(found, some, strict=True)])
+
+
+def labels(some: list[Row]) -> torch.Tensor:
+    """The targets."""
+    return torch.cat([torch.from_numpy(row.ids)[1:][torch.from_numpy(row.targets)[1:]] for row in some])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_the_model_and_of_its_base(kind: str) -> None:
+    """Loss, accuracy and divergence are those of plain transformers; without its adapter a model scores as its base."""
+    base = small_model("llama").eval()
+    before = plain(base, rows(5))
+    adapter = LoraConfig(r=2, lora_alpha=64, init_lora_weights=False, **KINDS[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = get_peft_model(copy.deepcopy(base), adapter)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.requires_grad and "lora" not in name:
+                    weight.add_(0.1 * torch.randn_like(weight))
+    after = plain(copy.deepcopy(model).eval(), rows(5))
+    wrap_experts(model)
+    make_fast(model, torch.float32, end_to_end=True)
+    trained = {name: (weight.data_ptr(), weight.requires_grad) for name, weight in model.named_parameters()}
+    meter = Meter(model.train(), compute())
+    wanted = labels(rows(5))
+    score, own = meter.score(rows(5)), meter.without_adapter()
+    assert float(functional.cross_entropy(after.double(), wanted)) == pytest.approx(score.loss, rel=1e-6)
+    assert float((after.argmax(-1) == wanted).double().mean()) == score.accuracy
+    assert len(wanted) == score.tokens
+    assert float(functional.cross_entropy(before.double(), wanted)) == pytest.approx(own.score(rows(5)).loss, rel=1e-6)
+    far = float(divergences(before.double(), after.double()).mean())
+    assert far == pytest.approx(meter.divergence(own, rows(5)), rel=1e-4)
+    assert far > 1e-4
+    assert model.training
+    assert trained == {name: (weight.data_ptr(), weight.requires_grad) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mamba", "rwkv"])
+def test_families_are_measured_and_write(family: str, tmp_path: Path) -> None:
+    """Models of other kinds (padded, capped logits, recurrent) score as they are, and write texts from a seed."""
+    del tmp_path
+    model = small_model(family).eval()
+    meter = Meter(copy.deepcopy(model), compute())
+    some = rows(4)
+    loss = float(functional.cross_entropy(plain(model, some).double(), labels(some)))
+    assert loss == pytest.approx(meter.score(some).loss, rel=1e-5)
+    texts = meter.write((3, 6), 1)
+    assert [1, 1, 1] == [text[0] for text in texts]
+    assert [6, 6, 6] == list(map(len, texts))
+    assert texts == meter.write((3, 6), 1)
+
+
+def test_the_kept_part_of_the_base_is_a_lower_bound() -> None:
+    """With all but one token kept the term is the whole divergence; no gradient where the model is the base."""
+    draws = torch.Generator().manual_seed(0)
+    base, model = torch.randn(7, 40, generator=draws).double(), torch.randn(7, 40, generator=draws).double()
+    ids, logs = top_of(base)
+    assert top_divergences(ids, logs, model).tolist() == pytest.approx(divergences(base, model).tolist())
+    few = top_divergences(ids[:, :5], logs[:, :5], model)
+    assert bool((few <= divergences(base, model)).all())
+    same = base.clone().requires_grad_()
+    top_divergences(ids[:, :5], logs[:, :5], same).sum().backward()
+    assert same.grad is not None
+    assert float(same.grad.abs().max()) < 1e-12
+
+
+def test_each_text_comes_once_before_one_comes_twice() -> None:
+    """Anchor texts of the steps are a function of seed and step, one per 8 rows of a step."""
+    term = AnchorTerm(rows(5), torch.empty(0), torch.empty(0), 0.1)
+    config = Config(batch_size=16)
+    chosen = [place for step in range(5) for place in term.chosen(step, config)]
+    assert [*range(5), *range(5)] == [*sorted(chosen[:5]), *sorted(chosen[5:])]
+    assert 1 == len(term.chosen(0, Config(batch_size=4)))
+    assert chosen != [place for step in range(5) for place in term.chosen(step, Config(batch_size=16, seed=1))]
