@@ -10,14 +10,17 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from onward.config_sections import (
     RESIDUAL_INITS,
+    AnchorConfig,
     Columns,
     Count,
+    EvaluationConfig,
     Fraction,
     Index,
     LoraConfig,
     Name,
     NotifyConfig,
     Rate,
+    ReplayConfig,
     Section,
     TextConfig,
     path_text,
@@ -36,7 +39,7 @@ IDENTITY_KEYS = (
 )  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
-SECTIONS = ("lora", "text", "notify")
+SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay")
 """Keys that have keys of their own."""
 
 OPERATION_KEYS = (
@@ -46,15 +49,19 @@ OPERATION_KEYS = (
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
-LATER_KEYS = (*LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps")
+LATER_KEYS = (
+    *LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "holdout",
+    "evaluation.rows", "evaluation.share", "evaluation.files", "anchor.rows", "anchor.tokens", "anchor.weight",
+    "replay.share", "replay.policy",
+)  # fmt: skip
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
 
-NEW_RUN = {"over_length": "auto", "text.documents": "auto"}
+NEW_RUN = {"over_length": "auto", "text.documents": "auto", "holdout": "auto", "evaluation.share": 0.05}
 """What `init` and `adopt` write for these keys, unless told otherwise. Their defaults differ: a run of an earlier
-release whose config does not name them goes on reading files as it did."""
+release whose config does not name them goes on reading files as it did, trains all of their rows and measures none."""
 
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
@@ -194,6 +201,16 @@ class Config(Section):
         description="Times its size that a compressed, Parquet or Arrow file may unpack to; judged above 16 megabytes.",
     )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
+    holdout: Literal["auto"] | Fraction = Field(
+        default=0.0,
+        description="Share of a file's rows that are never trained, to measure on; `auto`: 2 % of files of 200 rows or "
+        "more, 64 at most. `onward init` writes `auto`.",
+    )
+    evaluation: EvaluationConfig = Field(
+        default=EvaluationConfig(), description="What the model is measured on at each boundary."
+    )
+    anchor: AnchorConfig = Field(default=AnchorConfig(), description="Texts that the base model writes once.")
+    replay: ReplayConfig = Field(default=ReplayConfig(), description="Rows of earlier files in the steps of a new one.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
@@ -300,8 +317,11 @@ def acts(key: str) -> Acts:
 
 SECTION_FIELDS = {
     name: frozenset(section.model_fields)
-    for name, section in (("lora", LoraConfig), ("text", TextConfig), ("notify", NotifyConfig))
-}
+    for name, section in (
+        ("lora", LoraConfig), ("text", TextConfig), ("notify", NotifyConfig), ("evaluation", EvaluationConfig),
+        ("anchor", AnchorConfig), ("replay", ReplayConfig),
+    )
+}  # fmt: skip
 
 
 def known_keys() -> list[str]:

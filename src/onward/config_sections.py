@@ -27,6 +27,7 @@ Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]
 Index = Annotated[int, BeforeValidator(refuse_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_nan=False)]
 Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -119,6 +120,43 @@ class TextConfig(Section):
         default="line",
         description="What one row of a .txt file is: a line, the lines between two blank ones, the whole file; `auto` "
         "looks at the file and says what it took. `onward init` writes `auto`.",
+    )
+
+
+class EvaluationConfig(Section):
+    """What the model is measured on at each boundary."""
+
+    rows: Count = Field(default=16, description="Rows of each file that the model is measured on.")
+    share: Share = Field(
+        default=0.0,
+        description="Share of the cost of training that measuring may take, counted in tokens; what does not fit is "
+        "left blank. 0 is off; `onward init` writes 0.05.",
+    )
+    files: list[Name] = Field(
+        default=[], description="Files with questions of your own that the model is measured on and never trained on."
+    )
+
+
+class AnchorConfig(Section):
+    """Texts that the base model writes once: how far the model has moved from it where no file says anything."""
+
+    rows: Index = Field(default=64, description="Texts that the base writes; 0 is none.")
+    tokens: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
+        default=128, description="Tokens of each text."
+    )
+    weight: Rate = Field(
+        default=0.0, description="Weight of the KL divergence to the base on these texts in the loss; 0 is off."
+    )
+
+
+class ReplayConfig(Section):
+    """Rows of earlier files in the steps of a new one."""
+
+    share: Share = Field(default=0.0, description="Replayed rows per row of the new file, on top of them; 0 is off.")
+    policy: Literal["uniform", "recent", "forgotten"] = Field(
+        default="uniform",
+        description="Which rows: of all earlier files alike, rather of recent files, rather of what the last grid "
+        "shows as forgotten.",
     )
 
 

@@ -25,6 +25,7 @@ class FileStarted:
 
     `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`,
     `lost_tokens` what went with that, of `tokens` that are left; `split` counts texts that became several rows.
+    `held_out` counts the rows that are never trained.
     """
 
     name: str
@@ -39,11 +40,16 @@ class FileStarted:
     split: int = 0
     tokens: int = 0
     lost_tokens: int = 0
+    held_out: int = 0
 
 
 @dataclass(frozen=True)
 class StepTaken:
-    """One optimizer step. `loss` is the mean over its target tokens (nats), `seconds` its wall time."""
+    """One optimizer step. `loss` is the mean over its target tokens (nats), `seconds` its wall time.
+
+    `rows` counts the rows of the file, `replayed` names those of earlier files on top of them, each as (SHA-256, row);
+    `tokens` and `loss` are of both. `anchor` is the KL divergence to the base where it is in the loss.
+    """
 
     step: int
     step_in_file: int
@@ -57,6 +63,8 @@ class StepTaken:
     learning_rate: float
     grad_norm: float
     seconds: float
+    replayed: tuple[tuple[str, int], ...] = ()
+    anchor: float | None = None
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,7 @@ def _describe_start(event: FileStarted) -> str:
     lengths = Lengths(event.rows, event.truncated, event.dropped, event.split, event.tokens, event.lost_tokens)
     long = lengths.words(event.max_length)
     done = f", {event.steps_done} done" if event.steps_done else ""
+    long += f", {event.held_out} held out" if event.held_out else ""
     return (
         f"file {event.position}: {printable(event.name)}, {event.rows} rows{long}, {event.steps} steps{done}"
         f" (handover {event.handover})"

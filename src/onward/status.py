@@ -133,6 +133,8 @@ def _entry(row: HistoryRow, place: int) -> dict[str, Any]:
         "sha256": row.sha256,
         "rows": row.rows,
         "rows_trained": row.trained or 0,
+        "rows_held_out": row.held_out,
+        "rows_replayed": row.replayed or 0,
         "truncated": row.truncated,
         "dropped": row.dropped,
         "split": row.split,

@@ -138,7 +138,7 @@ def test_a_ledger_of_the_first_release_is_brought_up(tmp_path: Path) -> None:
         ledger.move_file(7, "skipped", position=None, note="no use")
         assert "skipped" == ledger.file(7).state
         with pytest.raises(sqlite3.IntegrityError):
-            ledger.write("INSERT INTO steps VALUES (8, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1)")
+            ledger.write("INSERT INTO steps VALUES (8, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1, 0, NULL)")
 
 
 def test_a_transaction_that_the_disk_refuses_leaves_none_open(tmp_path: Path) -> None:

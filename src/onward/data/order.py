@@ -1,80 +1,25 @@
-"""The order of rows as a pure function of (seed, file, epoch): nothing to save or to lose, O(1) to seek.
-
-A permutation of any size comes from a Feistel network on the next power of two with cycle walking: apply it again
-until the value falls inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). The rounds
-are xxh3, whose values are fixed by its specification; the streams of numpy and torch generators are not.
-"""
+"""The order of rows as a pure function of (seed, file, epoch): nothing to save or to lose, O(1) to seek."""
 
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import xxhash
 
+from onward.data.holdout import count_held_out, held_out_rows
+from onward.data.permutation import Permutation
+
 if TYPE_CHECKING:
     from onward.config import Config
 
-ROUNDS = 8
-TABLE_SIZE = 64  # below this a Feistel network has too few bits to mix well; a sorted table is small and unbiased
-
-
-class Permutation:
-    """A pseudo-random bijection of `range(size)` in constant memory.
-
-    Args:
-        size: the number of elements, at least 0.
-        key: what selects the permutation; equal keys always give equal permutations, on every machine.
-    """
-
-    def __init__(self, size: int, key: bytes) -> None:
-        assert size >= 0, size
-        self._size = size
-        digest = blake2b(key, digest_size=8 * ROUNDS).digest()
-        self._round_keys: tuple[int, ...] = struct.unpack(f"<{ROUNDS}Q", digest)
-        bits = max(size - 1, 1).bit_length()
-        self._low_bits = bits // 2
-        self._low_mask = (1 << self._low_bits) - 1
-        self._high_mask = (1 << (bits - self._low_bits)) - 1
-        self._table = self._sorted_table() if size <= TABLE_SIZE else None
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> int:
-        """Return the element at `index`.
-
-        Raises:
-            IndexError: `index` is outside `range(size)`; negative indices are not supported.
-        """
-        if not 0 <= index < self._size:
-            raise IndexError(index)
-        if self._table is not None:
-            return self._table[index]
-        value = self._network(index)
-        while value >= self._size:
-            value = self._network(value)
-        return value
-
-    def _network(self, value: int) -> int:
-        low, high = value & self._low_mask, value >> self._low_bits
-        for turn, round_key in enumerate(self._round_keys):
-            if turn % 2:
-                high ^= _hash(low, round_key) & self._high_mask
-            else:
-                low ^= _hash(high, round_key) & self._low_mask
-        return high << self._low_bits | low
-
-    def _sorted_table(self) -> list[int]:
-        return sorted(range(self._size), key=lambda value: (_hash(value, self._round_keys[0]), value))
-
-
-def _hash(value: int, seed: int) -> int:
-    return xxhash.xxh3_64_intdigest(value.to_bytes(8, "little"), seed=seed)
+__all__ = [
+    "FilePlan", "Permutation", "Plan", "RowReference", "make_plan", "nth_left", "row_order", "rows_digest"
+]  # fmt: skip
 
 
 @lru_cache(maxsize=16)
@@ -137,7 +82,8 @@ class Plan(Protocol):
 class FilePlan:
     """The plan of one file alone.
 
-    Every epoch visits every row once. The last batch of an epoch may be smaller, and batches never span two epochs.
+    Every epoch visits every row once that is not held out. The last batch of an epoch may be smaller, and batches
+    never span two epochs.
 
     Args:
         sha256: identity of the file.
@@ -146,6 +92,7 @@ class FilePlan:
         epochs: passes over the file, at least 1.
         seed: the run's seed.
         occurrence: how often the stream had the same content before; each time has an order of its own.
+        held_out: indices of the rows that are never trained, in rising order.
     """
 
     sha256: str
@@ -154,9 +101,10 @@ class FilePlan:
     epochs: int
     seed: int
     occurrence: int = 0
+    held_out: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.rows >= 1, self.rows
+        assert self.trained_rows >= 1, (self.rows, self.held_out)
         assert self.batch_size >= 1, self.batch_size
         assert self.epochs >= 1, self.epochs
         assert self.occurrence >= 0, self.occurrence
@@ -166,10 +114,15 @@ class FilePlan:
         """The file itself."""
         return (self.sha256,)
 
+    @property
+    def trained_rows(self) -> int:
+        """Rows that every epoch visits."""
+        return self.rows - len(self.held_out)
+
     @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch; the last one may have fewer rows."""
-        return -(-self.rows // self.batch_size)
+        return -(-self.trained_rows // self.batch_size)
 
     @property
     def steps(self) -> int:
@@ -192,15 +145,21 @@ class FilePlan:
         Raises:
             IndexError: the file has no such step.
         """
-        order = row_order(self.seed, self.sha256, self.epoch_of(step_in_file), self.rows, self.occurrence)
+        order = row_order(self.seed, self.sha256, self.epoch_of(step_in_file), self.trained_rows, self.occurrence)
         first = step_in_file % self.steps_per_epoch * self.batch_size
-        last = min(first + self.batch_size, self.rows)
-        return [RowReference(self.sha256, order[index]) for index in range(first, last)]
+        last = min(first + self.batch_size, self.trained_rows)
+        return [RowReference(self.sha256, nth_left(order[index], self.held_out)) for index in range(first, last)]
+
+
+def nth_left(index: int, held_out: Sequence[int]) -> int:
+    """Return the row at an index among those that are left when rows, given in rising order, are held out."""
+    return index + bisect_right(range(len(held_out)), index, key=lambda place: held_out[place] - place)
 
 
 def make_plan(sha256: str, rows: int, config: Config, occurrence: int = 0) -> FilePlan:
-    """Return which rows each step of a file trains under a config."""
-    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed, occurrence)
+    """Return which rows each step of a file trains under a config, from this file alone."""
+    held_out = held_out_rows(config.seed, sha256, rows, count_held_out(rows, config.holdout))
+    return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed, occurrence, held_out)
 
 
 def rows_digest(rows: Sequence[RowReference], sources: Sequence[str]) -> str:

@@ -155,7 +155,8 @@ class Files(Database):
 
     def history(self) -> list[HistoryRow]:
         """One row per file of the stream, with its first and last step, then those that were taken out of it."""
-        return self.records(HistoryRow, HISTORY)
+        columns = {row["name"] for row in self.query("PRAGMA table_info(steps)")}  # it may not be migrated yet
+        return self.records(HistoryRow, HISTORY.format(replayed="sum(replayed)" if "replayed" in columns else "0"))
 
 
 def marks(values: Sequence[object]) -> str:
@@ -164,7 +165,7 @@ def marks(values: Sequence[object]) -> str:
 
 
 HISTORY = """
-    SELECT f.*, s.trained, s.steps, s.step_from, s.step_to, s.seconds,
+    SELECT f.*, s.trained, s.steps, s.step_from, s.step_to, s.seconds, s.replayed,
         a.loss AS first_loss, a.learning_rate AS first_learning_rate,
         b.loss AS last_loss, b.learning_rate AS last_learning_rate,
         (SELECT h.class FROM handovers h WHERE h.file_id = f.id AND h.kind = 'boundary'
@@ -172,7 +173,7 @@ HISTORY = """
     FROM files f
     LEFT JOIN (
         SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS step_from,
-            max(step) AS step_to, sum(seconds) AS seconds
+            max(step) AS step_to, sum(seconds) AS seconds, {replayed} AS replayed
         FROM steps GROUP BY file_id
     ) s ON s.file_id = f.id
     LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.step_from

@@ -199,6 +199,11 @@ class Ledger(Files, Requests):
         """Return the step records of a file."""
         return self.records(StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
 
+    def replayed_rows(self, file_id: int) -> list[tuple[int, str, int]]:
+        """Return the replayed rows of a file's steps in order: step, SHA-256 of their file, index in it."""
+        rows = self.query("SELECT step, sha256, row FROM replayed_rows WHERE file_id = ? ORDER BY step, place", file_id)
+        return [(int(row["step"]), str(row["sha256"]), int(row["row"])) for row in rows]
+
     def last_steps(self, file_id: int, limit: int) -> list[StepRecord]:
         """Return the newest step records of a file, newest first."""
         return self.records(
@@ -232,6 +237,7 @@ class Ledger(Files, Requests):
         with self.transaction():
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
+                self.write("DELETE FROM replayed_rows WHERE file_id = ? AND step > ?", file_id, step)
                 self.write("DELETE FROM boundary_results WHERE file_id = ? AND step > ?", file_id, step)
             self.write(
                 "UPDATE checkpoints SET state = ? WHERE step > ? AND state = 'committed'", checkpoint_state, step

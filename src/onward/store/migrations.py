@@ -181,6 +181,20 @@ MIGRATIONS = (
     ALTER TABLE files ADD COLUMN lost_tokens INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN bad_rows INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    ALTER TABLE files ADD COLUMN held_out INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE steps ADD COLUMN replayed INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE steps ADD COLUMN anchor REAL;
+
+    CREATE TABLE replayed_rows (
+        file_id INTEGER NOT NULL REFERENCES files (id),
+        step INTEGER NOT NULL,
+        place INTEGER NOT NULL,
+        sha256 TEXT NOT NULL,
+        row INTEGER NOT NULL,
+        PRIMARY KEY (file_id, step, place)
+    ) STRICT, WITHOUT ROWID;
+    """,
 )
 
 

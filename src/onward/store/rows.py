@@ -19,7 +19,8 @@ class FileRow:
     that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
     each of its steps is cut after lack of memory. `truncated` and `dropped` count rows that were cut or left out for
     their length, `lost_tokens` the tokens that went with that (0 in files of earlier releases, which did not count
-    them), `split` texts that became several rows, `bad_rows` rows left out because they cannot be trained.
+    them), `split` texts that became several rows, `bad_rows` rows left out because they cannot be trained. `held_out`
+    counts, from when the file begins, the rows that are never trained.
     """
 
     id: int
@@ -53,6 +54,7 @@ class FileRow:
     split: int = 0
     lost_tokens: int = 0
     bad_rows: int = 0
+    held_out: int = 0
 
     @property
     def is_announced(self) -> bool:
@@ -86,6 +88,7 @@ class HistoryRow(FileRow):
     last_loss: float | None
     last_learning_rate: float | None
     handover: str | None
+    replayed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class StepRecord:
     """One optimizer step of one file, as it was trained.
 
     `loss` is the mean over the step's target tokens, `seconds` wall time, `rows_digest` the digest of the row
-    indices that went in.
+    indices that went in. `rows` counts those of the file, `replayed` those of earlier files on top of them; `tokens`
+    and the loss are of both. `anchor` is the KL divergence to the base (nats per token) where it is in the loss.
     """
 
     file_id: int
@@ -108,6 +112,8 @@ class StepRecord:
     learning_rate: float
     grad_norm: float
     seconds: float
+    replayed: int = 0
+    anchor: float | None = None
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,13 @@ class Trainer:
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch)
+        replayed = tuple(row for row in batch.references if row.sha256 != plan.sha256)
         return StepTaken(
             step=state.step,
             step_in_file=index + 1,
             steps_in_file=plan.steps,
             epoch=plan.epoch_of(index),
-            rows=len(batch.rows),
+            rows=len(batch) - len(replayed),
             rows_digest=rows_digest(batch.references, plan.sources),
             tokens=batch.tokens,
             target_tokens=batch.target_tokens,
@@ -81,6 +82,7 @@ class Trainer:
             learning_rate=rate,
             grad_norm=grad_norm,
             seconds=time.perf_counter() - begun,
+            replayed=replayed,
         )
 
     def _gradients(self, batch: Batch) -> float:

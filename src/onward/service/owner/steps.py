@@ -37,4 +37,5 @@ def record_of(file_id: int, result: StepTaken) -> StepRecord:
     """Return what the ledger keeps of a step."""
     values = asdict(result)
     del values["steps_in_file"]
+    values["replayed"] = len(result.replayed)
     return StepRecord(file_id, **values)

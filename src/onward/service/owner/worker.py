@@ -7,17 +7,18 @@ account of it in the ledger, and a kill at any instant leaves both where `Settle
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from onward.config import Config, stored_config
-from onward.data.order import FilePlan, make_plan
+from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.errors import TrainingError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
@@ -87,6 +88,7 @@ class Worker:
         self._probed: Probe | None = None
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
+        self._files = OpenSources(session, around.look)
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
@@ -146,8 +148,12 @@ class Worker:
                 yield from self._collect(wait=True)
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)
-        plan = make_plan(row.sha256, tokens.rows, self.config, row.occurrence)
+        if self.config.replay.policy == "forgotten":  # it reads what was measured at the boundary before
+            yield from self._collect(wait=True)
+        position = self.state.cursor.position + (not resumed)
+        plan = plan_of(self.ledger, row, tokens.rows, self.config, position)
         self._sources = plan.sources
+        files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -162,9 +168,10 @@ class Worker:
             split=tokens.meta.get("split", 0),  # not counted by earlier releases
             tokens=tokens.meta["tokens"],
             lost_tokens=tokens.meta.get("lost_tokens", 0),
+            held_out=len(plan.held_out),
         )
         self.around.shown.set("training")
-        yield from self._train(row.id, tokens, plan, metrics)
+        yield from self._train(row.id, files, plan, metrics)
         return (yield from self._finish(row, plan, tokens)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: FileRow) -> Config:
@@ -182,7 +189,7 @@ class Worker:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
         return config
 
-    def _begin(self, row: FileRow, plan: FilePlan) -> str:
+    def _begin(self, row: FileRow, plan: StreamPlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
         state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
@@ -200,17 +207,19 @@ class Worker:
                 self.ledger.add_event("info", change, state.step, kind="config")
             self.ledger.move_file(
                 row.id, "training", position=position, config=fingerprint, start_step=state.step,
-                planned_steps=plan.steps, rows=plan.rows,
+                planned_steps=plan.steps, rows=plan.rows, held_out=len(plan.held_out),
             )  # fmt: skip
         cross_boundary(state, config, plan, position)
         self._in_force = config
         return handover
 
-    def _train(self, file_id: int, tokens: TokenizedFile, plan: FilePlan, metrics: Metrics) -> Iterator[Event]:
+    def _train(
+        self, file_id: int, files: Mapping[str, TokenizedFile], plan: StreamPlan, metrics: Metrics
+    ) -> Iterator[Event]:
         session, state = self.session, self.state
         trainer = Trainer(state, self.config, SingleProcess(session.device), session.dtype, session.pad_id)
-        for result in watched(trainer.steps({plan.sha256: tokens}, plan), file_id, self.around.heartbeat):
-            metrics.append(record_of(file_id, result))
+        for result in watched(trainer.steps(files, plan), file_id, self.around.heartbeat):
+            metrics.append(record_of(file_id, result), result.replayed)
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
@@ -223,7 +232,7 @@ class Worker:
             if result.step % self.around.settings.current.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
+    def _finish(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
         self._require_done(row.id, plan)
         step = self.state.step
@@ -242,7 +251,7 @@ class Worker:
             yield from self._wait_for_commit()
         return following
 
-    def _at_boundary(self, row: FileRow, plan: FilePlan, tokens: TokenizedFile) -> dict[str, Any]:
+    def _at_boundary(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> dict[str, Any]:
         if not self.around.hooks:
             return {}
         self.around.shown.set("evaluating")
@@ -251,10 +260,10 @@ class Worker:
         self.around.shown.set("saving")
         return results
 
-    def _require_done(self, file_id: int, plan: FilePlan) -> None:
+    def _require_done(self, file_id: int, plan: StreamPlan) -> None:
         counted = self.ledger.count_trained(file_id)
         counters = self.state.counters
-        expected = (plan.steps, plan.rows * plan.epochs)
+        expected = (plan.steps, plan.trained_rows * plan.epochs)
         if counted != expected:
             raise _broken(f"(steps, rows) were to be {expected}, the ledger counted {counted}")
         adam_step = self.state.view().adam_step()

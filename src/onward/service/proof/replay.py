@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from onward.config import stored_config
-from onward.data.order import make_plan
 from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
 from onward.layout import RunLayout, step_of
 from onward.service.intake.tokens import open_tokens
+from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -71,11 +71,11 @@ def _train_again(session: Session, ledger: Ledger, state: TrainState, target: Ma
 def _train_file(session: Session, ledger: Ledger, state: TrainState, target: Manifest, row: FileRow) -> Iterator[None]:
     config = stored_config(ledger.config_of(row))
     tokens = open_tokens(session, row, config, lambda: None)
-    plan = make_plan(row.sha256, tokens.rows, config, row.occurrence)
+    plan = plan_of(ledger, row, tokens.rows, config, row.place)
     cross_boundary(state, config, plan, row.place)
     recorded = {step.step: step.loss for step in ledger.steps(row.id)}
     trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
-    for result in trainer.steps({plan.sha256: tokens}, plan):
+    for result in trainer.steps(OpenSources(session, lambda: None).of_plan(plan, tokens), plan):
         if result.loss != recorded.get(result.step):
             raise VerificationFailed(
                 f"step {result.step} of {row.name} had loss {recorded.get(result.step)!r}, again {result.loss!r}"

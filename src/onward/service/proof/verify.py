@@ -10,11 +10,13 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, stored_config
 from onward.config_text import read_config
-from onward.data.order import make_plan, rows_digest
+from onward.data.order import rows_digest
+from onward.data.replay import StreamPlan, replayed_of
 from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
+from onward.service.knowledge.plans import plan_of
 from onward.service.proof.replay import replay
 from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
@@ -158,19 +160,35 @@ def _trained(ledger: Ledger) -> list[tuple[FileRow, Config, list[StepRecord]]]:
 
 
 def _rows(ledger: Ledger) -> str:
-    total = 0
+    total = held_out = replayed = 0
     for row, config, steps in _trained(ledger):
-        plan = make_plan(row.sha256, row.rows, config, row.occurrence)
+        plan = plan_of(ledger, row, row.rows, config, row.place)
         place = f"file {row.position} ({row.name})"
         wanted = plan.steps if row.state == "done" else len(steps)
         _require(len(steps) == wanted > 0 or not wanted, f"{place} has {len(steps)} steps instead of {wanted}")
         for index, step in enumerate(steps):
-            rows = plan.rows_at(index)
-            here = (step.step_in_file, step.step, step.rows, step.rows_digest)
-            planned = (index + 1, row.first_step + index + 1, len(rows), rows_digest(rows, plan.sources))
+            rows, again = plan.rows_at(index), replayed_of(plan, index)
+            here = (step.step_in_file, step.step, step.rows, step.replayed, step.rows_digest)
+            counts = (len(rows) - len(again), len(again))
+            planned = (index + 1, row.first_step + index + 1, *counts, rows_digest(rows, plan.sources))
             _require(here == planned, f"{place}, step {step.step} trained other rows than its order says")
+        _require_replayed(ledger, row, plan, len(steps))
         total += sum(step.rows for step in steps)
-    return f"{total} rows trained, every row of every finished file exactly `epochs` times"
+        replayed += sum(step.replayed for step in steps)
+        held_out += len(plan.held_out)
+    kept = f", but for {held_out} held out, which were never trained" if held_out else ""
+    again = f"; {replayed} rows replayed, each as its choice says" if replayed else ""
+    return f"{total} rows trained, every row of every finished file exactly `epochs` times{kept}{again}"
+
+
+def _require_replayed(ledger: Ledger, row: FileRow, plan: StreamPlan, steps: int) -> None:
+    """Hold what was recorded of replayed rows, and of held-out ones, against the plan."""
+    place = f"file {row.position} ({row.name})"
+    chosen = [(row.first_step + index + 1, *again) for index in range(steps) for again in replayed_of(plan, index)]
+    recorded = [entry for entry in ledger.replayed_rows(row.id) if entry[0] <= row.first_step + steps]
+    _require(recorded == chosen, f"{place}: the rows recorded as replayed are not those that its choice says")
+    counted = f"{place}: {row.held_out} rows are recorded as held out, {len(plan.held_out)} are"
+    _require(row.held_out == len(plan.held_out), counted)
 
 
 def _learning_rates(ledger: Ledger) -> str:

@@ -1,0 +1,216 @@
+"""The table of what was measured at the boundaries, file by file, and the figures under it; needs no torch.
+
+Names follow Lopez-Paz and Ranzato ("Gradient Episodic Memory for Continual Learning", 2017), for losses instead of
+accuracies. docs/knowledge.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+
+GRID, BEFORE = "grid", "before"
+"""Names of boundary results: what was measured at the boundary after a file, and of a file before its first step."""
+
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A file that the model is measured on.
+
+    Args:
+        key: its SHA-256.
+        position: its place in the stream; None for one of `evaluation.files`.
+    """
+
+    key: str
+    position: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured: a row per boundary (the first is the base model), a column per file.
+
+    Args:
+        after: the position after which each row was measured; 0 for the base.
+        scores: for each row, what was measured by column key; what was not measured is not there.
+        anchor: KL divergence to the base on the anchor texts for each row, None where it was not measured.
+    """
+
+    columns: Sequence[Column]
+    after: Sequence[int]
+    scores: Sequence[Mapping[str, Mapping[str, Any]]]
+    anchor: Sequence[Number]
+
+    def values(self, name: str) -> list[list[Number]]:
+        """Return the matrix of `loss` or `accuracy`, rows by columns."""
+        return [[_value(row.get(column.key), name) for column in self.columns] for row in self.scores]
+
+    @property
+    def average(self) -> Number:
+        """Mean loss now, over the files of the stream that were measured after the last one."""
+        return _mean(score["loss"] for _, score in self._now())
+
+    def forgotten(self) -> dict[int, float]:
+        """Return, by position, the loss now less the best loss so far, of files before the last one measured now."""
+        last = self.after[-1] if self.after else 0
+        return {
+            column.place: score["loss"] - min(seen)
+            for column, score in self._now_placed()
+            if column.place < last and (seen := self._seen(column, score))
+        }
+
+    def forgotten_share(self) -> dict[str, float]:
+        """Return, by content, the newest loss by the best loss less 1, at least 0; of every file measured twice."""
+        found: dict[str, float] = {}
+        for column in self.columns:
+            scores = [row[column.key] for row in self._since(column) if column.key in row]
+            seen = [score["loss"] for score in scores if score["rows"] == scores[-1]["rows"]]
+            if column.position is not None and seen and min(seen) > 0:
+                found[column.key] = seen[-1] / min(seen) - 1.0
+        return found
+
+    @property
+    def backward(self) -> Number:
+        """Backward transfer: loss right after a file less loss now, mean over files before the last one."""
+        found: list[float] = []
+        for column, score in self._now_placed():
+            first = self._row_of(column.place).get(column.key)
+            if column.place < self.after[-1] and first is not None and first["rows"] == score["rows"]:
+                found.append(first["loss"] - score["loss"])
+        return _mean(found)
+
+    @property
+    def transfer(self) -> Number:
+        """Loss on a file right before it was trained less the base's, mean over the files after the first."""
+        base = self.scores[0] if self.scores else {}
+        found: list[float] = []
+        for column in self.columns:
+            before = self._row_of((column.position or 1) - 1).get(column.key) if (column.position or 0) > 1 else None
+            if before is not None and column.key in base and base[column.key]["rows"] == before["rows"]:
+                found.append(before["loss"] - base[column.key]["loss"])
+        return _mean(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table with its figures as `onward grid --json` prints it."""
+        forgotten = self.forgotten()
+        worst = max(forgotten, key=lambda position: (forgotten[position], -position)) if forgotten else None
+        return {
+            "files": [self._describe(column) for column in self.columns],
+            "after": list(self.after),
+            "loss": self.values("loss"),
+            "accuracy": self.values("accuracy"),
+            "anchor": list(self.anchor),
+            "average": self.average,
+            "forgetting": {
+                "mean": _mean(forgotten.values()),
+                "worst": None if worst is None else forgotten[worst],
+                "file": worst,
+                "by_file": {str(position): value for position, value in forgotten.items()},
+            },
+            "backward_transfer": self.backward,
+            "transfer": self.transfer,
+        }
+
+    def _describe(self, column: Column) -> dict[str, Any]:
+        newest = next((row[column.key] for row in reversed(self.scores) if column.key in row), None)
+        return {
+            "position": column.position,
+            "name": column.name,
+            "sha256": column.key,
+            "rows": None if newest is None else newest["rows"],
+            "trained": None if newest is None else newest["trained"],
+        }
+
+    def _now(self) -> Iterator[tuple[Column, Mapping[str, Any]]]:
+        last = self.scores[-1] if len(self.scores) > 1 else {}
+        placed = (column for column in self.columns if column.position is not None)
+        return ((column, last[column.key]) for column in placed if column.key in last)
+
+    def _now_placed(self) -> Iterator[tuple[_Placed, Mapping[str, Any]]]:
+        return ((_Placed(column.key, column.position or 0), score) for column, score in self._now())
+
+    def _seen(self, column: _Placed, score: Mapping[str, Any]) -> list[float]:
+        """Losses on a file from its own boundary on, on the same rows."""
+        rows = (
+            row.get(column.key) for row, after in zip(self.scores, self.after, strict=True) if after >= column.place
+        )
+        return [found["loss"] for found in rows if found is not None and found["rows"] == score["rows"]]
+
+    def _since(self, column: Column) -> list[Mapping[str, Mapping[str, Any]]]:
+        pairs = zip(self.scores, self.after, strict=True)
+        return [row for row, after in pairs if after >= (column.position or 0)]
+
+    def _row_of(self, position: int) -> Mapping[str, Mapping[str, Any]]:
+        return next((row for row, after in zip(self.scores, self.after, strict=True) if after == position), {})
+
+
+@dataclass(frozen=True)
+class _Placed:
+    key: str
+    place: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the ledger has of one file: itself, and what was measured before its first step and at its boundary."""
+
+    row: FileRow
+    grid: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def read_measured(ledger: Ledger, up_to: int | None = None) -> list[Measured]:
+    """Return what was measured at the files of the stream that have begun, in order.
+
+    Args:
+        up_to: the last position that is looked at; None for all.
+    """
+    rows = [row for row in ledger.files("training", "done") if row.position is not None]
+    found: list[Measured] = []
+    for row in rows:
+        if up_to is None or row.place <= up_to:
+            results = ledger.boundary_results(row.id)
+            found.append(Measured(row, results.get(GRID, {}), results.get(BEFORE, {})))
+    return found
+
+
+def table_of(measured: Sequence[Measured]) -> Table:
+    """Return the table of files of the stream, with the columns of files that were measured beside them."""
+    finished = [each for each in measured if each.grid or each.row.state == "done"]
+    columns = [Column(each.row.sha256, each.row.place, each.row.name) for each in measured]
+    asked = {key: name for each in measured for key, name in each.grid.get("names", {}).items()}
+    columns += [Column(key, None, name) for key, name in asked.items()]
+    base: dict[str, Any] = {}
+    for each in reversed(measured):
+        base |= {**each.grid.get("base", {}), **each.before.get("base", {})}
+    rows: list[dict[str, Any]] = [base, *(dict(each.grid.get("model", {})) for each in finished)]
+    after = [0, *(each.row.place for each in finished)]
+    for each in measured:
+        if each.before and each.row.place - 1 in after[1:]:
+            row = rows[after.index(each.row.place - 1)]
+            row |= {key: score for key, score in each.before["model"].items() if key not in row}
+    anchors = [(each.grid.get("anchor") or {}).get("kl") for each in finished]
+    of_base = 0.0 if any(value is not None for value in anchors) else None
+    return Table(columns, after, rows, [of_base, *anchors])
+
+
+def read_table(ledger: Ledger, up_to: int | None = None) -> Table:
+    """Return the table of a run as its ledger has it."""
+    return table_of(read_measured(ledger, up_to))
+
+
+def _value(score: Mapping[str, Any] | None, name: str) -> Number:
+    return None if score is None else score[name]
+
+
+def _mean(values: Any) -> Number:
+    found = list(values)
+    return fmean(found) if found else None
