@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from onward.training.seeds import seeded
 from onward.training.state import TrainState
 from onward.training.world import World
 
+Rates = Callable[[int, int], float]
+
 
 class Trainer:
     """Takes the steps of one file after another on one state.
@@ -34,11 +37,22 @@ class Trainer:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
+        rates: the learning rate of a global step and its step in the file, both from 1; the config's if not given.
     """
 
-    def __init__(self, state: TrainState, config: Config, world: World, dtype: torch.dtype, pad_id: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        config: Config,
+        world: World,
+        dtype: torch.dtype,
+        pad_id: int,
+        *,
+        rates: Rates | None = None,
+    ) -> None:
         self.state = state
         self.config = config
+        self.rates = rates or partial(learning_rate, config)
         self.world = world
         self.loss = TargetLoss(state.model, world.device, dtype, pad_id)
 
@@ -59,7 +73,7 @@ class Trainer:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
-        rate = learning_rate(self.config, state.step + 1, index + 1)
+        rate = self.rates(state.step + 1, index + 1)
         loss = self._gradients(batch)
         self._fill()
         grad_norm = self._clip()
