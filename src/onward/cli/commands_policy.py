@@ -1,4 +1,4 @@
-"""Commands that try things apart from the run: `compare`."""
+"""Commands that work apart from the run, on copies of it: `compare`, `release`, `releases`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from onward import startup
-from onward.cli.options import JsonOption, RunOption
+from onward.cli.commands_back import ask
+from onward.cli.options import JsonOption, RunOption, YesOption
 from onward.cli.output import show
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
-from onward.text import printable
+from onward.text import printable, quoted
 
 Settings = Annotated[
     list[str],
@@ -36,14 +37,73 @@ def compare(
     asked = Wishes()
     with startup.large_imports():
         from onward.views.compare import Trials, lines, parse_variants
-        from onward.views.grid import final_figures
 
     variants = parse_variants(settings)
     with asked.on_signals(), make_observer(lambda: 10) as observe:
-        trials = Trials(last, seeds, final_figures, observe, lambda line: say(printable(line)), asked)
+        trials = Trials(last, seeds, observe, lambda line: say(printable(line)), asked)
         comparison = trials.compare(layout, variants)
     if as_json:
         show(comparison.to_dict())
         return
     for line in lines(comparison):
+        show_line(printable(line))
+
+
+def release(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '.', '_' and '-'.")],
+    run: RunOption = Path(),
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="FILE|STEP", help="The boundary to begin at.", show_default="newest")
+    ] = None,
+    cooldown: Annotated[
+        float | None,
+        typer.Option(
+            "--cooldown",
+            metavar="STEPS|SHARE",
+            min=0,
+            help="Steps in which the learning rate decays to zero; below 1, a share of the steps so far.",
+            show_default="0.1; 0 with --average",
+        ),
+    ] = None,
+    average: Annotated[int, typer.Option("--average", min=1, help="Last boundaries whose weights are averaged.")] = 1,
+    notes: Annotated[str, typer.Option("--notes", help="Text for the model card.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model to publish, on a branch of the run on which the learning rate decays to zero."""
+    from onward.progress import make_observer
+    from onward.service.wishes import Wishes
+
+    layout = RunLayout(run)
+    layout.require()
+    asked = Wishes()
+    with startup.large_imports():
+        from onward.views.release import Making, Order
+
+    order = Order(name, start, cooldown, average, notes)
+    with asked.on_signals(), make_observer(lambda: 10) as observe:
+        record = Making(layout, observe, say, asked).release(order)
+    if as_json:
+        show(record)
+    say(f"made {quoted(layout.releases / name)} from step {record['step']}; the run is as it was")
+
+
+def releases(
+    run: RunOption = Path(),
+    remove: Annotated[str | None, typer.Option("--remove", metavar="NAME", help="Remove a release.")] = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the releases of the run, side by side, or remove one."""
+    from onward.views.releases import find_release, lines, list_releases, remove_release
+
+    layout = RunLayout(run)
+    layout.require()
+    if remove is not None:
+        ask(f"remove the release {quoted(find_release(layout, remove).folder)}?", yes)
+        remove_release(layout, remove)
+    found = list_releases(layout)
+    if as_json:
+        show([release.summary() for release in found])
+        return
+    for line in lines(found):
         show_line(printable(line))

@@ -34,7 +34,7 @@ class CooldownPlan:
     steps: int
     key: str
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """What stands for the identity of a file in the cursor of the branch."""
         return sha256_json([self.key, [source.sha256 for source in self.files], self.batch_size, self.steps])

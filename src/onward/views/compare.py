@@ -18,6 +18,7 @@ from onward.errors import ConfigError, UsageError
 from onward.events import Observe
 from onward.layout import RunLayout, step_of
 from onward.run import Run
+from onward.service.knowledge.table import read_table
 from onward.service.state.copying import copy_run
 from onward.service.state.ownership import Ownership
 from onward.service.wishes import Wishes
@@ -156,7 +157,6 @@ class Trials:
     Args:
         last: how many files of the stream's end are trained again.
         orders: how many trainings each variant gets, each with another order of rows.
-        figures: reads the figures of a run that has been trained.
         observe: receives the events of every training.
         report: receives a line when a training begins.
         stop: `stop.ask(reason)` ends it.
@@ -164,7 +164,6 @@ class Trials:
 
     last: int
     orders: int
-    figures: Callable[[RunLayout], Mapping[str, float | None]]
     observe: Observe
     report: Callable[[str], None]
     stop: Wishes
@@ -188,7 +187,16 @@ class Trials:
                 _prepare(copy, variant, order)
                 Run(copy.root).train(observe=self.observe, stop=self.stop)
                 self.stop.check()
-                yield Trial(order, self.figures(copy))
+                yield Trial(order, figures_of(copy))
+
+
+def figures_of(layout: RunLayout) -> dict[str, float | None]:
+    """Return the figures of a run as it stands now; None for what was not measured."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        table = read_table(ledger).to_dict()
+    forgetting, anchors = table["forgetting"], table["anchor"]
+    values = (table["average"], forgetting["mean"], forgetting["worst"], anchors[-1] if anchors else None)
+    return dict(zip(FIGURES, values, strict=True))
 
 
 def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
