@@ -23,8 +23,8 @@ KEYS = [
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "keep_days", "settle_seconds", "retries",
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "columns", "text.documents", "bad_rows", "bad_rows_share",
-    "holdout", "evaluation.rows", "evaluation.share", "evaluation.files", "anchor.rows", "anchor.tokens", "anchor.weight",
-    "replay.share", "replay.policy",
+    "holdout", "evaluation.rows", "evaluation.share", "evaluation.files", "replay.share", "replay.policy",
+    "anchor.rows", "anchor.tokens", "anchor.weight",
     *LATER_IDENTITY_KEYS,
 ]  # fmt: skip
 """Every key. A new one is a decision: it is documented, tested and added here."""

@@ -126,6 +126,16 @@ class RunLayout:
         return self.cache / "tokens"
 
     @property
+    def samples(self) -> Path:
+        """Tokens of the rows that files are measured on."""
+        return self.cache / "samples"
+
+    @property
+    def anchor(self) -> Path:
+        """Texts that the base wrote."""
+        return self.root / "anchor"
+
+    @property
     def current(self) -> Path:
         """`current_model/`, what Hugging Face tools are pointed at."""
         return self.root / "current_model"

@@ -124,6 +124,11 @@ class Files(Database):
         """The highest position given so far in the stream."""
         return int(self.scalar(f"SELECT max(position) FROM files WHERE {IN_STREAM}") or 0)
 
+    def last_begun(self) -> int:
+        """The highest position of a file that has begun."""
+        begun = "SELECT max(position) FROM files WHERE state IN ('training', 'done')"
+        return int(self.scalar(begun) or 0)
+
     def at_position(self, position: int) -> FileRow | None:
         """Return the file at a place in the stream."""
         return self.record(FileRow, f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)

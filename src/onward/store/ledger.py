@@ -20,6 +20,10 @@ from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, Ste
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 
+BEGUN = "state IN ('training', 'done')"
+OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{BEGUN}"
+"""What was measured at files of the stream."""
+
 
 def make_ledger(path: Path, **facts: Any) -> None:
     """Make a new run's ledger, with these facts of the run in it, whole or not at all."""
@@ -167,14 +171,44 @@ class Ledger(Files, Requests):
 
     def keep_boundary_results(self, file_id: int, step: int, results: Mapping[str, Any]) -> None:
         """Keep what hooks measured at the boundary after a file, by name, as JSON values."""
-        for name, value in results.items():
-            values = {"file_id": file_id, "step": step, "name": name, "value": json.dumps(value)}
-            self.insert("boundary_results", {**values, "created": self.clock()})
+        with self.transaction():
+            for name, value in results.items():
+                self.write(
+                    "INSERT OR REPLACE INTO boundary_results VALUES (?, ?, ?, ?, ?)",
+                    file_id, step, name, json.dumps(value), self.clock(),
+                )  # fmt: skip
 
     def boundary_results(self, file_id: int) -> dict[str, Any]:
         """Return what hooks measured at the boundary after a file, by name."""
         rows = self.query("SELECT name, value FROM boundary_results WHERE file_id = ? ORDER BY name", file_id)
         return {row["name"]: json.loads(row["value"]) for row in rows}
+
+    def has_result(self, file_id: int, name: str) -> bool:
+        """Whether a result of this name is kept of a file."""
+        sql = "SELECT EXISTS (SELECT 1 FROM boundary_results WHERE file_id = ? AND name = ?)"
+        return bool(self.scalar(sql, file_id, name))
+
+    def results_named(self, name: str) -> list[dict[str, Any]]:
+        """Return the results of one name of all files of the stream, in its order."""
+        rows = self.query(f"SELECT r.value {OF_STREAM} AND r.name = ? ORDER BY f.position", name)
+        return [json.loads(row["value"]) for row in rows]
+
+    def evaluation_cost(self) -> int:
+        """Return the tokens that measuring passed forward at all files of the stream."""
+        return int(
+            self.scalar(
+                f"SELECT coalesce(sum(json_extract(r.value, '$.cost')), 0) {OF_STREAM} AND r.name IN ('grid', 'before')"
+            )
+        )
+
+    def trained_tokens(self) -> int:
+        """Return the tokens of all recorded steps of files of the stream."""
+        return int(
+            self.scalar(
+                "SELECT coalesce(sum(s.tokens), 0) FROM steps s JOIN files f ON f.id = s.file_id"
+                " WHERE f.state IN ('training', 'done')"
+            )
+        )
 
     def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""

@@ -29,6 +29,7 @@ class Boundary:
     tokens: TokenizedFile
     plan: Plan
     config: Config
+    position: int = 0
 
 
 AtBoundary = Callable[[Boundary], Mapping[str, Any]]

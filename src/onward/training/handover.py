@@ -87,8 +87,8 @@ class Probe:
         self._batch = probe_batch(seed, vocabulary)
         self._model = model
         self._seed, self._device, self._dtype = fold(seed, "probe"), device, dtype
-        self._writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
-        self._at_once = device.type != "cpu" or bool(self._writers) or keeps_process_state(model)
+        self.writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
+        self._at_once = device.type != "cpu" or bool(self.writers) or keeps_process_state(model)
         self._twin = self._loss_of_twin({})
         self._copied: Mapping[str, torch.Tensor] = {}
         self._copy: TargetLoss | None = None
@@ -121,13 +121,13 @@ class Probe:
         return partial(self._measure, self._copy)
 
     def _loss_of_twin(self, weights: Mapping[str, torch.Tensor]) -> TargetLoss:
-        return self._loss(let_write_nothing(with_weights(self._model, weights), self._writers))
+        return self._loss(let_write_nothing(with_weights(self._model, weights), self.writers))
 
     def _loss(self, twin: nn.Module) -> TargetLoss:
         return TargetLoss(twin, self._device, self._dtype)
 
     def _measure(self, loss_of: TargetLoss) -> float:
-        draws = seeded(self._seed, self._device) if self._writers else contextlib.nullcontext()
+        draws = seeded(self._seed, self._device) if self.writers else contextlib.nullcontext()
         with torch.no_grad(), deterministic(self._device), draws:
             loss = loss_of(self._batch)
         mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))

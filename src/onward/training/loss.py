@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from onward.training.environment import autocast
 from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
-from onward.training.layers.head import Head, find_head
+from onward.training.layers.head import Head, Tail, find_head
 from onward.training.layers.rope import angles_of
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
@@ -66,7 +66,30 @@ class TargetLoss:
         """Put back what forward passes left in the model's buffers."""
         self._buffers.restore()
 
-    def _flat(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits of a batch's targets, float32 (tokens, vocabulary), and their labels, some tokens at a time.
+
+        All rows must have the same angles. Gradients are what the caller makes of them.
+        """
+        self.forget()
+        if not self._takes_rows and self._head is None:
+            with autocast(self.device, self.dtype):
+                found = self._chosen_logits(*self._padded_inputs(batch))
+            yield found
+            return
+        with autocast(self.device, self.dtype):
+            hidden, labels = self._hidden(batch)
+        head = self._head or Head(self._causal_lm.get_output_embeddings(), Tail())
+        for part, wanted in head.chunks(hidden, labels):
+            with autocast(self.device, self.dtype):
+                logits = head.tail(head.module(part)).float()
+            yield logits, wanted
+
+    def _hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the head gets for each target, shape (targets, width), and the labels."""
+        return self._flat_hidden(batch) if self._takes_rows else self._padded_hidden(batch)
+
+    def _flat_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         flat = flatten(batch)
         ids = torch.from_numpy(flat.input_ids).to(self.device)
         places = torch.from_numpy(flat.position_ids).to(self.device)
@@ -74,35 +97,49 @@ class TargetLoss:
         rows = row_arguments(flat.lengths, self.device)
         if self._head is not None:
             forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-            hidden = self._head.hidden(forward)[0].index_select(0, before)
-            return self._head.loss(hidden, ids[before + 1], self.dtype)
+            return self._head.hidden(forward)[0].index_select(0, before), ids[before + 1]
         outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-        hidden = outputs.last_hidden_state[0]
-        hidden, labels = hidden.index_select(0, before), ids[before + 1]
+        return outputs.last_hidden_state[0].index_select(0, before), ids[before + 1]
+
+    def _flat(self, batch: Batch) -> torch.Tensor:
+        hidden, labels = self._flat_hidden(batch)
+        if self._head is not None:
+            return self._head.loss(hidden, labels, self.dtype)
         head = self._causal_lm.get_output_embeddings()
         weight = head_weight(head)
         if weight is not None:
             return linear_cross_entropy(hidden, weight, labels, self.dtype)
         return functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
-    def _padded(self, batch: Batch) -> torch.Tensor:
+    def _padded_inputs(self, batch: Batch) -> tuple[Callable[..., Any], torch.Tensor, torch.Tensor]:
         padded = pad(batch, self.pad_id)
         ids = torch.from_numpy(padded.input_ids).to(self.device)
         mask = torch.from_numpy(padded.attention_mask).to(self.device)
         wanted = torch.from_numpy(padded.targets[:, 1:])
-        forward = partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False)
-        if self._head is None:
-            return self._from_logits(forward, ids, wanted)
+        return partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False), ids, wanted
+
+    def _padded_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._head is not None
+        forward, ids, wanted = self._padded_inputs(batch)
         before = torch.nonzero(functional.pad(wanted, (0, 1)).reshape(-1)).squeeze(1).to(self.device)
         hidden = self._head.hidden(forward)
-        return self._head.loss(hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1], self.dtype)
+        return hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1]
 
-    def _from_logits(self, forward: Callable[..., Any], ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        """Return the loss of a model that computes its logits itself."""
+    def _padded(self, batch: Batch) -> torch.Tensor:
+        if self._head is None:
+            logits, labels = self._chosen_logits(*self._padded_inputs(batch))
+            return functional.cross_entropy(logits, labels, reduction="sum")
+        hidden, labels = self._padded_hidden(batch)
+        return self._head.loss(hidden, labels, self.dtype)
+
+    def _chosen_logits(
+        self, forward: Callable[..., Any], ids: torch.Tensor, wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and labels of targets from a model that computes its logits itself."""
         columns = wanted.any(dim=0).nonzero().squeeze(1).to(self.device)
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
         logits = forward(**extra).logits
         if not self._keeps_logits:
             logits = logits[:, columns]
         chosen = wanted.to(self.device)[:, columns]
-        return functional.cross_entropy(logits[chosen].float(), ids[:, columns + 1][chosen], reduction="sum")
+        return logits[chosen].float(), ids[:, columns + 1][chosen]

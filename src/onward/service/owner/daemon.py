@@ -17,6 +17,7 @@ from onward.errors import DeviceLost, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
+from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.owner import faults
 from onward.service.owner.control import PAUSE_NOTE, Control, Work
 from onward.service.owner.crashes import Crash
@@ -145,6 +146,9 @@ class Daemon:
             self.wishes.check()
             if self.ledger.next_owed() is not None:
                 self._train_file()
+            return True
+        if owed_evaluation(self.ledger) is not None:
+            self._train_file()
             return True
         if self._once and not self._incoming.unsettled and self.ledger.next_arriving() is None:
             return False

@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.errors import TrainingError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
+from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.measuring import Measuring
+from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
 from onward.service.session import Session, check_identity
@@ -31,7 +32,7 @@ from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
-from onward.training.boundary import AtBoundary, Boundary, cross_boundary, run_hooks
+from onward.training.boundary import AtBoundary, cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.handover import Probe, compare, measure
 from onward.training.schedule import require_horizon, require_unstretched
@@ -89,6 +90,7 @@ class Worker:
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
+        self._measuring = Measuring(session, around.shown, around.hooks, around.look)
 
     def train_next(self) -> Iterator[Event]:
         """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
@@ -102,11 +104,12 @@ class Worker:
                 cannot be used again.
         """
         row = self.ledger.next_owed()
-        if row is None:
+        if row is None and owed_evaluation(self.ledger) is None:
             return
         metrics = Metrics(self.session.layout.ledger)
         try:
             yield from self._begin_run()
+            self._measuring.catch_up(self.state)
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
@@ -154,6 +157,8 @@ class Worker:
         plan = plan_of(self.ledger, row, tokens.rows, self.config, position)
         self._sources = plan.sources
         files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
+        if not resumed:
+            self._measuring.before_file(row, self.state, self.config, tokens)
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -234,13 +239,12 @@ class Worker:
 
     def _finish(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
-        self._require_done(row.id, plan)
+        require_done(self.ledger, self.state, row.id, plan)
         step = self.state.step
-        results = self._at_boundary(row, plan, tokens)
+        self._measuring.at_boundary(row, self.state, self.config, plan, tokens)
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row.id, "done", finished=ledger.clock())
-            ledger.keep_boundary_results(row.id, step, results)
             ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
         end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
@@ -250,25 +254,6 @@ class Worker:
         if following is None:
             yield from self._wait_for_commit()
         return following
-
-    def _at_boundary(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> dict[str, Any]:
-        if not self.around.hooks:
-            return {}
-        self.around.shown.set("evaluating")
-        boundary = Boundary(self.state.step, row.name, self.state.model, tokens, plan, self.config)
-        results = run_hooks(self.around.hooks, boundary, self.session.device)
-        self.around.shown.set("saving")
-        return results
-
-    def _require_done(self, file_id: int, plan: StreamPlan) -> None:
-        counted = self.ledger.count_trained(file_id)
-        counters = self.state.counters
-        expected = (plan.steps, plan.trained_rows * plan.epochs)
-        if counted != expected:
-            raise _broken(f"(steps, rows) were to be {expected}, the ledger counted {counted}")
-        adam_step = self.state.view().adam_step()
-        if adam_step != counters.step - counters.adam_origin:
-            raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
@@ -290,6 +275,7 @@ class Worker:
         if self._probed is None:
             session = self.session
             self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype)
+            self._measuring.evaluation.writers = self._probed.writers
         return self._probed
 
     def _wait_for_commit(self) -> Iterator[Event]:
@@ -336,9 +322,3 @@ class Worker:
                     "grad_norm": result.grad_norm,
                 }
             )
-
-
-def _broken(reason: str) -> TrainingError:
-    return TrainingError(
-        f"the file was not trained as planned: {reason}", hint="Nothing of it was committed as done. onward verify"
-    )

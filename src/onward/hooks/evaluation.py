@@ -1,0 +1,175 @@
+"""Measuring a model at a boundary: what is affordable, in which order, and what comes of it.
+
+What is measured is a function of counted tokens and of the step, never of a clock, so that a run that was stopped,
+killed or trained again has the same table. What does not fit is left out: nothing is estimated in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from onward.data.tokenized import Row
+from onward.training.scores import Meter, Score
+from onward.training.seeds import fold
+
+TRAINING_COST = 3
+"""Forward passes that a trained token costs, about: one forward, and a backward of two."""
+FREE_OPERATIONS = 1e11
+"""Multiplications and additions that measuring may take whatever the share says: about a second of a small machine."""
+FEW_TEXTS = 4
+"""Anchor texts below which their mean says too little."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The rows of one file that it is measured on.
+
+    Args:
+        rows: the rows.
+        indices: their indices in the tokenized file.
+        trained: whether they are rows that were trained: retention is measured then, not generalization.
+    """
+
+    rows: Sequence[Row]
+    indices: Sequence[int]
+    trained: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a forward pass over them."""
+        return sum(len(row.ids) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A file that may be measured.
+
+    Args:
+        key: its SHA-256.
+        sample: returns its rows; None where they cannot be read, which was said then.
+    """
+
+    key: str
+    name: str
+    sample: Callable[[], Sample | None]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The texts that the base wrote.
+
+    Args:
+        texts: their tokens, all but the first of each being targets.
+        turn: the text that comes first this time, when not all fit.
+    """
+
+    texts: Sequence[Row]
+    turn: int = 0
+
+
+class Measuring:
+    """Measures one model as far as the allowance goes.
+
+    Args:
+        model: what is measured.
+        base: makes what measures the base; called when it is first needed.
+        allowance: tokens that may be passed forward; None for any number.
+    """
+
+    def __init__(self, model: Meter, base: Callable[[], Meter], allowance: int | None) -> None:
+        self._model = model
+        self._make_base = base
+        self._left = allowance
+        self.cost = 0
+        """Tokens that were passed forward."""
+        self.model_scores: dict[str, dict[str, Any]] = {}
+        self.base_scores: dict[str, dict[str, Any]] = {}
+        self.names: dict[str, str] = {}
+        self.anchor: dict[str, Any] | None = None
+
+    def base(self) -> Meter:
+        """Return what measures the base; it is made once."""
+        return self._base
+
+    @cached_property
+    def _base(self) -> Meter:
+        return self._make_base()
+
+    def of_model(self, subject: Subject) -> bool:
+        """Measure the model on a file; False where that does not fit."""
+        return self._score(subject, lambda: self._model, self.model_scores)
+
+    def of_base(self, subject: Subject) -> bool:
+        """Measure the base on a file; False where that does not fit."""
+        return self._score(subject, lambda: self._base, self.base_scores)
+
+    def all_of_model(self, subjects: Iterable[Subject]) -> None:
+        """Measure the model on files in their order, up to the first that does not fit."""
+        for subject in subjects:
+            if not self.of_model(subject):
+                return
+
+    def divergence(self, anchor: Anchor) -> None:
+        """Measure how far the model is from the base on as many anchor texts as half of what is left is enough for."""
+        texts = anchor.texts
+        each = 2 * max((len(row.ids) for row in texts), default=1)
+        count = len(texts) if self._left is None else min(len(texts), self._left // 2 // each)
+        if count < min(FEW_TEXTS, len(texts)) or not texts:
+            return
+        chosen = [texts[(anchor.turn + place) % len(texts)] for place in range(count)]
+        kl = self._model.divergence(self._base, chosen)
+        indices = sorted((anchor.turn + place) % len(texts) for place in range(count))
+        self.anchor = {"kl": kl, "rows": indices, "tokens": sum(len(row.ids) - 1 for row in chosen)}
+        self._spend(count * each)
+
+    def result(self) -> dict[str, Any]:
+        """Return what was measured, as JSON values."""
+        found: dict[str, Any] = {"model": self.model_scores, "base": self.base_scores, "cost": self.cost}
+        return found | {"anchor": self.anchor, "names": self.names}
+
+    def _score(self, subject: Subject, meter: Callable[[], Meter], into: dict[str, dict[str, Any]]) -> bool:
+        sample = subject.sample()
+        if sample is None or not any(row.targets[1:].any() for row in sample.rows):
+            return True
+        if self._left is not None and sample.tokens > self._left:
+            return False
+        into[subject.key] = described(meter().score(sample.rows), sample)
+        self._spend(sample.tokens)
+        return True
+
+    def _spend(self, tokens: int) -> None:
+        self.cost += tokens
+        if self._left is not None:
+            self._left -= tokens
+
+
+def described(score: Score, sample: Sample) -> dict[str, Any]:
+    """Return a score and what it was measured on, as JSON values."""
+    return {
+        "loss": score.loss,
+        "accuracy": score.accuracy,
+        "tokens": score.tokens,
+        "rows": list(sample.indices),
+        "trained": sample.trained,
+    }
+
+
+def allowance(share: float, trained_tokens: int, spent: int, parameters: int) -> int:
+    """Return how many tokens may be passed forward now.
+
+    Args:
+        share: what measuring may cost, as a share of what training cost so far.
+        trained_tokens: tokens trained since the run began.
+        spent: tokens passed forward by all measuring before.
+        parameters: weights of the model.
+    """
+    return max(int(FREE_OPERATIONS / (2 * parameters)), int(share * TRAINING_COST * trained_tokens) - spent)
+
+
+def in_rotation(subjects: Sequence[Subject], seed: int, step: int) -> list[Subject]:
+    """Return files in their order, beginning with one that is a function of the step."""
+    first = fold(seed, "rotation", step) % len(subjects) if subjects else 0
+    return [*subjects[first:], *subjects[:first]]

@@ -1,0 +1,193 @@
+"""Measuring a run: which files, which texts, against which base; at a boundary within its share, or all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from onward.config import RESIDUAL_INITS, Config, stored_config
+from onward.data.tokenize import TokenizedFile
+from onward.errors import ConfigError, DamagedState
+from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
+from onward.service.knowledge.anchor import anchor_rows
+from onward.service.knowledge.samples import Samples
+from onward.service.knowledge.table import BEFORE, GRID
+from onward.service.session import Session
+from onward.service.state.own_parts import start_folder
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+from onward.training.boundary import Boundary
+from onward.training.model.load import build_model
+from onward.training.scores import Compute, Meter, parameters_of
+from onward.training.seeds import fold
+
+
+@dataclass(frozen=True)
+class _Now:
+    """One measurement: at which file, under which config, as how much of it is measured."""
+
+    row: FileRow
+    config: Config
+    step: int
+    measuring: Measuring
+
+
+class Evaluation:
+    """Measures models of one run: the one in training, a restore point, a branch.
+
+    Args:
+        look: called between two forward passes and while rows are read again; raises to give up.
+    """
+
+    def __init__(self, session: Session, look: Callable[[], None] = lambda: None) -> None:
+        self._session = session
+        self._ledger = session.ledger
+        self._look = look
+        self._samples = Samples(session, look)
+        self._meter: tuple[nn.Module, Meter] | None = None
+        self.writers: frozenset[type[nn.Module]] | None = None
+        """Types of modules that write to weights in evaluation mode, where somebody found that out before."""
+
+    def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
+        """Measure at a boundary that was reached: an `AtBoundary` hook."""
+        row = next(row for row in self._ledger.files("training", "done") if row.position == boundary.position)
+        if not boundary.config.evaluation.share:
+            return {}
+        return self.of_boundary(boundary.model, row, boundary.config, boundary.step, boundary.tokens)
+
+    def of_boundary(
+        self, model: nn.Module, row: FileRow, config: Config, step: int, tokens: TokenizedFile | None = None
+    ) -> dict[str, Any]:
+        """Return what is measured at the boundary after a file: the file, the anchor, the base, others in rotation."""
+        now = self._begin(model, row, config, step, bounded=True)
+        own, measuring = self._subject(now, row, tokens), now.measuring
+        if measuring.of_model(own):
+            self._measure_anchor(now)
+            if measuring.of_base(own):
+                others = in_rotation(self._others(now), config.seed, step)
+                measuring.all_of_model(others)
+                self._measure_missing_base(now, others)
+        return {GRID: measuring.result()}
+
+    def before(
+        self, model: nn.Module, row: FileRow, config: Config, tokens: TokenizedFile, place: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Return what is measured of a file before its first step: how much other files taught about it.
+
+        Args:
+            place: the position that it is about to get, and the run's step.
+        """
+        if not config.evaluation.share or place[0] < 2:  # before the first file the model is the base
+            return {}
+        now = self._begin(model, row, config, place[1], bounded=True)
+        now.measuring.of_model(self._subject(now, row, tokens))
+        return {BEFORE: now.measuring.result()} if now.measuring.cost else {}
+
+    def everything(self, model: nn.Module, row: FileRow, config: Config, step: int) -> dict[str, Any]:
+        """Measure a model on all files of the stream up to one, on the anchor and on `evaluation.files`.
+
+        Nothing is recorded. The model may be one that was trained on a branch, or a restore point's.
+
+        Args:
+            row: the last file of the stream that counts.
+        """
+        now = self._begin(model, row, config, step, bounded=False)
+        now.measuring.all_of_model([*self._others(now), self._subject(now, row, None)])
+        self._measure_anchor(now)
+        return now.measuring.result()
+
+    def require_questions(self, config: Config) -> None:
+        """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
+
+        Raises:
+            ConfigError: with the way out.
+        """
+        if config.evaluation.share:
+            for name in config.evaluation.files:
+                self._samples.of_question_file(Path(name), config, config.evaluation.rows)
+
+    def _begin(self, model: nn.Module, row: FileRow, config: Config, step: int, *, bounded: bool) -> _Now:
+        compute = self._compute(config)
+        if self._meter is None or self._meter[0] is not model:
+            self._meter = (model, Meter(model, compute, self.writers))
+        meter = self._meter[1].under(compute)
+        left: int | None = None
+        if bounded:
+            trained, spent = self._ledger.trained_tokens(), self._ledger.evaluation_cost()
+            left = allowance(config.evaluation.share, trained, spent, parameters_of(model))
+        return _Now(row, config, step, Measuring(meter, partial(self._base, meter, config), left))
+
+    def _compute(self, config: Config) -> Compute:
+        session = self._session
+        return Compute(config, session.device, session.dtype, session.pad_id, self._look)
+
+    def _base(self, meter: Meter, config: Config) -> Meter:
+        """Return what measures the base: the model with its adapter off, or the base loaded beside it."""
+        if adapter_off_is_base(config):
+            return meter.without_adapter()
+        session = self._session
+        start = start_folder(session.layout, session.ledger, session.config)
+        model = build_model(replace(session.spec, config=config), checkpoint=start, treatment=session.treatment)
+        return Meter(model.requires_grad_(False), self._compute(config), self.writers)
+
+    def _measure_anchor(self, now: _Now) -> None:
+        if not now.config.anchor.rows:
+            return
+        texts = anchor_rows(self._session, now.config, now.measuring.base)
+        now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
+
+    def _measure_missing_base(self, now: _Now, others: Iterable[Subject]) -> None:
+        """Measure the base on files that were measured now and on which it never was."""
+        known = {key for record in self._ledger.results_named(GRID) for key in record.get("base", {})}
+        for subject in others:
+            if subject.key in now.measuring.model_scores and subject.key not in known:
+                now.measuring.of_base(subject)
+
+    def _others(self, now: _Now) -> list[Subject]:
+        """Return the earlier files of the stream, each content once, then those of `evaluation.files`."""
+        found: dict[str, Subject] = {}
+        for row in self._ledger.files("training", "done"):
+            if row.position is not None and row.place < (now.row.position or row.place + 1):
+                found.setdefault(row.sha256, self._subject(now, row, None))
+        found.pop(now.row.sha256, None)
+        for name in now.config.evaluation.files:
+            key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
+            now.measuring.names[key] = name
+            found[key] = Subject(key, name, partial(_given, sample))
+        return list(found.values())
+
+    def _subject(self, now: _Now, row: FileRow, tokens: TokenizedFile | None) -> Subject:
+        own = now.config if row.config is None or row.id == now.row.id else None
+
+        def sample() -> Sample | None:
+            config = own or stored_config(self._ledger.config_of(row))
+            try:
+                return self._samples.of_file(row, config, now.config.evaluation.rows, tokens)
+            except (DamagedState, ConfigError) as error:
+                self._ledger.add_event("warning", f"{row.name} cannot be measured: {error.what}", now.step)
+                return None
+
+        return Subject(row.sha256, row.name, sample)
+
+
+def owed_evaluation(ledger: Ledger) -> FileRow | None:
+    """Return the last finished file if its boundary was to be measured and was not: a stop came first."""
+    row = ledger.at_position(ledger.last_begun())
+    if row is None or row.state != "done" or row.config is None:
+        return None
+    config = stored_config(ledger.config_of(row))
+    return row if config.evaluation.share and not ledger.has_result(row.id, GRID) else None
+
+
+def adapter_off_is_base(config: Config) -> bool:
+    """Whether the model with its adapter off computes what the base does."""
+    return config.method != "full" and config.lora.bias == "none" and config.lora.init not in RESIDUAL_INITS
+
+
+def _given(sample: Sample) -> Sample:
+    return sample

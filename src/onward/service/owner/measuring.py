@@ -1,0 +1,89 @@
+"""Measuring as the owner does it: shown, recorded, and left within a step when something is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+from onward.config import Config, stored_config
+from onward.data.replay import StreamPlan
+from onward.data.tokenize import TokenizedFile
+from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
+from onward.service.session import Session
+from onward.service.shown import Shown
+from onward.service.wishes import Stopped
+from onward.store.rows import FileRow
+from onward.training.boundary import AtBoundary, Boundary, run_hooks
+from onward.training.state import TrainState
+
+
+class Measuring:
+    """What is measured at boundaries, and the other hooks that are called there.
+
+    Results are recorded before the boundary is committed, as step records are: a kill in between leaves either both or
+    what settling trims. A stop that comes first leaves the measurement owed, and the next process makes it of the same
+    state before it trains.
+
+    Args:
+        look: called between two forward passes; raises `Stopped` to leave.
+    """
+
+    def __init__(self, session: Session, shown: Shown, hooks: tuple[AtBoundary, ...], look: Callable[[], None]) -> None:
+        self._session = session
+        self._ledger = session.ledger
+        self._shown = shown
+        self.evaluation = Evaluation(session, look)
+        self._hooks: tuple[AtBoundary, ...] = (self.evaluation.at_boundary, *hooks)
+        self._has_others = bool(hooks)
+
+    def at_boundary(
+        self, row: FileRow, state: TrainState, config: Config, plan: StreamPlan, tokens: TokenizedFile
+    ) -> None:
+        """Call the hooks at a boundary that was reached and is not committed yet, and record their results."""
+        if not (config.evaluation.share or self._has_others):
+            return
+        boundary = Boundary(state.step, row.name, state.model, tokens, plan, config, state.cursor.position)
+        with self._showing("saving"):
+            try:
+                results = run_hooks(self._hooks, boundary, self._session.device)
+            except Stopped:
+                return
+            self._ledger.keep_boundary_results(row.id, state.step, results)
+
+    def before_file(self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile) -> None:
+        """Measure a file before its first step.
+
+        Raises:
+            ConfigError: a file of `evaluation.files` cannot be read.
+            Stopped: something was asked for; nothing is recorded, and the file is not begun.
+        """
+        if not config.evaluation.share:
+            return
+        with self._showing("tokenizing"):
+            self.evaluation.require_questions(config)
+            place = (state.cursor.position + 1, state.step)
+            results = self.evaluation.before(state.model, row, config, tokens, place)
+            self._ledger.keep_boundary_results(row.id, state.step, results)
+
+    def catch_up(self, state: TrainState) -> None:
+        """Measure the boundary that the state stands at, if a stop came first.
+
+        Raises:
+            Stopped: another one did.
+        """
+        row = owed_evaluation(self._ledger)
+        if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
+            return
+        config = stored_config(self._ledger.config_of(row))
+        with self._showing("training"):
+            results = self.evaluation.of_boundary(state.model, row, config, state.step)
+            self._ledger.keep_boundary_results(row.id, state.step, results)
+
+    @contextmanager
+    def _showing(self, after: Any) -> Generator[None]:
+        self._shown.set("evaluating")
+        try:
+            yield
+        finally:
+            self._shown.set(after)

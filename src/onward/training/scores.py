@@ -1,0 +1,162 @@
+"""What a model scores on rows: loss and accuracy of target tokens, divergence from another model; changes nothing.
+
+Measured on a twin (`layers/twin.py`), so that nothing that training reads is written, and with the sums in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn import functional
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.training.environment import deterministic
+from onward.training.layers.twin import let_write_nothing, with_weights, writers_in_evaluation
+from onward.training.loss import TargetLoss
+from onward.training.parts import parts_of
+from onward.training.seeds import fold, seeded
+from onward.training.texts import write_texts
+
+Look = Callable[[], None]
+"""Called between two forward passes; raises to give up."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scores on the target tokens of some rows.
+
+    Args:
+        loss: mean cross-entropy over the target tokens, nats.
+        accuracy: share of the target tokens that have the highest logit.
+        tokens: target tokens.
+    """
+
+    loss: float
+    accuracy: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How and where a model is measured.
+
+    Args:
+        config: gives rows of a step and their parts; none is larger than in training.
+        dtype: compute type, as in training.
+        look: called between two forward passes; raises to give up.
+    """
+
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+    pad_id: int
+    look: Look = lambda: None
+
+
+class Meter:
+    """Measures one model, which may be in training; its weights as they are at each call.
+
+    Args:
+        model: any causal language model, with or without an adapter.
+
+        writers: types of modules that write to weights in evaluation mode; found here where they are not given.
+
+    Raises:
+        ModelError: the model cannot be evaluated without a change of its weights.
+    """
+
+    def __init__(self, model: nn.Module, compute: Compute, writers: frozenset[type[nn.Module]] | None = None) -> None:
+        self._compute = compute
+        writers = writers_in_evaluation(model, self._try) if writers is None else writers
+        self._twin = let_write_nothing(with_weights(model, {}), writers)
+        self._loss = TargetLoss(self._twin, compute.device, compute.dtype, compute.pad_id)
+
+    def _try(self, twin: nn.Module) -> object:
+        row = Row(torch.tensor([0, 1]).numpy(), torch.tensor([False, True]).numpy())
+        loss = TargetLoss(twin, self._compute.device, self._compute.dtype, self._compute.pad_id)
+        return loss(Batch([row], [RowReference("", 0)], [0]))
+
+    def without_adapter(self) -> Meter:
+        """Return what measures the same model with its adapter off, sharing every weight."""
+        other = object.__new__(Meter)
+        other._compute = self._compute
+        other._twin = with_weights(self._twin, {})
+        for before, after in zip(self._twin.modules(), other._twin.modules(), strict=True):
+            after.training = before.training
+        for module in other._twin.modules():
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                vars(module)["_disable_adapters"] = True  # `disable_adapter` would freeze weights that training shares
+        other._loss = TargetLoss(other._twin, self._compute.device, self._compute.dtype, self._compute.pad_id)
+        return other
+
+    def under(self, compute: Compute) -> Meter:
+        """Return what measures the same model under another config."""
+        other = object.__new__(Meter)
+        other._compute, other._twin, other._loss = compute, self._twin, self._loss
+        return other
+
+    def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
+        """Have the model write texts; the arguments are those of `write_texts`."""
+        compute = self._compute
+        return write_texts(self._twin, shape, first, compute.config.seed, compute.dtype, compute.look)
+
+    def score(self, rows: Sequence[Row]) -> Score:
+        """Return loss and accuracy over the target tokens of rows, at least one of them with a target."""
+        loss = correct = tokens = 0.0
+        for batch in self.batches(rows):
+            for logits, labels in self.logits(batch):
+                loss += float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
+                correct += int((logits.argmax(-1) == labels).sum())
+                tokens += len(labels)
+        return Score(loss / tokens, correct / tokens, int(tokens))
+
+    def divergence(self, base: Meter, rows: Sequence[Row]) -> float:
+        """Return KL(base || model) in nats, mean over the target tokens of rows."""
+        total, tokens = 0.0, 0
+        for batch in self.batches(rows):
+            for (here, _), (there, _) in zip(self.logits(batch), base.logits(batch), strict=True):
+                total += float(divergences(there, here).double().sum())
+                tokens += len(here)
+        return total / tokens
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """Yield rows in batches of which none is larger than a part of a step."""
+        size = self._compute.config.batch_size
+        for first in range(0, len(rows), size):
+            some = list(rows[first : first + size])
+            batch = Batch(some, [RowReference("", place) for place in range(len(some))], list(range(len(some))))
+            for part in parts_of(batch, self._compute.config, 0, self._loss.layout):
+                yield part.batch
+
+    def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield logits, float32 (tokens, vocabulary), and labels of a batch's targets, some at a time."""
+        self._compute.look()
+        device, chunks = self._compute.device, self._loss.logits(batch)
+        while True:
+            draws = seeded(fold(self._compute.config.seed, "scores"), device)
+            with torch.no_grad(), deterministic(device), draws:
+                found = next(chunks, None)
+            if found is None:
+                break
+            yield found
+        self._loss.forget()
+
+
+def divergences(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """Return KL(base || model) in nats for each token, shape (tokens,), from logits of shape (tokens, vocabulary)."""
+    there, here = functional.log_softmax(base, -1), functional.log_softmax(model, -1)
+    return (there.exp() * (there - here)).sum(-1)
+
+
+def parameters_of(model: Any) -> int:
+    """Return how many weights a forward pass multiplies by, about: all of the model's, once."""
+    return sum(weight.numel() for weight in model.parameters())

@@ -1,0 +1,63 @@
+"""Texts that a base model writes: samples of what it says of itself, in no file, from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from onward.training.environment import autocast, deterministic
+from onward.training.model.load import causal_lm
+from onward.training.model.quiet import quiet
+from onward.training.seeds import fold, seeded
+
+AT_ONCE = 64
+"""Texts that are written side by side."""
+
+
+class _Look(StoppingCriteria):
+    """Calls a function at each token, which may raise; stops nothing by itself."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look = look
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        self._look()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def write_texts(
+    model: nn.Module, shape: tuple[int, int], first: int, seed: int, dtype: torch.dtype, look: Callable[[], None]
+) -> list[list[int]]:
+    """Have a model write texts by drawing each next token from its own distribution, unchanged.
+
+    Args:
+        model: in evaluation mode.
+        shape: how many texts, and how many tokens of each, the first included. They do not end at an end token.
+        first: token that each begins with.
+        look: called at each token; raises to give up.
+
+    Returns:
+        Their token ids.
+    """
+    count, tokens = shape
+    plain = causal_lm(model)
+    device = cast(Any, plain).device
+    how = GenerationConfig(
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1,
+        eos_token_id=None, pad_token_id=0, use_cache=True,
+    )  # fmt: skip
+    texts: list[list[int]] = []
+    for begun in range(0, count, AT_ONCE):
+        ids = torch.full((min(AT_ONCE, count - begun), 1), first, dtype=torch.long, device=device)
+        draws = seeded(fold(seed, "texts", begun), device)
+        with torch.no_grad(), quiet(), deterministic(device), draws, autocast(device, dtype):
+            written = cast(Any, plain).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how,
+                stopping_criteria=StoppingCriteriaList([_Look(look)]),
+            )  # fmt: skip
+        texts += cast(list[list[int]], written.tolist())
+    return texts
