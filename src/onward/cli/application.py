@@ -10,7 +10,7 @@ from onward import __version__
 from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
 from onward.cli.commands_make import adopt, init
-from onward.cli.commands_policy import compare, release, releases
+from onward.cli.commands_policy import accept, compare, release, releases
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
@@ -26,7 +26,7 @@ app = typer.Typer(
 COMMANDS = (
     init, adopt,
     train, add, watch,
-    pause, resume, stop, skip,
+    pause, resume, stop, skip, accept,
     preview, status, history, verify, doctor,
     rollback, rebuild, reset,
     release, releases, compare,

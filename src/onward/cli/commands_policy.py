@@ -1,4 +1,4 @@
-"""Commands that work apart from the run, on copies of it: `compare`, `release`, `releases`."""
+"""Commands of policy: `accept`, and on copies of the run `compare`, `release`, `releases`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from onward import startup
 from onward.cli.commands_back import ask
-from onward.cli.options import JsonOption, RunOption, YesOption
+from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import show
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
@@ -19,6 +19,23 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="SETTING...", help="KEY=VALUE of the config; several that belong together: K=V;K=V."),
 ]
+
+
+def accept(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A name or a hash prefix.", autocompletion=completer("quarantined"))
+    ],
+    run: RunOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Queue a quarantined FILE again; the guard lets it pass."""
+    from onward.run import Run
+
+    opened = Run(run, loading=startup.large_imports)
+    name = opened.accept(file)
+    if as_json:
+        show({"accepted": name})
+    say(f"{printable(name)} is queued again; onward train --run {quoted(opened.layout.root)} trains it")
 
 
 def compare(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
 from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
 from onward.service.knowledge.anchor import anchor_rows
@@ -101,6 +102,11 @@ class Evaluation:
         self._measure_anchor(now)
         return now.measuring.result()
 
+    def row_losses(self, model: nn.Module, rows: Sequence[Row]) -> list[float]:
+        """Return the mean loss over the target tokens of each row by itself; nothing is recorded."""
+        meter = self._meter_of(model, self._session.config)
+        return [meter.score([row]).loss for row in rows]
+
     def require_questions(self, config: Config) -> None:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
 
@@ -112,15 +118,19 @@ class Evaluation:
                 self._samples.of_question_file(Path(name), config, config.evaluation.rows)
 
     def _begin(self, model: nn.Module, row: FileRow, config: Config, step: int, *, bounded: bool) -> _Now:
-        compute = self._compute(config)
-        if self._meter is None or self._meter[0] is not model:
-            self._meter = (model, Meter(model, compute, self.writers))
-        meter = self._meter[1].under(compute)
+        meter = self._meter_of(model, config)
         left: int | None = None
         if bounded:
             trained, spent = self._ledger.trained_tokens(), self._ledger.evaluation_cost()
             left = allowance(config.evaluation.share, trained, spent, parameters_of(model))
         return _Now(row, config, step, Measuring(meter, partial(self._base, meter, config), left))
+
+    def _meter_of(self, model: nn.Module, config: Config) -> Meter:
+        """Return what measures a model under a config; what was made for the same model is used again."""
+        compute = self._compute(config)
+        if self._meter is None or self._meter[0] is not model:
+            self._meter = (model, Meter(model, compute, self.writers))
+        return self._meter[1].under(compute)
 
     def _compute(self, config: Config) -> Compute:
         session = self._session
