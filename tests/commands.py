@@ -15,7 +15,7 @@ from typing import Any
 
 from onward import cli
 
-SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1")
+SMALL = ("max_length=256", "lora.rank=2", "batch_size=4", "warmup_steps=2", "log_steps=1", "evaluation.share=0")
 """Settings that make a run of the tiny model quick."""
 UNTOUCHED = ("current_model", "boundaries", "archive", "inbox", "cache", "onward.yaml")
 """What a refusal leaves alone: all of a run but the ledger (compared by content), locks and `rejected/`."""

@@ -23,6 +23,7 @@ from onward.service.owner.worker import Worker
 from onward.service.wishes import Wishes
 
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "save_steps": 5,
     "max_length": 256,

@@ -28,7 +28,13 @@ PAGE = HERE.parent / "docs" / "families.md"
 METHODS = ("lora", "full")
 LIMIT = 300.0
 """Seconds that a family may take with one method."""
-SETTINGS: dict[str, Any] = {"max_length": 128, "batch_size": 4, "warmup_steps": 2, "log_steps": 1}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "max_length": 128,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "log_steps": 1,
+}
 
 
 @dataclass(frozen=True)

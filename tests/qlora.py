@@ -30,7 +30,13 @@ from onward.training.model.spec import ModelSpec
 from onward.training.state import digest_tensors
 
 CPU = torch.device("cpu")
-SETTINGS: dict[str, Any] = {"method": "qlora", "batch_size": 2, "save_steps": 1, "lora": {"rank": 4, "dropout": 0.0}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "method": "qlora",
+    "batch_size": 2,
+    "save_steps": 1,
+    "lora": {"rank": 4, "dropout": 0.0},
+}
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -23,7 +23,7 @@ from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Manifest
 
-SMALL: dict[str, Any] = {"max_length": 128, "batch_size": 4, "lora": {"rank": 2}}
+SMALL: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128, "batch_size": 4, "lora": {"rank": 2}}
 
 
 def words() -> list[str]:

@@ -35,7 +35,7 @@ from onward.service.state.adopt import adopt
 METHODS = ("lora", "full")
 STEPS, HORIZON, RATE = 5, 40, 3e-3
 OPTIMIZER: dict[str, Any] = {"learning_rate": RATE, "adam_beta1": 0.85, "adam_beta2": 0.97, "weight_decay": 0.1}
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128}
+SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "batch_size": 4, "max_length": 128}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from onward.training.optimizers import ADAMW
 from onward.training.state import TrainState
 
 STEPS, HORIZON = 5, 40
-SETTINGS: dict[str, Any] = {"max_length": 128}
+SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from onward.store.ledger import Ledger
 NOON = 1_700_000_000.0 - 1_700_000_000.0 % DAY + DAY / 2
 """A moment in the middle of a day, in seconds since the epoch."""
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "save_steps": 2,
     "max_length": 128,

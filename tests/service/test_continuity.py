@@ -19,6 +19,7 @@ from onward.training.schedule import learning_rate
 
 LENGTHS = (40, 91, 23)
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 4,
     "learning_rate": 1e-2,
     "warmup_steps": 3,

@@ -30,6 +30,7 @@ from onward.training.loss import TargetLoss
 from onward.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 4,
     "save_steps": 2,
     "max_length": 256,

@@ -31,6 +31,7 @@ from states import assert_same_state, temporary_files
 from onward import Run
 
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "save_steps": 2,
     "max_length": 128,

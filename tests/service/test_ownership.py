@@ -18,7 +18,13 @@ from onward import Run
 from onward.errors import DamagedState, NotMadeHere
 from onward.store.ledger import Ledger
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "warmup_steps": 0, "lora": {"rank": 2}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 4,
+    "max_length": 128,
+    "warmup_steps": 0,
+    "lora": {"rank": 2},
+}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,13 @@ from states import assert_same_state
 from onward import Run
 from onward.layout import RunLayout
 
-SETTINGS: dict[str, Any] = {"batch_size": 2, "save_steps": 2, "max_length": 128, "lora": {"rank": 2, "dropout": 0.1}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 2,
+    "save_steps": 2,
+    "max_length": 128,
+    "lora": {"rank": 2, "dropout": 0.1},
+}
 KINDS = ("EIO", "EMFILE", "ESTALE")
 POINTS = 10**6 if FULL_SIZE else 4
 """Reads that are tried in each folder, spread over all of them."""

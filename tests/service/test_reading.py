@@ -21,7 +21,13 @@ from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.handover import Probe
 from onward.training.loading import load_state
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "warmup_steps": 0, "lora": {"rank": 2}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 4,
+    "max_length": 128,
+    "warmup_steps": 0,
+    "lora": {"rank": 2},
+}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,12 @@ from onward.service.state.rollback import move_ledger_back, undone
 from onward.service.state.settle import TO_NOTHING
 from onward.store.ledger import Ledger
 
-SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "lora": {"rank": 4, "dropout": 0.1}}
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 4,
+    "max_length": 256,
+    "lora": {"rank": 4, "dropout": 0.1},
+}
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from onward import Run
 from onward.service.wishes import Stopped, Wishes
 
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "save_steps": 2,
     "max_length": 128,

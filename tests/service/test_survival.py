@@ -19,6 +19,7 @@ from onward import Run
 from onward.errors import DamagedState, TrainingError
 
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "save_steps": 3,
     "max_length": 256,

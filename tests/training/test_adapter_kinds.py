@@ -33,6 +33,7 @@ from onward.training.state import TrainState
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

@@ -36,6 +36,7 @@ METHODS = ("lora", "full")
 LENGTHS = (80, 31)
 STEPS = 56
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "max_length": 128,
     "learning_rate": 1e-3,

@@ -18,6 +18,7 @@ from onward import Run
 
 METHODS = ("lora", "full")
 SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
     "batch_size": 2,
     "max_length": 128,
     "learning_rate": 1e-3,

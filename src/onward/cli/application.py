@@ -9,6 +9,7 @@ import typer
 from onward import __version__
 from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
+from onward.cli.commands_knowledge import evaluate, grid
 from onward.cli.commands_make import adopt, init
 from onward.cli.commands_policy import accept, compare, release, releases
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
@@ -28,6 +29,7 @@ COMMANDS = (
     train, add, watch,
     pause, resume, stop, skip, accept,
     preview, status, history, verify, doctor,
+    grid, evaluate,
     rollback, rebuild, reset,
     release, releases, compare,
     service,

@@ -26,6 +26,8 @@ from onward.training.parts import parts_of
 from onward.training.seeds import fold, seeded
 from onward.training.texts import write_texts
 
+BATCH_TOKENS = 2048
+"""Tokens of a forward pass at most: fewer than a step costs, so that a stop is seen within one."""
 Look = Callable[[], None]
 """Called between two forward passes; raises to give up."""
 
@@ -129,13 +131,19 @@ class Meter:
         return total / tokens
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Yield rows in batches of which none is larger than a part of a step."""
-        size = self._compute.config.batch_size
-        for first in range(0, len(rows), size):
-            some = list(rows[first : first + size])
-            batch = Batch(some, [RowReference("", place) for place in range(len(some))], list(range(len(some))))
-            for part in parts_of(batch, self._compute.config, 0, self._loss.layout):
-                yield part.batch
+        """Yield rows in batches of at most `BATCH_TOKENS` tokens, padding included, or one row."""
+        some: list[Row] = []
+        for row in (*rows, None):
+            if row is None or (some and (len(some) + 1) * max(len(each.ids) for each in (*some, row)) > BATCH_TOKENS):
+                yield from self._parts(some)
+                some = []
+            if row is not None:
+                some.append(row)
+
+    def _parts(self, rows: list[Row]) -> Iterator[Batch]:
+        batch = Batch(rows, [RowReference("", place) for place in range(len(rows))], list(range(len(rows))))
+        at_once = self._compute.config.model_copy(update={"gradient_accumulation": "auto"})
+        return (part.batch for part in parts_of(batch, at_once, 0, self._loss.layout))
 
     def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits, float32 (tokens, vocabulary), and labels of a batch's targets, some at a time."""

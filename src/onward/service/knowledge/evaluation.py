@@ -43,13 +43,17 @@ class Evaluation:
 
     Args:
         look: called between two forward passes and while rows are read again; raises to give up.
+        samples: where the rows that files are measured on are kept; in the run's cache where it is not given, which
+            is for its owner.
     """
 
-    def __init__(self, session: Session, look: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None
+    ) -> None:
         self._session = session
         self._ledger = session.ledger
         self._look = look
-        self._samples = Samples(session, look)
+        self._samples = Samples(session, look, samples or session.layout.samples)
         self._meter: tuple[nn.Module, Meter] | None = None
         self.writers: frozenset[type[nn.Module]] | None = None
         """Types of modules that write to weights in evaluation mode, where somebody found that out before."""

@@ -25,11 +25,13 @@ class Samples:
 
     Args:
         look: called for each row that is read again; may raise to give up.
+        folder: where they are kept.
     """
 
-    def __init__(self, session: Session, look: Callable[[], None]) -> None:
+    def __init__(self, session: Session, look: Callable[[], None], folder: Path) -> None:
         self._session = session
         self._look = look
+        self._folder = folder
         self._read: dict[Path, Sample] = {}
 
     def of_file(self, row: FileRow, config: Config, limit: int, tokens: TokenizedFile | None = None) -> Sample:
@@ -81,7 +83,7 @@ class Samples:
     def _sample(
         self, name: str, sha256: str, limit: int, held: int | None, tokens: Callable[[], TokenizedFile]
     ) -> Sample:
-        folder = self._session.layout.samples / name
+        folder = self._folder / name
         if folder not in self._read:
             kept = _open(folder) or _keep(folder, tokens(), self._session.config.seed, sha256, held or limit, limit)
             rows = [kept.row(place) for place in range(kept.rows)]
@@ -90,7 +92,7 @@ class Samples:
         return self._read[folder]
 
     def _tokenize(self, path: Path, sha256: str, key: str, config: Config) -> TokenizedFile:
-        target = self._session.layout.samples / f"{key}-all"
+        target = self._folder / f"{key}-all"
         if (kept := _open(target)) is not None:
             return kept
         row_tokenizer = RowTokenizer(self._session.tokenizer_state, config.max_length, config.over_length)

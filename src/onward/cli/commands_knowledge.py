@@ -1,0 +1,64 @@
+"""Commands about what the model knows: `grid`, `evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.options import JsonOption, RunOption
+from onward.cli.output import show
+from onward.layout import RunLayout
+from onward.terminal import say, show_line
+
+
+def grid(
+    run: RunOption = Path(),
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the losses as CSV.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a heat map.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the model knows, file by file, after each file: loss, forgetting, transfer, distance from the base."""
+    from onward.views.grid import grid_csv, grid_lines, grid_svg, read_grid
+
+    found = read_grid(RunLayout(run))
+    if svg is not None:
+        svg.write_text(grid_svg(found), encoding="utf-8")
+        say(f"wrote {svg}")
+    if as_json:
+        show(found)
+    elif as_csv:
+        show_line(grid_csv(found).rstrip("\n"))
+    elif svg is None:
+        for line in grid_lines(found):
+            show_line(line)
+
+
+def evaluate(
+    run: RunOption = Path(),
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="STEP|FILE", help="A boundary that is kept.", show_default="the last commit"),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option("--tasks", metavar="NAME", help="Tasks of lm-evaluation-harness, by comma; repeatable."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.", show_default="all")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a kept state: on all files, the anchor and evaluation.files, or on public tasks; nothing is recorded."""
+    from onward.views.evaluate import lines_of, measure, measure_tasks
+
+    layout = RunLayout(run)
+    with startup.large_imports():
+        import torch  # noqa: F401
+    names = [name for text in tasks or () for name in text.split(",") if name]
+    found = measure_tasks(layout, at, names, limit, say) if names else measure(layout, at, say)
+    if as_json:
+        show(found)
+    else:
+        for line in lines_of(found):
+            show_line(line)

@@ -1,0 +1,152 @@
+"""Measuring a kept state: on everything that the grid has, or on public tasks; nothing of the run changes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from onward.config import Config, stored_config
+from onward.errors import DamagedState, UsageError
+from onward.layout import RunLayout, step_of
+from onward.making import open_ledger
+from onward.service.knowledge.evaluation import Evaluation
+from onward.service.session import Session, open_session
+from onward.service.state.reading import snapshot
+from onward.store.lookup import find_step
+from onward.store.rows import FileRow
+from onward.text import printable
+from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.model.load import build_model, load_model
+
+HARNESS = "lm_eval"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A kept state: its folder, what it says, and the last file that was trained in it."""
+
+    session: Session
+    folder: Path
+    manifest: Manifest
+    row: FileRow
+    config: Config
+    scratch: Path
+
+
+def measure(layout: RunLayout, at: str | None, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure a kept state on every file of its stream, on the anchor and on `evaluation.files`, without a limit.
+
+    Args:
+        at: a step or a file, as for `rollback`; None for the last commit.
+
+    Raises:
+        UsageError: there is no such state.
+        DamagedState: it does not verify.
+    """
+    with _opened(layout, at, report) as kept:
+        spec = replace(kept.session.spec, config=kept.config)
+        model = build_model(spec, checkpoint=kept.folder, treatment=kept.session.treatment)
+        evaluation = Evaluation(kept.session, samples=kept.scratch / "samples")
+        found = evaluation.everything(model, kept.row, kept.config, kept.manifest.step)
+        names = {row.sha256: (row.position, row.name) for row in kept.session.ledger.files("training", "done")}
+    names |= {key: (None, name) for key, name in found["names"].items()}
+    files = [
+        {"position": names[key][0], "name": names[key][1], "sha256": key, **score}
+        for key, score in found["model"].items()
+    ]
+    anchor = found["anchor"] and found["anchor"]["kl"]
+    return {"step": kept.manifest.step, "after": kept.row.position, "files": files, "anchor": anchor}
+
+
+def measure_tasks(
+    layout: RunLayout,
+    at: str | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run tasks of lm-evaluation-harness (Gao et al.) on a kept state.
+
+    Args:
+        tasks: names that the harness knows, or `.yaml` files of tasks of one's own.
+        limit: questions of each task; None for all.
+
+    Raises:
+        UsageError: the harness is not installed, it knows no such task, or there is no such state.
+    """
+    if importlib.util.find_spec(HARNESS) is None:
+        raise UsageError("--tasks needs lm-evaluation-harness", where="--tasks", hint="pip install 'onward[eval]'")
+    with _opened(layout, at, report) as kept:
+        session = kept.session
+        model = load_model(kept.folder, session.base, session.device, session.dtype)
+        results = _run_harness(model, session, tasks, limit)
+    return {"step": kept.manifest.step, "after": kept.row.position, "tasks": results}
+
+
+def lines_of(found: Mapping[str, Any]) -> list[str]:
+    """Return what was measured as lines."""
+    lines = [f"step {found['step']}, after file {found['after']}"]
+    for file in found.get("files", ()):
+        position = "" if file["position"] is None else f"{file['position']} "
+        mark = " (trained rows)" if file["trained"] else ""
+        lines.append(
+            f"{position}{printable(file['name'])}: loss {file['loss']:.4f}, accuracy {file['accuracy']:.4f}{mark}"
+        )
+    if found.get("anchor") is not None:
+        lines.append(f"anchor: {found['anchor']:.6f} nats per token from the base")
+    for task, values in found.get("tasks", {}).items():
+        shown = ", ".join(f"{printable(name)} {value:.4f}" for name, value in values.items())
+        lines.append(f"{printable(task)}: {shown}")
+    return lines
+
+
+@contextlib.contextmanager
+def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) -> Generator[_Kept]:
+    layout.require()
+    with open_ledger(layout) as ledger, tempfile.TemporaryDirectory(prefix="onward-") as scratch:
+        folder = Path(scratch) / "state"
+        if at is None:
+            manifest = snapshot(layout, folder)
+        else:
+            folder = layout.boundary(find_step(ledger, at, [step_of(point) for point in layout.restore_points()]))
+            if not folder.is_dir():
+                kept = ", ".join(str(step_of(point)) for point in reversed(layout.restore_points()))
+                hint = f"Boundaries are kept at steps {kept}."
+                raise UsageError("that boundary is no longer kept", where="--at", hint=hint)
+            found = inspect_checkpoint(folder)
+            if found.verified is None:
+                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+            manifest = found.verified
+        row = ledger.at_position(manifest.cursor.position)
+        if row is None:
+            raise UsageError("nothing was trained in that state", where="--at", hint="Name a later one; onward history")
+        session = open_session(layout, ledger, report=report)
+        yield _Kept(session, folder, manifest, row, stored_config(manifest.config), Path(scratch))
+
+
+def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:
+    """Return the numbers that the harness gives for each task, by the names it gives them."""
+    harness = cast(Any, importlib.import_module(HARNESS))
+    models = cast(Any, importlib.import_module(f"{HARNESS}.models.huggingface"))
+    known = cast(Any, importlib.import_module(f"{HARNESS}.tasks"))
+    own = [Path(name) for name in tasks if name.endswith(".yaml")]
+    for path in own:
+        if not path.is_file():
+            raise UsageError("there is no such file", where=path)
+    manager = known.TaskManager(include_path=[str(path.parent.absolute()) for path in own] or None)
+    names = [Path(name).stem if name.endswith(".yaml") else name for name in tasks]
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        hint = "lm-eval ls tasks lists them; a file of one's own is named with its ending, .yaml."
+        raise UsageError(f"lm-evaluation-harness knows no task {unknown[0]!r}", where="--tasks", hint=hint)
+    wrapped = models.HFLM(pretrained=model, tokenizer=session.tokenizer, batch_size=8)
+    found = harness.simple_evaluate(model=wrapped, tasks=names, limit=limit, task_manager=manager, log_samples=False)
+    return {
+        task: {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+        for task, values in found["results"].items()
+    }

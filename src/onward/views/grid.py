@@ -1,0 +1,142 @@
+"""What the model knows, file by file: the table as values, text, CSV and a heat map."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+
+from onward.layout import RunLayout
+from onward.service.knowledge.table import read_table
+from onward.store.ledger import Ledger
+from onward.text import printable
+
+NAME_WIDTH = 16
+TRAINED = "*"
+"""Marks files that are measured on rows which were trained."""
+CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
+"""Size of a cell of the heat map, and the room for names, in pixels."""
+Values = Mapping[str, Any]
+
+
+def read_grid(layout: RunLayout) -> dict[str, Any]:
+    """Return what was measured in a run, as `onward grid --json` prints it.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    layout.require()
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        return read_table(ledger).to_dict()
+
+
+def grid_lines(grid: Values) -> list[str]:
+    """Return the table as lines, with the figures under it."""
+    if len(grid["after"]) < 2:
+        return ["nothing was measured yet: evaluation.share in the config says how much training pays for it"]
+    names = [_title(file, NAME_WIDTH) for file in grid["files"]]
+    head = ["loss after", *names, "anchor"]
+    body = [
+        [_after(grid, place), *map(_number, row), _number(anchor)]
+        for place, (row, anchor) in enumerate(zip(grid["loss"], grid["anchor"], strict=True))
+    ]
+    widths = [max(cell_len(row[column]) for row in (head, *body)) for column in range(len(head))]
+    lines = ["  ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
+             for row in (head, *body)]  # fmt: skip
+    return [*(line.rstrip() for line in lines), "", *_figures(grid)]
+
+
+def _figures(grid: Values) -> list[str]:
+    forgetting = grid["forgetting"]
+    worst = forgetting["file"]
+    name = next((file["name"] for file in grid["files"] if file["position"] == worst), None)
+    where = "" if name is None else f", worst {_number(forgetting['worst'])} (file {worst}, {printable(name)})"
+    lines = [
+        f"average loss now   {_number(grid['average'])}",
+        f"forgetting         {_number(forgetting['mean'])} mean{where}",
+        f"transfer           {_number(grid['transfer'])} (loss on a file before it was trained, less the base's)",
+    ]
+    if any(file["trained"] for file in grid["files"]):
+        lines.append(f"{TRAINED} measured on rows that were trained: retention, not generalization")
+    return lines
+
+
+def grid_csv(grid: Values) -> str:
+    """Return the losses as CSV: a row per boundary, a column per file, and the anchor; blank where not measured."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["after", *(_title(file, None) for file in grid["files"]), "anchor"])
+    for after, row, anchor in zip(grid["after"], grid["loss"], grid["anchor"], strict=True):
+        writer.writerow([after, *("" if value is None else repr(value) for value in (*row, anchor))])
+    return stream.getvalue()
+
+
+def grid_svg(grid: Values) -> str:
+    """Return the table as a heat map: in each column the lowest loss is lightest, the highest darkest."""
+    columns = [*(_title(file, NAME_WIDTH) for file in grid["files"]), "anchor"]
+    rows = [[*row, anchor] for row, anchor in zip(grid["loss"], grid["anchor"], strict=True)]
+    width, height = LEFT + CELL * len(columns) + 16, TOP + HIGH * len(rows) + 16
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12" role="img">',
+        "<title>Loss on each file after each file</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for place, name in enumerate(columns):
+        x = LEFT + CELL * place + CELL // 2
+        parts.append(f'<text transform="translate({x},{TOP - 8}) rotate(-35)" fill="#222222">{escape(name)}</text>')
+    for line, row in enumerate(rows):
+        y = TOP + HIGH * line
+        name = escape(_after(grid, line))
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 18}" text-anchor="end" fill="#222222">{name}</text>')
+        parts += [
+            _cell(value, [each[place] for each in rows], (LEFT + CELL * place, y)) for place, value in enumerate(row)
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _cell(value: float | None, column: Sequence[float | None], at: tuple[int, int]) -> str:
+    """Return one cell; what was not measured is an empty frame."""
+    x, y = at
+    box = f'<rect x="{x}" y="{y}" width="{CELL - 2}" height="{HIGH - 2}"'
+    if value is None:
+        return f'{box} fill="none" stroke="#cccccc"/>'
+    seen = [each for each in column if each is not None]
+    low, high = min(seen), max(seen)
+    dark = 0.0 if high == low else (value - low) / (high - low)
+    red, green, blue = (round(light + dark * (deep - light)) for light, deep in ((236, 12), (243, 62), (250, 122)))
+    ink = "#ffffff" if dark > 0.5 else "#222222"
+    text = f'<text x="{x + CELL // 2 - 1}" y="{y + 18}" text-anchor="middle" fill="{ink}">{_number(value)}</text>'
+    return f'{box} fill="#{red:02x}{green:02x}{blue:02x}"/>{text}'
+
+
+def _after(grid: Values, place: int) -> str:
+    after = grid["after"][place]
+    if not after:
+        return "base"
+    name = next((file["name"] for file in grid["files"] if file["position"] == after), "")
+    return f"{after} {_short(printable(name), NAME_WIDTH)}"
+
+
+def _title(file: Values, width: int | None) -> str:
+    position = "" if file["position"] is None else f"{file['position']} "
+    name = printable(file["name"])
+    mark = TRAINED if file["trained"] and width is not None else ""
+    return f"{position}{name if width is None else _short(name, width)}{mark}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
+
+
+def _padded(cell: str, width: int, place: int) -> str:
+    room = " " * (width - cell_len(cell))
+    return f"{room}{cell}" if place else f"{cell}{room}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
