@@ -161,7 +161,7 @@ class Run:
 
         Raises:
             RunLocked: another process owns the run.
-            FileRejected: a file was refused, and nothing was trained; or the guard took a file back, and the others were.
+            FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were.
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
@@ -15,6 +16,7 @@ from onward.errors import UsageError
 from onward.events import Observe
 from onward.layout import RunLayout, entries, step_of
 from onward.run import Run
+from onward.service.knowledge.evaluation import Evaluation
 from onward.service.knowledge.table import read_table
 from onward.service.state.copying import copy_run
 from onward.service.state.ownership import Ownership
@@ -106,6 +108,8 @@ class Making:
                 peak = branch.cool(steps, self.observe, self.wishes.check) if steps else None
                 about = {"cooldown": {"steps": steps, "learning_rate": peak}, "averaged": averaged}
                 about |= {"verified": proof.ok, "checks": [asdict(check) for check in proof.checks]}
+                self.report("measuring it")
+                about |= {"measured": measured(branch, ledger)}
                 record = self._record(order, ledger, branch, about)
                 self._write(target, branch, record)
         return record
@@ -174,3 +178,32 @@ class Making:
             publish_directory(temporary, target)
         finally:
             remove_tree(temporary)
+
+
+def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:
+    """Measure the branch on every file of its stream; returns scores by file, and figures as the grid has them."""
+    rows = ledger.files("done")
+    if not rows:
+        return {"files": [], "average": None, "forgetting": {"mean": None, "worst": None, "file": None}, "anchor": None}
+    found = Evaluation(branch.session).everything(branch.state.model, rows[-1], branch.config, branch.state.step)
+    table, scores = read_table(ledger), found["model"]
+    files: list[dict[str, Any]] = []
+    grown: dict[int, float] = {}
+    for column in table.columns:
+        score = scores.get(column.key)
+        if score is None or column.position is None:
+            continue
+        files.append({"position": column.position, "name": column.name, "sha256": column.key, **score})
+        seen = [row[column.key] for row in table.scores[1:] if column.key in row]
+        best = [other["loss"] for other in seen if other["rows"] == score["rows"]]
+        if best and column.position < rows[-1].place:
+            grown[column.position] = score["loss"] - min(best)
+    worst = max(grown, key=lambda position: grown[position], default=None)
+    forgetting = {
+        "mean": fmean(grown.values()) if grown else None,
+        "worst": None if worst is None else grown[worst],
+        "file": worst,
+    }
+    average = fmean(file["loss"] for file in files) if files else None
+    anchor = found["anchor"] and found["anchor"]["kl"]
+    return {"files": files, "average": average, "forgetting": forgetting, "anchor": anchor}

@@ -33,17 +33,17 @@ class Release:
 
     def summary(self) -> dict[str, Any]:
         """Return what a list of releases shows of it, as JSON values."""
-        grid = self.record["grid"]
+        found = self.record["measured"]
         return {
             "name": self.name,
             "step": self.record["step"],
             "files": len(self.record["stream"]),
             "cooldown": self.record["cooldown"]["steps"],
             "averaged": len(self.record["averaged"]),
-            "average": grid["average"],
-            "forgetting": grid["forgetting"]["mean"],
-            "worst": grid["forgetting"]["worst"],
-            "anchor": next(iter(reversed(grid["anchor"])), None),
+            "average": found["average"],
+            "forgetting": found["forgetting"]["mean"],
+            "worst": found["forgetting"]["worst"],
+            "anchor": found["anchor"],
             "verified": self.record["verified"],
             "created": self.record["created"],
             "notes": self.record["notes"],

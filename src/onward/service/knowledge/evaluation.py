@@ -47,9 +47,7 @@ class Evaluation:
             is for its owner.
     """
 
-    def __init__(
-        self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None
-    ) -> None:
+    def __init__(self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None) -> None:
         self._session = session
         self._ledger = session.ledger
         self._look = look
