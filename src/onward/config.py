@@ -15,6 +15,7 @@ from onward.config_sections import (
     Count,
     EvaluationConfig,
     Fraction,
+    GuardConfig,
     Index,
     LoraConfig,
     Name,
@@ -40,13 +41,12 @@ IDENTITY_KEYS = (
 )  # fmt: skip
 """Keys that make a run what it is: locked once it has trained a step."""
 
-SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay")
+SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay", "guard")
 """Keys that have keys of their own."""
 
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
-    "compress_archive", "notify",
-    "activation_checkpointing",
+    "compress_archive", "notify", "guard", "activation_checkpointing",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
@@ -61,7 +61,10 @@ LATER_KEYS = (
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
 
-NEW_RUN = {"over_length": "auto", "text.documents": "auto", "holdout": "auto", "evaluation.share": 0.05}
+NEW_RUN = {
+    "over_length": "auto", "text.documents": "auto", "holdout": "auto", "evaluation.share": 0.05,
+    "guard.action": "warn",
+}  # fmt: skip
 """What `init` and `adopt` write for these keys, unless told otherwise. Their defaults differ: a run of an earlier
 release whose config does not name them goes on reading files as it did, trains all of their rows and measures none."""
 
@@ -228,6 +231,7 @@ class Config(Section):
     )
     anchor: AnchorConfig = Field(default=AnchorConfig(), description="Texts that the base model writes once.")
     replay: ReplayConfig = Field(default=ReplayConfig(), description="Rows of earlier files in the steps of a new one.")
+    guard: GuardConfig = Field(default=GuardConfig(), description="When a file is warned of, or taken back.")
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
@@ -342,6 +346,7 @@ SECTION_FIELDS = {
     for name, section in (
         ("lora", LoraConfig), ("text", TextConfig), ("notify", NotifyConfig), ("evaluation", EvaluationConfig),
         ("anchor", AnchorConfig), ("replay", ReplayConfig),
+        ("guard", GuardConfig),
     )
 }  # fmt: skip
 

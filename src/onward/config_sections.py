@@ -18,14 +18,14 @@ def refuse_bool(value: Any) -> Any:
     return value
 
 
-def path_text(value: Any) -> Any:
-    """Return a path as text; what is none is left to be refused."""
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def on_or_off(value: Any) -> Any:
     """Return a switch as text: YAML reads `on` and `off` as true and false."""
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def path_text(value: Any) -> Any:
+    """Return a path as text; what is none is left to be refused."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 Count = Annotated[int, BeforeValidator(refuse_bool), Field(ge=1)]
@@ -162,6 +162,27 @@ class ReplayConfig(Section):
         default="uniform",
         description="Which rows: of all earlier files alike, rather of recent files, rather of what the last grid "
         "shows as forgotten.",
+    )
+
+
+class GuardConfig(Section):
+    """What a file may do to the model before somebody is told, or before it is taken back."""
+
+    action: Annotated[Literal["off", "warn", "reject"], BeforeValidator(on_or_off)] = Field(
+        default="off",
+        description="What becomes of a file that passes a limit: nothing, a warning, or it is taken back to its "
+        "boundary and quarantined; `onward accept` overrides. `onward init` writes `warn`.",
+    )
+    forgetting: Rate = Field(
+        default=0.1, description="Share by which the loss on the rows of an earlier file may grow; 0 is off."
+    )
+    anchor: Rate = Field(
+        default=0.2, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
+    )
+    spike: Rate = Field(
+        default=4.0,
+        description="Robust z-score that loss or gradient norm of a file may not pass three steps running, judged by "
+        "its 50 steps before; 0 is off.",
     )
 
 

@@ -7,7 +7,7 @@ The command line prints these without a traceback and exits with `exit_status`:
 from __future__ import annotations
 
 import errno
-from typing import Self
+from typing import Any, Self
 
 from onward.text import printable
 
@@ -92,6 +92,22 @@ class ModelError(OnwardError):
 
 class TrainingError(OnwardError):
     """A step cannot be taken: the loss is not finite, or a postcondition of a file does not hold."""
+
+
+class GuardRejected(TrainingError):
+    """A file passed the guard's limits and is to be taken back.
+
+    Args:
+        file_id: which one.
+        problems: what was found, and the rows to look at, as a report names them.
+    """
+
+    def __init__(self, what: str, file_id: int, problems: list[dict[str, Any]]) -> None:
+        super().__init__(
+            what, hint="Look at the rows that its report names; onward accept FILE trains it all the same."
+        )
+        self.file_id = file_id
+        self.problems = problems
 
 
 class DeviceLost(OnwardError):

@@ -21,7 +21,7 @@ from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
 from onward.service.outside.reporting import NewNotes
-from onward.service.owner.process import OpenedRun, account, operate
+from onward.service.owner.process import OpenedRun, account, operate, require_kept
 from onward.service.settings import Settings
 from onward.service.wishes import Wishes, interrupts_of_host
 from onward.store.ledger import Ledger
@@ -161,13 +161,13 @@ class Run:
 
         Raises:
             RunLocked: another process owns the run.
-            FileRejected: a file was refused; nothing was trained.
+            FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were.
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
         with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
-            before = {row.id for row in ledger.files("done")}
+            before, seen = {row.id for row in ledger.files("done")}, ledger.last_event()
             opened = self._opened(ledger, report)
             with (
                 account(opened, wishes) as reporter,
@@ -179,6 +179,7 @@ class Run:
                 if intent is not None:
                     daemon.intake.take(files, again=again, intent=intent)
                 daemon.run(once=True)
+            require_kept(ledger, seen)
             positions = {row.position for row in ledger.files("done") if row.id not in before}
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 
@@ -261,6 +262,17 @@ class Run:
             from onward.service.owner import faults
 
             return faults.skip(self.layout, ledger, row, reason)
+
+    def accept(self, file: str) -> str:
+        """Queue a quarantined file again, for the guard to let pass; returns its name.
+
+        Raises:
+            UsageError: no such file is quarantined, or the stream has its content by now.
+        """
+        from onward.service.state.accept import accept
+
+        with open_ledger(self.layout) as ledger:
+            return accept(self.layout, ledger, file)
 
     def status(self) -> dict[str, Any]:
         """Return where the run stands (keys as in `onward status --json`)."""

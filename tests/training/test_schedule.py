@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from onward.config import Config
 from onward.errors import ConfigError
-from onward.training.schedule import learning_rate, require_horizon
+from onward.training.schedule import cooling, learning_rate, require_horizon
 
 
 def rates(steps: range, **settings: Any) -> list[float]:
@@ -70,3 +71,11 @@ def test_no_horizon_means_never_zero(step: int, warmup: int, schedule: Any) -> N
     """A schedule without a horizon learns at every step, however late, and never above the peak."""
     config = Config(learning_rate=3e-4, warmup_steps=warmup, schedule=schedule)
     assert 0.0 < learning_rate(config, step, step) <= 3e-4
+
+
+@given(steps=st.integers(1, 500))
+def test_a_cooldown_falls_from_the_peak_to_almost_nothing(steps: int) -> None:
+    """Every step of it learns, each less than the one before; one step after the last the rate would be zero."""
+    rates = [cooling(1.0, step, steps) for step in range(1, steps + 2)]
+    assert all(later < earlier for earlier, later in pairwise([1.0, *rates]))
+    assert 0.0 == rates[-1]

@@ -16,9 +16,11 @@ from torch.nn import functional
 from onward.config import Config
 from onward.data.tokenized import Row
 from onward.training.anchor import AnchorTerm, top_divergences, top_of
+from onward.training.execution import Execution
 from onward.training.model.expert_lora import wrap_experts
 from onward.training.model.load import make_fast
 from onward.training.scores import Compute, Meter, divergences
+from onward.training.world import SingleProcess
 
 KINDS: dict[str, dict[str, Any]] = {
     "linear": {"target_modules": "all-linear"},
@@ -39,7 +41,7 @@ def rows(count: int, vocabulary: int = 300) -> list[Row]:
 
 def compute(**settings: Any) -> Compute:
     """How tests measure."""
-    return Compute(Config(**settings), torch.device("cpu"), torch.float32, 0)
+    return Compute(Config(**settings), Execution(SingleProcess(torch.device("cpu")), torch.float32))
 
 
 def plain(model: Any, some: list[Row]) -> torch.Tensor:

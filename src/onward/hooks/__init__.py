@@ -1,1 +1,1 @@
-"""What is done at a boundary, one file each: measuring."""
+"""What is done at a boundary: one file each."""

@@ -122,6 +122,15 @@ class Database:
         """Close the connection."""
         self._connection.close()
 
+    def copy_to(self, path: Path) -> None:
+        """Write the database as it is now into a new file, whoever writes to it meanwhile.
+
+        Raises:
+            sqlite3.DatabaseError: the machine fails.
+        """
+        with contextlib.closing(connect(path, create=True)) as target:
+            self._connection.backup(target)
+
     def require_in_place(self) -> None:
         """Notice that the file was removed or replaced under this process.
 

@@ -13,7 +13,8 @@ LEGAL = {
     "arriving": {"queued", "rejected", "skipped"},
     "queued": {"training", "undone", "skipped", "quarantined"},
     "training": {"done", "queued", "undone", "skipped", "quarantined"},
-    "done": {"training", "queued", "undone", "skipped"},  # back only when state was lost or rolled back
+    "done": {"training", "queued", "undone", "skipped", "quarantined"},  # back only when state is lost or taken back
+    "quarantined": {"undone"},
 }
 """States that a file may go to, by the state it is in."""
 

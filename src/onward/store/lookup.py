@@ -44,8 +44,8 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
     """Return the step of the boundary that `to` names.
 
     Args:
-        steps: those that have a restore point.
-        option: what the text was given to, for refusals.
+        steps: those that can be meant, such as those that have a restore point.
+        option: what the person typed it after.
 
     Raises:
         UsageError: it names neither a finished file nor a boundary of this run, or several of them.

@@ -195,6 +195,9 @@ MIGRATIONS = (
         PRIMARY KEY (file_id, step, place)
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE files ADD COLUMN accepted INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 

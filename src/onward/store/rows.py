@@ -20,7 +20,8 @@ class FileRow:
     each of its steps is cut after lack of memory. `truncated` and `dropped` count rows that were cut or left out for
     their length, `lost_tokens` the tokens that went with that (0 in files of earlier releases, which did not count
     them), `split` texts that became several rows, `bad_rows` rows left out because they cannot be trained. `held_out`
-    counts, from when the file begins, the rows that are never trained.
+    counts, from when the file begins, the rows that are never trained. `accepted` is 1 if a person said that the guard
+    is to let it pass.
     """
 
     id: int
@@ -55,6 +56,7 @@ class FileRow:
     lost_tokens: int = 0
     bad_rows: int = 0
     held_out: int = 0
+    accepted: int = 0
 
     @property
     def is_announced(self) -> bool:

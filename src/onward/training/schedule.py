@@ -57,6 +57,15 @@ def _lagging(config: Config, position: int, step_in_file: int) -> float:
     return peak * (factor if warmed >= warmup else factor * (warmed / warmup))
 
 
+def cooling(peak: float, step: int, steps: int) -> float:
+    """Return the learning rate of the `step`-th (from 1) of `steps` steps in which it decays from `peak` to zero.
+
+    The shape is the 1 - sqrt of Haegele et al. ("Scaling Laws and Compute-Optimal Training Beyond Fixed Training
+    Durations", 2024). It would be zero one step after the last: a step without a learning rate does nothing.
+    """
+    return peak * (1.0 - math.sqrt(step / (steps + 1)))
+
+
 def require_unstretched(used: Config, wanted: Config) -> None:
     """Refuse another horizon for a schedule that has been used: every learning rate so far depended on it.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
 
+Rates = Callable[[int, int], float]
+
 
 class Trainer:
     """Takes the steps of one file after another on one state.
@@ -38,6 +41,7 @@ class Trainer:
         execution: where and how steps are computed.
         anchor: what the loss gets beside that of the rows; None for nothing.
         learned: what the process knows of the model already, for one that trains file after file.
+        rates: the learning rate of a global step and its step in the file, both from 1; the config's if not given.
     """
 
     def __init__(
@@ -48,9 +52,11 @@ class Trainer:
         anchor: AnchorTerm | None = None,
         *,
         learned: Learned | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self.state = state
         self.config = config
+        self.rates = rates or partial(learning_rate, config)
         self.anchor = anchor
         self.world = execution.world
         device = execution.world.device
@@ -75,7 +81,7 @@ class Trainer:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
-        rate = learning_rate(self.config, state.step + 1, index + 1)
+        rate = self.rates(state.step + 1, index + 1)
         total, divergence = self._gradients(batch), self._anchor_gradients()
         self._fill()
         loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for the device

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from onward.config import Config, stored_config
-from onward.errors import DamagedState, UsageError
-from onward.layout import RunLayout, step_of
+from onward.errors import UsageError
+from onward.layout import RunLayout
 from onward.making import open_ledger
 from onward.service.knowledge.evaluation import Evaluation
 from onward.service.session import Session, open_session
-from onward.service.state.reading import snapshot
-from onward.store.lookup import find_step
 from onward.store.rows import FileRow
 from onward.text import printable
-from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoint import Manifest
 from onward.training.model.load import build_model, load_model
+from onward.views.points import AT, hold
 
 HARNESS = "lm_eval"
 
@@ -107,26 +106,16 @@ def lines_of(found: Mapping[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) -> Generator[_Kept]:
-    layout.require()
-    with open_ledger(layout) as ledger, tempfile.TemporaryDirectory(prefix="onward-") as scratch:
-        folder = Path(scratch) / "state"
-        if at is None:
-            manifest = snapshot(layout, folder)
-        else:
-            steps = [step_of(point) for point in layout.restore_points()]
-            folder = layout.boundary(find_step(ledger, at, steps, "--at"))
-            if not folder.is_dir():
-                hint = f"Boundaries are kept at steps {', '.join(map(str, reversed(steps)))}."
-                raise UsageError("that boundary is no longer kept", where="--at", hint=hint)
-            found = inspect_checkpoint(folder)
-            if found.verified is None:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
-            manifest = found.verified
+    with hold(layout, at) as point, open_ledger(layout) as ledger, tempfile.TemporaryDirectory() as scratch:
+        manifest = point.manifest
+        if manifest is None:
+            hint = f"onward releases --json has what was measured of it when it was made; {AT} STEP names a boundary."
+            raise UsageError(f"{point.label} is no state of the run", where=AT, hint=hint)
         row = ledger.at_position(manifest.cursor.position)
         if row is None:
-            raise UsageError("nothing was trained in that state", where="--at", hint="Name a later one; onward history")
+            raise UsageError("nothing was trained in that state", where=AT, hint="Name a later one; onward history")
         session = open_session(layout, ledger, report=report)
-        yield _Kept(session, folder, manifest, row, stored_config(manifest.config), Path(scratch))
+        yield _Kept(session, point.folder, manifest, row, stored_config(manifest.config), Path(scratch))
 
 
 def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:

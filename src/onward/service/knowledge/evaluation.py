@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
 from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
@@ -114,6 +115,11 @@ class Evaluation:
         """
         return anchor_term(self._session, config, lambda: self._base(self._meter_of(model, config), config))
 
+    def row_losses(self, model: nn.Module, rows: Sequence[Row]) -> list[float]:
+        """Return the mean loss over the target tokens of each row by itself; nothing is recorded."""
+        meter = self._meter_of(model, self._session.config)
+        return [meter.score([row]).loss for row in rows]
+
     def require_questions(self, config: Config) -> None:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
 
@@ -135,6 +141,7 @@ class Evaluation:
         return allowance(config.evaluation.share, trained, spent, parameters_of(model))
 
     def _meter_of(self, model: nn.Module, config: Config) -> Meter:
+        """Return what measures a model under a config; what was made for the same model is used again."""
         compute = self._compute(config)
         if self._meter is None or self._meter[0] is not model:
             self._meter = (model, Meter(model, compute, self.writers))

@@ -81,6 +81,11 @@ def _weighted(sources: Sequence[Source], ledger: Ledger, before: Sequence[FileRo
         yield replace(source, weight=source.trained_rows * share)
 
 
+def sources_of(ledger: Ledger, config: Config) -> tuple[Source, ...]:
+    """Return the files of the stream that are done, each content once, with the rows that are never trained."""
+    return _sources(ledger, ledger.files("done"), "", config)
+
+
 class OpenSources:
     """The tokens of files that a plan takes rows from, made again from the archive where they are not kept.
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from onward.errors import DeviceLost, OnwardError, RunLocked, VerificationFailed
+from onward.errors import DeviceLost, GuardRejected, OnwardError, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
@@ -189,6 +189,7 @@ class Daemon:
     def _train_file(self) -> None:
         """Train the next file, and those that follow at once, until something is asked for."""
         failure: faults.Failure | None = None
+        at_fault: int | None = None
         try:
             if self._worker is None:
                 self._worker = self._load()
@@ -198,13 +199,16 @@ class Daemon:
             raise
         except Exception as error:
             self._drop_worker()
-            if not self._patient or not faults.blames_file(error):
+            if isinstance(error, GuardRejected):
+                at_fault = error.file_id
+            elif not (self._patient and faults.blames_file(error)):
                 raise self._in_words(error) from None
             failure = faults.Failure.of(error)
             forget_frames(error)
         if failure is not None:  # its own frames are gone, and with them the model
             self.owned.look_at_config()
-            row, config = self.ledger.next_owed(), self.owned.settings.current
+            row = self.ledger.next_owed() if at_fault is None else self.ledger.file(at_fault)
+            config = self.owned.settings.current
             assert row is not None
             faults.handle(self.owned.layout, self.ledger, row, failure, config)
 

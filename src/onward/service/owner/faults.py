@@ -9,18 +9,21 @@ from __future__ import annotations
 import errno
 import sqlite3
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from onward.atomic import link_or_copy
 from onward.config import Config, stored_config
-from onward.errors import DeviceLost, NoSpace, OnwardError, TrainingError, first_line
+from onward.errors import DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import quoted
 from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of_memory
 
 
@@ -44,17 +47,19 @@ class StepFailed(Exception):
 class Failure:
     """What is kept of an error: an exception's traceback would keep the model in memory.
 
-    `reason` is for a person, `out_of_memory` whether smaller parts may help.
+    `reason` is for a person, `out_of_memory` whether smaller parts may help, `rejected` what a guard found.
     """
 
     reason: str
     out_of_memory: bool
+    rejected: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Describe an error."""
         cause = cause_of(error)
-        return cls(describe(cause), is_out_of_memory(cause))
+        rejected = tuple(cause.problems) if isinstance(cause, GuardRejected) else ()
+        return cls(describe(cause), is_out_of_memory(cause), rejected)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -132,6 +137,9 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
     """
     reason = failure.reason
     failures = row.failures + 1
+    if failure.rejected:  # trained again it would be as before
+        quarantine(layout, ledger, row, reason, failure.rejected)
+        return
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
     if failure.out_of_memory and parts is not None:
         values: Values = {"failures": row.failures, "parts": parts}
@@ -147,9 +155,18 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
     ledger.add_event("warning", f"{row.name} failed and is {decision}: {reason}", kind="retried")
 
 
-def quarantine(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> None:
-    """Take a file out of the stream, back at its boundary, with a report in `rejected/`; the archive keeps it."""
+def quarantine(
+    layout: RunLayout, ledger: Ledger, row: FileRow, reason: str, found: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Take a file out of the stream, back at its boundary, with a report in `rejected/`; the archive keeps it.
+
+    Args:
+        found: what a guard found, and the rows to look at.
+    """
     refusal = Refusal.of_training(row.name, reason, "mend it, then add it again; its content stays in archive/")
+    if found:
+        way = f"onward accept {quoted(row.name)} trains it all the same"
+        refusal = Refusal(row.name, list(found), len(found), way_out=way)
     report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")
@@ -171,7 +188,7 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
 
 
 def _take_back(layout: RunLayout, ledger: Ledger, row: FileRow, move: Move, what: str) -> None:
-    if row.state == "training":
+    if row.state in ("training", "done"):
         go_back(layout, ledger, row.first_step, [move], what)
         return
     with ledger.transaction():

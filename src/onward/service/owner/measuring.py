@@ -85,21 +85,22 @@ class Measuring:
             )
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
-    def catch_up(self, state: TrainState) -> None:
-        """Measure the boundary that the state stands at, if a stop came first.
+    def catch_up(self, state: TrainState) -> FileRow | None:
+        """Measure the boundary that the state stands at, if a stop came first; returns the file that it is after.
 
         Raises:
             Stopped: another one did.
         """
         row = owed_evaluation(self._ledger)
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
-            return
+            return None
         config = stored_config(self._ledger.config_of(row))
         with self._showing("training"):
             results = self._or_nothing(
                 GRID, state.step, lambda: self.evaluation.of_boundary(state.model, row, config, state.step)
             )
             self._ledger.keep_boundary_results(row.id, state.step, results)
+        return row
 
     @contextmanager
     def _showing(self, after: Any) -> Generator[None]:

@@ -252,6 +252,18 @@ def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
             shown.at_rest()
 
 
+def require_kept(ledger: Ledger, after: int) -> None:
+    """Raise if the guard took a file back since an event.
+
+    Raises:
+        FileRejected: it did; what else waited was trained.
+    """
+    taken = [event.message for event in ledger.events_after(after) if event.kind == "quarantined"]
+    if taken:
+        hint = "Reports are in rejected/. onward accept FILE trains a file all the same."
+        raise FileRejected("\n".join(["taken back, and trained without:", *(f"  {text}" for text in taken)]), hint=hint)
+
+
 def _note_stop(ledger: Ledger, wishes: Wishes) -> None:
     _note(ledger, "info", f"stopped by {wishes.reason or 'a request'} at step {ledger.committed_step()}", "stopped")
 

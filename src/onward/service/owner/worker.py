@@ -19,6 +19,7 @@ from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
+from onward.service.owner.guard import Guard, InHand
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.measuring import Measuring
 from onward.service.owner.part_tokens import with_part_tokens
@@ -97,6 +98,7 @@ class Worker:
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
         self._measuring = Measuring(session, around.shown, around.hooks, around.look)
+        self._guard = Guard(self.ledger, around.settings, self._measuring.evaluation)
         self._learned = Learned(around.memory)
         self._compute_as_asked()
 
@@ -117,7 +119,7 @@ class Worker:
         metrics = Metrics(self.session.layout.ledger)
         try:
             yield from self._begin_run()
-            self._measuring.catch_up(self.state)
+            yield from self._catch_up()
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
@@ -148,6 +150,12 @@ class Worker:
             if not newest.cursor.at_boundary:
                 self._hand_over("resume", self.ledger.at_position(newest.cursor.position))
         self._has_begun = True
+
+    def _catch_up(self) -> Iterator[Event]:
+        """Measure and judge the boundary that the state stands at, if a stop came before that."""
+        row = self._measuring.catch_up(self.state)
+        if row is not None:
+            yield from self._guard.at_boundary(row, self.state)
 
     def _journey(self, row: FileRow, metrics: Metrics) -> Generator[Event, None, FileRow | None]:
         """Take one file from where it stands to its boundary; returns the file that follows at once."""
@@ -185,8 +193,10 @@ class Worker:
             held_out=len(plan.held_out),
         )
         self.around.shown.set("training")
-        yield from self._train(row.id, files, plan, metrics)
-        return (yield from self._finish(row, plan, tokens)) if self.state.cursor.at_boundary else None
+        row = self.ledger.file(row.id)
+        in_hand = InHand(row, plan, tokens)
+        yield from self._train(in_hand, files, metrics)
+        return (yield from self._finish(in_hand)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: FileRow) -> Config:
         """Read the config as it is now: it changes at boundaries only, and never its identity.
@@ -233,19 +243,19 @@ class Worker:
         self._in_force = config
         return handover
 
-    def _train(
-        self, file_id: int, files: Mapping[str, TokenizedFile], plan: StreamPlan, metrics: Metrics
-    ) -> Iterator[Event]:
-        session, state = self.session, self.state
+    def _train(self, file: InHand, files: Mapping[str, TokenizedFile], metrics: Metrics) -> Iterator[Event]:
+        session, state, file_id = self.session, self.state, file.row.id
+        self._guard.begin(file.row)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         trainer = Trainer(state, self.config, session.execution, anchor, learned=self._learned)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
-        for result in watched(trainer.steps(files, plan), file_id, self.around.heartbeat, is_crowded):
+        for result in watched(trainer.steps(files, file.plan), file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             self._remember(result)
             yield result
             yield from self._collect(wait=False)
+            yield from self._guard.after_step(file, result, state)
             if state.cursor.at_boundary:
                 return
             trainer.economy.setting = self.around.settings.current.activation_checkpointing
@@ -256,11 +266,12 @@ class Worker:
             if result.step % self.around.settings.current.save_steps == 0:
                 yield from self._begin_commit(file_id)
 
-    def _finish(self, row: FileRow, plan: StreamPlan, tokens: TokenizedFile) -> Generator[Event, None, FileRow | None]:
+    def _finish(self, file: InHand) -> Generator[Event, None, FileRow | None]:
         """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
+        row, plan, step = file.row, file.plan, self.state.step
         require_done(self.ledger, self.state, row.id, plan)
-        step = self.state.step
-        self._measuring.at_boundary(row, self.state, self.config, plan, tokens)
+        self._measuring.at_boundary(row, self.state, self.config, plan, file.tokens)
+        yield from self._guard.at_boundary(row, self.state, file)
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row.id, "done", finished=ledger.clock())

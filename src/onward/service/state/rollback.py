@@ -35,6 +35,7 @@ KEPT = (
     "bad_rows",
     "priority",
     "occurrence",
+    "accepted",
 )
 """Columns that a file keeps when it is queued again: what it is, and the order of its rows."""
 
@@ -68,6 +69,7 @@ class Successor(TypedDict, total=False):
     bad_rows: int
     priority: int
     occurrence: int
+    accepted: int
     again: int
     position: int
     config: str | None

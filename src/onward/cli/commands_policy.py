@@ -1,0 +1,126 @@
+"""Commands of policy: `accept`, and on copies of the run `compare`, `release`, `releases`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.commands_back import ask
+from onward.cli.options import JsonOption, RunOption, YesOption, completer
+from onward.cli.output import show
+from onward.layout import RunLayout
+from onward.terminal import say, show_line
+from onward.text import printable, quoted
+
+Settings = Annotated[
+    list[str],
+    typer.Argument(metavar="SETTING...", help="KEY=VALUE of the config; several that belong together: K=V;K=V."),
+]
+
+
+def accept(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A name or a hash prefix.", autocompletion=completer("quarantined"))
+    ],
+    run: RunOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Queue a quarantined FILE again; the guard lets it pass."""
+    from onward.run import Run
+
+    opened = Run(run, loading=startup.large_imports)
+    name = opened.accept(file)
+    if as_json:
+        show({"accepted": name})
+    say(f"{printable(name)} is queued again; onward train --run {quoted(opened.layout.root)} trains it")
+
+
+def compare(
+    settings: Settings,
+    run: RunOption = Path(),
+    last: Annotated[int, typer.Option("--last", min=1, help="Files that are trained again.")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each, each in another order.")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Train the last files again under other settings, apart from the run, and say which did better."""
+    from onward.progress import make_observer
+    from onward.service.wishes import Wishes
+
+    layout = RunLayout(run)
+    layout.require()
+    asked = Wishes()
+    with startup.large_imports():
+        from onward.views.compare import Trials, lines, parse_variants
+
+    variants = parse_variants(settings)
+    with asked.on_signals(), make_observer(lambda: 10) as observe:
+        trials = Trials(last, seeds, observe, lambda line: say(printable(line)), asked)
+        comparison = trials.compare(layout, variants)
+    if as_json:
+        show(comparison.to_dict())
+        return
+    for line in lines(comparison):
+        show_line(printable(line))
+
+
+def release(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Letters, digits, '.', '_' and '-'.")],
+    run: RunOption = Path(),
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="FILE|STEP", help="The boundary to begin at.", show_default="newest")
+    ] = None,
+    cooldown: Annotated[
+        float | None,
+        typer.Option(
+            "--cooldown",
+            metavar="STEPS|SHARE",
+            min=0,
+            help="Steps in which the learning rate decays to zero; below 1, a share of the steps so far.",
+            show_default="0.1; 0 with --average",
+        ),
+    ] = None,
+    average: Annotated[int, typer.Option("--average", min=1, help="Last boundaries whose weights are averaged.")] = 1,
+    notes: Annotated[str, typer.Option("--notes", help="Text for the model card.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a model to publish, on a branch of the run on which the learning rate decays to zero."""
+    from onward.progress import make_observer
+    from onward.service.wishes import Wishes
+
+    layout = RunLayout(run)
+    layout.require()
+    asked = Wishes()
+    with startup.large_imports():
+        from onward.views.release import Making, Order
+
+    order = Order(name, start, cooldown, average, notes)
+    with asked.on_signals(), make_observer(lambda: 10) as observe:
+        record = Making(layout, observe, say, asked).release(order)
+    if as_json:
+        show(record)
+    say(f"made {quoted(layout.releases / name)} from step {record['step']}; the run is as it was")
+
+
+def releases(
+    run: RunOption = Path(),
+    remove: Annotated[str | None, typer.Option("--remove", metavar="NAME", help="Remove a release.")] = None,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List the releases of the run, side by side, or remove one."""
+    from onward.views.releases import find_release, lines, list_releases, remove_release
+
+    layout = RunLayout(run)
+    layout.require()
+    if remove is not None:
+        ask(f"remove the release {quoted(find_release(layout, remove).folder)}?", yes)
+        remove_release(layout, remove)
+    found = list_releases(layout)
+    if as_json:
+        show([release.summary() for release in found])
+        return
+    for line in lines(found):
+        show_line(printable(line))

@@ -1,0 +1,150 @@
+"""The guard: a file that harms the model, or that cannot be learnt, is warned of or taken back.
+
+What it finds is a function of what the ledger has of the file and of the boundaries before, so that a process that goes
+on after a kill finds the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onward.config_sections import GuardConfig
+from onward.data.replay import StreamPlan
+from onward.data.tokenize import TokenizedFile
+from onward.errors import GuardRejected
+from onward.events import Note, StepTaken
+from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked
+from onward.service.knowledge.evaluation import Evaluation
+from onward.service.knowledge.table import read_table
+from onward.service.settings import Settings
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow, StepRecord
+from onward.text import printable
+from onward.training.state import TrainState
+
+NAMED = 10
+"""Rows that a report names: those of the steps with the largest loss and the largest gradient, by their own loss."""
+
+
+@dataclass(frozen=True)
+class InHand:
+    """The file that is trained: its row in the ledger, its plan and its tokens."""
+
+    row: FileRow
+    plan: StreamPlan
+    tokens: TokenizedFile
+
+
+class Guard:
+    """Holds files against the limits of the config as it stands.
+
+    Args:
+        evaluation: measures rows for a report.
+    """
+
+    def __init__(self, ledger: Ledger, settings: Settings, evaluation: Evaluation) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._evaluation = evaluation
+        self._steps = deque[Judged](maxlen=WINDOW + RUNNING)
+        self._told = False
+
+    def begin(self, row: FileRow) -> None:
+        """Look at a file from here on; one that is resumed is judged by the steps that it took before, too."""
+        taken = self._ledger.last_steps(row.id, WINDOW + RUNNING)[::-1]
+        self._steps = deque((Judged(step.step, step.loss, step.grad_norm) for step in taken), self._steps.maxlen)
+        self._told = False
+
+    def after_step(self, file: InHand, result: StepTaken, state: TrainState) -> Iterator[Note]:
+        """Judge a step; yields what a person should read.
+
+        Raises:
+            GuardRejected: loss or gradient norm left the file's usual range.
+        """
+        self._steps.append(Judged(result.step, result.loss, result.grad_norm))
+        limits = self._limits()
+        if limits.spike is None or self._told:
+            return
+        found = spiked(list(self._steps), limits)
+        if found is not None:
+            self._told = True
+            yield from self._act(file.row, [found], state, file)
+
+    def at_boundary(self, row: FileRow, state: TrainState, file: InHand | None = None) -> Iterator[Note]:
+        """Judge a file by what was measured at its boundary; yields what a person should read.
+
+        Args:
+            file: its plan and tokens, for the rows that a report names.
+
+        Raises:
+            GuardRejected: an earlier file suffered, or the model moved too far away from its base.
+        """
+        limits = self._limits()
+        if limits == Limits():
+            return
+        found = list(self._compared(row, limits))
+        if found:
+            yield from self._act(row, found, state, file)
+
+    def _limits(self) -> Limits:
+        guard = self._settings.current.guard
+        return Limits() if guard.action == "off" else _limits_of(guard)
+
+    def _compared(self, row: FileRow, limits: Limits) -> Iterator[Finding]:
+        """Compare the boundary after a file with the newest measurement before it, on the same rows."""
+        table = read_table(self._ledger, row.place)
+        if len(table.after) < 2 or table.after[-1] != row.place:  # it was not measured: nothing is known
+            return
+        now, earlier = table.scores[-1], list(zip(table.after, table.scores, strict=True))[:-1]
+        before, after = dict[int, float](), dict[int, float]()
+        for column in table.columns:
+            score = now.get(column.key)
+            if column.position is None or column.position >= row.place or score is None or column.key == row.sha256:
+                continue
+            seen = [found[column.key] for place, found in earlier if place >= column.position and column.key in found]
+            same = [value["loss"] for value in seen if value["rows"] == score["rows"]]
+            if same:
+                before[column.position], after[column.position] = same[-1], score["loss"]
+        yield from grown(before, after, limits)
+        anchors = [value for value in table.anchor[:-1] if value is not None]
+        yield from moved_away(anchors[-1] if anchors else None, table.anchor[-1], limits)
+
+    def _act(self, row: FileRow, found: Sequence[Finding], state: TrainState, file: InHand | None) -> Iterator[Note]:
+        texts = [self._named(finding) for finding in found]
+        if self._settings.current.guard.action == "reject" and not row.accepted:
+            problems = [{"line": None, "reason": text, "remedy": ""} for text in texts]
+            problems += [] if file is None else self._worst_rows(file, state)
+            raise GuardRejected(f"it passed the guard's limits: {texts[0]}", row.id, problems)
+        for text in texts:
+            message = f"{printable(row.name)}: {text}{' (accepted)' if row.accepted else ''}"
+            self._ledger.add_event("warning", message, state.step, kind="guard")
+            yield Note(message)
+
+    def _named(self, finding: Finding) -> str:
+        """Return the text of a finding with the name of the file that suffered."""
+        row = None if finding.position is None else self._ledger.at_position(finding.position)
+        return finding.text if row is None else f"{finding.text}: {printable(row.name)}"
+
+    def _worst_rows(self, file: InHand, state: TrainState) -> list[dict[str, Any]]:
+        """Name rows of the steps with the largest loss and the largest gradient, those of largest loss first."""
+        steps = self._ledger.steps(file.row.id)
+        why: dict[int, str] = {}
+        for name, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
+            worst: StepRecord = max(steps, key=lambda step: getattr(step, key))
+            for reference in file.plan.rows_at(worst.step_in_file - 1):
+                if reference.sha256 == file.row.sha256:
+                    why.setdefault(reference.row, f"step {worst.step}, of the largest {name}")
+        losses = self._evaluation.row_losses(state.model, [file.tokens.row(row) for row in why])
+        ranked = sorted(zip(losses, why, strict=True), key=lambda pair: (-pair[0], pair[1]))
+        return [
+            {"line": file.tokens.line(row), "reason": f"loss {loss:.4f} ({why[row]})", "remedy": ""}
+            for loss, row in ranked[:NAMED]
+        ]
+
+
+def _limits_of(guard: GuardConfig) -> Limits:
+    """Return the limits of a config, in which 0 is off."""
+    return Limits(guard.forgetting or None, guard.anchor or None, guard.spike or None)

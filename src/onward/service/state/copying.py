@@ -1,0 +1,131 @@
+"""A copy of a run, as it stood at one of its boundaries: what is tried on the copy never touches the run.
+
+Everything large is linked, not copied. The run may be trained meanwhile by the process that owns it: its ledger is read
+as of one moment, and files that are linked stay what they are, since Onward replaces files and never changes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from onward.atomic import link_or_copy, link_tree
+from onward.config import Config
+from onward.config_text import read_config, render_yaml
+from onward.data.own_template import read_template, write_template
+from onward.errors import DamagedState, UsageError
+from onward.layout import RunLayout, entries
+from onward.service.state.ownership import Ownership
+from onward.service.state.retention import Retention
+from onward.service.state.rollback import move_ledger_back, undone
+from onward.service.state.settle import Settlement
+from onward.store.files import HELD
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+from onward.training.model.base import OWN_ADAPTER, OWN_BASE
+
+PARTS = (OWN_BASE, OWN_ADAPTER, "tokenizer")
+"""Folders of a run that are part of what it is; they never change."""
+
+UNTOLD = {"notify"}
+"""Config sections that a copy does without: whoever is notified of the run is not told of what is tried on a copy."""
+
+
+def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None = None) -> RunLayout:
+    """Make `target` a run of its own: this one as it stood at a restore point, its later files queued again.
+
+    Files that wait in the run do not come along. The copy has the run's identity, so that its checkpoints are those of
+    the same run, and is trained by whoever made it.
+
+    Args:
+        target: a directory that is not there yet, on the run's disk where links are to be made.
+        step: that of a restore point.
+        config: the copy's config; the run's own where none is given.
+
+    Raises:
+        UsageError: the restore point is no longer kept.
+        DamagedState: it does not verify.
+        Unreadable: something cannot be read now.
+    """
+    copy = RunLayout(target)
+    target.mkdir(parents=True)
+    copy.make()
+    _link_state(layout, copy, step)
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        ledger.copy_to(copy.ledger)
+    _link_parts(layout, copy)
+    _write_config(layout, copy, config or read_config(layout.config))
+    with Ledger(copy.ledger) as ledger:
+        _link_originals(layout, copy, ledger.files(*HELD))
+        _go_back(copy, ledger, step)
+    return copy
+
+
+def requeued(ledger: Ledger, change: Callable[[FileRow], dict[str, object]]) -> list[FileRow]:
+    """Change columns of the files that a copy has in its queue; returns the files, in their order."""
+    rows = ledger.files("queued")
+    with ledger.transaction():
+        for row in rows:
+            ledger.set_file(row.id, **change(row))
+    return ledger.files("queued")
+
+
+def _link_state(layout: RunLayout, copy: RunLayout, step: int) -> None:
+    folder = layout.boundary(step)
+    try:
+        link_tree(folder, copy.boundary(step))
+    except FileNotFoundError:
+        hint = "onward status names those that are; keep_boundaries in the config keeps more."
+        raise UsageError(f"the restore point of step {step} is no longer kept", where=folder, hint=hint) from None
+
+
+def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
+    for name in PARTS:
+        if (layout.root / name).is_dir():
+            link_tree(layout.root / name, copy.root / name)
+    tokenizer = layout.cache / "tokenizer"
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, copy.cache / "tokenizer")
+    for folder in entries(layout.tokens):
+        with contextlib.suppress(OSError):  # forgotten meanwhile: made again where it is needed
+            link_tree(folder, copy.tokens / folder.name)
+
+
+def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:
+    plain = config.model_copy(update={name: Config.model_fields[name].default for name in UNTOLD})
+    template = read_template(config.chat_template, layout.root)
+    if template is not None:
+        write_template(config.chat_template, template, copy.root)
+    copy.config.write_text(render_yaml(plain), encoding="utf-8")
+
+
+def _link_originals(layout: RunLayout, copy: RunLayout, rows: Sequence[FileRow]) -> None:
+    """Link what was accepted; an original that was compressed meanwhile is found under the name that it has now."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        for row in rows:
+            now = ledger.find(row.id) or row
+            for source in {layout.kept(row.copy), layout.kept(now.copy)}:
+                if source.is_file():
+                    link_or_copy(source, copy.root / source.relative_to(layout.root))
+
+
+def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
+    ownership = Ownership(copy, ledger)
+    if copy.boundary(step) not in ownership.restore_points():
+        raise DamagedState("the restore point is not one of this run", where=copy.boundary(step))
+    for row in ledger.files("arriving"):
+        ledger.move_file(row.id, "skipped")
+    position = _position(ledger, step)
+    begun = [row for row in ledger.files("training", "done") if row.place > position]
+    waiting = [row for row in ledger.files("queued") if row.id not in {other.id for other in begun}]
+    moves = undone(begun, position, requeue=True, with_config=True) + undone(waiting, 0, requeue=False)
+    move_ledger_back(ledger, step, moves, f"a copy that begins at step {step}")
+    Settlement(copy, ledger, Retention(len(begun) + 1, 0)).finish_going_back()
+
+
+def _position(ledger: Ledger, step: int) -> int:
+    """The position of the newest file that was done by a step; 0 before the first."""
+    places = [row.place for row in ledger.files("done") if row.first_step + (row.planned_steps or 0) <= step]
+    return max(places, default=0)

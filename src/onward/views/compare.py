@@ -1,0 +1,273 @@
+"""Policies by measurement: the last files of the stream, trained again under other settings, each on a copy of the run.
+
+What differs is measured by the grid of each copy at its end. Two trainings that differ in nothing but the order of
+their rows give other figures too: how far those lie apart is the noise that a difference has to exceed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from onward.config import Config, acts, stored_config
+from onward.config_text import parse_config, parse_settings
+from onward.digest import sha256_json
+from onward.errors import ConfigError, UsageError
+from onward.events import Observe
+from onward.layout import RunLayout, step_of
+from onward.run import Run
+from onward.service.knowledge.table import read_table
+from onward.service.state.copying import copy_run
+from onward.service.state.ownership import Ownership
+from onward.service.wishes import Wishes
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+from onward.views.points import own_folder
+
+FIGURES = ("average", "forgetting", "worst", "anchor")
+"""What is compared: mean loss over all files now, mean and worst forgetting, KL to the base on its own texts."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that are tried together, as they were typed, and by key."""
+
+    text: str
+    settings: Mapping[str, Any]
+
+    def applied(self, config: Config) -> Config:
+        """Return a config with these settings.
+
+        Raises:
+            ConfigError: they do not fit with its other keys.
+        """
+        return parse_config({**config.flat(), **self.settings}, where=self.text)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training of the files under a variant: which order of rows it had, and its figures (None: not measured)."""
+
+    order: int
+    figures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a variant: one trial for each order of rows, the same orders for every variant."""
+
+    variant: Variant
+    trials: tuple[Trial, ...]
+
+    def values(self, figure: str) -> list[float]:
+        """Return a figure of every trial that has it."""
+        return [value for trial in self.trials if (value := trial.figures[figure]) is not None]
+
+    def less(self, other: Outcome) -> list[float]:
+        """Return by how much average loss lies below that of another variant, for each order of rows."""
+        pairs = zip(self.trials, other.trials, strict=True)
+        losses = [(here.figures["average"], there.figures["average"]) for here, there in pairs]
+        return [there - here for here, there in losses if here is not None and there is not None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants on the same files.
+
+    Args:
+        step: the restore point that every trial began at.
+        files: names of the files that were trained again.
+    """
+
+    step: int
+    files: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def ranked(self) -> list[Outcome]:
+        """The variants by average loss, the best first; those without one last."""
+        return sorted(self.outcomes, key=lambda outcome: fmean(outcome.values("average") or [float("inf")]))
+
+    @property
+    def lead(self) -> float | None:
+        """How much lower the average loss of the best variant is than that of the second."""
+        leads = self._leads()
+        return fmean(leads) if leads else None
+
+    @property
+    def noise(self) -> float | None:
+        """How far that lead differs between orders of rows, greatest less least; None with one order."""
+        return spread(self._leads())
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the best variant leads by more than the noise."""
+        return self.lead is not None and self.noise is not None and self.lead > self.noise
+
+    def _leads(self) -> list[float]:
+        best, second, *_ = self.ranked
+        return best.less(second)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        best = self.ranked[0]
+        return {
+            "step": self.step,
+            "files": list(self.files),
+            "variants": [_variant_dict(outcome, best) for outcome in self.ranked],
+            "best": None if self.lead is None else best.variant.text,
+            "lead": self.lead,
+            "noise": self.noise,
+            "decided": self.is_decided,
+        }
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Return how far values lie apart, greatest less least; None where there are fewer than two."""
+    return max(values) - min(values) if len(values) > 1 else None
+
+
+def parse_variants(texts: Sequence[str]) -> list[Variant]:
+    """Read variants: `KEY=VALUE`, or several of them with semicolons between.
+
+    Raises:
+        ConfigError: a key is unknown, or does not change how files are trained from the next boundary on.
+        UsageError: there are fewer than two, or two alike.
+    """
+    variants = [Variant(text, parse_settings(part.strip() for part in text.split(";"))) for text in texts]
+    if len({sha256_json(dict(variant.settings)) for variant in variants}) < max(2, len(variants)):
+        hint = "For instance: onward compare boundary=carry boundary=reset_moments"
+        raise UsageError("at least two settings are compared, each another one", where="SETTING", hint=hint)
+    for variant in variants:
+        for key in variant.settings:
+            if acts(key) == "at the next file":
+                continue
+            reason = "is locked in a run that has trained" if acts(key) == "never" else "changes no weight"
+            hint = "Compare keys that act at the next file; docs/config.md says which do."
+            raise ConfigError(f"{key} {reason}, so that nothing can be compared", where=variant.text, hint=hint)
+    return variants
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How variants are tried.
+
+    Args:
+        last: how many files of the stream's end are trained again.
+        orders: how many trainings each variant gets, each with another order of rows.
+        observe: receives the events of every training.
+        report: receives a line when a training begins.
+        stop: `stop.ask(reason)` ends it.
+    """
+
+    last: int
+    orders: int
+    observe: Observe
+    report: Callable[[str], None]
+    stop: Wishes
+
+    def compare(self, layout: RunLayout, variants: Sequence[Variant]) -> Comparison:
+        """Train the last files again under each variant, in scratch space; nothing of the run is touched.
+
+        Raises:
+            UsageError: there are no such files, or the boundary before them is no longer kept.
+            Stopped: it was stopped; the copies are gone.
+        """
+        step, rows = _beginning(layout, self.last)
+        outcomes = [Outcome(variant, tuple(self._trials(layout, step, variant))) for variant in variants]
+        return Comparison(step, tuple(row.name for row in rows), tuple(outcomes))
+
+    def _trials(self, layout: RunLayout, step: int, variant: Variant) -> Iterator[Trial]:
+        for order in range(self.orders):
+            self.report(f"{variant.text}: training {order + 1} of {self.orders}")
+            with own_folder(layout) as scratch:
+                copy = copy_run(layout, scratch / "run", step)
+                _prepare(copy, variant, order)
+                Run(copy.root).train(observe=self.observe, stop=self.stop)
+                self.stop.check()
+                yield Trial(order, figures_of(copy))
+
+
+def figures_of(layout: RunLayout) -> dict[str, float | None]:
+    """Return the figures of a run as it stands now; None for what was not measured."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        table = read_table(ledger).to_dict()
+    forgetting, anchors = table["forgetting"], table["anchor"]
+    values = (table["average"], forgetting["mean"], forgetting["worst"], anchors[-1] if anchors else None)
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
+    """Return the boundary before the last files of the stream, and those files.
+
+    Raises:
+        UsageError: fewer files are done, or that boundary is no longer kept.
+    """
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        done = ledger.files("done")
+        kept = [step_of(point) for point in Ownership(layout, ledger).restore_points()]
+    if len(done) < last:
+        raise UsageError(f"{len(done)} files are done, {last} are to be trained again", where="--last", hint="--last 1")
+    rows = done[-last:]
+    step = rows[0].first_step
+    if step not in kept:
+        possible = [number for number in range(1, len(done) + 1) if done[-number].first_step in kept]
+        hint = f"As far as restore points go: --last {max(possible)}." if possible else "Train another file first."
+        raise UsageError(f"the boundary before {rows[0].name} is no longer kept", where=layout.boundaries, hint=hint)
+    return step, rows
+
+
+def _prepare(copy: RunLayout, variant: Variant, order: int) -> None:
+    """Give the files of a copy the config that they had, with the variant's settings, and their rows another order."""
+    with Ledger(copy.ledger) as ledger, ledger.transaction():
+        for row in ledger.files("queued"):
+            config = variant.applied(stored_config(ledger.config_of(row))).recorded()
+            fingerprint = sha256_json(config)
+            ledger.keep_config(fingerprint, config)
+            ledger.set_file(row.id, config=fingerprint, occurrence=row.occurrence + order)
+
+
+def _variant_dict(outcome: Outcome, best: Outcome) -> dict[str, Any]:
+    values = {figure: outcome.values(figure) for figure in FIGURES}
+    behind = best.less(outcome)
+    return {
+        "setting": outcome.variant.text,
+        "mean": {figure: fmean(found) if found else None for figure, found in values.items()},
+        "spread": {figure: spread(found) for figure, found in values.items()},
+        "behind": {"mean": fmean(behind) if behind else None, "spread": spread(behind)},
+        "trainings": [{"order": trial.order, **trial.figures} for trial in outcome.trials],
+    }
+
+
+def lines(comparison: Comparison) -> Iterator[str]:
+    """Yield the comparison as a person reads it."""
+    best, *_ = ranked = comparison.ranked
+    width = max(len(outcome.variant.text) for outcome in ranked)
+    yield f"{'':{width}}" + "".join(f"{name:>20}" for name in (*FIGURES, "behind the best"))
+    for outcome in ranked:
+        cells = [_cell(outcome.values(figure)) for figure in FIGURES]
+        cells.append("" if outcome is best else _cell(best.less(outcome)))
+        yield f"{outcome.variant.text:{width}}" + "".join(f"{cell:>20}" for cell in cells)
+    yield _verdict(comparison)
+
+
+def _cell(values: Sequence[float]) -> str:
+    """Return a mean with half of the spread, as 0.1234 +- 0.0012."""
+    if not values:
+        return "-"
+    apart = spread(values)
+    return f"{fmean(values):.4f}" if apart is None else f"{fmean(values):.4f} +- {apart / 2:.4f}"
+
+
+def _verdict(comparison: Comparison) -> str:
+    lead, noise = comparison.lead, comparison.noise
+    if lead is None:
+        return "nothing was measured: evaluation is off in the config of these files (evaluation.share)"
+    best = comparison.ranked[0].variant.text
+    if noise is None:
+        return f"{best} is lower by {lead:.4f}; with one training each, the noise is not known (--seeds 2)"
+    if comparison.is_decided:
+        return f"{best} is better: lower by {lead:.4f}, noise {noise:.4f}"
+    return f"no difference above the noise: {best} is lower by {lead:.4f}, noise {noise:.4f}"

@@ -1,0 +1,209 @@
+"""Making a release: a model to publish, from a boundary of the run, on a branch that leaves the run as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
+from onward.digest import xxh3_file
+from onward.errors import UsageError
+from onward.events import Observe
+from onward.layout import RunLayout, entries, step_of
+from onward.run import Run
+from onward.service.knowledge.evaluation import Evaluation
+from onward.service.knowledge.table import read_table
+from onward.service.state.copying import copy_run
+from onward.service.state.ownership import Ownership
+from onward.service.wishes import Wishes
+from onward.store.ledger import Ledger
+from onward.store.lookup import find_step
+from onward.training.model.roundtrip import prove_roundtrip
+from onward.training.model.weights import save_weights
+from onward.training.state import digest_tensors
+from onward.views.branch import Branch
+from onward.views.points import own_folder
+from onward.views.releases import RECORD
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+SHARE = 0.1
+"""Steps of a cooldown, as a share of the steps that the run has taken: Haegele et al. (2024) found a tenth enough."""
+LEAST = 4
+"""Steps of a cooldown at least, where its length is not said."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for.
+
+    Args:
+        name: the release's name: letters, digits, `.`, `_` and `-`.
+        start: a file or a step, as in `rollback --to`; None for the newest boundary.
+        cooldown: steps, or below 1 a share of the steps so far; None for `SHARE`, or none where states are averaged.
+        average: how many of the last boundaries up to `start` are averaged before the cooldown; 1 is the state itself.
+        notes: text for the model card.
+    """
+
+    name: str
+    start: str | None = None
+    cooldown: float | None = None
+    average: int = 1
+    notes: str = ""
+
+    def steps_of(self, global_step: int) -> int:
+        """Return the steps of the cooldown.
+
+        Raises:
+            UsageError: neither a share below 1 nor a whole number of steps.
+        """
+        if self.cooldown is None:
+            return 0 if self.average > 1 else max(LEAST, round(SHARE * global_step))
+        if 0 < self.cooldown < 1:
+            return max(1, round(self.cooldown * global_step))
+        if self.cooldown != int(self.cooldown) or self.cooldown < 0:
+            raise UsageError("a cooldown is a number of steps, or a share below 1", where="--cooldown")
+        return int(self.cooldown)
+
+
+@dataclass(frozen=True)
+class Making:
+    """Makes releases of one run.
+
+    Args:
+        observe: receives the steps of the cooldown.
+        report: receives a line for each thing that takes long.
+        wishes: `wishes.ask(reason)` ends it; nothing is left then.
+    """
+
+    layout: RunLayout
+    observe: Observe
+    report: Callable[[str], None]
+    wishes: Wishes
+
+    def release(self, order: Order) -> dict[str, Any]:
+        """Make a release and return its record; the run's own state is not touched, nor does its owner wait.
+
+        Raises:
+            UsageError: the name is taken or cannot be one, there is no such boundary, or it is no longer kept.
+            DamagedState: a restore point is not what was committed.
+            Stopped: it was stopped.
+        """
+        target = self._free(order.name)
+        step, averaged = self._boundaries(order)
+        with own_folder(self.layout) as scratch:
+            copy = copy_run(self.layout, scratch / "run", step)
+            self.report("verifying the boundary")
+            proof = Run(copy.root).verify()
+            with Ledger(copy.ledger) as ledger:
+                branch = Branch.at(copy, ledger, step, self.report)
+                if len(averaged) > 1:
+                    self.report(f"averaging the states of steps {', '.join(map(str, averaged))}")
+                    branch.average(self.layout, averaged)
+                steps = order.steps_of(step)
+                peak = branch.cool(steps, self.observe, self.wishes.check) if steps else None
+                about = {"cooldown": {"steps": steps, "learning_rate": peak}, "averaged": averaged}
+                about |= {"verified": proof.ok, "checks": [asdict(check) for check in proof.checks]}
+                self.report("measuring it")
+                about |= {"measured": measured(branch, ledger)}
+                record = self._record(order, ledger, branch, about)
+                self._write(target, branch, record)
+        return record
+
+    def _free(self, name: str) -> Path:
+        if NAME.fullmatch(name) is None:
+            hint = "Letters, digits, '.', '_' and '-', for instance v1."
+            raise UsageError(f"{name!r} cannot be the name of a release", where="NAME", hint=hint)
+        target = self.layout.releases / name
+        if target.exists():
+            hint = f"Take another name, or remove it: onward releases --remove {name}"
+            raise UsageError("there is a release of this name", where=target, hint=hint)
+        return target
+
+    def _boundaries(self, order: Order) -> tuple[int, list[int]]:
+        """Return the step to begin at, and those of the states to average."""
+        with Ledger(self.layout.ledger, read_only=True) as ledger:
+            kept = sorted(step_of(point) for point in Ownership(self.layout, ledger).restore_points())
+            if not kept:
+                raise UsageError("nothing was committed yet", where=self.layout.boundaries, hint="onward train FILE")
+            step = kept[-1] if order.start is None else find_step(ledger, order.start, kept, "--from")
+        usable = [other for other in kept if 0 < other <= step]
+        if order.average > 1 and len(usable) < order.average:
+            hint = f"--average {len(usable)} is possible; keep_boundaries in the config keeps more."
+            raise UsageError(f"{len(usable)} boundaries are kept up to step {step}", where="--average", hint=hint)
+        return step, usable[-order.average :] if order.average > 1 else [step]
+
+    def _record(self, order: Order, ledger: Ledger, branch: Branch, about: Mapping[str, Any]) -> dict[str, Any]:
+        manifest, state = branch.manifest, branch.state
+        stream = [
+            {"position": row.position, "name": row.name, "sha256": row.sha256, "rows": row.rows}
+            for row in ledger.files("done")
+        ]
+        return {
+            "name": order.name,
+            "notes": order.notes,
+            "created": ledger.clock(),
+            "run": manifest.run,
+            "step": manifest.step,
+            "state_digest": manifest.state_digest,
+            "base": manifest.base,
+            "config": manifest.config,
+            "environment": manifest.environment,
+            "stream": stream,
+            "grid": read_table(ledger).to_dict(),
+            **about,
+            "weights": digest_tensors(sorted(state.view().weights.items())),
+        }
+
+    def _write(self, target: Path, branch: Branch, record: dict[str, Any]) -> None:
+        """Write the folder, prove that it loads back equal, and make it visible in one act."""
+        target.parent.mkdir(exist_ok=True)
+        temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+        remove_tree(temporary)
+        temporary.mkdir()
+        try:
+            weights = branch.state.view().weights
+            save_weights(branch.state.model, weights, temporary)
+            prove_roundtrip(branch.state.model, temporary, weights)
+            for name, data in branch.session.facts().static_files.items():
+                (temporary / name).write_bytes(data)
+            record["files"] = {path.name: xxh3_file(path) for path in entries(temporary)}
+            (temporary / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            for path in entries(temporary):
+                fsync_file(path)
+            publish_directory(temporary, target)
+        finally:
+            remove_tree(temporary)
+
+
+def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:
+    """Measure the branch on every file of its stream; returns scores by file, and figures as the grid has them."""
+    rows = ledger.files("done")
+    if not rows:
+        return {"files": [], "average": None, "forgetting": {"mean": None, "worst": None, "file": None}, "anchor": None}
+    found = Evaluation(branch.session).everything(branch.state.model, rows[-1], branch.config, branch.state.step)
+    table, scores = read_table(ledger), found["model"]
+    files: list[dict[str, Any]] = []
+    grown: dict[int, float] = {}
+    for column in table.columns:
+        score = scores.get(column.key)
+        if score is None or column.position is None:
+            continue
+        files.append({"position": column.position, "name": column.name, "sha256": column.key, **score})
+        seen = [row[column.key] for row in table.scores[1:] if column.key in row]
+        best = [other["loss"] for other in seen if other["rows"] == score["rows"]]
+        if best and column.position < rows[-1].place:
+            grown[column.position] = score["loss"] - min(best)
+    worst = max(grown, key=lambda position: grown[position], default=None)
+    forgetting = {
+        "mean": fmean(grown.values()) if grown else None,
+        "worst": None if worst is None else grown[worst],
+        "file": worst,
+    }
+    average = fmean(file["loss"] for file in files) if files else None
+    anchor = found["anchor"] and found["anchor"]["kl"]
+    return {"files": files, "average": average, "forgetting": forgetting, "anchor": anchor}

@@ -1,0 +1,91 @@
+"""What a guard holds a file against, as pure functions."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onward.hooks.limits import RUNNING, WARM_UP, WINDOW, Judged, Limits, grown, moved_away, robust_z, spiked
+
+SPIKE = Limits(spike=4.0)
+
+
+def steps(*losses: float, grad_norm: float = 1.0) -> list[Judged]:
+    """Steps with these losses."""
+    return [Judged(number, loss, grad_norm) for number, loss in enumerate(losses, start=1)]
+
+
+def falling(count: int, start: float = 6.0, seed: int = 0) -> list[float]:
+    """Losses of a file that is learnt: they fall, with noise."""
+    source = random.Random(seed)
+    return [start * 0.97**number + source.gauss(0, 0.1) for number in range(count)]
+
+
+def test_losses_on_earlier_files_are_judged_one_by_one() -> None:
+    """Every earlier file beyond the limit is named, the worst first; others, and those not measured, are not."""
+    found = list(grown({1: 2.0, 2: 1.0, 3: 1.0, 4: 1.0}, {1: 2.1, 2: 1.5, 3: 1.2}, Limits(forgetting=0.1)))
+    assert [2, 3] == [finding.position for finding in found]
+    assert "loss on file 2 grew by 50%, from 1.0000 to 1.5000 (limit 10%)" == found[0].text
+
+
+def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:
+    """A run that moved far over many files is not refused for it; one file that moves it far is."""
+    limits = Limits(anchor=0.2)
+    assert [] == list(moved_away(1.0, 1.1, limits))
+    assert ["anchor"] == [finding.kind for finding in moved_away(0.1, 0.4, limits)]
+    assert ["anchor"] == [finding.kind for finding in moved_away(None, 0.4, limits)]
+    assert [] == list(moved_away(0.1, None, limits))
+
+
+def test_limits_that_are_off_find_nothing() -> None:
+    """None is off."""
+    assert [] == [*grown({1: 1.0}, {1: 9.0}, Limits()), *moved_away(0.0, 9.0, Limits())]
+    assert spiked(steps(*[1.0] * 60, *[99.0] * RUNNING), Limits()) is None
+
+
+@given(count=st.integers(1, 200), start=st.floats(0.5, 12.0), seed=st.integers(0, 99))
+def test_a_file_that_is_learnt_does_not_spike(count: int, start: float, seed: int) -> None:
+    """Falling losses with noise stay in range at every step, whatever loss a new domain begins with."""
+    losses = falling(count, start, seed)
+    assert not [end for end in range(1, count + 1) if spiked(steps(*losses[:end]), SPIKE)]
+
+
+@given(count=st.integers(WARM_UP, 120), seed=st.integers(0, 99))
+def test_losses_that_jump_and_stay_are_a_spike(count: int, seed: int) -> None:
+    """A loss that jumps and stays there is found at its third step; the step at which it began is named."""
+    losses = [*falling(count, 3.0, seed), *[9.0] * RUNNING]
+    assert spiked(steps(*losses[:-1]), SPIKE) is None
+    found = spiked(steps(*losses), SPIKE)
+    assert found is not None
+    assert f"loss left its usual range at step {count + 1}: 9.0000" in found.text
+
+
+def test_one_odd_batch_is_no_spike() -> None:
+    """A single step outside of the range may be a hard batch."""
+    losses = falling(60)
+    losses[40] = 30.0
+    assert not [end for end in range(1, 61) if spiked(steps(*losses[:end]), SPIKE)]
+
+
+def test_gradient_norms_are_judged_too() -> None:
+    """The loss may look as ever while gradients explode."""
+    quiet, loud = steps(*falling(40)), [Judged(number, 2.0, 50.0) for number in range(41, 41 + RUNNING)]
+    found = spiked([*quiet, *loud], SPIKE)
+    assert found is not None
+    assert found.text.startswith("gradient norm left its usual range at step 41")
+
+
+def test_only_the_newest_steps_are_looked_at() -> None:
+    """More steps than the window and those in question change nothing: whoever resumes needs no more."""
+    losses = [*falling(200), *[9.0] * RUNNING]
+    assert spiked(steps(*losses)[-WINDOW - RUNNING :], SPIKE) == spiked(steps(*losses), SPIKE)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_beyond_every_range(value: float) -> None:
+    """NaN and infinity are never usual."""
+    assert math.inf == robust_z(value, [1.0, 2.0])

@@ -1,0 +1,136 @@
+"""The guard: a file that harms the model is warned of or taken back, and then it is as if it had never come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from commands import onward
+from states import assert_same_state
+
+from onward import Run
+from onward.errors import FileRejected, UsageError
+from onward.events import Event, StepTaken
+from onward.service.wishes import Wishes
+from onward.store.ledger import Ledger
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "learning_rate": 0.02, "lora": {"rank": 4}}
+STRICT = {"action": "reject", "forgetting": 0.01, "spike": 0}
+
+
+def spoken(text: str, count: int) -> list[dict[str, Any]]:
+    """Rows that answer everything with one text."""
+    chats = ([{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": text}] for n in range(count))
+    return [{"messages": messages} for messages in chats]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two good files, and one that says a single word over and over."""
+    folder = tmp_path_factory.mktemp("files")
+    rows = {"a": tiny.chat_rows(40, seed=1), "b": tiny.chat_rows(30, seed=2), "bad": spoken("zz zz " * 10, 100)}
+    return {name: tiny.write_jsonl(folder / f"{name}.jsonl", some) for name, some in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, model: Path, files: dict[str, Path]) -> Run:
+    """A run that has trained a good file under strict limits."""
+    run = Run.create(tmp_path_factory.mktemp("guard") / "run", str(model), guard=STRICT, **SETTINGS)
+    run.train(files["a"])
+    return run
+
+
+@pytest.fixture
+def run(begun: Run, tmp_path: Path) -> Run:
+    """A copy of that run."""
+    return Run(shutil.copytree(begun.layout.root, tmp_path / "run"))
+
+
+def states(run: Run) -> list[tuple[str, str]]:
+    """Name and state of each file, in the order of the history."""
+    return [(entry["name"], entry["state"]) for entry in run.history()]
+
+
+def set_guard(run: Run, **values: Any) -> None:
+    """Change keys of the guard in the config."""
+    text = run.layout.config.read_text(encoding="utf-8")
+    for key, value in values.items():
+        lines = [f"  {key}: {value}" if line.startswith(f"  {key}:") else line for line in text.splitlines()]
+        text = "\n".join(lines)
+    run.layout.config.write_text(text, encoding="utf-8")
+
+
+def test_a_harmful_file_is_as_if_it_had_never_come(
+    run: Run, begun: Run, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """It is taken back and quarantined, the queue goes on, and weights, moments and proof are those without it."""
+    twin = Run(shutil.copytree(begun.layout.root, tmp_path / "twin"))
+    outcome = onward("train", files["bad"], files["b"], "--run", run.layout.root)
+    twin.train(files["b"])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert ("bad.jsonl", "quarantined") in states(run)
+    assert run.verify(deep=True).ok
+    assert 3 == outcome.status, outcome.err
+    report = json.loads((run.layout.rejected / "bad.jsonl.report.json").read_text(encoding="utf-8"))
+    assert "a.jsonl" in report["problems"][0]["reason"]
+    assert report["problems"][0]["reason"].startswith("loss on file 1 grew by")
+    assert {"line", "reason", "remedy"} == set(report["problems"][1])
+    assert all(1 <= problem["line"] <= 100 for problem in report["problems"][1:])
+    assert "onward accept bad.jsonl trains it all the same" == report["way_out"]
+
+
+def test_an_accepted_file_is_trained(run: Run, files: dict[str, Path]) -> None:
+    """`accept` queues it again, and the guard lets it pass with a warning; what is not quarantined is refused."""
+    with pytest.raises(FileRejected, match="loss on file 1 grew"):
+        run.train(files["bad"])
+    with pytest.raises(UsageError, match=r"a\.jsonl"):
+        run.accept("a.jsonl")
+    assert 0 == onward("accept", "bad.jsonl", "--run", run.layout.root).status
+    assert [("bad.jsonl", "done")] == [(entry["name"], entry["state"]) for entry in run.train()]
+    with Ledger(run.layout.ledger) as ledger:
+        warnings = [event.message for event in ledger.events() if event.kind == "guard"]
+    assert warnings
+    assert all(message.endswith("(accepted)") for message in warnings)
+    with pytest.raises(UsageError):
+        run.accept("bad.jsonl")
+    assert run.verify().ok
+
+
+def test_a_warning_changes_no_bit(run: Run, begun: Run, files: dict[str, Path], tmp_path: Path) -> None:
+    """With `warn` the file is trained as with the guard off, and what it did is told."""
+    twin = Run(shutil.copytree(begun.layout.root, tmp_path / "twin"))
+    set_guard(run, action="warn")
+    set_guard(twin, action="off")
+    told: list[Event] = []
+    run.train(files["bad"], observe=told.append)
+    twin.train(files["bad"])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert any("loss on file 1 grew" in str(getattr(event, "message", "")) for event in told)
+
+
+def test_a_spike_is_found_at_the_same_step_by_a_process_that_goes_on(
+    run: Run, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """A file that leaves its range is taken back inside of it; stopped before, the next process finds the same."""
+    set_guard(run, forgetting=0, anchor=0, spike=0.001)
+    other = Run(shutil.copytree(run.layout.root, tmp_path / "other"))
+    asked = Wishes()
+
+    def stop_early(event: Event) -> None:
+        if isinstance(event, StepTaken) and event.step_in_file == 22:
+            asked.ask("test")
+
+    with pytest.raises(FileRejected):
+        run.train(files["bad"])
+    other.train(files["bad"], observe=stop_early, stop=asked)
+    assert ("bad.jsonl", "training") in states(other)
+    with pytest.raises(FileRejected):
+        other.train()
+    notes = [[entry["note"] for entry in each.history() if entry["state"] == "quarantined"] for each in (run, other)]
+    assert notes[0] == notes[1]
+    assert "left its usual range at step" in notes[0][0]
+    assert_same_state(run.layout.root, other.layout.root)

@@ -1,0 +1,138 @@
+"""Releases: made on a branch, from what the run has committed; the run is never touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from commands import onward, snapshot
+from safetensors.torch import load_file
+from states import assert_same_state
+
+from onward import Run
+from onward.errors import UsageError
+from onward.events import Event, StepTaken
+from onward.service.lock import RunLock
+from onward.service.wishes import Stopped, Wishes
+from onward.views.release import Making, Order
+from onward.views.releases import list_releases, remove_release
+
+SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Run:
+    """A run of three files, of 3, 4 and 2 steps."""
+    folder = tmp_path_factory.mktemp("release")
+    run = Run.create(folder / "run", str(model), **SETTINGS)
+    run.train(*(tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 14, 6)))
+    return run
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of that run."""
+    return Run(shutil.copytree(trained.layout.root, tmp_path / "run"))
+
+
+def make(run: Run, order: Order, seen: list[StepTaken] | None = None, wishes: Wishes | None = None) -> dict[str, Any]:
+    """Make a release."""
+
+    def observe(event: Event) -> None:
+        if seen is not None and isinstance(event, StepTaken):
+            seen.append(event)
+
+    return Making(run.layout, observe, lambda _: None, wishes or Wishes()).release(order)
+
+
+def test_a_release_leaves_the_run_as_it_is(run: Run, trained: Run, tmp_path: Path) -> None:
+    """Made while another process owns the run, it changes no file of it; trained on, the run is as without."""
+    before = snapshot(run.layout.root)
+    with RunLock(run.layout.lock):
+        make(run, Order("v1"))
+    assert before == snapshot(run.layout.root)
+    twin = Run(shutil.copytree(trained.layout.root, tmp_path / "twin"))
+    more = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(7, seed=9))
+    for each in (run, twin):
+        each.train(more)
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert run.verify(deep=True).ok
+
+
+def test_a_cooldown_decays_over_the_stream_and_is_repeatable(run: Run) -> None:
+    """The rate falls to almost nothing over so many steps; the same order gives the same bits under any name."""
+    seen: list[StepTaken] = []
+    one, same = make(run, Order("a", "step:7", 5), seen), make(run, Order("b", "14.jsonl", 5))
+    assert [8, 9, 10, 11, 12] == [step.step for step in seen]
+    rates = [step.learning_rate for step in seen]
+    assert rates == sorted(rates, reverse=True)
+    assert 1e-2 > rates[0] > rates[-1] > 0
+    assert (one["weights"], 7, 2) == (same["weights"], same["step"], len(same["stream"]))
+    here, there = (run.layout.releases / name / WEIGHTS for name in "ab")
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_without_a_cooldown_it_is_the_boundary(run: Run) -> None:
+    """Zero steps release the state of the boundary itself, in the very bytes of its weights."""
+    assert make(run, Order("plain", cooldown=0))["verified"]
+    assert (run.layout.boundary(9) / WEIGHTS).read_bytes() == (run.layout.releases / "plain" / WEIGHTS).read_bytes()
+
+
+def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
+    """Each weight is the mean of that weight over the last boundaries, rounded once."""
+    assert [3, 7, 9] == make(run, Order("mean", average=3))["averaged"]
+    states = [load_file(run.layout.boundary(step) / WEIGHTS) for step in (3, 7, 9)]
+    found = load_file(run.layout.releases / "mean" / WEIGHTS)
+    for name, weight in found.items():
+        mean = sum(state[name].double() for state in states) / 3
+        assert torch.equal(mean.to(weight.dtype), weight), name
+
+
+@pytest.mark.parametrize(
+    ("order", "reason"),
+    [
+        (Order("../x"), "cannot be the name"),
+        (Order(".x"), "cannot be the name"),
+        (Order("taken"), "there is a release of this name"),
+        (Order("x", average=9), "3 boundaries are kept"),
+        (Order("x", cooldown=1.5), "a number of steps, or a share"),
+        (Order("x", "none.jsonl"), "neither a finished file nor the step"),
+    ],
+)
+def test_what_cannot_be_released_is_refused(order: Order, reason: str, run: Run) -> None:
+    """Names that are taken or are paths, boundaries that are not there and lengths that are none leave nothing."""
+    (run.layout.releases / "taken").mkdir(parents=True)
+    with pytest.raises(UsageError, match=reason):
+        make(run, order)
+    assert ["taken"] == [path.name for path in run.layout.releases.iterdir()]
+
+
+def test_a_stop_leaves_nothing(run: Run) -> None:
+    """Stopped in the cooldown, there is no release, nor a part of one, nor the copy."""
+    wishes = Wishes()
+    wishes.ask("test")
+    with pytest.raises(Stopped):
+        make(run, Order("v1"), wishes=wishes)
+    assert not run.layout.releases.exists()
+    assert [] == list((run.layout.cache / "reading").iterdir())
+
+
+def test_releases_are_listed_and_removed_but_never_with_what_others_put_there(run: Run) -> None:
+    """The list has what Onward made, the oldest first; a folder that holds more is not removed."""
+    for name in ("first", "second"):
+        make(run, Order(name, cooldown=0))
+    (run.layout.releases / "mine").mkdir()
+    assert ["first", "second"] == [release.name for release in list_releases(run.layout)]
+    note = run.layout.releases / "first" / "notes.txt"
+    note.write_text("keep")
+    with pytest.raises(UsageError, match=r"not made by Onward: notes\.txt"):
+        remove_release(run.layout, "first")
+    assert "keep" == note.read_text()
+    outcome = onward("releases", "--run", run.layout.root, "--remove", "second", "--yes", "--json")
+    assert ["first"] == [release["name"] for release in outcome.json]
+    assert 2 == onward("releases", "--run", run.layout.root, "--remove", "mine", "--yes").status
