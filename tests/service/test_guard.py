@@ -29,6 +29,12 @@ def spoken(text: str, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers: one forgets too little."""
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("model"), layers=2)
+
+
+@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two good files, and one that says a single word over and over."""
     folder = tmp_path_factory.mktemp("files")
