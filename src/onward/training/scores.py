@@ -24,7 +24,7 @@ from onward.training.layers.twin import let_write_nothing, with_weights, writers
 from onward.training.loss import TargetLoss
 from onward.training.parts import parts_of
 from onward.training.seeds import fold, seeded
-from onward.training.texts import write_texts
+from onward.training.texts import Order, write_texts
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass at most: fewer than a step costs, so that a stop is seen within one."""
@@ -107,8 +107,9 @@ class Meter:
         return other
 
     def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
-        """Have the model write texts; the arguments are those of `write_texts`."""
+        """Have the model write texts: `shape` is how many, and how many tokens of each, of which `first` is one."""
         compute, raised = self._compute, list[BaseException]()
+        order = Order(*shape, first, compute.config.seed)
 
         def look() -> None:
             try:
@@ -118,7 +119,7 @@ class Meter:
                 raise
 
         def write(*, cached: bool) -> list[list[int]]:
-            return write_texts(self._twin, shape, first, compute.config.seed, compute.dtype, look, cached=cached)
+            return write_texts(self._twin, order, compute.dtype, look, cached=cached)
 
         try:
             return write(cached=True)

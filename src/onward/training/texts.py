@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,23 @@ AT_ONCE = 64
 """Texts that are written side by side."""
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be written.
+
+    Args:
+        count: texts.
+        tokens: tokens of each, the first included; they do not end at an end token.
+        first: token that each begins with.
+        seed: what the draws are a function of.
+    """
+
+    count: int
+    tokens: int
+    first: int
+    seed: int
+
+
 class _Look(StoppingCriteria):
     """Calls a function at each token, which may raise; stops nothing by itself."""
 
@@ -30,38 +48,29 @@ class _Look(StoppingCriteria):
 
 
 def write_texts(
-    model: nn.Module,
-    shape: tuple[int, int],
-    first: int,
-    seed: int,
-    dtype: torch.dtype,
-    look: Callable[[], None],
-    *,
-    cached: bool = True,
+    model: nn.Module, order: Order, dtype: torch.dtype, look: Callable[[], None], *, cached: bool = True
 ) -> list[list[int]]:
     """Have a model write texts by drawing each next token from its own distribution, unchanged.
 
     Args:
         model: in evaluation mode.
-        shape: how many texts, and how many tokens of each, the first included. They do not end at an end token.
-        first: token that each begins with.
         look: called at each token; raises to give up.
         cached: keep keys and values of earlier tokens, as generation does where a model can.
 
     Returns:
         Their token ids.
     """
-    count, tokens = shape
     plain = causal_lm(model)
     device = cast(Any, plain).device
     how = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1,
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=order.tokens - 1,
+        min_new_tokens=order.tokens - 1,
         eos_token_id=None, pad_token_id=0, use_cache=cached,
     )  # fmt: skip
     texts: list[list[int]] = []
-    for begun in range(0, count, AT_ONCE):
-        ids = torch.full((min(AT_ONCE, count - begun), 1), first, dtype=torch.long, device=device)
-        draws = seeded(fold(seed, "texts", begun), device)
+    for begun in range(0, order.count, AT_ONCE):
+        ids = torch.full((min(AT_ONCE, order.count - begun), 1), order.first, dtype=torch.long, device=device)
+        draws = seeded(fold(order.seed, "texts", begun), device)
         with torch.no_grad(), quiet(), deterministic(device), draws, autocast(device, dtype):
             written = cast(Any, plain).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how,
