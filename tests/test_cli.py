@@ -16,7 +16,8 @@ from commands import make_run, onward, onward_process
 from onward import cli
 
 HISTORY_KEYS = [
-    "position", "name", "state", "sha256", "rows", "rows_trained", "truncated", "dropped", "split", "tokens",
+    "position", "name", "state", "sha256", "rows", "rows_trained", "rows_held_out", "rows_replayed",
+    "truncated", "dropped", "split", "tokens",
     "lost_tokens", "bad_rows", "steps", "first_step", "last_step", "first_loss", "last_loss", "first_learning_rate",
     "last_learning_rate", "handover", "note", "seconds",
 ]  # fmt: skip

@@ -112,12 +112,16 @@ class Measuring:
             if not self.of_model(subject):
                 return
 
+    def texts_that_fit(self, rows: int, tokens: int) -> int:
+        """Return how many of `rows` anchor texts of so many tokens half of what is left is enough for; 0 if too few."""
+        count = rows if self._left is None else min(rows, self._left // 2 // (2 * tokens))
+        return count if count >= min(FEW_TEXTS, rows) else 0
+
     def divergence(self, anchor: Anchor) -> None:
-        """Measure how far the model is from the base on as many anchor texts as half of what is left is enough for."""
-        texts = anchor.texts
-        each = 2 * max((len(row.ids) for row in texts), default=1)
-        count = len(texts) if self._left is None else min(len(texts), self._left // 2 // each)
-        if count < min(FEW_TEXTS, len(texts)) or not texts:
+        """Measure how far the model is from the base on as many anchor texts as fit."""
+        texts, each = anchor.texts, 2 * len(anchor.texts[0].ids)
+        count = self.texts_that_fit(len(texts), len(texts[0].ids))
+        if not count:
             return
         chosen = [texts[(anchor.turn + place) % len(texts)] for place in range(count)]
         kl = self._model.divergence(self._base, chosen)

@@ -25,7 +25,7 @@ from onward.training.layers.twin import let_write_nothing, with_weights, writers
 from onward.training.loss import TargetLoss
 from onward.training.parts import parts_of
 from onward.training.seeds import fold, seeded
-from onward.training.texts import Texts, write_texts
+from onward.training.texts import Order, write_texts
 
 BATCH_TOKENS = 2048
 """Tokens of a forward pass at most: fewer than a step costs, so that a stop is seen within one."""
@@ -116,8 +116,9 @@ class Meter:
         return other
 
     def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
-        """Have the model write texts: how many, of how many tokens, and the token that each begins with."""
+        """Have the model write texts: `shape` is how many, and how many tokens of each, of which `first` is one."""
         compute, raised = self._compute, list[BaseException]()
+        order = Order(*shape, first, compute.config.seed, compute.config.deterministic)
 
         def look() -> None:
             try:
@@ -127,8 +128,7 @@ class Meter:
                 raise
 
         def write(*, cached: bool) -> list[list[int]]:
-            texts = Texts(*shape, first, cached=cached)
-            return write_texts(self._twin, texts, compute.config, compute.execution.dtype, look)
+            return write_texts(self._twin, order, compute.execution.dtype, look, cached=cached)
 
         try:
             return write(cached=True)

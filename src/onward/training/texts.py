@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from onward.config import Config
 from onward.training.environment import autocast, deterministic
 from onward.training.model.load import causal_lm
 from onward.training.model.quiet import quiet
@@ -18,6 +17,25 @@ from onward.training.seeds import fold, seeded
 
 AT_ONCE = 64
 """Texts that are written side by side."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be written.
+
+    Args:
+        count: texts.
+        tokens: tokens of each, the first included; they do not end at an end token.
+        first: token that each begins with.
+        seed: what the draws are a function of.
+        exact: compute with operations only that repeat (`deterministic`).
+    """
+
+    count: int
+    tokens: int
+    first: int
+    seed: int
+    exact: bool = True
 
 
 class _Look(StoppingCriteria):
@@ -31,31 +49,13 @@ class _Look(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What is to be written.
-
-    Args:
-        count: how many texts.
-        tokens: of each, the first included. They do not end at an end token.
-        first: token that each begins with.
-        cached: keep keys and values of earlier tokens, as generation does where a model can.
-    """
-
-    count: int
-    tokens: int
-    first: int
-    cached: bool = True
-
-
 def write_texts(
-    model: nn.Module, texts: Texts, config: Config, dtype: torch.dtype, look: Callable[[], None]
+    model: nn.Module, order: Order, dtype: torch.dtype, look: Callable[[], None], *, cached: bool = True
 ) -> list[list[int]]:
     """Have a model write texts by drawing each next token from its own distribution, unchanged.
 
     Args:
         model: in evaluation mode.
-        config: gives the seed.
         look: called at each token; raises to give up.
 
     Returns:
@@ -64,14 +64,15 @@ def write_texts(
     plain = causal_lm(model)
     device = cast(Any, plain).device
     how = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=texts.tokens - 1,
-        min_new_tokens=texts.tokens - 1, eos_token_id=None, pad_token_id=0, use_cache=texts.cached,
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=order.tokens - 1,
+        min_new_tokens=order.tokens - 1,
+        eos_token_id=None, pad_token_id=0, use_cache=cached,
     )  # fmt: skip
-    ids_of: list[list[int]] = []
-    for begun in range(0, texts.count, AT_ONCE):
-        ids = torch.full((min(AT_ONCE, texts.count - begun), 1), texts.first, dtype=torch.long, device=device)
-        draws = seeded(fold(config.seed, "texts", begun), device)
-        exactly = deterministic(device, exact=config.deterministic)
+    texts: list[list[int]] = []
+    for begun in range(0, order.count, AT_ONCE):
+        ids = torch.full((min(AT_ONCE, order.count - begun), 1), order.first, dtype=torch.long, device=device)
+        draws = seeded(fold(order.seed, "texts", begun), device)
+        exactly = deterministic(device, exact=order.exact)
         with torch.no_grad(), quiet(), exactly, draws, autocast(device, dtype):
             written = cast(Any, plain).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how,

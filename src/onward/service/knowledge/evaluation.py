@@ -160,11 +160,10 @@ class Evaluation:
         return Meter(model.requires_grad_(False), self._compute(config), self.writers)
 
     def _measure_anchor(self, now: _Now) -> None:
-        if not now.config.anchor.rows:
-            return
+        anchor = now.config.anchor
+        if not anchor.rows or not now.measuring.texts_that_fit(anchor.rows, anchor.tokens):
+            return  # nor need they be written yet
         texts = anchor_rows(self._session, now.config, now.measuring.base)
-        if not texts:
-            return
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 
     def _measure_missing_base(self, now: _Now, others: Iterable[Subject]) -> None:
