@@ -15,7 +15,7 @@ SPANS = f"""
     SELECT id AS file_id, name, position, start_step AS began,
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step LIMIT 1) AS first,
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step DESC LIMIT 1) AS last
-    FROM files WHERE {IN_STREAM} AND first IS NOT NULL ORDER BY position
+    FROM files WHERE {IN_STREAM} AND position > ? AND first IS NOT NULL ORDER BY position
 """
 SUMS = """
     SELECT count(*) AS steps, min(step) AS first, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
@@ -40,9 +40,9 @@ class Span:
 class Curve(Database):
     """Reads step records by range."""
 
-    def spans(self) -> list[Span]:
-        """Return the files of the stream that have step records, in stream order."""
-        return self.records(Span, SPANS)
+    def spans(self, after: int = 0) -> list[Span]:
+        """Return the files of the stream after a position that have step records, in stream order."""
+        return self.records(Span, SPANS, after)
 
     def step_values(self, file_id: int, first: int, last: int) -> list[Values]:
         """Return the records of a file from one global step to another, both included, in order."""
