@@ -26,6 +26,7 @@ from onward.views.page.pages import STATIC, list_page
 from onward.views.page.prometheus import CONTENT_TYPE, exposition
 from onward.views.page.routes import RunRoutes
 from onward.views.page.runs import NamedRun
+from onward.views.page.streams import SECONDS
 from onward.views.page.warming import Warming
 
 
@@ -37,17 +38,21 @@ class PageSettings:
         hosts: names that it answers to.
         key: its token.
         read_only: whether it offers nothing that changes a run.
+        seconds: between two looks at a run that somebody follows.
     """
 
     hosts: Hosts
     key: Key = field(default_factory=Key)
     read_only: bool = False
+    seconds: float = SECONDS
 
 
 def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
     """Return the application for these runs: one alone has the plain addresses, each of several `/runs/NAME/`."""
     several = len(runs) != 1
-    routes = {run.name: RunRoutes(run, home=several, read_only=settings.read_only) for run in runs}
+    routes = {
+        run.name: RunRoutes(run, home=several, read_only=settings.read_only, seconds=settings.seconds) for run in runs
+    }
     everything = _Everything(routes)
     paths: list[BaseRoute] = [
         Route("/metrics", everything.metrics, methods=["GET"]),

@@ -12,8 +12,8 @@ from onward.views.curve import Piece, buckets
 
 POINTS = 2000
 """Ranges that a whole run is kept in, at most this and at least half of it: more than a screen has columns."""
-AT_ONCE = 200
-"""Ranges that are added up while a browser waits; more of them are shown by one step each until they are."""
+AT_ONCE = 50_000
+"""Steps that are added up while a browser waits; of more, each range is shown by one step until they are."""
 COARSE = 4
 """Times that kept ranges may be longer than those asked for, before steps are read again for a closer look."""
 DRAWN = (
@@ -50,12 +50,13 @@ class KeptBuckets:
         newest = _newest(spans)
         begin, end = max(1, first or 1), newest if last is None else min(last, newest)
         base, size = size_for(newest, POINTS), size_for(end - begin + 1, max(1, points))
-        if COARSE * size >= base > 1:
+        if size >= base or (COARSE * size >= base and end - begin >= AT_ONCE):
             size = base
             begin = (begin - 1) // size * size + 1
             end = newest if last is None else min(newest, -(-end // size) * size)
         found = list(buckets(spans, size, first=begin, last=end))
-        quick = size == base and sum(_identity(bucket) not in self._kept for bucket in found) > AT_ONCE
+        missing = sum(_steps(bucket) for bucket in found if _identity(bucket) not in self._kept)
+        quick = size == base and missing > AT_ONCE
         sums = [self._last(ledger, bucket) if quick else self._sums(ledger, bucket) for bucket in found]
         rows = [_drawn(values) for values in sums if values["steps"]]
         columns = {name: [row[place] for row in rows] for place, name in enumerate(DRAWN)}
@@ -97,6 +98,10 @@ def _newest(spans: Sequence[Span]) -> int:
 def _identity(bucket: Bucket) -> Identity:
     """What a bucket's sums depend on: a step that is recorded does not change."""
     return tuple((piece.span.file_id, piece.first, piece.last) for piece in bucket)
+
+
+def _steps(bucket: Bucket) -> int:
+    return sum(piece.last - piece.first + 1 for piece in bucket)
 
 
 def _alone(row: Values) -> Values:

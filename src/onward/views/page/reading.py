@@ -159,7 +159,7 @@ def _handovers(ledger: Ledger) -> dict[str, Any]:
 
 def _loss(measured: str) -> float | None:
     with contextlib.suppress(ValueError, AttributeError):
-        return json.loads(measured).get("loss")
+        return json.loads(measured).get("probe_loss")
     return None
 
 

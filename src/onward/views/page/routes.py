@@ -37,12 +37,13 @@ class RunRoutes:
         run: the run.
         home: whether there is a list of runs to go back to.
         read_only: whether the page offers nothing that changes the run.
+        seconds: between two looks at the run while somebody follows it.
     """
 
-    def __init__(self, run: NamedRun, *, home: bool, read_only: bool) -> None:
+    def __init__(self, run: NamedRun, *, home: bool, read_only: bool, seconds: float) -> None:
         self.run = run
         self.reader = RunReader(run.layout)
-        self.watcher = Watcher(self.reader)
+        self.watcher = Watcher(self.reader, seconds=seconds)
         self._rows = RowsOfFiles(run.layout)
         self._home = home
         self._read_only = read_only

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from starlette.applications import Starlette
 
 from onward.errors import UsageError
 from onward.views.page.app import PageSettings, make_app
@@ -64,13 +65,18 @@ def serve(
         say("others can reach this page: whoever has its link may do what you may, and nothing is encrypted on the way")
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    config = uvicorn.Config(
-        make_app(runs, settings), log_config=None, access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=WAIT_SECONDS, ws="none", lifespan="on",
-    )  # fmt: skip
+    server = uvicorn.Server(server_config(make_app(runs, settings)))
     show(link(address.host, listener.getsockname()[1], settings.key))
     with listener, contextlib.suppress(KeyboardInterrupt):  # that is how a page is ended
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    """Return how the application is served: quietly, since addresses and headers hold the token."""
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=WAIT_SECONDS, ws="none", lifespan="on",
+    )  # fmt: skip
 
 
 def link(host: str, port: int, key: Key) -> str:
