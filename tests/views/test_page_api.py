@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from commands import onward, snapshot
 from ledgers import add_file, made_up_run
 
+import onward as onward_package
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
@@ -167,6 +169,18 @@ def test_rows_are_shown_as_the_model_sees_them(untouched: Path) -> None:
         assert [] == page.get(f"{where}&view=cut")["rows"] == page.get(f"{where}&view=dropped")["rows"]
         for wrong in ("/api/rows?sha256=abc", f"{where}&view=x", f"{where}&offset=-1"):
             assert 400 == page.ask("GET", wrong, headers=page.bearer).status
+
+
+def test_rows_of_a_file_that_waits_are_found_by_its_place(tmp_path: Path) -> None:
+    """The history gives a waiting file the place that it will have, and the page asks by that."""
+    layout = made_up_run(tmp_path / "run", FILES, falling)
+    with Ledger(layout.ledger) as ledger:
+        add_file(ledger, "waits.jsonl", state="queued", sha256="ab")
+    with serve([layout.root]) as page:
+        entry = page.get("/api/history")[-1]
+        where = f"/api/rows?sha256=ab&position={entry['position']}"
+        assert "original of waits.jsonl is missing" in page.ask("GET", where, headers=page.bearer).json["error"]
+        assert 400 == page.ask("GET", "/api/rows?sha256=ab&position=1&view=x", headers=page.bearer).status
 
 
 def test_prometheus_reads_the_state(page: Page) -> None:
@@ -425,3 +439,22 @@ def test_a_page_that_cannot_be_had_is_refused(made: RunLayout, words: tuple[str,
     outcome = onward("page", *words, "--run", made.root)
     assert (2, "") == (outcome.status, outcome.out)
     assert "onward init" in outcome.err or "cannot listen" in outcome.err
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands use curl")
+def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/page.md tells programs to do works as written."""
+    text = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^<!-- run -->\n```bash\n(.*?)^```$", text, re.M | re.S)
+    layout = made_up_run(tmp_path / "my-run", FILES, falling)
+    program = tmp_path / "onward"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onward "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(onward_package.__file__).parents[1]))
+    words = ["bash", "-e", "-c", f"{script}\nwait $!"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 0 == done.returncode, done.stderr
+    assert '"state": "idle"' in done.stdout
+    assert '{"text": "One more row."}\n' == (layout.inbox / "rows.jsonl").read_text()
+    assert not re.search("token=|Bearer", done.stderr)

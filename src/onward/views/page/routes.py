@@ -147,8 +147,12 @@ class RunRoutes:
 
 
 def _one(found: list[FileRow], position: int | None) -> FileRow:
-    """Return the file that is meant: that at the position, else the newest with this content."""
-    at = [row for row in found if position is None or row.position == position]
+    """Return the file that is meant: that at the position, else the newest with this content.
+
+    One that waits has the position only in the history: the place that it gets if nothing goes before it.
+    """
+    at = [row for row in found if position is None or row.position in (position, None)]
+    at.sort(key=lambda row: row.position is not None)
     if not at:
         raise UsageError("there is no such file", where="sha256", hint="onward history --json has the hashes.")
     return at[-1]

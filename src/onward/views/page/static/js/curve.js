@@ -14,12 +14,15 @@ const CHARTS = [
 ];
 const AGAIN = 5000;
 const NEAR = 2;
+const PAUSE = 2500;
 
 let drawn = null;
 let range = null;
 let plots = [];
 let asked = 0;
 let timer = null;
+let pending = null;
+let drawnAt = 0;
 
 const smoothing = () => Number(byId("smooth").value);
 const isLog = () => byId("log").checked;
@@ -64,10 +67,17 @@ export function addSteps(columns) {
     else file[3] = step;
     drawn.newest = drawn.last = step;
   });
-  draw();
+  drawSoon();
+}
+
+/* Steps may come faster than an eye follows; the cores are wanted for training. Nobody looks: nothing is drawn. */
+function drawSoon() {
+  if (pending !== null || document.hidden) return;
+  pending = setTimeout(() => { pending = null; draw(); }, Math.max(0, drawnAt + PAUSE - Date.now()));
 }
 
 function draw() {
+  drawnAt = Date.now();
   const { columns } = drawn;
   const isEmpty = !columns.step.length;
   show("curve-empty", isEmpty);
@@ -156,6 +166,7 @@ export function startCurve() {
   byId("wider").addEventListener("click", () => scaled(2, 0));
   byId("earlier").addEventListener("click", () => scaled(1, -0.5));
   byId("later").addEventListener("click", () => scaled(1, 0.5));
+  document.addEventListener("visibilitychange", () => drawn && drawSoon());
   onTheme(() => plots.length && plots.forEach((plot) => plot.redraw(false, true)));
   new ResizeObserver(() => plots.forEach((plot, index) => {
     const width = Math.max(120, byId(CHARTS[index].id).clientWidth);
