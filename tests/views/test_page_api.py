@@ -17,6 +17,7 @@ from ledgers import add_file, made_up_run
 
 import onward as onward_package
 from onward.layout import RunLayout
+from onward.service.lock import RunLock
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
@@ -366,6 +367,28 @@ def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
         assert 400 == page.post(f"/api/{path}", wrong).status
     assert 400 == page.ask("POST", "/api/pause", b"[1]", page.bearer).status
     assert 400 == page.ask("POST", "/api/pause", b"x" * 70_000, page.bearer).status
+
+
+def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout) -> None:
+    """Proof and going back are commands in processes of their own; what they refuse is answered in their words."""
+    with RunLock(made.lock):
+        held = page.post("/api/verify")
+        back = page.post("/api/rollback", {"to": "--help", "requeue": True})
+    assert (409, 409) == (held.status, back.status)
+    assert "another process" in held.json["error"]
+
+
+def test_trouble_is_told_and_looked_at_again(tmp_path: Path) -> None:
+    """A ledger that goes away while somebody follows is told; when it is back, so is the state."""
+    layout = made_up_run(tmp_path / "run", FILES, falling)
+    with serve([layout.root]) as page, page.events() as events:
+        assert "status" == next(events)[0]
+        next(events)
+        layout.ledger.rename(tmp_path / "away")
+        name, value = next(event for event in events if event[0] != "status")
+        assert ("trouble", True) == (name, "no run" in value["error"])
+        (tmp_path / "away").rename(layout.ledger)
+        assert "idle" == next(event for event in events if event[0] == "status")[1]["state"]
 
 
 def test_a_page_for_reading_only_changes_nothing(made: RunLayout) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import tiny
-from daemons import SETTINGS, end, hold, is_in, rows_file, until, watch
+from daemons import SETTINGS, done, end, hold, is_in, rows_file, twin_of, until, watch
 from processes import start_command
 
 from onward import Run
+from onward.store.ledger import Ledger
 
 pytest.importorskip("uvicorn")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -84,7 +85,8 @@ def hostile_rows(path: Path) -> Path:
 
 def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, model: Path, browser: Any) -> None:
     """A live run is followed, paused and resumed, gets files, shows what it refuses and the rows it trains; nothing
-    that a file says is run; another site can neither act nor frame the page.
+    that a file says is run; another site can neither act nor frame the page; and the weights have the bits that they
+    have without a page.
     """
     run = Run.create(tmp_path / "run", str(model), **SETTINGS)
     run.add(rows_file(tmp_path / "first.jsonl", 20))
@@ -106,6 +108,16 @@ def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, mode
     finally:
         end(daemon)
     assert [] == browser.wrong
+    twin = twin_of(run, model, [tmp_path / name for name in done(run)])
+    assert state_digest(twin) == state_digest(run.layout.root)
+
+
+def state_digest(run: Path) -> str:
+    """Return the digest of weights, moments and counters of a run's newest commit."""
+    with Ledger(run / "ledger.sqlite3", read_only=True) as ledger:
+        newest = ledger.newest_checkpoint()
+    assert newest is not None
+    return newest.state_digest
 
 
 def _is_live(page: Any) -> None:
