@@ -135,6 +135,16 @@ class RunLayout:
         """Restore points."""
         return self.root / "boundaries"
 
+    @property
+    def releases(self) -> Path:
+        """Published models, each in a folder of its name."""
+        return self.root / "releases"
+
+    @property
+    def reading(self) -> Path:
+        """Folders in which other processes hold the files that they read."""
+        return self.cache / "reading"
+
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of a step."""
         return self.current / f"{CHECKPOINT_PREFIX}{step}"

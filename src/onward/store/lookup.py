@@ -40,11 +40,12 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
     raise UsageError(f"{name!r} is not one of the files here", where="FILE", hint=f"There are: {_listed(rows)}.")
 
 
-def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
+def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to") -> int:
     """Return the step of the boundary that `to` names.
 
     Args:
-        steps: those that have a restore point.
+        steps: those that can be meant, such as those that have a restore point.
+        option: what the person typed it after.
 
     Raises:
         UsageError: it names neither a finished file nor a boundary of this run, or several of them.
@@ -52,7 +53,7 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
     done = ledger.files("done")
     matches = [] if to.startswith(STEP) else _matches(done, to)
     if len(matches) > 1:
-        raise _several(to, matches, where="--to")
+        raise _several(to, matches, where=option)
     step = _step_meant(to, steps)
     if matches:
         row = matches[0]
@@ -61,14 +62,14 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int]) -> int:
             return last
         raise UsageError(
             f"{to!r} is file {row.position} ({row.name}), which ends at step {last}, and it is also step {step}",
-            where="--to",
-            hint=f"Say which one: --to {FILE}{row.position} or --to {STEP}{step}",
+            where=option,
+            hint=f"Say which one: {option} {FILE}{row.position} or {option} {STEP}{step}",
         )
     if step is not None:
         return step
     raise UsageError(
         f"{to!r} is neither a finished file nor the step of a boundary",
-        where="--to",
+        where=option,
         hint=f"Finished files: {_listed(done)}. Restore points at steps: {', '.join(map(str, sorted(steps)))}.",
     )
 

@@ -20,6 +20,8 @@ from onward.training.state import Snapshot
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, TRAINER_STATE, TRAINING_ARGUMENTS))
+"""Files that only whoever trains on needs; the others are the model and its tokenizer."""
 CALLBACKS: dict[str, Any] = {
     "TrainerControl": {
         "args": dict.fromkeys(

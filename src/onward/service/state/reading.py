@@ -6,14 +6,14 @@ when the next one is in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from onward.atomic import TEMPORARY_PREFIX, link_or_copy, publish_directory, remove_tree
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import Manifest, inspect_checkpoint, stated_origin
+from onward.training.checkpoint import Inspection, Manifest, inspect_checkpoint, stated_origin
 
 ATTEMPTS = 10
 """How often it is tried: a checkpoint may be replaced while it is read."""
@@ -35,41 +35,82 @@ def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = l
     """
     if target.exists():
         raise UsageError("there is something under this name already", where=target, hint="Name another directory.")
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        run = ledger.get("run")
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    problems = ["it was replaced while it was read"]
     try:
-        for _ in range(ATTEMPTS):
-            if not _link(_newest(layout, run), temporary, between):
-                continue
-            found = inspect_checkpoint(temporary)
-            if found.verified is not None:
-                publish_directory(temporary, target)
-                return found.verified
-            problems = found.problems
+        manifest = link_newest(layout, temporary, between=between)
+        publish_directory(temporary, target)
     finally:
         remove_tree(temporary)
+    return manifest
+
+
+def link_newest(
+    layout: RunLayout,
+    target: Path,
+    *,
+    left_out: Collection[str] = (),
+    between: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Link the files of the newest committed checkpoint into `target`, which is emptied first, and verify them.
+
+    Args:
+        left_out: names of files that are neither linked nor looked at.
+        between: called with a file's name before it is linked.
+
+    Raises:
+        UsageError: nothing was committed yet.
+        DamagedState: the newest checkpoint is not what was committed.
+        Unreadable: something cannot be read now.
+    """
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        run = ledger.get("run")
+    problems = ["it was replaced while it was read"]
+    for _ in range(ATTEMPTS):
+        found = link_checkpoint(newest_checkpoint(layout, run), target, left_out=left_out, between=between)
+        if found is not None and found.verified is not None:
+            return found.verified
+        problems = problems if found is None else found.problems
     hint = "onward verify says what is wrong; onward train repairs it."
     raise DamagedState(f"the newest checkpoint is damaged: {'; '.join(problems)}", where=layout.current, hint=hint)
 
 
-def _newest(layout: RunLayout, run: str) -> Path:
-    own = ((folder, stated_origin(folder)) for folder in layout.checkpoints())
-    newest = next((folder for folder, origin in own if origin is not None and origin[0] == run), None)
+def link_checkpoint(
+    folder: Path,
+    target: Path,
+    *,
+    left_out: Collection[str] = (),
+    between: Callable[[str], None] = lambda _: None,
+) -> Inspection | None:
+    """Link the files of a checkpoint into `target`, which is emptied first, and inspect what was linked.
+
+    Returns:
+        What it was found to be; None if it was removed in between.
+    """
+    remove_tree(target)
+    target.mkdir(parents=True)
+    try:
+        for path in entries(folder):
+            if path.name not in left_out:
+                between(path.name)
+                link_or_copy(path, target / path.name)
+    except FileNotFoundError:
+        return None
+    return inspect_checkpoint(target, left_out)
+
+
+def newest_checkpoint(layout: RunLayout, run: str) -> Path:
+    """Return the folder of the newest checkpoint that a run made.
+
+    Raises:
+        UsageError: there is none.
+    """
+    newest = find_newest(layout, run)
     if newest is None:
         raise UsageError("nothing was committed yet", where=layout.current, hint="onward train FILE")
     return newest
 
 
-def _link(folder: Path, temporary: Path, between: Callable[[str], None]) -> bool:
-    """Link the files of a checkpoint into an empty directory; False if it was removed in between."""
-    remove_tree(temporary)
-    temporary.mkdir(parents=True)
-    try:
-        for path in entries(folder):
-            between(path.name)
-            link_or_copy(path, temporary / path.name)
-    except FileNotFoundError:
-        return False
-    return True
+def find_newest(layout: RunLayout, run: str) -> Path | None:
+    """Return the folder of the newest checkpoint that a run made, None where there is none."""
+    own = ((folder, stated_origin(folder)) for folder in layout.checkpoints())
+    return next((folder for folder, origin in own if origin is not None and origin[0] == run), None)

@@ -1,0 +1,216 @@
+"""Which committed state is meant, and its files in a folder that stays while they are read, whatever is trained.
+
+`--at FILE|STEP|RELEASE` of every command ends up here. A state is the newest commit, the boundary after a file, a step
+that has a restore point, or a release. Its files are linked (or copied, where they cannot be) into a folder of the
+reader's own, verified there, and removed when the reader is done, or by the next reader where one died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Collection, Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.atomic import link_or_copy, remove_tree
+from onward.errors import DamagedState, UsageError
+from onward.layout import MANIFEST, RunLayout, entries, step_of
+from onward.service.state.ownership import Ownership
+from onward.service.state.reading import find_newest, link_checkpoint, link_newest, newest_checkpoint
+from onward.store.ledger import Ledger
+from onward.store.lookup import FILE, STEP, find_step
+from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.huggingface import FOR_TRAINING
+
+AT = "--at"
+RELEASE = "release:"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A committed state of a run, held for reading.
+
+    Args:
+        folder: its files, which nobody changes or removes while it is held: a checkpoint, or a release.
+        label: which state it is, for a person: `step 9, after file 2 (b.jsonl)`. Printable only where names are.
+        step: its global step; None for a release whose folder does not say it.
+        manifest: what the checkpoint says of itself, verified; None for a release without one.
+        release: the release's name; None for a state of the run itself.
+    """
+
+    folder: Path
+    label: str
+    step: int | None
+    manifest: Manifest | None
+    release: str | None = None
+
+
+@contextlib.contextmanager
+def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Generator[Point]:
+    """Hold a committed state in the body, while other processes train, go back or clear up.
+
+    Args:
+        at: a file (name, position, hash prefix), a step or a release; `file:X`, `step:N` and `release:NAME` say which
+            is meant. None for the newest commit.
+        whole: with the files that only whoever trains on needs (moments and the like), else without.
+
+    Raises:
+        UsageError: there is no such state, it is no longer kept, or `at` can mean several.
+        DamagedState: it is not what was committed.
+        Unreadable: something of it cannot be read now.
+    """
+    layout.require()
+    left_out = frozenset[str]() if whole else FOR_TRAINING
+    with own_folder(layout) as place:
+        folder = place / "state"
+        release = None if at is None else _release_meant(layout, at)
+        if at is None:
+            manifest = link_newest(layout, folder, left_out=left_out)
+        elif release is not None:
+            yield _hold_release(layout, release, folder, left_out)
+            return
+        else:
+            manifest = _link_step(layout, at, folder, left_out)
+        yield Point(folder, describe(layout, manifest), manifest.step, manifest)
+
+
+def newest_step(layout: RunLayout) -> int:
+    """Return the step of the newest commit, for whoever goes on to newer ones; nothing is read but a manifest.
+
+    Raises:
+        UsageError: nothing was committed yet.
+    """
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        return step_of(newest_checkpoint(layout, ledger.get("run")))
+
+
+def describe(layout: RunLayout, manifest: Manifest) -> str:
+    """Say which state of the run a checkpoint is."""
+    cursor = manifest.cursor
+    if cursor.position == 0:
+        return f"step {manifest.step}, before the first file"
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        row = ledger.at_position(cursor.position)
+    name = f" ({row.name})" if row is not None and row.sha256 == cursor.sha256 else ""
+    if cursor.at_boundary:
+        return f"step {manifest.step}, after file {cursor.position}{name}"
+    return f"step {manifest.step}, in file {cursor.position}{name}, step {cursor.step} of {cursor.steps}"
+
+
+@contextlib.contextmanager
+def own_folder(layout: RunLayout) -> Generator[Path]:
+    """Give the body a folder of its own on the run's disk, where links to the run's files can be made.
+
+    It is locked as long as the body runs, which tells the folders of readers that died: those are removed. Whoever may
+    not write in the run's directory gets one among the system's temporary files.
+    """
+    made = _lockable(layout)
+    if made is None:
+        with tempfile.TemporaryDirectory(prefix="onward-") as name:
+            yield Path(name)
+        return
+    folder, lock = made
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            remove_tree(folder)
+        os.close(lock)
+
+
+def _lockable(layout: RunLayout) -> tuple[Path, int] | None:
+    """Make a folder below `cache/reading/` and lock it; None where that cannot be."""
+    try:
+        layout.reading.mkdir(parents=True, exist_ok=True)
+        gate = os.open(layout.reading, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody takes a folder that is not locked yet for one of a dead reader
+        _remove_left(layout.reading)
+        folder = Path(tempfile.mkdtemp(dir=layout.reading))
+        return folder, _locked(folder)
+    except OSError:
+        return None
+    finally:
+        os.close(gate)
+
+
+def _locked(folder: Path) -> int:
+    """Lock a folder, without waiting; the lock ends with the descriptor that is returned.
+
+    Raises:
+        OSError: another process has it.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_left(parent: Path) -> None:
+    for folder in entries(parent):
+        with contextlib.suppress(OSError):
+            lock = _locked(folder)
+            remove_tree(folder)
+            os.close(lock)
+
+
+def _release_meant(layout: RunLayout, at: str) -> str | None:
+    """Return the name of the release that a text means; None where it means none.
+
+    Raises:
+        UsageError: there is no release of the name after `release:`, or a file is called the same.
+    """
+    names = [path.name for path in entries(layout.releases) if path.is_dir() and not path.name.startswith(".")]
+    if at.startswith(RELEASE):
+        name = at.removeprefix(RELEASE)
+        if name not in names:
+            hint = f"Releases: {', '.join(names) or 'none'}."
+            raise UsageError(f"there is no release {name!r}", where=AT, hint=hint)
+        return name
+    if at not in names:
+        return None
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        if any(row.name == at or str(row.position) == at for row in ledger.files("done")):
+            hint = f"Say which one: {AT} {FILE}{at} or {AT} {RELEASE}{at}"
+            raise UsageError(f"{at!r} is a file of the stream, and a release is called so too", where=AT, hint=hint)
+    return at
+
+
+def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collection[str]) -> Point:
+    source, manifest = layout.releases / name, None
+    folder.mkdir()
+    for path in entries(source):
+        if path.is_file() and path.name not in left_out:
+            link_or_copy(path, folder / path.name)
+    if (folder / MANIFEST).is_file():
+        found = inspect_checkpoint(folder, left_out)
+        if found.verified is None:
+            raise DamagedState(f"the release is not what was published: {'; '.join(found.problems)}", where=source)
+        manifest = found.verified
+    step = None if manifest is None else manifest.step
+    return Point(folder, f"release {name}", step, manifest, release=name)
+
+
+def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[str]) -> Manifest:
+    """Link and verify the state of a boundary, or the newest commit where its step is named."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        kept = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
+        newest = find_newest(layout, ledger.get("run"))
+        here = kept if newest is None else {step_of(newest): newest, **kept}
+        step = find_step(ledger, at, sorted(here), AT)
+    found = link_checkpoint(here[step], folder, left_out=left_out) if step in here else None
+    if found is None:
+        steps = ", ".join(map(str, sorted(here)))
+        hint = f"Kept are those of steps {steps}: {AT} {STEP}N. keep_boundaries in the config keeps more."
+        raise UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)
+    if found.verified is None:
+        raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=here[step])
+    return found.verified

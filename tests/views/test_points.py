@@ -1,0 +1,167 @@
+"""`--at` finds a committed state by what a person types, and its files stay while they are read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from faults import copy_run
+from processes import apart
+
+from onward import Run
+from onward.errors import DamagedState, UsageError
+from onward.layout import RunLayout
+from onward.training.checkpoint import inspect_checkpoint
+from onward.views.points import hold, newest_step, own_folder
+
+INFERENCE = ["adapter_config.json", "adapter_model.safetensors", "onward.json"]
+
+
+@pytest.fixture
+def layout(stream: Path, tmp_path: Path) -> RunLayout:
+    """A copy of the run."""
+    return RunLayout(copy_run(stream, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("at", "step", "label"),
+    [
+        (None, 5, "step 5, after file 3 (c.jsonl)"),
+        ("b.jsonl", 3, "step 3, after file 2 (b.jsonl)"),
+        ("file:2", 3, "step 3, after file 2 (b.jsonl)"),
+        ("2", 3, "step 3, after file 2 (b.jsonl)"),
+        ("step:3", 3, "step 3, after file 2 (b.jsonl)"),
+        ("5", 5, "step 5, after file 3 (c.jsonl)"),
+    ],
+)
+def test_a_state_is_found(layout: RunLayout, at: str | None, step: int, label: str) -> None:
+    """By nothing (the newest commit), by file or by step; the label says which, and no moments lie in the folder."""
+    with hold(layout, at) as point:
+        assert (step, label) == (point.step, point.label)
+        names = {path.name for path in point.folder.iterdir()}
+        assert set(INFERENCE) <= names
+        assert not {"optimizer.pt", "trainer_state.json"} & names
+    with hold(layout, at, whole=True) as point:
+        assert point.manifest == inspect_checkpoint(point.folder).verified
+    assert [] == list(layout.reading.iterdir())
+    assert 5 == newest_step(layout)
+
+
+def test_a_state_is_found_by_a_hash(layout: RunLayout) -> None:
+    """A hash prefix of four digits names a file here as everywhere."""
+    sha256 = Run(layout.root).history()[1]["sha256"]
+    with hold(layout, sha256[:12]) as point:
+        assert 3 == point.step
+
+
+@pytest.mark.parametrize(
+    ("at", "what"),
+    [
+        ("a.jsonl", r"the state of step 1 is no longer kept(.|\n)*Kept are those of steps 3, 5: --at step:N"),
+        ("3", r"'3' is file 3 (.|\n)*Say which one: --at file:3 or --at step:3"),
+        ("d.jsonl", "neither a finished file nor the step of a boundary"),
+        ("step:4", "neither a finished file nor the step of a boundary"),
+        ("release:..", r"there is no release '\.\.'"),
+        ("../run", "neither a finished file"),
+    ],
+)
+def test_what_is_not_there_is_refused(layout: RunLayout, at: str, what: str) -> None:
+    """With what is there, and how to name it."""
+    with pytest.raises(UsageError, match=what), hold(layout, at):
+        pass
+    assert [] == list(layout.reading.iterdir())
+
+
+def test_a_commit_inside_a_file_is_found(layout: RunLayout, tmp_path: Path) -> None:
+    """The newest commit may lie inside a file: it is found as the newest, and by its step."""
+    tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(12, seed=12))
+    run = Run(layout.root)
+
+    def stop_at_step_7(event: Any) -> None:
+        if getattr(event, "step", 0) == 7:
+            wishes.ask("enough")
+
+    from onward.service.wishes import Wishes
+
+    wishes = Wishes()
+    run.train(tmp_path / "d.jsonl", observe=stop_at_step_7, stop=wishes)
+    for at in (None, "step:7"):
+        with hold(layout, at) as point:
+            assert "step 7, in file 4 (d.jsonl), step 2 of 3" == point.label
+
+
+def test_what_is_held_stays(layout: RunLayout, tmp_path: Path) -> None:
+    """Training on, rolling back and a reset take the state out of the run, not from under its reader."""
+    with hold(layout) as newest, hold(layout, "b.jsonl") as older:
+        run = Run(layout.root)
+        run.train(tiny.write_jsonl(tmp_path / "e.jsonl", tiny.chat_rows(4, seed=4)))
+        run.reset()
+        assert (5, 3) == (newest.step, older.step)
+        for point in (newest, older):
+            found = inspect_checkpoint(point.folder, ["optimizer.pt", *_training_files()])
+            assert point.manifest == found.verified
+    with pytest.raises(UsageError, match="nothing was committed yet"), hold(layout):
+        pass
+
+
+def _training_files() -> list[str]:
+    return ["scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"]
+
+
+def test_a_damaged_state_is_refused(layout: RunLayout) -> None:
+    """What is read is verified first; moments that nobody reads may be missing."""
+    (layout.boundary(3) / "optimizer.pt").unlink()
+    with hold(layout, "step:3") as point:
+        assert 3 == point.step
+    weights = layout.boundary(3) / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DamagedState, match=r"adapter_model\.safetensors was changed"), hold(layout, "step:3"):
+        pass
+
+
+def test_a_release_is_found_by_its_name(layout: RunLayout) -> None:
+    """A folder in `releases/` is a state too; where a file has its name, `file:` and `release:` tell them apart."""
+    for name in ("v1", "b.jsonl"):
+        shutil.copytree(layout.boundary(3), layout.releases / name)
+    with hold(layout, "v1") as point:
+        assert ("release v1", 3, "v1") == (point.label, point.step, point.release)
+    with pytest.raises(UsageError, match=r"--at file:b\.jsonl or --at release:b\.jsonl"), hold(layout, "b.jsonl"):
+        pass
+    with hold(layout, "release:b.jsonl") as point:
+        assert "b.jsonl" == point.release
+    (layout.releases / "v1" / "onward.json").unlink()  # made by other means: nothing to verify it with
+    with hold(layout, "v1") as point:
+        assert (None, None) == (point.step, point.manifest)
+
+
+def _die_while_holding(root: Path) -> None:
+    import os
+
+    with hold(RunLayout(root)):
+        os._exit(9)
+
+
+def test_folders_of_dead_readers_are_removed(layout: RunLayout) -> None:
+    """A reader that was killed leaves its folder; the next one removes it, and never that of a living one."""
+    with hold(layout) as living:
+        assert 9 == apart(_die_while_holding, layout.root)
+        assert 2 == len(list(layout.reading.iterdir()))
+        with own_folder(layout):
+            assert living.folder.is_dir()
+            assert 2 == len(list(layout.reading.iterdir()))
+    assert [] == list(layout.reading.iterdir())
+
+
+def test_a_run_that_cannot_be_written_to_is_read(layout: RunLayout) -> None:
+    """Where no folder can be made in the run's directory, the system's temporary files have one."""
+    shutil.rmtree(layout.reading, ignore_errors=True)
+    layout.reading.write_text("in the way")
+    with hold(layout) as point:
+        assert layout.root not in point.folder.parents
+        assert 5 == point.step
+    assert not point.folder.exists()
