@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from onward.views.page.app import PageSettings, make_app
 from onward.views.page.guard import Hosts, Key
 from onward.views.page.runs import find_runs
-from onward.views.page.serving import server_config
+from onward.views.page.serving import PageServer, server_config
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
 def serve(directories: Sequence[Path], *, read_only: bool = False, names: Sequence[str] = ()) -> Iterator[Page]:
     """Serve runs at a free port until the end of the block."""
     settings = PageSettings(Hosts.of("127.0.0.1", names), Key(), read_only, seconds=0.05)
-    server = uvicorn.Server(server_config(make_app(find_runs(directories), settings)))
+    server = PageServer(server_config(make_app(find_runs(directories), settings)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

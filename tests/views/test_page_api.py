@@ -307,7 +307,7 @@ ADDRESSES = (
     ("GET", "/"), ("GET", "/api/status"), ("GET", "/api/history"), ("GET", "/api/metrics"), ("GET", "/api/events"),
     ("GET", "/api/curve"), ("GET", "/api/overview"), ("GET", "/api/rows"), ("GET", "/api/runs"), ("GET", "/metrics"),
     ("PUT", "/api/inbox/x.jsonl"), ("POST", "/api/pause"), ("POST", "/api/resume"), ("POST", "/api/stop"),
-    ("POST", "/api/skip"), ("POST", "/api/rollback"), ("POST", "/api/verify"),
+    ("POST", "/api/skip"), ("POST", "/api/chat"), ("POST", "/api/rollback"), ("POST", "/api/verify"),
 )  # fmt: skip
 
 
@@ -376,6 +376,22 @@ def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout) -> None:
         back = page.post("/api/rollback", {"to": "--help", "requeue": True})
     assert (409, 409) == (held.status, back.status)
     assert "another process" in held.json["error"]
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {}, {"messages": []}, {"messages": "x"}, {"messages": [{"role": "user"}]}, {"messages": [1]},
+        {"messages": [{"role": "tool", "content": "x"}]}, {"messages": [{"role": "user", "content": 1}]},
+        {"messages": [{"role": "user", "content": "x"}], "at": 3},
+        {"messages": [{"role": "user", "content": "x"}], "seed": True},
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 10**6},
+        {"messages": [{"role": "user", "content": "x"}], "temperature": "0"},
+    ],
+)  # fmt: skip
+def test_a_question_that_makes_no_sense_starts_no_model(page: Page, wish: dict[str, Any]) -> None:
+    """What cannot be asked is refused before the process that answers is started."""
+    assert 400 == page.post("/api/chat", wish).status
 
 
 def test_trouble_is_told_and_looked_at_again(tmp_path: Path) -> None:

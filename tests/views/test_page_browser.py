@@ -104,6 +104,7 @@ def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, mode
             held.let_go.touch()
             _takes_files(page, tmp_path)
             _shows_rows(page)
+            _talks(page)
             assert None is page.evaluate("window.hacked ?? null")
     finally:
         end(daemon)
@@ -171,6 +172,18 @@ def _takes_files(page: Any, folder: Path) -> None:
     sync_api.expect(page.locator("#files tr", has_text=HOSTILE)).to_contain_text("done", timeout=SECONDS)
     page.click("#refused summary")
     sync_api.expect(page.locator("#refused li")).to_contain_text("line 1:")
+
+
+def _talks(page: Any) -> None:
+    """Two states answer the same message, each in its column, which says which state it is."""
+    page.check("#compare")
+    page.fill("#heat", "0")
+    page.fill("#message", HOSTILE)
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".said .about")).to_have_count(2, timeout=SECONDS)
+    sync_api.expect(page.locator(".said .mine").first).to_have_text(HOSTILE)
+    for said in page.locator(".said .about").all():
+        sync_api.expect(said).to_contain_text("after file")
 
 
 def _shows_rows(page: Any) -> None:

@@ -68,7 +68,16 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
         sqlite3.Error: machine_error,
         OSError: machine_error,
     }
-    return Starlette(routes=paths, middleware=[gate], exception_handlers=errors, lifespan=_lifespan(routes))
+    app = Starlette(routes=paths, middleware=[gate], exception_handlers=errors, lifespan=_lifespan(routes))
+    app.state.let_go = lambda: _let_go(routes)
+    return app
+
+
+async def _let_go(routes: dict[str, RunRoutes]) -> None:
+    """End what requests wait for, so that none keeps the server from ending."""
+    for route in routes.values():
+        await route.watcher.end()
+        await route.talker.end()
 
 
 def _lifespan(routes: dict[str, RunRoutes]) -> Callable[[Starlette], AbstractAsyncContextManager[None]]:
@@ -80,8 +89,7 @@ def _lifespan(routes: dict[str, RunRoutes]) -> Callable[[Starlette], AbstractAsy
             yield
         finally:
             warming.end()
-            for route in routes.values():
-                await route.watcher.end()
+            await _let_go(routes)
 
     return lifespan
 

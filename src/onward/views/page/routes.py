@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from sse_starlette import EventSourceResponse
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from onward.errors import UsageError
+from onward.errors import OnwardError, UsageError
 from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
 from onward.views.page import control
@@ -21,6 +22,7 @@ from onward.views.page.reading import RunReader, disk_reserve
 from onward.views.page.rows import RowsOfFiles
 from onward.views.page.runs import NamedRun
 from onward.views.page.streams import Watcher
+from onward.views.page.talking import Talker
 from onward.views.page.upload import Upload, require_name
 
 T = TypeVar("T")
@@ -43,6 +45,7 @@ class RunRoutes:
     def __init__(self, run: NamedRun, *, home: bool, read_only: bool, seconds: float) -> None:
         self.run = run
         self.reader = RunReader(run.layout)
+        self.talker = Talker(run.layout)
         self.watcher = Watcher(self.reader, seconds=seconds)
         self._rows = RowsOfFiles(run.layout)
         self._home = home
@@ -62,6 +65,7 @@ class RunRoutes:
             *(Route(path, answer, methods=["GET"]) for path, answer in look),
             Route("/api/inbox/{name:path}", self.upload, methods=["PUT"]),
             *(Route(f"/api/{kind}", self._asking(kind), methods=["POST"]) for kind in kinds),
+            Route("/api/chat", self.chat, methods=["POST"]),
             Route("/api/rollback", self.rollback, methods=["POST"]),
             Route("/api/verify", self.verify, methods=["POST"]),
         ]
@@ -122,6 +126,21 @@ class RunRoutes:
         reserve = await self._read(lambda: disk_reserve(self.reader))
         upload = Upload(self.run.layout.inbox, name, reserve)
         return json_answer({"name": name, "bytes": await upload.receive(request.stream(), size)}, 201)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a message by a state of the run: lines of JSON, pieces of text and at last what came of it."""
+        pieces = self.talker.ask(await wanted(request))
+        first = await anext(pieces)  # a wish that makes no sense is refused before anything is answered
+
+        async def lines() -> AsyncGenerator[str]:
+            yield json.dumps(first) + "\n"
+            try:
+                async for piece in pieces:
+                    yield json.dumps(piece) + "\n"
+            except OnwardError as error:
+                yield json.dumps({"error": str(error)}) + "\n"
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
 
     async def rollback(self, request: Request) -> Response:
         """Go back to a restore point."""

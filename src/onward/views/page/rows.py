@@ -112,7 +112,7 @@ class RowsOfFiles:
 
 
 def _read(layout: RunLayout, ledger: Ledger, row: FileRow) -> OpenedFile:
-    config = _config(layout, ledger, row)
+    original, config = require_original(layout, row), _config(layout, ledger, row)
     tokenizer = run_tokenizer(layout, ledger, config)
     backend: Any = tokenizer.state.tokenizer
     opened = OpenedFile(lambda ids: backend.decode(ids, skip_special_tokens=False))
@@ -124,7 +124,7 @@ def _read(layout: RunLayout, ledger: Ledger, row: FileRow) -> OpenedFile:
 
     reading = Reading.of_accepted(config, row.bad_rows)
     try:
-        check_rows(require_original(layout, row), tokenizer, opened.see, stop=stop, reading=reading)
+        check_rows(original, tokenizer, opened.see, stop=stop, reading=reading)
     except _Enough:
         opened.is_whole = False
     return opened

@@ -65,10 +65,19 @@ def serve(
         say("others can reach this page: whoever has its link may do what you may, and nothing is encrypted on the way")
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    server = uvicorn.Server(server_config(make_app(runs, settings)))
+    server = PageServer(server_config(make_app(runs, settings)))
     show(link(address.host, listener.getsockname()[1], settings.key))
     with listener, contextlib.suppress(KeyboardInterrupt):  # that is how a page is ended
         server.run(sockets=[listener])
+
+
+class PageServer(uvicorn.Server):
+    """Ends what requests wait for before it waits for them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End."""
+        await self.config.app.state.let_go()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
 
 
 def server_config(app: Starlette) -> uvicorn.Config:

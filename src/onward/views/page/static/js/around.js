@@ -3,6 +3,7 @@ import { get } from "./api.js";
 import { byId, make, readOnly, say, show } from "./dom.js";
 import { ago, clock, count, fixed, size } from "./format.js";
 import { goBack } from "./controls.js";
+import { offerPoints } from "./talk.js";
 
 const FEW = 12;
 
@@ -12,6 +13,7 @@ export async function loadOverview() {
   showRefused(values.refused);
   showProof(values.proof);
   showPoints(values.restore_points);
+  offerPoints(values.restore_points);
   showDisk(values.disk);
   showEvents(values.events);
   showGrid(values.grid);
@@ -96,11 +98,26 @@ function showEvents(events) {
   if (!events.length) byId("events").append(make("li", { class: "empty" }, "Nothing happened yet."));
 }
 
-/* The grid has a row for each file trained and a column for each holdout: { files: [...], holdouts: [...], loss: [[...]] }. */
+/* What the model knows: a row for each boundary, a column for each file, as `onward grid --json` has them. */
 function showGrid(grid) {
-  show("grid", Boolean(grid));
-  if (!grid) return;
-  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.holdouts.map((name) => make("th", { scope: "col", class: "num" }, name)));
-  const lines = grid.files.map((name, index) => make("tr", {}, make("th", { scope: "row" }, name), ...grid.loss[index].map((value) => make("td", { class: "num" }, fixed(value, 3)))));
-  byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each holdout after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
+  const isMeasured = Boolean(grid) && grid.after.length > 1;
+  show("grid", isMeasured);
+  if (!isMeasured) return;
+  const from = Math.max(0, grid.files.length - FEW);
+  const shown = grid.files.slice(from);
+  const names = new Map(grid.files.map((file) => [file.position, file.name]));
+  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...shown.map((file) => make("th", { scope: "col", class: "num" }, file.name)));
+  const lines = grid.after.map((after, line) => make("tr", {},
+    make("th", { scope: "row" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
+    ...shown.map((_, index) => cell(grid.loss.map((row) => row[from + index]), line))));
+  byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines.slice(-FEW)));
+}
+
+/* A loss, the darker the lower it is among those of its column. */
+function cell(column, line) {
+  const known = column.filter((value) => value !== null), value = column[line];
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  const element = make("td", { class: "num" }, fixed(value, 3));
+  if (value !== null && high > low) element.style.background = `color-mix(in srgb, var(--accent-soft) ${Math.round((100 * (high - value)) / (high - low))}%, transparent)`;
+  return element;
 }

@@ -6,6 +6,7 @@ import { byId, say, show } from "./dom.js";
 import { showStatus } from "./now.js";
 import { startRows } from "./rows.js";
 import { followStatus, loadHistory, startStream } from "./stream.js";
+import { startTalk } from "./talk.js";
 import { startTheme } from "./theme.js";
 
 const LOADERS = { curve: loadCurve, history: loadHistory, overview: loadOverview };
@@ -50,6 +51,7 @@ startTheme();
 startCurve();
 startStream();
 startRows();
+startTalk();
 startControls((proof) => { showVerified(proof); loadOverview(); });
 follow();
 load(Object.keys(LOADERS)).then(() => byId("curve").setAttribute("data-ready", "yes"));
