@@ -89,7 +89,7 @@ export function makePlot({ target, height, log, band, sync, files, zoomed, hover
     bands: band ? [{ series: [3, 2], fill: () => `color-mix(in srgb, ${colour("accent")} 14%, transparent)` }] : [],
     legend: { show: false },
     padding: [band ? 22 : 8, 16, 0, 0],
-    cursor: { y: false, sync: { key: sync.key }, drag: { x: true, y: false, setScale: false }, points: { size: 6, fill: accent } },
+    cursor: { y: false, sync: { key: sync.key }, drag: { x: true, y: false, setScale: false }, points: { size: (_, series) => (series === 1 ? 6 : 0), fill: accent } },
     scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
     axes: [axis(26, (_, splits) => splits.map((step) => (!Number.isInteger(step) ? "" : step >= 1e4 ? short.format(step) : step.toLocaleString("en"))), 70),
       axis(52, (_, splits) => splits.map((value) => (value === null ? "" : few(value, 3))), 34)],
