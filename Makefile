@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench gpu recipe docs families qlora clean
+.PHONY: help demo test soak lint format bench gpu recipe docs families qlora browser clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -60,6 +60,9 @@ docs: $(READY) ## regenerate the pages made from the code
 
 qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
 
+# Debian's browser where it can be installed; without it the test says that it is left out.
+browser: $(VENV)/.browser-ready ## playwright and chromium, for the test that opens the page in a browser
+
 families: $(READY) ## every causal family of transformers, small, into docs/families.md (half an hour)
 	$(BIN)/python tests/families.py --jobs 2
 
@@ -79,6 +82,13 @@ $(READY): pyproject.toml constraints.txt
 
 $(BENCH_READY): $(READY)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	@touch $@
+
+$(VENV)/.browser-ready: $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+	  apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  echo 'chromium is not here: the test that opens the page in a browser is left out' >&2
 	@touch $@
 
 $(QLORA)/.ready: $(READY) constraints.txt

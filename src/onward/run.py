@@ -290,9 +290,9 @@ class Run:
         """
         with self._owned() as ledger:
             with self._loading():
-                from onward.service.proof.verify import verify
+                from onward.service.proof.kept import verify_and_keep
 
-            return verify(self.layout, ledger, deep=deep)
+            return verify_and_keep(self.layout, ledger, deep=deep)
 
     def snapshot(self, target: PathLike) -> Manifest:
         """Make `target` a directory with the newest committed checkpoint, verified, while training goes on.

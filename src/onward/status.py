@@ -9,7 +9,8 @@ from typing import Any
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat
 from onward.service.shown import BUSY, DOING
-from onward.store.files import HELD
+from onward.store.database import Values
+from onward.store.files import HELD, Finished
 from onward.store.ledger import Ledger
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord
 
@@ -112,16 +113,16 @@ def recent_events(layout: RunLayout, limit: int = 5) -> list[EventRow]:
         return ledger.events(limit)
 
 
-def read_history(layout: RunLayout) -> list[dict[str, Any]]:
+def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None) -> list[dict[str, Any]]:
     """Return one entry per file of the stream, in stream order, as `onward history --json` prints it.
 
     `position` of a file that waits is the place that it gets if nothing goes before it; a file that was taken out of
     the stream has none. `handover` is the class that held when the file began: the state was that of the boundary
-    before it.
+    before it. An observer that asks again and again hands in the same `known`: see `Files.history`.
     """
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:
-        rows = ledger.history()
+        rows = ledger.history(known)
     return [_entry(row, place) for place, row in enumerate(rows, start=1)]
 
 

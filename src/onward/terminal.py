@@ -57,6 +57,18 @@ def show_line(text: str) -> None:
         silence(sys.stdout)
 
 
+def show_text(text: str) -> None:
+    """Print part of a result on stdout at once; a reader that left early is no failure.
+
+    Raises:
+        OSError: the result cannot be written, as on a full disk.
+    """
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
 def flush_results() -> None:
     """Write out what was printed on stdout; a reader that left early is no failure.
 

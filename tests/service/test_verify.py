@@ -107,3 +107,12 @@ def test_no_proof_of_a_state_that_moves(trained: Path) -> None:
     """While a process owns the run `verify` is refused, and says who owns it."""
     with RunLock(Run(trained).layout.lock), pytest.raises(RunLocked, match="another process owns"):
         Run(trained).verify()
+
+
+def test_the_last_proof_is_kept(trained: Path) -> None:
+    """The ledger keeps the outcome of the last verify, with its time and step, for who looks later."""
+    proof = Run(trained).verify()
+    with Ledger(trained / "ledger.sqlite3", read_only=True) as ledger:
+        kept = ledger.get("verified")
+        assert (ledger.committed_step(), False) == (kept["step"], kept["deep"])
+    assert proof.to_dict() == {"ok": kept["ok"], "checks": kept["checks"]}

@@ -11,8 +11,10 @@ from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
 from onward.cli.commands_knowledge import evaluate, grid
 from onward.cli.commands_make import adopt, init
+from onward.cli.commands_page import page
 from onward.cli.commands_policy import accept, compare, release, releases
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
+from onward.cli.commands_talk import chat
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
 
@@ -30,6 +32,7 @@ COMMANDS = (
     pause, resume, stop, skip, accept,
     preview, status, history, verify, doctor,
     grid, evaluate,
+    page, chat,
     rollback, rebuild, reset,
     release, releases, compare,
     service,

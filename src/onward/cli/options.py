@@ -45,3 +45,15 @@ def completer(*states: str) -> Callable[[typer.Context, str], list[str]]:
         return [name for name in names if name.startswith(incomplete) and quoted(name) == name]
 
     return complete
+
+
+AtOption = Annotated[
+    str | None,
+    typer.Option(
+        "--at",
+        metavar="FILE|STEP|RELEASE",
+        help="A file (name, position, hash prefix), a step or a release; file:4 and step:4 say which is meant.",
+        show_default="the newest commit",
+        autocompletion=completer("done"),
+    ),
+]

@@ -140,6 +140,10 @@ class Database:
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
 
+    def version(self) -> int:
+        """Return a number that changes when another connection has written to the file since the last call."""
+        return int(self.scalar("PRAGMA data_version"))
+
     @contextlib.contextmanager
     def transaction(self) -> Generator[None]:
         """Make the statements inside one durable act; nested use joins the outer one."""

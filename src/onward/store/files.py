@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from onward.errors import OnwardError
-from onward.store.database import Database
+from onward.store.database import Database, Values
 from onward.store.rows import FileRow, HistoryRow
 
 LEGAL = {
@@ -138,6 +138,12 @@ class Files(Database):
         """Return how many files wait, including those whose rows are still to be checked."""
         return int(self.scalar("SELECT count(*) FROM files WHERE state IN ('queued', 'arriving')"))
 
+    def files_mark(self) -> list[Values]:
+        """Return a value that changes whenever a file is recorded, forgotten or moved to another state."""
+        return self.query(
+            "SELECT state, count(*) AS files, max(id) AS newest, sum(id) AS ids FROM files GROUP BY state"
+        )
+
     def sharing_copy(self, copy: str) -> int:
         """Return how many files have their original at this path of the archive."""
         return int(self.scalar("SELECT count(*) FROM files WHERE copy = ?", copy))
@@ -159,10 +165,32 @@ class Files(Database):
         assignments = ", ".join(f"{name} = ?" for name in values)
         self.write(f"UPDATE files SET {assignments} WHERE id = ?", *values.values(), file_id)
 
-    def history(self) -> list[HistoryRow]:
-        """One row per file of the stream, with its first and last step, then those that were taken out of it."""
+    def history(self, known: dict[Finished, Values] | None = None) -> list[HistoryRow]:
+        """One row per file of the stream, with its first and last step, then those that were taken out of it.
+
+        Args:
+            known: what the steps of finished files add up to, as an earlier call left it here. An observer that calls
+                again and again keeps it, so that only files in hand are added up anew.
+        """
+        rows = self.query(LISTED)
+        known = {} if known is None else known
+        kept = {row["id"]: known[_finished(row)] for row in rows if _finished(row) in known}
+        missing = [row["id"] for row in rows if row["id"] not in kept]
+        totals = kept | {values.pop("file_id"): values for values in self._totals(missing, all_files=not kept)}
+        known.clear()
+        known.update((_finished(row), totals[row["id"]]) for row in rows if row["finished"] and row["id"] in totals)
+        return [HistoryRow(**row, **totals.get(row["id"], NO_TOTALS)) for row in rows]
+
+    def _totals(self, file_ids: Sequence[int], *, all_files: bool) -> list[Values]:
+        """Return what the steps of files add up to; files without steps have no row."""
         columns = {row["name"] for row in self.query("PRAGMA table_info(steps)")}  # it may not be migrated yet
-        return self.records(HistoryRow, HISTORY.format(replayed="sum(replayed)" if "replayed" in columns else "0"))
+        replayed = "sum(replayed)" if "replayed" in columns else "0"
+        if all_files:
+            return self.query(TOTALS.format(which="", replayed=replayed))
+        chunks = [file_ids[start : start + SOME] for start in range(0, len(file_ids), SOME)]
+        return [
+            row for ids in chunks for row in self.query(TOTALS.format(which=f"WHERE file_id IN ({marks(ids)})", replayed=replayed), *ids)
+        ]
 
 
 def marks(values: Sequence[object]) -> str:
@@ -170,21 +198,37 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
-HISTORY = """
-    SELECT f.*, s.trained, s.steps, s.step_from, s.step_to, s.seconds, s.replayed,
-        a.loss AS first_loss, a.learning_rate AS first_learning_rate,
-        b.loss AS last_loss, b.learning_rate AS last_learning_rate,
+Finished: TypeAlias = tuple[int, str, float | None]
+"""A file in a state that it came to at a time: its steps do not change as long as this does not."""
+
+SOME = 500
+"""Files that one query names at most."""
+
+TOTALS = """
+    SELECT s.*, a.loss AS first_loss, a.learning_rate AS first_learning_rate,
+        b.loss AS last_loss, b.learning_rate AS last_learning_rate
+    FROM (
+        SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS step_from,
+            max(step) AS step_to, sum(seconds) AS seconds, {replayed} AS replayed
+        FROM steps {which} GROUP BY file_id
+    ) s
+    JOIN steps a ON a.file_id = s.file_id AND a.step = s.step_from
+    JOIN steps b ON b.file_id = s.file_id AND b.step = s.step_to
+"""
+NO_TOTALS: Values = dict.fromkeys(
+    ("trained", "steps", "step_from", "step_to", "seconds", "first_loss", "first_learning_rate", "last_loss",
+     "last_learning_rate", "replayed")
+)  # fmt: skip
+LISTED = """
+    SELECT f.*,
         (SELECT h.class FROM handovers h WHERE h.file_id = f.id AND h.kind = 'boundary'
          ORDER BY h.id DESC LIMIT 1) AS handover
     FROM files f
-    LEFT JOIN (
-        SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS step_from,
-            max(step) AS step_to, sum(seconds) AS seconds, {replayed} AS replayed
-        FROM steps GROUP BY file_id
-    ) s ON s.file_id = f.id
-    LEFT JOIN steps a ON a.file_id = f.id AND a.step = s.step_from
-    LEFT JOIN steps b ON b.file_id = f.id AND b.step = s.step_to
     WHERE f.state IN ('queued', 'training', 'done', 'undone', 'skipped', 'quarantined')
     ORDER BY f.state IN ('undone', 'skipped', 'quarantined'), f.position IS NULL, f.position,
         f.priority DESC, f.id
 """
+
+
+def _finished(row: Values) -> Finished:
+    return row["id"], row["state"], row["finished"]

@@ -12,6 +12,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
+from onward.store.curve import Curve
 from onward.store.database import refusal
 from onward.store.files import Files, marks
 from onward.store.migrations import migrate
@@ -35,7 +36,7 @@ def make_ledger(path: Path, **facts: Any) -> None:
     fsync_directory(path.parent)
 
 
-class Ledger(Files, Requests):
+class Ledger(Files, Requests, Curve):
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
     Args:

@@ -95,6 +95,27 @@ class ChatTemplate:
                 return text, spans
         return text, [(target.start, target.end) for target in self._targets(chat, messages, marked)]
 
+    def prompt(self, chat: Chat) -> str:
+        """Return the text that asks the model for the next answer to a chat, as rows were trained to go on from it.
+
+        Raises:
+            RowError: there is no template, it refuses the chat, or a message holds a control token.
+        """
+        if self._renderer is None:
+            raise NO_TEMPLATE
+        self._refuse_control_tokens(chat.messages)
+        asking = self._renderer.render(self._forms.messages(chat), chat.tools, chat.arguments, prompt=True)
+        return without_marks(asking) + self._habits.header
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The tokens at which an answer ends, as far as the template writes any."""
+        if self._renderer is None:
+            return ()
+        ends = (self._habits.ends.inner, self._habits.ends.last)
+        firsts = (next((token for token in self._habits.special_tokens if end.startswith(token)), "") for end in ends)
+        return tuple(dict.fromkeys(token for token in firsts if token))
+
     def ignored(self, chat: Chat) -> tuple[str, ...]:
         """Return the keys of a row and of its messages that nothing reads."""
         if self._renderer is None:

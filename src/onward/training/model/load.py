@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.model.adapter import (
+    ADAPTER,
     ADAPTER_CONFIG,
     add_adapter,
     load_adapter,
@@ -165,6 +166,35 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
         load_adapter(adapted, folder)
     wrap_experts(adapted)
     return adapted.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def fits_shape(model: nn.Module, folder: Path) -> bool:
+    """Whether a folder holds an adapter that `exchange_adapter` can put into a model that `load_model` loaded."""
+    if not isinstance(model, PeftModel) or not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    shape: Any = saved_adapter_config(folder)
+    return getattr(shape, "bias", "none") == "none" and _plain(shape) == _plain(model.peft_config[ADAPTER])
+
+
+def exchange_adapter(model: nn.Module, folder: Path) -> None:
+    """Give a model that `load_model` loaded the weights of another adapter, which `fits_shape`; the base stays.
+
+    Raises:
+        ModelError: the adapter's weights are damaged; the model has its own still.
+        Unreadable: they cannot be read now.
+    """
+    adapted = cast(PeftModel, model)
+    adapted.set_adapter(ADAPTER)  # marks what belongs to the adapter, by which its weights are known
+    try:
+        load_adapter(adapted, folder)
+    finally:
+        adapted.requires_grad_(False)
+
+
+def _plain(adapter: PeftConfig) -> dict[str, Any]:
+    """Return what decides the shape of an adapter: not how it is used, nor where it came from."""
+    values = adapter.to_dict()
+    return {key: value for key, value in values.items() if key not in ("inference_mode", "lora_dropout")}
 
 
 def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -1,0 +1,68 @@
+"""Commands that let a run's model answer: `chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.options import AtOption, JsonOption, RunOption
+from onward.cli.output import show
+from onward.errors import UsageError
+from onward.layout import RunLayout, entries
+
+NICENESS = 10
+"""Of a process beside one that trains: on a busy processor it gets a tenth of the other's share."""
+
+
+def chat(
+    run: RunOption = Path(),
+    at: AtOption = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="Two states, as for --at: the same messages and seed to both."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this and end.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Go on to newer commits by itself.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Share of the probability to draw from.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Most probable tokens to draw from; 0 for all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Of every answer.", show_default="drawn")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the model as it was last committed, or to an earlier state, beside a process that trains."""
+    if compare is not None and (at is not None or refresh):
+        raise UsageError("--compare names both states", where="--compare", hint="Leave --at and --refresh out.")
+    if at is not None and refresh:
+        raise UsageError("--refresh goes on to the newest commit, --at stays", where="--refresh", hint="Leave one out.")
+    if as_json and message is None:
+        raise UsageError("--json is for one answer", where="--json", hint="Give the message: --message TEXT")
+    layout = RunLayout(run)
+    layout.require()
+    with startup.large_imports():
+        from onward.views.chat.sampling import Sampling
+        from onward.views.chat.terminal import Asking, Chat, typed_lines
+    sampling = Sampling(temperature, top_p, top_k, max_tokens, seed or 0)
+    asking = Asking(compare or (at,), sampling, seed, system, refresh)
+    with Chat(layout, asking, give_way) as opened:
+        if message is None:
+            opened.talk(typed_lines())
+        elif not as_json:
+            opened.show_once(message)
+        else:
+            answers = opened.once(message)
+            show({"message": message, "answers": answers} if compare else {"message": message, **answers[0]})
+
+
+def give_way() -> None:
+    """Lower the priority of this process: of every thread that it has, where each has its own."""
+    tasks = Path("/proc/self/task")
+    for thread in (int(task.name) for task in entries(tasks)) if tasks.is_dir() else (0,):
+        with contextlib.suppress(ProcessLookupError):  # a thread that has just ended
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))

@@ -1,0 +1,22 @@
+"""The last proof of a run, kept in its ledger: whoever looks later sees what was checked, when and at which step."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+
+from onward.layout import RunLayout
+from onward.service.proof.verify import Proof, verify
+from onward.store.ledger import Ledger
+
+FACT = "verified"
+"""The fact: the proof as `verify --json` prints it, with `at` (seconds since the epoch), `step` and `deep`."""
+
+
+def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
+    """Check every claim of a run (see `verify`) and keep the outcome; a ledger that cannot take it spoils no proof."""
+    proof = verify(layout, ledger, deep=deep)
+    with contextlib.suppress(sqlite3.Error):
+        at = {"at": ledger.clock(), "step": ledger.committed_step(), "deep": deep}
+        ledger.put(**{FACT: {**at, **proof.to_dict()}})
+    return proof

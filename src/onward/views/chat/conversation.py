@@ -1,0 +1,105 @@
+"""A conversation with one state of a run, or the same one with several; saved as a training row when asked to."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from onward.atomic import fsync_directory, write_file
+from onward.data.row_types import Message
+from onward.errors import UsageError
+from onward.layout import RunLayout
+from onward.text import quoted
+from onward.views.chat.engine import Engine, Outcome, Reply
+from onward.views.chat.sampling import Sampling
+
+
+class Column:
+    """What was said with one state.
+
+    Args:
+        engine: it answers.
+        system: the system message; None leaves it to the chat template.
+    """
+
+    def __init__(self, engine: Engine, system: str | None = None) -> None:
+        self.engine = engine
+        self.system = system
+        self.turns: list[Message] = []
+        """Questions and answers so far, in turn."""
+
+    def ask(self, text: str, sampling: Sampling) -> Reply:
+        """Begin the answer to a message; a model without a chat template goes on with its text.
+
+        Raises:
+            UsageError: it cannot be asked.
+        """
+        if not self.engine.prompts.has_template:
+            return self.engine.go_on(text, sampling)
+        return self.engine.reply([*self._opening(), *self.turns, {"role": "user", "content": text}], sampling)
+
+    def keep(self, text: str, outcome: Outcome) -> None:
+        """Keep a message with its answer, so that what is asked next goes on from it; nothing without an answer."""
+        if outcome.text.strip():
+            answer = {"role": "assistant", "content": outcome.text}
+            self.turns += [{"role": "user", "content": text}, answer]
+
+    def row(self) -> dict[str, Any]:
+        """Return the conversation as a training row.
+
+        Raises:
+            UsageError: nothing was answered yet.
+        """
+        if not self.turns:
+            raise UsageError("there is no answer to save yet")
+        if not self.engine.prompts.has_template:
+            last = self.turns[-2:]
+            return {"prompt": last[0]["content"], "completion": last[1]["content"]}
+        return {"messages": [*self._opening(), *self.turns]}
+
+    def _opening(self) -> list[Message]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
+
+
+def save_row(row: dict[str, Any], layout: RunLayout, path: Path | None = None) -> Path:
+    """Save a training row: in a file of its own in the run's inbox, or at the end of a `.jsonl` file.
+
+    Args:
+        path: the file; None for the inbox, from which a process that watches trains it.
+
+    Returns:
+        The file that has it now.
+
+    Raises:
+        UsageError: the file is no `.jsonl`, or cannot be written.
+    """
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    try:
+        if path is None:
+            return _into_inbox(line, layout.inbox)
+        if path.suffix != ".jsonl":
+            raise UsageError("rows are saved in a .jsonl file", where=path, hint=f"/save {quoted(path)}.jsonl")
+        with path.open("ab") as stream:
+            stream.write(line)
+    except OSError as error:
+        raise UsageError(f"the row cannot be saved: {error.strerror}", where=error.filename or path) from None
+    return path
+
+
+def _into_inbox(line: bytes, inbox: Path) -> Path:
+    """Put a file into the inbox in one act, under a name that is not taken."""
+    stem = time.strftime("chat-%Y%m%d-%H%M%S")
+    names = [f"{stem}.jsonl", *(f"{stem}-{number}.jsonl" for number in range(2, 1000))]
+    temporary = inbox / f".{stem}.part"
+    write_file(temporary, line)
+    for name in names:
+        try:
+            (inbox / name).hardlink_to(temporary)
+        except FileExistsError:
+            continue
+        temporary.unlink()
+        fsync_directory(inbox)
+        return inbox / name
+    raise FileExistsError(17, "a thousand rows were saved in this second", str(inbox))

@@ -1,0 +1,55 @@
+"""What a model is asked with: token ids of a prompt, written as the run's rows were, and the ids at which it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onward.data.row_types import Chat, Message, RowError
+from onward.data.rows.template import ChatTemplate
+from onward.data.tokenizer import TokenizerState
+from onward.errors import UsageError
+
+
+class Prompts:
+    """Prompts for a model.
+
+    Args:
+        state: the run's tokenizer with its chat template.
+    """
+
+    def __init__(self, state: TokenizerState) -> None:
+        self._state = state
+        self._template = ChatTemplate(state)
+        vocabulary = state.tokenizer.get_vocab(with_added_tokens=True)
+        stops = [vocabulary[token] for token in self._template.stops if token in vocabulary]
+        self.stop_ids: tuple[int, ...] = tuple(
+            dict.fromkeys([*stops, *([] if state.eos_id is None else [state.eos_id])])
+        )
+        """Ids of the tokens at which an answer ends."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the model takes messages; if not, it goes on with a text."""
+        return bool(self._state.chat_template)
+
+    def of_messages(self, messages: Sequence[Message], tools: list[object] | None = None) -> list[int]:
+        """Return the token ids that ask for the next answer to messages.
+
+        Args:
+            messages: each with `role` and `content`, as in a row.
+
+        Raises:
+            UsageError: the run's chat template refuses them.
+        """
+        try:
+            text = self._template.prompt(Chat(list(messages), tools))
+        except RowError as error:
+            raise UsageError(f"the messages cannot be asked: {error.reason}", hint=error.remedy) from None
+        return self._state.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def of_text(self, text: str) -> list[int]:
+        """Return the token ids of a text that the model is to go on with; a tokenizer's end token is left out."""
+        ids: list[int] = self._state.tokenizer.encode(text, add_special_tokens=True).ids
+        while ids and ids[-1] == self._state.eos_id:
+            ids.pop()
+        return ids

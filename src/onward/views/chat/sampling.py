@@ -1,0 +1,88 @@
+"""How an answer is drawn: settings, and draws that are a function of the seed.
+
+transformers draws from the global generator, which belongs to the process. Here noise of Gumbel's distribution from a
+generator of the answer's own is added to the scores, and the largest is taken: the same distribution (Gumbel-max trick;
+Maddison et al., arXiv 1411.0030), and two answers at the same time do not disturb each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from onward.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn.
+
+    Args:
+        temperature: scores are divided by it; 0 takes the most probable token each time.
+        top_p: share of the probability within which the next token is drawn.
+        top_k: most probable tokens among which the next one is drawn; 0 for all.
+        max_tokens: tokens that an answer has at most.
+        seed: the answer is a function of it, of the prompt and of the model.
+
+    Raises:
+        UsageError: a value is impossible.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    top_k: int = 0
+    max_tokens: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (0.0 <= self.temperature <= 100.0, "0 to 100"),
+            "top_p": (0.0 < self.top_p <= 1.0, "above 0, up to 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "max_tokens": (self.max_tokens >= 1, "1 or more"),
+            "seed": (-(2**63) <= self.seed < 2**63, "64 bits"),
+        }
+        for name, (fits, allowed) in ranges.items():
+            if not fits:
+                raise UsageError(f"{name} cannot be {getattr(self, name)}", where=name, hint=f"It is {allowed}.")
+
+    def processors(self, device: torch.device) -> LogitsProcessorList:
+        """Return what turns a model's scores into ones whose largest is the next token."""
+        made = LogitsProcessorList()
+        if self.temperature == 0.0:
+            return made
+        made.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k:
+            made.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            made.append(TopPLogitsWarper(self.top_p))
+        made.append(_Noise(self.seed, device))
+        return made
+
+
+class _Noise(LogitsProcessor):
+    """Adds Gumbel noise to scores, so that the largest is a draw from their distribution."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return scores with noise.
+
+        Args:
+            input_ids: the tokens so far, shape (1, T).
+            scores: of the next token, shape (1, V).
+        """
+        del input_ids
+        wide: torch.Tensor = scores.float()
+        noise = torch.empty_like(wide).exponential_(generator=self._generator).log()
+        return wide - noise

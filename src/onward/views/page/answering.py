@@ -1,0 +1,121 @@
+"""The process that answers the page's questions: a model in memory, beside training and at a lower priority.
+
+Wishes come as JSON lines on stdin, answers go as JSON lines on stdout. It is a process of its own, so that the page
+itself stays small and a model that dies takes nothing with it: `python -m onward.views.page.answering RUN`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onward import startup
+from onward.errors import OnwardError
+from onward.layout import RunLayout
+
+NICENESS = 10
+"""On a busy processor it gets a tenth of what training gets."""
+LOADED = 2
+"""States that are kept in memory: the two columns."""
+
+
+class Answering:
+    """Answers wishes: `{"id", "at", "messages", "system", "temperature", "max_tokens", "seed"}`.
+
+    `{"cancel": ID}` ends an answer early. What goes out are pieces `{"id", "text"}`, and at last `{"id", "done"}` or
+    `{"id", "error"}`.
+    """
+
+    def __init__(self, layout: RunLayout) -> None:
+        self._layout = layout
+        self._engines: OrderedDict[str, Any] = OrderedDict()
+        self._replies: dict[int, Any] = {}
+        self._writing = threading.Lock()
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Answer until there are no more lines."""
+        for line in lines:
+            wish = json.loads(line)
+            if "cancel" in wish:
+                if (reply := self._replies.get(wish["cancel"])) is not None:
+                    reply.cancel()
+                continue
+            try:
+                self._begin(wish)
+            except OnwardError as error:
+                self._tell({"id": wish["id"], "error": str(error)})
+        for engine in self._engines.values():
+            engine.close()
+
+    def _begin(self, wish: Mapping[str, Any]) -> None:
+        from onward.views.chat.conversation import Column
+        from onward.views.chat.sampling import Sampling
+
+        at = wish.get("at") or None
+        engine = self._engine(at)
+        column = Column(engine, wish.get("system") or None)
+        *before, last = wish["messages"]
+        column.turns = list(before)
+        settings = {name: wish[name] for name in ("temperature", "max_tokens", "seed") if name in wish}
+        reply = column.ask(last["content"], Sampling(**settings))
+        self._replies[wish["id"]] = reply
+        # read apart, so that the other column's state is loaded meanwhile
+        threading.Thread(target=self._read, args=(wish["id"], reply), daemon=True).start()
+
+    def _read(self, number: int, reply: Any) -> None:
+        try:
+            for piece in reply:
+                self._tell({"id": number, "text": piece})
+            outcome = reply.outcome
+        except OnwardError as error:
+            self._tell({"id": number, "error": str(error)})
+            return
+        finally:
+            del self._replies[number]
+        done = {"label": outcome.label, "step": outcome.step, "tokens": outcome.tokens, "finish": outcome.finish}
+        self._tell({"id": number, "done": {**done, "seconds": outcome.seconds, "text": outcome.text}})
+
+    def _engine(self, at: str | None) -> Any:
+        """Return the engine of a state; that of the newest commit goes on to newer ones."""
+        from onward.views.chat.engine import Engine
+        from onward.views.loaded import load
+        from onward.views.points import hold, newest_step
+
+        key = at or ""
+        engine = self._engines.get(key)
+        if engine is None:
+            with hold(self._layout, at) as point:
+                engine = Engine(load(self._layout, point))
+        elif at is None and engine.loaded.step != newest_step(self._layout):
+            with hold(self._layout) as point:
+                engine.move_to(self._layout, point)
+        self._engines[key] = engine
+        self._engines.move_to_end(key)
+        while len(self._engines) > LOADED:
+            self._engines.popitem(last=False)[1].close()
+        return engine
+
+    def _tell(self, value: dict[str, Any]) -> None:
+        with self._writing:
+            sys.stdout.write(json.dumps(value) + "\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    """Answer questions about the run that the first argument names."""
+    startup.set_environment()
+    os.nice(max(0, NICENESS - os.nice(0)))  # before any thread begins: each keeps what it began with
+    with startup.large_imports():
+        importlib.import_module("onward.views.chat.engine")
+    Answering(RunLayout(Path(sys.argv[1]))).run(sys.stdin)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The curve as the page draws it: means and extremes of ranges of steps, kept from one drawing to the next."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from onward.store.curve import Curve, Span
+from onward.store.database import Values
+from onward.views.curve import Piece, buckets
+
+POINTS = 2000
+"""Ranges that a whole run is kept in, at most this and at least half of it: more than a screen has columns."""
+AT_ONCE = 50_000
+"""Steps that are added up while a browser waits; of more, each range is shown by one step until they are."""
+COARSE = 4
+"""Times that kept ranges may be longer than those asked for, before steps are read again for a closer look."""
+DRAWN = (
+    "step", "loss", "loss_min", "loss_max", "learning_rate", "grad_norm", "grad_norm_min", "grad_norm_max",
+    "tokens_per_second",
+)  # fmt: skip
+"""Columns of what is drawn; `step` is the last of its range. Loss and gradient norm are means over it."""
+
+Bucket: TypeAlias = list[Piece]
+Identity: TypeAlias = tuple[tuple[int, int, int], ...]
+
+
+class KeptBuckets:
+    """Sums over ranges of steps of one run. Ranges that stay as they are are added up once, however often drawn."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[Identity, Values] = {}
+
+    def fill(self, ledger: Curve) -> None:
+        """Add up the whole run, as far as it is not known; a million steps take about half a second of one core."""
+        with self._lock:  # once, whoever asks
+            spans = ledger.spans()
+            found = list(buckets(spans, size_for(_newest(spans), POINTS)))
+            kept = {_identity(bucket): self._sums(ledger, bucket) for bucket in found}
+            self._kept = kept
+
+    def draw(self, ledger: Curve, points: int, first: int | None, last: int | None) -> dict[str, Any]:
+        """Return columns of `DRAWN` between two global steps, of at most about so many ranges, and the files there.
+
+        `exact` is false where ranges are shown by their last step alone until `fill` has added them up.
+        """
+        spans = ledger.spans()
+        newest = _newest(spans)
+        begin, end = max(1, first or 1), newest if last is None else min(last, newest)
+        base, size = size_for(newest, POINTS), size_for(end - begin + 1, max(1, points))
+        if size >= base or (COARSE * size >= base and end - begin >= AT_ONCE):
+            size = base
+            begin = (begin - 1) // size * size + 1
+            end = newest if last is None else min(newest, -(-end // size) * size)
+        found = list(buckets(spans, size, first=begin, last=end))
+        missing = sum(_steps(bucket) for bucket in found if _identity(bucket) not in self._kept)
+        quick = size == base and missing > AT_ONCE
+        sums = [self._last(ledger, bucket) if quick else self._sums(ledger, bucket) for bucket in found]
+        rows = [_drawn(values) for values in sums if values["steps"]]
+        columns = {name: [row[place] for row in rows] for place, name in enumerate(DRAWN)}
+        seen = [span for span in spans if span.first <= end and span.last >= begin]
+        files = [[span.name, span.position, span.first, span.last] for span in seen]
+        return {"columns": columns, "files": files, "exact": not quick, "first": begin, "last": end, "newest": newest}
+
+    def _sums(self, ledger: Curve, bucket: Bucket) -> Values:
+        """Return what the steps of a bucket add up to."""
+        known = self._kept.get(_identity(bucket))
+        if known is not None:
+            return known
+        parts = [ledger.step_sums(piece.span.file_id, piece.first, piece.last) for piece in bucket]
+        values = _added([part for part in parts if part["steps"]])
+        newest = ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
+        return values | {"learning_rate": newest[0]["learning_rate"] if newest else None}
+
+    def _last(self, ledger: Curve, bucket: Bucket) -> Values:
+        """Return the last step of a bucket, standing for all of it."""
+        known = self._kept.get(_identity(bucket))
+        if known is not None:
+            return known
+        rows = ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
+        return _added([_alone(row) for row in rows]) | {"learning_rate": rows[0]["learning_rate"] if rows else None}
+
+
+def size_for(steps: int, points: int) -> int:
+    """Return the smallest power of two, as a number of steps, of which at most `points` cover so many steps."""
+    size = 1
+    while steps > size * points:
+        size *= 2
+    return size
+
+
+def _newest(spans: Sequence[Span]) -> int:
+    return spans[-1].last if spans else 0
+
+
+def _identity(bucket: Bucket) -> Identity:
+    """What a bucket's sums depend on: a step that is recorded does not change."""
+    return tuple((piece.span.file_id, piece.first, piece.last) for piece in bucket)
+
+
+def _steps(bucket: Bucket) -> int:
+    return sum(piece.last - piece.first + 1 for piece in bucket)
+
+
+def _alone(row: Values) -> Values:
+    loss, norm = row["loss"], row["grad_norm"]
+    extremes = {"loss_min": loss, "loss_max": loss, "grad_norm_min": norm, "grad_norm_max": norm}
+    return {**row, **extremes, "steps": 1, "last": row["step"]}
+
+
+def _added(parts: list[Values]) -> Values:
+    """Return the sums of several ranges as those of one."""
+    if not parts:
+        return {"steps": 0}
+    values = {name: sum(part[name] for part in parts) for name in ("steps", "loss", "grad_norm", "tokens", "seconds")}
+    for name in ("loss", "grad_norm"):
+        values[f"{name}_min"] = min(part[f"{name}_min"] for part in parts)
+        values[f"{name}_max"] = max(part[f"{name}_max"] for part in parts)
+    return values | {"last": parts[-1]["last"]}
+
+
+def _drawn(values: Values) -> tuple[Any, ...]:
+    count, seconds = values["steps"], values["seconds"]
+    shown = {
+        **values,
+        "step": values["last"],
+        "loss": values["loss"] / count,
+        "grad_norm": values["grad_norm"] / count,
+        "tokens_per_second": values["tokens"] / seconds if seconds else None,
+    }
+    return tuple(_short(shown[name]) for name in DRAWN)
+
+
+def _short(value: Any) -> Any:
+    """Return a number in as many digits as a screen has pixels for."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,90 @@
+"""What a page may ask for: the requests of the command line, made as it makes them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from onward.errors import OnwardError, RunLocked, UsageError, VerificationFailed
+from onward.layout import RunLayout
+
+PATIENCE = 30.0
+"""Seconds that a browser waits for the owner's answer; the request stays open after that."""
+LONG = 3600.0
+"""Seconds that a command in a process of its own may take."""
+_ERRORS = {2: UsageError, 4: RunLocked, 5: VerificationFailed}
+
+
+def ask(layout: RunLayout, kind: str, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a request of the owner and wait for the answer.
+
+    Args:
+        kind: pause, resume, stop or skip.
+        wanted: what the command has options for: `release`; `after_file`; `file` and `reason`.
+
+    Raises:
+        UsageError: an option makes no sense.
+        OnwardError: what the command line would say.
+    """
+    from onward.run import Run  # at the first request: it loads what only who acts needs
+
+    run = Run(layout.root)
+    if kind == "pause":
+        return {"answer": run.pause(release=_flag(wanted, "release"), patience=PATIENCE)}
+    if kind == "resume":
+        return {"answer": run.resume(patience=PATIENCE)}
+    if kind == "stop":
+        return {"answer": run.stop(after_file=_flag(wanted, "after_file"), patience=PATIENCE)}
+    assert kind == "skip", kind
+    return {"answer": run.skip(_text(wanted, "file"), reason=_text(wanted, "reason"), patience=PATIENCE)}
+
+
+def rollback(layout: RunLayout, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Go back to a restore point, by the command line in a process of its own: it loads large libraries.
+
+    Raises:
+        UsageError: no file or step is named.
+        OnwardError: what the command said.
+    """
+    to = _text(wanted, "to")
+    if not to:
+        raise UsageError("it is not said where to go back to", where="to", hint='For example {"to": "step:120"}.')
+    again = ["--requeue"] if _flag(wanted, "requeue") else []
+    return _command(layout, "rollback", f"--to={to}", "--yes", *again)
+
+
+def verify(layout: RunLayout) -> dict[str, Any]:
+    """Check the run's proof, by the command line in a process of its own.
+
+    Raises:
+        RunLocked: a process trains; a proof needs a state that stands still.
+    """
+    return _command(layout, "verify")
+
+
+def _command(layout: RunLayout, *words: str) -> dict[str, Any]:
+    line = [sys.executable, "-P", "-m", "onward", *words, "--json", "--run", str(layout.root.absolute())]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=LONG, check=False, stdin=subprocess.DEVNULL)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        what, _, hint = done.stderr.strip().removeprefix("onward: ").partition("\n")
+        kind = _ERRORS.get(done.returncode, OnwardError)
+        raise kind(what or f"the command ended with status {done.returncode}", hint=hint.strip() or None) from None
+
+
+def _flag(wanted: Mapping[str, Any], name: str) -> bool:
+    value = wanted.get(name, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} is true or false", where=name)
+    return value
+
+
+def _text(wanted: Mapping[str, Any], name: str) -> str | None:
+    value = wanted.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"{name} is a text", where=name)
+    return value or None

@@ -1,0 +1,116 @@
+"""The gate in front of every request: refuses what the guard refuses, and puts the security headers on every answer."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from onward.views.page.guard import COOKIE, SAFE_METHODS, Hosts, Key, is_foreign
+from onward.views.page.pages import closed_page, enter_page
+
+POLICY = "; ".join((
+    "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self'", "connect-src 'self'",
+    "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'", "require-trusted-types-for 'script'",
+))  # fmt: skip
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+STATIC = "/static/"
+"""Below it lie styles and scripts, which show nothing of a run; the page that says how to get in needs them."""
+
+
+class Gate:
+    """ASGI middleware.
+
+    Args:
+        app: what lies behind it.
+        key: the token.
+        hosts: names that the page answers to.
+        read_only: refuse everything that is not for looking.
+    """
+
+    def __init__(self, app: ASGIApp, key: Key, hosts: Hosts, *, read_only: bool) -> None:
+        self._app = app
+        self._key = key
+        self._hosts = hosts
+        self._read_only = read_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            answer = self._refusal(scope) or self._entry(scope) or self._closed(scope)
+            await (answer or self._app)(scope, receive, _with_headers(send, scope["path"]))
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        """Refuse what no token makes good."""
+        headers = Headers(scope=scope)
+        if not self._hosts.know(headers.get("host", "")):
+            return _refused(403, "this page does not go by that name", "Open the link that onward page printed.")
+        if is_foreign(headers):
+            return _refused(403, "another site made this request", "Use the page itself, or a token in the header.")
+        if self._read_only and scope["method"] not in SAFE_METHODS:
+            return _refused(403, "this page is for reading only", "Start it without --read-only.")
+        return None
+
+    def _entry(self, scope: Scope) -> Response | None:
+        """Change the token of the link into a cookie, and lead on to the same page without it."""
+        query = parse_qsl(scope["query_string"].decode("latin-1"))
+        token = dict(query).get("token")
+        if token is None or "/api/" in scope["path"] or not self._key.is_token(token):
+            return None
+        rest = urlencode([pair for pair in query if pair[0] != "token"])
+        # one slash: two would name another host
+        target = "/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else "")
+        site = Headers(scope=scope).get("sec-fetch-site", "none")
+        # a browser that was sent here by another site sends no strict cookie along with what a redirect leads to
+        answer = RedirectResponse(target, 303) if site in ("none", "same-origin") else enter_page(target)
+        answer.set_cookie(cookie_name(scope), self._key.cookie, httponly=True, samesite="strict", path="/")
+        return answer
+
+    def _closed(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        if scope["path"].startswith(STATIC) or self._key.is_in_header(headers):
+            return None
+        if self._key.is_in_cookie(headers, cookie_name(scope)):
+            if scope["method"] in SAFE_METHODS or "origin" in headers:
+                return None
+            return _refused(403, "a request that changes something has to say where it comes from", "Send an Origin.")
+        if "text/html" in headers.get("accept", "") and "/api/" not in scope["path"]:
+            return closed_page()
+        return _refused(401, "the token is missing or wrong", "Authorization: Bearer TOKEN, as in the link.")
+
+
+def cookie_name(scope: Scope) -> str:
+    """Return the cookie's name: browsers do not keep cookies of two ports of one host apart."""
+    server = scope.get("server")
+    return f"{COOKIE}_{server[1]}" if server else COOKIE
+
+
+def _refused(status: int, what: str, hint: str) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse({"error": what, "hint": hint}, status, headers)
+
+
+def _with_headers(send: Send, path: str) -> Send:
+    async def wrapped(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers[name] = value
+            if path.startswith(STATIC):
+                headers["Cache-Control"] = "no-cache"  # kept, but asked for each time whether it is still the same
+        await send(message)
+
+    return wrapped

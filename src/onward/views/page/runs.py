@@ -1,0 +1,58 @@
+"""Which runs a page shows, and the names that they have in its addresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.errors import UsageError
+from onward.layout import RunLayout, entries
+from onward.text import printable
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class NamedRun:
+    """A run and its name in addresses: that of its directory, in plain characters, unique on the page."""
+
+    name: str
+    layout: RunLayout
+
+    @property
+    def title(self) -> str:
+        """The name of its directory, for a person to read."""
+        return printable(self.layout.root.resolve().name or str(self.layout.root))
+
+
+def find_runs(directories: Sequence[Path]) -> list[NamedRun]:
+    """Return the runs in these directories: each is one, or a folder whose folders are.
+
+    Raises:
+        UsageError: one of them is neither.
+        DamagedState: the ledger of one is gone.
+    """
+    layouts: dict[Path, RunLayout] = {}
+    for directory in directories:
+        for layout in _runs_in(directory):
+            layouts.setdefault(layout.root.resolve(), layout)
+    named: dict[str, NamedRun] = {}
+    for root, layout in layouts.items():
+        plain = _UNSAFE.sub("-", root.name).strip(".-") or "run"
+        names = (plain, *(f"{plain}-{number}" for number in range(2, len(layouts) + 2)))
+        name = next(name for name in names if name not in named)
+        named[name] = NamedRun(name, layout)
+    return list(named.values())
+
+
+def _runs_in(directory: Path) -> list[RunLayout]:
+    layout = RunLayout(directory)
+    if layout.ledger.is_file():
+        return [layout]
+    below = [RunLayout(entry) for entry in entries(directory) if (entry / layout.ledger.name).is_file()]
+    if below:
+        return below
+    layout.require()
+    raise UsageError("there is no run in this directory", where=directory)

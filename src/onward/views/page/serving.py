@@ -1,0 +1,120 @@
+"""The server: one process beside the run, at a lower priority than training, bound where it was told to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+
+from onward.errors import UsageError
+from onward.views.page.app import PageSettings, make_app
+from onward.views.page.guard import Hosts, Key, is_loopback
+from onward.views.page.runs import find_runs
+from onward.views.page.upload import remove_dead_parts
+
+NICENESS = 5
+"""Steps by which training goes before the page where both want a core."""
+TOKEN = "ONWARD_PAGE_TOKEN"
+"""Variable with a token that stays the same, as a service and Prometheus need; without it each start has a new one."""
+SHORTEST = 16
+WAIT_SECONDS = 3
+"""Seconds that open requests have to end when the page does."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the page listens, and the other names that it has.
+
+    Args:
+        host: an address or a name of this machine.
+        port: 0 for any that is free.
+        names: names that a proxy gives it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    names: tuple[str, ...] = ()
+
+
+def serve(
+    directories: Sequence[Path], address: Address, show: Callable[[str], None], say: Callable[[str], None], *,
+    read_only: bool = False,
+) -> None:  # fmt: skip
+    """Serve runs until interrupted.
+
+    Args:
+        show: receives the link with the token, once the page can be opened.
+        say: receives what a person should know besides.
+
+    Raises:
+        UsageError: there is no run, or the address cannot be had.
+    """
+    runs = find_runs(directories)
+    settings = PageSettings(Hosts.of(address.host, address.names), _key(), read_only)
+    listener = _listen(address)
+    for run in () if read_only else runs:
+        with contextlib.suppress(OSError):
+            remove_dead_parts(run.layout.inbox)
+    if not is_loopback(address.host):
+        say("others can reach this page: whoever has its link may do what you may, and nothing is encrypted on the way")
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    server = PageServer(server_config(make_app(runs, settings)))
+    show(link(address.host, listener.getsockname()[1], settings.key))
+    with listener, contextlib.suppress(KeyboardInterrupt):  # that is how a page is ended
+        server.run(sockets=[listener])
+
+
+class PageServer(uvicorn.Server):
+    """Ends what requests wait for before it waits for them."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End."""
+        await self.config.app.state.let_go()  # type: ignore[union-attr]
+        await super().shutdown(sockets)
+
+
+def server_config(app: Starlette) -> uvicorn.Config:
+    """Return how the application is served: quietly, since addresses and headers hold the token."""
+    return uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=WAIT_SECONDS, ws="none", lifespan="on",
+    )  # fmt: skip
+
+
+def link(host: str, port: int, key: Key) -> str:
+    """Return the address that opens the page."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{port}/?token={key.token}"
+
+
+def _key() -> Key:
+    token = os.environ.get(TOKEN) or None
+    if token is not None and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
+        raise UsageError(
+            f"the token is too short or has characters that a header cannot hold ({SHORTEST} at least)", where=TOKEN,
+            hint=f"export {TOKEN}=$(openssl rand -hex 32)",
+        )  # fmt: skip
+    return Key(token)
+
+
+def _listen(address: Address) -> socket.socket:
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(128)
+    except OSError as error:
+        hint = "Another port: --port 0 takes any that is free."
+        what = f"the page cannot listen there: {error.strerror or error}"
+        raise UsageError(what, where=f"{address.host}:{address.port}", hint=hint) from None
+    return listener

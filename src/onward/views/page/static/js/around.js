@@ -1,0 +1,123 @@
+/* What stands around the curve: inbox and queue, refused files, proof, restore points, disk, events. */
+import { get } from "./api.js";
+import { byId, make, readOnly, say, show } from "./dom.js";
+import { ago, clock, count, fixed, size } from "./format.js";
+import { goBack } from "./controls.js";
+import { offerPoints } from "./talk.js";
+
+const FEW = 12;
+
+export async function loadOverview() {
+  const values = await get("overview");
+  showWaiting(values.queue, values.inbox);
+  showRefused(values.refused);
+  showProof(values.proof);
+  showPoints(values.restore_points);
+  offerPoints(values.restore_points);
+  showDisk(values.disk);
+  showEvents(values.events);
+  showGrid(values.grid);
+}
+
+function showWaiting(queue, inbox) {
+  const announced = new Set(queue.map((file) => file.name));
+  const arrived = inbox.filter((file) => !announced.has(file.name));
+  const items = [
+    ...queue.map((file) => [file.name, file.state === "queued" ? `${count(file.rows)} rows` : "being checked"]),
+    ...arrived.map((file) => [file.name, file.whole ? `in the inbox, ${size(file.bytes)}` : `arriving, ${size(file.bytes)}`]),
+  ];
+  const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow" }, name), make("span", { class: "dim" }, what)));
+  if (items.length > FEW) shown.push(make("li", { class: "dim" }, `and ${count(items.length - FEW)} more`));
+  if (!items.length) shown.push(make("li", { class: "empty" }, "Nothing waits."));
+  byId("waiting").replaceChildren(...shown);
+}
+
+function problem(report, found) {
+  const place = found.line === null ? "" : `${report.unit} ${found.line}: `;
+  return make("li", {}, make("strong", {}, place), found.reason, found.remedy ? make("div", { class: "remedy" }, found.remedy) : null);
+}
+
+function showRefused(reports) {
+  const open = new Set([...byId("refused").querySelectorAll("details[open]")].map((element) => element.dataset.key));
+  say("refused-count", reports.length ? count(reports.length) : "");
+  const shown = reports.map((report) => {
+    const key = `${report.file} ${report.rejected}`;
+    const problems = `${count(report.problem_count)} ${report.problem_count === 1 ? "problem" : "problems"}`;
+    const hidden = report.problem_count - report.problems.length;
+    return make("details", { "data-key": key, open: open.has(key) },
+      make("summary", {}, report.file, make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
+      make("ul", { class: "report" }, ...report.problems.map((found) => problem(report, found))),
+      hidden > 0 ? make("p", { class: "dim" }, `and ${count(hidden)} more`) : null,
+      report.way_out ? make("p", { class: "dim" }, report.way_out) : null);
+  });
+  byId("refused").replaceChildren(...(shown.length ? shown : [make("p", { class: "empty" }, "None.")]));
+}
+
+export function showVerified(proof) {
+  byId("verified").className = proof.ok ? "accent-text" : "error-text";
+  const when = proof.at ? `, ${ago(proof.at)} at step ${count(proof.step)}` : "";
+  say("verified", proof.ok ? `Verified${when}: ${count(proof.checks.length)} claims hold.` : `Not verified${when}.`);
+  const lines = proof.checks.filter((check) => !proof.ok ? !check.ok : false);
+  byId("checks").replaceChildren(make("ul", { class: "checks" }, ...lines.map((check) => make("li", {}, make("strong", {}, `${check.name}: `), check.detail))));
+}
+
+function showProof(proof) {
+  if (proof.verified) showVerified(proof.verified);
+  else {
+    byId("verified").className = "dim";
+    say("verified", "Not verified yet.");
+  }
+  const classes = Object.entries(proof.classes).map(([name, number]) => `${count(number)} ${name}`);
+  say("handover-words", classes.length ? `Handovers: ${classes.join(", ")}` : "No handover yet.");
+  show("handovers", proof.handovers.length > 0);
+  byId("handover-rows").replaceChildren(...proof.handovers.map((entry) => make("tr", {},
+    make("td", { class: "num" }, count(entry.step)),
+    make("td", {}, entry.file ?? entry.kind),
+    make("td", { class: entry.class === "bitwise" ? "" : "warn-text" }, entry.difference ? `${entry.class} (${entry.difference})` : entry.class),
+    make("td", { class: "num" }, fixed(entry.loss)))));
+}
+
+function showPoints(points) {
+  const shown = points.map((point) => make("li", {},
+    make("span", { class: "grow" }, `Step ${count(point.step)}`),
+    make("span", { class: "dim" }, point.time ? ago(point.time) : ""),
+    readOnly() ? null : make("button", { type: "button", class: "small", "aria-label": `Go back to step ${point.step}`, onclick: () => goBack(point.step) }, "Go back")));
+  byId("points").replaceChildren(...(shown.length ? shown : [make("li", { class: "empty" }, "None yet: the first file makes one.")]));
+}
+
+function showDisk(disk) {
+  byId("disk").value = disk.total ? 1 - disk.free / disk.total : 0;
+  say("disk-words", `${size(disk.free)} of ${size(disk.total)} free; training needs ${size(disk.reserve)} of it for the next commit.`);
+}
+
+function showEvents(events) {
+  const kinds = { warning: "warn-text", error: "error-text" };
+  byId("events").replaceChildren(...events.slice().reverse().map((event) => make("li", {},
+    make("time", { class: "dim", datetime: new Date(event.created * 1000).toISOString() }, clock(event.created)),
+    make("span", { class: kinds[event.level] ?? "" }, event.level === "info" ? "" : `${event.level}: `, event.message))));
+  if (!events.length) byId("events").append(make("li", { class: "empty" }, "Nothing happened yet."));
+}
+
+/* What the model knows: a row for each boundary, a column for each file, as `onward grid --json` has them. */
+function showGrid(grid) {
+  const isMeasured = Boolean(grid) && grid.after.length > 1;
+  show("grid", isMeasured);
+  if (!isMeasured) return;
+  const from = Math.max(0, grid.files.length - FEW);
+  const shown = grid.files.slice(from);
+  const names = new Map(grid.files.map((file) => [file.position, file.name]));
+  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...shown.map((file) => make("th", { scope: "col", class: "num" }, file.name)));
+  const lines = grid.after.map((after, line) => make("tr", {},
+    make("th", { scope: "row" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
+    ...shown.map((_, index) => cell(grid.loss.map((row) => row[from + index]), line))));
+  byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines.slice(-FEW)));
+}
+
+/* A loss, the darker the lower it is among those of its column. */
+function cell(column, line) {
+  const known = column.filter((value) => value !== null), value = column[line];
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  const element = make("td", { class: "num" }, fixed(value, 3));
+  if (value !== null && high > low) element.style.background = `color-mix(in srgb, var(--accent-soft) ${Math.round((100 * (high - value)) / (high - low))}%, transparent)`;
+  return element;
+}

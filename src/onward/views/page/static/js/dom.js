@@ -1,0 +1,31 @@
+/* Elements made from plain values. Text is only ever put in as text. */
+export const byId = (id) => document.getElementById(id);
+
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined).map((child) => child instanceof Node ? child : String(child)));
+  return element;
+}
+
+export function say(id, text) {
+  const element = byId(id);
+  if (element && element.textContent !== text) element.textContent = text;
+}
+
+export function show(id, shown) {
+  const element = byId(id);
+  if (element) element.hidden = !shown;
+}
+
+export function toast(text, isError = false) {
+  const note = make("div", { class: isError ? "toast error" : "toast" }, text);
+  byId("toasts").append(note);
+  setTimeout(() => note.remove(), isError ? 12000 : 6000);
+}
+
+export const readOnly = () => document.body.dataset.readOnly === "yes";

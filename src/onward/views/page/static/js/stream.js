@@ -1,0 +1,73 @@
+/* The stream as a table: one row per file. */
+import { get } from "./api.js";
+import { byId, make, say, show } from "./dom.js";
+import { count, duration, files, fixed } from "./format.js";
+import { openRows } from "./rows.js";
+
+const FIRST = 200;
+const OUT = ["undone", "skipped", "quarantined"];
+let entries = [];
+let all = false;
+let ascending = false;
+
+export async function loadHistory() {
+  entries = await get("history");
+  draw();
+}
+
+/* The row of the file in training follows the state, without asking for all rows again. */
+export function followStatus(status) {
+  const index = entries.findIndex((entry) => entry.state === "training" && entry.name === status.file);
+  if (index < 0) return;
+  entries[index] = { ...entries[index], steps: status.file_step, last_loss: status.loss ?? entries[index].last_loss };
+  byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index, status));
+}
+
+function warnings(entry) {
+  const parts = [[entry.truncated, "cut"], [entry.dropped, "left out"], [entry.split, "split"], [entry.bad_rows, "bad"]];
+  const words = parts.filter(([number]) => number).map(([number, word]) => `${count(number)} ${word}`);
+  if (entry.lost_tokens) words.push(`${count(entry.lost_tokens)} tokens lost`);
+  return words.join(", ");
+}
+
+function row(entry, index, status = null) {
+  const warned = warnings(entry);
+  const kind = OUT.includes(entry.state) ? "out" : entry.state === "training" ? "going-on" : "";
+  const steps = entry.state === "training" && status ? `${count(status.file_step)} / ${count(status.file_steps)}` : count(entry.steps);
+  const name = make("button", { type: "button", class: "name", title: "Show its rows as the model sees them", onclick: () => openRows(entry) }, entry.name);
+  return make("tr", { class: kind, "data-index": index },
+    make("td", { class: "num" }, entry.position ?? "–"),
+    make("th", { class: "name-cell", scope: "row" }, name),
+    make("td", { class: entry.state === "quarantined" ? "error-text" : "" }, entry.state),
+    make("td", { class: "num" }, count(entry.rows)),
+    make("td", { class: "num" }, entry.steps ? steps : "–"),
+    make("td", { class: "num" }, fixed(entry.first_loss)),
+    make("td", { class: "num" }, fixed(entry.last_loss)),
+    make("td", {}, entry.handover ?? "–"),
+    make("td", { class: "note" }, warned ? make("span", { class: "warn-text" }, warned) : null, entry.note ? make("div", { class: "dim" }, entry.note) : null),
+    make("td", { class: "num" }, entry.seconds ? duration(entry.seconds) : "–"));
+}
+
+function draw() {
+  const wanted = byId("find").value.trim().toLowerCase();
+  let shown = entries.map((entry, index) => [entry, index]).filter(([entry]) => entry.name.toLowerCase().includes(wanted));
+  if (!ascending) shown = shown.reverse();
+  const found = shown.length;
+  if (!all) shown = shown.slice(0, FIRST);
+  byId("files").replaceChildren(...shown.map(([entry, index]) => row(entry, index)));
+  if (!found) byId("files").append(make("tr", {}, make("td", { colspan: 10, class: "empty" }, entries.length ? "No file has such a name." : "No file yet. Drop one into the inbox.")));
+  const done = entries.filter((entry) => entry.state === "done").length;
+  say("stream-count", `${files(entries.length)}, ${count(done)} done`);
+  show("all-files", shown.length < found);
+  say("all-files", `Show all ${count(found)}`);
+}
+
+export function startStream() {
+  byId("find").addEventListener("input", draw);
+  byId("all-files").addEventListener("click", () => { all = true; draw(); });
+  byId("by-position").querySelector("button").addEventListener("click", () => {
+    ascending = !ascending;
+    byId("by-position").setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    draw();
+  });
+}

@@ -1,0 +1,183 @@
+"""What changes in a run, as server-sent events: one look a second at the ledger, however many browsers are open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from anyio import to_thread
+from sse_starlette import ServerSentEvent
+
+from onward.errors import OnwardError
+from onward.service.holder import is_held
+from onward.store.ledger import Ledger
+from onward.views.curve import as_columns, read_curve
+from onward.views.page.reading import RunReader
+
+SECONDS = 1.0
+"""Between two looks."""
+PULSE = 5.0
+"""Seconds after which the state is told again though nothing was written: a process may have frozen."""
+NEW_STEPS = 500
+"""Steps that are sent one by one; where there are more, a browser draws the curve anew."""
+WAITING = 100
+"""Messages that a browser may leave unread before it is let go; it comes back by itself."""
+
+Message: TypeAlias = tuple[str, Any]
+
+
+@dataclass
+class Seen:
+    """What the last look saw; each mark changes when something that is shown may have changed."""
+
+    written: Any = None
+    around: Any = None
+    files: Any = None
+    step: int = 0
+    position: int = 0
+
+
+class Watcher:
+    """Looks at one run, and tells what it finds to everybody who follows. Nobody follows: it does not look.
+
+    Args:
+        reader: reads the run.
+        seconds: between two looks.
+        clock: seconds that never jump.
+    """
+
+    def __init__(
+        self, reader: RunReader, *, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._reader = reader
+        self._seconds = seconds
+        self._clock = clock
+        self._followers: set[asyncio.Queue[Message]] = set()
+        self._task: asyncio.Task[None] | None = None
+        self._ledger: Ledger | None = None
+        self._seen = Seen()
+
+    async def follow(self) -> AsyncGenerator[ServerSentEvent]:
+        """Yield events: first the state, then whatever changes."""
+        queue: asyncio.Queue[Message] = asyncio.Queue(WAITING)
+        self._followers.add(queue)
+        try:
+            yield _event(await to_thread.run_sync(self._state))
+            if self._task is None or self._task.done():
+                self._task = asyncio.create_task(self._run())
+            while queue in self._followers or not queue.empty():
+                yield _event(await queue.get())
+        finally:
+            self._followers.discard(queue)
+
+    async def end(self) -> None:
+        """Stop looking, and let everybody go."""
+        self._followers.clear()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._close()
+
+    async def _run(self) -> None:
+        self._seen = await to_thread.run_sync(self._begin)
+        while self._followers:
+            for message in await to_thread.run_sync(self.look):
+                self._tell(message)
+            await asyncio.sleep(self._seconds)
+        self._close()
+
+    def _tell(self, message: Message) -> None:
+        for queue in tuple(self._followers):
+            try:
+                queue.put_nowait(message)
+            except asyncio.QueueFull:  # its browser sleeps
+                self._followers.discard(queue)
+
+    def _state(self) -> Message:
+        try:
+            return "status", self._reader.status()
+        except (OnwardError, sqlite3.Error, OSError) as error:
+            return "trouble", {"error": str(error)}
+
+    def _begin(self) -> Seen:
+        """Return what is there when the first browser comes, which reads it all by itself."""
+        seen = Seen()
+        with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
+            ledger = self._opened()
+            newest = ledger.spans(ledger.last_position() - 1)[-1:]
+            seen.step, seen.position = (newest[0].last, newest[0].position) if newest else (0, 0)
+            seen.files, seen.around = ledger.files_mark(), self._around(ledger)
+        return seen
+
+    def look(self) -> list[Message]:
+        """Return what changed since the last look; a run that cannot be read is told, and looked at again."""
+        try:
+            ledger = self._opened()
+            return self._changes(ledger)
+        except (OnwardError, sqlite3.Error, OSError) as error:
+            self._close()
+            return [("trouble", {"error": str(error)})]
+
+    def _changes(self, ledger: Ledger) -> list[Message]:
+        seen = self._seen
+        written = (ledger.version(), is_held(self._reader.layout.lock), self._clock() // PULSE)
+        around = self._around(ledger)
+        messages: list[Message] = []
+        if written != seen.written:
+            messages.append(self._state())
+            messages += self._steps(ledger)
+            files = ledger.files_mark()
+            if files != seen.files:
+                seen.files = files
+                messages.append(("changed", ["history"]))
+        if around != seen.around:
+            messages.append(("changed", ["overview"]))
+        seen.written, seen.around = written, around
+        return messages
+
+    def _steps(self, ledger: Ledger) -> list[Message]:
+        """Return the steps that came since the last look, or that steps went away."""
+        seen = self._seen
+        spans = ledger.spans(max(0, seen.position - 1))
+        newest, position = (spans[-1].last, spans[-1].position) if spans else (0, 0)
+        before, seen.step, seen.position = seen.step, newest, position
+        if newest < before or newest > before + NEW_STEPS:
+            return [("changed", ["curve"])]
+        if newest == before:
+            return []
+        return [("steps", as_columns(read_curve(ledger, first=before + 1)))]
+
+    def _around(self, ledger: Ledger) -> Any:
+        layout = self._reader.layout
+        folders = (layout.inbox, layout.inbox / "high", layout.inbox / "low", layout.rejected, layout.boundaries)
+        times: list[int] = []
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                times.append(folder.stat().st_mtime_ns)
+        return ledger.last_event(), ledger.get("verified"), times
+
+    def _opened(self) -> Ledger:
+        """Return the ledger, opened once: whether others wrote to it is told to a connection that stays."""
+        self._reader.layout.require()
+        if self._ledger is not None:
+            self._ledger.require_in_place()
+        else:
+            self._ledger = Ledger(self._reader.layout.ledger, read_only=True)
+        return self._ledger
+
+    def _close(self) -> None:
+        if self._ledger is not None:
+            self._ledger.close()
+            self._ledger = None
+
+
+def _event(message: Message) -> ServerSentEvent:
+    name, value = message
+    return ServerSentEvent(data=json.dumps(value), event=name)

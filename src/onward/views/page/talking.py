@@ -1,0 +1,132 @@
+"""Questions from browsers to the process that answers, and its answers back to whoever asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onward.errors import ModelError, UsageError
+from onward.layout import RunLayout
+
+IDLE_SECONDS = 600.0
+"""Seconds without a question after which the process ends and gives its memory back."""
+LINE_BYTES = 16 << 20
+MOST_TURNS, MOST_TOKENS = 200, 4096
+
+Answer = dict[str, Any]
+
+
+class Talker:
+    """Starts the process that answers at the first question, and ends it when nobody asks any more."""
+
+    def __init__(self, layout: RunLayout) -> None:
+        self._layout = layout
+        self._process: asyncio.subprocess.Process | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._askers: dict[int, asyncio.Queue[Answer | None]] = {}
+        self._asked = 0
+        self._rest: asyncio.TimerHandle | None = None
+
+    async def ask(self, wish: Mapping[str, Any]) -> AsyncGenerator[Answer]:
+        """Yield the pieces of an answer, then what came of it.
+
+        Raises:
+            UsageError: the wish makes no sense.
+            ModelError: the process that answers ended.
+        """
+        known = require_wish(wish)
+        process = await self._started()
+        assert process.stdin is not None
+        self._asked = number = self._asked + 1
+        queue: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._askers[number] = queue
+        is_open = True
+        try:
+            process.stdin.write(json.dumps({**known, "id": number}).encode() + b"\n")
+            await process.stdin.drain()
+            while (answer := await queue.get()) is not None:
+                is_open = "text" in answer
+                yield answer
+                if not is_open:
+                    return
+            is_open = False
+            raise ModelError("the process that answers ended", hint="Ask again; onward chat says more.")
+        finally:
+            del self._askers[number]
+            if is_open and process.returncode is None:  # whoever asked went away
+                process.stdin.write(json.dumps({"cancel": number}).encode() + b"\n")
+            self._rest_later()
+
+    async def end(self) -> None:
+        """End the process."""
+        if self._rest is not None:
+            self._rest.cancel()
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+        if self._reading is not None:
+            await self._reading
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is None or self._process.returncode is not None:
+            words = ("-P", "-m", "onward.views.page.answering", str(Path(self._layout.root).absolute()))
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES
+            )
+            self._reading = asyncio.create_task(self._read(self._process))
+        return self._process
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        """Hand each line to whoever asked; at the process' end, its end to everybody."""
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            answer = json.loads(line)
+            queue = self._askers.get(answer.pop("id"))
+            if queue is not None:
+                queue.put_nowait(answer)
+        for queue in self._askers.values():
+            queue.put_nowait(None)
+
+    def _rest_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = loop.call_later(IDLE_SECONDS, self._let_go)
+
+    def _let_go(self) -> None:
+        process = self._process
+        if process is not None and process.stdin is not None and not self._askers:
+            process.stdin.close()  # it ends by itself
+            self._process = None
+
+
+def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is asked, as far as the process that answers may be told it.
+
+    Raises:
+        UsageError: something of it is not what it has to be.
+    """
+    messages = wish.get("messages")
+    if not isinstance(messages, list) or not 0 < len(messages) <= MOST_TURNS or not all(map(_is_message, messages)):
+        raise UsageError(f"messages are 1 to {MOST_TURNS} objects with role and content", where="messages")
+    kinds = {"at": str, "system": str, "temperature": (int, float), "max_tokens": int, "seed": int}
+    known: dict[str, Any] = {name: wish[name] for name in kinds if wish.get(name) is not None}
+    for name, value in known.items():
+        if isinstance(value, bool) or not isinstance(value, kinds[name]):
+            raise UsageError(f"{name} is no such value", where=name)
+    tokens = known.get("max_tokens", 0)
+    if tokens > MOST_TOKENS:
+        raise UsageError(f"max_tokens is {MOST_TOKENS} at most", where="max_tokens")
+    return {**known, "messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
+
+
+def _is_message(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") in ("user", "assistant") and isinstance(turn.get("content"), str)

@@ -1,0 +1,162 @@
+"""A file that a browser sends into the inbox: streamed beside it, in place only when it is whole.
+
+While it grows it has a name that the inbox passes over, and a lock that a later page recognizes a dead one's by.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from anyio import to_thread
+
+from onward.atomic import fsync_directory
+from onward.errors import NoSpace, NotMadeHere, UsageError
+from onward.service.intake.inbox import IGNORED, PRIORITIES
+from onward.text import printable
+
+CHUNK = 4 << 20
+"""Bytes that are written at once; between two writes the disk is looked at again."""
+NAME_BYTES = 255
+UNFINISHED = re.compile(r"upload-[0-9a-f]{16}\.part")
+
+
+class BadName(UsageError):
+    """A name that no file of the inbox can have."""
+
+
+def require_name(name: str) -> str:
+    """Return a name that the inbox takes.
+
+    Raises:
+        BadName: it leads elsewhere, or the inbox would pass the file over for good.
+    """
+    hint = "Send it under a plain name, as data.jsonl."
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise BadName("this is no plain file name", where=printable(name), hint=hint)
+    if not name.isprintable():
+        raise BadName("the name has characters that cannot be shown", where=printable(name), hint=hint)
+    if name.startswith(".") or name.lower().endswith(IGNORED):
+        raise BadName("the inbox passes over files of this name, as unfinished ones", where=name, hint=hint)
+    if name in PRIORITIES:
+        raise BadName("this is the name of a folder of the inbox", where=name, hint=hint)
+    if len(name.encode()) > NAME_BYTES:
+        raise BadName(f"the name is longer than {NAME_BYTES} bytes", where=f"{name[:40]}...", hint=hint)
+    return name
+
+
+class Upload:
+    """One file on its way into the inbox.
+
+    Args:
+        inbox: the folder.
+        name: of the file, as `require_name` let it pass.
+        reserve: bytes that the disk has to keep free.
+    """
+
+    def __init__(self, inbox: Path, name: str, reserve: int) -> None:
+        self._target = inbox / name
+        self._part = inbox / f"upload-{secrets.token_hex(8)}.part"
+        self._reserve = reserve
+
+    async def receive(self, chunks: AsyncIterator[bytes], size: int | None) -> int:
+        """Take in all chunks and put the file in place; returns its size.
+
+        Args:
+            size: bytes that are announced, None where nothing is said.
+
+        Raises:
+            NotMadeHere: a file of that name waits already.
+            NoSpace: the disk has no room for it.
+        """
+        self._require_free_name()
+        self._require_room(size or 0)
+        writer = await to_thread.run_sync(self._open)
+        held = os.open(self._part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # a lock that outlives the writing
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            written = await self._copy(chunks, writer)
+            await to_thread.run_sync(self._finish, writer)
+        finally:  # also where the browser went away: nothing half stays
+            writer.close()
+            os.close(held)
+            self._part.unlink(missing_ok=True)
+        return written
+
+    async def _copy(self, chunks: AsyncIterator[bytes], writer: io.FileIO) -> int:
+        written, buffer = 0, bytearray()
+        async for chunk in chunks:
+            buffer += chunk
+            if len(buffer) >= CHUNK:
+                await to_thread.run_sync(self._write, writer, bytes(buffer))
+                written += len(buffer)
+                buffer.clear()
+        await to_thread.run_sync(self._write, writer, bytes(buffer))
+        return written + len(buffer)
+
+    def _open(self) -> io.FileIO:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return io.FileIO(os.open(self._part, flags, 0o644), "wb")
+
+    def _write(self, writer: io.FileIO, data: bytes) -> None:
+        self._require_room(len(data))
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[writer.write(view) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise self._full(len(data)) from None
+
+    def _finish(self, writer: io.FileIO) -> None:
+        """Force the bytes to the disk and close the file, then name it, unless another one got the name meanwhile."""
+        os.fsync(writer.fileno())
+        writer.close()
+        try:
+            os.link(self._part, self._target)
+        except FileExistsError:
+            raise self._taken() from None
+        except OSError:  # a file system without hard links
+            self._require_free_name()
+            self._part.rename(self._target)
+        fsync_directory(self._target.parent)
+
+    def _require_free_name(self) -> None:
+        if os.path.lexists(self._target):
+            raise self._taken()
+
+    def _taken(self) -> NotMadeHere:
+        hint = "Wait until it was taken in, or send this one under another name."
+        return NotMadeHere("a file of this name waits in the inbox already", where=self._target.name, hint=hint)
+
+    def _require_room(self, size: int) -> None:
+        if shutil.disk_usage(self._part.parent).free - size < self._reserve:
+            raise self._full(size)
+
+    def _full(self, size: int) -> NoSpace:
+        free = shutil.disk_usage(self._part.parent).free
+        what = f"the disk has no room for it: {free / 1e6:.0f} MB free, {(self._reserve + size) / 1e6:.0f} MB needed"
+        return NoSpace(what, where=self._target.name, hint="Make room, then send it again. Nothing of it was kept.")
+
+
+def remove_dead_parts(inbox: Path) -> None:
+    """Remove what pages that were killed left half received; parts that still grow are locked."""
+    for path in inbox.glob("upload-*.part"):
+        if not UNFINISHED.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,28 @@
+"""A run of three files that tests of views read; whoever changes it takes a copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4, "max_length": 128, "warmup_steps": 0, "learning_rate": 0.05, "lora": {"rank": 2}, "save_steps": 1,
+    "keep_boundaries": 1, "keep_days": 0,
+}  # fmt: skip
+"""Only the newest restore point and one more are kept: here those of steps 3 and 5."""
+
+
+@pytest.fixture(scope="session")
+def stream(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of `a.jsonl` (one step), `b.jsonl` and `c.jsonl` (two steps each)."""
+    folder = tmp_path_factory.mktemp("stream")
+    named = zip("abc", (3, 7, 8), strict=True)
+    files = [tiny.write_jsonl(folder / f"{name}.jsonl", tiny.chat_rows(n, seed=n)) for name, n in named]
+    run = Run.create(folder / "run", str(model), **SETTINGS)
+    run.train(*files)
+    return run.layout.root

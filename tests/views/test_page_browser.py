@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from daemons import SETTINGS, done, end, hold, is_in, rows_file, twin_of, until, watch
+from processes import start_command
+
+from onward import Run
+from onward.store.ledger import Ledger
+
+pytest.importorskip("uvicorn")
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install -y chromium")
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+HOSTILE = "<img src=x onerror=hacked=1>"
+SECONDS = 60_000
+"""Milliseconds that the browser waits for what is to come, on a machine that does other things too."""
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A browser that fails the test for whatever a page's script got wrong."""
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        context = opened.new_context(viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(SECONDS)
+        wrong: list[str] = []
+        context.on("weberror", lambda error: wrong.append(str(error.error)))
+        context.on("console", lambda message: message.type == "error" and wrong.append(message.text))
+        context.wrong = wrong
+        yield context
+        opened.close()
+
+
+@contextmanager
+def page_of(run: Run, log: Path) -> Iterator[str]:
+    """Start `onward page`; gives the link that it prints first."""
+    process = start_command(log, "page", "--port", "0", "--run", run.layout.root)
+    try:
+        until(lambda: log.exists() and "\n" in log.read_text(), process)
+        yield log.read_text().splitlines()[0]
+    finally:
+        end(process)
+
+
+@contextmanager
+def stranger(html: str) -> Iterator[str]:
+    """Serve a page of somebody else on this machine; gives its address."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(html.encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            del format, arguments
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_address[1]}/"
+        server.shutdown()
+
+
+def hostile_rows(path: Path) -> Path:
+    """Write rows that would run a script in a page that shows them as HTML."""
+    text = f"<script>hacked = 1</script>{HOSTILE}"
+    ask, answer = {"role": "user", "content": text}, {"role": "assistant", "content": text}
+    return tiny.write_jsonl(path, [{"messages": [ask, answer]}] * 4)
+
+
+def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, model: Path, browser: Any) -> None:
+    """A live run is followed, paused and resumed, gets files, shows what it refuses and the rows it trains; nothing
+    that a file says is run; another site can neither act nor frame the page; and the weights have the bits that they
+    have without a page.
+    """
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run.add(rows_file(tmp_path / "first.jsonl", 20))
+    held = hold(run)
+    daemon = watch(run, prepare=held)
+    try:
+        until(is_in(run, "first.jsonl"), daemon)
+        with page_of(run, tmp_path / "page.log") as link:
+            page = browser.new_page()
+            page.goto(link)
+            assert "token" not in page.url
+            _is_live(page)
+            _obeys(page, run)
+            _cannot_be_attacked(browser, link, run)
+            held.let_go.touch()
+            _takes_files(page, tmp_path)
+            _shows_rows(page)
+            _talks(page)
+            assert None is page.evaluate("window.hacked ?? null")
+    finally:
+        end(daemon)
+    assert [] == browser.wrong
+    twin = twin_of(run, model, [tmp_path / name for name in done(run)])
+    assert state_digest(twin) == state_digest(run.layout.root)
+
+
+def state_digest(run: Path) -> str:
+    """Return the digest of weights, moments and counters of a run's newest commit."""
+    with Ledger(run / "ledger.sqlite3", read_only=True) as ledger:
+        newest = ledger.newest_checkpoint()
+    assert newest is not None
+    return newest.state_digest
+
+
+def _is_live(page: Any) -> None:
+    """The state, the file in training and its steps stand on the page, and the curve is drawn."""
+    sync_api.expect(page.locator("#state-word")).to_have_text("training")
+    sync_api.expect(page.locator("#going")).to_have_text("first.jsonl")
+    sync_api.expect(page.locator("#files tr.going-on")).to_contain_text("first.jsonl")
+    page.wait_for_selector("#curve[data-ready]")
+    assert 4 == page.locator(".charts canvas").count()
+    page.keyboard.press("Tab")
+    sync_api.expect(page.locator(".skip")).to_be_focused()
+
+
+def _obeys(page: Any, run: Run) -> None:
+    """The buttons make the requests of the command line, and the answer is shown."""
+    page.click("#pause")
+    sync_api.expect(page.locator("#toasts")).to_contain_text("paused")
+    sync_api.expect(page.locator("#state-word")).to_have_text("paused")
+    assert "paused" == run.status()["state"]
+    page.click("#resume")
+    sync_api.expect(page.locator("#state-word")).to_have_text("training")
+
+
+def _cannot_be_attacked(browser: Any, link: str, run: Run) -> None:
+    """A site on this very machine, in the same browser: its requests are refused, its frame stays empty."""
+    home = link.split("?")[0]
+    attack = f"""<iframe src="{home}"></iframe><script>
+      const how = {{ method: "POST", mode: "no-cors", credentials: "include", body: "{{}}" }};
+      Promise.allSettled([fetch("{home}api/pause", how), fetch("{home}api/status", {{ credentials: "include" }})])
+        .then((results) => {{ document.title = results.map((result) => result.status).join(); }});
+    </script>"""
+    with stranger(attack) as address:
+        other = browser.new_page()
+        other.goto(address.replace("localhost", "127.0.0.1"))
+        other.wait_for_function("document.title !== ''")
+        assert "rejected,rejected" == other.title()
+        framed = other.frames[-1]
+        assert 0 == framed.locator("#state-word").count()
+        other.close()
+    assert "training" == run.status()["state"]
+    browser.wrong.clear()  # the browser says itself that it kept the stranger out
+
+
+def _takes_files(page: Any, folder: Path) -> None:
+    """Files that are dropped are trained or refused; a refused one shows its rows and what is wrong with them."""
+    good, evil = rows_file(folder / "good.jsonl", 4), hostile_rows(folder / f"{HOSTILE}.jsonl")
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"text": 1}\n')
+    page.set_input_files("#pick", [good, evil, bad])
+    sync_api.expect(page.locator("#files tr", has_text="good.jsonl")).to_contain_text("done", timeout=SECONDS)
+    sync_api.expect(page.locator("#files tr", has_text=HOSTILE)).to_contain_text("done", timeout=SECONDS)
+    page.click("#refused summary")
+    sync_api.expect(page.locator("#refused li")).to_contain_text("line 1:")
+
+
+def _talks(page: Any) -> None:
+    """Two states answer the same message, each in its column, which says which state it is."""
+    page.check("#compare")
+    page.fill("#heat", "0")
+    page.fill("#message", HOSTILE)
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".said .about")).to_have_count(2, timeout=SECONDS)
+    sync_api.expect(page.locator(".said .mine").first).to_have_text(HOSTILE)
+    for said in page.locator(".said .about").all():
+        sync_api.expect(said).to_contain_text("after file")
+
+
+def _shows_rows(page: Any) -> None:
+    """A file's name opens its rows, what is trained marked; the keyboard closes them."""
+    page.get_by_role("button", name=f"{HOSTILE}.jsonl").click()
+    sync_api.expect(page.locator("#rows-title")).to_have_text(f"{HOSTILE}.jsonl")
+    row = page.locator(".row").first
+    sync_api.expect(row.locator("mark")).to_contain_text(f"<script>hacked = 1</script>{HOSTILE}<|im_end|>")
+    page.get_by_text("Highest loss").click()
+    sync_api.expect(row.locator("h3")).to_contain_text("loss")
+    page.keyboard.press("Escape")
+    assert not page.locator("#rows").evaluate("dialog => dialog.open")
