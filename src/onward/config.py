@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from onward.config_sections import (
     RESIDUAL_INITS,
@@ -20,8 +20,10 @@ from onward.config_sections import (
     Rate,
     Section,
     TextConfig,
+    Tracker,
     path_text,
     refuse_bool,
+    refuse_twice,
 )
 
 LATER_IDENTITY_KEYS = (
@@ -41,7 +43,7 @@ SECTIONS = ("lora", "text", "notify")
 
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
-    "compress_archive", "notify",
+    "compress_archive", "notify", "track",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
@@ -194,6 +196,11 @@ class Config(Section):
         description="Times its size that a compressed, Parquet or Arrow file may unpack to; judged above 16 megabytes.",
     )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
+    track: Annotated[list[Tracker], AfterValidator(refuse_twice)] = Field(
+        default=[],
+        description="Trackers that are told of every step, behind training: `trackio`, `wandb`, `mlflow`, "
+        "`tensorboard` (each an extra: `onward[wandb]`), or one that another package brings.",
+    )
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",

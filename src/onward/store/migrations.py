@@ -181,6 +181,25 @@ MIGRATIONS = (
     ALTER TABLE files ADD COLUMN lost_tokens INTEGER NOT NULL DEFAULT 0;
     ALTER TABLE files ADD COLUMN bad_rows INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    CREATE TABLE rewinds (
+        id INTEGER PRIMARY KEY,
+        step INTEGER NOT NULL,
+        created REAL NOT NULL
+    ) STRICT;
+
+    CREATE TABLE trackers (
+        name TEXT PRIMARY KEY,
+        run_id TEXT,
+        step INTEGER NOT NULL,
+        shift INTEGER NOT NULL,
+        since INTEGER NOT NULL,
+        rollbacks INTEGER NOT NULL,
+        rewind INTEGER NOT NULL,
+        problem TEXT,
+        updated REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 
