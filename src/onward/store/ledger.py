@@ -12,6 +12,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
+from onward.store.curve import Curve
 from onward.store.database import refusal
 from onward.store.files import Files, marks
 from onward.store.migrations import migrate
@@ -32,7 +33,7 @@ def make_ledger(path: Path, **facts: Any) -> None:
     fsync_directory(path.parent)
 
 
-class Ledger(Files, Requests, Tracking):
+class Ledger(Files, Requests, Curve, Tracking):
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
     Args:

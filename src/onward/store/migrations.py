@@ -182,6 +182,15 @@ MIGRATIONS = (
     ALTER TABLE files ADD COLUMN bad_rows INTEGER NOT NULL DEFAULT 0;
     """,
     """
+    CREATE TABLE step_times (
+        file_id INTEGER NOT NULL,
+        step INTEGER NOT NULL,
+        time REAL NOT NULL,
+        PRIMARY KEY (file_id, step),
+        FOREIGN KEY (file_id, step) REFERENCES steps (file_id, step) ON DELETE CASCADE
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
     CREATE TABLE rewinds (
         id INTEGER PRIMARY KEY,
         step INTEGER NOT NULL,

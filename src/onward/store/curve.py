@@ -1,0 +1,78 @@
+"""Step records across files, as curves are drawn from them: which files have any, and single records of a range.
+
+Every query reads a range of the table's key, so that none sorts and none holds a snapshot of the ledger for long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from onward.store.database import Database, Values
+from onward.store.files import IN_STREAM
+
+SPANS = f"""
+    SELECT id AS file_id, name, position, start_step AS began,
+        (SELECT step FROM steps WHERE file_id = files.id ORDER BY step LIMIT 1) AS first,
+        (SELECT step FROM steps WHERE file_id = files.id ORDER BY step DESC LIMIT 1) AS last
+    FROM files WHERE {IN_STREAM} AND first IS NOT NULL ORDER BY position
+"""
+SUMS = """
+    SELECT count(*) AS steps, min(step) AS first, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
+        max(loss) AS loss_max, sum(grad_norm) AS grad_norm, min(grad_norm) AS grad_norm_min,
+        max(grad_norm) AS grad_norm_max, sum(tokens) AS tokens, sum(seconds) AS seconds
+    FROM steps WHERE file_id = ? AND step BETWEEN ? AND ?
+"""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The step records that the ledger has of one file of the stream: global steps `first` to `last`."""
+
+    file_id: int
+    name: str
+    position: int
+    began: int | None
+    first: int
+    last: int
+
+
+class Curve(Database):
+    """Reads step records by range."""
+
+    def spans(self) -> list[Span]:
+        """Return the files of the stream that have step records, in stream order."""
+        return self.records(Span, SPANS)
+
+    def step_values(self, file_id: int, first: int, last: int) -> list[Values]:
+        """Return the records of a file from one global step to another, both included, in order."""
+        where = "WHERE file_id = ? AND step BETWEEN ? AND ? ORDER BY step"
+        return self.query(f"SELECT {self._columns} FROM steps {where}", file_id, first, last)
+
+    def step_extremes(self, file_id: int, first: int, last: int) -> list[Values]:
+        """Return the records of lowest and highest loss in a range; one where they are the same, none in an empty one.
+
+        SQLite fills the other columns from the row that holds the minimum or maximum.
+        """
+        where = "WHERE file_id = ? AND step BETWEEN ? AND ?"
+        found: dict[int, Values] = {}
+        for extreme in ("min", "max"):
+            for row in self.query(
+                f"SELECT {self._columns}, {extreme}(loss) AS extreme FROM steps {where}", file_id, first, last
+            ):
+                del row["extreme"]
+                if row["step"] is not None:
+                    found[row["step"]] = row
+        return [found[step] for step in sorted(found)]
+
+    def step_sums(self, file_id: int, first: int, last: int) -> Values:
+        """Return sums and extremes over the records of a range; the column `steps` says how many there are."""
+        return self.query(SUMS, file_id, first, last)[0]
+
+    @cached_property
+    def _columns(self) -> str:
+        """The columns read; a ledger that was not migrated yet has no times."""
+        time = "NULL AS time"
+        if self.query("SELECT 1 FROM sqlite_master WHERE name = 'step_times'"):
+            time = "(SELECT t.time FROM step_times t WHERE t.file_id = steps.file_id AND t.step = steps.step) AS time"
+        return f"step, step_in_file, loss, learning_rate, grad_norm, rows, tokens, target_tokens, seconds, {time}"
