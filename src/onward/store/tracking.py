@@ -59,9 +59,7 @@ class Tracking(Database):
 
     def step_time(self, record: StepRecord) -> float | None:
         """Return when a step was recorded, None for steps of earlier releases."""
-        return self.scalar(
-            "SELECT time FROM step_times WHERE file_id = ? AND step = ?", record.file_id, record.step
-        )
+        return self.scalar("SELECT time FROM step_times WHERE file_id = ? AND step = ?", record.file_id, record.step)
 
     def _files_after(self, step: int) -> Iterator[FileRow]:
         """Yield the files of the stream that may have steps after a step, in order."""

@@ -113,7 +113,7 @@ class Feed:
         points = [self._point(cursor, row, record) for row, record in steps]
         if not points or self._ledger.last_rewind() != cursor.rewind:
             return cursor, []
-        return replace(cursor, step=points[-1].step, problem=None), points
+        return replace(cursor, step=points[-1].step), points
 
     def _point(self, cursor: TrackerRow, row: FileRow, record: StepRecord) -> Point:
         values = _values(row, record)
