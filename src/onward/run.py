@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward import status
 from onward.config import Config
+from onward.curve import as_columns, read_curve
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
@@ -267,6 +268,18 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """Return one entry per file (keys as in `onward history --json`)."""
         return status.read_history(self.layout)
+
+    def metrics(self, every: int = 1) -> dict[str, list[Any]]:
+        """Return the steps of the stream by column: `pandas.DataFrame(run.metrics())`.
+
+        Columns are `step`, `file` (its name), `file_step`, `loss`, `learning_rate`, `grad_norm`, `rows`, `tokens`,
+        `target_tokens`, `seconds` and `time` (seconds since the epoch; None for steps of earlier releases).
+
+        Args:
+            every: thin them to one step for so many, lowest and highest loss kept.
+        """
+        with Ledger(self.layout.ledger, read_only=True) as ledger:
+            return as_columns(read_curve(ledger, every))
 
     def verify(self, *, deep: bool = False) -> Proof:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.

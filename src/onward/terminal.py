@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import IO, TextIO, cast
 
 from onward.errors import printable_lines
@@ -53,6 +53,19 @@ def show_line(text: str) -> None:
     """
     try:
         print(text)
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Generator[None]:
+    """Write a result on stdout in the body; a reader that left early is no failure, and ends the writing.
+
+    Raises:
+        OSError: the result cannot be written, as on a full disk.
+    """
+    try:
+        yield
     except BrokenPipeError:
         silence(sys.stdout)
 

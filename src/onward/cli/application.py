@@ -9,7 +9,7 @@ import typer
 from onward import __version__
 from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
-from onward.cli.commands_figures import track
+from onward.cli.commands_figures import metrics, plot, track
 from onward.cli.commands_make import adopt, init
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
 from onward.cli.commands_train import add, check, train, watch
@@ -29,7 +29,7 @@ COMMANDS = (
     pause, resume, stop, skip,
     preview, status, history, verify, doctor,
     rollback, rebuild, reset,
-    track,
+    metrics, plot, track,
     service,
 )  # fmt: skip
 

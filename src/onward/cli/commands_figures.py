@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Generator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated, BinaryIO
 
 import typer
 
@@ -17,9 +19,78 @@ from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
 from onward.errors import UsageError
 from onward.layout import RunLayout
-from onward.terminal import say
+from onward.terminal import reader_may_leave, say
 
 LOWEST_PRIORITY = 19
+
+
+def metrics(
+    run: RunOption = Path(),
+    every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="One step for every N, lowest and highest loss kept.")
+    ] = 1,
+    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, which is the default.")] = False,
+    as_json: JsonOption = False,
+    as_parquet: Annotated[bool, typer.Option("--parquet", help="As a Parquet file; needs onward[parquet].")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="stdout")
+    ] = None,
+) -> None:
+    """Print the steps of all files: loss, learning rate, gradient norm, tokens, time."""
+    from onward.views import figures
+
+    if as_csv + as_json + as_parquet > 1:
+        raise UsageError("one format at a time", where="--csv, --json, --parquet")
+    rows = figures.steps(RunLayout(run), every)
+    if as_parquet:
+        if output is None and sys.stdout.isatty():
+            raise UsageError("a Parquet file is not for a terminal", hint="onward metrics --parquet -o steps.parquet")
+        with _binary(output) as stream:
+            figures.write_parquet(rows, stream)
+        return
+    with _text(output) as stream:
+        (figures.write_json if as_json else figures.write_csv)(rows, stream)
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A name that ends with .svg, .png or .pdf.")],
+    run: RunOption = Path(),
+) -> None:
+    """Draw the curve of all files into a picture, with the boundaries between them; needs onward[plot]."""
+    from onward.text import quoted
+    from onward.views.plot import plot
+
+    count = plot(RunLayout(run), file)
+    say(f"{count} steps drawn into {quoted(file)}")
+
+
+@contextlib.contextmanager
+def _text(output: Path | None) -> Generator[IO[str]]:
+    """Yield where a text result goes."""
+    if output is None:
+        with reader_may_leave():
+            yield sys.stdout
+        return
+    with _opened(output) as stream, TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+        yield text
+
+
+@contextlib.contextmanager
+def _binary(output: Path | None) -> Generator[IO[bytes]]:
+    """Yield where a result of bytes goes."""
+    if output is None:
+        with reader_may_leave():
+            yield sys.stdout.buffer
+        return
+    with _opened(output) as stream:
+        yield stream
+
+
+def _opened(output: Path) -> BinaryIO:
+    try:
+        return output.open("wb")
+    except OSError as error:
+        raise UsageError(f"it cannot be written: {error.strerror}", where=output) from None
 
 
 def track(
