@@ -23,12 +23,19 @@ Step = tuple[Any, ...]
 
 
 def steps(layout: RunLayout, every: int = 1) -> Iterator[Step]:
-    """Yield the steps of the run's stream as tuples of `COLUMNS`; `file` is printable.
+    """Return the steps of the run's stream as tuples of `COLUMNS`; `file` is printable.
 
     Args:
         every: thin them to one for so many steps, lowest and highest loss kept.
+
+    Raises:
+        UsageError: there is no run.
     """
     layout.require()
+    return _steps(layout, every)
+
+
+def _steps(layout: RunLayout, every: int) -> Iterator[Step]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         for step in read_curve(ledger, every):
             yield (step[0], printable(step[1]), *step[2:])

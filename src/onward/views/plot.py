@@ -1,5 +1,7 @@
 """The run's curve as a picture: loss, learning rate and gradient norm over all files, their boundaries drawn in."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import re
