@@ -11,7 +11,8 @@ from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
 from onward.cli.commands_figures import metrics, plot, track
 from onward.cli.commands_make import adopt, init
-from onward.cli.commands_show import doctor, history, preview, service, status, verify
+from onward.cli.commands_outside import mcp, service
+from onward.cli.commands_show import doctor, history, preview, status, verify
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
 
@@ -30,7 +31,7 @@ COMMANDS = (
     preview, status, history, verify, doctor,
     rollback, rebuild, reset,
     metrics, plot, track,
-    service,
+    service, mcp,
 )  # fmt: skip
 
 

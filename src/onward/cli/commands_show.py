@@ -1,4 +1,4 @@
-"""Commands that change nothing: `status`, `history`, `preview`, `verify`, `doctor`; `service` prints a systemd unit."""
+"""Commands that change nothing: `status`, `history`, `preview`, `verify`, `doctor`."""
 
 from __future__ import annotations
 
@@ -151,20 +151,3 @@ def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
                 show_line(f"        {printable_lines(finding.hint)}")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
-
-
-def service(
-    run: RunOption = Path(),
-    user: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Who runs it; by default you or, for root, the owner of the run's directory."
-        ),
-    ] = None,
-) -> None:
-    """Print a systemd unit that watches this run."""
-    from onward.service.outside.unit import systemd_unit
-
-    layout = RunLayout(run)
-    layout.require()
-    show_line(systemd_unit(layout.root, user).rstrip("\n"))
