@@ -84,7 +84,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["cli.md", "config.md", "file-formats.md"])
+@pytest.mark.parametrize("name", ["cli.md", "config.md", "file-formats.md", "onward.schema.json"])
 def test_generated_pages_are_fresh(name: str) -> None:
     """A page made from the code says what the code says now; `python docs/generate.py` mends it."""
     assert load_generator().PAGES[name]() == (DOCS / name).read_text(encoding="utf-8")
