@@ -38,6 +38,19 @@ _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 
 
+def require_platform(platform: str = sys.platform) -> None:
+    """End the process with one line where Onward cannot run.
+
+    Raises:
+        SystemExit: this is Windows.
+    """
+    if platform in ("win32", "cygwin"):
+        print(
+            "onward: Windows is not supported; Onward runs in WSL 2 (wsl --install), Linux and macOS", file=sys.stderr
+        )
+        raise SystemExit(2)
+
+
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that torch's libraries read when they are loaded or first used; the user's own values stay."""
     wanted = {**_KERNELS, **_CUBLAS, **({} if "OMP_WAIT_POLICY" in environment else _THREADS)}
