@@ -16,6 +16,7 @@ from ledgers import made_up_run
 
 import onward as package
 from onward.layout import RunLayout
+from onward.observed import Observed
 from onward.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -155,10 +156,11 @@ def test_the_notebook_runs(layout: RunLayout, tmp_path: Path, monkeypatch: pytes
 def test_help_of_a_run_reads_well() -> None:
     """`help(Run)` gives every public method a sentence, and says what it raises where it can be refused."""
     text = pydoc.plain(pydoc.render_doc(Run))
-    public = [name for name in vars(Run) if not name.startswith("_")]
+    members = {**vars(Observed), **vars(Run)}
+    public = [name for name in members if not name.startswith("_")]
     assert "metrics" in public
     for name in public:
-        member = vars(Run)[name]
+        member = members[name]
         function = getattr(member, "__func__", getattr(member, "fget", member))
         first = (function.__doc__ or "").strip().splitlines()[0]
         assert first.endswith((".", ":", ";", "`")) or first[-1].isalpha(), name
