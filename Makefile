@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 BENCH_READY := $(VENV)/.bench-ready
 # bitsandbytes apart from the rest: it makes `import peft` seconds slower, and one test needs it.
 QLORA := .qlora
+# What makes the site and the wheel, apart from the rest.
+SITE := .site
 DATA ?= $(wildcard ../shared/data)
 # The newest Python of the classifiers: code and the standard library's types are checked for it too.
 NEWEST := $(shell sed -n 's/.*Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml | sort -V | tail -1)
@@ -14,7 +16,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench gpu recipe docs families qlora browser clean
+.PHONY: help demo test soak lint format bench gpu recipe docs site wheel families qlora browser clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -58,6 +60,18 @@ docs: $(READY) ## regenerate the pages made from the code
 	$(BIN)/python docs/generate.py
 	$(BIN)/python tests/template_sweep.py
 
+site: $(SITE)/.ready ## the documentation as a site, with search, into build/site/site
+	$(SITE)/venv/bin/python docs/site.py build/site
+
+wheel: $(SITE)/.ready ## the wheel, checked, and tried in an environment of its own: dist/ (a few minutes)
+	rm -rf dist $(SITE)/try
+	$(SITE)/venv/bin/python -m build --outdir dist
+	$(SITE)/venv/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(SITE)/try
+	$(SITE)/try/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(SITE)/try/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(SITE)/try/bin/python -P tests/installed.py
+
 qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
 
 # Debian's browser where it can be installed; without it the test says that it is left out.
@@ -67,7 +81,7 @@ families: $(READY) ## every causal family of transformers, small, into docs/fami
 	$(BIN)/python tests/families.py --jobs 2
 
 clean: ## remove the virtual environment and what tools left
-	rm -rf $(VENV) $(QLORA) .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
+	rm -rf $(VENV) $(QLORA) $(SITE) build dist .coverage .coverage.* .pytest_cache .ruff_cache .import_linter_cache .hypothesis demo-run
 
 # torch comes first and alone: an open range could bring another build of it, several GB larger.
 $(READY): pyproject.toml constraints.txt
@@ -78,6 +92,11 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(SITE)/.ready: docs/requirements.txt
+	test -x $(SITE)/venv/bin/python || $(PYTHON) -m venv $(SITE)/venv
+	$(SITE)/venv/bin/python -m pip install -qq --disable-pip-version-check -r docs/requirements.txt
 	@touch $@
 
 $(BENCH_READY): $(READY)

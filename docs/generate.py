@@ -22,6 +22,7 @@ from typer.main import get_command
 
 from onward import cli
 from onward.config import SECTIONS, Config, acts
+from onward.config_schema import schema_text
 from onward.config_text import parse_config
 from onward.data.files.formats import COMPRESSIONS, listed
 from onward.data.files.sources import FileError, read_rows
@@ -445,6 +446,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "config.md": config_page,
     "file-formats.md": formats_page,
     "cli.md": cli_page,
+    "onward.schema.json": schema_text,
 }
 """The pages by file name."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from commands import onward as onward_command
+from ledgers import made_up_run
 
 import onward
 from onward.data.rows.records import parse_record
@@ -84,7 +86,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["cli.md", "config.md", "file-formats.md"])
+@pytest.mark.parametrize("name", ["cli.md", "config.md", "file-formats.md", "onward.schema.json"])
 def test_generated_pages_are_fresh(name: str) -> None:
     """A page made from the code says what the code says now; `python docs/generate.py` mends it."""
     assert load_generator().PAGES[name]() == (DOCS / name).read_text(encoding="utf-8")
@@ -166,6 +168,30 @@ def test_quickstart_and_readme_run(program: Path, model: Path, tmp_path: Path, m
         elif not commands.issuperset(script.splitlines()):
             assert run(script) in block.statuses, script
             commands.update(script.splitlines())
+
+
+def test_pages_about_a_made_run_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and Python of the pages on figures, trackers, agents and install, on a run that was made up."""
+    prepare(model, tmp_path, monkeypatch)
+    made_up_run(tmp_path / "made-run", [("monday.jsonl", 3), ("tuesday.jsonl", 4)], lambda step: 1 / step)
+    tracked = made_up_run(tmp_path / "tracked-run", [("monday.jsonl", 3)], lambda step: 1 / step)
+    tracked.config.write_text("model: smollm2-135m\ntrack: [nobody]\n")
+    pages = [DOCS / name for name in ("figures.md", "trackers.md", "agents.md", "install.md")]
+    ran = [block for page in pages for block in blocks(page) if block.runnable]
+    assert {page.name for page in pages} == {block.page.name for block in ran}
+    for block in ran:
+        if block.language == "python":
+            exec(compile(block.body, block.page.name, "exec"), {"__name__": block.page.stem})
+        else:
+            assert run(block.script()) in block.statuses, block.body
+
+
+def test_the_page_shows_what_metrics_prints(tmp_path: Path) -> None:
+    """The CSV on the page is the command's own output."""
+    layout = made_up_run(tmp_path / "made-run", [("monday.jsonl", 3)], lambda step: 1 / step)
+    shown = next(block for block in blocks(DOCS / "figures.md") if block.language == "console").body
+    printed = onward_command("metrics", "--run", layout.root).out
+    assert shown.splitlines()[1:] == printed.splitlines()[:3]
 
 
 def run(script: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -12,11 +13,24 @@ from typing import Any
 TEMPORARY_PREFIX = ".tmp-"
 
 
+def force(descriptor: int) -> None:
+    """Force what was written to a descriptor to the disk; macOS has a call of its own for what `fsync` means."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        try:
+            fcntl.fcntl(descriptor, full)
+        except OSError:  # this file system cannot
+            pass
+        else:
+            return
+    os.fsync(descriptor)
+
+
 def fsync_file(path: Path) -> None:
     """Force a file's bytes to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        force(descriptor)
     finally:
         os.close(descriptor)
 
@@ -25,7 +39,7 @@ def fsync_directory(path: Path) -> None:
     """Force a directory's entries to the disk, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        force(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
             raise
@@ -38,7 +52,7 @@ def write_file(path: Path, data: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
-        os.fsync(stream.fileno())
+        force(stream.fileno())
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from onward.config_sections import (
     RESIDUAL_INITS,
@@ -24,9 +24,11 @@ from onward.config_sections import (
     ReplayConfig,
     Section,
     TextConfig,
+    Tracker,
     on_or_off,
     path_text,
     refuse_bool,
+    refuse_twice,
 )
 
 LATER_IDENTITY_KEYS = (
@@ -46,7 +48,7 @@ SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay", "guard")
 
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
-    "compress_archive", "notify", "guard", "activation_checkpointing",
+    "compress_archive", "notify", "track", "guard", "activation_checkpointing",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
@@ -232,6 +234,11 @@ class Config(Section):
     anchor: AnchorConfig = Field(default=AnchorConfig(), description="Texts that the base model writes once.")
     replay: ReplayConfig = Field(default=ReplayConfig(), description="Rows of earlier files in the steps of a new one.")
     guard: GuardConfig = Field(default=GuardConfig(), description="When a file is warned of, or taken back.")
+    track: Annotated[list[Tracker], AfterValidator(refuse_twice)] = Field(
+        default=[],
+        description="Trackers that are told of every step, behind training: `trackio`, `wandb`, `mlflow`, "
+        "`tensorboard` (each an extra: `onward[wandb]`), or one that another package brings.",
+    )
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
         description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",

@@ -34,6 +34,15 @@ Rate = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, allow_inf_na
 Fraction = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, lt=1.0, allow_inf_nan=False)]
 Share = Annotated[float, BeforeValidator(refuse_bool), Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
+Tracker = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
+
+
+def refuse_twice(names: list[str]) -> list[str]:
+    """Refuse a list that has a name twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named twice")
+    return names
 
 
 ROW_KEYS = (

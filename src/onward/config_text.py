@@ -94,7 +94,9 @@ def render_yaml(config: Config) -> str:
 
 
 def _scalar(value: Any) -> str:
-    return json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
+    text = json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
+    has_no_point = isinstance(value, float) and "." not in text
+    return text.replace("e", ".0e") if has_no_point else text  # 1e-08 is a number to YAML 1.2 alone
 
 
 def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:

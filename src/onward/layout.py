@@ -70,6 +70,16 @@ class RunLayout:
         return self.root / ".intake.lock"
 
     @property
+    def track_lock(self) -> Path:
+        """Held by the one process that tells trackers of the run."""
+        return self.root / ".track.lock"
+
+    @property
+    def trackers(self) -> Path:
+        """What trackers keep that were not told to keep it elsewhere."""
+        return self.root / "trackers"
+
+    @property
     def inbox(self) -> Path:
         """Where files are dropped."""
         return self.root / "inbox"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.config import NEW_RUN, Config
-from onward.config_text import parse_config, read_config, render_yaml
+from onward.config_schema import write_config
+from onward.config_text import parse_config, read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made
@@ -180,6 +181,6 @@ def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
         layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
         if replace or not layout.config.exists():
-            layout.config.write_text(render_yaml(config), encoding="utf-8")
+            write_config(layout.config, config)
     except OSError as error:
         raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None

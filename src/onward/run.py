@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward import status
 from onward.config import Config
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
+from onward.observed import Observed
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held
@@ -39,7 +39,7 @@ def _silent(_: Any) -> None:
     return None
 
 
-class Run:
+class Run(Observed):
     """One run: a directory with a base model, a config, a stream and a state.
 
     Args:
@@ -53,13 +53,9 @@ class Run:
     """
 
     def __init__(self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext) -> None:
-        self.layout = RunLayout(Path(directory))
-        self.layout.require()
+        super().__init__(RunLayout(Path(directory)))
         self._loading = loading
         self._settings: Settings | None = None
-
-    def __repr__(self) -> str:
-        return f"Run({str(self.layout.root)!r})"
 
     @classmethod
     def create(
@@ -273,14 +269,6 @@ class Run:
 
         with open_ledger(self.layout) as ledger:
             return accept(self.layout, ledger, file)
-
-    def status(self) -> dict[str, Any]:
-        """Return where the run stands (keys as in `onward status --json`)."""
-        return status.read_status(self.layout)
-
-    def history(self) -> list[dict[str, Any]]:
-        """Return one entry per file (keys as in `onward history --json`)."""
-        return status.read_history(self.layout)
 
     def verify(self, *, deep: bool = False) -> Proof:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Generator, MutableMapping
+from pathlib import Path
 
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """Kernels that oneDNN keeps: enough for the shapes of a step. Its 1,024, of half a megabyte each, are never used again:
@@ -27,8 +28,30 @@ _THREADS = {"GOMP_SPINCOUNT": "1000"}
 """Threads that wait for each other burn a core that other work on this machine may want: then a step took up to 100
 times longer. Read by libgomp when torch is loaded; the bits are the same."""
 
+_TRACKERS = {
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+}
+"""What keeps trackers from telling their makers of their use, and from talking."""
+
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
+
+
+def require_platform(platform: str = sys.platform) -> None:
+    """End the process with one line where Onward cannot run.
+
+    Raises:
+        SystemExit: this is Windows.
+    """
+    if platform in ("win32", "cygwin"):
+        print(
+            "onward: Windows is not supported; Onward runs in WSL 2 (wsl --install), Linux and macOS", file=sys.stderr
+        )
+        raise SystemExit(2)
 
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -37,6 +60,16 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     wanted |= {} if "OMP_WAIT_POLICY" in environment else _THREADS
     wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else _ALLOCATOR  # its earlier name
     for name, value in wanted.items():
+        environment.setdefault(name, value)
+
+
+def set_tracker_environment(local: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables that trackers read when they are imported; the user's own values stay.
+
+    Args:
+        local: the folder of trackers that were not told to keep their data elsewhere.
+    """
+    for name, value in {**_TRACKERS, "TRACKIO_DIR": str((local / "trackio").absolute())}.items():
         environment.setdefault(name, value)
 
 

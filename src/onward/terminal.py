@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import IO, TextIO, cast
 
 from onward.errors import printable_lines
@@ -57,16 +57,27 @@ def show_line(text: str) -> None:
         silence(sys.stdout)
 
 
+@contextlib.contextmanager
+def reader_may_leave() -> Generator[None]:
+    """Write a result on stdout in the body; a reader that left early is no failure, and ends the writing.
+
+    Raises:
+        OSError: the result cannot be written, as on a full disk.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
 def show_text(text: str) -> None:
     """Print part of a result on stdout at once; a reader that left early is no failure.
 
     Raises:
         OSError: the result cannot be written, as on a full disk.
     """
-    try:
+    with reader_may_leave():
         print(text, end="", flush=True)
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 def flush_results() -> None:

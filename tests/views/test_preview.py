@@ -197,3 +197,29 @@ def test_neither_torch_nor_transformers_is_imported(run: Path, tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "[]\n" == done.stdout
+
+
+def test_the_longest_rows_come_first(run: Path, tmp_path: Path) -> None:
+    """`--worst` shows the longest rows of a file, those that are cut before all others, longest first."""
+    rows = [{"prompt": "?", "completion": "x" * length} for length in (10, 300, 50, 400, 40)]
+    path = tiny.write_jsonl(tmp_path / "long.jsonl", rows)
+    worst = onward("preview", path, "--worst", "--rows", 3, "--run", run, "--json").json
+    assert [(2, True), (4, True), (3, False)] == [(row["line"], row["cut"]) for row in worst]
+    every = onward("preview", path, "--run", run, "--json").json
+    assert [1, 2, 3, 4, 5] == [row["line"] for row in every]
+    assert sorted((row["tokens"] for row in every), reverse=True)[:3] == [row["tokens"] for row in worst]
+
+
+def test_an_estimate_is_measured_on_a_copy(untouched: Path, tmp_path: Path) -> None:
+    """Steps and tokens are those that training takes, memory and time were measured, and the run stays as it is."""
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(10, 3))
+    found = onward("preview", path, "--estimate", "--price", 3600, "--run", untouched, "--json").json
+    steps = [row["tokens"] for row in onward("preview", path, "--run", untouched, "--json").json]
+    assert (3, sum(steps), 3) == (found["steps"], found["tokens"], found["timed_steps"])
+    assert found["seconds"] == found["tokens"] / found["tokens_per_second"]
+    assert found["seconds"] == pytest.approx(found["cost"])
+    assert max(steps) <= found["heaviest_tokens"] <= sum(sorted(steps)[-4:])
+    assert 1 << 20 < found["memory_bytes"] < found["memory_total_bytes"]
+    line = onward("preview", path, "--estimate", "--run", untouched)
+    assert "for 3 steps on" in line.out
+    assert_refused(onward("preview", path, "--price", 1, "--run", untouched), 2, "Add --estimate")

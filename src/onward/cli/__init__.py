@@ -1,6 +1,10 @@
 """The command line: parse, call `Run`, print. Results go to stdout, messages for people to stderr."""
 
-from onward.cli.application import app
-from onward.cli.entry import main
+from onward.startup import require_platform
+
+require_platform()  # before anything is imported that Windows lacks
+
+from onward.cli.application import app  # noqa: E402
+from onward.cli.entry import main  # noqa: E402
 
 __all__ = ["app", "main"]

@@ -9,11 +9,13 @@ import typer
 from onward import __version__
 from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
+from onward.cli.commands_figures import metrics, plot, track
 from onward.cli.commands_knowledge import evaluate, grid
 from onward.cli.commands_make import adopt, init
+from onward.cli.commands_outside import mcp, service
 from onward.cli.commands_page import page
 from onward.cli.commands_policy import accept, compare, release, releases
-from onward.cli.commands_show import doctor, history, preview, service, status, verify
+from onward.cli.commands_show import doctor, history, preview, status, verify
 from onward.cli.commands_talk import chat
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
@@ -35,7 +37,8 @@ COMMANDS = (
     page, chat,
     rollback, rebuild, reset,
     release, releases, compare,
-    service,
+    metrics, plot, track,
+    service, mcp,
 )  # fmt: skip
 
 

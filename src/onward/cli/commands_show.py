@@ -1,4 +1,4 @@
-"""Commands that change nothing: `status`, `history`, `preview`, `verify`, `doctor`; `service` prints a systemd unit."""
+"""Commands that change nothing: `status`, `history`, `preview`, `verify`, `doctor`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from onward import startup
 from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show, show_each
-from onward.errors import printable_lines
+from onward.errors import UsageError, printable_lines
 from onward.layout import RunLayout
 from onward.terminal import marker, say, show_line
-from onward.text import printable
+from onward.text import printable, quoted
 
 REFRESH_SECONDS = 1.0
 
@@ -57,13 +57,26 @@ def preview(
     rows: Annotated[
         int | None, typer.Option(min=1, help="How many rows to show.", show_default="3; with --json all")
     ] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="Show the longest rows, those that were cut first.")] = False,
+    with_estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what training it will take here, from a few steps on a copy.")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, metavar="PER_HOUR", help="With --estimate: what it will cost.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the rows of a file as the model would see them, what is trained marked; nothing is added."""
     from onward.progress import duration
+
+    if with_estimate:
+        estimate(RunLayout(run), file, price, as_json=as_json)
+        return
+    if price is not None:
+        raise UsageError("a price is for an estimate", where="--price", hint="Add --estimate.")
     from onward.views.preview import ROWS, lines_of, preview
 
-    seen = preview(RunLayout(run), file, rows or (None if as_json else ROWS))
+    seen = preview(RunLayout(run), file, rows or (None if as_json and not worst else ROWS), worst=worst)
     report = seen.report
     if as_json:
         show_each(row.to_dict() for row in seen.rows())
@@ -79,6 +92,28 @@ def preview(
     say(
         f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; "
         f"{seen.steps} steps{time}{notes}"
+    )
+
+
+def estimate(layout: RunLayout, file: Path, price: float | None, *, as_json: bool) -> None:
+    """Print what training a file will take."""
+    from onward.progress import duration, size
+
+    say(f"taking a few steps of {quoted(file)} on a copy")
+    with startup.large_imports():
+        from onward.views.estimate import estimate
+
+    found = estimate(layout, file, price)
+    if as_json:
+        show(found.to_dict())
+        return
+    total = f" of {size(found.memory_total_bytes)}" if found.memory_total_bytes else ""
+    cost = f"; cost {found.cost:.4g}" if found.cost is not None else ""
+    here = printable(found.device)
+    show_line(
+        f"{printable(found.name)}: about {duration(found.seconds)} for {found.steps} steps on {here} "
+        f"({found.tokens_per_second:.0f} tokens/s over {found.timed_steps} steps); memory {size(found.memory_bytes)}"
+        f"{total}, in the step of {found.heaviest_tokens} tokens{cost}"
     )
 
 
@@ -116,20 +151,3 @@ def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
                 show_line(f"        {printable_lines(finding.hint)}")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
-
-
-def service(
-    run: RunOption = Path(),
-    user: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="Who runs it; by default you or, for root, the owner of the run's directory."
-        ),
-    ] = None,
-) -> None:
-    """Print a systemd unit that watches this run."""
-    from onward.service.outside.unit import systemd_unit
-
-    layout = RunLayout(run)
-    layout.require()
-    show_line(systemd_unit(layout.root, user).rstrip("\n"))

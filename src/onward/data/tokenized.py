@@ -189,6 +189,10 @@ class TokenizedFile:
         self._check_index(index)
         return int(self._lines[index])
 
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of each row, shape (rows,)."""
+        return np.diff(self._offsets)
+
     def _check_index(self, index: int) -> None:
         if not 0 <= index < self.rows:
             raise IndexError(index)

@@ -45,6 +45,7 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False, create
         connection.execute("PRAGMA busy_timeout = 30000")
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA fullfsync = ON")  # macOS: `fsync` alone does not reach the disk
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")

@@ -189,7 +189,9 @@ class Files(Database):
             return self.query(TOTALS.format(which="", replayed=replayed))
         chunks = [file_ids[start : start + SOME] for start in range(0, len(file_ids), SOME)]
         return [
-            row for ids in chunks for row in self.query(TOTALS.format(which=f"WHERE file_id IN ({marks(ids)})", replayed=replayed), *ids)
+            row
+            for ids in chunks
+            for row in self.query(TOTALS.format(which=f"WHERE file_id IN ({marks(ids)})", replayed=replayed), *ids)
         ]
 
 

@@ -18,6 +18,7 @@ from onward.store.files import Files, marks
 from onward.store.migrations import migrate
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
+from onward.store.tracking import Tracking
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 
@@ -36,7 +37,7 @@ def make_ledger(path: Path, **facts: Any) -> None:
     fsync_directory(path.parent)
 
 
-class Ledger(Files, Requests, Curve):
+class Ledger(Files, Requests, Curve, Tracking):
     """Reads and legal moves of the ledger. One writer of training state; readers at any time.
 
     Args:
@@ -269,6 +270,8 @@ class Ledger(Files, Requests, Curve):
         The record of a checkpoint stays: it tells whose a directory is.
         """
         with self.transaction():
+            if checkpoint_state == "undone":  # what is lost to damage is trained again, to the same bits
+                self.add_rewind(step)
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
                 self.write("DELETE FROM replayed_rows WHERE file_id = ? AND step > ?", file_id, step)

@@ -207,6 +207,25 @@ MIGRATIONS = (
         FOREIGN KEY (file_id, step) REFERENCES steps (file_id, step) ON DELETE CASCADE
     ) STRICT, WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE rewinds (
+        id INTEGER PRIMARY KEY,
+        step INTEGER NOT NULL,
+        created REAL NOT NULL
+    ) STRICT;
+
+    CREATE TABLE trackers (
+        name TEXT PRIMARY KEY,
+        run_id TEXT,
+        step INTEGER NOT NULL,
+        shift INTEGER NOT NULL,
+        since INTEGER NOT NULL,
+        rollbacks INTEGER NOT NULL,
+        rewind INTEGER NOT NULL,
+        problem TEXT,
+        updated REAL NOT NULL
+    ) STRICT;
+    """,
 )
 
 

@@ -183,3 +183,39 @@ class IntentRow:
     again: int
     priority: int
     created: float
+
+
+@dataclass(frozen=True)
+class RewindRow:
+    """The run went back: steps after `step` were undone, and others may take their numbers."""
+
+    id: int
+    step: int
+    created: float
+
+
+@dataclass(frozen=True)
+class TrackerRow:
+    """How far a tracker was told of the run.
+
+    Args:
+        name: as in the config key `track`.
+        run_id: its own name of the run; None before it was first reached.
+        step: the last step that it was told of.
+        shift: what is added to a step to give the number of its point: the points that were told and are undone.
+        since: the step that the run last went back to, as far as the tracker is concerned.
+        rollbacks: how often steps that it had been told of were undone.
+        rewind: the last of the ledger's rewinds that this takes into account.
+        problem: why it could not be told, or None.
+        updated: when this was written, seconds since the epoch.
+    """
+
+    name: str
+    run_id: str | None
+    step: int
+    shift: int
+    since: int
+    rollbacks: int
+    rewind: int
+    problem: str | None
+    updated: float

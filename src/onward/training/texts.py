@@ -78,5 +78,5 @@ def write_texts(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how,
                 stopping_criteria=StoppingCriteriaList([_Look(look)]),
             )  # fmt: skip
-        ids_of += cast(list[list[int]], written.tolist())
-    return ids_of
+        texts += cast(list[list[int]], written.tolist())
+    return texts

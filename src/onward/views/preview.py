@@ -6,6 +6,7 @@ would be trained and what is refused here is what `add` refuses. Nothing is writ
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -94,15 +95,52 @@ class Preview:
     decode: Callable[[list[int]], str] = field(repr=False)
 
     def rows(self) -> Iterator[ShownRow]:
-        """Yield the rows that were asked for, in the order of the file."""
+        """Yield the rows that were asked for, in the order of the file, or longest first."""
         for line, packed, cut in self.kept:
             row = unpack(packed)
             segments = split_text(row.ids, row.targets, self.decode)
             yield ShownRow(line, len(row.ids), int(np.count_nonzero(row.targets)), cut, segments)
 
 
-def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
-    """Read a file as `add` would under the run's config, and keep its first rows for showing.
+class _Kept:
+    """The rows to be shown: the first ones, or the longest.
+
+    Args:
+        count: how many at most; None for all.
+        worst: keep the longest, those that were cut before all others.
+    """
+
+    def __init__(self, count: int | None, *, worst: bool) -> None:
+        self._count = count
+        self._worst = worst
+        self._rows: list[tuple[bool, int, int, int, PackedRow]] = []
+        self._seen = 0
+
+    def __call__(self, line: int, fitted: Fitted) -> None:
+        if fitted.packed is None:
+            return
+        self._seen += 1
+        if self._count is None or len(self._rows) < self._count:
+            entry = self._entry(line, fitted, fitted.packed)
+            heapq.heappush(self._rows, entry) if self._worst else self._rows.append(entry)
+        elif self._worst and self._rank(fitted, fitted.packed) > self._rows[0][:2]:
+            heapq.heapreplace(self._rows, self._entry(line, fitted, fitted.packed))
+
+    def rows(self) -> list[tuple[int, PackedRow, bool]]:
+        """Return line, tokens and whether they were cut: of the first rows in order, or of the longest ones first."""
+        rows = sorted(self._rows, key=lambda row: row[:3], reverse=True) if self._worst else self._rows
+        return [(line, packed, cut) for cut, _, _, line, packed in rows]
+
+    def _entry(self, line: int, fitted: Fitted, packed: PackedRow) -> tuple[bool, int, int, int, PackedRow]:
+        return (*self._rank(fitted, packed), -self._seen, line, packed.copy())  # a view would keep its whole chunk
+
+    @staticmethod
+    def _rank(fitted: Fitted, packed: PackedRow) -> tuple[bool, int]:
+        return fitted.truncated, len(packed)
+
+
+def preview(layout: RunLayout, path: Path, count: int | None = None, *, worst: bool = False) -> Preview:
+    """Read a file as `add` would under the run's config, and keep its first or longest rows for showing.
 
     All of the file is checked, in memory that does not grow with it. Rows that a length policy leaves out are counted
     in the report and not shown.
@@ -110,6 +148,7 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
     Args:
         path: a file, a saved data set, or the name of one of the Hub.
         count: rows to show, as they would be trained; None for all.
+        worst: show the longest, those that were cut first, instead of the first ones.
 
     Raises:
         FileRejected: `add` would refuse the file.
@@ -118,15 +157,10 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
     """
     layout.require()
     config = read_config(layout.config)
-    kept: list[tuple[int, PackedRow, bool]] = []
-
-    def seen(line: int, fitted: Fitted) -> None:
-        if fitted.packed is not None and (count is None or len(kept) < count):
-            kept.append((line, fitted.packed.copy(), fitted.truncated))  # a view would keep its whole chunk
-
+    kept = _Kept(count, worst=worst)
     with Ledger(layout.ledger, read_only=True) as ledger:
         rules = RulesOfRun(layout, ledger, lambda: config)()
-        name, report = _checked(path, rules, seen)
+        name, report = _checked(path, rules, kept)
         steps = make_plan("", report.rows, config).steps
         seconds = _seconds(ledger, report, config)
     backend: Any = rules.tokenizer.state.tokenizer
@@ -134,7 +168,7 @@ def preview(layout: RunLayout, path: Path, count: int | None = None) -> Preview:
     def decode(ids: list[int]) -> str:
         return backend.decode(ids, skip_special_tokens=False)
 
-    return Preview(name, report, config.max_length, steps, seconds, kept, decode)
+    return Preview(name, report, config.max_length, steps, seconds, kept.rows(), decode)
 
 
 def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]) -> tuple[str, IntakeReport]:
@@ -148,9 +182,9 @@ def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]
             name = plain_name(file.name)
             report = check_rows(file, rules.tokenizer, observe, reading=rules.reading)
     except FileError as error:
-        raise _rejection(Refusal.of_file(plain_name(path.name), error)) from None
+        raise rejection(Refusal.of_file(plain_name(path.name), error)) from None
     if not report.ok:
-        raise _rejection(Refusal.of_rows(name, report))
+        raise rejection(Refusal.of_rows(name, report))
     return name, report
 
 
@@ -212,7 +246,8 @@ def _common(first: str, second: str) -> int:
     return next((place for place in places if first[place] != second[place]), len(places))
 
 
-def _rejection(refusal: Refusal) -> FileRejected:
+def rejection(refusal: Refusal) -> FileRejected:
+    """Return what is raised for a file that `add` would refuse."""
     lines = "\n".join(f"  {line}" for line in refusal.lines())
     way = f", {refusal.way_out}" if refusal.way_out else ""
     hint = f"Mend the rows and look again{way}."

@@ -34,6 +34,7 @@ DUE = 1000
 """Notifications that wait at most; the oldest are dropped first."""
 NOTED = (
     "accepted", "left_out", "left_alone", "rejected", "quarantined", "retried", "failed", "paused", "resumed", "config",
+    "tracker",
 )  # fmt: skip
 """Kinds of events that whoever watches a process should read; the others are shown in another way, or only logged."""
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from onward.config import NotifyConfig
 from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
-from onward.events import Hub, Observe
+from onward.events import Hub, Note, Observe
 from onward.layout import RunLayout
 from onward.service.outside.reporting import NewNotes, Reporter
 from onward.service.owner.answers import Answers
@@ -24,6 +24,7 @@ from onward.service.owner.crashes import Crash, find_crash
 from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.owned import Owned
+from onward.service.owner.tracking import Tracking
 from onward.service.settings import Settings
 from onward.service.shown import FAILED, STOPPED, Shown
 from onward.service.wishes import Stopped, Wishes
@@ -112,6 +113,14 @@ class OpenedRun:
         command = [sys.executable, "-P", "-m", "onward", "check", "--run", str(self.layout.root)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
+    def start_tracking(self) -> subprocess.Popen[bytes]:
+        """Start a process that tells the trackers, until its standard input is closed."""
+        command = [sys.executable, "-P", "-m", "onward", "track", "--follow", "--run", str(self.layout.root)]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the owner, whose end it learns from the pipe
+        )  # fmt: skip
+
 
 @contextlib.contextmanager
 def account(opened: OpenedRun, wishes: Wishes) -> Generator[Reporter]:
@@ -138,10 +147,15 @@ def operate(
     owned = _own(opened, wishes, observe)
     reporter.notify = lambda: owned.settings.current.notify
     requests = Ledger(opened.layout.ledger, read_only=True)
+    tracking = Tracking(opened.start_tracking, lambda: bool(owned.settings.current.track))
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
     failure: str | None = None
     try:
-        with Background([(1.0, reporter.report)]), Background(vital):  # they listen while the heavy parts load
+        with (
+            _told(tracking, owned),
+            Background([(1.0, reporter.report), (1.0, tracking.look)]),
+            Background(vital),
+        ):  # they listen while the heavy parts load
             daemon = _make_daemon(opened, owned, crash, watch=watch)
             if not watch:
                 daemon.begin()
@@ -155,6 +169,16 @@ def operate(
         with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
             owned.answers.close(wishes, failure)
         requests.close()
+
+
+@contextlib.contextmanager
+def _told(tracking: Tracking, owned: Owned) -> Generator[None]:
+    """Let trackers be told of the last steps when the body ends, however it ends."""
+    try:
+        yield
+    finally:
+        if not tracking.end():
+            owned.hub.tell(Note("the trackers did not take everything in time; onward track tells what is left"))
 
 
 def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:

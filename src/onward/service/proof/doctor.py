@@ -78,6 +78,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("disk", lambda: _disk(layout)),
         ("inbox", lambda: _inbox(layout)),
         ("queue", lambda: _queue(layout)),
+        ("trackers", lambda: _trackers(layout)),
     ]
     for subject, look in looks:
         try:
@@ -277,3 +278,17 @@ def _kept(layout: RunLayout) -> int:
         return read_config(layout.config).keep_boundaries + 1
     except OnwardError:
         return Config().keep_boundaries + 1
+
+
+def _trackers(layout: RunLayout) -> Iterator[Finding]:
+    """Say how far each tracker was told; one that fails delays nothing."""
+    names = read_config(layout.config).track
+    if not names:
+        return
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        rows = {row.name: row for row in ledger.trackers()}
+        behind = {name: rows[name].problem for name in names if name in rows and rows[name].problem}
+    for name, problem in behind.items():
+        yield Finding("warning", f"tracker {name}", str(problem), "onward track tries again and says what fails")
+    told = [f"{name}: step {max(rows[name].step, 0)}" if name in rows else f"{name}: nothing yet" for name in names]
+    yield Finding("ok", "trackers", f"told so far: {', '.join(told)}")

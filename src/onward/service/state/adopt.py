@@ -13,7 +13,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import Config
-from onward.config_text import render_yaml
+from onward.config_schema import write_config
 from onward.data.own_template import keep_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
@@ -153,7 +153,7 @@ def _make(
         values = json.dumps(Commits(layout, ledger).commit(commit).manifest.measured)
         ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
-    layout.config.write_text(render_yaml(config), encoding="utf-8")
+    write_config(layout.config, config)
     unfinished.rename(layout.ledger)
 
 

@@ -26,11 +26,11 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE
 
-PARTS = (OWN_BASE, OWN_ADAPTER, "tokenizer")
+PARTS = (OWN_BASE, OWN_ADAPTER, "tokenizer", "anchor")
 """Folders of a run that are part of what it is; they never change."""
 
-UNTOLD = {"notify"}
-"""Config sections that a copy does without: whoever is notified of the run is not told of what is tried on a copy."""
+UNTOLD = {"notify", "track"}
+"""Keys that a copy does without: who is told of the run is not told of what is tried on a copy."""
 
 
 def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None = None) -> RunLayout:

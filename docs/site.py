@@ -1,0 +1,90 @@
+"""Make the documentation a site: `make site`.
+
+The pages link to each other as files of the repository, so that they can be read there. Here they are laid into one
+folder, README.md as its first page, with their links adapted, and given to zensical, which refuses a link that leads
+nowhere.
+
+python docs/site.py TARGET   lay out the pages and build the site in TARGET/site
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BESIDES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md",
+           "CHANGELOG.md": "changelog.md", "bench/RESULTS.md": "results.md", "LICENSE": "license.md"}  # fmt: skip
+"""Files outside docs/ that become pages, and their names there."""
+FIRST = ("index.md", "quickstart.md", "install.md", "operations.md", "trackers.md", "figures.md", "agents.md")
+LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
+SETTINGS = """\
+site_name: Onward
+docs_dir: pages
+site_dir: site
+theme:
+  name: material
+  font: false
+  features: [navigation.top, search.suggest, search.highlight, content.code.copy]
+  palette:
+    - {media: "(prefers-color-scheme: light)", scheme: default}
+    - {media: "(prefers-color-scheme: dark)", scheme: slate}
+plugins: [search]
+markdown_extensions: [tables, fenced_code, toc, pymdownx.superfences]
+"""
+
+
+def lay_out(target: Path) -> list[str]:
+    """Lay the pages and what they show into `target/pages`, with the settings of the site; returns the pages' names."""
+    shutil.rmtree(target, ignore_errors=True)
+    pages = target / "pages"
+    pages.mkdir(parents=True)
+    names: list[str] = []
+    for source in [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / name for name in BESIDES if (ROOT / name).exists())]:
+        name = BESIDES.get(source.relative_to(ROOT).as_posix(), source.name)
+        (pages / name).write_text(adapted(source.read_text(encoding="utf-8"), source), encoding="utf-8")
+        names.append(name)
+    for source in (ROOT / "docs").rglob("*"):
+        if source.suffix in (".svg", ".png", ".jpg", ".ipynb", ".json") and source.is_file():
+            copy = pages / source.relative_to(ROOT / "docs")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    order = [name for name in FIRST if name in names]
+    order += sorted(set(names) - set(order))
+    (target / "mkdocs.yml").write_text(SETTINGS + "nav:\n" + "".join(f"  - {name}\n" for name in order))
+    return order
+
+
+def adapted(text: str, source: Path) -> str:
+    """Return a page whose links to files of the repository are links to pages of the site."""
+
+    def target_of(match: re.Match[str]) -> str:
+        link = match[1]
+        if link.startswith(("http://", "https://", "mailto:")):
+            return link
+        path = (source.parent / link).resolve()
+        if not path.is_relative_to(ROOT):
+            return link
+        name = path.relative_to(ROOT).as_posix()
+        return BESIDES.get(name, name.removeprefix("docs/"))
+
+    return LINK.sub(target_of, text)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Lay out and build; returns the exit status."""
+    (where,) = arguments
+    target = Path(where).absolute()
+    pages = lay_out(target)
+    done = subprocess.run([Path(sys.executable).with_name("zensical"), "build", "--strict"], cwd=target, check=False)
+    if done.returncode == 0:
+        print(f"{len(pages)} pages: {target / 'site' / 'index.html'}")
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,52 @@
+"""The config's JSON schema, for editors: it lies beside `onward.yaml`, whose first line names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from onward.config import SECTIONS, Config
+from onward.config_text import render_yaml
+
+SCHEMA = "onward.schema.json"
+MODELINE = f"# yaml-language-server: $schema={SCHEMA}"
+"""What the YAML language server looks for; it takes the path from the folder of the file."""
+
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+"""Bounds as pydantic writes them behind a check of Onward's own, and as JSON Schema has them."""
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the schema of `onward.yaml` (JSON Schema, draft 2020-12); keys of sections are known dotted too."""
+    schema = Config.model_json_schema()
+    definitions = schema["$defs"]
+    for name in SECTIONS:
+        section: Any = Config.model_fields[name].annotation
+        inner = definitions[section.__name__]["properties"]
+        schema["properties"] |= {f"{name}.{key}": value for key, value in inner.items()}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_standard(schema), "title": "onward.yaml"}
+
+
+def _standard(schema: Any) -> Any:
+    """Return a schema whose bounds have the names of JSON Schema."""
+    if isinstance(schema, list):
+        return [_standard(value) for value in cast(list[Any], schema)]
+    if not isinstance(schema, dict):
+        return schema
+    values = cast(dict[str, Any], schema)
+    return {
+        _BOUNDS.get(key, key) if isinstance(value, int | float) else key: _standard(value)
+        for key, value in values.items()
+    }
+
+
+def schema_text() -> str:
+    """Return the schema as the text of its file."""
+    return json.dumps(config_schema(), indent=2) + "\n"
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Write a new run's `onward.yaml`, with its schema beside it."""
+    path.with_name(SCHEMA).write_text(schema_text(), encoding="utf-8")
+    path.write_text(f"{MODELINE}\n{render_yaml(config)}", encoding="utf-8")

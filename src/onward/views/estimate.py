@@ -1,0 +1,247 @@
+"""What training a file will take on this machine: a few of its steps are taken on a copy of the state, and measured.
+
+The copy is in the memory of this process and in a scratch directory, which goes away with it. The first step taken is
+the heaviest one of the file, so that the memory is that of the worst case; its time counts too, once it was taken again
+without what only a first step costs.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onward.config import Config
+from onward.config_text import read_config
+from onward.data.loader import batch_at
+from onward.data.order import FilePlan, make_plan
+from onward.data.row_tokenizer import Fitted
+from onward.data.tokenize import TokenizedFile, check_rows
+from onward.data.tokenized import TokenizedWriter
+from onward.digest import sha256_file
+from onward.errors import OnwardError, UsageError
+from onward.layout import RunLayout
+from onward.making import open_ledger
+from onward.service.intake.checking import require_file
+from onward.service.intake.names import plain_name
+from onward.service.intake.refusals import Refusal
+from onward.service.intake.rules import RulesOfRun
+from onward.service.owner.faults import is_out_of_memory
+from onward.service.owner.start import load_start
+from onward.service.session import Session, open_session
+from onward.service.state.reading import snapshot
+from onward.service.state.settle import Settled
+from onward.store.ledger import Ledger
+from onward.training.boundary import cross_boundary
+from onward.training.checkpoint import estimate_size
+from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
+from onward.views.preview import rejection
+
+TIMED = 4
+"""Steps that are timed at most."""
+ENOUGH_SECONDS = 60.0
+"""Seconds of timed steps after which no further one is taken."""
+LOOKED_AT = 20_000
+"""Steps among which the heaviest is looked for."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What training a file will take.
+
+    Args:
+        name: the file's.
+        steps: optimizer steps, over all epochs.
+        tokens: tokens in them.
+        seconds: wall time of the steps; commits go on behind them.
+        timed_steps: steps that were measured for it, the heaviest among them.
+        tokens_per_second: the pace of those.
+        memory_bytes: memory at the peak: of the GPU, or of the whole process on a CPU, with the copy that a commit
+            takes.
+        memory_total_bytes: what the GPU or the machine has.
+        heaviest_tokens: tokens of the step that needs the most.
+        device: on what it was measured.
+        cost: at the price per hour that was given; None without one.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    seconds: float
+    timed_steps: int
+    tokens_per_second: float
+    memory_bytes: int
+    memory_total_bytes: int | None
+    heaviest_tokens: int
+    device: str
+    cost: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None) -> Estimate:
+    """Take a few steps of a file on a copy of the run's newest state; nothing of the run changes.
+
+    Args:
+        path: a training file; it need not be in the stream.
+        price_per_hour: what an hour of this machine costs, in any currency.
+
+    Raises:
+        FileRejected: `add` would refuse the file.
+        UsageError: there is no run, or no such file.
+        OnwardError: the heaviest step does not fit into memory.
+    """
+    layout.require()
+    require_file(path)
+    with open_ledger(layout) as ledger, tempfile.TemporaryDirectory(prefix="onward-estimate-") as scratch:
+        config = read_config(layout.config)
+        tokens = _tokenize(layout, ledger, path, config, Path(scratch) / "tokens")
+        plan = make_plan(sha256_file(path), tokens.rows, config)
+        session = open_session(layout, ledger, report=lambda _: None)
+        try:
+            state = _copy_of_state(layout, session, Path(scratch) / "state")
+            measured = _Measured(session, state, config, {plan.sha256: tokens}, plan)
+            measured.measure()
+            memory, total = _peak(session.device), _total(session.device)
+            memory += estimate_size(state.view(), session.facts())
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _does_not_fit(path, session.device) from None
+            raise
+    return _result(path, plan, measured, (memory, total), price_per_hour)
+
+
+class _Measured:
+    """Steps of a file taken on a copy, in any order, and how long they took."""
+
+    def __init__(
+        self, session: Session, state: TrainState, config: Config, files: Mapping[str, TokenizedFile], plan: FilePlan
+    ) -> None:
+        position = state.cursor.position + (1 if state.cursor.at_boundary else 0)
+        state.cursor = replace(state.cursor, step=0, steps=0)
+        cross_boundary(state, config, plan, position)
+        self.state = state
+        self.files = files
+        self.plan = plan
+        self.trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
+        self.device = session.device
+        self.seconds, self.tokens, self.steps, self.heaviest = 0.0, 0, 0, 0
+
+    def measure(self) -> None:
+        """Take the heaviest step, twice, then others that lie far apart, until there is enough."""
+        weights = self._tokens_of_steps()
+        heaviest = max(range(len(weights)), key=weights.__getitem__)
+        self.heaviest = weights[heaviest]
+        self._take(heaviest)
+        count = min(TIMED, self.plan.steps)
+        others = [self.plan.steps * part // count for part in range(count)]
+        for step in dict.fromkeys([heaviest, *others]):
+            self._time(step)
+            if self.steps == TIMED or self.seconds > ENOUGH_SECONDS:
+                return
+
+    def _time(self, step: int) -> None:
+        begun = time.perf_counter()
+        self.tokens += self._take(step)
+        self.seconds += time.perf_counter() - begun
+        self.steps += 1
+
+    def _take(self, step: int) -> int:
+        self.state.cursor = replace(self.state.cursor, step=step)
+        tokens = self.trainer.take_step(batch_at(self.files, self.plan, step), self.plan).tokens
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return tokens
+
+    def _tokens_of_steps(self) -> list[int]:
+        lengths = self.files[self.plan.sha256].lengths()
+        steps = range(min(self.plan.steps, LOOKED_AT))
+        return [sum(int(lengths[reference.row]) for reference in self.plan.rows_at(step)) for step in steps]
+
+
+def _tokenize(layout: RunLayout, ledger: Ledger, path: Path, config: Config, target: Path) -> TokenizedFile:
+    rules = RulesOfRun(layout, ledger, lambda: config)()
+    writer = TokenizedWriter(target)
+
+    def seen(line: int, fitted: Fitted) -> None:
+        if fitted.packed is not None:
+            writer.append([fitted.packed], [line])
+
+    try:
+        report = check_rows(path, rules.tokenizer, seen, reading=rules.reading)
+        if not report.ok:
+            raise rejection(Refusal.of_rows(plain_name(path.name), report))
+        writer.publish({})
+    finally:
+        writer.discard()
+    return TokenizedFile.open(target, verify=False)
+
+
+def _copy_of_state(layout: RunLayout, session: Session, target: Path) -> TrainState:
+    """Return the newest committed state, or that of step 0, in memory; a daemon may go on meanwhile."""
+    if session.ledger.newest_checkpoint() is None:
+        return load_start(session, Settled(None, None)).state
+    manifest = snapshot(layout, target)
+    return load_start(session, Settled(target, manifest)).state
+
+
+def _peak(device: torch.device) -> int:
+    """Return the bytes that this process, or its part of the GPU, took at its peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _total(device: torch.device) -> int | None:
+    """Return the bytes of memory that the GPU or the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def _does_not_fit(path: Path, device: torch.device) -> OnwardError:
+    where = "the GPU" if device.type == "cuda" else "this machine"
+    hint = "In onward.yaml: gradient_accumulation cuts a step into smaller parts, max_length makes rows shorter."
+    return OnwardError(f"the heaviest step does not fit into the memory of {where}", where=path, hint=hint)
+
+
+def _result(
+    path: Path, plan: FilePlan, measured: _Measured, memory: tuple[int, int | None], price_per_hour: float | None
+) -> Estimate:
+    if not measured.seconds:
+        raise UsageError("the file has no steps", where=path)
+    lengths = measured.files[plan.sha256].lengths()
+    epochs = plan.steps // plan.steps_per_epoch
+    tokens = int(lengths.sum()) * epochs
+    pace = measured.tokens / measured.seconds
+    seconds = tokens / pace
+    device = measured.device
+    return Estimate(
+        name=path.name,
+        steps=plan.steps,
+        tokens=tokens,
+        seconds=seconds,
+        timed_steps=measured.steps,
+        tokens_per_second=pace,
+        memory_bytes=memory[0],
+        memory_total_bytes=memory[1],
+        heaviest_tokens=measured.heaviest,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        cost=None if price_per_hour is None else seconds / 3600 * price_per_hour,
+    )

@@ -1,0 +1,123 @@
+"""The run's curve as a picture: loss, learning rate and gradient norm over all files, their boundaries drawn in."""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.curve import as_columns, read_curve
+from onward.errors import UsageError
+from onward.layout import RunLayout
+from onward.store.curve import Span
+from onward.store.ledger import Ledger
+from onward.text import printable
+
+FORMATS = ("svg", "png", "pdf")
+POINTS = 4000
+"""Steps that are drawn at most, about: a longer curve is thinned, lowest and highest loss kept."""
+NAMED = 12
+"""Files whose names are written into the picture at most."""
+NAME_LENGTH = 24
+INCHES = (10.0, 7.0)
+PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: the columns of the curve, and the files with the step that each begins after."""
+
+    columns: dict[str, list[Any]]
+    boundaries: Sequence[tuple[int, str]]
+    title: str
+
+
+def plot(layout: RunLayout, target: Path) -> int:
+    """Draw the run's curve into a file, which is replaced whole; returns how many steps are drawn.
+
+    Raises:
+        UsageError: another kind of file, nothing to draw, or matplotlib is not installed.
+    """
+    kind = target.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UsageError(f"a picture is one of {', '.join(FORMATS)}", where=target, hint="onward plot curve.svg")
+    drawing = read_drawing(layout)
+    figure = _draw(drawing)
+    temporary = target.with_name(f".{target.name}.part")
+    try:
+        _save(figure, temporary, kind)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"the picture cannot be written: {error.strerror}", where=target) from None
+    return len(drawing.columns["step"])
+
+
+def read_drawing(layout: RunLayout) -> Drawing:
+    """Return what there is to draw of a run.
+
+    Raises:
+        UsageError: it has no steps yet.
+    """
+    layout.require()
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        spans = ledger.spans()
+        if not spans:
+            raise UsageError("the run has no steps yet", where=layout.root.absolute(), hint="onward train FILE")
+        count = spans[-1].last - spans[0].first + 1
+        columns = as_columns(read_curve(ledger, max(1, -(-count // POINTS))))
+    name = printable(layout.root.absolute().name)
+    return Drawing(columns, [_boundary(span) for span in spans], f"{name}: {count} steps, {len(spans)} files")
+
+
+def _boundary(span: Span) -> tuple[int, str]:
+    name = printable(span.name)
+    return span.first - 1, name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 1]}…"
+
+
+def _draw(drawing: Drawing) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("pictures need matplotlib", hint="pip install 'onward[plot]'") from None
+    figure: Any = Figure(figsize=INCHES, layout="constrained")
+    panels: Any = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=(3, 1, 1))
+    steps = drawing.columns["step"]
+    for panel, (key, label) in zip(panels, PANELS, strict=True):
+        panel.plot(steps, drawing.columns[key], linewidth=1.0, color="#1f4e79")
+        panel.set_ylabel(label)
+        panel.grid(visible=True, axis="y", alpha=0.3)
+        for step, _name in drawing.boundaries:
+            panel.axvline(step + 0.5, color="#b0462a", linewidth=0.8, alpha=0.6)
+    _name_files(panels[0], drawing)
+    panels[0].set_title(_plain(drawing.title))
+    panels[-1].set_xlabel("step")
+    return figure
+
+
+def _name_files(panel: Any, drawing: Drawing) -> None:
+    """Write the names of the files at their boundaries, of evenly many where there are too many."""
+    every = -(-len(drawing.boundaries) // NAMED)
+    for step, name in drawing.boundaries[::every]:
+        panel.annotate(
+            _plain(name), (step + 0.5, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3),
+            textcoords="offset points", rotation=90, va="top", ha="left", fontsize=7, color="#7a3320",
+        )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    """Return a text in which matplotlib finds no formula."""
+    return re.sub(r"([$\\])", r"\\\1", text) if "$" in text else text
+
+
+def _save(figure: Any, path: Path, kind: str) -> None:
+    """Write the picture; the same curve gives the same bytes."""
+    from matplotlib import rc_context
+
+    nothing = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[kind]
+    with rc_context({"svg.hashsalt": "onward", "svg.fonttype": "none"}):
+        figure.savefig(path, format=kind, metadata=nothing, dpi=150)

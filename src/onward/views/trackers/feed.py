@@ -1,0 +1,150 @@
+"""One tracker's feed: what it lacks is read from the ledger, told to it, and written down as told.
+
+The cursor is in the ledger, so an outage, a kill or another machine loses nothing: the feed goes on where it was. What
+was told right before a kill and not written down is asked of the tracker, so that nothing is told twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow, StepRecord, TrackerRow
+from onward.views.trackers.tracker import Point, Tracker
+
+BATCH = 500
+"""Points that are told at a time."""
+
+
+class Feed:
+    """Tells one tracker of a run's steps.
+
+    Args:
+        ledger: the run's; used by the thread that calls.
+        open_tracker: reaches the tracker; given the id that it had when it was last reached.
+    """
+
+    def __init__(self, ledger: Ledger, name: str, open_tracker: Callable[[str | None], Tracker]) -> None:
+        self.name = name
+        self._ledger = ledger
+        self._open = open_tracker
+        self._tracker: Tracker | None = None
+
+    def tell(self) -> int:
+        """Tell the tracker all that it lacks; returns how many points that were.
+
+        It is not even reached while there is nothing to tell. What the tracker raises comes through, and the next call
+        reaches it anew.
+        """
+        told = 0
+        while (count := self._tell_batch()) > 0:
+            told += count
+        return told
+
+    def close(self) -> None:
+        """Let go of the tracker."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            tracker.close()
+
+    @property
+    def cursor(self) -> TrackerRow:
+        """How far the tracker was told; a new one begins at the first step, whatever was undone before."""
+        row = self._ledger.tracker(self.name)
+        if row is not None:
+            return row
+        return TrackerRow(self.name, None, -1, 0, 0, 0, self._ledger.last_rewind(), None, 0.0)
+
+    def _tell_batch(self) -> int:
+        if not self._has_news(self.cursor):
+            return 0
+        try:
+            tracker = self._reached()
+            cursor = self._go_back(tracker, self.cursor)
+            cursor, points = self._read(cursor)
+            if points:
+                tracker.log(points)
+                self._ledger.keep_tracker(cursor)
+        except Exception:
+            self._forget()
+            raise
+        return len(points)
+
+    def _has_news(self, cursor: TrackerRow) -> bool:
+        if any(rewind.step < cursor.step for rewind in self._ledger.rewinds_after(cursor.rewind)):
+            return True
+        return bool(self._ledger.steps_after(cursor.step, 1))
+
+    def _reached(self) -> Tracker:
+        """Reach the tracker, once; what it holds beyond the cursor was told right before a process died."""
+        if self._tracker is not None:
+            return self._tracker
+        cursor = self.cursor
+        tracker = self._tracker = self._open(cursor.run_id)
+        held = tracker.held()
+        step = cursor.step
+        if held is not None and held.rollbacks == cursor.rollbacks and held.step >= cursor.since:
+            step = held.step if held.is_all else max(held.step, cursor.step)
+        self._ledger.keep_tracker(replace(cursor, run_id=tracker.id, step=step))
+        return tracker
+
+    def _go_back(self, tracker: Tracker, cursor: TrackerRow) -> TrackerRow:
+        """Follow the run where it went back behind what the tracker was told."""
+        for rewind in self._ledger.rewinds_after(cursor.rewind):
+            if rewind.step < cursor.step:
+                number = cursor.shift + cursor.step
+                cursor = replace(
+                    cursor,
+                    step=rewind.step,
+                    shift=number - rewind.step,
+                    since=rewind.step,
+                    rollbacks=cursor.rollbacks + 1,
+                )
+                tracker.rolled_back(cursor.rollbacks, rewind.step, number)
+            cursor = replace(cursor, rewind=rewind.id)
+            self._ledger.keep_tracker(cursor)
+        return cursor
+
+    def _read(self, cursor: TrackerRow) -> tuple[TrackerRow, list[Point]]:
+        """Return the next points, and the cursor behind them; none where the run went back while they were read."""
+        steps = self._ledger.steps_after(cursor.step, BATCH)
+        points = [self._point(cursor, row, record) for row, record in steps]
+        if not points or self._ledger.last_rewind() != cursor.rewind:
+            return cursor, []
+        return replace(cursor, step=points[-1].step), points
+
+    def _point(self, cursor: TrackerRow, row: FileRow, record: StepRecord) -> Point:
+        values = _values(row, record)
+        if record.step == row.first_step + (row.planned_steps or 0):
+            results = self._ledger.boundary_results(row.id)
+            values |= {name: value for key, inner in results.items() for name, value in _numbers(key, inner)}
+        time = self._ledger.step_time(record) or row.finished or row.arrived
+        return Point(cursor.shift + record.step, record.step, time, {**values, "rollbacks": float(cursor.rollbacks)})
+
+    def _forget(self) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            try:
+                tracker.close()
+            except Exception:  # what it failed at is told already
+                return
+
+
+def _values(row: FileRow, record: StepRecord) -> dict[str, float]:
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "rows", "tokens", "target_tokens", "seconds")
+    values = {name: float(getattr(record, name)) for name in names}
+    pace = record.tokens / record.seconds if record.seconds else 0.0
+    return {**values, "file": float(row.place), "file_step": float(record.step_in_file), "tokens_per_second": pace}
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield the numbers in a JSON value, each under its path."""
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, Mapping):
+        for key, inner in cast(Mapping[str, Any], value).items():
+            yield from _numbers(f"{name}/{key}", inner)

@@ -1,0 +1,198 @@
+"""Trackers told of a run, each in a thread of its own, so that one that hangs or fails keeps no other from its points.
+
+It reads the ledger and writes nothing there but how far each tracker is. The owner of a run starts it as a process of
+its own, at the lowest priority: whatever a tracker's library does, it does not do to training.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from onward.config import SECRET_KEYS, Config
+from onward.errors import OnwardError, RunLocked, UsageError, first_line
+from onward.layout import RunLayout
+from onward.making import open_ledger
+from onward.service.settings import Settings
+from onward.store.ledger import Ledger
+from onward.text import printable
+from onward.views.trackers.feed import Feed
+from onward.views.trackers.registry import find_tracker
+from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
+
+SECONDS = 5.0
+"""Seconds between two looks at the ledger."""
+LONGEST_PAUSE = 300.0
+"""Seconds that pass at most before a tracker that failed is tried again."""
+PATIENCE = 60.0
+"""Seconds that the last points may take once the run's owner has ended."""
+REASON_LENGTH = 300
+
+Find = Callable[[str], Factory]
+
+
+class Telling(threading.Thread):
+    """Tells one tracker of a run until it is ended; then once more.
+
+    Args:
+        name: the tracker's, as the config says it.
+        find: returns what makes a tracker of that name.
+        seconds: between two looks at the ledger.
+    """
+
+    def __init__(self, layout: RunLayout, name: str, *, find: Find = find_tracker, seconds: float = SECONDS) -> None:
+        super().__init__(name=f"onward-tracker-{name}", daemon=True)
+        self._layout = layout
+        self._tracker = name
+        self._find = find
+        self._seconds = seconds
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """Let it tell what is left, once, and end."""
+        self._ended.set()
+
+    def run(self) -> None:
+        """Tell, wait, tell."""
+        failures = 0
+        with open_ledger(self._layout) as ledger:
+            feed = self._feed(ledger)
+            while True:
+                is_last = self._ended.is_set()
+                failures = 0 if tell(feed, ledger) is None else failures + 1
+                if is_last:
+                    break
+                pause = min(self._seconds * 2.0**failures, LONGEST_PAUSE) if failures else self._seconds
+                self._ended.wait(pause)
+            close(feed, ledger)
+
+    def _feed(self, ledger: Ledger) -> Feed:
+        return make_feed(self._layout, ledger, self._tracker, self._find)
+
+
+def make_feed(layout: RunLayout, ledger: Ledger, name: str, find: Find = find_tracker) -> Feed:
+    """Return the feed of a tracker, which reaches it when there is something to tell."""
+
+    def reach(known_as: str | None) -> Tracker:
+        return find(name)(tracked_run(layout, ledger, name, known_as))
+
+    return Feed(ledger, name, reach)
+
+
+def tracked_run(layout: RunLayout, ledger: Ledger, tracker: str, known_as: str | None) -> TrackedRun:
+    """Return the run as a tracker knows it."""
+    run_id = str(ledger.get("run"))
+    directory = re.sub(r"[^\w.-]", "_", layout.root.absolute().name, flags=re.ASCII)
+    config = public_config(Settings(layout.config).current)
+    return TrackedRun(run_id, f"{directory}-{run_id[:8]}", layout.trackers / tracker, config, known_as)
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """Return the config by dotted key, as others may see it."""
+    return {key: value for key, value in config.flat().items() if key not in SECRET_KEYS}
+
+
+def tell(feed: Feed, ledger: Ledger) -> str | None:
+    """Tell a tracker what it lacks; returns why that failed, or None. A failure, and its end, are noted once."""
+    try:
+        feed.tell()
+    except Exception as error:
+        reason = _reason(error)
+        _note_failure(feed, ledger, reason)
+        return reason
+    _note_success(feed, ledger)
+    return None
+
+
+def close(feed: Feed, ledger: Ledger) -> None:
+    """Let go of a tracker; what it fails at then is noted too."""
+    try:
+        feed.close()
+    except Exception as error:
+        _note_failure(feed, ledger, _reason(error))
+
+
+def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) -> dict[str, str | None]:
+    """Tell trackers all that they lack, now; returns for each why that failed, or None.
+
+    Raises:
+        RunLocked: another process tells them.
+    """
+    results: dict[str, str | None] = {}
+    lock = FileLock(layout.track_lock)
+    try:
+        lock.acquire(timeout=1.0)
+    except Timeout:
+        hint = "It tells them all there is; onward doctor says how far each one is."
+        raise RunLocked("another process tells this run's trackers", where=layout.root.absolute(), hint=hint) from None
+    with lock, open_ledger(layout) as ledger:
+        for name in names:
+            feed = make_feed(layout, ledger, name, find)
+            results[name] = tell(feed, ledger)
+            close(feed, ledger)
+    return results
+
+
+def follow(layout: RunLayout, ended: threading.Event, *, find: Find = find_tracker, seconds: float = SECONDS) -> None:
+    """Tell the trackers that the config names, as it is by then, until the event is set; then what is left."""
+    lock = FileLock(layout.track_lock)
+    while True:
+        try:
+            lock.acquire(timeout=0.2)
+            break
+        except Timeout:  # the process of an earlier owner tells its last points
+            if ended.is_set():
+                return
+    with lock:
+        _follow(layout, ended, find, seconds)
+
+
+def _follow(layout: RunLayout, ended: threading.Event, find: Find, seconds: float) -> None:
+    settings = Settings(layout.config)
+    telling: dict[str, Telling] = {}
+    while True:
+        is_last = ended.is_set()
+        settings.refresh()
+        for name in settings.current.track:
+            if name not in telling:
+                telling[name] = Telling(layout, name, find=find, seconds=seconds)
+                telling[name].start()
+        for name in telling.keys() - set(settings.current.track):
+            telling.pop(name).end()
+        if is_last:
+            break
+        ended.wait(seconds)
+    for thread in telling.values():
+        thread.end()
+    until = time.monotonic() + PATIENCE
+    for thread in telling.values():
+        thread.join(max(0.0, until - time.monotonic()))
+
+
+def _note_failure(feed: Feed, ledger: Ledger, reason: str) -> None:
+    cursor = feed.cursor
+    if cursor.problem is None:
+        message = f"tracker {feed.name} cannot be told, and is tried again; training goes on: {reason}"
+        ledger.add_event("warning", message, kind="tracker")
+    ledger.keep_tracker(replace(cursor, problem=reason))
+
+
+def _note_success(feed: Feed, ledger: Ledger) -> None:
+    row = ledger.tracker(feed.name)
+    if row is not None and row.problem is not None:
+        ledger.keep_tracker(replace(row, problem=None))
+        ledger.add_event("info", f"tracker {feed.name} is told again, up to step {row.step}", kind="tracker")
+
+
+def _reason(error: Exception) -> str:
+    """Say what failed, in a line, without what an address may hold of a password."""
+    text = f"{error.what}; {error.hint}" if isinstance(error, UsageError) and error.hint else first_line(error)
+    if not isinstance(error, OnwardError):
+        text = f"{type(error).__name__}: {text}"
+    return printable(re.sub(r"//[^/@\s]+@", "//", text))[:REASON_LENGTH]

@@ -1,0 +1,80 @@
+"""`onward mcp`: an assistant looks at a run and adds to it over standard input and output, and can destroy nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from commands import assert_refused, onward
+
+import onward as package
+
+HAS_MCP = importlib.util.find_spec("mcp") is not None
+LOOKING, ASKING = ["history", "metrics", "status", "verify"], ["add", "pause", "resume"]
+LEFT_TO_PEOPLE = {"rollback", "rebuild", "reset", "skip", "stop", "train", "adopt", "init"}
+
+
+@pytest.mark.skipif(HAS_MCP, reason="mcp is installed")
+def test_without_the_package_it_is_named(run: Path) -> None:
+    """The refusal says which extra brings it."""
+    assert_refused(onward("mcp", "--run", run), 2, "pip install 'onward[mcp]'")
+
+
+@pytest.mark.skipif(not HAS_MCP, reason="pip install 'onward[mcp]'")
+def test_an_assistant_looks_adds_and_verifies(run: Path, tmp_path: Path) -> None:
+    """The official client is offered these tools and no others; answers are those of the command line."""
+    good = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(4, 7))
+    bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"question": "?"}])
+    seen = asyncio.run(_talk(run, good, bad))
+    offered = [name for name in seen["tools"] if name != "grid"]
+    assert sorted([*LOOKING, *ASKING]) == sorted(offered)
+    assert LEFT_TO_PEOPLE.isdisjoint(seen["tools"])
+    assert {name: name in LOOKING for name in offered} == {name: seen["tools"][name] for name in offered}
+    status = onward("status", "--run", run, "--json").json
+    assert status["global_step"] == seen["status"]["global_step"]
+    assert 1 == len(seen["history"])
+    assert 2 == len(seen["metrics"]["step"])
+    assert ["more.jsonl"] == [row["name"] for row in seen["added"]]
+    assert "no known row format" in seen["refused"]
+    assert seen["verified"]["ok"] is True
+    assert "resume" in seen["paused"] or "paused" in seen["paused"]
+    assert 1 == onward("status", "--run", run, "--json").json["queue"]
+
+
+async def _talk(run: Path, good: Path, bad: Path) -> dict[str, Any]:
+    from mcp import Client, StdioServerParameters
+
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    server = StdioServerParameters(
+        command=sys.executable, args=["-m", "onward", "mcp", "--run", str(run)], env=environment
+    )
+    async with Client(server) as client:
+        tools = (await client.list_tools()).tools
+
+        async def call(name: str, **arguments: Any) -> Any:
+            result = await client.call_tool(name, arguments)
+            if result.is_error:
+                return result.content[0].text
+            value = result.structured_content
+            return value["result"] if isinstance(value, dict) and set(value) == {"result"} else value
+
+        seen = {
+            "tools": {tool.name: bool(tool.annotations and tool.annotations.read_only_hint) for tool in tools},
+            "status": await call("status"),
+            "history": await call("history"),
+            "metrics": await call("metrics", points=10),
+            "verified": await call("verify"),
+            "added": await call("add", paths=[str(good)]),
+            "refused": await call("add", paths=[str(bad)]),
+            "paused": await call("pause"),
+            "resumed": await call("resume"),
+        }
+    json.dumps(seen)
+    return seen
