@@ -12,7 +12,7 @@ from onward.cli.commands_control import pause, resume, skip, stop
 from onward.cli.commands_make import adopt, init
 from onward.cli.commands_publish import export
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
-from onward.cli.commands_talk import chat
+from onward.cli.commands_talk import chat, serve
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
 
@@ -29,7 +29,7 @@ COMMANDS = (
     train, add, watch,
     pause, resume, stop, skip,
     preview, status, history, verify, doctor,
-    chat, export,
+    chat, serve, export,
     rollback, rebuild, reset,
     service,
 )  # fmt: skip
