@@ -10,7 +10,7 @@ from onward import __version__
 from onward.cli.commands_back import rebuild, reset, rollback
 from onward.cli.commands_control import pause, resume, skip, stop
 from onward.cli.commands_make import adopt, init
-from onward.cli.commands_publish import export
+from onward.cli.commands_publish import export, push
 from onward.cli.commands_show import doctor, history, preview, service, status, verify
 from onward.cli.commands_talk import chat, serve
 from onward.cli.commands_train import add, check, train, watch
@@ -29,7 +29,7 @@ COMMANDS = (
     train, add, watch,
     pause, resume, stop, skip,
     preview, status, history, verify, doctor,
-    chat, serve, export,
+    chat, serve, export, push,
     rollback, rebuild, reset,
     service,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands that give a run's model to others: `export`."""
+"""Commands that give a run's model to others: `export`, `push`."""
 
 from __future__ import annotations
 
@@ -44,3 +44,25 @@ def export(
         show(result)
     size = sum(result["files"].values())
     say(f"exported {printable(result['at'])} to {quoted(target)}: {len(result['files'])} files, {size / 1e6:.1f} MB")
+
+
+def push(
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub.")],
+    run: RunOption = Path(),
+    at: AtOption = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="As for export.", show_default="adapter; merged where all is trained")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where the repository is made now.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a committed state and upload it to a hub, with the token of `hf auth login` or HF_TOKEN."""
+    layout = RunLayout(run)
+    layout.require()
+    with startup.large_imports():
+        from onward.views.export.push import push as upload
+
+    result = upload(layout, repository, at=at, file_format=file_format, private=private, report=say)
+    if as_json:
+        show(result)
+    say(f"pushed {printable(result['at'])} to {printable(result['url'])}")
