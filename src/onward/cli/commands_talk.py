@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -75,12 +76,9 @@ def serve(
         raise UsageError("--follow goes on to the newest commit, --at stays", where="--follow", hint="Leave one out.")
     layout = RunLayout(run)
     layout.require()
-    try:
-        import starlette  # noqa: F401  # asked for before the large libraries
-        import uvicorn  # noqa: F401
-    except ImportError:
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
         hint = "pip install 'onward[serve]'"
-        raise UsageError("serving needs starlette and uvicorn", where="serve", hint=hint) from None
+        raise UsageError("serving needs starlette and uvicorn", where="serve", hint=hint)
     with startup.large_imports():
         from onward.views.serve.server import serve as answer
     key = os.environ.get("ONWARD_API_KEY") or None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree
 from onward.config_text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError
-from onward.layout import MANIFEST, RunLayout, entries
+from onward.layout import RunLayout, entries
 from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.model.base import TOKENIZER, base_of_run, digest_base
@@ -225,7 +225,7 @@ class _Writing:
             source = self._layout.tokenizer(self._base)
         names = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
         for name in names:
-            if (source / name).is_file() and name != MANIFEST:
+            if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 
 
