@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ledgers import add_file, made_up_run
 
+from onward.curve import COLUMNS, as_columns, buckets, read_curve
 from onward.store.curve import Span
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
-from onward.views.curve import COLUMNS, as_columns, buckets, read_curve
 
 FILES = [("a.jsonl", 7), ("b.jsonl", 1), ("c.jsonl", 92)]
 

@@ -15,8 +15,9 @@ from onward.cli.commands_make import adopt, init
 from onward.cli.commands_outside import mcp, service
 from onward.cli.commands_page import page
 from onward.cli.commands_policy import accept, compare, release, releases
+from onward.cli.commands_publish import export, push
 from onward.cli.commands_show import doctor, history, preview, status, verify
-from onward.cli.commands_talk import chat
+from onward.cli.commands_talk import chat, serve
 from onward.cli.commands_train import add, check, train, watch
 from onward.terminal import show_line
 
@@ -34,7 +35,7 @@ COMMANDS = (
     pause, resume, stop, skip, accept,
     preview, status, history, verify, doctor,
     grid, evaluate,
-    page, chat,
+    page, chat, serve, export, push,
     rollback, rebuild, reset,
     release, releases, compare,
     metrics, plot, track,

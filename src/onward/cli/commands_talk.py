@@ -1,8 +1,9 @@
-"""Commands that let a run's model answer: `chat`."""
+"""Commands that let a run's model answer: `chat`, `serve`."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from onward.cli.options import AtOption, JsonOption, RunOption
 from onward.cli.output import show
 from onward.errors import UsageError
 from onward.layout import RunLayout, entries
+from onward.terminal import flush_results, say, show_line
 
 NICENESS = 10
 """Of a process beside one that trains: on a busy processor it gets a tenth of the other's share."""
@@ -58,6 +60,34 @@ def chat(
         else:
             answers = opened.once(message)
             show({"message": message, "answers": answers} if compare else {"message": message, **answers[0]})
+
+
+def serve(
+    run: RunOption = Path(),
+    at: AtOption = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Put newer commits in place, between two requests.")] = False,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; beyond this machine ONWARD_API_KEY must be set.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+) -> None:
+    """Answer requests of OpenAI's interface; the base URL is the first line on stdout."""
+    if at is not None and follow:
+        raise UsageError("--follow goes on to the newest commit, --at stays", where="--follow", hint="Leave one out.")
+    layout = RunLayout(run)
+    layout.require()
+    if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+        hint = "pip install 'onward[serve]'"
+        raise UsageError("serving needs starlette and uvicorn", where="serve", hint=hint)
+    with startup.large_imports():
+        from onward.views.serve.server import serve as answer
+    key = os.environ.get("ONWARD_API_KEY") or None
+    answer(layout, at=at, follow=follow, address=(host, port), key=key, said=say, give_way=give_way, ready=_ready)
+
+
+def _ready(address: str) -> None:
+    show_line(address)
+    flush_results()
 
 
 def give_way() -> None:

@@ -187,12 +187,12 @@ class Files(Database):
         replayed = "sum(replayed)" if "replayed" in columns else "0"
         if all_files:
             return self.query(TOTALS.format(which="", replayed=replayed))
-        chunks = [file_ids[start : start + SOME] for start in range(0, len(file_ids), SOME)]
-        return [
-            row
-            for ids in chunks
-            for row in self.query(TOTALS.format(which=f"WHERE file_id IN ({marks(ids)})", replayed=replayed), *ids)
-        ]
+        found: list[Values] = []
+        for start in range(0, len(file_ids), SOME):
+            ids = file_ids[start : start + SOME]
+            which = f"WHERE file_id IN ({marks(ids)})"
+            found += self.query(TOTALS.format(which=which, replayed=replayed), *ids)
+        return found
 
 
 def marks(values: Sequence[object]) -> str:

@@ -19,7 +19,7 @@ from onward.atomic import link_or_copy, remove_tree
 from onward.errors import DamagedState, UsageError
 from onward.layout import MANIFEST, RunLayout, entries, step_of
 from onward.service.state.ownership import Ownership
-from onward.service.state.reading import find_newest, link_checkpoint, link_newest, newest_checkpoint
+from onward.service.state.reading import ATTEMPTS, find_newest, link_checkpoint, link_newest, newest_checkpoint
 from onward.store.ledger import Ledger
 from onward.store.lookup import FILE, STEP, find_step
 from onward.training.checkpoint import Manifest, inspect_checkpoint
@@ -85,6 +85,21 @@ def newest_step(layout: RunLayout) -> int:
     """
     with Ledger(layout.ledger, read_only=True) as ledger:
         return step_of(newest_checkpoint(layout, ledger.get("run")))
+
+
+def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
+    """Return what tells the newest commit from every other, also from one of the same step that was trained again.
+
+    Raises:
+        UsageError: nothing was committed yet.
+    """
+    for _ in range(ATTEMPTS):
+        with Ledger(layout.ledger, read_only=True) as ledger:
+            folder = newest_checkpoint(layout, ledger.get("run"))
+        with contextlib.suppress(FileNotFoundError):  # it was replaced just now
+            seen = (folder / MANIFEST).stat()
+            return step_of(folder), seen.st_ino, seen.st_mtime_ns
+    raise DamagedState("the newest checkpoint is replaced again and again", where=layout.current)
 
 
 def describe(layout: RunLayout, manifest: Manifest) -> str:

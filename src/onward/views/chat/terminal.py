@@ -22,7 +22,7 @@ from onward.views.chat.conversation import Column, save_row
 from onward.views.chat.engine import Engine, Outcome
 from onward.views.chat.sampling import Sampling
 from onward.views.loaded import load
-from onward.views.points import hold, newest_step
+from onward.views.points import hold, newest_mark
 
 HELP = """/reset            begin a new conversation
 /system TEXT      set the system message (without TEXT: the template's own) and begin anew
@@ -65,6 +65,7 @@ class Chat:
         self._layout, self._asking, self._give_way = layout, asking, give_way
         self._open = ExitStack()
         self._columns: list[Column] = []
+        self._mark = newest_mark(layout) if asking.refresh else None
         try:
             self._yield_to_training()
             for at in asking.points:
@@ -175,8 +176,9 @@ class Chat:
 
     def _refresh(self) -> None:
         """Go on to the newest commit; one that cannot be loaded is told, and the state in memory goes on answering."""
-        if not self._asking.refresh or newest_step(self._layout) == self._columns[0].engine.loaded.step:
+        if not self._asking.refresh or (mark := newest_mark(self._layout)) == self._mark:
             return
+        self._mark = mark
         try:
             with hold(self._layout) as point:
                 self._columns[0].engine.move_to(self._layout, point)

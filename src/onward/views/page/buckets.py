@@ -6,9 +6,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+from onward.curve import Piece, buckets
 from onward.store.curve import Curve, Span
 from onward.store.database import Values
-from onward.views.curve import Piece, buckets
 
 POINTS = 2000
 """Ranges that a whole run is kept in, at most this and at least half of it: more than a screen has columns."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.config_text import read_config
+from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.layout import RunLayout, entries, step_of
 from onward.service.intake.inbox import IGNORED, PRIORITIES
@@ -23,7 +24,6 @@ from onward.store.database import Values
 from onward.store.files import Finished
 from onward.store.ledger import Ledger
 from onward.text import printable
-from onward.views.curve import as_columns, read_curve
 from onward.views.page.buckets import KeptBuckets
 
 LISTED = 200

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 from anyio import to_thread
 from sse_starlette import ServerSentEvent
 
+from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.service.holder import is_held
 from onward.store.ledger import Ledger
-from onward.views.curve import as_columns, read_curve
 from onward.views.page.reading import RunReader
 
 SECONDS = 1.0

@@ -1,0 +1,68 @@
+"""Commands that give a run's model to others: `export`, `push`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onward import startup
+from onward.cli.options import AtOption, JsonOption, RunOption
+from onward.cli.output import show
+from onward.layout import RunLayout
+from onward.terminal import say
+from onward.text import printable, quoted
+
+
+def export(
+    target: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A folder to make; for gguf also a .gguf file.")],
+    run: RunOption = Path(),
+    at: AtOption = None,
+    file_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="adapter, merged, gguf or ollama.", show_default="adapter; merged where all is trained"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16.", show_default="as trained, or as the base; gguf: float16"),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="For gguf and ollama: q8_0, q4_k_m or f16.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a committed state for others, with a model card: an adapter, a merged model, GGUF, or Ollama's files."""
+    layout = RunLayout(run)
+    layout.require()
+    with startup.large_imports():
+        from onward.views.export.export import Wanted
+        from onward.views.export.export import export as write
+
+    result = write(layout, Wanted(target, file_format, at, dtype, quantize), say)
+    if as_json:
+        show(result)
+    size = sum(result["files"].values())
+    say(f"exported {printable(result['at'])} to {quoted(target)}: {len(result['files'])} files, {size / 1e6:.1f} MB")
+
+
+def push(
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="NAME or OWNER/NAME on the hub.")],
+    run: RunOption = Path(),
+    at: AtOption = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="As for export.", show_default="adapter; merged where all is trained")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Where the repository is made now.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a committed state and upload it to a hub, with the token of `hf auth login` or HF_TOKEN."""
+    layout = RunLayout(run)
+    layout.require()
+    with startup.large_imports():
+        from onward.views.export.push import push as upload
+
+    result = upload(layout, repository, at=at, file_format=file_format, private=private, report=say)
+    if as_json:
+        show(result)
+    say(f"pushed {printable(result['at'])} to {printable(result['url'])}")

