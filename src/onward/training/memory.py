@@ -31,8 +31,8 @@ LONGEST = 48
 USABLE = 0.92
 """Share of the memory at hand that a step may take."""
 HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 250_000_000}
-"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; and what the
-heap keeps back and libraries take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135
+"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; and what
+the heap keeps back and libraries take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135
 million weights (`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
 CRUDE = 8
 """Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
