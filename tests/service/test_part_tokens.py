@@ -21,7 +21,7 @@ def recorded(run: Run) -> list[object]:
 
 def test_a_run_keeps_the_number_that_it_began_with(tmp_path: Path, model: Path) -> None:
     """On a CPU it is that of earlier releases, which no config names; a number from elsewhere is recorded and used."""
-    files = [rows_file(tmp_path / name, 3) for name in ("a.jsonl", "b.jsonl")]
+    files = [rows_file(tmp_path / f"{rows}.jsonl", rows) for rows in (3, 4)]
     here = Run.create(tmp_path / "here", str(model), later=True, **SETTINGS)
     here.train(files[0])
     assert ["auto", MICRO_BATCH_TOKENS] == recorded(here)

@@ -30,10 +30,10 @@ LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
 """Share of the memory at hand that a step may take."""
-HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 150_000_000}
-"""Memory of the process for each byte of activations, since glibc's heap keeps holes among them; and what libraries
-take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135 million weights
-(`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
+HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 250_000_000}
+"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; and what
+the heap keeps back and libraries take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135
+million weights (`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
 CRUDE = 8
 """Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
 
@@ -95,6 +95,7 @@ class Profile:
     def estimate(self, lengths: Sequence[int], *, recompute: bool = False) -> Estimate:
         """Return what a step takes whose largest part has rows of these lengths."""
         tokens, whole = sum(lengths), self.whole(lengths)
+        holes = HOLES.get(self.device, 1.0)
         one_layer = whole / max(1, self.layers)
         kept = self.recomputed(lengths) + one_layer if recompute and self.recomputed else whole
         budget = LOGITS_BYTES if self.trained_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
@@ -104,8 +105,8 @@ class Profile:
             trained=self.trained,
             gradients=self.trained,
             moments=self.moments,
-            activations=int((kept + one_layer) * HOLES.get(self.device, 1.0)),
-            logits=logits + 3 * self.trained_head,  # its gradient: summed, scaled, and that of tied embeddings
+            activations=int((kept + one_layer) * holes),
+            logits=int((logits + 3 * self.trained_head) * holes),  # the head's gradient: summed, scaled, and once more
             libraries=LIBRARIES.get(self.device, 0),
         )
 

@@ -30,7 +30,7 @@ class Transfer(Protocol):
         """Whether copies lie in memory that the device reads by itself."""
         ...
 
-    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Wait:
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Wait:
         """Begin to copy, and return what waits until it is done; the next step changes no source before."""
         ...
 
@@ -44,7 +44,7 @@ class InPlace:
 
     pins = False
 
-    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Wait:
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Wait:
         """Copy now."""
         torch._foreach_copy_(list(targets), list(sources))  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         return at_once
@@ -67,7 +67,7 @@ class Overlapped:
         self._side: Any = None
         self.pins = pins
 
-    def copy(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Wait:
+    def copy(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> Wait:
         """Copy on a stream of its own, after what was computed and before what will be."""
         computing = self._streams.current_stream()
         self._side = self._side or self._streams.Stream()

@@ -1,0 +1,49 @@
+"""The page of what was seen on a GPU claims nothing that was not run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+GPU = Path(__file__).parents[1] / "bench" / "gpu"
+
+
+def load(name: str) -> ModuleType:
+    """Import a script of bench/gpu, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"gpu_{name}", GPU / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section(page: str, title: str) -> str:
+    """Return what stands below a heading."""
+    return page.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_what_was_not_run_is_called_so() -> None:
+    """Without a figure every section says that it was not run, and each check says why."""
+    page = load("report").render([{"check": "files", "status": "not run: no GPU", "seconds": 0.0}])
+    assert "Nothing was run on a GPU yet" in page
+    titles = ("Exactness", "Speed", "Against peers in the same run", "Memory at the peak of a step", "Beside the steps")
+    assert ["Not run."] * 5 == [section(page, title).strip() for title in titles]
+    assert "| files | not run: no GPU |" in section(page, "Every check")
+
+
+def test_bits_that_differ_stand_out() -> None:
+    """An exactness check that failed is in bold; one that held says `==`."""
+    records = [{"subject": "SIGKILL", "instant": f"change {n}", "equal": n == 1} for n in (1, 2)]
+    lines = section(load("report").render(records), "Exactness").strip().splitlines()[2:]
+    assert ["| SIGKILL | change 1 | == | - |", "| SIGKILL | change 2 | **differs** | - |"] == lines
+
+
+def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
+    """What a process was writing when it was ended costs one figure, not the page."""
+    record, path = load("record"), tmp_path / "results.jsonl"
+    record.append(path, {"subject": "machine", "device": "x"})
+    with path.open("a") as stream:
+        stream.write('{"subject": "spe')
+    assert [{"subject": "machine", "device": "x"}] == record.read(path)
