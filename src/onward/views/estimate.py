@@ -34,7 +34,6 @@ from onward.service.intake.checking import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RulesOfRun
-from onward.service.owner.faults import is_out_of_memory
 from onward.service.owner.start import load_start
 from onward.service.session import Session, open_session
 from onward.service.state.reading import snapshot
@@ -42,9 +41,9 @@ from onward.service.state.settle import Settled
 from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import estimate_size
+from onward.training.device_errors import is_out_of_memory
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
-from onward.training.world import SingleProcess
 from onward.views.preview import rejection
 
 TIMED = 4
@@ -135,7 +134,7 @@ class _Measured:
         self.state = state
         self.files = files
         self.plan = plan
-        self.trainer = Trainer(state, config, SingleProcess(session.device), session.dtype, session.pad_id)
+        self.trainer = Trainer(state, config, session.execution)
         self.device = session.device
         self.seconds, self.tokens, self.steps, self.heaviest = 0.0, 0, 0, 0
 
