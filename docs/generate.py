@@ -21,7 +21,8 @@ import typer
 from typer.main import get_command
 
 from onward import cli
-from onward.config import SECTIONS, Config, acts
+from onward.config import Config
+from onward.config_keys import SECTIONS, acts
 from onward.config_schema import schema_text
 from onward.config_text import parse_config
 from onward.data.files.formats import COMPRESSIONS, listed

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from onward.config import SECTIONS, Config
+from onward.config import Config
+from onward.config_keys import SECTIONS
 from onward.config_text import render_yaml
 
 SCHEMA = "onward.schema.json"

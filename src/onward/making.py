@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.config import NEW_RUN, Config
+from onward.config import Config
+from onward.config_keys import NEW_RUN
 from onward.config_schema import write_config
 from onward.config_text import parse_config, read_config
 from onward.errors import DamagedState, UsageError

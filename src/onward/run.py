@@ -260,11 +260,7 @@ class Run(Observed):
             return faults.skip(self.layout, ledger, row, reason)
 
     def accept(self, file: str) -> str:
-        """Queue a quarantined file again, for the guard to let pass; returns its name.
-
-        Raises:
-            UsageError: no such file is quarantined, or the stream has its content by now.
-        """
+        """Queue a quarantined file again, for the guard to let pass; returns its name."""
         from onward.service.state.accept import accept
 
         with open_ledger(self.layout) as ledger:

@@ -14,7 +14,8 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
-from onward.config import OPERATION_KEYS, acts, known_keys
+from onward.config import known_keys
+from onward.config_keys import OPERATION_KEYS, acts
 from onward.data.loader import Batch
 from onward.errors import ConfigError, TrainingError
 from onward.events import Committed, Event, FileStarted, Note, StepTaken

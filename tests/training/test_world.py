@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.config import Config
+from onward.config_keys import MICRO_BATCH_TOKENS
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from onward.config import MICRO_BATCH_TOKENS, Config
+from onward.config import Config
+from onward.config_keys import MICRO_BATCH_TOKENS
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row

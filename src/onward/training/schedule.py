@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from onward.config import HORIZON_SCHEDULES, Config
+from onward.config import Config
+from onward.config_keys import HORIZON_SCHEDULES
 from onward.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from onward.config import Config, stored_config
@@ -20,24 +20,21 @@ from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.guard import Guard, InHand
-from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.measuring import Measuring
 from onward.service.owner.part_tokens import with_part_tokens
 from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
+from onward.service.owner.surroundings import Surroundings
 from onward.service.session import Session, check_identity
-from onward.service.settings import Settings
-from onward.service.shown import Shown
 from onward.service.state.commits import Commit
 from onward.service.state.writer import Writer
-from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
-from onward.training.boundary import AtBoundary, cross_boundary
+from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
-from onward.training.device_memory import ReadUsage, gpu_is_crowded, read_usage
+from onward.training.device_memory import gpu_is_crowded
 from onward.training.economy import Learned
 from onward.training.handover import compare, measure
 from onward.training.probe import Probe
@@ -46,31 +43,6 @@ from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 
 LedgerMoves = Callable[[Ledger], None]
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a worker looks at and tells while it trains.
-
-    Args:
-        wishes: polled after every step; once it is true the state is committed and the file is left.
-        settings: the config as it stands on disk.
-        shown: where the run's state is shown.
-        heartbeat: told when a step begins and ends.
-        goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
-        hooks: called at each boundary, before it is committed.
-        look: called while rows are read again; raises `Stopped` to leave the file.
-        memory: asked for the device's memory when a step fails.
-    """
-
-    wishes: Wishes
-    settings: Settings
-    shown: Shown
-    heartbeat: Heartbeat
-    goes_on: Callable[[], bool] = lambda: True
-    hooks: tuple[AtBoundary, ...] = ()
-    look: Callable[[], None] = lambda: None
-    memory: ReadUsage = read_usage
 
 
 class Worker:

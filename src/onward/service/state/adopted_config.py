@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onward.config import IDENTITY_KEYS, NEW_RUN, SECTIONS, Config, known_keys, stored_config
+from onward.config import Config, known_keys, stored_config
+from onward.config_keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
 from onward.config_text import parse_config
 from onward.errors import ConfigError, UsageError
 from onward.layout import MANIFEST
