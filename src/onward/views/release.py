@@ -23,11 +23,13 @@ from onward.service.state.ownership import Ownership
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_step
+from onward.text import printable
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.state import digest_tensors
 from onward.views.branch import Branch
-from onward.views.points import own_folder
+from onward.views.export.card import base_facts, write_card
+from onward.views.points import Point, own_folder
 from onward.views.releases import RECORD
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -171,6 +173,7 @@ class Making:
             prove_roundtrip(branch.state.model, temporary, weights)
             for name, data in branch.session.facts().static_files.items():
                 (temporary / name).write_bytes(data)
+            self._write_card(temporary, branch, record)
             record["files"] = {path.name: xxh3_file(path) for path in entries(temporary)}
             (temporary / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             for path in entries(temporary):
@@ -178,6 +181,27 @@ class Making:
             publish_directory(temporary, target)
         finally:
             remove_tree(temporary)
+
+    def _write_card(self, folder: Path, branch: Branch, record: Mapping[str, Any]) -> None:
+        """Write the model card from the ledger of the copy, which ends where the release begins."""
+        session, found, averaged = branch.session, record["measured"], record["averaged"]
+        facts = {
+            "Release": f"{record['name']}: {printable(record['notes'])}" if record["notes"] else record["name"],
+            "Cooldown": f"{record['cooldown']['steps']} steps over rows of the whole stream, to a rate of zero",
+            "Average of the states of steps": ", ".join(map(str, averaged)) if len(averaged) > 1 else "",
+            "Average loss over its files": _figure(found["average"]),
+            "Forgetting, mean and worst": f"{_figure(found['forgetting']['mean'])}, "
+            f"{_figure(found['forgetting']['worst'])}",
+            "KL from the base on its own texts": _figure(found["anchor"]),
+        }
+        label = f"step {record['step']}, made a release"
+        point = Point(folder, label, branch.manifest.step, branch.manifest, release=record["name"])
+        base = base_facts(session.layout, session.base, session.base_digest)
+        write_card(session.layout, point, base, folder, {name: text for name, text in facts.items() if text})
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
 
 
 def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:

@@ -84,13 +84,23 @@ def _link_state(layout: RunLayout, copy: RunLayout, step: int) -> None:
 def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
     for name in PARTS:
         if (layout.root / name).is_dir():
-            link_tree(layout.root / name, copy.root / name)
+            _link_all(layout.root / name, copy.root / name)
     tokenizer = layout.cache / "tokenizer"
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, copy.cache / "tokenizer")
     for folder in entries(layout.tokens):
         with contextlib.suppress(OSError):  # forgotten meanwhile: made again where it is needed
             link_tree(folder, copy.tokens / folder.name)
+
+
+def _link_all(source: Path, target: Path) -> None:
+    """Link every file below a folder."""
+    target.mkdir()
+    for entry in entries(source):
+        if entry.is_dir():
+            _link_all(entry, target / entry.name)
+        else:
+            link_or_copy(entry, target / entry.name)
 
 
 def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:

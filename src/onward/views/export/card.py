@@ -14,12 +14,14 @@ import yaml
 from onward.config_text import read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
+from onward.service.knowledge.table import BEFORE, GRID
 from onward.status import read_history
 from onward.store.ledger import Ledger
 from onward.text import printable
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
+from onward.views.grid import grid_lines, read_grid
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -119,15 +121,20 @@ def _file(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
-    """Return what was measured at boundaries, where the run measured anything."""
+    """Return what was measured at boundaries: the grid, and what other hooks measured, where there is any."""
+    grid = read_grid(layout)
+    parts = ["## What it knows\n\n```text\n" + "\n".join(grid_lines(grid)) + "\n```"] if len(grid["after"]) > 1 else []
     with Ledger(layout.ledger, read_only=True) as ledger:
         rows = [
             (str(entry["position"]), _cell(name), f"`{_cell(json.dumps(value))}`")
             for entry in history
             if (file := ledger.at_position(entry["position"])) is not None
             for name, value in ledger.boundary_results(file.id).items()
+            if name not in (GRID, BEFORE)
         ]
-    return "## Measured at boundaries\n\n" + _table(("After file", "What", "Value"), rows) if rows else ""
+    if rows:
+        parts.append("## Measured at boundaries\n\n" + _table(("After file", "What", "Value"), rows))
+    return "\n\n".join(parts)
 
 
 def _proof(layout: RunLayout) -> str:

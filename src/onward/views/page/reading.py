@@ -24,6 +24,7 @@ from onward.store.database import Values
 from onward.store.files import Finished
 from onward.store.ledger import Ledger
 from onward.text import printable
+from onward.views.grid import read_grid
 from onward.views.page.buckets import KeptBuckets
 
 LISTED = 200
@@ -108,6 +109,7 @@ class RunReader:
             "restore_points": [_restore_point(folder) for folder in layout.restore_points()],
             "disk": {"free": usage.free, "total": usage.total, "reserve": margin},
             "events": events,
+            "grid": read_grid(layout),
         }
 
     def inbox(self) -> list[dict[str, Any]]:
