@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ KEYS = [
     "disk_margin_mb", "compress_archive", "notify.command", "notify.url", "notify.events",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "columns", "text.documents", "bad_rows", "bad_rows_share",
     "holdout", "evaluation.rows", "evaluation.share", "evaluation.files", "replay.share", "replay.policy",
-    "anchor.rows", "anchor.tokens", "anchor.weight",
+    "anchor.rows", "anchor.tokens", "anchor.weight", "guard.action", "guard.forgetting", "guard.anchor", "guard.spike",
     *LATER_IDENTITY_KEYS,
 ]  # fmt: skip
 """Every key. A new one is a decision: it is documented, tested and added here."""
@@ -40,8 +41,9 @@ def test_every_key_says_what_it_means() -> None:
     """Each key has a description; onward.yaml and the reference are made of them."""
     text = render_yaml(Config())
     for key in KEYS:
-        line = next(line for line in text.splitlines() if line.strip().startswith(f"{key.rpartition('.')[2]}:"))
-        assert "  # " in line
+        section, _, name = key.rpartition(".")
+        (block,) = re.findall(rf"^{section}:\n((?:  .*\n)+)", text, re.M) if section else [text]
+        assert re.search(rf"^{'  ' if section else ''}{name}: .*  # .", block, re.M), key
 
 
 def test_identity_keys_are_keys() -> None:

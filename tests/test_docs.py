@@ -170,9 +170,11 @@ def test_quickstart_and_readme_run(program: Path, model: Path, tmp_path: Path, m
             commands.update(script.splitlines())
 
 
-def test_pages_about_a_made_run_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_about_a_made_run_run(
+    program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commands and Python of the pages on figures, trackers, agents and install, on a run that was made up."""
-    prepare(model, tmp_path, monkeypatch)
+    prepare(program, model, tmp_path, monkeypatch)
     made_up_run(tmp_path / "made-run", [("monday.jsonl", 3), ("tuesday.jsonl", 4)], lambda step: 1 / step)
     tracked = made_up_run(tmp_path / "tracked-run", [("monday.jsonl", 3)], lambda step: 1 / step)
     tracked.config.write_text("model: smollm2-135m\ntrack: [nobody]\n")

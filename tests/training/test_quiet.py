@@ -7,12 +7,15 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
+from onward.training.model.load import load_base
 from onward.training.model.quiet import quiet
 
 
@@ -92,3 +95,22 @@ def test_the_first_thread_to_enter_leaves_first(before: dict[str, Any]) -> None:
         thread.join()
     assert [True, True, True, False] == seen
     assert before == state()
+
+
+def test_models_are_loaded_in_several_threads(model: Path) -> None:
+    """A load beside another one finds every weight: transformers replaces methods of its classes meanwhile."""
+    failures: list[BaseException] = []
+
+    def load_often() -> None:
+        try:
+            for _ in range(10):
+                load_base(model, torch.float32)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=load_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [] == failures

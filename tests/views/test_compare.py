@@ -67,6 +67,6 @@ def test_what_cannot_be_compared_is_refused(texts: list[str], refusal: type[Exce
 
 def test_settings_that_belong_together_are_one_variant() -> None:
     """Semicolons join them; each is read as in `--set`."""
-    together, alone = parse_variants(["learning_rate=1e-3;warmup_steps=3", "warmup_steps=0"])
+    together, alone = parse_variants(["learning_rate=0.001;warmup_steps=3", "warmup_steps=0"])
     assert {"learning_rate": 1e-3, "warmup_steps": 3} == dict(together.settings)
     assert {"warmup_steps": 0} == dict(alone.settings)

@@ -196,7 +196,8 @@ def test_the_card(stream: Path, model: Path, tmp_path: Path) -> None:
         assert f"`{entry['sha256']}`" in text
     for words in (digest_base(model), "everything holds", "learning_rate: 0.05", "Licence of the base | unknown"):
         assert words in text
-    assert "Measured" not in text
+    assert "## What it knows" in text
+    assert "## Measured at boundaries" not in text
     picture = (tmp_path / "card" / "loss.svg").read_text()
     assert 5 == len(re.findall(r"points=\"([^\"]+)\"", picture)[0].split())
     assert 2 == picture.count("<line")

@@ -15,7 +15,9 @@ def test_a_very_long_run_is_sketched_until_it_is_added_up(tmp_path: Path) -> Non
     steps = AT_ONCE + 1000
     with Ledger(layout.ledger) as ledger:
         numbers = f"WITH RECURSIVE n(i) AS (SELECT 2 UNION ALL SELECT i + 1 FROM n WHERE i < {steps})"
-        ledger.write(f"INSERT INTO steps {numbers} SELECT 1, i, i, 0, 2, 'd', 20, 10, i, 1e-4, 0.5, 0.25 FROM n")
+        ledger.write(
+            f"INSERT INTO steps {numbers} SELECT 1, i, i, 0, 2, 'd', 20, 10, i, 1e-4, 0.5, 0.25, 0, NULL FROM n"
+        )
         kept = KeptBuckets()
         sketch = kept.draw(ledger, 1000, None, None)
         kept.fill(ledger)

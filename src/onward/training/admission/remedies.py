@@ -14,7 +14,7 @@ from onward.config import Config
 from onward.errors import ConfigError, first_line
 from onward.training.admission.causality import looks_ahead
 from onward.training.model.adapter_shape import new_adapter_config
-from onward.training.model.quiet import quiet
+from onward.training.model.quiet import one_load, quiet
 from onward.training.model.spec import ModelSpec
 
 NO_REMEDY = "Nothing that Onward sets changes that: train another model."
@@ -54,7 +54,7 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
 def causal_hint(base: Path, device: torch.device) -> str:
     """Return how a model that looks ahead becomes one that does not, if its own config has a key for that."""
     try:
-        with quiet():
+        with one_load, quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, is_decoder=True
             )
@@ -92,7 +92,7 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
 
 def _skeleton(base: Path) -> PreTrainedModel:
     """Return the model without memory for its weights."""
-    with quiet(), torch.device("meta"):
+    with one_load, quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 

@@ -35,7 +35,7 @@ from onward.training.model.adapter_shape import new_adapter_config, require_effe
 from onward.training.model.base import COMPLETE
 from onward.training.model.completeness import require_all_weights, require_no_others
 from onward.training.model.expert_lora import wrap_experts
-from onward.training.model.quiet import quiet
+from onward.training.model.quiet import one_load, quiet
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.seeds import fold, seeded
@@ -209,7 +209,7 @@ def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
-        with quiet():
+        with one_load, quiet():
             found: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,

@@ -54,3 +54,7 @@ class _Silence:
 
 
 quiet = _Silence()
+
+one_load = threading.RLock()
+"""Held while transformers makes a model. It replaces methods of its own classes meanwhile, which a load in another
+thread would see: that one would report weights as missing that are tied."""

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onward.errors import VerificationFailed, first_line
 from onward.training.model.adapter import ADAPTER_WEIGHTS, add_adapter, saved_adapter_config
-from onward.training.model.quiet import quiet
+from onward.training.model.quiet import one_load, quiet
 
 META = torch.device("meta")
 
@@ -43,7 +43,7 @@ def prove_roundtrip(
     if weights is None:
         weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
     try:
-        with quiet():
+        with one_load, quiet():
             if isinstance(model, PeftModel):
                 _require_equal(weights, _adapter_as_loaded(model, folder), folder)
             elif whole:

@@ -26,7 +26,7 @@ from onward.training.model.adapter import (
     saved_adapter_config,
 )
 from onward.training.model.adapter_config import KEYS, adapter_settings, read_adapter
-from onward.training.model.quiet import quiet
+from onward.training.model.quiet import one_load, quiet
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def require_fits_base(folder: Path, base: Path) -> None:
     Raises:
         ModelError: it does not fit, or is damaged.
     """
-    with quiet(), torch.device("meta"):
+    with one_load, quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +21,7 @@ from onward.text import printable
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
-from onward.views.grid import grid_lines, read_grid
+from onward.views.grid import read_grid
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -122,8 +122,8 @@ def _file(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
     """Return what was measured at boundaries: the grid, and what other hooks measured, where there is any."""
-    grid = read_grid(layout)
-    parts = ["## What it knows\n\n```text\n" + "\n".join(grid_lines(grid)) + "\n```"] if len(grid["after"]) > 1 else []
+    places = {entry["position"] for entry in history}
+    parts = [_grid(read_grid(layout), places)]
     with Ledger(layout.ledger, read_only=True) as ledger:
         rows = [
             (str(entry["position"]), _cell(name), f"`{_cell(json.dumps(value))}`")
@@ -134,7 +134,26 @@ def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
         ]
     if rows:
         parts.append("## Measured at boundaries\n\n" + _table(("After file", "What", "Value"), rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
+
+
+def _grid(grid: dict[str, Any], places: Collection[int]) -> str:
+    """Return the losses of the grid for the files and boundaries of a state; a line for each boundary."""
+    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] in places]
+    rows = [
+        ("base" if after == 0 else str(after), *(_loss(losses[at]) for at in columns), _loss(anchor))
+        for after, losses, anchor in zip(grid["after"], grid["loss"], grid["anchor"], strict=True)
+        if after == 0 or after in places
+    ]
+    if len(rows) < 2:
+        return ""
+    names = [_cell(grid["files"][at]["name"]) for at in columns]
+    words = "Mean loss on the rows of each file that it is measured on, and the KL divergence from the base, in nats."
+    return f"## What it knows\n\n{words}\n\n" + _table(("After file", *names, "KL from the base"), rows)
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _proof(layout: RunLayout) -> str:
