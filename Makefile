@@ -16,7 +16,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench gpu recipe docs site wheel families qlora browser clean
+.PHONY: help demo test soak lint format bench gpu knowledge recipe docs site wheel families qlora browser clean
 
 help: ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -52,6 +52,9 @@ bench: $(BENCH_READY) ## speed against the peers, into bench/RESULTS.md (half an
 # On a machine without pip or network: make gpu READY= BIN=DIRECTORY_OF_PYTHON; peers that are missing are not run.
 gpu: $(READY) ## all that has to be seen on a GPU, in eight minutes, into bench/RESULTS-GPU.md (OUT=folder, TINY=1: on a CPU)
 	$(BIN)/python bench/gpu/suite.py $(if $(OUT),--out $(OUT)) $(if $(TINY),--tiny)
+
+knowledge: $(READY) ## what replay and anchor keep of five domains, into bench/KNOWLEDGE.md (an hour; goes on where it was cut)
+	$(BIN)/python bench/knowledge.py $(addprefix --data ,$(DATA))
 
 recipe: $(READY) ## the usual recipe and Onward on the same three files
 	$(BIN)/python bench/continuity.py
