@@ -24,10 +24,11 @@ help: ## list what can be made
 demo: $(READY) ## a real model learns three real files in three processes, as one run
 	$(BIN)/python demo/run.py
 
-# Measured: COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
+# Four at a time also on two cores: half of a test's time is waiting for disks and processes.
+# COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
 test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
 	$(if $(COVERAGE),$(BIN)/coverage erase)
-	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 2
+	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 4
 	$(if $(COVERAGE),$(BIN)/coverage combine -q)
 	$(if $(COVERAGE),$(BIN)/coverage report)
 
