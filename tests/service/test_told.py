@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import LONG, PATIENCE, SETTINGS, end, hold, is_in, rows_file, until, watch
+from daemons import LONG, SETTINGS, end, hold, is_in, rows_file, until, watch
 from runs import new_run
 from states import assert_same_state
 
@@ -185,24 +182,3 @@ def test_what_is_done_at_a_boundary(run: Run, model: Path, tmp_path: Path) -> No
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         assert [results[0], {}] == [ledger.boundary_results(row.id) for row in ledger.files("done")]
     assert_same_state(twin.layout.root, run.layout.root)
-
-
-def test_a_stop_of_a_process_that_is_killed(run: Run, tmp_path: Path) -> None:
-    """A process that ended without answering committed nothing more, and nobody says that it did."""
-    run.add(rows_file(tmp_path / "a.jsonl", LONG))
-    process = watch(run, prepare=hold(run))
-    until(is_in(run, "a.jsonl"), process)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    answers: list[str] = []
-    asking = threading.Thread(target=lambda: answers.append(run.stop()))
-    asking.start()
-
-    def is_asked() -> bool:
-        with Ledger(run.layout.ledger, read_only=True) as ledger:
-            return bool(ledger.open_requests())
-
-    until(is_asked)
-    os.kill(process.pid, signal.SIGKILL)
-    asking.join(PATIENCE)
-    assert ["it ended without an answer; the last commit is step 0"] == answers
