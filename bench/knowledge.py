@@ -27,7 +27,7 @@ OUT, PAGE, REMARKS = HERE / "out" / "knowledge.jsonl", HERE / "KNOWLEDGE.md", HE
 HELD_OUT = 0.1
 """Share of each file's rows that no policy trains."""
 SETTINGS: dict[str, Any] = {
-    "batch_size": 8, "max_length": 128, "learning_rate": 5e-4, "warmup_steps": 5, "lora": {"rank": 16, "dropout": 0.0},
+    "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 5, "lora": {"rank": 16, "dropout": 0.0},
     "holdout": 0.0, "keep_boundaries": 1, "keep_days": 0, "save_steps": 1000, "guard": {"action": "off"},
     "anchor": {"rows": 16, "tokens": 64},
 }  # fmt: skip
@@ -111,7 +111,7 @@ def trials(domains: Domains) -> Iterator[Trial]:
             yield Trial(policy, names[turn:] + names[:turn])
 
 
-def measure(trial: Trial, domains: Domains, model: str) -> dict[str, Any]:
+def measure(trial: Trial, domains: Domains, model: str, length: int) -> dict[str, Any]:
     """Train one trial and return its figures."""
     from onward import Run
     from onward.store.ledger import Ledger
@@ -120,7 +120,7 @@ def measure(trial: Trial, domains: Domains, model: str) -> dict[str, Any]:
         work = Path(name)
         questions = [_write(work / f"held-out-{domain}.jsonl", rows) for domain, rows in domains.held_out.items()]
         asked = {"rows": max(map(len, domains.held_out.values())), "share": 1.0, "files": list(map(str, questions))}
-        settings = {**SETTINGS, **POLICIES.get(trial.policy, {}), "evaluation": asked}
+        settings = {**SETTINGS, **POLICIES.get(trial.policy, {}), "evaluation": asked, "max_length": length}
         run = Run.create(work / "run", model, **settings)
         begun = time.perf_counter()
         run.train(*_files(work, trial, domains))
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row at most")
     parser.add_argument("--render", action="store_true", help="only write the page from what was measured")
     options = parser.parse_args()
     about = {**measuring.machine(), "model": options.model, "rows": options.rows, "data": options.data is not None}
@@ -229,7 +230,7 @@ def main() -> None:
         if trial.key in results():
             continue
         print(f"{trial.key} ...", file=sys.stderr, flush=True)
-        found = measure(trial, domains, options.model)
+        found = measure(trial, domains, options.model, options.length)
         with OUT.open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(found) + "\n")
         PAGE.write_text(render(results(), about), encoding="utf-8")
