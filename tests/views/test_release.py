@@ -127,6 +127,9 @@ def test_releases_are_listed_and_removed_but_never_with_what_others_put_there(ru
     for name in ("first", "second"):
         make(run, Order(name, cooldown=0))
     (run.layout.releases / "mine").mkdir()
+    assert ["name", "first", "second"] == [
+        line.split()[0] for line in onward("releases", "--run", run.layout.root).out.splitlines()
+    ]
     assert ["first", "second"] == [release.name for release in list_releases(run.layout)]
     note = run.layout.releases / "first" / "notes.txt"
     note.write_text("keep")
