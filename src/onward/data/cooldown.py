@@ -6,15 +6,11 @@ rows stay held out.
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
-from onward.data.order import RowReference, nth_left
-from onward.data.permutation import Permutation
-from onward.data.replay import Source
+from onward.data.order import RowReference
+from onward.data.replay import Pool, Source
 from onward.digest import sha256_json
 
 
@@ -62,22 +58,14 @@ class CooldownPlan:
         """
         self.epoch_of(step_in_file)
         first = step_in_file * self.batch_size
-        return [self._row(number) for number in range(first, first + self.batch_size)]
+        key = f"onward cooldown 1:{self.key}"
+        return [self._pool.in_turn(number, key) for number in range(first, first + self.batch_size)]
 
     @cached_property
     def needed(self) -> set[str]:
         """The files whose rows the steps really take."""
         return {row.sha256 for step in range(self.steps) for row in self.rows_at(step)}
 
-    def _row(self, number: int) -> RowReference:
-        total = self._ends[-1]
-        turn, place = divmod(number, total)
-        index = Permutation(total, f"onward cooldown 1:{self.key}:{turn}".encode())[place]
-        at = bisect_right(self._ends, index)
-        source = self.files[at]
-        within = index - (self._ends[at - 1] if at else 0)
-        return RowReference(source.sha256, nth_left(within, source.held_out))
-
     @cached_property
-    def _ends(self) -> Sequence[int]:
-        return list(accumulate(source.trained_rows for source in self.files))
+    def _pool(self) -> Pool:
+        return Pool(self.files)

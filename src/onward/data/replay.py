@@ -46,6 +46,34 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Pool:
+    """The rows of files that may be trained, as one sequence.
+
+    Args:
+        files: each content once, with the rows that are held out.
+    """
+
+    files: tuple[Source, ...]
+
+    @cached_property
+    def ends(self) -> Sequence[int]:
+        """The index after the last row of each file."""
+        return list(accumulate(source.trained_rows for source in self.files))
+
+    def row(self, index: int) -> RowReference:
+        """Return the row at an index."""
+        place = bisect_right(self.ends, index)
+        source = self.files[place]
+        within = index - (self.ends[place - 1] if place else 0)
+        return RowReference(source.sha256, nth_left(within, source.held_out))
+
+    def in_turn(self, number: int, key: str) -> RowReference:
+        """Return a row of an order that a key selects: none comes twice before every other came once."""
+        turn, place = divmod(number, self.ends[-1])
+        return self.row(Permutation(self.ends[-1], f"{key}:{turn}".encode())[place])
+
+
+@dataclass(frozen=True)
 class ReplayPlan:
     """The plan of a file whose steps have rows of earlier files on top of their own.
 
@@ -148,25 +176,16 @@ class ReplayPlan:
 
     def _drawn(self, number: int) -> RowReference:
         if not self.weighted:
-            total = self._ends[-1]
-            turn, place = divmod(number, total)
-            return self._row(Permutation(total, f"{self.key}:{turn}".encode())[place])
+            return self._pool.in_turn(number, self.key)
         shares = self._shares
         at = _hash(f"{self.key}:{number}:file") / 2**64 * shares[-1]
         source = min(bisect_right(shares, at), len(shares) - 1)
         within = _hash(f"{self.key}:{number}:row") % self.earlier[source].trained_rows
-        return self._row((self._ends[source - 1] if source else 0) + within)
-
-    def _row(self, index: int) -> RowReference:
-        """Return a row by its index among all rows that may be replayed."""
-        place = bisect_right(self._ends, index)
-        source = self.earlier[place]
-        within = index - (self._ends[place - 1] if place else 0)
-        return RowReference(source.sha256, nth_left(within, source.held_out))
+        return self._pool.row((self._pool.ends[source - 1] if source else 0) + within)
 
     @cached_property
-    def _ends(self) -> Sequence[int]:
-        return list(accumulate(source.trained_rows for source in self.earlier))
+    def _pool(self) -> Pool:
+        return Pool(self.earlier)
 
     @cached_property
     def _shares(self) -> Sequence[float]:

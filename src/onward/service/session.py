@@ -57,7 +57,7 @@ class Session:
         """The fingerprint of the tokenizer."""
         return self.tokenizer_state.fingerprint
 
-    @property
+    @cached_property
     def pad_id(self) -> int:
         """A token id to fill short rows with; masked everywhere, so any id would do that the embedding has."""
         pad_id, rows = self.tokenizer.pad_token_id, read_capacity(self.base).embedding_rows

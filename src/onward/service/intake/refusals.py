@@ -6,6 +6,7 @@ import contextlib
 import filecmp
 import json
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,12 @@ class Refusal:
     def of_training(cls, name: str, reason: str, remedy: str) -> Refusal:
         """The refusal of a file that was accepted and could not be trained."""
         return cls(name, [_problem(None, reason, remedy)], 1)
+
+    @classmethod
+    def of_guard(cls, name: str, found: Sequence[dict[str, Any]], way_out: str) -> Refusal:
+        """The refusal of a file that passed the guard's limits: what was found, and the rows to look at."""
+        problems = [_problem(each["line"], each["reason"], each["remedy"]) for each in found]
+        return cls(name, problems, len(problems), way_out=way_out)
 
     def lines(self) -> list[str]:
         """Return the refusal as lines for a person: file, row, reason, remedy."""

@@ -166,7 +166,7 @@ def quarantine(
     refusal = Refusal.of_training(row.name, reason, "mend it, then add it again; its content stays in archive/")
     if found:
         way = f"onward accept {quoted(row.name)} trains it all the same"
-        refusal = Refusal(row.name, list(found), len(found), way_out=way)
+        refusal = Refusal.of_guard(row.name, found, way)
     report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})
     _take_back(layout, ledger, row, move, f"{row.name} quarantined")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from onward.atomic import link_or_copy, link_tree
@@ -61,15 +61,6 @@ def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None =
         _link_originals(layout, copy, ledger.files(*HELD))
         _go_back(copy, ledger, step)
     return copy
-
-
-def requeued(ledger: Ledger, change: Callable[[FileRow], dict[str, object]]) -> list[FileRow]:
-    """Change columns of the files that a copy has in its queue; returns the files, in their order."""
-    rows = ledger.files("queued")
-    with ledger.transaction():
-        for row in rows:
-            ledger.set_file(row.id, **change(row))
-    return ledger.files("queued")
 
 
 def _link_state(layout: RunLayout, copy: RunLayout, step: int) -> None:
