@@ -37,7 +37,7 @@ from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import gpu_is_crowded
 from onward.training.economy import Learned
 from onward.training.handover import compare, measure
-from onward.training.probe import Probe
+from onward.training.probe import Probe, Probed
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
@@ -261,7 +261,11 @@ class Worker:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         measured = self._writer.measured()
         digest = None if measured is None else StateDigest(measured.weights, measured.moments)
-        after = measure(self.state.view_of_copied(digest), self._probe().of_model())
+        if measured is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
+            probed = Probed(measured.probe_loss, measured.probe_gradient)
+        else:
+            probed = self._probe().of_model()
+        after = measure(self.state.view_of_copied(digest), probed)
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:
@@ -276,9 +280,11 @@ class Worker:
 
     def _probe(self) -> Probe:
         if self._probed is None:
-            session = self.session
-            exact = self.config.deterministic
-            self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype, exact=exact)
+            session, config = self.session, self.config
+            self._probed = Probe(
+                self.state.model, config.seed, session.device, session.dtype, exact=config.deterministic,
+                writers=session.writers,
+            )  # fmt: skip
             self._measuring.evaluation.writers = self._probed.writers
         return self._probed
 
