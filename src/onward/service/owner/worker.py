@@ -232,7 +232,7 @@ class Worker:
                 return
             trainer.economy.setting = self.around.settings.current.activation_checkpointing
             if self.around.wishes:
-                yield from self._begin_commit(file_id)
+                yield from self._begin_commit(file_id, is_awaited=True)
                 yield from self._wait_for_commit()
                 return
             if result.step % self.around.settings.current.save_steps == 0:
@@ -250,9 +250,10 @@ class Worker:
             ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
         end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
-        yield from self._begin_commit(row.id, done, end)
+        yield from self._collect(wait=True)
         may_go_on = not self.around.wishes.pending and self.around.goes_on()
         following = self.ledger.next_queued() if may_go_on else None
+        yield from self._begin_commit(row.id, done, end, is_awaited=following is None)
         if following is None:
             yield from self._wait_for_commit()
         return following
@@ -294,8 +295,9 @@ class Worker:
         yield from self._collect(wait=True)
 
     def _begin_commit(
-        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None
-    ) -> Iterator[Event]:
+        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None,
+        *, is_awaited: bool = False,
+    ) -> Iterator[Event]:  # fmt: skip
         """Copy the state, to be committed while training goes on; the commit before is waited for."""
         yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
@@ -305,7 +307,8 @@ class Worker:
             Commit(
                 self.state.model, self._copy, config, self._probe().of_copy(self._copy), self._facts,
                 tuple(self._log), self._newest, file_id, with_ledger, done,
-            )
+            ),
+            is_awaited=is_awaited,
         )  # fmt: skip
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:
