@@ -109,14 +109,14 @@ class Trainer:
         )
 
     def _gradients(self, batch: Batch) -> torch.Tensor:
-        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
+        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
 
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
         try:
-            return self._accumulate(parts, recompute, batch.target_tokens)
+            return self._accumulate(parts, recompute, batch.weight)
         except Exception as error:
             if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
                 raise
@@ -126,16 +126,16 @@ class Trainer:
             if not self.economy.may_recompute():
                 raise
         self.economy.always = True
-        return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
+        return self._accumulate(parts, [True] * len(parts), batch.weight)
 
-    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> torch.Tensor:
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], weight: float) -> torch.Tensor:
         total = torch.zeros((), device=self.world.device)
         try:
             for part, again in zip(parts, recompute, strict=True):
                 exactly = deterministic(self.world.device, exact=self.config.deterministic)
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):
-                        loss = self.loss(part.batch) / targets
+                        loss = self.loss(part.batch) / weight
                     loss.backward()
                 total += loss.detach()
         finally:
