@@ -58,7 +58,7 @@ class RunRoutes:
         look = (
             ("/", self.page), ("/api/status", self.status), ("/api/history", self.history),
             ("/api/metrics", self.metrics), ("/api/events", self.events), ("/api/curve", self.curve),
-            ("/api/overview", self.overview), ("/api/rows", self.rows),
+            ("/api/overview", self.overview), ("/api/grid", self.grid), ("/api/rows", self.rows),
         )  # fmt: skip
         kinds = ("pause", "resume", "stop", "skip")
         return [
@@ -96,6 +96,10 @@ class RunRoutes:
     async def overview(self, _: Request) -> Response:
         """Answer with what stands around the curve."""
         return json_answer(await self._read(self.reader.overview))
+
+    async def grid(self, _: Request) -> Response:
+        """Answer with what `onward grid --json` prints."""
+        return json_answer(await self._read(self.reader.grid))
 
     async def events(self, request: Request) -> Response:
         """Answer with what happens from now on, as server-sent events; with what happened, where JSON is wanted."""
