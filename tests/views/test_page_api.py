@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from commands import onward, snapshot
+from documented import DOCS, blocks_for
 from ledgers import add_file, made_up_run
 
 import onward as onward_package
@@ -483,15 +484,14 @@ def test_a_page_that_cannot_be_had_is_refused(made: RunLayout, words: tuple[str,
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands use curl")
 def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/page.md tells programs to do works as written."""
-    text = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"^<!-- run -->\n```bash\n(.*?)^```$", text, re.M | re.S)
+    (block,) = blocks_for("test_page_api", DOCS / "page.md")
     layout = made_up_run(tmp_path / "my-run", FILES, falling)
     program = tmp_path / "onward"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onward "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(onward_package.__file__).parents[1]))
-    words = ["bash", "-e", "-c", f"{script}\nwait $!"]
+    words = ["bash", "-e", "-c", f"{block.script()}\nwait $!"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert '"state": "idle"' in done.stdout
