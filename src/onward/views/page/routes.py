@@ -30,6 +30,8 @@ READING, ACTING = 2, 4
 """Requests that read, and that wait for an owner, at the same time; others wait their turn."""
 POINTS, MOST_POINTS = 1200, 4000
 ROWS, MOST_ROWS = 20, 100
+SEND_SECONDS = 30.0
+"""In which a browser has to take an event; one that sleeps comes back by itself."""
 
 
 class RunRoutes:
@@ -106,7 +108,9 @@ class RunRoutes:
         accepted = request.headers.get("accept", "*/*")
         if "application/json" in accepted and "text/event-stream" not in accepted:
             return json_answer(await self._read(self.reader.log))
-        return EventSourceResponse(self.watcher.follow())
+        if self.watcher.is_full:
+            return json_answer({"error": "too many browsers follow this run", "hint": "Close some of them."}, 503)
+        return EventSourceResponse(self.watcher.follow(), send_timeout=SEND_SECONDS)
 
     async def rows(self, request: Request) -> Response:
         """Answer with rows of a file, which is named by its hash and, if it has one, its position."""

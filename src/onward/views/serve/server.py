@@ -15,6 +15,7 @@ from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
+from onward.views.connections import Server
 from onward.views.loaded import load
 from onward.views.points import hold, newest_mark
 from onward.views.serve.app import LOOPBACK, Service
@@ -74,7 +75,9 @@ def serve(
 
 
 def _config(app: Starlette) -> uvicorn.Config:
-    return uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off")
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, http="h11", lifespan="off"
+    )
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
@@ -153,7 +156,7 @@ class Following:
         self._said(f"{self._engine.loaded.label} answers")
 
 
-class _Announcing(uvicorn.Server):
+class _Announcing(Server):
     """A server that says when requests are answered."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
