@@ -1,10 +1,10 @@
 """What training pays for those who look on: the page in a browser, a tracker, and a chat beside it.
 
-`python bench/beside.py [STEPS ROUNDS]`. The same steps are trained alone, with page and tracker, and with a chat too that
-is asked every few seconds, in turn. Time lost is that of the steps, each at its median over the rounds. On a machine
-that does other things too that says little; the processor seconds of the processes beside training, as a share of the
-seconds that it took on all cores, say what there is to lose. The page is followed by Debian's chromium with playwright,
-else by a plain reader of its events, and the tracker is TensorBoard where it is installed.
+`python bench/beside.py [STEPS ROUNDS]`. The same steps are trained alone, with page and tracker, and with a chat too
+that is asked every few seconds, in turn. Time lost is that of the steps, each at its median over the rounds. On a
+machine that does other things too that says little; the processor seconds of the processes beside training, as a share
+of the seconds that it took on all cores, say what there is to lose. The page is followed by Debian's chromium with
+playwright, else by a plain reader of its events, and the tracker is TensorBoard where it is installed.
 """
 
 from __future__ import annotations
