@@ -104,9 +104,9 @@ function showGrid(grid) {
   show("grid", isMeasured);
   if (!isMeasured) return;
   const names = new Map(grid.files.map((file) => [file.position, file.name]));
-  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num" }, file.trained ? `${file.name} *` : file.name)));
+  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, file.trained ? `* ${file.name}` : file.name)));
   const lines = grid.after.map((after, line) => make("tr", {},
-    make("th", { scope: "row" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
+    make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
     ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line))));
   byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
   say("grid-words", gridWords(grid));
