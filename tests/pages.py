@@ -105,10 +105,12 @@ def _events(response: http.client.HTTPResponse) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def serve(directories: Sequence[Path], *, read_only: bool = False, names: Sequence[str] = ()) -> Iterator[Page]:
+def serve(
+    directories: Sequence[Path], *, read_only: bool = False, names: Sequence[str] = (), head_seconds: float = 30.0
+) -> Iterator[Page]:
     """Serve runs at a free port until the end of the block."""
     settings = PageSettings(Hosts.of("127.0.0.1", names), Key(), read_only, seconds=0.05)
-    server = PageServer(server_config(make_app(find_runs(directories), settings)))
+    server = PageServer(server_config(make_app(find_runs(directories), settings)), head_seconds=head_seconds)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -4,64 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 from commands import onward as onward_command
+from documented import DOCS, PACKAGE, blocks, blocks_for, prepare
 from ledgers import made_up_run
+from runs import new_run
 
-import onward
 from onward.data.rows.records import parse_record
 from onward.training.checkpoint import Manifest
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-PACKAGE = Path(onward.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
-BLOCK = re.compile(
-    r"^(?:<!-- run(?P<statuses>:[ \d]+)? -->\n(?P<run>))?```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^```$", re.M | re.S
-)
+DAYS = ("monday", "tuesday")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-SECONDS = 300
-"""Seconds that one block may take."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page; `statuses` are the exit statuses that the page allows."""
-
-    page: Path
-    language: str
-    body: str
-    runnable: bool
-    statuses: frozenset[int]
-
-    def script(self) -> str:
-        """Return what a shell runs: the lines after `$` of a console block, or all of it."""
-        if self.language != "console":
-            return self.body
-        return "".join(f"{line[2:]}\n" for line in self.body.splitlines() if line.startswith("$ "))
-
-
-def blocks(page: Path) -> list[Block]:
-    """Return the fenced blocks of a page."""
-    return [
-        Block(
-            page=page,
-            language=match["language"],
-            body=match["body"],
-            runnable=match["run"] is not None,
-            statuses=frozenset(int(word) for word in (match["statuses"] or ": 0").strip(": ").split()),
-        )
-        for match in BLOCK.finditer(page.read_text(encoding="utf-8"))
-    ]
 
 
 def load_generator() -> ModuleType:
@@ -161,31 +122,35 @@ def test_quickstart_and_readme_run(program: Path, model: Path, tmp_path: Path, m
     prepare(program, model, tmp_path, monkeypatch)
     commands: set[str] = set()
     pages = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
-    for block in [block for page in pages for block in blocks(page) if block.runnable]:
+    for block in blocks_for(None, *pages):
         script = block.script()
-        if block.language == "python":
-            exec(compile(block.body, block.page.name, "exec"), {"__name__": block.page.stem})
-        elif not commands.issuperset(script.splitlines()):
-            assert run(script) in block.statuses, script
+        if block.language == "python" or not commands.issuperset(script.splitlines()):
+            block.run()
             commands.update(script.splitlines())
 
 
-def test_pages_about_a_made_run_run(
-    program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Commands and Python of the pages on figures, trackers, agents and install, on a run that was made up."""
+def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands and Python of the pages on what is done with a run: one that was trained, and others made up."""
+    pytest.importorskip("uvicorn", reason="docs/serve.md needs onward[serve]")
     prepare(program, model, tmp_path, monkeypatch)
     made_up_run(tmp_path / "made-run", [("monday.jsonl", 3), ("tuesday.jsonl", 4)], lambda step: 1 / step)
     tracked = made_up_run(tmp_path / "tracked-run", [("monday.jsonl", 3)], lambda step: 1 / step)
     tracked.config.write_text("model: smollm2-135m\ntrack: [nobody]\n")
-    pages = [DOCS / name for name in ("figures.md", "trackers.md", "agents.md", "install.md")]
-    ran = [block for page in pages for block in blocks(page) if block.runnable]
-    assert {page.name for page in pages} == {block.page.name for block in ran}
-    for block in ran:
-        if block.language == "python":
-            exec(compile(block.body, block.page.name, "exec"), {"__name__": block.page.stem})
-        else:
-            assert run(block.script()) in block.statuses, block.body
+    files = [tiny.write_jsonl(tmp_path / f"{day}.jsonl", tiny.chat_rows(4, seed=len(day))) for day in DAYS]
+    run = new_run(tmp_path / "my-run", model, batch_size=4, warmup_steps=0, lora={"rank": 2})
+    run.train(*files)
+    names = ("figures.md", "trackers.md", "agents.md", "install.md", "chat.md", "export.md", "serve.md")
+    for block in blocks_for(None, *(DOCS / name for name in names)):
+        block.run()
+
+
+def test_blocks_that_other_tests_run_are_run() -> None:
+    """A page that says that a test runs a block names a module of tests which runs those of this page."""
+    modules = {path.stem: path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py")}
+    named = {(block.test, block.page.name) for page in PAGES for block in blocks(page) if block.test}
+    assert {"test_page_api", "test_push"} <= {test for test, _ in named}
+    wanted = {(test, page): f'blocks_for("{test}", DOCS / "{page}")' for test, page in named}
+    assert [] == [pair for pair, words in wanted.items() if words not in modules.get(pair[0], "")]
 
 
 def test_the_page_shows_what_metrics_prints(tmp_path: Path) -> None:
@@ -194,36 +159,6 @@ def test_the_page_shows_what_metrics_prints(tmp_path: Path) -> None:
     shown = next(block for block in blocks(DOCS / "figures.md") if block.language == "console").body
     printed = onward_command("metrics", "--run", layout.root).out
     assert shown.splitlines()[1:] == printed.splitlines()[:3]
-
-
-def run(script: str) -> int:
-    """Run a script in bash; a command that fails ends it. Returns the status as a shell would: 137 for a kill.
-
-    bash is replaced by the last command, and `timeout --signal=KILL` kills itself too.
-    """
-    done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=SECONDS, check=False)
-    print(script, done.stdout, done.stderr)
-    return done.returncode if done.returncode >= 0 else 128 - done.returncode
-
-
-def prepare(program: Path, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `folder` the working directory, `program` the command `onward`, and a tiny model the default one."""
-    cache, programs = folder / "cache", folder / "bin"
-    default = cache / "models" / "smollm2-135m"
-    default.parent.mkdir(parents=True)
-    default.symlink_to(model)
-    (model / "ORIGIN.json").write_text("{}")
-    programs.mkdir()
-    (programs / "onward").symlink_to(program)
-    (programs / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (programs / "python3").chmod(0o755)
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("ONWARD_RUN", raising=False)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", f"{PACKAGE.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    monkeypatch.setenv("ONWARD_CACHE", str(cache))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_tests_that_the_docs_name_exist() -> None:

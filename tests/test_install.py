@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 from commands import onward_process
+from processes import apart
+from runs import new_run
 
 from onward.startup import require_platform
 from onward.store.ledger import Ledger
@@ -138,6 +142,44 @@ def test_the_refusal_comes_before_what_windows_lacks() -> None:
         check=False,
     )
     assert (2, 1) == (done.returncode, done.stderr.count("\n")), done.stderr
+
+
+def _on_macos(run: str, file: str) -> None:
+    """Train a file with the calls of the system that macOS has: no leases, no /proc, and its own word for `fsync`."""
+    import fcntl
+
+    full, plain, forced = 51, fcntl.fcntl, list[int]()
+
+    def call(descriptor: int, what: int, *rest: int) -> int:
+        if what != full:
+            return int(plain(descriptor, what, *rest))
+        forced.append(descriptor)
+        os.fsync(descriptor)
+        return 0
+
+    for name in ("F_SETLEASE", "F_SETSIG", "F_OFD_SETLK"):
+        if hasattr(fcntl, name):
+            delattr(fcntl, name)
+    for name in ("sched_getaffinity", "posix_fadvise", "copy_file_range"):
+        if hasattr(os, name):
+            delattr(os, name)
+    vars(fcntl).update(F_FULLFSYNC=full, fcntl=call)
+    vars(sys)["platform"] = "darwin"
+    from onward import Run
+
+    shutil.copy(file, Path(run) / "inbox")
+    opened = Run(run)
+    opened.watch(once=True)
+    assert opened.verify().ok
+    assert ["done"] == [entry["state"] for entry in opened.history()]
+    assert len(forced) > 10
+
+
+def test_a_run_trains_with_the_calls_that_macos_has(model: Path, tmp_path: Path) -> None:
+    """The inbox is read without leases, and what is committed is forced to the disk by F_FULLFSYNC."""
+    made = new_run(tmp_path / "run", model, batch_size=4, warmup_steps=0, settle_seconds=0, lora={"rank": 2})
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))
+    assert 0 == apart(_on_macos, str(made.layout.root), str(rows))
 
 
 def load_site() -> ModuleType:

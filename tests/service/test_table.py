@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from onward.service.knowledge.table import Column, Table
+from ledgers import made_up_run
+
+from onward.service.knowledge.table import Column, Table, read_newest, read_table
+from onward.store.ledger import Ledger
 from onward.views.grid import grid_csv, grid_lines, grid_svg
 
 
@@ -77,3 +81,27 @@ def test_the_grid_as_text_csv_and_picture() -> None:
     picture = grid_svg(grid)
     assert (True, False, False) == ("&lt;a&gt;" in picture, "<a>" in picture, "\x1b" in picture)
     assert 4 * 5 == picture.count("<rect") - 1
+
+
+def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Path) -> None:
+    """For a screen only the newest files are read: what is shown of them is what the whole table says of them."""
+    layout = made_up_run(tmp_path / "run", [(f"{name}.jsonl", 1) for name in "abcde"], float)
+    with Ledger(layout.ledger) as ledger:
+        for file_id, name in enumerate("abcde", start=1):
+            ledger.set_file(file_id, sha256=name)
+            seen = "abcde"[max(0, file_id - 3) : file_id]
+            asked = {"q": score(9.0 - file_id)}
+            grid = {
+                "model": {key: score(float(file_id), trained=key == "e") for key in seen} | asked,
+                "base": {name: score(7.0)}, "anchor": None, "names": {"q": "q.jsonl"}, "cost": 1,
+            }  # fmt: skip
+            before = {"model": {name: score(6.0)}, "base": {}, "anchor": None, "names": {}, "cost": 1}
+            ledger.keep_boundary_results(file_id, file_id, {"grid": grid, "before": before})
+        whole, newest = read_table(ledger).to_dict(), read_newest(ledger, 2)
+        everything = read_newest(ledger, 9)
+    assert {name: whole[name] for name in ("files", "after", "loss")} | {"earlier": 0} == everything
+    assert (3, [0, 4, 5]) == (newest["earlier"], newest["after"])
+    assert [whole["files"][place] for place in (3, 4, 5)] == newest["files"]
+    assert [[row[place] for place in (3, 4, 5)] for row in whole["loss"][-2:]] == newest["loss"][1:]
+    assert [7.0, 7.0, None] == newest["loss"][0]
+    assert [False, True, False] == [file["trained"] for file in newest["files"]]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from commands import assert_refused, onward
+from documented import DOCS, blocks_for, prepare
 from ledgers import made_up_run
 
 import onward as package
@@ -118,6 +119,18 @@ def test_a_picture_shows_the_curve_and_the_boundaries(layout: RunLayout, tmp_pat
     assert all(word in text for word in ("a.jsonl", "b\\x1b[2J.jsonl", "5 steps, 2 files", "learning rate"))
     assert b"\x89PNG" == third.read_bytes()[:4]
     assert ["a.svg", "b.svg", "c.png"] == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_the_command_of_the_documentation_runs(
+    layout: RunLayout, program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/figures.md says draws a picture does so as written."""
+    pytest.importorskip("matplotlib", reason="pip install 'onward[plot]'")
+    prepare(program, model, tmp_path, monkeypatch)
+    (tmp_path / "made-run").symlink_to(layout.root)
+    (block,) = blocks_for("test_figures", DOCS / "figures.md")
+    block.run()
+    assert (tmp_path / "curve.svg").is_file()
 
 
 def test_columns_are_what_pandas_takes(layout: RunLayout) -> None:

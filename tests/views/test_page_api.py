@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import socket
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from commands import onward, snapshot
+from documented import DOCS, blocks_for
 from ledgers import add_file, made_up_run
 
 import onward as onward_package
@@ -27,9 +30,11 @@ pytest.importorskip("sse_starlette")
 
 from pages import Page, serve
 
+from onward.views.connections import MOST_QUIET
 from onward.views.page.guard import Hosts, Key, is_foreign, is_loopback
 from onward.views.page.pages import STATIC
 from onward.views.page.runs import find_runs
+from onward.views.page.streams import FOLLOWERS
 from onward.views.page.upload import remove_dead_parts, require_name
 
 FILES = [("a.jsonl", 7), ("b.jsonl", 93)]
@@ -291,6 +296,35 @@ def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -
         pass
 
 
+@pytest.mark.parametrize(
+    ("lie", "body"),
+    [
+        ("Content-Length: -1", b"{}"), ("Content-Length: 1e3", b"{}"), ("Content-Length : 2", b"{}"),
+        (f"Content-Length: {'9' * 30}", b"{}"), (f"Content-Length: {'9' * 5000}", b"{}"),
+        ("Transfer-Encoding: chunked", b"ffffffffffffffffffffff\r\n{}"),
+        ("Transfer-Encoding: chunked", b"-2\r\n{}\r\n"), ("Transfer-Encoding: gzip", b"{}"),
+        ("Content-Length: 2\r\nContent-Length: 3", b"{}"),
+    ],
+)  # fmt: skip
+def test_a_length_that_makes_no_sense_puts_nothing_into_the_inbox(
+    page: Page, made: RunLayout, lie: str, body: bytes
+) -> None:
+    """Lies about the size of an upload are refused, and its bytes are never taken for another request."""
+    head = f"PUT /api/inbox/lie.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n{lie}"
+    follows = f"POST /api/pause HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n\r\n"
+    answer = page.raw(f"{head}\r\n\r\n".encode() + body + follows.encode())
+    assert (b"HTTP/1.1", True) == (answer[:8], answer.split(b" ")[1] in (b"400", b"501", b"507"))
+    assert ([], "idle") == (files_in(made), page.get("/api/status")["state"])
+
+
+def test_an_upload_is_as_long_as_it_says(page: Page, made: RunLayout) -> None:
+    """What comes after the announced bytes belongs to no file."""
+    head = f"PUT /api/inbox/short.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"
+    answer = page.raw(f"{head}Content-Length: 2\r\n\r\n".encode() + b"{}" + b"x" * 10_000)
+    assert (b"201", b"{}") == (answer.split(b" ")[1], (made.inbox / "short.jsonl").read_bytes())
+    (made.inbox / "short.jsonl").unlink()
+
+
 def test_parts_of_a_dead_page_are_removed(tmp_path: Path) -> None:
     """What a killed page left is removed by the next; what others keep in the inbox is theirs."""
     for name in ("upload-0123456789abcdef.part", "upload-mine.part", "other.part"):
@@ -298,6 +332,54 @@ def test_parts_of_a_dead_page_are_removed(tmp_path: Path) -> None:
     remove_dead_parts(tmp_path)
     assert ["other.part", "upload-mine.part"] == sorted(path.name for path in tmp_path.iterdir())
     assert "a.jsonl" == require_name("a.jsonl")
+
+
+# who holds connections
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(made: RunLayout) -> None:
+    """One that sends no head, half of one, or after its answer not the body that it announced."""
+    beginnings = (
+        b"",
+        b"GET /api/status HT",
+        b"PUT /api/inbox/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
+    )
+    with serve([made.root], head_seconds=0.2) as page:
+        for beginning in beginnings:
+            with socket.create_connection(("127.0.0.1", page.port), timeout=30) as connection:
+                connection.sendall(beginning)
+                said = b""
+                while more := connection.recv(65536):
+                    said += more
+                assert beginning.startswith(b"PUT") == said.startswith(b"HTTP/1.1 401")
+
+
+def test_many_connections_keep_nobody_out(made: RunLayout) -> None:
+    """Of those that send nothing only so many stay, and requests are answered."""
+    with serve([made.root]) as page, contextlib.ExitStack() as opened:
+        quiet = [
+            opened.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=30))
+            for _ in range(MOST_QUIET + 20)
+        ]
+        for connection in quiet:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        while len(closed := select.select(quiet, [], [], 30)[0]) < 20:
+            pass
+        assert [b""] * 20 == [connection.recv(1) for connection in closed]
+        assert "idle" == page.get("/api/status")["state"]
+        kept = next(connection for connection in quiet if connection not in closed)
+        kept.sendall(b"localhost\r\n\r\n")
+        assert b"HTTP/1.1 401" == kept.recv(12)
+
+
+def test_only_so_many_follow_a_run(made: RunLayout) -> None:
+    """Each browser that follows costs a connection; where there are too many the next is told so."""
+    with serve([made.root]) as page, contextlib.ExitStack() as opened:
+        for _ in range(FOLLOWERS):
+            assert "status" == next(opened.enter_context(page.events()))[0]
+        answer = page.ask("GET", "/api/events", headers=page.bearer)
+        assert (503, "too many browsers follow this run") == (answer.status, answer.json["error"])
+        assert "idle" == page.get("/api/status")["state"]
 
 
 # who may look and act
@@ -483,15 +565,14 @@ def test_a_page_that_cannot_be_had_is_refused(made: RunLayout, words: tuple[str,
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page's commands use curl")
 def test_the_commands_of_the_documentation_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What docs/page.md tells programs to do works as written."""
-    text = (Path(__file__).parents[2] / "docs" / "page.md").read_text(encoding="utf-8")
-    (script,) = re.findall(r"^<!-- run -->\n```bash\n(.*?)^```$", text, re.M | re.S)
+    (block,) = blocks_for("test_page_api", DOCS / "page.md")
     layout = made_up_run(tmp_path / "my-run", FILES, falling)
     program = tmp_path / "onward"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onward "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(Path(onward_package.__file__).parents[1]))
-    words = ["bash", "-e", "-c", f"{script}\nwait $!"]
+    words = ["bash", "-e", "-c", f"{block.script()}\nwait $!"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     assert '"state": "idle"' in done.stdout

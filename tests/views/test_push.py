@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from commands import assert_refused, onward
+from documented import DOCS, blocks_for, prepare
 
 TOKEN = "hf_secretOfThisTest"
 
@@ -106,6 +107,18 @@ def test_an_export_is_uploaded(hub: Any, stream: Path) -> None:
     everything = outcome.out + outcome.err + "".join(data.decode(errors="replace") for data in hub.files.values())
     assert TOKEN not in everything
     assert [] == list((stream / "cache" / "reading").iterdir())
+
+
+def test_the_command_of_the_documentation_runs(
+    hub: Any, stream: Path, program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/export.md says brings a run to a hub does so as written."""
+    prepare(program, model, tmp_path, monkeypatch)
+    monkeypatch.delenv("HF_HUB_OFFLINE")  # the hub is on this machine
+    (tmp_path / "my-run").symlink_to(stream)
+    (block,) = blocks_for("test_push", DOCS / "export.md")
+    block.run()
+    assert ("NAME", True) == (hub.made["name"], "adapter_model.safetensors" in hub.files)
 
 
 def test_a_wrong_token_is_refused(hub: Any, stream: Path) -> None:

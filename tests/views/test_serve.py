@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 from commands import assert_refused, onward
+from documented import DOCS, blocks_for, prepare
 from faults import copy_run
 from processes import start_command
 
@@ -204,6 +205,17 @@ def test_the_command(stream: Path, tmp_path: Path) -> None:
     process.join()
     assert process.exitcode in (0, 1)
     assert "Traceback" not in output.read_text()
+
+
+def test_the_commands_of_the_documentation_run(
+    stream: Path, program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's client asks a run as docs/serve.md says."""
+    pytest.importorskip("openai", reason="the client is not installed")
+    prepare(program, model, tmp_path, monkeypatch)
+    (tmp_path / "my-run").symlink_to(stream)
+    (block,) = blocks_for("test_serve", DOCS / "serve.md")
+    block.run()
 
 
 def test_what_cannot_be_served_is_refused(stream: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from onward.errors import UsageError, printable_lines
 from onward.layout import RunLayout
 from onward.terminal import marker, say, show_line
 from onward.text import printable, quoted
+
+if TYPE_CHECKING:
+    from onward.views.preview import Preview
 
 REFRESH_SECONDS = 1.0
 
@@ -67,8 +70,6 @@ def preview(
     as_json: JsonOption = False,
 ) -> None:
     """Show the rows of a file as the model would see them, what is trained marked; nothing is added."""
-    from onward.progress import duration
-
     if with_estimate:
         estimate(RunLayout(run), file, price, as_json=as_json)
         return
@@ -77,14 +78,21 @@ def preview(
     from onward.views.preview import ROWS, lines_of, preview
 
     seen = preview(RunLayout(run), file, rows or (None if as_json and not worst else ROWS), worst=worst)
-    report = seen.report
     if as_json:
         show_each(row.to_dict() for row in seen.rows())
     else:
         mark = marker(sys.stdout)
         for row in seen.rows():
-            for line in lines_of(row, report.unit, mark):
+            for line in lines_of(row, seen.report.unit, mark):
                 show_line(line)
+    say_previewed(seen)
+
+
+def say_previewed(seen: Preview) -> None:
+    """Say how much of a file was shown, and what training it will take."""
+    from onward.progress import duration
+
+    report = seen.report
     long = report.lengths.words(seen.max_length)
     notes = "".join(f"; {printable(note)}" for note in report.notes)
     share = f"{report.tokens} tokens, {report.target_tokens} of them trained"

@@ -80,9 +80,10 @@ def serve(
         hint = "pip install 'onward[serve]'"
         raise UsageError("serving needs starlette and uvicorn", where="serve", hint=hint)
     with startup.large_imports():
+        from onward.views.serve.server import Served
         from onward.views.serve.server import serve as answer
-    key = os.environ.get("ONWARD_API_KEY") or None
-    answer(layout, at=at, follow=follow, address=(host, port), key=key, said=say, give_way=give_way, ready=_ready)
+    served = Served(host, port, os.environ.get("ONWARD_API_KEY") or None, at, follow)
+    answer(layout, served, said=say, give_way=give_way, ready=_ready)
 
 
 def _ready(address: str) -> None:

@@ -18,7 +18,7 @@ SPANS = f"""
     FROM files WHERE {IN_STREAM} AND position > ? AND first IS NOT NULL ORDER BY position
 """
 SUMS = """
-    SELECT count(*) AS steps, min(step) AS first, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
+    SELECT count(*) AS steps, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
         max(loss) AS loss_max, sum(grad_norm) AS grad_norm, min(grad_norm) AS grad_norm_min,
         max(grad_norm) AS grad_norm_max, sum(tokens) AS tokens, sum(seconds) AS seconds
     FROM steps WHERE file_id = ? AND step BETWEEN ? AND ?

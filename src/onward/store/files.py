@@ -207,15 +207,16 @@ SOME = 500
 """Files that one query names at most."""
 
 TOTALS = """
-    SELECT s.*, a.loss AS first_loss, a.learning_rate AS first_learning_rate,
-        b.loss AS last_loss, b.learning_rate AS last_learning_rate
+    SELECT s.*, a.step AS step_from, a.loss AS first_loss, a.learning_rate AS first_learning_rate,
+        b.step AS step_to, b.loss AS last_loss, b.learning_rate AS last_learning_rate
     FROM (
-        SELECT file_id, sum(rows) AS trained, count(*) AS steps, min(step) AS step_from,
-            max(step) AS step_to, sum(seconds) AS seconds, {replayed} AS replayed
+        SELECT file_id, sum(rows) AS trained, count(*) AS steps, sum(seconds) AS seconds, {replayed} AS replayed
         FROM steps {which} GROUP BY file_id
     ) s
-    JOIN steps a ON a.file_id = s.file_id AND a.step = s.step_from
-    JOIN steps b ON b.file_id = s.file_id AND b.step = s.step_to
+    JOIN steps a ON a.file_id = s.file_id
+        AND a.step = (SELECT step FROM steps WHERE file_id = s.file_id ORDER BY step LIMIT 1)
+    JOIN steps b ON b.file_id = s.file_id
+        AND b.step = (SELECT step FROM steps WHERE file_id = s.file_id ORDER BY step DESC LIMIT 1)
 """
 NO_TOTALS: Values = dict.fromkeys(
     ("trained", "steps", "step_from", "step_to", "seconds", "first_loss", "first_learning_rate", "last_loss",

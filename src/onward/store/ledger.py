@@ -21,6 +21,7 @@ from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, Ste
 from onward.store.tracking import Tracking
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
+HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
 
 BEGUN = "state IN ('training', 'done')"
 OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{BEGUN}"
@@ -153,10 +154,16 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Return the handovers of a file, or all but those of files that were undone, in order."""
         if file_id is not None:
             return self.records(HandoverRow, f"SELECT {HANDOVER} FROM handovers h WHERE h.file_id = ?", file_id)
-        return self.records(
-            HandoverRow,
-            f"SELECT {HANDOVER} FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'",
-        )
+        return self.records(HandoverRow, f"SELECT {HANDOVER} {HELD_OVER}")
+
+    def newest_handovers(self, limit: int) -> list[HandoverRow]:
+        """Return the newest handovers but those of files that were undone, newest first."""
+        return self.records(HandoverRow, f"SELECT {HANDOVER} {HELD_OVER} ORDER BY h.id DESC LIMIT ?", limit)
+
+    def handover_classes(self) -> dict[str, int]:
+        """Return how many handovers there are of each class, those of files that were undone left out."""
+        rows = self.query(f"SELECT h.class AS name, count(*) AS handovers {HELD_OVER} GROUP BY h.class")
+        return {row["name"]: row["handovers"] for row in rows}
 
     def add_config_change(self, step: int, file_id: int, key: str, values: tuple[Any, Any]) -> None:
         """Record that a key took another value at a boundary: `values` are the old and the new one."""

@@ -7,7 +7,7 @@ accuracies. docs/knowledge.md has the formulas.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -105,7 +105,7 @@ class Table:
         forgotten = self.forgotten()
         worst = max(forgotten, key=lambda position: (forgotten[position], -position)) if forgotten else None
         return {
-            "files": [self._describe(column) for column in self.columns],
+            "files": [self.described(column) for column in self.columns],
             "after": list(self.after),
             "loss": self.values("loss"),
             "accuracy": self.values("accuracy"),
@@ -121,7 +121,8 @@ class Table:
             "transfer": self.transfer,
         }
 
-    def _describe(self, column: Column) -> dict[str, Any]:
+    def described(self, column: Column) -> dict[str, Any]:
+        """Return a column as `onward grid --json` prints it; rows were trained where no others could be measured."""
         newest = next((row[column.key] for row in reversed(self.scores) if column.key in row), None)
         return {
             "position": column.position,
@@ -169,13 +170,14 @@ class Measured:
     before: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-def read_measured(ledger: Ledger, up_to: int | None = None) -> list[Measured]:
+def read_measured(ledger: Ledger, up_to: int | None = None, *, after: int = 0) -> list[Measured]:
     """Return what was measured at the files of the stream that have begun, in order.
 
     Args:
         up_to: the last position that is looked at; None for all.
+        after: the position after which the first one stands.
     """
-    rows = [row for row in ledger.files("training", "done") if row.position is not None]
+    rows = [row for row in ledger.in_stream(after) if row.state in ("training", "done")]
     found: list[Measured] = []
     for row in rows:
         if up_to is None or row.place <= up_to:
@@ -207,6 +209,25 @@ def table_of(measured: Sequence[Measured]) -> Table:
 def read_table(ledger: Ledger, up_to: int | None = None) -> Table:
     """Return the table of a run as its ledger has it."""
     return table_of(read_measured(ledger, up_to))
+
+
+def read_newest(ledger: Ledger, count: int) -> dict[str, Any]:
+    """Return the corner of the table that belongs to the newest files: what a screen has room for.
+
+    Returns:
+        `files`, `after` and `loss` as `Table.to_dict` has them, for at most `count` files of the stream and as many of
+        `evaluation.files`, and `earlier`, the number of files of the stream before them.
+    """
+    earlier = max(0, ledger.last_begun() - count)
+    table = table_of(read_measured(ledger, after=earlier))
+    placed = sum(column.position is not None for column in table.columns)
+    shown = replace(table, columns=table.columns[: placed + count])
+    return {
+        "files": [shown.described(column) for column in shown.columns],
+        "after": list(shown.after),
+        "loss": shown.values("loss"),
+        "earlier": earlier,
+    }
 
 
 def _value(score: Mapping[str, Any] | None, name: str) -> Number:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -46,19 +47,25 @@ def push(
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="onward")
     with own_folder(layout) as place:
         result = export(layout, Wanted(place / "export", file_format, at), report)
-        try:
-            with quiet():
-                made = api.create_repo(repository, private=private, exist_ok=True, token=True)
-                commit = api.upload_folder(
-                    repo_id=made.repo_id, folder_path=place / "export", commit_message=result["at"], token=True
-                )
-        except HFValidationError as error:
-            raise UsageError(first_line(error), where="REPO", hint="Name it as OWNER/NAME.") from None
-        except LocalTokenNotFoundError:
-            raise OnwardError("there is no token for the hub", where=repository, hint=LOGIN) from None
-        except (HfHubHTTPError, OSError) as error:
-            response = getattr(error, "response", None)
-            hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
-            what = _TOKEN.sub("hf_...", first_line(error))
-            raise OnwardError(f"the hub refuses: {what}", where=repository, hint=hint) from None
+        with _refusals(repository), quiet():
+            made = api.create_repo(repository, private=private, exist_ok=True, token=True)
+            commit = api.upload_folder(
+                repo_id=made.repo_id, folder_path=place / "export", commit_message=result["at"], token=True
+            )
     return {**result, "target": made.repo_id, "repository": made.repo_id, "url": str(commit.commit_url)}
+
+
+@contextlib.contextmanager
+def _refusals(repository: str) -> Generator[None]:
+    """Say in our words what the hub, or the way to it, refuses; a token in its own words is masked."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(first_line(error), where="REPO", hint="Name it as OWNER/NAME.") from None
+    except LocalTokenNotFoundError:
+        raise OnwardError("there is no token for the hub", where=repository, hint=LOGIN) from None
+    except (HfHubHTTPError, OSError) as error:
+        response = getattr(error, "response", None)
+        hint = LOGIN if getattr(response, "status_code", None) in (401, 403) else None
+        what = _TOKEN.sub("hf_...", first_line(error))
+        raise OnwardError(f"the hub refuses: {what}", where=repository, hint=hint) from None

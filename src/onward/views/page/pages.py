@@ -11,13 +11,17 @@ from onward.version import __version__
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
+OF_LIST = "runs.js"
+"""The script of the list of runs; all others are those of a run's page."""
 _PAGES = Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined)
 
 
 def run_page(title: str, *, home: bool, read_only: bool) -> HTMLResponse:
     """Return the page of a run; `home` says whether there is a list of runs to go back to."""
+    root = "../../" if home else ""
+    scripts = sorted(path.name for path in (STATIC / "js").glob("*.js") if path.name != OF_LIST)
     return _page(
-        "run.html", title=title, root="../../" if home else "", home=home, read_only=read_only, version=__version__
+        "run.html", title=title, root=root, home=home, read_only=read_only, scripts=scripts, version=__version__
     )
 
 

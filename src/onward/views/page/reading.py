@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from onward.errors import OnwardError
 from onward.layout import RunLayout, entries, step_of
 from onward.service.intake.inbox import IGNORED, PRIORITIES
 from onward.service.intake.names import REPORT
+from onward.service.knowledge.table import read_newest
 from onward.status import read_history, read_status
 from onward.store.database import Values
 from onward.store.files import Finished
@@ -29,6 +29,8 @@ from onward.views.page.buckets import KeptBuckets
 
 LISTED = 200
 """Entries of the inbox, of the queue, of refused files and of events that are shown at most."""
+GRID = 12
+"""Newest files, and boundaries, of which the grid is shown."""
 REPORT_BYTES = 1 << 20
 AUTOMATIC = 2000
 """Records that are returned where a request does not say how many."""
@@ -99,6 +101,7 @@ class RunReader:
             waiting = [_waiting(row) for row in ledger.files("queued", "arriving")[:LISTED]]
             proof = {"verified": ledger.get("verified"), **_handovers(ledger)}
             events = [asdict(event) for event in ledger.events(LISTED)]
+            grid = read_newest(ledger, GRID)
             margin = disk_reserve(self)
         usage = shutil.disk_usage(layout.root)
         return {
@@ -109,8 +112,12 @@ class RunReader:
             "restore_points": [_restore_point(folder) for folder in layout.restore_points()],
             "disk": {"free": usage.free, "total": usage.total, "reserve": margin},
             "events": events,
-            "grid": read_grid(layout),
+            "grid": grid,
         }
+
+    def grid(self) -> dict[str, Any]:
+        """Return what `onward grid --json` prints."""
+        return read_grid(self.layout)
 
     def inbox(self) -> list[dict[str, Any]]:
         """Return the files that lie in the inbox, those that are still being written marked as such."""
@@ -148,15 +155,14 @@ def _waiting(row: Any) -> dict[str, Any]:
 
 def _handovers(ledger: Ledger) -> dict[str, Any]:
     """Return how many handovers there are of each class, and the newest of them."""
-    rows = ledger.handovers()
-    newest = rows[: -LISTED - 1 : -1]
+    newest = ledger.newest_handovers(LISTED)
     names = {file_id: found.name for file_id in {row.file_id for row in newest} if (found := ledger.find(file_id or 0))}
     shown = [
         {"step": row.step, "kind": row.kind, "class": row.name, "difference": row.difference, "time": row.created,
          "file": names.get(row.file_id or 0), "loss": _loss(row.after)}
         for row in newest
     ]  # fmt: skip
-    return {"classes": Counter(row.name for row in rows), "handovers": shown}
+    return {"classes": ledger.handover_classes(), "handovers": shown}
 
 
 def _loss(measured: str) -> float | None:

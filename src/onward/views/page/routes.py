@@ -30,6 +30,8 @@ READING, ACTING = 2, 4
 """Requests that read, and that wait for an owner, at the same time; others wait their turn."""
 POINTS, MOST_POINTS = 1200, 4000
 ROWS, MOST_ROWS = 20, 100
+SEND_SECONDS = 30.0
+"""In which a browser has to take an event; one that sleeps comes back by itself."""
 
 
 class RunRoutes:
@@ -58,7 +60,7 @@ class RunRoutes:
         look = (
             ("/", self.page), ("/api/status", self.status), ("/api/history", self.history),
             ("/api/metrics", self.metrics), ("/api/events", self.events), ("/api/curve", self.curve),
-            ("/api/overview", self.overview), ("/api/rows", self.rows),
+            ("/api/overview", self.overview), ("/api/grid", self.grid), ("/api/rows", self.rows),
         )  # fmt: skip
         kinds = ("pause", "resume", "stop", "skip")
         return [
@@ -97,12 +99,18 @@ class RunRoutes:
         """Answer with what stands around the curve."""
         return json_answer(await self._read(self.reader.overview))
 
+    async def grid(self, _: Request) -> Response:
+        """Answer with what `onward grid --json` prints."""
+        return json_answer(await self._read(self.reader.grid))
+
     async def events(self, request: Request) -> Response:
         """Answer with what happens from now on, as server-sent events; with what happened, where JSON is wanted."""
         accepted = request.headers.get("accept", "*/*")
         if "application/json" in accepted and "text/event-stream" not in accepted:
             return json_answer(await self._read(self.reader.log))
-        return EventSourceResponse(self.watcher.follow())
+        if self.watcher.is_full:
+            return json_answer({"error": "too many browsers follow this run", "hint": "Close some of them."}, 503)
+        return EventSourceResponse(self.watcher.follow(), send_timeout=SEND_SECONDS)
 
     async def rows(self, request: Request) -> Response:
         """Answer with rows of a file, which is named by its hash and, if it has one, its position."""

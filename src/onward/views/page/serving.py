@@ -13,6 +13,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from onward.errors import UsageError
+from onward.views.connections import Server
 from onward.views.page.app import PageSettings, make_app
 from onward.views.page.guard import Hosts, Key, is_loopback
 from onward.views.page.runs import find_runs
@@ -71,7 +72,7 @@ def serve(
         server.run(sockets=[listener])
 
 
-class PageServer(uvicorn.Server):
+class PageServer(Server):
     """Ends what requests wait for before it waits for them."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -81,10 +82,13 @@ class PageServer(uvicorn.Server):
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """Return how the application is served: quietly, since addresses and headers hold the token."""
+    """Return how the application is served: quietly, since addresses and headers hold the token.
+
+    By h11 wherever httptools is installed too: it bounds the size of a request's head.
+    """
     return uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=WAIT_SECONDS, ws="none", lifespan="on",
+        timeout_graceful_shutdown=WAIT_SECONDS, http="h11", ws="none", lifespan="on",
     )  # fmt: skip
 
 

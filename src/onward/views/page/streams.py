@@ -29,6 +29,9 @@ NEW_STEPS = 500
 WAITING = 100
 """Messages that a browser may leave unread before it is let go; it comes back by itself."""
 
+FOLLOWERS = 100
+"""Browsers that follow one run at the same time."""
+
 Message: TypeAlias = tuple[str, Any]
 
 
@@ -58,21 +61,26 @@ class Watcher:
         self._reader = reader
         self._seconds = seconds
         self._clock = clock
-        self._followers: set[asyncio.Queue[Message]] = set()
+        self._followers: set[asyncio.Queue[ServerSentEvent]] = set()
         self._task: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
         self._seen = Seen()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many follow as may."""
+        return len(self._followers) >= FOLLOWERS
+
     async def follow(self) -> AsyncGenerator[ServerSentEvent]:
         """Yield events: first the state, then whatever changes."""
-        queue: asyncio.Queue[Message] = asyncio.Queue(WAITING)
+        queue: asyncio.Queue[ServerSentEvent] = asyncio.Queue(WAITING)
         self._followers.add(queue)
         try:
             yield _event(await to_thread.run_sync(self._state))
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._run())
             while queue in self._followers or not queue.empty():
-                yield _event(await queue.get())
+                yield await queue.get()
         finally:
             self._followers.discard(queue)
 
@@ -94,9 +102,10 @@ class Watcher:
         self._close()
 
     def _tell(self, message: Message) -> None:
+        event = _event(message)
         for queue in tuple(self._followers):
             try:
-                queue.put_nowait(message)
+                queue.put_nowait(event)
             except asyncio.QueueFull:  # its browser sleeps
                 self._followers.discard(queue)
 

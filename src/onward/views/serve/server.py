@@ -6,13 +6,16 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import uvicorn
+from starlette.applications import Starlette
 
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
+from onward.views.connections import Server
 from onward.views.loaded import load
 from onward.views.points import hold, newest_mark
 from onward.views.serve.app import LOOPBACK, Service
@@ -24,24 +27,31 @@ GRACE = 10
 BACKLOG = 128
 
 
+@dataclass(frozen=True)
+class Served:
+    """What is served, and where.
+
+    Args:
+        host, port: where to listen; port 0 takes any that is free.
+        key: what clients have to send, or None.
+        at: the state, as `--at` names it.
+        follow: put newer commits in its place.
+    """
+
+    host: str
+    port: int
+    key: str | None = None
+    at: str | None = None
+    follow: bool = False
+
+
 def serve(
-    layout: RunLayout,
-    *,
-    at: str | None,
-    follow: bool,
-    address: tuple[str, int],
-    key: str | None,
-    said: Callable[[str], None],
-    give_way: Callable[[], None],
+    layout: RunLayout, served: Served, *, said: Callable[[str], None], give_way: Callable[[], None],
     ready: Callable[[str], None],
-) -> None:
+) -> None:  # fmt: skip
     """Answer requests until the process is told to end.
 
     Args:
-        at: the state, as `--at` names it.
-        follow: put newer commits in its place.
-        address: host and port; port 0 takes any that is free.
-        key: what clients have to send, or None.
         said: receives lines for a person.
         give_way: called while another process trains the run.
         ready: receives the base URL once requests are answered.
@@ -50,21 +60,24 @@ def serve(
         UsageError: the port is taken, or others could reach it without a key.
         OnwardError: the state cannot be found or loaded.
     """
-    listening = listen(*address, key)
-    host, port = address[0], listening.getsockname()[1]
-    with listening:
+    host, key = served.host, served.key
+    with listen(host, served.port, key) as listening:
+        url = f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
         if is_held(layout.lock):
             give_way()
-        mark = newest_mark(layout) if follow else None
-        with hold(layout, at) as point, Engine(load(layout, point)) as engine:
+        mark = newest_mark(layout) if served.follow else None
+        with hold(layout, served.at) as point, Engine(load(layout, point)) as engine:
             said(f"{engine.loaded.label} answers")
-            service = Service(engine, layout.root.absolute().name, key, _hosts(host))
-            config = uvicorn.Config(
-                service.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, lifespan="off"
-            )
-            server = _Announcing(config, lambda: ready(f"http://{_named(host)}:{port}/v1"))
-            with Following(layout, engine, mark, said, give_way) if follow else contextlib.nullcontext():
+            app = Service(engine, layout.root.absolute().name, key, _hosts(host)).app()
+            server = _Announcing(_config(app), lambda: ready(url))
+            with Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext():
                 server.run([listening])
+
+
+def _config(app: Starlette) -> uvicorn.Config:
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE, http="h11", lifespan="off"
+    )
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
@@ -143,7 +156,7 @@ class Following:
         self._said(f"{self._engine.loaded.label} answers")
 
 
-class _Announcing(uvicorn.Server):
+class _Announcing(Server):
     """A server that says when requests are answered."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 /* What stands around the curve: inbox and queue, refused files, proof, restore points, disk, events. */
 import { get } from "./api.js";
 import { byId, make, readOnly, say, show } from "./dom.js";
-import { ago, clock, count, fixed, size } from "./format.js";
+import { ago, clock, count, files, fixed, size } from "./format.js";
 import { goBack } from "./controls.js";
 import { offerPoints } from "./talk.js";
 
@@ -98,19 +98,26 @@ function showEvents(events) {
   if (!events.length) byId("events").append(make("li", { class: "empty" }, "Nothing happened yet."));
 }
 
-/* What the model knows: a row for each boundary, a column for each file, as `onward grid --json` has them. */
+/* What the model knows: a row for each boundary, a column for each file, of the newest ones. */
 function showGrid(grid) {
   const isMeasured = Boolean(grid) && grid.after.length > 1;
   show("grid", isMeasured);
   if (!isMeasured) return;
-  const from = Math.max(0, grid.files.length - FEW);
-  const shown = grid.files.slice(from);
   const names = new Map(grid.files.map((file) => [file.position, file.name]));
-  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...shown.map((file) => make("th", { scope: "col", class: "num" }, file.name)));
+  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, file.trained ? `* ${file.name}` : file.name)));
   const lines = grid.after.map((after, line) => make("tr", {},
-    make("th", { scope: "row" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
-    ...shown.map((_, index) => cell(grid.loss.map((row) => row[from + index]), line))));
-  byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines.slice(-FEW)));
+    make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
+    ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line))));
+  byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
+  say("grid-words", gridWords(grid));
+}
+
+/* What a loss was measured on: a file too small for a holdout is measured on rows that it trained. */
+function gridWords(grid) {
+  const parts = [grid.files.some((file) => file.trained === false) ? "Measured on held-out rows, which are never trained." : ""];
+  if (grid.files.some((file) => file.trained)) parts.push("* Measured on rows that were trained: what is retained, not how well it generalizes.");
+  if (grid.earlier) parts.push(`${files(grid.earlier)} before these: onward grid shows all.`);
+  return parts.filter(Boolean).join(" ");
 }
 
 /* A loss, the darker the lower it is among those of its column. */

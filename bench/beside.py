@@ -1,0 +1,202 @@
+"""What training pays for those who look on: the page in a browser, a tracker, and a chat beside it.
+
+`python bench/beside.py [STEPS ROUNDS]`. The same steps are trained alone, with page and tracker, and with a chat too
+that is asked every few seconds, in turn. Time lost is that of the steps, each at its median over the rounds. On a
+machine that does other things too that says little; the processor seconds of the processes beside training, as a share
+of the seconds that it took on all cores, say what there is to lose. The page is followed by Debian's chromium with
+playwright, else by a plain reader of its events, and the tracker is TensorBoard where it is installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import measuring
+from page import FLAGS, TOKEN, served
+
+from onward import Run
+from onward.store.ledger import Ledger
+
+SIDES = ("alone", "page", "chat")
+GOALS = {"page": 0.01, "chat": 0.03}
+ASK_SECONDS, LOOK_SECONDS = 10.0, 0.2
+BATCH, WARM = 8, 5
+"""Rows of a step; steps at the beginning that are not counted."""
+
+
+class Watched:
+    """Adds up the processor seconds of processes and all that they start, from when it was made."""
+
+    def __init__(self, *roots: int, without: int | None = None) -> None:
+        self._roots, self._without = roots, without
+        self._before = self._seconds()
+        self._found = dict(self._before)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def end(self) -> float:
+        """Return the seconds."""
+        self._ended.set()
+        self._thread.join()
+        return sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._found.items())
+
+    def _work(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            self._found |= self._seconds()
+
+    def _seconds(self) -> dict[int, float]:
+        """Return the seconds of each process so far; one that ended keeps what was seen of it."""
+        everything = _processes()
+        ours = {*self._roots, *(pid for root in self._roots for pid in _descendants(root, everything))}
+        return {pid: everything[pid][1] for pid in ours if pid in everything and pid != self._without}
+
+
+def _processes() -> dict[int, tuple[int, float]]:
+    """Return every process with its parent and the processor seconds that it took so far."""
+    found: dict[int, tuple[int, float]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            found[int(path.parent.name)] = int(fields[1]), seconds
+    return found
+
+
+def _descendants(root: int, processes: dict[int, tuple[int, float]]) -> set[int]:
+    found: set[int] = set()
+    new = {root}
+    while new:
+        new = {pid for pid, (parent, _) in processes.items() if parent in new} - found
+        found |= new
+    return found
+
+
+@contextlib.contextmanager
+def looking(run: Path) -> Iterator[list[int]]:
+    """Serve the page to a browser that follows it; gives the processes that this takes."""
+    with served(run) as page:
+        pids = [page.process.pid]
+        chromium = shutil.which("chromium")
+        if chromium is None or importlib.util.find_spec("playwright") is None:
+            with _reading(page.link):
+                yield pids
+            return
+        from playwright.sync_api import sync_playwright
+
+        with sync_playwright() as playwright:
+            before = _descendants(os.getpid(), _processes())
+            browser = playwright.chromium.launch(executable_path=chromium, args=list(FLAGS))
+            tab = browser.new_page(viewport={"width": 1440, "height": 900})
+            tab.goto(page.link)
+            tab.wait_for_selector("#curve[data-ready]")
+            yield [*pids, *(_descendants(os.getpid(), _processes()) - before)]
+            browser.close()
+
+
+@contextlib.contextmanager
+def _reading(link: str) -> Generator[None]:
+    address = link.partition("?")[0] + "api/events"
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request) as events:
+        threading.Thread(target=lambda: list(events), daemon=True).start()
+        yield
+
+
+@contextlib.contextmanager
+def talking(run: Path) -> Iterator[list[int]]:
+    """Chat with the run, a question every few seconds; gives the process."""
+    words = measuring.python("-m", "onward", "chat", "--refresh", "--max-tokens", 32, "--run", run)
+    chat = subprocess.Popen(
+        words, env=measuring.environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    ended = threading.Event()
+
+    def ask() -> None:
+        assert chat.stdin is not None
+        with contextlib.suppress(OSError):
+            while not ended.is_set():
+                chat.stdin.write(b"What does it return?\n")
+                chat.stdin.flush()
+                ended.wait(ASK_SECONDS)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    try:
+        yield [chat.pid]
+    finally:
+        ended.set()
+        asking.join()
+        chat.terminate()
+        chat.wait()
+
+
+def one(side: str, made: Path, rows: Path, folder: Path) -> dict[str, Any]:
+    """Train the rows once, with what belongs to a side beside it; returns step seconds and what was spent beside."""
+    run = folder / side
+    shutil.copytree(made, run)
+    has_tracker = side != "alone" and importlib.util.find_spec("tensorboard") is not None
+    settings = ["track: [tensorboard]"] if has_tracker else []
+    config = run / "onward.yaml"
+    config.write_text("\n".join([config.read_text(encoding="utf-8"), *settings, ""]), encoding="utf-8")
+    with contextlib.ExitStack() as open_:
+        pids: list[int] = []
+        if side != "alone":
+            pids += open_.enter_context(looking(run))
+        if side == "chat":
+            pids += open_.enter_context(talking(run))
+        words = measuring.python("-m", "onward", "train", rows, "--run", run)
+        training = subprocess.Popen(words, env=measuring.environment(), stderr=subprocess.PIPE, text=True)
+        watched = Watched(*pids, training.pid, without=training.pid)
+        said = training.communicate()[1]
+        spent = watched.end()
+    if training.returncode:
+        raise RuntimeError(said[-2000:])
+    with Ledger(run / "ledger.sqlite3", read_only=True) as ledger:
+        seconds = [step.seconds for step in ledger.steps(ledger.files("done")[-1].id)]
+    shutil.rmtree(run)
+    return {"seconds": seconds[WARM:], "beside": spent / (sum(seconds) * (os.cpu_count() or 1)), "tracker": has_tracker}
+
+
+def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
+    """Return what the sides cost."""
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        model = measuring.small_llama(work / "model")
+        first = measuring.write_rows(work / "first.jsonl", 4 * BATCH, longest=600)
+        rows = measuring.write_rows(work / "rows.jsonl", steps * BATCH, skip=4 * BATCH, longest=600)
+        run = Run.create(work / "made", str(model), batch_size=BATCH, save_steps=20, warmup_steps=0, max_length=256)
+        run.train(first)
+        found = measuring.interleaved(SIDES, rounds, lambda side: one(side, run.layout.root, rows, work))
+    usual = {
+        side: sum(statistics.median(step) for step in zip(*(entry["seconds"] for entry in entries), strict=True))
+        for side, entries in found.items()
+    }
+    shares = {side: statistics.median(entry["beside"] for entry in entries) for side, entries in found.items()}
+    figures: dict[str, Any] = {"steps": steps, "rounds": rounds, "tracker": found["page"][0]["tracker"]}
+    for side, goal in GOALS.items():  # training starts processes of its own, alone too
+        share = measuring.held_against(goal, shares[side] - shares["alone"], at_most=True)
+        figures[side] = {"time_lost": usual[side] / usual["alone"] - 1, "processor_share": share}
+    return figures
+
+
+def main() -> None:
+    """Print the figures as JSON."""
+    print(json.dumps(measure(*map(int, sys.argv[1:])), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A server that closes connections on which no request comes, so that who opens many keeps nobody else out.
+
+uvicorn alone waits for the head of a request as long as its sender likes (the attack is known as Slowloris).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+HEAD_SECONDS = 10.0
+"""In which a request's head has to come, from when its connection was made or the answer before it was complete."""
+MOST_QUIET = 100
+"""Connections without a request; where there are more, the oldest are closed at once."""
+
+
+@dataclass(frozen=True)
+class _Quiet:
+    """Since when a connection waits for a request, and after which one."""
+
+    since: float
+    after: Any
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end to waiting.
+
+    Args:
+        config: as uvicorn takes it.
+        head_seconds: in which a request's head has to come.
+        clock: seconds that never jump.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, *, head_seconds: float = HEAD_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(config)
+        self._head_seconds = head_seconds
+        self._clock = clock
+        self._quiet: dict[Any, _Quiet] = {}
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at all connections; uvicorn calls this ten times a second."""
+        self._close_quiet()
+        return await super().on_tick(counter)
+
+    def _close_quiet(self) -> None:
+        now = self._clock()
+        waiting: dict[Any, _Quiet] = {}
+        for connection in self.server_state.connections:
+            request: Any = getattr(connection, "cycle", None)
+            if request is None or request.response_complete:
+                before = self._quiet.get(connection)
+                waiting[connection] = before if before and before.after is request else _Quiet(now, request)
+        self._quiet = waiting
+        oldest = sorted(waiting, key=lambda connection: waiting[connection].since)
+        for place, connection in enumerate(oldest):
+            waited = now - waiting[connection].since
+            if waited > 2 * self._head_seconds:  # its answer is not even taken
+                connection.transport.abort()
+            elif waited > self._head_seconds or place < len(oldest) - MOST_QUIET:
+                connection.transport.close()
