@@ -143,6 +143,11 @@ class Config(Section):
     min_learning_rate: Rate = Field(
         default=0.0, description="Learning rate below which no schedule falls after warmup."
     )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with moments in 32 bits, or in 8, rounded by block: a quarter of their memory (needs "
+        "`onward[qlora]`).",
+    )
     weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
     betas: tuple[Fraction, Fraction] = Field(
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."

@@ -132,6 +132,7 @@ def training_arguments(config: Config) -> bytes:
         logging_steps=config.log_steps,
         seed=config.seed % 2**32,
         report_to=[],
+        **({"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}),
     )
     return to_bytes(arguments)
 

@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import nn
 
 from onward.config import Config
-from onward.training.optimizers import OptimizerMethod, optimizer_method
+from onward.training.optimizers.choice import optimizer_method
+from onward.training.optimizers.method import OptimizerMethod
 from onward.training.transfer import Wait, at_once, transfer_of
 
 ALIGNMENT = 64

@@ -23,7 +23,7 @@ from onward.training.economy import Economy, Learned
 from onward.training.environment import deterministic, release_freed_memory
 from onward.training.execution import Execution
 from onward.training.loss import TargetLoss
-from onward.training.optimizers import set_learning_rate
+from onward.training.optimizers.method import set_learning_rate
 from onward.training.parts import Part, parts_of
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded

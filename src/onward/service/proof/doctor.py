@@ -19,7 +19,7 @@ import torch
 from onward.config import Config
 from onward.config_text import read_config
 from onward.data.own_template import read_template
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
@@ -32,6 +32,7 @@ from onward.training.device_errors import LESS_MEMORY
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
+from onward.training.optimizers.choice import optimizer_method
 
 LITTLE_DISK = 2 << 30
 """Free bytes below which a warning is given, however small the checkpoints are."""
@@ -116,6 +117,10 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
         yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", hint)
     if config.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         yield Finding("error", "method", "qlora needs bitsandbytes", 'pip install "onward[qlora]"')
+    try:
+        optimizer_method(config).require(device)
+    except ModelError as error:
+        yield Finding("error", "optimizer", error.what, error.hint)
 
 
 def _identity(layout: RunLayout) -> Iterator[Finding]:
