@@ -18,9 +18,9 @@ from onward.config import Config
 from onward.training.seeds import fold
 from onward.training.state import Snapshot
 
-OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+OPTIMIZER, SCHEDULER, RNG, SCALER = "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
-FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, TRAINER_STATE, TRAINING_ARGUMENTS))
+FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, SCALER, TRAINER_STATE, TRAINING_ARGUMENTS))
 """Files that only whoever trains on needs; the others are the model and its tokenizer."""
 CALLBACKS: dict[str, Any] = {
     "TrainerControl": {

@@ -14,7 +14,7 @@ from onward.training.checkpoint import Manifest
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
-from onward.training.optimizers.method import Entry, saved_groups
+from onward.training.optimizers import Entry, saved_groups
 from onward.training.state import TrainState
 
 

@@ -29,10 +29,10 @@ from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.device_errors import LESS_MEMORY
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.environment import HALF, pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
-from onward.training.optimizers.choice import optimizer_method
+from onward.training.optimizers import optimizer_method
 
 LITTLE_DISK = 2 << 30
 """Free bytes below which a warning is given, however small the checkpoints are."""
@@ -112,9 +112,9 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
     config = read_config(layout.config)
     yield Finding("ok", "config", f"{layout.config.name} is valid: {config.method} on {config.model}")
     device = pick_device()
-    if device.type == "cpu" and pick_dtype(config.dtype, device) is torch.bfloat16:
-        hint = "Set dtype: float32 in a new run: on a CPU without bf16 units it is many times faster"
-        yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", hint)
+    if device.type == "cpu" and pick_dtype(config.dtype, device) in HALF:
+        hint = "Set dtype: float32 in a new run: on a CPU without units for it that is many times faster"
+        yield Finding("warning", "dtype", f"{config.dtype} is slow on a CPU", hint)
     if config.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         yield Finding("error", "method", "qlora needs bitsandbytes", 'pip install "onward[qlora]"')
     try:

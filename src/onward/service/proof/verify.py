@@ -28,8 +28,7 @@ from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.handover import same_measurement
 from onward.training.loading import read_optimizer
 from onward.training.model.base import base_of_run, digest_base
-from onward.training.optimizers.choice import optimizer_method
-from onward.training.optimizers.method import saved_count
+from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 
 

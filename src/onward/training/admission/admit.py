@@ -32,7 +32,7 @@ from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
-from onward.training.optimizers.choice import optimizer_method
+from onward.training.optimizers import optimizer_method
 from onward.training.probe import Probe
 from onward.training.seeds import fold, seeded
 

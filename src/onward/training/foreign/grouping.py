@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from onward.training.optimizers.adamw import ADAMW
+from onward.training.optimizers import ADAMW
 
 Names = list[list[str]]
 

@@ -24,9 +24,8 @@ from onward.training.foreign.grouping import GROUPINGS
 from onward.training.foreign.refusal import NotTaken
 from onward.training.foreign.rounded import as_adamw_8bit, as_small, is_of_8_bits
 from onward.training.loading import read_optimizer
-from onward.training.optimizers.adamw import ADAMW
-from onward.training.optimizers.adamw_8bit import ADAMW_8BIT, WRAPPED
-from onward.training.optimizers.method import OptimizerMethod
+from onward.training.optimizers import ADAMW, ADAMW_8BIT, OptimizerMethod
+from onward.training.optimizers.adamw_8bit import WRAPPED
 from onward.training.state import TrainState
 
 Key = int | str

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from onward.training.foreign.refusal import NotTaken
-from onward.training.optimizers.adamw_8bit import ADAMW_8BIT, WRAPPED
+from onward.training.optimizers import ADAMW_8BIT
+from onward.training.optimizers.adamw_8bit import WRAPPED
 from onward.training.optimizers.blockwise import is_rounded
 from onward.training.state import TrainState
 
@@ -28,7 +29,7 @@ def as_adamw_8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found = ADAMW_8BIT.from_file(entry)
     except (KeyError, ValueError) as error:
-        raise NotTaken(f"the moments are those of an 8-bit optimizer, {error}") from None
+        raise NotTaken(f"the moments are those of an 8-bit optimizer: {error}") from None
     if not {ADAMW_8BIT.counter, *ADAMW_8BIT.slots} <= set(found):
         raise NotTaken(f"the optimizer's state is not that of AdamW: it keeps {', '.join(sorted(found))}")
     return found

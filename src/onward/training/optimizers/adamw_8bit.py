@@ -95,7 +95,7 @@ class AdamW8bit(AdamW):
         own: Mapping[str, torch.Tensor] = codebooks() if any(name in flat for name in CODEBOOKS) else {}
         for name, codebook in own.items():
             if not torch.equal(codebook, cast(torch.Tensor, flat.pop(name))):
-                raise ValueError("its moments are rounded to other values than those of bitsandbytes' dynamic map")
+                raise ValueError("they are rounded to other values than those of bitsandbytes' dynamic map")
         if self.counter in flat:
             flat[self.counter] = torch.as_tensor(flat[self.counter], dtype=torch.float32).reshape(())
         return flat
