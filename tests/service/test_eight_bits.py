@@ -55,10 +55,10 @@ def test_moments_begin_anew_at_a_boundary(seen: dict[str, Any]) -> None:
 
 
 def test_moments_take_what_the_method_says(seen: dict[str, Any]) -> None:
-    """That is about a quarter of AdamW's."""
+    """That is about a quarter of AdamW's: more here, where small weights have moments of 32 bits."""
     kept, said, in_32_bits = seen["bytes"]
     assert said == kept
-    assert 0.3 > kept / in_32_bits
+    assert 0.35 > kept / in_32_bits
 
 
 def test_trainers_go_on_and_are_adopted(seen: dict[str, Any]) -> None:

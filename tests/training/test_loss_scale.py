@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from processes import apart, train
 from rows import CPU, batch, tiny_model
 from runs import new_run
 from states import assert_same_state
-from test_economy import OnePlan
 from torch import nn
 
 from onward import Run
 from onward.config import Config
+from onward.data.order import RowReference
 from onward.errors import DamagedState, TrainingError
 from onward.events import StepTaken
 from onward.layout import RunLayout
@@ -42,6 +43,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class OnePlan:
+    """A plan of a file of any length, whose rows are given by hand."""
+
+    steps = 8
+    sha256 = "scale"
+    sources = ("scale",)
+
+    def epoch_of(self, index: int) -> int:
+        return index // self.steps
+
+
 def trainer_of(scale: LossScale, method: str = "full") -> Trainer:
     """Return a trainer of a small model in float16, its loss scaled so."""
     config = Config.model_validate({"dtype": "float16", "learning_rate": 1e-3, "method": method})
@@ -52,7 +64,9 @@ def trainer_of(scale: LossScale, method: str = "full") -> Trainer:
 
 def take(trainer: Trainer, steps: int = STEPS) -> list[StepTaken]:
     """Take steps of rows of unequal length."""
-    return [trainer.take_step(batch(9, 31, 5, seed=seed), OnePlan()) for seed in range(steps)]  # type: ignore[arg-type]
+    references = [RowReference("scale", place) for place in range(3)]
+    batches = [replace(batch(9, 31, 5, seed=seed), references=references) for seed in range(steps)]
+    return [trainer.take_step(each, OnePlan()) for each in batches]  # type: ignore[arg-type]
 
 
 def test_a_step_that_overflows_is_taken_again_with_half_the_scale() -> None:
