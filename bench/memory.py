@@ -19,7 +19,7 @@ from measuring import docstrings, environment, python
 
 MODEL = "smollm2-135m"
 GOAL = 0.15
-STEPS, ROWS = 3, 8
+STEPS, ROWS = 2, 8
 CASES: tuple[tuple[str, ...], ...] = (
     ("max_length=256",),
     ("max_length=1024",),

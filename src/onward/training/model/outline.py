@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from onward.config import Config
+from onward.training.layers.attention import lay_end_to_end
 from onward.training.model.adapter import add_adapter, train_in_float32
 from onward.training.model.adapter_shape import new_adapter_config
 from onward.training.model.expert_lora import wrap_experts
-from onward.training.model.load import make_fast, train_only
+from onward.training.model.load import causal_lm, make_fast, train_only
 from onward.training.model.quiet import quiet
 from onward.training.model.treatment import Treatment
 
@@ -38,17 +39,46 @@ def outlined(
     Raises:
         Exception: an operation of the model needs the values of a tensor.
     """
-    whole = config.method == "full"
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-        model: Any = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32 if whole else dtype)
-        model.config.use_cache = False
-        if whole:
-            train_only(model, config.train, treatment.left_out)
-        else:
-            model.requires_grad_(False)
-            model = add_adapter(model, new_adapter_config(config, None, model, treatment.left_out))
-            train_in_float32(model)
-            wrap_experts(model)
-        if fuse or whole:
+    with quiet(), torch.device("meta"):
+        model = _made(model_config, config, dtype, treatment)
+        if fuse:
             make_fast(model, end_to_end=treatment.end_to_end)
-        yield cast(nn.Module, model.train())
+        else:
+            lay_end_to_end(causal_lm(model))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _on_cpu(model)
+        yield model.train()
+
+
+def _made(model_config: Any, config: Config, dtype: torch.dtype, treatment: Treatment) -> nn.Module:
+    whole = config.method == "full"
+    base: Any = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32 if whole else dtype)
+    base.config.use_cache = False
+    if whole:
+        train_only(base, config.train, treatment.left_out)
+        return cast(nn.Module, base)
+    base.requires_grad_(False)
+    adapted = add_adapter(base, new_adapter_config(config, None, base, treatment.left_out))
+    train_in_float32(adapted)
+    wrap_experts(adapted)
+    return adapted
+
+
+def _on_cpu(model: nn.Module) -> None:
+    """Give a model tensors that say they lie in main memory, in place of those of the meta device; ties stay.
+
+    Buffers become plain attributes: whoever looks after buffers would compare their values.
+    """
+    made: dict[int, nn.Parameter] = {}
+
+    def of(weight: nn.Parameter) -> nn.Parameter:
+        if id(weight) not in made:
+            made[id(weight)] = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+        return made[id(weight)]
+
+    for part in model.modules():
+        weights, buffers = vars(part)["_parameters"], vars(part)["_buffers"]
+        weights.update((name, of(weight)) for name, weight in list(weights.items()) if weight is not None)
+        for name, buffer in list(buffers.items()):
+            del buffers[name]
+            vars(part)[name] = None if buffer is None else torch.empty_like(buffer, device="cpu")
