@@ -119,6 +119,7 @@ def training_arguments(config: Config) -> bytes:
     """Return `training_args.bin` under a config, for tools that look for it; Onward never reads it."""
     from transformers import TrainingArguments
 
+    named: dict[str, Any] = {"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}
     arguments = TrainingArguments(
         output_dir="current_model",
         per_device_train_batch_size=config.batch_size,
@@ -132,7 +133,7 @@ def training_arguments(config: Config) -> bytes:
         logging_steps=config.log_steps,
         seed=config.seed % 2**32,
         report_to=[],
-        **({"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}),
+        **named,
     )
     return to_bytes(arguments)
 

@@ -8,6 +8,7 @@ lost, and Adam counts what the run counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -63,9 +64,9 @@ class LossScale:
         """Return the scale of a `scaler.pt`, in the bounds of ours; one that is empty says nothing.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none.
+            KeyError, TypeError, ValueError, OverflowError: it is none.
         """
         if not values:
             return cls()
-        value = 2.0 ** round(torch.tensor(float(values["scale"]), dtype=torch.float64).log2().item())
+        value = 2.0 ** round(math.log2(float(values["scale"])))
         return cls(min(LARGEST, max(LEAST, value)), min(PATIENCE - 1, max(0, int(values["_growth_tracker"]))))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -242,4 +242,4 @@ def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
 
 def _place(tensor: torch.Tensor) -> int:
     """Return what identifies a tensor's memory, of whatever views of it there are, and where it has none."""
-    return StorageWeakRef(tensor.untyped_storage()).cdata
+    return cast(Any, StorageWeakRef)(tensor.untyped_storage()).cdata

@@ -125,12 +125,12 @@ class Snapshot:
             for name, entry in sorted(self.moments.items())
             for key, value in sorted(entry.items())
         )
-        scale = [] if self.scale is None else [(SCALE, self.scale.numbers())]
+        scale: list[tuple[str, torch.Tensor]] = [] if self.scale is None else [(SCALE, self.scale.numbers())]
         return StateDigest(digest_tensors(sorted(self.weights.items())), digest_tensors(chain(moments, scale)))
 
     def plain(self) -> dict[str, Any]:
         """Return what is neither weight nor moment, as JSON values."""
-        scale = {} if self.scale is None else {SCALE: asdict(self.scale)}
+        scale: dict[str, Any] = {} if self.scale is None else {SCALE: asdict(self.scale)}
         return {"counters": asdict(self.counters), "cursor": asdict(self.cursor), **scale}
 
     def tensors(self) -> list[torch.Tensor]:

@@ -132,7 +132,7 @@ class Trainer:
 
     def _unscale(self, factor: float) -> None:
         if factor != 1.0:
-            gradients = [parameter.grad for parameter in self.state.parameters.values()]
+            gradients = [weight.grad for weight in self.state.parameters.values() if weight.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def _gradients(self, batch: Batch, *, factor: float) -> torch.Tensor:

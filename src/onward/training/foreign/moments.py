@@ -70,7 +70,7 @@ class Moments:
         group = self._filled()[0]
         decay = max(self.decays, default=0.0)
         betas = [float(beta) for beta in group["betas"]]
-        named = {} if self.method is ADAMW else {"optimizer": self.method.name}
+        named: dict[str, Any] = {} if self.method is ADAMW else {"optimizer": self.method.name}
         rate, eps = self.rates[0], float(group["eps"])
         return {"learning_rate": rate, "weight_decay": decay, "betas": betas, "eps": eps, **named}
 

@@ -7,6 +7,7 @@ bitsandbytes waits for the device after each weight and keeps settings of the pr
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, cast
@@ -38,10 +39,12 @@ def codebooks() -> Mapping[str, torch.Tensor]:
     Raises:
         ImportError: bitsandbytes is not installed.
     """
-    from bitsandbytes import functional
-
-    made = cast(Any, functional).create_dynamic_map
+    made = _kernels().create_dynamic_map
     return dict(zip(CODEBOOKS, (made(signed=True), made(signed=False)), strict=True))
+
+
+def _kernels() -> Any:
+    return importlib.import_module("bitsandbytes.functional")
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
@@ -58,9 +61,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, eps: float) -> None:
-        from bitsandbytes import functional
-
-        self._kernels: Any = functional
+        self._kernels = _kernels()
         self._codebooks: dict[torch.device, list[torch.Tensor]] = {}
         rest = {"weight_decay": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None}  # as bitsandbytes has them
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": eps, **rest})
