@@ -136,7 +136,7 @@ class Trainer:
             torch._foreach_mul_(gradients, 1.0 / factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
 
     def _gradients(self, batch: Batch, *, factor: float) -> torch.Tensor:
-        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
+        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
 
         Args:
             factor: the gradient is multiplied by it, the loss is not.
@@ -146,7 +146,7 @@ class Trainer:
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
         try:
-            return self._accumulate(parts, recompute, batch.target_tokens, factor)
+            return self._accumulate(parts, recompute, batch.weight, factor)
         except Exception as error:
             if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
                 raise
@@ -156,10 +156,10 @@ class Trainer:
             if not self.economy.may_recompute():
                 raise
         self.economy.always = True
-        return self._accumulate(parts, [True] * len(parts), batch.target_tokens, factor)
+        return self._accumulate(parts, [True] * len(parts), batch.weight, factor)
 
     def _accumulate(
-        self, parts: Sequence[Part], recompute: Sequence[bool], targets: int, factor: float
+        self, parts: Sequence[Part], recompute: Sequence[bool], weight: float, factor: float
     ) -> torch.Tensor:
         total = torch.zeros((), device=self.world.device)
         try:
@@ -167,7 +167,7 @@ class Trainer:
                 exactly = deterministic(self.world.device, exact=self.config.deterministic)
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):
-                        loss = self.loss(part.batch) / targets
+                        loss = self.loss(part.batch) / weight
                     (loss if factor == 1.0 else loss * factor).backward()
                 total += loss.detach()
         finally:
