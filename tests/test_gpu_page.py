@@ -28,8 +28,11 @@ def test_what_was_not_run_is_called_so() -> None:
     """Without a figure every section says that it was not run, and each check says why."""
     page = load("report").render([{"check": "files", "status": "not run: no GPU", "seconds": 0.0}])
     assert "Nothing was run on a GPU yet" in page
-    titles = ("Exactness", "Speed", "Against peers in the same run", "Memory at the peak of a step", "Beside the steps")
-    assert ["Not run."] * 5 == [section(page, title).strip() for title in titles]
+    titles = (
+        "Exactness", "Speed", "Against peers in the same run", "Ways to compute a layer",
+        "Memory at the peak of a step", "Beside the steps",
+    )  # fmt: skip
+    assert ["Not run."] * 6 == [section(page, title).strip() for title in titles]
     assert "| files | not run: no GPU |" in section(page, "Every check")
 
 
@@ -47,3 +50,15 @@ def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     with path.open("a") as stream:
         stream.write('{"subject": "spe')
     assert [{"subject": "machine", "device": "x"}] == record.read(path)
+
+
+def test_ways_to_compute_a_layer_are_held_against_each_other() -> None:
+    """Each way says its speed and whether two processes had the same bits; one that failed says why."""
+    taken = {"tokens_per_second": 5e4, "start": 2.0, "peak": 3e9}
+    records = [
+        {"subject": "layers", "shape": "tiny", "way": "eager", "equal": True, **taken},
+        {"subject": "layers", "shape": "tiny", "way": "liger", "failed": "No module named 'liger_kernel'"},
+    ]
+    lines = section(load("report").render(records), "Ways to compute a layer").strip().splitlines()[2:4]
+    assert "| tiny | eager | 50,000 | 3 | 2 | == |" == lines[0]
+    assert "| tiny | liger | - | - | - | failed: No module named 'liger_kernel' |" == lines[1]

@@ -27,7 +27,8 @@ def render(records: Sequence[Record]) -> str:
     """Return the page in Markdown."""
     found = [each for each in records if "subject" in each]
     statuses = [each for each in records if "check" in each]
-    sections = (_machine(found), _exactness(found), _speed(found), _memory(found), _ratios(found), _statuses(statuses))
+    parts = (_machine, _exactness, _speed, _layers, _memory, _ratios)
+    sections = [*(part(found) for part in parts), _statuses(statuses)]
     head = (
         "# Results on a GPU\n\n"
         "Written by `make gpu`. Models have the shapes of public ones and random weights, rows are random tokens.\n"
@@ -106,6 +107,23 @@ def _against(found: Sequence[Record]) -> str:
         if not side.startswith("onward") and (shape, kind, "onward lora") in rates
     ]
     return _table("Against peers in the same run", ("shape", "rows", "peer", "Onward is times as fast"), rows)
+
+
+def _layers(found: Sequence[Record]) -> str:
+    rows: list[Sequence[object]] = []
+    for each in _of(found, "layers"):
+        if "failed" in each:
+            rows.append((each["shape"], each["way"], None, None, None, f"failed: {each['failed']}"))
+            continue
+        bits = "==" if each["equal"] else "**differs**"
+        speed, start = each["tokens_per_second"], each["start"]
+        rows.append((each["shape"], each["way"], speed, _gigabytes(each["peak"]), start, bits))
+    columns = ("shape", "way", "tokens/s", "peak GB", "seconds to begin", "bits of two processes")
+    note = (
+        "eager is what Onward does; norms and layers are compiled for any number of tokens; liger has its kernels for "
+        "norm, rotation and SwiGLU. Mixed rows, LoRA."
+    )
+    return _table("Ways to compute a layer", columns, rows, note)
 
 
 def _memory(found: Sequence[Record]) -> str:

@@ -67,12 +67,16 @@ def checks(tiny: bool) -> list[Check]:
         )
     ]  # fmt: skip
     journeys = [Check(what, ("journeys.py", what, least), 90) for what in ("gap", "stall", "resume")]
+    ways = [
+        Check(f"layers, {way}", ("layers.py", least, way), 145, "liger_kernel" if way == "liger" else "")
+        for way in ("eager", "layers", "norms", "liger")
+    ]
     determinism = Check("cost of determinism", ("speed.py", "determinism", least), 60)
     return [
         Check("machine", ("speed.py", "machine"), 40), *exact[:2],
         Check("files", ("exactness.py", "files", small), 120),
         *speed[:4], determinism, Check("kills", ("exactness.py", "kills", small), 150), *speed[4:6], *journeys,
-        *exact[2:], *speed[6:],
+        *exact[2:], *ways, *speed[6:],
     ]  # fmt: skip
 
 

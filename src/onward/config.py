@@ -69,9 +69,10 @@ class Config(Section):
     seed: Annotated[int, BeforeValidator(refuse_bool), Field(ge=0, lt=2**63)] = Field(
         default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
-        description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32.",
+        description="Compute type; trained weights are float32. `auto`: bfloat16 on a GPU that has it, else float32. "
+        "`float16`, for GPUs without bfloat16, scales the loss.",
     )
     deterministic: bool = Field(
         default=True,
@@ -142,6 +143,11 @@ class Config(Section):
     )
     min_learning_rate: Rate = Field(
         default=0.0, description="Learning rate below which no schedule falls after warmup."
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw",
+        description="AdamW with moments in 32 bits, or in 8, rounded by block: a quarter of their memory (needs "
+        "`onward[qlora]`).",
     )
     weight_decay: Rate = Field(default=0.0, description="AdamW's decoupled weight decay (not on biases and norms).")
     betas: tuple[Fraction, Fraction] = Field(

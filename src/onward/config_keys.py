@@ -7,7 +7,7 @@ from typing import Literal
 LATER_IDENTITY_KEYS = (
     "lora.target_parameters", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "lora.use_dora",
     "lora.use_rslora", "lora.bias", "lora.init", "lora.modules_to_save", "lora.trainable_tokens",
-    "train", "tokens", "adapter", "chat_template",
+    "train", "tokens", "adapter", "chat_template", "optimizer",
 )  # fmt: skip
 """Identity keys that runs of earlier releases lack; where one has its default, the identity does not mention it."""
 

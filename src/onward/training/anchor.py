@@ -57,8 +57,12 @@ class AnchorTerm:
         """Return the seed of the dropout of the step after `step`."""
         return fold(config.seed, "step", step, "anchor")
 
-    def add_gradients(self, loss: TargetLoss, step: int, config: Config) -> float:
-        """Add the gradients of the term for the step after `step`; returns the divergence, nats per token."""
+    def add_gradients(self, loss: TargetLoss, step: int, config: Config, factor: float = 1.0) -> float:
+        """Add the gradients of the term for the step after `step`; returns the divergence, nats per token.
+
+        Args:
+            factor: the gradients are multiplied by it.
+        """
         places = self.chosen(step, config)
         batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
         at_once = config.model_copy(update={"gradient_accumulation": "auto"})
@@ -73,7 +77,7 @@ class AnchorTerm:
                 parts.append(top_divergences(ids[there], logs[there], logits).sum())
                 first += len(labels)
             divergence = torch.stack(parts).sum() / targets
-            (self.weight * divergence).backward()
+            (self.weight * factor * divergence).backward()
             total += float(divergence.detach())
         return total
 

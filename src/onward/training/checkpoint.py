@@ -27,6 +27,7 @@ from onward.training import huggingface
 from onward.training.handover import GRADIENT, Measurement
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
+from onward.training.optimizers import file_state
 from onward.training.state import Cursor, Snapshot
 
 FORMAT = 1
@@ -179,7 +180,9 @@ def _write_files(folder: Path, contents: Contents) -> None:
     """Write all files but the manifest."""
     state, config = contents.state, contents.config
     save_weights(contents.model, state.weights, folder)
-    huggingface.save(state.optimizer, folder / huggingface.OPTIMIZER)
+    huggingface.save(file_state(state.method, state.optimizer), folder / huggingface.OPTIMIZER)
+    if state.scale is not None:
+        huggingface.save(state.scale.to_file(), folder / huggingface.SCALER)
     huggingface.save(huggingface.scheduler_state(state, config), folder / huggingface.SCHEDULER)
     huggingface.save(huggingface.random_state(config, state.step), folder / huggingface.RNG)
     (folder / huggingface.TRAINER_STATE).write_bytes(huggingface.trainer_state(state, config, contents.log_history))

@@ -70,9 +70,13 @@ class Economy:
         known = self._learned.profiles
         if self._dropout not in known:
             with deterministic(self._device, exact=self._config.deterministic), seeded(0, self._device):
-                known[self._dropout] = profile_of(self._state, self._loss, self._config, self._device.type)
+                known[self._dropout] = self._measured()
             self._loss.forget()
         return known[self._dropout]
+
+    def _measured(self) -> Profile:
+        model, method = self._state.model, self._state.method
+        return profile_of(model, method, self._loss, self._config, self._device.type)
 
     def recomputes(self, part: Batch) -> bool:
         """Whether the layers are computed again for a part; asked before anything of the step is computed.

@@ -26,6 +26,8 @@ LATER_FACTS = frozenset(
 )
 """Facts that earlier releases did not record: where one of two records lacks one, it says nothing about it."""
 
+HALF = (torch.bfloat16, torch.float16)
+"""Compute types under which a forward pass runs in autocast."""
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _NO_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
 
@@ -43,15 +45,15 @@ def pick_device(*, has_cuda: bool | None = None, has_mps: bool | None = None) ->
 
 
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """Return the compute type of `dtype: auto|float32|bfloat16` on a device.
+    """Return the compute type of `dtype: auto|float32|bfloat16|float16` on a device.
 
-    `auto` is bfloat16 where the GPU has units for it. Older ones only emulate it, and float16, which they have, needs
-    a scale of the loss that changes from step to step; they train in float32.
+    `auto` is bfloat16 where the GPU has units for it. Older ones only emulate it; they train in float32 unless they are
+    told to take float16, which they have and in which numbers overflow early.
     """
     if setting == "auto":
         fits = device.type == "cuda" and multiplies_bfloat16(torch.cuda.get_device_capability(device))
         return torch.bfloat16 if fits else torch.float32
-    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(setting, torch.float32)
 
 
 @contextlib.contextmanager
@@ -158,4 +160,4 @@ def promises_bits(environment: Mapping[str, Any]) -> bool:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Return the context of a forward pass in the compute type."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype in HALF)

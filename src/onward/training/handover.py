@@ -14,7 +14,7 @@ from onward.training.state import Snapshot
 
 GRADIENT = "probe_gradient"
 
-CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
+CLOSE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 """Relative difference of the probe loss up to which two environments count as close, by compute type."""
 
 HandoverClass = Literal["bitwise", "close", "not comparable", "not deterministic"]

@@ -18,9 +18,9 @@ from onward.config import Config
 from onward.training.seeds import fold
 from onward.training.state import Snapshot
 
-OPTIMIZER, SCHEDULER, RNG = "optimizer.pt", "scheduler.pt", "rng_state.pth"
+OPTIMIZER, SCHEDULER, RNG, SCALER = "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
-FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, TRAINER_STATE, TRAINING_ARGUMENTS))
+FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, SCALER, TRAINER_STATE, TRAINING_ARGUMENTS))
 """Files that only whoever trains on needs; the others are the model and its tokenizer."""
 CALLBACKS: dict[str, Any] = {
     "TrainerControl": {
@@ -119,6 +119,7 @@ def training_arguments(config: Config) -> bytes:
     """Return `training_args.bin` under a config, for tools that look for it; Onward never reads it."""
     from transformers import TrainingArguments
 
+    named: dict[str, Any] = {"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}
     arguments = TrainingArguments(
         output_dir="current_model",
         per_device_train_batch_size=config.batch_size,
@@ -132,6 +133,7 @@ def training_arguments(config: Config) -> bytes:
         logging_steps=config.log_steps,
         seed=config.seed % 2**32,
         report_to=[],
+        **named,
     )
     return to_bytes(arguments)
 

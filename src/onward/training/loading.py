@@ -72,7 +72,8 @@ def load_moments(state: TrainState, path: Path) -> None:
     try:
         groups = saved_groups(saved)
         order = [index for group in groups for index in group["params"]]
-        entries = {int(index): dict(entry) for index, entry in cast(dict[int, Entry], saved["state"]).items()}
+        held = cast(dict[int, Mapping[str, Any]], saved["state"])
+        entries = {int(index): state.method.from_file(entry) for index, entry in held.items()}
         rates = [float(group["lr"]) for group in groups]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedState(f"this is not the state of an optimizer: {type(error).__name__}", where=path) from None

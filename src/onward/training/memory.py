@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from onward.config import Config
 from onward.config_keys import MICRO_BATCH_TOKENS
@@ -23,7 +24,7 @@ from onward.training.device_memory import Usage
 from onward.training.layers.cross_entropy import LOGITS_BYTES, TILE_BYTES
 from onward.training.layers.recompute import Recomputation
 from onward.training.model.load import causal_lm
-from onward.training.state import TrainState
+from onward.training.optimizers import OptimizerMethod
 
 FACT = "memory"
 """The fact of the ledger under which a run keeps what was measured of its model."""
@@ -155,15 +156,20 @@ def part_tokens(profile: Profile, room: int, length: int) -> int:
     return PART_TOKENS[-1]
 
 
-def profile_of(state: TrainState, loss: Callable[[Batch], torch.Tensor], config: Config, device: str) -> Profile:
+def profile_of(
+    model: nn.Module, method: OptimizerMethod, loss: Callable[[Batch], torch.Tensor], config: Config, device: str
+) -> Profile:
     """Measure a model in a few forward passes over small rows; nothing of it changes.
 
     Args:
+        model: one in training mode; its tensors need no memory (`model/outline.py`).
+        method: what is kept for each trained weight.
         loss: computes the summed loss of a part, with its graph.
     """
-    model, recomputation = state.model, Recomputation(state.model)
+    recomputation = Recomputation(model)
     weights = {id(weight): weight.numel() * weight.element_size() for weight in model.parameters()}
-    trained = sum(weights[id(weight)] for weight in state.parameters.values())
+    parameters = {name: weight for group in method.groups(model) for name, weight in group}
+    trained = sum(weights[id(weight)] for weight in parameters.values())
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     embedding = int(causal_lm(model).get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type]
     head = causal_lm(model).get_output_embeddings()
@@ -173,7 +179,7 @@ def profile_of(state: TrainState, loss: Callable[[Batch], torch.Tensor], config:
     return Profile(
         base=sum(weights.values()) - trained + buffers,
         trained=trained,
-        moments=state.method.bytes(state.parameters),
+        moments=method.bytes(parameters),
         whole=whole,
         recomputed=again if again.token < 0.9 * whole.token else None,
         layers=max((len(part) for part in model.modules() if isinstance(part, nn.ModuleList)), default=1),
@@ -220,12 +226,11 @@ def _row(length: int) -> Batch:
 
 def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Return the bytes that backward would need of a forward pass, beside weights and buffers."""
-    own = {id(each.untyped_storage()): each for each in (*model.parameters(), *model.buffers())}
-    places = {each.untyped_storage().data_ptr() for each in own.values()}
+    places = {_place(each) for each in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
+        place = _place(tensor)
         if place not in places:
             kept.setdefault(place, tensor)  # held, so that no other tensor gets its place
         return tensor
@@ -233,3 +238,8 @@ def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Return what identifies a tensor's memory, of whatever views of it there are, and where it has none."""
+    return cast(Any, StorageWeakRef)(tensor.untyped_storage()).cdata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -12,11 +13,13 @@ from peft import PeftModel
 from torch import nn
 
 from onward.config import Config
+from onward.training.loss_scale import LossScale
 from onward.training.optimizers import OptimizerMethod, optimizer_method
 from onward.training.transfer import Wait, at_once, transfer_of
 
 ALIGNMENT = 64
 """A tensor in a shared storage begins at a multiple of this many elements."""
+SCALE = "loss_scale"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Snapshot:
         frozen: bytes of weights that are written too and not trained.
         wait: returns when the tensors hold what they are to hold; called before they are read.
         known: the digest, where it was taken of a copy and nothing has changed since.
+        scale: that of the loss, under float16.
     """
 
     counters: Counters
@@ -79,6 +83,7 @@ class Snapshot:
     frozen: int = 0
     wait: Wait = at_once
     known: StateDigest | None = None
+    scale: LossScale | None = None
 
     @property
     def step(self) -> int:
@@ -111,7 +116,7 @@ class Snapshot:
         return {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in self.weights.items()}
 
     def digest(self) -> StateDigest:
-        """Hash every trained weight and every moment, in the order of their names."""
+        """Hash every trained weight, and every moment with the scale of the loss, in the order of their names."""
         if self.known is not None:
             return self.known
         self.wait()
@@ -120,11 +125,13 @@ class Snapshot:
             for name, entry in sorted(self.moments.items())
             for key, value in sorted(entry.items())
         )
-        return StateDigest(digest_tensors(sorted(self.weights.items())), digest_tensors(moments))
+        scale: list[tuple[str, torch.Tensor]] = [] if self.scale is None else [(SCALE, self.scale.numbers())]
+        return StateDigest(digest_tensors(sorted(self.weights.items())), digest_tensors(chain(moments, scale)))
 
     def plain(self) -> dict[str, Any]:
         """Return what is neither weight nor moment, as JSON values."""
-        return {"counters": asdict(self.counters), "cursor": asdict(self.cursor)}
+        scale: dict[str, Any] = {} if self.scale is None else {SCALE: asdict(self.scale)}
+        return {"counters": asdict(self.counters), "cursor": asdict(self.cursor), **scale}
 
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor, in an order that depends only on their names."""
@@ -138,12 +145,20 @@ class TrainState:
     Args:
         model: the model, trainable weights marked by `requires_grad`.
         optimizer: an optimizer that `method` built over them.
+        scale: that of the loss, for a run that computes in float16.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: OptimizerMethod) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: OptimizerMethod,
+        scale: LossScale | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.method = method
+        self.scale = scale
         self.counters = Counters()
         self.cursor = Cursor()
         self.parameters = dict(named for group in method.groups(model) for named in group)
@@ -162,7 +177,7 @@ class TrainState:
     def start(cls, model: nn.Module, config: Config) -> Self:
         """Return the state of step 0: a model with a fresh optimizer of the config's method."""
         method = optimizer_method(config)
-        return cls(model, method.build(model, config), method)
+        return cls(model, method.build(model, config), method, LossScale() if config.dtype == "float16" else None)
 
     @property
     def step(self) -> int:
@@ -178,7 +193,8 @@ class TrainState:
         """Return the state as it is now, in the memory that training changes."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         optimizer = self.optimizer.state_dict()
-        return Snapshot(replace(self.counters), self.cursor, weights, optimizer, self.method, self._frozen)
+        counters = replace(self.counters)
+        return Snapshot(counters, self.cursor, weights, optimizer, self.method, self._frozen, scale=self.scale)
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """Return a copy of the state in main memory, which may still be on its way: see `Snapshot.wait`.
@@ -226,6 +242,8 @@ class TrainState:
         """Restore what `Snapshot.plain` returned."""
         self.counters = Counters(**values["counters"])
         self.cursor = Cursor(**values["cursor"])
+        if self.scale is not None:
+            self.scale = LossScale(**values[SCALE])
 
 
 def _in_one_storage(tensors: list[torch.Tensor], *, pins: bool = False) -> list[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -82,10 +83,7 @@ class Trainer:
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = self.rates(state.step + 1, index + 1)
-        total, divergence = self._gradients(batch), self._anchor_gradients()
-        self._fill()
-        loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for the device
-        self._require_finite(loss, grad_norm, batch)
+        loss, grad_norm, divergence = self._finite_gradients(batch)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
@@ -108,15 +106,47 @@ class Trainer:
             anchor=divergence,
         )
 
-    def _gradients(self, batch: Batch) -> torch.Tensor:
+    def _finite_gradients(self, batch: Batch) -> tuple[float, float, float | None]:
+        """Compute and clip the gradients of a step; returns its loss, their norm, and the anchor's divergence.
+
+        Under float16 a step whose gradients overflow is computed again with half the scale, until they do not.
+
+        Raises:
+            TrainingError: they are not finite whatever the scale; the state is that before the step.
+        """
+        scale = self.state.scale
+        while True:
+            factor = 1.0 if scale is None else scale.value
+            total, divergence = self._gradients(batch, factor=factor), self._anchor_gradients(factor)
+            self._fill()
+            self._unscale(factor)
+            loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the one wait for the device
+            overflowed = math.isfinite(loss) and not math.isfinite(grad_norm)
+            if scale is None or not scale.can_fall or not self.world.any(overflowed):
+                break
+            scale = scale.halved()
+            self.state.optimizer.zero_grad(set_to_none=True)
+        self._require_finite(loss, grad_norm, batch)
+        self.state.scale = None if scale is None else scale.after_step()
+        return loss, grad_norm, divergence
+
+    def _unscale(self, factor: float) -> None:
+        if factor != 1.0:
+            gradients = [weight.grad for weight in self.state.parameters.values() if weight.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / factor)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+    def _gradients(self, batch: Batch, *, factor: float) -> torch.Tensor:
         """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
+
+        Args:
+            factor: the gradient is multiplied by it, the loss is not.
 
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
         try:
-            return self._accumulate(parts, recompute, batch.weight)
+            return self._accumulate(parts, recompute, batch.weight, factor)
         except Exception as error:
             if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
                 raise
@@ -126,9 +156,11 @@ class Trainer:
             if not self.economy.may_recompute():
                 raise
         self.economy.always = True
-        return self._accumulate(parts, [True] * len(parts), batch.weight)
+        return self._accumulate(parts, [True] * len(parts), batch.weight, factor)
 
-    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], weight: float) -> torch.Tensor:
+    def _accumulate(
+        self, parts: Sequence[Part], recompute: Sequence[bool], weight: float, factor: float
+    ) -> torch.Tensor:
         total = torch.zeros((), device=self.world.device)
         try:
             for part, again in zip(parts, recompute, strict=True):
@@ -136,13 +168,13 @@ class Trainer:
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):
                         loss = self.loss(part.batch) / weight
-                    loss.backward()
+                    (loss if factor == 1.0 else loss * factor).backward()
                 total += loss.detach()
         finally:
             self.loss.forget()
         return total
 
-    def _anchor_gradients(self) -> float | None:
+    def _anchor_gradients(self, factor: float) -> float | None:
         """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
         if self.anchor is None:
             return None
@@ -150,7 +182,7 @@ class Trainer:
         try:
             exactly = deterministic(self.world.device, exact=self.config.deterministic)
             with exactly, seeded(self.anchor.seed(step, self.config), self.world.device):
-                return self.anchor.add_gradients(self.loss, step, self.config)
+                return self.anchor.add_gradients(self.loss, step, self.config, factor)
         finally:
             self.loss.forget()
 

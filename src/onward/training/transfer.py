@@ -82,7 +82,7 @@ class Overlapped:
 
     def marks(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return one number of 64 bits for each tensor, shape (tensors,)."""
-        return torch.stack([mark(tensor) for tensor in tensors])
+        return torch.stack([mark(tensor).to(tensors[0].device) for tensor in tensors])  # counters may lie elsewhere
 
 
 def mark(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from onward.config import Config
 from onward.config_text import read_config
 from onward.data.own_template import read_template
-from onward.errors import DamagedState, OnwardError, UsageError
+from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
@@ -29,9 +29,10 @@ from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.checkpoint import MANIFEST, inspect_checkpoint
 from onward.training.device_errors import LESS_MEMORY
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.environment import HALF, pick_device, pick_dtype
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
+from onward.training.optimizers import optimizer_method
 
 LITTLE_DISK = 2 << 30
 """Free bytes below which a warning is given, however small the checkpoints are."""
@@ -111,11 +112,15 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
     config = read_config(layout.config)
     yield Finding("ok", "config", f"{layout.config.name} is valid: {config.method} on {config.model}")
     device = pick_device()
-    if device.type == "cpu" and pick_dtype(config.dtype, device) is torch.bfloat16:
-        hint = "Set dtype: float32 in a new run: on a CPU without bf16 units it is many times faster"
-        yield Finding("warning", "dtype", "bfloat16 is slow on a CPU", hint)
+    if device.type == "cpu" and pick_dtype(config.dtype, device) in HALF:
+        hint = "Set dtype: float32 in a new run: on a CPU without units for it that is many times faster"
+        yield Finding("warning", "dtype", f"{config.dtype} is slow on a CPU", hint)
     if config.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         yield Finding("error", "method", "qlora needs bitsandbytes", 'pip install "onward[qlora]"')
+    try:
+        optimizer_method(config).require(device)
+    except ModelError as error:
+        yield Finding("error", "optimizer", error.what, error.hint)
 
 
 def _identity(layout: RunLayout) -> Iterator[Finding]:

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from onward.config import Config
 from onward.config_text import read_config
 from onward.digest import sha256_json
 from onward.layout import RunLayout
-from onward.service.session import open_session
+from onward.service.session import Session, open_session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
-from onward.training.device_memory import read_usage
+from onward.training.device_memory import Usage, read_usage
 from onward.training.economy import Economy, Learned
 from onward.training.environment import pick_device, pick_dtype
 from onward.training.loss import TargetLoss
-from onward.training.memory import FACT, Profile, fits, largest_part
+from onward.training.memory import FACT, Estimate, Profile, fits, largest_part, profile_of
 from onward.training.model.load import build_model
+from onward.training.model.outline import outlined
+from onward.training.model.quiet import quiet
+from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
-    """Load the model of a run as it is trained, measure it, and keep what was found in its ledger.
+    """Measure the model of a run as it is trained, and keep what was found in its ledger.
+
+    Its weights are loaded only where its outline is not enough.
 
     Raises:
         OnwardError: the model cannot be loaded.
     """
     session = open_session(layout, ledger, report=lambda _: None)
-    start = start_folder(layout, ledger, session.config)
+    profile = _of_outline(session) or _of_model(session, start_folder(layout, ledger, session.config))
+    ledger.put(**{FACT: {"key": _key(session.config), "profile": profile.to_dict()}})
+    return profile
+
+
+def _of_outline(session: Session) -> Profile | None:
+    """Measure the model without its weights; None where that says nothing: on a GPU, whose kernels are others."""
+    config, treatment = session.config, session.treatment
+    if session.device.type != "cpu" or config.method == "qlora" or treatment is None:
+        return None
+    try:
+        with quiet():
+            base = AutoConfig.from_pretrained(session.base, local_files_only=True, trust_remote_code=False)
+        with outlined(base, config, session.dtype, treatment) as model:
+            loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
+            return profile_of(model, optimizer_method(config), loss, config, session.device.type)
+    except Exception:  # an operation needs numbers: of experts, say
+        return None
+
+
+def _of_model(session: Session, start: Path | None) -> Profile:
     model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
     state = TrainState.start(model, session.config)
     loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
-    profile = Economy(state, loss, session.config, session.device, Learned()).profile
-    ledger.put(**{FACT: {"key": _key(session.config), "profile": profile.to_dict()}})
-    return profile
+    return Economy(state, loss, session.config, session.device, Learned()).profile
 
 
 def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
@@ -43,22 +70,50 @@ def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
     return Profile.of(kept["profile"]) if kept.get("key") == _key(config) else None
 
 
-def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
-    """Say what a step takes whose rows all have full length, and whether that fits; None where nothing was measured."""
+@dataclass(frozen=True)
+class Outlook:
+    """What a step takes whose rows all have full length.
+
+    Args:
+        estimate: by what it is for.
+        recompute: layers are computed again for it.
+        usage: the device's memory now.
+    """
+
+    estimate: Estimate
+    recompute: bool
+    usage: Usage | None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether that fits, as far as can be told."""
+        return fits(self.estimate, self.usage)
+
+
+def outlook(layout: RunLayout) -> Outlook | None:
+    """Return what a step of a run takes on this machine; None where nothing was measured."""
     config = read_config(layout.config)
     profile = kept_profile(layout, config)
     if profile is None:
         return None
     part, usage = largest_part(config), read_usage(pick_device())
     whole, again = profile.estimate(part), profile.estimate(part, recompute=True)
-    has_room = fits(whole, usage)
-    recompute = config.activation_checkpointing == "on" or (
-        config.activation_checkpointing == "auto" and not has_room and profile.recomputed is not None
-    )
+    lacks_room = not fits(whole, usage) and profile.recomputed is not None
+    setting = config.activation_checkpointing
+    recompute = setting == "on" or (setting == "auto" and lacks_room)
+    return Outlook(again if recompute else whole, recompute, usage)
+
+
+def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
+    """Say what a step takes whose rows all have full length, and whether that fits; None where nothing was measured."""
+    config, found = read_config(layout.config), outlook(layout)
+    if found is None:
+        return None
+    part, usage = largest_part(config), found.usage
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
     here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB can be had"
-    how = "layers are computed again" if recompute else "nothing is computed again"
-    return f"{again if recompute else whole}: {rows}, {how}{here}", fits(again if recompute else whole, usage)
+    how = "layers are computed again" if found.recompute else "nothing is computed again"
+    return f"{found.estimate}: {rows}, {how}{here}", found.has_room
 
 
 def _key(config: Config) -> str:

@@ -29,6 +29,7 @@ from onward.training.environment import pick_device, pick_dtype
 from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
+from onward.training.foreign.scaler import read_scale
 from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.model.capacity import read_capacity, require_fits
 from onward.training.model.load import build_model, load_tokenizer
@@ -115,6 +116,8 @@ def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]
         dtype = pick_dtype(config.dtype, device)
         model = build_model(ModelSpec(config, base, device, dtype), checkpoint=path, treatment=findings.treatment)
     state = TrainState.start(model, config)
+    if state.scale is not None:
+        state.scale = read_scale(folder.path)
     if adopted.moments is None:
         state.counters.step = state.counters.adam_origin = folder.step
         return state, findings, []

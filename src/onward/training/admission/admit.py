@@ -33,6 +33,7 @@ from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
+from onward.training.optimizers import optimizer_method
 from onward.training.probe import Probe
 from onward.training.seeds import fold, seeded
 
@@ -95,6 +96,7 @@ def admit(
         ConfigError: a setting does not fit the model.
     """
     proof = _Proof(spec, strict)
+    optimizer_method(spec.config).require(spec.device)
     model = build_plain(spec, checkpoint=checkpoint, strict=strict)
     begun = time.perf_counter()
     found = _Found()

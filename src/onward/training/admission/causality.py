@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.training.admission.inputs import LONG, rows, tokens
-from onward.training.environment import autocast
+from onward.training.environment import HALF, autocast
 
 TOLERANCE = 1e-5
 """Change of an earlier logit, relative to the spread of the logits, that is rounding."""
@@ -24,7 +24,7 @@ LARGEST = 2_000_000_000
 def as_float32(model: nn.Module) -> Generator[None]:
     """Have a model compute in float32 in the body, where that fits; nothing of its weights is lost on the way back."""
     tensors = [*model.parameters(), *model.buffers()]
-    lower = [tensor for tensor in tensors if tensor.dtype in (torch.bfloat16, torch.float16)]
+    lower = [tensor for tensor in tensors if tensor.dtype in HALF]
     if sum(tensor.numel() for tensor in tensors) > LARGEST:
         lower = []
     types = [tensor.dtype for tensor in lower]
@@ -71,5 +71,5 @@ def _logits(model: nn.Module, ids: torch.Tensor, device: torch.device) -> torch.
 
 
 def _lowest(model: nn.Module) -> torch.dtype:
-    """Return the type to compute in: bfloat16 where a weight is left in it."""
-    return torch.bfloat16 if any(each.dtype == torch.bfloat16 for each in model.parameters()) else torch.float32
+    """Return the type to compute in: a half type where a weight is left in it."""
+    return next((each.dtype for each in model.parameters() if each.dtype in HALF), torch.float32)

@@ -100,12 +100,19 @@ class Findings:
         return lines + [f"{REFUSABLE}: {warning}" for warning in self.warnings]
 
 
+NO_BFLOAT16 = {
+    "float32": "computes in float32; its units for float16 serve a new run with --set dtype=float16",
+    "bfloat16": "emulates bfloat16, which is slow",
+}
+"""What a GPU without bfloat16 does, by compute type."""
+
+
 def _of_machine(environment: Mapping[str, Any]) -> list[str]:
     """Return what is to be known of type and device of a model, where it is not the usual."""
     lines: list[str] = []
     capability = environment.get("capability")
     if capability is not None and not environment.get("bfloat16", True):
-        how = "computes in float32" if environment["dtype"] == "float32" else "emulates bfloat16, which is slow"
+        how = NO_BFLOAT16.get(environment["dtype"], "computes in float16")
         lines.append(f"this GPU (compute capability {capability}) has no units for bfloat16 and {how}")
     if environment.get("device") == "mps":
         lines.append("equal bits are not promised on an Apple GPU: handovers are `close` at most")

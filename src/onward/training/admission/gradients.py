@@ -20,7 +20,7 @@ from onward.training.parts import parts_of
 from onward.training.seeds import seeded
 from onward.training.state import digest_tensors
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 """Relative difference that is rounding, by compute type."""
 _SMALL = 1e-3
 """Share of the largest gradient below which a weight's own is not a scale to measure by."""

@@ -1,13 +1,14 @@
 """The optimizer's state of another tool: AdamW's moments by the name of their parameter, or why they are not.
 
-Taken is what continues exactly: AdamW of PyTorch (plain, fused, of any release), of transformers 4, of apex, and the
-32-bit one of bitsandbytes, paged or not. Their moments mean the same; names and the type of the step counter differ.
+Taken is what continues exactly: AdamW of PyTorch (plain, fused, of any release), of transformers 4, of apex, and of
+bitsandbytes, paged or not. Their moments mean the same; names and the type of the step counter differ. Where
+bitsandbytes rounded moments to 8 bits, they go on so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,29 +16,27 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from onward.errors import DamagedState, UsageError, first_line
+from onward.errors import DamagedState, ModelError, UsageError, first_line
+from onward.training.environment import pick_device
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder, fresh_hint
 from onward.training.foreign.grouping import GROUPINGS
+from onward.training.foreign.refusal import NotTaken
+from onward.training.foreign.rounded import as_adamw_8bit, as_small, is_of_8_bits
 from onward.training.loading import read_optimizer
-from onward.training.optimizers import ADAMW
+from onward.training.optimizers import ADAMW, ADAMW_8BIT, OptimizerMethod
+from onward.training.optimizers.adamw_8bit import WRAPPED
 from onward.training.state import TrainState
 
 Key = int | str
 """A parameter in a saved optimizer: its number, or its name where a tool saved it so."""
 Entry = dict[str, Any]
-_WRAPPED = "__bnb_optimizer_quant_state__"
-"""Where bitsandbytes since 0.49 puts its tensors."""
 _TRAIN = "To go on exactly, say which weights were trained: --set 'train=[REGEX, ...]', found in their names."
 _RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 _SIGNS = ("amsgrad", "correct_bias", "bias_correction", "t_alpha")
 """Settings that only Adams have: PyTorch's, transformers', apex', bitsandbytes'. RAdam keeps the same tensors."""
 _PLAIN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit")
 """Optimizers of the Trainer whose files hold nothing else."""
-
-
-class _NotTaken(Exception):
-    """Why an optimizer's state cannot be gone on with."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,13 @@ class Moments:
         groups: its parameter groups: settings, and under `params` numbers or names.
         entries: what it keeps for each parameter that it has moved, as AdamW keeps it.
         dtype: the type that it kept moments in, which were those of its weights; here they are float32.
+        method: which of our optimizers goes on with them.
     """
 
     groups: list[dict[str, Any]]
     entries: dict[Key, Entry]
     dtype: str = "float32"
+    method: OptimizerMethod = ADAMW
 
     @property
     def rates(self) -> list[float]:
@@ -69,7 +70,9 @@ class Moments:
         group = self._filled()[0]
         decay = max(self.decays, default=0.0)
         betas = [float(beta) for beta in group["betas"]]
-        return {"learning_rate": self.rates[0], "weight_decay": decay, "betas": betas, "eps": float(group["eps"])}
+        named: dict[str, Any] = {} if self.method is ADAMW else {"optimizer": self.method.name}
+        rate, eps = self.rates[0], float(group["eps"])
+        return {"learning_rate": rate, "weight_decay": decay, "betas": betas, "eps": eps, **named}
 
     def _filled(self) -> list[dict[str, Any]]:
         return [group for group in self.groups if group["params"]]
@@ -93,16 +96,26 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
         saved = _read(path, arguments)
         groups = [dict(group) for group in cast(list[Mapping[str, Any]], saved["param_groups"])]
         held = cast(Mapping[Key, Mapping[str, Any]], saved["state"])
-        entries = {key: _as_adamw(entry, group_of(groups, key)) for key, entry in held.items()}
-        moments = Moments(groups, entries, _type_of(held))
-        quantizes = any(_WRAPPED in entry or "state1" in entry for entry in held.values())
+        moments = _moments(groups, held)
+        quantizes = any(WRAPPED in entry or "state1" in entry for entry in held.values())
         _require_settings(moments, quantizes=quantizes, one_rate=one_rate)
-    except _NotTaken as reason:
+    except NotTaken as reason:
         raise UsageError(f"{reason}{named}", where=path, hint=fresh_hint(folder.path)) from None
+    except ModelError as error:
+        what = f"the moments are those of an 8-bit optimizer{named}: {error.what}"
+        raise UsageError(what, where=path, hint=f"{error.hint}, then adopt again. {fresh_hint(folder.path)}") from None
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedState(f"this is not that of AdamW: {reason}{named}", where=path) from None
     return moments
+
+
+def _moments(groups: list[dict[str, Any]], held: Mapping[Key, Mapping[str, Any]]) -> Moments:
+    if any(is_of_8_bits(entry) for entry in held.values()):
+        ADAMW_8BIT.require(pick_device())
+        return Moments(groups, {key: as_adamw_8bit(entry) for key, entry in held.items()}, method=ADAMW_8BIT)
+    entries = {key: _as_adamw(entry, group_of(groups, key)) for key, entry in held.items()}
+    return Moments(groups, entries, _type_of(held))
 
 
 def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
@@ -111,7 +124,7 @@ def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
     except DamagedState as error:
         if arguments.text("optim") in ("", *_PLAIN):
             raise DamagedState(error.what, where=path, hint=fresh_hint(path.parent)) from None
-        raise _NotTaken(f"the optimizer's state holds more than tensors and plain values: {error.what}") from None
+        raise NotTaken(f"the optimizer's state holds more than tensors and plain values: {error.what}") from None
     return cast(dict[str, Any], saved.get("optimizer", saved))  # as PyTorch's distributed checkpoints wrap it
 
 
@@ -122,22 +135,20 @@ def group_of(groups: list[dict[str, Any]], key: Key) -> dict[str, Any]:
 
 def _as_adamw(entry: Mapping[str, Any], group: Mapping[str, Any]) -> Entry:
     """Return an entry with the names and types that PyTorch's AdamW gives them."""
-    flat = {**entry, **cast(Mapping[str, Any], entry.get(_WRAPPED, {}))}
-    flat.pop(_WRAPPED, None)
-    if any(name.startswith(("qmap", "absmax")) for name in flat):
-        raise _NotTaken("the moments are those of an 8-bit optimizer, rounded to 256 values")
+    flat = {**entry, **cast(Mapping[str, Any], entry.get(WRAPPED, {}))}
+    flat.pop(WRAPPED, None)
     values = {_RENAMED.get(name, name): value for name, value in flat.items()}
     if "step" not in values and "step" in group:  # apex counts once per group
         values["step"] = group["step"]
     if "max_exp_avg_sq" in values:
-        raise _NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
+        raise NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
     wanted = {ADAMW.counter, *ADAMW.slots}
     if set(values) != wanted:
         found = ", ".join(sorted(map(str, values)))
-        raise _NotTaken(f"the optimizer's state is not that of AdamW: it keeps {found}")
+        raise NotTaken(f"the optimizer's state is not that of AdamW: it keeps {found}")
     moments = {slot: cast(torch.Tensor, values[slot]) for slot in ADAMW.slots}
     if any(not torch.is_tensor(value) or not value.is_floating_point() for value in moments.values()):
-        raise _NotTaken("the moments are not floating-point numbers")
+        raise NotTaken("the moments are not floating-point numbers")
     counter = torch.as_tensor(values[ADAMW.counter], dtype=torch.float32).reshape(())
     return {ADAMW.counter: counter, **{slot: value.float() for slot, value in moments.items()}}
 
@@ -158,20 +169,20 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
     """
     for group in moments.groups:
         if len(group.get("betas", ())) != len(ADAMW.slots) or not (quantizes or any(sign in group for sign in _SIGNS)):
-            raise _NotTaken(f"the optimizer's state is not that of AdamW: its settings are {', '.join(sorted(group))}")
+            raise NotTaken(f"the optimizer's state is not that of AdamW: its settings are {', '.join(sorted(group))}")
         decay = float(group["weight_decay"])
         if group.get("amsgrad"):
-            raise _NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
+            raise NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
         if group.get("maximize") or group.get("correct_bias") is False or group.get("bias_correction") in (False, 0):
-            raise _NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
+            raise NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
         if decay and group.get("decoupled_weight_decay") is False:
-            raise _NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
+            raise NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
     if len(moments.rates) > 1 and not one_rate:
         rates = ", ".join(f"{rate:g}" for rate in moments.rates)
         way = "--set learning_rate=RATE goes on with one for all"
-        raise _NotTaken(f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has; {way}")
+        raise NotTaken(f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has; {way}")
     if len(moments.decays) > 1 or len({(*map(float, group["betas"]), group["eps"]) for group in moments.groups}) > 1:
-        raise _NotTaken("its groups of weights have weight decays, betas or eps of their own")
+        raise NotTaken("its groups of weights have weight decays, betas or eps of their own")
 
 
 def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> list[str]:
@@ -186,12 +197,13 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     """
     path = folder.optimizer
     assert path is not None
+    moments = _of_method(state, moments, folder)
     named = _named(state, moments, path, folder)
     for name, parameter in state.parameters.items():
-        problem = ADAMW.problem(parameter, named.get(name)) if moments.entries else None
+        problem = state.method.problem(parameter, named.get(name)) if moments.entries else None
         if problem is not None:
             raise DamagedState(f"{name}: {problem}", where=path)
-    counts = sorted({int(entry[ADAMW.counter]) for entry in named.values()})
+    counts = sorted({int(entry[state.method.counter]) for entry in named.values()})
     if len(counts) > 1:
         what = (
             f"Adam counts -1: its counters disagree (from {counts[0]} to {counts[-1]}), so some weights sat out steps"
@@ -208,6 +220,18 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
         group["lr"] = float(moments.groups[0]["lr"])
     state.optimizer.load_state_dict({"state": entries, "param_groups": own})
     return [*_decay_differs(state, moments, named), *_widened(moments)]
+
+
+def _of_method(state: TrainState, moments: Moments, folder: TrainerFolder) -> Moments:
+    """Return moments that the state's method can go on with."""
+    if state.method is moments.method:
+        return moments
+    entries = as_small(state, moments.entries) if state.method is ADAMW_8BIT else None
+    if entries is None:
+        what = f"the moments are those of {moments.method.name}, and the run's optimizer is {state.method.name}"
+        hint = f"Leave out --set optimizer={state.method.name}. {fresh_hint(folder.path)}"
+        raise UsageError(what, where=folder.optimizer, hint=hint)
+    return replace(moments, entries=entries, method=state.method)
 
 
 def _widened(moments: Moments) -> Iterator[str]:
@@ -252,7 +276,7 @@ def _groupings(model: nn.Module) -> Iterator[list[list[str]]]:
 def _shapes_fit(state: TrainState, moments: Moments, order: list[Key], names: list[str]) -> bool:
     for key, name in zip(order, names, strict=True):
         entry = moments.entries.get(key)
-        if entry is not None and entry["exp_avg"].shape != state.parameters[name].shape:
+        if entry is not None and entry[moments.method.slots[0]].shape != state.parameters[name].shape:
             return False
     return True
 

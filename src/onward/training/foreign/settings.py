@@ -18,7 +18,7 @@ LEFT: Mapping[str, str] = {
     "padding_free": "rows are laid end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "data_seed": "the order of rows is the run's own, a function of the seed",
-    "fp16": "a run computes in float32 or bfloat16: dtype",
+    "fp16": "a run computes in what dtype says: --set dtype=float16 goes on with the scale of its loss",
     "bf16": "a run computes in what dtype says",
     "gradient_checkpointing": "it changes memory, not numbers",
     "use_liger_kernel": "it changes memory and last bits",

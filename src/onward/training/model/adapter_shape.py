@@ -22,7 +22,9 @@ _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 """The number of a layer in a module's name, as PEFT finds it for `layers_to_transform`."""
 
 
-def new_adapter_config(config: Config, base: Path, model: PreTrainedModel, left_out: Sequence[str] = ()) -> LoraConfig:
+def new_adapter_config(
+    config: Config, base: Path | None, model: PreTrainedModel, left_out: Sequence[str] = ()
+) -> LoraConfig:
     """Return the adapter that a run's config asks for on a model.
 
     Args:
@@ -44,7 +46,7 @@ def new_adapter_config(config: Config, base: Path, model: PreTrainedModel, left_
         target_modules=targets,
         exclude_modules=list(left_out) or None,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
+        base_model_name_or_path=str(base) if base is not None else None,
         init_lora_weights=cast(Any, lora.init if lora.init in ("gaussian", "orthogonal") else True),
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,

@@ -1,0 +1,30 @@
+"""The scale of the loss that a Trainer under float16 saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from onward.errors import DamagedState, Unreadable, first_line
+from onward.training.huggingface import SCALER
+from onward.training.loss_scale import LossScale
+
+
+def read_scale(checkpoint: Path) -> LossScale:
+    """Return the scale of a checkpoint; that of a first step where it has none.
+
+    Raises:
+        DamagedState: the file holds something else.
+        Unreadable: it cannot be read now.
+    """
+    path = checkpoint / SCALER
+    try:
+        return LossScale.from_file(torch.load(path, map_location="cpu", weights_only=True))
+    except FileNotFoundError:
+        return LossScale()
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+    except Exception as error:  # PyTorch's reader, or what it read
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise DamagedState(f"this is not the state of a GradScaler: {reason}", where=path) from None

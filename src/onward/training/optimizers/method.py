@@ -1,0 +1,117 @@
+"""What an optimizer is to all others: what is built, which tensors it keeps, how it counts, how a file holds them.
+
+Whoever reads the state of an optimizer (checkpoints, the handover, `verify`, `adopt`) asks its method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from onward.config import Config
+
+Named = list[tuple[str, nn.Parameter]]
+Entry = Mapping[str, torch.Tensor]
+"""What an optimizer keeps for one parameter, by slot."""
+
+
+class OptimizerMethod(Protocol):
+    """One way to turn gradients into steps."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `OPTIMIZERS`."""
+        ...
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the moments that it keeps for each parameter; its step counter is not among them."""
+        ...
+
+    @property
+    def counter(self) -> str:
+        """Name of the step counter that it keeps for each parameter."""
+        ...
+
+    def groups(self, model: nn.Module) -> tuple[Named, ...]:
+        """Return the trainable parameters by name, group by group, in the order of `optimizer.pt`."""
+        ...
+
+    def require(self, device: torch.device) -> None:
+        """Refuse to compute on a device, or without a package.
+
+        Raises:
+            ModelError: steps cannot be taken here; the hint says what is missing.
+        """
+        ...
+
+    def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's trainable parameters, with the config's settings in force.
+
+        Raises:
+            ModelError: steps cannot be taken on the model's device.
+        """
+        ...
+
+    def configure(self, optimizer: torch.optim.Optimizer, config: Config) -> None:
+        """Put the config's settings in force, also over what a loaded `optimizer.pt` says."""
+        ...
+
+    def count(self, entries: Collection[Entry], parameters: int) -> int:
+        """Return the steps that the optimizer has counted, on which all parameters must agree (-1: they do not).
+
+        Args:
+            entries: what is kept, one entry for each parameter that has any.
+            parameters: how many parameters there are.
+        """
+        ...
+
+    def bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Return the size of the state kept for these weights, counters aside."""
+        ...
+
+    def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
+        """Return why an entry cannot belong to a parameter; None where it fits."""
+        ...
+
+    def to_file(self, entry: Entry) -> dict[str, Any]:
+        """Return an entry as `optimizer.pt` holds it: as the Trainer's optimizer of this kind saves it."""
+        ...
+
+    def from_file(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return an entry of an `optimizer.pt`, as the optimizer keeps it.
+
+        Raises:
+            ValueError: its numbers mean something else here.
+        """
+        ...
+
+
+def file_state(method: OptimizerMethod, optimizer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's `state_dict` as `optimizer.pt` holds it."""
+    held = cast(Mapping[int, Entry], optimizer["state"])
+    return {**optimizer, "state": {index: method.to_file(entry) for index, entry in held.items()}}
+
+
+def saved_groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parameter groups of an `optimizer.pt`.
+
+    Raises:
+        KeyError, TypeError: it holds none.
+    """
+    return [dict(group) for group in cast(list[Mapping[str, Any]], saved["param_groups"])]
+
+
+def saved_count(method: OptimizerMethod, saved: Mapping[str, Any]) -> int:
+    """Return the steps that an `optimizer.pt` has counted; -1 where its parameters differ."""
+    entries = cast(dict[int, Entry], saved["state"])
+    return method.count(list(entries.values()), sum(len(group["params"]) for group in saved_groups(saved)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Put a learning rate in force for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
