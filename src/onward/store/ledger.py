@@ -28,7 +28,8 @@ OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{
 
 
 def make_ledger(path: Path, **facts: Any) -> None:
-    """Make a new run's ledger, with these facts of the run in it, whole or not at all."""
+    """Make a new run's ledger, with these facts of the run in it, whole or not at all; where a link leads, if one is."""
+    path = path.resolve()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
     with Ledger(temporary, create=True) as ledger:

@@ -1,0 +1,133 @@
+"""What a scheduler is to start, before it is written in any scheduler's own way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.config_text import read_config
+from onward.errors import UsageError
+from onward.layout import MANIFEST, RunLayout
+from onward.service.outside.unit import KEPT_VARIABLES, Host
+from onward.text import printable
+
+PERSON = (2, 4, 5)
+"""Exit statuses that no restart mends: the config is refused, another process owns the run, the state is damaged."""
+NOTICE = 300
+"""Seconds between a scheduler's notice and its end: room for a step and its commit."""
+NAME_LENGTH = 40
+THREADS_BESIDE_GPU = 4
+_COUNT = re.compile(r"([1-9]\d{0,3})(?::([1-9]\d{0,3}))?")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How many devices a run is trained by: exactly `most`, or from `least` to `most`, whichever there are."""
+
+    least: int = 1
+    most: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Devices:
+        """Read `N` or `A:B`.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        match = _COUNT.fullmatch(text)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            hint = "--devices 8, or --devices 2:8 for as many as there are. A scheduler is asked for a number, not for all."
+            raise UsageError(f"not a number of devices: {printable(text)}", where="--devices", hint=hint)
+        return cls(int(match[1]), int(match[2] or match[1]))
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number may change."""
+        return self.least != self.most
+
+    def __str__(self) -> str:
+        return f"{self.least}:{self.most}" if self.elastic else str(self.most)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and what trains it.
+
+    Args:
+        run: its directory, absolute.
+        base: the folder of its base model, where that lies outside of the run.
+        devices: of each node.
+        on_cpu: devices are processes on CPU cores, not GPUs.
+        threads: of each device; the bits of CPU operations depend on them.
+    """
+
+    run: Path
+    host: Host
+    devices: Devices = Devices()
+    nodes: int = 1
+    on_cpu: bool = False
+    threads: int = THREADS_BESIDE_GPU
+    base: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """A name that every scheduler takes: the folder's, and a part of the path's hash that keeps two runs apart."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.run.name.lower()).strip("-")[:NAME_LENGTH].strip("-")
+        return "-".join(part for part in ("onward", slug, hashlib.sha256(bytes(self.run)).hexdigest()[:6]) if part)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the processes need: where models are kept, and how many threads compute."""
+        kept = {name: self.host.environment[name] for name in KEPT_VARIABLES if self.host.environment.get(name)}
+        return {**kept, "OMP_NUM_THREADS": str(self.threads)}
+
+    def words(self, python: str, *, once: bool) -> list[str]:
+        """Return the command that owns the run on one node, word by word.
+
+        Args:
+            once: end when nothing waits, and give the devices back.
+        """
+        words = [python, "-P", "-m", "onward", "watch", "--run", str(self.run)]
+        words += ["--once"] if once else []
+        return words if str(self.devices) == "1" else [*words, "--devices", str(self.devices)]
+
+
+def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | None, host: Host | None = None) -> Job:
+    """Return the job of a run; what is not said is as its last checkpoint was made.
+
+    Raises:
+        UsageError: a path cannot be written in any file of lines.
+    """
+    host = host or Host.here()
+    run = layout.root.absolute()
+    for path in (str(run), host.python):
+        if printable(path) != path:
+            hint = "Move it to a path of printable characters."
+            raise UsageError("a job cannot name a path with control characters", where=path, hint=hint)
+    made = _environment(layout)
+    cpu = made.get("device") == "cpu" if on_cpu is None else on_cpu
+    asked = host.environment.get("OMP_NUM_THREADS", "")
+    threads = made.get("threads") or (int(asked) if asked.isdecimal() and int(asked) else THREADS_BESIDE_GPU)
+    return Job(run, host, devices, nodes, cpu, threads, _base_elsewhere(layout))
+
+
+def _environment(layout: RunLayout) -> Mapping[str, Any]:
+    """Return where the newest checkpoint was made; nothing where there is none, or none that can be read."""
+    for folder in layout.checkpoints():
+        try:
+            found = json.loads((folder / MANIFEST).read_bytes())["environment"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _base_elsewhere(layout: RunLayout) -> Path | None:
+    """Return the folder of the base model where the config names one outside of the run."""
+    base = Path(read_config(layout.config).model).expanduser()
+    return base if base.is_absolute() and base.is_dir() and not base.is_relative_to(layout.root.absolute()) else None
