@@ -154,12 +154,9 @@ def refuse_occupied(layout: RunLayout) -> None:
 
 
 def _require_locks(folder: Path) -> None:
-    """Try a lock on a file without a name, in the nearest folder that is there already."""
+    """Try a lock on a file without a name, in the nearest folder that is there; who may not write it is told later."""
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    with (
-        contextlib.suppress(OSError),
-        tempfile.TemporaryFile(dir=there) as file,
-    ):  # who may not write there is told later
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=there) as file:
         require_locks(file.fileno(), there)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,23 +93,25 @@ def way_out(layout: RunLayout) -> str:
     return f"Let it lie in a directory of its own on such a disk, LOCAL_DIR, and leave a link: {steps}"
 
 
-def require_locks(descriptor: int, where: Path) -> None:
+def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None] = fcntl.flock) -> None:
     """Refuse a disk without locks: one is taken and given back on an open file, shared, as those who look take it.
+
+    Args:
+        flock: the system's call.
 
     Raises:
         UsageError: the file system has none.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(descriptor, fcntl.LOCK_UN)
     except (BlockingIOError, PermissionError):  # held by another process: there are locks
         return
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        raise UsageError(
-            "this disk has no locks, so two processes could own the run", where=where, hint=MOUNT
-        ) from None
+        what = "this disk has no locks, so two processes could own the run"
+        raise UsageError(what, where=where, hint=MOUNT) from None
 
 
 def _parsed(line: str) -> Mount:

@@ -41,7 +41,7 @@ class Devices:
         """
         match = _COUNT.fullmatch(text)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            hint = "--devices 8, or --devices 2:8 for as many as there are. A scheduler is asked for a number, not for all."
+            hint = "--devices 8, or --devices 2:8 for as many as there are; a scheduler is not asked for all."
             raise UsageError(f"not a number of devices: {printable(text)}", where="--devices", hint=hint)
         return cls(int(match[1]), int(match[2] or match[1]))
 

@@ -7,6 +7,7 @@ given up. References: kubernetes.io, "Jobs" (pod failure policy, pod replacement
 
 from __future__ import annotations
 
+from shlex import quote
 from typing import Any
 
 from onward.errors import UsageError
@@ -53,13 +54,13 @@ def _mounted(job: Job) -> dict[str, str]:
 
 
 def _head(job: Job) -> str:
-    copies = (f"kubectl cp {path} POD:{VOLUME}/{folder} -c fill" for folder, path in _mounted(job).items())
+    copies = (f"kubectl cp {quote(path)} POD:{VOLUME}/{folder} -c fill" for folder, path in _mounted(job).items())
     return head(
         f"Onward: cumulative fine-tuning of {job.run}, as a Job of Kubernetes (1.31 or newer).",
         "",
-        f"  docker build --target {'cpu' if job.on_cpu else 'cuda'} -t {_image(job)} .    in Onward's sources; push it where the cluster finds it",
+        f"  docker build --target {_target(job)} -t {_image(job)} .    in Onward's sources; push it to the cluster",
         "  kubectl apply -f FILE",
-        f"  kubectl get pods -l job-name={job.name}    names the POD, which waits for its volume to be filled, once:",
+        f"  kubectl get pods -l job-name={job.name}    names the POD, which waits until its volume is filled:",
         *(f"  {line}" for line in copies),
         f"  kubectl exec POD -c fill -- touch {READY}",
         "  kubectl exec POD -- onward status; kubectl cp FILE POD:RUN/inbox/; kubectl exec POD -- onward stop",
@@ -67,7 +68,11 @@ def _head(job: Job) -> str:
 
 
 def _image(job: Job) -> str:
-    return f"onward:{__version__}-{'cpu' if job.on_cpu else 'cuda'}"
+    return f"onward:{__version__}-{_target(job)}"
+
+
+def _target(job: Job) -> str:
+    return "cpu" if job.on_cpu else "cuda"
 
 
 def _claim(job: Job) -> str:
@@ -78,7 +83,7 @@ def _claim(job: Job) -> str:
         "spec": {"accessModes": ["ReadWriteOncePod"], "resources": {"requests": {"storage": "100Gi"}}},
     }
     why = "One pod at a time, on a disk of one machine: the ledger may not lie on NFS, and one process owns a run."
-    room = "Restore points take the most: onward doctor says what a checkpoint takes. Add storageClassName if there is no default."
+    room = "Restore points take the most: see onward doctor. Add storageClassName where there is no default."
     return render(claim, {"spec.accessModes": why, "spec.resources": room})
 
 
@@ -131,12 +136,12 @@ def _job(job: Job) -> str:
 COMMENTS = {
     "spec.backoffLimit": "A pod that failed is started again after 10 s, 20 s, ... up to 6 minutes.",
     "spec.podReplacementPolicy": "Only when the old pod has ended altogether: one process owns a run.",
-    "spec.podFailurePolicy": "No start mends a refused config (2), a run owned by another process (4) or a damaged state (5).\n"
+    "spec.podFailurePolicy": "No start mends a refused config (2), a run of another process (4), a damaged state (5).\n"
     "A pod that is evicted or preempted does not count as failed.",
     "spec.template.spec.terminationGracePeriodSeconds": "Room for a step and its commit.",
     "spec.template.spec.initContainers": "Waits until the run was copied into the volume.",
-    "spec.template.spec.containers.0.resources": "The thread count of CPU operations is part of what makes bits equal (OMP_NUM_THREADS).",
-    "spec.template.spec.containers.0.volumeMounts": "The run and its base lie where they lay, since the config may name them.",
+    "spec.template.spec.containers.0.resources": "Threads are part of what makes bits equal (OMP_NUM_THREADS).",
+    "spec.template.spec.containers.0.volumeMounts": "Run and base lie where they lay: the config may name them.",
 }
 
 

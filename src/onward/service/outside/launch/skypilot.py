@@ -58,7 +58,7 @@ def _head(job: Job) -> str:
     return head(
         f"Onward: cumulative fine-tuning of {job.run}, as a managed job of SkyPilot.",
         "",
-        f"  sky volumes apply --name {job.name} --type k8s-pvc --size 100    once; sky volumes --help names other types",
+        f"  sky volumes apply --name {job.name} --type k8s-pvc --size 100    once, or another type",
         f"  sky jobs launch -n {job.name} FILE",
         "",
         "It trains what waits in the run, then ends and gives its devices back. New files: put them into inbox/ of the",
@@ -69,15 +69,15 @@ def _head(job: Job) -> str:
 def _resources(job: Job) -> dict[str, Any]:
     recovery = {"strategy": "FAILOVER", "max_restarts_on_errors": RETRIES}
     cpus = f"{job.threads * job.devices.most}+"
-    devices = {} if job.on_cpu else {"accelerators": {name: job.devices.most for name in GPUS}}
+    devices = {} if job.on_cpu else {"accelerators": dict.fromkeys(GPUS, job.devices.most)}
     return {**devices, "cpus": cpus, "use_spot": True, "job_recovery": recovery}
 
 
 COMMENTS = {
-    "resources.accelerators": "Any of these; leave in those whose memory is enough (onward doctor says what a step takes).\n"
+    "resources.accelerators": "Any of these; leave in those whose memory is enough (see onward doctor).\n"
     "Equal bits are promised on one kind of device; after a change of kind the handover says how close.",
     "resources.use_spot": "A machine that is taken away is replaced; the run goes on from its last commit.",
     "resources.job_recovery": "A process that failed is started again so many times on the same machine.",
-    "volumes": "Outlives the machine. One machine at a time: the ledger may not lie on NFS, and one process owns a run.",
+    "volumes": "Outlives the machine. One machine at a time: the ledger may not lie on a disk of several.",
     "file_mounts": "The run as it is now, for the first start.",
 }

@@ -96,7 +96,7 @@ def _words(job: Job) -> str:
     """Return what runs on each node: Onward, or torchrun with it where nodes have to find each other."""
     if job.nodes == 1:
         return shlex.join(job.words(job.host.python, once=True))
-    rank = f"$(((SLURM_NODEID - ONWARD_FIRST_NODE + {job.nodes}) % {job.nodes}))"
+    rank = f"$(( (SLURM_NODEID - ONWARD_FIRST_NODE + {job.nodes}) % {job.nodes} ))"
     agent = [job.host.python, "-P", "-m", "torch.distributed.run", f"--nnodes={job.nodes}"]
     agent += [f"--nproc-per-node={job.devices.most}", f"--master-addr={job.host.machine}"]
     run = ["-m", "onward", "watch", "--run", str(job.run), "--once"]
