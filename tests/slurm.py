@@ -14,7 +14,7 @@ from pathlib import Path
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun", "sinfo")
-SECONDS = 60
+SECONDS = 120
 """What the daemons get to be ready, and a job to reach a state."""
 
 CONFIG = """\
@@ -24,7 +24,7 @@ SlurmctldPort={controller}
 SlurmdPort={node}
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+AuthInfo=socket={folder}/munge.socket,cred_expire=6
 SlurmUser={user}
 SlurmdUser={user}
 StateSaveLocation={folder}/state

@@ -178,7 +178,7 @@ def test_pages_about_a_made_run_run(
     made_up_run(tmp_path / "made-run", [("monday.jsonl", 3), ("tuesday.jsonl", 4)], lambda step: 1 / step)
     tracked = made_up_run(tmp_path / "tracked-run", [("monday.jsonl", 3)], lambda step: 1 / step)
     tracked.config.write_text("model: smollm2-135m\ntrack: [nobody]\n")
-    pages = [DOCS / name for name in ("figures.md", "trackers.md", "agents.md", "install.md")]
+    pages = [DOCS / name for name in ("figures.md", "trackers.md", "agents.md", "install.md", "launch.md")]
     ran = [block for page in pages for block in blocks(page) if block.runnable]
     assert {page.name for page in pages} == {block.page.name for block in ran}
     for block in ran:

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import yaml
 from commands import assert_refused, onward
-from ledgers import made_up_run
 from paths import NAMES
 
 from onward.errors import UsageError
@@ -74,9 +73,11 @@ def programs(tmp_path: Path) -> Programs:
 
 
 def a_run(folder: Path, name: str = "run", model: str = "smollm2-135m") -> RunLayout:
-    """A run with a made-up ledger."""
-    layout = made_up_run(folder / name, [("monday.jsonl", 1)], lambda step: 1.0)
+    """What is looked at of a run: its config, and that it has a ledger."""
+    layout = RunLayout(folder / name)
+    layout.root.mkdir()
     layout.config.write_text(json.dumps({"model": model}))
+    layout.ledger.touch()
     return layout
 
 
@@ -351,6 +352,19 @@ def test_devices_are_a_number_or_a_range(text: str) -> None:
 def test_what_a_file_cannot_say_is_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
     """Options that a format has no place for are refused with the one that has."""
     assert_refused(onward("service", *words, "--run", a_run(tmp_path).root), 2, said)
+
+
+def test_a_linked_ledger_is_written_to_or_named(tmp_path: Path) -> None:
+    """systemd lets the run write where its ledger lies; a copy of the run for elsewhere would not have it."""
+    layout = a_run(tmp_path)
+    own = tmp_path / "own"
+    own.mkdir()
+    layout.ledger.rename(own / "ledger.sqlite3")
+    layout.ledger.symlink_to(own / "ledger.sqlite3")
+    assert f"ReadWritePaths=-{own}\n" in onward("service", "--run", layout.root).out
+    for scheduler in ("kubernetes", "skypilot"):
+        refused = onward("service", "--for", scheduler, "--run", layout.root)
+        assert_refused(refused, 2, "the ledger is a link", f"mv {own}/ledger.sqlite3*")
 
 
 def test_systemd_is_the_default(tmp_path: Path) -> None:

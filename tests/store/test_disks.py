@@ -138,7 +138,8 @@ def test_a_lock_that_others_hold_is_one(tmp_path: Path) -> None:
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Path]:
     """A folder that a program answers for: bindfs over `behind`."""
-    if shutil.which("bindfs") is None or not Path("/dev/fuse").exists():
+    unmount = shutil.which("fusermount3") or shutil.which("fusermount")
+    if shutil.which("bindfs") is None or unmount is None or not Path("/dev/fuse").exists():
         pytest.skip("needs bindfs and FUSE")
     behind, point = tmp_path / "behind", tmp_path / "served"
     behind.mkdir()
@@ -149,7 +150,7 @@ def served(tmp_path: Path) -> Iterator[Path]:
     try:
         yield point
     finally:
-        subprocess.run(["umount", point], check=True)
+        subprocess.run([unmount, "-u", "-z", point], check=True)  # tokens of the run are still mapped here
 
 
 def test_a_real_mount_is_refused_and_the_printed_commands_mend_it(served: Path, model: Path, tmp_path: Path) -> None:

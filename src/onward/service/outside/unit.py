@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onward.errors import UsageError
+from onward.layout import LEDGER
 from onward.text import printable
 
 UNIT = """\
@@ -135,11 +136,11 @@ def _user_lines(account: pwd.struct_passwd, run: Path) -> Iterator[str]:
 
 
 def _writable(run: Path, account: pwd.struct_passwd, environment: Mapping[str, str]) -> Iterator[str]:
-    """The run, its inbox where that is elsewhere, and the caches; `-`: it need not be there."""
+    """The run, its inbox and its ledger where those are elsewhere, and the caches; `-`: it need not be there."""
     yield str(run)
-    inbox = (run / "inbox").resolve()
-    if not inbox.is_relative_to(run.resolve()):
-        yield f"-{inbox}"
+    for place in ((run / "inbox").resolve(), (run / LEDGER).resolve().parent):
+        if not place.is_relative_to(run.resolve()):
+            yield f"-{place}"
     home = Path(account.pw_dir)
     shared = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     yield f"-{environment.get('ONWARD_CACHE') or shared / 'onward'}"

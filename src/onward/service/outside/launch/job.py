@@ -12,9 +12,9 @@ from typing import Any
 
 from onward.config_text import read_config
 from onward.errors import UsageError
-from onward.layout import MANIFEST, RunLayout
+from onward.layout import LEDGER, MANIFEST, RunLayout
 from onward.service.outside.unit import KEPT_VARIABLES, Host
-from onward.text import printable
+from onward.text import printable, quoted
 
 PERSON = (2, 4, 5)
 """Exit statuses that no restart mends: the config is refused, another process owns the run, the state is damaged."""
@@ -114,6 +114,19 @@ def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | 
     asked = host.environment.get("OMP_NUM_THREADS", "")
     threads = made.get("threads") or (int(asked) if asked.isdecimal() and int(asked) else THREADS_BESIDE_GPU)
     return Job(run, host, devices, nodes, cpu, threads, _base_elsewhere(layout))
+
+
+def require_whole(job: Job) -> None:
+    """Refuse a run that is copied to where it is trained, and would leave its ledger behind.
+
+    Raises:
+        UsageError: the ledger is a link to a disk of this machine.
+    """
+    ledger = job.run / LEDGER
+    if ledger.is_symlink():
+        there, link = quoted(ledger.resolve()), quoted(ledger)
+        hint = f"Copy the run to a disk of this machine, and there: rm {link} && mv {there}* {quoted(job.run)}/"
+        raise UsageError("the ledger is a link, and a copy of the run would not have it", where=ledger, hint=hint)
 
 
 def _environment(layout: RunLayout) -> Mapping[str, Any]:

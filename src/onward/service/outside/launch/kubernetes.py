@@ -12,7 +12,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.service.outside.launch.commented import head, render
-from onward.service.outside.launch.job import PERSON, Job
+from onward.service.outside.launch.job import PERSON, Job, require_whole
 from onward.service.outside.launch.waiting import start_and_wait
 from onward.version import __version__
 
@@ -37,11 +37,12 @@ def kubernetes_manifest(job: Job) -> str:
     """Return a claim and a Job, each with comments.
 
     Raises:
-        UsageError: the run is spread over nodes, or a path cannot be mounted.
+        UsageError: the run is spread over nodes, its ledger lies elsewhere, or a path cannot be mounted.
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm, or --for ray in KubeRay."
         raise UsageError("the Job for Kubernetes is one pod", where="--nodes", hint=hint)
+    require_whole(job)
     for path in _mounted(job).values():
         if ":" in path:
             raise UsageError("Kubernetes mounts no path with a colon", where=path, hint="Move it to another path.")

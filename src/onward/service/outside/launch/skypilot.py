@@ -11,7 +11,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.service.outside.launch.commented import head, render
-from onward.service.outside.launch.job import Job
+from onward.service.outside.launch.job import Job, require_whole
 from onward.version import __version__
 
 GPUS = ("H100", "A100-80GB", "A100", "L40S", "L4")
@@ -34,11 +34,12 @@ def skypilot_task(job: Job) -> str:
     """Return the task with comments.
 
     Raises:
-        UsageError: the run is spread over nodes.
+        UsageError: the run is spread over nodes, or its ledger lies elsewhere.
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm."
         raise UsageError("the task for SkyPilot is one node", where="--nodes", hint=hint)
+    require_whole(job)
     mounts = {f"{SEED}/run": str(job.run), **({str(job.base): str(job.base)} if job.base else {})}
     task = {
         "name": job.name,
