@@ -150,7 +150,7 @@ class InOrder:
 
     def _losses(self, own: torch.Tensor) -> list[torch.Tensor]:
         found = torch.empty(self._group.size, device=own.device, dtype=own.dtype)
-        self._group.moved(distributed.all_gather_into_tensor(found, own.reshape(1), async_op=True))
+        self._group.gather_into(found, own.reshape(1))
         return list(found)
 
 
@@ -240,7 +240,7 @@ class _Sum:
     def spread(self, weights: Sequence[nn.Parameter]) -> None:
         """Give the sum to all ranks, into the gradients that there are."""
         whole = torch.empty(self._bucket.length, dtype=self._bucket.dtype, device=self._bucket.device)
-        self._group.moved(distributed.all_gather_into_tensor(whole, self._sum, async_op=True))
+        self._group.gather_into(whole, self._sum)
         self._bucket.put(whole, weights)
 
 
