@@ -19,7 +19,8 @@ from slurm import SECONDS, Slurm, cluster, missing
 from states import assert_same_state
 
 from onward.layout import RunLayout
-from onward.service.outside.launch.job import Devices, describe
+from onward.service.outside.elastic import Devices
+from onward.service.outside.launch.job import describe
 from onward.service.outside.launch.slurm import slurm_script
 from onward.service.outside.unit import Host
 from onward.status import read_status
@@ -41,7 +42,7 @@ def script_of(run: Path, folder: Path, python: Path) -> Path:
     """Write the script that is printed for a run, to be run by a program in the place of Python."""
     host = replace(Host.here(), python=str(python), machine=socket.gethostname().partition(".")[0])
     path = folder / "job.sh"
-    path.write_text(slurm_script(describe(RunLayout(run), Devices(), 1, on_cpu=True, host=host)))
+    path.write_text(slurm_script(describe(RunLayout(run), Devices(1, 1), 1, on_cpu=True, host=host)))
     return path
 
 

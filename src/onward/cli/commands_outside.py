@@ -49,16 +49,16 @@ def service(
 ) -> None:
     """Print a file that starts this run elsewhere or unattended: a systemd unit, or one for a scheduler."""
     from onward.service.outside.launch.formats import SCHEDULERS
-    from onward.service.outside.launch.job import Devices, describe
+    from onward.service.outside.launch.job import as_asked, describe, read_asked
     from onward.service.outside.unit import systemd_unit
 
     layout = RunLayout(run)
     layout.require()
-    asked = Devices.parse(devices)
+    asked = read_asked(devices)
     if scheduler == "systemd":
         if nodes > 1:
             raise UsageError("a systemd unit is for one machine", where="--nodes", hint="onward service --for slurm")
-        show_line(systemd_unit(layout.root, user, devices=str(asked)).rstrip("\n"))
+        show_line(systemd_unit(layout.root, user, devices=as_asked(asked)).rstrip("\n"))
         return
     if scheduler not in SCHEDULERS:
         hint = f"One of systemd, {', '.join(SCHEDULERS)}."

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onward.config_text import read_config
 from onward.errors import UsageError
 from onward.layout import LEDGER, MANIFEST, RunLayout
+from onward.service.outside.elastic import Devices, read_devices
 from onward.service.outside.unit import KEPT_VARIABLES, Host
 from onward.text import printable, quoted
 
@@ -22,36 +23,6 @@ NOTICE = 300
 """Seconds between a scheduler's notice and its end: room for a step and its commit."""
 NAME_LENGTH = 40
 THREADS_BESIDE_GPU = 4
-_COUNT = re.compile(r"([1-9]\d{0,3})(?::([1-9]\d{0,3}))?")
-
-
-@dataclass(frozen=True)
-class Devices:
-    """How many devices a run is trained by: exactly `most`, or from `least` to `most`, whichever there are."""
-
-    least: int = 1
-    most: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Devices:
-        """Read `N` or `A:B`.
-
-        Raises:
-            UsageError: it is neither.
-        """
-        match = _COUNT.fullmatch(text)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            hint = "--devices 8, or --devices 2:8 for as many as there are; a scheduler is not asked for all."
-            raise UsageError(f"not a number of devices: {printable(text)}", where="--devices", hint=hint)
-        return cls(int(match[1]), int(match[2] or match[1]))
-
-    @property
-    def elastic(self) -> bool:
-        """Whether the number may change."""
-        return self.least != self.most
-
-    def __str__(self) -> str:
-        return f"{self.least}:{self.most}" if self.elastic else str(self.most)
 
 
 @dataclass(frozen=True)
@@ -68,7 +39,7 @@ class Job:
 
     run: Path
     host: Host
-    devices: Devices = Devices()
+    devices: Devices = field(default_factory=lambda: Devices(1, 1))
     nodes: int = 1
     on_cpu: bool = False
     threads: int = THREADS_BESIDE_GPU
@@ -94,7 +65,24 @@ class Job:
         """
         words = [python, "-P", "-m", "onward", "watch", "--run", str(self.run)]
         words += ["--once"] if once else []
-        return words if str(self.devices) == "1" else [*words, "--devices", str(self.devices)]
+        return words if self.devices.most == 1 else [*words, "--devices", as_asked(self.devices)]
+
+
+def read_asked(text: str) -> Devices:
+    """Return the devices that `N` or `A:B` asks for, wherever they will be.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "all":
+        hint = "--devices 8, or --devices 2:8 for as many as there are."
+        raise UsageError("a scheduler is asked for a number of devices, not for all", where="--devices", hint=hint)
+    return read_devices(text, lambda: None)
+
+
+def as_asked(devices: Devices) -> str:
+    """Return devices as `--devices` takes them."""
+    return str(devices.most) if devices.least == devices.most else f"{devices.least}:{devices.most}"
 
 
 def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | None, host: Host | None = None) -> Job:

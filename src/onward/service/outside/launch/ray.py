@@ -36,10 +36,19 @@ ENVIRONMENT = {environment}
 
 
 def train() -> None:
-    """Be one rank of the run; Ray's backend has set RANK, WORLD_SIZE and the rest, and the ranks know each other."""
-    from onward import Run
+    """Be one rank of the run. Ray's backend has set torchrun's variables (RANK, WORLD_SIZE and the rest)."""
+    import torch.distributed
 
-    Run(RUN).watch(once=True, report=print)
+    from onward import Run
+    from onward.ranks import place_here
+
+    place = place_here()
+    torch.distributed.destroy_process_group()  # the ranks of a run connect by themselves, and watch each other
+    run = Run(RUN, place=place)
+    if place is None or place.rank == 0:
+        run.watch(once=True, report=print)
+    else:
+        run.follow(report=print)
 
 
 if __name__ == "__main__":
@@ -75,15 +84,16 @@ def ray_script(job: Job) -> str:
         hint = "Leave --nodes out; --devices is the number of all workers, on as many nodes as Ray has."
         raise UsageError("Ray places its workers itself", where="--nodes", hint=hint)
     devices = job.devices
+    is_elastic = devices.least < devices.most
     cpus = {"CPU": job.threads} if job.on_cpu else {"CPU": job.threads, "GPU": 1}
-    elastic = "As many as there are, from the first number to the second." if devices.elastic else "One rank each."
+    elastic = "As many as there are, from the first number to the second." if is_elastic else "One rank each."
     variables = {**job.environment, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     return SCRIPT.format(
         shown=printable(str(job.run)).replace("\\", "\\\\").replace('"', '\\"'),
         run=str(job.run),
         environment=pformat(variables, width=100, sort_dicts=False),
         count=elastic,
-        workers=(devices.least, devices.most) if devices.elastic else devices.most,
+        workers=(devices.least, devices.most) if is_elastic else devices.most,
         use_gpu=not job.on_cpu,
         resources=cpus,
         name=job.name,
