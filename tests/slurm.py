@@ -76,7 +76,7 @@ class Slurm:
     def facts(self, job: str) -> dict[str, str]:
         """Return what `scontrol show job` says, by key."""
         lines = self("scontrol", "show", "job", job).splitlines()
-        pairs = (line.strip().partition("=") for line in lines if line.strip().startswith(("WorkDir=", "Command=")))
+        pairs = (line.lstrip().partition("=") for line in lines if line.lstrip().startswith("WorkDir="))
         words = (word.partition("=") for line in lines for word in line.split())
         return {key: value for key, _, value in (*words, *pairs)}
 

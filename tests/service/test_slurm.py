@@ -83,7 +83,7 @@ def test_a_job_queued_again_and_warned_ends_as_if_undisturbed(
     assert 0 == onward("verify", "--run", run).status
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["end ", "end\\", "%j", NAMES[-1]])
 def test_slurm_takes_the_directory_as_it_is(name: str, slurm: Slurm, tmp_path: Path) -> None:
     """Whatever characters the run's path has, it is the job's working directory."""
     run = made_up_run(tmp_path / name, [("monday.jsonl", 1)], lambda step: 1.0).root

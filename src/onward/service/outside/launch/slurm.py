@@ -1,7 +1,7 @@
 """A batch script for Slurm: `sbatch` starts it; it goes on after preemption, a time limit and a lost node.
 
-Rules of `#SBATCH` lines: sbatch(1). Their words are quoted as in a shell; file name patterns read `%`, so none of them
-contains the run's path.
+Rules of `#SBATCH` lines: sbatch(1). A backslash escapes inside either kind of quotes; file name patterns read `%`, so
+none of them contains the run's path.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCRIPT = """\
 #
 # Lines that begin with ##SBATCH are off. Slurm reads none after the first command.
 #SBATCH --job-name={name}
-#SBATCH --chdir={run}
+#SBATCH --chdir={directory}
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
 # One process owns a run: a second job of this name waits until the first has ended.
@@ -79,6 +79,7 @@ def slurm_script(job: Job) -> str:
     return SCRIPT.format(
         shown=printable(str(job.run)),
         run=shlex.quote(str(job.run)),
+        directory=_word(str(job.run)),
         name=job.name,
         notice=NOTICE,
         nodes=job.nodes,
@@ -90,6 +91,11 @@ def slurm_script(job: Job) -> str:
         wait=ALIVE + start_and_wait(command, "USR1"),
         person=" | ".join(map(str, PERSON)),
     )
+
+
+def _word(text: str) -> str:
+    """A word of an `#SBATCH` line."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _words(job: Job) -> str:
