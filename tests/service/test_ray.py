@@ -25,7 +25,7 @@ from onward.service.outside.unit import Host
 from onward.status import read_history, read_status
 
 pytest.importorskip("ray", reason="needs Ray: pip install 'onward[ray]'")
-SECONDS = 200
+SECONDS = 600
 """What Ray gets to start its workers."""
 STEPS = 60
 SETTINGS = ("batch_size=4", "parts=4", "lora.dropout=0.1", "save_steps=5")
