@@ -3,7 +3,7 @@
 `python bench/scale.py [FILES] [STEPS] [COLUMNS]` fills a scratch ledger through the functions that the worker calls, in
 memory (`/dev/shm`), so that no disk is measured: FILES files of STEPS steps, each with a checkpoint, a handover, two
 events and a row of the grid with COLUMNS files in it. It prints bytes for each table (SQLite's `dbstat`), and the
-seconds of what is asked at a boundary or by a person. `docs/scale.md` computes with these figures.
+seconds of a processor for what is asked at a boundary or by a person. `docs/scale.md` computes with these figures.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def fill(layout: RunLayout, files: int, steps: int, columns: int) -> dict[str, f
         metrics, step = Metrics(layout.ledger), 0
         ledger.keep_config("0" * 64, {"model": "smollm2-135m"})
         for number in range(1, files + 1):
-            begun = time.perf_counter()
+            begun = time.process_time()
             file_id = _begin(ledger, number, step, steps)
-            middle = time.perf_counter()
+            middle = time.process_time()
             for inner in range(1, steps + 1):
                 step += 1
                 metrics.append(StepRecord(file_id, step, inner, 0, 8, "0" * 32, 1000, 500, 1.25, 1e-4, 0.5, 0.25))
-            end = time.perf_counter()
+            end = time.process_time()
             _finish(ledger, file_id, number, step, columns)
             in_steps += end - middle
-            in_files += time.perf_counter() - end + middle - begun
+            in_files += time.process_time() - end + middle - begun
         metrics.close()
     return {"step": in_steps / files / steps, "file": in_files / files}
 
@@ -109,9 +109,9 @@ def questions(layout: RunLayout) -> dict[str, float]:
 
 
 def _seconds(question: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    begun = time.process_time()
     question()
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def measure(files: int = 10_000, steps: int = 10, columns: int = 8) -> dict[str, Any]:

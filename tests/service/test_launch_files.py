@@ -84,7 +84,7 @@ def a_run(folder: Path, name: str = "run", model: str = "smollm2-135m") -> RunLa
 
 def host(run: Path, **environment: str) -> Host:
     """A place whose Python's path is as hard to write as the run's."""
-    return Host(os.geteuid(), 0o022, f"{run}/python", environment, "node1")
+    return Host(os.geteuid(), 0o022, f"{run}/python", environment, "node1.example.org")
 
 
 def job_of(layout: RunLayout, devices: Devices = EIGHT, nodes: int = 1, *, on_cpu: bool = False) -> Job:

@@ -37,13 +37,17 @@ ENVIRONMENT = {environment}
 
 def train() -> None:
     """Be one rank of the run. Ray's backend has set torchrun's variables (RANK, WORLD_SIZE and the rest)."""
+    import os
+
     import torch.distributed
 
     from onward import Run
     from onward.ranks import place_here
 
+    # The ranks of a run connect by themselves, beside the address of Ray's own group, and watch each other.
+    torch.distributed.destroy_process_group()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     place = place_here()
-    torch.distributed.destroy_process_group()  # the ranks of a run connect by themselves, and watch each other
     run = Run(RUN, place=place)
     if place is None or place.rank == 0:
         run.watch(once=True, report=print)

@@ -74,7 +74,7 @@ ALIVE = "trap : TERM  # of scancel, preemption and requeue, which the run gets t
 
 def slurm_script(job: Job) -> str:
     """Return the script for a job; its comments say what each part is for."""
-    cpus, machine = job.threads * job.devices.most, shlex.quote(job.host.machine)
+    cpus, machine = job.threads * job.devices.most, shlex.quote(_node(job))
     command = f"srun --cpus-per-task={cpus} --kill-on-bad-exit=1 {_words(job)}"
     return SCRIPT.format(
         shown=printable(str(job.run)),
@@ -93,6 +93,11 @@ def slurm_script(job: Job) -> str:
     )
 
 
+def _node(job: Job) -> str:
+    """The machine's name as clusters know it: without its domain."""
+    return job.host.machine.partition(".")[0]
+
+
 def _word(text: str) -> str:
     """A word of an `#SBATCH` line."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
@@ -104,7 +109,7 @@ def _words(job: Job) -> str:
         return shlex.join(job.words(job.host.python, once=True))
     rank = f"$(( (SLURM_NODEID - ONWARD_FIRST_NODE + {job.nodes}) % {job.nodes} ))"
     agent = [job.host.python, "-P", "-m", "torch.distributed.run", f"--nnodes={job.nodes}"]
-    agent += [f"--nproc-per-node={job.devices.most}", f"--master-addr={job.host.machine}"]
+    agent += [f"--nproc-per-node={job.devices.most}", f"--master-addr={_node(job)}"]
     run = ["-m", "onward", "watch", "--run", str(job.run), "--once"]
     inner = f"exec {shlex.join(agent)} --master-port=$MASTER_PORT --node-rank={rank} {shlex.join(run)}"
     return f"bash -c {shlex.quote(inner)}"
