@@ -13,17 +13,13 @@ from onward.store.ledger import Ledger
 class Observed:
     """What can be asked of a run without opening it for work; nothing here needs torch.
 
-    Args:
-        has_ledger: whether the ledger has to be here; those who only follow rank 0 may be on other machines.
-
     Raises:
         UsageError: there is no run in the directory.
     """
 
-    def __init__(self, layout: RunLayout, *, has_ledger: bool = True) -> None:
+    def __init__(self, layout: RunLayout) -> None:
         self.layout = layout
-        if has_ledger:
-            self.layout.require()
+        self.layout.require()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.layout.root)!r})"

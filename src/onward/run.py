@@ -59,7 +59,7 @@ class Run(Observed):
     def __init__(
         self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None
     ) -> None:
-        super().__init__(RunLayout(Path(directory)), has_ledger=place is None or place.rank == 0)
+        super().__init__(RunLayout(Path(directory)))
         self._loading = loading
         self._place = place
         self._settings: Settings | None = None

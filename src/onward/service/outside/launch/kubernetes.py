@@ -89,7 +89,42 @@ def _claim(job: Job) -> str:
 
 
 def _job(job: Job) -> str:
-    container = {
+    document = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job.name},
+        "spec": {
+            "backoffLimit": 1000,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _rules()},
+            "template": {"spec": _pod(job)},
+        },
+    }
+    return render(document, COMMENTS)
+
+
+def _pod(job: Job) -> dict[str, Any]:
+    fill = {
+        "name": "fill",
+        "image": _image(job),
+        "command": ["/bin/sh", "-c", FILL],
+        "volumeMounts": [{"name": "state", "mountPath": VOLUME}],
+    }
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 900,
+        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
+        "initContainers": [fill],
+        "containers": [_container(job)],
+        "volumes": [
+            {"name": "state", "persistentVolumeClaim": {"claimName": job.name}},
+            {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
+        ],
+    }
+
+
+def _container(job: Job) -> dict[str, Any]:
+    return {
         "name": "onward",
         "image": _image(job),
         "command": ["/bin/sh", "-c", SCRIPT, "onward"],
@@ -103,35 +138,6 @@ def _job(job: Job) -> str:
             {"name": "memory", "mountPath": "/dev/shm"},
         ],
     }
-    fill = {
-        "name": "fill",
-        "image": _image(job),
-        "command": ["/bin/sh", "-c", FILL],
-        "volumeMounts": [{"name": "state", "mountPath": VOLUME}],
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 900,
-        "securityContext": {"runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER},
-        "initContainers": [fill],
-        "containers": [container],
-        "volumes": [
-            {"name": "state", "persistentVolumeClaim": {"claimName": job.name}},
-            {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": SHARED_MEMORY}},
-        ],
-    }
-    document = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": job.name},
-        "spec": {
-            "backoffLimit": 1000,
-            "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {"rules": _rules()},
-            "template": {"spec": pod},
-        },
-    }
-    return render(document, COMMENTS)
 
 
 COMMENTS = {

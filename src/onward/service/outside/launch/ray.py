@@ -42,17 +42,17 @@ def train() -> None:
     import torch.distributed
 
     from onward import Run
+    from onward.following import follow
     from onward.ranks import place_here
 
     # The ranks of a run connect by themselves, beside the address of Ray's own group, and watch each other.
     torch.distributed.destroy_process_group()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     place = place_here()
-    run = Run(RUN, place=place)
     if place is None or place.rank == 0:
-        run.watch(once=True, report=print)
+        Run(RUN, place=place).watch(once=True, report=print)
     else:
-        run.follow(report=print)
+        follow(RUN, place, report=print)
 
 
 if __name__ == "__main__":
