@@ -77,7 +77,7 @@ def a_run(folder: Path, name: str = "run", model: str = "smollm2-135m") -> RunLa
     """What is looked at of a run: its config, and that it has a ledger."""
     layout = RunLayout(folder / name)
     layout.root.mkdir()
-    layout.config.write_text(json.dumps({"model": model}))
+    layout.config.write_text(json.dumps({"model": model, "parts": 8}))
     layout.ledger.touch()
     return layout
 
@@ -348,6 +348,7 @@ def test_devices_are_a_number_or_a_range(text: str) -> None:
         (("--for", "kubernetes", "--nodes", "2"), "one pod"),
         (("--for", "skypilot", "--nodes", "2"), "one node"),
         (("--devices", "all"), "not for all"),
+        (("--for", "slurm", "--devices", "8", "--nodes", "2"), "16 devices cannot share a step of 8 parts"),
     ],
 )
 def test_what_a_file_cannot_say_is_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -49,12 +49,13 @@ def service(
 ) -> None:
     """Print a file that starts this run elsewhere or unattended: a systemd unit, or one for a scheduler."""
     from onward.service.outside.launch.formats import SCHEDULERS
-    from onward.service.outside.launch.job import as_asked, describe, read_asked
+    from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts
     from onward.service.outside.unit import systemd_unit
 
     layout = RunLayout(run)
     layout.require()
     asked = read_asked(devices)
+    require_parts(layout, asked, nodes)
     if scheduler == "systemd":
         if nodes > 1:
             raise UsageError("a systemd unit is for one machine", where="--nodes", hint="onward service --for slurm")

@@ -80,6 +80,21 @@ def read_asked(text: str) -> Devices:
     return read_devices(text, lambda: None)
 
 
+def require_parts(layout: RunLayout, devices: Devices, nodes: int) -> None:
+    """Refuse more devices than a step has parts, before they are asked for.
+
+    Raises:
+        UsageError: the run's config has fewer.
+    """
+    asked = devices.most * nodes
+    if asked > 1 and asked > (parts := read_config(layout.config).parts):
+        hint = (
+            f"Set parts: {asked} in {quoted(layout.config)}; it takes effect at the next file, and bits depend on it."
+        )
+        what = f"{asked} devices cannot share a step of {parts} part{'s' if parts > 1 else ''}"
+        raise UsageError(what, where="--devices", hint=hint)
+
+
 def as_asked(devices: Devices) -> str:
     """Return devices as `--devices` takes them."""
     return str(devices.most) if devices.least == devices.most else f"{devices.least}:{devices.most}"
