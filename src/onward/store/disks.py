@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def mount_of(path: Path, mounts: Path = MOUNTS) -> Mount | None:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    place, found = path.resolve(), None
+    place, found = Path(os.path.realpath(path)), None  # links in a circle are somebody else's refusal
     for mount in map(_parsed, lines):
         deeper = found is None or len(mount.point.parts) >= len(found.point.parts)  # of two at one place, the later
         if deeper and place.is_relative_to(mount.point):
