@@ -58,11 +58,13 @@ def mount_of(path: Path, mounts: Path = MOUNTS) -> Mount | None:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    place, found = Path(os.path.realpath(path)), None  # links in a circle are somebody else's refusal
-    for mount in map(_parsed, lines):
-        deeper = found is None or len(mount.point.parts) >= len(found.point.parts)  # of two at one place, the later
-        if deeper and place.is_relative_to(mount.point):
-            found = mount
+    place = os.path.realpath(path)  # links in a circle are somebody else's refusal
+    found, depth = None, -1
+    for line in lines:
+        point = _unescaped(line.split(" ", 5)[4])
+        inside = place == point or place.startswith(f"{point.rstrip('/')}/")
+        if inside and len(point) >= depth:  # of two at one place, the later
+            found, depth = _parsed(line, point), len(point)
     return found
 
 
@@ -115,11 +117,10 @@ def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None
         raise UsageError(what, where=where, hint=MOUNT) from None
 
 
-def _parsed(line: str) -> Mount:
+def _parsed(line: str, point: str) -> Mount:
     """Read a line: ID, parent, major:minor, root, mount point, options, optional fields, `-`, kind, source, options."""
     before, _, after = line.partition(" - ")
-    fields = before.split(" ")
-    return Mount(Path(_unescaped(fields[4])), after.split(" ")[0], int(fields[2].partition(":")[0]))
+    return Mount(Path(point), after.split(" ")[0], int(before.split(" ")[2].partition(":")[0]))
 
 
 def _unescaped(text: str) -> str:
