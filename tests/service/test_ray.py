@@ -31,9 +31,9 @@ STEPS = 60
 SETTINGS = ("batch_size=4", "parts=4", "lora.dropout=0.1", "save_steps=5")
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_TRAIN_V2_ENABLED": "1", "RAY_raylet_start_wait_time_s": "300",
+    "RAY_TRAIN_V2_ENABLED": "1",
 }  # fmt: skip
-"""Ray tells nobody of its use, keeps no key at home, and has time to start on a machine that does other things."""
+"""Ray tells nobody of its use and keeps no key at home."""
 
 
 def wait_until(what: str, is_so: object, process: subprocess.Popen[bytes], log: Path) -> None:
