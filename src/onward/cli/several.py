@@ -71,11 +71,14 @@ def command(words: Sequence[str]) -> int:
     """Carry out a command line in a process that the elastic agent started; returns its exit status."""
     from onward.cli.entry import status_of_command
 
+    started_by = os.getppid()
     lost: list[bool] = []
     sys.argv = ["onward", *words]
     status = status_of_command(lambda error: lost.append(isinstance(error, RankLost)))
     if any(lost):
         os._exit(LOST)  # so that the agent ends the others
+    if os.getppid() != started_by:
+        os._exit(status)  # nobody is left to take it
     return status
 
 
