@@ -135,12 +135,16 @@ def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None])
 
 def _connect(store: Any, place: Place, device: torch.device, patience: float) -> None:
     """Connect all ranks for collectives: through gloo, and through NCCL between GPUs."""
-    of_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    has_gpu = device.type == "cuda"
     try:
         distributed.init_process_group(
-            store=distributed.PrefixStore("collectives", store), rank=place.rank, world_size=place.size,
-            timeout=timedelta(seconds=patience), **of_gpu,
-        )  # fmt: skip
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            store=distributed.PrefixStore("collectives", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=patience),
+            device_id=device if has_gpu else None,
+        )
     except (RuntimeError, ValueError) as error:
         raise RankLost(
             f"the ranks cannot connect to each other: {first_line(error)}",
