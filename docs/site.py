@@ -20,7 +20,16 @@ ROOT = Path(__file__).parents[1]
 BESIDES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md",
            "CHANGELOG.md": "changelog.md", "bench/RESULTS.md": "results.md", "LICENSE": "license.md"}  # fmt: skip
 """Files outside docs/ that become pages, and their names there."""
-FIRST = ("index.md", "quickstart.md", "install.md", "operations.md", "trackers.md", "figures.md", "agents.md")
+FIRST = (
+    "index.md",
+    "quickstart.md",
+    "install.md",
+    "operations.md",
+    "launch.md",
+    "trackers.md",
+    "figures.md",
+    "agents.md",
+)
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
 SETTINGS = """\
 site_name: Onward

@@ -139,7 +139,8 @@ def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, m
     files = [tiny.write_jsonl(tmp_path / f"{day}.jsonl", tiny.chat_rows(4, seed=len(day))) for day in DAYS]
     run = new_run(tmp_path / "my-run", model, batch_size=4, warmup_steps=0, lora={"rank": 2})
     run.train(*files)
-    names = ("figures.md", "trackers.md", "agents.md", "install.md", "chat.md", "export.md", "serve.md")
+    names = ("figures.md", "trackers.md", "agents.md", "install.md", "chat.md", "export.md", "serve.md",
+             "launch.md")  # fmt: skip
     for block in blocks_for(None, *(DOCS / name for name in names)):
         block.run()
 

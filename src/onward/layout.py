@@ -204,13 +204,17 @@ class RunLayout:
             DamagedState: the ledger is gone, and what it is the record of is still here.
         """
         if not self.ledger.is_file():
-            if self._newest_of_run() is not None:
+            if self._newest_of_run() is not None or self.ledger.is_symlink():
                 raise self.lost_ledger()
             hint = f"onward init {quoted(self.root)} makes one; --run DIR or ONWARD_RUN names another."
             raise UsageError("there is no run in this directory", where=self.root.absolute(), hint=hint)
 
     def lost_ledger(self) -> DamagedState:
         """Return the refusal for a ledger that was removed or replaced, with the way out."""
+        if self.ledger.is_symlink() and not self.ledger.exists():
+            hint = f"{LEDGER} is a link to a disk of the machine that owns the run: run this there."
+            what = f"the ledger is not on this machine: {self.ledger.readlink()}"
+            return DamagedState(what, where=self.ledger.absolute(), hint=hint)
         newest = self._newest_of_run()
         way = f" Without one, this makes a run of the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
         return DamagedState(

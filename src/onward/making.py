@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,7 @@ from onward.config_text import parse_config, read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made
+from onward.store.disks import require_local, require_locks
 from onward.store.ledger import Ledger, make_ledger
 from onward.text import quoted
 
@@ -134,10 +136,10 @@ def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> No
 
 
 def refuse_occupied(layout: RunLayout) -> None:
-    """Refuse a directory that holds a run or a model already.
+    """Refuse a directory that holds a run or a model already, or whose disk cannot hold a ledger.
 
     Raises:
-        UsageError: it does, or there is a file of that name.
+        UsageError: it does, there is a file of that name, or the ledger would lie on a disk that others may use.
     """
     if layout.ledger.exists():
         hint = f"onward status --run {quoted(layout.root)}; for another run name another directory."
@@ -147,14 +149,25 @@ def refuse_occupied(layout: RunLayout) -> None:
         raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
     if layout.root.exists() and not layout.root.is_dir():
         raise UsageError("this is a file, not a directory", where=layout.root.absolute())
+    require_local(layout)
+    _require_locks(layout.root.absolute())
+
+
+def _require_locks(folder: Path) -> None:
+    """Try a lock on a file without a name, in the nearest folder that is there; who may not write it is told later."""
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=there) as file:
+        require_locks(file.fileno(), there)
 
 
 def open_ledger(layout: RunLayout) -> Ledger:
     """Open the ledger of a run.
 
     Raises:
+        UsageError: it lies on a disk that others may use.
         DamagedState: it is empty, so it is not the one that the run was made with.
     """
+    require_local(layout)
     ledger = Ledger(layout.ledger)
     if ledger.get("run") is not None:
         return ledger

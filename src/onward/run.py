@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.config import Config
+from onward.controlled import Controlled
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
-from onward.observed import Observed
+from onward.ranks import Place
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held
@@ -29,6 +30,7 @@ from onward.store.ledger import Ledger
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
     from onward.training.checkpoint import Manifest
+    from onward.training.world import World
 
 PathLike = str | os.PathLike[str]
 Report = Callable[[str], None]
@@ -39,7 +41,7 @@ def _silent(_: Any) -> None:
     return None
 
 
-class Run(Observed):
+class Run(Controlled):
     """One run: a directory with a base model, a config, a stream and a state.
 
     Args:
@@ -47,14 +49,19 @@ class Run(Observed):
         loading: a context in which torch and other large libraries are imported when they are first needed. Onward
             changes no settings of the process that uses it; a program that wants those of the command line for its own
             process passes `onward.startup.large_imports`.
+        place: which of several processes that train together this is (`onward.ranks.place_here`): rank 0 trains or
+            watches, every other one calls `onward.following.follow`.
 
     Raises:
         UsageError: there is no run in it.
     """
 
-    def __init__(self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext) -> None:
+    def __init__(
+        self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None
+    ) -> None:
         super().__init__(RunLayout(Path(directory)))
         self._loading = loading
+        self._place = place
         self._settings: Settings | None = None
 
     @classmethod
@@ -161,10 +168,10 @@ class Run(Observed):
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
-        wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
-        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
+        files = [Path(path) for path in paths]
+        with self._working(stop, report) as (wishes, opened):
+            ledger = opened.ledger
             before, seen = {row.id for row in ledger.files("done")}, ledger.last_event()
-            opened = self._opened(ledger, report)
             with (
                 account(opened, wishes) as reporter,
                 client.intent(ledger, files, again=again) as intent,
@@ -202,16 +209,14 @@ class Run(Observed):
             DamagedState: the state cannot be trusted.
             KeyboardInterrupt: as for `train`.
         """
-        wishes = Wishes() if stop is None else stop
-        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
-            seen = ledger.last_event()
-            opened = self._opened(ledger, report)
+        with self._working(stop, report) as (wishes, opened):
+            seen = opened.ledger.last_event()
             with (
                 account(opened, wishes) as reporter,
                 operate(opened, wishes, observe, reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
-            return ledger.count_events(seen, ("rejected", "quarantined"))
+            return opened.ledger.count_events(seen, ("rejected", "quarantined"))
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
@@ -219,24 +224,6 @@ class Run(Observed):
 
         with open_ledger(self.layout) as ledger:
             check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
-
-    def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
-        """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
-
-        Without such a process the pause is noted, and the next `watch` begins paused.
-        """
-        with open_ledger(self.layout) as ledger:
-            return client.pause(self.layout, ledger, Patience(patience), release=release)
-
-    def resume(self, *, patience: float = 60.0) -> str:
-        """Ask a paused process to go on."""
-        with open_ledger(self.layout) as ledger:
-            return client.resume(self.layout, ledger, Patience(patience))
-
-    def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
-        """Ask the process that trains to commit and end, now or at the next boundary."""
-        with open_ledger(self.layout) as ledger:
-            return client.stop(self.layout, ledger, patience, after_file=after_file)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -258,13 +245,6 @@ class Run(Observed):
             from onward.service.owner import faults
 
             return faults.skip(self.layout, ledger, row, reason)
-
-    def accept(self, file: str) -> str:
-        """Queue a quarantined file again, for the guard to let pass; returns its name."""
-        from onward.service.state.accept import accept
-
-        with open_ledger(self.layout) as ledger:
-            return accept(self.layout, ledger, file)
 
     def verify(self, *, deep: bool = False) -> Proof:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.
@@ -344,5 +324,27 @@ class Run(Observed):
                     wishes.ignore_up_to(asked)
                 yield ledger
 
-    def _opened(self, ledger: Ledger, report: Report = _silent) -> OpenedRun:
-        return OpenedRun(self.layout, ledger, report, loading=self._loading)
+    @contextlib.contextmanager
+    def _working(self, stop: Wishes | None, report: Report) -> Generator[tuple[Wishes, OpenedRun]]:
+        """Own the run, and lead the other processes where several train it; yields what is asked of it, too."""
+        wishes = Wishes() if stop is None else stop
+        with (
+            self._leading(wishes, report) as world,
+            self._owned(wishes) as ledger,
+            interrupts_of_host(wishes, are_own=stop is None),
+        ):
+            yield wishes, self._opened(ledger, report, world)
+
+    @contextlib.contextmanager
+    def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:
+        """Form the group of all processes that train, and lead it; None where this is the only one."""
+        if self._place is None:
+            yield None
+            return
+        with self._loading():
+            from onward.service.owner.leading import leading
+        with leading(self._place, self.config.rank_timeout, wishes, report) as world:
+            yield world
+
+    def _opened(self, ledger: Ledger, report: Report = _silent, world: World | None = None) -> OpenedRun:
+        return OpenedRun(self.layout, ledger, report, loading=self._loading, world=world)

@@ -10,14 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from paths import NAMES
 
 from onward.errors import UsageError
 from onward.service.outside.unit import Host, systemd_unit
 
-NAMES = [
-    "plain", "a b", "it's", 'say "so"', "100%", "%h", "$HOME", "${x}", "back\\slash", "end\\", "a;b", "ü", "end ",
-    "a 'b' \"c\" %d $e \\f;",
-]  # fmt: skip
 NOBODY = 65534
 
 

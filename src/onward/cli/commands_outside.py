@@ -1,4 +1,4 @@
-"""Commands for other programs on this machine: `service` prints a systemd unit, `mcp` answers an assistant."""
+"""Commands for other programs: `service` prints files for systemd and schedulers, `mcp` answers an assistant."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from onward.cli.options import RunOption
 from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.terminal import show_line
+from onward.text import printable
 
 
 def mcp(run: RunOption = Path()) -> None:
@@ -28,16 +29,41 @@ def mcp(run: RunOption = Path()) -> None:
 
 def service(
     run: RunOption = Path(),
+    scheduler: Annotated[
+        str, typer.Option("--for", metavar="NAME", help="systemd, slurm, ray, skypilot or kubernetes.")
+    ] = "systemd",
+    devices: Annotated[
+        str, typer.Option(metavar="N|A:B", help="GPUs of a node, or from A to B, whichever there are.")
+    ] = "1",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes, for Slurm.")] = 1,
+    cpu: Annotated[
+        bool | None, typer.Option("--cpu/--gpu", help="What devices are; by default what the last commit was made on.")
+    ] = None,
     user: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Who runs it; by default you or, for root, the owner of the run's directory."
+            metavar="NAME",
+            help="Who runs it under systemd; by default you or, for root, the owner of the run's directory.",
         ),
     ] = None,
 ) -> None:
-    """Print a systemd unit that watches this run."""
+    """Print a file that starts this run elsewhere or unattended: a systemd unit, or one for a scheduler."""
+    from onward.service.outside.launch.formats import SCHEDULERS
+    from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts
     from onward.service.outside.unit import systemd_unit
 
     layout = RunLayout(run)
     layout.require()
-    show_line(systemd_unit(layout.root, user).rstrip("\n"))
+    asked = read_asked(devices)
+    require_parts(layout, asked, nodes)
+    if scheduler == "systemd":
+        if nodes > 1:
+            raise UsageError("a systemd unit is for one machine", where="--nodes", hint="onward service --for slurm")
+        show_line(systemd_unit(layout.root, user, devices=as_asked(asked)).rstrip("\n"))
+        return
+    if scheduler not in SCHEDULERS:
+        hint = f"One of systemd, {', '.join(SCHEDULERS)}."
+        raise UsageError(f"no such scheduler: {printable(scheduler)}", where="--for", hint=hint)
+    if user is not None:
+        raise UsageError("--user is for systemd", where="--user", hint="Schedulers run it as whoever submits it.")
+    show_line(SCHEDULERS[scheduler](describe(layout, asked, nodes, on_cpu=cpu)).rstrip("\n"))

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from onward.errors import RunLocked
 from onward.service.holder import read_holder
+from onward.store.disks import require_locks
 
 PATIENCE = 0.3
 """Seconds to wait for the lock: an observer holds it shared for an instant while it looks."""
@@ -23,13 +24,16 @@ class RunLock:
 
     Raises:
         RunLocked: on entering, when another process holds it.
+        UsageError: on entering, where the disk has no locks: what would stand in for one outlives its holder.
     """
 
     def __init__(self, path: Path, *, patience: float = PATIENCE) -> None:
+        self._path = path
         self._lock = FileLock(path, timeout=patience)
         self._holder = path.with_name(f"{path.name}.holder")
 
     def __enter__(self) -> RunLock:
+        self._require_locks()
         try:
             self._lock.acquire()
         except Timeout:
@@ -46,6 +50,16 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._holder.unlink(missing_ok=True)
         self._lock.release()
+
+    def _require_locks(self) -> None:
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            return  # taking the lock says why
+        try:
+            require_locks(descriptor, self._path.parent)
+        finally:
+            os.close(descriptor)
 
     def describe_holder(self) -> str:
         """Say who holds the lock, as far as it is known."""

@@ -71,7 +71,8 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
     Raises:
         UsageError: the user may not read it.
     """
-    address = f"{path.absolute().as_uri()}?mode=ro"
+    path = path.resolve()  # the log lies where a link leads
+    address = f"{path.as_uri()}?mode=ro"
     try:
         connection = _connect(address)
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()

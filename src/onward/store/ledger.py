@@ -29,7 +29,8 @@ OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{
 
 
 def make_ledger(path: Path, **facts: Any) -> None:
-    """Make a new run's ledger, with these facts of the run in it, whole or not at all."""
+    """Make a new run's ledger, whole or not at all, with these facts of the run in it; a link is followed."""
+    path = path.resolve()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
     with Ledger(temporary, create=True) as ledger:

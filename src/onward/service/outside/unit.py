@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onward.errors import UsageError
+from onward.layout import LEDGER
 from onward.text import printable
 
 UNIT = """\
@@ -26,7 +28,7 @@ Type=notify
 NotifyAccess=main
 {user}
 UMask={umask:04o}
-{environment}ExecStart={python} -P -m onward watch --run {run}
+{environment}ExecStart={python} -P -m onward watch --run {run}{devices}
 ExecStop={python} -P -m onward stop --run {run}
 WorkingDirectory={directory}
 KillSignal=SIGTERM
@@ -73,6 +75,7 @@ class Host:
     umask: int
     python: str
     environment: Mapping[str, str]
+    machine: str = field(default_factory=socket.gethostname)
 
     @classmethod
     def here(cls) -> Host:
@@ -82,11 +85,12 @@ class Host:
         return cls(os.geteuid(), umask, sys.executable, dict(os.environ))
 
 
-def systemd_unit(run: Path, user: str | None = None, host: Host | None = None) -> str:
+def systemd_unit(run: Path, user: str | None = None, host: Host | None = None, *, devices: str = "1") -> str:
     """Return a unit that watches a run: Type=notify with a watchdog, restarted on failure, stopped by committing.
 
     Args:
         user: who runs it; by default whoever prints it or, where root does, the owner of the run's directory.
+        devices: how many, `N` or `A:B`.
 
     Raises:
         UsageError: there is no such user, or the path cannot be written in a unit.
@@ -107,6 +111,7 @@ def systemd_unit(run: Path, user: str | None = None, host: Host | None = None) -
         environment="".join(f"Environment={_escaped(variable)}\n" for variable in variables),
         python=_program(host.python),
         run=_escaped(str(run)).replace("$", "$$"),
+        devices="" if devices == "1" else f" --devices {devices}",
         directory=_plain(str(run)),
         writable="\n".join(f"ReadWritePaths={_escaped(path)}" for path in _writable(run, account, host.environment)),
         private_tmp="no" if in_temporary else "yes",
@@ -131,11 +136,11 @@ def _user_lines(account: pwd.struct_passwd, run: Path) -> Iterator[str]:
 
 
 def _writable(run: Path, account: pwd.struct_passwd, environment: Mapping[str, str]) -> Iterator[str]:
-    """The run, its inbox where that is elsewhere, and the caches; `-`: it need not be there."""
+    """The run, its inbox and its ledger where those are elsewhere, and the caches; `-`: it need not be there."""
     yield str(run)
-    inbox = (run / "inbox").resolve()
-    if not inbox.is_relative_to(run.resolve()):
-        yield f"-{inbox}"
+    for place in ((run / "inbox").resolve(), (run / LEDGER).resolve().parent):
+        if not place.is_relative_to(run.resolve()):
+            yield f"-{place}"
     home = Path(account.pw_dir)
     shared = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     yield f"-{environment.get('ONWARD_CACHE') or shared / 'onward'}"

@@ -24,6 +24,7 @@ from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
+from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
@@ -74,6 +75,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("model", lambda: _admission(layout)),
         ("memory", lambda: _memory(layout)),
         ("ledger", lambda: _ledger(layout)),
+        ("ledger's disk", lambda: _ledger_disk(layout)),
         ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
         ("disk", lambda: _disk(layout)),
@@ -188,6 +190,20 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
             yield Finding("error", "ledger", "it is empty", hint)
         else:
             yield Finding("ok", "ledger", "sound")
+
+
+def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
+    """Say which disk the ledger lies on; one that other machines may use is an error, with the way out."""
+    mount = mount_of(layout.ledger)
+    if mount is None:
+        yield Finding("ok", "ledger's disk", "the system does not say what it is; it must not be shared by machines")
+    elif not mount.is_local:
+        yield Finding("error", "ledger's disk", refusal(mount), way_out(layout))
+    else:
+        yield Finding("ok", "ledger's disk", f"{mount}, of this machine alone")
+    if layout.lock.exists():
+        with layout.lock.open("rb") as file:
+            require_locks(file.fileno(), layout.root.absolute())
 
 
 def _owner(layout: RunLayout) -> Iterator[Finding]:

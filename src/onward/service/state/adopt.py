@@ -144,7 +144,9 @@ def _make(
         _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
     elif (checkpoint / TOKENIZER_MARK).is_file():  # what the checkpoint was trained with
         _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
-    unfinished = layout.ledger.with_name(f"{TEMPORARY_PREFIX}{layout.ledger.name}")
+    final = layout.ledger.resolve()  # a link leads to a disk of this machine
+    unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
+    unfinished.unlink(missing_ok=True)
     for left in layout.temporaries():
         remove_tree(left)
     with Ledger(unfinished, create=True) as ledger:
@@ -157,7 +159,7 @@ def _make(
         ledger.add_handover(kind="adopt", step=state.step, before=values, after=values, difference=0.0, name="bitwise")
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     write_config(layout.config, config)
-    unfinished.rename(layout.ledger)
+    unfinished.rename(final)
 
 
 def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:

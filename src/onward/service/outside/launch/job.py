@@ -1,0 +1,149 @@
+"""What a scheduler is to start, before it is written in any scheduler's own way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onward.config_text import read_config
+from onward.errors import UsageError
+from onward.layout import LEDGER, MANIFEST, RunLayout
+from onward.service.outside.elastic import Devices, read_devices
+from onward.service.outside.unit import KEPT_VARIABLES, Host
+from onward.text import printable, quoted
+
+PERSON = (2, 4, 5)
+"""Exit statuses that no restart mends: the config is refused, another process owns the run, the state is damaged."""
+NOTICE = 300
+"""Seconds between a scheduler's notice and its end: room for a step and its commit."""
+NAME_LENGTH = 40
+THREADS_BESIDE_GPU = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, and what trains it.
+
+    Args:
+        run: its directory, absolute.
+        base: the folder of its base model, where that lies outside of the run.
+        devices: of each node.
+        on_cpu: devices are processes on CPU cores, not GPUs.
+        threads: of each device; the bits of CPU operations depend on them.
+    """
+
+    run: Path
+    host: Host
+    devices: Devices = field(default_factory=lambda: Devices(1, 1))
+    nodes: int = 1
+    on_cpu: bool = False
+    threads: int = THREADS_BESIDE_GPU
+    base: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """A name that every scheduler takes: the folder's, and a part of the path's hash that keeps two runs apart."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.run.name.lower()).strip("-")[:NAME_LENGTH].strip("-")
+        return "-".join(part for part in ("onward", slug, hashlib.sha256(bytes(self.run)).hexdigest()[:6]) if part)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that the processes need: where models are kept, and how many threads compute."""
+        kept = {name: self.host.environment[name] for name in KEPT_VARIABLES if self.host.environment.get(name)}
+        return {**kept, "OMP_NUM_THREADS": str(self.threads)}
+
+    def words(self, python: str, *, once: bool) -> list[str]:
+        """Return the command that owns the run on one node, word by word.
+
+        Args:
+            once: end when nothing waits, and give the devices back.
+        """
+        words = [python, "-P", "-m", "onward", "watch", "--run", str(self.run)]
+        words += ["--once"] if once else []
+        return words if self.devices.most == 1 else [*words, "--devices", as_asked(self.devices)]
+
+
+def read_asked(text: str) -> Devices:
+    """Return the devices that `N` or `A:B` asks for, wherever they will be.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "all":
+        hint = "--devices 8, or --devices 2:8 for as many as there are."
+        raise UsageError("a scheduler is asked for a number of devices, not for all", where="--devices", hint=hint)
+    return read_devices(text, lambda: None)
+
+
+def require_parts(layout: RunLayout, devices: Devices, nodes: int) -> None:
+    """Refuse more devices than a step has parts, before they are asked for.
+
+    Raises:
+        UsageError: the run's config has fewer.
+    """
+    asked = devices.most * nodes
+    if asked > 1 and asked > (parts := read_config(layout.config).parts):
+        hint = (
+            f"Set parts: {asked} in {quoted(layout.config)}; it takes effect at the next file, and bits depend on it."
+        )
+        what = f"{asked} devices cannot share a step of {parts} part{'s' if parts > 1 else ''}"
+        raise UsageError(what, where="--devices", hint=hint)
+
+
+def as_asked(devices: Devices) -> str:
+    """Return devices as `--devices` takes them."""
+    return str(devices.most) if devices.least == devices.most else f"{devices.least}:{devices.most}"
+
+
+def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | None, host: Host | None = None) -> Job:
+    """Return the job of a run; what is not said is as its last checkpoint was made.
+
+    Raises:
+        UsageError: a path cannot be written in any file of lines.
+    """
+    host = host or Host.here()
+    run = layout.root.absolute()
+    for path in (str(run), host.python):
+        if printable(path) != path:
+            hint = "Move it to a path of printable characters."
+            raise UsageError("a job cannot name a path with control characters", where=path, hint=hint)
+    made = _environment(layout)
+    cpu = made.get("device") == "cpu" if on_cpu is None else on_cpu
+    asked = host.environment.get("OMP_NUM_THREADS", "")
+    threads = made.get("threads") or (int(asked) if asked.isdecimal() and int(asked) else THREADS_BESIDE_GPU)
+    return Job(run, host, devices, nodes, cpu, threads, _base_elsewhere(layout))
+
+
+def require_whole(job: Job) -> None:
+    """Refuse a run that is copied to where it is trained, and would leave its ledger behind.
+
+    Raises:
+        UsageError: the ledger is a link to a disk of this machine.
+    """
+    ledger = job.run / LEDGER
+    if ledger.is_symlink():
+        there, link = quoted(ledger.resolve()), quoted(ledger)
+        hint = f"Copy the run to a disk of this machine, and there: rm {link} && mv {there}* {quoted(job.run)}/"
+        raise UsageError("the ledger is a link, and a copy of the run would not have it", where=ledger, hint=hint)
+
+
+def _environment(layout: RunLayout) -> Mapping[str, Any]:
+    """Return where the newest checkpoint was made; nothing where there is none, or none that can be read."""
+    for folder in layout.checkpoints():
+        try:
+            found = json.loads((folder / MANIFEST).read_bytes())["environment"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _base_elsewhere(layout: RunLayout) -> Path | None:
+    """Return the folder of the base model where the config names one outside of the run."""
+    base = Path(read_config(layout.config).model).expanduser()
+    return base if base.is_absolute() and base.is_dir() and not base.is_relative_to(layout.root.absolute()) else None

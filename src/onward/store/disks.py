@@ -1,0 +1,127 @@
+"""The disk that a ledger lies on, and whether it may lie there.
+
+SQLite's write-ahead log needs memory that all who use the file share, and locks that hold for all of them
+(sqlite.org/wal.html: it "does not work over a network filesystem"). A disk that several machines can mount, or that a
+program answers for, promises neither, and what breaks there breaks silently. So a ledger lies on a disk that the kernel
+of one machine manages alone; everything else of a run may lie anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.errors import UsageError
+from onward.layout import LEDGER, RunLayout
+from onward.text import printable, quoted
+
+MOUNTS = Path("/proc/self/mountinfo")
+"""What this process has mounted, as Linux tells it: proc_pid_mountinfo(5)."""
+
+_IN_MEMORY_OR_STACKED = frozenset({"tmpfs", "ramfs", "rootfs", "overlay", "aufs", "ecryptfs", "fuse.fuse-overlayfs"})
+_WITHOUT_ONE_DEVICE = frozenset({"btrfs", "zfs", "bcachefs", "ubifs"})
+LOCAL = _IN_MEMORY_OR_STACKED | _WITHOUT_ONE_DEVICE
+"""File systems of one machine that have no block device of their own: all others without one are served by somebody."""
+CLUSTERED = frozenset({"gfs2", "ocfs2", "gpfs", "vmfs"})
+"""File systems of a block device that several machines mount at once."""
+NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
+"""What `flock` says on a disk that has no locks, or whose server of locks does not answer."""
+MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A mounted file system: where, of which kind, and the major number of its block device, 0 where it has none."""
+
+    point: Path
+    kind: str
+    major: int
+
+    @property
+    def is_local(self) -> bool:
+        """Whether one machine's kernel manages it alone."""
+        return self.kind in LOCAL or (self.major != 0 and self.kind not in CLUSTERED)
+
+    def __str__(self) -> str:
+        return f"{printable(self.kind)} on {printable(str(self.point))}"
+
+
+def mount_of(path: Path, mounts: Path = MOUNTS) -> Mount | None:
+    """Return what a path lies on, links followed, whether it exists or not; None where the system does not say."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    place = os.path.realpath(path)  # links in a circle are somebody else's refusal
+    found, depth = None, -1
+    for line in lines:
+        point = _unescaped(line.split(" ", 5)[4])
+        inside = place == point or place.startswith(f"{point.rstrip('/')}/")
+        if inside and len(point) >= depth:  # of two at one place, the later
+            found, depth = _parsed(line, point), len(point)
+    return found
+
+
+def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
+    """Refuse a ledger on a disk that others may use, whether it is there already or about to be made.
+
+    Raises:
+        UsageError: it is one, with the way to a ledger on a disk of this machine.
+    """
+    mount = mount_of(layout.ledger, mounts)
+    if mount is None or mount.is_local:
+        return
+    raise UsageError(refusal(mount), where=layout.ledger.absolute(), hint=way_out(layout))
+
+
+def refusal(mount: Mount) -> str:
+    """Say why a ledger may not lie on a disk."""
+    return f"the ledger needs a disk of this machine alone, and this is {mount}: its log and its locks may not hold"
+
+
+def way_out(layout: RunLayout) -> str:
+    """Return the commands that put the ledger on a disk of this machine, for a run that is there or to be made."""
+    root = layout.root.absolute()
+    link = f"ln -s LOCAL_DIR/{LEDGER} {quoted(root / LEDGER)}"
+    if layout.ledger.exists():
+        steps = f"onward stop --run {quoted(root)}; mv -n {quoted(root)}/{LEDGER}* LOCAL_DIR/ && {link}"
+    else:
+        steps = f"mkdir -p {quoted(root)} && {link}, then the same command again"
+    return f"Let it lie in a directory of its own on such a disk, LOCAL_DIR, and leave a link: {steps}"
+
+
+def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None] = fcntl.flock) -> None:
+    """Refuse a disk without locks: one is taken and given back on an open file, shared, as those who look take it.
+
+    Args:
+        flock: the system's call.
+
+    Raises:
+        UsageError: the file system has none.
+    """
+    try:
+        flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flock(descriptor, fcntl.LOCK_UN)
+    except (BlockingIOError, PermissionError):  # held by another process: there are locks
+        return
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        what = "this disk has no locks, so two processes could own the run"
+        raise UsageError(what, where=where, hint=MOUNT) from None
+
+
+def _parsed(line: str, point: str) -> Mount:
+    """Read a line: ID, parent, major:minor, root, mount point, options, optional fields, `-`, kind, source, options."""
+    before, _, after = line.partition(" - ")
+    return Mount(Path(point), after.split(" ")[0], int(before.split(" ")[2].partition(":")[0]))
+
+
+def _unescaped(text: str) -> str:
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)
