@@ -1,9 +1,10 @@
 """The disk that a ledger lies on, and whether it may lie there.
 
 SQLite's write-ahead log needs memory that all who use the file share, and locks that hold for all of them
-(sqlite.org/wal.html: it "does not work over a network filesystem"). A disk that several machines can mount, or that a
-program answers for, promises neither, and what breaks there breaks silently. So a ledger lies on a disk that the kernel
-of one machine manages alone; everything else of a run may lie anywhere.
+(sqlite.org/wal.html: it "does not work over a network filesystem"). A disk that several machines mount promises
+neither, and what breaks there breaks silently, so no ledger lies on one; everything else of a run may. A disk that a
+program or the host of a virtual machine answers for (FUSE, 9p, virtiofs) may be either: a container often has no other,
+and `doctor` warns of it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ MOUNTS = Path("/proc/self/mountinfo")
 _IN_MEMORY_OR_STACKED = frozenset({"tmpfs", "ramfs", "rootfs", "overlay", "aufs", "ecryptfs", "fuse.fuse-overlayfs"})
 _WITHOUT_ONE_DEVICE = frozenset({"btrfs", "zfs", "bcachefs", "ubifs"})
 LOCAL = _IN_MEMORY_OR_STACKED | _WITHOUT_ONE_DEVICE
-"""File systems of one machine that have no block device of their own: all others without one are served by somebody."""
+"""File systems of one machine that have no block device of their own."""
 CLUSTERED = frozenset({"gfs2", "ocfs2", "gpfs", "vmfs"})
 """File systems of a block device that several machines mount at once."""
+SERVED = CLUSTERED | {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "coda", "ceph", "lustre", "beegfs", "pvfs2", "orangefs",
+    "wekafs", "panfs", "glusterfs",
+}  # fmt: skip
+"""File systems that other machines serve or mount as well."""
+SERVED_BY_PROGRAM = frozenset({
+    "sshfs", "s3fs", "gcsfuse", "rclone", "glusterfs", "ceph-fuse", "ceph", "juicefs", "goofys", "blobfuse",
+    "blobfuse2", "mount-s3", "moosefs", "mfs", "davfs", "davfs2", "curlftpfs", "seaweedfs", "alluxio-fuse", "dbxfs",
+})  # fmt: skip
+"""Programs behind FUSE that reach what lies on other machines, by the names under which they are mounted."""
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
 """What `flock` says on a disk that has no locks, or whose server of locks does not answer."""
 MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
@@ -46,7 +57,13 @@ class Mount:
     @property
     def is_local(self) -> bool:
         """Whether one machine's kernel manages it alone."""
-        return self.kind in LOCAL or (self.major != 0 and self.kind not in CLUSTERED)
+        return not self.is_shared and (self.kind in LOCAL or self.major != 0)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines use it, too, as far as its kind tells."""
+        family, _, program = self.kind.partition(".")
+        return self.kind in SERVED or (family == "fuse" and program in SERVED_BY_PROGRAM)
 
     def __str__(self) -> str:
         return f"{printable(self.kind)} on {printable(str(self.point))}"
@@ -69,13 +86,13 @@ def mount_of(path: Path, mounts: Path = MOUNTS) -> Mount | None:
 
 
 def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
-    """Refuse a ledger on a disk that others may use, whether it is there already or about to be made.
+    """Refuse a ledger on a disk that other machines use, whether it is there already or about to be made.
 
     Raises:
         UsageError: it is one, with the way to a ledger on a disk of this machine.
     """
     mount = mount_of(layout.ledger, mounts)
-    if mount is None or mount.is_local:
+    if mount is None or not mount.is_shared:
         return
     raise UsageError(refusal(mount), where=layout.ledger.absolute(), hint=way_out(layout))
 

@@ -193,12 +193,15 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
-    """Say which disk the ledger lies on; one that other machines may use is an error, with the way out."""
+    """Say which disk the ledger lies on; one that other machines use is an error, with the way out."""
     mount = mount_of(layout.ledger)
     if mount is None:
         yield Finding("ok", "ledger's disk", "the system does not say what it is; it must not be shared by machines")
-    elif not mount.is_local:
+    elif mount.is_shared:
         yield Finding("error", "ledger's disk", refusal(mount), way_out(layout))
+    elif not mount.is_local:
+        what = f"{mount}, which may be a disk of this machine or not; only processes of this one may use the run there"
+        yield Finding("warning", "ledger's disk", what, way_out(layout))
     else:
         yield Finding("ok", "ledger's disk", f"{mount}, of this machine alone")
     if layout.lock.exists():
