@@ -128,7 +128,7 @@ def _config(count: int, folder: str) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     known = {field.name for field in fields(LaunchConfig)}
-    later = {"signals_to_handle": "SIGQUIT"}  # the others are passed on, so that the run commits first
+    later: dict[str, Any] = {"signals_to_handle": "SIGQUIT"}  # the others are passed on, so that the run commits first
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -153,7 +153,7 @@ class Follower:
             )
         spec = ModelSpec(config, base, self._group.device, getattr(torch, order["dtype"]))
         found = told["treatment"]
-        treatment = None if found is None else Treatment(**{**found, "left_out": tuple(found["left_out"])})
+        treatment = None if found is None else Treatment.of(found)
         model = build_model(spec, treatment=treatment, adapter=adapter_told(order["adapter"]))
         return TrainState.start(model, config)
 

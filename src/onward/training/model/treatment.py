@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -18,3 +20,8 @@ class Treatment:
     end_to_end: bool
     left_out: tuple[str, ...] = ()
     by_length: bool = False
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Return the treatment that another process told, as JSON values."""
+        return cls(values["end_to_end"], tuple(values["left_out"]), values["by_length"])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed
@@ -80,7 +80,9 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
 
     def connect() -> None:
         try:
-            store, _, _ = next(iter(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience))))
+            store: Any = next(iter(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience))))[
+                0
+            ]
             made.append((store, store.clone()))
         except (RuntimeError, ValueError, OSError) as error:
             failed.append(error)
@@ -139,7 +141,7 @@ def _connect(store: Any, place: Place, device: torch.device, patience: float) ->
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
-            store=distributed.PrefixStore("collectives", store),
+            store=cast(Any, distributed).PrefixStore("collectives", store),
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=patience),

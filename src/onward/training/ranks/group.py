@@ -160,7 +160,8 @@ class Group:
 
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
         """Fill `whole` with the tensors of all ranks, one after another; what is computed next comes after it."""
-        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its old name
+        library: Any = distributed
+        gather = getattr(library, "all_gather_single", None) or library.all_gather_into_tensor  # its old name
         self.moved(gather(whole, own, async_op=True))
 
     def settle(self) -> None:
