@@ -75,11 +75,17 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
     return process.exitcode
 
 
-def apart(function: Callable[..., None], *arguments: object) -> int | None:
-    """Call a function in a process of its own to its end; returns its exit status."""
+def forked(function: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Start a process of its own that calls a function."""
     _start_server()
     process = _CONTEXT.Process(target=function, args=arguments)
     process.start()
+    return process
+
+
+def apart(function: Callable[..., None], *arguments: object) -> int | None:
+    """Call a function in a process of its own to its end; returns its exit status."""
+    process = forked(function, *arguments)
     process.join()
     return process.exitcode
 

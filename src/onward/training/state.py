@@ -138,15 +138,22 @@ class TrainState:
     Args:
         model: the model, trainable weights marked by `requires_grad`.
         optimizer: an optimizer that `method` built over them.
+        held: what stands in for the model's parameters, by name, in the same order: this rank's shards of them.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, method: OptimizerMethod) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: OptimizerMethod,
+        held: dict[str, nn.Parameter] | None = None,
+    ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.method = method
         self.counters = Counters()
         self.cursor = Cursor()
-        self.parameters = dict(named for group in method.groups(model) for named in group)
+        self.parameters = held or dict(named for group in method.groups(model) for named in group)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""

@@ -1,0 +1,88 @@
+"""The gradients of a step of a model in shards: which part each rank computes, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from onward.training.sharding.exchange import Place, WholeExchange
+from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.shards import Shards
+
+Part = TypeVar("Part")
+
+
+class Gradients(Protocol):
+    """Where the gradients of a step go."""
+
+    def begin(self) -> None:
+        """Begin a step."""
+        ...
+
+    def add(self, places: Sequence[Place]) -> None:
+        """Take those of a round, after its backward pass."""
+        ...
+
+    def give(self) -> None:
+        """Leave the sums where the optimizer looks for them."""
+        ...
+
+
+class InShards(Generic[Part]):
+    """All ranks compute the parts of a step in turn, one each in a round: every layer is made whole for all at once.
+
+    The sums are those of one device that computes all shares (EasyScale's idea, see `exchange`).
+
+    Args:
+        gradients: the shards of what is trained, or the exchange of what every rank has whole.
+    """
+
+    def __init__(self, sharded: ShardedModel, gradients: Shards | WholeExchange) -> None:
+        self._sharded = sharded
+        self._gradients: Gradients = gradients
+
+    def total(self, shares: Sequence[Sequence[Part]], train: Callable[[Sequence[Part]], torch.Tensor]) -> torch.Tensor:
+        """Leave the gradients of all shares with the optimizer, and return their loss: the bits of one device.
+
+        In a last round with fewer parts than ranks the others compute one of them again, which is left out.
+
+        Args:
+            shares: the parts of each share, the same on every rank.
+            train: computes the loss of one part through `ShardedModel.compute`, and its backward pass.
+        """
+        rank, size = self._sharded.mesh.get_local_rank(), self._sharded.mesh.size()
+        parts = [part for share in shares for part in share]
+        places = [Place(n == 0, n == len(share) - 1) for share in shares for n in range(len(share))]
+        self._sharded.exchange.begin()
+        self._gradients.begin()
+        own: list[torch.Tensor] = []
+        for first in range(0, len(parts), size):
+            now = places[first : first + size]
+            self._sharded.exchange.places = now
+            own.append(train([parts[first + min(rank, len(now) - 1)]]).detach())
+            self._gradients.add(now)
+        self._gradients.give()
+        return self._loss(torch.stack(own), [len(share) for share in shares])
+
+    def _loss(self, own: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Return the loss of a step, added as one device adds it.
+
+        Args:
+            own: those of this rank's parts, shape (rounds,).
+            lengths: parts of each share.
+        """
+        mesh = self._sharded.mesh
+        every = own.new_empty(mesh.size() * len(own))
+        dist.all_gather_single(every, own, group=mesh.get_group())
+        losses = every.view(mesh.size(), -1).T.reshape(-1)[: sum(lengths)]
+        total: torch.Tensor | None = None
+        for share in losses.split(list(lengths)):
+            of_share = torch.zeros_like(own[0])
+            for loss in share:
+                of_share += loss
+            total = of_share if total is None else total + of_share
+        assert total is not None
+        return total

@@ -1,0 +1,167 @@
+"""A few steps of one model, on one device or in shards on several ranks: what tests of sharding compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import RowReference
+from onward.data.tokenized import Row
+from onward.training.layers.recompute import Recomputation
+from onward.training.loss import TargetLoss
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.parts import Part
+from onward.training.seeds import seeded
+from onward.training.sharding.exchange import WholeExchange
+from onward.training.sharding.files import load_shards, read_manifest, require_files, write_shards
+from onward.training.sharding.gathering import clip
+from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.state import start_sharded
+from onward.training.sharding.steps import InShards
+from onward.training.state import TrainState
+
+CPU = torch.device("cpu")
+LENGTHS = (9, 14)
+LIMIT = 0.5
+"""Norm that gradients are clipped to; theirs is above it."""
+
+
+def config_of(folder: Path, method: str) -> Config:
+    """Return the config of the runs that are compared."""
+    values = {"model": str(folder), "method": method, "learning_rate": 1e-2, "seed": 1}
+    return Config.model_validate(values | ({"lora": {"rank": 2, "dropout": 0.1}} if method == "lora" else {}))
+
+
+def shares_of_step(step: int) -> list[list[Part]]:
+    """Return the shares of a step, a function of its number; one of them is computed in two parts."""
+    return [[_part(step, 0)], [_part(step, 1), _part(step, 2)], [_part(step, 3)], [_part(step, 4)]]
+
+
+def _part(step: int, number: int) -> Part:
+    draw = np.random.default_rng((step, number))
+    rows = [Row(draw.integers(0, 250, length), np.arange(length) > 0) for length in LENGTHS]
+    references = [RowReference("file", place) for place in range(len(rows))]
+    return Part(Batch(rows, references, list(range(len(rows)))), 100 * step + number)
+
+
+def built(folder: Path, method: str, dtype: torch.dtype) -> tuple[Config, nn.Module]:
+    """Return config and model of a run."""
+    config = config_of(folder, method)
+    return config, build_model(ModelSpec(config, folder, CPU, dtype))
+
+
+def finish(state: TrainState, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
+    """Take the optimizer's step and count it; returns loss and norm."""
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.counters.step += 1
+    return [float(loss), float(norm)]
+
+
+def on_one_device(
+    folder: Path, method: str, steps: int, dtype: torch.dtype = torch.float32
+) -> tuple[TrainState, list[list[float]]]:
+    """Train some steps on one device, share after share; returns the state, and loss and norm of each step."""
+    config, model = built(folder, method, dtype)
+    state, told = TrainState.start(model, config), []
+    loss_of = TargetLoss(model, CPU, dtype)
+    for step in range(steps):
+        losses: list[torch.Tensor] = []
+        sums: dict[str, torch.Tensor] = {}
+        for share in shares_of_step(step):
+            loss = torch.zeros(())
+            for part in share:
+                loss += train_part(part, lambda compute: compute(), loss_of)
+            losses.append(loss)
+            for name, weight in state.parameters.items():
+                assert weight.grad is not None
+                sums[name] = sums[name] + weight.grad if name in sums else weight.grad
+                weight.grad = None
+        for name, weight in state.parameters.items():
+            weight.grad = sums[name]
+        norm = nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)
+        told.append(finish(state, sum(losses[1:], losses[0]), norm))
+    return state, told
+
+
+def train_part(
+    part: Part, through: Callable[[Callable[[], torch.Tensor]], torch.Tensor], loss_of: TargetLoss
+) -> torch.Tensor:
+    """Compute the loss of a part and its gradients."""
+    with seeded(part.seed, CPU):
+        loss = through(lambda: loss_of(part.batch) / 100)
+        loss.backward()
+    return loss.detach()
+
+
+def train_in_shards(
+    folder: Path, steps: range, source: Path | None, target: Path, dtype: torch.dtype, recomputed: bool
+) -> None:
+    """Load a whole model's state that any number of ranks wrote, train some steps, and write it again."""
+    config, model = built(folder, "full", dtype)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = ShardedModel(model, mesh)
+    state, shards = start_sharded(sharded, config)
+    if source is not None:
+        manifest = read_manifest(source)
+        require_files(source, manifest, dist.get_rank(), dist.get_world_size())
+        load_shards(source, manifest, state, shards, mesh)
+    loss_of = sharded.compute(partial(TargetLoss, model, CPU, dtype))
+    in_shards, recomputation = InShards[Part](sharded, shards), Recomputation(model)
+    told: list[list[float]] = []
+
+    def through(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with recomputation.on(recomputed):
+            return sharded.compute(compute)
+
+    for step in steps:
+        loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], through, loss_of))
+        told.append(finish(state, loss, clip(shards, LIMIT)))
+        shards.give_back()
+    write_shards(target, state.snapshot(), shards, mesh)
+    if dist.get_rank() == 0:
+        target.with_suffix(".json").write_text(json.dumps(told))
+
+
+def lose_a_rank(folder: Path, target: Path) -> None:
+    """Write the shards of a new model; rank 1 is killed when its turn comes, and the others end with an error."""
+    config, model = built(folder, "full", torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state, shards = start_sharded(ShardedModel(model, mesh), config)
+
+    def die() -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_shards(target, replace(state.snapshot(), wait=die), shards, mesh)
+
+
+def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
+    """Train an adapter, whole on every rank, beside a base in shards."""
+    config = config_of(folder, "lora")
+    model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    sharded = ShardedModel(model, mesh)
+    state = TrainState.start(model, config)
+    loss_of = sharded.compute(partial(TargetLoss, model, CPU, torch.float32))
+    in_shards = InShards[Part](sharded, WholeExchange(state.parameters.values(), mesh.get_group()))
+    told: list[list[float]] = []
+    for step in range(steps):
+        loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], sharded.compute, loss_of))
+        told.append(finish(state, loss, nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)))
+    digest = state.view().digest()
+    target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps([digest.weights, digest.moments, told]))
