@@ -37,7 +37,7 @@ def together(size: int, folder: Path, function: Callable[..., None], *arguments:
         function: one of a module, not of a test.
     """
     store = folder / f"group-{size}-{len(list(folder.iterdir()))}"
-    members = [processes.forked(_member, rank, size, str(store), function, arguments) for rank in range(size)]
+    members = [processes.start_apart(_member, rank, size, str(store), function, arguments) for rank in range(size)]
     for member in members:
         member.join()
     return [member.exitcode for member in members]

@@ -75,7 +75,7 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
     return process.exitcode
 
 
-def forked(function: Callable[..., None], *arguments: object) -> BaseProcess:
+def start_apart(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """Start a process of its own that calls a function."""
     _start_server()
     process = _CONTEXT.Process(target=function, args=arguments)
@@ -85,7 +85,7 @@ def forked(function: Callable[..., None], *arguments: object) -> BaseProcess:
 
 def apart(function: Callable[..., None], *arguments: object) -> int | None:
     """Call a function in a process of its own to its end; returns its exit status."""
-    process = forked(function, *arguments)
+    process = start_apart(function, *arguments)
     process.join()
     return process.exitcode
 

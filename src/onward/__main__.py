@@ -6,9 +6,10 @@ and a `typer.py` there is not to be run. Nothing but `sys` is imported until tha
 
 import sys
 
-if not sys.flags.safe_path:
+if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]
 
-from onward.cli import main
+if __name__ == "__main__":  # a process that is forked from one of these is given its work otherwise
+    from onward.cli import main
 
-main()
+    main()

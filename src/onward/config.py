@@ -118,6 +118,17 @@ class Config(Section):
         description="Tokens of such a part at most. The last bits of a step depend on it, so a run keeps the number "
         f"that it began with. `auto`: {MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
     )
+    parts: Count = Field(
+        default=1,
+        description="Parts into which the rows of a step are cut for several devices, which share them out. Gradients "
+        "are added part by part, so that the bits of a step depend on this number and not on that of the devices, "
+        "which may be up to it: 8 for a run that is to train on 1 to 8.",
+    )
+    exchange: Literal["exact", "fast"] = Field(
+        default="exact",
+        description="How several devices add their gradients: in the order of the parts, or `fast`, in any order, "
+        "which depends on the number of devices; handovers then say `close` instead of `bitwise`.",
+    )
     activation_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_or_off)] = Field(
         default="auto",
         description="Compute the layers of a part again in its backward pass instead of keeping what they computed: "
@@ -186,6 +197,11 @@ class Config(Section):
         default=200,
         description="Times its size that a compressed, Parquet or Arrow file may unpack to; judged above 16 megabytes.",
     )
+    rank_timeout: Annotated[float, BeforeValidator(refuse_bool), Field(ge=1.0, allow_inf_nan=False)] = Field(
+        default=60.0,
+        description="Seconds after which a process of several that shows no sign of life ends all of them; read when "
+        "they start.",
+    )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
     holdout: Literal["auto"] | Fraction = Field(
         default=0.0,
@@ -242,8 +258,8 @@ class Config(Section):
     def most_parts(self) -> int:
         """Parts into which a step is cut at most."""
         if self.gradient_accumulation != "auto":
-            return self.gradient_accumulation
-        return min(self.batch_size, -(-self.batch_size * self.max_length // self.part_tokens))
+            return max(self.parts, self.gradient_accumulation)
+        return min(self.batch_size, max(self.parts, -(-self.batch_size * self.max_length // self.part_tokens)))
 
     @property
     def part_tokens(self) -> int:

@@ -21,15 +21,15 @@ SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay", "guard")
 
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
-    "compress_archive", "notify", "track", "guard", "activation_checkpointing",
+    "compress_archive", "notify", "track", "guard", "activation_checkpointing", "rank_timeout",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they act at once, also in a process that runs."""
 
 LATER_KEYS = (
     *LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic",
-    "micro_batch_tokens", "holdout", "evaluation.rows", "evaluation.share", "evaluation.files", "anchor.rows",
-    "anchor.tokens", "anchor.weight", "replay.share", "replay.policy",
+    "micro_batch_tokens", "parts", "exchange", "holdout", "evaluation.rows", "evaluation.share", "evaluation.files",
+    "anchor.rows", "anchor.tokens", "anchor.weight", "replay.share", "replay.policy",
 )  # fmt: skip
 """Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
 

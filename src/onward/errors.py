@@ -114,6 +114,10 @@ class DeviceLost(OnwardError):
     """The GPU can no longer be used by this process; another one can go on."""
 
 
+class RankLost(DeviceLost):
+    """One of several processes that train together is gone or shows no sign of life; the others end with it."""
+
+
 class NoSpace(OnwardError):
     """The disk has no room for the next checkpoint."""
 

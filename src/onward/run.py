@@ -15,6 +15,7 @@ from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
 from onward.observed import Observed
+from onward.ranks import Place
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held
@@ -29,6 +30,7 @@ from onward.store.ledger import Ledger
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
     from onward.training.checkpoint import Manifest
+    from onward.training.world import World
 
 PathLike = str | os.PathLike[str]
 Report = Callable[[str], None]
@@ -47,14 +49,19 @@ class Run(Observed):
         loading: a context in which torch and other large libraries are imported when they are first needed. Onward
             changes no settings of the process that uses it; a program that wants those of the command line for its own
             process passes `onward.startup.large_imports`.
+        place: which of several processes that train together this is (`onward.ranks.place_here`): rank 0 trains or
+            watches, every other one calls `follow`.
 
     Raises:
         UsageError: there is no run in it.
     """
 
-    def __init__(self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext) -> None:
+    def __init__(
+        self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None
+    ) -> None:
         super().__init__(RunLayout(Path(directory)))
         self._loading = loading
+        self._place = place
         self._settings: Settings | None = None
 
     @classmethod
@@ -162,9 +169,13 @@ class Run(Observed):
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
-        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
+        with (
+            self._leading(wishes, report) as world,
+            self._owned(wishes) as ledger,
+            interrupts_of_host(wishes, are_own=stop is None),
+        ):
             before, seen = {row.id for row in ledger.files("done")}, ledger.last_event()
-            opened = self._opened(ledger, report)
+            opened = self._opened(ledger, report, world)
             with (
                 account(opened, wishes) as reporter,
                 client.intent(ledger, files, again=again) as intent,
@@ -203,15 +214,35 @@ class Run(Observed):
             KeyboardInterrupt: as for `train`.
         """
         wishes = Wishes() if stop is None else stop
-        with self._owned(wishes) as ledger, interrupts_of_host(wishes, are_own=stop is None):
+        with (
+            self._leading(wishes, report) as world,
+            self._owned(wishes) as ledger,
+            interrupts_of_host(wishes, are_own=stop is None),
+        ):
             seen = ledger.last_event()
-            opened = self._opened(ledger, report)
+            opened = self._opened(ledger, report, world)
             with (
                 account(opened, wishes) as reporter,
                 operate(opened, wishes, observe, reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
             return ledger.count_events(seen, ("rejected", "quarantined"))
+
+    def follow(self, *, stop: Wishes | None = None, report: Report = _silent) -> None:
+        """Take the steps that rank 0 tells, until it ends; for every other rank of several processes.
+
+        Args:
+            stop: a stop asked for here is one that rank 0 is asked for.
+            report: receives a line where rank 0 cannot say any more why it ends.
+
+        Raises:
+            RankLost: another rank is gone.
+        """
+        assert self._place is not None
+        with self._loading():
+            from onward.service.owner.follower import follow
+
+        follow(self.layout, self._place, self.config.rank_timeout, Wishes() if stop is None else stop, report)
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
@@ -344,5 +375,16 @@ class Run(Observed):
                     wishes.ignore_up_to(asked)
                 yield ledger
 
-    def _opened(self, ledger: Ledger, report: Report = _silent) -> OpenedRun:
-        return OpenedRun(self.layout, ledger, report, loading=self._loading)
+    @contextlib.contextmanager
+    def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:
+        """Form the group of all processes that train, and lead it; None where this is the only one."""
+        if self._place is None:
+            yield None
+            return
+        with self._loading():
+            from onward.service.owner.leading import leading
+        with leading(self._place, self.config.rank_timeout, wishes, report) as world:
+            yield world
+
+    def _opened(self, ledger: Ledger, report: Report = _silent, world: World | None = None) -> OpenedRun:
+        return OpenedRun(self.layout, ledger, report, loading=self._loading, world=world)

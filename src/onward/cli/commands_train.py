@@ -11,6 +11,7 @@ import typer
 from onward import startup
 from onward.cli.options import AgainOption, JsonOption, RunOption
 from onward.cli.output import say_stopped, show
+from onward.cli.several import DevicesOption, flags, on_devices, place_or_follow
 from onward.terminal import say
 from onward.text import printable, quoted
 
@@ -25,17 +26,23 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Profile the first steps: a trace for Perfetto, the top costs.")
     ] = False,
+    devices: DevicesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Add files and train them in order, now; without files, train those that wait."""
+    if devices is not None:
+        words = ["train", "--run", str(run), *flags(("--profile", profile), ("--json", as_json))]
+        on_devices(devices, [*words, *flags(("--again", again)), "--", *map(str, files or [])], words)
     from onward.profiling import StepProfile
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.wishes import Wishes
 
-    opened = Run(run, loading=startup.large_imports)
+    place = place_or_follow(run)
+    opened = Run(run, loading=startup.large_imports, place=place)
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
+        files = None if place is not None and place.restarts else files  # the first start has taken them in
         steps = StepProfile(opened.layout.profile, observe)
         done = opened.train(*(files or []), again=again, observe=steps if profile else observe, stop=stop, report=say)
     if profile:
@@ -77,13 +84,18 @@ def add(
 def watch(
     run: RunOption = Path(),
     once: Annotated[bool, typer.Option("--once", help="End when inbox and queue are empty.")] = False,
+    devices: DevicesOption = None,
 ) -> None:
     """Train whatever arrives in inbox/, until stopped."""
+    if devices is not None:
+        words = ["watch", "--run", str(run), *flags(("--once", once))]
+        on_devices(devices, words, words)
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.wishes import Wishes
 
-    opened = Run(run, loading=startup.large_imports)
+    place = place_or_follow(run)
+    opened = Run(run, loading=startup.large_imports, place=place)
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
         say(f"watching {quoted(opened.layout.inbox)}; onward stop --run {quoted(run)} or Ctrl-C commits and ends it")

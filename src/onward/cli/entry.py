@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import sys
+from collections.abc import Callable
 from typing import NoReturn, cast
 
 import typer
@@ -22,6 +23,15 @@ INTERRUPTED = 130
 
 def main() -> NoReturn:
     """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    sys.exit(status_of_command())
+
+
+def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        seen: called with the error that ended it.
+    """
     startup.set_environment()
     open_standard_streams()
     try:
@@ -30,21 +40,22 @@ def main() -> NoReturn:
     except CommandLineError as error:
         with contextlib.suppress(OSError, ValueError):
             error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         say("interrupted; what was committed is safe")
-        sys.exit(1)
+        return 1
     except OnwardError as error:
         say(f"onward: {error}")
-        sys.exit(error.exit_status)
+        seen(error)
+        return error.exit_status
     except sqlite3.DatabaseError as error:
         say(f"onward: the ledger cannot be used: {error}\n  onward doctor says more.")
-        sys.exit(1)
+        return 1
     except OSError as error:
         say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
         say("  What was committed is safe; onward doctor says more.")
-        sys.exit(1)
+        return 1
     if outcome == INTERRUPTED:
         say("interrupted; what was committed is safe")
-        sys.exit(1)
-    sys.exit(outcome if isinstance(outcome, int) else 0)
+        return 1
+    return outcome if isinstance(outcome, int) else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from onward.config import Config
 from onward.config_text import read_config
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ModelError
+from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
 from onward.service.tokenizer import tokenizer_of_run
@@ -22,7 +22,7 @@ from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Facts
-from onward.training.environment import describe_environment, pick_device, pick_dtype
+from onward.training.environment import describe_environment, pick_device, pick_dtype, ranks_facts
 from onward.training.execution import Execution
 from onward.training.layers.varlen import kernel_name
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
@@ -31,7 +31,7 @@ from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.numerics import numerics_of
-from onward.training.world import SingleProcess
+from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]
 DIGESTS = ("base", "tokenizer")
@@ -49,8 +49,13 @@ class Session:
     base_digest: str
     tokenizer: PreTrainedTokenizerBase
     tokenizer_state: TokenizerState
-    device: torch.device
+    world: World
     dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device that this process computes on."""
+        return self.world.device
 
     @property
     def tokenizer_digest(self) -> str:
@@ -74,7 +79,8 @@ class Session:
         """Where and how steps of the run are computed."""
         treatment = self.treatment
         by_length = treatment is not None and treatment.by_length
-        return Execution(SingleProcess(self.device), self.dtype, self.pad_id, by_length)
+        model = {"base": self.base_digest, "treatment": None if treatment is None else asdict(treatment)}
+        return Execution(self.world, self.dtype, self.pad_id, by_length, model)
 
     @property
     def spec(self) -> ModelSpec:
@@ -93,6 +99,7 @@ class Session:
             numerics,
             exact=self.config.deterministic,
             attention=kernel_name(self.device, self.dtype),
+            ranks=ranks_facts(self.world, self.config.exchange),
         )
 
     def facts(self) -> Facts:
@@ -113,11 +120,13 @@ def open_session(
     report: Report,
     config: Config | None = None,
     begun: BaseDigest | None = None,
+    world: World | None = None,
 ) -> Session:
     """Read the config, find base and tokenizer, and hold them against what the run was made with.
 
     Args:
         begun: a digest that this process began to take; used if it is that of the base.
+        world: the processes that train; None where this is the only one.
 
     Raises:
         ConfigError: an identity key differs from the one the run has trained with.
@@ -131,9 +140,25 @@ def open_session(
     if config.chat_template is not None:  # it goes into checkpoints, too: inference has to ask as training did
         tokenizer.chat_template = tokenizer_state.chat_template
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
-    device = pick_device()
-    dtype = pick_dtype(config.dtype, device)
-    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, device, dtype)
+    world = world or SingleProcess(pick_device())
+    _require_shares(config, world)
+    dtype = pick_dtype(config.dtype, world.device)
+    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, world, dtype)
+
+
+def _require_shares(config: Config, world: World) -> None:
+    """Refuse more devices than a step has parts, of which some would have nothing to do.
+
+    Raises:
+        ConfigError: there are more.
+    """
+    if world.size > config.parts:
+        raise ConfigError(
+            f"{world.size} devices cannot share a step of {config.parts} part{'s' if config.parts > 1 else ''}",
+            where="parts",
+            hint=f"Set parts: {world.size} or more in onward.yaml: from the next file on, the bits of a step depend on "
+            f"it and not on the number of devices. Or use {config.parts}: --devices {config.parts}",
+        )
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:

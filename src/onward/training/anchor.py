@@ -61,7 +61,7 @@ class AnchorTerm:
         """Add the gradients of the term for the step after `step`; returns the divergence, nats per token."""
         places = self.chosen(step, config)
         batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
-        at_once = config.model_copy(update={"gradient_accumulation": "auto"})
+        at_once = config.model_copy(update={"gradient_accumulation": "auto", "parts": 1})
         total, targets = 0.0, batch.target_tokens
         for part in parts_of(batch, at_once, step, loss.layout):
             own = part.batch.lines

@@ -7,6 +7,7 @@ import ctypes
 import platform
 import re
 from collections.abc import Generator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -15,6 +16,7 @@ import transformers
 
 from onward.errors import ModelError
 from onward.training.hardware import gpu_facts, multiplies_bfloat16, processor_model
+from onward.training.world import World
 
 NUMERICS = 3
 """Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
@@ -118,12 +120,29 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def ranks_facts(world: World, exchange: str) -> dict[str, str]:
+    """Return what keeps several processes from computing the bits of one; nothing where they do.
+
+    Args:
+        exchange: the key of the config.
+    """
+    fast = {"exchange": exchange} if world.size > 1 and exchange != "exact" else {}
+    return fast if world.is_uniform else {**fast, "ranks": "unequal"}
+
+
 def describe_environment(
-    device: torch.device, dtype: torch.dtype, numerics: int = NUMERICS, *, exact: bool = True, attention: str = ""
+    device: torch.device,
+    dtype: torch.dtype,
+    numerics: int = NUMERICS,
+    *,
+    exact: bool = True,
+    attention: str = "",
+    ranks: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what two processes must have in common to compute the same bits.
 
     Args:
+        ranks: what keeps several processes from computing the bits of one.
         attention: the kernel that attends to rows laid end to end; empty where that is the one of every release.
         exact: whether only operations are used that repeat; recorded where they are not.
     """
@@ -142,6 +161,7 @@ def describe_environment(
         **(gpu_facts(device) if is_gpu else {"processor_model": processor_model()}),
         **({"attention": attention} if attention else {}),
         **({} if exact else {"deterministic": False}),
+        **ranks,
     }
 
 
@@ -152,7 +172,13 @@ def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def promises_bits(environment: Mapping[str, Any]) -> bool:
-    """Whether equal bits are promised in an environment at all: not without determinism, and not on Apple's GPUs."""
+    """Whether equal bits are promised in an environment at all.
+
+    They are not without determinism, on Apple's GPUs, by several devices that are not equal, and where these add their
+    gradients in any order.
+    """
+    if "ranks" in environment or "exchange" in environment:
+        return False
     return environment.get("deterministic", True) is True and environment.get("device") != "mps"
 
 

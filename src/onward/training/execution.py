@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from onward.training.world import World
+from onward.training.world import Message, World
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,11 @@ class Execution:
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
         by_length: rows are computed with those of their own length only, as the model's admission found.
+        model: what other ranks build the same model from, beside the config.
     """
 
     world: World
     dtype: torch.dtype
     pad_id: int = 0
     by_length: bool = False
+    model: Message = field(default_factory=Message)

@@ -138,8 +138,9 @@ def largest_part(config: Config) -> list[int]:
     """Return the lengths of the rows of the largest part that a step can have, where all rows have full length."""
     tokens, length = config.part_tokens, config.max_length
     if config.gradient_accumulation != "auto":
-        return [length] * -(-config.batch_size // min(config.gradient_accumulation, config.batch_size))
-    return [length] * max(1, min(config.batch_size, tokens // length))
+        return [length] * -(-config.batch_size // min(config.most_parts, config.batch_size))
+    share = -(-config.batch_size // min(config.parts, config.batch_size))
+    return [length] * max(1, min(share, tokens // length))
 
 
 PART_TOKENS = (32768, 16384, MICRO_BATCH_TOKENS, 4096, 2048)

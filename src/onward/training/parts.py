@@ -31,20 +31,47 @@ END_TO_END = RowLayout()
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a step's batch, and the seed of their dropout."""
+    """Some rows of a step's batch that are computed at once, the seed of their dropout, and the share they belong to.
+
+    Shares are what devices share out: `parts` of the config. No seed knows which device computes a part.
+    """
 
     batch: Batch
     seed: int
+    share: int = 0
 
 
 def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO_END) -> list[Part]:
     """Cut a batch into its parts, a function of the batch, the config, how rows are laid and the steps taken before.
 
     Rows of one part have the same angles. Where rows are padded they are taken by falling length, so that rows and
-    filling of a part together are at most `micro_batch_tokens` under `gradient_accumulation: auto`, or one row.
+    filling of a part together are at most `micro_batch_tokens` under `gradient_accumulation: auto`, or one row. Parts
+    of one share follow each other.
     """
-    pieces = [piece for group in _by_angles(batch, layout.angles) for piece in _cut(group, batch, config, layout)]
-    return [Part(piece, fold(config.seed, "step", step, number, SEED_OF_RANK_0)) for number, piece in enumerate(pieces)]
+    pieces = [
+        (piece, number)
+        for number, share in enumerate(shares_of(batch, config.parts))
+        for group in _by_angles(share, layout.angles)
+        for piece in _cut(group, batch, config, layout)
+    ]
+    return [
+        Part(piece, fold(config.seed, "step", step, place, SEED_OF_RANK_0), share)
+        for place, (piece, share) in enumerate(pieces)
+    ]
+
+
+def shares_of(batch: Batch, count: int) -> list[Batch]:
+    """Deal the rows of a batch out to at most `count` shares: as many rows in each, and about as many tokens.
+
+    They are dealt by falling length, to and fro. In a share they keep their order.
+    """
+    if count == 1 or len(batch) <= 1:
+        return [batch]
+    dealt: list[list[int]] = [[] for _ in range(min(count, len(batch)))]
+    for place, row in enumerate(sorted(range(len(batch)), key=lambda place: -len(batch.rows[place].ids))):
+        turn, within = divmod(place, len(dealt))
+        dealt[within if turn % 2 == 0 else -1 - within].append(row)
+    return [batch.take(sorted(rows)) for rows in dealt]
 
 
 def _by_angles(batch: Batch, angles: Angles) -> list[Batch]:

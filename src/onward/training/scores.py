@@ -170,7 +170,7 @@ class Meter:
 
     def _parts(self, rows: list[Row]) -> Iterator[Batch]:
         batch = Batch(rows, [RowReference("", place) for place in range(len(rows))], list(range(len(rows))))
-        at_once = self._compute.config.model_copy(update={"gradient_accumulation": "auto"})
+        at_once = self._compute.config.model_copy(update={"gradient_accumulation": "auto", "parts": 1})
         return (part.batch for part in parts_of(batch, at_once, 0, self._loss.layout))
 
     def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -25,6 +26,9 @@ from onward.training.execution import Execution
 from onward.training.loss import TargetLoss
 from onward.training.optimizers import set_learning_rate
 from onward.training.parts import Part, parts_of
+from onward.training.ranks.exchange import exchange_of
+from onward.training.ranks.orders import file_order, step_order
+from onward.training.ranks.sameness import hold_same
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
@@ -58,7 +62,9 @@ class Trainer:
         self.config = config
         self.rates = rates or partial(learning_rate, config)
         self.anchor = anchor
+        self.execution = execution
         self.world = execution.world
+        self.exchange = exchange_of(execution.world, config.exchange)
         device = execution.world.device
         self.loss = TargetLoss(state.model, device, execution.dtype, execution.pad_id, by_length=execution.by_length)
         self.economy = Economy(state, self.loss, config, device, learned or Learned())
@@ -73,18 +79,24 @@ class Trainer:
         Raises:
             TrainingError: the loss is not finite; the state is that before the step.
         """
+        self.world.tell(lambda: file_order(self.state, self.config, self.execution, plan, files, self.anchor))
+        hold_same(lambda: self.state, self.world, self.anchor)
         with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
             while not self.state.cursor.at_boundary:
-                yield self.take_step(batches.at(self.state.cursor.step), plan)
+                batch = batches.at(self.state.cursor.step)
+                self.world.tell(lambda: step_order(self.economy.setting))
+                yield self.take_step(batch, plan)
 
     def take_step(self, batch: Batch, plan: Plan) -> StepTaken:
         """Train one batch as one optimizer step and move counters and cursor on."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = self.rates(state.step + 1, index + 1)
-        total, divergence = self._gradients(batch), self._anchor_gradients()
-        self._fill()
-        loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for the device
+        total = self._gradients(batch)
+        with self.world.together():
+            divergence = self._anchor_gradients()
+            self._fill()
+            loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the step's one wait for a device
         self._require_finite(loss, grad_norm, batch)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
@@ -114,24 +126,35 @@ class Trainer:
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
-        recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
+        with self.world.together():
+            recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
         try:
             return self._accumulate(parts, recompute, batch.target_tokens)
         except Exception as error:
-            if all(recompute) or not is_out_of_memory(error) or self.economy.setting != "auto":
+            self.state.optimizer.zero_grad(set_to_none=True)
+            if not is_out_of_memory(error) or self.economy.setting != "auto" or not self.world.any(not all(recompute)):
                 raise
             forget_frames(error)  # they hold the graph
-            self.state.optimizer.zero_grad(set_to_none=True)
             release_freed_memory()
-            if not self.economy.may_recompute():
+            with self.world.together():
+                may_recompute = self.economy.may_recompute()
+            if not may_recompute:
                 raise
         self.economy.always = True
         return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
 
     def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> torch.Tensor:
+        """Leave the gradients of all parts in the weights, added share by share, and return the loss."""
+        pairs = zip(parts, recompute, strict=True)
+        shares = [list(share) for _, share in groupby(pairs, key=lambda pair: pair[0].share)]
+        compute = partial(self._compute, targets=targets)
+        return self.exchange.total(shares, compute, self.state.parameters.values())
+
+    def _compute(self, share: Sequence[tuple[Part, bool]], targets: int) -> torch.Tensor:
+        """Add the gradients of some parts to those of the weights, and return their loss."""
         total = torch.zeros((), device=self.world.device)
         try:
-            for part, again in zip(parts, recompute, strict=True):
+            for part, again in share:
                 exactly = deterministic(self.world.device, exact=self.config.deterministic)
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):

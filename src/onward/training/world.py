@@ -1,15 +1,21 @@
-"""The processes that train one run together. Today there is one, for which none of this costs anything.
+"""The processes that train one run together. With one, none of this costs anything.
 
-Rank 0 owns the lock, the ledger and the checkpoints; others would follow it. What must be the same on every rank
-(whether a step counts, whether to stop) is decided through the world.
+Rank 0 owns the lock, the ledger and the checkpoints, and tells the others what is done next; they follow it. What must
+be the same on every rank (whether a step counts, whether to stop) is decided through the world.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+Message = dict[str, Any]
+"""What rank 0 tells the others: JSON values."""
 
 
 class World(Protocol):
@@ -30,6 +36,11 @@ class World(Protocol):
         """The device that this process computes on."""
         ...
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all ranks compute the same bits: equal devices, threads and versions."""
+        ...
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer on every rank."""
         ...
@@ -42,6 +53,26 @@ class World(Protocol):
         """Wait until every rank is here."""
         ...
 
+    def tell(self, make: Callable[[], Message]) -> None:
+        """Tell the other ranks what is done next; called by rank 0.
+
+        Args:
+            make: makes the message; not called where there is nobody to tell.
+        """
+        ...
+
+    def share(self, value: Any) -> list[Any]:
+        """Return the JSON values of all ranks, by rank; every rank calls it."""
+        ...
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank the tensors of rank 0, bit for bit, in the memory of its own; every rank calls it."""
+        ...
+
+    def together(self) -> AbstractContextManager[None, None]:
+        """Raise what the body raises on any rank on every rank, once all are at its end; every rank enters it."""
+        ...
+
 
 @dataclass(frozen=True)
 class SingleProcess:
@@ -50,6 +81,7 @@ class SingleProcess:
     device: torch.device
     rank: int = 0
     size: int = 1
+    is_uniform: bool = True
 
     def any(self, flag: bool) -> bool:
         """Return the flag: nobody else has one."""
@@ -61,3 +93,17 @@ class SingleProcess:
 
     def barrier(self) -> None:
         """Return at once: everybody is here."""
+
+    def tell(self, make: Callable[[], Message]) -> None:
+        """Tell nobody."""
+
+    def share(self, value: Any) -> list[Any]:
+        """Return the value alone."""
+        return [value]
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give them to nobody."""
+
+    def together(self) -> AbstractContextManager[None, None]:
+        """Do nothing: nobody else can fail."""
+        return contextlib.nullcontext()

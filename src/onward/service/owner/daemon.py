@@ -266,6 +266,7 @@ class Daemon:
         """Release model and optimizer; the next file begins from the last commit."""
         self._worker = self._settled = None
         self._was_dropped = True
+        self.owned.let_go()
         gc.collect()
         release_freed_memory()
 

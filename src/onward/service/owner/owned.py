@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from onward.errors import OnwardError
@@ -19,7 +20,11 @@ from onward.store.ledger import Ledger
 
 @dataclass(frozen=True)
 class Owned:
-    """A run in the process that owns it: its record, its config, what is asked of it, who is told."""
+    """A run in the process that owns it: its record, its config, what is asked of it, who is told.
+
+    Args:
+        let_go: has other processes that train free their models.
+    """
 
     layout: RunLayout
     ledger: Ledger
@@ -30,6 +35,7 @@ class Owned:
     hub: Hub
     shown: Shown
     news: NewNotes
+    let_go: Callable[[], None] = lambda: None
 
     def record(self, level: str, message: str, kind: str) -> None:
         """Record what whoever watches should read; where the ledger cannot take it now, it is told all the same."""

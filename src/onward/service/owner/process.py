@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from onward.service.intake.checking import Intake
     from onward.service.owner.daemon import Daemon
     from onward.service.session import Session
+    from onward.training.world import World
 
 POLL_SECONDS = 0.2
 """Seconds between two looks at the requests in the ledger."""
@@ -46,6 +47,7 @@ class OpenedRun:
 
     Args:
         loading: a context in which the large libraries are imported.
+        world: the processes that train; None where this is the only one.
     """
 
     def __init__(
@@ -55,11 +57,13 @@ class OpenedRun:
         report: Callable[[str], None],
         *,
         loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        world: World | None = None,
     ) -> None:
         self.layout = layout
         self.ledger = ledger
         self.report = report
         self.loading = loading
+        self.world = world
         self._settings: Settings | None = None
         self._session: Session | None = None
         self._begun: BaseDigest | None = None
@@ -89,8 +93,15 @@ class OpenedRun:
 
             begun, self._begun = self._begun, None
             config = self.settings.read()
-            self._session = open_session(self.layout, self.ledger, report=self.report, config=config, begun=begun)
+            self._session = open_session(
+                self.layout, self.ledger, report=self.report, config=config, begun=begun, world=self.world
+            )
         return self._session
+
+    def let_go(self) -> None:
+        """Have the other processes that train free their models too."""
+        if self.world is not None:
+            self.world.tell(lambda: {"order": "release"})
 
     def hash_base(self) -> None:
         """Begin to hash the base model alongside the large imports; later there is nothing to hide behind."""
@@ -200,6 +211,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
         hub=Hub([observe], warn),
         shown=Shown(ledger),
         news=NewNotes(ledger),
+        let_go=opened.let_go,
     )
 
 

@@ -60,6 +60,19 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
     return adapter
 
 
+def adapter_message(model: nn.Module) -> dict[str, Any] | None:
+    """Return the adapter of a model as JSON values, for another process to build it; None where there is none."""
+    if not isinstance(model, PeftModel):
+        return None
+    shape = cast(dict[str, Any], cast(Any, model.peft_config[ADAPTER]).to_dict())
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in shape.items()}
+
+
+def adapter_told(told: Mapping[str, Any] | None) -> PeftConfig | None:
+    """Return the adapter of a message."""
+    return None if told is None else PeftConfig.from_peft_type(**told)
+
+
 def add_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     """Put an adapter around a base model; its weights are drawn from the global generator.
 

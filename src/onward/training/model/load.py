@@ -55,7 +55,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def build_model(
-    spec: ModelSpec, *, checkpoint: Path | None = None, treatment: Treatment | None = None, mapped: bool = False
+    spec: ModelSpec,
+    *,
+    checkpoint: Path | None = None,
+    treatment: Treatment | None = None,
+    adapter: PeftConfig | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """Build the model of a run in training mode, with trained weights in float32.
 
@@ -63,6 +68,7 @@ def build_model(
         checkpoint: folder to take trained weights (and the adapter's config) from; None starts a new run, whose
             adapter is a function of the seed.
         treatment: what the model's admission found; None for a run that was made before there was one.
+        adapter: the adapter of a model whose trained weights come from elsewhere.
         mapped: leave the weights of files in the files, on the CPU and in the type that they have there, for a model
             that is then cut into shards.
 
@@ -71,7 +77,7 @@ def build_model(
         Unreadable: a file of the model cannot be read now.
     """
     left_out = () if treatment is None else treatment.left_out
-    model = build_plain(spec, checkpoint=checkpoint, left_out=left_out, mapped=mapped)
+    model = build_plain(spec, checkpoint=checkpoint, left_out=left_out, adapter=adapter, mapped=mapped)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
     make_fast(model, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
@@ -83,6 +89,7 @@ def build_plain(
     checkpoint: Path | None = None,
     left_out: tuple[str, ...] = (),
     strict: bool = False,
+    adapter: PeftConfig | None = None,
     mapped: bool = False,
 ) -> nn.Module:
     """Build the model of a run as transformers and PEFT compute it; the arguments are those of `build_model`.
@@ -104,7 +111,9 @@ def build_plain(
     stays = mapped or config.method == "qlora"
     weights = contextlib.nullcontext() if stays else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
-        if checkpoint is None:
+        if adapter is not None:
+            model = add_adapter(base_model, adapter)
+        elif checkpoint is None:
             model = add_adapter(base_model, new_adapter_config(config, base, base_model, left_out))
             require_effect(model, config)
         else:

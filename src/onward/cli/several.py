@@ -1,0 +1,90 @@
+"""Commands that several processes carry out together: rank 0 is the command, the others follow it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from onward import startup
+from onward.errors import OnwardError, RankLost, UsageError
+from onward.ranks import LOST, Place, place_here
+from onward.terminal import flush_results, say
+
+DevicesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--devices",
+        metavar="N|all|A:B",
+        help="Train on several devices of this machine; A:B goes on with fewer after one was lost.",
+        show_default="one",
+    ),
+]
+
+
+def place_or_follow(run: Path) -> Place | None:
+    """Return the place of this process if it is rank 0 of several, None if it is alone; any other rank follows."""
+    place = place_here()
+    if place is not None and place.rank:
+        _follow(run, place)
+    return place
+
+
+def on_devices(devices: str, words: Sequence[str], again: Sequence[str]) -> NoReturn:
+    """Run a command on several devices to its end.
+
+    Args:
+        devices: how many, as a person said it.
+        words: the command and its arguments.
+        again: what goes on after a loss.
+
+    Raises:
+        UsageError: there are not so many devices.
+    """
+    if place_here() is not None:
+        hint = "torchrun says how many there are: --nproc-per-node N, without --devices."
+        raise UsageError("torchrun has started several processes already", where="--devices", hint=hint)
+    startup.set_environment()
+    with startup.large_imports():
+        from onward.service.outside.elastic import count_gpus, read_devices, run_on
+
+        wanted = read_devices(devices, count_gpus)
+    raise typer.Exit(run_on(wanted, command, list(words), list(again), say))
+
+
+def flags(*given: tuple[str, bool]) -> list[str]:
+    """Return the names of the switches that are on."""
+    return [name for name, is_on in given if is_on]
+
+
+def command(words: Sequence[str]) -> int:
+    """Carry out a command line in a process that the elastic agent started; returns its exit status."""
+    from onward.cli.entry import status_of_command
+
+    lost: list[bool] = []
+    sys.argv = ["onward", *words]
+    status = status_of_command(lambda error: lost.append(isinstance(error, RankLost)))
+    if any(lost):
+        os._exit(LOST)  # so that the agent ends the others
+    return status
+
+
+def _follow(run: Path, place: Place) -> NoReturn:
+    """Follow rank 0 until it ends; what there is to say, rank 0 says."""
+    from onward.run import Run
+    from onward.service.wishes import Wishes
+
+    stop = Wishes()
+    try:
+        with stop.on_signals():
+            Run(run, loading=startup.large_imports, place=place).follow(stop=stop, report=say)
+    except RankLost:
+        flush_results()
+        os._exit(LOST)  # connections to a rank that is gone would be waited for
+    except OnwardError as error:
+        raise typer.Exit(error.exit_status) from None
+    raise typer.Exit

@@ -1,0 +1,59 @@
+"""Which of several processes this is, as torchrun's variables say it. Nothing here loads torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from onward.errors import UsageError
+
+LOST = 75
+"""Exit status (EX_TEMPFAIL) of a process whose group lost a rank: a smaller one can go on. Not one of a command's."""
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets for every process that it starts."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of several processes.
+
+    Args:
+        rank: its number, from 0.
+        size: how many there are.
+        local_rank: its number on its machine.
+        local_size: how many there are on its machine.
+        restarts: how often the group was started again.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    restarts: int = 0
+
+
+def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """Return the place of this process; None where it is alone.
+
+    Raises:
+        UsageError: the variables are not those that torchrun sets.
+    """
+    if "RANK" not in environment or environment.get("WORLD_SIZE", "1") == "1":
+        return None
+    missing = [name for name in VARIABLES if name not in environment]
+    if missing:
+        raise _wrong(f"{', '.join(missing)} is not set, and RANK is")
+    try:
+        rank, size, local_rank, local_size = (int(environment[name]) for name in VARIABLES[:4])
+        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    except ValueError:
+        raise _wrong("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are not all numbers") from None
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise _wrong(f"rank {rank} of {size}, {local_rank} of {local_size} here, cannot be")
+    return Place(rank, size, local_rank, local_size, restarts)
+
+
+def _wrong(what: str) -> UsageError:
+    hint = "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m onward train."
+    return UsageError(f"the variables of torchrun make no sense: {what}", where="environment", hint=hint)

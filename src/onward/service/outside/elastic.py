@@ -1,0 +1,192 @@
+"""A command on several devices of this machine: torch's elastic agent starts a process for each and looks after them.
+
+It is the agent that torchrun starts; this adds which devices there are, signals that let the run commit first, and
+going on with what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any
+
+from onward.errors import UsageError
+from onward.ranks import LOST
+
+GRACE = 5.0
+"""Seconds that the last ones have to end once the others have."""
+PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
+"""What every process needs, imported once before they are forked."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+Command = Callable[[Sequence[str]], int]
+"""A command line in a process of its own; returns its exit status."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How many devices a command is to have: between `least` and `most`, fewer once one was lost."""
+
+    least: int
+    most: int
+
+
+def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
+    """Return what `--devices N|all|A:B` means here.
+
+    Args:
+        there: counts the GPUs of this machine; None where processors compute.
+
+    Raises:
+        UsageError: it is none of these, or there are not so many devices.
+    """
+    count = there()
+    if text == "all":
+        return Devices(count or 1, count or 1)
+    first, _, last = text.partition(":")
+    try:
+        devices = Devices(int(first), int(last) if last else int(first))
+    except ValueError:
+        raise _wrong(f"{text!r} is no number of devices") from None
+    if not 1 <= devices.least <= devices.most:
+        raise _wrong(f"{text!r} is no number of devices from 1 on" if devices.least < 1 else f"{text!r} goes down")
+    if count is not None and devices.least > count:
+        raise _wrong(f"this machine has {count} GPU{'s' if count > 1 else ''}, not {devices.least}")
+    return devices if count is None else Devices(devices.least, min(devices.most, count))
+
+
+def count_gpus() -> int | None:
+    """Return the number of GPUs here; None where there is none."""
+    import torch
+
+    return torch.cuda.device_count() or None
+
+
+def run_on(
+    devices: Devices, command: Command, words: Sequence[str], again: Sequence[str], say: Callable[[str], None]
+) -> int:
+    """Run a command on devices to its end; returns its exit status.
+
+    Args:
+        command: what each process does; it has torchrun's variables in its environment.
+        words: what it is called with.
+        again: what it is called with when fewer processes go on.
+        say: shows a line to a person.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices.most)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds files of others: nothing is imported from it
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
+    count = devices.most
+    while True:
+        end = _run_once(count, command, words)
+        if isinstance(end, int):
+            return end
+        count, words = count - 1, again
+        say(end.words + (f"; {count} go on from the last commit" if count >= devices.least else ""))
+        if count < devices.least:
+            return 1
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A process that is gone, in words."""
+
+    words: str
+
+
+def _run_once(count: int, command: Command, words: Sequence[str]) -> int | _Loss:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of every start and end
+    with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on(), _ending_the_rest():
+        try:
+            return int(elastic_launch(_config(count, folder), command)(words)[0])
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode == LOST:
+                return _Loss(f"a process was lost, and the {count} of the group have ended")
+            if failure.exitcode < 0:
+                return _Loss(f"rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}")
+            return 1
+
+
+def _config(count: int, folder: str) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    known = {field.name for field in fields(LaunchConfig)}
+    later = {"signals_to_handle": "SIGQUIT"}  # the others are passed on, so that the run commits first
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        **{name: value for name, value in later.items() if name in known},
+    )
+
+
+@contextlib.contextmanager
+def _passing_on() -> Generator[None]:
+    """Pass signals on to the processes, whose rank 0 commits and ends; then all of it ends."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGINT else number  # a terminal sends Ctrl-C to all by itself
+        for process in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, number)
+
+    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _ending_the_rest() -> Generator[None]:
+    """Kill what is left some time after rank 0 ended for a lost rank: a frozen process does not end by SIGTERM."""
+    over = threading.Event()
+
+    def look() -> None:
+        known: dict[str, Any] = {}
+        while not over.wait(0.2):
+            known |= {process.name: process for process in multiprocessing.active_children()}
+            ranks = [known[name] for name in sorted(known, key=lambda name: int(name.rpartition("-")[2]))]
+            ended = [process.exitcode is not None for process in ranks]
+            if any(process.exitcode == LOST for process in ranks) and (ended[0] or all(ended[1:])):
+                over.wait(GRACE)
+                for process in ranks:
+                    if process.exitcode is None:
+                        process.kill()
+                return
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _wrong(what: str) -> UsageError:
+    hint = "--devices 4 takes four, --devices all what there is, --devices 2:8 from two to eight."
+    return UsageError(what, where="--devices", hint=hint)

@@ -1,0 +1,203 @@
+"""A rank that follows: it takes the steps that rank 0 tells, and owns nothing.
+
+It opens the run's config, base model and tokens to read them alone. Lock, ledger, inbox, commits, measurements and
+whatever is shown are rank 0's.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from onward.config import Config, stored_config
+from onward.data.loader import Batch, batch_at
+from onward.data.replay import StreamPlan
+from onward.data.tokenized import Row, TokenizedFile
+from onward.errors import DamagedState, ModelError, RankLost
+from onward.layout import RunLayout
+from onward.ranks import Place
+from onward.service.wishes import Wishes
+from onward.training.anchor import AnchorTerm
+from onward.training.device_errors import forget_frames
+from onward.training.economy import Learned
+from onward.training.environment import release_freed_memory
+from onward.training.execution import Execution
+from onward.training.model.adapter import adapter_told, set_dropout
+from onward.training.model.base import base_of_run, digest_base
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
+from onward.training.ranks.failures import Released
+from onward.training.ranks.forming import form
+from onward.training.ranks.group import Group
+from onward.training.ranks.orders import END, FILE, RELEASE, STEP, plan_told
+from onward.training.ranks.sameness import hold_same
+from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+from onward.training.world import Message
+
+VISIBLE = 60.0
+"""Seconds until a folder that another machine made is seen here at the latest: NFS keeps what it saw for a while."""
+
+
+def follow(
+    layout: RunLayout, place: Place, patience: float, stop: Wishes, report: Callable[[str], None] = lambda _: None
+) -> None:
+    """Form the group with the other ranks, and follow rank 0 until it ends.
+
+    Args:
+        patience: seconds after which a rank that shows no sign of life is lost.
+        stop: a stop asked for here is passed on to rank 0.
+        report: receives a line where rank 0 cannot say any more why it ends.
+
+    Raises:
+        RankLost: another rank is gone.
+    """
+    group = form(place, patience, lambda _: None)
+    group.watch.asked = lambda: stop.reason if stop.wants_end else None
+    try:
+        Follower(layout, group).follow()
+    except Released:
+        group.is_broken = True
+    except RankLost as error:
+        if group.watch.misses_first and group.watch.is_first_to_say():
+            report(f"onward: {error}")
+        raise
+    finally:
+        group.end()
+
+
+class Follower:
+    """One rank's part of a run, told by rank 0.
+
+    Args:
+        layout: the run's directory, as this rank sees it.
+    """
+
+    def __init__(self, layout: RunLayout, group: Group) -> None:
+        self._layout, self._group = layout, group
+        self._state: TrainState | None = None
+        self._model: str | None = None
+        """What the model of the state was built from."""
+        self._trainer: Trainer | None = None
+        self._plan: StreamPlan | None = None
+        self._files: Mapping[str, TokenizedFile] = {}
+        self._failure: Exception | None = None
+        self._learned = Learned()
+        self._digests: dict[Path, str] = {}
+
+    def follow(self) -> None:
+        """Do what rank 0 tells until it ends.
+
+        Raises:
+            RankLost: another rank is gone.
+            Released: rank 0 ended in the middle of something.
+        """
+        actions = {FILE: self._begin, STEP: self._step, RELEASE: lambda _: self._let_go()}
+        while (order := self._group.listen())["order"] != END:
+            try:
+                actions[order["order"]](order)
+            except RankLost:
+                raise
+            except Exception as error:  # rank 0 was told of it, or is told before the next step
+                self._failure = error
+                self._trainer = None
+                forget_frames(error)
+
+    def _begin(self, order: Message) -> None:
+        """Make ready for the steps of a file."""
+        self._failure = self._trainer = None
+        config = stored_config(order["config"])
+        anchor = _anchor_memory(order["anchor"])
+        followed = self._state is not None and self._state.step == order["state"]["counters"]["step"]
+        hold_same(lambda: self._ready(order, config), self._group, anchor, followed=followed)
+        assert self._state is not None
+        dtype = getattr(torch, order["dtype"])
+        execution = Execution(self._group, dtype, order["pad_id"], order["by_length"])
+        self._trainer = Trainer(self._state, config, execution, anchor, learned=self._learned)
+
+    def _ready(self, order: Message, config: Config) -> TrainState:
+        """Open the file's tokens and return the state of the same model as rank 0's, its values aside."""
+        self._plan = plan_told(order["plan"])
+        self._files = {sha256: _tokens(self._layout.tokens / name) for sha256, name in order["tokens"].items()}
+        origin = {key: order[key] for key in ("model", "adapter", "dtype")}
+        origin["adapter"] = {**(origin["adapter"] or {}), "lora_dropout": None}
+        model = json.dumps([config.identity(), origin], sort_keys=True)
+        if self._state is None or model != self._model:
+            self._let_go()
+            self._state, self._model = self._built(order, config), model
+        state, plain = self._state, order["state"]
+        state.method.configure(state.optimizer, config)
+        set_dropout(state.model, config.lora.dropout)
+        if plain["counters"]["adam_origin"] == plain["counters"]["step"]:
+            state.reset_moments()
+        state.load_plain(plain)
+        return state
+
+    def _built(self, order: Message, config: Config) -> TrainState:
+        base, told = base_of_run(self._layout.root, config.model), order["model"]
+        if base not in self._digests:
+            self._digests[base] = digest_base(base)
+        if told["base"] != self._digests[base]:
+            raise ModelError(
+                "the base model here is not the one of rank 0",
+                where=base,
+                hint="Every machine needs the same files of the base model.",
+            )
+        spec = ModelSpec(config, base, self._group.device, getattr(torch, order["dtype"]))
+        found = told["treatment"]
+        treatment = None if found is None else Treatment(**{**found, "left_out": tuple(found["left_out"])})
+        model = build_model(spec, treatment=treatment, adapter=adapter_told(order["adapter"]))
+        return TrainState.start(model, config)
+
+    def _step(self, order: Message) -> None:
+        """Take the next step; what failed here since the last one fails on every rank now."""
+        batch = self._next_batch()
+        if self._trainer is None or self._plan is None or batch is None:
+            with self._group.together():
+                raise self._failure or RuntimeError("no file has begun here")
+        self._trainer.economy.setting = order["recomputation"]
+        self._trainer.take_step(batch, self._plan)
+
+    def _next_batch(self) -> Batch | None:
+        if self._trainer is None or self._plan is None:
+            return None
+        try:
+            return batch_at(self._files, self._plan, self._trainer.state.cursor.step)
+        except Exception as error:
+            self._failure = error
+            return None
+
+    def _let_go(self) -> None:
+        self._state = self._trainer = self._plan = self._model = None
+        self._files = {}
+        gc.collect()
+        release_freed_memory()
+
+
+def _tokens(folder: Path) -> TokenizedFile:
+    ends = time.monotonic() + VISIBLE
+    while True:
+        try:
+            return TokenizedFile.open(folder)
+        except DamagedState:
+            if folder.is_dir() or time.monotonic() > ends:
+                raise
+        time.sleep(0.1)
+
+
+def _anchor_memory(told: dict[str, Any] | None) -> AnchorTerm | None:
+    """Return memory for the anchor's tensors, which rank 0 sends."""
+    if told is None:
+        return None
+    texts, targets, top = told["shape"]
+    rows = [Row(np.zeros(targets + 1, dtype=np.int64), np.arange(targets + 1) > 0) for _ in range(texts)]
+    shape = (texts, targets, top)
+    return AnchorTerm(rows, torch.empty(shape, dtype=torch.int64), torch.empty(shape), told["weight"])

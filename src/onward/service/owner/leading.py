@@ -1,0 +1,35 @@
+"""Rank 0 as the others see it: it passes their signals on as wishes, and tells them when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+
+from onward.ranks import Place
+from onward.service.wishes import Wishes
+from onward.training.ranks.forming import form
+from onward.training.ranks.group import Group
+from onward.training.ranks.orders import END
+
+
+@contextlib.contextmanager
+def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str], None]) -> Generator[Group]:
+    """Form the group and lead it in the body; however that ends, the others end too.
+
+    Args:
+        patience: seconds after which a rank that shows no sign of life is lost.
+        report: receives what is unequal between ranks.
+
+    Raises:
+        RankLost: a rank did not come.
+    """
+    group = form(place, patience, report)
+    group.watch.on_stop = wishes.ask
+    try:
+        yield group
+    except BaseException:
+        with contextlib.suppress(Exception):  # what is raised matters more
+            group.end({"order": END})
+        raise
+    else:
+        group.end({"order": END})

@@ -1,0 +1,142 @@
+"""Forming the group: every rank says who it is, what it computes with is compared, and the connections are made."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.rendezvous import rendezvous
+
+from onward.errors import RankLost, UsageError, first_line
+from onward.ranks import Place
+from onward.training.environment import describe_environment, same_environment
+from onward.training.ranks.group import Group
+from onward.training.ranks.watch import HINT, Watch
+
+FOREVER = timedelta(days=365)
+"""The time-out of a collective, which looks after the others by itself."""
+
+
+def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
+    """Form the group of all ranks; returns when all are there.
+
+    Args:
+        patience: seconds to wait for a rank, now and later.
+        report: receives, at rank 0, what is unequal between ranks.
+
+    Raises:
+        UsageError: this machine has no device for the rank.
+        RankLost: a rank did not come.
+    """
+    device = device_of(place)
+    store, watched = _stores(place, patience)
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": _facts(device)}
+    store.set(f"here/{place.rank}", json.dumps(own))
+    found = _all_here(store, place.size, patience)
+    unequal = _equalize(found, device, report if place.rank == 0 else lambda _: None)
+    names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
+    watch = Watch(watched, place.rank, names, patience)
+    watch.start()
+    _connect(store, place, device, patience)
+    return Group(place.rank, place.size, device, watch, is_uniform=not unequal)
+
+
+def device_of(place: Place) -> torch.device:
+    """Return the device of a rank: the GPU of its number on this machine, or the CPU where there is none.
+
+    Raises:
+        UsageError: there are fewer GPUs than ranks here.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if place.local_size > count:
+        raise UsageError(
+            f"{place.local_size} processes were started on a machine with {count} GPU{'s' if count > 1 else ''}",
+            where="devices",
+            hint=f"Start {count} here: onward train --devices all, or torchrun --nproc-per-node {count}.",
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _stores(place: Place, patience: float) -> tuple[Any, Any]:
+    """Return two connections to the store by which torchrun's processes find each other."""
+    try:
+        store, _, _ = next(iter(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience))))
+        return store, store.clone()
+    except (RuntimeError, ValueError, OSError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLost(
+            f"the processes cannot find each other: {first_line(error)}",
+            where=address,
+            hint="MASTER_ADDR and MASTER_PORT have to be reachable from every machine, and the port free.",
+        ) from None
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    return describe_environment(device, torch.float32)
+
+
+def _all_here(store: Any, size: int, patience: float) -> list[dict[str, Any]]:
+    """Wait until every rank has said who it is."""
+    ends = time.monotonic() + patience
+    keys = [f"here/{rank}" for rank in range(size)]
+    while missing := [key for key in keys if not store.check([key])]:
+        if time.monotonic() > ends:
+            ranks = ", ".join(f"rank {key.removeprefix('here/')}" for key in missing)
+            raise RankLost(f"{ranks} did not come within {patience:.0f} s", where="devices", hint=HINT)
+        time.sleep(0.02)
+    return [json.loads(found) for found in store.multi_get(keys)]
+
+
+def _equalize(found: Sequence[Mapping[str, Any]], device: torch.device, report: Callable[[str], None]) -> list[str]:
+    """Compute with as many threads as the rank that has fewest; returns in what ranks still differ."""
+    records = [dict(each["environment"]) for each in found]
+    threads = sorted({record["threads"] for record in records})
+    if len(threads) > 1:
+        torch.set_num_threads(threads[0])
+        counts = ", ".join(map(str, threads))
+        report(f"the ranks had {counts} threads: all compute with {threads[0]} now (OMP_NUM_THREADS)")
+        for record in records:
+            record["threads"] = threads[0]
+    del device
+    unequal = sorted(
+        {
+            key
+            for record in records
+            if not same_environment(record, records[0])
+            for key in record.keys() | records[0].keys()
+            if record.get(key) != records[0].get(key)
+        }
+    )
+    if unequal:
+        report(f"the ranks differ in {', '.join(unequal)}: equal bits are not promised, and handovers say so")
+    return unequal
+
+
+def _connect(store: Any, place: Place, device: torch.device, patience: float) -> None:
+    """Connect all ranks for collectives: through gloo, and through NCCL between GPUs."""
+    of_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    try:
+        distributed.init_process_group(
+            store=distributed.PrefixStore("collectives", store), rank=place.rank, world_size=place.size,
+            timeout=timedelta(seconds=patience), **of_gpu,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        raise RankLost(
+            f"the ranks cannot connect to each other: {first_line(error)}",
+            where="devices",
+            hint="GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between the machines.",
+        ) from None
+    group = distributed.group.WORLD
+    assert group is not None
+    group.set_timeout(FOREVER)

@@ -1,0 +1,209 @@
+"""Several processes as a world: what they tell each other, what they move, and how an error of one reaches all.
+
+Data goes through PyTorch's process group (NCCL between GPUs, gloo between CPUs), small messages always through gloo.
+No collective has a time-out of its own: who waits looks every half second whether those it waits for are alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+
+from onward.training.ranks.failures import from_message, to_message
+from onward.training.ranks.watch import Watch
+from onward.training.world import Message
+
+GLANCE = timedelta(seconds=0.5)
+"""Between two looks at the life of the others, while this rank waits."""
+NAP = 1e-4
+"""Seconds between two looks at a GPU."""
+
+
+class Group:
+    """All ranks of a run, as one of them sees it, once PyTorch's process group is there.
+
+    Args:
+        device: what this rank computes on.
+        watch: knows who is alive.
+        is_uniform: whether all ranks compute the same bits: equal devices, threads and versions.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, watch: Watch, *, is_uniform: bool) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.watch = watch
+        self.is_uniform = is_uniform
+        self.is_broken = False
+        """Whether the ranks may stand in different places, so that nothing can be told any more."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return any(found == b"\1" for found in self._all(bytes([flag])))
+
+    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors: every rank holds them whole."""
+        return tensors
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._all(b"\0")
+
+    def tell(self, make: Callable[[], Message]) -> None:
+        """Tell the other ranks what is done next; rank 0 only."""
+        if not self.is_broken:
+            self._say(json.dumps(make()).encode())
+
+    def listen(self) -> Message:
+        """Return what rank 0 tells next; every rank but 0.
+
+        Raises:
+            RankLost: rank 0 is gone.
+            Released: it has ended.
+        """
+        return json.loads(self._say(None))
+
+    def share(self, value: Any) -> list[Any]:
+        """Return the JSON values of all ranks, by rank."""
+        own = json.dumps(value).encode()
+        lengths = [int.from_bytes(found, "little") for found in self._all(len(own).to_bytes(8, "little"))]
+        return [
+            json.loads(found[:length])
+            for found, length in zip(self._all(own.ljust(max(lengths), b" ")), lengths, strict=True)
+        ]
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give every rank the tensors of rank 0, bit for bit, in the memory of its own."""
+        for tensor in tensors:
+            plain = tensor.detach().contiguous().reshape(-1)
+            work = distributed.broadcast(plain.view(torch.uint8), 0, async_op=True)
+            if tensor.device.type == "cuda":
+                self.moved(work)
+            else:
+                self.wait(work)
+            if self.rank and plain.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(plain.view(tensor.shape))
+
+    def meet(self, failure: Exception | None, payload: bytes = b"") -> list[bytes]:
+        """Come together after work that may have failed; returns the payloads of all ranks, which have one length.
+
+        Raises:
+            Exception: the work of a rank failed: this rank's own error, or one of the same kind that names the first.
+        """
+        found = self._all(bytes([failure is not None]) + payload, limited=True)
+        if not any(record[0] for record in found):
+            return [record[1:] for record in found]
+        told = self.share(None if failure is None else to_message(failure))
+        first = next(rank for rank, message in enumerate(told) if message is not None)
+        if failure is not None and first == self.rank:
+            raise failure
+        raise from_message(first, told[first]) from failure
+
+    @contextlib.contextmanager
+    def together(self) -> Generator[None]:
+        """Raise what the body raises on any rank on every rank."""
+        failure: Exception | None = None
+        with self.in_step():
+            try:
+                yield
+            except Exception as error:
+                failure = error
+        self.meet(failure)
+
+    @contextlib.contextmanager
+    def in_step(self) -> Generator[None]:
+        """Note where the body ends in the middle, so that the ranks no longer stand in the same place."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.is_broken = True
+            raise
+
+    def wait(self, work: Any, *, limited: bool = False) -> None:
+        """Wait for a collective, and look meanwhile whether the others are alive.
+
+        Args:
+            limited: the others are about to come; else they may take any time.
+
+        Raises:
+            RankLost: a rank is gone or frozen, or its connection broke.
+            Released: rank 0 has ended.
+        """
+        begun = time.monotonic()
+        while True:
+            try:
+                work.wait(GLANCE)
+                return
+            except RuntimeError as error:
+                if work.is_completed():
+                    self.is_broken = True
+                    raise self.watch.blame(error) from None
+            self._look(time.monotonic() - begun if limited else 0.0)
+
+    def moved(self, work: Any) -> None:
+        """Have what is computed next come after a collective on the device's tensors, which all ranks come to."""
+        if self.device.type == "cuda":
+            work.wait()  # the stream does; the process does in `settle`
+        else:
+            self.wait(work, limited=True)
+
+    def settle(self) -> None:
+        """Wait until the device has done what it was given; a CPU has."""
+        if self.device.type != "cuda":
+            return
+        done = torch.cuda.Event()
+        done.record()
+        begun = looked = time.monotonic()
+        while not done.query():
+            time.sleep(NAP)
+            if time.monotonic() - looked > GLANCE.total_seconds():
+                looked = time.monotonic()
+                self._look(looked - begun)
+
+    def end(self, last: Message | None = None) -> None:
+        """Leave the group; what is on its way to a rank that is gone is not waited for.
+
+        Args:
+            last: what rank 0 tells the others before; where they cannot be told they find out by themselves.
+        """
+        try:
+            if last is not None:
+                self.tell(lambda: last)
+        finally:
+            self.watch.close(released=last is not None)
+        if not self.is_broken:
+            distributed.destroy_process_group()
+
+    def _look(self, waited: float) -> None:
+        try:
+            self.watch.check(waited)
+        except BaseException:
+            self.is_broken = True
+            raise
+
+    def _all(self, own: bytes, *, limited: bool = False) -> list[bytes]:
+        """Return the bytes of all ranks, which have one length."""
+        self.watch.place += 1
+        mine = torch.frombuffer(bytearray(own), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        self.wait(distributed.all_gather(found, mine, async_op=True), limited=limited)
+        return [each.numpy().tobytes() for each in found]
+
+    def _say(self, text: bytes | None) -> bytes:
+        """Bring a text of any length from rank 0 to all."""
+        length = torch.tensor([0 if text is None else len(text)])
+        self.wait(distributed.broadcast(length, 0, async_op=True))
+        body = torch.empty(int(length), dtype=torch.uint8)
+        if text is not None:
+            body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.wait(distributed.broadcast(body, 0, async_op=True))
+        return body.numpy().tobytes()
