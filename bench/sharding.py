@@ -199,7 +199,7 @@ def make_model(folder: Path, layers: int, width: int) -> None:
 
 def main() -> None:
     """Make a model and measure it on some ranks."""
-    ranks, layers, width = (int(word) for word in [*sys.argv[1:], *("2", "8", "512")[len(sys.argv) - 1 :]])
+    ranks, layers, width = (int(word) for word in [*sys.argv[1:], *("2", "4", "384")[len(sys.argv) - 1 :]])
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
         folder = Path(place)
         make_model(folder / "model", layers, width)

@@ -76,7 +76,7 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
 
 
 def start_apart(function: Callable[..., None], *arguments: object) -> BaseProcess:
-    """Start a process of its own that calls a function."""
+    """Call a function in a process of its own."""
     _start_server()
     process = _CONTEXT.Process(target=function, args=arguments)
     process.start()

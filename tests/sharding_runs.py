@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from checkpoints import RUN
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -20,19 +22,23 @@ from onward.config import Config
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row
+from onward.training.checkpoint import Contents, Facts, inspect_checkpoint
+from onward.training.handover import measure
 from onward.training.layers.recompute import Recomputation
 from onward.training.loss import TargetLoss
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.parts import Part
+from onward.training.probe import Probed
 from onward.training.seeds import seeded
 from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.files import load_shards, read_manifest, require_files, write_shards
 from onward.training.sharding.gathering import clip
+from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards
-from onward.training.state import TrainState
+from onward.training.state import Snapshot, TrainState
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 14)
@@ -137,6 +143,22 @@ def train_in_shards(
         target.with_suffix(".json").write_text(json.dumps(told))
 
 
+def contents_of(model: nn.Module, state: Snapshot, base: Path) -> Contents:
+    """Return what a checkpoint of a state is written from, its measurement apart from the probe included."""
+    facts = Facts(RUN, {"name": str(base), "digest": "d"}, "t", {"device": "cpu"}, {"tokenizer.json": b"{}"})
+    return Contents(model, state, config_of(base, "full"), measure(state, Probed(1.0, "")), facts)
+
+
+def cut_checkpoint(base: Path, checkpoint: Path, target: Path) -> None:
+    """Load a checkpoint into shards, and write those."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    manifest = inspect_checkpoint(checkpoint).verified
+    assert manifest is not None
+    spec = ModelSpec(config_of(base, "full"), base, CPU, torch.float32)
+    _, state, shards = load_sharded(checkpoint, manifest, spec, mesh)
+    write_shards(target, state.snapshot(), shards, mesh)
+
+
 def lose_a_rank(folder: Path, target: Path) -> None:
     """Write the shards of a new model; rank 1 is killed when its turn comes, and the others end with an error."""
     config, model = built(folder, "full", torch.float32)
@@ -148,6 +170,19 @@ def lose_a_rank(folder: Path, target: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     write_shards(target, replace(state.snapshot(), wait=die), shards, mesh)
+
+
+def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
+    """Write the shards of a new model where rank 1 may write small files alone; says what each rank met."""
+    config, model = built(folder, "full", torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state, shards = start_sharded(ShardedModel(model, mesh), config)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        write_shards(target, state.snapshot(), shards, mesh)
+    except OSError as error:
+        met.with_suffix(f".{dist.get_rank()}").write_text(str(error.errno))
 
 
 def train_beside_shards(folder: Path, steps: int, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -9,21 +10,23 @@ import pytest
 import sharding_runs
 import tiny
 import torch
+from checkpoints import files_of
 from groups import together
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from onward.errors import DamagedState, ModelError
-from onward.training.model.load import load_model
-from onward.training.model.weights import save_weights
+from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
+from onward.training.checkpoint import write_checkpoint
+from onward.training.huggingface import OPTIMIZER
+from onward.training.loading import load_moments
 from onward.training.optimizers import ADAMW
 from onward.training.sharding.files import MANIFEST, read_manifest, require_files
 from onward.training.sharding.model import decoder_layers
 from onward.training.sharding.shards import rows_of, span
 from onward.training.sharding.whole import whole_state
-
-CPU = torch.device("cpu")
+from onward.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +80,29 @@ def test_adapters_beside_a_base_in_shards(model: Path, tmp_path: Path) -> None:
     assert [expected, expected] == [json.loads((tmp_path / f"adapter.{rank}").read_text()) for rank in range(2)]
 
 
-def test_a_checkpoint_is_made_of_shards(model: Path, written: Path, tmp_path: Path) -> None:
-    """What is written of the whole state is, byte for byte, what one device writes, and transformers loads it."""
+def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path, tmp_path: Path) -> None:
+    """What is written of shards is what one device writes, file by file; it loads into shards on another number."""
     state, _ = sharding_runs.on_one_device(model, "full", 2)
     whole = whole_state(written, read_manifest(written), state.model, ADAMW, tmp_path)
-    for name, source, saved in (("one", state.model, state.view()), ("all", whole.model, whole.state)):
-        (tmp_path / name).mkdir()
-        save_weights(source, saved.weights, tmp_path / name)
-    one, other = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "all"))
-    assert one == other
-    loaded = dict(load_model(tmp_path / "all", model, CPU, torch.float32).named_parameters())
-    assert all(torch.equal(weight, loaded[name]) for name, weight in state.view().weights.items())
-    groups = state.optimizer.state_dict()["param_groups"]
-    assert groups == whole.state.optimizer["param_groups"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    manifests = [
+        write_checkpoint(folder, sharding_runs.contents_of(source, saved, model))
+        for folder, source, saved in ((one, state.model, state.view()), (other, whole.model, whole.state))
+    ]
+    assert manifests[0].parameters == manifests[1].parameters
+    assert manifests[0].measurement == manifests[1].measurement
+    apart = {MANIFEST_OF_CHECKPOINT, OPTIMIZER}  # how tensors lie in an optimizer.pt is not what is in it
+    expected, actual = files_of(one), files_of(other)
+    assert {name: expected[name] for name in expected.keys() - apart} == {
+        name: actual[name] for name in actual.keys() - apart
+    }
+    loaded = TrainState.start(state.model, sharding_runs.config_of(model, "full"))
+    load_moments(loaded, other / OPTIMIZER)
+    assert state.view().digest() == loaded.view().digest()
+    assert [0] * 3 == together(3, tmp_path, sharding_runs.cut_checkpoint, model, other, tmp_path / "again")
+    again = whole_state(tmp_path / "again", read_manifest(tmp_path / "again"), state.model, ADAMW, tmp_path)
+    assert state.view().digest() == again.state.digest()
+    assert whole.state.plain() == again.state.plain()
 
 
 def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: Path) -> None:
@@ -99,6 +112,18 @@ def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: 
     assert not (tmp_path / "torn").exists()
     assert before == {path.name: path.read_bytes() for path in written.iterdir()}
     require_files(written, read_manifest(written))
+
+
+@pytest.mark.parametrize("place", ["full", "file/below"])
+def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
+    """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""
+    (tmp_path / "file").touch()
+    group = tmp_path / "group"
+    group.mkdir()
+    assert [0, 0] == together(2, group, sharding_runs.fill_a_disk, model, tmp_path / place, tmp_path / "met")
+    met = [int((tmp_path / f"met.{rank}").read_text()) for rank in range(2)]
+    assert [errno.EFBIG if place == "full" else errno.ENOTDIR] * 2 == met
+    assert {"file", "group", "met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("harm", ["changed", "shorter", "gone", "manifest", "no manifest"])
@@ -116,7 +141,7 @@ def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str) ->
         victim.write_bytes(data[:-1] if harm == "shorter" else data.replace(b"1", b"2", 1))
     with pytest.raises(DamagedState) as refusal:
         require_files(folder, read_manifest(folder))
-    assert victim == refusal.value.where
+    assert str(victim) == refusal.value.where
 
 
 @given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 9))
@@ -131,11 +156,8 @@ def test_a_shard_is_computed_as_its_tensor_is(rows: int, numbers: int, ranks: in
         start, end = span(first, last, total)
         assert start <= first <= last <= end <= total
         for width in (4, 8, 16):
-            together_in_whole = range(min(last, total - total % width))
-            together_here = range(min(last, start + (end - start) - (end - start) % width))
-            assert [place in together_in_whole for place in range(first, last)] == [
-                place in together_here for place in range(first, last)
-            ]
+            one_by_one, here = total - total % width, end - (end - start) % width  # from these places on
+            assert max(first, min(last, one_by_one)) == max(first, min(last, here))
     assert total == seen
 
 

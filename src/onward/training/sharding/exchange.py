@@ -167,7 +167,7 @@ class WholeExchange:
         """After the last round: give every weight the sum."""
         assert self._own is not None
         whole = self._own.new_empty(self._piece * self._group.size())
-        dist.all_gather_single(whole, self._own, group=self._group)
+        dist.all_gather(list(whole.view(self._group.size(), -1)), self._own, group=self._group)
         self._own = None
         for weight, place in self._spans(whole):
             weight.grad = place.clone()

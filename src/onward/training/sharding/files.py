@@ -6,8 +6,9 @@ any number of ranks. A folder without its manifest is not a state.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -22,7 +24,7 @@ from torch.distributed.tensor import Shard as ByRows
 
 from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import DamagedState, Unreadable
+from onward.errors import DamagedState, Unreadable, VerificationFailed, first_line
 from onward.training.sharding.shards import Shards
 from onward.training.state import Snapshot, TrainState
 
@@ -71,7 +73,8 @@ class ShardManifest(BaseModel):
 def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> None:
     """Write a state into a folder that appears whole or not at all. Every rank calls this, with its own snapshot.
 
-    The ranks write to one disk. If a rank is lost, the others raise, and nothing appears.
+    The ranks write to one disk. Where a rank cannot write, all raise what it met; where one is lost, the others raise.
+    Nothing appears then.
 
     Args:
         snapshot: this rank's copy of its shards, in main memory.
@@ -80,29 +83,77 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
 
     Raises:
         OSError: a rank could not write.
-        RuntimeError: a rank is gone, or failed.
+        RuntimeError: a rank is gone.
+        VerificationFailed: the ranks hold states of different steps.
     """
-    group, rank = host.get_group(), host.get_local_rank()
     snapshot.wait()
+    is_first = host.get_local_rank() == 0
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    if rank == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_tree(temporary)
-        temporary.mkdir()
-    dist.barrier(group=group)
-    tensors = _tensors(snapshot, shards, host)
-    writer = HuggingFaceStorageWriter(str(temporary), _files_of(tensors), save_distributed=True)
+    try:
+        with _on_all(host):
+            if is_first:
+                remove_tree(temporary)
+                temporary.mkdir(parents=True)
+        tensors = _tensors(snapshot, shards, host)
+        files = _write_files(temporary, snapshot, tensors, host)
+        with _on_all(host):
+            if is_first:
+                manifest = _describe(snapshot, tensors, host.size(), files)
+                write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
+                publish_directory(temporary, target)
+    except Exception:
+        if is_first:
+            remove_tree(temporary)
+        raise
+
+
+def _write_files(
+    folder: Path, snapshot: Snapshot, tensors: Mapping[str, DTensor], host: DeviceMesh
+) -> dict[str, dict[str, Any]]:
+    """Write and hash this rank's shards; returns size and hash of the files of all ranks, by name."""
+    writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
     held = {key: tensor for key, tensor in tensors.items() if tensor.to_local().numel()}
-    dcp.save(cast(Any, held), storage_writer=writer, process_group=group)
-    own = {path.name: _hashed(path) for path in sorted(temporary.glob(f"shard-{rank + 1:05}-*"))}
-    gathered: list[dict[str, Any] | None] = [None] * host.size()
-    dist.gather_object(own, gathered if rank == 0 else None, group=group, group_dst=0)
-    if rank == 0:
-        files = {name: entry for each in gathered for name, entry in (each or {}).items()}
-        manifest = _describe(snapshot, tensors, host.size(), files)
-        write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
-        publish_directory(temporary, target)
-    dist.barrier(group=group)
+    try:
+        dcp.save(cast(Any, held), storage_writer=writer, process_group=host.get_group())
+    except CheckpointException as error:
+        raise _met(error) from None
+    own: dict[str, dict[str, Any]] = {}
+    with _on_all(host):
+        own = {path.name: _hashed(path) for path in sorted(folder.glob(f"shard-{host.get_local_rank() + 1:05}-*"))}
+    every: list[Any] = [None] * host.size()
+    dist.all_gather_object(every, (own, snapshot.plain(), snapshot.adam_step()), group=host.get_group())
+    if any(told[1:] != every[0][1:] for told in every):
+        raise VerificationFailed(
+            "the ranks hold states of different steps",
+            where="devices",
+            hint="Nothing of it was committed. The last commit is whole: onward train",
+        )
+    return {name: entry for files, *_ in every for name, entry in files.items()}
+
+
+def _met(error: CheckpointException) -> Exception:
+    """Return what a rank met: an error of the disk before all others."""
+    failures = [failure for failure, _ in error.failures.values()]
+    found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+    return found if isinstance(found, Exception) else RuntimeError(str(found))
+
+
+@contextlib.contextmanager
+def _on_all(host: DeviceMesh) -> Generator[None]:
+    """Raise an error of the disk that the body meets on any rank on every rank, once all are at its end."""
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    found: list[Any] = [None] * host.size()
+    told = None if failure is None else (failure.errno, failure.strerror, failure.filename)
+    dist.all_gather_object(found, told, group=host.get_group())
+    if failure is not None:
+        raise failure
+    for met in found:
+        if met is not None:
+            raise OSError(*met)
 
 
 def read_manifest(folder: Path) -> ShardManifest:
@@ -145,20 +196,25 @@ def require_files(folder: Path, manifest: ShardManifest, rank: int = 0, size: in
 
 
 def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards: Shards, host: DeviceMesh) -> None:
-    """Load what this rank holds of a state that any number of ranks wrote. Files must hold (`require_files`).
+    """Load what this rank holds of a state that any number of ranks wrote; every rank calls this.
+
+    Args:
+        folder: the shards, whose files hold (`require_files`).
+        host: as in `write_shards`.
 
     Raises:
         DamagedState: the state is not one of this model and this optimizer.
+        Unreadable: a file cannot be read now.
     """
     rows = {name: torch.empty_like(shard.local, device="cpu") for name, shard in shards.items()}
     _require_fit(folder, manifest, state, shards)
-    _read(folder, {f"{WEIGHT}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows})
+    _read(folder, {f"{WEIGHT}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
     for name, shard in shards.items():
         shard.local.copy_(rows[name])
         shard.take()
     entries = {name: {state.method.counter: torch.tensor(float(manifest.count))} for name in state.parameters}
     for slot in state.method.slots if manifest.count else ():
-        _read(folder, {f"{slot}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows})
+        _read(folder, {f"{slot}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
         for name, shard in shards.items():
             laid_out = torch.zeros_like(shard.held)
             shard.rows(laid_out).copy_(rows[name])
@@ -228,7 +284,13 @@ def _require_fit(folder: Path, manifest: ShardManifest, state: TrainState, shard
         raise DamagedState(f"the shards are not those of this model: {named}", where=folder)
 
 
-def _read(folder: Path, wanted: Mapping[str, DTensor]) -> None:
+def _read(folder: Path, wanted: Mapping[str, DTensor], host: DeviceMesh) -> None:
     held = {key: tensor for key, tensor in wanted.items() if tensor.to_local().numel()}
-    if held:
-        dcp.load(cast(Any, held), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        dcp.load(cast(Any, held), storage_reader=reader, process_group=host.get_group())
+    except CheckpointException as error:
+        met = _met(error)
+        if isinstance(met, OSError):
+            raise Unreadable.of(met, folder) from None
+        raise DamagedState(f"the shards do not load: {first_line(met)}", where=folder) from None

@@ -42,7 +42,7 @@ def norms(shards: Shards, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for place, whole in wholes(shards, tensors):
         own[place // size] = torch._foreach_norm([whole], 2.0)[0]  # pyright: ignore[reportPrivateUsage]
     found = own.new_empty(size * each)
-    dist.all_gather_single(found, own, group=shards.group)
+    dist.all_gather(list(found.view(size, -1)), own, group=shards.group)
     return found.view(size, each).T.reshape(-1)[: len(tensors)].contiguous()
 
 

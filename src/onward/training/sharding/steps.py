@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from onward.training.sharding.exchange import Place, WholeExchange
 from onward.training.sharding.model import ShardedModel
@@ -34,7 +35,7 @@ class Gradients(Protocol):
 class InShards(Generic[Part]):
     """All ranks compute the parts of a step in turn, one each in a round: every layer is made whole for all at once.
 
-    The sums are those of one device that computes all shares (EasyScale's idea, see `exchange`).
+    An `Exchange` of `ranks.exchange`. The sums are those of one device that computes all shares.
 
     Args:
         gradients: the shards of what is trained, or the exchange of what every rank has whole.
@@ -44,15 +45,26 @@ class InShards(Generic[Part]):
         self._sharded = sharded
         self._gradients: Gradients = gradients
 
-    def total(self, shares: Sequence[Sequence[Part]], train: Callable[[Sequence[Part]], torch.Tensor]) -> torch.Tensor:
+    def total(
+        self,
+        shares: Sequence[Sequence[Part]],
+        compute: Callable[[Sequence[Part]], torch.Tensor],
+        parameters: Iterable[nn.Parameter] = (),
+    ) -> torch.Tensor:
         """Leave the gradients of all shares with the optimizer, and return their loss: the bits of one device.
 
         In a last round with fewer parts than ranks the others compute one of them again, which is left out.
 
         Args:
             shares: the parts of each share, the same on every rank.
-            train: computes the loss of one part through `ShardedModel.compute`, and its backward pass.
+            compute: computes the loss of one part through `ShardedModel.compute`, and its backward pass.
+            parameters: not looked at: `gradients` knows them.
+
+        Raises:
+            Exception: what this rank's `compute` raised. The others may wait for it inside a layer, so the process has
+                to end.
         """
+        del parameters
         rank, size = self._sharded.mesh.get_local_rank(), self._sharded.mesh.size()
         parts = [part for share in shares for part in share]
         places = [Place(n == 0, n == len(share) - 1) for share in shares for n in range(len(share))]
@@ -62,7 +74,7 @@ class InShards(Generic[Part]):
         for first in range(0, len(parts), size):
             now = places[first : first + size]
             self._sharded.exchange.places = now
-            own.append(train([parts[first + min(rank, len(now) - 1)]]).detach())
+            own.append(compute([parts[first + min(rank, len(now) - 1)]]).detach())
             self._gradients.add(now)
         self._gradients.give()
         return self._loss(torch.stack(own), [len(share) for share in shares])
@@ -76,7 +88,7 @@ class InShards(Generic[Part]):
         """
         mesh = self._sharded.mesh
         every = own.new_empty(mesh.size() * len(own))
-        dist.all_gather_single(every, own, group=mesh.get_group())
+        dist.all_gather(list(every.view(mesh.size(), -1)), own, group=mesh.get_group())
         losses = every.view(mesh.size(), -1).T.reshape(-1)[: sum(lengths)]
         total: torch.Tensor | None = None
         for share in losses.split(list(lengths)):
