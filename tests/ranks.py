@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from processes import as_it_is, start_command
+import torch
+from processes import as_it_is, start_apart, start_command
 from torch.distributed import TCPStore
 
 PATIENCE = 120.0
@@ -87,6 +88,21 @@ class Ranks:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def _call(at: At, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    at()
+    function(*arguments)
+
+
+def call_on_ranks(function: Callable[..., None], size: int, *arguments: object) -> list[int | None]:
+    """Call a function in several processes that have torchrun's variables; returns their exit statuses."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    started = [start_apart(_call, At(rank, size, store.port), function, arguments) for rank in range(size)]
+    for process in started:
+        process.join(PATIENCE)
+    return [process.exitcode for process in started]
 
 
 def on_ranks(output: Path, size: int, *arguments: object) -> list[int | None]:

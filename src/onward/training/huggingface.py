@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
+from onward.training.model.quiet import quiet
 from onward.training.seeds import fold
 from onward.training.state import Snapshot
 
@@ -119,20 +120,21 @@ def training_arguments(config: Config) -> bytes:
     """Return `training_args.bin` under a config, for tools that look for it; Onward never reads it."""
     from transformers import TrainingArguments
 
-    arguments = TrainingArguments(
-        output_dir="current_model",
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        num_train_epochs=config.epochs,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        max_grad_norm=config.max_grad_norm,
-        save_steps=config.save_steps,
-        logging_steps=config.log_steps,
-        seed=config.seed % 2**32,
-        report_to=[],
-    )
+    with quiet():  # it warns of a group of processes, which are not the Trainer's
+        arguments = TrainingArguments(
+            output_dir="current_model",
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            num_train_epochs=config.epochs,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            max_grad_norm=config.max_grad_norm,
+            save_steps=config.save_steps,
+            logging_steps=config.log_steps,
+            seed=config.seed % 2**32,
+            report_to=[],
+        )
     return to_bytes(arguments)
 
 

@@ -125,14 +125,14 @@ class Follower:
 
     def _ready(self, order: Message, config: Config) -> TrainState:
         """Open the file's tokens and return the state of the same model as rank 0's, its values aside."""
-        self._plan = plan_told(order["plan"])
-        self._files = {sha256: _tokens(self._layout.tokens / name) for sha256, name in order["tokens"].items()}
         origin = {key: order[key] for key in ("model", "adapter", "dtype")}
         origin["adapter"] = {**(origin["adapter"] or {}), "lora_dropout": None}
         model = json.dumps([config.identity(), origin], sort_keys=True)
         if self._state is None or model != self._model:
             self._let_go()
             self._state, self._model = self._built(order, config), model
+        self._plan = plan_told(order["plan"])
+        self._files = {sha256: _tokens(self._layout.tokens / name) for sha256, name in order["tokens"].items()}
         state, plain = self._state, order["state"]
         state.method.configure(state.optimizer, config)
         set_dropout(state.model, config.lora.dropout)

@@ -86,7 +86,7 @@ class InAnyOrder:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
         with group.in_step():
-            for bucket in _buckets(weights, 1):
+            for bucket in _buckets(weights, 1, BUCKET):
                 whole = bucket.taken(weights)
                 group.moved(distributed.all_reduce(whole, async_op=True))
                 bucket.put(whole, weights)
@@ -96,17 +96,21 @@ class InAnyOrder:
 
 
 class InOrder:
-    """Several devices, whose gradients are added in the order of the shares."""
+    """Several devices, whose gradients are added in the order of the shares.
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    Args:
+        bucket: numbers that are moved at a time.
+    """
+
+    def __init__(self, group: Group, bucket: int = BUCKET) -> None:
+        self._group, self._bucket = group, bucket
 
     def total(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], parameters: Iterable[nn.Parameter]
     ) -> torch.Tensor:
         """Go through the shares in rounds, one share of each rank in a round."""
         group, weights = self._group, list(parameters)
-        sums = [_Sum(group, bucket) for bucket in _buckets(weights, group.size)]
+        sums = [_Sum(group, bucket) for bucket in _buckets(weights, group.size, self._bucket)]
         reached = [False] * len(weights)
         losses: list[torch.Tensor] = []
         for first in range(0, len(shares), group.size):
@@ -146,7 +150,7 @@ class InOrder:
 
     def _losses(self, own: torch.Tensor) -> list[torch.Tensor]:
         found = torch.empty(self._group.size, device=own.device, dtype=own.dtype)
-        self._group.moved(distributed.all_gather_into_tensor(found, own.reshape(1), async_op=True))
+        self._group.gather_into(found, own.reshape(1))
         return list(found)
 
 
@@ -236,11 +240,11 @@ class _Sum:
     def spread(self, weights: Sequence[nn.Parameter]) -> None:
         """Give the sum to all ranks, into the gradients that there are."""
         whole = torch.empty(self._bucket.length, dtype=self._bucket.dtype, device=self._bucket.device)
-        self._group.moved(distributed.all_gather_into_tensor(whole, self._sum, async_op=True))
+        self._group.gather_into(whole, self._sum)
         self._bucket.put(whole, weights)
 
 
-def _buckets(weights: Sequence[nn.Parameter], multiple: int, size: int = BUCKET) -> list[_Bucket]:
+def _buckets(weights: Sequence[nn.Parameter], multiple: int, size: int) -> list[_Bucket]:
     """Cut gradients into buckets of one type and device, each of a length that `multiple` divides."""
     buckets: list[_Bucket] = []
     pieces: list[tuple[int, int, int]] = []

@@ -156,6 +156,11 @@ class Group:
         else:
             self.wait(work, limited=True)
 
+    def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
+        """Fill `whole` with the tensors of all ranks, one after another; what is computed next comes after it."""
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # its old name
+        self.moved(gather(whole, own, async_op=True))
+
     def settle(self) -> None:
         """Wait until the device has done what it was given; a CPU has."""
         if self.device.type != "cuda":

@@ -1,0 +1,102 @@
+"""Gradients of a step's shares, added on several ranks: the same bits as on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import call_on_ranks
+from torch import nn
+
+from onward.ranks import place_here
+from onward.training.ranks.exchange import Exchange, InAnyOrder, InOrder, InTurn
+from onward.training.ranks.forming import form
+
+SHAPES = ((3, 5), (7,), (1,), (2, 2), (11,))
+SHARES = ((0, 1), (2,), (3, 4, 5), (6,), (7,))
+"""Parts of five shares: more than ranks, and no multiple of their number."""
+LOST = {(1, 2), (0, 3), (2, 1), *((share, 4) for share in range(5))}
+"""Shares and weights that they do not reach; the last weight is reached by none."""
+
+
+def weights() -> list[nn.Parameter]:
+    """Return some weights."""
+    return [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+
+
+def gradient(part: int, index: int) -> torch.Tensor:
+    """Return the gradient of a part for a weight: numbers of very different size, and negative zeros."""
+    source = torch.Generator().manual_seed(100 * part + index)
+    found = torch.randn(SHAPES[index], generator=source) * 10.0 ** torch.randint(-6, 7, SHAPES[index], generator=source)
+    return torch.where(torch.rand(SHAPES[index], generator=source) < 0.2, -0.0, found)
+
+
+def total(exchange: Exchange, shares: Sequence[Sequence[int]] = SHARES) -> list[torch.Tensor | None]:
+    """Return the loss and the gradients of a step by an exchange."""
+    own = weights()
+
+    def compute(parts: Sequence[int]) -> torch.Tensor:
+        loss = torch.zeros(())
+        share = next(place for place, each in enumerate(SHARES) if parts[0] in each)
+        for part in parts:
+            for index, weight in enumerate(own):
+                if (share, index) not in LOST:
+                    (weight * gradient(part, index)).sum().backward()
+            loss = loss + 0.1 * (part + 1)
+        return loss
+
+    loss = exchange.total(shares, compute, own)
+    return [loss, *(weight.grad for weight in own)]
+
+
+def bits(found: Sequence[torch.Tensor | None]) -> list[Any]:
+    """Return tensors as integers, so that zeros of either sign differ."""
+    return [None if each is None else each.view(torch.int32).tolist() for each in found]
+
+
+def compare(folder: Path) -> None:
+    """On each rank: leave what the exchanges give."""
+    place = place_here()
+    assert place is not None
+    group = form(place, 60.0, print)
+    for bucket in (1 << 24, 4, 10):
+        torch.save(bits(total(InOrder(group, bucket))), folder / f"exact-{bucket}-{place.rank}")
+    torch.save(bits(total(InOrder(group), SHARES[:1])), folder / f"first-{place.rank}")
+    torch.save(total(InAnyOrder(group)), folder / f"fast-{place.rank}")
+    group.end()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_sum_does_not_know_the_number_of_ranks(size: int, tmp_path: Path) -> None:
+    """Loss and gradients of any number of ranks are those of one, bit for bit, also in small buckets."""
+    assert [0] * size == call_on_ranks(compare, size, tmp_path)
+    expected, first, near = bits(total(InTurn())), bits(total(InTurn(), SHARES[:1])), total(InTurn())
+    for rank in range(size):
+        for bucket in (1 << 24, 4, 10):
+            assert expected == torch.load(tmp_path / f"exact-{bucket}-{rank}"), (rank, bucket)
+        assert first == torch.load(tmp_path / f"first-{rank}")
+        fast = torch.load(tmp_path / f"fast-{rank}")
+        for here, there in zip(near, fast, strict=True):
+            torch.testing.assert_close(torch.zeros_like(there) if here is None else here, there, rtol=1e-4, atol=1e-2)
+
+
+def test_one_process_adds_share_by_share() -> None:
+    """Each share is added up on its own, then to those before; a weight that no share reaches gets no gradient."""
+    loss, *grads = total(InTurn())
+    assert loss is not None
+    for index in range(len(SHAPES)):
+        sums: list[torch.Tensor] = []
+        for share, parts in enumerate(SHARES):
+            if (share, index) not in LOST:
+                own = gradient(parts[0], index)
+                for part in parts[1:]:
+                    own = own + gradient(part, index)
+                sums.append(own)
+        added = sums[0] if sums else None
+        for own in sums[1:]:
+            assert added is not None
+            added = added + own
+        assert bits([added]) == bits([grads[index]]), index

@@ -1,0 +1,146 @@
+"""A run on several ranks: the bits of one, whoever is stopped, killed or frozen."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from daemons import configure, hold, is_in, until
+from processes import as_it_is, command, train
+from ranks import Ranks, on_ranks
+from runs import new_run
+from states import assert_same_state
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 6,
+    "parts": 4,
+    "save_steps": 2,
+    "max_length": 128,
+    "learning_rate": 1e-2,
+    "disk_margin_mb": 1,
+    "rank_timeout": 60,
+    "lora": {"rank": 4, "dropout": 0.1},
+}
+FULL = {**SETTINGS, "method": "full", "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files, the last steps of which have fewer rows than others."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (20, 29)]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of both files on one rank."""
+    root = tmp_path_factory.mktemp("alone") / "run"
+    new_run(root, model, **SETTINGS)
+    assert 0 == train(root, files)
+    return root
+
+
+@pytest.fixture
+def made(model: Path, tmp_path: Path) -> Run:
+    """A run that has not trained."""
+    return new_run(tmp_path / "run", model, **SETTINGS)
+
+
+def classes(run: Run) -> set[str]:
+    """Return the classes of all handovers of a run."""
+    return {entry["handover"] for entry in run.history()}
+
+
+def test_any_number_of_ranks_trains_the_same_bits(made: Run, files: list[Path], alone: Path) -> None:
+    """One file on two ranks and the next on four give the state of one rank, and the handover says so."""
+    for size, file in zip((2, 4), files, strict=True):
+        log = made.layout.root.parent / "log"
+        assert [0] * size == on_ranks(log, size, "train", file, "--run", made.layout.root), log.read_text()
+    assert_same_state(alone, made.layout.root)
+    assert made.verify().ok
+    assert {"first", "bitwise"} >= classes(made)
+
+
+def test_all_weights_trained_on_several_ranks(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A run that trains all weights has the same bits on three ranks as on one."""
+    one, three = (new_run(tmp_path / name, model, **FULL).layout.root for name in ("one", "three"))
+    assert 0 == train(one, files[:1])
+    assert [0, 0, 0] == on_ranks(tmp_path / "log", 3, "train", files[0], "--run", three)
+    assert_same_state(one, three)
+
+
+def test_a_signal_to_any_rank_commits(made: Run, files: list[Path], alone: Path) -> None:
+    """SIGTERM to rank 1 in the middle of a file commits and ends all; another number of ranks goes on."""
+    root = made.layout.root
+    log = root.parent / "log"
+    with Ranks(log, 2, "train", *files, "--run", root, prepare={0: hold(made, 3)}) as ranks:
+        until(is_in(made, files[0].name), ranks.processes[0])
+        ranks.send(1, signal.SIGTERM)
+        assert [0, 0] == ranks.join()
+    assert "stopped (SIGTERM to rank 1)" in log.read_text()
+    assert 3 == made.status()["global_step"]
+    assert [0, 0, 0] == on_ranks(log, 3, "train", "--run", root)
+    assert_same_state(alone, root)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: Path) -> None:
+    """The others say which rank is gone and end with status 1; from the last commit on the bits are the same."""
+    root = made.layout.root
+    log = root.parent / "log"
+    with Ranks(log, 2, "train", *files, "--run", root, prepare={0: hold(made, 3)}) as ranks:
+        until(is_in(made, files[0].name), ranks.processes[0])
+        ranks.send(lost, signal.SIGKILL)
+        hold(made).let_go.touch()
+        assert -signal.SIGKILL == ranks.join()[lost]
+        assert 0 not in ranks.join()
+    assert f"rank {lost} (pid {ranks.processes[lost].pid} on " in ranks.log(1 - lost).read_text()
+    assert 0 == command(log, "train", *([] if lost else files[1:]), "--run", root)
+    assert [] == made.status()["waiting"] if "waiting" in made.status() else True
+    assert_same_state(alone, root)
+
+
+def test_a_frozen_rank_ends_all(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end."""
+    run = new_run(tmp_path / "run", model, **{**SETTINGS, "rank_timeout": 2})
+    log = tmp_path / "log"
+    with Ranks(log, 2, "train", *files, "--run", run.layout.root, prepare={0: hold(run, 3)}) as ranks:
+        until(is_in(run, files[0].name), ranks.processes[0])
+        ranks.send(1, signal.SIGSTOP)
+        hold(run).let_go.touch()
+        ranks.processes[0].join(60)
+        assert 1 == ranks.processes[0].exitcode
+    assert "has shown no sign of life for 2 s" in log.read_text()
+    assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
+
+
+def fail() -> None:
+    """Have the process that this is called in fail at the third step."""
+
+
+def test_fast_exchange_says_close(model: Path, files: list[Path], tmp_path: Path) -> None:
+    """Where ranks add their gradients in any order no equal bits are promised: handovers are close."""
+    run = new_run(tmp_path / "run", model, **{**SETTINGS, "exchange": "fast"})
+    assert [0, 0] == on_ranks(tmp_path / "log", 2, "train", *files, "--run", run.layout.root)
+    assert "close" in classes(run)
+    assert run.verify().ok
+
+
+def test_more_ranks_than_parts(made: Run, files: list[Path]) -> None:
+    """Ranks that would have nothing to do are refused before the first step, with the key to change."""
+    configure(made, parts=1)
+    log = made.layout.root.parent / "log"
+    assert 2 == on_ranks(log, 2, "train", *files, "--run", made.layout.root)[0]
+    assert "2 devices cannot share a step of 1 part [parts]" in log.read_text()
+    assert 0 == made.status()["global_step"]
+
+
+def test_prepare_nothing() -> None:
+    """Placeholder."""
+    as_it_is()
