@@ -88,8 +88,7 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
     from onward.training.model.weights import save_weights
     from onward.training.optimizers import ADAMW
     from onward.training.parts import Part
-    from onward.training.sharding.files import read_manifest, require_files, write_shards
-    from onward.training.sharding.gathering import clip
+    from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
     from onward.training.sharding.model import ShardedModel
     from onward.training.sharding.state import start_sharded
     from onward.training.sharding.steps import InShards
@@ -117,18 +116,19 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
         in_shards.total([[Part(batch, 0)] for _ in range(PARTS)], train)
 
     exact = seconds(gradients)
-    clipping = seconds(lambda: clip(shards, 1e9))
+    clipping = seconds(lambda: shards.clip(1e9))
     state.optimizer.step()
-    shards.give_back()
+    shards.stepped()
     shard = sum(tensor.nbytes for tensor in state.view().tensors())
     copy = state.snapshot()
     sources, targets = state.view().tensors(), [torch.empty_like(tensor) for tensor in state.view().tensors()]
     plain = seconds(lambda: [target.copy_(source) for target, source in zip(targets, sources, strict=True)])
     stall = seconds(lambda: state.snapshot(into=copy))
+    host = host_mesh()
     before = own_memory()
     with Watch() as writing:
         begun = time.perf_counter()
-        write_shards(folder / "shards", copy, shards, mesh)
+        write_shards(folder / "shards", copy, shards, host)
         written = time.perf_counter() - begun
     largest = max(shard.shape.numel() for shard in shards.values()) * 4
     found = {

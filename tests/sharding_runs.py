@@ -6,10 +6,11 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from onward.config import Config
 from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.order import RowReference, make_plan
 from onward.data.tokenized import Row
+from onward.ranks import place_here
 from onward.training.checkpoint import Contents, Facts, inspect_checkpoint
+from onward.training.execution import Execution
 from onward.training.handover import measure
 from onward.training.layers.recompute import Recomputation
 from onward.training.loss import TargetLoss
@@ -30,15 +33,17 @@ from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.parts import Part
 from onward.training.probe import Probed
+from onward.training.ranks.exchange import InTurn
+from onward.training.ranks.forming import form
 from onward.training.seeds import seeded
 from onward.training.sharding.exchange import WholeExchange
-from onward.training.sharding.files import load_shards, read_manifest, require_files, write_shards
-from onward.training.sharding.gathering import clip
+from onward.training.sharding.files import host_mesh, load_shards, read_manifest, require_files, write_shards
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards
-from onward.training.state import Snapshot, TrainState
+from onward.training.state import Cursor, Snapshot, TrainState
+from onward.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 14)
@@ -86,22 +91,18 @@ def on_one_device(
     state, told = TrainState.start(model, config), []
     loss_of = TargetLoss(model, CPU, dtype)
     for step in range(steps):
-        losses: list[torch.Tensor] = []
-        sums: dict[str, torch.Tensor] = {}
-        for share in shares_of_step(step):
-            loss = torch.zeros(())
-            for part in share:
-                loss += train_part(part, lambda compute: compute(), loss_of)
-            losses.append(loss)
-            for name, weight in state.parameters.items():
-                assert weight.grad is not None
-                sums[name] = sums[name] + weight.grad if name in sums else weight.grad
-                weight.grad = None
-        for name, weight in state.parameters.items():
-            weight.grad = sums[name]
-        norm = nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)
-        told.append(finish(state, sum(losses[1:], losses[0]), norm))
+        train = partial(train_part, through=lambda compute: compute(), loss_of=loss_of)
+        total = InTurn().total(shares_of_step(step), partial(train_share, train), state.parameters.values())
+        told.append(finish(state, total, nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)))
     return state, told
+
+
+def train_share(train: Callable[[Part], torch.Tensor], share: Sequence[Part]) -> torch.Tensor:
+    """Compute the loss of a share and its gradients."""
+    total = torch.zeros(())
+    for part in share:
+        total += train(part)
+    return total
 
 
 def train_part(
@@ -112,6 +113,13 @@ def train_part(
         loss = through(lambda: loss_of(part.batch) / 100)
         loss.backward()
     return loss.detach()
+
+
+def in_group(function: Callable[..., None], *arguments: object) -> None:
+    """On each of several ranks: call a function with a group of all of them."""
+    dist.init_process_group("gloo")
+    function(*arguments)
+    dist.destroy_process_group()
 
 
 def train_in_shards(
@@ -125,7 +133,7 @@ def train_in_shards(
     if source is not None:
         manifest = read_manifest(source)
         require_files(source, manifest, dist.get_rank(), dist.get_world_size())
-        load_shards(source, manifest, state, shards, mesh)
+        load_shards(source, manifest, state, shards, host_mesh())
     loss_of = sharded.compute(partial(TargetLoss, model, CPU, dtype))
     in_shards, recomputation = InShards[Part](sharded, shards), Recomputation(model)
     told: list[list[float]] = []
@@ -136,11 +144,47 @@ def train_in_shards(
 
     for step in steps:
         loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], through, loss_of))
-        told.append(finish(state, loss, clip(shards, LIMIT)))
-        shards.give_back()
-    write_shards(target, state.snapshot(), shards, mesh)
+        told.append(finish(state, loss, in_shards.clip(LIMIT)))
+        in_shards.stepped()
+    write_shards(target, state.snapshot(), shards, host_mesh())
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
+
+
+def file_config(folder: Path) -> Config:
+    """Return the config of a file that is trained in three shares a step, some of them in several parts."""
+    values = {"model": str(folder), "method": "full", "learning_rate": 1e-2, "seed": 1, "warmup_steps": 0}
+    cut = {"batch_size": 6, "parts": 3, "micro_batch_tokens": 32, "activation_checkpointing": "on"}
+    return Config.model_validate({**values, **cut, "max_grad_norm": LIMIT})
+
+
+def take_steps(trainer: Trainer) -> list[list[float]]:
+    """Take the steps of a small file; returns loss and norm of each."""
+    plan = make_plan("00", 11, trainer.config)
+    trainer.state.cursor = Cursor(1, "00", 0, plan.steps)
+    told: list[list[float]] = []
+    for step in range(plan.steps):
+        references = plan.rows_at(step)
+        lengths = [9 + 2 * reference.row for reference in references]
+        rows = [Row(np.arange(length) * (step + 3) % 250, np.arange(length) > 0) for length in lengths]
+        taken = trainer.take_step(Batch(rows, references, [reference.row for reference in references]), plan)
+        told.append([taken.loss, taken.grad_norm])
+    return told
+
+
+def train_file(folder: Path, target: Path) -> None:
+    """On each of several ranks: take the steps of a file with the trainer, on a model in shards, and write it."""
+    place = place_here()
+    assert place is not None
+    group, config = form(place, 60.0, print), file_config(folder)
+    model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
+    sharded = ShardedModel(model, init_device_mesh("cpu", (place.size,)))
+    state, shards = start_sharded(sharded, config)
+    execution = Execution(group, torch.float32, placement=InShards[Any](sharded, shards))
+    told = take_steps(Trainer(state, config, execution))
+    write_shards(target, state.snapshot(), shards, host_mesh())
+    target.with_suffix(f".{place.rank}").write_text(json.dumps(told))
+    group.end()
 
 
 def contents_of(model: nn.Module, state: Snapshot, base: Path) -> Contents:
@@ -156,7 +200,7 @@ def cut_checkpoint(base: Path, checkpoint: Path, target: Path) -> None:
     assert manifest is not None
     spec = ModelSpec(config_of(base, "full"), base, CPU, torch.float32)
     _, state, shards = load_sharded(checkpoint, manifest, spec, mesh)
-    write_shards(target, state.snapshot(), shards, mesh)
+    write_shards(target, state.snapshot(), shards, host_mesh())
 
 
 def lose_a_rank(folder: Path, target: Path) -> None:
@@ -169,7 +213,7 @@ def lose_a_rank(folder: Path, target: Path) -> None:
         if dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    write_shards(target, replace(state.snapshot(), wait=die), shards, mesh)
+    write_shards(target, replace(state.snapshot(), wait=die), shards, host_mesh())
 
 
 def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
@@ -180,7 +224,7 @@ def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     try:
-        write_shards(target, state.snapshot(), shards, mesh)
+        write_shards(target, state.snapshot(), shards, host_mesh())
     except OSError as error:
         met.with_suffix(f".{dist.get_rank()}").write_text(str(error.errno))
 
@@ -197,6 +241,6 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     told: list[list[float]] = []
     for step in range(steps):
         loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], sharded.compute, loss_of))
-        told.append(finish(state, loss, nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)))
+        told.append(finish(state, loss, in_shards.clip(LIMIT)))
     digest = state.view().digest()
     target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps([digest.weights, digest.moments, told]))

@@ -11,22 +11,30 @@ import sharding_runs
 import tiny
 import torch
 from checkpoints import files_of
-from groups import together
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import call_on_ranks
 from torch import nn
 
 from onward.errors import DamagedState, ModelError
 from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
 from onward.training.checkpoint import write_checkpoint
+from onward.training.execution import Execution
 from onward.training.huggingface import OPTIMIZER
 from onward.training.loading import load_moments
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import ADAMW
 from onward.training.sharding.files import MANIFEST, read_manifest, require_files
+from onward.training.sharding.gathering import rows_of
 from onward.training.sharding.model import decoder_layers
-from onward.training.sharding.shards import rows_of, span
+from onward.training.sharding.shards import span
 from onward.training.sharding.whole import whole_state
 from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a state that two ranks trained for two steps."""
     folder = tmp_path_factory.mktemp("written")
     arguments = (model, range(2), None, folder / "two", torch.float32, False)
-    assert [0, 0] == together(2, folder, sharding_runs.train_in_shards, *arguments)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
     return folder / "two"
 
 
@@ -50,7 +58,7 @@ def test_two_ranks_and_then_others_give_the_bits_of_one_device(
 ) -> None:
     """Two steps on two ranks, then two on others, with four parts: weights, moments, losses and norms of one device."""
     arguments = (model, range(2, 4), written, tmp_path / "last", torch.float32, recomputed)
-    assert [0] * size == together(size, tmp_path, sharding_runs.train_in_shards, *arguments)
+    assert [0] * size == call_on_ranks(sharding_runs.in_group, size, sharding_runs.train_in_shards, *arguments)
     state, told = sharding_runs.on_one_device(model, "full", 4)
     first, last = (json.loads(path.with_suffix(".json").read_text()) for path in (written, tmp_path / "last"))
     assert told == first + last
@@ -60,10 +68,22 @@ def test_two_ranks_and_then_others_give_the_bits_of_one_device(
     assert (size, 4, 4) == (manifest.ranks, manifest.count, whole.state.counters.step)
 
 
+def test_the_trainer_takes_the_same_steps_in_shards(model: Path, tmp_path: Path) -> None:
+    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device."""
+    config = sharding_runs.file_config(model)
+    state = TrainState.start(build_model(ModelSpec(config, model, CPU, torch.float32)), config)
+    told = sharding_runs.take_steps(Trainer(state, config, Execution(SingleProcess(CPU), torch.float32)))
+    assert [0, 0] == call_on_ranks(sharding_runs.train_file, 2, model, tmp_path / "file")
+    assert [told] * 2 == [json.loads((tmp_path / f"file.{rank}").read_text()) for rank in range(2)]
+    whole = whole_state(tmp_path / "file", read_manifest(tmp_path / "file"), state.model, ADAMW, tmp_path)
+    assert state.view().digest() == whole.state.digest()
+    assert state.view().plain() == whole.state.plain()
+
+
 def test_half_precision_gives_the_bits_of_one_device(model: Path, tmp_path: Path) -> None:
     """Weights in float32, computed in bfloat16 by autocast, layers computed again in the backward pass."""
     arguments = (model, range(2), None, tmp_path / "half", torch.bfloat16, True)
-    assert [0, 0] == together(2, tmp_path, sharding_runs.train_in_shards, *arguments)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
     state, told = sharding_runs.on_one_device(model, "full", 2, torch.bfloat16)
     whole = whole_state(tmp_path / "half", read_manifest(tmp_path / "half"), state.model, ADAMW, tmp_path)
     assert told == json.loads((tmp_path / "half.json").read_text())
@@ -73,7 +93,7 @@ def test_half_precision_gives_the_bits_of_one_device(model: Path, tmp_path: Path
 def test_adapters_beside_a_base_in_shards(model: Path, tmp_path: Path) -> None:
     """The frozen base lies in shards, the adapter whole on every rank: weights, moments, losses, norms are the same."""
     arguments = (model, 2, tmp_path / "adapter")
-    assert [0, 0] == together(2, tmp_path, sharding_runs.train_beside_shards, *arguments)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_beside_shards, *arguments)
     state, told = sharding_runs.on_one_device(model, "lora", 2)
     digest = state.view().digest()
     expected = [digest.weights, digest.moments, told]
@@ -99,7 +119,9 @@ def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path
     loaded = TrainState.start(state.model, sharding_runs.config_of(model, "full"))
     load_moments(loaded, other / OPTIMIZER)
     assert state.view().digest() == loaded.view().digest()
-    assert [0] * 3 == together(3, tmp_path, sharding_runs.cut_checkpoint, model, other, tmp_path / "again")
+    assert [0] * 3 == call_on_ranks(
+        sharding_runs.in_group, 3, sharding_runs.cut_checkpoint, model, other, tmp_path / "again"
+    )
     again = whole_state(tmp_path / "again", read_manifest(tmp_path / "again"), state.model, ADAMW, tmp_path)
     assert state.view().digest() == again.state.digest()
     assert whole.state.plain() == again.state.plain()
@@ -108,7 +130,7 @@ def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path
 def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: Path) -> None:
     """A rank is killed while shards are written: the others end with an error, nothing appears, and what was stays."""
     before = {path.name: path.read_bytes() for path in written.iterdir()}
-    assert [1, -9] == together(2, tmp_path, sharding_runs.lose_a_rank, model, tmp_path / "torn")
+    assert [1, -9] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.lose_a_rank, model, tmp_path / "torn")
     assert not (tmp_path / "torn").exists()
     assert before == {path.name: path.read_bytes() for path in written.iterdir()}
     require_files(written, read_manifest(written))
@@ -118,12 +140,12 @@ def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: 
 def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
     """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""
     (tmp_path / "file").touch()
-    group = tmp_path / "group"
-    group.mkdir()
-    assert [0, 0] == together(2, group, sharding_runs.fill_a_disk, model, tmp_path / place, tmp_path / "met")
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.fill_a_disk, model, tmp_path / place, tmp_path / "met"
+    )
     met = [int((tmp_path / f"met.{rank}").read_text()) for rank in range(2)]
     assert [errno.EFBIG if place == "full" else errno.ENOTDIR] * 2 == met
-    assert {"file", "group", "met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
+    assert {"file", "met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize("harm", ["changed", "shorter", "gone", "manifest", "no manifest"])

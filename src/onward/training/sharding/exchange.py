@@ -172,6 +172,13 @@ class WholeExchange:
         for weight, place in self._spans(whole):
             weight.grad = place.clone()
 
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the sums to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        return nn.utils.clip_grad_norm_(self._weights, limit)
+
+    def stepped(self) -> None:
+        """After the optimizer's step: the model has the same weights."""
+
     def _spans(self, flat: torch.Tensor) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
         pieces = flat[: sum(weight.numel() for weight in self._weights)].split([w.numel() for w in self._weights])
         return [(weight, piece.view(weight.shape)) for weight, piece in zip(self._weights, pieces, strict=True)]

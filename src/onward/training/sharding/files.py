@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ByRows
@@ -25,6 +26,7 @@ from torch.distributed.tensor import Shard as ByRows
 from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import DamagedState, Unreadable, VerificationFailed, first_line
+from onward.training.ranks.forming import FOREVER
 from onward.training.sharding.shards import Shards
 from onward.training.state import Snapshot, TrainState
 
@@ -70,6 +72,15 @@ class ShardManifest(BaseModel):
         return self.model_copy(update={"digest": sha256_json(self.model_dump(mode="json", exclude={"digest"}))})
 
 
+def host_mesh() -> DeviceMesh:
+    """Return all ranks with main memory as their device, in a group of their own; every rank calls this once.
+
+    The group may be used in a thread while the one that trains is in use.
+    """
+    group = dist.new_group(backend="gloo", timeout=FOREVER, group_desc="onward-shards")
+    return DeviceMesh.from_group(group, "cpu")
+
+
 def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> None:
     """Write a state into a folder that appears whole or not at all. Every rank calls this, with its own snapshot.
 
@@ -78,8 +89,7 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
 
     Args:
         snapshot: this rank's copy of its shards, in main memory.
-        host: the ranks with main memory as their device: a group of their own, so that it may be used in a thread
-            while the group that trains is in use.
+        host: `host_mesh()`.
 
     Raises:
         OSError: a rank could not write.
@@ -114,7 +124,7 @@ def _write_files(
     writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
     held = {key: tensor for key, tensor in tensors.items() if tensor.to_local().numel()}
     try:
-        dcp.save(cast(Any, held), storage_writer=writer, process_group=host.get_group())
+        save(cast(Any, held), storage_writer=writer, process_group=host.get_group())
     except CheckpointException as error:
         raise _met(error) from None
     own: dict[str, dict[str, Any]] = {}
@@ -200,7 +210,7 @@ def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards
 
     Args:
         folder: the shards, whose files hold (`require_files`).
-        host: as in `write_shards`.
+        host: `host_mesh()`.
 
     Raises:
         DamagedState: the state is not one of this model and this optimizer.
@@ -288,7 +298,7 @@ def _read(folder: Path, wanted: Mapping[str, DTensor], host: DeviceMesh) -> None
     held = {key: tensor for key, tensor in wanted.items() if tensor.to_local().numel()}
     reader = HuggingFaceStorageReader(str(folder))
     try:
-        dcp.load(cast(Any, held), storage_reader=reader, process_group=host.get_group())
+        load(cast(Any, held), storage_reader=reader, process_group=host.get_group())
     except CheckpointException as error:
         met = _met(error)
         if isinstance(met, OSError):

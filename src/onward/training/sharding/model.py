@@ -82,7 +82,7 @@ class ShardedModel:
             raise
         finally:
             torch.set_autocast_cache_enabled(caches)
-        if not (isinstance(result, torch.Tensor) and result.requires_grad):
+        if not _has_graph(result):
             self._root.reshard()  # no backward pass will
         return result
 
@@ -90,6 +90,10 @@ class ShardedModel:
         """Drop what an interrupted pass left, gradients included; weights are in shards again."""
         cast(Any, self._root).reset_iter_state()
         self.exchange.begin()
+
+
+def _has_graph(result: object) -> bool:
+    return isinstance(result, torch.Tensor) and result.requires_grad
 
 
 class _Whole(nn.Module):

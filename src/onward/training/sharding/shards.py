@@ -19,16 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from onward.training.optimizers import OptimizerMethod
 from onward.training.sharding.exchange import Place
+from onward.training.sharding.gathering import norms, rows_of
 from onward.training.sharding.model import ShardedModel
 
 UNIT = 16
 """Numbers of float32 in the widest register of a processor (AVX-512); the others have a part of it."""
-
-
-def rows_of(rows: int, rank: int, size: int) -> tuple[int, int]:
-    """Return the first row of a rank's shard and the one after its last; the last ranks may have fewer, or none."""
-    each = -(-rows // size)
-    return min(rank * each, rows), min((rank + 1) * each, rows)
 
 
 def span(first: int, last: int, total: int) -> tuple[int, int]:
@@ -153,7 +148,18 @@ class Shards(Mapping[str, Shard]):
     def give(self) -> None:
         """After the last round: they are there."""
 
-    def give_back(self) -> None:
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar).
+
+        As `torch.nn.utils.clip_grad_norm_` does with whole gradients, to the last bit.
+        """
+        gradients = [shard.rows(cast(torch.Tensor, shard.held.grad)) for shard in self.values()]
+        each = norms(self.mesh, [shard.shape for shard in self.values()], gradients)
+        total = torch.linalg.vector_norm(each, 2.0)
+        nn.utils.clip_grads_with_norm_([shard.held for shard in self.values()], limit, total)
+        return total
+
+    def stepped(self) -> None:
         """After the optimizer's step: put what it changed where the model reads it."""
         for shard in self._shards.values():
             shard.give_back()

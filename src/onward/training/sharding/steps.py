@@ -14,6 +14,7 @@ from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.shards import Shards
 
 Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 class Gradients(Protocol):
@@ -31,11 +32,19 @@ class Gradients(Protocol):
         """Leave the sums where the optimizer looks for them."""
         ...
 
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale them to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        ...
+
+    def stepped(self) -> None:
+        """Give the model what the optimizer left."""
+        ...
+
 
 class InShards(Generic[Part]):
     """All ranks compute the parts of a step in turn, one each in a round: every layer is made whole for all at once.
 
-    An `Exchange` of `ranks.exchange`. The sums are those of one device that computes all shares.
+    A `Placement` of the trainer. The sums are those of one device that computes all shares.
 
     Args:
         gradients: the shards of what is trained, or the exchange of what every rank has whole.
@@ -44,6 +53,18 @@ class InShards(Generic[Part]):
     def __init__(self, sharded: ShardedModel, gradients: Shards | WholeExchange) -> None:
         self._sharded = sharded
         self._gradients: Gradients = gradients
+
+    def compute(self, function: Callable[[], Result]) -> Result:
+        """Return what a function computes with the model: `ShardedModel.compute`."""
+        return self._sharded.compute(function)
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        return self._gradients.clip(limit)
+
+    def stepped(self) -> None:
+        """After the optimizer's step: the model reads what it left."""
+        self._gradients.stepped()
 
     def total(
         self,
