@@ -1,8 +1,9 @@
 """Boundaries: from the last step of a file to the first of the next, and twenty small files end to end.
 
 `python bench/boundary.py [ROWS] [FILES] [PEER_FILES] [LONGEST]`, LONGEST in characters of a row. Onward trains all
-files in one process; the peer, a stock Trainer at its best settings, takes one process per file. Where it trains fewer
-files than Onward, its time for all of them is extrapolated from the median of its files, and `extrapolated` says so.
+files in one process: once without measuring at boundaries what the model knows, as the peer does not, and once with it.
+The peer, a stock Trainer at its best settings, takes one process per file. Where it trains fewer files than Onward, its
+time for all of them is extrapolated from the median of its files, and `extrapolated` says so.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from typing import Any
 from measuring import child, held_against, small_llama, spread, tune_process, write_rows
 
 BATCH = 8
+EVALUATION_GOAL = 0.05
+"""Share of the time of steps that measuring at boundaries may take."""
 GAP_GOAL, PEER_GAP_GOAL, END_TO_END_GOAL = 1.0, 20.0, 5.0
 STOCK = Path(__file__).with_name("stock.py")
 
 
-def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
-    """Run as Onward's process: train all files in order; returns the gaps between them and the seconds of its steps."""
+def train_onward(folder: Path, model: Path, method: str, files: list[Path], share: float) -> dict[str, Any]:
+    """Run as Onward's process: train all files in order; returns the gaps between them and the seconds of its steps.
+
+    Args:
+        share: `evaluation.share`, what measuring at boundaries may take.
+    """
     from onward import Run
     from onward.events import StepTaken
 
@@ -34,7 +41,8 @@ def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> d
         if isinstance(event, StepTaken):
             steps.append((time.perf_counter(), event))
 
-    settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method}
+    settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method,
+                "evaluation": {"share": share}}  # fmt: skip
     run = Run.create(folder, str(model), lora={"rank": 16, "alpha": 32, "dropout": 0.0}, **settings)
     tune_process()
     run.train(*files, observe=observe)
@@ -46,10 +54,10 @@ def train_onward(folder: Path, model: Path, method: str, files: list[Path]) -> d
     return {"gaps": crossed, "steps": [step.seconds for _, step in steps], "loss": steps[-1][1].loss}
 
 
-def measure_onward(folder: Path, model: Path, method: str, files: list[Path]) -> dict[str, Any]:
+def measure_onward(folder: Path, model: Path, method: str, files: list[Path], share: float = 0.0) -> dict[str, Any]:
     """Run Onward's process; returns its gaps, its steps and its seconds from start to end."""
     begun = time.perf_counter()
-    found = child(Path(__file__), "--onward", folder, model, method, *files)
+    found = child(Path(__file__), "--onward", folder, model, method, share, *files)
     return {**found, "seconds": time.perf_counter() - begun}
 
 
@@ -79,17 +87,24 @@ def compare(folder: Path, model: Path, method: str, files: list[Path], peer_file
     """Measure both sides with one method."""
     steps = -(-rows // BATCH)
     ours = measure_onward(folder / f"onward-{method}", model, method, files)
+    evaluating = measure_onward(folder / f"evaluating-{method}", model, method, files, EVALUATION_GOAL)
     peer = measure_peer(folder / f"peer-{method}", model, method, files[:peer_files], steps)
     assert len(ours["steps"]) == steps * len(files)
     whole = sum(peer["seconds"]) + (len(files) - peer_files) * statistics.median(peer["seconds"])
     step = statistics.median(ours["steps"])
     gap = statistics.median(ours["gaps"])
+    more = statistics.fmean(evaluating["gaps"]) - statistics.fmean(ours["gaps"])
     in_steps, less, faster = gap / step, statistics.median(peer["gaps"]) / gap, whole / ours["seconds"]
     return {
         "files": len(files),
         "step_seconds": {"onward": spread(ours["steps"]), "trainer": spread(peer["steps"])},
         "gap_seconds": {"onward": spread(ours["gaps"]), "trainer": spread(peer["gaps"])},
         "gap_in_steps": held_against(GAP_GOAL, in_steps, at_most=True),
+        "evaluating": {
+            "gap_seconds": spread(evaluating["gaps"]),
+            "gap_in_steps": statistics.median(evaluating["gaps"]) / statistics.median(evaluating["steps"]),
+            "share_of_time": held_against(EVALUATION_GOAL, more / (steps * step), at_most=True),
+        },
         "trainer_gap_against_ours": held_against(PEER_GAP_GOAL, less),
         "end_to_end": {
             "seconds": {"onward": ours["seconds"], "trainer": whole}, "extrapolated": peer_files < len(files),
@@ -115,8 +130,9 @@ def measure(rows: int = 100, files: int = 20, peer_files: int = 20, longest: int
 def main() -> None:
     """Print the figures as JSON."""
     if sys.argv[1:2] == ["--onward"]:
-        folder, model, method, *files = sys.argv[2:]
-        print(json.dumps(train_onward(Path(folder), Path(model), method, [Path(file) for file in files])))
+        folder, model, method, share, *files = sys.argv[2:]
+        paths = [Path(file) for file in files]
+        print(json.dumps(train_onward(Path(folder), Path(model), method, paths, float(share))))
         return
     print(json.dumps(measure(*map(int, sys.argv[1:])), indent=2))
 

@@ -51,6 +51,8 @@ def test_init_says_what_it_found_and_doctor_shows_it(tmp_path: Path, model: Path
     assert found is not None
     assert ("end to end", (), ()) == (found.rows, found.left_out, found.warnings)
     assert found.lines()[0] in outcome.err
+    assert () == found.writers_in(found.environment)
+    assert found.writers_in({**found.environment, "transformers": "another"}) is None
     shown = onward("doctor", "--run", tmp_path / "run", "--json").json
     assert found.lines() == [entry["message"] for entry in shown if entry["subject"] == "model"]
 

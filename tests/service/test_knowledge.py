@@ -20,9 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from onward import Run
 from onward.atomic import remove_tree
+from onward.config import Config
 from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError
 from onward.events import Event, StepTaken
+from onward.hooks.evaluation import WAY, allowance
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
@@ -64,6 +66,21 @@ def test_rows_are_counted_apart(whole: Run) -> None:
     assert ["22 rows trained", "4 held out", "3 rows replayed"] == re.findall(
         r"22 rows \w+|4 held out|3 rows \w+", rows
     )
+
+
+def test_scores_are_compared_with_those_of_the_same_way(tmp_path: Path, model: Path, files: list[Path]) -> None:
+    """Another score than is computed again fails the proof; scores of a release that computed otherwise do not."""
+    run = Run.create(tmp_path / "run", str(model), **SETTINGS)
+    run.train(*files[:2])
+    outcomes: list[list[str]] = []
+    for way in (WAY, None):
+        with Ledger(run.layout.ledger) as ledger:
+            row = ledger.files("done")[-1]
+            scores = ledger.boundary_results(row.id)["grid"]
+            changed = {**scores, "cost": scores["cost"] + 1, "way": way}
+            ledger.keep_boundary_results(row.id, run.status()["global_step"], {"grid": changed})
+        outcomes.append([check.name for check in run.verify(deep=True).checks if not check.ok])
+    assert [["replay"], []] == outcomes
 
 
 def test_the_proof_recomputes_what_was_replayed(whole: Run) -> None:
@@ -188,10 +205,10 @@ def test_questions_of_a_user(model: Path, files: list[Path], tmp_path: Path) -> 
 
 def test_what_does_not_fit_is_blank(whole: Run) -> None:
     """The allowance grows with training and falls with measuring, and decides by counted tokens alone."""
-    from onward.hooks.evaluation import allowance
-
-    assert 500 == allowance(0.05, 0, 10**9, 10**8)  # what is free whatever was spent
-    assert 15_000 - 4_000 == allowance(0.05, 100_000, 4_000, 10**8)
+    lora, full = (Config.model_validate({"method": m, "evaluation": {"share": 0.05}}) for m in ("lora", "full"))
+    assert 50 == allowance(lora, 0, 10**9, 10**8)  # what is free whatever was spent
+    assert 10_000 - 4_000 == allowance(lora, 100_000, 4_000, 10**8)
+    assert 15_000 - 4_000 == allowance(full, 100_000, 4_000, 10**8)
     with Ledger(whole.layout.ledger, read_only=True) as ledger:
         assert ledger.evaluation_cost(2, begun=False) == ledger.results_before(2, "grid")[0]["cost"]
 

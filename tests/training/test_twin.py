@@ -16,7 +16,7 @@ from onward.config import Config
 from onward.errors import ModelError
 from onward.training.boundary import Boundary, run_hooks
 from onward.training.layers.buffers import Buffers
-from onward.training.layers.twin import keeps_process_state, with_weights, writers_in_evaluation
+from onward.training.layers.twin import keeps_process_state, named_types, with_weights, writers_in_evaluation
 from onward.training.loss import TargetLoss
 from onward.training.probe import Probe
 from onward.training.state import TrainState, digest_tensors
@@ -128,6 +128,23 @@ def test_what_always_writes_is_refused() -> None:
     with pytest.raises(ModelError, match=r"changes the weight model\.norm\.weight"):
         Probe(model, 0, CPU, torch.float32)
     assert before == digest(model)
+
+
+def test_who_writes_is_known_by_name_from_then_on() -> None:
+    """With the names that were found once the probe measures the same, and looks for nothing again."""
+    model = make_model("rwkv")
+    found = Probe(model, 0, CPU, torch.float32)
+    told = Probe(make_model("rwkv"), 0, CPU, torch.float32, writers=named_types(found.writers))
+    assert ("transformers.models.rwkv.modeling_rwkv.RwkvModel",) == named_types(found.writers)
+    assert found.writers == told.writers
+    assert found.of_model() == told.of_model()
+
+
+def test_a_write_that_no_admission_foresaw_is_refused() -> None:
+    """A model that writes to a weight although none of its modules is known to is refused when it is measured."""
+    model = make_model("rwkv")
+    with pytest.raises(ModelError, match="changes the weight"):
+        Probe(model, 0, CPU, torch.float32, writers=()).of_model()
 
 
 def test_a_hook_on_the_twin_is_not_the_models() -> None:

@@ -11,14 +11,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from onward.config import Config
 from onward.data.tokenized import Row
 from onward.training.scores import Meter, Score
 from onward.training.seeds import fold
 
-TRAINING_COST = 3
-"""Forward passes that a trained token costs, about: one forward, and a backward of two."""
-FREE_OPERATIONS = 1e11
-"""Multiplications and additions that measuring may take whatever the share says: about a second of a small machine."""
+TRAINING_COST = {"full": 3}
+"""Forward passes that a trained token costs, about, by method: one forward, one for the gradient of what layers
+return, and one for that of all weights. Elsewhere `OF_ADAPTER`."""
+OF_ADAPTER = 2
+"""The same where all but small matrices are frozen."""
+WAY = 2
+"""How scores are computed and what is affordable: another number than an earlier release's, whose may differ."""
+FREE_OPERATIONS = 1e10
+"""Multiplications and additions that measuring may take whatever the share says: about a tenth of a second."""
 FEW_TEXTS = 4
 """Anchor texts below which their mean says too little."""
 
@@ -132,7 +138,7 @@ class Measuring:
     def result(self) -> dict[str, Any]:
         """Return what was measured, as JSON values."""
         found: dict[str, Any] = {"model": self.model_scores, "base": self.base_scores, "cost": self.cost}
-        return found | {"anchor": self.anchor, "names": self.names}
+        return found | {"anchor": self.anchor, "names": self.names, "way": WAY}
 
     def _score(self, subject: Subject, meter: Callable[[], Meter], into: dict[str, dict[str, Any]]) -> bool:
         sample = subject.sample()
@@ -161,16 +167,16 @@ def described(score: Score, sample: Sample) -> dict[str, Any]:
     }
 
 
-def allowance(share: float, trained_tokens: int, spent: int, parameters: int) -> int:
-    """Return how many tokens may be passed forward now.
+def allowance(config: Config, trained_tokens: int, spent: int, parameters: int) -> int:
+    """Return how many tokens may be passed forward now: a share of what training cost so far, or what is free.
 
     Args:
-        share: what measuring may cost, as a share of what training cost so far.
         trained_tokens: tokens trained since the run began.
         spent: tokens passed forward by all measuring before.
         parameters: weights of the model.
     """
-    return max(int(FREE_OPERATIONS / (2 * parameters)), int(share * TRAINING_COST * trained_tokens) - spent)
+    cost = trained_tokens * TRAINING_COST.get(config.method, OF_ADAPTER)
+    return max(int(FREE_OPERATIONS / (2 * parameters)), int(config.evaluation.share * cost) - spent)
 
 
 def in_rotation(subjects: Sequence[Subject], seed: int, step: int) -> list[Subject]:

@@ -75,6 +75,12 @@ class Session:
         return None if findings is None else findings.treatment
 
     @property
+    def writers(self) -> tuple[str, ...] | None:
+        """Types of modules that write to weights in evaluation mode, if the admission found them where this runs."""
+        findings = Findings.of(self.ledger.get(FACT))
+        return None if findings is None else findings.writers_in(self.environment)
+
+    @property
     def execution(self) -> Execution:
         """Where and how steps of the run are computed."""
         treatment = self.treatment

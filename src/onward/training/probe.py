@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from onward.training.environment import deterministic
 from onward.training.layers.twin import (
     keeps_process_state,
     let_write_nothing,
+    types_named,
     with_weights,
     writers_in_evaluation,
     writes,
@@ -74,22 +75,28 @@ class Probe:
         seed: the run's seed.
         dtype: compute type.
         exact: compute with operations only that repeat (`deterministic`).
+        writers: types of modules that write to weights in evaluation mode; None where that is to be found out.
 
     Raises:
         ModelError: the model cannot be evaluated without a change of its weights.
     """
 
     def __init__(
-        self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype, *, exact: bool = True
-    ) -> None:
+        self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype, *, exact: bool = True,
+        writers: Collection[str] | None = None,
+    ) -> None:  # fmt: skip
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
         self._batch = probe_batch(seed, vocabulary)
         self._with_gradient = probe_batch(seed, vocabulary, _length_with_gradient(model, device))
         self._model = model
         self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
-        self.writers = writers_in_evaluation(model, lambda twin: self._loss(twin)(_shortened(self._batch)))
-        self._at_once = device.type != "cpu" or bool(self.writers) or keeps_process_state(model)
+        self.writers = self._find_writers() if writers is None else types_named(model, writers)
+        self._keeps_state = keeps_process_state(model)
+        self._at_once = device.type != "cpu" or bool(self.writers) or self._keeps_state
         self._twins: dict[str, tuple[list[int], TargetLoss]] = {}
+
+    def _find_writers(self) -> frozenset[type[nn.Module]]:
+        return writers_in_evaluation(self._model, lambda twin: self._loss(twin)(_shortened(self._batch)))
 
     def of_model(self) -> Probed:
         """Measure the model as it is now; nothing of it changes.
@@ -98,10 +105,10 @@ class Probe:
             TrainingError: the loss is not finite.
             ModelError: a weight changed all the same.
         """
-        before = _places(self._model)
+        before = self._places()
         trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
         probed = self._measure(self._twin("model", trained))
-        changed = [name for name, place in _places(self._model).items() if before[name] != place]
+        changed = [name for name, place in self._places().items() if before[name] != place]
         if changed:
             raise writes(changed[0])
         return probed
@@ -140,6 +147,16 @@ class Probe:
             )
         with self._repeatably(), torch.enable_grad():
             return Probed(mean, _digest_of_gradients(loss_of, self._with_gradient))
+
+    def _places(self) -> dict[str, tuple[int, int, torch.Size, torch.dtype]]:
+        """Return where each weight lies, how often it was written to, and as what.
+
+        What is parametrized for a forward pass is set to itself then, which counts as written to.
+        """
+        return {
+            name: (weight.data_ptr(), 0 if self._keeps_state else weight._version, weight.shape, weight.dtype)
+            for name, weight in self._model.named_parameters()
+        }
 
     @contextlib.contextmanager
     def _repeatably(self) -> Generator[None]:
@@ -202,8 +219,3 @@ def _shortened(batch: Batch) -> Batch:
     """Return what is enough of a batch to see what a forward pass does."""
     row = batch.rows[0]
     return Batch([Row(row.ids[:2], row.targets[:2])], batch.references[:1], batch.lines[:1])
-
-
-def _places(model: nn.Module) -> dict[str, tuple[int, torch.Size, torch.dtype]]:
-    """Return where each weight lies, and as what."""
-    return {name: (weight.data_ptr(), weight.shape, weight.dtype) for name, weight in model.named_parameters()}

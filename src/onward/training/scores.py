@@ -144,8 +144,9 @@ class Meter:
         loss = correct = tokens = 0.0
         for batch in self.batches(rows):
             for logits, labels in self.logits(batch):
-                loss += float(functional.cross_entropy(logits, labels, reduction="none").double().sum())
-                correct += int((logits.argmax(-1) == labels).sum())
+                losses, hits = tallied(logits, labels)
+                loss += losses
+                correct += hits
                 tokens += len(labels)
         return Score(loss / tokens, correct / tokens, int(tokens))
 
@@ -185,6 +186,21 @@ class Meter:
                 break
             yield found
         self._loss.forget()
+
+
+def tallied(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    """Return the summed cross-entropy (nats) and how many labels have the largest logit, of equal ones the first.
+
+    Args:
+        logits: float32, shape (tokens, vocabulary); overwritten.
+        labels: int64, shape (tokens,).
+    """
+    chosen, largest = logits.gather(1, labels[:, None]), logits.amax(1, keepdim=True)
+    may_hit = (chosen == largest)[:, 0]
+    hits = int((logits[may_hit].argmax(1) == labels[may_hit]).sum())
+    shares = torch.softmax(logits, 1, out=logits)  # its largest is one by the sum of the exponentials
+    losses = largest - shares.amax(1, keepdim=True).log_() - chosen
+    return float(losses.double().sum()), hits
 
 
 def divergences(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

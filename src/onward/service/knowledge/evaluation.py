@@ -138,7 +138,7 @@ class Evaluation:
     def _allowance(self, model: nn.Module, config: Config, position: int, *, begun: bool) -> int:
         trained = self._ledger.trained_tokens(position if begun else position - 1)
         spent = self._ledger.evaluation_cost(position, begun=begun)
-        return allowance(config.evaluation.share, trained, spent, parameters_of(model))
+        return allowance(config, trained, spent, parameters_of(model))
 
     def _meter_of(self, model: nn.Module, config: Config) -> Meter:
         """Return what measures a model under a config; what was made for the same model is used again."""

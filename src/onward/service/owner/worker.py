@@ -37,7 +37,7 @@ from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import gpu_is_crowded
 from onward.training.economy import Learned
 from onward.training.handover import compare, measure
-from onward.training.probe import Probe
+from onward.training.probe import Probe, Probed
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
@@ -232,7 +232,7 @@ class Worker:
                 return
             trainer.economy.setting = self.around.settings.current.activation_checkpointing
             if self.around.wishes:
-                yield from self._begin_commit(file_id)
+                yield from self._begin_commit(file_id, is_awaited=True)
                 yield from self._wait_for_commit()
                 return
             if result.step % self.around.settings.current.save_steps == 0:
@@ -250,9 +250,10 @@ class Worker:
             ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
 
         end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
-        yield from self._begin_commit(row.id, done, end)
+        yield from self._collect(wait=True)
         may_go_on = not self.around.wishes.pending and self.around.goes_on()
         following = self.ledger.next_queued() if may_go_on else None
+        yield from self._begin_commit(row.id, done, end, is_awaited=following is None)
         if following is None:
             yield from self._wait_for_commit()
         return following
@@ -261,7 +262,11 @@ class Worker:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         measured = self._writer.measured()
         digest = None if measured is None else StateDigest(measured.weights, measured.moments)
-        after = measure(self.state.view_of_copied(digest), self._probe().of_model())
+        if measured is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
+            probed = Probed(measured.probe_loss, measured.probe_gradient)
+        else:
+            probed = self._probe().of_model()
+        after = measure(self.state.view_of_copied(digest), probed)
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:
@@ -276,9 +281,11 @@ class Worker:
 
     def _probe(self) -> Probe:
         if self._probed is None:
-            session = self.session
-            exact = self.config.deterministic
-            self._probed = Probe(self.state.model, self.config.seed, session.device, session.dtype, exact=exact)
+            session, config = self.session, self.config
+            self._probed = Probe(
+                self.state.model, config.seed, session.device, session.dtype, exact=config.deterministic,
+                writers=session.writers,
+            )  # fmt: skip
             self._measuring.evaluation.writers = self._probed.writers
         return self._probed
 
@@ -288,8 +295,9 @@ class Worker:
         yield from self._collect(wait=True)
 
     def _begin_commit(
-        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None
-    ) -> Iterator[Event]:
+        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None,
+        *, is_awaited: bool = False,
+    ) -> Iterator[Event]:  # fmt: skip
         """Copy the state, to be committed while training goes on; the commit before is waited for."""
         yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
@@ -299,7 +307,8 @@ class Worker:
             Commit(
                 self.state.model, self._copy, config, self._probe().of_copy(self._copy), self._facts,
                 tuple(self._log), self._newest, file_id, with_ledger, done,
-            )
+            ),
+            is_awaited=is_awaited,
         )  # fmt: skip
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from onward.config import stored_config
 from onward.digest import xxh3_file
 from onward.errors import VerificationFailed
+from onward.hooks.evaluation import WAY
 from onward.layout import RunLayout, step_of
 from onward.service.intake.tokens import open_tokens
 from onward.service.knowledge.evaluation import Evaluation
@@ -82,9 +83,9 @@ def _train_again(session: Session, evaluation: Evaluation, state: TrainState, ta
 
 
 def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, row: FileRow) -> None:
-    """Measure a boundary as it was measured, and compare."""
+    """Measure a boundary as it was measured, and compare, unless an earlier release measured in another way."""
     recorded = ledger.boundary_results(row.id).get(GRID)
-    if recorded is None:
+    if recorded is None or recorded.get("way") != WAY:
         return
     measured = evaluation.of_boundary(state.model, row, stored_config(ledger.config_of(row)), state.step)[GRID]
     if json.loads(json.dumps(measured)) != recorded:

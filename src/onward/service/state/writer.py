@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -43,11 +44,16 @@ class Writer:
         self._error: BaseException | None = None
         self._measured: Future[Measurement] = Future()
 
-    def submit(self, commit: Commit) -> None:
-        """Begin a commit; the one before must have been collected."""
+    def submit(self, commit: Commit, *, is_awaited: bool) -> None:
+        """Begin a commit; the one before must have been collected.
+
+        Args:
+            is_awaited: nothing is trained until it is done, so that it does not give way to training.
+        """
         assert self._thread is None
         self._measured = Future()
-        self._thread = threading.Thread(target=self._run, args=(commit,), name="onward-writer", daemon=True)
+        run = partial(self._run, commit, give_way=(lambda: None) if is_awaited else _give_way)
+        self._thread = threading.Thread(target=run, name="onward-writer", daemon=True)
         self._thread.start()
 
     def collect(self, *, wait: bool) -> Written | None:
@@ -79,12 +85,17 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self, commit: Commit) -> None:
-        _give_way()
+    def _run(self, commit: Commit, give_way: Callable[[], None]) -> None:
+        def measured(measurement: Measurement) -> None:
+            self._measured.set_result(measurement)
+            give_way()
+
+        if not commit.state.cursor.at_boundary:  # at a boundary the next file waits for what is measured
+            give_way()
         try:
             self._ledger.require_in_place()
             with Ledger(self._layout.ledger, clock=self._ledger.clock) as ledger:
-                written = Commits(self._layout, ledger).commit(commit, self._measured.set_result)
+                written = Commits(self._layout, ledger).commit(commit, measured)
                 self._ledger.require_in_place()  # if it was removed, nobody would find what was recorded
                 self._written = written
                 self._call_after_commit(ledger, written.manifest)

@@ -28,6 +28,7 @@ from onward.training.admission.shorten import shorten
 from onward.training.device_errors import is_of_the_device
 from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
+from onward.training.layers.twin import named_types
 from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
@@ -72,6 +73,7 @@ class _Found:
     by_length: bool = False
     why_padded: str = ""
     difference: float = 0.0
+    writers: tuple[str, ...] | None = None
 
 
 def admit(
@@ -129,6 +131,7 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
             attention=kernel_name(spec.device, spec.dtype),
         ),
         seconds=round(seconds, 3),
+        writers=found.writers,
     )
 
 
@@ -146,7 +149,7 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     if not found.end_to_end and longer.longest_of(proof.spec.config) > LONG:
         _compare_longer(proof, model, vocabulary, found)
     _require_repeatable(proof, model, vocabulary)
-    _require_untouched(proof, model)
+    found.writers = _require_untouched(proof, model)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -308,11 +311,13 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> Non
         proof.refuse(what, NO_REMEDY)
 
 
-def _require_untouched(proof: _Proof, model: nn.Module) -> None:
-    """Evaluate the model as the handover's probe does, and look at every weight and buffer."""
+def _require_untouched(proof: _Proof, model: nn.Module) -> tuple[str, ...]:
+    """Evaluate the model as the handover's probe does, and look at every weight and buffer; returns what writes."""
     marks = Marks(model)
     config = proof.spec.config
-    Probe(model, config.seed, proof.spec.device, proof.spec.dtype, exact=config.deterministic).of_model()
+    probe = Probe(model, config.seed, proof.spec.device, proof.spec.dtype, exact=config.deterministic)
+    probe.of_model()
     changed = tuple(marks.changed())
     if changed:
         proof.refuse(f"evaluating the model changes its own {named(changed)}", NO_REMEDY)
+    return named_types(probe.writers)

@@ -40,6 +40,7 @@ class Findings:
         warnings: what would refuse a new run, in a run that has trained already.
         environment: versions and device that this was found with.
         seconds: how long it took, the loading of the model aside.
+        writers: types of modules that write to weights in evaluation mode; None in findings of earlier releases.
     """
 
     rows: str
@@ -53,11 +54,17 @@ class Findings:
     warnings: tuple[str, ...]
     environment: Mapping[str, Any]
     seconds: float
+    writers: tuple[str, ...] | None = None
 
     @property
     def treatment(self) -> Treatment:
         """How the model is treated from now on."""
         return Treatment(self.rows == END_TO_END, self.left_out, self.rows == BY_LENGTH)
+
+    def writers_in(self, environment: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return what writes to weights in evaluation mode; None where it was found in another environment."""
+        same = all(environment.get(key) == value for key, value in self.environment.items())
+        return self.writers if same else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON values."""
@@ -68,7 +75,7 @@ class Findings:
         """Return the findings that a ledger kept; None where it kept none."""
         if values is None:
             return None
-        lists: dict[str, Any] = {key: tuple(values[key]) for key in ("left_out", "unreached", "warnings")}
+        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
 
     def lines(self) -> list[str]:

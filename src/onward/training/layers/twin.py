@@ -8,7 +8,7 @@ happens; they are left in training mode, where they do not write.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -80,6 +80,16 @@ def writers_in_evaluation(model: nn.Module, forward: Callable[[nn.Module], objec
         else:
             break
     return found
+
+
+def named_types(types: Iterable[type[nn.Module]]) -> tuple[str, ...]:
+    """Return the names of types of modules, as `types_named` finds them again."""
+    return tuple(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in types))
+
+
+def types_named(model: nn.Module, names: Collection[str]) -> frozenset[type[nn.Module]]:
+    """Return the types of a model's modules that have these names."""
+    return frozenset(kind for kind in map(type, model.modules()) if names and named_types([kind])[0] in names)
 
 
 def let_write_nothing(twin: nn.Module, writers: frozenset[type[nn.Module]]) -> nn.Module:
