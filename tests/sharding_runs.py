@@ -32,7 +32,7 @@ from onward.training.loss import TargetLoss
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.parts import Part
-from onward.training.probe import Probed
+from onward.training.probe import Probe, Probed
 from onward.training.ranks.exchange import InTurn
 from onward.training.ranks.forming import form
 from onward.training.seeds import seeded
@@ -40,6 +40,7 @@ from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.files import host_mesh, load_shards, read_manifest, require_files, write_shards
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.probing import probe_in_shards
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards
 from onward.training.state import Cursor, Snapshot, TrainState
@@ -47,6 +48,7 @@ from onward.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 LENGTHS = (9, 14)
+PROBE_SEED = 3
 LIMIT = 0.5
 """Norm that gradients are clipped to; theirs is above it."""
 
@@ -95,6 +97,12 @@ def on_one_device(
         total = InTurn().total(shares_of_step(step), partial(train_share, train), state.parameters.values())
         told.append(finish(state, total, nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)))
     return state, told
+
+
+def probed_on_one_device(state: TrainState, dtype: torch.dtype = torch.float32) -> list[object]:
+    """Return loss and digest of the gradient of a state's probe."""
+    probed = Probe(state.model, PROBE_SEED, CPU, dtype).of_model()
+    return [probed.loss, probed.gradient]
 
 
 def train_share(train: Callable[[Part], torch.Tensor], share: Sequence[Part]) -> torch.Tensor:
@@ -147,8 +155,11 @@ def train_in_shards(
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
         in_shards.stepped()
     write_shards(target, state.snapshot(), shards, host_mesh())
+    loss_of.through = sharded.compute
+    probed = probe_in_shards(sharded, shards, loss_of, PROBE_SEED)
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
+        target.with_suffix(".probe").write_text(json.dumps([probed.loss, probed.gradient]))
 
 
 def file_config(folder: Path) -> Config:
@@ -237,10 +248,13 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     sharded = ShardedModel(model, mesh)
     state = TrainState.start(model, config)
     loss_of = sharded.compute(partial(TargetLoss, model, CPU, torch.float32))
-    in_shards = InShards[Part](sharded, WholeExchange(state.parameters.values(), mesh.get_group()))
+    exchange = WholeExchange(state.parameters, mesh.get_group())
+    in_shards = InShards[Part](sharded, exchange)
     told: list[list[float]] = []
     for step in range(steps):
         loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], sharded.compute, loss_of))
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
-    digest = state.view().digest()
-    target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps([digest.weights, digest.moments, told]))
+    loss_of.through = sharded.compute
+    probed, digest = probe_in_shards(sharded, exchange, loss_of, PROBE_SEED), state.view().digest()
+    found = [probed.loss, probed.gradient, digest.weights, digest.moments, told]
+    target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))

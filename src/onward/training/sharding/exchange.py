@@ -9,7 +9,7 @@ That parts, not devices, make up a step is the idea of EasyScale (Li et al., SC'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -136,12 +136,12 @@ class WholeExchange:
     """The sum of a step's gradients of weights that every rank has whole (adapters), on every rank.
 
     Args:
-        weights: the weights, in an order that is the same on every rank.
+        weights: the weights by name, in an order that is the same on every rank.
         group: the ranks.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
-        self._weights = list(weights)
+    def __init__(self, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
+        self._names, self._weights = list(weights), list(weights.values())
         self._group = group
         self._sum = PartSum()
         numbers = sum(weight.numel() for weight in self._weights)
@@ -149,8 +149,10 @@ class WholeExchange:
         self._own: torch.Tensor | None = None
 
     def begin(self) -> None:
-        """Begin a step: nothing is summed."""
+        """Begin a step: nothing is summed, and no weight has a gradient."""
         self._sum.begin()
+        for weight in self._weights:
+            weight.grad = None
 
     def add(self, places: Sequence[Place]) -> None:
         """After the backward pass of a round: take the gradients away, and add this rank's piece of them."""
@@ -178,6 +180,12 @@ class WholeExchange:
 
     def stepped(self) -> None:
         """After the optimizer's step: the model has the same weights."""
+
+    def wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the sums by name, on the first rank alone."""
+        if self._group.rank() == 0:
+            for name, weight in zip(self._names, self._weights, strict=True):
+                yield name, cast(torch.Tensor, weight.grad)
 
     def _spans(self, flat: torch.Tensor) -> Iterable[tuple[nn.Parameter, torch.Tensor]]:
         pieces = flat[: sum(weight.numel() for weight in self._weights)].split([w.numel() for w in self._weights])

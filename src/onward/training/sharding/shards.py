@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from onward.training.optimizers import OptimizerMethod
 from onward.training.sharding.exchange import Place
-from onward.training.sharding.gathering import norms, rows_of
+from onward.training.sharding.gathering import norms, rows_of, wholes
 from onward.training.sharding.model import ShardedModel
 
 UNIT = 16
@@ -158,6 +158,12 @@ class Shards(Mapping[str, Shard]):
         total = torch.linalg.vector_norm(each, 2.0)
         nn.utils.clip_grads_with_norm_([shard.held for shard in self.values()], limit, total)
         return total
+
+    def wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the whole gradients by name, each on one rank; every rank takes all that it gets."""
+        names, shapes = list(self), [shard.shape for shard in self.values()]
+        gradients = [shard.rows(cast(torch.Tensor, shard.held.grad)) for shard in self.values()]
+        return ((names[place], whole) for place, whole in wholes(self.mesh, shapes, gradients))
 
     def stepped(self) -> None:
         """After the optimizer's step: put what it changed where the model reads it."""

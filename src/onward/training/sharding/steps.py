@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from onward.training.sharding.exchange import Place, WholeExchange
+from onward.training.sharding.exchange import Place
 from onward.training.sharding.model import ShardedModel
-from onward.training.sharding.shards import Shards
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -40,6 +39,10 @@ class Gradients(Protocol):
         """Give the model what the optimizer left."""
         ...
 
+    def wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the whole gradients by name, each on one rank; every rank takes all that it gets."""
+        ...
+
 
 class InShards(Generic[Part]):
     """All ranks compute the parts of a step in turn, one each in a round: every layer is made whole for all at once.
@@ -47,12 +50,12 @@ class InShards(Generic[Part]):
     A `Placement` of the trainer. The sums are those of one device that computes all shares.
 
     Args:
-        gradients: the shards of what is trained, or the exchange of what every rank has whole.
+        gradients: the shards of what is trained (`Shards`), or what every rank has whole (`WholeExchange`).
     """
 
-    def __init__(self, sharded: ShardedModel, gradients: Shards | WholeExchange) -> None:
+    def __init__(self, sharded: ShardedModel, gradients: Gradients) -> None:
         self._sharded = sharded
-        self._gradients: Gradients = gradients
+        self._gradients = gradients
 
     def compute(self, function: Callable[[], Result]) -> Result:
         """Return what a function computes with the model: `ShardedModel.compute`."""

@@ -1,0 +1,63 @@
+"""The probe of a model in shards: what the handover compares, measured by all ranks together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from onward.digest import sha256_json
+from onward.training.environment import deterministic
+from onward.training.loss import TargetLoss
+from onward.training.probe import Probed, fingerprint, length_with_gradient, mean_loss, probe_batch
+from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.steps import Gradients, InShards
+
+
+def probe_in_shards(
+    sharded: ShardedModel, gradients: Gradients, loss_of: TargetLoss, seed: int, *, exact: bool = True
+) -> Probed:
+    """Return what `Probe.of_model` measures of the same model on one device. Every rank calls this, between two steps.
+
+    It is measured on the model itself, in evaluation mode: a twin would not be made whole. What the passes leave in
+    buffers is put back, and gradients are dropped.
+
+    Args:
+        gradients: those of the model (`InShards`).
+        loss_of: the model's loss, through `ShardedModel.compute`.
+        seed: the run's.
+        exact: compute with operations only that repeat.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    model, device = sharded.model, loss_of.device
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+    batch = probe_batch(seed, vocabulary)
+    with_gradient = probe_batch(seed, vocabulary, length_with_gradient(model, device))
+    in_shards = InShards[Any](sharded, gradients)
+
+    def backward(parts: Any) -> torch.Tensor:
+        loss = loss_of(parts[0])
+        loss.backward()
+        return loss
+
+    model.eval()
+    try:
+        with deterministic(device, exact=exact):
+            with torch.no_grad():
+                mean = mean_loss(loss_of(batch))
+            in_shards.total([[with_gradient]], backward)
+        return Probed(mean, _digest(gradients, sharded))
+    finally:
+        model.train()
+        loss_of.forget()
+        gradients.begin()
+
+
+def _digest(gradients: Gradients, sharded: ShardedModel) -> str:
+    own = {name: fingerprint(whole) for name, whole in gradients.wholes()}
+    every: list[Any] = [None] * sharded.mesh.size()
+    dist.all_gather_object(every, own, group=sharded.mesh.get_group())
+    return sha256_json({name: found for each in every for name, found in each.items()})
