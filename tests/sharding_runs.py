@@ -23,6 +23,7 @@ from onward.config import Config
 from onward.data.loader import Batch
 from onward.data.order import RowReference, make_plan
 from onward.data.tokenized import Row
+from onward.errors import RankLost
 from onward.ranks import place_here
 from onward.training.checkpoint import Contents, Facts, inspect_checkpoint
 from onward.training.execution import Execution
@@ -39,7 +40,7 @@ from onward.training.seeds import seeded
 from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.files import host_mesh, load_shards, read_manifest, require_files, write_shards
 from onward.training.sharding.loading import load_sharded
-from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.model import ShardedModel, decoder_layers
 from onward.training.sharding.probing import probe_in_shards
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards
@@ -225,6 +226,26 @@ def lose_a_rank(folder: Path, target: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     write_shards(target, replace(state.snapshot(), wait=die), shards, host_mesh())
+
+
+def fail_in_a_layer(folder: Path, told: Path) -> None:
+    """Rank 1 fails before the second layer of its part, where the others wait for it; says what each rank met."""
+    config, model = built(folder, "full", torch.float32)
+    sharded = ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
+    _, shards = start_sharded(sharded, config)
+    loss_of = sharded.compute(partial(TargetLoss, model, CPU, torch.float32))
+
+    def fail(*_: object) -> None:
+        raise ValueError("a cable was pulled")
+
+    if dist.get_rank() == 1:
+        decoder_layers(model)[1].register_forward_pre_hook(fail)
+    try:
+        train = partial(train_part, through=sharded.compute, loss_of=loss_of)
+        InShards[Part](sharded, shards).total(shares_of_step(0), partial(train_share, train))
+    except RankLost as error:
+        told.with_suffix(f".{dist.get_rank()}").write_text(error.what)
+        os._exit(error.exit_status)
 
 
 def fill_a_disk(folder: Path, target: Path, met: Path) -> None:

@@ -137,6 +137,14 @@ def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: 
     require_files(written, read_manifest(written))
 
 
+def test_a_rank_that_fails_inside_a_layer_ends_all(model: Path, tmp_path: Path) -> None:
+    """The others wait for it inside of a layer: each rank ends with an error, the one that failed says why."""
+    assert [1, 1] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.fail_in_a_layer, model, tmp_path / "told")
+    told = [(tmp_path / f"told.{rank}").read_text() for rank in range(2)]
+    assert told[0].startswith("rank 0 failed while all ranks computed together")
+    assert "rank 1 failed while all ranks computed together: a cable was pulled" == told[1]
+
+
 @pytest.mark.parametrize("place", ["full", "file/below"])
 def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
     """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""

@@ -17,6 +17,11 @@ Result = TypeVar("Result")
 class Placement(Protocol):
     """How a step is taken where no rank holds all weights."""
 
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has all that is trained."""
+        ...
+
     def compute(self, function: Callable[[], Result]) -> Result:
         """Return what a function computes with the model; every rank calls this at once."""
         ...

@@ -90,7 +90,7 @@ class Trainer:
             TrainingError: the loss is not finite; the state is that before the step.
         """
         self.world.tell(lambda: file_order(self.state, self.config, self.execution, plan, files, self.anchor))
-        if self.execution.placement is None:
+        if self.execution.placement is None or self.execution.placement.holds_whole:
             hold_same(lambda: self.state, self.world, self.anchor)
         with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
             while not self.state.cursor.at_boundary:

@@ -140,6 +140,8 @@ class WholeExchange:
         group: the ranks.
     """
 
+    holds_whole = True
+
     def __init__(self, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
         self._names, self._weights = list(weights), list(weights.values())
         self._group = group

@@ -107,6 +107,8 @@ class Shards(Mapping[str, Shard]):
         method: how it is trained.
     """
 
+    holds_whole = False
+
     def __init__(self, sharded: ShardedModel, method: OptimizerMethod) -> None:
         self.mesh = sharded.mesh
         weights = {name: cast(DTensor, weight) for name, weight in sharded.model.named_parameters()}

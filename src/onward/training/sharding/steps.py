@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from onward.errors import RankLost, first_line
 from onward.training.sharding.exchange import Place
 from onward.training.sharding.model import ShardedModel
 
@@ -18,6 +19,11 @@ Result = TypeVar("Result")
 
 class Gradients(Protocol):
     """Where the gradients of a step go."""
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has all that is trained."""
+        ...
 
     def begin(self) -> None:
         """Begin a step."""
@@ -57,6 +63,11 @@ class InShards(Generic[Part]):
         self._sharded = sharded
         self._gradients = gradients
 
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has all that is trained."""
+        return self._gradients.holds_whole
+
     def compute(self, function: Callable[[], Result]) -> Result:
         """Return what a function computes with the model: `ShardedModel.compute`."""
         return self._sharded.compute(function)
@@ -85,10 +96,23 @@ class InShards(Generic[Part]):
             parameters: not looked at: `gradients` knows them.
 
         Raises:
-            Exception: what this rank's `compute` raised. The others may wait for it inside a layer, so the process has
-                to end.
+            RankLost: a rank failed. The others may wait for it inside of a layer, where nothing can be told any more,
+                so every rank raises this, and its process has to end.
         """
         del parameters
+        try:
+            return self._total(shares, compute)
+        except Exception as error:
+            rank = self._sharded.mesh.get_local_rank()
+            raise RankLost(
+                f"rank {rank} failed while all ranks computed together: {first_line(error)}",
+                where="devices",
+                hint="What was committed is kept. onward train goes on from there.",
+            ) from error
+
+    def _total(
+        self, shares: Sequence[Sequence[Part]], compute: Callable[[Sequence[Part]], torch.Tensor]
+    ) -> torch.Tensor:
         rank, size = self._sharded.mesh.get_local_rank(), self._sharded.mesh.size()
         parts = [part for share in shares for part in share]
         places = [Place(n == 0, n == len(share) - 1) for share in shares for n in range(len(share))]
