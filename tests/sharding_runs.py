@@ -40,8 +40,8 @@ from onward.training.seeds import seeded
 from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.files import host_mesh, load_shards, read_manifest, require_files, write_shards
 from onward.training.sharding.loading import load_sharded
+from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
 from onward.training.sharding.model import ShardedModel, decoder_layers
-from onward.training.sharding.probing import probe_in_shards
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards
 from onward.training.state import Cursor, Snapshot, TrainState
@@ -100,10 +100,10 @@ def on_one_device(
     return state, told
 
 
-def probed_on_one_device(state: TrainState, dtype: torch.dtype = torch.float32) -> list[object]:
-    """Return loss and digest of the gradient of a state's probe."""
-    probed = Probe(state.model, PROBE_SEED, CPU, dtype).of_model()
-    return [probed.loss, probed.gradient]
+def measured_on_one_device(state: TrainState) -> list[object]:
+    """Return loss and digest of the gradient of a state's probe, and the digests of weights and moments."""
+    probed, digest = Probe(state.model, PROBE_SEED, CPU, torch.float32).of_model(), state.view().digest()
+    return [probed.loss, probed.gradient, digest.weights, digest.moments]
 
 
 def train_share(train: Callable[[Part], torch.Tensor], share: Sequence[Part]) -> torch.Tensor:
@@ -157,10 +157,11 @@ def train_in_shards(
         in_shards.stepped()
     write_shards(target, state.snapshot(), shards, host_mesh())
     loss_of.through = sharded.compute
-    probed = probe_in_shards(sharded, shards, loss_of, PROBE_SEED)
+    probed, digest = probe_in_shards(sharded, shards, loss_of, PROBE_SEED), digest_in_shards(state, shards)
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
-        target.with_suffix(".probe").write_text(json.dumps([probed.loss, probed.gradient]))
+        found = [probed.loss, probed.gradient, digest.weights, digest.moments]
+        target.with_suffix(".measured").write_text(json.dumps(found))
 
 
 def file_config(folder: Path) -> Config:

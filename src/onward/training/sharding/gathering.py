@@ -53,3 +53,22 @@ def norms(mesh: DeviceMesh, shapes: Sequence[torch.Size], tensors: Sequence[torc
     found = own.new_empty(size * each)
     dist.all_gather(list(found.view(size, -1)), own, group=mesh.get_group())
     return found.view(size, each).T.reshape(-1)[: len(tensors)].contiguous()
+
+
+def first_gets(mesh: DeviceMesh, shape: torch.Size, rows: torch.Tensor) -> torch.Tensor | None:
+    """Return a tensor whole on the first rank, and None on the others. All ranks call this.
+
+    Args:
+        shape: that of the whole tensor.
+        rows: this rank's rows of it.
+    """
+    size, group = mesh.size(), mesh.get_group()
+    each = -(-shape[0] // size)
+    padded = rows.new_zeros((each, *shape[1:]))
+    padded[: len(rows)].copy_(rows)
+    if mesh.get_local_rank():
+        dist.gather(padded, group=group, group_dst=0)
+        return None
+    found = rows.new_empty((size, *padded.shape))
+    dist.gather(padded, list(found), group=group, group_dst=0)
+    return found.flatten(0, 1)[: shape[0]]

@@ -1,7 +1,8 @@
-"""The probe of a model in shards: what the handover compares, measured by all ranks together."""
+"""What the handover compares of a state in shards, measured by all ranks together: the numbers of one device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from onward.digest import sha256_json
 from onward.training.environment import deterministic
 from onward.training.loss import TargetLoss
 from onward.training.probe import Probed, fingerprint, length_with_gradient, mean_loss, probe_batch
+from onward.training.sharding.gathering import first_gets
 from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.shards import Shards
 from onward.training.sharding.steps import Gradients, InShards
+from onward.training.state import StateDigest, TrainState, digest_tensors
 
 
 def probe_in_shards(
@@ -54,6 +58,33 @@ def probe_in_shards(
         model.train()
         loss_of.forget()
         gradients.begin()
+
+
+def digest_in_shards(state: TrainState, shards: Shards) -> StateDigest:
+    """Return the digest of the whole state, on every rank; every rank calls this, and holds one tensor at most.
+
+    The digest reads one tensor after another, so each goes to the first rank: as much moves as the state has bytes.
+    """
+    snapshot, mesh = state.view(), shards.mesh
+    weights = ((name, name, tensor) for name, tensor in sorted(snapshot.weights.items()))
+    moments = (
+        (f"{name}.{key}", name, value)
+        for name, entry in sorted(snapshot.moments.items())
+        for key, value in sorted(entry.items())
+    )
+
+    def whole(tensors: Iterable[tuple[str, str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for label, name, tensor in tensors:
+            if tensor.ndim == 0:  # the optimizer's counter
+                yield label, tensor
+                continue
+            found = first_gets(mesh, shards[name].shape, shards[name].rows(tensor))
+            if found is not None:
+                yield label, found
+
+    told = [[digest_tensors(whole(weights)), digest_tensors(whole(moments))]]
+    dist.broadcast_object_list(told, group=mesh.get_group(), group_src=0)
+    return StateDigest(*told[0])
 
 
 def _digest(gradients: Gradients, sharded: ShardedModel) -> str:
