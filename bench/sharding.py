@@ -82,7 +82,6 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
     from onward.data.loader import Batch
     from onward.data.order import RowReference
     from onward.data.tokenized import Row
-    from onward.training.loss import TargetLoss
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.model.weights import save_weights
@@ -91,7 +90,7 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
     from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
     from onward.training.sharding.model import ShardedModel
     from onward.training.sharding.state import start_sharded
-    from onward.training.sharding.steps import InShards
+    from onward.training.sharding.steps import InShards, loss_in_shards
     from onward.training.sharding.whole import whole_state
 
     config = Config.model_validate({"model": str(folder / "model"), "method": "full"})
@@ -101,14 +100,14 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
         spec = ModelSpec(config, folder / "model", CPU, torch.float32)
         sharded = ShardedModel(build_model(spec, mapped=True), mesh)
         state, shards = start_sharded(sharded, config)
-    loss_of = sharded.compute(lambda: TargetLoss(sharded.model, CPU, torch.float32))
+    loss_of = loss_in_shards(sharded, CPU, torch.float32)
     ids = np.arange(TOKENS) % 97
     batch = Batch([Row(ids, ids >= 0)], [RowReference("x", 0)], [0])
 
-    in_shards = InShards[Part](sharded, shards)
+    in_shards = InShards[Part](sharded, shards, loss_of)
 
     def train(parts: Sequence[Part]) -> torch.Tensor:
-        loss = sharded.compute(lambda: loss_of(parts[0].batch) / TOKENS)
+        loss = loss_of(parts[0].batch) / TOKENS
         loss.backward()
         return loss
 

@@ -43,7 +43,7 @@ from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
 from onward.training.sharding.model import ShardedModel, decoder_layers
 from onward.training.sharding.state import start_sharded
-from onward.training.sharding.steps import InShards
+from onward.training.sharding.steps import InShards, loss_in_shards
 from onward.training.state import Cursor, Snapshot, TrainState
 from onward.training.trainer import Trainer
 
@@ -94,7 +94,7 @@ def on_one_device(
     state, told = TrainState.start(model, config), []
     loss_of = TargetLoss(model, CPU, dtype)
     for step in range(steps):
-        train = partial(train_part, through=lambda compute: compute(), loss_of=loss_of)
+        train = partial(train_part, loss_of=loss_of)
         total = InTurn().total(shares_of_step(step), partial(train_share, train), state.parameters.values())
         told.append(finish(state, total, nn.utils.clip_grad_norm_(state.parameters.values(), LIMIT)))
     return state, told
@@ -114,12 +114,10 @@ def train_share(train: Callable[[Part], torch.Tensor], share: Sequence[Part]) ->
     return total
 
 
-def train_part(
-    part: Part, through: Callable[[Callable[[], torch.Tensor]], torch.Tensor], loss_of: TargetLoss
-) -> torch.Tensor:
+def train_part(part: Part, loss_of: TargetLoss) -> torch.Tensor:
     """Compute the loss of a part and its gradients."""
     with seeded(part.seed, CPU):
-        loss = through(lambda: loss_of(part.batch) / 100)
+        loss = loss_of(part.batch) / 100
         loss.backward()
     return loss.detach()
 
@@ -143,21 +141,20 @@ def train_in_shards(
         manifest = read_manifest(source)
         require_files(source, manifest, dist.get_rank(), dist.get_world_size())
         load_shards(source, manifest, state, shards, host_mesh())
-    loss_of = sharded.compute(partial(TargetLoss, model, CPU, dtype))
-    in_shards, recomputation = InShards[Part](sharded, shards), Recomputation(model)
+    loss_of, recomputation = loss_in_shards(sharded, CPU, dtype), Recomputation(model)
+    in_shards = InShards[Part](sharded, shards, loss_of)
     told: list[list[float]] = []
 
-    def through(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def train(parts: Sequence[Part]) -> torch.Tensor:
         with recomputation.on(recomputed):
-            return sharded.compute(compute)
+            return train_part(parts[0], loss_of)
 
     for step in steps:
-        loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], through, loss_of))
+        loss = in_shards.total(shares_of_step(step), train)
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
         in_shards.stepped()
     write_shards(target, state.snapshot(), shards, host_mesh())
-    loss_of.through = sharded.compute
-    probed, digest = probe_in_shards(sharded, shards, loss_of, PROBE_SEED), digest_in_shards(state, shards)
+    probed, digest = probe_in_shards(sharded, shards, dtype, PROBE_SEED), digest_in_shards(state, shards)
     if dist.get_rank() == 0:
         target.with_suffix(".json").write_text(json.dumps(told))
         found = [probed.loss, probed.gradient, digest.weights, digest.moments]
@@ -193,7 +190,8 @@ def train_file(folder: Path, target: Path) -> None:
     model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
     sharded = ShardedModel(model, init_device_mesh("cpu", (place.size,)))
     state, shards = start_sharded(sharded, config)
-    execution = Execution(group, torch.float32, placement=InShards[Any](sharded, shards))
+    placement = InShards[Any](sharded, shards, loss_in_shards(sharded, CPU, torch.float32))
+    execution = Execution(group, torch.float32, placement=placement)
     told = take_steps(Trainer(state, config, execution))
     write_shards(target, state.snapshot(), shards, host_mesh())
     target.with_suffix(f".{place.rank}").write_text(json.dumps(told))
@@ -234,7 +232,7 @@ def fail_in_a_layer(folder: Path, told: Path) -> None:
     config, model = built(folder, "full", torch.float32)
     sharded = ShardedModel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     _, shards = start_sharded(sharded, config)
-    loss_of = sharded.compute(partial(TargetLoss, model, CPU, torch.float32))
+    loss_of = loss_in_shards(sharded, CPU, torch.float32)
 
     def fail(*_: object) -> None:
         raise ValueError("a cable was pulled")
@@ -242,8 +240,8 @@ def fail_in_a_layer(folder: Path, told: Path) -> None:
     if dist.get_rank() == 1:
         decoder_layers(model)[1].register_forward_pre_hook(fail)
     try:
-        train = partial(train_part, through=sharded.compute, loss_of=loss_of)
-        InShards[Part](sharded, shards).total(shares_of_step(0), partial(train_share, train))
+        train = partial(train_part, loss_of=loss_of)
+        InShards[Part](sharded, shards, loss_of).total(shares_of_step(0), partial(train_share, train))
     except RankLost as error:
         told.with_suffix(f".{dist.get_rank()}").write_text(error.what)
         os._exit(error.exit_status)
@@ -269,14 +267,13 @@ def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     sharded = ShardedModel(model, mesh)
     state = TrainState.start(model, config)
-    loss_of = sharded.compute(partial(TargetLoss, model, CPU, torch.float32))
+    loss_of = loss_in_shards(sharded, CPU, torch.float32)
     exchange = WholeExchange(state.parameters, mesh.get_group())
-    in_shards = InShards[Part](sharded, exchange)
+    in_shards = InShards[Part](sharded, exchange, loss_of)
     told: list[list[float]] = []
     for step in range(steps):
-        loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], sharded.compute, loss_of))
+        loss = in_shards.total(shares_of_step(step), lambda parts: train_part(parts[0], loss_of))
         told.append(finish(state, loss, in_shards.clip(LIMIT)))
-    loss_of.through = sharded.compute
-    probed, digest = probe_in_shards(sharded, exchange, loss_of, PROBE_SEED), state.view().digest()
+    probed, digest = probe_in_shards(sharded, exchange, torch.float32, PROBE_SEED), state.view().digest()
     found = [probed.loss, probed.gradient, digest.weights, digest.moments, told]
     target.with_suffix(f".{dist.get_rank()}").write_text(json.dumps(found))

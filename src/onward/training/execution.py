@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from onward.training.world import Message, World
-
-Result = TypeVar("Result")
 
 
 class Placement(Protocol):
@@ -22,8 +20,9 @@ class Placement(Protocol):
         """Whether every rank has all that is trained."""
         ...
 
-    def compute(self, function: Callable[[], Result]) -> Result:
-        """Return what a function computes with the model; every rank calls this at once."""
+    @property
+    def loss(self) -> Any:
+        """The `TargetLoss` of the model, made by all ranks together."""
         ...
 
     def total(

@@ -70,14 +70,11 @@ class Trainer:
         self.economy = Economy(state, self.loss, config, device, learned or Learned())
 
     def _loss(self) -> TargetLoss:
-        execution, placement = self.execution, self.execution.placement
+        execution = self.execution
+        if execution.placement is not None:
+            return execution.placement.loss
         device, by_length = execution.world.device, execution.by_length
-        make = partial(TargetLoss, self.state.model, device, execution.dtype, execution.pad_id, by_length=by_length)
-        if placement is None:
-            return make()
-        loss = placement.compute(make)
-        loss.through = placement.compute
-        return loss
+        return TargetLoss(self.state.model, device, execution.dtype, execution.pad_id, by_length=by_length)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.
@@ -92,6 +89,9 @@ class Trainer:
         self.world.tell(lambda: file_order(self.state, self.config, self.execution, plan, files, self.anchor))
         if self.execution.placement is None or self.execution.placement.holds_whole:
             hold_same(lambda: self.state, self.world, self.anchor)
+        else:
+            with self.world.together():  # the others make ready
+                pass
         with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
             while not self.state.cursor.at_boundary:
                 batch = batches.at(self.state.cursor.step)

@@ -10,17 +10,16 @@ import torch.distributed as dist
 
 from onward.digest import sha256_json
 from onward.training.environment import deterministic
-from onward.training.loss import TargetLoss
 from onward.training.probe import Probed, fingerprint, length_with_gradient, mean_loss, probe_batch
 from onward.training.sharding.gathering import first_gets
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.shards import Shards
-from onward.training.sharding.steps import Gradients, InShards
+from onward.training.sharding.steps import Gradients, InShards, loss_in_shards
 from onward.training.state import StateDigest, TrainState, digest_tensors
 
 
 def probe_in_shards(
-    sharded: ShardedModel, gradients: Gradients, loss_of: TargetLoss, seed: int, *, exact: bool = True
+    sharded: ShardedModel, gradients: Gradients, dtype: torch.dtype, seed: int, *, exact: bool = True
 ) -> Probed:
     """Return what `Probe.of_model` measures of the same model on one device. Every rank calls this, between two steps.
 
@@ -29,18 +28,19 @@ def probe_in_shards(
 
     Args:
         gradients: those of the model (`InShards`).
-        loss_of: the model's loss, through `ShardedModel.compute`.
+        dtype: compute type.
         seed: the run's.
         exact: compute with operations only that repeat.
 
     Raises:
         TrainingError: the loss is not finite.
     """
-    model, device = sharded.model, loss_of.device
+    model, device = sharded.model, sharded.device
+    loss_of = loss_in_shards(sharded, device, dtype)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
     batch = probe_batch(seed, vocabulary)
     with_gradient = probe_batch(seed, vocabulary, length_with_gradient(model, device))
-    in_shards = InShards[Any](sharded, gradients)
+    in_shards = InShards[Any](sharded, gradients, loss_of)
 
     def backward(parts: Any) -> torch.Tensor:
         loss = loss_of(parts[0])

@@ -46,6 +46,7 @@ class ShardedModel:
         layers = decoder_layers(model)
         self.model = model
         self.mesh = mesh
+        self.device = _device_of(mesh)
         self.kept_whole = _kept_whole(model)
         _require_apart(model, layers, self.kept_whole)
         self.bare = _bare(model)
@@ -58,7 +59,7 @@ class ShardedModel:
             if not isinstance(model, PeftModel) and any(weight.dtype != torch.float32 for weight in model.parameters()):
                 self._whole.float()
             for parameter in self.kept_whole:
-                parameter.data = parameter.data.to(_device_of(mesh))
+                parameter.data = parameter.data.to(self.device)
         self._root = cast(FSDPModule, self._whole)
         self.exchange = Exchange(self._whole, layers, mesh.size())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -10,11 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from onward.errors import RankLost, first_line
+from onward.training.loss import TargetLoss
 from onward.training.sharding.exchange import Place
 from onward.training.sharding.model import ShardedModel
 
 Part = TypeVar("Part")
-Result = TypeVar("Result")
 
 
 class Gradients(Protocol):
@@ -50,6 +51,15 @@ class Gradients(Protocol):
         ...
 
 
+def loss_in_shards(
+    sharded: ShardedModel, device: torch.device, dtype: torch.dtype, pad_id: int = 0, *, by_length: bool = False
+) -> TargetLoss:
+    """Return the loss of a model in shards; every rank calls this at once. The arguments are those of `TargetLoss`."""
+    loss = sharded.compute(partial(TargetLoss, sharded.model, device, dtype, pad_id, by_length=by_length))
+    loss.through = sharded.compute
+    return loss
+
+
 class InShards(Generic[Part]):
     """All ranks compute the parts of a step in turn, one each in a round: every layer is made whole for all at once.
 
@@ -57,20 +67,18 @@ class InShards(Generic[Part]):
 
     Args:
         gradients: the shards of what is trained (`Shards`), or what every rank has whole (`WholeExchange`).
+        loss: that of the model (`loss_in_shards`).
     """
 
-    def __init__(self, sharded: ShardedModel, gradients: Gradients) -> None:
+    def __init__(self, sharded: ShardedModel, gradients: Gradients, loss: TargetLoss) -> None:
         self._sharded = sharded
         self._gradients = gradients
+        self.loss = loss
 
     @property
     def holds_whole(self) -> bool:
         """Whether every rank has all that is trained."""
         return self._gradients.holds_whole
-
-    def compute(self, function: Callable[[], Result]) -> Result:
-        """Return what a function computes with the model: `ShardedModel.compute`."""
-        return self._sharded.compute(function)
 
     def clip(self, limit: float) -> torch.Tensor:
         """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar)."""
@@ -92,7 +100,7 @@ class InShards(Generic[Part]):
 
         Args:
             shares: the parts of each share, the same on every rank.
-            compute: computes the loss of one part through `ShardedModel.compute`, and its backward pass.
+            compute: computes the loss of one part by `loss`, and its backward pass.
             parameters: not looked at: `gradients` knows them.
 
         Raises:
