@@ -53,6 +53,11 @@ class Session:
     dtype: torch.dtype
 
     @property
+    def in_shards(self) -> bool:
+        """Whether the model is cut into shards."""
+        return self.config.sharding == "full" and self.world.size > 1
+
+    @property
     def device(self) -> torch.device:
         """The device that this process computes on."""
         return self.world.device
