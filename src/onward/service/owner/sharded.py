@@ -20,7 +20,8 @@ from onward.training.model.spec import ModelSpec
 from onward.training.probe import Probed
 from onward.training.ranks.orders import COMMIT, LOAD, MEASURE
 from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
-from onward.training.sharding.held import Held, hold, require_shardable
+from onward.training.sharding.held import Held, hold
+from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.whole import whole_state
 from onward.training.state import Snapshot
 from onward.training.world import Message

@@ -27,7 +27,7 @@ from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
 from onward.service.owner.surroundings import Surroundings
-from onward.service.session import Session, check_identity
+from onward.service.session import Session
 from onward.service.state.commits import Commit
 from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
@@ -61,8 +61,7 @@ class Worker:
         self.session = session
         self.ledger = session.ledger
         self.state = start.state
-        self.around = around
-        self._in_shards = start.in_shards
+        self.around, self._in_shards = around, start.in_shards
         self.config = session.config if start.manifest is None or start.manifest.cursor.at_boundary else start.config
         self._in_force = start.config
         self._newest = start.manifest
@@ -186,7 +185,7 @@ class Worker:
         if row.config is not None:
             return stored_config(self.ledger.config_of(row))
         config = self.around.settings.read()
-        check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
+        session.check(config)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
         return with_part_tokens(session, self.state, config, self._learned)

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from onward.config import Config
-from onward.errors import ConfigError, DamagedState
+from onward.errors import DamagedState
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest
 from onward.training.handover import Measurement
@@ -23,6 +23,7 @@ from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
 from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.shards import Shards
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import Gradients, InShards, loss_in_shards
@@ -110,25 +111,3 @@ def _load_adapter_state(state: TrainState, folder: Path, manifest: Manifest, con
     load_moments(state, folder / huggingface.OPTIMIZER)
     state.method.configure(state.optimizer, config)
     state.load_plain(manifest.state)
-
-
-def require_shardable(config: Config) -> None:
-    """Refuse a config with what needs a forward pass of rank 0 alone, or weights that cannot be cut.
-
-    Raises:
-        ConfigError: it has.
-    """
-    needs = {
-        "evaluation.share": (config.evaluation.share, 0),
-        "anchor.weight": (config.anchor.weight, 0),
-        "guard.action": (config.guard.action, "off"),
-    }
-    for key, (value, without) in needs.items():
-        if value != without:
-            raise ConfigError(
-                f"{key} is {value}, which a model in shards does not have yet",
-                where=key,
-                hint=f"Set {key}: {without}, or sharding: off.",
-            )
-    if config.method == "qlora":
-        raise ConfigError("4-bit weights cannot be cut into shards", where="sharding", hint="Set sharding: off.")
