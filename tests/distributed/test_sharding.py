@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharding_runs
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from ranks import call_on_ranks
 from torch import nn
 
-from onward.errors import DamagedState, ModelError
+from onward.config import Config
+from onward.errors import ConfigError, DamagedState, ModelError
 from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
 from onward.training.checkpoint import write_checkpoint
 from onward.training.execution import Execution
@@ -28,6 +30,7 @@ from onward.training.optimizers import ADAMW
 from onward.training.sharding.files import MANIFEST, read_manifest, require_files
 from onward.training.sharding.gathering import rows_of
 from onward.training.sharding.model import decoder_layers
+from onward.training.sharding.needs import require_shardable
 from onward.training.sharding.shards import span
 from onward.training.sharding.whole import whole_state
 from onward.training.state import TrainState
@@ -189,6 +192,23 @@ def test_a_shard_is_computed_as_its_tensor_is(rows: int, numbers: int, ranks: in
             one_by_one, here = total - total % width, end - (end - start) % width  # from these places on
             assert max(first, min(last, one_by_one)) == max(first, min(last, here))
     assert total == seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"evaluation": {"share": 0.05}}, "evaluation.share"),
+        ({"anchor": {"weight": 0.1}}, "anchor.weight"),
+        ({"guard": {"action": "warn"}}, "guard.action"),
+        ({"method": "qlora"}, "sharding"),
+    ],
+)
+def test_what_shards_do_not_have_is_refused(settings: dict[str, Any], where: str) -> None:
+    """Whatever computes on rank 0 alone, and weights that cannot be cut: refused with the key and what to set."""
+    with pytest.raises(ConfigError, match=where) as refusal:
+        require_shardable(Config.model_validate({"model": "m", "sharding": "full", **settings}))
+    assert "sharding: off" in (refusal.value.hint or "")
+    require_shardable(Config.model_validate({"model": "m", "sharding": "full"}))
 
 
 def test_models_that_cannot_be_cut_are_refused() -> None:
