@@ -25,7 +25,6 @@ from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import DamagedState, ModelError, RankLost
 from onward.layout import RunLayout
 from onward.ranks import Place
-from onward.service.owner.sharded import SHARDS
 from onward.service.wishes import Wishes
 from onward.training.anchor import AnchorTerm
 from onward.training.checkpoint import Manifest
@@ -190,7 +189,7 @@ class Follower:
         assert held.shards is not None
         self._wait_for_shards()
         copy = self._copy = held.state.snapshot(into=self._copy)
-        target, shards = self._layout.current / SHARDS / "state", held.shards
+        target, shards = self._layout.shards / "state", held.shards
 
         def write() -> None:
             with contextlib.suppress(Exception):

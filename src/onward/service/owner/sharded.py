@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from onward.atomic import TEMPORARY_PREFIX, remove_tree
+from onward.atomic import remove_tree
 from onward.config import Config
 from onward.errors import RankLost, first_line
 from onward.service.session import Session
@@ -26,8 +26,6 @@ from onward.training.sharding.whole import whole_state
 from onward.training.state import Snapshot
 from onward.training.world import Message
 
-SHARDS = f"{TEMPORARY_PREFIX}shards"
-"""Folder of a run's `current_model/` in which shards are written and made whole; gone after each commit."""
 COPIES = 3
 """Times the size of a state that a commit takes on the disk: shards, whole tensors, the checkpoint."""
 GatherContext = AbstractContextManager[tuple[nn.Module, Snapshot]]
@@ -113,7 +111,7 @@ class ShardedRun:
 
     @contextmanager
     def _whole(self, snapshot: Snapshot) -> Generator[tuple[nn.Module, Snapshot]]:
-        held, folder = self.held, self._layout.current / SHARDS
+        held, folder = self.held, self._layout.shards
         assert held.shards is not None
         try:
             self._write(folder / "state", snapshot)
