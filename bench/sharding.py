@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 SAMPLE = 0.003
 PARTS = 4
 TOKENS = 64
-ROUNDS = 5
+ROUNDS = 3
 CPU = torch.device("cpu")
 
 
