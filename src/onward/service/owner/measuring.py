@@ -101,10 +101,13 @@ class Measuring:
             Stopped: another one did.
         """
         row = owed_evaluation(self._ledger)
-        if self._session.in_shards:  # it stays owed to a process that has the model whole
-            return None
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
             return None
+        if self._session.in_shards:
+            reason = "the boundary that was left to be measured is not: the model is in shards now"
+            self._ledger.add_event("warning", reason, state.step)
+            self._ledger.keep_boundary_results(row.id, state.step, {GRID: NOTHING})
+            return row
         config = stored_config(self._ledger.config_of(row))
         with self._showing("training"):
             results = self._or_nothing(
