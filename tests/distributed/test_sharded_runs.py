@@ -18,7 +18,6 @@ from onward import Run
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
-    "guard": {"action": "off"},
     "batch_size": 6,
     "parts": 3,
     "save_steps": 2,

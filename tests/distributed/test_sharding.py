@@ -199,7 +199,6 @@ def test_a_shard_is_computed_as_its_tensor_is(rows: int, numbers: int, ranks: in
     [
         ({"evaluation": {"share": 0.05}}, "evaluation.share"),
         ({"anchor": {"weight": 0.1}}, "anchor.weight"),
-        ({"guard": {"action": "warn"}}, "guard.action"),
         ({"method": "qlora"}, "sharding"),
     ],
 )

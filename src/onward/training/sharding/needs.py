@@ -15,7 +15,6 @@ def require_shardable(config: Config) -> None:
     needs = {
         "evaluation.share": (config.evaluation.share, 0),
         "anchor.weight": (config.anchor.weight, 0),
-        "guard.action": (config.guard.action, "off"),
     }
     for key, (value, without) in needs.items():
         if value != without:
