@@ -41,8 +41,10 @@ def train_onward(folder: Path, model: Path, method: str, files: list[Path], shar
         if isinstance(event, StepTaken):
             steps.append((time.perf_counter(), event))
 
-    settings = {"batch_size": BATCH, "max_length": 512, "learning_rate": 2e-4, "warmup_steps": 0, "method": method,
-                "evaluation": {"share": share}}  # fmt: skip
+    settings = {
+        "batch_size": BATCH, "max_length": 512, "over_length": "truncate", "learning_rate": 2e-4, "warmup_steps": 0,
+        "method": method, "evaluation": {"share": share},
+    }  # fmt: skip
     run = Run.create(folder, str(model), lora={"rank": 16, "alpha": 32, "dropout": 0.0}, **settings)
     tune_process()
     run.train(*files, observe=observe)

@@ -92,6 +92,22 @@ def test_bad_rows_are_left_out_if_told_so(model: Path, tmp_path: Path) -> None:
     assert 0 == onward("verify", "--deep", "--run", run).status
 
 
+def test_directories_that_went_are_made_again(model: Path, tmp_path: Path) -> None:
+    """Cache, originals, refusals and restore points may be removed between commands; later files train all the same."""
+    run = make_run(tmp_path / "run", model)
+    files = [
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", tiny.chat_rows(4, seed=place)) for place, name in enumerate("ab")
+    ]
+    assert 0 == onward("train", files[0], "--run", run).status
+    for name in ("cache", "archive", "rejected", "boundaries"):
+        shutil.rmtree(run / name)
+    assert 3 == onward("add", tiny.write_jsonl(tmp_path / "bad.jsonl", [{}]), "--run", run).status
+    assert 0 == onward("train", files[1], "--run", run).status
+    assert ["done", "done"] == [
+        entry["state"] for entry in onward("history", "--run", run, "--json").json if entry["position"]
+    ]
+
+
 def test_too_many_bad_rows_refuse_a_file(model: Path, tmp_path: Path) -> None:
     """A file of which most rows cannot be trained is refused under `drop` too, with the share."""
     run = make_run(tmp_path / "run", model, "bad_rows=drop")

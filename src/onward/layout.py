@@ -193,7 +193,12 @@ class RunLayout:
 
     def make(self) -> None:
         """Make the run's directories."""
-        for directory in (self.inbox, self.archive, self.rejected, self.tokens, self.boundaries):
+        self.inbox.mkdir(parents=True, exist_ok=True)
+        self.make_own()
+
+    def make_own(self) -> None:
+        """Make the directories again that only the run writes to; the inbox may be a disk that is not mounted."""
+        for directory in (self.archive, self.rejected, self.tokens, self.boundaries):
             directory.mkdir(parents=True, exist_ok=True)
 
     def require(self) -> None:

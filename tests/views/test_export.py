@@ -26,7 +26,7 @@ from onward.layout import RunLayout
 from onward.service.lock import RunLock
 from onward.training.model.base import digest_base
 from onward.views.export import gguf
-from onward.views.export.card import base_facts, write_card
+from onward.views.export.card import base_facts, verify_now, write_card
 from onward.views.export.curve import POINTS, curve, thinned
 from onward.views.export.export import Wanted, export
 from onward.views.export.merged import write_merged
@@ -185,10 +185,10 @@ def test_the_card(stream: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "card").mkdir()
     with hold(layout) as point:
         facts = base_facts(layout, model, digest_base(model))
-        write_card(layout, point, facts, tmp_path / "card", {"Format": "adapter"})
+        write_card(layout, point, facts, tmp_path / "card", {"Format": "adapter"}, verify_now(layout))
         text = (tmp_path / "card" / "README.md").read_text()
         with RunLock(layout.lock):
-            write_card(layout, point, facts, tmp_path / "card", {})
+            write_card(layout, point, facts, tmp_path / "card", {}, verify_now(layout))
     assert "`onward verify` was not run: another process owns this run" in (tmp_path / "card" / "README.md").read_text()
     front = yaml.safe_load(text.split("---")[1])
     assert {"pipeline_tag": "text-generation", "tags": ["onward"]} == front

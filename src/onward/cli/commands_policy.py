@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +15,9 @@ from onward import startup
 from onward.cli.commands_back import ask
 from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import show
+from onward.events import Observe
 from onward.layout import RunLayout
+from onward.service.wishes import Wishes
 from onward.terminal import say, show_line
 from onward.text import printable, quoted
 
@@ -19,6 +25,27 @@ Settings = Annotated[
     list[str],
     typer.Argument(metavar="SETTING...", help="KEY=VALUE of the config; several that belong together: K=V;K=V."),
 ]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """What trains on a copy of a run needs: the run, who is told of steps, and who may ask it to end."""
+
+    layout: RunLayout
+    observe: Observe
+    asked: Wishes
+
+
+@contextmanager
+def _apart(run: Path) -> Generator[_Apart]:
+    from onward.progress import make_observer
+
+    layout, asked = RunLayout(run), Wishes()
+    layout.require()
+    with startup.large_imports():
+        import_module("onward.views.branch")
+    with asked.on_signals(), make_observer(lambda: 10) as observe:
+        yield _Apart(layout, observe, asked)
 
 
 def accept(
@@ -46,19 +73,11 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Train the last files again under other settings, apart from the run, and say which did better."""
-    from onward.progress import make_observer
-    from onward.service.wishes import Wishes
-
-    layout = RunLayout(run)
-    layout.require()
-    asked = Wishes()
-    with startup.large_imports():
+    with _apart(run) as apart:
         from onward.views.compare import Trials, lines, parse_variants
 
-    variants = parse_variants(settings)
-    with asked.on_signals(), make_observer(lambda: 10) as observe:
-        trials = Trials(last, seeds, observe, lambda line: say(printable(line)), asked)
-        comparison = trials.compare(layout, variants)
+        trials = Trials(last, seeds, apart.observe, lambda line: say(printable(line)), apart.asked)
+        comparison = trials.compare(apart.layout, parse_variants(settings))
     if as_json:
         show(comparison.to_dict())
         return
@@ -87,21 +106,14 @@ def release(
     as_json: JsonOption = False,
 ) -> None:
     """Make a model to publish, on a branch of the run on which the learning rate decays to zero."""
-    from onward.progress import make_observer
-    from onward.service.wishes import Wishes
-
-    layout = RunLayout(run)
-    layout.require()
-    asked = Wishes()
-    with startup.large_imports():
+    with _apart(run) as apart:
         from onward.views.release import Making, Order
 
-    order = Order(name, start, cooldown, average, notes)
-    with asked.on_signals(), make_observer(lambda: 10) as observe:
-        record = Making(layout, observe, say, asked).release(order)
+        making = Making(apart.layout, apart.observe, say, apart.asked)
+        record = making.release(Order(name, start, cooldown, average, notes))
     if as_json:
         show(record)
-    say(f"made {quoted(layout.releases / name)} from step {record['step']}; the run is as it was")
+    say(f"made {quoted(apart.layout.releases / name)} from step {record['step']}; the run is as it was")
 
 
 def releases(

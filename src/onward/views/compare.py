@@ -17,7 +17,7 @@ from onward.config_text import parse_config, parse_settings
 from onward.digest import sha256_json
 from onward.errors import ConfigError, UsageError
 from onward.events import Observe
-from onward.layout import RunLayout, step_of
+from onward.layout import RunLayout
 from onward.run import Run
 from onward.service.knowledge.table import read_table
 from onward.service.state.copying import copy_run
@@ -208,7 +208,7 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
     """
     with Ledger(layout.ledger, read_only=True) as ledger:
         done = ledger.files("done")
-        kept = [step_of(point) for point in Ownership(layout, ledger).restore_points()]
+        kept = Ownership(layout, ledger).restore_steps()
     if len(done) < last:
         raise UsageError(f"{len(done)} files are done, {last} are to be trained again", where="--last", hint="--last 1")
     rows = done[-last:]

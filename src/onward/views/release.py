@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, publish_directory, remove_tree
 from onward.digest import xxh3_file
 from onward.errors import UsageError
 from onward.events import Observe
-from onward.layout import RunLayout, entries, step_of
+from onward.layout import RunLayout, entries
 from onward.run import Run
 from onward.service.knowledge.evaluation import Evaluation
 from onward.service.knowledge.table import read_table
@@ -28,7 +27,7 @@ from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.state import digest_tensors
 from onward.views.branch import Branch
-from onward.views.export.card import base_facts, write_card
+from onward.views.export.card import base_facts, proof_of, write_card
 from onward.views.points import Point, own_folder
 from onward.views.releases import RECORD
 
@@ -129,7 +128,7 @@ class Making:
     def _boundaries(self, order: Order) -> tuple[int, list[int]]:
         """Return the step to begin at, and those of the states to average."""
         with Ledger(self.layout.ledger, read_only=True) as ledger:
-            kept = sorted(step_of(point) for point in Ownership(self.layout, ledger).restore_points())
+            kept = sorted(Ownership(self.layout, ledger).restore_steps())
             if not kept:
                 raise UsageError("nothing was committed yet", where=self.layout.boundaries, hint="onward train FILE")
             step = kept[-1] if order.start is None else find_step(ledger, order.start, kept, "--from")
@@ -185,6 +184,7 @@ class Making:
     def _write_card(self, folder: Path, branch: Branch, record: Mapping[str, Any]) -> None:
         """Write the model card from the ledger of the copy, which ends where the release begins."""
         session, found, averaged = branch.session, record["measured"], record["averaged"]
+        checks = {check["name"]: check["ok"] for check in record["checks"]}
         facts = {
             "Release": f"{record['name']}: {printable(record['notes'])}" if record["notes"] else record["name"],
             "Cooldown": f"{record['cooldown']['steps']} steps over rows of the whole stream, to a rate of zero",
@@ -197,7 +197,8 @@ class Making:
         label = f"step {record['step']}, made a release"
         point = Point(folder, label, branch.manifest.step, branch.manifest, release=record["name"])
         base = base_facts(session.layout, session.base, session.base_digest)
-        write_card(session.layout, point, base, folder, {name: text for name, text in facts.items() if text})
+        told = {name: text for name, text in facts.items() if text}
+        write_card(session.layout, point, base, folder, told, proof_of(checks))
 
 
 def _figure(value: float | None) -> str:
@@ -210,24 +211,17 @@ def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:
     if not rows:
         return {"files": [], "average": None, "forgetting": {"mean": None, "worst": None, "file": None}, "anchor": None}
     found = Evaluation(branch.session).everything(branch.state.model, rows[-1], branch.config, branch.state.step)
-    table, scores = read_table(ledger), found["model"]
-    files: list[dict[str, Any]] = []
-    grown: dict[int, float] = {}
-    for column in table.columns:
-        score = scores.get(column.key)
-        if score is None or column.position is None:
-            continue
-        files.append({"position": column.position, "name": column.name, "sha256": column.key, **score})
-        seen = [row[column.key] for row in table.scores[1:] if column.key in row]
-        best = [other["loss"] for other in seen if other["rows"] == score["rows"]]
-        if best and column.position < rows[-1].place:
-            grown[column.position] = score["loss"] - min(best)
-    worst = max(grown, key=lambda position: grown[position], default=None)
-    forgetting = {
-        "mean": fmean(grown.values()) if grown else None,
-        "worst": None if worst is None else grown[worst],
-        "file": worst,
-    }
-    average = fmean(file["loss"] for file in files) if files else None
-    anchor = found["anchor"] and found["anchor"]["kl"]
-    return {"files": files, "average": average, "forgetting": forgetting, "anchor": anchor}
+    table, scores, kl = read_table(ledger), found["model"], found["anchor"] and found["anchor"]["kl"]
+    figures = replace(
+        table,
+        after=[*table.after, rows[-1].place],
+        scores=[*table.scores, scores],
+        anchor=[*table.anchor, kl],
+    ).to_dict()
+    files = [
+        {"position": column.position, "name": column.name, "sha256": column.key, **scores[column.key]}
+        for column in table.columns
+        if column.position is not None and column.key in scores
+    ]
+    forgetting = {key: figures["forgetting"][key] for key in ("mean", "worst", "file")}
+    return {"files": files, "average": figures["average"], "forgetting": forgetting, "anchor": kl}

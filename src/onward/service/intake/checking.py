@@ -231,6 +231,8 @@ class Intake:
     def _owned(self, *, wait: bool = True) -> Generator[bool]:
         """Hold the intake lock, and once finish what a killed process left; False where others hold it."""
         with self._lock.held(self.stop, wait=wait) as mine:
+            if mine:
+                self.layout.make_own()
             if mine and not self._is_clean:
                 self._arrivals.clean()
                 remove_temporaries(self.layout.tokens)

@@ -47,6 +47,10 @@ class Ownership:
         """Return the run's own restore points, newest step first."""
         return [folder for folder in self.layout.restore_points() if self.made(folder)]
 
+    def restore_steps(self) -> list[int]:
+        """Return the steps of the run's own restore points, newest first."""
+        return [step_of(folder) for folder in self.restore_points()]
+
     def others(self) -> list[Path]:
         """Return directories with the names of checkpoints or restore points that the run did not make."""
         return [

@@ -100,7 +100,7 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         UsageError: no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
-    step = find_step(ledger, to, [step_of(point) for point in Ownership(layout, ledger).restore_points()])
+    step = find_step(ledger, to, Ownership(layout, ledger).restore_steps())
     position = _restore_point(layout, step).cursor.position
     later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
     what = f"went back to step {step}; undone: {_names(later)}"
@@ -131,7 +131,7 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
 
 
 def _require_origin(layout: RunLayout, ledger: Ledger, origin: int) -> None:
-    kept = sorted(step_of(point) for point in Ownership(layout, ledger).restore_points())
+    kept = sorted(Ownership(layout, ledger).restore_steps())
     if origin not in kept:
         back = f"onward rollback --to step:{kept[0]} goes back as far as it can. " if kept else ""
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -47,11 +47,14 @@ def base_facts(layout: RunLayout, folder: Path, digest: str) -> BaseFacts:
     return BaseFacts(known, digest, _licence(folder))
 
 
-def write_card(layout: RunLayout, point: Point, base: BaseFacts, folder: Path, facts: dict[str, str]) -> None:
+def write_card(
+    layout: RunLayout, point: Point, base: BaseFacts, folder: Path, facts: dict[str, str], proof: str
+) -> None:
     """Write the card and the picture into a folder.
 
     Args:
         facts: what else is said of the files, by name: their format, the difference that merging made.
+        proof: what `onward verify` found, as `proof_of` or `verify_now` says it.
     """
     last = point.step
     history = [
@@ -74,7 +77,7 @@ def write_card(layout: RunLayout, point: Point, base: BaseFacts, folder: Path, f
         ),
         f"## Loss\n\n![loss over all steps]({CURVE})" if picture else "",
         _results(layout, history),
-        f"## Proof\n\n{_proof(layout)}",
+        f"## Proof\n\n{proof}",
         f"## Config\n\n```yaml\n{_config(layout)}```",
     ]  # fmt: skip
     (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -156,17 +159,22 @@ def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _proof(layout: RunLayout) -> str:
+def verify_now(layout: RunLayout) -> str:
+    """Verify the run, and return what is said of it."""
     from onward.run import Run
 
     try:
         proof = Run(layout.root).verify()
     except OnwardError as error:
         return f"`onward verify` was not run: {_cell(error.what)}."
-    failed = [check.name for check in proof.checks if not check.ok]
-    checks = ", ".join(check.name for check in proof.checks)
-    verdict = "everything holds" if proof.ok else f"FAILED: {', '.join(failed)}"
-    return f"`onward verify` when this was written: {verdict} ({checks})."
+    return proof_of({check.name: check.ok for check in proof.checks})
+
+
+def proof_of(checks: Mapping[str, bool]) -> str:
+    """Return what is said of a proof, by whether each of its checks holds."""
+    failed = ", ".join(name for name, ok in checks.items() if not ok)
+    verdict = f"FAILED: {failed}" if failed else "everything holds"
+    return f"`onward verify` when this was written: {verdict} ({', '.join(checks)})."
 
 
 def _config(layout: RunLayout) -> str:

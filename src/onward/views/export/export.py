@@ -21,7 +21,7 @@ from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.model.base import TOKENIZER, base_of_run, digest_base
 from onward.views.export import gguf
-from onward.views.export.card import BaseFacts, base_facts, write_card
+from onward.views.export.card import BaseFacts, base_facts, verify_now, write_card
 from onward.views.export.merged import write_merged
 from onward.views.export.ollama import modelfile
 from onward.views.loaded import base_of_point, has_adapter, tokenizer_of
@@ -155,7 +155,7 @@ class _Writing:
         if "difference" in result:
             facts["Largest difference of logits"] = f"{result['difference']:.3g} from base and adapter, in float32"
         if not self._wanted.is_file:
-            write_card(self._layout, self._point, self._facts, self._folder, facts)
+            write_card(self._layout, self._point, self._facts, self._folder, facts, verify_now(self._layout))
         base = {"name": self._facts.name, "digest": self._facts.digest, "licence": self._facts.licence}
         sizes = {path.name: path.stat().st_size for path in entries(self._folder) if path.is_file()}
         return {"base": base, "files": sizes, **result}
