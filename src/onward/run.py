@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.config import Config
+from onward.controlled import Controlled
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
-from onward.observed import Observed
 from onward.ranks import Place
 from onward.service import client
 from onward.service.client import Patience
@@ -41,7 +41,7 @@ def _silent(_: Any) -> None:
     return None
 
 
-class Run(Observed):
+class Run(Controlled):
     """One run: a directory with a base model, a config, a stream and a state.
 
     Args:
@@ -50,7 +50,7 @@ class Run(Observed):
             changes no settings of the process that uses it; a program that wants those of the command line for its own
             process passes `onward.startup.large_imports`.
         place: which of several processes that train together this is (`onward.ranks.place_here`): rank 0 trains or
-            watches, every other one calls `follow`.
+            watches, every other one calls `onward.following.follow`.
 
     Raises:
         UsageError: there is no run in it.
@@ -168,14 +168,10 @@ class Run(Observed):
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
-        wishes, files = Wishes() if stop is None else stop, [Path(path) for path in paths]
-        with (
-            self._leading(wishes, report) as world,
-            self._owned(wishes) as ledger,
-            interrupts_of_host(wishes, are_own=stop is None),
-        ):
+        files = [Path(path) for path in paths]
+        with self._working(stop, report) as (wishes, opened):
+            ledger = opened.ledger
             before, seen = {row.id for row in ledger.files("done")}, ledger.last_event()
-            opened = self._opened(ledger, report, world)
             with (
                 account(opened, wishes) as reporter,
                 client.intent(ledger, files, again=again) as intent,
@@ -213,36 +209,14 @@ class Run(Observed):
             DamagedState: the state cannot be trusted.
             KeyboardInterrupt: as for `train`.
         """
-        wishes = Wishes() if stop is None else stop
-        with (
-            self._leading(wishes, report) as world,
-            self._owned(wishes) as ledger,
-            interrupts_of_host(wishes, are_own=stop is None),
-        ):
-            seen = ledger.last_event()
-            opened = self._opened(ledger, report, world)
+        with self._working(stop, report) as (wishes, opened):
+            seen = opened.ledger.last_event()
             with (
                 account(opened, wishes) as reporter,
                 operate(opened, wishes, observe, reporter, watch=True) as daemon,
             ):
                 daemon.run(once=once)
-            return ledger.count_events(seen, ("rejected", "quarantined"))
-
-    def follow(self, *, stop: Wishes | None = None, report: Report = _silent) -> None:
-        """Take the steps that rank 0 tells, until it ends; for every other rank of several processes.
-
-        Args:
-            stop: a stop asked for here is one that rank 0 is asked for.
-            report: receives a line where rank 0 cannot say any more why it ends.
-
-        Raises:
-            RankLost: another rank is gone.
-        """
-        assert self._place is not None
-        with self._loading():
-            from onward.service.owner.follower import follow
-
-        follow(self.layout, self._place, self.config.rank_timeout, Wishes() if stop is None else stop, report)
+            return opened.ledger.count_events(seen, ("rejected", "quarantined"))
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
         """Check the rows of files that arrived, while another process trains; end when that process does."""
@@ -250,24 +224,6 @@ class Run(Observed):
 
         with open_ledger(self.layout) as ledger:
             check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
-
-    def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
-        """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
-
-        Without such a process the pause is noted, and the next `watch` begins paused.
-        """
-        with open_ledger(self.layout) as ledger:
-            return client.pause(self.layout, ledger, Patience(patience), release=release)
-
-    def resume(self, *, patience: float = 60.0) -> str:
-        """Ask a paused process to go on."""
-        with open_ledger(self.layout) as ledger:
-            return client.resume(self.layout, ledger, Patience(patience))
-
-    def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
-        """Ask the process that trains to commit and end, now or at the next boundary."""
-        with open_ledger(self.layout) as ledger:
-            return client.stop(self.layout, ledger, patience, after_file=after_file)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -289,13 +245,6 @@ class Run(Observed):
             from onward.service.owner import faults
 
             return faults.skip(self.layout, ledger, row, reason)
-
-    def accept(self, file: str) -> str:
-        """Queue a quarantined file again, for the guard to let pass; returns its name."""
-        from onward.service.state.accept import accept
-
-        with open_ledger(self.layout) as ledger:
-            return accept(self.layout, ledger, file)
 
     def verify(self, *, deep: bool = False) -> Proof:
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.
@@ -374,6 +323,17 @@ class Run(Observed):
                 if wishes is not None:
                     wishes.ignore_up_to(asked)
                 yield ledger
+
+    @contextlib.contextmanager
+    def _working(self, stop: Wishes | None, report: Report) -> Generator[tuple[Wishes, OpenedRun]]:
+        """Own the run, and lead the other processes where several train it; yields what is asked of it, too."""
+        wishes = Wishes() if stop is None else stop
+        with (
+            self._leading(wishes, report) as world,
+            self._owned(wishes) as ledger,
+            interrupts_of_host(wishes, are_own=stop is None),
+        ):
+            yield wishes, self._opened(ledger, report, world)
 
     @contextlib.contextmanager
     def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:

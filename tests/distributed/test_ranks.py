@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 from daemons import configure, hold, is_in, until
-from processes import as_it_is, command, train
+from processes import train
 from ranks import Ranks, on_ranks
 from runs import new_run
 from states import assert_same_state
@@ -101,8 +104,7 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
         assert -signal.SIGKILL == ranks.join()[lost]
         assert 0 not in ranks.join()
     assert f"rank {lost} (pid {ranks.processes[lost].pid} on " in ranks.log(1 - lost).read_text()
-    assert 0 == command(log, "train", *([] if lost else files[1:]), "--run", root)
-    assert [] == made.status()["waiting"] if "waiting" in made.status() else True
+    assert 0 == train(root)
     assert_same_state(alone, root)
 
 
@@ -118,10 +120,6 @@ def test_a_frozen_rank_ends_all(model: Path, files: list[Path], tmp_path: Path) 
         assert 1 == ranks.processes[0].exitcode
     assert "has shown no sign of life for 2 s" in log.read_text()
     assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
-
-
-def fail() -> None:
-    """Have the process that this is called in fail at the third step."""
 
 
 def test_fast_exchange_says_close(model: Path, files: list[Path], tmp_path: Path) -> None:
@@ -141,6 +139,10 @@ def test_more_ranks_than_parts(made: Run, files: list[Path]) -> None:
     assert 0 == made.status()["global_step"]
 
 
-def test_prepare_nothing() -> None:
-    """Placeholder."""
-    as_it_is()
+def test_devices_on_the_command_line(made: Run, files: list[Path], alone: Path, tmp_path: Path) -> None:
+    """`--devices 2` starts two processes itself, prints the result once and trains the bits of one."""
+    words = [sys.executable, "-P", "-m", "onward", "train", "--devices", "2", "--json", "--run", made.layout.root]
+    ended = subprocess.run([*words, *files], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert 0 == ended.returncode, ended.stderr
+    assert [file.name for file in files] == [entry["name"] for entry in json.loads(ended.stdout)]
+    assert_same_state(alone, made.layout.root)

@@ -75,13 +75,13 @@ def command(words: Sequence[str]) -> int:
 
 def _follow(run: Path, place: Place) -> NoReturn:
     """Follow rank 0 until it ends; what there is to say, rank 0 says."""
-    from onward.run import Run
+    from onward.following import follow
     from onward.service.wishes import Wishes
 
     stop = Wishes()
     try:
         with stop.on_signals():
-            Run(run, loading=startup.large_imports, place=place).follow(stop=stop, report=say)
+            follow(run, place, stop=stop, report=say, loading=startup.large_imports)
     except RankLost:
         flush_results()
         os._exit(LOST)  # connections to a rank that is gone would be waited for

@@ -22,6 +22,8 @@ from onward.training.world import Message
 
 GLANCE = timedelta(seconds=0.5)
 """Between two looks at the life of the others, while this rank waits."""
+FRAME, LENGTH = 512, 8
+"""Bytes that every message of rank 0 has, and those of them that say how long it is."""
 NAP = 1e-4
 """Seconds between two looks at a GPU."""
 
@@ -204,11 +206,18 @@ class Group:
         return [each.numpy().tobytes() for each in found]
 
     def _say(self, text: bytes | None) -> bytes:
-        """Bring a text of any length from rank 0 to all."""
-        length = torch.tensor([0 if text is None else len(text)])
-        self.wait(distributed.broadcast(length, 0, async_op=True))
-        body = torch.empty(int(length), dtype=torch.uint8)
+        """Bring a text of any length from rank 0 to all: what is short goes at once."""
+        frame = bytearray(FRAME)
         if text is not None:
-            body = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            start = len(text).to_bytes(LENGTH, "little") + text[: FRAME - LENGTH]
+            frame[: len(start)] = start
+        head = torch.frombuffer(frame, dtype=torch.uint8)
+        self.wait(distributed.broadcast(head, 0, async_op=True))
+        told = head.numpy().tobytes()
+        length = int.from_bytes(told[:LENGTH], "little")
+        if length <= FRAME - LENGTH:
+            return told[LENGTH : LENGTH + length]
+        rest = bytearray(length - (FRAME - LENGTH)) if text is None else bytearray(text[FRAME - LENGTH :])
+        body = torch.frombuffer(rest, dtype=torch.uint8)
         self.wait(distributed.broadcast(body, 0, async_op=True))
-        return body.numpy().tobytes()
+        return told[LENGTH:] + body.numpy().tobytes()

@@ -63,7 +63,8 @@ class Watch:
     def close(self, *, released: bool) -> None:
         """End the thread; with `released` the others are told that their work is over."""
         self._end.set()
-        self._thread.join(BEAT)
+        if self._thread.is_alive():
+            self._thread.join(BEAT)
         if released:
             self._try(lambda: self._store.set(_RELEASED, "1"))
 
@@ -105,20 +106,12 @@ class Watch:
         except Exception:  # the store is gone
             return True
 
-    def _run(self) -> None:
-        while not self._end.wait(BEAT):
-            now = self._clock()
-            if now - self._last > 3 * BEAT:  # this process itself stood still: nothing is known of the others
-                self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
-            self._last = now
-            try:
-                self._beat(now)
-            except Exception:
-                if not self._end.is_set():
-                    self._without_store()
-                return
-
-    def _beat(self, now: float) -> None:
+    def look(self) -> None:
+        """Give a sign of life, look at those of the others, and pass on what was asked; the thread does it."""
+        now = self._clock()
+        if now - self._last > 3 * BEAT:  # this process itself stood still: nothing is known of the others
+            self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
+        self._last = now
         self._store.set(f"beat/{self._rank}", f"{now} {self.place}")
         beats = self._store.multi_get([f"beat/{rank}" for rank in self._others])
         for rank, beat in zip(self._others, beats, strict=True):
@@ -136,6 +129,15 @@ class Watch:
             if self._problem is None and self._store.check([_LOST]):
                 self._problem = self._store.get(_LOST).decode()
             self._is_released = self._is_released or self._store.check([_RELEASED])
+
+    def _run(self) -> None:
+        while not self._end.wait(BEAT):
+            try:
+                self.look()
+            except Exception:
+                if not self._end.is_set():
+                    self._without_store()
+                return
 
     def _pass_stop_on(self) -> None:
         if self._has_asked or self.on_stop is None or not self._store.check([_STOP]):

@@ -1,0 +1,43 @@
+"""The library for every process but the first of several that train a run together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from onward.config_text import read_config
+from onward.layout import RunLayout
+from onward.ranks import Place
+from onward.service.wishes import Wishes
+
+
+def follow(
+    directory: str | os.PathLike[str],
+    place: Place,
+    *,
+    stop: Wishes | None = None,
+    report: Callable[[str], None] = lambda _: None,
+    loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:
+    """Take the steps of a run that rank 0 tells (`Run(directory, place=place).train`), until that ends.
+
+    Args:
+        directory: the run's directory, as it is seen here.
+        place: which process this is (`onward.ranks.place_here`).
+        stop: a stop asked for here is one that rank 0 is asked for.
+        report: receives a line where rank 0 cannot say any more why it ends.
+        loading: a context in which torch and other large libraries are imported.
+
+    Raises:
+        ConfigError: the config is refused.
+        RankLost: another rank is gone.
+    """
+    layout = RunLayout(Path(directory))
+    patience = read_config(layout.config).rank_timeout
+    with loading():
+        from onward.service.owner.follower import follow as follow_first
+
+    follow_first(layout, place, patience, Wishes() if stop is None else stop, report)

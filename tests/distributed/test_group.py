@@ -1,0 +1,104 @@
+"""Several processes as a world: what one says all hear, what fails on one fails on all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import call_on_ranks
+
+from onward.errors import ConfigError, OnwardError, RankLost
+from onward.ranks import Place, place_here
+from onward.training.ranks.forming import form
+
+LONG = {"order": "file", "rows": list(range(500))}
+SIZE = 2
+
+
+def talk(folder: Path) -> None:
+    """On each rank: leave what it heard."""
+    place = place_here()
+    assert place is not None
+    if place.rank == 1:
+        torch.set_num_threads(2)
+    said: list[str] = []
+    group = form(place, 60.0, said.append)
+    heard: dict[str, Any] = {"any": [group.any(place.rank == 1), group.any(False)], "said": said}
+    heard["threads"], heard["uniform"] = torch.get_num_threads(), group.is_uniform
+    heard["shared"] = group.share({"rank": place.rank, "text": "x" * place.rank})
+    for message in (LONG, {"order": "step"}):
+        if place.rank == 0:
+            group.tell(lambda message=message: message)
+        else:
+            heard.setdefault("told", []).append(group.listen())
+    tensors = [torch.full((3, 2), place.rank + 0.5).t(), torch.tensor(place.rank), torch.ones(4) * (1 - place.rank)]
+    group.broadcast(tensors)
+    heard["tensors"] = [tensor.tolist() for tensor in tensors]
+    heard["errors"] = [error_of(group, rank, error) for rank, error in FAILURES]
+    group.barrier()
+    group.end()
+    (folder / str(place.rank)).write_text(json.dumps(heard))
+
+
+FAILURES: list[tuple[int, Exception]] = [
+    (1, ValueError("odd")),
+    (1, torch.OutOfMemoryError("CUDA out of memory")),
+    (0, ConfigError("wrong", where="key", hint="mend it")),
+    (1, ConfigError("wrong", where="key", hint="mend it")),
+]
+
+
+def error_of(group: Any, rank: int, error: Exception) -> str:
+    """Fail on one rank, and return what this one got."""
+    try:
+        with group.together():
+            if group.rank == rank:
+                raise error
+    except Exception as found:
+        return f"{type(found).__name__}: {found}"
+    return ""
+
+
+def test_what_one_says_all_hear(tmp_path: Path) -> None:
+    """Flags, values, messages of any length and tensors reach all; errors keep their kind and name the rank."""
+    assert [0] * SIZE == call_on_ranks(talk, SIZE, tmp_path)
+    zero, one = (json.loads((tmp_path / str(rank)).read_text()) for rank in range(SIZE))
+    shared = [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
+    for heard in (zero, one):
+        assert [True, False] == heard["any"]
+        assert shared == heard["shared"]
+        assert [[[0.5] * 3] * 2, 0, [1.0] * 4] == heard["tensors"]
+        assert (1, True) == (heard["threads"], heard["uniform"])
+    assert [LONG, {"order": "step"}] == one["told"]
+    assert ["the ranks had 1, 2 threads: all compute with 1 now (OMP_NUM_THREADS)"] == zero["said"]
+    assert [] == one["said"]
+    wrong = "wrong [key]\n  mend it"
+    assert [
+        "RuntimeError: rank 1: ValueError: odd",
+        "OutOfMemoryError: rank 1: CUDA out of memory",
+        f"ConfigError: {wrong}",
+        f"ConfigError: rank 1: {wrong}",
+    ] == zero["errors"]
+    assert [
+        "ValueError: odd",
+        "OutOfMemoryError: CUDA out of memory",
+        f"ConfigError: rank 0: {wrong}",
+        f"ConfigError: {wrong}",
+    ] == one["errors"]
+
+
+def absent() -> None:
+    """Form a group of which one rank never comes."""
+    place = place_here()
+    assert place is not None
+    with pytest.raises(RankLost, match=r"rank 2 did not come within 1 s"):
+        form(Place(place.rank, 3, place.rank, 3), 1.0, print)
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    """Who is there says who is not, and ends."""
+    assert [0, 0] == call_on_ranks(absent, 2)
+    assert issubclass(RankLost, OnwardError)

@@ -1,0 +1,207 @@
+"""What several devices need, as functions: places, numbers of devices, shares of a step, messages, signs of life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import FilePlan, RowReference
+from onward.data.replay import ReplayPlan, Source
+from onward.data.tokenized import Row
+from onward.errors import RankLost, UsageError
+from onward.ranks import Place, place_here
+from onward.service.outside.elastic import Devices, read_devices
+from onward.training.environment import promises_bits, ranks_facts
+from onward.training.parts import parts_of, shares_of
+from onward.training.ranks.failures import Released
+from onward.training.ranks.orders import plan_message, plan_told
+from onward.training.ranks.watch import Watch
+from onward.training.world import SingleProcess
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+}  # fmt: skip
+
+
+def batch(lengths: list[int]) -> Batch:
+    """Return a batch of rows of some lengths."""
+    rows = [Row(np.arange(length), np.ones(length, dtype=bool)) for length in lengths]
+    return Batch(rows, [RowReference("00", place) for place in range(len(rows))], list(range(len(rows))))
+
+
+def test_the_place_is_what_torchrun_says() -> None:
+    """A process without torchrun's variables, or alone in them, has no place; what makes no sense is refused."""
+    assert place_here({}) is None
+    assert place_here({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert Place(3, 4, 1, 2) == place_here(TORCHRUN)
+    assert Place(3, 4, 1, 2, 5) == place_here({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "5"})
+    for wrong in ({"RANK": "4"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"}):
+        with pytest.raises(UsageError, match="variables of torchrun"):
+            place_here({**TORCHRUN, **wrong})
+    with pytest.raises(UsageError, match="MASTER_PORT is not set"):
+        place_here({key: value for key, value in TORCHRUN.items() if key != "MASTER_PORT"})
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus", "expected"),
+    [
+        ("2", None, Devices(2, 2)), ("all", None, Devices(1, 1)), ("all", 8, Devices(8, 8)), ("2:8", 4, Devices(2, 4)),
+        ("2:8", None, Devices(2, 8)), ("0", None, "from 1 on"), ("3:2", None, "goes down"), ("x", None, "no number"),
+        ("2:", None, Devices(2, 2)), ("-1", 8, "from 1 on"), ("9", 8, "this machine has 8 GPUs, not 9"),
+        ("2:4", 1, "this machine has 1 GPU, not 2"), ("1.5", None, "no number"),
+    ],
+)  # fmt: skip
+def test_how_many_devices(text: str, gpus: int | None, expected: Devices | str) -> None:
+    """A number, all, or bounds that the machine can meet; anything else is refused with the ways to say it."""
+    if isinstance(expected, Devices):
+        assert expected == read_devices(text, lambda: gpus)
+        return
+    with pytest.raises(UsageError, match=expected) as refused:
+        read_devices(text, lambda: gpus)
+    assert "--devices 2:8" in str(refused.value)
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 9))
+def test_shares_have_all_rows_once(lengths: list[int], count: int) -> None:
+    """Each row is in one share, in its order there; shares differ by one row at most, and none is empty."""
+    shares = shares_of(batch(lengths), count)
+    places = [share.lines for share in shares]
+    assert list(range(len(lengths))) == sorted(place for own in places for place in own)
+    assert all(own == sorted(own) for own in places)
+    assert min(count, len(lengths)) == len(shares)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_have_about_as_many_tokens() -> None:
+    """Rows are dealt to and fro by length, so that no device waits long for another."""
+    assert [60, 60] == [share.tokens for share in shares_of(batch([50, 40, 20, 10]), 2)]
+
+
+@pytest.mark.parametrize("cut", ["auto", 1, 4, 16])
+def test_parts_of_shares(cut: object) -> None:
+    """Parts are those of a share, cut as a step is; one share is the step as it was."""
+    rows = batch([7, 30, 20, 12, 5, 9, 31, 8])
+    config = Config.model_validate({"gradient_accumulation": cut, "micro_batch_tokens": 32, "parts": 4})
+    parts = parts_of(rows, config, 5)
+    assert sorted({part.share for part in parts}) == [0, 1, 2, 3]
+    assert [part.share for part in parts] == sorted(part.share for part in parts)
+    assert len({part.seed for part in parts}) == len(parts)
+    whole = parts_of(rows, config.model_copy(update={"parts": 1}), 5)
+    assert {0} == {part.share for part in whole}
+    assert list(range(len(rows))) == [place for part in whole for place in part.batch.lines]
+    assert config.most_parts >= len(parts)
+
+
+def test_a_plan_is_told_whole() -> None:
+    """A plan that is told has the same rows in every step, replayed ones too."""
+    own = FilePlan("ab", 20, 4, 2, 7, 1, (3, 9))
+    earlier = (Source("cd", 5, (1,), 2.0), Source("ef", 7))
+    for plan in (own, ReplayPlan(own, earlier, 0.5, True, "key")):
+        told = plan_told(plan_message(plan))
+        assert plan == told
+        assert [plan.rows_at(step) for step in range(plan.steps)] == [told.rows_at(step) for step in range(told.steps)]
+
+
+@dataclass(frozen=True)
+class Several:
+    """A world of some ranks, as far as its size is asked."""
+
+    size: int
+    is_uniform: bool = True
+
+
+def test_what_keeps_ranks_from_the_bits_of_one() -> None:
+    """Ranks that differ, and a fast exchange between several, promise no bits; one rank always has those of one."""
+    one: Any = SingleProcess(torch.device("cpu"))
+    two: Any = Several(2)
+    unequal: Any = Several(2, is_uniform=False)
+    assert [{}, {}] == [ranks_facts(one, "fast"), ranks_facts(two, "exact")]
+    assert {"exchange": "fast"} == ranks_facts(two, "fast")
+    assert {"ranks": "unequal"} == ranks_facts(unequal, "exact")
+    assert [True, False, False] == [
+        promises_bits({"device": "cpu", **facts})
+        for facts in (ranks_facts(two, "exact"), ranks_facts(two, "fast"), ranks_facts(unequal, "exact"))
+    ]
+
+
+@dataclass
+class Scene:
+    """Watches of some ranks on one store, and the time."""
+
+    size: int
+    now: float = 0.0
+    watches: list[Watch] = field(default_factory=list[Watch])
+
+    def __post_init__(self) -> None:
+        store = torch.distributed.HashStore()
+        names = [f"rank {rank}" for rank in range(self.size)]
+        self.watches = [Watch(store, rank, names, 10.0, lambda: self.now) for rank in range(self.size)]
+        for rank in range(self.size):
+            store.set(f"beat/{rank}", "0 0")
+
+    def pass_seconds(self, seconds: int, alive: list[int]) -> None:
+        """Let some ranks show signs of life each second, in their order."""
+        for _ in range(seconds):
+            self.now += 1.0
+            for rank in alive:
+                self.watches[rank].look()
+
+
+def test_a_silent_rank_is_named_everywhere() -> None:
+    """After its patience rank 0 says who is silent; the others say the same. Who misses rank 0 says so itself."""
+    scene = Scene(3)
+    scene.pass_seconds(12, [0, 1, 2])
+    for watch in scene.watches:
+        watch.check()
+    scene.pass_seconds(12, [0, 1])
+    for watch in scene.watches[:2]:
+        with pytest.raises(RankLost, match="rank 2 has shown no sign of life for 10 s"):
+            watch.check()
+        assert not watch.misses_first
+    other = Scene(2)
+    other.pass_seconds(12, [1])
+    with pytest.raises(RankLost, match="rank 0 has shown no sign of life"):
+        other.watches[1].check()
+    assert other.watches[1].misses_first
+    assert [True, False] == [other.watches[1].is_first_to_say(), other.watches[1].is_first_to_say()]
+
+
+def test_who_stood_still_itself_blames_nobody() -> None:
+    """A process that was suspended with the whole machine knows nothing of the others until they were silent again."""
+    scene = Scene(2)
+    scene.pass_seconds(2, [0, 1])
+    scene.now += 3600.0
+    scene.watches[0].look()
+    scene.watches[0].check()
+
+
+def test_a_rank_that_stays_away_is_named() -> None:
+    """One that shows signs of life and does not come to where the others wait ends all, long after its patience."""
+    scene = Scene(3)
+    scene.watches[0].place = scene.watches[1].place = 5
+    scene.pass_seconds(3, [0, 1, 2])
+    scene.watches[0].check(waited=99.0)
+    with pytest.raises(RankLost, match="rank 2 did not come to where the others waited for 101 s"):
+        scene.watches[0].check(waited=101.0)
+
+
+def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:
+    """It is passed on once, with who was asked; the end of rank 0 reaches the others."""
+    scene = Scene(2)
+    stops: list[str] = []
+    scene.watches[0].on_stop = stops.append
+    scene.watches[1].asked = lambda: "SIGTERM"
+    scene.pass_seconds(3, [1, 0])
+    assert ["SIGTERM to rank 1"] == stops
+    scene.watches[0].close(released=True)
+    scene.pass_seconds(1, [1])
+    with pytest.raises(Released):
+        scene.watches[1].check()
