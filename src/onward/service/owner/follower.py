@@ -216,7 +216,10 @@ class Follower:
             )
         spec = ModelSpec(config, base, self._group.device, getattr(torch, order["dtype"]))
         found = told["treatment"]
-        return spec, None if found is None else Treatment(**{**found, "left_out": tuple(found["left_out"])})
+        if found is None:
+            return spec, None
+        values: dict[str, Any] = {**found, "left_out": tuple(found["left_out"])}
+        return spec, Treatment(**values)
 
     def _step(self, order: Message) -> None:
         """Take the next step; what failed here since the last one fails on every rank now."""

@@ -77,7 +77,7 @@ def host_mesh() -> DeviceMesh:
 
     The group may be used in a thread while the one that trains is in use.
     """
-    group = dist.new_group(backend="gloo", timeout=FOREVER, group_desc="onward-shards")
+    group: Any = dist.new_group(backend="gloo", timeout=FOREVER, group_desc="onward-shards")
     return DeviceMesh.from_group(group, "cpu")
 
 

@@ -68,8 +68,8 @@ class ShardedModel:
         the same layers in the same order.
 
         The weights outside of the decoder layers (embedding, norm, head) are whole meanwhile, so the function may read
-        them. They stay so until the backward pass of a loss that it returns. Autocast keeps no copies of
-        weights, which would add up to the whole model.
+        them. They stay so until the backward pass of a loss that it returns. Autocast keeps no copies of weights, which
+        would add up to the whole model.
 
         Raises:
             Exception: what the function raises; the model is in shards again.
