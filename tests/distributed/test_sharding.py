@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ranks import call_on_ranks
 from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from onward.config import Config
 from onward.errors import ConfigError, DamagedState, ModelError
@@ -82,6 +83,28 @@ def test_the_trainer_takes_the_same_steps_in_shards(model: Path, tmp_path: Path)
     whole = whole_state(tmp_path / "file", read_manifest(tmp_path / "file"), state.model, ADAMW, tmp_path)
     assert state.view().digest() == whole.state.digest()
     assert state.view().plain() == whole.state.plain()
+
+
+@pytest.mark.parametrize("family", ["experts", "padded"])
+def test_other_families_have_the_bits_of_one_device(family: str, tmp_path: Path) -> None:
+    """A mixture of experts, and a model whose rows are padded, with an odd width of its layers."""
+    tokenizer = tiny.byte_tokenizer()
+    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "intermediate_size": 49}
+    experts = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    made = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
+        if family == "experts"
+        else GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    )
+    base = tmp_path / "base"
+    made.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    arguments = (base, range(2), None, tmp_path / "two", torch.float32, True)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
+    state, told = sharding_runs.on_one_device(base, "full", 2)
+    assert told == json.loads((tmp_path / "two.json").read_text())
+    assert sharding_runs.measured_on_one_device(state) == json.loads((tmp_path / "two.measured").read_text())
 
 
 def test_half_precision_gives_the_bits_of_one_device(model: Path, tmp_path: Path) -> None:
