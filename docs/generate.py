@@ -79,7 +79,7 @@ REFUSED_ROWS: Sequence[Any] = (
     {"prompt": "404?", "completion": "Found.", "label": False},
     {"messages": [USER, ANSWER], "images": ["404.png"]},
     {"input_ids": [404]},
-    {"messages": [USER, {**ANSWER, "weight": 0.5}]},
+    {"messages": [USER, {**ANSWER, "weight": -1}]},
 )
 
 
@@ -277,7 +277,7 @@ Beside the messages of a row:
 | {system} | a system message before the others |
 | `tools`, `functions` | schemas of tools, a list or its JSON text, for the template; `functions` as OpenAI had them |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
-| {weights} | of an answer: 0 or `false` leaves it in the text and out of the loss; numbers between are refused |
+| {weights} | of an answer or a row: 0, `false`: not in the loss; another number: what its tokens count in it |
 | `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |
 
 Weights and `label` may be words (`"0"`, `"false"`), as a `.csv` has them. What nothing but a chat can follow (`system`,
@@ -328,7 +328,9 @@ what the template writes in between, such as the frame of a call, is a part of i
 markers says itself what is covered; its end token is added where it left it out. Where the messages say something is
 found by rendering the chat once more with unique words in their place. No row is trained with an empty mask.
 
-The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is.
+The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is. Where rows or
+answers have weights it is the weighted mean: the sum of weight times loss, by the sum of the weights. The weights of a
+row and of an answer in it multiply. What the model knows of a file (`onward grid`) is measured without weights.
 
 ## Rows that are too long
 

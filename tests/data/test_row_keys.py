@@ -107,6 +107,25 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
             {"messages": [USER, {**ANSWER, "train": "False"}, USER, {**ANSWER, "weight": ""}]},
             Chat([USER, ANSWER, USER, ANSWER], untrained=frozenset({1})),
         ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**ANSWER, "weight": 0.5, "train": True},
+                    USER,
+                    {**ANSWER, "weight": "2"},
+                    USER,
+                    ANSWER,
+                ]
+            },
+            Chat([USER, ANSWER] * 3, weights={1: 0.5, 3: 2.0}),
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 3}, USER, ANSWER], "weight": 0.5},
+            Chat([USER, ANSWER] * 3, untrained=frozenset({1}), weights={3: 1.5, 5: 0.5}),
+        ),
+        ({"text": "a", "loss_weight": "0.25"}, Text("a", weight=0.25)),
+        ({"prompt": "a", "completion": "b", "weight": 2}, Completion("a", "b", weight=2.0)),
         ({"messages": [USER, ANSWER], "tools": " "}, Chat([USER, ANSWER])),
         (
             {"messages": [USER, ANSWER], "functions": [{"name": "f"}]},
@@ -152,9 +171,12 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, {**ANSWER, "audio": {"id": 1}}]}, 'message 2 has "audio": only text is trained'),
         ({"input_ids": [1, 2], "labels": [1, 2]}, 'the row has "input_ids": it is tokenized already'),
         ({"tokens": [1, 2]}, 'the row has "tokens": it is tokenized already'),
+        ({"messages": [USER, {**ANSWER, "weight": -0.5}]}, '"weight" of message 2 is -0.5'),
+        ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, '"weight" of message 2 is nan'),
+        ({"text": "a", "loss_weight": 1e9}, '"loss_weight" of the row is 1000000000.0'),
         (
-            {"messages": [USER, {**ANSWER, "weight": 0.5}]},
-            '"weight" of message 2 is 0.5: a weight is 0 (not in the loss) or 1',
+            {"messages": [USER, {**ANSWER, "weight": 0.5, "loss_weight": 2}]},
+            'message 2 has two weights: "weight" 0.5 and "loss_weight" 2',
         ),
         ({"messages": [USER, {**ANSWER, "train": "no"}]}, '"train" of message 2 is a string'),
         (

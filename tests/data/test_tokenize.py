@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, chat_rows, write_jsonl
-from tokenizers import pre_tokenizers, processors
+from tokenizers import normalizers, pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
@@ -62,6 +62,38 @@ def test_targets_of_each_kind_of_row(row: Any, text: str, targets: str) -> None:
     (encoded,) = encode(TOKENIZER, row)
     assert text == decoded(TOKENIZER, encoded, only_targets=False)
     assert targets == decoded(TOKENIZER, encoded, only_targets=True)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_tokens_have_the_weights_of_their_answers(tmp_path: Path, tiled: bool) -> None:
+    """Each target counts what its answer says, also in the pieces of a split text; a row of weight 1 says nothing."""
+    tokenizer = byte_tokenizer()
+    if not tiled:
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    user, answers = (
+        {"role": "user", "content": "Hi"},
+        [{"role": "assistant", "content": word} for word in ("no", "yes")],
+    )
+    rows = [
+        {"messages": [user, {**answers[0], "weight": 0.5}, user, answers[1]], "loss_weight": 3},
+        {"messages": [user, answers[0]]},
+        {"text": "One sentence. Another one. " * 3, "weight": 0.5},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    row_tokenizer = RowTokenizer(TokenizerState.of(tokenizer), 60, "auto")
+    report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), row_tokenizer)
+    assert ["weights of tokens in the loss, besides 1: 1.5, 3, 0.5"] == report.notes
+    file = TokenizedFile.open(tmp_path / "tokens")
+    chat, plain, *pieces = [file.row(index) for index in range(len(file))]
+    assert chat.weights is not None
+    said = list(zip(tokenizer.convert_ids_to_tokens(chat.ids[chat.targets]), chat.weights[chat.targets], strict=True))
+    end = "<|im_end|>"
+    assert [("n", 1.5), ("o", 1.5), (end, 1.5), ("y", 3.0), ("e", 3.0), ("s", 3.0), (end, 3.0)] == said
+    assert plain.weights is None
+    assert len(pieces) > 1
+    for piece in pieces:
+        assert piece.weights is not None
+        assert {0.5} == set(piece.weights[piece.targets].tolist())
 
 
 def test_added_special_tokens() -> None:

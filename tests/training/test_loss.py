@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from rows import CPU, VOCABULARY, batch, loss_and_gradients, tiny_model
@@ -79,6 +82,40 @@ def test_a_frozen_head_by_parts_of_its_vocabulary(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(hidden.grad, gradient, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         assert linear_cross_entropy(hidden, weight, labels) == loss
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "cohere"])
+@pytest.mark.parametrize("trained", ["all", "body"])
+def test_tokens_count_what_their_rows_say(model_type: str, trained: str) -> None:
+    """Loss and gradients are those of each token's own loss times its weight, in every way of computing them."""
+    plain = batch(9, 4, 6)
+    numbers = [np.linspace(0.25, 2.0, len(row.ids), dtype=np.float32) for row in plain.rows]
+    weighed = [replace(row, weights=own) for row, own in zip(plain.rows[:2], numbers, strict=False)]
+    rows = Batch([*weighed, plain.rows[2]], plain.references, plain.lines)
+    attention = {"llama": ROW_ATTENTION, "gemma2": "eager"}.get(model_type, "sdpa")
+    model = tiny_model(model_type, attention).eval()
+    model.get_output_embeddings().requires_grad_(trained == "all")
+    loss = TargetLoss(model, CPU, torch.float32)(rows)
+    loss.backward()
+    actual = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    expected = torch.zeros(())
+    for row in rows.rows:
+        ids = torch.from_numpy(row.ids)
+        each = functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        counts = torch.ones(len(ids)) if row.weights is None else torch.from_numpy(row.weights)
+        expected = expected + (each * counts[1:])[torch.from_numpy(row.targets[1:])].sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
+    counted = sum(
+        float(1.0 if row.weights is None else row.weights[place])
+        for row in rows.rows
+        for place in np.flatnonzero(row.targets)
+    )
+    assert counted == pytest.approx(rows.weight)
+    assert plain.target_tokens == plain.weight
 
 
 def test_a_product_has_the_same_bits_wherever_it_lies() -> None:

@@ -25,10 +25,15 @@ DevicesOption = Annotated[
     ),
 ]
 
+QUIET = ("TORCH_CPP_LOG_LEVEL", "ERROR")
+"""The variable that keeps torch's C++ from showing its stack where a connection ends; read when torch is loaded."""
+
 
 def place_or_follow(run: Path) -> Place | None:
     """Return the place of this process if it is rank 0 of several, None if it is alone; any other rank follows."""
     place = place_here()
+    if place is not None:
+        os.environ.setdefault(*QUIET)
     if place is not None and place.rank:
         _follow(run, place)
     return place
@@ -49,6 +54,7 @@ def on_devices(devices: str, words: Sequence[str], again: Sequence[str]) -> NoRe
         hint = "torchrun says how many there are: --nproc-per-node N, without --devices."
         raise UsageError("torchrun has started several processes already", where="--devices", hint=hint)
     startup.set_environment()
+    os.environ.setdefault(*QUIET)
     with startup.large_imports():
         from onward.service.outside.elastic import count_gpus, read_devices, run_on
 
@@ -65,11 +71,14 @@ def command(words: Sequence[str]) -> int:
     """Carry out a command line in a process that the elastic agent started; returns its exit status."""
     from onward.cli.entry import status_of_command
 
+    started_by = os.getppid()
     lost: list[bool] = []
     sys.argv = ["onward", *words]
     status = status_of_command(lambda error: lost.append(isinstance(error, RankLost)))
     if any(lost):
         os._exit(LOST)  # so that the agent ends the others
+    if os.getppid() != started_by:
+        os._exit(status)  # nobody is left to take it
     return status
 
 

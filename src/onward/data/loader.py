@@ -40,6 +40,13 @@ class Batch:
         """Tokens that the loss covers."""
         return sum(int(np.count_nonzero(row.targets)) for row in self.rows)
 
+    @property
+    def weight(self) -> float:
+        """What the tokens that the loss covers count together; their number where each counts 1."""
+        if all(row.weights is None for row in self.rows):
+            return self.target_tokens
+        return float(sum(np.sum(_weights_of(row)[row.targets], dtype=np.float64) for row in self.rows))
+
     def split(self, parts: int) -> list[Batch]:
         """Return the batch in at most `parts` contiguous pieces of nearly equal length, none of them empty."""
         assert parts >= 1, parts
@@ -94,11 +101,13 @@ class PaddedBatch:
         input_ids: int64, shape (B, T).
         attention_mask: int64, shape (B, T): 1 for tokens, 0 for padding.
         targets: bool, shape (B, T): tokens that the loss covers; never the first of a row, never padding.
+        weights: float32, shape (B, T): what the loss of each target counts; None where each counts 1.
     """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     targets: NDArray[np.bool_]
+    weights: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,14 @@ class FlatBatch:
         position_ids: int64, shape (tokens,): the place of each token in its row.
         before_targets: int64, shape (targets,): the places whose next token is a target.
         lengths: tokens of each row.
+        weights: float32, shape (targets,): what the loss of each target counts; None where each counts 1.
     """
 
     input_ids: NDArray[np.int64]
     position_ids: NDArray[np.int64]
     before_targets: NDArray[np.int64]
     lengths: tuple[int, ...]
+    weights: NDArray[np.float32] | None
 
 
 def batch_at(files: Mapping[str, TokenizedFile], plan: Plan, step_in_file: int) -> Batch:
@@ -140,11 +151,14 @@ def flatten(batch: Batch) -> FlatBatch:
     for row_targets in targets:
         row_targets[0] = False
     lengths = tuple(len(row.ids) for row in batch.rows)
+    is_weighed = any(row.weights is not None for row in batch.rows)
+    weights = np.concatenate([_weights_of(row) for row in batch.rows])[np.concatenate(targets)] if is_weighed else None
     return FlatBatch(
         input_ids=np.concatenate([row.ids for row in batch.rows]),
         position_ids=np.concatenate([np.arange(length) for length in lengths]),
         before_targets=np.flatnonzero(np.concatenate(targets)) - 1,
         lengths=lengths,
+        weights=weights,
     )
 
 
@@ -155,11 +169,18 @@ def pad(batch: Batch, pad_id: int) -> PaddedBatch:
         input_ids=np.full(shape, pad_id, dtype=np.int64),
         attention_mask=np.zeros(shape, dtype=np.int64),
         targets=np.zeros(shape, dtype=np.bool_),
+        weights=np.ones(shape, dtype=np.float32) if any(row.weights is not None for row in batch.rows) else None,
     )
     for place, row in enumerate(batch.rows):
         length = len(row.ids)
         padded.input_ids[place, :length] = row.ids
         padded.attention_mask[place, :length] = 1
         padded.targets[place, :length] = row.targets
+        if padded.weights is not None:
+            padded.weights[place, :length] = _weights_of(row)
     padded.targets[:, 0] = False
     return padded
+
+
+def _weights_of(row: Row) -> NDArray[np.float32]:
+    return np.ones(len(row.ids), dtype=np.float32) if row.weights is None else row.weights

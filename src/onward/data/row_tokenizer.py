@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, takewhile
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -16,7 +16,7 @@ from onward.data.rows.template import ChatTemplate, RowText
 from onward.data.rows.turns import Span
 from onward.data.splitting import LEAST, cuts, places_of_bytes, places_of_ranges
 from onward.data.tiling import byte_lengths, pack_tiled
-from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, pack
+from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, Weights, ids_of, pack, weighed
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_json
 from onward.errors import ModelError
@@ -78,7 +78,8 @@ class RowTokenizer:
         """
         if isinstance(record, Chat):
             text, spans = self._template.render(record)
-            return RowText(text, spans, closed=True, ignored=self._template.ignored(record))
+            weighed = tuple(self._weighed(record)) if record.weights else ()
+            return RowText(text, spans, closed=True, ignored=self._template.ignored(record), weighed=weighed)
         is_text = isinstance(record, Text)
         text = record.text if is_text else record.prompt + record.completion
         if self._begins and text.startswith(self._begins):
@@ -87,14 +88,26 @@ class RowTokenizer:
                 "take it out: it would be trained twice",
             )
         start = 0 if is_text else len(record.prompt)
-        return RowText(text, [(start, len(text) + 1)], closed=False, ignored=record.ignored)
+        spans = [(start, len(text) + 1)]
+        weighed = ((record.weight, spans),) if record.weight != 1 else ()
+        return RowText(text, spans, closed=False, ignored=record.ignored, weighed=weighed)
 
-    def encode(self, rows: Sequence[RowText]) -> list[PackedRow]:
+    def _weighed(self, chat: Chat) -> Iterator[tuple[float, list[Span]]]:
+        """Yield each weight other than 1 with the characters of the answers that have it."""
+        for weight in dict.fromkeys(chat.weights.values()):
+            others = [turn for turn in chat.turns if chat.weights.get(turn, 1.0) != weight]
+            if len(others) < len(chat.turns):
+                yield weight, self._template.render(replace(chat, untrained=chat.untrained.union(others)))[1]
+
+    def encode(self, rows: Sequence[RowText], weights: Weights | None = None) -> list[PackedRow]:
         """Return the packed tokens of each row, whatever their length.
 
         One call with some hundred rows is much faster than one call per row.
+
+        Args:
+            weights: numbers the weights of targets, of one file.
         """
-        return self.pack(rows, self.tokenize(rows))
+        return self.pack(rows, self.tokenize(rows), weights)
 
     def tokenize(self, rows: Sequence[RowText]) -> list[Any]:
         """Return the encodings of rows, for `pack`. Nearly all of the work runs without Python's lock."""
@@ -108,8 +121,18 @@ class RowTokenizer:
                 encodings[place] = encoding
         return encodings
 
-    def pack(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
-        """Return the packed tokens of each row from its encoding."""
+    def pack(
+        self, rows: Sequence[RowText], encodings: Sequence[Any], weights: Weights | None = None
+    ) -> list[PackedRow]:
+        """Return the packed tokens of each row from its encoding; `weights` numbers those of targets, of one file."""
+        packed, weights = self._packed(rows, encodings), weights or Weights()
+        for place, row in enumerate(rows):
+            for weight, spans in row.weighed:
+                (own,) = self.encode([RowText(row.text, spans, row.closed)])
+                packed[place] = weighed(packed[place], own >= TARGET_BIT, weights.number(weight))
+        return packed
+
+    def _packed(self, rows: Sequence[RowText], encodings: Sequence[Any]) -> list[PackedRow]:
         if self._lengths is None:
             return self._pack_by_offsets(rows, encodings)
         packed = pack_tiled(rows, [encoding.ids for encoding in encodings], self._lengths, self._end_id)
@@ -169,7 +192,7 @@ class RowTokenizer:
         """Return how many tokens stand before the text of a row, and where in the text each of the others starts."""
         end = len(row.text)  # where the end token stands
         if self._lengths is not None:
-            places = places_of_bytes(row.text, self._lengths[packed[:-1] & ~TARGET_BIT])
+            places = places_of_bytes(row.text, self._lengths[ids_of(packed[:-1])])
             if places is not None:
                 return 0, np.append(places, end)
             encoding = None
@@ -215,7 +238,7 @@ def _continued(begin: PackedRow, piece: PackedRow) -> PackedRow:
     """Return a later piece of a text as a row that begins as any text does."""
     if len(begin):
         return np.concatenate((begin, piece))
-    return np.append(piece[:1] & ~TARGET_BIT, piece[1:])
+    return np.append(ids_of(piece[:1]), piece[1:])
 
 
 def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:

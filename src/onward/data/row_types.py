@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -37,6 +38,7 @@ class Chat:
         messages: each has `role` and `content` (a string) and whatever other keys the row gave it.
         tools: the schemas of the tools that the assistant may call.
         untrained: places in `messages` of assistant turns that are in the text but not in the loss.
+        weights: what the tokens of an assistant turn count in the loss, by place, where that is not 1.
         arguments: what the row hands to the chat template by name.
         ignored: keys of the row that nothing reads.
     """
@@ -44,6 +46,7 @@ class Chat:
     messages: list[Message]
     tools: list[Any] | None = None
     untrained: frozenset[int] = frozenset()
+    weights: Mapping[int, float] = field(default_factory=dict[int, float])
     arguments: dict[str, Any] = field(default_factory=dict[str, Any])
     ignored: tuple[str, ...] = ()
 
@@ -59,19 +62,21 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its continuation; the loss covers the continuation."""
+    """A prompt and its continuation; the loss covers the continuation, whose tokens count `weight`."""
 
     prompt: str
     completion: str
     ignored: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text; the loss covers all of it."""
+    """Plain text; the loss covers all of it, and its tokens count `weight`."""
 
     text: str
     ignored: tuple[str, ...] = ()
+    weight: float = 1.0
 
 
 Record: TypeAlias = Chat | Completion | Text

@@ -18,7 +18,7 @@ from onward.data.report import PROBLEMS_SHOWN, IgnoredKeys, IntakeReport, Proble
 from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, TooLong, cache_key
 from onward.data.rows.columns import Columns
 from onward.data.rows.records import RowError, parse_record
-from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter
+from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter, Weights
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
@@ -81,7 +81,7 @@ def tokenize_file(
         report = intake.report()
         if report.ok:
             counts = {name: getattr(report, name) for name in COUNTS}
-            writer.publish(counts | {"source_sha256": sha256} | row_tokenizer.settings())
+            writer.publish(counts | {"source_sha256": sha256} | row_tokenizer.settings() | intake.weights.facts())
         return report
     finally:
         writer.discard()
@@ -138,6 +138,7 @@ class _Intake:
         self._reading = reading
         self._stop = stop
         self._observe = observe
+        self.weights = Weights()
         self._columns = Columns(reading.columns)
         self._ignored = IgnoredKeys()
         self._problems = Problems()
@@ -200,7 +201,7 @@ class _Intake:
             problems=problems.first,
             problem_count=problems.count,
             unit=self._unit,
-            notes=[*self._notes, *self._columns.notes, *self._ignored.notes],
+            notes=[*self._notes, *self._columns.notes, *self._ignored.notes, *self.weights.notes],
             way_out="" if is_ok or problems.of_file else self._way_out(can_do_without),
         )
 
@@ -283,7 +284,7 @@ class _Intake:
         lines, texts = zip(*chunk, strict=True)
         try:
             made = encodings.result()
-            packed = self._row_tokenizer.pack(texts, made)
+            packed = self._row_tokenizer.pack(texts, made, self.weights)
         except BaseException as error:
             refusal_of(error)
             return self._packed_alone(chunk)
@@ -294,7 +295,7 @@ class _Intake:
         for line, text in chunk:
             self._stop()
             try:
-                (packed,) = self._row_tokenizer.encode([text])
+                (packed,) = self._row_tokenizer.encode([text], self.weights)
             except BaseException as error:
                 self._refuse(line, error)
                 continue

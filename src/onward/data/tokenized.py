@@ -1,9 +1,9 @@
 """A tokenized file on disk: memory-mapped arrays, from which a step reads only its own rows.
 
-tokens.bin   little-endian uint32, all rows one after another; the top bit marks a target
+tokens.bin   little-endian uint32, all rows one after another: the top bit marks a target, seven more number its weight
 offsets.bin  little-endian int64, rows + 1: row i is tokens[offsets[i]:offsets[i + 1]]
 lines.bin    little-endian int64, rows: the source line of each row
-meta.json    counts, the settings it was made with, size and xxh3 of the three files
+meta.json    counts, the settings it was made with, size and xxh3 of the three files, weights other than 1 by number
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from onward.atomic import TEMPORARY_PREFIX, remove_tree
+from onward.data.row_types import RowError
 from onward.digest import xxh3_file
 from onward.errors import DamagedState
 
-FORMAT = 1
+FORMAT, WEIGHED_FORMAT = 1, 2
+"""Formats of files all of whose targets have the weight 1, and of others."""
 TARGET_BIT = np.uint32(1 << 31)
+WEIGHT_SHIFT, MOST_WEIGHTS = 24, 127
+ID_BITS = np.uint32((1 << WEIGHT_SHIFT) - 1)
+"""Bits of a token's id: no vocabulary has 16 million tokens."""
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
 HINT = "remove this directory: it is a cache and is rebuilt from the archived file"
 
@@ -37,10 +42,41 @@ class Row:
     Args:
         ids: token ids, int64, shape (T,).
         targets: which tokens the loss covers, bool, shape (T,); never the first, which nothing predicts.
+        weights: what the loss of each target counts, float32, shape (T,); None where each counts 1.
     """
 
     ids: NDArray[np.int64]
     targets: NDArray[np.bool_]
+    weights: NDArray[np.float32] | None = None
+
+
+class Weights:
+    """The weights other than 1 that targets of one file have, by number, from 1."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def number(self, weight: float) -> int:
+        """Return the number of a weight.
+
+        Raises:
+            RowError: the file has too many different weights.
+        """
+        if weight not in self.values:
+            if len(self.values) == MOST_WEIGHTS:
+                raise RowError(f"the file has more than {MOST_WEIGHTS} different weights", "round them")
+            self.values.append(weight)
+        return self.values.index(weight) + 1
+
+    @property
+    def notes(self) -> list[str]:
+        """What is said of them when the file is accepted."""
+        said = ", ".join(f"{value:g}" for value in self.values)
+        return [f"weights of tokens in the loss, besides 1: {said}"] if said else []
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the file's meta.json says of them; nothing where all targets have the weight 1."""
+        return {"format": WEIGHED_FORMAT, "weights": self.values} if self.values else {}
 
 
 def pack(ids: NDArray[Any], targets: NDArray[np.bool_]) -> PackedRow:
@@ -48,9 +84,25 @@ def pack(ids: NDArray[Any], targets: NDArray[np.bool_]) -> PackedRow:
     return np.where(targets, ids.astype(np.uint32) | TARGET_BIT, ids.astype(np.uint32))
 
 
-def unpack(packed: PackedRow) -> Row:
-    """Return the row that `pack` packed."""
-    return Row((packed & ~TARGET_BIT).astype(np.int64), packed >= TARGET_BIT)
+def ids_of(packed: PackedRow) -> PackedRow:
+    """Return the ids of packed tokens, uint32, shape (T,)."""
+    return packed & ID_BITS
+
+
+def weighed(packed: PackedRow, chosen: NDArray[np.bool_], number: int) -> PackedRow:
+    """Return packed tokens of which the chosen ones, bool, shape (T,), have the weight of this number."""
+    return np.where(chosen, packed | np.uint32(number << WEIGHT_SHIFT), packed)
+
+
+def unpack(packed: PackedRow, weights: NDArray[np.float32] | None = None) -> Row:
+    """Return the row that `pack` packed.
+
+    Args:
+        weights: the weight of each number, that of number 0 being 1; None where each target has the weight 1.
+    """
+    ids, targets = ids_of(packed).astype(np.int64), packed >= TARGET_BIT
+    numbers = (packed & ~TARGET_BIT) >> np.uint32(WEIGHT_SHIFT)
+    return Row(ids, targets, None if weights is None or not numbers.any() else weights[numbers])
 
 
 class RowCount:
@@ -149,6 +201,8 @@ class TokenizedFile:
         self._tokens = _map(directory, "tokens.bin")
         self._offsets = _map(directory, "offsets.bin")
         self._lines = _map(directory, "lines.bin")
+        weights: list[float] = meta.get("weights", [])
+        self._weights = np.array([1.0, *weights], dtype=np.float32) if weights else None
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = True) -> TokenizedFile:
@@ -159,7 +213,7 @@ class TokenizedFile:
         """
         try:
             meta: dict[str, Any] = json.loads((directory / "meta.json").read_bytes())
-            if meta["format"] != FORMAT:
+            if meta["format"] not in (FORMAT, WEIGHED_FORMAT):
                 raise DamagedState(f"tokenized with format {meta['format']}, not {FORMAT}", where=directory, hint=HINT)
             for name in DTYPES:
                 _check_file(directory / name, meta["files"][name], verify=verify)
@@ -178,7 +232,8 @@ class TokenizedFile:
             IndexError: there is no such row.
         """
         self._check_index(index)
-        return unpack(np.array(self._tokens[int(self._offsets[index]) : int(self._offsets[index + 1])]))
+        packed = np.array(self._tokens[int(self._offsets[index]) : int(self._offsets[index + 1])])
+        return unpack(packed, self._weights)
 
     def line(self, index: int) -> int:
         """Return the source line (or row number) of the row at `index`.

@@ -1,28 +1,31 @@
-"""The loss: cross-entropy summed over target tokens, so that the parts of a step add up to the whole."""
+"""The loss: cross-entropy summed over target tokens by weight, so that the parts of a step add up to the whole."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from onward.data.loader import Batch, flatten, pad
+from onward.data.loader import Batch, PaddedBatch, flatten, pad
 from onward.training.environment import autocast
 from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.fused_lora import fused_layers, lowered
-from onward.training.layers.head import Head, Tail, find_head
+from onward.training.layers.head import Head, Tail, counted_cross_entropy, find_head
 from onward.training.layers.rope import EVERY_LENGTH, angles_of
 from onward.training.layers.varlen import Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
+
+_Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Of each target: what the head gets or returns, shape (targets, any); the label; what it counts, None for 1 each."""
 
 
 class TargetLoss:
@@ -99,69 +102,72 @@ class TargetLoss:
         self.forget()
         if not self._takes_rows and self._head is None:
             with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-                found = self._chosen_logits(*self._padded_inputs(batch))
-            yield found
+                logits, labels, _ = self._chosen_logits(batch)
+            yield logits, labels
             return
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-            hidden, labels = self._hidden(batch)
+            hidden, labels, _ = self._hidden(batch)
         head = self._head or Head(self._causal_lm.get_output_embeddings(), Tail())
-        for part, wanted in head.chunks(hidden, labels):
+        for part, wanted, _ in head.chunks(hidden, labels):
             with autocast(self.device, self.dtype):
                 logits = head.tail(head.module(part)).float()
             yield logits, wanted
 
-    def _hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the head gets for each target, shape (targets, width), and the labels."""
+    def _hidden(self, batch: Batch) -> _Targets:
+        """Return what the head gets for each target, shape (targets, width), the labels, and what each counts."""
         return self._flat_hidden(batch) if self._takes_rows else self._padded_hidden(batch)
 
-    def _flat_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _flat_hidden(self, batch: Batch) -> _Targets:
         flat = flatten(batch)
+        counts = None if flat.weights is None else self._to_device(flat.weights)
         ids, places, before = map(self._to_device, (flat.input_ids, flat.position_ids, flat.before_targets))
         rows = row_arguments(flat.lengths, self.device, self._kernel)
         if self._head is not None:
             forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-            return self._head.hidden(forward)[0].index_select(0, before), ids[before + 1]
+            return self._head.hidden(forward)[0].index_select(0, before), ids[before + 1], counts
         outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-        return outputs.last_hidden_state[0].index_select(0, before), ids[before + 1]
+        return outputs.last_hidden_state[0].index_select(0, before), ids[before + 1], counts
 
     def _flat(self, batch: Batch) -> torch.Tensor:
-        hidden, labels = self._flat_hidden(batch)
+        hidden, labels, counts = self._flat_hidden(batch)
         if self._head is not None:
-            return self._head.loss(hidden, labels, self.dtype)
+            return self._head.loss(hidden, labels, self.dtype, counts)
         head = self._causal_lm.get_output_embeddings()
         weight = head_weight(head)
         if weight is not None:
-            return linear_cross_entropy(hidden, weight, labels, self.dtype)
-        return functional.cross_entropy(head(hidden).float(), labels, reduction="sum")
+            return linear_cross_entropy(hidden, weight, labels, self.dtype, counts)
+        return counted_cross_entropy(head(hidden).float(), labels, counts)
 
-    def _padded_inputs(self, batch: Batch) -> tuple[Callable[..., Any], torch.Tensor, torch.Tensor]:
+    def _padded_inputs(self, batch: Batch) -> tuple[Callable[..., Any], torch.Tensor, PaddedBatch]:
         padded = pad(batch, self.pad_id)
         ids, mask = map(self._to_device, (padded.input_ids, padded.attention_mask))
-        wanted = torch.from_numpy(padded.targets[:, 1:])
-        return partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False), ids, wanted
+        return partial(self.model, input_ids=ids, attention_mask=mask, use_cache=False), ids, padded
 
-    def _padded_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counts(self, padded: PaddedBatch) -> torch.Tensor | None:
+        return None if padded.weights is None else self._to_device(padded.weights[padded.targets])
+
+    def _padded_hidden(self, batch: Batch) -> _Targets:
         assert self._head is not None
-        forward, ids, wanted = self._padded_inputs(batch)
+        forward, ids, padded = self._padded_inputs(batch)
+        wanted = torch.from_numpy(padded.targets[:, 1:])
         before = torch.nonzero(functional.pad(wanted, (0, 1)).reshape(-1)).squeeze(1).to(self.device)
         hidden = self._head.hidden(forward)
-        return hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1]
+        return hidden.flatten(0, 1).index_select(0, before), ids.reshape(-1)[before + 1], self._counts(padded)
 
     def _padded(self, batch: Batch) -> torch.Tensor:
         if self._head is None:
-            logits, labels = self._chosen_logits(*self._padded_inputs(batch))
-            return functional.cross_entropy(logits, labels, reduction="sum")
-        hidden, labels = self._padded_hidden(batch)
-        return self._head.loss(hidden, labels, self.dtype)
+            return counted_cross_entropy(*self._chosen_logits(batch))
+        hidden, labels, counts = self._padded_hidden(batch)
+        return self._head.loss(hidden, labels, self.dtype, counts)
 
-    def _chosen_logits(
-        self, forward: Callable[..., Any], ids: torch.Tensor, wanted: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits and labels of targets from a model that computes its logits itself."""
+    def _chosen_logits(self, batch: Batch) -> _Targets:
+        """Return logits, labels and counts of targets from a model that computes its logits itself."""
+        forward, ids, padded = self._padded_inputs(batch)
+        wanted = torch.from_numpy(padded.targets[:, 1:])
         columns = wanted.any(dim=0).nonzero().squeeze(1).to(self.device)
         extra: dict[str, Any] = {"logits_to_keep": columns} if self._keeps_logits else {}
         logits = forward(**extra).logits
         if not self._keeps_logits:
             logits = logits[:, columns]
         chosen = wanted.to(self.device)[:, columns]
-        return logits[chosen].float(), ids[:, columns + 1][chosen]
+        return logits[chosen].float(), ids[:, columns + 1][chosen], self._counts(padded)

@@ -134,7 +134,7 @@ class Trainer:
         )
 
     def _gradients(self, batch: Batch) -> torch.Tensor:
-        """Accumulate the gradient of the mean loss (nats) over the step's target tokens, and return that loss.
+        """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
 
         Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
         """
@@ -142,7 +142,7 @@ class Trainer:
         with self.world.together():
             recompute = self._recomputed(parts)
         try:
-            return self._accumulate(parts, recompute, batch.target_tokens)
+            return self._accumulate(parts, recompute, batch.weight)
         except Exception as error:
             self.state.optimizer.zero_grad(set_to_none=True)
             if not is_out_of_memory(error) or self.economy.setting != "auto" or not self.world.any(not all(recompute)):
@@ -154,7 +154,7 @@ class Trainer:
             if not may_recompute:
                 raise
         self.economy.always = True
-        return self._accumulate(parts, [True] * len(parts), batch.target_tokens)
+        return self._accumulate(parts, [True] * len(parts), batch.weight)
 
     def _recomputed(self, parts: Sequence[Part]) -> list[bool]:
         """Say of each part whether its layers are computed again. That may be measured: before there is a gradient.
@@ -165,14 +165,14 @@ class Trainer:
             return [self.economy.setting != "off"] * len(parts)
         return [self.economy.recomputes(part.batch) for part in parts]
 
-    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], targets: int) -> torch.Tensor:
+    def _accumulate(self, parts: Sequence[Part], recompute: Sequence[bool], weight: float) -> torch.Tensor:
         """Leave the gradients of all parts in the weights, added share by share, and return the loss."""
         pairs = zip(parts, recompute, strict=True)
         shares = [list(share) for _, share in groupby(pairs, key=lambda pair: pair[0].share)]
-        compute = partial(self._compute, targets=targets)
+        compute = partial(self._compute, weight=weight)
         return self.exchange.total(shares, compute, self.state.parameters.values())
 
-    def _compute(self, share: Sequence[tuple[Part, bool]], targets: int) -> torch.Tensor:
+    def _compute(self, share: Sequence[tuple[Part, bool]], weight: float) -> torch.Tensor:
         """Add the gradients of some parts to those of the weights, and return their loss."""
         total = torch.zeros((), device=self.world.device)
         try:
@@ -180,7 +180,7 @@ class Trainer:
                 exactly = deterministic(self.world.device, exact=self.config.deterministic)
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):
-                        loss = self.loss(part.batch) / targets
+                        loss = self.loss(part.batch) / weight
                     loss.backward()
                 total += loss.detach()
         finally:

@@ -69,7 +69,7 @@ class World(Protocol):
         """Give every rank the tensors of rank 0, bit for bit, in the memory of its own; every rank calls it."""
         ...
 
-    def together(self) -> AbstractContextManager[None, None]:
+    def together(self) -> AbstractContextManager[None]:
         """Raise what the body raises on any rank on every rank, once all are at its end; every rank enters it."""
         ...
 
@@ -104,6 +104,6 @@ class SingleProcess:
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Give them to nobody."""
 
-    def together(self) -> AbstractContextManager[None, None]:
+    def together(self) -> AbstractContextManager[None]:
         """Do nothing: nobody else can fail."""
         return contextlib.nullcontext()

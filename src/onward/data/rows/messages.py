@@ -36,6 +36,8 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
 
 SAID = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 """Weights as text, which is all that a table of strings has."""
+LARGEST_WEIGHT = 1e6
+"""A larger one is a mistake, and would drown all other rows of its step."""
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """A thought at the beginning of an answer."""
@@ -88,8 +90,8 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, bool | None]:
-    """Return a message in the one shape, and whether it says that it is trained; None if it says nothing.
+def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, float | None]:
+    """Return a message in the one shape, and the weight that it says it has in the loss; None if it says nothing.
 
     Args:
         turn: the message as the row has it.
@@ -110,7 +112,7 @@ def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, bo
     return _message(turn, f"message {number}", padded=padded)
 
 
-def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, bool | None]:
+def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, float | None]:
     named = _role(turn, where)
     role = OTHER_ROLES.get(named, named)
     _refuse_media(turn, where)
@@ -133,7 +135,7 @@ def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, bool 
     if reasoning is not None:
         message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in the name they read
     message |= {key: value for key, value in turn.items() if key not in HANDLED and value is not None}
-    return message, _trained(turn, role, where)
+    return message, _weight(turn, role, where)
 
 
 def _role(turn: Message, where: str) -> str:
@@ -207,11 +209,11 @@ def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
     raise RowError(f"{where} has a thought in its content and beside it", "keep one of them: both would be trained")
 
 
-def _trained(turn: Message, role: str, where: str) -> bool | None:
+def _weight(turn: Message, role: str, where: str) -> float | None:
     for key in SPAN_KEYS:
         if turn.get(key):
             raise RowError(f'{where} has "{key}": parts of a message cannot be weighed', f'leave "{key}" out')
-    says = said_trained(turn, where)
+    says = said_weight(turn, where)
     if says and role != "assistant":
         raise RowError(
             f"{where} asks for a text of the {role} in the loss, which covers answers only",
@@ -220,26 +222,31 @@ def _trained(turn: Message, role: str, where: str) -> bool | None:
     return says
 
 
-def said_trained(value: Message, where: str) -> bool | None:
-    """Return whether a message or a row says that it is in the loss; None if it says nothing.
+def said_weight(value: Message, where: str) -> float | None:
+    """Return the weight that a message or a row says it has in the loss, 0 for none; None if it says nothing.
+
+    Keys that say yes or no say nothing of how much: beside `train: true` another key may have a number.
 
     Raises:
-        RowError: it has a weight other than 0 and 1, or something that is no weight.
+        RowError: something is no weight, or two keys name different ones.
     """
-    says: bool | None = None
+    found: dict[str, float] = {}
     for key in WEIGHT_KEYS:
         weight = weight_of(value.get(key))
         if weight is None:
             continue
-        if not isinstance(weight, bool | int | float):
-            raise RowError(f'"{key}" of {where} is {kind_of(weight)}', f'write "{key}" as 0 or 1, or leave it out')
-        if weight not in (0, 1):
-            raise RowError(
-                f'"{key}" of {where} is {weight!r}: a weight is 0 (not in the loss) or 1',
-                f'write "{key}" as 0 or 1, or leave it out',
-            )
-        says = bool(weight) and says is not False
-    return says
+        if not isinstance(weight, bool | int | float) or not 0 <= weight <= LARGEST_WEIGHT:
+            said = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
+            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, or leave it out'
+            raise RowError(f'"{key}" of {where} is {said}', remedy)
+        found[key] = float(weight)
+    if 0 in found.values() or not found:
+        return 0.0 if found else None
+    others = {key: weight for key, weight in found.items() if weight != 1}
+    if len(set(others.values())) > 1:
+        named = " and ".join(f'"{key}" {weight:g}' for key, weight in others.items())
+        raise RowError(f"{where} has two weights: {named}", "keep one of them")
+    return next(iter(others.values()), 1.0)
 
 
 def weight_of(value: Any) -> Any:
@@ -247,7 +254,12 @@ def weight_of(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     word = value.strip().lower()
-    return SAID.get(word, value) if word else None
+    if word in SAID or not word:
+        return SAID.get(word)
+    try:
+        return float(word)
+    except ValueError:
+        return value
 
 
 def _refuse_media(turn: Message, where: str) -> None:

@@ -7,7 +7,7 @@ followed or refused, and all others are named in the record as ignored. The form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from onward.data.row_types import (
@@ -30,7 +30,7 @@ from onward.data.rows.messages import (
     list_in_text,
     message_list,
     message_of,
-    said_trained,
+    said_weight,
     weight_of,
 )
 
@@ -114,8 +114,8 @@ def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
     _refuse_beside(row, OF_CHATS, "a prompt that is plain text", "write prompt and completion as messages")
     check_text(prompt, "prompt")
     check_answer(completion, "completion")
-    _refuse_untrained(row)
-    return Completion(prompt, completion, _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label")))
+    ignored = _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label"))
+    return Completion(prompt, completion, ignored, _weight(row))
 
 
 def _lists_in_text(prompt: Any, completion: Any) -> tuple[Any, Any]:
@@ -143,8 +143,7 @@ def _text_row(row: dict[str, Any], padded: bool) -> Text:
     text = _string(row, "text")
     _refuse_beside(row, OF_CHATS, "plain text", "write the row as messages, or take {key} out")
     check_answer(text, "text")
-    _refuse_untrained(row)
-    return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)))
+    return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)), _weight(row))
 
 
 PARSERS: tuple[tuple[tuple[str, ...], Parser], ...] = (
@@ -167,20 +166,30 @@ def _chat(
     """
     messages: list[Message] = []
     untrained: set[int] = set()
+    weights: dict[int, float] = {}
     is_text = any(isinstance(row[key], str) for key in read if key in row)
     for place, turn in enumerate(turns):
         message, says = message_of(turn, place + 1, padded=padded and not is_text)
-        if (says is False or place < given) and message["role"] == "assistant":
+        if (says == 0 or place < given) and message["role"] == "assistant":
             untrained.add(place)
+        elif says:
+            weights[place] = says
         messages.append(message)
     _check_turns(messages)
     if not read:
-        return _with_targets(Chat(messages, untrained=frozenset(untrained)))
-    _refuse_untrained(row)
+        return _with_targets(Chat(messages, untrained=frozenset(untrained), weights=_others(weights)))
+    whole = _weight(row)
+    if whole != 1:
+        answers = (place for place, message in enumerate(messages) if message["role"] == "assistant")
+        weights = {place: whole * weights.get(place, 1.0) for place in answers if place not in untrained}
     tools = _tools(row, padded=padded)
     arguments = _template_arguments(row, padded=padded)
     ignored = _ignored(row, (*read, *CHAT_KEYS))
-    return _with_targets(Chat(messages, tools, frozenset(untrained), arguments, ignored))
+    return _with_targets(Chat(messages, tools, frozenset(untrained), _others(weights), arguments, ignored))
+
+
+def _others(weights: Mapping[int, float]) -> dict[int, float]:
+    return {place: weight for place, weight in weights.items() if weight != 1}
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -280,9 +289,12 @@ def _refuse_tokens(row: dict[str, Any]) -> None:
             )
 
 
-def _refuse_untrained(row: dict[str, Any]) -> None:
-    if said_trained(row, "the row") is False:
+def _weight(row: dict[str, Any]) -> float:
+    """Return what the tokens of a row count in the loss."""
+    weight = said_weight(row, "the row")
+    if weight == 0:
         raise RowError("the row has the weight 0: nothing of it is in the loss", "take the row out")
+    return 1.0 if weight is None else weight
 
 
 def _ignored(row: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:

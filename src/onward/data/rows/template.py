@@ -38,12 +38,14 @@ class RowText:
         closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
             are added, and an end token closes the row; it stands for one more character after the text.
         ignored: keys of the row that nothing reads.
+        weighed: weights other than 1, each with the spans that have it.
     """
 
     text: str
     spans: list[Span]
     closed: bool
     ignored: tuple[str, ...] = ()
+    weighed: tuple[tuple[float, list[Span]], ...] = ()
 
 
 class ChatTemplate:

@@ -12,7 +12,7 @@ from onward.data.files.reading import Reading
 from onward.data.own_template import KEY, other_template_hint
 from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
 from onward.data.rows.records import Record, RowError
-from onward.data.tokenized import TARGET_BIT, PackedRow
+from onward.data.tokenized import PackedRow, ids_of
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
@@ -66,7 +66,7 @@ class RunTokenizer(RowTokenizer):
         """
         fitted = super().fit(packed)
         if self._embedding_rows is not None and fitted.packed is not None:
-            largest = int((fitted.packed & ~TARGET_BIT).max())
+            largest = int(ids_of(fitted.packed).max())
             if largest >= self._embedding_rows:
                 raise RowError(
                     f"token id {largest}, the model has {self._embedding_rows} embedding rows",

@@ -92,7 +92,8 @@ def run_on(
         if isinstance(end, int):
             return end
         count, words = count - 1, again
-        say(end.words + (f"; {count} go on from the last commit" if count >= devices.least else ""))
+        left = f"{count} device{'s go' if count > 1 else ' goes'} on from the last commit"
+        say(f"{end.words}; {left if count >= devices.least else 'too few are left to go on'}")
         if count < devices.least:
             return 1
 
@@ -108,7 +109,8 @@ def _run_once(count: int, command: Command, words: Sequence[str]) -> int | _Loss
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it tells of every start and end
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they tell of every start and end
     with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on(), _ending_the_rest():
         try:
             return int(elastic_launch(_config(count, folder), command)(words)[0])

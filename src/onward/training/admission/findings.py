@@ -75,7 +75,7 @@ class Findings:
         """Return the findings that a ledger kept; None where it kept none."""
         if values is None:
             return None
-        lists = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        lists: dict[str, Any] = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
 
     def lines(self) -> list[str]:

@@ -28,7 +28,11 @@ WORDS = 512
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype = torch.float32
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the summed cross-entropy (nats, float32 scalar) of `hidden @ weight.T`.
 
@@ -37,45 +41,49 @@ def linear_cross_entropy(
         weight: shape (vocabulary, width).
         labels: shape (tokens,), int64.
         dtype: type of the factors of matrix multiplications; logits, exponents and sums are float32.
+        counts: float32, shape (tokens,): what the loss of each token counts; None where each counts 1.
     """
+    column = None if counts is None else counts[:, None]
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.requires_grad and torch.is_grad_enabled():
-            return cast(Any, _OfTrainedHead).apply(hidden, weight, labels, dtype)
-        return cast(Any, _OfFrozenHead).apply(hidden, weight.detach(), labels, dtype, torch.is_grad_enabled())
+            return cast(Any, _OfTrainedHead).apply(hidden, weight, labels, dtype, column)
+        return cast(Any, _OfFrozenHead).apply(hidden, weight.detach(), labels, dtype, torch.is_grad_enabled(), column)
 
 
 class _OfFrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, graph: bool
-    ) -> torch.Tensor:
-        total, grad = _by_vocabulary(hidden.to(dtype), weight.to(dtype), labels[:, None], wants_grad=graph)
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, graph: bool,
+        counts: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        total, grad = _by_vocabulary(hidden.to(dtype), weight.to(dtype), labels[:, None], counts, wants_grad=graph)
         ctx.save_for_backward(None if grad is None else grad.to(hidden.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.saved_tensors[0] * grad_outputs[0], None, None, None, None
+        return ctx.saved_tensors[0] * grad_outputs[0], None, None, None, None, None
 
 
 class _OfTrainedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
-        total, hidden_grad, weight_grad = _by_tokens(hidden.to(dtype), weight.to(dtype), labels[:, None])
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype,
+        counts: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        total, hidden_grad, weight_grad = _by_tokens(hidden.to(dtype), weight.to(dtype), labels[:, None], counts)
         ctx.save_for_backward(hidden_grad.to(hidden.dtype), weight_grad.to(weight.dtype))
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (*(grad * grad_outputs[0] for grad in ctx.saved_tensors), None, None)
+        return (*(grad * grad_outputs[0] for grad in ctx.saved_tensors), None, None, None)
 
 
 def _by_vocabulary(
-    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, wants_grad: bool
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None, *, wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the loss and the gradient of `rows`: softmax times the weights, less the target's."""
     budget = TILE_BYTES.get(rows.device.type, LOGITS_BYTES)
@@ -97,7 +105,13 @@ def _by_vocabulary(
         if seen is not None:
             seen.mul_((before - log_sum).exp_())
             seen.addcmul_(product(shares.to(rows.dtype), part), (own_sum - log_sum).exp_())
-    return (log_sum - chosen).sum(), None if seen is None else seen.sub_(head[labels[:, 0]])
+    grad = None if seen is None else _counted(seen.sub_(head[labels[:, 0]]), counts)
+    return _counted(log_sum - chosen, counts).sum(), grad
+
+
+def _counted(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Multiply values, shape (tokens, any), in place by what each token counts, shape (tokens, 1)."""
+    return values if counts is None else values.mul_(counts)
 
 
 def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -105,7 +119,7 @@ def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _by_tokens(
-    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the loss and the gradients of both."""
     chunk = max(1, CHUNK_BYTES.get(rows.device.type, LOGITS_BYTES) // (4 * len(head)))
@@ -115,11 +129,12 @@ def _by_tokens(
     total = torch.zeros((), device=rows.device)
     for first in range(0, len(rows), chunk):
         part, wanted = rows[first : first + chunk], labels[first : first + chunk]
+        own = None if counts is None else counts[first : first + chunk]
         logits = torch.mm(part, head.T, out=buffer[: len(part)]) if is_float else product_in_float(part, head.T)
         chosen, largest = logits.gather(1, wanted), logits.amax(1, keepdim=True)
         shares = torch.softmax(logits, 1, out=logits)
-        total += (largest - shares.amax(1, keepdim=True).log_() - chosen).sum()
-        grad = shares.scatter_add_(1, wanted, torch.full_like(chosen, -1.0)).to(head.dtype)
+        total += _counted(largest - shares.amax(1, keepdim=True).log_() - chosen, own).sum()
+        grad = _counted(shares.scatter_add_(1, wanted, torch.full_like(chosen, -1.0)), own).to(head.dtype)
         torch.mm(grad, head, out=hidden_grad[first : first + chunk])
         if is_float:
             weight_grad.addmm_(grad.T, part)

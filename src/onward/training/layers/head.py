@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, cast
 
 import torch
@@ -79,29 +80,45 @@ class Head:
             forward()
         return taken[-1]
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return the summed cross-entropy (nats, float32 scalar) of hidden states of shape (tokens, width)."""
+    def loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the summed cross-entropy (nats, float32 scalar) of hidden states of shape (tokens, width).
+
+        Args:
+            counts: float32, shape (tokens,): what the loss of each token counts; None where each counts 1.
+        """
         scale = self.tail.scale
         if scale is not None and type(self.module) is nn.Linear and cast(Any, self.module).bias is None:
             scaled = hidden if scale == 1.0 else hidden * scale
-            return cross_entropy.linear_cross_entropy(scaled, self.module.weight, labels, dtype)
+            return cross_entropy.linear_cross_entropy(scaled, self.module.weight, labels, dtype, counts)
         if not torch.is_grad_enabled():
             return sum(
-                (self.plain(part, wanted) for part, wanted in self.chunks(hidden, labels)),
+                (self.plain(*part) for part in self.chunks(hidden, labels, counts)),
                 start=torch.zeros((), device=hidden.device),
             )
         trained = [weight for weight in self.module.parameters() if weight.requires_grad]
-        return cast(Any, _InChunks).apply(hidden, labels, self, *trained)
+        return cast(Any, _InChunks).apply(hidden, labels, counts, self, *trained)
 
-    def plain(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def plain(self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
         """Return the loss with all logits at once."""
-        return functional.cross_entropy(self.tail(self.module(hidden)).float(), labels, reduction="sum")
+        return counted_cross_entropy(self.tail(self.module(hidden)).float(), labels, counts)
 
-    def chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield hidden states and labels of as many tokens as have `LOGITS_BYTES` of logits."""
+    def chunks(
+        self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Yield hidden states, labels and counts of as many tokens as have `LOGITS_BYTES` of logits."""
         vocabulary = max(len(weight) for weight in self.module.parameters())
         size = max(1, cross_entropy.LOGITS_BYTES // (4 * vocabulary))
-        return zip(hidden.split(size), labels.split(size), strict=True)
+        parts = repeat(None) if counts is None else counts.split(size)
+        return zip(hidden.split(size), labels.split(size), parts, strict=False)
+
+
+def counted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """Return the summed cross-entropy (nats) of logits, shape (tokens, vocabulary), each as often as it counts."""
+    if counts is None:
+        return functional.cross_entropy(logits, labels, reduction="sum")
+    return (functional.cross_entropy(logits, labels, reduction="none") * counts).sum()
 
 
 class _InChunks(torch.autograd.Function):
@@ -109,15 +126,16 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, head: Head, *trained: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None, head: Head,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         total = torch.zeros((), device=hidden.device)
         hidden_grads: list[torch.Tensor] = []
         sums = [torch.zeros_like(weight) for weight in trained]
-        for part, wanted in head.chunks(hidden.detach(), labels):
+        for part, wanted, own_counts in head.chunks(hidden.detach(), labels, counts):
             own = part.requires_grad_()
             with torch.enable_grad():
-                loss = head.plain(own, wanted)
+                loss = head.plain(own, wanted, own_counts)
             own_grad, *grads = cast(Any, torch.autograd.grad(loss, [own, *trained], allow_unused=True))
             total += loss.detach()
             hidden_grads.append(own_grad)
@@ -131,7 +149,7 @@ class _InChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_grad, *grads = (grad * grad_outputs[0] for grad in ctx.saved_tensors)
-        return (hidden_grad, None, None, *grads)
+        return (hidden_grad, None, None, None, *grads)
 
 
 def find_head(model: nn.Module, device: torch.device) -> Head | None:

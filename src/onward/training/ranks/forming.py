@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -37,10 +38,10 @@ def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
     """
     device = device_of(place)
     store, watched = _stores(place, patience)
-    own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": _facts(device)}
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}
     store.set(f"here/{place.rank}", json.dumps(own))
     found = _all_here(store, place.size, patience)
-    unequal = _equalize(found, device, report if place.rank == 0 else lambda _: None)
+    unequal = _equalize(found, report if place.rank == 0 else lambda _: None)
     names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
     watch = Watch(watched, place.rank, names, patience)
     watch.start()
@@ -69,21 +70,31 @@ def device_of(place: Place) -> torch.device:
 
 
 def _stores(place: Place, patience: float) -> tuple[Any, Any]:
-    """Return two connections to the store by which torchrun's processes find each other."""
-    try:
-        store, _, _ = next(iter(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience))))
-        return store, store.clone()
-    except (RuntimeError, ValueError, OSError) as error:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise RankLost(
-            f"the processes cannot find each other: {first_line(error)}",
-            where=address,
-            hint="MASTER_ADDR and MASTER_PORT have to be reachable from every machine, and the port free.",
-        ) from None
+    """Return two connections to the store by which torchrun's processes find each other.
 
+    They are made in a thread: a foreign program that listens on the port may never answer.
+    """
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    made: list[tuple[Any, Any]] = []
+    failed: list[Exception] = [TimeoutError(f"no answer within {patience:.0f} s")]
 
-def _facts(device: torch.device) -> dict[str, Any]:
-    return describe_environment(device, torch.float32)
+    def connect() -> None:
+        try:
+            store, _, _ = next(iter(rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=patience))))
+            made.append((store, store.clone()))
+        except (RuntimeError, ValueError, OSError) as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, name="onward-store", daemon=True)
+    thread.start()
+    thread.join(patience + 1.0)
+    if made:
+        return made[0]
+    raise RankLost(
+        f"the processes cannot find each other: {first_line(failed[-1])}",
+        where=address,
+        hint="MASTER_ADDR and MASTER_PORT have to be reachable from every machine, and the port free.",
+    )
 
 
 def _all_here(store: Any, size: int, patience: float) -> list[dict[str, Any]]:
@@ -98,7 +109,7 @@ def _all_here(store: Any, size: int, patience: float) -> list[dict[str, Any]]:
     return [json.loads(found) for found in store.multi_get(keys)]
 
 
-def _equalize(found: Sequence[Mapping[str, Any]], device: torch.device, report: Callable[[str], None]) -> list[str]:
+def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:
     """Compute with as many threads as the rank that has fewest; returns in what ranks still differ."""
     records = [dict(each["environment"]) for each in found]
     threads = sorted({record["threads"] for record in records})
@@ -108,7 +119,6 @@ def _equalize(found: Sequence[Mapping[str, Any]], device: torch.device, report: 
         report(f"the ranks had {counts} threads: all compute with {threads[0]} now (OMP_NUM_THREADS)")
         for record in records:
             record["threads"] = threads[0]
-    del device
     unequal = sorted(
         {
             key
@@ -125,12 +135,16 @@ def _equalize(found: Sequence[Mapping[str, Any]], device: torch.device, report: 
 
 def _connect(store: Any, place: Place, device: torch.device, patience: float) -> None:
     """Connect all ranks for collectives: through gloo, and through NCCL between GPUs."""
-    of_gpu = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    has_gpu = device.type == "cuda"
     try:
         distributed.init_process_group(
-            store=distributed.PrefixStore("collectives", store), rank=place.rank, world_size=place.size,
-            timeout=timedelta(seconds=patience), **of_gpu,
-        )  # fmt: skip
+            "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+            store=distributed.PrefixStore("collectives", store),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=patience),
+            device_id=device if has_gpu else None,
+        )
     except (RuntimeError, ValueError) as error:
         raise RankLost(
             f"the ranks cannot connect to each other: {first_line(error)}",
