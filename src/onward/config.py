@@ -130,6 +130,12 @@ class Config(Section):
         description="How several devices add their gradients: in the order of the parts, or `fast`, in any order, "
         "which depends on the number of devices; handovers then say `close` instead of `bitwise`.",
     )
+    sharding: Annotated[Literal["off", "full"], BeforeValidator(on_or_off)] = Field(
+        default="off",
+        description="With several devices: `full` cuts the model into shards, of which each device has one, for models "
+        "that do not fit one device; layers are made whole one after another while they compute. Bits stay the same. "
+        "Read when the processes start.",
+    )
     activation_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_or_off)] = Field(
         default="auto",
         description="Compute the layers of a part again in its backward pass instead of keeping what they computed: "

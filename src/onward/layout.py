@@ -16,7 +16,7 @@ MANIFEST = "onward.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
-_TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|ledger\.sqlite3(-wal|-shm|-journal)?)")
+_TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|shards|ledger\.sqlite3(-wal|-shm|-journal)?)")
 """Names under which writes of state, and of a new ledger, are unfinished."""
 _KEPT = re.compile(r"(?:archive|rejected)/([^/\0]+)")
 _DROPPED = re.compile(r"(?:(?:high|low)/)?([^/\0]+)")
@@ -180,6 +180,11 @@ class RunLayout:
     def restore_points(self) -> list[Path]:
         """Restore points in `boundaries/`, newest step first."""
         return self._by_step(self.boundaries, _BOUNDARY)
+
+    @property
+    def shards(self) -> Path:
+        """Where the shards of a model are written and made whole; gone after each commit."""
+        return self.current / ".tmp-shards"
 
     def temporaries(self) -> list[Path]:
         """What an interrupted write of state left; other names are not Onward's."""

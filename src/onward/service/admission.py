@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from onward.config import Config
 from onward.errors import ModelError
@@ -29,7 +32,7 @@ def admit_new(
         ModelError: something about the model cannot be proven.
         ConfigError: a setting does not fit it.
     """
-    device = pick_device()
+    device = _device_of_proof(config)
     dtype = pick_dtype(config.dtype, device)
     try:
         return config, admit(ModelSpec(config, base, device, dtype), checkpoint=checkpoint)
@@ -40,6 +43,11 @@ def admit_new(
         if not changed:
             raise
     return working, admit(ModelSpec(working, base, device, dtype), settings=changed)
+
+
+def _device_of_proof(config: Config) -> torch.device:
+    """Return where a model is proven: one that is to be cut into shards does not fit elsewhere than in main memory."""
+    return torch.device("cpu") if config.sharding == "full" else pick_device()
 
 
 def keep(ledger: Ledger, findings: Findings) -> None:
@@ -60,7 +68,8 @@ def admit_at_start(session: Session, *, has_trained: bool, start: Path | None = 
     """
     if session.ledger.get(FACT) is not None:
         return
-    found = admit(session.spec, checkpoint=start, strict=not has_trained)
+    spec = replace(session.spec, device=torch.device("cpu")) if session.in_shards else session.spec
+    found = admit(spec, checkpoint=start, strict=not has_trained)
     keep(session.ledger, found)
     for warning in found.warnings:
         session.ledger.add_event("warning", f"a new run of this model would be refused: {warning}", kind="admission")

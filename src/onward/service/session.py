@@ -31,6 +31,7 @@ from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.numerics import numerics_of
+from onward.training.sharding.needs import require_shardable
 from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]
@@ -51,6 +52,11 @@ class Session:
     tokenizer_state: TokenizerState
     world: World
     dtype: torch.dtype
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether the model is cut into shards."""
+        return self.config.sharding == "full" and self.world.size > 1
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +113,16 @@ class Session:
             attention=kernel_name(self.device, self.dtype),
             ranks=ranks_facts(self.world, self.config.exchange),
         )
+
+    def check(self, config: Config) -> None:
+        """Hold a config that is to come into force against what the run was made with, and how its model lies here.
+
+        Raises:
+            ConfigError: it asks for something else.
+        """
+        check_identity(self.ledger, config, self.base_digest, self.tokenizer_digest)
+        if self.in_shards:
+            require_shardable(config)
 
     def facts(self) -> Facts:
         """Return what every checkpoint of this session says beyond the state."""

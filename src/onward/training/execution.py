@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from onward.training.world import Message, World
+
+
+class Placement(Protocol):
+    """How a step is taken where no rank holds all weights."""
+
+    @property
+    def holds_whole(self) -> bool:
+        """Whether every rank has all that is trained."""
+        ...
+
+    @property
+    def loss(self) -> Any:
+        """The `TargetLoss` of the model, made by all ranks together."""
+        ...
+
+    def total(
+        self,
+        shares: Sequence[Sequence[Any]],
+        compute: Callable[[Sequence[Any]], torch.Tensor],
+        parameters: Iterable[nn.Parameter],
+    ) -> torch.Tensor:
+        """Compute the gradients of a step, as an `Exchange` of `ranks.exchange` does."""
+        ...
+
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        ...
+
+    def stepped(self) -> None:
+        """Take note that the optimizer has taken a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,6 +53,7 @@ class Execution:
         pad_id: token id that shorter rows are padded with, where rows are padded.
         by_length: rows are computed with those of their own length only, as the model's admission found.
         model: what other ranks build the same model from, beside the config.
+        placement: how a step is taken where no rank holds all weights; else None.
     """
 
     world: World
@@ -26,3 +61,4 @@ class Execution:
     pad_id: int = 0
     by_length: bool = False
     model: Message = field(default_factory=Message)
+    placement: Placement | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -16,6 +16,19 @@ from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.optimizers import Entry, saved_groups
 from onward.training.state import TrainState
+
+
+class Cut(Protocol):
+    """The part of one weight that this process has."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight, with the shape of the whole."""
+        ...
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        """Return a copy of the same part of another tensor of that shape."""
+        ...
 
 
 def load_state(folder: Path, manifest: Manifest, spec: ModelSpec, *, treatment: Treatment | None = None) -> TrainState:
@@ -61,14 +74,17 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise DamagedState(f"the optimizer's state is damaged: {first_line(error)}", where=path) from None
 
 
-def load_moments(state: TrainState, path: Path) -> None:
+def load_moments(state: TrainState, path: Path, shards: Mapping[str, Cut] | None = None) -> None:
     """Load the optimizer's state from an `optimizer.pt`, checked for each parameter: count, names, shapes.
+
+    Args:
+        shards: those that the state is made of; of whole tensors, read one at a time, they take their part.
 
     Raises:
         DamagedState: the file does not hold the state of the same method for exactly these parameters.
         Unreadable: the file cannot be read now.
     """
-    saved = read_optimizer(path)
+    saved = read_optimizer(path, mapped=shards is not None)
     try:
         groups = saved_groups(saved)
         order = [index for group in groups for index in group["params"]]
@@ -81,17 +97,25 @@ def load_moments(state: TrainState, path: Path) -> None:
     expected = [len(group["params"]) for group in state.optimizer.param_groups]
     if sizes != expected:
         raise DamagedState(f"the optimizer has parameter groups of {sizes}, the model of {expected}", where=path)
-    _require_entries(state, dict(zip(order, state.parameters, strict=True)), entries, path)
+    names = dict(zip(order, state.parameters, strict=True))
+    whole = state.parameters if shards is None else {name: shard.weight for name, shard in shards.items()}
+    _require_entries(state, {index: (name, whole[name]) for index, name in names.items()}, entries, path)
     own = state.optimizer.state_dict()["param_groups"]
     for group, rate, saved_group in zip(own, rates, groups, strict=True):
         group.update(lr=rate, params=saved_group["params"])
-    copies = {index: {key: value.clone() for key, value in entry.items()} for index, entry in entries.items()}
+    cuts = {index: torch.clone if shards is None else shards[name].cut for index, name in names.items()}
+    copies = {
+        index: {key: (value.clone() if value.ndim == 0 else cuts[index](value)) for key, value in entry.items()}
+        for index, entry in entries.items()
+    }
     state.optimizer.load_state_dict({"state": copies, "param_groups": own})
 
 
-def _require_entries(state: TrainState, names: Mapping[int, str], entries: Mapping[int, Entry], path: Path) -> None:
+def _require_entries(
+    state: TrainState, parameters: Mapping[int, tuple[str, torch.Tensor]], entries: Mapping[int, Entry], path: Path
+) -> None:
     """Refuse entries that do not fit; an optimizer that has taken no step has no entries at all."""
-    for index, name in names.items() if entries else ():
-        problem = state.method.problem(state.parameters[name], entries.get(index))
+    for index, (name, parameter) in parameters.items() if entries else ():
+        problem = state.method.problem(parameter, entries.get(index))
         if problem is not None:
             raise DamagedState(f"{name}: {problem}", where=path)

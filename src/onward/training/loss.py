@@ -51,6 +51,8 @@ class TargetLoss:
         kernel: Varlen | None = None,
     ) -> None:
         self.model = model
+        self.through: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda compute: compute()
+        """Calls what computes a loss, with the weights at hand."""
         self.device = device
         self.dtype = dtype
         self.pad_id = pad_id
@@ -72,6 +74,9 @@ class TargetLoss:
         All rows must have the same angles (`layout.angles`), as those of a part of a step have.
         """
         self.forget()
+        return self.through(partial(self._compute, batch))
+
+    def _compute(self, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
             return self._flat(batch) if self._takes_rows else self._padded(batch)
 

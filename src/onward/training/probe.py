@@ -87,7 +87,7 @@ class Probe:
     ) -> None:  # fmt: skip
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
         self._batch = probe_batch(seed, vocabulary)
-        self._with_gradient = probe_batch(seed, vocabulary, _length_with_gradient(model, device))
+        self._with_gradient = probe_batch(seed, vocabulary, length_with_gradient(model, device))
         self._model = model
         self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
         self.writers = self._find_writers() if writers is None else types_named(model, writers)
@@ -137,14 +137,7 @@ class Probe:
 
     def _measure(self, loss_of: TargetLoss) -> Probed:
         with self._repeatably(), torch.no_grad():
-            loss = loss_of(self._batch)
-        mean = float(loss) / (PROBE_ROWS * (PROBE_LENGTH - 1))
-        if not math.isfinite(mean):
-            raise TrainingError(
-                f"the model computes no finite loss any more ({mean})",
-                where="the probe batch",
-                hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
-            )
+            mean = mean_loss(loss_of(self._batch))
         with self._repeatably(), torch.enable_grad():
             return Probed(mean, _digest_of_gradients(loss_of, self._with_gradient))
 
@@ -165,7 +158,24 @@ class Probe:
             yield
 
 
-def _length_with_gradient(model: nn.Module, device: torch.device) -> int:
+def mean_loss(total: torch.Tensor) -> float:
+    """Return the mean loss (nats) of the probe from that of all its targets.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
+    mean = float(total) / (PROBE_ROWS * (PROBE_LENGTH - 1))
+    if not math.isfinite(mean):
+        raise TrainingError(
+            f"the model computes no finite loss any more ({mean})",
+            where="the probe batch",
+            hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
+        )
+    return mean
+
+
+def length_with_gradient(model: nn.Module, device: torch.device) -> int:
+    """Return the tokens of a row whose gradient is digested."""
     positions = getattr(causal_lm(model).config, "max_position_embeddings", None)
     return min(GRADIENT_LENGTH.get(device.type, LONG_LENGTH), positions or LONG_LENGTH)
 

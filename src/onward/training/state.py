@@ -146,6 +146,7 @@ class TrainState:
         model: the model, trainable weights marked by `requires_grad`.
         optimizer: an optimizer that `method` built over them.
         scale: that of the loss, for a run that computes in float16.
+        held: what stands in for the model's parameters, by name, in the same order: this rank's shards of them.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class TrainState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         method: OptimizerMethod,
+        *,
         scale: LossScale | None = None,
+        held: dict[str, nn.Parameter] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -161,7 +164,7 @@ class TrainState:
         self.scale = scale
         self.counters = Counters()
         self.cursor = Cursor()
-        self.parameters = dict(named for group in method.groups(model) for named in group)
+        self.parameters = held or dict(named for group in method.groups(model) for named in group)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""

@@ -65,10 +65,17 @@ class Trainer:
         self.anchor = anchor
         self.execution = execution
         self.world = execution.world
-        self.exchange = exchange_of(execution.world, config.exchange)
+        self.exchange = execution.placement or exchange_of(execution.world, config.exchange)
         device = execution.world.device
-        self.loss = TargetLoss(state.model, device, execution.dtype, execution.pad_id, by_length=execution.by_length)
+        self.loss = self._loss()
         self.economy = Economy(state, self.loss, config, device, learned or Learned())
+
+    def _loss(self) -> TargetLoss:
+        execution = self.execution
+        if execution.placement is not None:
+            return execution.placement.loss
+        device, by_length = execution.world.device, execution.by_length
+        return TargetLoss(self.state.model, device, execution.dtype, execution.pad_id, by_length=by_length)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Yield each step that the plan still has, from the cursor on, after it was taken.
@@ -81,7 +88,11 @@ class Trainer:
             TrainingError: the loss is not finite; the state is that before the step.
         """
         self.world.tell(lambda: file_order(self.state, self.config, self.execution, plan, files, self.anchor))
-        hold_same(lambda: self.state, self.world, self.anchor)
+        if self.execution.placement is None or self.execution.placement.holds_whole:
+            hold_same(lambda: self.state, self.world, self.anchor)
+        else:
+            with self.world.together():  # the others make ready
+                pass
         with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
             while not self.state.cursor.at_boundary:
                 batch = batches.at(self.state.cursor.step)
@@ -96,6 +107,8 @@ class Trainer:
         loss, grad_norm, divergence = self._finite_gradients(batch)
         set_learning_rate(state.optimizer, rate)
         state.optimizer.step()
+        if self.execution.placement is not None:
+            self.execution.placement.stepped()
         state.optimizer.zero_grad(set_to_none=True)
         self._count(batch)
         replayed = tuple(row for row in batch.references if row.sha256 != plan.sha256)
@@ -157,7 +170,7 @@ class Trainer:
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         with self.world.together():
-            recompute = [self.economy.recomputes(part.batch) for part in parts]  # it may measure: before any gradient
+            recompute = self._recomputed(parts)
         try:
             return self._accumulate(parts, recompute, batch.weight, factor)
         except Exception as error:
@@ -172,6 +185,15 @@ class Trainer:
                 raise
         self.economy.always = True
         return self._accumulate(parts, [True] * len(parts), batch.weight, factor)
+
+    def _recomputed(self, parts: Sequence[Part]) -> list[bool]:
+        """Say of each part whether its layers are computed again. That may be measured: before there is a gradient.
+
+        Where weights are in shards every rank does the same, and layers are made whole again in any case.
+        """
+        if self.execution.placement is not None:
+            return [self.economy.setting != "off"] * len(parts)
+        return [self.economy.recomputes(part.batch) for part in parts]
 
     def _accumulate(
         self, parts: Sequence[Part], recompute: Sequence[bool], weight: float, factor: float
@@ -217,6 +239,8 @@ class Trainer:
 
     def _clip(self) -> torch.Tensor:
         limit = self.config.max_grad_norm or float("inf")
+        if self.execution.placement is not None:
+            return self.execution.placement.clip(limit)
         return nn.utils.clip_grad_norm_(self.state.parameters.values(), limit)
 
     def _require_finite(self, loss: float, grad_norm: float, batch: Batch) -> None:

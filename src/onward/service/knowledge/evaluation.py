@@ -58,6 +58,11 @@ class Evaluation:
         self.writers: frozenset[type[nn.Module]] | None = None
         """Types of modules that write to weights in evaluation mode, where somebody found that out before."""
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether this process can compute with the model by itself."""
+        return not self._session.in_shards
+
     def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
         """Measure at a boundary that was reached: an `AtBoundary` hook."""
         row = next(row for row in self._ledger.files("training", "done") if row.position == boundary.position)

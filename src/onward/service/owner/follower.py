@@ -6,8 +6,10 @@ whatever is shown are rank 0's.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,10 +27,11 @@ from onward.layout import RunLayout
 from onward.ranks import Place
 from onward.service.wishes import Wishes
 from onward.training.anchor import AnchorTerm
+from onward.training.checkpoint import Manifest
 from onward.training.device_errors import forget_frames
 from onward.training.economy import Learned
 from onward.training.environment import release_freed_memory
-from onward.training.execution import Execution
+from onward.training.execution import Execution, Placement
 from onward.training.model.adapter import adapter_told, set_dropout
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import build_model
@@ -37,9 +40,11 @@ from onward.training.model.treatment import Treatment
 from onward.training.ranks.failures import Released
 from onward.training.ranks.forming import form
 from onward.training.ranks.group import Group
-from onward.training.ranks.orders import END, FILE, RELEASE, STEP, plan_told
+from onward.training.ranks.orders import COMMIT, END, FILE, LOAD, MEASURE, RELEASE, STEP, plan_told
 from onward.training.ranks.sameness import hold_same
-from onward.training.state import TrainState
+from onward.training.sharding.files import host_mesh, write_shards
+from onward.training.sharding.held import Held, hold
+from onward.training.state import Snapshot, TrainState
 from onward.training.trainer import Trainer
 from onward.training.world import Message
 
@@ -91,6 +96,10 @@ class Follower:
         self._files: Mapping[str, TokenizedFile] = {}
         self._failure: Exception | None = None
         self._learned = Learned()
+        self._held: Held | None = None
+        self._placement: Placement | None = None
+        self._writing: threading.Thread | None = None
+        self._copy: Snapshot | None = None
         self._digests: dict[Path, str] = {}
 
     def follow(self) -> None:
@@ -100,7 +109,10 @@ class Follower:
             RankLost: another rank is gone.
             Released: rank 0 ended in the middle of something.
         """
-        actions = {FILE: self._begin, STEP: self._step, RELEASE: lambda _: self._let_go()}
+        actions = {
+            FILE: self._begin, STEP: self._step, RELEASE: lambda _: self._let_go(),
+            LOAD: self._load, MEASURE: self._measure, COMMIT: lambda _: self._commit(),
+        }  # fmt: skip
         while (order := self._group.listen())["order"] != END:
             try:
                 actions[order["order"]](order)
@@ -117,10 +129,15 @@ class Follower:
         config = stored_config(order["config"])
         anchor = _anchor_memory(order["anchor"])
         followed = self._state is not None and self._state.step == order["state"]["counters"]["step"]
-        hold_same(lambda: self._ready(order, config), self._group, anchor, followed=followed)
+        placement = self._placement
+        if placement is None or placement.holds_whole:
+            hold_same(lambda: self._ready(order, config), self._group, anchor, followed=followed)
+        else:
+            with self._group.together():
+                self._ready(order, config)
         assert self._state is not None
         dtype = getattr(torch, order["dtype"])
-        execution = Execution(self._group, dtype, order["pad_id"], order["by_length"])
+        execution = Execution(self._group, dtype, order["pad_id"], order["by_length"], placement=placement)
         self._trainer = Trainer(self._state, config, execution, anchor, learned=self._learned)
 
     def _ready(self, order: Message, config: Config) -> TrainState:
@@ -128,11 +145,12 @@ class Follower:
         origin = {key: order[key] for key in ("model", "adapter", "dtype")}
         origin["adapter"] = {**(origin["adapter"] or {}), "lora_dropout": None}
         model = json.dumps([config.identity(), origin], sort_keys=True)
-        if self._state is None or model != self._model:
+        if self._held is None and (self._state is None or model != self._model):
             self._let_go()
             self._state, self._model = self._built(order, config), model
         self._plan = plan_told(order["plan"])
         self._files = {sha256: _tokens(self._layout.tokens / name) for sha256, name in order["tokens"].items()}
+        assert self._state is not None
         state, plain = self._state, order["state"]
         state.method.configure(state.optimizer, config)
         set_dropout(state.model, config.lora.dropout)
@@ -142,6 +160,51 @@ class Follower:
         return state
 
     def _built(self, order: Message, config: Config) -> TrainState:
+        spec, treatment = self._spec(order, config)
+        model = build_model(spec, treatment=treatment, adapter=adapter_told(order["adapter"]))
+        return TrainState.start(model, config)
+
+    def _load(self, order: Message) -> None:
+        """Build this rank's part of a model in shards."""
+        self._let_go()
+        config, folder = stored_config(order["config"]), order["folder"]
+        manifest = None if order["manifest"] is None else Manifest.model_validate(order["manifest"])
+        host = host_mesh()
+        with self._group.together():
+            spec, treatment = self._spec(order, config)
+            self._held = hold(spec, host, folder and self._layout.root / folder, manifest, treatment)
+            self._state = self._held.state
+        self._placement = self._held.placement(order["pad_id"], by_length=order["by_length"])
+
+    def _measure(self, order: Message) -> None:
+        assert self._held is not None
+        probed = self._held.probe(order["seed"])
+        if order["whole"]:
+            self._held.measure(probed)
+
+    def _commit(self) -> None:
+        """Copy this rank's shards, and write them behind training; what fails fails at rank 0 too, which says so."""
+        held = self._held
+        assert held is not None
+        assert held.shards is not None
+        self._wait_for_shards()
+        copy = self._copy = held.state.snapshot(into=self._copy)
+        target, shards = self._layout.shards / "state", held.shards
+
+        def write() -> None:
+            with contextlib.suppress(Exception):
+                write_shards(target, copy, shards, held.host)
+
+        self._writing = threading.Thread(target=write, name="onward-shards", daemon=True)
+        self._writing.start()
+
+    def _wait_for_shards(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+        self._writing = None
+
+    def _spec(self, order: Message, config: Config) -> tuple[ModelSpec, Treatment | None]:
+        """Return what a model is built from, as rank 0 tells it and with the base model that is here."""
         base, told = base_of_run(self._layout.root, config.model), order["model"]
         if base not in self._digests:
             self._digests[base] = digest_base(base)
@@ -153,9 +216,7 @@ class Follower:
             )
         spec = ModelSpec(config, base, self._group.device, getattr(torch, order["dtype"]))
         found = told["treatment"]
-        treatment = None if found is None else Treatment.of(found)
-        model = build_model(spec, treatment=treatment, adapter=adapter_told(order["adapter"]))
-        return TrainState.start(model, config)
+        return spec, None if found is None else Treatment.of(found)
 
     def _step(self, order: Message) -> None:
         """Take the next step; what failed here since the last one fails on every rank now."""
@@ -176,7 +237,8 @@ class Follower:
             return None
 
     def _let_go(self) -> None:
-        self._state = self._trainer = self._plan = self._model = None
+        self._wait_for_shards()
+        self._state = self._trainer = self._plan = self._model = self._held = self._placement = self._copy = None
         self._files = {}
         gc.collect()
         release_freed_memory()

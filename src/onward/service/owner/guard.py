@@ -116,7 +116,7 @@ class Guard:
         texts = [self._named(finding) for finding in found]
         if self._settings.current.guard.action == "reject" and not row.accepted:
             problems = [{"line": None, "reason": text, "remedy": ""} for text in texts]
-            problems += [] if file is None else self._worst_rows(file, state)
+            problems += self._worst_rows(file, state) if file and self._evaluation.is_possible else []
             raise GuardRejected(f"it passed the guard's limits: {texts[0]}", row.id, problems)
         for text in texts:
             message = f"{printable(row.name)}: {text}{' (accepted)' if row.accepted else ''}"

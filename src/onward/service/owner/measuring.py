@@ -10,7 +10,7 @@ from typing import Any
 from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
-from onward.errors import OnwardError, first_line
+from onward.errors import ConfigError, OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
 from onward.service.knowledge.table import BEFORE, GRID, NOTHING
 from onward.service.session import Session
@@ -30,6 +30,9 @@ class Measuring:
 
     Args:
         look: called between two forward passes; raises `Stopped` to leave.
+
+    Raises:
+        ConfigError: there are hooks, and the model is in shards.
     """
 
     def __init__(self, session: Session, shown: Shown, hooks: tuple[AtBoundary, ...], look: Callable[[], None]) -> None:
@@ -39,6 +42,12 @@ class Measuring:
         self.evaluation = Evaluation(session, look)
         self._hooks: tuple[AtBoundary, ...] = (self._at_boundary, *hooks)
         self._has_others = bool(hooks)
+        if session.in_shards and hooks:
+            raise ConfigError(
+                "hooks at boundaries compute on rank 0 alone, which a model in shards does not allow",
+                where="sharding",
+                hint="Set sharding: off, or train without hooks.",
+            )
 
     def at_boundary(
         self, row: FileRow, state: TrainState, config: Config, plan: StreamPlan, tokens: TokenizedFile
@@ -94,6 +103,11 @@ class Measuring:
         row = owed_evaluation(self._ledger)
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
             return None
+        if self._session.in_shards:
+            reason = "the boundary that was left to be measured is not: the model is in shards now"
+            self._ledger.add_event("warning", reason, state.step)
+            self._ledger.keep_boundary_results(row.id, state.step, {GRID: NOTHING})
+            return row
         config = stored_config(self._ledger.config_of(row))
         with self._showing("training"):
             results = self._or_nothing(

@@ -30,7 +30,8 @@ def with_part_tokens(session: Session, state: TrainState, config: Config, learne
 
 
 def _choose(session: Session, state: TrainState, config: Config, learned: Learned) -> int:
-    usage = learned.read(session.device) if session.device.type == "cuda" else None
+    measures = session.device.type == "cuda" and not session.in_shards
+    usage = learned.read(session.device) if measures else None
     if usage is None:
         return MICRO_BATCH_TOKENS
     loss = TargetLoss(state.model, session.device, session.dtype, session.pad_id)

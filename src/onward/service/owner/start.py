@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onward.config import Config, stored_config
 from onward.service.admission import admit_at_start
@@ -17,6 +18,9 @@ from onward.training.checkpoint import Manifest
 from onward.training.loading import load_state
 from onward.training.model.load import build_model
 from onward.training.state import TrainState
+
+if TYPE_CHECKING:
+    from onward.service.owner.sharded import ShardedRun
 
 Log = deque[dict[str, Any]]
 
@@ -32,6 +36,8 @@ class Start:
     manifest: Manifest | None
     config: Config
     log: Log
+    in_shards: ShardedRun | None = None
+    """The run's model where it is cut into shards."""
 
 
 def load_start(session: Session, settled: Settled) -> Start:
@@ -45,12 +51,26 @@ def load_start(session: Session, settled: Settled) -> Start:
     if settled.folder is None or settled.manifest is None:
         start = start_folder(session.layout, session.ledger, session.config)
         admit_at_start(session, has_trained=False, start=start)
+        run = _in_shards(session, session.config, start, None)
+        if run is not None:
+            return Start(run.held.state, None, session.config, log, run)
         model = build_model(session.spec, checkpoint=start, treatment=session.treatment)
         return Start(TrainState.start(model, session.config), None, session.config, log)
     admit_at_start(session, has_trained=True)
     manifest = settled.manifest
     config = stored_config(manifest.config)
     loaded = session.config if manifest.cursor.at_boundary else config
-    state = load_state(settled.folder, manifest, replace(session.spec, config=loaded), treatment=session.treatment)
+    run = _in_shards(session, loaded, settled.folder, manifest)
+    spec = replace(session.spec, config=loaded)
+    state = run.held.state if run else load_state(settled.folder, manifest, spec, treatment=session.treatment)
     log.extend(json.loads((settled.folder / huggingface.TRAINER_STATE).read_bytes())["log_history"])
-    return Start(state, manifest, config, log)
+    return Start(state, manifest, config, log, run)
+
+
+def _in_shards(session: Session, config: Config, folder: Path | None, manifest: Manifest | None) -> ShardedRun | None:
+    """Return the run's model in shards, if it is to be; what that needs is imported only then."""
+    if not session.in_shards:
+        return None
+    from onward.service.owner.sharded import load_in_shards
+
+    return load_in_shards(session, config, folder, manifest)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
@@ -26,7 +27,7 @@ from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
 from onward.service.owner.steps import record_of, watched
 from onward.service.owner.surroundings import Surroundings
-from onward.service.session import Session, check_identity
+from onward.service.session import Session
 from onward.service.state.commits import Commit
 from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
@@ -36,11 +37,14 @@ from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
 from onward.training.device_memory import gpu_is_crowded
 from onward.training.economy import Learned
-from onward.training.handover import compare, measure
+from onward.training.handover import Measurement, compare, measure
 from onward.training.probe import Probe, Probed
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from onward.service.owner.sharded import ShardedRun
 
 LedgerMoves = Callable[[Ledger], None]
 
@@ -57,7 +61,7 @@ class Worker:
         self.session = session
         self.ledger = session.ledger
         self.state = start.state
-        self.around = around
+        self.around, self._in_shards = around, start.in_shards
         self.config = session.config if start.manifest is None or start.manifest.cursor.at_boundary else start.config
         self._in_force = start.config
         self._newest = start.manifest
@@ -65,7 +69,7 @@ class Worker:
         self._has_begun = False
         self._writer = Writer(session.layout, session.ledger)
         self._copy: Snapshot | None = None
-        self._probed: Probe | None = None
+        self._probed: Probe | ShardedRun | None = start.in_shards
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
@@ -107,7 +111,8 @@ class Worker:
     def bytes_needed(self) -> int:
         """Return the free bytes that the next checkpoint needs."""
         self._facts = self._facts or self.session.facts()
-        return int(estimate_size(self.state.view(), self._facts) * SPACE_MARGIN)
+        size = estimate_size(self.state.view(), self._facts)
+        return int((self._in_shards.bytes_needed(size) if self._in_shards else size) * SPACE_MARGIN)
 
     def _begin_run(self) -> Iterator[Event]:
         """Once: begin to commit the state of step 0, or say what is resumed and measure its handover."""
@@ -180,7 +185,7 @@ class Worker:
         if row.config is not None:
             return stored_config(self.ledger.config_of(row))
         config = self.around.settings.read()
-        check_identity(session.ledger, config, session.base_digest, session.tokenizer_digest)
+        session.check(config)
         if row.parts is not None:
             config = config.model_copy(update={"gradient_accumulation": row.parts})
         return with_part_tokens(session, self.state, config, self._learned)
@@ -189,7 +194,7 @@ class Worker:
         """Have environment and probe say whether the config in force asks for operations that repeat."""
         if self.config.deterministic != self.session.config.deterministic:
             self.session = replace(self.session, config=self.config)
-            self._facts = self._probed = None
+            self._facts, self._probed = None, self._in_shards
 
     def _begin(self, row: FileRow, plan: StreamPlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
@@ -219,7 +224,8 @@ class Worker:
         session, state, file_id = self.session, self.state, file.row.id
         self._guard.begin(file.row)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
-        trainer = Trainer(state, self.config, session.execution, anchor, learned=self._learned)
+        execution = self._in_shards.execution(session) if self._in_shards else session.execution
+        trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         for result in watched(trainer.steps(files, file.plan), file_id, self.around.heartbeat, is_crowded):
@@ -261,12 +267,7 @@ class Worker:
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         measured = self._writer.measured()
-        digest = None if measured is None else StateDigest(measured.weights, measured.moments)
-        if measured is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
-            probed = Probed(measured.probe_loss, measured.probe_gradient)
-        else:
-            probed = self._probe().of_model()
-        after = measure(self.state.view_of_copied(digest), probed)
+        after = self._measured_now(measured)
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:
@@ -279,7 +280,18 @@ class Worker:
         )  # fmt: skip
         return name
 
-    def _probe(self) -> Probe:
+    def _measured_now(self, known: Measurement | None) -> Measurement:
+        """Measure the state as it is now; `known` was measured of its last copy."""
+        if self._in_shards and self._in_shards.held.shards is not None:
+            return self._in_shards.measure()
+        digest = None if known is None else StateDigest(known.weights, known.moments)
+        if known is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
+            probed = Probed(known.probe_loss, known.probe_gradient)
+        else:
+            probed = self._probe().of_model()
+        return measure(self.state.view_of_copied(digest), probed)
+
+    def _probe(self) -> Probe | ShardedRun:
         if self._probed is None:
             session, config = self.session, self.config
             self._probed = Probe(
@@ -307,6 +319,7 @@ class Worker:
             Commit(
                 self.state.model, self._copy, config, self._probe().of_copy(self._copy), self._facts,
                 tuple(self._log), self._newest, file_id, with_ledger, done,
+                self._in_shards.commit(self._copy) if self._in_shards else None,
             ),
             is_awaited=is_awaited,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Commit:
         probe: measures the state on the probe; called where the commit is made.
         parent: the checkpoint before.
         done: what is to be told once it is committed.
+        gather: makes model and state whole for a body, where `state` is one rank's part.
         with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
     """
 
@@ -53,6 +55,11 @@ class Commit:
     file_id: int | None = None
     with_ledger: Callable[[Ledger], None] = lambda _: None
     done: FileDone | None = None
+    gather: Callable[[], AbstractContextManager[tuple[nn.Module, Snapshot]]] | None = None
+
+    def whole(self) -> AbstractContextManager[tuple[nn.Module, Snapshot]]:
+        """Return the context in which model and state are whole."""
+        return nullcontext((self.model, self.state)) if self.gather is None else self.gather()
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,10 @@ class Commits:
             VerificationFailed: a step trained again after damage did not give the state that was there before.
             NoSpace: the checkpoint does not fit; nothing changed.
         """
+        with commit.whole() as (model, state):
+            return self._commit(replace(commit, model=model, state=state), measured)
+
+    def _commit(self, commit: Commit, measured: Callable[[Measurement], None]) -> Written:
         begun = time.perf_counter()
         state, config, facts = commit.state, commit.config, commit.facts
         state.wait()

@@ -60,6 +60,7 @@ def build_model(
     checkpoint: Path | None = None,
     treatment: Treatment | None = None,
     adapter: PeftConfig | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """Build the model of a run in training mode, with trained weights in float32.
 
@@ -68,13 +69,15 @@ def build_model(
             adapter is a function of the seed.
         treatment: what the model's admission found; None for a run that was made before there was one.
         adapter: the adapter of a model whose trained weights come from elsewhere.
+        mapped: leave the weights of files in the files, on the CPU and in the type that they have there, for a model
+            that is then cut into shards.
 
     Raises:
         ModelError: the base cannot be loaded, or the method does not fit this machine or model.
         Unreadable: a file of the model cannot be read now.
     """
     left_out = () if treatment is None else treatment.left_out
-    model = build_plain(spec, checkpoint=checkpoint, left_out=left_out, adapter=adapter)
+    model = build_plain(spec, checkpoint=checkpoint, left_out=left_out, adapter=adapter, mapped=mapped)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
     make_fast(model, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
@@ -87,6 +90,7 @@ def build_plain(
     left_out: tuple[str, ...] = (),
     strict: bool = False,
     adapter: PeftConfig | None = None,
+    mapped: bool = False,
 ) -> nn.Module:
     """Build the model of a run as transformers and PEFT compute it; the arguments are those of `build_model`.
 
@@ -96,14 +100,16 @@ def build_plain(
     """
     config, base, device, dtype = spec.config, spec.base, spec.device, spec.dtype
     if config.method == "full":
-        whole = _for_training(_load(checkpoint or base, torch.float32, strict=strict), spec)
-        with _in_memory(whole, device):
+        kind = None if mapped else torch.float32
+        whole = _for_training(_load(checkpoint or base, kind, strict=strict), spec)
+        with contextlib.nullcontext() if mapped else _in_memory(whole, device):
             train_only(whole, config.train, left_out)
             return cast(nn.Module, whole).train()
     base_model = _for_training(_load(base, dtype, strict=strict, **_quantization(config, dtype, device)), spec)
     base_model.requires_grad_(False)
     _keep_quantized(base_model)
-    weights = contextlib.nullcontext() if config.method == "qlora" else _in_memory(base_model, device)
+    stays = mapped or config.method == "qlora"
+    weights = contextlib.nullcontext() if stays else _in_memory(base_model, device)
     with weights, quiet(), seeded(fold(config.seed, "adapter"), device):
         if adapter is not None:
             model = add_adapter(base_model, adapter)
@@ -116,7 +122,7 @@ def build_plain(
     if checkpoint is not None:  # only now: biases of the base may be trained too, and its memory is another one now
         load_adapter(model, checkpoint)
     wrap_experts(model)
-    return model.to(device).train() if config.method != "qlora" else model.train()
+    return model.train() if stays else model.to(device).train()
 
 
 def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str] = ()) -> None:
@@ -214,14 +220,14 @@ def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         ModelError: it cannot be loaded.
         Unreadable: a file of it cannot be read now.
     """
-    return _load(folder, cast(torch.dtype, dtype or "auto"))
+    return _load(folder, dtype)
 
 
-def _load(folder: Path, dtype: torch.dtype, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with one_load, quiet():
             found: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **extra,
             )  # fmt: skip
     except Exception as error:

@@ -17,6 +17,7 @@ from onward.training.state import TrainState
 from onward.training.world import Message
 
 FILE, STEP, RELEASE, END = "file", "step", "release", "end"
+LOAD, MEASURE, COMMIT = "load", "measure", "commit"
 """Kinds of orders."""
 
 

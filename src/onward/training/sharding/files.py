@@ -1,0 +1,306 @@
+"""A state written by all ranks at once: each writes and hashes its own shards, and rank 0 the manifest last.
+
+The files are those of torch.distributed.checkpoint in safetensors, so they hold nothing but numbers and are read for
+any number of ranks. A folder without its manifest is not a state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ByRows
+
+from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
+from onward.digest import canonical_json, sha256_json, xxh3_file
+from onward.errors import DamagedState, Unreadable, VerificationFailed, first_line
+from onward.training.ranks.forming import FOREVER
+from onward.training.sharding.shards import Shards
+from onward.training.state import Snapshot, TrainState
+
+MANIFEST = "shards.json"
+FORMAT = 1
+WEIGHT = "weight"
+FILE_BYTES = 1 << 29
+"""Bytes of whole tensors whose shards share a file; while a file is written, a copy of it is in memory."""
+
+
+class ShardManifest(BaseModel):
+    """The content of `shards.json`. `digest` covers every other field.
+
+    Args:
+        ranks: how many ranks wrote the shards.
+        state: counters and cursor.
+        count: the optimizer's step counter, on which all weights agree.
+        groups: the optimizer's groups as its `state_dict` has them.
+        trained: names of the trained weights in the optimizer's order.
+        tensors: shape and type of each whole tensor, by key: `weight/NAME`, or `SLOT/NAME` for a moment.
+        files: size and xxh3 of each file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: int = FORMAT
+    ranks: int
+    state: dict[str, Any]
+    count: int
+    groups: list[dict[str, Any]]
+    trained: list[str]
+    tensors: dict[str, tuple[list[int], str]]
+    files: dict[str, dict[str, Any]]
+    digest: str = ""
+
+    @property
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups as an `optimizer.pt` has them: JSON has lists for tuples."""
+        return [{key: tuple(value) if key == "betas" else value for key, value in each.items()} for each in self.groups]
+
+    def sealed(self) -> ShardManifest:
+        """Return the manifest with its digest."""
+        return self.model_copy(update={"digest": sha256_json(self.model_dump(mode="json", exclude={"digest"}))})
+
+
+def host_mesh() -> DeviceMesh:
+    """Return all ranks with main memory as their device, in a group of their own; every rank calls this once.
+
+    The group may be used in a thread while the one that trains is in use.
+    """
+    group: Any = dist.new_group(backend="gloo", timeout=FOREVER, group_desc="onward-shards")
+    return DeviceMesh.from_group(group, "cpu")
+
+
+def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> None:
+    """Write a state into a folder that appears whole or not at all. Every rank calls this, with its own snapshot.
+
+    The ranks write to one disk. Where a rank cannot write, all raise what it met; where one is lost, the others raise.
+    Nothing appears then.
+
+    Args:
+        snapshot: this rank's copy of its shards, in main memory.
+        host: `host_mesh()`.
+
+    Raises:
+        OSError: a rank could not write.
+        RuntimeError: a rank is gone.
+        VerificationFailed: the ranks hold states of different steps.
+    """
+    snapshot.wait()
+    is_first = host.get_local_rank() == 0
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    try:
+        with _on_all(host):
+            if is_first:
+                remove_tree(temporary)
+                temporary.mkdir(parents=True)
+        tensors = _tensors(snapshot, shards, host)
+        files = _write_files(temporary, snapshot, tensors, host)
+        with _on_all(host):
+            if is_first:
+                manifest = _describe(snapshot, tensors, host.size(), files)
+                write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
+                publish_directory(temporary, target)
+    except Exception:
+        if is_first:
+            remove_tree(temporary)
+        raise
+
+
+def _write_files(
+    folder: Path, snapshot: Snapshot, tensors: Mapping[str, DTensor], host: DeviceMesh
+) -> dict[str, dict[str, Any]]:
+    """Write and hash this rank's shards; returns size and hash of the files of all ranks, by name."""
+    writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    held = {key: tensor for key, tensor in tensors.items() if tensor.to_local().numel()}
+    try:
+        save(cast(Any, held), storage_writer=writer, process_group=host.get_group())
+    except CheckpointException as error:
+        raise _met(error) from None
+    own: dict[str, dict[str, Any]] = {}
+    with _on_all(host):
+        own = {path.name: _hashed(path) for path in sorted(folder.glob(f"shard-{host.get_local_rank() + 1:05}-*"))}
+    every: list[Any] = [None] * host.size()
+    dist.all_gather_object(every, (own, snapshot.plain(), snapshot.adam_step()), group=host.get_group())
+    if any(told[1:] != every[0][1:] for told in every):
+        raise VerificationFailed(
+            "the ranks hold states of different steps",
+            where="devices",
+            hint="Nothing of it was committed. The last commit is whole: onward train",
+        )
+    return {name: entry for files, *_ in every for name, entry in files.items()}
+
+
+def _met(error: CheckpointException) -> Exception:
+    """Return what a rank met: an error of the disk before all others."""
+    failures = [failure for failure, _ in error.failures.values()]
+    found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
+    return found if isinstance(found, Exception) else RuntimeError(str(found))
+
+
+@contextlib.contextmanager
+def _on_all(host: DeviceMesh) -> Generator[None]:
+    """Raise an error of the disk that the body meets on any rank on every rank, once all are at its end."""
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        failure = error
+    found: list[Any] = [None] * host.size()
+    told = None if failure is None else (failure.errno, failure.strerror, failure.filename)
+    dist.all_gather_object(found, told, group=host.get_group())
+    if failure is not None:
+        raise failure
+    for met in found:
+        if met is not None:
+            raise OSError(*met)
+
+
+def read_manifest(folder: Path) -> ShardManifest:
+    """Return the manifest of shards, which says nothing yet of the files.
+
+    Raises:
+        DamagedState: it is missing, or is not what was written.
+        Unreadable: it cannot be read now.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = ShardManifest.model_validate(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise DamagedState("the shards have no manifest: they were not written to the end", where=path) from None
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
+    except (ValueError, ValidationError):
+        raise DamagedState("this is no manifest of shards", where=path) from None
+    if manifest.format != FORMAT or manifest.sealed().digest != manifest.digest:
+        raise DamagedState("the manifest of the shards was changed", where=path)
+    return manifest
+
+
+def require_files(folder: Path, manifest: ShardManifest, rank: int = 0, size: int = 1) -> None:
+    """Hold every file of a rank's share against the manifest.
+
+    Raises:
+        DamagedState: one is missing or was changed.
+        Unreadable: one cannot be read now.
+    """
+    for name in sorted(manifest.files)[rank::size]:
+        try:
+            found = _hashed(folder / name)
+        except FileNotFoundError:
+            raise DamagedState("a file of the shards is missing", where=folder / name) from None
+        except OSError as error:
+            raise Unreadable.of(error, folder / name) from None
+        if found != manifest.files[name]:
+            raise DamagedState("a file of the shards was changed (its hash differs)", where=folder / name)
+
+
+def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards: Shards, host: DeviceMesh) -> None:
+    """Load what this rank holds of a state that any number of ranks wrote; every rank calls this.
+
+    Args:
+        folder: the shards, whose files hold (`require_files`).
+        host: `host_mesh()`.
+
+    Raises:
+        DamagedState: the state is not one of this model and this optimizer.
+        Unreadable: a file cannot be read now.
+    """
+    rows = {name: torch.empty_like(shard.local, device="cpu") for name, shard in shards.items()}
+    _require_fit(folder, manifest, state, shards)
+    _read(folder, {f"{WEIGHT}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
+    for name, shard in shards.items():
+        shard.local.copy_(rows[name])
+        shard.take()
+    entries = {name: {state.method.counter: torch.tensor(float(manifest.count))} for name in state.parameters}
+    for slot in state.method.slots if manifest.count else ():
+        _read(folder, {f"{slot}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
+        for name, shard in shards.items():
+            laid_out = torch.zeros_like(shard.held)
+            shard.rows(laid_out).copy_(rows[name])
+            entries[name][slot] = laid_out
+    own = state.optimizer.state_dict()
+    for group, saved in zip(own["param_groups"], manifest.groups, strict=True):
+        group.update(lr=saved["lr"])
+    held = {index: entries[name] for index, name in enumerate(state.parameters)} if manifest.count else {}
+    state.optimizer.load_state_dict({**own, "state": held})
+    state.load_plain(manifest.state)
+
+
+def _tensors(snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> dict[str, DTensor]:
+    """Return every tensor of a state by key, this rank's rows in it."""
+    rows = {f"{WEIGHT}/{name}": shards[name].rows(tensor) for name, tensor in snapshot.weights.items()}
+    for slot in snapshot.method.slots:
+        rows.update({f"{slot}/{name}": shards[name].rows(entry[slot]) for name, entry in snapshot.moments.items()})
+    found = {key: _whole(tensor, shards[key.split("/", 1)[1]].shape, host) for key, tensor in rows.items()}
+    frozen = {f"{WEIGHT}/{name}": weight for name, weight in shards.frozen.items()}
+    return found | {key: _whole(weight.to_local().detach().cpu(), weight.shape, host) for key, weight in frozen.items()}
+
+
+def _whole(rows: torch.Tensor, shape: torch.Size, host: DeviceMesh) -> DTensor:
+    """Return a tensor of which this rank has these rows."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(rows, host, [ByRows(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _files_of(tensors: Mapping[str, DTensor]) -> dict[str, int]:
+    """Return the number of the file, from 1, that each tensor's shards are written to."""
+    numbers: dict[str, int] = {}
+    number, filled = 1, 0
+    for key, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        numbers[key], filled = number, filled + size
+    return numbers
+
+
+def _hashed(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "xxh3": xxh3_file(path)}
+
+
+def _describe(
+    snapshot: Snapshot, tensors: Mapping[str, DTensor], ranks: int, files: dict[str, dict[str, Any]]
+) -> ShardManifest:
+    kinds = {key: (list(each.shape), str(each.dtype).removeprefix("torch.")) for key, each in tensors.items()}
+    return ShardManifest(
+        ranks=ranks,
+        state=snapshot.plain(),
+        count=snapshot.adam_step(),
+        groups=json.loads(json.dumps(snapshot.optimizer["param_groups"])),
+        trained=list(snapshot.weights),
+        tensors=kinds,
+        files=files,
+    ).sealed()
+
+
+def _require_fit(folder: Path, manifest: ShardManifest, state: TrainState, shards: Shards) -> None:
+    slots = state.method.slots if manifest.count else ()
+    expected = {f"{kind}/{name}": list(shards[name].shape) for kind in (WEIGHT, *slots) for name in shards}
+    found = {key: shape for key, (shape, _) in manifest.tensors.items() if key.split("/", 1)[1] in shards}
+    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    if wrong or manifest.trained != list(state.parameters):
+        named = ", ".join(wrong[:3]) or "the order of the optimizer"
+        raise DamagedState(f"the shards are not those of this model: {named}", where=folder)
+
+
+def _read(folder: Path, wanted: Mapping[str, DTensor], host: DeviceMesh) -> None:
+    held = {key: tensor for key, tensor in wanted.items() if tensor.to_local().numel()}
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        load(cast(Any, held), storage_reader=reader, process_group=host.get_group())
+    except CheckpointException as error:
+        met = _met(error)
+        if isinstance(met, OSError):
+            raise Unreadable.of(met, folder) from None
+        raise DamagedState(f"the shards do not load: {first_line(met)}", where=folder) from None

@@ -1,0 +1,119 @@
+"""What one rank holds of a run whose model is in shards: its part of the state, and how steps are taken with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from onward.config import Config
+from onward.errors import DamagedState
+from onward.training import huggingface
+from onward.training.checkpoint import Manifest
+from onward.training.handover import Measurement
+from onward.training.loading import load_moments
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
+from onward.training.probe import Probed
+from onward.training.sharding.exchange import WholeExchange
+from onward.training.sharding.loading import load_sharded
+from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
+from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.needs import require_shardable
+from onward.training.sharding.shards import Shards
+from onward.training.sharding.state import start_sharded
+from onward.training.sharding.steps import Gradients, InShards, loss_in_shards
+from onward.training.state import TrainState
+
+LONGEST = timedelta(minutes=10)
+"""How long a collective within a step may take: ranks come to it about at once, and one that never does must end."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A rank's part of a run.
+
+    Args:
+        state: on each rank its rows alone; with an adapter the same on every rank.
+        gradients: where those of a step go.
+        host: all ranks with main memory as their device.
+        dtype: compute type.
+        exact: compute with operations only that repeat.
+    """
+
+    sharded: ShardedModel
+    state: TrainState
+    gradients: Gradients
+    host: DeviceMesh
+    dtype: torch.dtype
+    exact: bool
+
+    @property
+    def shards(self) -> Shards | None:
+        """The shards of what is trained; None where every rank has it whole."""
+        return self.gradients if isinstance(self.gradients, Shards) else None
+
+    def probe(self, seed: int) -> Probed:
+        """Return what `Probe.of_model` does; every rank calls this between two steps."""
+        return probe_in_shards(self.sharded, self.gradients, self.dtype, seed, exact=self.exact)
+
+    def placement(self, pad_id: int, *, by_length: bool) -> InShards[Any]:
+        """Return how the trainer takes steps; every rank calls this at once. The arguments are those of `Execution`."""
+        loss = loss_in_shards(self.sharded, self.sharded.device, self.dtype, pad_id, by_length=by_length)
+        return InShards(self.sharded, self.gradients, loss)
+
+    def measure(self, probed: Probed) -> Measurement:
+        """Return the whole state as measured; every rank calls this."""
+        state, shards = self.state, self.shards
+        digest = state.view().digest() if shards is None else digest_in_shards(state, shards)
+        count = state.view().adam_step()
+        return Measurement(digest.weights, digest.moments, count, state.learning_rate, probed.loss, probed.gradient)
+
+
+def hold(
+    spec: ModelSpec, host: DeviceMesh, folder: Path | None, manifest: Manifest | None, treatment: Treatment | None
+) -> Held:
+    """Build this rank's part of a run, as every rank does; nothing is told meanwhile, so one may fail alone.
+
+    Args:
+        host: `host_mesh()`.
+        folder: the checkpoint, or what a new run starts from, if anything.
+        manifest: that of the checkpoint; None for a new run.
+
+    Raises:
+        ConfigError: the config asks for what shards do not have.
+        DamagedState: the checkpoint is not what its manifest says.
+        ModelError: the model cannot be loaded, or not cut.
+    """
+    require_shardable(spec.config)
+    group: Any = distributed.new_group(timeout=LONGEST, group_desc="onward-weights")
+    mesh = DeviceMesh.from_group(group, spec.device.type)
+    if manifest is not None and spec.config.method == "full":
+        assert folder is not None
+        sharded, state, shards = load_sharded(folder, manifest, spec, mesh, treatment=treatment)
+        return Held(sharded, state, shards, host, spec.dtype, spec.config.deterministic)
+    sharded = ShardedModel(build_model(spec, checkpoint=folder, treatment=treatment, mapped=True), mesh)
+    if spec.config.method == "full":
+        state, shards = start_sharded(sharded, spec.config)
+        return Held(sharded, state, shards, host, spec.dtype, spec.config.deterministic)
+    state = TrainState.start(sharded.model, spec.config)
+    if manifest is not None:
+        assert folder is not None
+        _load_adapter_state(state, folder, manifest, spec.config)
+    return Held(
+        sharded, state, WholeExchange(state.parameters, mesh.get_group()), host, spec.dtype, spec.config.deterministic
+    )
+
+
+def _load_adapter_state(state: TrainState, folder: Path, manifest: Manifest, config: Config) -> None:
+    if state.view().describe_parameters() != manifest.parameters:
+        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
+    load_moments(state, folder / huggingface.OPTIMIZER)
+    state.method.configure(state.optimizer, config)
+    state.load_plain(manifest.state)

@@ -1,0 +1,42 @@
+"""Loading a checkpoint into shards: every rank maps the whole files, and copies its part of them alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from onward.errors import DamagedState
+from onward.training import huggingface
+from onward.training.checkpoint import Manifest
+from onward.training.loading import load_moments
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.model.treatment import Treatment
+from onward.training.sharding.model import ShardedModel
+from onward.training.sharding.shards import Shards
+from onward.training.sharding.state import start_sharded
+from onward.training.state import TrainState
+
+
+def load_sharded(
+    folder: Path, manifest: Manifest, spec: ModelSpec, mesh: DeviceMesh, *, treatment: Treatment | None = None
+) -> tuple[ShardedModel, TrainState, Shards]:
+    """Build what a rank of a mesh holds of the TrainState of a verified checkpoint; every rank calls this.
+
+    Weights and moments are mapped from their files, and only this rank's part is copied.
+
+    Raises:
+        DamagedState: names, shapes or types are not those of the manifest.
+        ModelError: the model cannot be cut.
+        Unreadable: a file cannot be read now.
+    """
+    model = build_model(spec, checkpoint=folder, treatment=treatment, mapped=True)
+    sharded = ShardedModel(model, mesh)
+    state, shards = start_sharded(sharded, spec.config)
+    if shards.describe() != manifest.parameters:
+        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
+    load_moments(state, folder / huggingface.OPTIMIZER, shards)
+    state.method.configure(state.optimizer, spec.config)
+    state.load_plain(manifest.state)
+    return sharded, state, shards

@@ -1,0 +1,34 @@
+"""What a config may ask for where the model is in shards."""
+
+from __future__ import annotations
+
+from onward.config import Config
+from onward.errors import ConfigError
+
+
+def require_shardable(config: Config) -> None:
+    """Refuse a config with what needs a forward pass of rank 0 alone, or weights that cannot be cut.
+
+    Raises:
+        ConfigError: it has.
+    """
+    needs = {
+        "evaluation.share": (config.evaluation.share, 0),
+        "anchor.weight": (config.anchor.weight, 0),
+    }
+    for key, (value, without) in needs.items():
+        if value != without:
+            raise ConfigError(
+                f"{key} is {value}, which a model in shards does not have yet",
+                where=key,
+                hint=f"Set {key}: {without}, or sharding: off.",
+            )
+    for key, value, without in (("optimizer", config.optimizer, "adamw"), ("dtype", config.dtype, "auto")):
+        if value in ("adamw_8bit", "float16"):
+            raise ConfigError(
+                f"{key} is {value}, which a model in shards does not have yet",
+                where=key,
+                hint=f"Make another run with {key}: {without}, or set sharding: off.",
+            )
+    if config.method == "qlora":
+        raise ConfigError("4-bit weights cannot be cut into shards", where="sharding", hint="Set sharding: off.")

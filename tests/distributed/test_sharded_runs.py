@@ -1,0 +1,74 @@
+"""Runs whose model is in shards: the bits of one device, on any number of ranks, whoever is killed."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from daemons import hold, is_in, until
+from processes import command, train
+from ranks import Ranks, on_ranks
+from runs import new_run
+from states import assert_same_state, temporary_files
+
+from onward import Run
+
+SETTINGS: dict[str, Any] = {
+    "evaluation": {"share": 0},
+    "batch_size": 6,
+    "parts": 3,
+    "save_steps": 2,
+    "max_length": 128,
+    "disk_margin_mb": 1,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "lora": {"method": "lora", "learning_rate": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files, the last steps of which have fewer rows than others."""
+    folder = tmp_path_factory.mktemp("files")
+    return [tiny.write_jsonl(folder / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (15, 20)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_on_any_number_of_ranks_train_the_same_bits(
+    method: str, model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """One file on two ranks in shards and the next on three give the state of one device, and so the handover says."""
+    alone = new_run(tmp_path / "alone", model, **SETTINGS, **METHODS[method]).layout.root
+    assert 0 == train(alone, files)
+    run = new_run(tmp_path / "run", model, **SETTINGS, **METHODS[method], sharding="full")
+    for size, file in zip((2, 3), files, strict=True):
+        assert [0] * size == on_ranks(tmp_path / "log", size, "train", file, "--run", run.layout.root)
+    assert_same_state(alone, run.layout.root)
+    assert run.verify().ok
+    assert {"first", "bitwise"} >= {entry["handover"] for entry in run.history()}
+    assert [] == temporary_files(run.layout.root)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_rank_that_is_killed_leaves_the_last_commit(
+    lost: int, model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """The others end with an error; one device goes on from the last commit, with the bits of a run without a kill."""
+    settings = {**SETTINGS, **METHODS["full"]}
+    alone = new_run(tmp_path / "alone", model, **settings).layout.root
+    assert 0 == train(alone, files[:1])
+    run: Run = new_run(tmp_path / "run", model, **settings, sharding="full")
+    arguments = ("train", files[0], "--run", run.layout.root)
+    with Ranks(tmp_path / "log", 2, *arguments, prepare={0: hold(run, 3)}) as ranks:
+        until(is_in(run, files[0].name), ranks.processes[0])
+        ranks.send(lost, signal.SIGKILL)
+        hold(run).let_go.touch()
+        assert -signal.SIGKILL == ranks.join()[lost]
+        assert 0 not in ranks.join()
+    assert 0 == command(tmp_path / "log", "train", "--run", run.layout.root)
+    assert_same_state(alone, run.layout.root)
+    assert [] == temporary_files(run.layout.root)

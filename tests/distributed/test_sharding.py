@@ -1,0 +1,239 @@
+"""Models in shards: the bits of one device on any number of ranks, written by all of them, and whole again on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharding_runs
+import tiny
+import torch
+from checkpoints import files_of
+from hypothesis import given
+from hypothesis import strategies as st
+from ranks import call_on_ranks
+from torch import nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from onward.config import Config
+from onward.errors import ConfigError, DamagedState, ModelError
+from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
+from onward.training.checkpoint import write_checkpoint
+from onward.training.execution import Execution
+from onward.training.huggingface import OPTIMIZER
+from onward.training.loading import load_moments
+from onward.training.model.load import build_model
+from onward.training.model.spec import ModelSpec
+from onward.training.optimizers import ADAMW
+from onward.training.sharding.files import MANIFEST, read_manifest, require_files
+from onward.training.sharding.gathering import rows_of
+from onward.training.sharding.model import decoder_layers
+from onward.training.sharding.needs import require_shardable
+from onward.training.sharding.shards import span
+from onward.training.sharding.whole import whole_state
+from onward.training.state import TrainState
+from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose embedding has a number of rows that no number of ranks divides."""
+    return tiny.save_tiny_model(tmp_path_factory.mktemp("model"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a state that two ranks trained for two steps."""
+    folder = tmp_path_factory.mktemp("written")
+    arguments = (model, range(2), None, folder / "two", torch.float32, False)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
+    return folder / "two"
+
+
+@pytest.mark.parametrize(("size", "recomputed"), [(4, True), (3, False)])
+def test_two_ranks_and_then_others_give_the_bits_of_one_device(
+    model: Path, written: Path, tmp_path: Path, size: int, recomputed: bool
+) -> None:
+    """Two steps on two ranks, then two on others, with four parts: weights, moments, losses and norms of one device."""
+    arguments = (model, range(2, 4), written, tmp_path / "last", torch.float32, recomputed)
+    assert [0] * size == call_on_ranks(sharding_runs.in_group, size, sharding_runs.train_in_shards, *arguments)
+    state, told = sharding_runs.on_one_device(model, "full", 4)
+    first, last = (json.loads(path.with_suffix(".json").read_text()) for path in (written, tmp_path / "last"))
+    assert told == first + last
+    manifest = read_manifest(tmp_path / "last")
+    whole = whole_state(tmp_path / "last", manifest, state.model, ADAMW, tmp_path)
+    assert state.view().digest() == whole.state.digest()
+    assert sharding_runs.measured_on_one_device(state) == json.loads((tmp_path / "last.measured").read_text())
+    assert (size, 4, 4) == (manifest.ranks, manifest.count, whole.state.counters.step)
+
+
+def test_the_trainer_takes_the_same_steps_in_shards(model: Path, tmp_path: Path) -> None:
+    """The trainer of every run, with shares of several parts: losses, norms and state are those of one device."""
+    config = sharding_runs.file_config(model)
+    state = TrainState.start(build_model(ModelSpec(config, model, CPU, torch.float32)), config)
+    told = sharding_runs.take_steps(Trainer(state, config, Execution(SingleProcess(CPU), torch.float32)))
+    assert [0, 0] == call_on_ranks(sharding_runs.train_file, 2, model, tmp_path / "file")
+    assert [told] * 2 == [json.loads((tmp_path / f"file.{rank}").read_text()) for rank in range(2)]
+    whole = whole_state(tmp_path / "file", read_manifest(tmp_path / "file"), state.model, ADAMW, tmp_path)
+    assert state.view().digest() == whole.state.digest()
+    assert state.view().plain() == whole.state.plain()
+
+
+@pytest.mark.parametrize("family", ["experts", "padded"])
+def test_other_families_have_the_bits_of_one_device(family: str, tmp_path: Path) -> None:
+    """A mixture of experts, and a model whose rows are padded, with an odd width of its layers."""
+    tokenizer = tiny.byte_tokenizer()
+    shape: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "intermediate_size": 49}
+    experts = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    made = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=8))
+        if family == "experts"
+        else GPTNeoXForCausalLM(GPTNeoXConfig(**shape))
+    )
+    base = tmp_path / "base"
+    made.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    arguments = (base, range(2), None, tmp_path / "two", torch.float32, True)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
+    state, told = sharding_runs.on_one_device(base, "full", 2)
+    assert told == json.loads((tmp_path / "two.json").read_text())
+    assert sharding_runs.measured_on_one_device(state) == json.loads((tmp_path / "two.measured").read_text())
+
+
+def test_half_precision_gives_the_bits_of_one_device(model: Path, tmp_path: Path) -> None:
+    """Weights in float32, computed in bfloat16 by autocast, layers computed again in the backward pass."""
+    arguments = (model, range(2), None, tmp_path / "half", torch.bfloat16, True)
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_in_shards, *arguments)
+    state, told = sharding_runs.on_one_device(model, "full", 2, torch.bfloat16)
+    whole = whole_state(tmp_path / "half", read_manifest(tmp_path / "half"), state.model, ADAMW, tmp_path)
+    assert told == json.loads((tmp_path / "half.json").read_text())
+    assert state.view().digest() == whole.state.digest()
+
+
+def test_adapters_beside_a_base_in_shards(model: Path, tmp_path: Path) -> None:
+    """The frozen base lies in shards, the adapter whole on every rank: weights, moments, losses, norms are the same."""
+    arguments = (model, 2, tmp_path / "adapter")
+    assert [0, 0] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.train_beside_shards, *arguments)
+    state, told = sharding_runs.on_one_device(model, "lora", 2)
+    expected = [*sharding_runs.measured_on_one_device(state), told]
+    assert [expected, expected] == [json.loads((tmp_path / f"adapter.{rank}").read_text()) for rank in range(2)]
+
+
+def test_a_checkpoint_is_made_of_shards_and_cut_again(model: Path, written: Path, tmp_path: Path) -> None:
+    """What is written of shards is what one device writes, file by file; it loads into shards on another number."""
+    state, _ = sharding_runs.on_one_device(model, "full", 2)
+    whole = whole_state(written, read_manifest(written), state.model, ADAMW, tmp_path)
+    one, other = tmp_path / "one", tmp_path / "other"
+    manifests = [
+        write_checkpoint(folder, sharding_runs.contents_of(source, saved, model))
+        for folder, source, saved in ((one, state.model, state.view()), (other, whole.model, whole.state))
+    ]
+    assert manifests[0].parameters == manifests[1].parameters
+    assert manifests[0].measurement == manifests[1].measurement
+    apart = {MANIFEST_OF_CHECKPOINT, OPTIMIZER}  # how tensors lie in an optimizer.pt is not what is in it
+    expected, actual = files_of(one), files_of(other)
+    assert {name: expected[name] for name in expected.keys() - apart} == {
+        name: actual[name] for name in actual.keys() - apart
+    }
+    loaded = TrainState.start(state.model, sharding_runs.config_of(model, "full"))
+    load_moments(loaded, other / OPTIMIZER)
+    assert state.view().digest() == loaded.view().digest()
+    assert [0] * 3 == call_on_ranks(
+        sharding_runs.in_group, 3, sharding_runs.cut_checkpoint, model, other, tmp_path / "again"
+    )
+    again = whole_state(tmp_path / "again", read_manifest(tmp_path / "again"), state.model, ADAMW, tmp_path)
+    assert state.view().digest() == again.state.digest()
+    assert whole.state.plain() == again.state.plain()
+
+
+def test_a_rank_that_dies_leaves_no_state(model: Path, written: Path, tmp_path: Path) -> None:
+    """A rank is killed while shards are written: the others end with an error, nothing appears, and what was stays."""
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    assert [1, -9] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.lose_a_rank, model, tmp_path / "torn")
+    assert not (tmp_path / "torn").exists()
+    assert before == {path.name: path.read_bytes() for path in written.iterdir()}
+    require_files(written, read_manifest(written))
+
+
+def test_a_rank_that_fails_inside_a_layer_ends_all(model: Path, tmp_path: Path) -> None:
+    """The others wait for it inside of a layer: each rank ends with an error, the one that failed says why."""
+    assert [1, 1] == call_on_ranks(sharding_runs.in_group, 2, sharding_runs.fail_in_a_layer, model, tmp_path / "told")
+    told = [(tmp_path / f"told.{rank}").read_text() for rank in range(2)]
+    assert told[0].startswith("rank 0 failed while all ranks computed together")
+    assert "rank 1 failed while all ranks computed together: a cable was pulled" == told[1]
+
+
+@pytest.mark.parametrize("place", ["full", "file/below"])
+def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place: str) -> None:
+    """A rank cannot write its shards, or rank 0 cannot make the folder: all meet the same error, nothing is left."""
+    (tmp_path / "file").touch()
+    assert [0, 0] == call_on_ranks(
+        sharding_runs.in_group, 2, sharding_runs.fill_a_disk, model, tmp_path / place, tmp_path / "met"
+    )
+    met = [int((tmp_path / f"met.{rank}").read_text()) for rank in range(2)]
+    assert [errno.EFBIG if place == "full" else errno.ENOTDIR] * 2 == met
+    assert {"file", "met.0", "met.1"} == {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("harm", ["changed", "shorter", "gone", "manifest", "no manifest"])
+def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str) -> None:
+    """A file that is missing or differs, and a manifest that is missing or differs, are told with their name."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in written.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    victim = folder / MANIFEST if "manifest" in harm else sorted(folder.glob("*.safetensors"))[1]
+    data = victim.read_bytes()
+    if harm in ("gone", "no manifest"):
+        victim.unlink()
+    else:
+        victim.write_bytes(data[:-1] if harm == "shorter" else data.replace(b"1", b"2", 1))
+    with pytest.raises(DamagedState) as refusal:
+        require_files(folder, read_manifest(folder))
+    assert str(victim) == refusal.value.where
+
+
+@given(st.integers(1, 5000), st.integers(1, 40), st.integers(1, 9))
+def test_a_shard_is_computed_as_its_tensor_is(rows: int, numbers: int, ranks: int) -> None:
+    """However wide the registers: numbers of a shard are computed together, or one by one, as in the whole tensor."""
+    total = rows * numbers
+    seen = 0
+    for rank in range(ranks):
+        first, last = (row * numbers for row in rows_of(rows, rank, ranks))
+        assert seen == first
+        seen = last
+        start, end = span(first, last, total)
+        assert start <= first <= last <= end <= total
+        for width in (4, 8, 16):
+            one_by_one, here = total - total % width, end - (end - start) % width  # from these places on
+            assert max(first, min(last, one_by_one)) == max(first, min(last, here))
+    assert total == seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ({"evaluation": {"share": 0.05}}, "evaluation.share"),
+        ({"anchor": {"weight": 0.1}}, "anchor.weight"),
+        ({"method": "qlora"}, "sharding"),
+    ],
+)
+def test_what_shards_do_not_have_is_refused(settings: dict[str, Any], where: str) -> None:
+    """Whatever computes on rank 0 alone, and weights that cannot be cut: refused with the key and what to set."""
+    with pytest.raises(ConfigError, match=where) as refusal:
+        require_shardable(Config.model_validate({"model": "m", "sharding": "full", **settings}))
+    assert "sharding: off" in (refusal.value.hint or "")
+    require_shardable(Config.model_validate({"model": "m", "sharding": "full"}))
+
+
+def test_models_that_cannot_be_cut_are_refused() -> None:
+    """No layers that transformers knows how to compute again: refused with the way out."""
+    with pytest.raises(ModelError, match="cannot be cut into shards"):
+        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
