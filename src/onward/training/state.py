@@ -180,7 +180,7 @@ class TrainState:
     def start(cls, model: nn.Module, config: Config) -> Self:
         """Return the state of step 0: a model with a fresh optimizer of the config's method."""
         method = optimizer_method(config)
-        return cls(model, method.build(model, config), method, LossScale() if config.dtype == "float16" else None)
+        return cls(model, method.build(model, config), method, scale=LossScale() if config.dtype == "float16" else None)
 
     @property
     def step(self) -> int:
