@@ -8,16 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from onward.config_keys import (
-    HORIZON_SCHEDULES,
-    IDENTITY_KEYS,
-    LATER_IDENTITY_KEYS,
-    LATER_KEYS,
-    MICRO_BATCH_TOKENS,
-    OPERATION_KEYS,
-    SECRET_KEYS,
-    SECTIONS,
-)
+from onward import config_keys as keys
 from onward.config_sections import (
     RESIDUAL_INITS,
     AnchorConfig,
@@ -117,7 +108,7 @@ class Config(Section):
     micro_batch_tokens: Literal["auto"] | Count = Field(
         default="auto",
         description="Tokens of such a part at most. The last bits of a step depend on it, so a run keeps the number "
-        f"that it began with. `auto`: {MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
+        f"that it began with. `auto`: {keys.MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
     )
     parts: Count = Field(
         default=1,
@@ -240,7 +231,7 @@ class Config(Section):
     def _possible(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
-        if self.schedule in HORIZON_SCHEDULES:
+        if self.schedule in keys.HORIZON_SCHEDULES:
             if self.total_steps is None:
                 raise ValueError(f"schedule {self.schedule} needs total_steps; constant, inverse_sqrt and wsd do not")
             if self.total_steps <= self.warmup_steps:
@@ -276,19 +267,19 @@ class Config(Section):
     @property
     def part_tokens(self) -> int:
         """Tokens of a part at most, where parts are not counted."""
-        return MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        return keys.MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by dotted key, as JSON values."""
         values = self.model_dump(mode="json")
-        sections = {name: cast(dict[str, Any], values.pop(name)) for name in SECTIONS}
+        sections = {name: cast(dict[str, Any], values.pop(name)) for name in keys.SECTIONS}
         inner = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
         return {**values, **inner}
 
     def recorded(self) -> dict[str, Any]:
         """Return the config as manifests, the ledger and events may show it: JSON values without the secret keys."""
         values = self.model_dump(mode="json")
-        for key in SECRET_KEYS:
+        for key in keys.SECRET_KEYS:
             section, _, name = key.partition(".")
             del values[section][name]
         return values
@@ -299,12 +290,12 @@ class Config(Section):
         return {
             key: value
             for key, value in flat.items()
-            if key.partition(".")[0] not in OPERATION_KEYS and not (key in LATER_KEYS and value == plain[key])
+            if key.partition(".")[0] not in keys.OPERATION_KEYS and not (key in keys.LATER_KEYS and value == plain[key])
         }
 
     def with_operation_keys_of(self, other: Config) -> Config:
         """Return this config with the keys that act at once taken from another."""
-        return self.model_copy(update={key: getattr(other, key) for key in OPERATION_KEYS})
+        return self.model_copy(update={key: getattr(other, key) for key in keys.OPERATION_KEYS})
 
     def identity(self) -> dict[str, Any]:
         """Return the identity keys with their values; the adapter's only where there is an adapter.
@@ -313,21 +304,21 @@ class Config(Section):
         release made is the one that it was locked with.
         """
         flat, default = self.flat(), Config().flat()
-        keys = [key for key in IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")]
-        return {key: flat[key] for key in keys if key not in LATER_IDENTITY_KEYS or flat[key] != default[key]}
+        names = [key for key in keys.IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")]
+        return {key: flat[key] for key in names if key not in keys.LATER_IDENTITY_KEYS or flat[key] != default[key]}
 
     def identity_changes(self, locked: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Return `{key: (locked value, value here)}` for every identity key that differs from a locked identity."""
         default, here = Config().flat(), self.identity()
-        later = [key for key in LATER_IDENTITY_KEYS if key in here or key in locked]
+        later = [key for key in keys.LATER_IDENTITY_KEYS if key in here or key in locked]
         pairs = {key: (locked.get(key, default[key]), here.get(key, default[key])) for key in later}
-        pairs |= {key: (locked[key], here.get(key)) for key in IDENTITY_KEYS if key in locked and key not in pairs}
+        pairs |= {key: (locked[key], here.get(key)) for key in keys.IDENTITY_KEYS if key in locked and key not in pairs}
         return {key: (there, value) for key, (there, value) in pairs.items() if there != value}
 
     def differences(self, other: Config) -> dict[str, tuple[Any, Any]]:
         """Return `{key: (value here, value in other)}` for every key that differs, except the secret ones."""
         here, there = self.flat(), other.flat()
-        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in SECRET_KEYS}
+        return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in keys.SECRET_KEYS}
 
 
 SECTION_FIELDS = {
@@ -351,7 +342,7 @@ def stored_config(values: Mapping[str, Any]) -> Config:
     What a run was trained with is a fact, so it is not judged by what today's keys allow.
     """
     known = {name: values[name] for name in Config.model_fields if name in values}
-    for name in SECTIONS:
+    for name in keys.SECTIONS:
         if isinstance(known.get(name), Mapping):
             fields = SECTION_FIELDS[name]
             known[name] = {key: value for key, value in known[name].items() if key in fields}
