@@ -28,7 +28,7 @@ demo: $(READY) ## a real model learns three real files in three processes, as on
 # COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
 test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
 	$(if $(COVERAGE),$(BIN)/coverage erase)
-	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 4
+	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 4 --dist worksteal
 	$(if $(COVERAGE),$(BIN)/coverage combine -q)
 	$(if $(COVERAGE),$(BIN)/coverage report)
 

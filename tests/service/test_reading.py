@@ -131,7 +131,8 @@ def test_after_a_commit(run: Run) -> None:
         probe = Probe(state.model, session.config.seed, session.device, session.dtype)
         writer = Writer(run.layout, ledger, [mirror, lambda _, manifest: reached.append(manifest.step)])
         for _ in range(2):
-            writer.submit(Commit(state.model, state.view(), session.config, probe.of_model, session.facts()))
+            commit = Commit(state.model, state.view(), session.config, probe.of_model, session.facts())
+            writer.submit(commit, is_awaited=True)
             written = writer.collect(wait=True)
             assert written is not None
             assert 3 == written.manifest.step
