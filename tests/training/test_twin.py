@@ -179,3 +179,17 @@ def test_hooks_leave_nothing_in_buffers() -> None:
         [hook], boundary, CPU
     )
     assert [] == buffers.changed()
+
+
+def test_a_hook_on_the_model_is_not_the_twins() -> None:
+    """What FSDP2 hangs on a model, to cut its weights again for a state dict, is not called for the twin's."""
+    model = tiny_model("llama", "sdpa")
+    calls: list[nn.Module] = []
+    twin = with_weights(model, {})
+    model.register_state_dict_pre_hook(lambda module, _prefix, _keep: calls.append(module))
+    model.register_full_backward_pre_hook(lambda module, _gradient: calls.append(module))
+    twin.state_dict()
+    run(twin)
+    assert [] == calls
+    model.state_dict()
+    assert [model] == calls

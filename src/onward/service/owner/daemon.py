@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from onward.errors import DeviceLost, GuardRejected, OnwardError, RunLocked, VerificationFailed
+from onward.errors import DeviceLost, GuardRejected, OnwardError, RankLost, RunLocked, VerificationFailed
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
@@ -196,7 +196,7 @@ class Daemon:
                 self._worker = self._load()
             for event in self._worker.train_next():
                 self._see(event)
-        except Stopped:
+        except (Stopped, RankLost):
             raise
         except Exception as error:
             self._drop_worker()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 
+from onward.errors import RankLost
 from onward.ranks import Place
 from onward.service.wishes import Wishes
 from onward.training.ranks.forming import form
@@ -27,7 +28,9 @@ def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str
     group.watch.on_stop = wishes.ask
     try:
         yield group
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, RankLost):  # the others may wait for this one where nothing can be told
+            group.is_broken = True
         with contextlib.suppress(Exception):  # what is raised matters more
             group.end({"order": END})
         raise

@@ -23,9 +23,11 @@ from onward.training.layers.buffers import own_buffers
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-"""Where PyTorch's modules keep their hooks: one put on the twin is not the model's."""
+"""Where PyTorch's modules keep their hooks: one put on the twin is not the model's, nor the other way round.
+FSDP2 cuts a model's weights again whenever a state dict is asked for, which may be in another thread."""
 ROUNDS = 8
 """Types of modules that may be found to write, one in each round."""
 
