@@ -77,14 +77,18 @@ class Session:
     @property
     def treatment(self) -> Treatment | None:
         """How the model is treated, as its admission found; None in a run that has trained and was not admitted yet."""
-        findings = Findings.of(self.ledger.get(FACT))
+        findings = self._findings
         return None if findings is None else findings.treatment
 
     @property
     def writers(self) -> tuple[str, ...] | None:
         """Types of modules that write to weights in evaluation mode, if the admission found them where this runs."""
-        findings = Findings.of(self.ledger.get(FACT))
+        findings = self._findings
         return None if findings is None else findings.writers_in(self.environment)
+
+    @property
+    def _findings(self) -> Findings | None:
+        return Findings.of(self.ledger.get(FACT))
 
     @property
     def execution(self) -> Execution:
