@@ -18,7 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BESIDES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md",
-           "CHANGELOG.md": "changelog.md", "bench/RESULTS.md": "results.md", "LICENSE": "license.md"}  # fmt: skip
+           "CHANGELOG.md": "changelog.md", "bench/RESULTS.md": "results.md", "bench/RESULTS-GPU.md": "results-gpu.md",
+           "bench/KNOWLEDGE.md": "results-knowledge.md", "LICENSE": "license.md"}  # fmt: skip
 """Files outside docs/ that become pages, and their names there."""
 FIRST = (
     "index.md",
