@@ -16,6 +16,7 @@ Nothing is tuned by trying: a choice by timing may be another one in the next pr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -107,6 +108,7 @@ def main() -> None:
     """Compare the ways, or be one of the processes."""
     shape, *asked = sys.argv[1:]
     if asked[-1:] == ["--child"]:
+        gc.freeze()  # as in speed.py
         print(json.dumps(take_steps(shape, asked[0])))
         return
     broken: list[str] = []

@@ -7,6 +7,7 @@ rank 16 on all linear layers unless METHOD is `full`. The first steps are not ti
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import sys
 import time
@@ -259,6 +260,7 @@ def _median_of(work: Any) -> float:
 
 def main() -> None:
     """Measure one side of one shape."""
+    gc.freeze()  # as the command line does: objects of the libraries stay out of the collector's rounds
     side, shape, kind = [*sys.argv[1:], "", ""][:3]
     if side == "machine":
         measure_machine()

@@ -20,8 +20,10 @@ TILE = 2048
 """Numbers that one program of a norm has at hand, where a row has fewer."""
 PROGRAMS = 256
 """Programs that each sum a part of a norm's weight gradient: a constant, as sums depend on it."""
-GATED = 1024
+GATED = 2048
 """Numbers that one program of a gate computes."""
+PLAIN = {"enable_fp_fusion": False}
+"""A product and a sum are not made one operation: it would round once where transformers' code rounds twice."""
 HEADS = 16
 """Heads that one program rotates at most."""
 Given: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -138,7 +140,7 @@ def _rotation(
     tl.store(target + half, second.to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gate(gate, up, y, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -149,7 +151,7 @@ def _gate(gate, up, y, size, BLOCK: tl.constexpr):
     tl.store(y + place, (active * other).to(kind), mask=inside)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _gate_gradient(grad, gate, up, into_gate, into_up, size, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
@@ -187,7 +189,7 @@ def norm(
     if rows:
         sizes = _blocks(width)
         grid = (triton.cdiv(rows, sizes["ROWS"]),)
-        _norm[grid](x, weight, y, roots, rows, width, eps, OFFSET=offset, ROUNDS=rounds, **sizes)
+        _norm[grid](x, weight, y, roots, rows, width, eps, OFFSET=offset, ROUNDS=rounds, **sizes, **PLAIN)
     return y, roots
 
 
@@ -207,7 +209,7 @@ def norm_gradient(
     programs = triton.cdiv(blocks, steps)
     out = torch.empty_like(x)
     sums = x.new_empty((programs, width) if wanted else (1,), dtype=torch.float32)
-    options = {"OFFSET": offset, "ROUNDS": rounds, "TRAINED": wanted, **sizes}
+    options = {"OFFSET": offset, "ROUNDS": rounds, "TRAINED": wanted, **sizes, **PLAIN}
     _norm_gradient[(programs,)](grad, x, weight, roots, out, sums, rows, width, steps, **options)
     return out, sums.sum(0) if wanted else None
 
@@ -229,7 +231,9 @@ def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch
     together = min(HEADS, triton.next_power_of_2(heads))
     sizes = {"HEADS": together, "HALF": triton.next_power_of_2(dim // 2)}
     strides = (x.stride(0), x.stride(1), y.stride(0), y.stride(1))
-    _rotation[(tokens, triton.cdiv(heads, together))](x, cos, sin, y, heads, dim // 2, *strides, BACK=back, **sizes)
+    _rotation[(tokens, triton.cdiv(heads, together))](
+        x, cos, sin, y, heads, dim // 2, *strides, BACK=back, **sizes, **PLAIN
+    )
     return y
 
 
@@ -237,7 +241,7 @@ def gate(value: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return `silu(value) * up` of two contiguous tensors of one shape and type."""
     y = torch.empty_like(value)
     if value.numel():
-        _gate[(triton.cdiv(value.numel(), GATED),)](value, up, y, value.numel(), BLOCK=GATED)
+        _gate[(triton.cdiv(value.numel(), GATED),)](value, up, y, value.numel(), BLOCK=GATED, **PLAIN)
     return y
 
 
@@ -246,5 +250,5 @@ def gate_gradient(grad: torch.Tensor, value: torch.Tensor, up: torch.Tensor) -> 
     into_value, into_up = torch.empty_like(value), torch.empty_like(up)
     if value.numel():
         programs = (triton.cdiv(value.numel(), GATED),)
-        _gate_gradient[programs](grad, value, up, into_value, into_up, value.numel(), BLOCK=GATED)
+        _gate_gradient[programs](grad, value, up, into_value, into_up, value.numel(), BLOCK=GATED, **PLAIN)
     return into_value, into_up
