@@ -32,11 +32,11 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Any:
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE).requires_grad_()
 
 
-def assert_near(given: torch.Tensor, wanted: torch.Tensor, share: float) -> None:
-    """Hold tensors of one type against each other: two numbers, or a share of them, differ in the last bit at most."""
+def assert_near(given: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
+    """Hold tensors against each other: where a half type was rounded to, few numbers differ, by its last bit."""
     assert given.dtype == wanted.dtype
+    share, limit = (1.0, 1e-6) if dtype == torch.float32 else (1e-3, 1e-2)
     assert int((given != wanted).sum()) <= max(2, share * given.numel())
-    limit = 1e-6 if given.dtype == torch.float32 else 1e-2
     torch.testing.assert_close(given.float(), wanted.float(), rtol=limit, atol=limit)
 
 
@@ -52,10 +52,9 @@ def test_a_norm(form: NormForm, types: tuple[torch.dtype, torch.dtype], rows: tu
     kind: dict[str, Any] = {"offset": form.offset, "rounds": form.rounds}
     x, weight = x.detach(), weight.detach()
     given, roots = kernels_of().norm(x, weight, 1e-6, dtype=form.dtype(x, weight), **kind)
-    few = 1e-3 if types[0] == HALF else 1.0
-    assert_near(given, wanted.detach(), few)
+    assert_near(given, wanted.detach(), types[0])
     into_x, into_weight = kernels_of().norm_gradient(grad, (x, weight, roots), wanted=True, **kind)
-    assert_near(into_x, x_grad, few)
+    assert_near(into_x, x_grad, types[0])
     torch.testing.assert_close(into_weight, weight_grad.float(), rtol=2e-2, atol=2e-2)
     assert torch.equal(into_x, kernels_of().norm_gradient(grad, (x, weight, roots), wanted=False, **kind)[0])
 
@@ -82,7 +81,6 @@ def test_a_gate(dtype: torch.dtype, size: int) -> None:
     wanted = plain_gate(value, up)
     grad = torch.randn_like(wanted)
     grads = torch.autograd.grad(wanted, (value, up), grad)
-    few = 1e-3 if dtype == HALF else 1.0
-    assert_near(kernels_of().gate(value.detach(), up.detach()), wanted.detach(), few)
+    assert_near(kernels_of().gate(value.detach(), up.detach()), wanted.detach(), dtype)
     for given, one in zip(kernels_of().gate_gradient(grad, value.detach(), up.detach()), grads, strict=True):
-        assert_near(given, one, few)
+        assert_near(given, one, dtype)
