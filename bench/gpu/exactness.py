@@ -23,7 +23,6 @@ from speed import EndlessPlan, batch_of
 STEPS, INSTANTS = 20, 5
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
 """Tokens of the rows of one batch, by shape."""
-SETTINGS = ("batch_size=4", "save_steps=3", "warmup_steps=0", "learning_rate=0.001", "lora.dropout=0.1")
 
 
 def twice(shape: str, method: str, dtype: str) -> None:
@@ -82,13 +81,12 @@ def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:
     return base, files
 
 
-def _made(base: Path, root: Path, output: Path) -> Path:
-    from processes import command
+def _made(base: Path, root: Path) -> Path:
+    """Make a run, whose model is admitted at its first start."""
+    from onward import Run
 
-    words = [word for setting in (*SETTINGS, "max_length=512") for word in ("--set", setting)]
-    status = command(output, "init", root, "--model", base, *words)
-    if status != 0:
-        raise RuntimeError(f"init ended with {status}: {output.read_text()[-2000:]}")
+    values = {"batch_size": 4, "save_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3, "max_length": 512}
+    Run.create(root, str(base), later=True, lora={"rank": 16, "dropout": 0.1}, **values)
     return root
 
 
@@ -118,7 +116,7 @@ def files(shape: str) -> None:
         folder = Path(place)
         output = folder / "output"
         base, names = _material(shape, folder)
-        whole = _made(base, folder / "whole", output)
+        whole = _made(base, folder / "whole")
         parts = Path(shutil.copytree(whole, folder / "parts"))
         with ThreadPoolExecutor(1) as beside:
             at_once = beside.submit(_trained, whole, folder / "output of all", *names)
@@ -141,7 +139,7 @@ def kills(shape: str) -> None:
         folder = Path(place)
         output = folder / "output"
         base, names = _material(shape, folder)
-        before = _made(base, folder / "before", output)
+        before = _made(base, folder / "before")
         _trained(before, output, names[0])
         count = folder / "count"
         undisturbed = copy_run(before, folder / "undisturbed")

@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: `journeys.py gap|stall|resume SHAPE`.
+"""What a run costs beside its steps: `journeys.py gap,stall,resume SHAPE`.
 
 `gap` is the time between two files beyond a step; `stall` what a step waits for a commit, against a plain copy of the
 same bytes; `resume` the time to the first step after a stop, against that of a new run.
@@ -139,8 +139,9 @@ def main() -> None:
     what, argument = sys.argv[1:3]
     if what == "step":
         take_steps(json.loads(argument))
-    else:
-        {"gap": gap, "stall": stall, "resume": resume}[what](argument)
+        return
+    for each in what.split(","):
+        {"gap": gap, "stall": stall, "resume": resume}[each](argument)
 
 
 if __name__ == "__main__":

@@ -59,26 +59,24 @@ def checks(tiny: bool) -> list[Check]:
         )
     ]  # fmt: skip
     speed = [
-        Check(", ".join((side, shape, kind, *more)), ("speed.py", side, shape, kind, *more), 90, needs)
-        for side, shape, kind, more, needs in (
-            ("onward", least, "packed", (), ""), ("onward", least, "mixed", (), ""),
-            ("trl packed", least, "packed", (), "trl"), ("trl padding-free", least, "mixed", (), "trl"),
-            ("onward", large, "packed", (), ""), ("onward", middle, "packed", (), ""),
-            ("trainer", least, "mixed", (), "datasets"), ("trl packed", middle, "packed", (), "trl"),
-            ("trl packed", large, "packed", (), "trl"), ("onward", middle, "packed", ("full",), ""),
-            ("onward", large, "mixed", (), ""),
+        Check(", ".join((side, shape, kinds, *more)), ("speed.py", side, shape, kinds, *more), 90, needs)
+        for side, shape, kinds, more, needs in (
+            ("onward", least, "packed,mixed,packed-loose", (), ""), ("trl", least, "packed,mixed", (), "trl"),
+            ("onward", large, "packed,mixed", (), ""), ("onward", middle, "packed,mixed", (), ""),
+            ("trl", middle, "packed,mixed", (), "trl"), ("trl", large, "packed", (), "trl"),
+            ("onward", middle, "packed", ("full",), ""), ("trainer", least, "mixed", (), "datasets"),
         )
     ]  # fmt: skip
-    journeys = [Check(what, ("journeys.py", what, least), 90) for what in ("gap", "stall", "resume")]
+    beside = Check("gap, stall", ("journeys.py", "gap,stall", least), 90)
+    resume = Check("resume", ("journeys.py", "resume", least), 90)
     ways = [
         Check(f"layers, {way}", ("layers.py", least, way), 145, "liger_kernel" if way == "liger" else "")
         for way in ("kernels", "liger", "norms", "layers")
     ]
-    determinism = Check("cost of determinism", ("speed.py", "determinism", least), 60)
     return [
         *exact, Check("files", ("exactness.py", "files", small), 150, "", False),
         Check("kills", ("exactness.py", "kills", small), 150, "", False), Check("machine", ("speed.py", "machine"), 40),
-        *speed[:4], determinism, *speed[4:6], *journeys, *ways[:2], *speed[6:], *ways[2:],
+        *speed[:4], beside, resume, *ways[:2], *speed[4:], *ways[2:],
     ]  # fmt: skip
 
 
