@@ -86,6 +86,7 @@ class Counted(TorchDispatchMode):
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -218,7 +219,8 @@ def test_a_digest_of_what_lies_elsewhere_is_that_of_main_memory() -> None:
     assert digest_tensors(named) == digest_tensors(in_main_memory(named, home="cuda"))
 
 
-def state_of(method: str, tied: bool = False) -> TrainState:
+def state_of(method: str, *, tied: bool = False) -> TrainState:
+    """Return the state of step 0 of a tiny model."""
     model = tiny_model("llama", "sdpa", tie_word_embeddings=tied)
     if method == "lora":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))  # pyright: ignore
@@ -226,6 +228,7 @@ def state_of(method: str, tied: bool = False) -> TrainState:
 
 
 def step(state: TrainState) -> None:
+    """Take a step of random gradients."""
     for parameter in state.parameters.values():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
@@ -237,7 +240,7 @@ def test_files_are_those_of_a_copy_in_place(method: str, tied: bool, small: int,
     """From step 0 on, digests are equal, weights' files are equal by the byte, and moments load equal; the file of the
     moments has room for nothing else."""
     torch.manual_seed(0)
-    state, late, plain = state_of(method, tied), None, None
+    state, late, plain = state_of(method, tied=tied), None, None
     way = Overlapped(Late(), pins=False, sizes=Sizes(small=small, slot=8192, slots=2))
     for turn in range(3):
         state.transfer = InPlace()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 
 from onward.config import Config
 from onward.training.loss_scale import LossScale
-from onward.training.optimizers import OptimizerMethod, optimizer_method
+from onward.training.optimizers import Entry, OptimizerMethod, optimizer_method
 from onward.training.transfer import Copied, Marks, Wait, at_once, equal_marks, in_main_memory, transfer_of
 
 SCALE = "loss_scale"
@@ -221,8 +222,11 @@ class TrainState:
     def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return all weights, and all that the optimizer keeps, in the order of `Snapshot.tensors`."""
         weights: list[torch.Tensor] = list(self.parameters.values())
-        entries = (self.optimizer.state.get(weight) for weight in weights)
-        return weights, [entry[key] for entry in entries if entry for key in _in_order(tuple(entry))]
+        state = self.optimizer.state
+        entries = (
+            state.values() if all(map(is_, state, weights)) else [state[each] for each in weights if each in state]
+        )
+        return weights, list(chain.from_iterable(_in_order(tuple(entry))(entry) for entry in entries))
 
     def _named(self, copies: Iterable[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return copies of `_tensors` as weights by name and as the optimizer's `state_dict`."""
@@ -245,14 +249,14 @@ class TrainState:
         """Return marks of all bits, computed where they lie; None where a digest costs no more."""
         return self.transfer.marks(*self._tensors())
 
-    def view_of_copied(self, digest: StateDigest | None) -> Snapshot:
+    def view_of_copied(self, digest: StateDigest) -> Snapshot:
         """Return the state as it is now; where it is, on its device, the one that was copied last, with its digest.
 
         Args:
-            digest: that of the last copy, as it was taken behind training.
+            digest: that of the last copy, as it was taken behind training. Before the first copy it counts for nothing.
         """
         now = self.view()
-        if digest is None or self._marks is None:
+        if self._marks is None:
             return now
         marks = self.marks()
         return replace(now, known=digest) if marks is not None and equal_marks(marks, self._marks) else now
@@ -271,8 +275,10 @@ class TrainState:
 
 
 @cache
-def _in_order(keys: tuple[str, ...]) -> list[str]:
-    return sorted(keys)
+def _in_order(keys: tuple[str, ...]) -> Callable[[Entry], Iterable[torch.Tensor]]:
+    """Return what gives the values of an entry that has these keys, in the order of their names."""
+    names = sorted(keys)
+    return itemgetter(*names) if len(names) > 1 else lambda entry: [entry[name] for name in names]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

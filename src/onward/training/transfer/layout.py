@@ -26,8 +26,8 @@ class Sizes:
     """
 
     small: int = 1 << 22
-    slot: int = 1 << 26
-    slots: int = 4
+    slot: int = 1 << 27
+    slots: int = 2
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 ROW = 1 << 16
 """Words that are added up to one sum. The factors of their places take a megabyte."""
-PIECE = 1 << 23
+PIECE = 1 << 24
 """Words that are looked at together; while they are, they take eight bytes each once more."""
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
 """The golden ratio of 64 bits, odd, as a signed number: neighbouring places get very different factors."""
@@ -55,7 +55,7 @@ def equal_marks(one: Marks, other: Marks) -> bool:
 
 
 def _folded(sums: list[torch.Tensor]) -> torch.Tensor:
-    while len(words := torch.cat(sums)) > ROW:
+    while len(words := torch.cat(sums) if len(sums) > 1 else sums[0]) > ROW:
         sums = _rows(words)
     return _sum(words)
 

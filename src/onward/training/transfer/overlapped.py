@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -51,7 +52,10 @@ class Overlapped:
             stage.slot.left = self._send(pieces, stage.segments)
             sums += row_sums(stage.filled)  # before another chunk is gathered there
         large = [tensors[number] for number in layout.apart]
-        done = self._send([memory.tensors[number] for number in layout.apart], large)
+        if large or not self._stages:
+            done = self._send([memory.tensors[number] for number in layout.apart], large)
+        else:
+            done = self._stages[-1].slot.left
         for tensor in large:
             sums += row_sums(tensor)  # while they are copied
         if large:
@@ -83,9 +87,7 @@ class Overlapped:
 
     def _layout_of(self, tensors: list[torch.Tensor], weights: int) -> Layout:
         """Return the layout of tensors; that of the last ones where these are the same, or of the same forms."""
-        if len(tensors) == len(self._seen) and all(
-            seen() is tensor for seen, tensor in zip(self._seen, tensors, strict=True)
-        ):
+        if len(tensors) == len(self._seen) and all(map(is_, map(call, self._seen), tensors)):
             return self._layout
         self._seen = [weakref.ref(tensor) for tensor in tensors]
         self._side = self._side or self._streams.Stream()

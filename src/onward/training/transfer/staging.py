@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from onward.training.transfer.layout import Chunk, Layout
+from onward.training.transfer.marks import ROW
 
 
 class Slot:
@@ -19,7 +20,7 @@ class Slot:
     """
 
     def __init__(self, size: int, device: torch.device, side: Any) -> None:
-        self.memory = torch.zeros(size, dtype=torch.uint8, device=device)
+        self.memory = torch.zeros(_in_rows(size), dtype=torch.uint8, device=device)
         self.left: Any = None
         """The event after which it may be filled again."""
         if device.type != "cpu":
@@ -35,30 +36,36 @@ class Stage:
 
     def __init__(self, layout: Layout, chunk: Chunk, slot: Slot) -> None:
         self.slot = slot
-        self.filled = slot.memory[: chunk.size]
-        """All that is gathered, as bytes."""
+        self.filled = slot.memory[: _in_rows(chunk.size)]
+        """All that is gathered, as bytes, up to the end of a row of words that are marked together."""
         self.segments: list[torch.Tensor] = []
         """What leaves in one copy each."""
-        self._gathers: list[tuple[list[torch.Tensor], list[int]]] = []
+        self._gathers: dict[torch.dtype, tuple[list[torch.Tensor], list[int]]] = {}
+        """Views of one type, and the numbers of the tensors that are copied there."""
         for segment in chunk.segments:
             dtype = layout.storages[segment.key][0]
             end = segment.offset + segment.count * dtype.itemsize
             flat = slot.memory[segment.offset : end].view(dtype)
-            parts: list[torch.Tensor] = []
+            self.segments.append(flat)
+            parts, members = self._gathers.setdefault(dtype, ([], []))
             for number in segment.members:
                 form, first = layout.forms[number], layout.places[number][1] - segment.first
                 parts.append(flat.as_strided(form.shape, form.strides, flat.storage_offset() + first))
-            self.segments.append(flat)
-            self._gathers.append((parts, segment.members))
+            members += segment.members
 
     def gather(self, tensors: Sequence[torch.Tensor], computing: Any) -> None:
         """Copy tensors into the slot on the stream that computes, once what was there before has left."""
         if self.slot.left is not None:
             computing.wait_event(self.slot.left)
         self.filled.zero_()  # another chunk has its gaps elsewhere
-        for parts, members in self._gathers:
+        for parts, members in self._gathers.values():
             sources = [tensors[number] for number in members]
             torch._foreach_copy_(parts, sources)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+
+
+def _in_rows(size: int) -> int:
+    """Return bytes rounded up to whole rows: a rest would be marked by launches of its own."""
+    return -(-size // (8 * ROW)) * 8 * ROW
 
 
 def stages_of(layout: Layout, side: Any) -> list[Stage]:
