@@ -127,6 +127,7 @@ def test_a_copy_is_the_state_as_it_was(seed: int) -> None:
         expected = [bits(tensor).clone() for tensor in (*weights, *rest)]
         before, copied = copied, way.copy(weights, rest, copied)
         scramble([*weights, *rest], turn + 1)
+        way.marks(weights, rest)  # which gathers them again
         copied.wait()
         assert all(map(torch.equal, expected, map(bits, copied.tensors)))
         assert [tensor.shape for tensor in (*weights, *rest)] == [tensor.shape for tensor in copied.tensors]
