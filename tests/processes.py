@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,11 +19,14 @@ from onward.errors import OnwardError
 from onward.run import Run
 from onward.service.wishes import Wishes
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+"""How processes are started; one that is forked cannot use a GPU which its parent has looked at."""
 
 
 def _start_server() -> None:
     """Start the process that others are forked from; Python 3.11 hands it no `sys.path` to find this module with."""
+    if _CONTEXT.get_start_method() != "forkserver":
+        return
     _CONTEXT.set_forkserver_preload(["processes", "onward.service.owner.daemon", "preloaded"])
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), path)))

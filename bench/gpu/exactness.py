@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,11 @@ def files(shape: str) -> None:
         base, names = _material(shape, folder)
         whole = _made(base, folder / "whole", output)
         parts = Path(shutil.copytree(whole, folder / "parts"))
-        _trained(whole, output, *names)
-        for name in names:
-            _trained(parts, output, name)
+        with ThreadPoolExecutor(1) as beside:
+            at_once = beside.submit(_trained, whole, folder / "output of all", *names)
+            for name in names:
+                _trained(parts, output, name)
+            at_once.result()
         emit("one process and three", equal=_same(whole, parts))
         status = command(output, "verify", "--deep", "--run", parts)
         said = "" if status == 0 else output.read_text()[-600:]
@@ -144,14 +147,19 @@ def kills(shape: str) -> None:
         undisturbed = copy_run(before, folder / "undisturbed")
         _trained(undisturbed, output, names[1], prepare=Fault(0, KILL, count))
         total = len(count.read_text().splitlines())
-        for instant in range(INSTANTS):
+
+        def kill(instant: int) -> None:
             at = 1 + (2 * instant + 1) * total // (2 * INSTANTS)
             root = copy_run(before, folder / f"killed-{instant}")
-            fault = Fault(at, KILL, folder / "struck-here")
-            _trained(root, output, names[1], expected=-signal.SIGKILL, prepare=fault)
+            own = folder / f"output-{instant}"
+            fault = Fault(at, KILL, folder / f"struck-here-{instant}")
+            _trained(root, own, names[1], expected=-signal.SIGKILL, prepare=fault)
             known = names[1].name in _names(root)
-            _trained(root, output, *(() if known else (names[1],)))
+            _trained(root, own, *(() if known else (names[1],)))
             emit("SIGKILL", instant=f"change {at} of {total} on the disk", equal=_same(undisturbed, root))
+
+        with ThreadPoolExecutor(INSTANTS) as together:
+            list(together.map(kill, range(INSTANTS)))
 
 
 def _names(root: Path) -> set[str]:

@@ -7,6 +7,7 @@ rank 16 on all linear layers unless METHOD is `full`. The first steps are not ti
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import sys
 import time
@@ -36,14 +37,15 @@ def batches(shape: str, kind: str, steps: int) -> list[list[Any]]:
     return [rows[step * ROWS : (step + 1) * ROWS] for step in range(steps)]
 
 
-def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
-    """Return Onward's trainer of a model made in memory, as a run builds it."""
+def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: Any) -> Any:
+    """Return Onward's trainer of a model made in memory, as a run builds it, or without its kernels."""
     from pathlib import Path
 
     from onward.config import Config
     from onward.training.device_memory import read_usage
     from onward.training.execution import Execution
     from onward.training.layers.attention import lay_end_to_end
+    from onward.training.layers.decoder_parts import fuse_parts, kernels_work
     from onward.training.layers.fused_lora import fuse_lora
     from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
@@ -58,6 +60,8 @@ def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
     config = Config.model_validate({**values, "method": method, **settings})
     model = base_model(shape, torch.float32 if method == "full" else dtype)
     lay_end_to_end(model)
+    if fused and kernels_work(where):
+        fuse_parts(model)
     if method != "full":
         model.requires_grad_(False)
         model = add_adapter(model, new_adapter_config(config, Path(shape), model)).to(where).train()
@@ -256,6 +260,7 @@ def _median_of(work: Any) -> float:
 
 def main() -> None:
     """Measure one side of one shape."""
+    gc.freeze()  # as the command line does: objects of the libraries stay out of the collector's rounds
     side, shape, kind = [*sys.argv[1:], "", ""][:3]
     if side == "machine":
         measure_machine()
