@@ -267,12 +267,12 @@ class Worker:
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
         measured = self._writer.measured()
-        after = self._measured_now(measured)
         if measured is not None:
             before, environment = measured.to_dict(), self.session.environment
         else:
             assert self._newest is not None
             before, environment = self._newest.measured, self._newest.environment
+        after = self._measured_now(measured, StateDigest(before["weights"], before["moments"]))
         name, difference = compare(before, after, environment, self.session.environment)
         self.ledger.add_handover(
             kind=kind, step=self.state.step, file_id=row.id if row else None, difference=difference,
@@ -280,11 +280,10 @@ class Worker:
         )  # fmt: skip
         return name
 
-    def _measured_now(self, known: Measurement | None) -> Measurement:
-        """Measure the state as it is now; `known` was measured of its last copy."""
+    def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
+        """Measure the state as it is now; `known` was measured of its last copy, which has this digest."""
         if self._in_shards and self._in_shards.held.shards is not None:
             return self._in_shards.measure()
-        digest = None if known is None else StateDigest(known.weights, known.moments)
         if known is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
             probed = Probed(known.probe_loss, known.probe_gradient)
         else:
