@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 GPU = Path(__file__).parents[1] / "bench" / "gpu"
 
 
@@ -62,3 +64,14 @@ def test_ways_to_compute_a_layer_are_held_against_each_other() -> None:
     lines = section(load("report").render(records), "Ways to compute a layer").strip().splitlines()[2:4]
     assert "| tiny | eager | 50,000 | 3 | 2 | == |" == lines[0]
     assert "| tiny | liger | - | - | - | failed: No module named 'liger_kernel' |" == lines[1]
+
+
+def test_the_steps_of_the_bench_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU with a tiny shape: what a step needs of its plan and its batch, the bench has too."""
+    records = tmp_path / "results.jsonl"
+    monkeypatch.syspath_prepend(GPU)
+    monkeypatch.setenv("ONWARD_GPU_RECORDS", str(records))
+    load("speed").measure_onward("tiny", ["packed", "mixed", "determinism"], "lora")
+    found = load("record").read(records)
+    assert ["speed", "speed", "determinism"] == [each["subject"] for each in found]
+    assert [3, 3] == [each["steps"] for each in found[:2]]

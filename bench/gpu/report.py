@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
@@ -20,6 +21,8 @@ SOURCES = (
 )
 GOALS = {"Qwen3-0.6B": 54000, "Qwen3-1.7B": 33000, "Llama-3.1-8B": 12500}
 EQUAL = ("twice", "one process and three", "verify --deep", "SIGKILL")
+REMARKS = Path(__file__).parents[1] / "REMARKS-GPU.md"
+"""What a person says about the figures, kept apart from them."""
 RATIOS = ("gap between files", "stall of a commit", "resume", "determinism")
 
 
@@ -29,13 +32,14 @@ def render(records: Sequence[Record]) -> str:
     statuses = [each for each in records if "check" in each]
     parts = (_machine, _exactness, _speed, _layers, _memory, _ratios)
     sections = [*(part(found) for part in parts), _statuses(statuses)]
+    remarks = REMARKS.read_text(encoding="utf-8") if REMARKS.exists() and found else ""
     head = (
         "# Results on a GPU\n\n"
         "Written by `make gpu`. Models have the shapes of public ones and random weights, rows are random tokens.\n"
         "Speed is tokens a second over all timed steps. The share of the peak counts 4 operations for each weight and\n"
         "token with LoRA and 6 where all weights are trained, against the vendor's figure for dense bfloat16.\n"
     )
-    return "\n".join([head, *sections]).rstrip() + "\n"
+    return "\n".join([head, *sections, remarks]).rstrip() + "\n"
 
 
 def _of(records: Iterable[Record], *subjects: str) -> list[Record]:
@@ -100,7 +104,11 @@ def _speed(found: Sequence[Record]) -> str:
 
 def _against(found: Sequence[Record]) -> str:
     """Say how many times faster Onward is than each peer on the same rows."""
-    rates = {(each["shape"], each["kind"], each["side"]): each["tokens_per_second"] for each in _of(found, "speed")}
+    rates = {
+        (each["shape"], each["kind"], each["side"]): each["tokens_per_second"]
+        for each in _of(found, "speed")
+        if each.get("deterministic") is not False
+    }
     rows = [
         (shape, kind, side, rates[shape, kind, "onward lora"] / rate)
         for (shape, kind, side), rate in rates.items()
@@ -148,7 +156,7 @@ def _ratios(found: Sequence[Record]) -> str:
         rows.append((each["subject"], each["shape"], value, each["goal"], each["met"]))
     note = (
         "The gap is in steps. A commit is held against a plain copy of as many bytes, a resume against a cold start. "
-        "The cost of determinism is a share of a step."
+        "The cost of determinism is a share of a step: steps with it and without, in turn."
     )
     return _table("Beside the steps", ("what", "shape", "measured", "at most", "met"), rows, note)
 

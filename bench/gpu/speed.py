@@ -1,8 +1,8 @@
 """One side's steps on one shape, in a process of its own: `speed.py SIDE SHAPE KIND,KIND [METHOD]`.
 
-`KIND` is `packed` (rows of 2,048 tokens), `mixed`, or `packed-loose`, which is without determinism. All sides train the
-same tokens: 8 rows a step, AdamW, LoRA of rank 16 on all linear layers unless METHOD is `full`. The first steps are not
-timed.
+`KIND` is `packed` (rows of 2,048 tokens), `mixed`, or `determinism`: packed rows with it and without. All sides train
+the same tokens: 8 rows a step, AdamW, LoRA of rank 16 on all linear layers unless METHOD is `full`. The first steps are
+not timed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from record import emit
 from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
 
 WARM = 3
-LOOSE = "packed-loose"
+DETERMINISM = "determinism"
 PEERS = {"trl": "trl padding-free", "trainer": "trainer"}
 """Sides, and how each takes rows that are not packed."""
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
@@ -119,30 +119,44 @@ def synchronize() -> None:
 
 
 def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
-    """Say how fast Onward's steps are, what they take, what was estimated, and what determinism costs them."""
+    """Say how fast Onward's steps are, what they take, and what was estimated."""
     trainer = onward_trainer(shape, method)
     profile = trainer.economy.profile
-    rates: dict[str, float] = {}
     for kind in kinds:
-        asked, _, loose = kind.partition("-")
-        trainer.config = trainer.config.model_copy(update={"deterministic": not loose})
+        if kind == DETERMINISM:
+            measure_determinism(trainer, shape)
+            continue
         reset_peak()
         before = allocated()
-        records = list(onward_steps(trainer, shape, asked, SHAPES[shape].steps))[WARM:]
-        settings: dict[str, Any] = {"deterministic": False} if loose else {}
-        settings["part_tokens"] = trainer.config.part_tokens
-        rates[kind] = say(f"onward {method}", shape, asked, records, method, **settings)
+        records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps))[WARM:]
+        say(f"onward {method}", shape, kind, records, method, part_tokens=trainer.config.part_tokens)
         if torch.cuda.is_available():
-            parts = largest_parts(trainer, shape, asked)
+            parts = largest_parts(trainer, shape, kind)
             estimate = max((profile.estimate(part) for part in parts), key=lambda each: each.total)
             peak = torch.cuda.max_memory_allocated()
             emit(
-                "memory", shape=shape, kind=asked, method=method, estimate=estimate.total, measured=peak,
+                "memory", shape=shape, kind=kind, method=method, estimate=estimate.total, measured=peak,
                 before=before, off=abs(estimate.total / peak - 1), goal=0.15,
             )  # fmt: skip
-    if LOOSE in rates:
-        cost = 1.0 - rates["packed"] / rates[LOOSE]
-        emit("determinism", shape=shape, cost=cost, goal=0.10, met=cost <= 0.10)
+
+
+def measure_determinism(trainer: Any, shape: str) -> None:
+    """Say what determinism costs: steps with it and without, one after the other, so that both see the same machine."""
+    exact = trainer.config
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    plan = EndlessPlan()
+    for place, rows in enumerate(batches(shape, "packed", 2 * (SHAPES[shape].steps + WARM))):
+        wanted = place % 2 == 0
+        trainer.config = exact.model_copy(update={"deterministic": wanted})
+        synchronize()
+        begun = time.perf_counter()
+        trainer.take_step(batch_of(rows), plan)
+        synchronize()
+        seconds[wanted].append(time.perf_counter() - begun)
+    trainer.config = exact
+    median = {wanted: statistics.median(times[WARM:]) for wanted, times in seconds.items()}
+    cost = 1.0 - median[False] / median[True]
+    emit("determinism", shape=shape, cost=cost, seconds=median[True], loose=median[False], goal=0.10, met=cost <= 0.10)
 
 
 def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:

@@ -61,7 +61,7 @@ def checks(tiny: bool) -> list[Check]:
     speed = [
         Check(", ".join((side, shape, kinds, *more)), ("speed.py", side, shape, kinds, *more), 90, needs)
         for side, shape, kinds, more, needs in (
-            ("onward", least, "packed,mixed,packed-loose", (), ""), ("trl", least, "packed,mixed", (), "trl"),
+            ("onward", least, "packed,mixed,determinism", (), ""), ("trl", least, "packed,mixed", (), "trl"),
             ("onward", large, "packed,mixed", (), ""), ("onward", middle, "packed,mixed", (), ""),
             ("trl", middle, "packed,mixed", (), "trl"), ("trl", large, "packed", (), "trl"),
             ("onward", middle, "packed", ("full",), ""), ("trainer", least, "mixed", (), "datasets"),
