@@ -56,7 +56,7 @@ def gap(shape: str) -> None:
     step = statistics.median(after[1] - before[1] for before, after in pairs if after[0] > 1)
     between = statistics.median(after[1] - before[1] for before, after in pairs if after[0] == 1)
     steps = max(0.0, between - step) / step
-    first = next(after[1] - before[1] for before, after in pairs if after[0] == 1)  # it has what a run does once
+    first = next(after[1] - before[1] for before, after in pairs if after[0] == 1)
     figures = {"step": step, "gap": between - step, "first": first - step}
     emit("gap between files", shape=shape, **figures, steps=steps, goal=1.0, met=steps <= 1.0)
 
