@@ -1,7 +1,8 @@
 """What was estimated of a step's memory, against what a step takes: `memory.py METHOD ROWS LENGTH [recompute]`.
 
-The default model on a CPU, in a process of its own: the peak of resident memory over what Python and its libraries held
-before the model was loaded. The last line of the output is JSON.
+The default model on a CPU, in a process of its own: the peak of resident memory in two steps over what Python and its
+libraries held before the model was loaded; what loading took at its peak is told apart. The last line of the output is
+JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import resident, tune_process
+from measuring import forget_peak, resident, tune_process
 
 STEPS = 2
 
@@ -25,7 +26,7 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
 
     from onward.config import Config
     from onward.data.loader import Batch
-    from onward.data.order import RowReference
+    from onward.data.order import FilePlan, RowReference
     from onward.data.tokenized import Row
     from onward.training.execution import Execution
     from onward.training.model.base import resolve_base
@@ -49,24 +50,15 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     source = np.random.default_rng(0)
     made = [Row(source.integers(3, 40000, length), np.arange(length) > 0) for _ in range(rows)]
     batch = Batch(made, [RowReference("bench", place) for place in range(rows)], list(range(rows)))
+    loaded = resident("VmHWM") - before
+    forget_peak()
     for _ in range(STEPS):
-        trainer.take_step(batch, _Plan())  # type: ignore[arg-type]
+        trainer.take_step(batch, FilePlan("bench", rows=1 << 23, batch_size=8, epochs=1, seed=0))  # type: ignore[arg-type]
     measured = resident("VmHWM") - before
     return {
         "method": method, "rows": rows, "length": length, "recompute": recompute, "estimate": estimate.total,
-        "measured": measured, "off": estimate.total / measured - 1,
+        "measured": measured, "loaded": loaded, "off": estimate.total / measured - 1,
     }  # fmt: skip
-
-
-class _Plan:
-    """A plan with as many steps as are asked for."""
-
-    steps = 1 << 20
-    sources = ("bench",)
-
-    def epoch_of(self, index: int) -> int:
-        """Return the epoch, always the first."""
-        return 0
 
 
 if __name__ == "__main__":

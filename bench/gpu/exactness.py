@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from record import emit
 from shapes import device, saved_model, text_file
-from speed import EndlessPlan, batch_of
+from speed import batch_of, endless_plan
 
 STEPS, INSTANTS = 20, 5
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
@@ -66,7 +66,7 @@ def _steps(base: Path, config: Any, lengths: tuple[int, int]) -> tuple[list[floa
         source = np.random.default_rng(step)
         sizes = [lengths[0], lengths[1], *source.integers(*lengths, 3)]
         rows = [Row(source.integers(3, 250, size), np.arange(size) > 0) for size in sizes]
-        losses.append(trainer.take_step(batch_of(rows), EndlessPlan()).loss)  # type: ignore[arg-type]
+        losses.append(trainer.take_step(batch_of(rows), endless_plan()).loss)  # type: ignore[arg-type]
     digest = state.view().digest()
     del model, state, trainer
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from torch import nn
 from onward.config import Config
 from onward.config_text import parse_config
 from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.order import FilePlan, RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
 from onward.training.device_memory import Usage
@@ -39,15 +39,8 @@ MODELS = [
 """Type, attention (rows end to end, or padded), method, dropout: the adapter's, or GPT-2's own."""
 
 
-class OnePlan:
-    """A plan of a file of any length, whose rows are given by hand."""
-
-    steps = 8
-    sha256 = "memory"
-    sources = ("memory",)
-
-    def epoch_of(self, index: int) -> int:
-        return index // self.steps
+PLAN = FilePlan("memory", rows=8, batch_size=1, epochs=100, seed=0)
+"""A plan of a file, whose rows are given by hand."""
 
 
 def step(seed: int) -> Batch:
@@ -77,14 +70,14 @@ def trainer_of(model: nn.Module, usage: Usage | None = PLENTY, **settings: Any) 
     """Return a trainer at the start of a file, with parts of at most 40 tokens."""
     config = Config.model_validate({"learning_rate": 1e-2, "micro_batch_tokens": 40, "max_length": 64, **settings})
     state = TrainState.start(model, config)
-    state.cursor = Cursor(1, "memory", 0, OnePlan.steps)
+    state.cursor = Cursor(1, "memory", 0, PLAN.steps)
     execution = Execution(SingleProcess(CPU), torch.float32)
     return Trainer(state, config, execution, learned=Learned(lambda _: usage))
 
 
 def steps(trainer: Trainer, count: int = 3) -> tuple[list[tuple[float, float]], str, str]:
     """Take steps; return losses and norms, and the digests of weights and moments."""
-    taken = [trainer.take_step(step(seed), OnePlan()) for seed in range(count)]  # type: ignore[arg-type]
+    taken = [trainer.take_step(step(seed), PLAN) for seed in range(count)]  # type: ignore[arg-type]
     digest = trainer.state.view().digest()
     return [(result.loss, result.grad_norm) for result in taken], digest.weights, digest.moments
 

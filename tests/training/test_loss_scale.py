@@ -20,7 +20,7 @@ from torch import nn
 
 from onward import Run
 from onward.config import Config
-from onward.data.order import RowReference
+from onward.data.order import FilePlan, RowReference
 from onward.errors import DamagedState, TrainingError
 from onward.events import StepTaken
 from onward.layout import RunLayout
@@ -43,22 +43,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class OnePlan:
-    """A plan of a file of any length, whose rows are given by hand."""
-
-    steps = 8
-    sha256 = "scale"
-    sources = ("scale",)
-
-    def epoch_of(self, index: int) -> int:
-        return index // self.steps
+PLAN = FilePlan("scale", rows=8, batch_size=1, epochs=100, seed=0)
+"""A plan of a file, whose rows are given by hand."""
 
 
 def trainer_of(scale: LossScale, method: str = "full") -> Trainer:
     """Return a trainer of a small model in float16, its loss scaled so."""
     config = Config.model_validate({"dtype": "float16", "learning_rate": 1e-3, "method": method})
     state = TrainState.start(tiny_model("llama", ROW_ATTENTION), config)
-    state.cursor, state.scale = Cursor(1, "scale", 0, OnePlan.steps), scale
+    state.cursor, state.scale = Cursor(1, "scale", 0, PLAN.steps), scale
     return Trainer(state, config, Execution(SingleProcess(CPU), torch.float16))
 
 
@@ -66,7 +59,7 @@ def take(trainer: Trainer, steps: int = STEPS) -> list[StepTaken]:
     """Take steps of rows of unequal length."""
     references = [RowReference("scale", place) for place in range(3)]
     batches = [replace(batch(9, 31, 5, seed=seed), references=references) for seed in range(steps)]
-    return [trainer.take_step(each, OnePlan()) for each in batches]  # type: ignore[arg-type]
+    return [trainer.take_step(each, PLAN) for each in batches]  # type: ignore[arg-type]
 
 
 def test_a_step_that_overflows_is_taken_again_with_half_the_scale() -> None:
@@ -89,7 +82,7 @@ def test_a_scale_changes_digits_only_where_numbers_are_tiny() -> None:
     norms = [take(trainer_of(LossScale(value)), 1)[0].grad_norm for value in (256.0, 512.0)]
     config = Config.model_validate({"dtype": "float32", "learning_rate": 1e-3, "method": "full"})
     state = TrainState.start(tiny_model("llama", ROW_ATTENTION), config)
-    state.cursor = Cursor(1, "scale", 0, OnePlan.steps)
+    state.cursor = Cursor(1, "scale", 0, PLAN.steps)
     exact = take(Trainer(state, config, Execution(SingleProcess(CPU), torch.float32)), 1)[0].grad_norm
     assert state.scale is None
     assert [True, True] == [abs(norm / exact - 1) < 1e-2 for norm in norms]

@@ -32,10 +32,11 @@ LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
 """Share of the memory at hand that a step may take."""
-HOLES, LIBRARIES = {"cpu": 1.18}, {"cpu": 250_000_000}
-"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; and what
-the heap keeps back and libraries take when they first compute. Fitted to parts of 512 to 2,048 tokens of a model of 135
-million weights (`bench/memory.py`); what CUDA's allocator calls allocated has neither."""
+HOLES, LIBRARIES, FREED = {"cpu": 1.18}, {"cpu": 250_000_000}, {"cpu": 512 << 20}
+"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; what the
+heap keeps back and libraries take when they first compute; and what the heap keeps at most of layers that are computed
+again and freed again, which is what `startup` allows it. Held against parts of 512 to 2,048 tokens of a model of 135
+million weights (`bench/memory.py`); what CUDA's allocator calls allocated has none of them."""
 CRUDE = 8
 """Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
 
@@ -109,7 +110,7 @@ class Profile:
             moments=self.moments,
             activations=int((kept + one_layer) * holes),
             logits=int((logits + 3 * self.trained_head) * holes),  # the head's gradient: summed, scaled, and once more
-            libraries=LIBRARIES.get(self.device, 0),
+            libraries=LIBRARIES.get(self.device, 0) + min(FREED.get(self.device, 0), max(0, int(whole - kept))),
         )
 
 
