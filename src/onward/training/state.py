@@ -164,7 +164,7 @@ class TrainState:
         self.scale = scale
         self.counters = Counters()
         self.cursor = Cursor()
-        self.parameters = held or dict(named for group in method.groups(model) for named in group)
+        self.parameters = held or _named(model, optimizer)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""
@@ -247,6 +247,12 @@ class TrainState:
         self.cursor = Cursor(**values["cursor"])
         if self.scale is not None:
             self.scale = LossScale(**values[SCALE])
+
+
+def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by their names in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _in_one_storage(tensors: list[torch.Tensor], *, pins: bool = False) -> list[torch.Tensor]:
