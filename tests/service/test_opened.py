@@ -43,7 +43,7 @@ def test_checkpoints_get_the_tokenizer_that_the_run_keeps(model: Path, tmp_path:
 def test_kept_files_of_a_tokenizer_are_made_again(damage: str, model: Path, tmp_path: Path) -> None:
     """What is missing or damaged is made of the model's folder, and kept again."""
     run = new_run(tmp_path / "run", model)
-    (path,) = (run.layout.cache / "tokenizer").glob("*.files")
+    (path,) = (run.layout.cache / "tokenizer_files").iterdir()
     expected, kept = tokenizer_files(load_tokenizer(model)), path.read_bytes()
     if damage == "missing":
         path.unlink()

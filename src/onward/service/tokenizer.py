@@ -52,11 +52,11 @@ def tokenizer_files_of_run(layout: RunLayout, folder: Path) -> Mapping[str, byte
     Raises:
         ModelError: there is no tokenizer, or it cannot be used.
     """
-    return _read_files(_files(layout, folder)) or _load_and_store(layout, folder).files
+    return _read_files(_files_place(layout, folder)) or _load_and_store(layout, folder).files
 
 
 def _stored_state(layout: RunLayout, folder: Path) -> TokenizerState:
-    return load_tokenizer_state(_place(layout, folder)) or _load_and_store(layout, folder).state
+    return load_tokenizer_state(_state_place(layout, folder)) or _load_and_store(layout, folder).state
 
 
 def _load_and_store(layout: RunLayout, folder: Path) -> LoadedTokenizer:
@@ -101,19 +101,21 @@ def _state_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizerStat
 
 def store_tokenizer(layout: RunLayout, folder: Path, loaded: LoadedTokenizer) -> None:
     """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
-    path = _place(layout, folder)
-    remove_tree(path.parent)
+    state, files = _state_place(layout, folder), _files_place(layout, folder)
+    remove_tree(state.parent)
+    remove_tree(files.parent)
     with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
-        save_tokenizer_state(path, loaded.state)
-        replace_file(_files(layout, folder), _packed(loaded.files))
+        save_tokenizer_state(state, loaded.state)
+        files.parent.mkdir()
+        replace_file(files, _packed(loaded.files))
 
 
-def _place(layout: RunLayout, folder: Path) -> Path:
+def _state_place(layout: RunLayout, folder: Path) -> Path:
     return layout.cache / "tokenizer" / tokenizer_files_digest(folder)
 
 
-def _files(layout: RunLayout, folder: Path) -> Path:
-    return _place(layout, folder).with_suffix(".files")
+def _files_place(layout: RunLayout, folder: Path) -> Path:
+    return layout.cache / "tokenizer_files" / tokenizer_files_digest(folder)
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
