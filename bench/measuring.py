@@ -106,10 +106,14 @@ def python(*words: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process that measures; every side waits for its threads without burning a core."""
+    """Return the environment of a process that measures; every side waits for its threads without burning a core.
+
+    Every side finds its modules compiled from its second process on, as those of an installed package are.
+    """
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
-    return {"GOMP_SPINCOUNT": "1000", **os.environ, **own}
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {"GOMP_SPINCOUNT": "1000", **given, **own}
 
 
 def tune_process() -> None:

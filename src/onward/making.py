@@ -26,6 +26,7 @@ from onward.text import quoted
 
 if TYPE_CHECKING:
     from onward.data.tokenizer import TokenizerState
+    from onward.service.tokenizer import LoadedTokenizer
 
 
 def create(
@@ -83,7 +84,7 @@ class _Making:
             self.report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
         folder = own.tokenizer(base)
         tokenizer = self._load_tokenizer(folder)
-        _require_usable(base, own.config, tokenizer)
+        _require_usable(base, own.config, tokenizer.state)
         config = with_stored_path(own.config, base, self.layout.root).model_copy(update={"chat_template": name})
         with own.made_or_nothing():
             config = own.make(config, base, folder)
@@ -97,15 +98,15 @@ class _Making:
         store_tokenizer(self.layout, folder, tokenizer)
         make_ledger(self.layout.ledger, **own.facts, **facts)  # last: it is what makes the directory a run
 
-    def _load_tokenizer(self, folder: Path) -> TokenizerState:
+    def _load_tokenizer(self, folder: Path) -> LoadedTokenizer:
         """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
-        from onward.service.tokenizer import load_tokenizer_of
+        from onward.service.tokenizer import load_with_files
 
         if "transformers" in sys.modules:
-            return load_tokenizer_of(folder)
+            return load_with_files(folder)
         self.report("preparing the tokenizer, once")
         with self.loading():
-            return load_tokenizer_of(folder)
+            return load_with_files(folder)
 
     def _admit(self, config: Config, base: Path) -> tuple[Config, dict[str, Any]]:
         """Prove the model; returns the config with settings that work, and what the ledger keeps."""

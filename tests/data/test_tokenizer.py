@@ -177,17 +177,22 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
 
 def test_the_largest_id() -> None:
     """It counts added tokens, gaps in the vocabulary, and what the post-processor puts around a text."""
-    assert 258 == tiny.byte_state().largest_id
-    assert 259 == tiny.byte_state(bos_token="<s>").largest_id
+
+    def assert_largest(expected: int, state: TokenizerState) -> None:
+        assert expected == state.largest_id
+        assert expected == RowTokenizer(state, max_length=8).largest_id  # which knows the lengths of its tokens
+
+    assert_largest(258, tiny.byte_state())
+    assert_largest(259, tiny.byte_state(bos_token="<s>"))
     backend = tiny.byte_tokenizer().backend_tokenizer
     values = json.loads(backend.to_str())
     values["model"]["vocab"]["far"] = 7000
-    assert 7000 == state_of(values).largest_id
+    assert_largest(7000, state_of(values))
     nested = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 9000)])
     backend.post_processor = processors.Sequence([processors.ByteLevel(), nested])
-    assert 9000 == state_of(json.loads(backend.to_str())).largest_id
+    assert_largest(9000, state_of(json.loads(backend.to_str())))
     backend.post_processor = processors.BertProcessing(("</s>", 9100), ("<s>", 9001))
-    assert 9100 == state_of(json.loads(backend.to_str())).largest_id
+    assert_largest(9100, state_of(json.loads(backend.to_str())))
 
 
 def state_of(values: Any) -> TokenizerState:

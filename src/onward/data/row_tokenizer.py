@@ -66,6 +66,13 @@ class RowTokenizer:
         """The fingerprint of the tokenizer."""
         return self.state.fingerprint
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a token of a row can have."""
+        if self._lengths is None:
+            return self.state.largest_id
+        return max(len(self._lengths) - 1, self.state.largest_special_id)
+
     def settings(self) -> dict[str, Any]:
         """Return what decides which tokens a row becomes, as values."""
         return {"tokenizer": self.fingerprint, "max_length": self.max_length, "over_length": self.over_length}

@@ -9,7 +9,7 @@ not to cover it exactly.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -32,17 +32,14 @@ def byte_lengths(backend: Any) -> NDArray[np.int64] | None:
     """
     if not _tiles_text(backend):
         return None
-    lengths: dict[int, int] = {}
-    for index, length in _token_lengths(backend):
-        if lengths.setdefault(index, length) != length:
-            return None
-    table = np.zeros(max(lengths, default=-1) + 1, dtype=np.int64)
-    table[list(lengths)] = list(lengths.values())
-    return table
+    ids, lengths = _token_lengths(backend)
+    table = np.zeros(ids.max(initial=-1) + 1, dtype=np.int64)
+    table[ids] = lengths
+    return table if np.array_equal(table[ids], lengths) else None
 
 
-def _token_lengths(backend: Any) -> Iterator[tuple[int, int]]:
-    """Yield the id of every token that can be in an encoding, and how many bytes it stands for.
+def _token_lengths(backend: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the id of every token that can be in an encoding, and how many bytes it stands for.
 
     A token of the model is written in letters that each stand for one byte; an added token is plain text. One that is
     both counts as both, except where its text holds anything but those letters, because the model never makes it then.
@@ -52,11 +49,12 @@ def _token_lengths(backend: Any) -> Iterator[tuple[int, int]]:
     whole: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     added |= {token: index for token, index in whole.items() if token not in model}  # two of them may share an id
     letters = frozenset(pre_tokenizers.ByteLevel.alphabet())
-    for token, index in model.items():
-        if token not in added or letters.issuperset(token):
-            yield index, len(token)
-    for token, index in added.items():
-        yield index, len(token.encode())
+    for token in added:
+        if token in model and not letters.issuperset(token):
+            del model[token]
+    ids = [*model.values(), *added.values()]
+    lengths = [*map(len, model), *(len(token.encode()) for token in added)]
+    return np.array(ids, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
 
 def pack_tiled(

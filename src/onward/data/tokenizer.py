@@ -128,9 +128,15 @@ class TokenizerState:
     @property
     def largest_id(self) -> int:
         """The largest id that a token of any text can have, special tokens included."""
-        post_processor = json.loads(self.backend)["post_processor"]
+        return max(*self.tokenizer.get_vocab(with_added_tokens=True).values(), self.largest_special_id)
+
+    @property
+    def largest_special_id(self) -> int:
+        """The largest id of a named token or of one that is put around a text; -1 if there is none."""
         named = [token for token in (self.bos_id, self.eos_id, self.pad_id) if token is not None]
-        return max(*self.tokenizer.get_vocab(with_added_tokens=True).values(), *named, *_inserted_ids(post_processor))
+        processor: Any = self.tokenizer.post_processor
+        inserted = [] if processor is None else _inserted_ids(json.loads(processor.__getstate__()))
+        return max(*named, *inserted, -1, -1)
 
 
 def save_tokenizer_state(path: Path, state: TokenizerState) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import tokenizer_of_run
+from onward.service.tokenizer import tokenizer_files_of_run, tokenizer_of_run
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
@@ -48,7 +48,6 @@ class Session:
     config: Config
     base: Path
     base_digest: str
-    tokenizer: PreTrainedTokenizerBase
     tokenizer_state: TokenizerState
     world: World
     dtype: torch.dtype
@@ -63,6 +62,14 @@ class Session:
         """The device that this process computes on."""
         return self.world.device
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as transformers has it, loaded when it is first needed: training needs none."""
+        tokenizer = load_tokenizer(self.layout.tokenizer(self.base))
+        if self.config.chat_template is not None:  # inference has to ask as training did
+            tokenizer.chat_template = self.tokenizer_state.chat_template
+        return tokenizer
+
     @property
     def tokenizer_digest(self) -> str:
         """The fingerprint of the tokenizer."""
@@ -71,8 +78,8 @@ class Session:
     @cached_property
     def pad_id(self) -> int:
         """A token id to fill short rows with; masked everywhere, so any id would do that the embedding has."""
-        pad_id, rows = self.tokenizer.pad_token_id, read_capacity(self.base).embedding_rows
-        return pad_id if isinstance(pad_id, int) and (rows is None or pad_id < rows) else 0
+        pad_id, rows = self.tokenizer_state.pad_id, read_capacity(self.base).embedding_rows
+        return pad_id if pad_id is not None and (rows is None or pad_id < rows) else 0
 
     @property
     def treatment(self) -> Treatment | None:
@@ -135,8 +142,13 @@ class Session:
             base={"name": self.config.model, "digest": self.base_digest},
             tokenizer=self.tokenizer_digest,
             environment=self.environment,
-            static_files=huggingface.tokenizer_files(self.tokenizer),
+            static_files=self._tokenizer_files(),
         )
+
+    def _tokenizer_files(self) -> Mapping[str, bytes]:
+        if self.config.chat_template is not None:  # it goes into checkpoints, too
+            return huggingface.tokenizer_files(self.tokenizer)
+        return tokenizer_files_of_run(self.layout, self.layout.tokenizer(self.base))
 
 
 def open_session(
@@ -161,15 +173,12 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    folder = layout.tokenizer(base)
-    tokenizer, tokenizer_state = load_tokenizer(folder), tokenizer_of_run(layout, config, folder)
-    if config.chat_template is not None:  # it goes into checkpoints, too: inference has to ask as training did
-        tokenizer.chat_template = tokenizer_state.chat_template
+    tokenizer_state = tokenizer_of_run(layout, config, layout.tokenizer(base))
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
     dtype = pick_dtype(config.dtype, world.device)
-    return Session(layout, ledger, config, base, base_digest, tokenizer, tokenizer_state, world, dtype)
+    return Session(layout, ledger, config, base, base_digest, tokenizer_state, world, dtype)
 
 
 def _require_shares(config: Config, world: World) -> None:

@@ -37,7 +37,7 @@ class RunTokenizer(RowTokenizer):
 
     def __init__(self, state: TokenizerState, config: Config, embedding_rows: int | None) -> None:
         super().__init__(state, config.max_length, config.over_length)
-        is_too_large = embedding_rows is not None and state.largest_id >= embedding_rows
+        is_too_large = embedding_rows is not None and self.largest_id >= embedding_rows
         self._embedding_rows = embedding_rows if is_too_large else None
 
     def prepare(self, record: Record) -> RowText:

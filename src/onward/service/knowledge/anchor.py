@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -113,9 +112,8 @@ def _changed(where: Path) -> DamagedState:
 
 def _first_token(session: Session) -> int:
     """The token that a text begins with: the tokenizer's beginning, else its end, between two texts."""
-    tokenizer: Any = session.tokenizer
-    found = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return next((token for token in found if isinstance(token, int)), session.pad_id)
+    tokenizer = session.tokenizer_state
+    return next((token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None), session.pad_id)
 
 
 def _keep(folder: Path, ids: list[list[int]]) -> None:

@@ -79,6 +79,11 @@ class ShardedRun:
         self._placement, self._seed = placement, seed
         self._world, self._layout = session.world, session.layout
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether no rank has all that is trained."""
+        return self.held.shards is not None
+
     def of_model(self) -> Probed:
         """Measure the probe of the model as it is now."""
         self._world.tell(lambda: {"order": MEASURE, "seed": self._seed, "whole": False})

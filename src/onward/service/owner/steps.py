@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 from onward.events import StepTaken
 from onward.service.owner.faults import StepFailed
@@ -44,3 +45,14 @@ def record_of(file_id: int, result: StepTaken) -> StepRecord:
     del values["steps_in_file"]
     values["replayed"] = len(result.replayed)
     return StepRecord(file_id, **values)
+
+
+def log_entry(result: StepTaken) -> dict[str, Any]:
+    """Return what `trainer_state.json` says of a step."""
+    return {
+        "step": result.step,
+        "epoch": result.epoch,
+        "loss": result.loss,
+        "learning_rate": result.learning_rate,
+        "grad_norm": result.grad_norm,
+    }

@@ -6,7 +6,6 @@ account of it in the ledger, and a kill at any instant leaves both where `Settle
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,11 +20,12 @@ from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
 from onward.service.owner.guard import Guard, InHand
+from onward.service.owner.handing_over import Crossing, FirstHandover, keep_handover
 from onward.service.owner.measuring import Measuring
 from onward.service.owner.part_tokens import with_part_tokens
 from onward.service.owner.postconditions import require_done
 from onward.service.owner.start import Start
-from onward.service.owner.steps import record_of, watched
+from onward.service.owner.steps import log_entry, record_of, watched
 from onward.service.owner.surroundings import Surroundings
 from onward.service.session import Session
 from onward.service.state.commits import Commit
@@ -69,6 +69,7 @@ class Worker:
         self._has_begun = False
         self._writer = Writer(session.layout, session.ledger)
         self._copy: Snapshot | None = None
+        self._first: FirstHandover | None = None
         self._probed: Probe | ShardedRun | None = start.in_shards
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
@@ -266,23 +267,25 @@ class Worker:
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
         """Measure the state and hold it against what was measured before the last commit, written or not."""
+        crossing = Crossing(kind, self.state.step, row.id if row else None)
+        here = self.session.environment
+        if self._newest is None and self._copy is not None and self._copy.known is not None:
+            self._first = FirstHandover(crossing, self._copy, self.state.view_of_copied(self._copy.known), here)
+            return self._first.name
         measured = self._writer.measured()
         if measured is not None:
-            before, environment = measured.to_dict(), self.session.environment
+            before, environment = measured.to_dict(), here
         else:
             assert self._newest is not None
             before, environment = self._newest.measured, self._newest.environment
         after = self._measured_now(measured, StateDigest(before["weights"], before["moments"]))
-        name, difference = compare(before, after, environment, self.session.environment)
-        self.ledger.add_handover(
-            kind=kind, step=self.state.step, file_id=row.id if row else None, difference=difference,
-            before=json.dumps(before), after=json.dumps(after.to_dict()), name=name,
-        )  # fmt: skip
-        return name
+        found = compare(before, after, environment, here)
+        keep_handover(self.ledger, crossing, before, after, found)
+        return found[0]
 
     def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
         """Measure the state as it is now; `known` was measured of its last copy, which has this digest."""
-        if self._in_shards and self._in_shards.held.shards is not None:
+        if self._in_shards and self._in_shards.is_cut:
             return self._in_shards.measure()
         if known is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
             probed = Probed(known.probe_loss, known.probe_gradient)
@@ -313,6 +316,8 @@ class Worker:
         yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
         self._copy = self.state.snapshot(into=self._copy)
+        if self._newest is None and not (self._in_shards and self._in_shards.is_cut):  # for `FirstHandover`
+            self._copy = replace(self._copy, known=self._copy.digest())
         config = self.around.settings.over(self.config)
         self._writer.submit(
             Commit(
@@ -329,6 +334,9 @@ class Worker:
         if written is None:
             return
         before, self._newest = self._newest, written.manifest
+        if self._first is not None:
+            self._first.keep(self.ledger, written.manifest)
+            self._first = None
         yield Committed(written.manifest.step, written.removed, written.restore_point)
         if written.done is not None:
             if before is not None and written.manifest.measurement["weights"] == before.measurement["weights"]:
@@ -338,12 +346,4 @@ class Worker:
 
     def _remember(self, result: StepTaken) -> None:
         if result.step % self.around.settings.current.log_steps == 0 or self.state.cursor.at_boundary:
-            self._log.append(
-                {
-                    "step": result.step,
-                    "epoch": result.epoch,
-                    "loss": result.loss,
-                    "learning_rate": result.learning_rate,
-                    "grad_norm": result.grad_norm,
-                }
-            )
+            self._log.append(log_entry(result))

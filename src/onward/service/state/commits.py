@@ -57,6 +57,11 @@ class Commit:
     done: FileDone | None = None
     gather: Callable[[], AbstractContextManager[tuple[nn.Module, Snapshot]]] | None = None
 
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether the next file waits for what is measured: at a boundary, but for a whole state of step 0."""
+        return self.state.cursor.at_boundary and (self.parent is not None or self.gather is not None)
+
     def whole(self) -> AbstractContextManager[tuple[nn.Module, Snapshot]]:
         """Return the context in which model and state are whole."""
         return nullcontext((self.model, self.state)) if self.gather is None else self.gather()

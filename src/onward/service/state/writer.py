@@ -90,7 +90,7 @@ class Writer:
             self._measured.set_result(measurement)
             give_way()
 
-        if not commit.state.cursor.at_boundary:  # at a boundary the next file waits for what is measured
+        if not commit.is_waited_for:
             give_way()
         try:
             self._ledger.require_in_place()
