@@ -26,6 +26,8 @@ demo: $(READY) ## a real model learns three real files in three processes, as on
 
 # Four at a time also on two cores: half of a test's time is waiting for disks and processes.
 # COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
+# Python keeps what it compiled, also where the environment says otherwise: every process of a test would compile it again.
+test soak: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
 	$(if $(COVERAGE),$(BIN)/coverage erase)
 	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 4 --dist worksteal
@@ -34,7 +36,9 @@ test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may no
 
 soak: $(READY) ## kills and faults at full size (hours)
 	ONWARD_SOAK=1 ONWARD_KILLS=30 $(BIN)/python -m pytest -q -n 2 tests/data tests/training/test_schedule.py \
-	  tests/service/test_faults.py tests/service/test_survival.py tests/service/test_watch.py tests/service/test_signals.py tests/service/test_going_back.py
+	  tests/service/test_faults.py tests/service/test_read_faults.py tests/service/test_survival.py tests/service/test_watch.py \
+	  tests/service/test_signals.py tests/service/test_going_back.py tests/service/test_continuity.py \
+	  tests/test_old_runs.py
 
 lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .

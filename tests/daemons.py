@@ -15,7 +15,7 @@ from typing import Any
 import tiny
 import yaml
 from faults import FULL_SIZE
-from processes import as_it_is, start_command, train
+from processes import as_it_is, start_command
 from runs import new_run
 
 from onward import Run
@@ -139,8 +139,7 @@ def done(run: Run) -> list[str]:
 
 
 def twin_of(run: Run, model: Path, files: list[Path]) -> Path:
-    """Train files in one uninterrupted run of the same settings."""
-    root = run.layout.root.parent / "twin"
-    new_run(root, model, **SETTINGS)
-    assert 0 == train(root, files)
-    return root
+    """Train files in one uninterrupted run of the same settings, in this process."""
+    twin = new_run(run.layout.root.parent / "twin", model, **SETTINGS)
+    twin.train(*files)
+    return twin.layout.root

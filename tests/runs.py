@@ -13,13 +13,20 @@ from onward import Run
 from onward.store.ledger import Ledger
 from onward.training.admission.findings import FACT, Findings
 
-UNRELATED = frozenset({"save_steps", "settle_seconds", "disk_margin_mb", "log_steps", "keep_boundaries", "keep_days"})
+UNRELATED = frozenset(
+    {"save_steps", "settle_seconds", "disk_margin_mb", "log_steps", "keep_boundaries", "keep_days", "evaluation"}
+)
 """Keys that the admission of a model does not ask for."""
+UNMEASURED: dict[str, Any] = {"evaluation": {"share": 0}}
 _FOUND: dict[str, dict[str, Any]] = {}
 
 
 def new_run(directory: Path, model: Path | str, **settings: Any) -> Run:
-    """Make a run as `Run.create` does, with the findings of an equal model if they are known."""
+    """Make a run as `Run.create` does, with the findings of an equal model if they are known.
+
+    It is not measured at boundaries unless `settings` say so: that takes longer than training a small file.
+    """
+    settings = {**UNMEASURED, **settings}
     asked = {key: value for key, value in settings.items() if key not in UNRELATED}
     key = json.dumps([str(model), asked], sort_keys=True)
     known = _FOUND.get(key)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import yaml
 from commands import onward
+from faults import FULL_SIZE
 from old_runs import read_environment, read_states, read_steps
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -103,6 +104,7 @@ def test_is_rebuilt(old: Path, unpacked: Path) -> None:
     assert [] == failing(old, "--deep")
 
 
+@pytest.mark.parametrize("old", METHODS if FULL_SIZE else ["lora"], indirect=True)
 def test_goes_on_elsewhere(old: Path, unpacked: Path, tmp_path: Path) -> None:
     """With another thread count, as on another machine, it goes on too; a replay is refused, all else is proven."""
     train(old, threads=2)

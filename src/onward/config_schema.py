@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,7 @@ def _standard(schema: Any) -> Any:
     }
 
 
+@functools.cache  # a constant of the program, which takes longer than all else that `init` writes
 def schema_text() -> str:
     """Return the schema as the text of its file."""
     return json.dumps(config_schema(), indent=2) + "\n"

@@ -116,8 +116,9 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     sections = {name: result[name] for name in SECTIONS if isinstance(result.get(name), dict)}
     names = [key for key in result if key not in SECTIONS]
     names += [f"{name}.{key}" for name, section in sections.items() for key in section]
+    known = set(known_keys())
     for name in names:
-        if name not in known_keys():
+        if name not in known:
             value = _lookup(result, name)
             shown = "" if name.startswith("notify.") else f" with value {value!r}"  # it may be a secret, misspelt
             raise ConfigError(f"unknown key {name!r}{shown}{_nearest(name)}", where=where, hint=KEYS_HINT)

@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from tiny import byte_state
 
+from onward.data.files.archives import DIRECTORY_BYTES
 from onward.data.files.containers import FileError
 from onward.data.files.limits import Limits
 from onward.data.files.reading import Reading
@@ -233,7 +234,6 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
         (zipped(("a.parquet", b"PAR1")), "the archive holds a.parquet", "unpack it, and add that file"),
         (zipped(("a.zip", b"PK")), "the archive holds a.zip", "unpack it, and add that file"),
         (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive is packed in a way", "unpack it"),
-        (zipped(*((f"{number}.jsonl", b"") for number in range(20_000))), "the archive holds many files", "one by one"),
         (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive holds another archive", "unpack it"),
         (b"PK\x03\x04" + b"a" * 50, "the zip archive cannot be read", "make or download it again"),
         (JSONL, "the content is not zip, but the name says so", "give it the ending of what it holds"),
@@ -244,6 +244,14 @@ def test_archives_that_are_not_read(tmp_path: Path, data: bytes, reason: str, re
     refusal = refusal_of(put(tmp_path / "a.zip", data))
     assert refusal.reason.startswith(reason)
     assert remedy in refusal.remedy
+
+
+def test_an_archive_of_many_files_is_refused(tmp_path: Path) -> None:
+    """Its table of contents is not even read."""
+    members = ((f"{number:0>200}.jsonl", b"") for number in range(DIRECTORY_BYTES // 200))
+    refusal = refusal_of(put(tmp_path / "a.zip", zipped(*members)))
+    assert "the archive holds many files" == refusal.reason
+    assert "one by one" in refusal.remedy
 
 
 def test_an_encrypted_archive_is_refused(tmp_path: Path) -> None:

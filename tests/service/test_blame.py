@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import sqlite3
 import weakref
 from collections.abc import Callable
@@ -28,13 +29,19 @@ from onward.training.trainer import Trainer
 NAMES = ("a.jsonl", "b.jsonl", "c.jsonl")
 
 
+@pytest.fixture(scope="module")
+def ready(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three files and a run that has taken them in, to be copied."""
+    folder = tmp_path_factory.mktemp("ready")
+    files = [rows_file(folder / name, rows) for name, rows in zip(NAMES, (4, 6, 3), strict=True)]
+    new_run(folder / "run", model, **SETTINGS).add(*files)
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, model: Path) -> Run:
+def run(tmp_path: Path, ready: Path) -> Run:
     """A run with three files in its queue: 2, 3 and 2 steps."""
-    made = new_run(tmp_path / "run", model, **SETTINGS)
-    for name, rows in zip(NAMES, (4, 6, 3), strict=True):
-        made.add(rows_file(tmp_path / name, rows))
-    return made
+    return Run(shutil.copytree(ready, tmp_path, dirs_exist_ok=True) / "run")
 
 
 def fail_in(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception], times: int = 99) -> list[int]:

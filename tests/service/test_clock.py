@@ -43,16 +43,17 @@ class Clock:
         return self.at
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four files of two steps each."""
-    return [rows_file(tmp_path / f"{name}.jsonl", 4, seed=seed) for seed, name in enumerate("dbca")]
+    folder = tmp_path_factory.mktemp("files")
+    return [rows_file(folder / f"{name}.jsonl", 4, seed=seed) for seed, name in enumerate("dbca")]
 
 
-@pytest.fixture
-def twin(model: Path, tmp_path: Path, files: list[Path]) -> Path:
+@pytest.fixture(scope="module")
+def twin(model: Path, tmp_path_factory: pytest.TempPathFactory, files: list[Path]) -> Path:
     """The run of the same files under a clock that was not changed."""
-    made = new_run(tmp_path / "twin", model, **SETTINGS)
+    made = new_run(tmp_path_factory.mktemp("twin") / "run", model, **SETTINGS)
     made.train(*files)
     return made.layout.root
 

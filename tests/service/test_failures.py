@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Callable
@@ -42,13 +43,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def ready(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three files and a run that has taken them in, to be copied."""
+    folder = tmp_path_factory.mktemp("ready")
+    new_run(folder / "run", model, **SETTINGS).add(*files(folder))
+    return folder
+
+
 @pytest.fixture
-def run(tmp_path: Path, model: Path) -> Run:
-    """A run with three files in its inbox, taken in by name."""
-    made = new_run(tmp_path / "run", model, **SETTINGS)
-    for file in files(tmp_path):
-        made.add(file)
-    return made
+def run(tmp_path: Path, ready: Path) -> Run:
+    """A run with three files in its queue."""
+    return Run(shutil.copytree(ready, tmp_path, dirs_exist_ok=True) / "run")
 
 
 def files(folder: Path) -> list[Path]:

@@ -42,8 +42,8 @@ SETTINGS: dict[str, Any] = {
 }
 SHARES = 4 if FULL_SIZE else 1
 """Number of tests that a sweep is split into, so that they run in parallel."""
-STRIDE = 1 if FULL_SIZE else 61
-"""The small form tries every n-th change only, each with one of the faults in turn."""
+POINTS = 10**6 if FULL_SIZE else 6
+"""The small form tries so many changes, spread over all of them, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""
 
@@ -80,8 +80,12 @@ def sweep(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
 
 def points(total: int, share: int, shares: int = SHARES) -> Iterator[tuple[int, str]]:
     """Yield the points of a sweep that belong to a share, with their faults."""
-    chosen = range(1, total + BEYOND + 1, STRIDE)
-    cases = [(at, kind) for at in chosen for kind in (KINDS if FULL_SIZE else [KINDS[at // STRIDE % len(KINDS)]])]
+    chosen = range(1, total + BEYOND + 1, max(1, -(-total // POINTS)))
+    cases = [
+        (at, kind)
+        for number, at in enumerate(chosen)
+        for kind in (KINDS if FULL_SIZE else [KINDS[number % len(KINDS)]])
+    ]
     yield from cases[share::shares]
 
 

@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "keep_days": 0,
     "lora": {"rank": 2, "dropout": 0.1},
 }
-POINTS = 10**6 if FULL_SIZE else 3
+POINTS = 10**6 if FULL_SIZE else 2
 """Changes on the disk that a test kills at, spread over all of them."""
 
 
@@ -60,7 +60,7 @@ def lose_boundary(root: Path) -> None:
 
 def points(total: int) -> Iterator[int]:
     """Yield changes spread over all but the very last, the first ones densely, since those go back."""
-    yield from sorted({3, 7, 11, *range(1, total - 5, max(1, total // POINTS))})
+    yield from sorted({*((3, 7, 11) if FULL_SIZE else (5,)), *range(1, total - 5, max(1, total // POINTS))})
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["from its boundary", "from the start"])

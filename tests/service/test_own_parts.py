@@ -13,6 +13,7 @@ import tiny
 import torch
 from commands import onward
 from peft import LoraConfig, PeftModel, get_peft_model
+from runs import UNMEASURED
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -66,7 +67,7 @@ def embedding(model: Any) -> torch.Tensor:
 def train_both_ways(tmp_path: Path, model: Path, files: list[Path], **settings: Any) -> Run:
     """Train the files in one run at once and in another one by one; returns one of two runs of equal bits."""
     names = ("one", "two") if len(files) > 1 else ("one",)
-    runs = [Run.create(tmp_path / name, str(model), batch_size=2, **settings) for name in names]
+    runs = [Run.create(tmp_path / name, str(model), batch_size=2, **UNMEASURED, **settings) for name in names]
     runs[0].train(*files)
     if len(files) == 1:
         return runs[0]

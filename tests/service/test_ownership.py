@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 from faults import copy_run
-from runs import new_run
+from runs import UNMEASURED, new_run
 from states import assert_same_state
 
 from onward import Run
@@ -166,7 +166,7 @@ def test_a_new_ledger_beside_a_model_is_refused(root: Path, model: Path, files: 
     assert before == contents(root / "current_model")
     words = shlex.split(str(caught.value.hint).partition("onward ")[2])
     assert ["adopt", str(root / "current_model/checkpoint-3"), "--run", "NEW_RUN"] == words
-    adopted = Run.adopt(words[1], tmp_path / "adopted", str(model))
+    adopted = Run.adopt(words[1], tmp_path / "adopted", str(model), settings=UNMEASURED)
     assert 3 == adopted.status()["global_step"]
 
 

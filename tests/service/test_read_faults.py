@@ -29,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "lora": {"rank": 2, "dropout": 0.1},
 }
 KINDS = ("EIO", "EMFILE", "ESTALE")
-POINTS = 10**6 if FULL_SIZE else 4
+POINTS = 10**6 if FULL_SIZE else 3
 """Reads that are tried in each folder, spread over all of them."""
 
 

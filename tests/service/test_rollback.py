@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from faults import copy_run
 from runs import new_run
 from states import assert_same_state
 
@@ -32,24 +33,42 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [tiny.write_jsonl(folder / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (9, 14, 6)]
 
 
+@pytest.fixture(scope="module")
+def trained(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the three files, to be copied."""
+    made = new_run(tmp_path_factory.mktemp("trained") / "run", model, **SETTINGS)
+    made.train(*files)
+    return made.layout.root
+
+
+@pytest.fixture(scope="module")
+def stopped(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the first file, to be copied."""
+    made = new_run(tmp_path_factory.mktemp("stopped") / "run", model, **SETTINGS)
+    made.train(files[0])
+    return made.layout.root
+
+
 @pytest.fixture
-def run(model: Path, files: list[Path], tmp_path: Path) -> Run:
+def run(trained: Path, tmp_path: Path) -> Run:
     """A run of the three files."""
-    run = new_run(tmp_path / "run", model, **SETTINGS)
-    run.train(*files)
-    return run
+    return Run(copy_run(trained, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("to", ["9.jsonl", "1", "step-3", "hash"])
-def test_back_to_a_boundary(to: str, run: Run, model: Path, files: list[Path], tmp_path: Path) -> None:
+def test_back_to_a_boundary(to: str, run: Run, stopped: Path) -> None:
     """Name, position, step and hash prefix name a boundary; the state is that of a run which stopped there."""
-    twin = new_run(tmp_path / "twin", model, **SETTINGS)
-    twin.train(files[0])
     result = run.rollback(run.history()[0]["sha256"][:8] if to == "hash" else to)
     assert {"global_step": 3, "undone": ["14.jsonl", "6.jsonl"]} == result
-    assert_same_state(twin.layout.root, run.layout.root)
+    assert_same_state(stopped, run.layout.root)
     assert ["done", "undone", "undone"] == [entry["state"] for entry in run.history()]
     assert run.verify().ok
+
+
+def test_another_file_after_going_back(run: Run, stopped: Path, files: list[Path], tmp_path: Path) -> None:
+    """What is trained after a rollback gives the bits of a run that never had what was undone."""
+    twin = Run(copy_run(stopped, tmp_path / "twin"))
+    run.rollback("9.jsonl")
     run.train(files[2])
     twin.train(files[2])
     assert_same_state(twin.layout.root, run.layout.root)

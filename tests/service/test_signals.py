@@ -39,7 +39,7 @@ IN_TIME = 5.0 if FULL_SIZE else 30.0
 """Seconds in which a process must end when asked to; the small form runs on busy machines."""
 STATUS = {"SIGTERM": (0,), "SIGINT twice": (1, 0)}
 """How the process ends; 0 for two interrupts that the system made one of."""
-POINTS = 10**6 if FULL_SIZE else 5
+POINTS = 10**6 if FULL_SIZE else 3
 """Changes on the disk that a test strikes at, spread over all of them."""
 
 

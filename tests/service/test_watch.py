@@ -258,8 +258,12 @@ def test_control_of_a_run_that_nobody_works_on(run: Run) -> None:
     assert ("no process works on this run", "it was not paused") == (run.stop(), run.resume())
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl", "c.jsonl"])
-@pytest.mark.parametrize("kept", [5, 1])
+REBUILDS = [(name, kept) for kept in (5, 1) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+FEW_REBUILDS = [("a.jsonl", 1), ("b.jsonl", 5), ("b.jsonl", 1), ("c.jsonl", 5)]
+"""From the start, from a boundary, from the start as the boundary is gone, and nothing to train again."""
+
+
+@pytest.mark.parametrize(("name", "kept"), REBUILDS if FULL_SIZE else FEW_REBUILDS)
 def test_rebuild_is_a_run_that_never_had_the_file(run: Run, model: Path, tmp_path: Path, name: str, kept: int) -> None:
     """Without a first, middle or last file, its boundary kept or not, with a file waiting: the state of such a run."""
     config = run.layout.config.read_text()

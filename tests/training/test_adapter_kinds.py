@@ -14,6 +14,7 @@ import stock
 import tiny
 import torch
 from peft import PeftModel
+from runs import new_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from onward import Run
@@ -35,7 +36,6 @@ from onward.training.state import TrainState
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
-    "evaluation": {"share": 0},
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,
@@ -331,7 +331,7 @@ def test_identity_keys_of_this_release_are_locked_in_old_runs(tmp_path: Path, mo
 def test_files_one_by_one_are_one_run(settings: dict[str, Any], model: Path, tmp_path: Path) -> None:
     """Two files trained one by one, in processes of their own too, give the bits of two trained at once."""
     files = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(5, seed=seed)) for seed in (1, 2)]
-    runs = [Run.create(tmp_path / name, str(model), batch_size=2, **settings) for name in ("one", "two")]
+    runs = [new_run(tmp_path / name, model, batch_size=2, **settings) for name in ("one", "two")]
     runs[0].train(*files)
     for file in files:
         if "lora" in settings:

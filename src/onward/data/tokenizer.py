@@ -7,6 +7,7 @@ be stored as a cache file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -173,8 +174,6 @@ def tokenizer_files_digest(folder: Path) -> str:
     Raises:
         OSError: the folder or a file in it cannot be read.
     """
-    from importlib.metadata import version
-
     folders = [folder, folder / TEMPLATE_FOLDER]
     paths = [path for place in folders if place.is_dir() for path in sorted(place.iterdir()) if path.is_file()]
     files = {
@@ -182,7 +181,15 @@ def tokenizer_files_digest(folder: Path) -> str:
         for path in paths
         if path.suffix.lower() not in WEIGHT_ENDINGS
     }
-    return sha256_json([STATE_FORMAT, FORMAT, version("tokenizers"), version("transformers"), files])
+    return sha256_json([STATE_FORMAT, FORMAT, *_library_versions(), files])
+
+
+@functools.cache  # the longest part of the digest of a usual tokenizer
+def _library_versions() -> tuple[str, str]:
+    """Return the versions of what reads a tokenizer's files, which is not imported for it."""
+    from importlib.metadata import version
+
+    return version("tokenizers"), version("transformers")
 
 
 def _header(body: bytes) -> bytes:
