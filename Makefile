@@ -24,13 +24,13 @@ help: ## list what can be made
 demo: $(READY) ## a real model learns three real files in three processes, as one run
 	$(BIN)/python demo/run.py
 
-# Four at a time also on two cores: half of a test's time is waiting for disks and processes.
+# Three at a time on two cores: tests also wait for disks and processes, and each worker has to import everything first.
 # COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
 # Python keeps what it compiled, also where the environment says otherwise: every process of a test would compile it again.
 test soak: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
 	$(if $(COVERAGE),$(BIN)/coverage erase)
-	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 4 --dist worksteal
+	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 3 --dist worksteal
 	$(if $(COVERAGE),$(BIN)/coverage combine -q)
 	$(if $(COVERAGE),$(BIN)/coverage report)
 
