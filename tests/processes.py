@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,21 +21,44 @@ from onward.errors import OnwardError
 from onward.run import Run
 from onward.service.wishes import Wishes
 
-_CONTEXT = multiprocessing.get_context("forkserver")
+_CHOOSING = threading.Lock()
+_IMPORTED = ("processes", "onward.service.owner.daemon")
+"""What the process has imported that others are forked from; without a GPU it has also built a model (`preloaded`)."""
+
+
+def _context() -> Any:
+    with _CHOOSING:
+        return _chosen()
+
+
+@cache
+def _chosen() -> Any:
+    """Return how processes are started: forked from one that imported everything, where such a one can use the GPU."""
+    server, has_gpu = multiprocessing.get_context("forkserver"), torch.cuda.is_available()
+    server.set_forkserver_preload([*_IMPORTED, *([] if has_gpu else ["preloaded"])])
+    _start_server()
+    if not has_gpu:
+        return server
+    process = server.Process(target=_use_gpu)
+    process.start()
+    process.join()
+    return server if process.exitcode == 0 else multiprocessing.get_context("spawn")
+
+
+def _use_gpu() -> None:
+    torch.zeros(1, device="cuda").tolist()
 
 
 def _start_server() -> None:
     """Start the process that others are forked from; Python 3.11 hands it no `sys.path` to find this module with."""
-    _CONTEXT.set_forkserver_preload(["processes", "onward.service.owner.daemon", "preloaded"])
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), path)))
+    given = {"PYTHONPATH": os.environ.get("PYTHONPATH"), "PYTORCH_NVML_BASED_CUDA_CHECK": None}
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), given["PYTHONPATH"])))
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else a process that looked for a GPU could not be forked
     try:
         forkserver.ensure_running()
     finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+        for name, value in given.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _train(directory: str, files: list[str], threads: int) -> None:
@@ -62,8 +88,7 @@ def as_it_is() -> None:
 
 def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> BaseProcess:
     """Start the command line in a process of its own; `prepare` runs in it first, `output` gets what it prints."""
-    _start_server()
-    process = _CONTEXT.Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
+    process = _context().Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
     process.start()
     return process
 
@@ -77,8 +102,7 @@ def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_i
 
 def start_apart(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """Call a function in a process of its own."""
-    _start_server()
-    process = _CONTEXT.Process(target=function, args=arguments)
+    process = _context().Process(target=function, args=arguments)
     process.start()
     return process
 
@@ -92,14 +116,12 @@ def apart(function: Callable[..., None], *arguments: object) -> int | None:
 
 def apart_with(function: Callable[..., None], *arguments: object) -> None:
     """Call a function in a process of its own, which ends with this one."""
-    _start_server()
-    _CONTEXT.Process(target=function, args=arguments, daemon=True).start()
+    _context().Process(target=function, args=arguments, daemon=True).start()
 
 
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
     """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
-    _start_server()
-    process = _CONTEXT.Process(target=_train, args=(str(run), [str(file) for file in files], threads))
+    process = _context().Process(target=_train, args=(str(run), [str(file) for file in files], threads))
     process.start()
     return process
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from speed import EndlessPlan, batch_of
 STEPS, INSTANTS = 20, 5
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
 """Tokens of the rows of one batch, by shape."""
-SETTINGS = ("batch_size=4", "save_steps=3", "warmup_steps=0", "learning_rate=0.001", "lora.dropout=0.1")
 
 
 def twice(shape: str, method: str, dtype: str) -> None:
@@ -81,13 +81,12 @@ def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:
     return base, files
 
 
-def _made(base: Path, root: Path, output: Path) -> Path:
-    from processes import command
+def _made(base: Path, root: Path) -> Path:
+    """Make a run, whose model is admitted at its first start."""
+    from onward import Run
 
-    words = [word for setting in (*SETTINGS, "max_length=512") for word in ("--set", setting)]
-    status = command(output, "init", root, "--model", base, *words)
-    if status != 0:
-        raise RuntimeError(f"init ended with {status}: {output.read_text()[-2000:]}")
+    values = {"batch_size": 4, "save_steps": 3, "warmup_steps": 0, "learning_rate": 1e-3, "max_length": 512}
+    Run.create(root, str(base), later=True, lora={"rank": 16, "dropout": 0.1}, **values)
     return root
 
 
@@ -117,11 +116,13 @@ def files(shape: str) -> None:
         folder = Path(place)
         output = folder / "output"
         base, names = _material(shape, folder)
-        whole = _made(base, folder / "whole", output)
+        whole = _made(base, folder / "whole")
         parts = Path(shutil.copytree(whole, folder / "parts"))
-        _trained(whole, output, *names)
-        for name in names:
-            _trained(parts, output, name)
+        with ThreadPoolExecutor(1) as beside:
+            at_once = beside.submit(_trained, whole, folder / "output of all", *names)
+            for name in names:
+                _trained(parts, output, name)
+            at_once.result()
         emit("one process and three", equal=_same(whole, parts))
         status = command(output, "verify", "--deep", "--run", parts)
         said = "" if status == 0 else output.read_text()[-600:]
@@ -138,20 +139,25 @@ def kills(shape: str) -> None:
         folder = Path(place)
         output = folder / "output"
         base, names = _material(shape, folder)
-        before = _made(base, folder / "before", output)
+        before = _made(base, folder / "before")
         _trained(before, output, names[0])
         count = folder / "count"
         undisturbed = copy_run(before, folder / "undisturbed")
         _trained(undisturbed, output, names[1], prepare=Fault(0, KILL, count))
         total = len(count.read_text().splitlines())
-        for instant in range(INSTANTS):
+
+        def kill(instant: int) -> None:
             at = 1 + (2 * instant + 1) * total // (2 * INSTANTS)
             root = copy_run(before, folder / f"killed-{instant}")
-            fault = Fault(at, KILL, folder / "struck-here")
-            _trained(root, output, names[1], expected=-signal.SIGKILL, prepare=fault)
+            own = folder / f"output-{instant}"
+            fault = Fault(at, KILL, folder / f"struck-here-{instant}")
+            _trained(root, own, names[1], expected=-signal.SIGKILL, prepare=fault)
             known = names[1].name in _names(root)
-            _trained(root, output, *(() if known else (names[1],)))
+            _trained(root, own, *(() if known else (names[1],)))
             emit("SIGKILL", instant=f"change {at} of {total} on the disk", equal=_same(undisturbed, root))
+
+        with ThreadPoolExecutor(INSTANTS) as together:
+            list(together.map(kill, range(INSTANTS)))
 
 
 def _names(root: Path) -> set[str]:

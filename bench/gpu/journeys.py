@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: `journeys.py gap|stall|resume SHAPE`.
+"""What a run costs beside its steps: `journeys.py gap,stall,resume SHAPE`.
 
 `gap` is the time between two files beyond a step; `stall` what a step waits for a commit, against a plain copy of the
 same bytes; `resume` the time to the first step after a stop, against that of a new run.
@@ -60,7 +60,11 @@ def gap(shape: str) -> None:
 
 
 def stall(shape: str) -> None:
-    """Say how long training waits for the copy of its state, against a plain copy of as many bytes."""
+    """Say how long training waits for the copy of its state, against a plain copy of as many bytes.
+
+    Training waits until the process is back and the stream that computes is done with what the copy asks of it. What
+    leaves the device on another stream does so behind training, and is waited for before the next round.
+    """
     trainer = onward_trainer(shape, "full" if shape == "tiny" else "lora")
     for _ in onward_steps(trainer, shape, "packed", 1):
         pass
@@ -76,7 +80,9 @@ def stall(shape: str) -> None:
             synchronize()
             begun = time.perf_counter()
             if side == "state":
-                state.snapshot(into=copy)
+                copy = state.snapshot(into=copy)
+                if pinned:
+                    torch.cuda.current_stream().synchronize()
             else:
                 target.copy_(source, non_blocking=True)
                 synchronize()
@@ -139,8 +145,9 @@ def main() -> None:
     what, argument = sys.argv[1:3]
     if what == "step":
         take_steps(json.loads(argument))
-    else:
-        {"gap": gap, "stall": stall, "resume": resume}[what](argument)
+        return
+    for each in what.split(","):
+        {"gap": gap, "stall": stall, "resume": resume}[each](argument)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ weights that came of it. `layers.py SHAPE WAY --child` is one of these processes
 
 | way | what |
 |---|---|
-| eager | as transformers computes them; what Onward does |
+| kernels | Onward's own kernels for norm, rotation and SwiGLU; what it does |
+| eager | as transformers computes them |
 | norms | each norm by `torch.compile`, for any number of tokens |
 | layers | each decoder layer by `torch.compile`, for any number of tokens |
 | liger | Liger's kernels for norm, rotation and SwiGLU |
@@ -15,6 +16,7 @@ Nothing is tuned by trying: a choice by timing may be another one in the next pr
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
@@ -35,7 +37,7 @@ PATIENCE = 70.0
 """Seconds of one process."""
 
 
-def eager(model: nn.Module) -> None:
+def as_built(model: nn.Module) -> None:
     """Leave all as it is."""
 
 
@@ -65,14 +67,16 @@ def liger(model: nn.Module) -> None:
     )
 
 
-WAYS: dict[str, Callable[[nn.Module], None]] = {"eager": eager, "norms": norms, "layers": layers, "liger": liger}
+WAYS: dict[str, Callable[[nn.Module], None]] = {
+    "kernels": as_built, "eager": as_built, "norms": norms, "layers": layers, "liger": liger,
+}  # fmt: skip
 
 
 def take_steps(shape: str, way: str) -> dict[str, Any]:
     """Return how fast steps of mixed rows are in a way, and the digest of the weights after them."""
     from onward.training.state import digest_tensors
 
-    trainer = onward_trainer(shape, "lora")
+    trainer = onward_trainer(shape, "lora", fused=way == "kernels")
     WAYS[way](trainer.state.model)
     begun = time.perf_counter()
     taken = list(onward_steps(trainer, shape, "mixed", SHAPES[shape].steps))
@@ -104,6 +108,7 @@ def main() -> None:
     """Compare the ways, or be one of the processes."""
     shape, *asked = sys.argv[1:]
     if asked[-1:] == ["--child"]:
+        gc.freeze()  # as in speed.py
         print(json.dumps(take_steps(shape, asked[0])))
         return
     broken: list[str] = []

@@ -120,8 +120,8 @@ def _layers(found: Sequence[Record]) -> str:
         rows.append((each["shape"], each["way"], speed, _gigabytes(each["peak"]), start, bits))
     columns = ("shape", "way", "tokens/s", "peak GB", "seconds to begin", "bits of two processes")
     note = (
-        "eager is what Onward does; norms and layers are compiled for any number of tokens; liger has its kernels for "
-        "norm, rotation and SwiGLU. Mixed rows, LoRA."
+        "kernels is what Onward does: its own for norm, rotation and SwiGLU. eager is plain transformers, norms and "
+        "layers are compiled for any number of tokens, liger has its kernels for the same parts. Mixed rows, LoRA."
     )
     return _table("Ways to compute a layer", columns, rows, note)
 

@@ -1,16 +1,18 @@
-"""One side's steps on one shape, in a process of its own: `speed.py SIDE SHAPE KIND [METHOD]`.
+"""One side's steps on one shape, in a process of its own: `speed.py SIDE SHAPE KIND,KIND [METHOD]`.
 
-`KIND` is `packed` (rows of 2,048 tokens) or `mixed`. All sides train the same tokens: 8 rows a step, AdamW, LoRA of
-rank 16 on all linear layers unless METHOD is `full`. The first steps are not timed.
+`KIND` is `packed` (rows of 2,048 tokens), `mixed`, or `packed-loose`, which is without determinism. All sides train the
+same tokens: 8 rows a step, AdamW, LoRA of rank 16 on all linear layers unless METHOD is `full`. The first steps are not
+timed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from record import emit
 from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
 
 WARM = 3
+LOOSE = "packed-loose"
+PEERS = {"trl": "trl padding-free", "trainer": "trainer"}
+"""Sides, and how each takes rows that are not packed."""
 BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 """Dense bfloat16 operations a second by the vendor's data sheet; others have no share of their peak."""
 RATE = 2e-4
@@ -36,14 +41,15 @@ def batches(shape: str, kind: str, steps: int) -> list[list[Any]]:
     return [rows[step * ROWS : (step + 1) * ROWS] for step in range(steps)]
 
 
-def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
-    """Return Onward's trainer of a model made in memory, as a run builds it."""
+def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: Any) -> Any:
+    """Return Onward's trainer of a model made in memory, as a run builds it, or without its kernels."""
     from pathlib import Path
 
     from onward.config import Config
     from onward.training.device_memory import read_usage
     from onward.training.execution import Execution
     from onward.training.layers.attention import lay_end_to_end
+    from onward.training.layers.decoder_parts import fuse_parts, kernels_work
     from onward.training.layers.fused_lora import fuse_lora
     from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
@@ -58,6 +64,8 @@ def onward_trainer(shape: str, method: str, **settings: Any) -> Any:
     config = Config.model_validate({**values, "method": method, **settings})
     model = base_model(shape, torch.float32 if method == "full" else dtype)
     lay_end_to_end(model)
+    if fused and kernels_work(where):
+        fuse_parts(model)
     if method != "full":
         model.requires_grad_(False)
         model = add_adapter(model, new_adapter_config(config, Path(shape), model)).to(where).train()
@@ -110,24 +118,31 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure_onward(shape: str, kind: str, method: str, **settings: Any) -> float:
-    """Say how fast Onward's steps are, what they take, and what was estimated; returns tokens a second."""
-    trainer = onward_trainer(shape, method, **settings)
+def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
+    """Say how fast Onward's steps are, what they take, what was estimated, and what determinism costs them."""
+    trainer = onward_trainer(shape, method)
     profile = trainer.economy.profile
-    reset_peak()
-    before = allocated()
-    records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps))[WARM:]
-    settings["part_tokens"] = trainer.config.part_tokens
-    rate = say(f"onward {method}", shape, kind, records, method, **settings)
-    if torch.cuda.is_available():
-        parts = largest_parts(trainer, shape, kind)
-        estimate = max((profile.estimate(part) for part in parts), key=lambda each: each.total)
-        peak = torch.cuda.max_memory_allocated()
-        emit(
-            "memory", shape=shape, kind=kind, method=method, estimate=estimate.total, measured=peak, before=before,
-            off=abs(estimate.total / peak - 1), goal=0.15,
-        )  # fmt: skip
-    return rate
+    rates: dict[str, float] = {}
+    for kind in kinds:
+        asked, _, loose = kind.partition("-")
+        trainer.config = trainer.config.model_copy(update={"deterministic": not loose})
+        reset_peak()
+        before = allocated()
+        records = list(onward_steps(trainer, shape, asked, SHAPES[shape].steps))[WARM:]
+        settings: dict[str, Any] = {"deterministic": False} if loose else {}
+        settings["part_tokens"] = trainer.config.part_tokens
+        rates[kind] = say(f"onward {method}", shape, asked, records, method, **settings)
+        if torch.cuda.is_available():
+            parts = largest_parts(trainer, shape, asked)
+            estimate = max((profile.estimate(part) for part in parts), key=lambda each: each.total)
+            peak = torch.cuda.max_memory_allocated()
+            emit(
+                "memory", shape=shape, kind=asked, method=method, estimate=estimate.total, measured=peak,
+                before=before, off=abs(estimate.total / peak - 1), goal=0.15,
+            )  # fmt: skip
+    if LOOSE in rates:
+        cost = 1.0 - rates["packed"] / rates[LOOSE]
+        emit("determinism", shape=shape, cost=cost, goal=0.10, met=cost <= 0.10)
 
 
 def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
@@ -137,18 +152,6 @@ def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
     steps = batches(shape, kind, SHAPES[shape].steps + WARM)
     parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]
     return [[len(row.ids) for row in part.rows] for part in parts]
-
-
-def measure_determinism(shape: str) -> None:
-    """Say what determinism costs a step: the same steps with it and without, in turn."""
-    from onward.config import Config
-
-    if "deterministic" not in Config.model_fields:
-        emit("determinism", not_run="this build has no key for it")
-        return
-    rates = {on: measure_onward(shape, "packed", "lora", deterministic=on) for on in (True, False)}
-    cost = 1.0 - rates[True] / rates[False]
-    emit("determinism", shape=shape, cost=cost, goal=0.10, met=cost <= 0.10)
 
 
 def measure_peer(side: str, shape: str, kind: str) -> None:
@@ -256,15 +259,16 @@ def _median_of(work: Any) -> float:
 
 def main() -> None:
     """Measure one side of one shape."""
-    side, shape, kind = [*sys.argv[1:], "", ""][:3]
+    gc.freeze()  # as the command line does: objects of the libraries stay out of the collector's rounds
+    side, shape, kinds = [*sys.argv[1:], "", ""][:3]
     if side == "machine":
         measure_machine()
-    elif side == "determinism":
-        measure_determinism(shape)
     elif side == "onward":
-        measure_onward(shape, kind, sys.argv[4] if len(sys.argv) > 4 else "lora")
+        measure_onward(shape, kinds.split(","), sys.argv[4] if len(sys.argv) > 4 else "lora")
     else:
-        measure_peer(side, shape, kind)
+        for kind in kinds.split(","):
+            measure_peer("trl packed" if (side, kind) == ("trl", "packed") else PEERS[side], shape, kind)
+            gc.collect()  # a trainer holds itself
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_where_bits_are_promised() -> None:
     assert "deterministic" not in describe_environment(CPU, torch.float32)
     assert not promises_bits(describe_environment(CPU, torch.float32, exact=False))
     assert not promises_bits({**BASE, "device": "mps"})
-    assert "varlen" == describe_environment(CPU, torch.float32, attention="varlen")["attention"]
+    assert "varlen" == describe_environment(CPU, torch.float32, layers={"attention": "varlen"})["attention"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from onward.config import Config
 from onward.training.environment import NUMERICS, describe_environment
-from onward.training.numerics import PROVEN_APART, numerics_of
+from onward.training.numerics import IN_HALF, ON_GPU, PROVEN_APART, numerics_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LONGROPE = {
@@ -33,7 +33,6 @@ def test_as_before(tmp_path: Path) -> None:
     assert (
         NUMERICS == number(tmp_path, "llama") == number(tmp_path, "phi3") == number(tmp_path, "llama", end_to_end=True)
     )
-    assert NUMERICS == number(tmp_path, "llama", method="qlora", device=GPU)
     assert NUMERICS == numerics_of(tmp_path / "nowhere", Config(), CPU)
     assert NUMERICS == describe_environment(CPU, torch.float32)["numerics"]
 
@@ -53,3 +52,9 @@ def test_otherwise(family: str, settings: dict[str, Any], tmp_path: Path) -> Non
     """Padded models, angles that depend on the length, and 4-bit weights on a CPU have a later one."""
     assert PROVEN_APART == number(tmp_path, family, **settings)
     assert PROVEN_APART > NUMERICS
+
+
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """Kernels of its own compute there, whatever the method and the type."""
+    assert ON_GPU == number(tmp_path, "llama", device=GPU) == number(tmp_path, "llama", method="qlora", device=GPU)
+    assert ON_GPU == numerics_of(tmp_path, Config(), GPU, torch.bfloat16) > IN_HALF

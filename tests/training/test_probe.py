@@ -12,7 +12,7 @@ from torch import nn
 
 from onward.errors import VerificationFailed
 from onward.training.handover import Measurement, compare, same_measurement
-from onward.training.probe import Probe, fingerprint, mixed_sum
+from onward.training.probe import PIECE, ROW, Fingerprints, Probe, fingerprint, mixed_sum
 
 BEFORE = Measurement("w", "m", 7, 1e-3, 2.0, "one")
 HERE = {"device": "cpu", "threads": 2, "dtype": "float32"}
@@ -111,3 +111,18 @@ def test_a_fingerprint_is_of_the_bits() -> None:
     values = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     assert fingerprint(values) == fingerprint(values.clone())
     assert fingerprint(values) != fingerprint(values.where(values != 0, -values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradients_that_are_mixed_together_have_the_sums_of_each_alone(dtype: torch.dtype) -> None:
+    """Whatever their sizes and types, and however many: as `mixed_sum` gives it of the bits of one."""
+    torch.manual_seed(0)
+    sizes = [(0,), (1,), (ROW - 1,), (ROW,), (ROW + 1,), (3, 5), (PIECE // 4 + 1,), (7,)]
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    together, alone = Fingerprints(home="cuda"), {}
+    for place, size in enumerate(sizes):
+        gradient = torch.randn(size).to(dtype if place % 4 else torch.float32)
+        together.add(str(place), gradient)
+        bits = gradient.reshape(-1).view(width if place % 4 else torch.int32)
+        alone[str(place)] = f"{mixed_sum(bits):016x}"
+    assert alone == together.by_name()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -193,3 +196,18 @@ def test_a_hook_on_the_model_is_not_the_twins() -> None:
     assert [] == calls
     model.state_dict()
     assert [model] == calls
+
+
+@pytest.mark.parametrize("bind", [MethodType, partial], ids=["a method", "a part of a call"])
+def test_what_was_given_to_a_module_itself_is_the_twins_own(bind: Callable[..., Any]) -> None:
+    """A forward pass that was put on one module computes with the twin's weights, and in its mode."""
+
+    def doubled(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * module.weight * (1.0 if module.training else 2.0)
+
+    model: Any = nn.Sequential(nn.RMSNorm(3))
+    model[0].forward = bind(doubled, model[0])
+    model.train()
+    twin = with_weights(model, {"0.weight": torch.full((3,), 5.0)})
+    assert [10.0] * 3 == twin(torch.ones(3)).tolist()
+    assert [1.0] * 3 == model(torch.ones(3)).tolist()

@@ -24,7 +24,7 @@ from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Facts
 from onward.training.environment import describe_environment, pick_device, pick_dtype, ranks_facts
 from onward.training.execution import Execution
-from onward.training.layers.varlen import kernel_name
+from onward.training.layers.facts import layer_facts
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
 from onward.training.model.capacity import read_capacity
 from onward.training.model.load import load_tokenizer
@@ -121,7 +121,7 @@ class Session:
             self.dtype,
             numerics,
             exact=self.config.deterministic,
-            attention=kernel_name(self.device, self.dtype),
+            layers=layer_facts(self.device, self.dtype),
             ranks=ranks_facts(self.world, self.config.exchange),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -105,9 +106,13 @@ class Economy:
         if self._loss.layout.padded:
             lengths = [max(lengths)] * len(lengths)
         usage = self._learned.read(self._device)
-        if usage is None or crude_bytes(self._state.model, sum(lengths)) <= ROOMY * usage.free:
+        if usage is None or self._crude_bytes * sum(lengths) <= ROOMY * usage.free:
             return True
         return self.profile.estimate(lengths).total <= USABLE * usage.available
+
+    @cached_property
+    def _crude_bytes(self) -> int:
+        return crude_bytes(self._state.model)
 
     def _is_exact(self) -> bool:
         known = self._learned.exact

@@ -31,7 +31,7 @@ LATER_FACTS = frozenset(
 HALF = (torch.bfloat16, torch.float16)
 """Compute types under which a forward pass runs in autocast."""
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-_NO_FORM = re.compile(r"(\S+) does not have a deterministic implementation")
+_NO_FORM = re.compile(r"([\w.:]+)(?: with [\w ]+)? does not have a deterministic implementation")
 
 
 def pick_device(*, has_cuda: bool | None = None, has_mps: bool | None = None) -> torch.device:
@@ -138,14 +138,14 @@ def describe_environment(
     numerics: int = NUMERICS,
     *,
     exact: bool = True,
-    attention: str = "",
+    layers: Mapping[str, str] = MappingProxyType({}),
     ranks: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return what two processes must have in common to compute the same bits.
 
     Args:
         ranks: what keeps several processes from computing the bits of one.
-        attention: the kernel that attends to rows laid end to end; empty where that is the one of every release.
+        layers: the kernels that compute in layers (`layers/facts.py`), where they are not those of every release.
         exact: whether only operations are used that repeat; recorded where they are not.
     """
     is_gpu = device.type == "cuda"
@@ -161,7 +161,7 @@ def describe_environment(
         "machine": platform.machine(),
         "numerics": numerics,
         **(gpu_facts(device) if is_gpu else {"processor_model": processor_model()}),
-        **({"attention": attention} if attention else {}),
+        **layers,
         **({} if exact else {"deterministic": False}),
         **ranks,
     }

@@ -194,14 +194,14 @@ def _trained_in(head: object) -> list[nn.Parameter]:
     return [weight for weight in head.parameters() if weight.requires_grad] if isinstance(head, nn.Module) else []
 
 
-def crude_bytes(model: nn.Module, tokens: int) -> int:
-    """Return more bytes than a part of so many tokens keeps in usual models; costs nothing."""
+def crude_bytes(model: nn.Module) -> int:
+    """Return more bytes than a token of a part keeps in usual models; nothing is computed for it."""
     features = sum(
         weight.shape[0] + weight.shape[1]
         for part in model.modules()
         if isinstance(part, nn.Linear) and (weight := part.weight).dim() == 2
     )
-    return CRUDE * features * tokens
+    return CRUDE * features
 
 
 def fits(estimate: Estimate, usage: Usage | None) -> bool:

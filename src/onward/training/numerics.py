@@ -24,6 +24,9 @@ PROVEN_APART = 4
 IN_HALF = 5
 """Below float32: LoRA layers in one node, logits and sums over chunks of the head in float32, one call of attention."""
 
+ON_GPU = 6
+"""On a GPU: norms, rotations and gates in one kernel each, few large parts of the head, grouped heads as they are."""
+
 
 def numerics_of(
     base: Path,
@@ -40,6 +43,8 @@ def numerics_of(
         dtype: compute type.
         end_to_end: whether its rows are laid end to end; None where its type alone says it.
     """
+    if device.type == "cuda":
+        return ON_GPU
     if dtype != torch.float32:
         return IN_HALF
     try:

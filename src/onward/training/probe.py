@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ GRADIENT_LENGTH = {"cpu": 8}
 LONG_LENGTH = 512
 """Kernels of a GPU add in any order only where a row is longer than one of their blocks; and there it costs little."""
 PIECE = 1 << 24
-"""Elements of a gradient that are mixed at a time on a GPU."""
+"""Elements of gradients that are mixed at a time on a GPU."""
+ROW = 1 << 12
+"""Elements of a gradient that are added up together, where many are mixed at once."""
 _MIXERS = (-7046029254386353131, -4417276706812531889)
 """Odd 64-bit factors (golden ratio, and a prime of xxHash's)."""
 
@@ -181,12 +184,13 @@ def length_with_gradient(model: nn.Module, device: torch.device) -> int:
 
 
 def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
-    """Return the digest of the gradients of a batch's loss, of which never more than one is kept."""
-    found: dict[str, str] = {}
+    """Return the digest of the gradients of a batch's loss, of which few are kept at a time."""
+    fingerprints = Fingerprints()
 
     def take(name: str, weight: torch.Tensor) -> None:
         assert weight.grad is not None
-        found[name], weight.grad = fingerprint(weight.grad), None
+        fingerprints.add(name, weight.grad)
+        weight.grad = None
 
     hooks = [
         weight.register_post_accumulate_grad_hook(partial(take, name))
@@ -199,7 +203,63 @@ def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
         for hook in hooks:
             hook.remove()
         loss_of.forget()
-    return sha256_json(found)
+    return sha256_json(fingerprints.by_name())
+
+
+class Fingerprints:
+    """What `fingerprint` returns of gradients that are given one after another, with few launches and waits on a GPU.
+
+    There small gradients are kept until they are worth being mixed together, and the process waits for the device only
+    when it asks for what was found.
+
+    Args:
+        home: the kind of device whose tensors are digested at once.
+    """
+
+    def __init__(self, home: str = "cpu") -> None:
+        self._home = home
+        self._found: dict[str, str] = {}
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._kind: tuple[torch.dtype, torch.device] | None = None
+        self._rows = 0
+        self._sums: list[tuple[dict[str, int], torch.Tensor]] = []
+        """Names with how many sums each has, and these sums."""
+
+    def add(self, name: str, gradient: torch.Tensor) -> None:
+        """Take a gradient, which nobody writes to any more."""
+        if gradient.device.type == self._home:
+            self._found[name] = fingerprint(gradient)
+            return
+        bits = _integers(gradient)
+        if len(bits) > PIECE // 4:
+            self._sums.append(({name: 1}, _mixed_sum(bits).reshape(1)))
+            return
+        kind = bits.dtype, bits.device
+        if kind != self._kind or (self._rows + _rows(bits)) * ROW > PIECE:
+            self._mix()
+        self._waiting[name], self._kind, self._rows = bits, kind, self._rows + _rows(bits)
+
+    def by_name(self) -> dict[str, str]:
+        """Return the fingerprints of all gradients."""
+        self._mix()
+        for counts, sums in self._sums:
+            left = iter(sums.tolist())
+            for name, count in counts.items():
+                self._found[name] = f"{sum(islice(left, count)) % (1 << 64):016x}"
+        self._sums = []
+        return self._found
+
+    def _mix(self) -> None:
+        """Mix what waits: each gradient in rows of its own, which end in zeros, of which nothing is added."""
+        bits, counts = list(self._waiting.values()), {name: _rows(each) for name, each in self._waiting.items()}
+        if not bits:
+            return
+        laid_out = bits[0].new_zeros(self._rows * ROW)
+        places = laid_out.split([count * ROW for count in counts.values()])
+        parts = [place[: len(each)] for place, each in zip(places, bits, strict=True)]
+        torch._foreach_copy_(parts, bits)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        self._sums.append((counts, _mixed(laid_out).view(-1, ROW).sum(1)))
+        self._waiting, self._rows = {}, 0
 
 
 def fingerprint(gradient: torch.Tensor) -> str:
@@ -209,20 +269,38 @@ def fingerprint(gradient: torch.Tensor) -> str:
     """
     if gradient.device.type == "cpu":
         return digest_tensors([("", gradient)])
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[gradient.element_size()]
-    return f"{mixed_sum(gradient.detach().contiguous().reshape(-1).view(width)):016x}"
+    return f"{mixed_sum(_integers(gradient)):016x}"
 
 
 def mixed_sum(bits: torch.Tensor) -> int:
     """Return the sum (modulo 2**64) of integers, each mixed so that changes of several do not cancel out."""
+    return int(_mixed_sum(bits)) % (1 << 64)
+
+
+def _integers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bits of a tensor's elements as integers of their size, one dimension."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().reshape(-1).view(width)
+
+
+def _rows(bits: torch.Tensor) -> int:
+    return -(-len(bits) // ROW)
+
+
+def _mixed_sum(bits: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for piece in bits.split(PIECE):
-        mixed = piece.to(torch.int64) * _MIXERS[0]
-        mixed ^= mixed >> 29
-        mixed *= _MIXERS[1]
-        mixed ^= mixed >> 32
-        total += mixed.sum()
-    return int(total) % (1 << 64)
+        total += _mixed(piece).sum()
+    return total
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    """Return integers mixed one by one; 0 stays 0."""
+    mixed = bits.to(torch.int64) * _MIXERS[0]
+    mixed ^= mixed >> 29
+    mixed *= _MIXERS[1]
+    mixed ^= mixed >> 32
+    return mixed
 
 
 def _shortened(batch: Batch) -> Batch:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import chain
+from operator import is_, itemgetter
 from typing import Any, Self
 
 import torch
@@ -14,11 +16,9 @@ from torch import nn
 
 from onward.config import Config
 from onward.training.loss_scale import LossScale
-from onward.training.optimizers import OptimizerMethod, optimizer_method
-from onward.training.transfer import Wait, at_once, transfer_of
+from onward.training.optimizers import Entry, OptimizerMethod, optimizer_method
+from onward.training.transfer import Copied, Marks, Wait, at_once, equal_marks, in_main_memory, transfer_of
 
-ALIGNMENT = 64
-"""A tensor in a shared storage begins at a multiple of this many elements."""
 SCALE = "loss_scale"
 
 
@@ -73,6 +73,7 @@ class Snapshot:
         wait: returns when the tensors hold what they are to hold; called before they are read.
         known: the digest, where it was taken of a copy and nothing has changed since.
         scale: that of the loss, under float16.
+        copied: the copy that the tensors are, where they are one.
     """
 
     counters: Counters
@@ -84,6 +85,7 @@ class Snapshot:
     wait: Wait = at_once
     known: StateDigest | None = None
     scale: LossScale | None = None
+    copied: Copied | None = None
 
     @property
     def step(self) -> int:
@@ -164,11 +166,11 @@ class TrainState:
         self.scale = scale
         self.counters = Counters()
         self.cursor = Cursor()
-        self.parameters = held or _named(model, optimizer)
+        self.parameters = held or _by_name(model, optimizer)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""
-        self._marks: torch.Tensor | None = None
+        self._marks: Marks | None = None
         rest = (
             []
             if isinstance(model, PeftModel)
@@ -205,36 +207,59 @@ class TrainState:
         Args:
             into: an earlier copy that is no longer needed; its memory is reused.
         """
-        now = self.view()
-        sources = now.tensors()
-        targets = into.tensors() if into is not None else []
-        if [tensor.shape for tensor in targets] != [tensor.shape for tensor in sources]:
-            count = len(now.weights)
-            pins = self.transfer.pins
-            targets = [torch.empty_like(tensor, device="cpu", pin_memory=pins) for tensor in sources[:count]]
-            targets += _in_one_storage(sources[count:], pins=pins)
-        self._marks = self.transfer.marks(sources)
-        wait = self.transfer.copy(targets, sources)
-        copies = dict(zip(map(id, sources), targets, strict=True))
-        held = {
-            index: {key: copies[id(value)] for key, value in entry.items()}
-            for index, entry in now.optimizer["state"].items()
-        }
-        weights = {name: copies[id(tensor)] for name, tensor in now.weights.items()}
-        return replace(now, weights=weights, optimizer={**now.optimizer, "state": held}, wait=wait)
+        before = None if into is None else into.copied
+        copied = self.transfer.copy(*self._tensors(), before)
+        self._marks = copied.marks
+        if into is not None and before is not None and copied.memory is not None and copied.memory is before.memory:
+            weights, optimizer = into.weights, self._regrouped(into.optimizer)
+        else:
+            weights, optimizer = self._named(copied.tensors)
+        return Snapshot(
+            replace(self.counters), self.cursor, weights, optimizer, self.method, self._frozen, copied.wait,
+            scale=self.scale, copied=copied,
+        )  # fmt: skip
 
-    def view_of_copied(self, digest: StateDigest | None) -> Snapshot:
+    def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return all weights, and all that the optimizer keeps, in the order of `Snapshot.tensors`."""
+        weights: list[torch.Tensor] = list(self.parameters.values())
+        state = self.optimizer.state
+        entries = (
+            state.values() if all(map(is_, state, weights)) else [state[each] for each in weights if each in state]
+        )
+        return weights, list(chain.from_iterable(_in_order(tuple(entry))(entry) for entry in entries))
+
+    def _named(self, copies: Iterable[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return copies of `_tensors` as weights by name and as the optimizer's `state_dict`."""
+        now, left = self.optimizer.state_dict(), iter(copies)
+        weights = {name: next(left) for name in self.parameters}
+        held = now["state"]
+        own = {index: dict(zip(sorted(held[index]), left, strict=False)) for index in sorted(held)}
+        state = {index: {key: own[index][key] for key in entry} for index, entry in held.items()}
+        return weights, {**now, "state": state}
+
+    def _regrouped(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """Return an earlier `state_dict` of the same optimizer with the settings that its groups have now."""
+        groups = [
+            {**before, **{key: value for key, value in group.items() if key != "params"}}
+            for before, group in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        return {**optimizer, "param_groups": groups}
+
+    def marks(self) -> Marks | None:
+        """Return marks of all bits, computed where they lie; None where a digest costs no more."""
+        return self.transfer.marks(*self._tensors())
+
+    def view_of_copied(self, digest: StateDigest) -> Snapshot:
         """Return the state as it is now; where it is, on its device, the one that was copied last, with its digest.
 
         Args:
-            digest: that of the last copy, as it was taken behind training.
+            digest: that of the last copy, as it was taken behind training. Before the first copy it counts for nothing.
         """
         now = self.view()
-        if digest is None or self._marks is None:
+        if self._marks is None:
             return now
-        marks = self.transfer.marks(now.tensors())
-        same = marks is not None and marks.shape == self._marks.shape and torch.equal(marks, self._marks)
-        return replace(now, known=digest) if same else now
+        marks = self.marks()
+        return replace(now, known=digest) if marks is not None and equal_marks(marks, self._marks) else now
 
     def reset_moments(self) -> None:
         """Start the optimizer's moments and its counter from nothing."""
@@ -249,32 +274,23 @@ class TrainState:
             self.scale = LossScale(**values[SCALE])
 
 
-def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """Return the parameters of an optimizer by their names in the model."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def _in_one_storage(tensors: list[torch.Tensor], *, pins: bool = False) -> list[torch.Tensor]:
-    """Return memory for copies of tensors, one storage for each type, with zeros in the gaps.
-
-    `torch.save` writes one storage at a time and takes Python's lock about four times for each. While another thread
-    computes in Python, saving 249 storages took 2.7 s; saving one takes 0.15 s.
-    """
-    sizes: dict[torch.dtype, list[int]] = {}
-    for tensor in tensors:
-        sizes.setdefault(tensor.dtype, []).append(-(-tensor.numel() // ALIGNMENT) * ALIGNMENT)
-    parts = {
-        dtype: iter(torch.zeros(sum(own), dtype=dtype, pin_memory=pins).split(own)) for dtype, own in sizes.items()
-    }
-    return [next(parts[tensor.dtype])[: tensor.numel()].view(tensor.shape) for tensor in tensors]
+@cache
+def _in_order(keys: tuple[str, ...]) -> Callable[[Entry], Iterable[torch.Tensor]]:
+    """Return what gives the values of an entry that has these keys, in the order of their names."""
+    names = sorted(keys)
+    return itemgetter(*names) if len(names) > 1 else lambda entry: [entry[name] for name in names]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return the xxh3-128 of names, types, shapes and bytes, in the order given."""
     digest = xxhash.xxh3_128()
-    for name, tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
+    for name, plain in in_main_memory(tensors):
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -273,21 +273,20 @@ class Worker:
             self._first = FirstHandover(crossing, self._copy, self.state.view_of_copied(self._copy.known), here)
             return self._first.name
         measured = self._writer.measured()
-        after = self._measured_now(measured)
         if measured is not None:
             before, environment = measured.to_dict(), here
         else:
             assert self._newest is not None
             before, environment = self._newest.measured, self._newest.environment
+        after = self._measured_now(measured, StateDigest(before["weights"], before["moments"]))
         found = compare(before, after, environment, here)
         keep_handover(self.ledger, crossing, before, after, found)
         return found[0]
 
-    def _measured_now(self, known: Measurement | None) -> Measurement:
-        """Measure the state as it is now; `known` was measured of its last copy."""
+    def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
+        """Measure the state as it is now; `known` was measured of its last copy, which has this digest."""
         if self._in_shards and self._in_shards.is_cut:
             return self._in_shards.measure()
-        digest = None if known is None else StateDigest(known.weights, known.moments)
         if known is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
             probed = Probed(known.probe_loss, known.probe_gradient)
         else:

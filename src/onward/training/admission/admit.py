@@ -28,8 +28,8 @@ from onward.training.admission.shorten import shorten
 from onward.training.device_errors import is_of_the_device
 from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
+from onward.training.layers.facts import layer_facts
 from onward.training.layers.twin import named_types
-from onward.training.layers.varlen import kernel_name
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
@@ -130,7 +130,7 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
             spec.device,
             spec.dtype,
             exact=spec.config.deterministic,
-            attention=kernel_name(spec.device, spec.dtype),
+            layers=layer_facts(spec.device, spec.dtype),
         ),
         seconds=round(seconds, 3),
         writers=found.writers,
@@ -271,9 +271,9 @@ def _try_end_to_end(
 ) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
-        make_fast(model, end_to_end=True)
+        make_fast(model, proof.spec.device, end_to_end=True)
     except ValueError as error:
-        make_fast(model, end_to_end=False)
+        make_fast(model, proof.spec.device, end_to_end=False)
         return math.inf, first_line(error)
     try:
         largest = _difference(proof, model, batch, expected)

@@ -21,8 +21,9 @@ LOGITS_BYTES = 128 << 20
 """Memory for the logits of some tokens. The more tokens at a time, the less often the head's weights are read."""
 CHUNK_BYTES = {"cuda": 512 << 20}
 """Memory for the logits of some tokens, by device: a GPU is busy only with more at a time; elsewhere `LOGITS_BYTES`."""
-TILE_BYTES = {"cpu": 12 << 20}
-"""Memory for the logits of a part of the vocabulary, by device: what a CPU's cache holds; elsewhere `LOGITS_BYTES`."""
+TILE_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
+"""Memory for the logits of a part of the vocabulary, by device: what a CPU's cache holds; elsewhere `LOGITS_BYTES`. A
+GPU waits for each launch, so it gets few large parts."""
 WORDS = 512
 """The size of such a part is a multiple of this: kernels are fastest for round shapes."""
 

@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from onward.training.layers.matmul import product_in_float, times
+from onward.training.layers.matmul import add_product, product_in_float, times
 
 ADAPTER = "default"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -205,6 +205,12 @@ def _all_in(dtype: torch.dtype, tensors: Sequence[torch.Tensor | None]) -> list[
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
 
 
+def _scaled(tensors: list[torch.Tensor], factors: list[float]) -> list[torch.Tensor]:
+    """Multiply tensors in place, each by its factor, in one launch."""
+    torch._foreach_mul_(tensors, factors)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return tensors
+
+
 class _Lora(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -237,15 +243,16 @@ class _Lora(torch.autograd.Function):
         layers = len(rest) // 2
         weights, ups = rest[:layers], rest[layers:]
         grads = [grad.reshape(-1, len(weight)) for grad, weight in zip(grad_outputs, weights, strict=True)]
-        inner_grad = torch.cat([(g @ up).mul_(s) for g, up, s in zip(grads, ups, ctx.scalings, strict=True)], 1)
+        inner_grad = torch.cat(_scaled([g @ up for g, up in zip(grads, ups, strict=True)], ctx.scalings), 1)
         down_grads = product_in_float(inner_grad.T, seen).split(ctx.ranks)
         parts = inner.split(ctx.ranks, 1)
-        up_grads = [product_in_float(g.T, part).mul_(s) for g, part, s in zip(grads, parts, ctx.scalings, strict=True)]
+        up_grads = [product_in_float(g.T, part) for g, part in zip(grads, parts, strict=True)]
+        up_grads = _scaled(up_grads, ctx.scalings)
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = times(grads[0], weights[0].T)
             for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                x_grad += times(grad, weight.T)
+                add_product(x_grad, grad, weight)
             if mask is None:
                 x_grad.addmm_(inner_grad, down)
             else:

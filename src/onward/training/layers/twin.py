@@ -8,8 +8,9 @@ happens; they are left in training mode, where they do not write.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
-from types import TracebackType
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -49,12 +50,23 @@ def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
         new = made[id(module)] = copy.copy(module)
         held, parts = vars(module)["_parameters"], vars(module)["_modules"]
         vars(new).update((name, vars(module)[name].copy()) for name in HOOKS)
+        vars(new).update(_bound_to(new, module))
         vars(new)["_parameters"] = {name: own.get(id(weight), weight) for name, weight in held.items()}
         vars(new)["_buffers"] = own_buffers(vars(module)["_buffers"])
         vars(new)["_modules"] = {name: None if part is None else twin(part) for name, part in parts.items()}
         return new
 
     return twin(model).eval()
+
+
+def _bound_to(new: nn.Module, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the methods that were given to a module itself, its forward pass say, as methods of its copy."""
+    for name, value in vars(module).items():
+        if isinstance(value, MethodType) and value.__self__ is module:
+            yield name, MethodType(value.__func__, new)
+        elif isinstance(value, partial) and any(given is module for given in value.args):
+            given = (new if each is module else each for each in value.args)
+            yield name, partial(value.func, *given, **value.keywords)
 
 
 def writers_in_evaluation(model: nn.Module, forward: Callable[[nn.Module], object]) -> frozenset[type[nn.Module]]:

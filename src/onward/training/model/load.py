@@ -21,6 +21,7 @@ from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
 from onward.training.device_errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
+from onward.training.layers.decoder_parts import fuse_parts, kernels_work
 from onward.training.layers.experts import let_experts_repeat
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.model.adapter import (
@@ -79,7 +80,7 @@ def build_model(
     left_out = () if treatment is None else treatment.left_out
     model = build_plain(spec, checkpoint=checkpoint, left_out=left_out, adapter=adapter, mapped=mapped)
     was_listed = causal_lm(model).config.model_type in PADDING_FREE
-    make_fast(model, end_to_end=was_listed if treatment is None else treatment.end_to_end)
+    make_fast(model, spec.device, end_to_end=was_listed if treatment is None else treatment.end_to_end)
     return model
 
 
@@ -147,14 +148,19 @@ def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[s
         parameter.requires_grad_(asked and not any(name in left_out for name in own))
 
 
-def make_fast(model: nn.Module, *, end_to_end: bool) -> None:
-    """Have a plain model compute the same faster: rows end to end, and the layers of an adapter in one node.
+def make_fast(model: nn.Module, device: torch.device, *, end_to_end: bool) -> None:
+    """Have a plain model compute the same faster: rows end to end, an adapter's layers in one node, kernels on a GPU.
+
+    Args:
+        device: computes its steps.
 
     Raises:
         ValueError: rows cannot be laid end to end for it.
     """
     if end_to_end:
         lay_end_to_end(causal_lm(model))
+    if kernels_work(device):
+        fuse_parts(model)
     if isinstance(model, PeftModel):
         fuse_lora(model)
 

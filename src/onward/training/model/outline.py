@@ -42,7 +42,7 @@ def outlined(
     with quiet(), torch.device("meta"):
         model = _made(model_config, config, dtype, treatment)
         if fuse:
-            make_fast(model, end_to_end=treatment.end_to_end)
+            make_fast(model, torch.device("cpu"), end_to_end=treatment.end_to_end)
         else:
             lay_end_to_end(causal_lm(model))
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -11,6 +11,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from onward.config import Config
 from onward.training.optimizers.method import Entry, Named
+from onward.training.transfer import in_main_memory
 
 _NO_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """As in `Trainer.get_decay_parameter_names` of transformers 5."""
@@ -52,7 +53,8 @@ class AdamW:
 
     def count(self, entries: Collection[Entry], parameters: int) -> int:
         """Return Adam's step counter; 0 before the first step."""
-        counts = {int(entry[self.counter]) for entry in entries}
+        counters = [torch.as_tensor(entry[self.counter]) for entry in entries]
+        counts = {int(counter) for _, counter in in_main_memory(("", counter) for counter in counters)}
         if len(counts) > 1 or (counts and len(entries) != parameters):
             return -1
         return counts.pop() if counts else 0

@@ -1,0 +1,173 @@
+"""Which parts of a decoder are computed in one node each (`decoder_nodes.py`): its norms, gates and rotations.
+
+Which of a model's modules compute what is found by trying them: a module is given other numbers or other parts and must
+give, to the last bit, what the formula gives. What is not understood stays as transformers has it. Only modules of the
+model at hand are changed, no class and no function of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import metadata
+from types import FunctionType, MethodType, SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
+
+from onward.training.layers.decoder_nodes import (
+    FORMS,
+    NormForm,
+    gated,
+    kernels_of,
+    normed,
+    plain_gate,
+    plain_norm,
+    plain_rotation,
+    rotated,
+)
+
+ROTATE = "apply_rotary_pos_emb"
+"""Name of the function by which transformers' attention rotates queries and keys."""
+EPSILONS = ("variance_epsilon", "eps")
+"""Names of what a norm adds to the mean square."""
+HALVES = (torch.bfloat16, torch.float32)
+"""Types in which a module is tried."""
+
+
+def fuse_parts(model: nn.Module) -> None:
+    """Have the norms, gates and rotations of a model that are understood computed in one pass each."""
+    understood: dict[tuple[type[nn.Module], float], NormForm | None] = {}
+    rotations: dict[type[nn.Module], FunctionType | None] = {}
+    for module in model.modules():
+        kind, eps = type(module), _epsilon(module)
+        if eps is not None:
+            if (kind, eps) not in understood:
+                understood[kind, eps] = form_of(module, eps)
+            form = understood[kind, eps]
+            if form is not None:
+                module.forward = partial(normed, module, form, eps)
+        elif is_gated(module):
+            module.forward = partial(gated, module)
+        else:
+            if kind not in rotations:
+                rotations[kind] = rotating(kind)
+            rotates = rotations[kind]
+            if rotates is not None:
+                module.forward = MethodType(rotates, module)
+
+
+def kernels_work(device: torch.device) -> bool:
+    """Whether a device computes with these kernels."""
+    return device.type == "cuda" and _try(device)
+
+
+@cache
+def _try(device: torch.device) -> bool:
+    """Compute something small: Triton may be missing, or the compiler that it needs."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    ones = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
+    try:
+        return bool((kernels_of().gate(ones, ones) > 0).all())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever Triton cannot do here, PyTorch's own kernels can
+        return False
+
+
+def kernels_version(device: torch.device) -> str:
+    """Return which Triton compiles the kernels, for the record of the environment; empty where there are none."""
+    if not kernels_work(device):
+        return ""
+    return f"triton {metadata.version('triton')}"
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """Return what a module that may be a norm adds to the mean square; it has one weight and nothing else."""
+    if dict(module.named_children()) or dict(module.named_buffers()):
+        return None
+    weights = dict(module.named_parameters())
+    if list(weights) != ["weight"] or weights["weight"].dim() != 1:
+        return None
+    found = [value for name in EPSILONS if isinstance(value := getattr(module, name, None), float)]
+    return found[0] if len(found) == 1 else None
+
+
+def form_of(module: nn.Module, eps: float) -> NormForm | None:
+    """Return how a norm multiplies; None where it computes something else."""
+    width = cast(torch.Tensor, module.weight).shape[0]
+    return next((form for form in FORMS if all(_has_form(module, form, eps, width, kind) for kind in HALVES)), None)
+
+
+def _has_form(module: nn.Module, form: NormForm, eps: float, width: int, dtype: torch.dtype) -> bool:
+    x, weight = (_numbers(shape, dtype) for shape in ((3, 2, width), (width,)))
+    try:
+        with torch.no_grad():
+            given = functional_call(module, {"weight": weight}, (x,))
+    except Exception:  # a module of another kind may do anything
+        return False
+    return isinstance(given, torch.Tensor) and _equal(given, plain_norm(x, weight, form, eps)[0])
+
+
+def _equal(given: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return given.dtype == wanted.dtype and torch.equal(given, wanted)
+
+
+def _numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Return numbers between -2 and 2 on the CPU; the process's generator is left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return (4 * torch.rand(shape, generator=generator, device="cpu") - 2).to(dtype)
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether a module computes `down(silu(gate(x)) * up(x))` and nothing else."""
+    parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
+    if not all(isinstance(part, nn.Module) for part in parts) or not callable(getattr(module, "act_fn", None)):
+        return False
+    act: Any = module.act_fn
+    stand_in = SimpleNamespace(
+        gate_proj=lambda x: x * 1.5, up_proj=lambda x: x - 0.25, down_proj=lambda x: x * 3.0, act_fn=act
+    )  # fmt: skip
+    for dtype in HALVES:
+        x = _numbers((2, 3, 16), dtype)
+        try:
+            with torch.no_grad():
+                given = cast(Any, type(module)).forward(stand_in, x)
+        except Exception:
+            return False
+        if not isinstance(given, torch.Tensor) or not _equal(given, plain_gate(x * 1.5, x - 0.25) * 3.0):
+            return False
+    return True
+
+
+def rotating(kind: type[nn.Module]) -> FunctionType | None:
+    """Return the forward pass of an attention with another rotation; None where its own is not understood."""
+    forward: Any = kind.forward
+    if not isinstance(forward, FunctionType) or ROTATE not in forward.__code__.co_names:
+        return None
+    rotate = forward.__globals__.get(ROTATE)
+    if rotate is None or not _rotates_by_halves(rotate):
+        return None
+    names = {**forward.__globals__, ROTATE: partial(rotated, rotate)}
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
+
+
+def _rotates_by_halves(rotate: Callable[..., Any]) -> bool:
+    for dtype, angles in (*zip(HALVES, HALVES, strict=True), HALVES):  # what is rotated may be narrower than the angles
+        query, key = (_numbers((1, heads, 5, 8), dtype, heads) for heads in (2, 1))
+        cos, sin = (_numbers((1, 5, 8), angles, seed) for seed in (3, 4))
+        try:
+            with torch.no_grad():
+                given = rotate(query, key, cos, sin)
+        except Exception:
+            return False
+        wanted = [plain_rotation(part, cos[:, None], sin[:, None]) for part in (query, key)]
+        if not all(_equal(one, other) for one, other in zip(given, wanted, strict=True)):
+            return False
+    return True

@@ -1,0 +1,21 @@
+"""Copies of a state to main memory: at once on a CPU; from a GPU behind training, which does not wait for them."""
+
+from __future__ import annotations
+
+import torch
+
+from onward.training.transfer.fetching import in_main_memory
+from onward.training.transfer.layout import Sizes
+from onward.training.transfer.marks import Marks, equal_marks, mark
+from onward.training.transfer.overlapped import Overlapped
+from onward.training.transfer.ways import Copied, InPlace, Transfer, Wait, at_once
+
+__all__ = [
+    "Copied", "InPlace", "Marks", "Overlapped", "Sizes", "Transfer", "Wait", "at_once", "equal_marks",
+    "in_main_memory", "mark", "transfer_of",
+]  # fmt: skip
+
+
+def transfer_of(device: torch.device) -> Transfer:
+    """Return the way from a device."""
+    return Overlapped() if device.type == "cuda" else InPlace()

@@ -1,0 +1,43 @@
+"""Tensors read in main memory, wherever they lie: many small ones in one copy, which waits for the device once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+FETCHED = 1 << 26
+"""Bytes that are fetched at once, where tensors are smaller than that."""
+
+Named = tuple[str, torch.Tensor]
+
+
+def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Named]:
+    """Yield tensors in the order given, contiguous and in main memory; at most `FETCHED` bytes wait for others.
+
+    Args:
+        home: the kind of device whose tensors are yielded as they are.
+    """
+    waiting: list[Named] = []
+    size = 0
+    for name, tensor in tensors:
+        is_home = tensor.device.type == home
+        if is_home and not waiting:
+            yield name, tensor.detach().contiguous()
+            continue
+        waiting.append((name, tensor.detach()))
+        size += 0 if is_home else tensor.numel() * tensor.element_size()
+        if size >= FETCHED:
+            yield from _fetched(waiting)
+            waiting, size = [], 0
+    yield from _fetched(waiting)
+
+
+def _fetched(waiting: list[Named]) -> Iterator[Named]:
+    """Yield copies of tensors, made with one copy for each device and type."""
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for _, tensor in waiting:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.reshape(-1))
+    parts = {kind: iter(torch.cat(flat).cpu().split([len(each) for each in flat])) for kind, flat in alike.items()}
+    for name, tensor in waiting:
+        yield name, next(parts[tensor.device, tensor.dtype]).view(tensor.shape)
