@@ -166,7 +166,7 @@ class TrainState:
         self.scale = scale
         self.counters = Counters()
         self.cursor = Cursor()
-        self.parameters = held or _named(model, optimizer)
+        self.parameters = held or _by_name(model, optimizer)
         """Trainable parameters by name, in the order of `optimizer.pt`."""
         self.transfer = transfer_of(next(iter(self.parameters.values())).device)
         """How its copies are made."""
@@ -274,17 +274,17 @@ class TrainState:
             self.scale = LossScale(**values[SCALE])
 
 
+def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters of an optimizer by their names in the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
 @cache
 def _in_order(keys: tuple[str, ...]) -> Callable[[Entry], Iterable[torch.Tensor]]:
     """Return what gives the values of an entry that has these keys, in the order of their names."""
     names = sorted(keys)
     return itemgetter(*names) if len(names) > 1 else lambda entry: [entry[name] for name in names]
-
-
-def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Return the parameters of an optimizer by their names in the model."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
