@@ -71,7 +71,7 @@ def test_scores_of_the_model_and_of_its_base(kind: str) -> None:
                     weight.add_(0.1 * torch.randn_like(weight))
     after = plain(copy.deepcopy(model).eval(), rows(5))
     wrap_experts(model)
-    make_fast(model, end_to_end=True)
+    make_fast(model, torch.device("cpu"), end_to_end=True)
     trained = {name: (weight.data_ptr(), weight.requires_grad) for name, weight in model.named_parameters()}
     meter = Meter(model.train(), compute())
     wanted = labels(rows(5))
