@@ -34,7 +34,7 @@ ROTATE = "apply_rotary_pos_emb"
 """Name of the function by which transformers' attention rotates queries and keys."""
 EPSILONS = ("variance_epsilon", "eps")
 """Names of what a norm adds to the mean square."""
-HALVES = (torch.bfloat16, torch.float32)
+TRIED = (torch.bfloat16, torch.float32)
 """Types in which a module is tried."""
 
 
@@ -100,7 +100,7 @@ def _epsilon(module: nn.Module) -> float | None:
 def form_of(module: nn.Module, eps: float) -> NormForm | None:
     """Return how a norm multiplies; None where it computes something else."""
     width = cast(torch.Tensor, module.weight).shape[0]
-    return next((form for form in FORMS if all(_has_form(module, form, eps, width, kind) for kind in HALVES)), None)
+    return next((form for form in FORMS if all(_has_form(module, form, eps, width, kind) for kind in TRIED)), None)
 
 
 def _has_form(module: nn.Module, form: NormForm, eps: float, width: int, dtype: torch.dtype) -> bool:
@@ -132,7 +132,7 @@ def is_gated(module: nn.Module) -> bool:
     stand_in = SimpleNamespace(
         gate_proj=lambda x: x * 1.5, up_proj=lambda x: x - 0.25, down_proj=lambda x: x * 3.0, act_fn=act
     )  # fmt: skip
-    for dtype in HALVES:
+    for dtype in TRIED:
         x = _numbers((2, 3, 16), dtype)
         try:
             with torch.no_grad():
@@ -159,7 +159,7 @@ def rotating(kind: type[nn.Module]) -> FunctionType | None:
 
 
 def _rotates_by_halves(rotate: Callable[..., Any]) -> bool:
-    for dtype, angles in (*zip(HALVES, HALVES, strict=True), HALVES):  # what is rotated may be narrower than the angles
+    for dtype, angles in (*zip(TRIED, TRIED, strict=True), TRIED):  # what is rotated may be narrower than the angles
         query, key = (_numbers((1, heads, 5, 8), dtype, heads) for heads in (2, 1))
         cos, sin = (_numbers((1, 5, 8), angles, seed) for seed in (3, 4))
         try:
