@@ -20,7 +20,7 @@ from runs import new_run
 
 from onward import Run
 from onward.events import Event, StepTaken
-from onward.service.owner.worker import Worker
+from onward.service.owner.training.worker import Worker
 from onward.service.wishes import Wishes
 
 SETTINGS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from runs import new_run
 from onward.config import Config
 from onward.errors import VerificationFailed
 from onward.events import Committed, FileStarted
-from onward.service.owner.handing_over import Crossing, FirstHandover
+from onward.service.owner.training.handing_over import Crossing, FirstHandover
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.model.load import build_model

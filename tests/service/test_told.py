@@ -19,9 +19,9 @@ from onward.errors import FileRejected
 from onward.events import Event, FileDone, Hub, Note, StepTaken
 from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.process import OpenedRun, account, operate
-from onward.service.owner.start import load_start
-from onward.service.owner.surroundings import Surroundings
-from onward.service.owner.worker import Worker
+from onward.service.owner.training.start import load_start
+from onward.service.owner.training.surroundings import Surroundings
+from onward.service.owner.training.worker import Worker
 from onward.service.settings import Settings
 from onward.service.shown import Shown
 from onward.service.state.retention import Retention

@@ -34,7 +34,7 @@ from onward.service.intake.checking import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RulesOfRun
-from onward.service.owner.start import load_start
+from onward.service.owner.training.start import load_start
 from onward.service.session import Session, open_session
 from onward.service.state.reading import snapshot
 from onward.service.state.settle import Settled

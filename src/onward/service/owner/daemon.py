@@ -26,9 +26,9 @@ from onward.service.owner.heartbeat import tell_systemd
 from onward.service.owner.incoming import Incoming
 from onward.service.owner.owned import Owned
 from onward.service.owner.recovery import Recovery
-from onward.service.owner.start import Start, load_start
-from onward.service.owner.surroundings import Surroundings
-from onward.service.owner.worker import Worker
+from onward.service.owner.training.start import Start, load_start
+from onward.service.owner.training.surroundings import Surroundings
+from onward.service.owner.training.worker import Worker
 from onward.service.session import Session
 from onward.service.shown import IDLE, PAUSED
 from onward.service.state.retention import Retention

@@ -20,27 +20,12 @@ from onward.errors import DeviceLost, GuardRejected, NoSpace, OnwardError, Train
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
 from onward.service.intake.refusals import Refusal, keep_refused
+from onward.service.owner.training.steps import StepFailed
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.text import quoted
 from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of_memory
-
-
-class StepFailed(Exception):
-    """A step of a file failed, whatever the reason.
-
-    Args:
-        file_id: the file in hand.
-        cause: what was raised.
-        crowded: whether other processes held much of the GPU's memory then.
-    """
-
-    def __init__(self, file_id: int, cause: Exception, *, crowded: bool = False) -> None:
-        super().__init__(str(cause))
-        self.file_id = file_id
-        self.cause = cause
-        self.crowded = crowded
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from onward.training.model.load import build_model
 from onward.training.state import TrainState
 
 if TYPE_CHECKING:
-    from onward.service.owner.sharded import ShardedRun
+    from onward.service.owner.training.sharded import ShardedRun
 
 Log = deque[dict[str, Any]]
 
@@ -71,6 +71,6 @@ def _in_shards(session: Session, config: Config, folder: Path | None, manifest: 
     """Return the run's model in shards, if it is to be; what that needs is imported only then."""
     if not session.in_shards:
         return None
-    from onward.service.owner.sharded import load_in_shards
+    from onward.service.owner.training.sharded import load_in_shards
 
     return load_in_shards(session, config, folder, manifest)

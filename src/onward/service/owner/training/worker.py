@@ -19,14 +19,14 @@ from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
-from onward.service.owner.guard import Guard, InHand
-from onward.service.owner.handing_over import Crossing, FirstHandover, keep_handover
-from onward.service.owner.measuring import Measuring
-from onward.service.owner.part_tokens import with_part_tokens
-from onward.service.owner.postconditions import require_done
-from onward.service.owner.start import Start
-from onward.service.owner.steps import log_entry, record_of, watched
-from onward.service.owner.surroundings import Surroundings
+from onward.service.owner.training.guard import Guard, InHand
+from onward.service.owner.training.handing_over import Crossing, FirstHandover, keep_handover
+from onward.service.owner.training.measuring import Measuring
+from onward.service.owner.training.part_tokens import with_part_tokens
+from onward.service.owner.training.postconditions import require_done
+from onward.service.owner.training.start import Start
+from onward.service.owner.training.steps import log_entry, record_of, watched
+from onward.service.owner.training.surroundings import Surroundings
 from onward.service.session import Session
 from onward.service.state.commits import Commit
 from onward.service.state.writer import Writer
@@ -44,7 +44,7 @@ from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from onward.service.owner.sharded import ShardedRun
+    from onward.service.owner.training.sharded import ShardedRun
 
 LedgerMoves = Callable[[Ledger], None]
 

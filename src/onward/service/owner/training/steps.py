@@ -7,9 +7,24 @@ from dataclasses import asdict
 from typing import Any
 
 from onward.events import StepTaken
-from onward.service.owner.faults import StepFailed
 from onward.service.owner.heartbeat import Heartbeat
 from onward.store.rows import StepRecord
+
+
+class StepFailed(Exception):
+    """A step of a file failed, whatever the reason.
+
+    Args:
+        file_id: the file in hand.
+        cause: what was raised.
+        crowded: whether other processes held much of the GPU's memory then.
+    """
+
+    def __init__(self, file_id: int, cause: Exception, *, crowded: bool = False) -> None:
+        super().__init__(str(cause))
+        self.file_id = file_id
+        self.cause = cause
+        self.crowded = crowded
 
 
 def watched(
