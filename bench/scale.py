@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from onward.layout import RunLayout
-from onward.service.knowledge.table import GRID
+from onward.service.knowledge.account import Account
+from onward.service.knowledge.table import read_table
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
@@ -99,8 +100,8 @@ def questions(layout: RunLayout) -> dict[str, float]:
         asked: dict[str, Callable[[], Any]] = {
             "status": lambda: read_status(layout),
             "history": lambda: read_history(layout),
-            "all files of the stream (once a boundary)": lambda: ledger.files("training", "done"),
-            "all rows of the grid (onward grid)": lambda: ledger.results_before(last + 1, GRID),
+            "what was measured so far, added up (once a process)": lambda: Account(ledger).up_to(last),
+            "all rows of the grid (onward grid)": lambda: read_table(ledger),
             "next of the queue": ledger.next_queued,
             "steps of the stream (onward verify)": lambda: ledger.count_steps(1 << 60),
             "quick_check (onward doctor)": ledger.quick_check,

@@ -77,7 +77,7 @@ def bombs(directory: Path) -> dict[str, Path]:
         paths[name] = directory / f"{name}.parquet"
         parquet.write_table(table, paths[name], compression="zstd")
     for name, data in {
-        "blank.jsonl.zst": zstandard.compress(b"\n" * (192 * MIB)),
+        "blank.jsonl.zst": zstandard.compress(b"\n" * (64 * MIB)),
         "line.txt.zst": zstandard.compress(b"x" * (192 * MIB)),
         "row.json.gz": gzip.compress(b'[{"text": "' + b"x" * (192 * MIB), 1),
         "lists.jsonl": b'{"text": "a", "x": [' + b"[]," * (5 * MIB) + b"[]]}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,14 +223,19 @@ def test_a_file_that_is_not_the_one_recorded_is_left(layout: RunLayout, change: 
     assert (there, False) == (path.exists(), (layout.archive / "a.jsonl").exists())
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system to put an inbox on")
+def other_disk(layout: RunLayout) -> Path:
+    """Return a folder on another file system than a run's."""
+    for folder in (Path(tempfile.gettempdir()), Path("/dev/shm")):
+        if folder.is_dir() and folder.stat().st_dev != layout.root.stat().st_dev:
+            return folder
+    pytest.skip("no second file system to put an inbox on")
+
+
 def test_an_inbox_on_another_disk(layout: RunLayout) -> None:
     """The file is copied, then removed; a kill in between makes no duplicate."""
-    folder = Path("/dev/shm") / f"onward-test-{os.getpid()}"
+    folder = other_disk(layout) / f"onward-test-{os.getpid()}"
     folder.mkdir()
     try:
-        if folder.stat().st_dev == layout.root.stat().st_dev:
-            pytest.skip("not another file system")
         layout.inbox.rmdir()
         layout.inbox.symlink_to(folder)
         path = write(layout.inbox / "a.jsonl")

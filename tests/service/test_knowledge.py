@@ -25,6 +25,7 @@ from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError
 from onward.events import Event, StepTaken
 from onward.hooks.evaluation import WAY, allowance
+from onward.service.knowledge.account import Account
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
@@ -210,7 +211,9 @@ def test_what_does_not_fit_is_blank(whole: Run) -> None:
     assert 10_000 - 4_000 == allowance(lora, 100_000, 4_000, 10**8)
     assert 15_000 - 4_000 == allowance(full, 100_000, 4_000, 10**8)
     with Ledger(whole.layout.ledger, read_only=True) as ledger:
-        assert ledger.evaluation_cost(2, begun=False) == ledger.results_before(2, "grid")[0]["cost"]
+        first = ledger.at_position(1)
+        assert first is not None
+        assert Account(ledger).up_to(1).cost == ledger.boundary_results(first.id)["grid"]["cost"]
 
 
 def stopping(wishes: Wishes, at: int) -> Any:

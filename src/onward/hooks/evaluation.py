@@ -179,7 +179,7 @@ def allowance(config: Config, trained_tokens: int, spent: int, parameters: int) 
     return max(int(FREE_OPERATIONS / (2 * parameters)), int(config.evaluation.share * cost) - spent)
 
 
-def in_rotation(subjects: Sequence[Subject], seed: int, step: int) -> list[Subject]:
+def in_rotation(keys: Sequence[str], seed: int, step: int) -> list[str]:
     """Return files in their order, beginning with one that is a function of the step."""
-    first = fold(seed, "rotation", step) % len(subjects) if subjects else 0
-    return [*subjects[first:], *subjects[:first]]
+    first = fold(seed, "rotation", step) % len(keys) if keys else 0
+    return [*keys[first:], *keys[:first]]

@@ -24,6 +24,11 @@ HELD = ("queued", "training", "done")
 IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
 """What holds for the files that have a place in the stream; worded as the index `files_position` is."""
 
+BEGUN_STATES = ("training", "done")
+BEGUN = f"state IN {BEGUN_STATES}"
+LAST = (1 << 63) - 1
+"""A position that no file has passed."""
+
 
 class Files(Database):
     """Reads and moves files."""
@@ -80,6 +85,11 @@ class Files(Database):
         """All files that have this content, whatever came of them, in the order in which they arrived."""
         return self.records(FileRow, "SELECT * FROM files WHERE sha256 = ? ORDER BY id", sha256)
 
+    def places_of(self, sha256: str, up_to: int) -> list[int]:
+        """The positions, up to one, at which a content of the stream has begun to be trained, in order."""
+        rows = self.query(f"SELECT position FROM files WHERE sha256 = ? AND position <= ? AND {BEGUN}", sha256, up_to)
+        return sorted(row["position"] for row in rows)
+
     def holding(self, sha256: str) -> FileRow | None:
         """The file of the stream that has this content, if any."""
         return self.record(
@@ -87,9 +97,10 @@ class Files(Database):
             sha256, *HELD,
         )  # fmt: skip
 
-    def in_stream(self, after: int) -> list[FileRow]:
-        """Files that have a place in the stream after a position, in order."""
-        return self.records(FileRow, f"SELECT * FROM files WHERE {IN_STREAM} AND position > ? ORDER BY position", after)
+    def in_stream(self, after: int, up_to: int = LAST) -> list[FileRow]:
+        """Files that have a place in the stream after a position and not after another, in order."""
+        where = f"{IN_STREAM} AND position > ? AND position <= ?"
+        return self.records(FileRow, f"SELECT * FROM files WHERE {where} ORDER BY position", after, up_to)
 
     def unfinished_from(self, position: int) -> list[FileRow]:
         """Files of the stream that are not done or stand at a position or after it, in order."""

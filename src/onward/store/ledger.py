@@ -14,7 +14,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
 from onward.store.curve import Curve
 from onward.store.database import refusal
-from onward.store.files import Files, marks
+from onward.store.files import BEGUN, Files, marks
 from onward.store.migrations import migrate
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
@@ -23,7 +23,6 @@ from onward.store.tracking import Tracking
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
 
-BEGUN = "state IN ('training', 'done')"
 OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{BEGUN}"
 """What was measured at files of the stream."""
 
@@ -198,21 +197,9 @@ class Ledger(Files, Requests, Curve, Tracking):
         sql = "SELECT EXISTS (SELECT 1 FROM boundary_results WHERE file_id = ? AND name = ?)"
         return bool(self.scalar(sql, file_id, name))
 
-    def results_before(self, position: int, name: str) -> list[dict[str, Any]]:
-        """Return the results of one name of files of the stream before a position, in its order."""
-        sql = f"SELECT r.value {OF_STREAM} AND r.name = ? AND f.position < ? ORDER BY f.position"
-        return [json.loads(row["value"]) for row in self.query(sql, name, position)]
-
-    def evaluation_cost(self, position: int, *, begun: bool) -> int:
-        """Return the tokens that measuring passed forward before the boundary after a position, or before its file.
-
-        Args:
-            begun: the file at the position has begun: what was measured of it before its first step counts.
-        """
-        cost = f"SELECT coalesce(sum(json_extract(r.value, '$.cost')), 0) {OF_STREAM}"
-        earlier = self.scalar(f"{cost} AND f.position < ? AND r.name IN ('grid', 'before')", position)
-        own = self.scalar(f"{cost} AND f.position = ? AND r.name = 'before'", position) if begun else 0
-        return int(earlier) + int(own)
+    def tokens_of(self, file_id: int) -> int:
+        """Return the tokens of all recorded steps of a file."""
+        return int(self.scalar("SELECT coalesce(sum(tokens), 0) FROM steps WHERE file_id = ?", file_id))
 
     def trained_tokens(self, position: int) -> int:
         """Return the tokens of all recorded steps of files of the stream up to a position."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from onward.data.tokenize import TokenizedFile
 from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
+from onward.service.knowledge.account import Account
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
 from onward.service.knowledge.samples import Samples
 from onward.service.knowledge.table import BEFORE, GRID
@@ -40,6 +41,14 @@ class _Now:
     measuring: Measuring
 
 
+@dataclass(frozen=True)
+class _Others:
+    """What else may be measured beside the file at hand, looked up when its turn comes: there may be thousands."""
+
+    keys: Sequence[str]
+    subject: Callable[[str], Subject]
+
+
 class Evaluation:
     """Measures models of one run: the one in training, a restore point, a branch.
 
@@ -54,6 +63,7 @@ class Evaluation:
         self._ledger = session.ledger
         self._look = look
         self._samples = Samples(session, look, samples or session.layout.samples)
+        self.account = Account(self._ledger)
         self._meter: tuple[nn.Module, Meter] | None = None
         self.writers: frozenset[type[nn.Module]] | None = None
         """Types of modules that write to weights in evaluation mode, where somebody found that out before."""
@@ -65,8 +75,8 @@ class Evaluation:
 
     def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
         """Measure at a boundary that was reached: an `AtBoundary` hook."""
-        row = next(row for row in self._ledger.files("training", "done") if row.position == boundary.position)
-        if not boundary.config.evaluation.share:
+        row = self._ledger.at_position(boundary.position)
+        if row is None or not boundary.config.evaluation.share:
             return {}
         return self.of_boundary(boundary.model, row, boundary.config, boundary.step, boundary.tokens)
 
@@ -80,8 +90,8 @@ class Evaluation:
         if measuring.of_model(own):
             self._measure_anchor(now)
             if measuring.of_base(own):
-                others = in_rotation(self._others(now), config.seed, step)
-                measuring.all_of_model(others)
+                others = self._others(now)
+                measuring.all_of_model(map(others.subject, in_rotation(others.keys, config.seed, step)))
                 self._measure_missing_base(now, others)
         return {GRID: measuring.result()}
 
@@ -108,7 +118,8 @@ class Evaluation:
             row: the last file of the stream that counts.
         """
         now = self._begin(model, row, config, (row.place, step), None)
-        now.measuring.all_of_model([*self._others(now), self._subject(now, row, None)])
+        others = self._others(now)
+        now.measuring.all_of_model([*map(others.subject, others.keys), self._subject(now, row, None)])
         self._measure_anchor(now)
         return now.measuring.result()
 
@@ -141,8 +152,12 @@ class Evaluation:
         return _Now(row, place[0], config, place[1], measuring)
 
     def _allowance(self, model: nn.Module, config: Config, position: int, *, begun: bool) -> int:
-        trained = self._ledger.trained_tokens(position if begun else position - 1)
-        spent = self._ledger.evaluation_cost(position, begun=begun)
+        before = self.account.up_to(position - 1)
+        trained, spent = before.tokens, before.cost
+        row = self._ledger.at_position(position) if begun else None
+        if row is not None:
+            trained += self._ledger.tokens_of(row.id)
+            spent += self._ledger.boundary_results(row.id).get(BEFORE, {}).get("cost", 0)
         return allowance(config, trained, spent, parameters_of(model))
 
     def _meter_of(self, model: nn.Module, config: Config) -> Meter:
@@ -171,25 +186,28 @@ class Evaluation:
         texts = anchor_rows(self._session, now.config, now.measuring.base)
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 
-    def _measure_missing_base(self, now: _Now, others: Iterable[Subject]) -> None:
+    def _measure_missing_base(self, now: _Now, others: _Others) -> None:
         """Measure the base on files that were measured now and on which it never was."""
-        known = {key for record in self._ledger.results_before(now.position, GRID) for key in record.get("base", {})}
-        for subject in others:
-            if subject.key in now.measuring.model_scores and subject.key not in known:
-                now.measuring.of_base(subject)
+        known = self.account.up_to(now.position - 1).of_base
+        for key in list(now.measuring.model_scores):
+            if key not in known and key not in now.measuring.base_scores:
+                now.measuring.of_base(others.subject(key))
 
-    def _others(self, now: _Now) -> list[Subject]:
+    def _others(self, now: _Now) -> _Others:
         """Return the earlier files of the stream, each content once, then those of `evaluation.files`."""
-        found: dict[str, Subject] = {}
-        for row in self._ledger.files("training", "done"):
-            if row.position is not None and row.place < now.position:
-                found.setdefault(row.sha256, self._subject(now, row, None))
-        found.pop(now.row.sha256, None)
+        asked: dict[str, Subject] = {}
         for name in now.config.evaluation.files:
             key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
             now.measuring.names[key] = name
-            found[key] = Subject(key, name, partial(_given, sample))
-        return list(found.values())
+            asked[key] = Subject(key, name, partial(_given, sample))
+        places = self.account.up_to(now.position - 1).contents
+        keys = [*(key for key in places if key != now.row.sha256 and key not in asked), *asked]
+
+        def subject(key: str) -> Subject:
+            row = None if key in asked else self._ledger.at_position(places[key])
+            return asked[key] if row is None else self._subject(now, row, None)
+
+        return _Others(keys, subject)
 
     def _subject(self, now: _Now, row: FileRow, tokens: TokenizedFile | None) -> Subject:
         own = now.config if row.config is None or row.id == now.row.id else None

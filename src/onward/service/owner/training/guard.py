@@ -18,7 +18,7 @@ from onward.errors import GuardRejected
 from onward.events import Note, StepTaken
 from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked
 from onward.service.knowledge.evaluation import Evaluation
-from onward.service.knowledge.table import read_table
+from onward.service.knowledge.table import GRID
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
@@ -95,22 +95,17 @@ class Guard:
 
     def _compared(self, row: FileRow, limits: Limits) -> Iterator[Finding]:
         """Compare the boundary after a file with the newest measurement before it, on the same rows."""
-        table = read_table(self._ledger, row.place)
-        if len(table.after) < 2 or table.after[-1] != row.place:  # it was not measured: nothing is known
-            return
-        now, earlier = table.scores[-1], list(zip(table.after, table.scores, strict=True))[:-1]
+        now = self._ledger.boundary_results(row.id).get(GRID, {})
+        known = self._evaluation.account.up_to(row.place - 1)
         before, after = dict[int, float](), dict[int, float]()
-        for column in table.columns:
-            score = now.get(column.key)
-            if column.position is None or column.position >= row.place or score is None or column.key == row.sha256:
-                continue
-            seen = [found[column.key] for place, found in earlier if place >= column.position and column.key in found]
-            same = [value["loss"] for value in seen if value["rows"] == score["rows"]]
-            if same:
-                before[column.position], after[column.position] = same[-1], score["loss"]
+        for key, score in now.get("model", {}).items():
+            for place in () if key == row.sha256 else self._ledger.places_of(key, row.place - 1):
+                earlier = known.newest_loss(key, score["rows"], place)
+                if earlier is not None:
+                    before[place], after[place] = earlier, score["loss"]
         yield from grown(before, after, limits)
-        anchors = [value for value in table.anchor[:-1] if value is not None]
-        yield from moved_away(anchors[-1] if anchors else None, table.anchor[-1], limits)
+        kl = (now.get("anchor") or {}).get("kl")
+        yield from moved_away(0.0 if known.anchor is None else known.anchor, kl, limits)
 
     def _act(self, row: FileRow, found: Sequence[Finding], state: TrainState, file: InHand | None) -> Iterator[Note]:
         texts = [self._named(finding) for finding in found]

@@ -1,0 +1,87 @@
+"""What was trained and measured in the stream so far, added up as it grows: a boundary reads only what is new.
+
+Reading every earlier boundary again at each one would make a file cost more than the file before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onward.service.knowledge.table import BEFORE, GRID
+from onward.store.files import BEGUN_STATES
+from onward.store.ledger import Ledger
+from onward.store.rows import FileRow
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A score: after which position, on which rows of its file."""
+
+    place: int
+    rows: Sequence[int]
+    loss: float
+
+
+class Account:
+    """The files of the stream up to a position, with what was measured of them.
+
+    It holds what one process has read of the ledger; whoever takes files back makes another one.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._forget()
+
+    def _forget(self) -> None:
+        self._last: int | None = None
+        self.position = 0
+        self.tokens = 0
+        """Tokens of all recorded steps."""
+        self.cost = 0
+        """Tokens that measuring passed forward."""
+        self.contents: dict[str, int] = {}
+        """The position at which each content came first, in stream order."""
+        self.of_base: set[str] = set()
+        """Contents that the base was measured on."""
+        self.anchor: float | None = None
+        """The newest KL divergence to the base on the anchor texts."""
+        self._scores: dict[str, list[_Measured]] = {}
+
+    def up_to(self, position: int) -> Account:
+        """Add up the files to a position, all of which are done, and return this account."""
+        last = self._ledger.at_position(self.position)
+        if position < self.position or self._last != (last and last.id):
+            self._forget()
+        for row in self._ledger.in_stream(self.position, position) if position > self.position else ():
+            if row.state in BEGUN_STATES:
+                self._add(row)
+                self.position, self._last = row.place, row.id
+        return self
+
+    def newest_loss(self, key: str, rows: Sequence[int], since: int) -> float | None:
+        """Return the newest loss measured on the same rows of a content, after a position or a later one."""
+        for score in reversed(self._scores.get(key, ())):
+            if score.place < since:
+                break
+            if score.rows == rows:
+                return score.loss
+        return None
+
+    def _add(self, row: FileRow) -> None:
+        results = self._ledger.boundary_results(row.id)
+        before, grid = results.get(BEFORE, {}), results.get(GRID, {})
+        self.tokens += self._ledger.tokens_of(row.id)
+        self.cost += before.get("cost", 0) + grid.get("cost", 0)
+        self.contents.setdefault(row.sha256, row.place)
+        self.of_base.update(grid.get("base", {}))
+        self.anchor = (grid.get("anchor") or {}).get("kl", self.anchor)
+        self._note(row.place - 1, before.get("model", {}))  # the model was still that of the boundary before
+        self._note(row.place, grid.get("model", {}))
+
+    def _note(self, place: int, model: Mapping[str, Mapping[str, Any]]) -> None:
+        for key, score in model.items():
+            known = self._scores.setdefault(key, [])
+            if not known or known[-1].place < place:
+                known.append(_Measured(place, score["rows"], score["loss"]))
