@@ -193,6 +193,11 @@ class GuardConfig(Section):
         description="Robust z-score that loss or gradient norm of a file may not pass three steps running, judged by "
         "its 50 steps before; 0 is off.",
     )
+    answers: Rate = Field(
+        default=2.0,
+        description="Under `reject`: standard errors by which answers must fit their own questions better than those "
+        "of other rows, where the model can tell that of an earlier file; 0 is off.",
+    )
 
 
 class NotifyConfig(Section):

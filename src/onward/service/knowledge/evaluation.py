@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
+from onward.data.holdout import rows_in_question
 from onward.data.tokenize import TokenizedFile
 from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
+from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
 from onward.service.knowledge.samples import Samples
@@ -27,6 +30,9 @@ from onward.training.boundary import Boundary
 from onward.training.model.load import build_model
 from onward.training.scores import Compute, Meter, parameters_of
 from onward.training.seeds import fold
+
+KNOWN_FILES = 3
+"""Earlier files, the newest, of which it is tried whether the model can tell their answers apart."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,22 @@ class Evaluation:
         """Return the mean loss over the target tokens of each row by itself; nothing is recorded."""
         meter = self._meter_of(model, self._session.config)
         return [meter.score([row]).loss for row in rows]
+
+    def answers(self, model: nn.Module, row: FileRow, tokens: TokenizedFile) -> dict[str, Any]:
+        """Judge, before its first step, whether a file's answers say anything and belong to their questions."""
+        order = rows_in_question(self._session.config.seed, row.sha256, tokens.rows, LOOKS[-1])
+        found = judged([tokens.row(place) for place in order], partial(self.row_losses, model), self._known(row))
+        return found | {"lines": [tokens.line(order[place]) for place in found.pop("worst")]}
+
+    def _known(self, row: FileRow) -> Iterator[Sequence[Row]]:
+        """Yield some rows of the newest files before one, each content once; what cannot be read is left out."""
+        newest: dict[str, FileRow] = {}
+        for other in reversed(self._ledger.files("done")):
+            if other.sha256 != row.sha256:
+                newest.setdefault(other.sha256, other)
+        for other in list(newest.values())[:KNOWN_FILES]:
+            with contextlib.suppress(DamagedState, ConfigError):
+                yield self._samples.of_any_rows(other, stored_config(self._ledger.config_of(other)), LOOKS[0])
 
     def require_questions(self, config: Config) -> None:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
