@@ -186,7 +186,7 @@ class GuardConfig(Section):
         default=0.1, description="Share by which the loss on the rows of an earlier file may grow; 0 is off."
     )
     anchor: Rate = Field(
-        default=0.2, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
+        default=0.5, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
     )
     spike: Rate = Field(
         default=4.0,

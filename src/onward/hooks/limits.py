@@ -58,22 +58,31 @@ class Finding:
     position: int | None = None
 
 
-def grown(before: Mapping[int, float], after: Mapping[int, float], limits: Limits) -> Iterator[Finding]:
+def grown(
+    before: Mapping[int, float], after: Mapping[int, float], limits: Limits, base: Mapping[int, float] | None = None
+) -> Iterator[Finding]:
     """Yield the earlier files whose loss grew by more than the limit, the worst first.
+
+    A file that lies far below its base, because little but its form was new, swings by more than its low loss says: its
+    growth is held against what was gained over the base, where that is more.
 
     Args:
         before: loss of each file, by position, at the boundary before.
         after: the same at the boundary in question; files that one of them lacks are not judged.
+        base: the same of the base model, as far as it is known.
     """
     if limits.forgetting is None:
         return
-    growth = {position: after[position] / before[position] - 1.0 for position in before if after.get(position)}
+    gained = {position: max(0.0, loss - before[position]) for position, loss in (base or {}).items()}
+    whole = {position: max(before[position], gained.get(position, 0.0)) for position in before if after.get(position)}
+    growth = {position: (after[position] - before[position]) / whole[position] for position in whole}
     for position, share in sorted(growth.items(), key=lambda pair: -pair[1]):
         if share > limits.forgetting:
             change = f"{before[position]:.4f} to {after[position]:.4f}"
+            of_what = "" if whole[position] == before[position] else " of what it had gained over the base"
             yield Finding(
                 "forgetting",
-                f"loss on file {position} grew by {share:.0%}, from {change} (limit {limits.forgetting:.0%})",
+                f"loss on file {position} grew by {share:.0%}{of_what}, from {change} (limit {limits.forgetting:.0%})",
                 position,
             )
 

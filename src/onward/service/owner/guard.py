@@ -118,7 +118,7 @@ class Guard:
         if len(table.after) < 2 or table.after[-1] != row.place:  # it was not measured: nothing is known
             return
         now, earlier = table.scores[-1], list(zip(table.after, table.scores, strict=True))[:-1]
-        before, after = dict[int, float](), dict[int, float]()
+        before, after, base = dict[int, float](), dict[int, float](), dict[int, float]()
         for column in table.columns:
             score = now.get(column.key)
             if column.position is None or column.position >= row.place or score is None or column.key == row.sha256:
@@ -127,7 +127,9 @@ class Guard:
             same = [value["loss"] for value in seen if value["rows"] == score["rows"]]
             if same:
                 before[column.position], after[column.position] = same[-1], score["loss"]
-        yield from grown(before, after, limits)
+                if (of_base := table.scores[0].get(column.key)) and of_base["rows"] == score["rows"]:
+                    base[column.position] = of_base["loss"]
+        yield from grown(before, after, limits, base)
         anchors = [value for value in table.anchor[:-1] if value is not None]
         yield from moved_away(anchors[-1] if anchors else None, table.anchor[-1], limits)
 

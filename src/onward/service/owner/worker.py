@@ -153,8 +153,7 @@ class Worker:
         self._sources = plan.sources
         files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
         if not resumed:
-            judge = self._guard.judges_answers(row)
-            self._measuring.before_file(row, self.state, self.config, tokens, judge=judge)
+            self._measuring.before_file(row, self.state, self.config, tokens, judge=self._guard.judges_answers(row))
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
