@@ -52,9 +52,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "anchor": {"anchor": {**SETTINGS["anchor"], "weight": 0.1}},
     "replay 5 % and anchor": {"replay": {"share": 0.05}, "anchor": {**SETTINGS["anchor"], "weight": 0.1}},
     "anchor of weight 1": {"anchor": {**SETTINGS["anchor"], "weight": 1.0}},
-    "replay 5 % and anchor of weight 1": {
-        "replay": {"share": 0.05}, "anchor": {**SETTINGS["anchor"], "weight": 1.0}
-    },
 }  # fmt: skip
 JOINT = knowledge_page.JOINT
 IN_THREE_ORDERS = ("nothing", "replay 5 %")
@@ -65,7 +62,7 @@ COOLDOWN = 0.1
 """Steps of the cooldown of a release, as a share of the steps before."""
 FIRST = (
     JOINT, "nothing", "replay 5 %", "fresh optimizer per file", "replay 10 %", "anchor of weight 1", "anchor",
-    "replay 5 % and anchor of weight 1", "replay 5 % and anchor", "replay 5 %, forgotten", "replay 1 %",
+    "replay 5 % and anchor", "replay 5 %, forgotten", "replay 1 %",
 )  # fmt: skip
 """The policies in the order in which they are tried: what tells most comes first, should it be cut."""
 
