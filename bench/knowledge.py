@@ -2,8 +2,9 @@
 
 `python bench/knowledge.py [--data FOLDER] [--rows 150] [--model MODEL]`. Each policy trains the same five files in the
 same number of steps of new rows; the upper bound trains all of them shuffled as one file, the usual practice begins
-each file with a fresh optimizer. A tenth of each file's rows is kept out and measured at every boundary. Results go to
-`bench/out/knowledge.jsonl` as they come, so that a run that was cut goes on where it was, and to `bench/KNOWLEDGE.md`.
+each file with a fresh optimizer. A tenth of each file's rows is held out by Onward itself and measured at every
+boundary. Results go to `bench/out/knowledge.jsonl` as they come, so that a run that was cut goes on where it was, and
+to `bench/KNOWLEDGE.md`.
 """
 
 from __future__ import annotations
@@ -14,23 +15,33 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import knowledge_page
 import measuring
 
-HERE = Path(__file__).parent
-OUT, PAGE, REMARKS = HERE / "out" / "knowledge.jsonl", HERE / "KNOWLEDGE.md", HERE / "KNOWLEDGE-REMARKS.md"
+OUT = Path(__file__).parent / "out" / "knowledge.jsonl"
 HELD_OUT = 0.1
 """Share of each file's rows that no policy trains."""
+SHORTEST = 200
+"""Rows of each domain that are drawn from, the shortest ones: none is cut, and all of it takes an hour."""
+SYSTEM = {"role": "system", "content": "Answer."}
+"""What rows without a system message begin with, for the default of the template takes 20 tokens of each."""
+LENGTH = 256
+"""Tokens of a row at most: more than any of these has."""
+BATCH = 8
 SETTINGS: dict[str, Any] = {
-    "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 5, "lora": {"rank": 16, "dropout": 0.0},
-    "holdout": 0.0, "keep_boundaries": 1, "keep_days": 0, "save_steps": 1000, "guard": {"action": "off"},
-    "anchor": {"rows": 16, "tokens": 64},
+    "batch_size": BATCH, "learning_rate": 5e-4, "warmup_steps": 5, "max_length": LENGTH,
+    "lora": {"rank": 16, "dropout": 0.0}, "holdout": HELD_OUT, "keep_boundaries": 1, "keep_days": 0,
+    "save_steps": 1000, "guard": {"action": "off"}, "anchor": {"rows": 16, "tokens": 32, "weight": 0.0},
+    "replay": {"share": 0.0},
 }  # fmt: skip
+FRESH_TEXTS = {"rows": 32, "tokens": 32}
+"""Texts that the base writes from another seed, on which no policy trains: what the divergence is measured on."""
 POLICIES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "fresh optimizer per file": {"boundary": "reset_moments"},
@@ -40,16 +51,20 @@ POLICIES: dict[str, dict[str, Any]] = {
     "replay 5 %, forgotten": {"replay": {"share": 0.05, "policy": "forgotten"}},
     "anchor": {"anchor": {**SETTINGS["anchor"], "weight": 0.1}},
     "replay 5 % and anchor": {"replay": {"share": 0.05}, "anchor": {**SETTINGS["anchor"], "weight": 0.1}},
-}
-JOINT = "all at once"
+    "anchor of weight 1": {"anchor": {**SETTINGS["anchor"], "weight": 1.0}},
+}  # fmt: skip
+JOINT = knowledge_page.JOINT
 IN_THREE_ORDERS = ("nothing", "replay 5 %")
 """Policies that are tried in two more orders of the files, for how much their figures depend on it."""
-PUBLISHED = (
-    "Scialom et al. 2022: 1 % of replay nearly keeps eight tasks.",
-    "Ibrahim et al. 2024: 1 to 5 % for a weak shift of the data, up to 50 % for a strong one.",
-    "arXiv:2605.26097: KL on text of the model itself keeps more than KL on raw text of the web.",
-    "arXiv:2605.29495: 1 % of on-policy text moves backward transfer from -13.9 to -2.3.",
-)
+RELEASED = (JOINT, "nothing", "replay 5 %")
+"""Policies of which a release is made, too, with a cooldown."""
+COOLDOWN = 0.1
+"""Steps of the cooldown of a release, as a share of the steps before."""
+FIRST = (
+    JOINT, "nothing", "replay 5 %", "fresh optimizer per file", "replay 10 %", "anchor of weight 1", "anchor",
+    "replay 5 % and anchor", "replay 5 %, forgotten", "replay 1 %",
+)  # fmt: skip
+"""The policies in the order in which they are tried: what tells most comes first, should it be cut."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +81,49 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Domains:
-    """The rows of each domain: those that are trained, and those that never are."""
+class Files:
+    """The files of the domains, and, in the same order, their held-out rows as files of their own.
 
-    trained: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    held_out: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    Args:
+        domains: path of each domain's file.
+        questions: path of a file with the rows of it that are held out.
+        together: the rows that are not, of all domains, shuffled.
+    """
+
+    domains: dict[str, Path]
+    questions: dict[str, Path]
+    together: Path
+
+    @classmethod
+    def make(cls, folder: Path, rows: Mapping[str, Sequence[str]]) -> Files:
+        """Write them, with the rows held out that Onward itself will hold out."""
+        from onward.data.holdout import count_held_out, held_out_rows
+        from onward.digest import sha256_file
+
+        domains, questions, trained = dict[str, Path](), dict[str, Path](), list[str]()
+        for name, lines in rows.items():
+            domains[name] = _write(folder / f"{name}.jsonl", lines)
+            count = count_held_out(len(lines), HELD_OUT)
+            held = set(held_out_rows(0, sha256_file(domains[name]), len(lines), count))
+            questions[name] = _write(folder / f"held-out-{name}.jsonl", [lines[at] for at in sorted(held)])
+            trained += [line for at, line in enumerate(lines) if at not in held]
+        random.Random(1).shuffle(trained)
+        return cls(domains, questions, _write(folder / "together.jsonl", trained))
 
 
-def read_domains(data: Path | None, count: int) -> Domains:
+def read_domains(data: Path | None, count: int) -> dict[str, list[str]]:
     """Return five domains of `count` rows each: files of a folder, or kinds of text of the standard library."""
-    domains = Domains()
-    rows = _rows_of_files(sorted(data.glob("*.jsonl"))[:5]) if data is not None else _rows_of_library()
-    for name, lines in rows.items():
-        chosen = random.Random(0).sample(lines, min(count, len(lines)))
-        kept = max(1, round(HELD_OUT * len(chosen)))
-        domains.held_out[name], domains.trained[name] = chosen[:kept], chosen[kept:]
-    return domains
+    found = _rows_of_files(sorted(data.glob("*.jsonl"))[:5]) if data is not None else _rows_of_library()
+    short = {name: sorted(lines, key=lambda line: (len(line), line))[:SHORTEST] for name, lines in found.items()}
+    drawn = {name: random.Random(0).sample(lines, min(count, len(lines))) for name, lines in short.items()}
+    return {name: [_with_system(line) for line in lines] for name, lines in drawn.items()}
+
+
+def _with_system(line: str) -> str:
+    row = json.loads(line)
+    if "messages" not in row or row["messages"][0]["role"] == "system":
+        return line
+    return json.dumps({**row, "messages": [SYSTEM, *row["messages"]]})
 
 
 def _rows_of_files(paths: Sequence[Path]) -> dict[str, list[str]]:
@@ -89,81 +131,145 @@ def _rows_of_files(paths: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _rows_of_library() -> dict[str, list[str]]:
-    """Docstrings in five kinds by the module that they are of, and by length."""
-    texts = measuring.docstrings()
+    """Docstrings in five kinds by the module that they are of."""
     kinds: dict[str, list[str]] = {}
-    for text in texts:
-        first = text.split(".", 1)[0]
-        kinds.setdefault(first, []).append(json.dumps({"text": text}))
+    for text in measuring.docstrings():
+        kinds.setdefault(text.split(".", 1)[0], []).append(json.dumps({"text": text}))
     largest = sorted(kinds, key=lambda kind: (-len(kinds[kind]), kind))[:5]
     return {kind: kinds[kind] for kind in largest}
 
 
-def trials(domains: Domains) -> Iterator[Trial]:
-    """Yield what is trained, the most telling first, so that a run that is cut tells the most."""
-    names = tuple(domains.trained)
-    yield Trial(JOINT, names)
-    for policy in ("nothing", "replay 5 %", "fresh optimizer per file", "replay 10 %", "anchor",
-                   "replay 5 % and anchor", "replay 5 %, forgotten", "replay 1 %"):  # fmt: skip
-        yield Trial(policy, names)
+def trials(names: Sequence[str]) -> Iterator[Trial]:
+    """Yield what is trained."""
+    order = tuple(names)
+    yield from (Trial(policy, order) for policy in FIRST)
     for turn in (2, 4):
-        for policy in IN_THREE_ORDERS:
-            yield Trial(policy, names[turn:] + names[:turn])
+        yield from (Trial(policy, order[turn:] + order[:turn]) for policy in IN_THREE_ORDERS)
 
 
-def measure(trial: Trial, domains: Domains, model: str, length: int) -> dict[str, Any]:
+def measure(trial: Trial, rows: Mapping[str, Sequence[str]], model: str, dtype: str) -> dict[str, Any]:
     """Train one trial and return its figures."""
     from onward import Run
-    from onward.store.ledger import Ledger
 
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        questions = [_write(work / f"held-out-{domain}.jsonl", rows) for domain, rows in domains.held_out.items()]
-        asked = {"rows": max(map(len, domains.held_out.values())), "share": 1.0, "files": list(map(str, questions))}
-        settings = {**SETTINGS, **POLICIES.get(trial.policy, {}), "evaluation": asked, "max_length": length}
-        run = Run.create(work / "run", model, **settings)
-        begun = time.perf_counter()
-        run.train(*_files(work, trial, domains))
-        seconds = time.perf_counter() - begun
-        with Ledger(run.layout.ledger, read_only=True) as ledger:
-            tokens = ledger.trained_tokens(1 << 60)
-        return {"key": trial.key, "policy": trial.policy, "order": trial.order, "tokens": tokens, "seconds": seconds,
-                "steps": run.status()["global_step"], **_figures(run.layout, trial, domains)}  # fmt: skip
+        files = Files.make(Path(name), rows)
+        joint = trial.policy == JOINT
+        held = max(len(path.read_text(encoding="utf-8").splitlines()) for path in files.questions.values())
+        asked: dict[str, Any] = {"rows": held, "share": 1.0}
+        asked |= {"files": [str(path) for path in files.questions.values()]} if joint else {}
+        settings = {**SETTINGS, **POLICIES.get(trial.policy, {}), "evaluation": asked, "dtype": dtype}
+        settings |= {"holdout": 0.0} if joint else {}
+        run = Run.create(Path(name) / "run", model, **settings)
+        begun, cpu = time.perf_counter(), time.process_time()
+        run.train(*([files.together] if joint else [files.domains[domain] for domain in trial.order]))
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        found = {"key": trial.key, "policy": trial.policy, "order": trial.order, "dtype": dtype, "seconds": seconds,
+                 "cpu": cpu, "steps": run.status()["global_step"]}  # fmt: skip
+        found |= {"tokens": trained_tokens(run), **figures(run, trial), "kl": divergence(run)}
+        if trial.policy in RELEASED and trial.order == tuple(rows):
+            found["released"] = released(run, trial, found)
+        return found
 
 
-def _files(work: Path, trial: Trial, domains: Domains) -> list[Path]:
-    if trial.policy != JOINT:
-        return [_write(work / f"{domain}.jsonl", domains.trained[domain]) for domain in trial.order]
-    rows = [row for domain in trial.order for row in domains.trained[domain]]
-    random.Random(1).shuffle(rows)
-    return [_write(work / "all.jsonl", rows)]
+def trained_tokens(run: Any) -> int:
+    """Return the tokens that a run trained, those of the anchor's texts in the loss with them."""
+    from onward.store.ledger import Ledger
+    from onward.training.anchor import ROWS_PER_TEXT
+
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        tokens = ledger.trained_tokens(1 << 60)
+    anchor, steps = run.config.anchor, run.status()["global_step"]
+    return tokens + (steps * max(1, BATCH // ROWS_PER_TEXT) * anchor.tokens if anchor.weight else 0)
 
 
-def _write(path: Path, rows: Sequence[str]) -> Path:
-    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return path
-
-
-def _figures(layout: Any, trial: Trial, domains: Domains) -> dict[str, Any]:
-    """Return losses on the held-out rows at the end and right after each domain, and the distance from the base."""
+def figures(run: Any, trial: Trial) -> dict[str, Any]:
+    """Return losses on the held-out rows at the end, and by how much they grew since each domain was known best."""
     from onward.views.grid import read_grid
 
-    grid = read_grid(layout)
-    names = [Path(file["name"]).stem.removeprefix("held-out-") for file in grid["files"]]
-    columns = {name: at for at, name in enumerate(names) if grid["files"][at]["position"] is None}
-    last = {name: grid["loss"][-1][columns[name]] for name in domains.held_out}
-    grown = {}
+    grid = read_grid(run.layout)
+    columns = {_domain(file["name"]): at for at, file in enumerate(grid["files"]) if _is_asked(file, trial)}
+    last = {name: grid["loss"][-1][columns[name]] for name in trial.order}
+    best: dict[str, float] = {}
     for place, name in enumerate(trial.order, start=1) if trial.policy != JOINT else ():
         seen = [row[columns[name]] for row, after in zip(grid["loss"], grid["after"], strict=True) if after >= place]
-        best = min(value for value in seen if value is not None)
-        grown[name] = last[name] / best - 1.0
+        best[name] = min(value for value in seen if value is not None)
+    base = {name: grid["loss"][0][columns[name]] for name in trial.order}
+    return {"base": base, "best": best, "kl_on_its_texts": grid["anchor"][-1], **_summed(last, best, trial)}
+
+
+def _is_asked(file: Mapping[str, Any], trial: Trial) -> bool:
+    return (file["position"] is None) == (trial.policy == JOINT)
+
+
+def _domain(name: str) -> str:
+    return Path(name).stem.removeprefix("held-out-")
+
+
+def _summed(last: Mapping[str, float], best: Mapping[str, float], trial: Trial) -> dict[str, Any]:
+    """Return the figures of losses at the end; the last file cannot be forgotten yet."""
+    grown = {name: last[name] / best[name] - 1.0 for name in trial.order[:-1] if name in best}
     return {
-        "losses": last,
+        "losses": dict(last),
         "average": fmean(last.values()),
         "forgetting": fmean(grown.values()) if grown else None,
         "worst": max(grown.values()) if grown else None,
-        "kl": grid["anchor"][-1],
     }
+
+
+def divergence(run: Any, at: str | None = None) -> float:
+    """Return KL(base || model) in nats a token on texts that the base wrote and that no policy trains on."""
+    from onward.making import open_ledger
+    from onward.service.knowledge.anchor import anchor_rows
+    from onward.service.session import open_session
+    from onward.training.model.load import build_model
+    from onward.training.scores import Compute, Meter
+    from onward.views.points import hold
+
+    with hold(run.layout, at) as point, open_ledger(run.layout) as ledger:
+        session = open_session(run.layout, ledger, report=lambda _: None)
+        fresh = run.config.anchor.model_copy(update=FRESH_TEXTS)
+        config = run.config.model_copy(update={"anchor": fresh, "seed": run.config.seed + 1})
+        model = build_model(session.spec, checkpoint=point.folder, treatment=session.treatment)
+        meter = Meter(model, Compute(config, session.execution))
+        base = meter.without_adapter()
+        return meter.divergence(base, anchor_rows(session, config, lambda: base))
+
+
+def released(run: Any, trial: Trial, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a release with a cooldown and return its figures, as far as they differ."""
+    from onward.events import Event, StepTaken
+    from onward.service.wishes import Wishes
+    from onward.views.release import Making, Order
+
+    tokens = 0
+
+    def observe(event: Event) -> None:
+        nonlocal tokens
+        tokens += event.tokens if isinstance(event, StepTaken) else 0
+
+    record = Making(run.layout, observe, lambda _: None, Wishes()).release(Order("v1", cooldown=COOLDOWN))
+    if trial.policy == JOINT:
+        questions = measured_questions(run, "v1")
+        last = {name: questions[name] for name in trial.order}
+    else:
+        last = {_domain(file["name"]): file["loss"] for file in record["measured"]["files"]}
+    return {"tokens": found["tokens"] + tokens, "kl": divergence(run, "v1"), **_summed(last, found["best"], trial)}
+
+
+def measured_questions(run: Any, at: str) -> dict[str, float]:
+    """Return the losses of a release on the files of `evaluation.files`."""
+    from onward.making import open_ledger
+    from onward.service.knowledge.evaluation import Evaluation
+    from onward.service.session import open_session
+    from onward.training.model.load import build_model
+    from onward.views.points import hold
+
+    with hold(run.layout, at) as point, open_ledger(run.layout) as ledger, tempfile.TemporaryDirectory() as scratch:
+        session = open_session(run.layout, ledger, report=lambda _: None)
+        model = build_model(session.spec, checkpoint=point.folder, treatment=session.treatment)
+        evaluation = Evaluation(session, samples=Path(scratch))
+        found = evaluation.everything(model, ledger.files("done")[-1], run.config, run.status()["global_step"])
+    return {_domain(name): found["model"][key]["loss"] for key, name in found["names"].items()}
 
 
 def results() -> dict[str, dict[str, Any]]:
@@ -173,45 +279,16 @@ def results() -> dict[str, dict[str, Any]]:
     return {found["key"]: found for found in map(json.loads, OUT.read_text(encoding="utf-8").splitlines())}
 
 
-def render(found: dict[str, dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return `KNOWLEDGE.md`."""
-    machine = ", ".join(f"{key} {value}" for key, value in about.items())
-    lines = ["# What the model keeps", "", f"Written by `make knowledge`. {machine}.", ""]
-    lines += ["Five domains one after another. Loss: mean over the held-out rows of all five at the end, in nats."]
-    lines += ["Forgetting: the loss at the end by the best loss since the domain was trained, less 1.", ""]
-    columns = ("policy", "trainings", "loss", "against all at once", "forgetting", "worst", "KL from the base")
-    lines += [f"| {' | '.join(columns)} | extra tokens |", "|---" * (len(columns) + 1) + "|"]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for each in found.values():
-        groups.setdefault(each["policy"], []).append(each)
-    joint = fmean(each["average"] for each in groups[JOINT]) if JOINT in groups else None
-    plain = fmean(each["tokens"] for each in groups["nothing"]) if "nothing" in groups else None
-    for policy in (JOINT, *POLICIES):
-        if policy in groups:
-            lines.append(_row(policy, groups[policy], joint, plain))
-        else:
-            lines.append(f"| {policy} | not run | | | | | | |")
-    lines += ["", "Published beside it:", "", *(f"- {text}" for text in PUBLISHED), ""]
-    if REMARKS.is_file():
-        lines += [REMARKS.read_text(encoding="utf-8").strip(), ""]
-    return "\n".join(lines)
+def _write(path: Path, rows: Sequence[str]) -> Path:
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
 
 
-def _row(policy: str, trained: Sequence[dict[str, Any]], joint: float | None, plain: float | None) -> str:
-    average = fmean(each["average"] for each in trained)
-    against = f"{average / joint - 1:+.1%}" if joint else ""
-    extra = f"{fmean(each['tokens'] for each in trained) / plain - 1:+.1%}" if plain and policy != JOINT else ""
-    cells = [_mean(trained, name) for name in ("average", "forgetting", "worst", "kl")]
-    return f"| {policy} | {len(trained)} | {cells[0]} | {against} | {cells[1]} | {cells[2]} | {cells[3]} | {extra} |"
+def native_dtype() -> str:
+    """Return the compute type: bfloat16 where the processor has matrix units for it (AMX), else float32."""
+    import torch
 
-
-def _mean(trained: Sequence[dict[str, Any]], name: str) -> str:
-    values = [each[name] for each in trained if each[name] is not None]
-    if not values:
-        return ""
-    form = "{:.1%}" if name in ("forgetting", "worst") else "{:.4f}"
-    apart = f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else ""
-    return form.format(fmean(values)) + apart
+    return "bfloat16" if torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def main() -> None:
@@ -220,21 +297,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=150)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a row at most")
+    parser.add_argument("--dtype", help="compute type; bfloat16 where the processor has matrix units for it")
+    parser.add_argument("--only", type=int, help="this many of what is left")
     parser.add_argument("--render", action="store_true", help="only write the page from what was measured")
     options = parser.parse_args()
-    about = {**measuring.machine(), "model": options.model, "rows": options.rows, "data": options.data is not None}
-    domains = read_domains(options.data, options.rows)
+    dtype = options.dtype or native_dtype()
+    about = {**measuring.machine(), "model": options.model, "dtype": dtype, "rows": options.rows,
+             "data": options.data.name if options.data else "standard library"}  # fmt: skip
+    rows = read_domains(options.data, options.rows)
     OUT.parent.mkdir(exist_ok=True)
-    for trial in () if options.render else trials(domains):
-        if trial.key in results():
-            continue
+    left = [trial for trial in trials(list(rows)) if trial.key not in results()]
+    for trial in [] if options.render else left[: options.only]:
         print(f"{trial.key} ...", file=sys.stderr, flush=True)
-        found = measure(trial, domains, options.model, options.length)
+        found = measure(trial, rows, options.model, dtype)
         with OUT.open("a", encoding="utf-8") as kept:
             kept.write(json.dumps(found) + "\n")
-        PAGE.write_text(render(results(), about), encoding="utf-8")
-    PAGE.write_text(render(results(), about), encoding="utf-8")
+        knowledge_page.write(results(), POLICIES, about)
+    knowledge_page.write(results(), POLICIES, about)
 
 
 if __name__ == "__main__":

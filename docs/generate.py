@@ -160,7 +160,7 @@ file waits until it is mended.
 | schedule | value at step `s` |
 |---|---|
 | `constant` | `peak` |
-| `wsd` | `peak` (warmup and stable; its decay belongs to a release, which is not built yet) |
+| `wsd` | `peak` (warmup and stable; its decay is the cooldown of `onward release`) |
 | `inverse_sqrt` | `peak * sqrt(max(w, 1) / max(s, w, 1))` |
 | `linear` | `floor + (peak - floor) * (1 - p)` with `p = max(0, s - w) / (total_steps - w)` |
 | `cosine` | `floor + (peak - floor) * (1 + cos(pi * p)) / 2` with the same `p` |

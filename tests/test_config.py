@@ -28,6 +28,7 @@ KEYS = [
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "columns", "text.documents", "bad_rows", "bad_rows_share",
     "holdout", "evaluation.rows", "evaluation.share", "evaluation.files", "replay.share", "replay.policy",
     "anchor.rows", "anchor.tokens", "anchor.weight", "guard.action", "guard.forgetting", "guard.anchor", "guard.spike",
+    "guard.answers",
     *LATER_IDENTITY_KEYS,
 ]  # fmt: skip
 """Every key. A new one is a decision: it is documented, tested and added here."""

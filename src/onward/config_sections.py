@@ -186,12 +186,17 @@ class GuardConfig(Section):
         default=0.1, description="Share by which the loss on the rows of an earlier file may grow; 0 is off."
     )
     anchor: Rate = Field(
-        default=0.2, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
+        default=0.5, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
     )
     spike: Rate = Field(
         default=4.0,
         description="Robust z-score that loss or gradient norm of a file may not pass three steps running, judged by "
         "its 50 steps before; 0 is off.",
+    )
+    answers: Rate = Field(
+        default=2.0,
+        description="Under `reject`: standard errors by which answers must fit their own questions better than those "
+        "of other rows, where the model can tell that of an earlier file; 0 is off.",
     )
 
 

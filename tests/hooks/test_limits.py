@@ -32,6 +32,17 @@ def test_losses_on_earlier_files_are_judged_one_by_one() -> None:
     assert "loss on file 2 grew by 50%, from 1.0000 to 1.5000 (limit 10%)" == found[0].text
 
 
+def test_growth_is_held_against_what_was_gained_where_that_is_more() -> None:
+    """A file far below its base swings by more than its low loss says; one that gained little is judged as ever."""
+    limits, before = Limits(forgetting=0.1), {1: 2.5, 2: 2.5, 3: 2.5}
+    assert [] == list(grown(before, {1: 3.1}, limits, {1: 9.1}))
+    assert [2] == [found.position for found in grown(before, {2: 3.1}, limits, {2: 3.0})]
+    found = list(grown(before, {3: 4.15}, limits, {3: 9.1}))
+    assert ["loss on file 3 grew by 25% of what it had gained over the base, from 2.5000 to 4.1500 (limit 10%)"] == [
+        each.text for each in found
+    ]
+
+
 def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:
     """A run that moved far over many files is not refused for it; one file that moves it far is."""
     limits = Limits(anchor=0.2)

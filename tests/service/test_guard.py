@@ -19,7 +19,7 @@ from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 128, "learning_rate": 0.02, "lora": {"rank": 4}}
-STRICT = {"action": "reject", "forgetting": 0.01, "spike": 0}
+STRICT = {"action": "reject", "forgetting": 0.01, "spike": 0, "answers": 0}
 
 
 def spoken(text: str, count: int) -> list[dict[str, Any]]:
@@ -87,6 +87,27 @@ def test_a_harmful_file_is_as_if_it_had_never_come(
     assert {"line", "reason", "remedy"} == set(report["problems"][1])
     assert all(1 <= problem["line"] <= 100 for problem in report["problems"][1:])
     assert "onward accept bad.jsonl trains it all the same" == report["way_out"]
+
+
+def test_a_file_that_says_one_thing_is_taken_back_before_its_first_step(
+    run: Run, begun: Run, files: dict[str, Path], tmp_path: Path
+) -> None:
+    """With the limits that `init` writes; the good file after it trains as if it had never come."""
+    set_guard(run, forgetting=0.1, spike=4.0, answers=2.0)
+    twin = Run(shutil.copytree(begun.layout.root, tmp_path / "twin"))
+    taken: list[int] = []
+    with pytest.raises(FileRejected, match="say one and the same thing"):
+        run.train(
+            files["bad"], observe=lambda event: taken.append(event.step) if isinstance(event, StepTaken) else None
+        )
+    assert [] == taken
+    for each in (run, twin):
+        each.train(files["b"])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert {("bad.jsonl", "quarantined"), ("b.jsonl", "done")} == set(states(run)[1:])
+    assert run.verify(deep=True).ok
+    run.accept("bad.jsonl")
+    assert "done" == run.train()[0]["state"]
 
 
 def test_an_accepted_file_is_trained(run: Run, files: dict[str, Path]) -> None:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
-Kind = Literal["forgetting", "anchor", "spike"]
+Kind = Literal["forgetting", "anchor", "spike", "answers"]
 
 WINDOW = 50
 """Steps of the file before a step that its usual range is taken from, at most."""
@@ -40,11 +40,13 @@ class Limits:
         forgetting: by which share the loss on the rows of any earlier file may grow.
         anchor: by how much the KL divergence from the base, in nats a token, may grow.
         spike: robust z-score that neither loss nor gradient norm may pass for several steps running.
+        answers: by how many standard errors answers must fit their own questions better than others.
     """
 
     forgetting: float | None = None
     anchor: float | None = None
     spike: float | None = None
+    answers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,31 @@ class Finding:
     position: int | None = None
 
 
-def grown(before: Mapping[int, float], after: Mapping[int, float], limits: Limits) -> Iterator[Finding]:
+def grown(
+    before: Mapping[int, float], after: Mapping[int, float], limits: Limits, base: Mapping[int, float] | None = None
+) -> Iterator[Finding]:
     """Yield the earlier files whose loss grew by more than the limit, the worst first.
+
+    A file that lies far below its base, because little but its form was new, swings by more than its low loss says: its
+    growth is held against what was gained over the base, where that is more.
 
     Args:
         before: loss of each file, by position, at the boundary before.
         after: the same at the boundary in question; files that one of them lacks are not judged.
+        base: the same of the base model, as far as it is known.
     """
     if limits.forgetting is None:
         return
-    growth = {position: after[position] / before[position] - 1.0 for position in before if after.get(position)}
+    gained = {position: max(0.0, loss - before[position]) for position, loss in (base or {}).items()}
+    whole = {position: max(before[position], gained.get(position, 0.0)) for position in before if after.get(position)}
+    growth = {position: (after[position] - before[position]) / whole[position] for position in whole}
     for position, share in sorted(growth.items(), key=lambda pair: -pair[1]):
         if share > limits.forgetting:
             change = f"{before[position]:.4f} to {after[position]:.4f}"
+            of_what = "" if whole[position] == before[position] else " of what it had gained over the base"
             yield Finding(
                 "forgetting",
-                f"loss on file {position} grew by {share:.0%}, from {change} (limit {limits.forgetting:.0%})",
+                f"loss on file {position} grew by {share:.0%}{of_what}, from {change} (limit {limits.forgetting:.0%})",
                 position,
             )
 
@@ -84,6 +95,25 @@ def moved_away(before: float | None, after: float | None, limits: Limits) -> Ite
     if growth > limits.anchor:
         text = f"KL from the base grew by {growth:.3f} nats a token, to {after:.3f} (limit {limits.anchor:g})"
         yield Finding("anchor", text)
+
+
+def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Finding]:
+    """Yield whether the answers of a file say nothing, or do not belong to their questions.
+
+    Args:
+        judged: what `answers.judged` found before the file's first step; None or without its keys where nothing was.
+    """
+    if limits.answers is None or judged is None or "same" not in judged:
+        return
+    if judged["same"]:
+        yield Finding("answers", f"its rows say one and the same thing ({judged['rows']} were looked at)")
+    elif judged["known"] and judged["z"] < limits.answers:
+        yield Finding(
+            "answers",
+            f"its answers fit the questions of other rows as well as their own ({judged['rows']} rows: "
+            f"{judged['z']:.1f} standard errors better, limit {limits.answers:g}); "
+            "those of earlier files the model tells apart",
+        )
 
 
 @dataclass(frozen=True)

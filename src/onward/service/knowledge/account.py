@@ -43,8 +43,8 @@ class Account:
         """Tokens that measuring passed forward."""
         self.contents: dict[str, int] = {}
         """The position at which each content came first, in stream order."""
-        self.of_base: set[str] = set()
-        """Contents that the base was measured on."""
+        self.of_base: dict[str, Mapping[str, Any]] = {}
+        """What was first measured of the base, by content."""
         self.anchor: float | None = None
         """The newest KL divergence to the base on the anchor texts."""
         self._scores: dict[str, list[_Measured]] = {}
@@ -75,7 +75,8 @@ class Account:
         self.tokens += self._ledger.tokens_of(row.id)
         self.cost += before.get("cost", 0) + grid.get("cost", 0)
         self.contents.setdefault(row.sha256, row.place)
-        self.of_base.update(grid.get("base", {}))
+        for key, score in grid.get("base", {}).items():
+            self.of_base.setdefault(key, score)
         self.anchor = (grid.get("anchor") or {}).get("kl", self.anchor)
         self._note(row.place - 1, before.get("model", {}))  # the model was still that of the boundary before
         self._note(row.place, grid.get("model", {}))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
+from onward.data.holdout import rows_in_question
 from onward.data.tokenize import TokenizedFile
 from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
+from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
 from onward.service.knowledge.account import Account
 from onward.service.knowledge.anchor import anchor_rows, anchor_term
@@ -28,6 +31,9 @@ from onward.training.boundary import Boundary
 from onward.training.model.load import build_model
 from onward.training.scores import Compute, Meter, parameters_of
 from onward.training.seeds import fold
+
+KNOWN_FILES = 3
+"""Earlier files, the newest, of which it is tried whether the model can tell their answers apart."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,25 @@ class Evaluation:
         """Return the mean loss over the target tokens of each row by itself; nothing is recorded."""
         meter = self._meter_of(model, self._session.config)
         return [meter.score([row]).loss for row in rows]
+
+    def answers(self, model: nn.Module, row: FileRow, tokens: TokenizedFile) -> dict[str, Any]:
+        """Judge, before its first step, whether a file's answers say anything and belong to their questions."""
+        order = rows_in_question(self._session.config.seed, row.sha256, tokens.rows, LOOKS[-1])
+        found = judged([tokens.row(place) for place in order], partial(self.row_losses, model), self._known(row))
+        return found | {"lines": [tokens.line(order[place]) for place in found.pop("worst")]}
+
+    def _known(self, row: FileRow) -> Iterator[Sequence[Row]]:
+        """Yield some rows of the newest files before one, each content once; what cannot be read is left out."""
+        seen = {row.sha256}
+        for place in range(self._ledger.last_begun(), 0, -1):
+            other = self._ledger.at_position(place)
+            if other is None or other.sha256 in seen:
+                continue
+            if len(seen) > KNOWN_FILES:
+                return
+            seen.add(other.sha256)
+            with contextlib.suppress(DamagedState, ConfigError):
+                yield self._samples.of_any_rows(other, stored_config(self._ledger.config_of(other)), LOOKS[0])
 
     def require_questions(self, config: Config) -> None:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.

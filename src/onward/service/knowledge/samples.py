@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from onward.config import Config, stored_config
 from onward.data.files.reading import Reading
 from onward.data.holdout import count_held_out, rows_in_question
 from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
-from onward.data.tokenized import TokenizedWriter, pack
+from onward.data.tokenized import Row, TokenizedWriter, pack
 from onward.digest import sha256_file
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Sample
@@ -53,6 +54,16 @@ class Samples:
             f"{key}-{held}-{limit}", row.sha256, limit, held or None,
             lambda: tokens or open_tokens(self._session, row, config, self._look),
         )  # fmt: skip
+
+    def of_any_rows(self, row: FileRow, config: Config, count: int) -> Sequence[Row]:
+        """Return some rows of a file of the stream, whether they were trained or not.
+
+        Raises:
+            DamagedState, ConfigError: as for `of_file`.
+        """
+        key = self._key(row.sha256, config)
+        tokens = partial(open_tokens, self._session, row, config, self._look)
+        return self._sample(f"{key}-any-{count}", row.sha256, count, None, tokens).rows
 
     def of_question_file(self, path: Path, config: Config, limit: int) -> tuple[str, Sample]:
         """Return the SHA-256 of a file of `evaluation.files` and the rows that the model is measured on.

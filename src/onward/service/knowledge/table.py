@@ -14,8 +14,9 @@ from typing import Any
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
-GRID, BEFORE = "grid", "before"
-"""Names of boundary results: what was measured at the boundary after a file, and of a file before its first step."""
+GRID, BEFORE, ANSWERS = "grid", "before", "answers"
+"""Names of boundary results: what was measured at the boundary after a file, and of a file before its first step; and
+what was found of its answers then, for a guard."""
 
 NOTHING: Mapping[str, Any] = {"model": {}, "base": {}, "anchor": None, "names": {}, "cost": 0}
 """What is kept where nothing could be measured."""

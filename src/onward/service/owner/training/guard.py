@@ -7,8 +7,9 @@ on after a kill finds the same.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onward.config_sections import GuardConfig
@@ -16,9 +17,9 @@ from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import GuardRejected
 from onward.events import Note, StepTaken
-from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked
+from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked, unanswered
 from onward.service.knowledge.evaluation import Evaluation
-from onward.service.knowledge.table import GRID
+from onward.service.knowledge.table import ANSWERS, GRID
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
@@ -27,6 +28,8 @@ from onward.training.state import TrainState
 
 NAMED = 10
 """Rows that a report names: those of the steps with the largest loss and the largest gradient, by their own loss."""
+Problems = list[dict[str, Any]]
+"""Rows of a report: the line, the reason, what to do."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,27 @@ class Guard:
         self._steps = deque[Judged](maxlen=WINDOW + RUNNING)
         self._told = False
 
-    def begin(self, row: FileRow) -> None:
-        """Look at a file from here on; one that is resumed is judged by the steps that it took before, too."""
+    def judges_answers(self, row: FileRow) -> bool:
+        """Whether the answers of a file are to be judged before it is begun."""
+        return self._settings.current.guard.action == "reject" and bool(self._limits().answers) and not row.accepted
+
+    def begin(self, file: InHand, state: TrainState) -> Iterator[Note]:
+        """Look at a file from here on; one that is resumed is judged by the steps that it took before, too.
+
+        Raises:
+            GuardRejected: its answers say nothing, or do not belong to their questions.
+        """
+        row = file.row
         taken = self._ledger.last_steps(row.id, WINDOW + RUNNING)[::-1]
         self._steps = deque((Judged(step.step, step.loss, step.grad_norm) for step in taken), self._steps.maxlen)
         self._told = False
+        if not taken and self.judges_answers(row):
+            answers = self._ledger.boundary_results(row.id).get(ANSWERS, {})
+            found = list(unanswered(answers, self._limits()))
+            if found:
+                why = "its answer fits the question of another row better"
+                rows = [{"line": line, "reason": why, "remedy": ""} for line in answers["lines"][:NAMED]]
+                yield from self._act(row, found, state, lambda: rows)
 
     def after_step(self, file: InHand, result: StepTaken, state: TrainState) -> Iterator[Note]:
         """Judge a step; yields what a person should read.
@@ -71,7 +90,7 @@ class Guard:
         found = spiked(list(self._steps), limits)
         if found is not None:
             self._told = True
-            yield from self._act(file.row, [found], state, file)
+            yield from self._act(file.row, [found], state, partial(self._worst_rows, file, state))
 
     def at_boundary(self, row: FileRow, state: TrainState, file: InHand | None = None) -> Iterator[Note]:
         """Judge a file by what was measured at its boundary; yields what a person should read.
@@ -87,7 +106,7 @@ class Guard:
             return
         found = list(self._compared(row, limits))
         if found:
-            yield from self._act(row, found, state, file)
+            yield from self._act(row, found, state, partial(self._worst_rows, file, state))
 
     def _limits(self) -> Limits:
         guard = self._settings.current.guard
@@ -97,21 +116,26 @@ class Guard:
         """Compare the boundary after a file with the newest measurement before it, on the same rows."""
         now = self._ledger.boundary_results(row.id).get(GRID, {})
         known = self._evaluation.account.up_to(row.place - 1)
-        before, after = dict[int, float](), dict[int, float]()
+        before, after, base = dict[int, float](), dict[int, float](), dict[int, float]()
         for key, score in now.get("model", {}).items():
+            of_base = known.of_base.get(key) or now.get("base", {}).get(key)
             for place in () if key == row.sha256 else self._ledger.places_of(key, row.place - 1):
                 earlier = known.newest_loss(key, score["rows"], place)
                 if earlier is not None:
                     before[place], after[place] = earlier, score["loss"]
-        yield from grown(before, after, limits)
+                    if of_base and of_base["rows"] == score["rows"]:
+                        base[place] = of_base["loss"]
+        yield from grown(before, after, limits, base)
         kl = (now.get("anchor") or {}).get("kl")
         yield from moved_away(0.0 if known.anchor is None else known.anchor, kl, limits)
 
-    def _act(self, row: FileRow, found: Sequence[Finding], state: TrainState, file: InHand | None) -> Iterator[Note]:
+    def _act(
+        self, row: FileRow, found: Sequence[Finding], state: TrainState, to_look_at: Callable[[], Problems]
+    ) -> Iterator[Note]:
         texts = [self._named(finding) for finding in found]
         if self._settings.current.guard.action == "reject" and not row.accepted:
-            problems = [{"line": None, "reason": text, "remedy": ""} for text in texts]
-            problems += self._worst_rows(file, state) if file and self._evaluation.is_possible else []
+            problems: Problems = [{"line": None, "reason": text, "remedy": ""} for text in texts]
+            problems += to_look_at()
             raise GuardRejected(f"it passed the guard's limits: {texts[0]}", row.id, problems)
         for text in texts:
             message = f"{printable(row.name)}: {text}{' (accepted)' if row.accepted else ''}"
@@ -123,8 +147,10 @@ class Guard:
         row = None if finding.position is None else self._ledger.at_position(finding.position)
         return finding.text if row is None else f"{finding.text}: {printable(row.name)}"
 
-    def _worst_rows(self, file: InHand, state: TrainState) -> list[dict[str, Any]]:
+    def _worst_rows(self, file: InHand | None, state: TrainState) -> Problems:
         """Name rows of the steps with the largest loss and the largest gradient, those of largest loss first."""
+        if file is None or not self._evaluation.is_possible:
+            return []
         steps = self._ledger.steps(file.row.id)
         why: dict[int, str] = {}
         for name, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
@@ -142,4 +168,4 @@ class Guard:
 
 def _limits_of(guard: GuardConfig) -> Limits:
     """Return the limits of a config, in which 0 is off."""
-    return Limits(guard.forgetting or None, guard.anchor or None, guard.spike or None)
+    return Limits(guard.forgetting or None, guard.anchor or None, guard.spike or None, guard.answers or None)

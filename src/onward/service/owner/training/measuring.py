@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from onward.config import Config, stored_config
@@ -12,7 +13,7 @@ from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import ConfigError, OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
-from onward.service.knowledge.table import BEFORE, GRID, NOTHING
+from onward.service.knowledge.table import ANSWERS, BEFORE, GRID, NOTHING
 from onward.service.session import Session
 from onward.service.shown import Shown
 from onward.service.wishes import Stopped
@@ -77,21 +78,30 @@ class Measuring:
             self._ledger.add_event("warning", reason, step)
             return {name: NOTHING}
 
-    def before_file(self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile) -> None:
+    def before_file(
+        self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile, *, judge: bool = False
+    ) -> None:
         """Measure a file before its first step.
+
+        Args:
+            judge: judge its answers too, for the guard.
 
         Raises:
             ConfigError: a file of `evaluation.files` cannot be read.
             Stopped: something was asked for; nothing is recorded, and the file is not begun.
         """
-        if not config.evaluation.share:
+        evaluation, results = self.evaluation, dict[str, Any]()
+        if not (config.evaluation.share or judge):
             return
         with self._showing("tokenizing"):
-            self.evaluation.require_questions(config)
-            place = (state.cursor.position + 1, state.step)
-            results = self._or_nothing(
-                BEFORE, state.step, lambda: self.evaluation.before(state.model, row, config, tokens, place)
-            )
+            if config.evaluation.share:
+                evaluation.require_questions(config)
+                place = (state.cursor.position + 1, state.step)
+                measure = partial(evaluation.before, state.model, row, config, tokens, place)
+                results |= self._or_nothing(BEFORE, state.step, measure)
+            if judge and evaluation.is_possible:
+                answers = partial(evaluation.answers, state.model, row, tokens)
+                results |= self._or_nothing(ANSWERS, state.step, lambda: {ANSWERS: answers()})
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
     def catch_up(self, state: TrainState) -> FileRow | None:

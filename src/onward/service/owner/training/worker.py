@@ -153,7 +153,7 @@ class Worker:
         self._sources = plan.sources
         files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
         if not resumed:
-            self._measuring.before_file(row, self.state, self.config, tokens)
+            self._measuring.before_file(row, self.state, self.config, tokens, judge=self._guard.judges_answers(row))
         handover = "resumed" if resumed else self._begin(row, plan)
         yield FileStarted(
             name=row.name,
@@ -223,7 +223,7 @@ class Worker:
 
     def _train(self, file: InHand, files: Mapping[str, TokenizedFile], metrics: Metrics) -> Iterator[Event]:
         session, state, file_id = self.session, self.state, file.row.id
-        self._guard.begin(file.row)
+        yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
