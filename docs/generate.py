@@ -99,6 +99,10 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
     ("zip without its ending", "rows.jsonl", _zip("a.jsonl")),
     ("a row of too many fields", "rows.csv", b"text\na,b\n"),
     ("UTF-16", "rows.jsonl", '{"text": "a"}\n'.encode("utf-16")),
+    ("line ends of old Macs", "rows.txt", b"one\rtwo\r"),
+    ("an array in a .jsonl", "rows.jsonl", b'[\n{"text": "a"}\n]\n'),
+    ("a key twice", "rows.jsonl", b'{"text": "a", "text": "b"}\n'),
+    ("a pointer of Git LFS", "rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n"),
     ("gzip without its ending", "rows.jsonl", gzip.compress(b'{"text": "a"}\n')),
     ("an ending without gzip", "rows.jsonl.gz", b'{"text": "a"}\n'),
     ("gzip that is cut off", "rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9]),
@@ -195,7 +199,7 @@ one command stand or fall together.
 | `.zip` | an archive of one file of the formats above `.parquet`; `__MACOSX` does not count | as in that file |
 
 {compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
-mark at the start and CRLF line ends are fine.
+mark at the start of a file, or of a line of JSON, and CRLF line ends are fine.
 
 A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of, a `.tsv` by tabs. A field
 with the separator, a line end or a double quote in it stands in double quotes, and a double quote in it is written
@@ -230,6 +234,7 @@ A row that has none of these formats, but one key for a question and one for its
 | answer | {answers} |
 | after the question, if it is there | {besides} |
 
+Capital letters and white space around a name do not matter, and the line says so.
 So `question`/`answer`, `query`/`response`, `input`/`output` and Dolly's `instruction`/`context`/`response` are read,
 and the line that accepts the file says so. `prompt` with `completion` is the format above. A row with two keys for one
 of them is refused with both names.

@@ -44,8 +44,11 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
         GOOD + '{"text": "é"}\n'.encode("latin-1"),
         ("latin-1.jsonl, line 2: byte 0xe9 is not UTF-8", "export the file again as UTF-8"),
     ),
-    "utf-16.jsonl": (GOOD.decode().encode("utf-16"), ("utf-16.jsonl, line 1: the text is not UTF-8", "iconv")),
-    "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the text is not UTF-8", "convert")),
+    "utf-16.jsonl": (
+        GOOD.decode().encode("utf-16"),
+        ("utf-16.jsonl, line 1: the text is UTF-16, not UTF-8", "iconv -f UTF-16"),
+    ),
+    "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the content is no text", "write it as text")),
     "late-nul.jsonl": (GOOD * 20 + b'{"text": "\x00"}\n', ("late-nul.jsonl, line 21: not valid JSON",)),
     "list.jsonl": (GOOD + b"[1, 2]\n", ("list.jsonl, line 2: the row is a list, not an object", SHAPES)),
     "number.jsonl": (GOOD + b"42\n", ("number.jsonl, line 2: the row is a number, not an object", SHAPES)),

@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -61,6 +63,33 @@ def replace_file(path: Path, data: bytes) -> None:
     write_file(temporary, data)
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+def replace_checked(path: Path, body: bytes, kind: str = "") -> None:
+    """Replace the contents of `path` by a line with a checksum and `body`, in one act.
+
+    Args:
+        kind: what the line begins with: what the body is, and of which format.
+    """
+    replace_file(path, _check_line(body, kind) + body)
+
+
+def read_checked(path: Path, kind: str = "") -> bytes | None:
+    """Return the body that `replace_checked` wrote; None if there is no file, or it is damaged or of another kind.
+
+    Raises:
+        OSError: the file is there but cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    line, newline, body = data.partition(b"\n")
+    return body if line + newline == _check_line(body, kind) else None
+
+
+def _check_line(body: bytes, kind: str) -> bytes:
+    return f"{kind}{xxhash.xxh3_128_hexdigest(body)}\n".encode()
 
 
 def replace_json(path: Path, value: Any) -> None:

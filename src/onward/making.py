@@ -71,7 +71,7 @@ class _Making:
 
     def make(self, later: bool) -> None:
         from onward.data.own_template import keep_template, write_template
-        from onward.service.tokenizer import store_tokenizer
+        from onward.service.tokenizer import KeptTokenizer
         from onward.training.model.base import base_of_run, resolve_base, with_stored_path
 
         config = _choose_config(self.layout, self.values)
@@ -95,7 +95,7 @@ class _Making:
         if own.facts:
             folder = self.layout.tokenizer(base)
             tokenizer = self._load_tokenizer(folder)
-        store_tokenizer(self.layout, folder, tokenizer)
+        KeptTokenizer(self.layout, folder).keep(tokenizer)
         make_ledger(self.layout.ledger, **own.facts, **facts)  # last: it is what makes the directory a run
 
     def _load_tokenizer(self, folder: Path) -> LoadedTokenizer:

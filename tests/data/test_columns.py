@@ -108,3 +108,19 @@ def test_columns_of_a_row_without_all_of_them() -> None:
         parse_record(mapped({"q": "Q", "a": None}, prompt="q", completion="a"))
     assert WITH_CONTEXT == parsed(mapped({"q": "Q", "c": "C", "a": "A"}, instruction="q", input="c", output="a"))
     assert CHAT == parsed(mapped({"q": "Q", "c": None, "a": "A"}, instruction="q", input="c", output="a"))
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        ({"Question": "q", " Answer": "a", "Id": 1}, {"instruction": "q", "output": "a", "Id": 1}),
+        ({"Text": "t"}, {"text": "t"}),
+        ({"Question": "q", "question": "r"}, None),
+        ({"Title": "q", "Body": "a"}, None),
+    ],
+)
+def test_capital_letters_of_known_names_do_not_matter(row: dict[str, Any], read: dict[str, Any] | None) -> None:
+    """Tables have such headers; that they were read so is said."""
+    columns = Columns()
+    assert (row if read is None else read) == columns.mapped(row)
+    assert bool(read) == any(note.startswith("keys are read in lower case: ") for note in columns.notes)

@@ -104,6 +104,20 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"text": "  "}, "text is empty"),
         ({"text": True}, '"text" is a boolean, not a string'),
         ({"text": "a\udfff"}, "text " + HALF),
+        ({"messages": [USER, {"role": "assistant", "content": "\u200b \ufeff"}]}, "the answer in message 2 is empty"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
+            "message 2 holds a part of type 'tool_use'",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1e999}'}]}]},
+            "one of the arguments of 'f' in message 2 holds inf, which JSON does not know",
+        ),
+        (
+            {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}]},
+            "in the arguments of 'f' in message 2, the key 'x' stands twice in an object",
+        ),
+        ({"messages": [USER, ANSWER], "tools": ["f"]}, "a tool of the row cannot be read as JSON"),
     ],
 )
 def test_refused_rows(row: Any, reason: str) -> None:

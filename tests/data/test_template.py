@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
 from trait_templates import template_text
 
+from onward.data.rendering import Renderer
 from onward.data.rows.records import Chat, RowError, parse_record
 from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
@@ -264,3 +265,40 @@ def test_targets_of_random_chats(name: str, turns: list[tuple[str, str]]) -> Non
     )
     trim = str.strip if name in ("llama3_2", "gemma") else str
     assert [trim(answer) + end for _, answer in turns] == found
+
+
+@pytest.mark.parametrize(
+    ("decides", "content"),
+    [
+        ("'nothink' in messages[-1].content", "please nothink"),
+        ("messages[-1]['content'] == 'nothink'", "nothink"),
+        ("messages[-1].content|length > 20", "a question that is longer than twenty characters"),
+        ("messages[-1].content.lower().startswith('no')", "NO"),
+        ("(messages|selectattr('content', 'equalto', 'x')|list)", "x"),
+    ],
+)
+def test_a_prompt_that_depends_on_what_is_asked(decides: str, content: str) -> None:
+    """Where inference would have another prompt for this very question, the row is refused; others are trained."""
+    asks = f"<|im_start|>assistant\n{{% if {decides} %}}<think></think>{{% endif %}}"
+    own = (
+        CHATML[: CHATML.index("{% if add_generation_prompt %}")]
+        + f"{{% if add_generation_prompt %}}{asks}{{% endif %}}"
+    )
+    asked = ChatTemplate(byte_state(own))
+    assert ["A<|im_end|>"] == pieces(asked, chat("q", "A"))
+    with pytest.raises(RowError, match="is not what the model is given at inference"):
+        asked.render(chat(content, "A"))
+
+
+def test_templates_that_only_write_contents_are_proven_once() -> None:
+    """They may look whether there is a text, of which type it is, and for pieces of text in it; the words are marks."""
+    for test, weighs in {
+        "m.content": False, "m.content is string": False, "m.content|trim|length > 0": False,
+        "m['content'] is not none and not m.tool_calls": False, "m.content.split('</think>')[-1]": False,
+        "'yes' in m.content": False, "m.content|length > 5": True, "m.content[0] == 'x'": True, "m.content|int": True,
+    }.items():  # fmt: skip
+        reads = Renderer(
+            f"{{% for m in messages %}}{{% if {test} %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}", {}
+        ).reads()
+        assert (test, weighs) == (test, reads.weighs)
+        assert ("yes" in test) == ("yes" in reads.marks)

@@ -10,7 +10,7 @@ from runs import new_run
 from onward.errors import ConfigError
 from onward.service.owner.process import OpenedRun
 from onward.service.session import Session
-from onward.service.tokenizer import tokenizer_files_of_run
+from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
 from onward.training.huggingface import tokenizer_files
 from onward.training.model.load import load_tokenizer
@@ -49,6 +49,6 @@ def test_kept_files_of_a_tokenizer_are_made_again(damage: str, model: Path, tmp_
         path.unlink()
     else:
         path.write_bytes(kept[: len(kept) // 2] if damage == "cut" else kept.replace(b"vocab", b"vacob"))
-    assert expected == tokenizer_files_of_run(run.layout, model)
+    assert expected == KeptTokenizer(run.layout, model).files()
     assert path.is_file()
-    assert expected == tokenizer_files_of_run(run.layout, model)
+    assert expected == KeptTokenizer(run.layout, model).files()

@@ -156,6 +156,9 @@ def test_what_is_not_taken_is_named_with_a_reason() -> None:
     lines = list(left_out(Arguments({**values, "assistant_only_loss": False, "completion_only_loss": None})))
     names = ["num_train_epochs", "neftune_noise_alpha", "packing", "assistant_only_loss"]
     assert names == [line.split()[0] for line in lines]
+    assert [] == list(left_out(Arguments({"train_sampling_strategy": "random", "num_train_epochs": 1})))
+    (line,) = left_out(Arguments({"train_sampling_strategy": "group_by_length", "num_train_epochs": 1}))
+    assert line.startswith("train_sampling_strategy group_by_length (the order of rows is the run's own")
 
 
 def stopped(

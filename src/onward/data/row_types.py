@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
+
+UNSEEN = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u00ad\u200b\u200c\u200d\u2060\ufeff"
+"""White space, and characters of no width: a text of nothing else says nothing."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def check_text(text: str, where: str) -> None:
 
 def check_answer(text: str, where: str) -> None:
     """Refuse an answer without text."""
-    if not text.strip():
+    if not text.strip() or not text.strip(UNSEEN):
         raise RowError(f"{where} is empty", "write what the model should answer, or remove the row")
     check_text(text, where)
 
@@ -125,5 +129,7 @@ def check_strings(value: Any, where: str) -> None:
     elif isinstance(value, list):
         for item in value:
             check_strings(item, where)
+    elif isinstance(value, float) and not isfinite(value):
+        raise RowError(f"{where} holds {value}, which JSON does not know", "write it as a string")
     elif value is not None and not isinstance(value, bool | int | float):
         raise RowError(f"{where} holds {kind_of(value)}, which JSON does not know", "write it as a string")

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta, nodes
 
+from onward.data.template_control import SEARCHES, control_of
+
 WORD = re.compile(r"\w\w+", re.ASCII)
-TEXT_METHODS = frozenset(
-    ("count", "endswith", "find", "index", "partition", "rfind", "rpartition", "rsplit", "split", "startswith")
-)
 SAYING = ("raise_exception", "strftime_now")
 
 
@@ -24,22 +23,26 @@ class Reads:
         names: variables that it takes from its caller.
         keys: every string and attribute by which it can look into a message.
         marks: pieces of text whose presence in a message may change how the template renders, the longest first.
+        weighs: whether how it renders may depend on contents in other ways.
     """
 
     names: frozenset[str]
     keys: frozenset[str]
     marks: tuple[str, ...]
+    weighs: bool
 
     @classmethod
     def of(cls, source: str, environment: jinja2.Environment) -> Reads:
         """Return what a template reads; `source` is valid for the environment."""
         tree = environment.parse(source)
         keys = {node.attr for node in tree.find_all(nodes.Getattr)} | set(_strings(tree))
-        marks = set(_marks(tree)) - {""}
+        control = control_of(tree)
+        marks = (set(_marks(tree)) | control.words) - {""}
         return cls(
             frozenset(meta.find_undeclared_variables(tree)),
             frozenset(keys),
             tuple(sorted(marks, key=lambda text: (-len(text), text))),
+            control.by_more,
         )
 
 
@@ -50,7 +53,7 @@ def _marks(tree: nodes.Node) -> Iterator[str]:
     `strip` takes off is seen to be missing.
     """
     for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in TEXT_METHODS:
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in SEARCHES:
             yield from _direct(call.args)
         elif isinstance(call.node, nodes.Name) and call.node.name not in SAYING:
             yield from _unlike_words(_direct(call.args))

@@ -15,16 +15,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from tokenizers import Tokenizer
 
-from onward.atomic import replace_file
+from onward.atomic import read_checked, replace_checked
 from onward.data.rendering import Renderer
 from onward.data.tokenized import FORMAT
 from onward.digest import sha256_file, sha256_json
 from onward.errors import ModelError
 
 STATE_FORMAT = 1
+_KIND = f"onward tokenizer {STATE_FORMAT}.{FORMAT} "
+"""How the file of a stored state begins."""
 LAST_CALL = ("padding", "truncation")
 """Entries of a serialized tokenizer that say how it was last called, not what it is."""
 WEIGHT_ENDINGS = frozenset(
@@ -147,8 +148,7 @@ def save_tokenizer_state(path: Path, state: TokenizerState) -> None:
         OSError: the disk is full or fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = state.to_json().encode()
-    replace_file(path, _header(body) + body)
+    replace_checked(path, state.to_json().encode(), _KIND)
 
 
 def load_tokenizer_state(path: Path) -> TokenizerState | None:
@@ -157,12 +157,8 @@ def load_tokenizer_state(path: Path) -> TokenizerState | None:
     Raises:
         OSError: the file is there but cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    header, newline, body = data.partition(b"\n")
-    return TokenizerState.from_json(body) if header + newline == _header(body) else None
+    body = read_checked(path, _KIND)
+    return None if body is None else TokenizerState.from_json(body)
 
 
 def tokenizer_files_digest(folder: Path) -> str:
@@ -190,10 +186,6 @@ def _library_versions() -> tuple[str, str]:
     from importlib.metadata import version
 
     return version("tokenizers"), version("transformers")
-
-
-def _header(body: bytes) -> bytes:
-    return f"onward tokenizer {STATE_FORMAT}.{FORMAT} {xxhash.xxh3_128_hexdigest(body)}\n".encode()
 
 
 def _backend(tokenizer: Any) -> Any:

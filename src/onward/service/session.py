@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import tokenizer_files_of_run, tokenizer_of_run
+from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
@@ -48,6 +48,7 @@ class Session:
     config: Config
     base: Path
     base_digest: str
+    kept_tokenizer: KeptTokenizer
     tokenizer_state: TokenizerState
     world: World
     dtype: torch.dtype
@@ -148,7 +149,7 @@ class Session:
     def _tokenizer_files(self) -> Mapping[str, bytes]:
         if self.config.chat_template is not None:  # it goes into checkpoints, too
             return huggingface.tokenizer_files(self.tokenizer)
-        return tokenizer_files_of_run(self.layout, self.layout.tokenizer(self.base))
+        return self.kept_tokenizer.files()
 
 
 def open_session(
@@ -173,12 +174,13 @@ def open_session(
     config = config or read_config(layout.config)
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
-    tokenizer_state = tokenizer_of_run(layout, config, layout.tokenizer(base))
+    kept = KeptTokenizer(layout, layout.tokenizer(base))
+    tokenizer_state = kept.state(config)
     check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
     dtype = pick_dtype(config.dtype, world.device)
-    return Session(layout, ledger, config, base, base_digest, tokenizer_state, world, dtype)
+    return Session(layout, ledger, config, base, base_digest, kept, tokenizer_state, world, dtype)
 
 
 def _require_shares(config: Config, world: World) -> None:

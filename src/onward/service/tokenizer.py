@@ -7,12 +7,11 @@ import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import xxhash
-
-from onward.atomic import remove_tree, replace_file
+from onward.atomic import read_checked, remove_tree, replace_checked
 from onward.config import Config
 from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
@@ -36,33 +35,53 @@ class LoadedTokenizer:
     files: Mapping[str, bytes]
 
 
-def tokenizer_of_run(layout: RunLayout, config: Config, folder: Path) -> TokenizerState:
-    """Return the tokenizer of a model folder with the chat template that the run's config names, if it names one.
+@dataclass(frozen=True)
+class KeptTokenizer:
+    """The tokenizer of a model folder as a run keeps it in `cache/`; it is loaded where the run keeps none of it yet.
 
-    Raises:
-        ConfigError: there is no such template, or it is not one.
-        ModelError: there is no tokenizer, or it cannot be used.
+    Args:
+        folder: the model's; what lies in it is digested once.
     """
-    return _stored_state(layout, folder).with_template(read_template(config.chat_template, layout.root))
 
+    layout: RunLayout
+    folder: Path
 
-def tokenizer_files_of_run(layout: RunLayout, folder: Path) -> Mapping[str, bytes]:
-    """Return the files of a model folder's tokenizer as transformers writes them into a checkpoint, by name.
+    def state(self, config: Config) -> TokenizerState:
+        """Return what turns rows into tokens, with the chat template that the run's config names, if it names one.
 
-    Raises:
-        ModelError: there is no tokenizer, or it cannot be used.
-    """
-    return _read_files(_files_place(layout, folder)) or _load_and_store(layout, folder).files
+        Raises:
+            ConfigError: there is no such template, or it is not one.
+            ModelError: there is no tokenizer, or it cannot be used.
+        """
+        own = load_tokenizer_state(_state_place(self.layout, self._digest)) or self._load().state
+        return own.with_template(read_template(config.chat_template, self.layout.root))
 
+    def files(self) -> Mapping[str, bytes]:
+        """Return the files as transformers writes them into a checkpoint, by name.
 
-def _stored_state(layout: RunLayout, folder: Path) -> TokenizerState:
-    return load_tokenizer_state(_state_place(layout, folder)) or _load_and_store(layout, folder).state
+        Raises:
+            ModelError: there is no tokenizer, or it cannot be used.
+        """
+        return _read_files(_files_place(self.layout, self._digest)) or self._load().files
 
+    def keep(self, loaded: LoadedTokenizer) -> None:
+        """Store what was loaded of the folder, in the place of any that was there."""
+        state, files = _state_place(self.layout, self._digest), _files_place(self.layout, self._digest)
+        remove_tree(state.parent)
+        remove_tree(files.parent)
+        with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
+            save_tokenizer_state(state, loaded.state)
+            files.parent.mkdir()
+            replace_checked(files, _packed(loaded.files))
 
-def _load_and_store(layout: RunLayout, folder: Path) -> LoadedTokenizer:
-    loaded = load_with_files(folder)
-    store_tokenizer(layout, folder, loaded)
-    return loaded
+    @cached_property
+    def _digest(self) -> str:
+        return tokenizer_files_digest(self.folder)
+
+    def _load(self) -> LoadedTokenizer:
+        loaded = load_with_files(self.folder)
+        self.keep(loaded)
+        return loaded
 
 
 def load_tokenizer_of(folder: Path) -> TokenizerState:
@@ -99,46 +118,27 @@ def _state_of(tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizerStat
         raise ModelError(error.what, where=error.where or folder, hint=error.hint) from None
 
 
-def store_tokenizer(layout: RunLayout, folder: Path, loaded: LoadedTokenizer) -> None:
-    """Store the tokenizer of a model folder in `cache/`, in the place of any that was there."""
-    state, files = _state_place(layout, folder), _files_place(layout, folder)
-    remove_tree(state.parent)
-    remove_tree(files.parent)
-    with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
-        save_tokenizer_state(state, loaded.state)
-        files.parent.mkdir()
-        replace_file(files, _packed(loaded.files))
+def _state_place(layout: RunLayout, digest: str) -> Path:
+    return layout.cache / "tokenizer" / digest
 
 
-def _state_place(layout: RunLayout, folder: Path) -> Path:
-    return layout.cache / "tokenizer" / tokenizer_files_digest(folder)
-
-
-def _files_place(layout: RunLayout, folder: Path) -> Path:
-    return layout.cache / "tokenizer_files" / tokenizer_files_digest(folder)
+def _files_place(layout: RunLayout, digest: str) -> Path:
+    return layout.cache / "tokenizer_files" / digest
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
-    """Return files as a line with a checksum, and an archive."""
+    """Return files as an archive."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, data in files.items():
             archive.writestr(name, data)
-    body = stream.getvalue()
-    return _checksum(body) + b"\n" + body
+    return stream.getvalue()
 
 
 def _read_files(path: Path) -> dict[str, bytes] | None:
     """Return the files that were stored as `path`; None if there are none, or if it is damaged."""
-    try:
-        line, _, body = path.read_bytes().partition(b"\n")
-    except FileNotFoundError:
-        return None
-    if line != _checksum(body):
+    body = read_checked(path)
+    if body is None:
         return None
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
-
-
-def _checksum(body: bytes) -> bytes:
-    return xxhash.xxh3_128_hexdigest(body).encode()

@@ -20,7 +20,6 @@ from onward.data.files.formats import ARCHIVE, file_format
 from onward.data.files.limits import Limits
 from onward.text import quoted
 
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 BUFFER = 1 << 18
 
 __all__ = ["FileError", "SourceChanged", "SourceFile", "check_readable", "open_bytes"]
@@ -193,21 +192,6 @@ def _refusal(error: OSError, path: Path) -> Exception:
     if error.errno == errno.ENXIO:
         return FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
     return FileError(f"cannot be read: {error.strerror or error}", f"check it with: ls -l {quoted(path)}")
-
-
-def require_text(stream: Any, path: Path) -> None:
-    """Refuse content that does not begin as UTF-8 text does.
-
-    Raises:
-        FileError: it looks like UTF-16 or like a binary file.
-    """
-    head = stream.peek(64)[:64]
-    if head.startswith(UTF16_MARKS) or b"\x00" in head:
-        raise FileError(
-            "the text is not UTF-8 (it looks like UTF-16 or a binary file)",
-            f"convert to UTF-8: iconv -f UTF-16 -t UTF-8 {quoted(Path(path.name))} > new-file",
-            line=1,
-        )
 
 
 class _Counted(io.RawIOBase):

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
+from onward.data.strict_json import KEPT, RepeatedKey, require_single_keys
 
 TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
 """What is said of an integer that Python refuses to convert."""
@@ -35,6 +36,8 @@ def json_values(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
         raise FileError(f"not UTF-8: {error.reason}", "export the file again as UTF-8", row) from None
     except RecursionError:
         raise FileError("the JSON is nested too deeply", "flatten the row", row) from None
+    except RepeatedKey as error:
+        raise FileError(str(error), KEPT, row) from None
     except ValueError:
         raise FileError(*TOO_MANY_DIGITS, row) from None
 
@@ -88,6 +91,7 @@ class _JsonReader:
                     raise
             else:
                 if end < len(self._buffer) or not self._more():
+                    require_single_keys(value, self._buffer[self._at : end])
                     self._at = end
                     return value
 

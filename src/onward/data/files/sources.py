@@ -6,21 +6,21 @@ A problem of one row is reported with that row and reading goes on; what makes t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from onward.data.files.arrow_ipc import arrow_rows
-from onward.data.files.containers import SourceFile, open_bytes, require_text
+from onward.data.files.beginning import require_text
+from onward.data.files.containers import SourceFile, open_bytes
 from onward.data.files.content import require_content
 from onward.data.files.documents import document_rows
 from onward.data.files.faults import FileError
 from onward.data.files.formats import file_format
-from onward.data.files.json_rows import TOO_MANY_DIGITS, json_values
-from onward.data.files.limits import Limits
-from onward.data.files.lines import SourceRow, lines_of
+from onward.data.files.json_lines import json_lines
+from onward.data.files.json_rows import json_values
+from onward.data.files.lines import SourceRow
 from onward.data.files.parquet import parquet_rows
 from onward.data.files.reading import Reading
 from onward.data.files.table import table_rows
@@ -60,7 +60,7 @@ def rows_of(source: SourceFile, reading: Reading, stop: Callable[[], None] = _ne
         if name == "arrow":
             yield from _numbered(arrow_rows(stream, source, limits))
             return
-        require_text(stream, source.path)
+        require_text(stream, source.path, name)
         if name == "json":
             yield from _numbered(json_values(stream, limits))
         elif name == "txt":
@@ -68,23 +68,8 @@ def rows_of(source: SourceFile, reading: Reading, stop: Callable[[], None] = _ne
         elif name in ("csv", "tsv"):
             yield from table_rows(stream, name, limits)
         else:
-            for line, text in lines_of(stream, limits):
-                yield text if isinstance(text, SourceRow) else _parse_line(line, text, limits)
+            yield from json_lines(stream, source, limits)
 
 
 def _numbered(values: Iterable[Any]) -> Iterator[SourceRow]:
     return (SourceRow(row, value) for row, value in enumerate(values, start=1))
-
-
-def _parse_line(line: int, text: str, limits: Limits) -> SourceRow:
-    if limits.is_too_large(text):
-        raise limits.row_refusal("the line, its values counted,", line)
-    try:
-        return SourceRow(line, json.loads(text))
-    except json.JSONDecodeError as error:
-        reason, remedy = f"not valid JSON: {error.msg} at column {error.colno}", "write one JSON object per line"
-    except RecursionError:
-        reason, remedy = "the JSON is nested too deeply", "flatten the row"
-    except ValueError:
-        reason, remedy = TOO_MANY_DIGITS
-    return SourceRow(line, None, reason, remedy)

@@ -45,6 +45,10 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
 
 
 def _header(fields: list[str], line: int) -> list[str]:
+    if fields[0].lower().startswith("sep=") and not any(fields[1:]):
+        raise FileError(
+            "the first line says which separator there is (sep=), and names no columns", "take it out", line
+        )
     names = [field.strip() for field in fields]
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:

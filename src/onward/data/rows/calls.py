@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from onward.data.row_types import Message, RowError, check_strings, kind_of
+from onward.data.strict_json import KEPT, RepeatedKey, parsed
 
 CALL_REMEDY = 'write each call as {"type": "function", "function": {"name": ..., "arguments": {...}}}'
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -20,7 +20,9 @@ def json_text(value: Any, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parsed(value)
+    except RepeatedKey as error:
+        raise RowError(f"in {where}, {error}", KEPT) from None
     except (ValueError, RecursionError):
         raise RowError(f"{where} cannot be read as JSON", f"write {where} as JSON") from None
 
@@ -58,7 +60,7 @@ def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
     padded = is_padded(value, padded=padded)
     tools: list[Any] = []
     for each in listed:
-        tool = json_text(each, '"tools"')
+        tool = json_text(each, "a tool of the row")
         if not isinstance(tool, dict):
             raise RowError(f'"tools" holds {kind_of(tool)}', 'write "tools" as a list of JSON schemas')
         check_strings(tool, "tools")
@@ -136,6 +138,7 @@ def _arguments(given: Any, where: str, *, padded: bool) -> dict[str, Any] | str:
     value = json_text(given, where)
     if not isinstance(value, dict):
         raise RowError(f"{where} are {kind_of(value)}, not an object", CALL_REMEDY)
+    check_strings(value, f"one of {where}")
     if isinstance(given, str):
         return given
     return without_nulls(value) if padded else value

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from onward.data.row_types import RowError
+from onward.text import printable
 
 FORMATS = tuple(
     map(frozenset, (["messages"], ["text"], ["conversations"], ["prompt", "completion"], ["instruction", "output"]))
@@ -19,6 +20,9 @@ QUESTIONS = ("question", "query", "instruction", "prompt")
 ANSWERS = ("answer", "response", "output", "completion")
 BESIDES = ("input", "context")
 """Names of what belongs to a question: it follows after a blank line, as Alpaca's `input` does."""
+
+KNOWN = frozenset((*(key for keys in FORMATS for key in keys), *QUESTIONS, *ANSWERS, *BESIDES))
+"""All names by which a row is known."""
 
 
 class Columns:
@@ -32,11 +36,13 @@ class Columns:
         self._columns = dict(columns)
         self._sources = frozenset(self._columns.values())
         self._pairs: dict[tuple[str, str], None] = {}
+        self._cased: dict[str, None] = {}
 
     @property
     def notes(self) -> list[str]:
         """What a person should know: names that were taken for a question and its answer."""
-        return [f"{question} and {answer} are read as a chat" for question, answer in self._pairs]
+        cased = [f"keys are read in lower case: {', '.join(map(printable, self._cased))}"] if self._cased else []
+        return [*(f"{question} and {answer} are read as a chat" for question, answer in self._pairs), *cased]
 
     def mapped(self, value: Any) -> Any:
         """Return a row with the keys of its format; what is no object is returned as it is.
@@ -49,7 +55,7 @@ class Columns:
         row: dict[Any, Any] = {key: item for key, item in value.items() if item is not None}
         if self._sources & row.keys():
             value = row = self._by_config(row)
-        return value if _has_format(row) else self._by_name(row) or value
+        return value if _has_format(row) else self._by_name(row) or self._in_lower_case(row) or value
 
     def _by_config(self, row: dict[Any, Any]) -> dict[Any, Any]:
         """Map the columns that the config names; keys of other formats do not count beside a whole format."""
@@ -57,6 +63,18 @@ class Columns:
         aside = {key for keys in FORMATS for key in keys} if _has_format(named) else set[str]()
         others = {key: item for key, item in row.items() if key not in self._sources and key not in aside}
         return {**others, **named}
+
+    def _in_lower_case(self, row: dict[Any, Any]) -> dict[Any, Any] | None:
+        """Map keys that are a format's, or a question's and its answer's, but for capital letters and white space."""
+        names = {key: key.strip().lower() if isinstance(key, str) else key for key in row}
+        others = [key for key, name in names.items() if key != name and name in KNOWN]
+        lowered = {names[key] if key in others else key: item for key, item in row.items()}
+        if not others or len(lowered) < len(row):
+            return None
+        found = lowered if _has_format(lowered) else self._by_name(lowered)
+        if found is not None:
+            self._cased.update(dict.fromkeys(others))
+        return found
 
     def _by_name(self, row: dict[Any, Any]) -> dict[Any, Any] | None:
         questions = [name for name in QUESTIONS if name in row]

@@ -5,6 +5,7 @@ The shapes are those of OpenAI (chat completions, old and new), ShareGPT, LLaMA-
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -46,6 +47,8 @@ SPAN_KEYS = ("train_detail", "training_detail")
 CONTENT_KEYS = ("content", "value")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("thinking", "reasoning")
+CALL_PARTS = ("tool_use", "tool_call", "function_call", "tool_result", "tool_response", "function_response")
+"""Types of parts in which Anthropic's messages, and others, have calls and what they gave."""
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio", "video_url")
 MEDIA_PARTS = (*MEDIA_KEYS, "input_image", "audio_url", "input_video")
 HANDLED = frozenset(
@@ -77,11 +80,11 @@ def list_in_text(text: str) -> list[Message] | None:
     if text.lstrip()[:1] != "[":
         return None
     try:
-        found = json_text(text, "")
-    except RowError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     is_messages = isinstance(found, list) and found and all(_is_message(turn) for turn in found)
-    return found if is_messages else None
+    return json_text(text, "the list of messages") if is_messages else None
 
 
 def _is_message(value: Any) -> bool:
@@ -177,6 +180,11 @@ def _part(part: Any, where: str) -> tuple[str, str]:
         text = next((part[key] for key in (kind, "text", "value", "content") if isinstance(part.get(key), str)), None)
         if text is not None:
             return kind, text
+    if kind in CALL_PARTS:
+        raise RowError(
+            f"{where} holds a part of type {kind!r}",
+            'write calls as "tool_calls" of the assistant, and what they gave as messages of the role "tool"',
+        )
     raise RowError(
         f"the content of {where} holds a part of type {kind!r} without a text that is known",
         'write each part as {"type": "text", "text": ...}',

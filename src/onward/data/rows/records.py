@@ -80,7 +80,11 @@ def parse_record(value: object, *, padded: bool = False) -> Record:
         if key in row:
             raise RowError(f'the row has "{key}" but no "{missing}"', f'add "{missing}" to the row')
     found = ", ".join(f'"{key[:80]}"' for key in list(row)[:10]) or "none"
-    raise RowError(f"no known row format (keys with a value: {found})", f"write each row as {SHAPES}")
+    raise RowError(
+        f"no known row format (keys with a value: {found})",
+        f"write each row as {SHAPES}, or say in the config which keys are meant: columns: {{instruction: KEY, "
+        "output: KEY}",
+    )
 
 
 def _messages_row(row: dict[str, Any], padded: bool) -> Chat:

@@ -91,7 +91,7 @@ class ChatTemplate:
         text = without_marks(marked) if self._marked else marked
         if self._start and text.startswith(2 * self._start):
             raise RowError(f"the chat template writes the start token {self._start!r} twice", REMEDY)
-        if is_plain and not any(mark in said for mark in self._reads.marks):
+        if is_plain and not self._reads.weighs and not any(mark in said for mark in self._reads.marks):
             spans = self._plain.targets(chat, texts, text)
             if spans is not None:
                 return text, spans

@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import tokenizer_of_run
+from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
@@ -136,7 +136,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = tokenizer_of_run(layout, config, folder)
+    state = KeptTokenizer(layout, folder).state(config)
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
         require_template_of(identity, config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import nn
 from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, longer, reach
+from onward.training.admission.alike import reached_by_kinds
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import BY_LENGTH, END_TO_END, PADDED, Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
@@ -138,12 +140,17 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
 
 
 def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
-    """Prove all there is, the whole model first, then with as many of its layers as it takes."""
+    """Prove all there is: which weights of the whole model are reached, and all else with as few layers as it takes."""
     vocabulary = _vocabulary(model)
-    _shift_adapter(model, proof.spec.device)
-    _examine_whole(proof, model, vocabulary, found)
     few = rows([SHORT], vocabulary)
-    shorten(model, lambda: proof.row_by_row(model, few))
+    _shift_adapter(model, proof.spec.device)
+    with still(model):
+        by_kinds = reached_by_kinds(model, lambda: proof.row_by_row(model, few).of.keys())
+        with _told_why_not(proof):
+            reached = proof.row_by_row(model, few).of.keys() if by_kinds is None else by_kinds
+            reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
+    _examine_reach(proof, model, reached, found)
+    shorten(model, (lambda: proof.row_by_row(model, few)) if by_kinds is None else lambda: None)
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
@@ -161,12 +168,11 @@ def _vocabulary(model: nn.Module) -> int:
     return min(int(cast(Any, part).weight.shape[0]) for part in parts if hasattr(part, "weight"))
 
 
-def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
-    """Find which weights a gradient reaches, and leave the others out; what fails here fails by itself."""
+@contextlib.contextmanager
+def _told_why_not(proof: _Proof) -> Generator[None]:
+    """Refuse a model that computes nothing of a row in the body: what fails here fails by itself."""
     try:
-        with still(model):
-            reached = proof.row_by_row(model, rows([SHORT], vocabulary)).of.keys()
-            reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
+        yield
     except OnwardError:
         raise
     except Exception as error:
@@ -176,6 +182,10 @@ def _examine_whole(proof: _Proof, model: nn.Module, vocabulary: int, found: _Fou
         raise ModelError(
             f"the model computes no loss of a row of text: {first_line(error)}", where=proof.spec.base, hint=hint
         ) from None
+
+
+def _examine_reach(proof: _Proof, model: nn.Module, reached: Collection[str], found: _Found) -> None:
+    """Leave out what no gradient reaches, and see what share of the model the rest is."""
     found.left_out = _leave_out(proof, model, reached)
     found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     found.reach = round(reach.share_reached(model, causal_lm(model)), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 from torch import nn
@@ -12,6 +13,33 @@ FEWEST = 2
 """Layers that stay in any case: one that hands its output to another."""
 _PLACES = ("layer_idx", "training")
 """Values of a layer's parts that do not tell its kind."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A list of layers that has more of them than it takes to have one of each kind.
+
+    Args:
+        parent: the module that holds the list.
+        name: under which name.
+        path: the list's name in the model.
+        layers: all of them.
+        needed: how many of the first ones hold every kind.
+    """
+
+    parent: nn.Module
+    name: str
+    path: str
+    layers: nn.ModuleList
+    needed: int
+
+    def shorten(self) -> None:
+        """Leave the first ones."""
+        setattr(self.parent, self.name, self.layers[: self.needed])
+
+    def restore(self) -> None:
+        """Have all of them again."""
+        setattr(self.parent, self.name, self.layers)
 
 
 def shorten(model: nn.Module, works: Callable[[], object]) -> None:
@@ -23,38 +51,40 @@ def shorten(model: nn.Module, works: Callable[[], object]) -> None:
     Args:
         works: computes with the model; raises where that fails.
     """
-    lists = list(_lists_of_layers(model))
+    lists = layers_to_shorten(model)
     if not lists:
         return
-    for parent, name, layers in lists:
-        setattr(parent, name, layers[: _needed(layers)])
+    for each in lists:
+        each.shorten()
     try:
         works()
     except Exception:  # it counts its layers in a way of its own
-        for parent, name, layers in lists:
-            setattr(parent, name, layers)
+        for each in lists:
+            each.restore()
 
 
-def _lists_of_layers(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
-    """Return the outermost lists of modules that can be shortened: parent, name, list."""
-    found: list[tuple[nn.Module, str, nn.ModuleList]] = []
+def layers_to_shorten(model: nn.Module) -> list[Layers]:
+    """Return the outermost lists of layers that can be shortened."""
+    found: list[Layers] = []
     inside: set[nn.Module] = set()
-    for parent in model.modules():
+    for path, parent in model.named_modules():
         for name, part in parent.named_children():
             if isinstance(part, nn.ModuleList) and part not in inside:
                 inside |= set(part.modules())
-                if _needed(part) < len(part):
-                    found.append((parent, name, part))
+                needed = _needed(part)
+                if needed < len(part):
+                    found.append(Layers(parent, name, f"{path}.{name}".lstrip("."), part, needed))
     return found
 
 
 def _needed(layers: nn.ModuleList) -> int:
     """Return how many of the first layers hold every kind."""
-    kinds = [_kind(layer) for layer in layers]
+    kinds = [kind_of_layer(layer) for layer in layers]
     return max([FEWEST, *(kinds.index(kind) + 1 for kind in set(kinds))])
 
 
-def _kind(layer: nn.Module) -> tuple[object, ...]:
+def kind_of_layer(layer: nn.Module) -> tuple[object, ...]:
+    """Return what a layer is made of, and every plain value that its parts hold."""
     values: list[object] = []
     for name, part in layer.named_modules():
         plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str | None)}

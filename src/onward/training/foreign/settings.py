@@ -17,6 +17,7 @@ LEFT: Mapping[str, str] = {
     "packing": "rows are trained one by one, laid end to end where the model allows it",
     "padding_free": "rows are laid end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
+    "train_sampling_strategy": "the order of rows is the run's own, a function of the seed",
     "data_seed": "the order of rows is the run's own, a function of the seed",
     "fp16": "a run computes in what dtype says: --set dtype=float16 goes on with the scale of its loss",
     "bf16": "a run computes in what dtype says",
@@ -31,6 +32,9 @@ LEFT: Mapping[str, str] = {
     "auto_find_batch_size": "the batch size that it found is taken",
 }
 """Arguments that are not taken where they are set, and why."""
+
+USUAL = ("text", "random")
+"""Values of these arguments that are as good as not set."""
 
 WITHOUT: Mapping[str, str] = {
     "assistant_only_loss": "a run trains every answer of a chat and nothing else of it",
@@ -102,6 +106,6 @@ def left_out(arguments: Arguments) -> Iterator[str]:
         yield f"num_train_epochs {epochs:g} (epochs here are passes over each new file)"
     for name, reason in LEFT.items():
         value = arguments.values.get(name)
-        if value and value != "text":
+        if value and value not in USUAL:
             yield f"{name} {value} ({reason})"
     yield from (f"{name} False ({why})" for name, why in WITHOUT.items() if arguments.values.get(name) is False)

@@ -39,6 +39,11 @@ class NormForm:
         """Return the type of the result."""
         return torch.promote_types(x.dtype, weight.dtype) if self.rounds else x.dtype
 
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The form as the kernels take it."""
+        return {"offset": self.offset, "rounds": self.rounds}
+
 
 FORMS = (NormForm(0.0, True), NormForm(1.0, False), NormForm(0.0, False))
 """Those of Llama and most others, of Gemma, and of OLMo 2."""
@@ -100,8 +105,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, form: NormForm, eps: float) -> torch.Tensor:
         if x.is_cuda:
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            kind = {"offset": form.offset, "rounds": form.rounds, "dtype": form.dtype(x, weight)}
-            y, roots = kernels_of().norm(rows, weight.contiguous(), eps, **kind)
+            dtype = form.dtype(x, weight)
+            y, roots = kernels_of().norm(rows, weight.contiguous(), eps, dtype=dtype, **form.constants)
             y = y.view(x.shape)
         else:
             y, roots = plain_norm(x, weight, form, eps)
@@ -117,8 +122,8 @@ class _Norm(torch.autograd.Function):
         (grad,) = grad_outputs
         if x.is_cuda:
             rows, after = (each.reshape(-1, x.shape[-1]).contiguous() for each in (x, grad))
-            kind = {"offset": form.offset, "rounds": form.rounds, "wanted": wanted}
-            out, sums = kernels_of().norm_gradient(after, (rows, weight.contiguous(), roots), **kind)
+            saved = (rows, weight.contiguous(), roots)
+            out, sums = kernels_of().norm_gradient(after, saved, wanted=wanted, **form.constants)
             return out.view(x.shape), None if sums is None else sums.to(weight.dtype), None, None
         normed = x.float() * roots
         before = grad.float() * (weight.float() + form.offset)

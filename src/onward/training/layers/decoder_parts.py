@@ -41,6 +41,7 @@ TRIED = (torch.bfloat16, torch.float32)
 def fuse_parts(model: nn.Module) -> None:
     """Have the norms, gates and rotations of a model that are understood computed in one pass each."""
     understood: dict[tuple[type[nn.Module], float], NormForm | None] = {}
+    gates: dict[object, bool] = {}
     rotations: dict[type[nn.Module], FunctionType | None] = {}
     for module in model.modules():
         kind, eps = type(module), _epsilon(module)
@@ -50,7 +51,7 @@ def fuse_parts(model: nn.Module) -> None:
             form = understood[kind, eps]
             if form is not None:
                 module.forward = partial(normed, module, form, eps)
-        elif is_gated(module):
+        elif _is_gated_once(module, gates):
             module.forward = partial(gated, module)
         else:
             if kind not in rotations:
@@ -121,6 +122,21 @@ def _numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch
     """Return numbers between -2 and 2 on the CPU; the process's generator is left alone."""
     generator = torch.Generator().manual_seed(seed)
     return (4 * torch.rand(shape, generator=generator, device="cpu") - 2).to(dtype)
+
+
+def _is_gated_once(module: nn.Module, known: dict[object, bool]) -> bool:
+    """Return what `is_gated` does, which is tried once for modules of one type with activations that are alike."""
+    act = getattr(module, "act_fn", None)
+    if act is None:
+        return False
+    alike = act
+    if isinstance(act, nn.Module) and not list(act.parameters()) and not list(act.buffers()):
+        plain = {key: value for key, value in vars(act).items() if not key.startswith("_")}
+        alike = type(act), repr(sorted(plain.items()))
+    key = type(module), alike
+    if key not in known:
+        known[key] = is_gated(module)
+    return known[key]
 
 
 def is_gated(module: nn.Module) -> bool:

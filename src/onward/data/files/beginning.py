@@ -1,0 +1,66 @@
+"""What the beginning of a text says against reading it as what its name says: other encodings, other line ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from onward.data.files.faults import FileError
+from onward.text import quoted
+
+LOOKED_AT = 64
+"""Bytes in which NUL is looked for."""
+MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+)  # fmt: skip
+"""Byte order marks of encodings other than UTF-8, the longest first."""
+WIDE = (("UTF-32LE", 4, 0), ("UTF-32BE", 4, 3), ("UTF-16LE", 2, 0), ("UTF-16BE", 2, 1))
+"""Encodings, bytes of a unit, and where in the unit a Latin letter has the only byte that is not 0."""
+POINTER = b"version https://git-lfs."
+PAGES = (b"<!doctype html", b"<html")
+
+
+def require_text(stream: Any, path: Path, form: str) -> None:
+    """Refuse a text that does not begin as one in UTF-8 with usual line ends does.
+
+    Args:
+        stream: what is read, unpacked; nothing is taken from it.
+        form: the format of the text: jsonl, json, txt, csv or tsv.
+
+    Raises:
+        FileError: it is something else, with the way to have it read.
+    """
+    head: bytes = stream.peek(LOOKED_AT)
+    name = quoted(Path(path.name))
+    encoding = _encoding(head[:LOOKED_AT])
+    if encoding:
+        convert = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 {name} > new-file"
+        raise FileError(f"the text is {encoding}, not UTF-8", convert, line=1)
+    if b"\x00" in head[:LOOKED_AT]:
+        raise FileError(
+            "the content is no text: it has bytes that are 0",
+            f"write it as text; if it is one, without them: tr -d '\\000' < {name} > new-file", line=1,
+        )  # fmt: skip
+    if head.startswith(POINTER):
+        raise FileError("the file is a pointer of Git LFS, not what it points to", "fetch the content: git lfs pull")
+    if form != "txt" and head.lstrip()[:LOOKED_AT].lower().startswith(PAGES):
+        raise FileError("the file is a web page, not data", "download the file itself, not the page that shows it")
+    if form != "json" and b"\n" not in head and b"\r" in head.rstrip(b"\r"):
+        raise FileError(
+            "its lines end in a carriage return alone, as old Macs had it",
+            f"write line feeds: tr '\\r' '\\n' < {name} > new-file", line=1,
+        )  # fmt: skip
+
+
+def _encoding(head: bytes) -> str | None:
+    """Return the encoding that a text begins in; None if it may be UTF-8, or is no text."""
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return encoding
+    for encoding, width, place in WIDE:
+        whole = head[: len(head) - len(head) % width]
+        units = [whole[start : start + width] for start in range(0, len(whole), width)]
+        narrow = [unit for unit in units if unit[place] and not any(unit[:place] + unit[place + 1 :])]
+        if units and 2 * len(narrow) > len(units):
+            return encoding
+    return None

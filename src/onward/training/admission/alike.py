@@ -1,0 +1,123 @@
+"""Which weights a gradient reaches, found with the first layers of a model, for all layers that are like one of them.
+
+Layers of one kind are reached alike unless something asks which of them is at work: the loop that calls them, which is
+looked at, or their own code, which is given a number that cannot be used. Else the whole model has to tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from types import CodeType, FunctionType
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import nn
+
+from onward.training.admission.shorten import Layers, kind_of_layer, layers_to_shorten
+
+NUMBER = "layer_idx"
+"""Under what name transformers tells a layer's parts which layer they are in."""
+PLAIN = (bool, int, float, str, type(None))
+"""Types of values by which layers are told apart already."""
+PLACE = re.compile(r"\.\d+\.")
+"""The number of a layer in the name of a module, which PEFT keeps in its layers."""
+COUNTS = frozenset(("enumerate", "range", "zip", "len"))
+"""Functions by which a loop over layers may know which one it is at."""
+
+
+class _NoNumber:
+    """Stands for the number of a layer; any use of it is an error."""
+
+    def _asked(self, *_: object) -> NoReturn:
+        raise LookupError("a layer asks for its number")
+
+    __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = __format__ = _asked  # pyright: ignore
+
+
+def reached_by_kinds(model: nn.Module, reached: Callable[[], Collection[str]]) -> set[str] | None:
+    """Return the names of the trained weights that a gradient reaches; None where the whole model has to tell.
+
+    Args:
+        reached: computes with the model, and returns those that were reached.
+    """
+    lists = layers_to_shorten(model)
+    if not lists or not all(_calls_each_alike(each) for each in lists):
+        return None
+    found = _of_first_layers(model, lists, reached)
+    if found is None:
+        return None
+    for each in lists:
+        kinds = [_kind(layer) for layer in each.layers]
+        for number in range(each.needed, len(kinds)):
+            like = _layer_like(each, [place for place in range(each.needed) if kinds[place] == kinds[number]], found)
+            if like is None:
+                return None
+            place = f"{each.path}.{like}."
+            found |= {f"{each.path}.{number}.{name.removeprefix(place)}" for name in found if name.startswith(place)}
+    return found
+
+
+def _of_first_layers(
+    model: nn.Module, lists: Collection[Layers], reached: Callable[[], Collection[str]]
+) -> set[str] | None:
+    numbered = [part for each in lists for part in each.layers.modules() if isinstance(vars(part).get(NUMBER), int)]
+    numbers = [vars(part)[NUMBER] for part in numbered]
+    try:
+        for each in lists:
+            each.shorten()
+        for part in numbered:
+            vars(part)[NUMBER] = _NoNumber()
+        return set(reached())
+    except Exception:  # it counts its layers, or has no use for fewer
+        model.zero_grad(set_to_none=True)
+        return None
+    finally:
+        for part, number in zip(numbered, numbers, strict=True):
+            vars(part)[NUMBER] = number
+        for each in lists:
+            each.restore()
+
+
+def _layer_like(layers: Layers, own: Sequence[int], found: Collection[str]) -> int | None:
+    """Return one of the first layers of a kind; None where it is the last of them only, or they are reached otherwise.
+
+    Args:
+        own: the places of that kind among the first layers.
+    """
+    told = [{name.removeprefix(f"{layers.path}.{place}.") for name in found
+             if name.startswith(f"{layers.path}.{place}.")} for place in own]  # fmt: skip
+    if not own or own[0] == layers.needed - 1 or any(names != told[0] for names in told):
+        return None
+    return own[0]
+
+
+def _kind(layer: nn.Module) -> tuple[object, ...]:
+    """Return what a layer is made of: its kind, which of its weights are trained, and all else that it holds."""
+    weights = [(name, weight.requires_grad, weight.dtype) for name, weight in layer.named_parameters()]
+    return (kind_of_layer(layer), *weights, *_held(layer))
+
+
+def _held(layer: nn.Module) -> Iterator[object]:
+    for part in layer.modules():
+        for key, value in sorted(vars(part).items()):
+            if not key.startswith("_") and not isinstance(value, PLAIN):
+                is_container = isinstance(value, list | tuple | dict | set | torch.device | torch.dtype)
+                yield key, PLACE.sub(".*.", repr(cast(object, value))) if is_container else id(value)
+
+
+def _calls_each_alike(layers: Layers) -> bool:
+    """Whether the module that holds a list of layers goes through it without a look at which one it is at."""
+    forward: Any = inspect.unwrap(type(layers.parent).forward)
+    if "forward" in vars(layers.parent) or not isinstance(forward, FunctionType):
+        return False
+    names = set(_names(forward.__code__))
+    return layers.name in names and not names & COUNTS
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
