@@ -69,9 +69,9 @@ def _looking(run: Run) -> list[Tool]:
 
     def grid() -> Any:
         """What the model knows of each file after each file."""
-        return getattr(run, "grid")()  # noqa: B009  # where this release has one
+        return run.grid()
 
-    return [status, history, metrics, verify, *([grid] if hasattr(run, "grid") else [])]
+    return [status, history, metrics, verify, grid]
 
 
 def _asking(run: Run) -> list[Tool]:
