@@ -149,7 +149,7 @@ def test_gguf_files_name_their_base(layout: RunLayout, tmp_path: Path) -> None:
     for name in (MODEL_GGUF, ADAPTER_GGUF):
         fields = library.GGUFReader(tmp_path / "out" / name).fields
         assert result["base"]["digest"] == fields["onward.base.digest"].contents()
-        assert "step 16, after file 2 (tuesday.jsonl)" == fields["onward.state"].contents()
+        assert "step 32, after file 2 (tuesday.jsonl)" == fields["onward.state"].contents()
 
 
 @needs_server
