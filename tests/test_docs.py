@@ -25,8 +25,7 @@ DAYS = ("monday", "tuesday")
 FIRST_SESSION = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
 UNATTENDED = (DOCS / "operations.md",)
 WITH_A_RUN = tuple(
-    DOCS / f"{name}.md"
-    for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch")
+    DOCS / f"{name}.md" for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch")
 )
 """Pages whose marked blocks the tests below run, by what they begin with."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -47,7 +47,7 @@ def test_kept_ranges_say_what_the_steps_say(tmp_path: Path) -> None:
 
 
 def test_a_ledger_of_an_earlier_release_is_read_and_brought_up(tmp_path: Path) -> None:
-    """Where no ranges are kept an observer adds up the steps; the next process that trains keeps those of done files."""
+    """Where no ranges are kept an observer adds up the steps; the next owner keeps those of finished files."""
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 1)], float)
     with Ledger(layout.ledger) as ledger:
         take_steps(ledger, 2, RANGE + 1)

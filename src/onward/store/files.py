@@ -209,7 +209,8 @@ SOME = 500
 """Files that one query names at most."""
 
 SINGLE = """
-    SELECT s.file_id, s.rows, 1 AS steps, s.seconds, {replayed} AS replayed FROM wanted w JOIN steps s ON s.file_id = w.id
+    SELECT s.file_id, s.rows, 1 AS steps, s.seconds, {replayed} AS replayed
+    FROM wanted w JOIN steps s ON s.file_id = w.id
 """
 RANGED = f"""
     SELECT r.file_id, r.rows, r.steps, r.seconds, r.replayed FROM wanted w JOIN step_ranges r ON r.file_id = w.id

@@ -16,7 +16,7 @@ from onward.store.database import Database, Values, connect
 from onward.store.rows import StepRecord
 
 RANGE = 512
-"""Global steps of a range: its borders are multiples of this, and those of files. A power of two, as a curve is drawn."""
+"""Global steps of a range: its borders are multiples of this, and those of files. A power of two, as in the curve."""
 
 KEEP = f"""
     INSERT OR REPLACE INTO step_ranges
