@@ -67,7 +67,7 @@ def _looking(run: Run) -> list[Tool]:
         """Check the run's proof while nothing trains; `deep` trains the last file again and compares, bit for bit."""
         return run.verify(deep=deep).to_dict()
 
-    def grid() -> Any:
+    def grid() -> dict[str, Any]:
         """What the model knows of each file after each file."""
         return run.grid()
 
