@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from ledgers import made_up_run
 from onward.status import read_history
 from onward.store.ledger import Ledger
 from onward.store.metrics import RANGE
+from onward.store.migrations import MIGRATIONS
 from onward.views.page.buckets import AT_ONCE, KeptBuckets, size_for
 
 
@@ -52,10 +55,11 @@ def test_a_ledger_of_an_earlier_release_is_read_and_brought_up(tmp_path: Path) -
     with Ledger(layout.ledger) as ledger:
         take_steps(ledger, 2, RANGE + 1)
         ledger.write("DROP TABLE step_ranges")
-        ledger.write("PRAGMA user_version = 8")
     before = read_history(layout)
     with Ledger(layout.ledger, read_only=True) as reader:
         assert {} == reader.step_ranges()
+    with contextlib.closing(sqlite3.connect(layout.ledger)) as old:
+        old.executescript(next(script for script in MIGRATIONS if "step_ranges" in script))
     with Ledger(layout.ledger) as ledger:
         assert [(1, RANGE), (RANGE + 1, RANGE + 1)] == [
             (row["first"], row["last"]) for row in ledger.step_ranges().values()
