@@ -43,6 +43,7 @@ def test_kept_ranges_say_what_the_steps_say(tmp_path: Path) -> None:
         kept = [(row["first"], row["last"], row["steps"]) for row in ledger.step_ranges().values()]
         whole = [(1 + number * RANGE, (number + 1) * RANGE, RANGE) for number in range(4)]
         assert [*whole, (4 * RANGE + 1, 4 * RANGE + 5, 5)] == kept
+        assert [(1, RANGE + 1)] == list(ledger.step_ranges([(1, RANGE + 1, 2 * RANGE)]))
         drawn, history = KeptBuckets(2).draw(ledger, 2, None, None), read_history(layout)
         ledger.write("DELETE FROM step_ranges")
         assert (drawn, history) == (KeptBuckets(2).draw(ledger, 2, None, None), read_history(layout))

@@ -18,6 +18,8 @@ from onward.store.rows import StepRecord
 RANGE = 512
 """Global steps of a range: its borders are multiples of this, and those of files. A power of two, as in the curve."""
 
+MANY = 100
+"""Pieces of files from which on one query for all ranges is cheaper than one for each piece."""
 KEEP = f"""
     INSERT OR REPLACE INTO step_ranges
     SELECT r.*, (SELECT learning_rate FROM steps WHERE file_id = r.file_id AND step = r.last)
@@ -80,9 +82,20 @@ class Ranges(Database):
         """Forget the ranges of a file that hold steps after a global step."""
         self.write("DELETE FROM step_ranges WHERE file_id = ? AND last > ?", file_id, step)
 
-    def step_ranges(self) -> dict[tuple[int, int], Values]:
-        """Return all ranges by file id and first step."""
-        rows = self.query("SELECT * FROM step_ranges") if self.has_ranges else []
+    def step_ranges(self, pieces: Sequence[tuple[int, int, int]] | None = None) -> dict[tuple[int, int], Values]:
+        """Return ranges by file id and first step.
+
+        Args:
+            pieces: file id, first and last step of the pieces that they have to lie in; all where it is None. There may
+                be others among them where all are read at once, since the pieces are many.
+        """
+        if not self.has_ranges:
+            return {}
+        if pieces is None or len(pieces) > MANY:
+            rows = self.query("SELECT * FROM step_ranges")
+        else:
+            inside = "SELECT * FROM step_ranges WHERE file_id = ? AND first BETWEEN ? AND ?"
+            rows = [row for piece in pieces for row in self.query(inside, *piece)]
         return {(row["file_id"], row["first"]): row for row in rows}
 
     @cached_property

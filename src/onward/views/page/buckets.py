@@ -45,8 +45,9 @@ class KeptBuckets:
         with self._lock:  # once, whoever asks
             spans = ledger.spans()
             size = size_for(_newest(spans), self._points)
-            adding = _Adding(ledger, size)
-            self._kept = {_identity(bucket): self._sums(adding, bucket) for bucket in buckets(spans, size)}
+            found = list(buckets(spans, size))
+            adding = _Adding(ledger, size, self._unknown(found))
+            self._kept = {_identity(bucket): self._sums(adding, bucket) for bucket in found}
 
     def draw(self, ledger: Curve, points: int, first: int | None, last: int | None) -> dict[str, Any]:
         """Return columns of `DRAWN` between two global steps, of at most about so many ranges, and the files there.
@@ -62,8 +63,9 @@ class KeptBuckets:
             begin = (begin - 1) // size * size + 1
             end = newest if last is None else min(newest, -(-end // size) * size)
         found = list(buckets(spans, size, first=begin, last=end))
-        adding = _Adding(ledger, size)
-        missing = sum(adding.missing(bucket) for bucket in found if _identity(bucket) not in self._kept)
+        unknown = self._unknown(found)
+        adding = _Adding(ledger, size, unknown)
+        missing = sum(map(adding.missing, unknown))
         quick = size == base and missing > AT_ONCE
         sums = [self._sums(adding, bucket, quick=quick) for bucket in found]
         rows = [_drawn(values) for values in sums if values["steps"]]
@@ -71,6 +73,9 @@ class KeptBuckets:
         seen = [span for span in spans if span.first <= end and span.last >= begin]
         files = [[span.name, span.position, span.first, span.last] for span in seen]
         return {"columns": columns, "files": files, "exact": not quick, "first": begin, "last": end, "newest": newest}
+
+    def _unknown(self, found: Sequence[Bucket]) -> list[Bucket]:
+        return [bucket for bucket in found if _identity(bucket) not in self._kept]
 
     def _sums(self, adding: _Adding, bucket: Bucket, *, quick: bool = False) -> Values:
         """Return what the steps of a bucket add up to; where it has to be quick, those of its last one if need be."""
@@ -83,9 +88,10 @@ class KeptBuckets:
 class _Adding:
     """Adds up buckets of one size, from the ranges that the ledger keeps where these are no longer than the buckets."""
 
-    def __init__(self, ledger: Curve, size: int) -> None:
+    def __init__(self, ledger: Curve, size: int, wanted: Sequence[Bucket]) -> None:
         self._ledger = ledger
-        self._ranges = ledger.step_ranges() if size >= RANGE else {}
+        pieces = [(piece.span.file_id, piece.first, piece.last) for bucket in wanted for piece in bucket]
+        self._ranges = ledger.step_ranges(pieces) if size >= RANGE else {}
 
     def missing(self, bucket: Bucket) -> int:
         """Return how many steps would have to be read one by one."""
