@@ -2,9 +2,10 @@
 
 `python bench/beside.py [STEPS ROUNDS]`. The same steps are trained alone, with page and tracker, and with a chat too
 that is asked every few seconds, in turn. Time lost is that of the steps, each at its median over the rounds. On a
-machine that does other things too that says little; the processor seconds of the processes beside training, as a share
-of the seconds that it took on all cores, say what there is to lose. The page is followed by Debian's chromium with
-playwright, else by a plain reader of its events, and the tracker is TensorBoard where it is installed.
+machine that does other things too that says little; the processor seconds of what runs beside training, as a share of
+those of training itself, say what there is to lose where training has all cores. The page is followed by Debian's
+chromium with playwright, else by a plain reader of its events, and the tracker is TensorBoard where it is installed.
+What the server itself takes is told apart from the browser, which is often on another machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.request
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -38,31 +40,39 @@ BATCH, WARM = 8, 5
 
 
 class Watched:
-    """Adds up the processor seconds of processes and all that they start, from when it was made."""
+    """Looks again and again at the processor seconds of processes and all that they start."""
 
-    def __init__(self, *roots: int, without: int | None = None) -> None:
-        self._roots, self._without = roots, without
-        self._before = self._seconds()
-        self._found = dict(self._before)
+    def __init__(self, *roots: int) -> None:
+        self._roots = roots
+        self._seen: list[tuple[float, dict[int, float]]] = [(time.time(), self._seconds())]
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def end(self) -> float:
-        """Return the seconds."""
+    def end(self) -> None:
+        """Look no more."""
         self._ended.set()
         self._thread.join()
-        return sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._found.items())
+
+    def between(self, begin: float, end: float) -> dict[int, float]:
+        """Return the seconds that each process took between two moments; one that ended keeps what was seen of it."""
+        before: dict[int, float] = {}
+        found: dict[int, float] = {}
+        for moment, seconds in self._seen:
+            if moment <= begin:
+                before |= seconds
+            if moment <= end:
+                found |= seconds
+        return {pid: seconds - before.get(pid, 0.0) for pid, seconds in found.items()}
 
     def _work(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
-            self._found |= self._seconds()
+            self._seen.append((time.time(), self._seconds()))
 
     def _seconds(self) -> dict[int, float]:
-        """Return the seconds of each process so far; one that ended keeps what was seen of it."""
         everything = _processes()
         ours = {*self._roots, *(pid for root in self._roots for pid in _descendants(root, everything))}
-        return {pid: everything[pid][1] for pid in ours if pid in everything and pid != self._without}
+        return {pid: everything[pid][1] for pid in ours if pid in everything}
 
 
 def _processes() -> dict[int, tuple[int, float]]:
@@ -121,17 +131,22 @@ def talking(run: Path) -> Iterator[list[int]]:
     """Chat with the run, a question every few seconds; gives the process."""
     words = measuring.python("-m", "onward", "chat", "--refresh", "--max-tokens", 32, "--run", run)
     chat = subprocess.Popen(
-        words, env=measuring.environment(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        words, env=measuring.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
+    assert chat.stdin is not None
+    assert chat.stdout is not None
+    chat.stdin.write(b"What does it return?\n")
+    chat.stdin.flush()
+    chat.stdout.readline()  # it is loaded, and answers
+    threading.Thread(target=chat.stdout.read, daemon=True).start()
     ended = threading.Event()
 
     def ask() -> None:
         assert chat.stdin is not None
         with contextlib.suppress(OSError):
-            while not ended.is_set():
+            while not ended.wait(ASK_SECONDS):
                 chat.stdin.write(b"What does it return?\n")
                 chat.stdin.flush()
-                ended.wait(ASK_SECONDS)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -160,15 +175,19 @@ def one(side: str, made: Path, rows: Path, folder: Path) -> dict[str, Any]:
             pids += open_.enter_context(talking(run))
         words = measuring.python("-m", "onward", "train", rows, "--run", run)
         training = subprocess.Popen(words, env=measuring.environment(), stderr=subprocess.PIPE, text=True)
-        watched = Watched(*pids, training.pid, without=training.pid)
+        watched = Watched(*pids, training.pid)
         said = training.communicate()[1]
-        spent = watched.end()
+        watched.end()
     if training.returncode:
         raise RuntimeError(said[-2000:])
     with Ledger(run / "ledger.sqlite3", read_only=True) as ledger:
-        seconds = [step.seconds for step in ledger.steps(ledger.files("done")[-1].id)]
+        steps = ledger.steps(ledger.files("done")[-1].id)
+        first, last = (ledger.step_time(step) for step in (steps[WARM], steps[-1]))
     shutil.rmtree(run)
-    return {"seconds": seconds[WARM:], "beside": spent / (sum(seconds) * (os.cpu_count() or 1)), "tracker": has_tracker}
+    spent = watched.between(first or 0.0, last or 0.0)
+    beside = {"all": sum(spent.values()) - spent[training.pid], "server": spent.get(pids[0], 0.0) if pids else 0.0}
+    shares = {name: seconds / spent[training.pid] for name, seconds in beside.items()}
+    return {"seconds": [step.seconds for step in steps[WARM:]], "shares": shares, "tracker": has_tracker}
 
 
 def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
@@ -185,11 +204,18 @@ def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
         side: sum(statistics.median(step) for step in zip(*(entry["seconds"] for entry in entries), strict=True))
         for side, entries in found.items()
     }
-    shares = {side: statistics.median(entry["beside"] for entry in entries) for side, entries in found.items()}
+    shares = {
+        side: {name: statistics.median(entry["shares"][name] for entry in entries) for name in ("all", "server")}
+        for side, entries in found.items()
+    }
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds, "tracker": found["page"][0]["tracker"]}
     for side, goal in GOALS.items():  # training starts processes of its own, alone too
-        share = measuring.held_against(goal, shares[side] - shares["alone"], at_most=True)
-        figures[side] = {"time_lost": usual[side] / usual["alone"] - 1, "processor_share": share}
+        share = shares[side]["all"] - shares["alone"]["all"]
+        figures[side] = {
+            "time_lost": usual[side] / usual["alone"] - 1,
+            "processor_share": measuring.held_against(goal, share, at_most=True),
+            "of_the_page_server": shares[side]["server"],
+        }
     return figures
 
 

@@ -22,6 +22,12 @@ from onward.training.checkpoint import Manifest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 DAYS = ("monday", "tuesday")
+FIRST_SESSION = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
+UNATTENDED = (DOCS / "operations.md",)
+WITH_A_RUN = tuple(
+    DOCS / f"{name}.md" for name in ("figures", "trackers", "agents", "install", "chat", "export", "serve", "launch")
+)
+"""Pages whose marked blocks the tests below run, by what they begin with."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -121,8 +127,7 @@ def test_quickstart_and_readme_run(program: Path, model: Path, tmp_path: Path, m
     """
     prepare(program, model, tmp_path, monkeypatch)
     commands: set[str] = set()
-    pages = (DOCS / "quickstart.md", ROOT / "README.md", DOCS / "checkpoint-format.md")
-    for block in blocks_for(None, *pages):
+    for block in blocks_for(None, *FIRST_SESSION):
         script = block.script()
         if block.language == "python" or not commands.issuperset(script.splitlines()):
             block.run()
@@ -139,10 +144,35 @@ def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, m
     files = [tiny.write_jsonl(tmp_path / f"{day}.jsonl", tiny.chat_rows(4, seed=len(day))) for day in DAYS]
     run = new_run(tmp_path / "my-run", model, batch_size=4, warmup_steps=0, lora={"rank": 2})
     run.train(*files)
-    names = ("figures.md", "trackers.md", "agents.md", "install.md", "chat.md", "export.md", "serve.md",
-             "launch.md")  # fmt: skip
-    for block in blocks_for(None, *(DOCS / name for name in names)):
+    for block in blocks_for(None, *WITH_A_RUN):
         block.run()
+
+
+@pytest.mark.slow
+def test_the_page_on_unattended_runs_runs(
+    program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session of docs/operations.md works as written, on the files that the quickstart makes."""
+    prepare(program, model, tmp_path, monkeypatch)
+    blocks_for(None, DOCS / "quickstart.md")[0].run()
+    for block in blocks_for(None, *UNATTENDED):
+        block.run()
+    told = [json.loads(line) for line in (tmp_path / "told.jsonl").read_text().splitlines()]
+    assert ["rejected"] == [entry["kind"] for entry in told][:1]
+
+
+def test_every_page_that_promises_to_be_run_is() -> None:
+    """A block that is marked for `test_docs` stands on a page that one of the tests above runs."""
+    marked = {page for page in PAGES if any(block.runnable and block.test is None for block in blocks(page))}
+    assert {*FIRST_SESSION, *UNATTENDED, *WITH_A_RUN} == marked
+
+
+def test_every_extra_is_explained() -> None:
+    """The page on installing says what each extra is for; those for work on Onward itself are no user's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    rows = re.findall(r"^\| ((?:`[a-z]+`(?:, )?)+) \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.M)
+    explained = {name for row in rows for name in re.findall(r"[a-z]+", row)}
+    assert set(project["optional-dependencies"]) - {"dev", "bench", "browser"} == explained
 
 
 def test_blocks_that_other_tests_run_are_run() -> None:

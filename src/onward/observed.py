@@ -32,6 +32,10 @@ class Observed:
         """Return one entry per file (keys as in `onward history --json`)."""
         return status.read_history(self.layout)
 
+    def grid(self) -> dict[str, Any]:
+        """Return what the model knows of each file, after each file (keys as in `onward grid --json`)."""
+        return status.read_grid(self.layout)
+
     def metrics(self, every: int = 1) -> dict[str, list[Any]]:
         """Return the steps of the stream by column: `pandas.DataFrame(run.metrics())`.
 

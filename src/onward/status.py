@@ -8,6 +8,7 @@ from typing import Any
 
 from onward.layout import RunLayout
 from onward.service.holder import is_held, read_heartbeat
+from onward.service.knowledge.table import read_table
 from onward.service.shown import BUSY, DOING
 from onward.store.database import Values
 from onward.store.files import HELD, Finished
@@ -124,6 +125,17 @@ def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None)
     with Ledger(layout.ledger, read_only=True) as ledger:
         rows = ledger.history(known)
     return [_entry(row, place) for place, row in enumerate(rows, start=1)]
+
+
+def read_grid(layout: RunLayout) -> dict[str, Any]:
+    """Return what was measured in a run, as `onward grid --json` prints it.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    layout.require()
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        return read_table(ledger).to_dict()
 
 
 def _entry(row: HistoryRow, place: int) -> dict[str, Any]:

@@ -27,9 +27,8 @@ from onward.events import Event, StepTaken
 from onward.hooks.evaluation import WAY, allowance
 from onward.service.knowledge.account import Account
 from onward.service.wishes import Wishes
-from onward.status import read_status
+from onward.status import read_grid, read_status
 from onward.store.ledger import Ledger
-from onward.views.grid import read_grid
 
 SETTINGS: dict[str, Any] = {
     "batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "holdout": 0.2, "lora": {"rank": 2, "dropout": 0.1},

@@ -17,7 +17,7 @@ from commands import assert_refused, onward
 import onward as package
 
 HAS_MCP = importlib.util.find_spec("mcp") is not None
-LOOKING, ASKING = ["history", "metrics", "status", "verify"], ["add", "pause", "resume"]
+LOOKING, ASKING = ["grid", "history", "metrics", "status", "verify"], ["add", "pause", "resume"]
 LEFT_TO_PEOPLE = {"rollback", "rebuild", "reset", "skip", "stop", "train", "adopt", "init"}
 
 
@@ -33,13 +33,12 @@ def test_an_assistant_looks_adds_and_verifies(run: Path, tmp_path: Path) -> None
     good = tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(4, 7))
     bad = tiny.write_jsonl(tmp_path / "bad.jsonl", [{"question": "?"}])
     seen = asyncio.run(_talk(run, good, bad))
-    offered = [name for name in seen["tools"] if name != "grid"]
-    assert sorted([*LOOKING, *ASKING]) == sorted(offered)
+    assert {**dict.fromkeys(LOOKING, True), **dict.fromkeys(ASKING, False)} == seen["tools"]
     assert LEFT_TO_PEOPLE.isdisjoint(seen["tools"])
-    assert {name: name in LOOKING for name in offered} == {name: seen["tools"][name] for name in offered}
     status = onward("status", "--run", run, "--json").json
     assert status["global_step"] == seen["status"]["global_step"]
     assert 1 == len(seen["history"])
+    assert onward("grid", "--run", run, "--json").json == seen["grid"]
     assert 2 == len(seen["metrics"]["step"])
     assert ["more.jsonl"] == [row["name"] for row in seen["added"]]
     assert "no known row format" in seen["refused"]
@@ -70,6 +69,7 @@ async def _talk(run: Path, good: Path, bad: Path) -> dict[str, Any]:
             "status": await call("status"),
             "history": await call("history"),
             "metrics": await call("metrics", points=10),
+            "grid": await call("grid"),
             "verified": await call("verify"),
             "added": await call("add", paths=[str(good)]),
             "refused": await call("add", paths=[str(bad)]),

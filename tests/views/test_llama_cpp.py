@@ -149,7 +149,7 @@ def test_gguf_files_name_their_base(layout: RunLayout, tmp_path: Path) -> None:
     for name in (MODEL_GGUF, ADAPTER_GGUF):
         fields = library.GGUFReader(tmp_path / "out" / name).fields
         assert result["base"]["digest"] == fields["onward.base.digest"].contents()
-        assert "step 16, after file 2 (tuesday.jsonl)" == fields["onward.state"].contents()
+        assert "step 32, after file 2 (tuesday.jsonl)" == fields["onward.state"].contents()
 
 
 @needs_server
@@ -169,7 +169,10 @@ def test_the_commands_of_the_documentation_run(
     """What docs/export.md says of GGUF and Ollama works as written."""
     prepare(program, model, tmp_path, monkeypatch)
     (tmp_path / "my-run").symlink_to(layout.root)
-    (block,) = blocks_for("test_llama_cpp", DOCS / "export.md")
-    block.run()
+    exported, asked = blocks_for("test_llama_cpp", DOCS / "export.md")
+    exported.run()
     assert (tmp_path / "ollama" / "Modelfile").is_file()
     assert (tmp_path / "both" / ADAPTER_GGUF).is_file()
+    if SERVER is not None:
+        (tmp_path / "bin" / "llama-server").symlink_to(SERVER)
+        asked.run()

@@ -536,14 +536,15 @@ def test_hosts_and_origins() -> None:
     local, wide = Hosts.of("127.0.0.1", ["gpu.lan"]), Hosts.of("0.0.0.0")
     for host in ("localhost", "LOCALHOST:9", "127.0.0.1:80", "[::1]:80", "gpu.lan"):
         assert local.know(host), host
-    for host in ("", "10.0.0.5", "localhost.evil", "127.0.0.1:x", "a/b", "[::1", "0x7f.1"):
+    for host in ("", "10.0.0.5", "localhost.evil", "127.0.0.1:x", "a/b", "[::1", "0x7f.1", "localhost#", "localhost?a"):
         assert not local.know(host), host
     assert wide.know("10.0.0.5:8017")
     assert not wide.know("evil.example")
     assert [True, True, False] == [is_loopback("127.0.0.2"), is_loopback("localhost"), is_loopback("0.0.0.0")]
     foreign: dict[str, Any] = {"origin": "https://gpu.lan", "host": "gpu.lan:443"}
     assert not is_foreign(foreign)  # type: ignore[arg-type]
-    assert is_foreign({**foreign, "origin": "ftp://gpu.lan:443"})  # type: ignore[arg-type]
+    for origin in ("ftp://gpu.lan:443", "https://evil@gpu.lan", "https://gpu.lan/a", "https://gpu.lan#", "null"):
+        assert is_foreign({**foreign, "origin": origin}), origin  # type: ignore[arg-type]
     assert Key("a" * 20).cookie != Key("b" * 20).cookie
 
 

@@ -21,7 +21,8 @@ def grid(
     as_json: JsonOption = False,
 ) -> None:
     """Show what the model knows, file by file, after each file: loss, forgetting, transfer, distance from the base."""
-    from onward.views.grid import grid_csv, grid_lines, grid_svg, read_grid
+    from onward.status import read_grid
+    from onward.views.grid import grid_csv, grid_lines, grid_svg
 
     found = read_grid(RunLayout(run))
     if svg is not None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from onward.store.database import Database, Values
+from onward.store.database import Values
 from onward.store.files import IN_STREAM
+from onward.store.metrics import Ranges
 
 SPANS = f"""
     SELECT id AS file_id, name, position, start_step AS began,
@@ -20,8 +21,10 @@ SPANS = f"""
 SUMS = """
     SELECT count(*) AS steps, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
         max(loss) AS loss_max, sum(grad_norm) AS grad_norm, min(grad_norm) AS grad_norm_min,
-        max(grad_norm) AS grad_norm_max, sum(tokens) AS tokens, sum(seconds) AS seconds
-    FROM steps WHERE file_id = ? AND step BETWEEN ? AND ?
+        max(grad_norm) AS grad_norm_max, sum(tokens) AS tokens, sum(seconds) AS seconds,
+        (SELECT learning_rate FROM steps WHERE file_id = ?1 AND step BETWEEN ?2 AND ?3 ORDER BY step DESC LIMIT 1)
+        AS learning_rate
+    FROM steps WHERE file_id = ?1 AND step BETWEEN ?2 AND ?3
 """
 
 
@@ -37,7 +40,7 @@ class Span:
     last: int
 
 
-class Curve(Database):
+class Curve(Ranges):
     """Reads step records by range."""
 
     def spans(self, after: int = 0) -> list[Span]:
@@ -66,7 +69,7 @@ class Curve(Database):
         return [found[step] for step in sorted(found)]
 
     def step_sums(self, file_id: int, first: int, last: int) -> Values:
-        """Return sums and extremes over the records of a range; the column `steps` says how many there are."""
+        """Return sums and extremes over records, and the last learning rate; `steps` says how many there are."""
         return self.query(SUMS, file_id, first, last)[0]
 
     @cached_property

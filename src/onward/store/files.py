@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from onward.errors import OnwardError
-from onward.store.database import Database, Values
+from onward.store.database import Values
+from onward.store.metrics import Ranges
 from onward.store.rows import FileRow, HistoryRow
 
 LEGAL = {
@@ -30,7 +31,7 @@ LAST = (1 << 63) - 1
 """A position that no file has passed."""
 
 
-class Files(Database):
+class Files(Ranges):
     """Reads and moves files."""
 
     def insert_file(self, **values: Any) -> int:
@@ -195,14 +196,15 @@ class Files(Database):
     def _totals(self, file_ids: Sequence[int], *, all_files: bool) -> list[Values]:
         """Return what the steps of files add up to; files without steps have no row."""
         columns = {row["name"] for row in self.query("PRAGMA table_info(steps)")}  # it may not be migrated yet
-        replayed = "sum(replayed)" if "replayed" in columns else "0"
+        replayed = "s.replayed" if "replayed" in columns else "0"
+        parts = (RANGED if self.has_ranges else SINGLE).format(replayed=replayed)
         if all_files:
-            return self.query(TOTALS.format(which="", replayed=replayed))
+            return self.query(TOTALS.format(which="", parts=parts))
         found: list[Values] = []
         for start in range(0, len(file_ids), SOME):
             ids = file_ids[start : start + SOME]
-            which = f"WHERE file_id IN ({marks(ids)})"
-            found += self.query(TOTALS.format(which=which, replayed=replayed), *ids)
+            which = f"WHERE id IN ({marks(ids)})"
+            found += self.query(TOTALS.format(which=which, parts=parts), *ids)
         return found
 
 
@@ -217,12 +219,23 @@ Finished: TypeAlias = tuple[int, str, float | None]
 SOME = 500
 """Files that one query names at most."""
 
+SINGLE = """
+    SELECT s.file_id, s.rows, 1 AS steps, s.seconds, {replayed} AS replayed
+    FROM wanted w JOIN steps s ON s.file_id = w.id
+"""
+RANGED = f"""
+    SELECT r.file_id, r.rows, r.steps, r.seconds, r.replayed FROM wanted w JOIN step_ranges r ON r.file_id = w.id
+    UNION ALL {SINGLE.rstrip()}
+        AND s.step > coalesce((SELECT max(last) FROM step_ranges WHERE file_id = w.id), 0)
+"""
+"""What steps add up to, as far as the ledger keeps that in ranges, then steps one by one."""
 TOTALS = """
+    WITH wanted AS (SELECT id FROM files {which})
     SELECT s.*, a.step AS step_from, a.loss AS first_loss, a.learning_rate AS first_learning_rate,
         b.step AS step_to, b.loss AS last_loss, b.learning_rate AS last_learning_rate
     FROM (
-        SELECT file_id, sum(rows) AS trained, count(*) AS steps, sum(seconds) AS seconds, {replayed} AS replayed
-        FROM steps {which} GROUP BY file_id
+        SELECT file_id, sum(rows) AS trained, sum(steps) AS steps, sum(seconds) AS seconds, sum(replayed) AS replayed
+        FROM ({parts}) GROUP BY file_id
     ) s
     JOIN steps a ON a.file_id = s.file_id
         AND a.step = (SELECT step FROM steps WHERE file_id = s.file_id ORDER BY step LIMIT 1)

@@ -104,11 +104,15 @@ class Ledger(Files, Requests, Curve, Tracking):
         return self.insert("checkpoints", {"state": "writing", "created": self.clock(), **values})
 
     def commit_checkpoint(self, checkpoint_id: int, *, size: int, seconds: float) -> None:
-        """Record that a checkpoint is in place."""
-        self.write(
-            "UPDATE checkpoints SET state = 'committed', bytes = ?, seconds = ? WHERE id = ?",
-            size, seconds, checkpoint_id,
-        )  # fmt: skip
+        """Record that a checkpoint is in place, and what the steps before it add up to."""
+        with self.transaction():
+            self.write(
+                "UPDATE checkpoints SET state = 'committed', bytes = ?, seconds = ? WHERE id = ?",
+                size, seconds, checkpoint_id,
+            )  # fmt: skip
+            (row,) = self.query("SELECT file_id, step FROM checkpoints WHERE id = ?", checkpoint_id)
+            if row["file_id"] is not None:
+                self.keep_ranges(row["file_id"], row["step"])
 
     def newest_checkpoint(self) -> CheckpointRow | None:
         """The committed checkpoint with the highest step."""
@@ -269,6 +273,7 @@ class Ledger(Files, Requests, Curve, Tracking):
                 self.add_rewind(step)
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
+                self.forget_ranges(file_id, step)
                 self.write("DELETE FROM replayed_rows WHERE file_id = ? AND step > ?", file_id, step)
                 self.write("DELETE FROM boundary_results WHERE file_id = ? AND step > ?", file_id, step)
             self.write(

@@ -1,6 +1,7 @@
 """Step metrics: written as they come, on a connection that does not wait for the disk.
 
-The next checkpoint's transaction is durable and carries them with it: SQLite's write-ahead log is flushed in order.
+The next checkpoint's transaction is durable and carries them with it: SQLite's write-ahead log is flushed in order. It
+also keeps what ranges of steps add up to, so that who looks at a run of a million steps need not read them all.
 """
 
 from __future__ import annotations
@@ -8,10 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, fields
+from functools import cached_property
 from pathlib import Path
 
-from onward.store.database import connect
+from onward.store.database import Database, Values, connect
 from onward.store.rows import StepRecord
+
+RANGE = 512
+"""Global steps of a range: its borders are multiples of this, and those of files. A power of two, as in the curve."""
+
+MANY = 100
+"""Pieces of files from which on one query for all ranges is cheaper than one for each piece."""
+KEEP = f"""
+    INSERT OR REPLACE INTO step_ranges
+    SELECT r.*, (SELECT learning_rate FROM steps WHERE file_id = r.file_id AND step = r.last)
+    FROM (
+        SELECT file_id, min(step) AS first, max(step) AS last, count(*), sum(rows), sum(replayed), sum(tokens),
+            sum(seconds), sum(loss), min(loss), max(loss), sum(grad_norm), min(grad_norm), max(grad_norm)
+        FROM steps
+        WHERE file_id = ?1 AND step <= ?2
+            AND step >= coalesce((SELECT max(first) FROM step_ranges WHERE file_id = ?1), 0)
+        GROUP BY (step - 1) / {RANGE}
+    ) r
+"""
 
 
 class Metrics:
@@ -49,3 +69,36 @@ class Metrics:
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
+
+
+class Ranges(Database):
+    """What ranges of a file's steps add up to, kept with each commit: they cover its steps up to the last one."""
+
+    def keep_ranges(self, file_id: int, step: int) -> None:
+        """Keep what the steps of a file up to a global step add up to: the newest range grows, others stay."""
+        self.write(KEEP, file_id, step)
+
+    def forget_ranges(self, file_id: int, step: int) -> None:
+        """Forget the ranges of a file that hold steps after a global step."""
+        self.write("DELETE FROM step_ranges WHERE file_id = ? AND last > ?", file_id, step)
+
+    def step_ranges(self, pieces: Sequence[tuple[int, int, int]] | None = None) -> dict[tuple[int, int], Values]:
+        """Return ranges by file id and first step.
+
+        Args:
+            pieces: file id, first and last step of the pieces that they have to lie in; all where it is None. There may
+                be others among them where all are read at once, since the pieces are many.
+        """
+        if not self.has_ranges:
+            return {}
+        if pieces is None or len(pieces) > MANY:
+            rows = self.query("SELECT * FROM step_ranges")
+        else:
+            inside = "SELECT * FROM step_ranges WHERE file_id = ? AND first BETWEEN ? AND ?"
+            rows = [row for piece in pieces for row in self.query(inside, *piece)]
+        return {(row["file_id"], row["first"]): row for row in rows}
+
+    @cached_property
+    def has_ranges(self) -> bool:
+        """Whether the ledger has any; one that is only read may not be migrated yet."""
+        return bool(self.query("SELECT 1 FROM sqlite_master WHERE name = 'step_ranges'"))

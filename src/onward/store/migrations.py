@@ -226,6 +226,34 @@ MIGRATIONS = (
         updated REAL NOT NULL
     ) STRICT;
     """,
+    """
+    CREATE TABLE step_ranges (
+        file_id INTEGER NOT NULL REFERENCES files (id),
+        first INTEGER NOT NULL,
+        last INTEGER NOT NULL,
+        steps INTEGER NOT NULL,
+        rows INTEGER NOT NULL,
+        replayed INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        seconds REAL,
+        loss REAL,
+        loss_min REAL,
+        loss_max REAL,
+        grad_norm REAL,
+        grad_norm_min REAL,
+        grad_norm_max REAL,
+        learning_rate REAL,
+        PRIMARY KEY (file_id, first)
+    ) STRICT, WITHOUT ROWID;
+    INSERT INTO step_ranges
+    SELECT r.*, (SELECT learning_rate FROM steps WHERE file_id = r.file_id AND step = r.last)
+    FROM (
+        SELECT file_id, min(step) AS first, max(step) AS last, count(*), sum(rows), sum(replayed), sum(tokens),
+            sum(seconds), sum(loss), min(loss), max(loss), sum(grad_norm), min(grad_norm), max(grad_norm)
+        FROM steps WHERE file_id IN (SELECT id FROM files WHERE state = 'done')
+        GROUP BY file_id, (step - 1) / 512
+    ) r;
+    """,
 )
 
 

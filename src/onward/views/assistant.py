@@ -67,11 +67,11 @@ def _looking(run: Run) -> list[Tool]:
         """Check the run's proof while nothing trains; `deep` trains the last file again and compares, bit for bit."""
         return run.verify(deep=deep).to_dict()
 
-    def grid() -> Any:
+    def grid() -> dict[str, Any]:
         """What the model knows of each file after each file."""
-        return getattr(run, "grid")()  # noqa: B009  # where this release has one
+        return run.grid()
 
-    return [status, history, metrics, verify, *([grid] if hasattr(run, "grid") else [])]
+    return [status, history, metrics, verify, grid]
 
 
 def _asking(run: Run) -> list[Tool]:

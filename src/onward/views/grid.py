@@ -1,4 +1,4 @@
-"""What the model knows, file by file: the table as values, text, CSV and a heat map."""
+"""What the model knows, file by file: the table as text, CSV and a heat map."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from onward.layout import RunLayout
-from onward.service.knowledge.table import read_table
-from onward.store.ledger import Ledger
 from onward.text import printable
 
 NAME_WIDTH = 16
@@ -21,17 +18,6 @@ TRAINED = "*"
 CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
 """Size of a cell of the heat map, and the room for names, in pixels."""
 Values = Mapping[str, Any]
-
-
-def read_grid(layout: RunLayout) -> dict[str, Any]:
-    """Return what was measured in a run, as `onward grid --json` prints it.
-
-    Raises:
-        UsageError: there is no run.
-    """
-    layout.require()
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        return read_table(ledger).to_dict()
 
 
 def grid_lines(grid: Values) -> list[str]:

@@ -15,13 +15,12 @@ from onward.config_text import read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.knowledge.table import BEFORE, GRID
-from onward.status import read_history
+from onward.status import read_grid, read_history
 from onward.store.ledger import Ledger
 from onward.text import printable
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
-from onward.views.grid import read_grid
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"

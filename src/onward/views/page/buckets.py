@@ -9,11 +9,13 @@ from typing import Any, TypeAlias
 from onward.curve import Piece, buckets
 from onward.store.curve import Curve, Span
 from onward.store.database import Values
+from onward.store.metrics import RANGE
 
 POINTS = 2000
 """Ranges that a whole run is kept in, at most this and at least half of it: more than a screen has columns."""
 AT_ONCE = 50_000
-"""Steps that are added up while a browser waits; of more, each range is shown by one step until they are."""
+"""Steps that are added up while a browser waits; of more, each range is shown by one step until they are. There are
+that many only in ledgers of earlier releases, which nothing has trained since."""
 COARSE = 4
 """Times that kept ranges may be longer than those asked for, before steps are read again for a closer look."""
 DRAWN = (
@@ -27,19 +29,25 @@ Identity: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 class KeptBuckets:
-    """Sums over ranges of steps of one run. Ranges that stay as they are are added up once, however often drawn."""
+    """Sums over ranges of steps of one run. Ranges that stay as they are are added up once, however often drawn.
 
-    def __init__(self) -> None:
+    Args:
+        points: ranges that the whole run is kept in, at most.
+    """
+
+    def __init__(self, points: int = POINTS) -> None:
+        self._points = points
         self._lock = threading.Lock()
         self._kept: dict[Identity, Values] = {}
 
     def fill(self, ledger: Curve) -> None:
-        """Add up the whole run, as far as it is not known; a million steps take about half a second of one core."""
+        """Add up the whole run, as far as it is not known."""
         with self._lock:  # once, whoever asks
             spans = ledger.spans()
-            found = list(buckets(spans, size_for(_newest(spans), POINTS)))
-            kept = {_identity(bucket): self._sums(ledger, bucket) for bucket in found}
-            self._kept = kept
+            size = size_for(_newest(spans), self._points)
+            found = list(buckets(spans, size))
+            adding = _Adding(ledger, size, self._unknown(found))
+            self._kept = {_identity(bucket): self._sums(adding, bucket) for bucket in found}
 
     def draw(self, ledger: Curve, points: int, first: int | None, last: int | None) -> dict[str, Any]:
         """Return columns of `DRAWN` between two global steps, of at most about so many ranges, and the files there.
@@ -49,38 +57,69 @@ class KeptBuckets:
         spans = ledger.spans()
         newest = _newest(spans)
         begin, end = max(1, first or 1), newest if last is None else min(last, newest)
-        base, size = size_for(newest, POINTS), size_for(end - begin + 1, max(1, points))
+        base, size = size_for(newest, self._points), size_for(end - begin + 1, max(1, points))
         if size >= base or (COARSE * size >= base and end - begin >= AT_ONCE):
             size = base
             begin = (begin - 1) // size * size + 1
             end = newest if last is None else min(newest, -(-end // size) * size)
         found = list(buckets(spans, size, first=begin, last=end))
-        missing = sum(_steps(bucket) for bucket in found if _identity(bucket) not in self._kept)
+        unknown = self._unknown(found)
+        adding = _Adding(ledger, size, unknown)
+        missing = sum(map(adding.missing, unknown))
         quick = size == base and missing > AT_ONCE
-        sums = [self._last(ledger, bucket) if quick else self._sums(ledger, bucket) for bucket in found]
+        sums = [self._sums(adding, bucket, quick=quick) for bucket in found]
         rows = [_drawn(values) for values in sums if values["steps"]]
         columns = {name: [row[place] for row in rows] for place, name in enumerate(DRAWN)}
         seen = [span for span in spans if span.first <= end and span.last >= begin]
         files = [[span.name, span.position, span.first, span.last] for span in seen]
         return {"columns": columns, "files": files, "exact": not quick, "first": begin, "last": end, "newest": newest}
 
-    def _sums(self, ledger: Curve, bucket: Bucket) -> Values:
-        """Return what the steps of a bucket add up to."""
-        known = self._kept.get(_identity(bucket))
-        if known is not None:
-            return known
-        parts = [ledger.step_sums(piece.span.file_id, piece.first, piece.last) for piece in bucket]
-        values = _added([part for part in parts if part["steps"]])
-        newest = ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
-        return values | {"learning_rate": newest[0]["learning_rate"] if newest else None}
+    def _unknown(self, found: Sequence[Bucket]) -> list[Bucket]:
+        return [bucket for bucket in found if _identity(bucket) not in self._kept]
 
-    def _last(self, ledger: Curve, bucket: Bucket) -> Values:
-        """Return the last step of a bucket, standing for all of it."""
+    def _sums(self, adding: _Adding, bucket: Bucket, *, quick: bool = False) -> Values:
+        """Return what the steps of a bucket add up to; where it has to be quick, those of its last one if need be."""
         known = self._kept.get(_identity(bucket))
         if known is not None:
             return known
-        rows = ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
-        return _added([_alone(row) for row in rows]) | {"learning_rate": rows[0]["learning_rate"] if rows else None}
+        return adding.last(bucket) if quick else adding.sums(bucket)
+
+
+class _Adding:
+    """Adds up buckets of one size, from the ranges that the ledger keeps where these are no longer than the buckets."""
+
+    def __init__(self, ledger: Curve, size: int, wanted: Sequence[Bucket]) -> None:
+        self._ledger = ledger
+        pieces = [(piece.span.file_id, piece.first, piece.last) for bucket in wanted for piece in bucket]
+        self._ranges = ledger.step_ranges(pieces) if size >= RANGE else {}
+
+    def missing(self, bucket: Bucket) -> int:
+        """Return how many steps would have to be read one by one."""
+        return sum(max(0, piece.last + 1 - self._kept(piece)[1]) for piece in bucket)
+
+    def sums(self, bucket: Bucket) -> Values:
+        """Return what the steps of a bucket add up to."""
+        parts: list[Values] = []
+        for piece in bucket:
+            kept, following = self._kept(piece)
+            parts += kept
+            if following <= piece.last:
+                parts.append(self._ledger.step_sums(piece.span.file_id, following, piece.last))
+        return _added([part for part in parts if part["steps"]])
+
+    def last(self, bucket: Bucket) -> Values:
+        """Return the last step of a bucket, standing for all of it."""
+        rows = self._ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
+        return _added([_alone(row) for row in rows])
+
+    def _kept(self, piece: Piece) -> tuple[list[Values], int]:
+        """Return the ranges that a piece begins with, and the step that follows them."""
+        found: list[Values] = []
+        step = piece.first
+        while (known := self._ranges.get((piece.span.file_id, step))) is not None and known["last"] <= piece.last:
+            found.append(known)
+            step = known["last"] + 1
+        return found, step
 
 
 def size_for(steps: int, points: int) -> int:
@@ -100,10 +139,6 @@ def _identity(bucket: Bucket) -> Identity:
     return tuple((piece.span.file_id, piece.first, piece.last) for piece in bucket)
 
 
-def _steps(bucket: Bucket) -> int:
-    return sum(piece.last - piece.first + 1 for piece in bucket)
-
-
 def _alone(row: Values) -> Values:
     loss, norm = row["loss"], row["grad_norm"]
     extremes = {"loss_min": loss, "loss_max": loss, "grad_norm_min": norm, "grad_norm_max": norm}
@@ -118,7 +153,7 @@ def _added(parts: list[Values]) -> Values:
     for name in ("loss", "grad_norm"):
         values[f"{name}_min"] = min(part[f"{name}_min"] for part in parts)
         values[f"{name}_max"] = max(part[f"{name}_max"] for part in parts)
-    return values | {"last": parts[-1]["last"]}
+    return values | {name: parts[-1][name] for name in ("last", "learning_rate")}
 
 
 def _drawn(values: Values) -> tuple[Any, ...]:

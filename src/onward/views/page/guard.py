@@ -98,6 +98,8 @@ def _is_same(origin: str, host: str) -> bool:
     try:
         parts = urlsplit(origin)
         port = {"http": 80, "https": 443}.get(parts.scheme)
+        if "@" in parts.netloc or origin != f"{parts.scheme}://{parts.netloc}":
+            return False
         there, here = (parts.hostname, parts.port or port), urlsplit(f"//{host}")
         return port is not None and there == (here.hostname, here.port or port)
     except ValueError:
@@ -110,7 +112,7 @@ def _name_of(host: str) -> str | None:
         _ = parts.port
     except ValueError:
         return None
-    return None if parts.username is not None or parts.path else parts.hostname
+    return None if "@" in host or parts.netloc != host else parts.hostname
 
 
 def _is_address(name: str) -> bool:

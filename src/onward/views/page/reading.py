@@ -19,12 +19,11 @@ from onward.layout import RunLayout, entries, step_of
 from onward.service.intake.inbox import IGNORED, PRIORITIES
 from onward.service.intake.names import REPORT
 from onward.service.knowledge.table import read_newest
-from onward.status import read_history, read_status
+from onward.status import read_grid, read_history, read_status
 from onward.store.database import Values
 from onward.store.files import Finished
 from onward.store.ledger import Ledger
 from onward.text import printable
-from onward.views.grid import read_grid
 from onward.views.page.buckets import KeptBuckets
 
 LISTED = 200

@@ -7,8 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
 from onward.errors import ModelError, UsageError
@@ -20,16 +19,25 @@ LINE_BYTES = 16 << 20
 MOST_TURNS, MOST_TOKENS = 200, 4096
 
 Answer = dict[str, Any]
+Askers = dict[int, asyncio.Queue[Answer | None]]
+"""Whoever waits for an answer of one process, by the number of the question."""
+COMMAND = (sys.executable, "-P", "-m", "onward.views.page.answering")
 
 
 class Talker:
-    """Starts the process that answers at the first question, and ends it when nobody asks any more."""
+    """Starts the process that answers at the first question, and ends it when nobody asks any more.
 
-    def __init__(self, layout: RunLayout) -> None:
+    Args:
+        command: starts the process, which the run's directory is added to.
+    """
+
+    def __init__(self, layout: RunLayout, command: Sequence[str] = COMMAND) -> None:
         self._layout = layout
+        self._command = command
         self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
         self._reading: asyncio.Task[None] | None = None
-        self._askers: dict[int, asyncio.Queue[Answer | None]] = {}
+        self._askers: Askers = {}
         self._asked = 0
         self._rest: asyncio.TimerHandle | None = None
 
@@ -41,11 +49,11 @@ class Talker:
             ModelError: the process that answers ended.
         """
         known = require_wish(wish)
-        process = await self._started()
+        process, askers = await self._started()
         assert process.stdin is not None
         self._asked = number = self._asked + 1
         queue: asyncio.Queue[Answer | None] = asyncio.Queue()
-        self._askers[number] = queue
+        askers[number] = queue
         is_open = True
         try:
             process.stdin.write(json.dumps({**known, "id": number}).encode() + b"\n")
@@ -58,7 +66,7 @@ class Talker:
             is_open = False
             raise ModelError("the process that answers ended", hint="Ask again; onward chat says more.")
         finally:
-            del self._askers[number]
+            del askers[number]
             if is_open and process.returncode is None:  # whoever asked went away
                 process.stdin.write(json.dumps({"cancel": number}).encode() + b"\n")
             self._rest_later()
@@ -75,24 +83,28 @@ class Talker:
         if self._reading is not None:
             await self._reading
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
-            words = ("-P", "-m", "onward.views.page.answering", str(Path(self._layout.root).absolute()))
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES
-            )
-            self._reading = asyncio.create_task(self._read(self._process))
-        return self._process
+    async def _started(self) -> tuple[asyncio.subprocess.Process, Askers]:
+        """Return the process, started once however many ask at the same moment, and who waits for its answers."""
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None:
+                words = (*self._command, str(self._layout.root.absolute()))
+                self._process = await asyncio.create_subprocess_exec(
+                    *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES
+                )
+                self._askers = {}  # those of an earlier process hear of its end
+                self._reading = asyncio.create_task(self._read(self._process, self._askers))
+            return self._process, self._askers
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, process: asyncio.subprocess.Process, askers: Askers) -> None:
         """Hand each line to whoever asked; at the process' end, its end to everybody."""
         assert process.stdout is not None
         while line := await process.stdout.readline():
             answer = json.loads(line)
-            queue = self._askers.get(answer.pop("id"))
+            queue = askers.get(answer.pop("id"))
             if queue is not None:
                 queue.put_nowait(answer)
-        for queue in self._askers.values():
+        await process.wait()  # whoever asks now starts another
+        for queue in askers.values():
             queue.put_nowait(None)
 
     def _rest_later(self) -> None:
