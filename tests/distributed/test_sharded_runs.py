@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from daemons import hold, is_in, until
 from processes import command, train
 from ranks import Ranks, on_ranks
@@ -28,13 +27,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "learning_rate": 1e-3},
     "lora": {"method": "lora", "learning_rate": 1e-2, "lora": {"rank": 4, "dropout": 0.1}},
 }
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two files, the last steps of which have fewer rows than others."""
-    folder = tmp_path_factory.mktemp("files")
-    return [tiny.write_jsonl(folder / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (15, 20)]
 
 
 @pytest.mark.parametrize("method", METHODS)
