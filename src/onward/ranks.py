@@ -75,5 +75,7 @@ def start_here(environment: Mapping[str, str] = os.environ) -> Start | None:
 
 
 def _wrong(what: str) -> UsageError:
-    hint = "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m onward train."
+    hint = (
+        "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m -- onward train."
+    )
     return UsageError(f"the variables of torchrun make no sense: {what}", where="environment", hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ledgers import add_file, made_up_run
+from torch.distributed.run import get_args_parser
 
 from onward.config import Config
 from onward.data.loader import Batch
@@ -232,6 +234,14 @@ def test_a_rank_that_stays_away_is_named() -> None:
     scene.watches[0].check(waited=99.0)
     with pytest.raises(RankLost, match="rank 2 did not come to where the others waited for 101 s"):
         scene.watches[0].check(waited=101.0)
+
+
+def test_torchrun_reads_the_command_of_the_documentation() -> None:
+    """torchrun takes options of what it starts for its own where they begin like one: `--run` does."""
+    text = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    (command,) = (block for block in text.split("```") if block.startswith("sh\ntorchrun"))
+    read = get_args_parser().parse_args(shlex.split(command.removeprefix("sh\n").replace("\\\n", " "))[1:])
+    assert ("onward", ["watch", "--run", "my-run"]) == (read.training_script, read.training_script_args)
 
 
 @dataclass
