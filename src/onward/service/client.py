@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
@@ -88,7 +88,11 @@ class Given:
 
     def __init__(self, ledger: Ledger, start: Start | None, paths: Iterable[Path], *, again: bool) -> None:
         self._ledger, self._again = ledger, again
-        self._fact = {"command": start.command if start else None, "after": ledger.last_done(), "taken": False}
+        self._fact: dict[str, Any] = {
+            "command": start.command if start else None,
+            "after": ledger.last_done(),
+            "taken": False,
+        }
         known = ledger.get(COMMAND) if start is not None and start.number else None
         if known is not None and known["command"] == self._fact["command"]:
             self._fact = known
