@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from processes import command
+from states import assert_same_state, temporary_files
+
 from onward.layout import RunLayout
 from onward.run import Run
 from onward.store.ledger import Ledger
@@ -51,7 +54,7 @@ class Fault:
     def __call__(self) -> None:
         """Arm the process that this is called in."""
         record = os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        counted = {"MainThread", "onward-writer"}
+        counted = {"MainThread", "onward-writer", "onward-shards"}
         count = 0
 
         def change(name: str, half: Callable[[], object] = lambda: None) -> None:
@@ -181,3 +184,35 @@ def assert_complete(root: Path) -> None:
     assert [entry["rows"] for entry in history] == [entry["rows_trained"] for entry in history]
     proof = Run(root).verify()
     assert proof.ok, [check for check in proof.checks if not check.ok]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A run at the start of a file with one commit inside and one at its boundary, and how it has to end.
+
+    Args:
+        before: the run, with the file accepted.
+        after: the same run, the file trained by an undisturbed process.
+        file: the file.
+        states: digests of all states that the run commits, by step.
+    """
+
+    before: Path
+    after: Path
+    file: Path
+    states: dict[int, str]
+
+
+def assert_goes_on(sweep: Sweep, root: Path, status: int | None, *words: object) -> None:
+    """What a fault left is a committed state, and the next process ends where the uninterrupted run ended."""
+    output = root.with_name("output")
+    printed = output.read_text()
+    assert "Traceback" not in printed, printed
+    assert_committed(sweep.states, root)
+    if status == 0:  # the process survived the fault: as if it had not happened
+        assert_same_state(sweep.after, root)
+    done = command(output, "train", *words, "--run", root)
+    assert done in ((0, 3) if words else (0,)), output.read_text()  # 3: everything was trained already
+    assert_same_state(sweep.after, root)
+    assert [] == temporary_files(root)
+    assert_complete(root)

@@ -1,4 +1,4 @@
-"""Which of several processes this is, as torchrun's variables say it. Nothing here loads torch."""
+"""Which of several processes this is, and which start of them, by torchrun's variables. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from onward.errors import UsageError
 
 LOST = 75
 """Exit status (EX_TEMPFAIL) of a process whose group lost a rank: a smaller one can go on. Not one of a command's."""
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
+"""The variable that says how often the processes were started before."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun sets for every process that it starts."""
 
@@ -23,14 +25,25 @@ class Place:
         size: how many there are.
         local_rank: its number on its machine.
         local_size: how many there are on its machine.
-        restarts: how often the group was started again.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class Start:
+    """One of the starts of a command, whose processes are started again with the same words when one was lost.
+
+    Args:
+        command: tells the command from others.
+        number: how often it was started before.
+    """
+
+    command: str
+    number: int
 
 
 def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -46,14 +59,23 @@ def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
         raise _wrong(f"{', '.join(missing)} is not set, and RANK is")
     try:
         rank, size, local_rank, local_size = (int(environment[name]) for name in VARIABLES[:4])
-        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     except ValueError:
         raise _wrong("RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are not all numbers") from None
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise _wrong(f"rank {rank} of {size}, {local_rank} of {local_size} here, cannot be")
-    return Place(rank, size, local_rank, local_size, restarts)
+    return Place(rank, size, local_rank, local_size)
+
+
+def start_here(environment: Mapping[str, str] = os.environ) -> Start | None:
+    """Return which start of its command this process belongs to; None where nothing would start it again."""
+    number, name = (environment.get(variable, "") for variable in (RESTARTS, "TORCHELASTIC_RUN_ID"))
+    if not number.isdecimal():
+        return None
+    return Start(f"{name} {os.getppid()}", int(number))  # a name may be given twice, and then by another agent
 
 
 def _wrong(what: str) -> UsageError:
-    hint = "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m onward train."
+    hint = (
+        "onward train --devices N starts the processes itself; so does torchrun --nproc-per-node N -m -- onward train."
+    )
     return UsageError(f"the variables of torchrun make no sense: {what}", where="environment", hint=hint)

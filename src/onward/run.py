@@ -15,7 +15,7 @@ from onward.controlled import Controlled
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, refuse_occupied
-from onward.ranks import Place
+from onward.ranks import Place, Start
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held
@@ -51,17 +51,19 @@ class Run(Controlled):
             process passes `onward.startup.large_imports`.
         place: which of several processes that train together this is (`onward.ranks.place_here`): rank 0 trains or
             watches, every other one calls `onward.following.follow`.
+        start: which start of its command this is, where lost processes are started again (`onward.ranks.start_here`).
 
     Raises:
         UsageError: there is no run in it.
     """
 
     def __init__(
-        self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None
-    ) -> None:
+        self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None,
+        start: Start | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(RunLayout(Path(directory)))
         self._loading = loading
-        self._place = place
+        self._place, self._start = place, start
         self._settings: Settings | None = None
 
     @classmethod
@@ -168,22 +170,20 @@ class Run(Controlled):
             OnwardError: training cannot go on; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
-        files = [Path(path) for path in paths]
         with self._working(stop, report) as (wishes, opened):
             ledger = opened.ledger
-            before, seen = {row.id for row in ledger.files("done")}, ledger.last_event()
+            seen, given = ledger.last_event(), client.Given(ledger, self._start, map(Path, paths), again=again)
             with (
                 account(opened, wishes) as reporter,
-                client.intent(ledger, files, again=again) as intent,
+                given.recorded() as intent,
                 operate(opened, wishes, observe, reporter) as daemon,
             ):
                 for refusal in daemon.intake.finish_left_over(intent):
                     report(f"handed over earlier: {refusal}")
-                if intent is not None:
-                    daemon.intake.take(files, again=again, intent=intent)
+                given.take(daemon.intake.take)
                 daemon.run(once=True)
             require_kept(ledger, seen)
-            positions = {row.position for row in ledger.files("done") if row.id not in before}
+            positions = given.done()
         return [entry for entry in self.history() if entry["position"] in positions and entry["state"] == "done"]
 
     def watch(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,18 +13,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ledgers import add_file, made_up_run
+from torch.distributed.run import get_args_parser
 
 from onward.config import Config
 from onward.data.loader import Batch
 from onward.data.order import FilePlan, RowReference
 from onward.data.replay import ReplayPlan, Source
 from onward.data.tokenized import Row
-from onward.errors import RankLost, UsageError
-from onward.ranks import Place, place_here
+from onward.errors import FileRejected, RankLost, UsageError
+from onward.ranks import Place, place_here, start_here
+from onward.service.client import Given
 from onward.service.outside.elastic import Devices, read_devices
+from onward.store.ledger import Ledger
 from onward.training.environment import promises_bits, ranks_facts
 from onward.training.parts import parts_of, shares_of
 from onward.training.ranks.failures import Released
+from onward.training.ranks.group import Group
 from onward.training.ranks.orders import plan_message, plan_told
 from onward.training.ranks.watch import Watch
 from onward.training.world import SingleProcess
@@ -42,12 +50,47 @@ def test_the_place_is_what_torchrun_says() -> None:
     assert place_here({}) is None
     assert place_here({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) is None
     assert Place(3, 4, 1, 2) == place_here(TORCHRUN)
-    assert Place(3, 4, 1, 2, 5) == place_here({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "5"})
     for wrong in ({"RANK": "4"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"LOCAL_WORLD_SIZE": "5"}):
         with pytest.raises(UsageError, match="variables of torchrun"):
             place_here({**TORCHRUN, **wrong})
     with pytest.raises(UsageError, match="MASTER_PORT is not set"):
         place_here({key: value for key, value in TORCHRUN.items() if key != "MASTER_PORT"})
+
+
+def test_a_command_that_is_started_again_takes_its_files_in_once(tmp_path: Path) -> None:
+    """The ledger knows what the starts before have taken in; refused files, and those of other commands, are taken."""
+    environment = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_RUN_ID": "one"}
+    later = {**environment, "TORCHELASTIC_RESTART_COUNT": "1"}
+    other = {**later, "TORCHELASTIC_RUN_ID": "two"}
+    assert start_here({}) is None
+    layout = made_up_run(tmp_path / "run", [("old.jsonl", 1)], lambda _: 1.0)
+    taken: list[str] = []
+
+    def take(paths: Sequence[Path], *, again: bool, intent: int) -> None:
+        if not (tmp_path / "mended").exists():
+            raise FileRejected("1 file was refused")
+        assert again
+        ledger.end_intent(intent)
+        taken.extend(path.name for path in paths)
+
+    def begin(variables: dict[str, str], name: str) -> Given:
+        given = Given(ledger, start_here(variables), [tmp_path / name], again=True)
+        with given.recorded():
+            given.take(take)
+        return given
+
+    with Ledger(layout.ledger) as ledger:
+        with pytest.raises(FileRejected):
+            begin(environment, "a.jsonl")
+        (tmp_path / "mended").touch()
+        begin(later, "a.jsonl")
+        add_file(ledger, "a.jsonl", state="done", position=2)
+        assert {2} == begin(later, "a.jsonl").done()
+        assert ["a.jsonl"] == taken
+        assert set() == begin(other, "b.jsonl").done()
+        begin(environment, "c.jsonl")
+        assert ["a.jsonl", "b.jsonl", "c.jsonl"] == taken
+        assert [] == ledger.intents()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +234,45 @@ def test_a_rank_that_stays_away_is_named() -> None:
     scene.watches[0].check(waited=99.0)
     with pytest.raises(RankLost, match="rank 2 did not come to where the others waited for 101 s"):
         scene.watches[0].check(waited=101.0)
+
+
+def test_torchrun_reads_the_command_of_the_documentation() -> None:
+    """torchrun takes options of what it starts for its own where they begin like one: `--run` does."""
+    text = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    (command,) = (block for block in text.split("```") if block.startswith("sh\ntorchrun"))
+    read = get_args_parser().parse_args(shlex.split(command.removeprefix("sh\n").replace("\\\n", " "))[1:])
+    assert ("onward", ["watch", "--run", "my-run"]) == (read.training_script, read.training_script_args)
+
+
+@dataclass
+class Work:
+    """A collective of torch that ends right after the first glance at it, well or with an error."""
+
+    error: str | None = None
+    glances: int = 0
+
+    def is_completed(self) -> bool:
+        """Whether it has ended."""
+        return self.glances > 0
+
+    def wait(self, _: object) -> None:
+        """Wait for a glance; raises what torch raises."""
+        self.glances += 1
+        if self.glances == 1 or self.error:
+            raise RuntimeError(self.error if self.glances > 1 else "Operation timed out!")
+
+
+def test_what_ends_between_two_glances_has_not_failed() -> None:
+    """A collective that ends right after a glance at it has worked; one that fails then names who is gone."""
+    scene = Scene(2)
+    group = Group(1, 2, torch.device("cpu"), scene.watches[1], is_uniform=True)
+    work = Work()
+    group.wait(work)
+    assert (2, False) == (work.glances, group.is_broken)
+    scene.now += 5.0
+    with pytest.raises(RankLost, match="rank 0 is gone"):
+        group.wait(Work("Connection closed by peer"))
+    assert group.is_broken
 
 
 def test_a_stop_asked_of_any_rank_reaches_rank_0() -> None:

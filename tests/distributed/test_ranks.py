@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from daemons import configure, hold, is_in, until
 from processes import train
 from ranks import Ranks, on_ranks
@@ -31,13 +30,6 @@ SETTINGS: dict[str, Any] = {
     "lora": {"rank": 4, "dropout": 0.1},
 }
 FULL = {**SETTINGS, "method": "full", "learning_rate": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two files, the last steps of which have fewer rows than others."""
-    folder = tmp_path_factory.mktemp("files")
-    return [tiny.write_jsonl(folder / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (20, 29)]
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +132,15 @@ def test_more_ranks_than_parts(made: Run, files: list[Path]) -> None:
 
 
 def test_devices_on_the_command_line(made: Run, files: list[Path], alone: Path, tmp_path: Path) -> None:
-    """`--devices 2` starts two processes itself, prints the result once and trains the bits of one."""
-    words = [sys.executable, "-P", "-m", "onward", "train", "--devices", "2", "--json", "--run", made.layout.root]
+    """`--devices 1:2` starts two processes, goes on with one after a kill, and lists all files of the command."""
+    program, killed = tmp_path / "kill", tmp_path / "killed"
+    program.write_text(f"#!/bin/sh\n[ -e {killed} ] || {{ echo $PPID > {killed}; kill -9 $PPID; }}\n")
+    program.chmod(0o755)
+    configure(made, notify={"command": str(program), "events": ["done"]})
+    words = [sys.executable, "-P", "-m", "onward", "train", "--devices", "1:2", "--json", "--run", made.layout.root]
     ended = subprocess.run([*words, *files], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert 0 == ended.returncode, ended.stderr
+    lost = f"rank 0 (pid {killed.read_text().strip()}) was ended by SIGKILL"
+    assert f"{lost}; 1 device goes on from the last commit" in ended.stderr
     assert [file.name for file in files] == [entry["name"] for entry in json.loads(ended.stdout)]
     assert_same_state(alone, made.layout.root)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from daemons import hold, is_in, until
 from processes import command, train
 from ranks import Ranks, on_ranks
@@ -30,13 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two files, the last steps of which have fewer rows than others."""
-    folder = tmp_path_factory.mktemp("files")
-    return [tiny.write_jsonl(folder / f"{rows}.jsonl", tiny.chat_rows(rows, seed=rows)) for rows in (15, 20)]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_on_any_number_of_ranks_train_the_same_bits(
     method: str, model: Path, files: list[Path], tmp_path: Path
@@ -53,15 +45,20 @@ def test_shards_on_any_number_of_ranks_train_the_same_bits(
     assert [] == temporary_files(run.layout.root)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the first file on one device, all weights trained."""
+    alone = new_run(tmp_path_factory.mktemp("undisturbed") / "run", model, **SETTINGS, **METHODS["full"]).layout.root
+    assert 0 == train(alone, files[:1])
+    return alone
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_is_killed_leaves_the_last_commit(
-    lost: int, model: Path, files: list[Path], tmp_path: Path
+    lost: int, model: Path, files: list[Path], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The others end with an error; one device goes on from the last commit, with the bits of a run without a kill."""
-    settings = {**SETTINGS, **METHODS["full"]}
-    alone = new_run(tmp_path / "alone", model, **settings).layout.root
-    assert 0 == train(alone, files[:1])
-    run: Run = new_run(tmp_path / "run", model, **settings, sharding="full")
+    """The others name it and end; one device goes on from the last commit, with the bits of a run without a kill."""
+    run: Run = new_run(tmp_path / "run", model, **SETTINGS, **METHODS["full"], sharding="full")
     arguments = ("train", files[0], "--run", run.layout.root)
     with Ranks(tmp_path / "log", 2, *arguments, prepare={0: hold(run, 3)}) as ranks:
         until(is_in(run, files[0].name), ranks.processes[0])
@@ -69,6 +66,7 @@ def test_a_rank_that_is_killed_leaves_the_last_commit(
         hold(run).let_go.touch()
         assert -signal.SIGKILL == ranks.join()[lost]
         assert 0 not in ranks.join()
+    assert f"rank {lost} (pid {ranks.processes[lost].pid} on " in ranks.log(1 - lost).read_text()
     assert 0 == command(tmp_path / "log", "train", "--run", run.layout.root)
-    assert_same_state(alone, run.layout.root)
+    assert_same_state(undisturbed, run.layout.root)
     assert [] == temporary_files(run.layout.root)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ from faults import (
     KILL,
     KINDS,
     Fault,
-    assert_committed,
-    assert_complete,
+    Sweep,
+    assert_goes_on,
     committed_states,
     copy_run,
 )
 from processes import command
 from runs import new_run
-from states import assert_same_state, temporary_files
 
 from onward import Run
 
@@ -46,23 +44,6 @@ POINTS = 10**6 if FULL_SIZE else 6
 """The small form tries so many changes, spread over all of them, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A run at the start of a file with one commit inside and one at its boundary, and how it has to end.
-
-    Args:
-        before: the run, with the file accepted.
-        after: the same run, the file trained by an undisturbed process.
-        file: the file.
-        states: digests of all states that the run commits, by step.
-    """
-
-    before: Path
-    after: Path
-    file: Path
-    states: dict[int, str]
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +68,6 @@ def points(total: int, share: int, shares: int = SHARES) -> Iterator[tuple[int, 
         for kind in (KINDS if FULL_SIZE else [KINDS[number % len(KINDS)]])
     ]
     yield from cases[share::shares]
-
-
-def assert_goes_on(sweep: Sweep, root: Path, status: int | None, *words: object) -> None:
-    """What a fault left is a committed state, and the next process ends where the uninterrupted run ended."""
-    output = root.with_name("output")
-    printed = output.read_text()
-    assert "Traceback" not in printed, printed
-    assert_committed(sweep.states, root)
-    if status == 0:  # the process survived the fault: as if it had not happened
-        assert_same_state(sweep.after, root)
-    done = command(output, "train", *words, "--run", root)
-    assert done in ((0, 3) if words else (0,)), output.read_text()  # 3: everything was trained already
-    assert_same_state(sweep.after, root)
-    assert [] == temporary_files(root)
-    assert_complete(root)
 
 
 @pytest.mark.parametrize("share", range(SHARES))

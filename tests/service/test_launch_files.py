@@ -19,6 +19,7 @@ import pytest
 import yaml
 from commands import assert_refused, onward
 from paths import NAMES
+from torch.distributed.run import get_args_parser
 
 from onward.errors import UsageError
 from onward.layout import RunLayout
@@ -167,7 +168,9 @@ def test_slurm_nodes_meet_at_the_one_with_the_ledger(programs: Programs, tmp_pat
         word for call in agents for word in call if word.startswith("--node-rank")
     ]
     assert {"--nnodes=3", "--nproc-per-node=8", "--master-addr=node1", "--master-port=20007"} <= set(agents[0])
-    assert ["-m", "onward", "watch", "--run", str(layout.root), "--once"] == agents[0][-7:-1]
+    read = get_args_parser().parse_args(agents[0][agents[0].index("torch.distributed.run") + 1 : -1])
+    assert (True, "onward") == (read.module, read.training_script)
+    assert ["watch", "--run", str(layout.root), "--once"] == read.training_script_args
 
 
 # Kubernetes

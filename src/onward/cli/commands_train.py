@@ -12,6 +12,7 @@ from onward import startup
 from onward.cli.options import AgainOption, JsonOption, RunOption
 from onward.cli.output import say_stopped, show
 from onward.cli.several import DevicesOption, flags, on_devices, place_or_follow
+from onward.ranks import start_here
 from onward.terminal import say
 from onward.text import printable, quoted
 
@@ -31,18 +32,17 @@ def train(
 ) -> None:
     """Add files and train them in order, now; without files, train those that wait."""
     if devices is not None:
-        words = ["train", "--run", str(run), *flags(("--profile", profile), ("--json", as_json))]
-        on_devices(devices, [*words, *flags(("--again", again)), "--", *map(str, files or [])], words)
+        switches = flags(("--profile", profile), ("--json", as_json), ("--again", again))
+        on_devices(devices, ["train", "--run", str(run), *switches, "--", *map(str, files or [])])
     from onward.profiling import StepProfile
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.wishes import Wishes
 
     place = place_or_follow(run)
-    opened = Run(run, loading=startup.large_imports, place=place)
+    opened = Run(run, loading=startup.large_imports, place=place, start=start_here())
     stop = Wishes()
     with stop.on_signals(), make_observer(lambda: opened.config.log_steps) as observe:
-        files = None if place is not None and place.restarts else files  # the first start has taken them in
         steps = StepProfile(opened.layout.profile, observe)
         done = opened.train(*(files or []), again=again, observe=steps if profile else observe, stop=stop, report=say)
     if profile:
@@ -88,8 +88,7 @@ def watch(
 ) -> None:
     """Train whatever arrives in inbox/, until stopped."""
     if devices is not None:
-        words = ["watch", "--run", str(run), *flags(("--once", once))]
-        on_devices(devices, words, words)
+        on_devices(devices, ["watch", "--run", str(run), *flags(("--once", once))])
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.wishes import Wishes

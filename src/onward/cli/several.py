@@ -12,7 +12,7 @@ import typer
 
 from onward import startup
 from onward.errors import OnwardError, RankLost, UsageError
-from onward.ranks import LOST, Place, place_here
+from onward.ranks import LOST, RESTARTS, Place, place_here
 from onward.terminal import flush_results, say
 
 DevicesOption = Annotated[
@@ -39,13 +39,12 @@ def place_or_follow(run: Path) -> Place | None:
     return place
 
 
-def on_devices(devices: str, words: Sequence[str], again: Sequence[str]) -> NoReturn:
+def on_devices(devices: str, words: Sequence[str]) -> NoReturn:
     """Run a command on several devices to its end.
 
     Args:
         devices: how many, as a person said it.
         words: the command and its arguments.
-        again: what goes on after a loss.
 
     Raises:
         UsageError: there are not so many devices.
@@ -59,7 +58,7 @@ def on_devices(devices: str, words: Sequence[str], again: Sequence[str]) -> NoRe
         from onward.service.outside.elastic import count_gpus, read_devices, run_on
 
         wanted = read_devices(devices, count_gpus)
-    raise typer.Exit(run_on(wanted, command, list(words), list(again), say))
+    raise typer.Exit(run_on(wanted, command, list(words), say))
 
 
 def flags(*given: tuple[str, bool]) -> list[str]:
@@ -67,11 +66,16 @@ def flags(*given: tuple[str, bool]) -> list[str]:
     return [name for name, is_on in given if is_on]
 
 
-def command(words: Sequence[str]) -> int:
-    """Carry out a command line in a process that the elastic agent started; returns its exit status."""
+def command(words: Sequence[str], starts: int) -> int:
+    """Carry out a command line in a process that the elastic agent started; returns its exit status.
+
+    Args:
+        starts: how often it was started before, by other agents.
+    """
     from onward.cli.entry import status_of_command
 
     started_by = os.getppid()
+    os.environ[RESTARTS] = str(starts)
     lost: list[bool] = []
     sys.argv = ["onward", *words]
     status = status_of_command(lambda error: lost.append(isinstance(error, RankLost)))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout
+from onward.ranks import Start
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.shown import PAUSED, Shown
 from onward.service.wishes import AFTER_FILE, RELEASE
@@ -21,8 +23,18 @@ from onward.store.rows import FileRow
 POLL_SECONDS = 0.1
 EXPIRED = "the process it was meant for had ended"
 """The answer to what was asked of a process that is gone, given by the next one."""
+COMMAND = "command"
+"""The ledger's fact of a command that may be started again: which, after which file, whether its files are taken in."""
 REMOVABLE = ("arriving", "queued", "training")
 """States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
+
+
+class Take(Protocol):
+    """What takes files in (`Intake.take`)."""
+
+    def __call__(self, paths: Sequence[Path], *, again: bool, intent: int) -> object:
+        """Take them in, in order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,17 +76,70 @@ def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool)
     return request(layout, ledger, Patience(seconds, until_end=True), "stop", AFTER_FILE if after_file else None)
 
 
-@contextlib.contextmanager
-def intent(ledger: Ledger, files: Sequence[Path], *, again: bool) -> Generator[int | None]:
-    """Record which files a command was given, before anything of them is read; one that is refused gave none."""
-    number = ledger.add_intent(files, again=again, priority=0) if files else None
-    try:
-        yield number
-    except OnwardError:
-        with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
-            if number is not None:
-                ledger.end_intent(number)
-        raise
+class Given:
+    """The files that a command was given, and which files are done since it began.
+
+    Processes that were lost may be started again with the same words. Files that were taken in are not given again
+    then, and what is done since is counted from the first start.
+
+    Args:
+        start: which start this is; None where nothing would start the command again.
+    """
+
+    def __init__(self, ledger: Ledger, start: Start | None, paths: Iterable[Path], *, again: bool) -> None:
+        self._ledger, self._again = ledger, again
+        self._fact: dict[str, Any] = {
+            "command": start.command if start else None,
+            "after": ledger.last_done(),
+            "taken": False,
+        }
+        known = ledger.get(COMMAND) if start is not None and start.number else None
+        if known is not None and known["command"] == self._fact["command"]:
+            self._fact = known
+        self._is_kept = start is not None
+        self._paths = [] if self._fact["taken"] else list(paths)
+        self._intent: int | None = None
+        self._keep(taken=self._fact["taken"])
+
+    @contextlib.contextmanager
+    def recorded(self) -> Generator[int | None]:
+        """Record the files before anything of them is read, and yield the intent; a refused command gave none."""
+        if self._paths:
+            with self._ledger.transaction():
+                self._intent = self._ledger.add_intent(self._paths, again=self._again, priority=0)
+                self._keep(taken=True)
+        try:
+            yield self._intent
+        except OnwardError:
+            self._take_back()
+            raise
+
+    def take(self, take: Take) -> None:
+        """Take the files in.
+
+        Raises:
+            OnwardError: they were refused.
+        """
+        if self._intent is not None:
+            take(self._paths, again=self._again, intent=self._intent)
+            self._intent = None
+
+    def done(self) -> set[int]:
+        """Return the positions of the files that are done since the command began."""
+        rows = self._ledger.in_stream(self._fact["after"])
+        return {row.position for row in rows if row.position is not None and row.state == "done"}
+
+    def _take_back(self) -> None:
+        if self._intent is None:  # they are the stream's
+            return
+        with contextlib.suppress(sqlite3.Error, OnwardError), self._ledger.transaction():  # full disk, no ledger
+            self._ledger.end_intent(self._intent)
+            self._keep(taken=False)
+
+    def _keep(self, *, taken: bool) -> None:
+        self._fact["taken"] = taken
+        if self._is_kept:
+            self._ledger.put(**{COMMAND: self._fact})
 
 
 def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileRow:

@@ -133,6 +133,10 @@ class Files(Ranges):
         """The file that is to be checked next, in the order of the queue that it will join."""
         return self.record(FileRow, "SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
 
+    def last_done(self) -> int:
+        """The highest position of a file that is done."""
+        return int(self.scalar("SELECT max(position) FROM files WHERE state = 'done'") or 0)
+
     def last_position(self) -> int:
         """The highest position given so far in the stream."""
         return int(self.scalar(f"SELECT max(position) FROM files WHERE {IN_STREAM}") or 0)

@@ -28,8 +28,8 @@ PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onw
 """What every process needs, imported once before they are forked."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-Command = Callable[[Sequence[str]], int]
-"""A command line in a process of its own; returns its exit status."""
+Command = Callable[[Sequence[str], int], int]
+"""A command line in a process of its own, and how often it was started before; returns its exit status."""
 
 
 @dataclass(frozen=True)
@@ -71,31 +71,30 @@ def count_gpus() -> int | None:
     return torch.cuda.device_count() or None
 
 
-def run_on(
-    devices: Devices, command: Command, words: Sequence[str], again: Sequence[str], say: Callable[[str], None]
-) -> int:
+def run_on(devices: Devices, command: Command, words: Sequence[str], say: Callable[[str], None]) -> int:
     """Run a command on devices to its end; returns its exit status.
 
     Args:
         command: what each process does; it has torchrun's variables in its environment.
-        words: what it is called with.
-        again: what it is called with when fewer processes go on.
+        words: what it is called with, also when fewer processes go on.
         say: shows a line to a person.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices.most)))
     os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds files of others: nothing is imported from it
     multiprocessing.set_forkserver_preload(list(PRELOADED))
-    count = devices.most
-    while True:
-        end = _run_once(count, command, words)
-        if isinstance(end, int):
-            return end
-        count, words = count - 1, again
-        left = f"{count} device{'s go' if count > 1 else ' goes'} on from the last commit"
-        say(f"{end.words}; {left if count >= devices.least else 'too few are left to go on'}")
-        if count < devices.least:
-            return 1
+    name = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on() as stopped:
+        for starts, count in enumerate(range(devices.most, devices.least - 1, -1)):
+            end = _run_once(_config(name, count, folder), command, words, starts)
+            if isinstance(end, int):
+                return end
+            if stopped:
+                say(f"{end.words} after {stopped[0]}; what was committed is safe")
+                break
+            left = f"{count - 1} device{'s go' if count > 2 else ' goes'} on from the last commit"
+            say(f"{end.words}; {left if count > devices.least else 'too few are left to go on'}")
+    return 1
 
 
 @dataclass(frozen=True)
@@ -105,25 +104,25 @@ class _Loss:
     words: str
 
 
-def _run_once(count: int, command: Command, words: Sequence[str]) -> int | _Loss:
+def _run_once(config: Any, command: Command, words: Sequence[str], starts: int) -> int | _Loss:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # they tell of every start and end
-    with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on(), _ending_the_rest():
+    for library in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they tell of every start and end
+    with _ending_the_rest():
         try:
-            return int(elastic_launch(_config(count, folder), command)(words)[0])
+            return int(elastic_launch(config, command)(words, starts)[0])
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode == LOST:
-                return _Loss(f"a process was lost, and the {count} of the group have ended")
+                return _Loss(f"a process was lost, and the {config.nproc_per_node} of the group have ended")
             if failure.exitcode < 0:
                 return _Loss(f"rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}")
             return 1
 
 
-def _config(count: int, folder: str) -> Any:
+def _config(name: str, count: int, folder: str) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -133,7 +132,7 @@ def _config(count: int, folder: str) -> Any:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
+        run_id=name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
@@ -145,10 +144,12 @@ def _config(count: int, folder: str) -> Any:
 
 
 @contextlib.contextmanager
-def _passing_on() -> Generator[None]:
-    """Pass signals on to the processes, whose rank 0 commits and ends; then all of it ends."""
+def _passing_on() -> Generator[list[str]]:
+    """Pass signals on to the processes, whose rank 0 commits and ends; then all of it ends. Yields their names."""
+    passed: list[str] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
+        passed.append(signal.Signals(number).name)
         number = signal.SIGTERM if number == signal.SIGINT else number  # a terminal sends Ctrl-C to all by itself
         for process in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
@@ -156,7 +157,7 @@ def _passing_on() -> Generator[None]:
 
     before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
     try:
-        yield
+        yield passed
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

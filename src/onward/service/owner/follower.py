@@ -72,9 +72,10 @@ def follow(
     except Released:
         group.is_broken = True
     except RankLost as error:
+        explained = group.watch.explain(error)
         if group.watch.misses_first and group.watch.is_first_to_say():
-            report(f"onward: {error}")
-        raise
+            report(f"onward: {explained}")
+        raise explained from None
     finally:
         group.end()
 

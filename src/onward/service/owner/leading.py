@@ -28,11 +28,18 @@ def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str
     group.watch.on_stop = wishes.ask
     try:
         yield group
-    except BaseException as error:
-        if isinstance(error, RankLost):  # the others may wait for this one where nothing can be told
-            group.is_broken = True
-        with contextlib.suppress(Exception):  # what is raised matters more
-            group.end({"order": END})
+    except RankLost as error:  # the others may wait for this one where nothing can be told
+        group.is_broken = True
+        explained = group.watch.explain(error)
+        _end(group)
+        raise explained from None
+    except BaseException:
+        _end(group)
         raise
     else:
+        group.end({"order": END})
+
+
+def _end(group: Group) -> None:
+    with contextlib.suppress(Exception):  # what is raised matters more
         group.end({"order": END})

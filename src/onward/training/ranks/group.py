@@ -142,11 +142,12 @@ class Group:
         """
         begun = time.monotonic()
         while True:
+            has_ended = work.is_completed()
             try:
                 work.wait(GLANCE)
                 return
-            except RuntimeError as error:
-                if work.is_completed():
+            except RuntimeError as error:  # this glance is over, or the collective failed
+                if has_ended:  # it may also have ended right after the glance
                     self.is_broken = True
                     raise self.watch.blame(error) from None
             self._look(time.monotonic() - begun if limited else 0.0)

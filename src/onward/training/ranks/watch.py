@@ -84,10 +84,25 @@ class Watch:
             behind = [rank for rank, (beat, _) in self._seen.items() if _place_of(beat) < self.place]
             self._problem = f"{self._list(behind)} did not come to where the others waited for {waited:.0f} s"
         if self._problem is not None:
-            raise RankLost(self._problem, where="devices", hint=HINT)
+            raise self._lost(self._problem)
 
     def blame(self, error: BaseException) -> RankLost:
         """Return the error for a connection that broke, which names the rank that is gone, where that shows."""
+        self._wait_for_gone()
+        return self._lost(self._problem or f"the connection to another rank broke: {first_line(error)}")
+
+    def explain(self, error: RankLost) -> RankLost:
+        """Return the error that ends this rank in the words of whoever knows why, and tell the others if it does.
+
+        A rank that fails while all compute together breaks the connections of the others once it ends, and only then.
+        """
+        self._wait_for_gone()
+        if self._problem is None:
+            self._problem = error.what
+            self._try(lambda: self._store.set(_LOST, error.what))
+        return self._lost(self._problem)
+
+    def _wait_for_gone(self) -> None:
         ends = self._clock() + 3 * MISSED
         while self._clock() < ends and self._problem is None and not self._is_released:
             gone = [rank for rank, (_, seen) in self._seen.items() if self._clock() - seen > MISSED]
@@ -96,7 +111,8 @@ class Watch:
                 self._problem = f"{self._list(gone)} is gone: it was killed or died"
                 self._try(lambda: self._store.set(_LOST, self._problem))
             time.sleep(BEAT / 5)
-        problem = self._problem or f"the connection to another rank broke: {first_line(error)}"
+
+    def _lost(self, problem: str) -> RankLost:
         return RankLost(problem, where="devices", hint=HINT)
 
     def is_first_to_say(self) -> bool:
@@ -122,12 +138,12 @@ class Watch:
             self.misses_first = 0 in silent
             self._problem = f"{self._list(silent)} has shown no sign of life for {self._patience:.0f} s"
             self._store.set(_LOST, self._problem)
+        if self._problem is None and self._store.check([_LOST]):
+            self._problem = self._store.get(_LOST).decode()
         if self._rank == 0:
             self._pass_stop_on()
         else:
             self._ask_for_stop()
-            if self._problem is None and self._store.check([_LOST]):
-                self._problem = self._store.get(_LOST).decode()
             self._is_released = self._is_released or self._store.check([_RELEASED])
 
     def _run(self) -> None:

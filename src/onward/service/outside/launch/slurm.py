@@ -110,6 +110,6 @@ def _words(job: Job) -> str:
     rank = f"$(( (SLURM_NODEID - ONWARD_FIRST_NODE + {job.nodes}) % {job.nodes} ))"
     agent = [job.host.python, "-P", "-m", "torch.distributed.run", f"--nnodes={job.nodes}"]
     agent += [f"--nproc-per-node={job.devices.most}", f"--master-addr={_node(job)}"]
-    run = ["-m", "onward", "watch", "--run", str(job.run), "--once"]
+    run = ["-m", "--", "onward", "watch", "--run", str(job.run), "--once"]  # torchrun has options that begin with --run
     inner = f"exec {shlex.join(agent)} --master-port=$MASTER_PORT --node-rank={rank} {shlex.join(run)}"
     return f"bash -c {shlex.quote(inner)}"
