@@ -19,7 +19,7 @@ from typing import Any
 
 from onward.layout import RunLayout
 from onward.service.knowledge.account import Account
-from onward.service.knowledge.table import read_table
+from onward.service.knowledge.table import GRID, read_table
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics

@@ -16,8 +16,7 @@ from onward import Run
 from onward.errors import DeviceLost
 from onward.events import Event, Note
 from onward.service.owner import faults
-from onward.service.owner.training.steps import StepFailed
-from onward.service.owner.training.steps import watched
+from onward.service.owner.training.steps import StepFailed, watched
 from onward.training.model import load
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer

@@ -21,10 +21,11 @@ TRAINING_COST = {"full": 3}
 return, and one for that of all weights. Elsewhere `OF_ADAPTER`."""
 OF_ADAPTER = 2
 """The same where all but small matrices are frozen."""
-WAY = 2
+WAY = 3
 """How scores are computed and what is affordable: another number than an earlier release's, whose may differ."""
-FREE_OPERATIONS = 1e10
-"""Multiplications and additions that measuring may take whatever the share says: about a tenth of a second."""
+FREE_OPERATIONS = 1e9
+"""Multiplications and additions that measuring may take whatever the share says: so few that a stream of small files
+on a small model is not measured for longer than it is trained."""
 FEW_TEXTS = 4
 """Anchor texts below which their mean says too little."""
 
