@@ -26,6 +26,7 @@ from onward.layout import RunLayout
 from onward.service.outside.elastic import Devices
 from onward.service.outside.launch.formats import SCHEDULERS
 from onward.service.outside.launch.job import Job, describe, read_asked
+from onward.service.outside.launch.waiting import start_and_wait
 from onward.service.outside.unit import Host
 
 EIGHT = Devices(8, 8)
@@ -180,6 +181,14 @@ def manifests(layout: RunLayout, **options: Any) -> tuple[dict[str, Any], dict[s
     """Return claim and Job."""
     claim, job = yaml.safe_load_all(SCHEDULERS["kubernetes"](job_of(layout, **options)))
     return claim, job
+
+
+def test_a_notice_that_comes_at_once_is_passed_on() -> None:
+    """One that comes before the shell knows the number of what it started ends that all the same."""
+    script = start_and_wait("""sh -c 'kill -s USR1 "$PPID"; exec sleep 30'""", "USR1")
+    for _ in range(5):
+        done = subprocess.run(["sh", "-c", f'{script}echo "$noticed $status"'], stdout=subprocess.PIPE, check=False)
+        assert b"1 138\n" == done.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ noticed=
 trap 'noticed=1; kill -s {notice} "$process" 2>/dev/null' {notice}
 {command} &
 process=$!
+[ -z "$noticed" ] || kill -s {notice} "$process" 2>/dev/null  # it came before the process had a number here
 while :; do
   wait "$process"
   status=$?
