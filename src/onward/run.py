@@ -297,9 +297,9 @@ class Run(Controlled):
         from onward.service.state.rollback import leave_out
 
         with self._owned() as ledger:
-            result = leave_out(self.layout, ledger, without)
+            left_out = leave_out(self.layout, ledger, without)
         self.train(observe=observe, stop=stop, report=report)
-        return {**result, "global_step": self.status()["global_step"]}
+        return left_out | {"global_step": self.status()["global_step"]}
 
     def reset(self) -> dict[str, Any]:
         """Forget all progress: remove the model and its restore points, mark every file undone.
@@ -328,11 +328,8 @@ class Run(Controlled):
     def _working(self, stop: Wishes | None, report: Report) -> Generator[tuple[Wishes, OpenedRun]]:
         """Own the run, and lead the other processes where several train it; yields what is asked of it, too."""
         wishes = Wishes() if stop is None else stop
-        with (
-            self._leading(wishes, report) as world,
-            self._owned(wishes) as ledger,
-            interrupts_of_host(wishes, are_own=stop is None),
-        ):
+        interrupts = interrupts_of_host(wishes, are_own=stop is None)
+        with self._leading(wishes, report) as world, self._owned(wishes) as ledger, interrupts:
             yield wishes, self._opened(ledger, report, world)
 
     @contextlib.contextmanager

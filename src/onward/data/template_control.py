@@ -49,7 +49,7 @@ def control_of(tree: nodes.Node) -> Control:
     return judge.found
 
 
-def _tests(tree: nodes.Node) -> Iterator[nodes.Expr]:
+def _tests(tree: nodes.Node) -> Iterator[nodes.Node]:
     for found in tree.find_all((nodes.If, nodes.CondExpr)):
         yield found.test
     for loop in tree.find_all(nodes.For):
@@ -79,7 +79,8 @@ class _Contents:
                 self._give(block.target, None)
         for loop in tree.find_all(nodes.For):
             self._give(loop.target, loop.iter)
-        handed = {call.node.name for call in tree.find_all(nodes.Call) if self._hands_over(call)}
+        calls = [call.node for call in tree.find_all(nodes.Call) if self._hands_over(call)]
+        handed = {called.name for called in calls if isinstance(called, nodes.Name)}
         for macro in tree.find_all(nodes.Macro):
             if macro.name in handed:
                 self._names |= {argument.name for argument in macro.args}
@@ -115,7 +116,7 @@ class _Judge:
         self._contents = contents
         self.found = Control()
 
-    def look_at(self, node: nodes.Expr) -> None:
+    def look_at(self, node: nodes.Node) -> None:
         """Find what of contents an expression depends on."""
         if not self._contents.made_of(node) or self._is_plain(node):
             return
