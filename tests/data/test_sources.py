@@ -179,9 +179,9 @@ def test_parquet(tmp_path: Path) -> None:
         ("a.json", b"PAR1....", "the content is parquet, but the name does not say so"),
         ("a.jsonl.zst", zstandard.compress(os.urandom(5000).hex().encode())[:-30], "the compressed file is cut off"),
         ("a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"\xff" * 50, "the compressed file is damaged"),
-        ("a.jsonl", JSONL.decode().encode("utf-16"), "the text is not UTF-8"),
-        ("a.txt", JSONL.decode().encode("utf-16-le"), "the text is not UTF-8"),
-        ("a.json.gz", gzip.compress(JSONL.decode().encode("utf-16")), "the text is not UTF-8"),
+        ("a.jsonl", JSONL.decode().encode("utf-16"), "the text is UTF-16, not UTF-8"),
+        ("a.txt", JSONL.decode().encode("utf-16-le"), "the text is UTF-16LE, not UTF-8"),
+        ("a.json.gz", gzip.compress(JSONL.decode().encode("utf-16")), "the text is UTF-16, not UTF-8"),
     ],
 )
 def test_damaged_and_misnamed_files(tmp_path: Path, name: str, data: bytes, reason: str) -> None:

@@ -97,11 +97,12 @@ def test_it_may_write_to_the_run_and_little_else(tmp_path: Path) -> None:
     assert writable == values(unit, "ReadWritePaths")
     expected = {
         "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict", "ProtectHome": "read-only",
-        "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6", "UMask": "0077", "PrivateTmp": "no",
+        "RestrictAddressFamilies": "AF_UNIX AF_INET AF_INET6", "UMask": "0077",
     }  # fmt: skip
     assert expected == {key: values(unit, key)[0] for key in expected}
     assert [] == values(unit, "MemoryDenyWriteExecute")
-    assert ["yes"] == values(systemd_unit(Path("/"), "nobody", host(run)), "PrivateTmp")
+    places = {place: values(systemd_unit(Path(place), "nobody", host(run)), "PrivateTmp") for place in ("/", "/tmp")}
+    assert {"/": ["yes"], "/tmp": ["no"]} == places
 
 
 def test_a_path_with_control_characters_is_refused(tmp_path: Path) -> None:
