@@ -47,7 +47,7 @@ def settings(model: Path, method: str, save_steps: int) -> dict[str, Any]:
     return {
         "model": str(model), "method": method, "batch_size": BATCH, "max_length": MAX_LENGTH, "learning_rate": RATE,
         "warmup_steps": 0, "save_steps": save_steps, "lora": {"rank": 16, "alpha": 32, "dropout": 0.0},
-        "holdout": 0, "evaluation": {"share": 0},  # the peers train every row and measure nothing
+        "holdout": 0, "evaluation": {"share": 0}, "over_length": "truncate",  # as the peers' rows are
     }  # fmt: skip
 
 

@@ -24,8 +24,8 @@ OF_ADAPTER = 2
 WAY = 3
 """How scores are computed and what is affordable: another number than an earlier release's, whose may differ."""
 FREE_OPERATIONS = 1e9
-"""Multiplications and additions that measuring may take whatever the share says: so few that a stream of small files
-on a small model is not measured for longer than it is trained."""
+"""Multiplications and additions that measuring may take whatever the share says: about a hundredth of a second, but
+some tenths on a tiny model, whose calls take longer than its products."""
 FEW_TEXTS = 4
 """Anchor texts below which their mean says too little."""
 

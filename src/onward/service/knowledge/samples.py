@@ -20,6 +20,9 @@ from onward.service.intake.tokens import open_tokens
 from onward.service.session import Session
 from onward.store.rows import FileRow
 
+IN_MEMORY = 256
+"""Files whose rows are kept in memory, the ones read last: the stream may have any number of them."""
+
 
 class Samples:
     """Reads the rows that files are measured on.
@@ -100,6 +103,8 @@ class Samples:
             rows = [kept.row(place) for place in range(kept.rows)]
             indices: Sequence[int] = kept.meta["indices"]
             self._read[folder] = Sample(rows, indices, trained=held is None)
+            if len(self._read) > IN_MEMORY:
+                del self._read[next(iter(self._read))]
         return self._read[folder]
 
     def _tokenize(self, path: Path, sha256: str, key: str, config: Config) -> TokenizedFile:
