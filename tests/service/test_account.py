@@ -27,8 +27,9 @@ class Counting(Ledger):
         return super().boundary_results(file_id)
 
 
-def measured(path: Path) -> None:
-    """Measure ten files after one another on some of what came before, each time on one of two sets of rows."""
+def measured(directory: Path) -> Path:
+    """Measure ten files on some of what came before, each time on one of two sets of rows; returns the ledger."""
+    path = made_up_run(directory, [(f"{place}.jsonl", 2) for place in range(10)], float).ledger
     chance = random.Random(7)
     with Ledger(path) as ledger:
         for file_id, own in enumerate(CONTENTS, start=1):
@@ -39,6 +40,7 @@ def measured(path: Path) -> None:
             grid = {"model": model, "base": {own: {}}, "anchor": kl and {"kl": kl}, "names": {}, "cost": 5}
             before = {"model": {own: {"loss": chance.random(), "rows": [1]}}, "base": {}, "cost": 2}
             ledger.keep_boundary_results(file_id, file_id, {"grid": grid} | ({"before": before} if file_id > 1 else {}))
+    return path
 
 
 def from_table(table: Table, key: str, rows: list[int], since: int) -> float | None:
@@ -50,9 +52,7 @@ def from_table(table: Table, key: str, rows: list[int], since: int) -> float | N
 
 def test_an_account_is_what_the_whole_table_says(tmp_path: Path) -> None:
     """At every boundary, whichever account is asked: one that grew with the stream, or one made there."""
-    layout = made_up_run(tmp_path / "run", [(f"{place}.jsonl", 2) for place in range(10)], float)
-    measured(layout.ledger)
-    with Ledger(layout.ledger) as ledger:
+    with Ledger(measured(tmp_path / "run")) as ledger:
         grown = Account(ledger)
         for place in range(1, 11):
             table, made = read_table(ledger, place), Account(ledger).up_to(place)
@@ -70,9 +70,8 @@ def test_an_account_is_what_the_whole_table_says(tmp_path: Path) -> None:
 
 def test_a_boundary_reads_what_is_new(tmp_path: Path) -> None:
     """The work of a boundary does not grow with the stream; what was taken back is not believed any longer."""
-    layout = made_up_run(tmp_path / "run", [(f"{place}.jsonl", 2) for place in range(10)], float)
-    measured(layout.ledger)
-    with Counting(layout.ledger) as ledger:
+    ledger = Counting(measured(tmp_path / "run"))
+    with ledger:
         account = Account(ledger)
         for place in range(1, 11):
             account.up_to(place).up_to(place)

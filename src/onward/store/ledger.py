@@ -23,9 +23,6 @@ from onward.store.tracking import Tracking
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
 
-OF_STREAM = f"FROM boundary_results r JOIN files f ON f.id = r.file_id WHERE f.{BEGUN}"
-"""What was measured at files of the stream."""
-
 
 def make_ledger(path: Path, **facts: Any) -> None:
     """Make a new run's ledger, whole or not at all, with these facts of the run in it; a link is followed."""
