@@ -122,8 +122,14 @@ def _reading(link: str) -> Generator[None]:
     address = link.partition("?")[0] + "api/events"
     request = urllib.request.Request(address, headers={"Authorization": f"Bearer {TOKEN}"})
     with urllib.request.urlopen(request) as events:
-        threading.Thread(target=lambda: list(events), daemon=True).start()
+        threading.Thread(target=_drain, args=(events,), daemon=True).start()
         yield
+
+
+def _drain(events: Any) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed while it is read
+        for _ in events:
+            pass
 
 
 @contextlib.contextmanager
