@@ -25,12 +25,12 @@ demo: $(READY) ## a real model learns three real files in three processes, as on
 	$(BIN)/python demo/run.py
 
 # Three at a time on two cores: tests also wait for disks and processes, and each worker has to import everything first.
-# COVERAGE=1 runs the same suite under coverage, processes that tests start included, and holds it to the floor.
+# COVERAGE=1 runs the tests marked slow, too, all under coverage, processes that tests start included, and holds it to the floor.
 # Python keeps what it compiled, also where the environment says otherwise: every process of a test would compile it again.
 test soak: export PYTHONDONTWRITEBYTECODE :=
-test: $(READY) ## the test suite (COVERAGE=1: with branch coverage, which may not fall)
+test: $(READY) ## the test suite (COVERAGE=1: slow tests too, with branch coverage, which may not fall)
 	$(if $(COVERAGE),$(BIN)/coverage erase)
-	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 3 --dist worksteal
+	$(BIN)/python $(if $(COVERAGE),-m coverage run) -m pytest -q -n 3 --dist worksteal $(if $(COVERAGE),,-m "not slow")
 	$(if $(COVERAGE),$(BIN)/coverage combine -q)
 	$(if $(COVERAGE),$(BIN)/coverage report)
 

@@ -184,7 +184,7 @@ def trained_tokens(run: Any) -> int:
 
 def figures(run: Any, trial: Trial) -> dict[str, Any]:
     """Return losses on the held-out rows at the end, and by how much they grew since each domain was known best."""
-    from onward.views.grid import read_grid
+    from onward.status import read_grid
 
     grid = read_grid(run.layout)
     columns = {_domain(file["name"]): at for at, file in enumerate(grid["files"]) if _is_asked(file, trial)}

@@ -118,7 +118,6 @@ def test_every_key_of_the_manifest_is_explained() -> None:
     }
 
 
-@pytest.mark.slow
 def test_quickstart_and_readme_run(program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands and the Python that the pages mark work as written, in order, and end as the page says.
 
@@ -148,7 +147,6 @@ def test_commands_of_the_pages_run(program: Path, model: Path, tmp_path: Path, m
         block.run()
 
 
-@pytest.mark.slow
 def test_the_page_on_unattended_runs_runs(
     program: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_every_command_that_reports_has_a_schema() -> None:
         assert f"onward {name} --json" == schema(name)["title"]
 
 
+@pytest.mark.slow
 def test_output_is_as_its_schema_says(model: Path, tmp_path: Path) -> None:
     """Every command with `--json`, run on a run that has trained, refused, waited and gone back."""
     outputs: dict[str, list[Any]] = {name: [] for name in reporting_commands()}

@@ -121,7 +121,6 @@ def run_in_terminal(command: list[str], **environment: str) -> str:
     return written.decode()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dumb", "xterm"])
 def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, program: Path, model: Path, tmp_path: Path) -> None:
     """A dumb terminal gets plain lines, another one a bar; neither loses its cursor, so a suspended run leaves it."""
@@ -134,7 +133,6 @@ def test_a_terminal_shows_its_lines_and_keeps_its_cursor(kind: str, program: Pat
     assert (kind == "dumb") == ("\x1b" not in shown)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("redirection", [">&- 2>&-", ">&- 2>&- <&-", "2> >(true)", "2>/dev/full >/dev/null"])
 def test_nobody_reads_and_training_goes_on(redirection: str, program: Path, model: Path, tmp_path: Path) -> None:
     """Closed, full and abandoned streams end nothing: files are trained, and the exit status is that of the work.

@@ -364,6 +364,7 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
         TokenizedFile.open(tmp_path / "tokens", verify=False)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Tokenizing four times the rows takes no more memory."""
     peaks: list[int] = []

@@ -131,6 +131,7 @@ def test_more_ranks_than_parts(made: Run, files: list[Path]) -> None:
     assert 0 == made.status()["global_step"]
 
 
+@pytest.mark.slow
 def test_devices_on_the_command_line(made: Run, files: list[Path], alone: Path, tmp_path: Path) -> None:
     """`--devices 1:2` starts two processes, goes on with one after a kill, and lists all files of the command."""
     program, killed = tmp_path / "kill", tmp_path / "killed"

@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_shards_on_any_number_of_ranks_train_the_same_bits(
     method: str, model: Path, files: list[Path], tmp_path: Path
 ) -> None:

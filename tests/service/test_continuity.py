@@ -80,6 +80,7 @@ def test_three_processes_equal_one(variant: str, model: Path, files: list[Path],
     assert Run(tmp_path / "three").verify().ok
 
 
+@pytest.mark.slow
 def test_command_line_equals_library(model: Path, files: list[Path], program: Path, tmp_path: Path) -> None:
     """The console command trains the same bits as the library: in a process from its start, and in a forked one."""
     for name in ("one", "two"):

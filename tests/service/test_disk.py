@@ -58,6 +58,7 @@ def waits(run: Run) -> bool:
     [(MEGABYTE, "elsewhere"), (0, "on the same disk")],
     ids=["below the margin", "to the last byte, the terminal's file too"],
 )
+@pytest.mark.slow
 def test_a_disk_that_fills_up_while_a_file_is_trained(
     disk: Path, model: Path, tmp_path: Path, leave: int, log: str
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_disk_that_fills_up_while_a_file_is_trained(
     assert run.verify().ok
 
 
+@pytest.mark.slow
 def test_a_stop_while_the_disk_is_full(disk: Path, model: Path, tmp_path: Path) -> None:
     """A stop ends the process although nothing can be written; the next one goes on from the last commit."""
     file = rows_file(tmp_path / "a.jsonl", ROWS)

@@ -77,6 +77,7 @@ def test_faults_while_training(share: int, sweep: Sweep, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.slow
 def test_faults_while_a_boundary_is_committed_behind_the_next_file(share: int, model: Path, tmp_path: Path) -> None:
     """The same where one file's boundary is written while the next one is begun and trained."""
     run = new_run(tmp_path / "before", model, **SETTINGS)
@@ -92,6 +93,7 @@ def test_faults_while_a_boundary_is_committed_behind_the_next_file(share: int, m
 
 
 @pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.slow
 def test_faults_while_a_file_arrives(share: int, sweep: Sweep, model: Path, tmp_path: Path) -> None:
     """The same from the arrival of the first file on: the command that failed is given again."""
     whole = new_run(tmp_path / "whole", model, **SETTINGS).layout.root

@@ -64,6 +64,7 @@ def points(total: int) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["from its boundary", "from the start"])
+@pytest.mark.slow
 def test_a_rebuild_that_is_killed(rebuilt: Rebuilt, tmp_path: Path, kept: bool) -> None:
     """Killed while it goes back or trains again, at any change on the disk, the next start finishes the rebuild."""
     words = ("rebuild", "--without", "5.jsonl", "--yes", "--run")

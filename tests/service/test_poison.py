@@ -444,6 +444,7 @@ def test_a_token_beyond_the_embedding_is_a_refusal(tmp_path: Path) -> None:
         run.add(bad)
 
 
+@pytest.mark.slow
 def test_train_prints_a_refusal_of_every_poison(run: Run, tmp_path: Path) -> None:
     """`onward train` on all poisoned files at once names each in words and ends with status 3."""
     files = [tmp_path / name for name in POISONS]

@@ -34,6 +34,7 @@ POINTS = 10**6 if FULL_SIZE else 3
 
 
 @pytest.mark.parametrize("name", ["current_model", "boundaries"])
+@pytest.mark.slow
 def test_a_read_that_fails(name: str, model: Path, tmp_path: Path) -> None:
     """A failing disk, too many open files or a stale mount at the n-th read costs nothing but another start."""
     first, second = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(n, seed=n)) for n in (4, 6))

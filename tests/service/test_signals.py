@@ -92,6 +92,7 @@ def count_changes(journey: Journey, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", list(SIGNALS))
+@pytest.mark.slow
 def test_a_signal_at_any_change(journey: Journey, tmp_path: Path, kind: str) -> None:
     """While a file arrives, is checked, trained and saved: the process ends in time, and the next one goes on."""
     for at in points(count_changes(journey, tmp_path), offset=list(SIGNALS).index(kind) * 7):
@@ -179,6 +180,7 @@ def is_open_in(pid: int | None, path: Path) -> Callable[[], bool]:
     return holds
 
 
+@pytest.mark.slow
 def test_a_stop_while_a_large_file_is_checked(model: Path, tmp_path: Path) -> None:
     """Checking long rows ends in time with status 0, and the next start ends as if there had been no stop."""
     for rows in (200, 1_000, 5_000):  # large enough for this machine: not checked before anybody can ask for a stop

@@ -55,6 +55,7 @@ def wait_for_step(run: Path, step: int) -> int:
     return int(now)
 
 
+@pytest.mark.slow
 def test_a_job_queued_again_and_warned_ends_as_if_undisturbed(
     slurm: Slurm, program: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", [1, 2] if FULL_SIZE else [1])
+@pytest.mark.slow
 def test_killed_at_random_instants(
     seed: int, model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
     assert run.verify().ok
 
 
+@pytest.mark.slow
 def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
     """While one file trains, a large one that arrives is checked in another process and waits in the queue."""
     configure(run, epochs=10_000, save_steps=10**6)  # only steps happen until the end of the test
@@ -75,6 +76,7 @@ def test_bad_files_and_duplicates_are_reported_and_the_rest_goes_on(run: Run, tm
     ]
 
 
+@pytest.mark.slow
 def test_killed_at_random_while_files_arrive(run: Run, model: Path, tmp_path: Path) -> None:
     """Files dropped in while the daemon is killed again and again: each trained once, the state that of one run."""
     chance = random.Random(11)

@@ -143,6 +143,7 @@ def test_a_scale_has_bounds() -> None:
     assert LossScale(LEAST) == LossScale(LEAST).halved()
 
 
+@pytest.mark.slow
 def test_files_in_float16_are_one_run(model: Path, tmp_path: Path) -> None:
     """Three processes, one of them killed, end with the bits and the scale of one; a replay gives them again."""
     files = [tiny.write_jsonl(tmp_path / f"{seed}.jsonl", tiny.chat_rows(6, seed=seed)) for seed in (1, 2)]
