@@ -105,6 +105,7 @@ def test_is_rebuilt(old: Path, unpacked: Path) -> None:
 
 
 @pytest.mark.parametrize("old", METHODS if FULL_SIZE else ["lora"], indirect=True)
+@pytest.mark.slow
 def test_goes_on_elsewhere(old: Path, unpacked: Path, tmp_path: Path) -> None:
     """With another thread count, as on another machine, it goes on too; a replay is refused, all else is proven."""
     train(old, threads=2)

@@ -152,6 +152,7 @@ def test_variables_of_the_user_win() -> None:
     assert earlier.keys() == {*SETTINGS, "PYTORCH_CUDA_ALLOC_CONF"} - {"PYTORCH_ALLOC_CONF"}
 
 
+@pytest.mark.slow
 def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -> None:
     """A command that trains has its settings in force, and what it imported is hidden from the collector."""
     run = make_run(tmp_path / "run", model)
@@ -163,7 +164,10 @@ def test_the_command_line_sets_up_its_own_process(model: Path, tmp_path: Path) -
     assert enabled
 
 
-@pytest.mark.parametrize("has_settings", [False, True], ids=["before torch", "with settings of its own"])
+@pytest.mark.parametrize(
+    "has_settings",
+    [pytest.param(False, id="before torch", marks=pytest.mark.slow), pytest.param(True, id="with settings of its own")],
+)
 def test_the_library_leaves_a_host_program_as_it_is(has_settings: bool, model: Path, tmp_path: Path) -> None:
     """Whoever imports Onward, trains and verifies has the same process afterwards: no setting of it has changed."""
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(4))

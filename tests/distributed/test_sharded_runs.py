@@ -55,6 +55,7 @@ def undisturbed(model: Path, files: list[Path], tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.slow
 def test_a_rank_that_is_killed_leaves_the_last_commit(
     lost: int, model: Path, files: list[Path], undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def points(total: int, share: int, shares: int = SHARES) -> Iterator[tuple[int, 
 
 
 @pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.slow
 def test_faults_while_training(share: int, sweep: Sweep, tmp_path: Path) -> None:
     """No space, a failing disk or a kill at the n-th change of a process that trains and commits costs nothing."""
     assert_every_point(share, sweep, tmp_path, sweep.before)

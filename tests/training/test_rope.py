@@ -171,6 +171,7 @@ def lengths(parts: list[Part]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", DEPENDENT)
+@pytest.mark.slow
 def test_a_run_of_mixed_lengths_is_proven(kind: str, tmp_path: Path) -> None:
     """Files with rows on both sides of the original length, in one process: training the last one again is the same."""
     base = tiny.save_tiny_model(tmp_path / "base", layers=2)
