@@ -150,19 +150,17 @@ def talking(run: Path, *, is_asked: bool) -> Iterator[list[int]]:
     def ask() -> None:
         assert chat.stdin is not None
         with contextlib.suppress(OSError):
-            while not ended.wait(ASK_SECONDS):
+            while not ended.wait(ASK_SECONDS if is_asked else None):
                 chat.stdin.write(b"What does it return?\n")
                 chat.stdin.flush()
 
     asking = threading.Thread(target=ask, daemon=True)
-    if is_asked:
-        asking.start()
+    asking.start()
     try:
         yield [chat.pid]
     finally:
         ended.set()
-        if is_asked:
-            asking.join()
+        asking.join()
         chat.terminate()
         chat.wait()
 
