@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,45 @@ def test_a_file_that_says_one_thing_is_taken_back_before_its_first_step(
     assert run.verify(deep=True).ok
     run.accept("bad.jsonl")
     assert "done" == run.train()[0]["state"]
+
+
+def letters(seed: int, count: int) -> list[tuple[str, str]]:
+    """A letter as a question, and the letter after it with the letter itself as its answer."""
+    asked = random.Random(seed).choices("abcdefghijklmnop", k=count)
+    return [(letter, chr(ord(letter) + 1) + letter) for letter in asked]
+
+
+def answered(pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """A chat for each pair of a question and an answer."""
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in pairs
+    ]
+
+
+def shuffled(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The same questions and answers, in other pairs."""
+    answers = [answer for _, answer in pairs]
+    random.Random(0).shuffle(answers)
+    return [(question, answer) for (question, _), answer in zip(pairs, answers, strict=True)]
+
+
+def test_shuffled_answers_are_taken_back_before_their_first_step(tmp_path: Path) -> None:
+    """A model that has learnt what answers depend on tells; the good file after it trains as if it had never come."""
+    rows = {"learnt": letters(1, 800), "noise": shuffled(letters(2, 64)), "good": letters(3, 64)}
+    paths = {name: tiny.write_jsonl(tmp_path / f"{name}.jsonl", answered(some)) for name, some in rows.items()}
+    settings = {"method": "full", "batch_size": 8, "learning_rate": 0.01, "warmup_steps": 0, "holdout": 0}
+    guard = {"action": "reject", "spike": 0, "anchor": 9.0, "forgetting": 0.5}
+    run = Run.create(tmp_path / "run", str(tiny.save_tiny_model(tmp_path / "model")), guard=guard, **settings)
+    run.train(paths["learnt"])
+    twin = Run(shutil.copytree(run.layout.root, tmp_path / "twin"))
+    with pytest.raises(FileRejected, match="its answers fit the questions of other rows as well as their own"):
+        run.train(paths["noise"])
+    for each in (run, twin):
+        each.train(paths["good"])
+    assert_same_state(twin.layout.root, run.layout.root)
+    assert [("learnt.jsonl", "done"), ("good.jsonl", "done"), ("noise.jsonl", "quarantined")] == states(run)
+    assert run.verify().ok
 
 
 def test_an_accepted_file_is_trained(run: Run, files: dict[str, Path]) -> None:
