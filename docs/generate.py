@@ -22,9 +22,9 @@ from typer.main import get_command
 
 from onward import cli
 from onward.config import Config
-from onward.config_keys import SECTIONS, acts
-from onward.config_schema import schema_text
-from onward.config_text import parse_config
+from onward.config.keys import SECTIONS, acts
+from onward.config.schema import schema_text
+from onward.config.text import parse_config
 from onward.data.files.formats import COMPRESSIONS, listed
 from onward.data.files.sources import FileError, read_rows
 from onward.data.rows import messages, records

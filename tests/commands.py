@@ -16,7 +16,7 @@ from typing import Any
 from runs import new_run
 
 from onward import cli
-from onward.config_text import parse_settings
+from onward.config.text import parse_settings
 from onward.layout import RunLayout
 from onward.status import read_history, read_status
 

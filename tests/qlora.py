@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from onward import Run
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.events import StepTaken
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.layout import RunLayout
 from onward.training.checkpoint import inspect_checkpoint
 from onward.training.loading import load_state

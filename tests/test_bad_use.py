@@ -13,7 +13,7 @@ import tiny
 from commands import assert_refused, onward, onward_process, snapshot
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.service.lock import RunLock
 
 

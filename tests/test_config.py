@@ -12,8 +12,8 @@ import tiny
 from commands import make_run, onward
 
 from onward.config import Config, known_keys
-from onward.config_keys import IDENTITY_KEYS, LATER_IDENTITY_KEYS
-from onward.config_text import parse_config, parse_settings, read_config, render_yaml
+from onward.config.keys import IDENTITY_KEYS, LATER_IDENTITY_KEYS
+from onward.config.text import parse_config, parse_settings, read_config, render_yaml
 from onward.errors import ConfigError
 from onward.store.ledger import Ledger
 

@@ -13,8 +13,8 @@ import tiny
 from commands import assert_refused, make_run, onward
 
 from onward.config import Config
-from onward.config_keys import NEW_RUN
-from onward.config_text import read_config
+from onward.config.keys import NEW_RUN
+from onward.config.text import read_config
 from onward.data.files.reading import BadRows, Reading
 from onward.data.row_tokenizer import cache_key
 from onward.errors import UsageError

@@ -14,8 +14,8 @@ from typer.main import get_command
 
 from onward import cli
 from onward.config import Config
-from onward.config_schema import MODELINE, config_schema, schema_text
-from onward.config_text import parse_config, read_config
+from onward.config.schema import MODELINE, config_schema, schema_text
+from onward.config.text import parse_config, read_config
 from onward.errors import ConfigError
 
 Draft202012Validator = pytest.importorskip("jsonschema", reason="part of onward[dev]").Draft202012Validator

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.layout import RunLayout
 from onward.ranks import Place
 from onward.service.wishes import Wishes

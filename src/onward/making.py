@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.config import Config
-from onward.config_keys import NEW_RUN
-from onward.config_schema import write_config
-from onward.config_text import parse_config, read_config
+from onward.config.keys import NEW_RUN
+from onward.config.schema import write_config
+from onward.config.text import parse_config, read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made

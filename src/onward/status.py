@@ -41,9 +41,11 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
             state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
         checkpoint = ledger.newest_checkpoint()
         current = next(reversed(ledger.files("training")), None)  # the boundary of an earlier one is being committed
-        last = _last_steps(ledger, current)
+        committed = checkpoint.step if checkpoint else 0
+        is_live = state in BUSY and state != "loading"  # what a dead process had trained since is lost
+        last = _last_steps(ledger, current, None if is_live else committed)
         live = last if current else []
-        step = last[0].step if last and state in BUSY else (checkpoint.step if checkpoint else 0)
+        step = last[0].step if last and is_live else committed
         file_step = live[0].step_in_file if live else 0
         return {
             "run": str(layout.root.absolute()),
@@ -88,12 +90,12 @@ def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
     return "no process owns the run, and no file waits"
 
 
-def _last_steps(ledger: Ledger, current: FileRow | None) -> list[StepRecord]:
-    """Return the newest step records of the file in training, or else of the last finished one."""
+def _last_steps(ledger: Ledger, current: FileRow | None, up_to: int | None) -> list[StepRecord]:
+    """Return the newest step records (up to a step) of the file in training, or else of the last finished one."""
     row = current or ledger.at_position(ledger.last_position())
     if row is None:
         return []
-    return ledger.last_steps(row.id, PACE)
+    return ledger.last_steps(row.id, PACE, up_to)
 
 
 def _pace(live: list[StepRecord], current: FileRow | None, file_step: int, state: str) -> dict[str, Any]:

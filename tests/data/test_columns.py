@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from onward.config_text import parse_config
+from onward.config.text import parse_config
 from onward.data.files.reading import Reading
 from onward.data.rows.columns import ANSWERS, FORMATS, QUESTIONS, Columns
 from onward.data.rows.records import Completion, Record, RowError, Text, parse_record

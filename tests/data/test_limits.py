@@ -12,7 +12,7 @@ import zstandard
 from tiny import byte_state, write_jsonl
 
 from onward.config import Config
-from onward.config_text import parse_config
+from onward.config.text import parse_config
 from onward.data.files.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
 from onward.data.files.reading import Reading
 from onward.data.files.sources import FileError, read_rows

@@ -13,7 +13,7 @@ from commands import SMALL, assert_refused, make_run, onward
 from trait_templates import template_text
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.own_template import find_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from onward.service.lock import RunLock
 from onward.service.proof.doctor import Finding, examine
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
+from onward.store.metrics import Metrics
+from onward.store.rows import StepRecord
 from onward.training.checkpoint import MANIFEST, Manifest
 
 NOBODY = 65534
@@ -138,6 +141,24 @@ def test_a_failure_between_two_tries_has_its_reason(layout: RunLayout) -> None:
         assert ("loading", "loads the model and the state to go on from") == (
             read_status(layout)["state"], read_status(layout)["doing"],
         )  # fmt: skip
+
+
+def test_steps_that_a_dead_process_lost_do_not_count(layout: RunLayout) -> None:
+    """Until they are trained again the run stands where it was committed, and a living process at its last step."""
+    with Ledger(layout.ledger) as ledger:
+        committed = ledger.committed_step()
+        row = ledger.insert_file(**FILE, name="t.jsonl", state="training", position=3, planned_steps=9)
+        metrics = Metrics(layout.ledger)
+        for step in (1, 2):
+            metrics.append(StepRecord(row, committed + step, step, 0, 2, "digest", 20, 10, 1.5, 1e-4, 0.5, 0.25))
+        metrics.close()
+        found = []
+        for state, held in (("training", False), ("loading", True), ("training", True)):
+            ledger.put(state=state)
+            with RunLock(layout.lock) if held else nullcontext():
+                status = read_status(layout)
+            found.append((status["global_step"] - committed, status["file_step"], status["loss"]))
+    assert [(0, 0, None), (0, 0, None), (2, 2, 1.5)] == found
 
 
 def as_nobody(look: Callable[[], Any]) -> Any:

@@ -8,7 +8,7 @@ from daemons import SETTINGS, rows_file
 from states import assert_same_state
 
 from onward import Run
-from onward.config_keys import MICRO_BATCH_TOKENS
+from onward.config.keys import MICRO_BATCH_TOKENS
 from onward.store.ledger import Ledger
 
 

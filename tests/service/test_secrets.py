@@ -9,7 +9,7 @@ from daemons import configure, rows_file
 from runs import new_run
 
 from onward.config import NotifyConfig, stored_config
-from onward.config_text import parse_config
+from onward.config.text import parse_config
 from onward.errors import ConfigError
 from onward.layout import RunLayout
 from onward.service.outside.reporting import Reporter

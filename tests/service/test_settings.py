@@ -15,7 +15,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.config import known_keys
-from onward.config_keys import OPERATION_KEYS, acts
+from onward.config.keys import OPERATION_KEYS, acts
 from onward.data.loader import Batch
 from onward.errors import ConfigError, TrainingError
 from onward.events import Committed, Event, FileStarted, Note, StepTaken

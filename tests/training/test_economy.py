@@ -12,7 +12,7 @@ from rows import CPU, VOCABULARY, tiny_model
 from torch import nn
 
 from onward.config import Config
-from onward.config_text import parse_config
+from onward.config.text import parse_config
 from onward.data.loader import Batch
 from onward.data.order import FilePlan, RowReference
 from onward.data.tokenized import Row

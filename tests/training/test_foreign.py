@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 
-from onward.config_text import parse_config
+from onward.config.text import parse_config
 from onward.errors import DamagedState
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onward.config import Config
-from onward.config_keys import MICRO_BATCH_TOKENS
+from onward.config.keys import MICRO_BATCH_TOKENS
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row

@@ -101,7 +101,7 @@ def track(
     as_json: JsonOption = False,
 ) -> None:
     """Tell the trackers of the run what they lack: after an outage, or on another machine."""
-    from onward.config_text import read_config
+    from onward.config.text import read_config
 
     layout = RunLayout(run)
     layout.require()

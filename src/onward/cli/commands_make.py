@@ -26,7 +26,7 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Make a run, once its model is proven to train right."""
-    from onward.config_text import parse_settings
+    from onward.config.text import parse_settings
     from onward.run import Run
     from onward.store.ledger import Ledger
 
@@ -86,7 +86,7 @@ def adopt(
     as_json: JsonOption = False,
 ) -> None:
     """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
-    from onward.config_text import parse_settings
+    from onward.config.text import parse_settings
     from onward.run import Run
 
     values = parse_settings(settings or [])

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.errors import ConfigError
 
 PUT_BACK = "Put the old values back, or make another run: onward init NEW_RUN"

@@ -235,11 +235,10 @@ class Ledger(Files, Requests, Curve, Tracking):
         rows = self.query("SELECT step, sha256, row FROM replayed_rows WHERE file_id = ? ORDER BY step, place", file_id)
         return [(int(row["step"]), str(row["sha256"]), int(row["row"])) for row in rows]
 
-    def last_steps(self, file_id: int, limit: int) -> list[StepRecord]:
-        """Return the newest step records of a file, newest first."""
-        return self.records(
-            StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step DESC LIMIT ?", file_id, limit
-        )
+    def last_steps(self, file_id: int, limit: int, up_to: int | None = None) -> list[StepRecord]:
+        """Return the newest step records of a file, those up to a global step where one is given, newest first."""
+        query = "SELECT * FROM steps WHERE file_id = ? AND step <= coalesce(?, step) ORDER BY step DESC LIMIT ?"
+        return self.records(StepRecord, query, file_id, up_to, limit)
 
     def count_trained(self, file_id: int) -> tuple[int, int]:
         """Return how many steps of a file were recorded, and how many rows in them."""

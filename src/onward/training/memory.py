@@ -16,7 +16,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from onward.config import Config
-from onward.config_keys import MICRO_BATCH_TOKENS
+from onward.config.keys import MICRO_BATCH_TOKENS
 from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.tokenized import Row

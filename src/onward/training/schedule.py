@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from onward.config import Config
-from onward.config_keys import HORIZON_SCHEDULES
+from onward.config.keys import HORIZON_SCHEDULES
 from onward.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import Any
 
 from onward.config import Config, stored_config
-from onward.config_keys import acts
-from onward.config_text import parse_config, parse_settings
+from onward.config.keys import acts
+from onward.config.text import parse_config, parse_settings
 from onward.digest import sha256_json
 from onward.errors import ConfigError, UsageError
 from onward.events import Observe

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.loader import batch_at
 from onward.data.order import FilePlan, make_plan
 from onward.data.row_tokenizer import Fitted

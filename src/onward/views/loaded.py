@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError

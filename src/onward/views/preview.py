@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.files.faults import FileError
 from onward.data.order import make_plan
 from onward.data.row_tokenizer import Fitted

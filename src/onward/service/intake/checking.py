@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 from onward.atomic import remove_temporaries
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.files.containers import FileError
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected, OnwardError, UsageError

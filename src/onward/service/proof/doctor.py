@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout

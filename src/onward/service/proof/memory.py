@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from onward.config import Config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.digest import sha256_json
 from onward.layout import RunLayout
 from onward.service.session import Session, open_session

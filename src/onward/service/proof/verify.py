@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, stored_config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.order import rows_digest
 from onward.data.replay import StreamPlan, replayed_of
 from onward.digest import xxh3_file

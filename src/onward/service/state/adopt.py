@@ -13,7 +13,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import Config
-from onward.config_schema import write_config
+from onward.config.schema import write_config
 from onward.data.own_template import keep_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from onward.config import Config
-from onward.config_keys import HORIZON_SCHEDULES
+from onward.config.keys import HORIZON_SCHEDULES
 from onward.errors import ConfigError
 from onward.service.state.adopted_config import SCHEDULE_SOURCE, Adopted
 from onward.training.foreign.schedules import TrainerSchedule

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onward.config import Config, known_keys, stored_config
-from onward.config_keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
-from onward.config_text import parse_config
+from onward.config.keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
+from onward.config.text import parse_config
 from onward.errors import ConfigError, UsageError
 from onward.layout import MANIFEST
 from onward.training import huggingface

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onward.atomic import link_or_copy, link_tree
 from onward.config import Config
-from onward.config_text import read_config, render_yaml
+from onward.config.text import read_config, render_yaml
 from onward.data.own_template import read_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries

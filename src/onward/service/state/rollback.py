@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, step_of
 from onward.service.state.ownership import Ownership

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.optimization import get_scheduler
 
 from onward.config import Config
-from onward.config_keys import HORIZON_SCHEDULES
-from onward.config_text import parse_config
+from onward.config.keys import HORIZON_SCHEDULES
+from onward.config.text import parse_config
 from onward.errors import ConfigError, DamagedState, Unreadable, UsageError
 from onward.text import quoted
 from onward.training.foreign.arguments import Arguments

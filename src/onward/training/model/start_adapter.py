@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from onward.atomic import fsync_file
 from onward.config import Config
-from onward.config_sections import LoraConfig
+from onward.config.sections import LoraConfig
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
 from onward.training.model.adapter import (

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import yaml
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.knowledge.table import BEFORE, GRID

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, fsync_file, publish_directory, remove_tree
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout, entries
 from onward.text import quoted

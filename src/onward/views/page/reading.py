@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.layout import RunLayout, entries, step_of

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onward.config import Config, stored_config
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.data.files.reading import Reading
 from onward.data.order import make_plan
 from onward.data.row_tokenizer import Fitted

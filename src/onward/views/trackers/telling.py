@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from onward.config import Config
-from onward.config_keys import SECRET_KEYS
+from onward.config.keys import SECRET_KEYS
 from onward.errors import OnwardError, RunLocked, UsageError, first_line
 from onward.layout import RunLayout
 from onward.making import open_ledger

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onward.config_text import read_config
+from onward.config.text import read_config
 from onward.errors import UsageError
 from onward.layout import LEDGER, MANIFEST, RunLayout
 from onward.service.outside.elastic import Devices, read_devices

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from onward.config_sections import GuardConfig
+from onward.config.sections import GuardConfig
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import GuardRejected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from onward.config import Config
-from onward.config_keys import MICRO_BATCH_TOKENS
+from onward.config.keys import MICRO_BATCH_TOKENS
 from onward.service.session import Session
 from onward.training.economy import Economy, Learned
 from onward.training.loss import TargetLoss

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-from onward.config import Config
-from onward.config_keys import SECTIONS
-from onward.config_text import render_yaml
+from onward.config.config import Config
+from onward.config.keys import SECTIONS
+from onward.config.text import render_yaml
 
 SCHEMA = "onward.schema.json"
 MODELINE = f"# yaml-language-server: $schema={SCHEMA}"

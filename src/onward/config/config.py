@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from onward import config_keys as keys
-from onward.config_sections import (
+from onward.config import keys
+from onward.config.sections import (
     RESIDUAL_INITS,
     AnchorConfig,
     Columns,

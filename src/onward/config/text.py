@@ -11,8 +11,8 @@ from typing import Any, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from onward.config import Config, known_keys
-from onward.config_keys import IDENTITY_KEYS, SECRET_KEYS, SECTIONS
+from onward.config.config import Config, known_keys
+from onward.config.keys import IDENTITY_KEYS, SECRET_KEYS, SECTIONS
 from onward.errors import ConfigError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
