@@ -27,9 +27,9 @@ class At:
     port: int
     prepare: Callable[[], None] = as_it_is
 
-    def __call__(self) -> None:
-        """Set them."""
-        os.environ |= {
+    def variables(self) -> dict[str, str]:
+        """Return them."""
+        return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.size),
             "LOCAL_RANK": str(self.rank),
@@ -39,6 +39,10 @@ class At:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
+
+    def __call__(self) -> None:
+        """Set them."""
+        os.environ |= self.variables()
         self.prepare()
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import call_on_ranks
+from ranks import At, call_on_ranks
+from torch.distributed import TCPStore
 
 from onward.errors import ConfigError, OnwardError, RankLost
 from onward.ranks import Place, place_here
@@ -102,3 +107,38 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     """Who is there says who is not, and ends."""
     assert [0, 0] == call_on_ranks(absent, 2)
     assert issubclass(RankLost, OnwardError)
+
+
+def wait_for_the_frozen() -> None:
+    """On rank 0: end as a program does whose other rank is frozen. On the other: freeze."""
+    place = place_here()
+    assert place is not None
+    group = form(place, 2.0, lambda _: None)
+    group.barrier()
+    if place.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        group.barrier()
+    except RankLost:
+        group.end()
+        sys.exit(7)
+
+
+@pytest.mark.slow
+def test_a_program_ends_though_a_rank_is_frozen() -> None:
+    """Of whole interpreters, which end PyTorch's threads: what a frozen rank never sends is not waited for."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    started = list[subprocess.Popen[bytes]]()
+    for rank in range(SIZE):
+        variables = {**os.environ, **At(rank, SIZE, store.port).variables(), "PYTHONPATH": os.pathsep.join(sys.path)}
+        started.append(subprocess.Popen([sys.executable, __file__], env=variables))
+    try:
+        assert 7 == started[0].wait(120)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    wait_for_the_frozen()

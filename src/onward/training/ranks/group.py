@@ -7,6 +7,7 @@ No collective has a time-out of its own: who waits looks every half second wheth
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -189,7 +190,9 @@ class Group:
                 self.tell(lambda: last)
         finally:
             self.watch.close(released=last is not None)
-        if not self.is_broken:
+        if self.is_broken:
+            _keep_groups()
+        else:
             distributed.destroy_process_group()
 
     def _look(self, waited: float) -> None:
@@ -223,3 +226,14 @@ class Group:
         body = torch.frombuffer(rest, dtype=torch.uint8)
         self.wait(distributed.broadcast(body, 0, async_op=True))
         return told[LENGTH:] + body.numpy().tobytes()
+
+
+def _keep_groups() -> None:
+    """Have PyTorch's process groups outlive the interpreter.
+
+    The end of one waits for its threads, and a thread of gloo for what a rank that is frozen never sends: the process
+    would not end. `abort` does not help (seen with torch 2.13).
+    """
+    library: Any = distributed.distributed_c10d
+    for group in library._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
