@@ -17,6 +17,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
+from onward.ranks import LOST
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
@@ -100,16 +101,20 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
     assert_same_state(alone, root)
 
 
-def test_a_frozen_rank_ends_all(model: Path, files: list[Path], tmp_path: Path) -> None:
-    """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end."""
-    run = new_run(tmp_path / "run", model, **{**SETTINGS, "rank_timeout": 2})
+@pytest.mark.parametrize(("sharding", "status"), [("off", 1), ("full", LOST)])
+def test_a_frozen_rank_ends_all(sharding: str, status: int, model: Path, files: list[Path], tmp_path: Path) -> None:
+    """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end.
+
+    In shards they wait for it inside of a layer, where nothing can be told: the process ends by itself.
+    """
+    run = new_run(tmp_path / "run", model, **{**FULL, "rank_timeout": 2, "sharding": sharding})
     log = tmp_path / "log"
     with Ranks(log, 2, "train", *files, "--run", run.layout.root, prepare={0: hold(run, 3)}) as ranks:
         until(is_in(run, files[0].name), ranks.processes[0])
         ranks.send(1, signal.SIGSTOP)
         hold(run).let_go.touch()
         ranks.processes[0].join(60)
-        assert 1 == ranks.processes[0].exitcode
+        assert status == ranks.processes[0].exitcode
     assert "has shown no sign of life for 2 s" in log.read_text()
     assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
 

@@ -53,6 +53,10 @@ class World(Protocol):
         """Wait until every rank is here."""
         ...
 
+    def wait_unseen(self) -> None:
+        """Note that this rank waits in PyTorch's own collectives from now on, which no look interrupts."""
+        ...
+
     def tell(self, make: Callable[[], Message]) -> None:
         """Tell the other ranks what is done next; called by rank 0.
 
@@ -93,6 +97,9 @@ class SingleProcess:
 
     def barrier(self) -> None:
         """Return at once: everybody is here."""
+
+    def wait_unseen(self) -> None:
+        """Wait for nobody."""
 
     def tell(self, make: Callable[[], Message]) -> None:
         """Tell nobody."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from onward.data.replay import StreamPlan
 from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import DamagedState, ModelError, RankLost
 from onward.layout import RunLayout
-from onward.ranks import Place
+from onward.ranks import LOST, Place
 from onward.service.wishes import Wishes
 from onward.training.anchor import AnchorTerm
 from onward.training.checkpoint import Manifest
@@ -42,6 +44,7 @@ from onward.training.ranks.forming import form
 from onward.training.ranks.group import Group
 from onward.training.ranks.orders import COMMIT, END, FILE, LOAD, MEASURE, RELEASE, STEP, plan_told
 from onward.training.ranks.sameness import hold_same
+from onward.training.ranks.watch import Watch
 from onward.training.sharding.files import host_mesh, write_shards
 from onward.training.sharding.held import Held, hold
 from onward.training.state import Snapshot, TrainState
@@ -67,17 +70,27 @@ def follow(
     """
     group = form(place, patience, lambda _: None)
     group.watch.asked = lambda: stop.reason if stop.wants_end else None
+    group.watch.on_loss = partial(_end_process, group.watch, report)
     try:
         Follower(layout, group).follow()
     except Released:
         group.is_broken = True
     except RankLost as error:
         explained = group.watch.explain(error)
-        if group.watch.misses_first and group.watch.is_first_to_say():
-            report(f"onward: {explained}")
+        _say_loss(group.watch, report, explained)
         raise explained from None
     finally:
         group.end()
+
+
+def _say_loss(watch: Watch, report: Callable[[str], None], error: RankLost) -> None:
+    if watch.misses_first and watch.is_first_to_say():
+        report(f"onward: {error}")
+
+
+def _end_process(watch: Watch, report: Callable[[str], None], error: RankLost) -> NoReturn:
+    _say_loss(watch, report, error)
+    os._exit(LOST)
 
 
 class Follower:
@@ -170,6 +183,7 @@ class Follower:
         self._let_go()
         config, folder = stored_config(order["config"]), order["folder"]
         manifest = None if order["manifest"] is None else Manifest.model_validate(order["manifest"])
+        self._group.wait_unseen()
         host = host_mesh()
         with self._group.together():
             spec, treatment = self._spec(order, config)

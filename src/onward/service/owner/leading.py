@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Generator
+from functools import partial
+from typing import NoReturn
 
 from onward.errors import RankLost
-from onward.ranks import Place
+from onward.ranks import LOST, Place
 from onward.service.wishes import Wishes
 from onward.training.ranks.forming import form
 from onward.training.ranks.group import Group
@@ -25,7 +28,7 @@ def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str
         RankLost: a rank did not come.
     """
     group = form(place, patience, report)
-    group.watch.on_stop = wishes.ask
+    group.watch.on_stop, group.watch.on_loss = wishes.ask, partial(_end_process, report)
     try:
         yield group
     except RankLost as error:  # the others may wait for this one where nothing can be told
@@ -38,6 +41,11 @@ def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str
         raise
     else:
         group.end({"order": END})
+
+
+def _end_process(report: Callable[[str], None], error: RankLost) -> NoReturn:
+    report(f"onward: {error}")
+    os._exit(LOST)
 
 
 def _end(group: Group) -> None:

@@ -166,6 +166,10 @@ class Group:
         gather = getattr(library, "all_gather_single", None) or library.all_gather_into_tensor  # its old name
         self.moved(gather(whole, own, async_op=True))
 
+    def wait_unseen(self) -> None:
+        """Note that this rank waits in PyTorch's own collectives from now on, which no look interrupts."""
+        self.watch.may_hang = True
+
     def settle(self) -> None:
         """Wait until the device has done what it was given; a CPU has."""
         if self.device.type != "cuda":

@@ -18,6 +18,8 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 MISSED = 3.0
 """Seconds without a sign after which a rank is the one whose connection broke."""
+GRACE = 20.0
+"""Seconds, if that is less than the patience, that a process has to end once another rank is lost."""
 STUCK = 10.0
 """Times the patience that a rank may stay away from the others while it shows signs of life."""
 HINT = "What was committed is safe. onward train goes on from the last commit, on as many devices as there are."
@@ -43,6 +45,11 @@ class Watch:
         """Rank 0: called, from another thread, with who asked for a stop."""
         self.asked: Callable[[], str | None] = lambda: None
         """Other ranks: asked who wants a stop."""
+        self.on_loss: Callable[[RankLost], None] = lambda _: None
+        """Called, from another thread, where a rank is lost and this one `may_hang` and has not ended in time."""
+        self.may_hang = False
+        """Whether this rank also waits for the others where it cannot look whether they live."""
+        self._lost_since: float | None = None
         self._store, self._rank, self._names, self._patience, self._clock = store, rank, names, patience, clock
         self._others = range(1, len(names)) if rank == 0 else range(1)
         self._seen = dict.fromkeys(self._others, (b"", clock()))
@@ -154,6 +161,15 @@ class Watch:
                 if not self._end.is_set():
                     self._without_store()
                 return
+            self._end_in_time()
+
+    def _end_in_time(self) -> None:
+        if self._problem is None or not self.may_hang:
+            return
+        now = self._clock()
+        self._lost_since = now if self._lost_since is None else self._lost_since
+        if now - self._lost_since > min(self._patience, GRACE):
+            self.on_loss(self._lost(self._problem))
 
     def _pass_stop_on(self) -> None:
         if self._has_asked or self.on_stop is None or not self._store.check([_STOP]):

@@ -55,6 +55,7 @@ def load_in_shards(session: Session, config: Config, folder: Path | None, manife
     """
     require_shardable(config)
     session.world.tell(lambda: load_order(session, config, folder, manifest))
+    session.world.wait_unseen()
     host = host_mesh()
     spec = ModelSpec(config, session.base, session.device, session.dtype)
     with session.world.together():
