@@ -283,8 +283,12 @@ def test_an_upload_leaves_the_margin_of_the_disk_free(tmp_path: Path, in_chunks:
     assert [] == files_in(layout)
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -> None:
-    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone."""
+def test_an_upload_that_breaks_off_leaves_nothing(
+    page: Page, made: RunLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone, and
+    nothing is printed where the page was started.
+    """
     head = f"PUT /api/inbox/half.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"
     with socket.create_connection(("127.0.0.1", page.port)) as sender:
         sender.sendall(f"{head}Content-Length: 9000000\r\n\r\n".encode() + b"x" * (5 << 20))
@@ -294,6 +298,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -
         assert name.endswith(".part")
     while files_in(made):
         pass
+    assert 200 == page.ask("GET", "/api/status", headers=page.bearer).status
+    assert [] == caplog.records
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": QUESTION, "logprobs": True}, "logprobs is not supported"),
         ({"messages": QUESTION, "stop": 5}, "stop is to be"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes 1024"),
         (b" " * (9 << 20), "longer than"),
     ],

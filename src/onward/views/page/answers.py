@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,6 +17,8 @@ from onward.text import printable
 
 BODY_BYTES = 64 << 10
 """Bytes of a request that says what is wanted."""
+STALLED_SECONDS = 60.0
+"""Seconds without a byte after which a request that is not whole is given up."""
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileRejected, 422), (RunLocked, 409), (NotMadeHere, 409), (NoSpace, 507), (UsageError, 400),
 )  # fmt: skip
@@ -63,6 +67,29 @@ def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) ->
     return min(int(text), most)
 
 
+async def gone(_: Request, error: Exception) -> Response:
+    """Answer nobody: whoever asked went away before the request was whole."""
+    del error
+    return Response(status_code=400)
+
+
+async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECONDS) -> AsyncGenerator[bytes]:
+    """Yield the pieces of a request's body as they come.
+
+    Raises:
+        UsageError: none came for so many seconds.
+    """
+    while True:
+        try:
+            with anyio.fail_after(seconds):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UsageError(f"nothing came for {seconds:.0f} seconds", where="body", hint="Send it again.") from None
+        yield piece
+
+
 async def wanted(request: Request) -> dict[str, Any]:
     """Return the JSON object that a request brings; an empty one where it brings nothing.
 
@@ -70,7 +97,7 @@ async def wanted(request: Request) -> dict[str, Any]:
         UsageError: it is none, or too large.
     """
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in incoming(request.stream()):
         body += chunk
         if len(body) > BODY_BYTES:
             raise UsageError(f"the request has more than {BODY_BYTES} bytes", where="body")

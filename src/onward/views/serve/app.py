@@ -57,7 +57,7 @@ class Service:
             Route("/health", self.health),
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
-        handlers: Any = {BadRequest: _refused, Exception: _failed}
+        handlers: Any = {BadRequest: _refused, ClientDisconnect: _gone, Exception: _failed}
         return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
@@ -158,10 +158,15 @@ async def _refused(request: Request, error: BadRequest) -> Response:
     return JSONResponse(failure(str(error), param=error.param), 400)
 
 
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    """Answer nobody: the client went away before its request was whole."""
+    del request, error
+    return Response(status_code=400)
+
+
 async def _failed(request: Request, error: Exception) -> Response:
-    del request
-    status = 499 if isinstance(error, ClientDisconnect) else 500
-    return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), status)
+    del request, error
+    return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), 500)
 
 
 def _host_of(origin: str) -> str:
