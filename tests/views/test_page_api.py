@@ -107,6 +107,8 @@ def test_what_stands_around_the_curve(tmp_path: Path) -> None:
     """Inbox, queue, refused files row by row, handovers and events are told as they are, whatever is in them."""
     layout = made_up_run(tmp_path / "around", FILES, falling)
     layout.inbox.joinpath("next.jsonl.part").write_text("half")
+    for step in (0, 7):
+        layout.boundaries.joinpath(f"step-{step}").mkdir()
     problems = [{"line": 3, "reason": HOSTILE, "remedy": "mend it"}]
     report = {"file": "bad.jsonl", "problem_count": 1, "unit": "line", "rejected": 5.0, "problems": problems}
     layout.rejected.joinpath("bad.jsonl.report.json").write_text(json.dumps(report))
@@ -125,6 +127,7 @@ def test_what_stands_around_the_curve(tmp_path: Path) -> None:
     assert [("a.jsonl", 2.5)] == [(entry["file"], entry["loss"]) for entry in around["proof"]["handovers"]]
     assert HOSTILE == around["events"][-1]["message"]
     assert 1 << 20 == around["disk"]["reserve"]
+    assert [(0, None), (7, "a.jsonl")] == sorted((point["step"], point["file"]) for point in around["restore_points"])
 
 
 def test_events_tell_the_state_then_what_changes(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ uvicorn alone waits for the head of a request as long as its sender likes (the a
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +28,12 @@ class _Quiet:
     after: Any
 
 
+def _tells_of_trouble(record: logging.LogRecord) -> bool:
+    """Whether a record of uvicorn is one: that the server's end cuts off what is being answered is none."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "graceful shutdown" not in str(record.msg)
+
+
 class Server(uvicorn.Server):
     """uvicorn, with an end to waiting.
 
@@ -40,6 +48,7 @@ class Server(uvicorn.Server):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_tells_of_trouble)
         self._head_seconds = head_seconds
         self._clock = clock
         self._quiet: dict[Any, _Quiet] = {}
