@@ -99,7 +99,7 @@ function showEvents(events) {
 
 /* What the model knows: a row for each boundary, a column for each file, of the newest ones. */
 function showGrid(grid) {
-  const isMeasured = Boolean(grid) && grid.after.length > 1;
+  const isMeasured = Boolean(grid) && grid.loss.some((row) => row.some((value) => value !== null));
   show("grid", isMeasured);
   if (!isMeasured) return;
   const names = new Map(grid.files.map((file) => [file.position, file.name]));
