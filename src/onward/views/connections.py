@@ -8,16 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import uvicorn
+
+from onward.errors import UsageError
 
 HEAD_SECONDS = 10.0
 """In which a request's head has to come, from when its connection was made or the answer before it was complete."""
 MOST_QUIET = 100
 """Connections without a request; where there are more, the oldest are closed at once."""
+STALLED_SECONDS = 60.0
+"""Seconds without a byte after which a request whose body is not whole is given up."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,20 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
             elif waited > self._head_seconds or place < len(oldest) - MOST_QUIET:
                 connection.transport.close()
+
+
+async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECONDS) -> AsyncGenerator[bytes]:
+    """Yield the pieces of a request's body as they come.
+
+    Raises:
+        UsageError: none came for so many seconds.
+    """
+    while True:
+        try:
+            with anyio.fail_after(seconds):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UsageError(f"nothing came for {seconds:.0f} seconds", where="body", hint="Send it again.") from None
+        yield piece

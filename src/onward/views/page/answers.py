@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-import anyio
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from onward.errors import FileRejected, NoSpace, NotMadeHere, OnwardError, RunLocked, UsageError
 from onward.text import printable
+from onward.views.connections import incoming
 
 BODY_BYTES = 64 << 10
 """Bytes of a request that says what is wanted."""
-STALLED_SECONDS = 60.0
-"""Seconds without a byte after which a request that is not whole is given up."""
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileRejected, 422), (RunLocked, 409), (NotMadeHere, 409), (NoSpace, 507), (UsageError, 400),
 )  # fmt: skip
@@ -71,23 +68,6 @@ async def gone(_: Request, error: Exception) -> Response:
     """Answer nobody: whoever asked went away before the request was whole."""
     del error
     return Response(status_code=400)
-
-
-async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECONDS) -> AsyncGenerator[bytes]:
-    """Yield the pieces of a request's body as they come.
-
-    Raises:
-        UsageError: none came for so many seconds.
-    """
-    while True:
-        try:
-            with anyio.fail_after(seconds):
-                piece = await anext(pieces)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise UsageError(f"nothing came for {seconds:.0f} seconds", where="body", hint="Send it again.") from None
-        yield piece
 
 
 async def wanted(request: Request) -> dict[str, Any]:

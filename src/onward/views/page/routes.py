@@ -15,8 +15,9 @@ from starlette.routing import BaseRoute, Route
 from onward.errors import OnwardError, UsageError
 from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
+from onward.views.connections import incoming
 from onward.views.page import control
-from onward.views.page.answers import incoming, json_answer, number, wanted
+from onward.views.page.answers import json_answer, number, wanted
 from onward.views.page.pages import run_page
 from onward.views.page.reading import RunReader, disk_reserve
 from onward.views.page.rows import RowsOfFiles

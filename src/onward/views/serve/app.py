@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from onward.errors import OnwardError, UsageError
 from onward.views.chat.engine import Engine, Reply
+from onward.views.connections import incoming
 from onward.views.serve.answers import Shape, event, failure
 from onward.views.serve.requests import Asked, BadRequest, read_request
 
@@ -130,12 +131,14 @@ class Service:
 async def _body(request: Request) -> Any:
     """Return the JSON of a request, which is read only as far as it may be long."""
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > LARGEST:
-            raise BadRequest(f"the request is longer than {LARGEST} bytes")
     try:
+        async for chunk in incoming(request.stream()):
+            data += chunk
+            if len(data) > LARGEST:
+                raise BadRequest(f"the request is longer than {LARGEST} bytes")
         return json.loads(bytes(data))
+    except UsageError as error:
+        raise BadRequest(error.what) from None
     except (ValueError, RecursionError):
         raise BadRequest("the request is not JSON") from None
 
