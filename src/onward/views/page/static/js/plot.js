@@ -77,12 +77,15 @@ function axis(size, values, space) {
   };
 }
 
-/* How many digits tell the values of an axis apart. */
+/* How many digits show the values of an axis as they are: 10.25, not 10.3. */
 function digits(splits) {
   const known = splits.filter((value) => value !== null);
   const apart = Math.min(...known.slice(1).map((value, index) => Math.abs(value - known[index])));
   const largest = Math.max(...known.map(Math.abs));
-  return apart > 0 && Number.isFinite(apart) ? Math.min(7, Math.max(3, Math.ceil(Math.log10(largest / apart)) + 1)) : 3;
+  if (!(apart > 0 && Number.isFinite(apart))) return 3;
+  const finest = 10 ** Math.floor(Math.log10(apart));
+  const step = Math.abs(apart / finest - Math.round(apart / finest)) < 1e-6 ? finest : finest / 10;
+  return Math.min(7, Math.max(3, Math.round(Math.floor(Math.log10(largest)) - Math.log10(step)) + 1));
 }
 
 export function makePlot({ target, height, log, band, sync, files, zoomed, hovered }) {
