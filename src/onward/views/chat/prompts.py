@@ -43,9 +43,9 @@ class Prompts:
         """
         try:
             text = self._template.prompt(Chat(list(messages), tools))
-            check_text(text, "the text")
         except RowError as error:
             raise UsageError(f"the messages cannot be asked: {error.reason}", hint=error.remedy) from None
+        _require_characters(text)
         return self._state.tokenizer.encode(text, add_special_tokens=False).ids
 
     def of_text(self, text: str) -> list[int]:
@@ -54,11 +54,16 @@ class Prompts:
         Raises:
             UsageError: it holds what is no character.
         """
-        try:
-            check_text(text, "the text")
-        except RowError as error:
-            raise UsageError(f"the text cannot be gone on with: {error.reason}", hint=error.remedy) from None
+        _require_characters(text)
         ids: list[int] = self._state.tokenizer.encode(text, add_special_tokens=True).ids
         while ids and ids[-1] == self._state.eos_id:
             ids.pop()
         return ids
+
+
+def _require_characters(text: str) -> None:
+    """Refuse half of a surrogate pair: a byte that is no UTF-8, or half of an escape in JSON."""
+    try:
+        check_text(text, "the prompt")
+    except RowError as error:
+        raise UsageError(error.reason, hint="Write it again: some of its bytes were not UTF-8.") from None
