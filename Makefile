@@ -83,7 +83,7 @@ wheel: $(SITE)/.ready ## the wheel, checked, and tried in an environment of its 
 qlora: $(QLORA)/.ready ## bitsandbytes in a folder of its own, for the test of 4-bit bases
 
 # Debian's browser where it can be installed; without it the test says that it is left out.
-browser: $(VENV)/.browser-ready ## playwright and chromium, for the test that opens the page in a browser
+browser: $(VENV)/.browser-ready ## playwright, chromium and hadolint, for the tests of the page in a browser and of the Dockerfile
 
 families: $(READY) ## every causal family of transformers, small, into docs/families.md (half an hour)
 	$(BIN)/python tests/families.py --jobs 2
@@ -112,7 +112,7 @@ $(BENCH_READY): $(READY)
 	@touch $@
 
 $(VENV)/.browser-ready: $(READY)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[browser,image]"
 	command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
 	  apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	  echo 'chromium is not here: the test that opens the page in a browser is left out' >&2

@@ -170,7 +170,7 @@ def test_every_extra_is_explained() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     rows = re.findall(r"^\| ((?:`[a-z]+`(?:, )?)+) \|", (DOCS / "install.md").read_text(encoding="utf-8"), re.M)
     explained = {name for row in rows for name in re.findall(r"[a-z]+", row)}
-    assert set(project["optional-dependencies"]) - {"dev", "bench", "browser"} == explained
+    assert set(project["optional-dependencies"]) - {"dev", "bench", "browser", "image"} == explained
 
 
 def test_blocks_that_other_tests_run_are_run() -> None:

@@ -63,6 +63,14 @@ def test_what_was_forgotten_most() -> None:
     assert {"a": 2.5 / 1.5 - 1.0, "b": 0.0, "c": 0.0} == TABLE.forgotten_share()
 
 
+def test_a_grid_without_a_value_says_how_to_get_some() -> None:
+    """Short files pay for no measuring: a table of blanks would tell nothing."""
+    grid = TABLE.to_dict()
+    blank = {"loss": [[None] * len(row) for row in grid["loss"]], "anchor": [None] * len(grid["anchor"])}
+    (line,) = grid_lines({**grid, **blank})
+    assert "onward evaluate measures everything now" in line
+
+
 def test_the_grid_as_text_csv_and_picture() -> None:
     """What was not measured is blank in each; rows that were trained are marked; names are shown as text."""
     grid = TABLE.to_dict()

@@ -107,6 +107,8 @@ def test_what_stands_around_the_curve(tmp_path: Path) -> None:
     """Inbox, queue, refused files row by row, handovers and events are told as they are, whatever is in them."""
     layout = made_up_run(tmp_path / "around", FILES, falling)
     layout.inbox.joinpath("next.jsonl.part").write_text("half")
+    for step in (0, 7):
+        layout.boundaries.joinpath(f"step-{step}").mkdir()
     problems = [{"line": 3, "reason": HOSTILE, "remedy": "mend it"}]
     report = {"file": "bad.jsonl", "problem_count": 1, "unit": "line", "rejected": 5.0, "problems": problems}
     layout.rejected.joinpath("bad.jsonl.report.json").write_text(json.dumps(report))
@@ -125,6 +127,7 @@ def test_what_stands_around_the_curve(tmp_path: Path) -> None:
     assert [("a.jsonl", 2.5)] == [(entry["file"], entry["loss"]) for entry in around["proof"]["handovers"]]
     assert HOSTILE == around["events"][-1]["message"]
     assert 1 << 20 == around["disk"]["reserve"]
+    assert [(0, None), (7, "a.jsonl")] == sorted((point["step"], point["file"]) for point in around["restore_points"])
 
 
 def test_events_tell_the_state_then_what_changes(tmp_path: Path) -> None:
@@ -283,8 +286,12 @@ def test_an_upload_leaves_the_margin_of_the_disk_free(tmp_path: Path, in_chunks:
     assert [] == files_in(layout)
 
 
-def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -> None:
-    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone."""
+def test_an_upload_that_breaks_off_leaves_nothing(
+    page: Page, made: RunLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone, and
+    nothing is printed where the page was started.
+    """
     head = f"PUT /api/inbox/half.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"
     with socket.create_connection(("127.0.0.1", page.port)) as sender:
         sender.sendall(f"{head}Content-Length: 9000000\r\n\r\n".encode() + b"x" * (5 << 20))
@@ -294,6 +301,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -
         assert name.endswith(".part")
     while files_in(made):
         pass
+    assert 200 == page.ask("GET", "/api/status", headers=page.bearer).status
+    assert [] == caplog.records
 
 
 @pytest.mark.parametrize(

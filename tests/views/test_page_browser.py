@@ -105,6 +105,7 @@ def test_a_run_is_watched_fed_and_controlled_in_the_browser(tmp_path: Path, mode
             _takes_files(page, tmp_path)
             _shows_rows(page)
             _talks(page)
+            _fits(page)
             assert None is page.evaluate("window.hacked ?? null")
     finally:
         end(daemon)
@@ -196,3 +197,19 @@ def _shows_rows(page: Any) -> None:
     sync_api.expect(row.locator("h3")).to_contain_text("loss")
     page.keyboard.press("Escape")
     assert not page.locator("#rows").evaluate("dialog => dialog.open")
+    page.route("**/api/rows?*", lambda _: None)  # while another file is read, the rows of this one are gone
+    page.get_by_role("button", name="good.jsonl").click()
+    sync_api.expect(page.locator("#rows-title")).to_have_text("good.jsonl")
+    sync_api.expect(row).to_have_count(0)
+    page.keyboard.press("Escape")
+    page.unroute("**/api/rows?*")
+
+
+def _fits(page: Any) -> None:
+    """Nothing of the page is wider than the screen; on a narrow one the stream needs no scrolling sideways either."""
+    for width in (1440, 800, 390):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert width >= page.evaluate("document.documentElement.scrollWidth")
+    stream = page.locator("#stream")
+    assert stream.evaluate("table => table.parentElement.scrollWidth <= table.parentElement.clientWidth")
+    assert "First loss" in stream.locator("td[data-label]").nth(4).get_attribute("data-label")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 
 pytest.importorskip("uvicorn")
 
-from onward.errors import ModelError
+from onward.errors import ModelError, UsageError
 from onward.layout import RunLayout
+from onward.views.connections import incoming
+from onward.views.page import answering
 from onward.views.page.talking import Talker
 
 ANSWERS = """
@@ -51,3 +55,29 @@ def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> No
 
     both, another = asyncio.run(talk())
     assert both[0] == both[1] != another
+
+
+def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wish that fails in a way that nobody foresaw is told so, and the process lives on."""
+    wishes = [json.dumps({"id": number, "at": ["no name"]}) for number in (1, 2)]  # no such wish passes the page
+    answering.Answering(RunLayout(tmp_path)).run(iter(wishes))
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [1, 2] == [answer["id"] for answer in told]
+    assert all("cannot be answered" in answer["error"] for answer in told)
+
+
+def test_a_body_of_which_nothing_comes_is_given_up() -> None:
+    """What came is passed on; a sender that fell silent in the middle is not waited for without end."""
+
+    async def stalled() -> AsyncGenerator[bytes]:
+        yield b"a"
+        await asyncio.Event().wait()
+
+    async def read() -> bytes:
+        pieces = incoming(stalled(), seconds=0.01)
+        first = await anext(pieces)
+        with pytest.raises(UsageError, match="nothing came"):
+            await anext(pieces)
+        return first
+
+    assert b"a" == asyncio.run(read())

@@ -42,8 +42,9 @@ def export(
     result = write(layout, Wanted(target, file_format, at, dtype, quantize), say)
     if as_json:
         show(result)
-    size = sum(result["files"].values())
-    say(f"exported {printable(result['at'])} to {quoted(target)}: {len(result['files'])} files, {size / 1e6:.1f} MB")
+    number, size = len(result["files"]), sum(result["files"].values()) / 1e6
+    files = f"{number} {'file' if number == 1 else 'files'}, {size:.1f} MB"
+    say(f"exported {printable(result['at'])} to {quoted(target)}: {files}")
 
 
 def push(

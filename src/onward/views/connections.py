@@ -5,17 +5,24 @@ uvicorn alone waits for the head of a request as long as its sender likes (the a
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import anyio
 import uvicorn
+
+from onward.errors import UsageError
 
 HEAD_SECONDS = 10.0
 """In which a request's head has to come, from when its connection was made or the answer before it was complete."""
 MOST_QUIET = 100
 """Connections without a request; where there are more, the oldest are closed at once."""
+STALLED_SECONDS = 60.0
+"""Seconds without a byte after which a request whose body is not whole is given up."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,12 @@ class _Quiet:
 
     since: float
     after: Any
+
+
+def _tells_of_trouble(record: logging.LogRecord) -> bool:
+    """Whether a record of uvicorn is one: that the server's end cuts off what is being answered is none."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, asyncio.CancelledError) and "graceful shutdown" not in str(record.msg)
 
 
 class Server(uvicorn.Server):
@@ -40,6 +53,7 @@ class Server(uvicorn.Server):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         super().__init__(config)
+        logging.getLogger("uvicorn.error").addFilter(_tells_of_trouble)
         self._head_seconds = head_seconds
         self._clock = clock
         self._quiet: dict[Any, _Quiet] = {}
@@ -65,3 +79,20 @@ class Server(uvicorn.Server):
                 connection.transport.abort()
             elif waited > self._head_seconds or place < len(oldest) - MOST_QUIET:
                 connection.transport.close()
+
+
+async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECONDS) -> AsyncGenerator[bytes]:
+    """Yield the pieces of a request's body as they come.
+
+    Raises:
+        UsageError: none came for so many seconds.
+    """
+    while True:
+        try:
+            with anyio.fail_after(seconds):
+                piece = await anext(pieces)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise UsageError(f"nothing came for {seconds:.0f} seconds", where="body", hint="Send it again.") from None
+        yield piece

@@ -22,8 +22,11 @@ Values = Mapping[str, Any]
 
 def grid_lines(grid: Values) -> list[str]:
     """Return the table as lines, with the figures under it."""
-    if len(grid["after"]) < 2:
-        return ["nothing was measured yet: evaluation.share in the config says how much training pays for it"]
+    if not any(value is not None for row in (*grid["loss"], grid["anchor"]) for value in row):
+        return [
+            "nothing was measured yet: evaluation.share in the config says how much training pays for it, "
+            "and short files pay for little; onward evaluate measures everything now"
+        ]
     names = [_title(file, NAME_WIDTH) for file in grid["files"]]
     head = ["loss after", *names, "anchor"]
     body = [

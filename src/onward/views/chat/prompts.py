@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onward.data.row_types import Chat, Message, RowError
+from onward.data.row_types import Chat, Message, RowError, check_text
 from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import UsageError
@@ -39,17 +39,31 @@ class Prompts:
             messages: each with `role` and `content`, as in a row.
 
         Raises:
-            UsageError: the run's chat template refuses them.
+            UsageError: the run's chat template refuses them, or they hold what is no character.
         """
         try:
             text = self._template.prompt(Chat(list(messages), tools))
         except RowError as error:
             raise UsageError(f"the messages cannot be asked: {error.reason}", hint=error.remedy) from None
+        _require_characters(text)
         return self._state.tokenizer.encode(text, add_special_tokens=False).ids
 
     def of_text(self, text: str) -> list[int]:
-        """Return the token ids of a text that the model is to go on with; a tokenizer's end token is left out."""
+        """Return the token ids of a text that the model is to go on with; a tokenizer's end token is left out.
+
+        Raises:
+            UsageError: it holds what is no character.
+        """
+        _require_characters(text)
         ids: list[int] = self._state.tokenizer.encode(text, add_special_tokens=True).ids
         while ids and ids[-1] == self._state.eos_id:
             ids.pop()
         return ids
+
+
+def _require_characters(text: str) -> None:
+    """Refuse half of a surrogate pair: a byte that is no UTF-8, or half of an escape in JSON."""
+    try:
+        check_text(text, "the prompt")
+    except RowError as error:
+        raise UsageError(error.reason, hint="Write it again: some of its bytes were not UTF-8.") from None

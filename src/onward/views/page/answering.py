@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from onward import startup
-from onward.errors import OnwardError
+from onward.errors import OnwardError, first_line
 from onward.layout import RunLayout
 
 NICENESS = 10
@@ -51,6 +51,8 @@ class Answering:
                 self._begin(wish)
             except OnwardError as error:
                 self._tell({"id": wish["id"], "error": str(error)})
+            except Exception as error:  # who asks next, and whoever is being answered, is answered all the same
+                self._tell({"id": wish["id"], "error": f"this cannot be answered: {first_line(error)}"})
         for engine in self._engines.values():
             engine.close()
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from onward.errors import FileRejected, NoSpace, NotMadeHere, OnwardError, RunLocked, UsageError
 from onward.text import printable
+from onward.views.connections import incoming
 
 BODY_BYTES = 64 << 10
 """Bytes of a request that says what is wanted."""
@@ -63,6 +64,12 @@ def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) ->
     return min(int(text), most)
 
 
+async def gone(_: Request, error: Exception) -> Response:
+    """Answer nobody: whoever asked went away before the request was whole."""
+    del error
+    return Response(status_code=400)
+
+
 async def wanted(request: Request) -> dict[str, Any]:
     """Return the JSON object that a request brings; an empty one where it brings nothing.
 
@@ -70,7 +77,7 @@ async def wanted(request: Request) -> dict[str, Any]:
         UsageError: it is none, or too large.
     """
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in incoming(request.stream()):
         body += chunk
         if len(body) > BODY_BYTES:
             raise UsageError(f"the request has more than {BODY_BYTES} bytes", where="body")

@@ -13,13 +13,13 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
-from onward.views.page.answers import http_error, json_answer, machine_error, onward_error
+from onward.views.page.answers import gone, http_error, json_answer, machine_error, onward_error
 from onward.views.page.gate import Gate
 from onward.views.page.guard import Hosts, Key
 from onward.views.page.pages import STATIC, list_page
@@ -65,6 +65,7 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
     errors = {
         OnwardError: onward_error,
         HTTPException: http_error,
+        ClientDisconnect: gone,
         sqlite3.Error: machine_error,
         OSError: machine_error,
     }

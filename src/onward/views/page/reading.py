@@ -102,13 +102,14 @@ class RunReader:
             events = [asdict(event) for event in ledger.events(LISTED)]
             grid = read_newest(ledger, GRID)
             margin = disk_reserve(self)
+            points = [_restore_point(ledger, folder) for folder in layout.restore_points()]
         usage = shutil.disk_usage(layout.root)
         return {
             "inbox": self.inbox(),
             "queue": waiting,
             "refused": self.refused(),
             "proof": proof,
-            "restore_points": [_restore_point(folder) for folder in layout.restore_points()],
+            "restore_points": points,
             "disk": {"free": usage.free, "total": usage.total, "reserve": margin},
             "events": events,
             "grid": grid,
@@ -170,10 +171,13 @@ def _loss(measured: str) -> float | None:
     return None
 
 
-def _restore_point(folder: Path) -> dict[str, Any]:
+def _restore_point(ledger: Ledger, folder: Path) -> dict[str, Any]:
+    """Return a restore point's step, the file that it was made after (None for the base), and when."""
+    step, time = step_of(folder), None
     with contextlib.suppress(OSError):
-        return {"step": step_of(folder), "time": folder.stat().st_mtime}
-    return {"step": step_of(folder), "time": None}
+        time = folder.stat().st_mtime
+    before = ledger.done_before(step, 1)
+    return {"step": step, "file": before[0].name if before else None, "time": time}
 
 
 def _is_shown(entry: os.DirEntry[str]) -> bool:

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 from onward.errors import OnwardError, UsageError
 from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
+from onward.views.connections import incoming
 from onward.views.page import control
 from onward.views.page.answers import json_answer, number, wanted
 from onward.views.page.pages import run_page
@@ -133,7 +134,7 @@ class RunRoutes:
         size = int(length) if length.isascii() and length.isdecimal() else None
         reserve = await self._read(lambda: disk_reserve(self.reader))
         upload = Upload(self.run.layout.inbox, name, reserve)
-        return json_answer({"name": name, "bytes": await upload.receive(request.stream(), size)}, 201)
+        return json_answer({"name": name, "bytes": await upload.receive(incoming(request.stream()), size)}, 201)
 
     async def chat(self, request: Request) -> Response:
         """Answer a message by a state of the run: lines of JSON, pieces of text and at last what came of it."""

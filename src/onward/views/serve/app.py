@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from onward.errors import OnwardError, UsageError
 from onward.views.chat.engine import Engine, Reply
+from onward.views.connections import incoming
 from onward.views.serve.answers import Shape, event, failure
 from onward.views.serve.requests import Asked, BadRequest, read_request
 
@@ -57,7 +58,7 @@ class Service:
             Route("/health", self.health),
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
-        handlers: Any = {BadRequest: _refused, Exception: _failed}
+        handlers: Any = {BadRequest: _refused, ClientDisconnect: _gone, Exception: _failed}
         return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
@@ -130,12 +131,14 @@ class Service:
 async def _body(request: Request) -> Any:
     """Return the JSON of a request, which is read only as far as it may be long."""
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > LARGEST:
-            raise BadRequest(f"the request is longer than {LARGEST} bytes")
     try:
+        async for chunk in incoming(request.stream()):
+            data += chunk
+            if len(data) > LARGEST:
+                raise BadRequest(f"the request is longer than {LARGEST} bytes")
         return json.loads(bytes(data))
+    except UsageError as error:
+        raise BadRequest(error.what) from None
     except (ValueError, RecursionError):
         raise BadRequest("the request is not JSON") from None
 
@@ -158,10 +161,15 @@ async def _refused(request: Request, error: BadRequest) -> Response:
     return JSONResponse(failure(str(error), param=error.param), 400)
 
 
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+    """Answer nobody: the client went away before its request was whole."""
+    del request, error
+    return Response(status_code=400)
+
+
 async def _failed(request: Request, error: Exception) -> Response:
-    del request
-    status = 499 if isinstance(error, ClientDisconnect) else 500
-    return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), status)
+    del request, error
+    return JSONResponse(failure("the server failed; its own output says why", kind="server_error"), 500)
 
 
 def _host_of(origin: str) -> str:

@@ -49,7 +49,7 @@ def serve(
     layout: RunLayout, served: Served, *, said: Callable[[str], None], give_way: Callable[[], None],
     ready: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answer requests until the process is told to end.
+    """Answer requests until the process is told to end, as by Ctrl-C.
 
     Args:
         said: receives lines for a person.
@@ -70,7 +70,8 @@ def serve(
             said(f"{engine.loaded.label} answers")
             app = Service(engine, layout.root.absolute().name, key, _hosts(host)).app()
             server = _Announcing(_config(app), lambda: ready(url))
-            with Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext():
+            following = Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext()
+            with following, contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
                 server.run([listening])
 
 

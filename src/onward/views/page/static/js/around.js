@@ -1,7 +1,7 @@
 /* What stands around the curve: inbox and queue, refused files, proof, restore points, disk, events. */
 import { get } from "./api.js";
 import { byId, make, readOnly, say, show } from "./dom.js";
-import { ago, clock, count, files, fixed, size } from "./format.js";
+import { afterFile, ago, clock, count, files, fixed, named, size } from "./format.js";
 import { goBack } from "./controls.js";
 import { offerPoints } from "./talk.js";
 
@@ -26,7 +26,7 @@ function showWaiting(queue, inbox) {
     ...queue.map((file) => [file.name, file.state === "queued" ? `${count(file.rows)} rows` : "being checked"]),
     ...arrived.map((file) => [file.name, file.whole ? `in the inbox, ${size(file.bytes)}` : `arriving, ${size(file.bytes)}`]),
   ];
-  const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow" }, name), make("span", { class: "dim" }, what)));
+  const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow" }, named(name)), make("span", { class: "dim" }, what)));
   if (items.length > FEW) shown.push(make("li", { class: "dim" }, `and ${count(items.length - FEW)} more`));
   if (!items.length) shown.push(make("li", { class: "empty" }, "Nothing waits."));
   byId("waiting").replaceChildren(...shown);
@@ -45,7 +45,7 @@ function showRefused(reports) {
     const problems = `${count(report.problem_count)} ${report.problem_count === 1 ? "problem" : "problems"}`;
     const hidden = report.problem_count - report.problems.length;
     return make("details", { "data-key": key, open: open.has(key) },
-      make("summary", {}, report.file, make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
+      make("summary", { title: report.file }, make("span", { class: "clamp" }, named(report.file)), make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
       make("ul", { class: "report" }, ...report.problems.map((found) => problem(report, found))),
       hidden > 0 ? make("p", { class: "dim" }, `and ${count(hidden)} more`) : null,
       report.way_out ? make("p", { class: "dim" }, report.way_out) : null);
@@ -79,8 +79,7 @@ function showProof(proof) {
 
 function showPoints(points) {
   const shown = points.map((point) => make("li", {},
-    make("span", { class: "grow" }, `Step ${count(point.step)}`),
-    make("span", { class: "dim" }, point.time ? ago(point.time) : ""),
+    make("span", { class: "grow", title: point.file ?? "" }, `Step ${count(point.step)}`, make("span", { class: "dim clamp" }, `${afterFile(point)}${point.time ? `, ${ago(point.time)}` : ""}`)),
     readOnly() ? null : make("button", { type: "button", class: "small", "aria-label": `Go back to step ${point.step}`, onclick: () => goBack(point.step) }, "Go back")));
   byId("points").replaceChildren(...(shown.length ? shown : [make("li", { class: "empty" }, "None yet: the first file makes one.")]));
 }
@@ -100,7 +99,7 @@ function showEvents(events) {
 
 /* What the model knows: a row for each boundary, a column for each file, of the newest ones. */
 function showGrid(grid) {
-  const isMeasured = Boolean(grid) && grid.after.length > 1;
+  const isMeasured = Boolean(grid) && grid.loss.some((row) => row.some((value) => value !== null));
   show("grid", isMeasured);
   if (!isMeasured) return;
   const names = new Map(grid.files.map((file) => [file.position, file.name]));

@@ -12,6 +12,9 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
+/* A cell of a table that a narrow screen shows as blocks: each then says what its column is. */
+export const cell = (label, attributes = {}, ...children) => make("td", { role: "cell", "data-label": label, ...attributes }, ...children);
+
 export function say(id, text) {
   const element = byId(id);
   if (element && element.textContent !== text) element.textContent = text;

@@ -5,11 +5,16 @@ export const count = (value) => (value === null || value === undefined ? "–" :
 
 export function few(value, digits = 4) {
   if (value === null || value === undefined) return "–";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(2).replace("e+", "e");
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(Math.max(2, digits - 2)).replace("e+", "e");
   return String(Number(value.toPrecision(digits)));
 }
 
 export const fixed = (value, digits = 4) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+
+/* A name as a person can tell it from others: in quotes where blanks stand at an end. */
+export const named = (name) => (name === name.trim() && name !== "" ? name : `"${name}"`);
+
+export const afterFile = (point) => (point.file === null ? "the base" : `after ${named(point.file)}`);
 
 export const files = (number) => `${count(number)} ${number === 1 ? "file" : "files"}`;
 

@@ -25,7 +25,9 @@ function fileMarks(files) {
         if (files().length * CLOSE * devicePixelRatio > bbox.width) return; // hatching would tell nothing
         ctx.save();
         ctx.beginPath();
-        ctx.strokeStyle = colour("line");
+        ctx.strokeStyle = colour("field");
+        ctx.globalAlpha = 0.55;
+        ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]); // apart from the lines of the grid
         ctx.lineWidth = devicePixelRatio;
         for (const [, , first] of files()) {
           const x = Math.round(plot.valToPos(first - 0.5, "x", true)) + 0.5;
@@ -75,6 +77,17 @@ function axis(size, values, space) {
   };
 }
 
+/* How many digits show the values of an axis as they are: 10.25, not 10.3. */
+function digits(splits) {
+  const known = splits.filter((value) => value !== null);
+  const apart = Math.min(...known.slice(1).map((value, index) => Math.abs(value - known[index])));
+  const largest = Math.max(...known.map(Math.abs));
+  if (!(apart > 0 && Number.isFinite(apart))) return 3;
+  const finest = 10 ** Math.floor(Math.log10(apart));
+  const step = Math.abs(apart / finest - Math.round(apart / finest)) < 1e-6 ? finest : finest / 10;
+  return Math.min(7, Math.max(3, Math.round(Math.floor(Math.log10(largest)) - Math.log10(step)) + 1));
+}
+
 export function makePlot({ target, height, log, band, sync, files, zoomed, hovered }) {
   const accent = () => colour("accent");
   const series = [{}, { stroke: accent, width: 1.6, points: { show: (plot) => plot.data[0].length < 40, size: 5, fill: accent } }];
@@ -92,7 +105,7 @@ export function makePlot({ target, height, log, band, sync, files, zoomed, hover
     cursor: { y: false, sync: { key: sync.key }, drag: { x: true, y: false, setScale: false }, points: { size: (_, series) => (series === 1 ? 6 : 0), fill: accent } },
     scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
     axes: [axis(26, (_, splits) => splits.map((step) => (!Number.isInteger(step) ? "" : step >= 1e4 ? short.format(step) : step.toLocaleString("en"))), 70),
-      axis(52, (_, splits) => splits.map((value) => (value === null ? "" : few(value, 3))), 34)],
+      axis(52, (_, splits) => splits.map((value) => (value === null ? "" : few(value, digits(splits)))), 34)],
     plugins: [fileMarks(files)],
     hooks: {
       setCursor: [(plot) => hovered(plot.cursor.idx)],

@@ -1,7 +1,7 @@
 /* The rows of a file as the model sees them, what is trained marked. */
 import { get } from "./api.js";
 import { byId, make, say } from "./dom.js";
-import { count } from "./format.js";
+import { count, named } from "./format.js";
 
 const VIEWS = [["all", "All"], ["longest", "Longest"], ["cut", "Cut"], ["dropped", "Left out"], ["loss", "Highest loss"]];
 const PAGE = 20;
@@ -12,7 +12,10 @@ let asked = 0;
 
 export function openRows(entry) {
   [file, view, offset] = [entry, "all", 0];
-  say("rows-title", entry.name);
+  say("rows-title", named(entry.name));
+  byId("rows-list").replaceChildren(); // never the rows of another file below this one's name
+  say("rows-place", "");
+  byId("rows-before").disabled = byId("rows-after").disabled = true;
   byId("rows-views").querySelector("input").checked = true;
   if (!byId("rows").open) byId("rows").showModal();
   load();

@@ -1,6 +1,6 @@
 /* The list of runs. */
-import { byId, make, say, show } from "./dom.js";
-import { count, fixed } from "./format.js";
+import { byId, cell, make, say, show } from "./dom.js";
+import { count, fixed, named } from "./format.js";
 import { startTheme } from "./theme.js";
 
 const SECONDS = 3;
@@ -8,16 +8,18 @@ const SECONDS = 3;
 function row(run) {
   const link = make("a", { href: `runs/${encodeURIComponent(run.name)}/` }, run.title);
   const values = run.status;
-  if (values === null) return make("tr", {}, make("th", { scope: "row" }, link), make("td", { colspan: 6, class: "error-text" }, run.error));
-  const place = values.file === null ? "–" : `${values.file} (${count(values.file_step)} of ${count(values.file_steps)})`;
-  return make("tr", {},
-    make("th", { scope: "row" }, link),
-    make("td", { class: values.problem ? "warn-text" : "" }, values.state),
-    make("td", { class: "note" }, place),
-    make("td", { class: "num" }, count(values.global_step)),
-    make("td", { class: "num" }, fixed(values.loss)),
-    make("td", { class: "num" }, count(values.queue)),
-    make("td", {}, values.checkpoint ?? "–"));
+  const name = make("th", { role: "rowheader", scope: "row" }, link);
+  if (values === null) return make("tr", { role: "row" }, name, make("td", { role: "cell", colspan: 6, class: "note error-text" }, run.error));
+  const place = values.file === null ? null : `${named(values.file)} (${count(values.file_step)} of ${count(values.file_steps)})`;
+  const commit = values.checkpoint === null ? "–" : count(Number(values.checkpoint.replace("checkpoint-", "")));
+  return make("tr", { role: "row" },
+    name,
+    cell("State", { class: values.problem ? "warn-text" : "" }, values.state),
+    make("td", { class: "note", role: "cell" }, place),
+    cell("Step", { class: "num" }, count(values.global_step)),
+    cell("Loss", { class: "num" }, fixed(values.loss)),
+    cell("Waiting", { class: "num" }, count(values.queue)),
+    cell("Last commit", { class: "num" }, commit));
 }
 
 async function load() {

@@ -1,7 +1,7 @@
 /* The stream as a table: one row per file. */
 import { get } from "./api.js";
-import { byId, make, say, show } from "./dom.js";
-import { count, duration, files, fixed } from "./format.js";
+import { byId, cell, make, say, show } from "./dom.js";
+import { count, duration, files, fixed, named } from "./format.js";
 import { openRows } from "./rows.js";
 
 const FIRST = 200;
@@ -34,18 +34,18 @@ function row(entry, index, status = null) {
   const warned = warnings(entry);
   const kind = OUT.includes(entry.state) ? "out" : entry.state === "training" ? "going-on" : "";
   const steps = entry.state === "training" && status ? `${count(status.file_step)} / ${count(status.file_steps)}` : count(entry.steps);
-  const name = make("button", { type: "button", class: "name", title: "Show its rows as the model sees them", onclick: () => openRows(entry) }, entry.name);
-  return make("tr", { class: kind, "data-index": index },
-    make("td", { class: "num" }, entry.position ?? "–"),
-    make("th", { class: "name-cell", scope: "row" }, name),
-    make("td", { class: entry.state === "quarantined" ? "error-text" : "" }, entry.state),
-    make("td", { class: "num" }, count(entry.rows)),
-    make("td", { class: "num" }, entry.steps ? steps : "–"),
-    make("td", { class: "num" }, fixed(entry.first_loss)),
-    make("td", { class: "num" }, fixed(entry.last_loss)),
-    make("td", {}, entry.handover ?? "–"),
-    make("td", { class: "note" }, warned ? make("span", { class: "warn-text" }, warned) : null, entry.note ? make("div", { class: "dim" }, entry.note) : null),
-    make("td", { class: "num" }, entry.seconds ? duration(entry.seconds) : "–"));
+  const name = make("button", { type: "button", class: "name", title: `${entry.name}: show its rows as the model sees them`, onclick: () => openRows(entry) }, named(entry.name));
+  return make("tr", { class: kind, role: "row", "data-index": index },
+    cell("#", { class: "num" }, entry.position ?? "–"),
+    make("th", { class: "name-cell", role: "rowheader", scope: "row" }, name),
+    cell("State", { class: entry.state === "quarantined" ? "error-text" : "" }, entry.state),
+    cell("Rows", { class: "num" }, count(entry.rows)),
+    cell("Steps", { class: "num" }, entry.steps ? steps : "–"),
+    cell("First loss", { class: "num" }, fixed(entry.first_loss)),
+    cell("Last loss", { class: "num" }, fixed(entry.last_loss)),
+    cell("Handover", {}, entry.handover ?? "–"),
+    make("td", { class: "note", role: "cell" }, warned ? make("span", { class: "warn-text" }, warned) : null, entry.note ? make("div", { class: "dim" }, entry.note) : null),
+    cell("Time", { class: "num" }, entry.seconds ? duration(entry.seconds) : "–"));
 }
 
 function draw() {
@@ -55,7 +55,7 @@ function draw() {
   const found = shown.length;
   if (!all) shown = shown.slice(0, FIRST);
   byId("files").replaceChildren(...shown.map(([entry, index]) => row(entry, index)));
-  if (!found) byId("files").append(make("tr", {}, make("td", { colspan: 10, class: "empty" }, entries.length ? "No file has such a name." : "No file yet. Drop one into the inbox.")));
+  if (!found) byId("files").append(make("tr", { role: "row" }, make("td", { role: "cell", colspan: 10, class: "empty" }, entries.length ? "No file has such a name." : "No file yet. Drop one into the inbox.")));
   const done = entries.filter((entry) => entry.state === "done").length;
   say("stream-count", `${files(entries.length)}, ${count(done)} done`);
   show("all-files", shown.length < found);
