@@ -24,7 +24,7 @@ def test_long_rows_are_counted_and_shown(model: Path, tmp_path: Path) -> None:
     rows = [{"text": "short"}, {"text": "x" * 60}, {"text": "y" * 60}, {"text": "short too"}]
     file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     cut = new_run(tmp_path / "cut", model, max_length=32, over_length="truncate")
-    begun = "file 1: rows.jsonl, {} rows ({} at max_length=32: {}), 1 steps (handover bitwise)"
+    begun = "file 1: rows.jsonl, {} rows ({} at max_length=32: {}), 1 step (handover bitwise)"
     assert begun.format(4, "2 of 4 rows cut", "58 tokens lost, 42 %") == lines(cut, file)[0]
     dropped = new_run(tmp_path / "dropped", model, max_length=32, over_length="drop")
     assert begun.format(2, "2 of 4 rows dropped", "122 tokens lost, 88 %") == lines(dropped, file)[0]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 ORDINARY = "Grüße, 日本語\u3000\u00a0\U0001f468\u200d\U0001f469 \\n 'x' $HOME"
 
@@ -61,3 +61,8 @@ def test_a_shell_reads_every_quoted_name_back(names: list[str]) -> None:
     command = "printf '%s\\0' " + " ".join(words) if words else ""
     done = subprocess.run(["bash", "-c", command], capture_output=True, check=True)
     assert [os.fsencode(name) for name in names] == done.stdout.split(b"\0")[:-1]
+
+
+def test_one_of_something_takes_no_s() -> None:
+    """Zero and two do."""
+    assert ["0 rows", "1 row", "2 rows"] == [how_many(count, "row") for count in range(3)]

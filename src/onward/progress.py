@@ -27,7 +27,7 @@ from onward.events import Committed, Event, FileDone, FileStarted, Observe, Resu
 from onward.lengths import Lengths
 from onward.store.rows import EventRow
 from onward.terminal import is_interactive, say, show_line, tolerant
-from onward.text import printable
+from onward.text import how_many, printable
 
 NAME_WIDTH = 40
 """Columns of a name in a table at most."""
@@ -198,8 +198,8 @@ def _describe_start(event: FileStarted) -> str:
     done = f", {event.steps_done} done" if event.steps_done else ""
     long += f", {event.held_out} held out" if event.held_out else ""
     return (
-        f"file {event.position}: {printable(event.name)}, {event.rows} rows{long}, {event.steps} steps{done}"
-        f" (handover {event.handover})"
+        f"file {event.position}: {printable(event.name)}, {how_many(event.rows, 'row')}{long}, "
+        f"{how_many(event.steps, 'step')}{done} (handover {event.handover})"
     )
 
 

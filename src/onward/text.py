@@ -33,6 +33,11 @@ def quoted(word: object) -> str:
     return "$'" + "".join(map(_in_ansi_quotes, text)) + "'"
 
 
+def how_many(count: int, noun: str) -> str:
+    """Return how many there are of something that takes an `s` from two on: `1 row`, `2 rows`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _is_shown(character: str) -> bool:
     return character.isprintable() or character in JOINERS or unicodedata.category(character) == "Zs"
 

@@ -57,11 +57,11 @@ def plot(
     run: RunOption = Path(),
 ) -> None:
     """Draw the curve of all files into a picture, with the boundaries between them; needs onward[plot]."""
-    from onward.text import quoted
+    from onward.text import how_many, quoted
     from onward.views.plot import plot
 
     count = plot(RunLayout(run), file)
-    say(f"{count} steps drawn into {quoted(file)}")
+    say(f"{how_many(count, 'step')} drawn into {quoted(file)}")
 
 
 @contextlib.contextmanager

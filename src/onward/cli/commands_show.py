@@ -14,7 +14,7 @@ from onward.cli.output import show, show_each
 from onward.errors import UsageError, printable_lines
 from onward.layout import RunLayout
 from onward.terminal import marker, say, show_line
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 if TYPE_CHECKING:
     from onward.views.preview import Preview
@@ -99,7 +99,7 @@ def say_previewed(seen: Preview) -> None:
     time = f", about {duration(seen.seconds)} at the last pace" if seen.seconds is not None else ""
     say(
         f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; "
-        f"{seen.steps} steps{time}{notes}"
+        f"{how_many(seen.steps, 'step')}{time}{notes}"
     )
 
 
@@ -119,8 +119,9 @@ def estimate(layout: RunLayout, file: Path, price: float | None, *, as_json: boo
     cost = f"; cost {found.cost:.4g}" if found.cost is not None else ""
     here = printable(found.device)
     show_line(
-        f"{printable(found.name)}: about {duration(found.seconds)} for {found.steps} steps on {here} "
-        f"({found.tokens_per_second:.0f} tokens/s over {found.timed_steps} steps); memory {size(found.memory_bytes)}"
+        f"{printable(found.name)}: about {duration(found.seconds)} for {how_many(found.steps, 'step')} on {here} "
+        f"({found.tokens_per_second:.0f} tokens/s over {how_many(found.timed_steps, 'step')}); "
+        f"memory {size(found.memory_bytes)}"
         f"{total}, in the step of {found.heaviest_tokens} tokens{cost}"
     )
 

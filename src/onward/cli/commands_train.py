@@ -14,7 +14,7 @@ from onward.cli.output import say_stopped, show
 from onward.cli.several import DevicesOption, flags, on_devices, place_or_follow
 from onward.ranks import start_here
 from onward.terminal import say
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 _COUNTS = ("tokens", "truncated", "dropped", "split", "lost_tokens")
 """What is counted of a file's rows and their lengths."""
@@ -75,7 +75,7 @@ def add(
     for row in accepted:
         long = Lengths(row["rows"], **{name: row[name] for name in _COUNTS}).words(max_length)
         note = f"; {printable(row['note'])}" if row["note"] else ""
-        say(f"accepted {printable(row['name'])}: {row['rows']} rows{long}, {row['tokens']} tokens{note}")
+        say(f"accepted {printable(row['name'])}: {how_many(row['rows'], 'row')}{long}, {row['tokens']} tokens{note}")
     if len(accepted) < len(files):
         count = len(files) - len(accepted)
         say(f"{count} {'was' if count == 1 else 'were'} in the stream already")

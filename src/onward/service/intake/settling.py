@@ -11,6 +11,7 @@ from onward.service.intake.reading import look
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import how_many
 
 
 class Settling:
@@ -94,7 +95,7 @@ class Settling:
         notes = "".join(f"; {note}" for note in report.notes)
         level = "warning" if report.lost_tokens else "info"
         kind = "accepted" if report.notes else None  # then a person should read it; lengths are told when it begins
-        self.ledger.add_event(level, f"{row.name} accepted: {report.rows} rows{words}{notes}", kind=kind)
+        self.ledger.add_event(level, f"{row.name} accepted: {how_many(report.rows, 'row')}{words}{notes}", kind=kind)
         if report.bad_rows:
             for line in Refusal.of_rows(row.name, report).lines():
                 self.ledger.add_event("warning", f"left out: {line}", kind="left_out")

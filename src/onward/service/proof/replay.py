@@ -20,6 +20,7 @@ from onward.service.knowledge.table import GRID
 from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.environment import promises_bits, same_environment
@@ -61,7 +62,8 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
         evaluation = Evaluation(session, samples=Path(scratch) / "samples")
         steps = sum(1 for _ in _train_again(session, evaluation, state, target))
         _require_equal(state, target, Path(scratch))
-    return f"{steps} steps from step {start.step} trained again: weights, moments and losses equal, bit for bit"
+    again = f"{how_many(steps, 'step')} from step {start.step} trained again"
+    return f"{again}: weights, moments and losses equal, bit for bit"
 
 
 def _start(layout: RunLayout, target: Manifest) -> tuple[Path, Manifest]:

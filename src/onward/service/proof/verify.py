@@ -23,6 +23,7 @@ from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
+from onward.text import how_many
 from onward.training import huggingface
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.handover import same_measurement
@@ -114,7 +115,7 @@ def _queue(ledger: Ledger) -> str:
 def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
     if manifest is None or problems:
         raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
-    return f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, hashes equal"
+    return f"{how_many(len(manifest.files), 'file')}, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 
 def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
@@ -180,8 +181,8 @@ def _rows(ledger: Ledger) -> str:
         replayed += sum(step.replayed for step in steps)
         held_out += len(plan.held_out)
     kept = f", but for {held_out} held out, which were never trained" if held_out else ""
-    again = f"; {replayed} rows replayed, each as its choice says" if replayed else ""
-    return f"{total} rows trained, every row of every finished file exactly `epochs` times{kept}{again}"
+    again = f"; {how_many(replayed, 'row')} replayed, each as its choice says" if replayed else ""
+    return f"{how_many(total, 'row')} trained, every row of every finished file exactly `epochs` times{kept}{again}"
 
 
 def _require_replayed(ledger: Ledger, row: FileRow, plan: StreamPlan, steps: int) -> None:
@@ -202,7 +203,7 @@ def _learning_rates(ledger: Ledger) -> str:
             problem = f"step {step.step} of {row.name} had {step.learning_rate!r}, the formula says {formula!r}"
             _require(step.learning_rate == formula, problem)
             count += 1
-    return f"{count} steps equal to the schedule's formula"
+    return f"{how_many(count, 'step')} equal to the schedule's formula"
 
 
 def _handovers(ledger: Ledger) -> str:
@@ -235,7 +236,7 @@ def _originals(layout: RunLayout, ledger: Ledger) -> str:
     for row in rows:
         _require(layout.kept(row.copy).is_file(), f"{row.copy} is missing")
         require_original(layout, row)
-    return f"{len(rows)} files, SHA-256 equal"
+    return f"{how_many(len(rows), 'file')}, SHA-256 equal"
 
 
 def _anchor(layout: RunLayout, ledger: Ledger) -> str:
