@@ -174,6 +174,7 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, {**ANSWER, "weight": -0.5}]}, '"weight" of message 2 is -0.5'),
         ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, '"weight" of message 2 is nan'),
         ({"text": "a", "loss_weight": 1e9}, '"loss_weight" of the row is 1000000000.0'),
+        ({"text": "a", "loss_weight": 1e-320}, '"loss_weight" of the row is 1e-320'),
         (
             {"messages": [USER, {**ANSWER, "weight": 0.5, "loss_weight": 2}]},
             'message 2 has two weights: "weight" 0.5 and "loss_weight" 2',

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from onward.data.row_types import Message, RowError, check_answer, check_strings, check_text, kind_of
 from onward.data.rows.calls import called, calls_of, json_text
@@ -37,8 +37,8 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
 
 SAID = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 """Weights as text, which is all that a table of strings has."""
-LARGEST_WEIGHT = 1e6
-"""A larger one is a mistake, and would drown all other rows of its step."""
+LARGEST_WEIGHT, SMALLEST_WEIGHT = 1e6, 1e-6
+"""A larger one is a mistake and would drown all other rows of its step; a smaller one is lost in float32."""
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """A thought at the beginning of an answer."""
@@ -243,9 +243,9 @@ def said_weight(value: Message, where: str) -> float | None:
         weight = weight_of(value.get(key))
         if weight is None:
             continue
-        if not isinstance(weight, bool | int | float) or not 0 <= weight <= LARGEST_WEIGHT:
+        if not _is_weight(weight):
             said = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
-            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, or leave it out'
+            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, 1e-6 to 1e6, or leave it out'
             raise RowError(f'"{key}" of {where} is {said}', remedy)
         found[key] = float(weight)
     if 0 in found.values() or not found:
@@ -255,6 +255,10 @@ def said_weight(value: Message, where: str) -> float | None:
         named = " and ".join(f'"{key}" {weight:g}' for key, weight in others.items())
         raise RowError(f"{where} has two weights: {named}", "keep one of them")
     return next(iter(others.values()), 1.0)
+
+
+def _is_weight(value: Any) -> TypeGuard[float]:
+    return isinstance(value, bool | int | float) and (value == 0 or SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT)
 
 
 def weight_of(value: Any) -> Any:
