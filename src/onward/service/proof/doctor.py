@@ -58,16 +58,13 @@ class Finding:
 def examine(layout: RunLayout) -> list[Finding]:
     """Look at the machine and, where there is one, at the run in `layout`."""
     findings = list(_machine())
-    if not layout.ledger.exists():
-        with contextlib.suppress(UsageError):
-            try:
-                layout.require()
-            except DamagedState as error:
-                return [*findings, Finding("error", "ledger", error.what, error.hint)]
-        return [
-            *findings,
-            Finding("warning", "run", f"there is no run in {layout.root.absolute()}", "onward init DIR makes one"),
-        ]
+    try:
+        layout.require()
+        _require_ledger(layout)
+    except DamagedState as error:
+        return [*findings, Finding("error", "ledger", error.what, error.hint)]
+    except UsageError as error:
+        return [*findings, Finding("warning", "run", f"{error.what}: {error.where}", error.hint)]
     looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("config", lambda: _config(layout)),
         ("identity", lambda: _identity(layout)),
@@ -94,6 +91,12 @@ def examine(layout: RunLayout) -> list[Finding]:
             place = f" [{error.filename}]" if error.filename else ""
             findings.append(Finding("error", subject, f"{error.strerror or error}{place}"))
     return findings
+
+
+def _require_ledger(layout: RunLayout) -> None:
+    """Refuse a ledger that is no ledger; what else may keep it from being read is said with the rest."""
+    with contextlib.suppress(UsageError, sqlite3.DatabaseError, OSError):
+        Ledger(layout.ledger, read_only=True).close()
 
 
 def _machine() -> Iterator[Finding]:
@@ -186,8 +189,8 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
         if answer != "ok":
             yield Finding("error", "ledger", answer, "Restore it from a copy")
         elif ledger.get("run") is None:
-            hint = "Put it back from a copy. If nothing was trained here: remove it, then onward init"
-            yield Finding("error", "ledger", "it is empty", hint)
+            empty = layout.empty_ledger()
+            yield Finding("error", "ledger", empty.what, empty.hint)
         else:
             yield Finding("ok", "ledger", "sound")
 
