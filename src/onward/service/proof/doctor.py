@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.config_text import read_config
 from onward.data.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
@@ -252,6 +252,9 @@ def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding
     if manifest.run != run:
         hint = f"Put back the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("error", place, f"of another run than the ledger, which stands at step {step}", hint)
+    if manifest.step != step_of(folder):
+        what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
+        return Finding("warning", place, what, "Move it out of the run")
     if manifest.step > step:
         hint = "onward train brings the ledger up to it; onward verify shows whether something is missing"
         return Finding("warning", place, f"newer than the ledger, which stands at step {step}", hint)
