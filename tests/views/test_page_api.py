@@ -284,7 +284,7 @@ def test_an_upload_leaves_the_margin_of_the_disk_free(tmp_path: Path, in_chunks:
 
 
 def test_an_upload_that_breaks_off_leaves_nothing(page: Page, made: RunLayout) -> None:
-    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone."""
+    """While a file is sent it lies next to the inbox's files as .part; when its sender goes away it is gone."""
     head = f"PUT /api/inbox/half.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"
     with socket.create_connection(("127.0.0.1", page.port)) as sender:
         sender.sendall(f"{head}Content-Length: 9000000\r\n\r\n".encode() + b"x" * (5 << 20))

@@ -44,7 +44,7 @@ class Trainer:
         state: what evolves.
         config: the config in force for the file.
         execution: where and how steps are computed.
-        anchor: what the loss gets beside that of the rows; None for nothing.
+        anchor: what the loss gets in addition to that of the rows; None for nothing.
         learned: what the process knows of the model already, for one that trains file after file.
         rates: the learning rate of a global step and its step in the file, both from 1; the config's if not given.
     """

@@ -152,7 +152,7 @@ def _role(turn: Message, where: str) -> str:
 
 
 def _content(turn: Message, where: str) -> tuple[str | None, list[str]]:
-    """Return the text of a message, None if it has none, and the thoughts that stand beside the text."""
+    """Return the text of a message, None if it has none, and the thoughts that stand next to the text."""
     content = next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
     if content is None or isinstance(content, str):
         return content, []
@@ -205,7 +205,7 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
 
 
 def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
-    """Return the reasoning that stands beside a content; an empty one says nothing where the content holds a thought.
+    """Return the reasoning that stands next to a content; an empty one says nothing where the content holds a thought.
 
     Raises:
         RowError: there are two thoughts.
@@ -214,7 +214,7 @@ def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
         return reasoning
     if not reasoning.strip():
         return None
-    raise RowError(f"{where} has a thought in its content and beside it", "keep one of them: both would be trained")
+    raise RowError(f"{where} has a thought in its content and next to it", "keep one of them: both would be trained")
 
 
 def _weight(turn: Message, role: str, where: str) -> float | None:
@@ -233,7 +233,7 @@ def _weight(turn: Message, role: str, where: str) -> float | None:
 def said_weight(value: Message, where: str) -> float | None:
     """Return the weight that a message or a row says it has in the loss, 0 for none; None if it says nothing.
 
-    Keys that say yes or no say nothing of how much: beside `train: true` another key may have a number.
+    Keys that say yes or no say nothing of how much: alongside `train: true` another key may have a number.
 
     Raises:
         RowError: something is no weight, or two keys name different ones.

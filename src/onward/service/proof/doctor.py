@@ -94,7 +94,7 @@ def examine(layout: RunLayout) -> list[Finding]:
 
 
 def _require_ledger(layout: RunLayout) -> None:
-    """Refuse a ledger that is no ledger; what else may keep it from being read is said with the rest."""
+    """Refuse a ledger that is no ledger; any other reason that it cannot be read is reported with the rest."""
     with contextlib.suppress(UsageError, sqlite3.DatabaseError, OSError):
         Ledger(layout.ledger, read_only=True).close()
 
