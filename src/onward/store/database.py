@@ -29,11 +29,14 @@ Values = dict[str, Any]
 Record = TypeVar("Record")
 
 
-def connect(path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False) -> sqlite3.Connection:
+def connect(
+    path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = 30.0
+) -> sqlite3.Connection:
     """Open a ledger file; a missing one is only made where `create` says so, as a run is made once.
 
     Args:
         durable: make each transaction wait for the disk (`synchronous=FULL`).
+        patience: seconds to wait for others who write.
 
     Raises:
         DamagedState: it is gone, or no database.
@@ -44,7 +47,7 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False, create
             connection = _connect_to_look(path)
         else:
             connection = _connect(f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}")
-        connection.execute("PRAGMA busy_timeout = 30000")
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA fullfsync = ON")  # macOS: `fsync` alone does not reach the disk
