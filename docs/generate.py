@@ -268,7 +268,7 @@ CHAT_RULES = """\
 - Calls are `tool_calls`, OpenAI's older `function_call`, or the JSON text of a `function_call` turn. `arguments` may be
   an object or its JSON text: the template gets the object if it takes one, else the text. An empty list of calls is
   none.
-- {reasoning} of an assistant message are its reasoning. A thought beside one in the content (`<think>...</think>`) is
+- {reasoning} of an assistant message are its reasoning. A thought next to one in the content (`<think>...</think>`) is
   refused: both would be trained.
 - Every other key of a message that the template reads reaches it.
 - No message contains the template's own end token.
@@ -286,7 +286,7 @@ Beside the messages of a row:
 | `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |
 
 Weights and `label` may be words (`"0"`, `"false"`), as a `.csv` has them. What nothing but a chat can follow (`system`,
-`history`, `tools`, `chat_template_kwargs`) is refused beside plain text, unless it is empty; so is `history` beside
+`history`, `tools`, `chat_template_kwargs`) is refused next to plain text, unless it is empty; so is `history` next to
 messages.
 
 Null fields in `tools` and `arguments` are left out where the file is Parquet or Arrow, which give all rows the same

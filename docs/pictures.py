@@ -1,7 +1,7 @@
 """Takes the pictures of docs/page.md: the page of a run in Debian's chromium, driven by playwright.
 
 `python docs/pictures.py RUN [FOLDER]` writes `page-light.png`, `page-dark.png`, `page-narrow.png` and `page-rows.png`
-beside this file, or into the folder (`make browser` brings what it needs). Take a run that trains: the page is live.
+next to this file, or into the folder (`make browser` brings what it needs). Take a run that trains: the page is live.
 """
 
 from __future__ import annotations

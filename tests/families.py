@@ -62,7 +62,7 @@ def try_family(family: str, method: str, folder: Path, **settings: Any) -> Resul
     """Make a small model of a family, a run of it, and train two files in two openings of the run.
 
     Args:
-        settings: config keys beside the defaults.
+        settings: config keys in addition to the defaults.
     """
     import small
     import tiny

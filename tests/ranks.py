@@ -50,7 +50,7 @@ class Ranks:
     """The ranks of one command; killed at the end if they are still there.
 
     Args:
-        output: gets what rank 0 prints; that of rank N goes to a file beside it whose name ends with N.
+        output: gets what rank 0 prints; that of rank N goes to a file next to it whose name ends with N.
         prepare: by rank, what is called in its process first.
     """
 

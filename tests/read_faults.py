@@ -48,7 +48,7 @@ class ReadFault:
         def counted_open(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
             if set(mode) & set("wax+") or not self._concerns(file):
                 return opener(file, mode, *args, **options)
-            self._read()
+            self._read(file)
             return _Stream(opener(file, mode, *args, **options), self._read)
 
         io.open = builtins.open = counted_open  # type: ignore[assignment]
@@ -59,19 +59,20 @@ class ReadFault:
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any = ".", *args: Any, **options: Any) -> Any:
             if self._concerns(path):
-                self._read()
+                self._read(path)
             return function(path, *args, **options)
 
         return call
 
-    def _read(self) -> None:
+    def _read(self, path: Any = None) -> None:
+        """Count a read; that of a path is refused by name, as the system does, that of an open file is not."""
         self.count += 1
         if self.record is not None:
             with self.record.open("a") as lines:
                 lines.write(f"{self.count}\n")
         if self.count == self.at:
             number = getattr(errno, self.kind)
-            raise OSError(number, os.strerror(number))
+            raise OSError(number, os.strerror(number), *([] if path is None else [os.fspath(path)]))
 
 
 class _Stream:

@@ -263,7 +263,7 @@ def fill_a_disk(folder: Path, target: Path, met: Path) -> None:
 
 
 def train_beside_shards(folder: Path, steps: int, target: Path) -> None:
-    """Train an adapter, whole on every rank, beside a base in shards."""
+    """Train an adapter, whole on every rank, alongside a base in shards."""
     config = config_of(folder, "lora")
     model = build_model(ModelSpec(config, folder, CPU, torch.float32), mapped=True)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))

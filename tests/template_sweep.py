@@ -1,4 +1,4 @@
-"""Every chat template that the installed TRL ships, with rows of every kind: our targets beside TRL's mask.
+"""Every chat template that the installed TRL ships, with rows of every kind: our targets alongside TRL's mask.
 
 python tests/template_sweep.py           write docs/templates.md
 python tests/template_sweep.py NAME...   print what becomes of each row with these templates

@@ -14,7 +14,7 @@ from commands import make_run, onward
 from onward.config import Config, known_keys
 from onward.config.keys import IDENTITY_KEYS, LATER_IDENTITY_KEYS
 from onward.config.text import parse_config, parse_settings, read_config, render_yaml
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Unreadable
 from onward.store.ledger import Ledger
 
 KEYS = [
@@ -222,3 +222,13 @@ def test_identity_is_locked_once_the_run_has_trained(
     assert "onward init NEW_RUN" in outcome.err
     change(run, new, old)
     assert 2 == train(run, 2)["position"]
+
+
+def test_a_config_that_cannot_be_read_now_is_not_broken(tmp_path: Path) -> None:
+    """A disk that fails is no reason to write the file anew: the error says so, and a daemon waits."""
+    path = tmp_path / "onward.yaml"
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("no /proc here")
+    path.symlink_to("/proc/self/mem")  # its first byte is an input/output error
+    with pytest.raises(Unreadable, match="Input/output error"):
+        read_config(path)

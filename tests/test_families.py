@@ -10,7 +10,7 @@ import small
 import transformers
 
 TRAINED = ("mixtral", "gemma3")
-"""Experts that take an adapter; text beside images."""
+"""Experts that take an adapter; text alongside images."""
 
 
 @pytest.mark.parametrize("family", TRAINED)

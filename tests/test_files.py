@@ -254,7 +254,7 @@ def test_files_of_a_data_set(tmp_path: Path, name: str, files: list[str], expect
     [
         ("hf://datasets/who", ["a.csv"], "names no data set"),
         ("hf://models/who/what", ["a.csv"], "names no data set"),
-        ("hf://datasets/nobody/what", [], "nobody/what cannot be had: 404: no such repository"),
+        ("hf://datasets/nobody/what", [], "nobody/what cannot be fetched: 404: no such repository"),
         ("hf://datasets/who/what", ["a.csv", "b.csv"], "it cannot be told which of its files are meant"),
         ("hf://datasets/who/what", ["en/train.csv", "de/train.csv"], "several folders or formats"),
         ("hf://datasets/who/what", ["README.md"], "it cannot be told"),
@@ -262,7 +262,7 @@ def test_files_of_a_data_set(tmp_path: Path, name: str, files: list[str], expect
     ],
 )
 def test_data_sets_that_cannot_be_had(tmp_path: Path, name: str, files: list[str], words: str) -> None:
-    """One line says why, and where there are files the hint names one that can be had."""
+    """One line says why, and where there are files the hint names one that can be fetched."""
     hub = Hub(Api(tmp_path, *files))
     with pytest.raises(UsageError) as refusal:
         hub.fetch(Path(name))
@@ -287,7 +287,7 @@ def test_a_look_at_a_data_set(tmp_path: Path) -> None:
 
 
 def test_a_name_of_the_hub_in_a_command_is_one_line(model: Path, tmp_path: Path) -> None:
-    """What cannot be had ends the command with wrong usage, and nothing was added."""
+    """What cannot be fetched ends the command with wrong usage, and nothing was added."""
     run = make_run(tmp_path / "run", model)
     for command in ("preview", "add"):
         refused = onward(command, "hf://datasets/who", "--run", run)

@@ -94,7 +94,7 @@ def test_output_is_as_its_schema_says(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_new_run_names_the_schema_of_its_config(model: Path, tmp_path: Path) -> None:
-    """The first line of `onward.yaml` names a schema beside it, which takes what was written."""
+    """The first line of `onward.yaml` names a schema next to it, which takes what was written."""
     assert 0 == onward("init", tmp_path / "run", "--model", model, "--later").status
     text = (tmp_path / "run" / "onward.yaml").read_text()
     assert MODELINE == text.splitlines()[0]

@@ -212,3 +212,26 @@ def test_what_needs_no_model_loads_no_torch(tmp_path: Path) -> None:
         "['skipped']",
     ] == answers.split("|")
     assert "[]" == loaded
+
+
+FINALIZED = """
+import signal, time
+from onward.startup import kept_interrupts
+
+class Finalized:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+with kept_interrupts():
+    try:
+        Finalized()
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+def test_an_interrupt_is_not_lost_in_a_finalizer() -> None:
+    """Python prints a Ctrl-C that comes while an object is finalized, and goes on; the command line ends."""
+    done = subprocess.run([sys.executable, "-c", FINALIZED], capture_output=True, text=True, check=False, timeout=50)
+    assert ("interrupted\n", "") == (done.stdout, done.stderr)

@@ -220,13 +220,21 @@ class RunLayout:
             hint = f"{LEDGER} is a link to a disk of the machine that owns the run: run this there."
             what = f"the ledger is not on this machine: {self.ledger.readlink()}"
             return DamagedState(what, where=self.ledger.absolute(), hint=hint)
+        what = "the ledger was removed or replaced"
+        return DamagedState(what, where=self.ledger.absolute(), hint=self.way_without_ledger())
+
+    def empty_ledger(self) -> DamagedState:
+        """Return the refusal for a ledger that holds nothing, so that it is not the one that the run was made with."""
+        hint = self.way_without_ledger()
+        if self._newest_of_run() is None:
+            hint += " If nothing was trained here: remove it, then onward init"
+        return DamagedState("the ledger is empty", where=self.ledger.absolute(), hint=hint)
+
+    def way_without_ledger(self) -> str:
+        """Say what to do where the ledger cannot be used."""
         newest = self._newest_of_run()
         way = f" Without one, this makes a run of the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
-        return DamagedState(
-            "the ledger was removed or replaced",
-            where=self.ledger.absolute(),
-            hint=f"Put {LEDGER} back from a copy.{way if newest else ''}",
-        )
+        return f"Put {LEDGER} back from a copy.{way if newest else ''}"
 
     def _newest_of_run(self) -> Path | None:
         """Return the newest checkpoint or restore point that Onward made, by its step."""

@@ -17,7 +17,7 @@ from onward.config import Config
 from onward.config.keys import NEW_RUN
 from onward.config.schema import write_config
 from onward.config.text import parse_config, read_config
-from onward.errors import DamagedState, UsageError
+from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.disks import require_local, require_locks
@@ -173,13 +173,7 @@ def open_ledger(layout: RunLayout) -> Ledger:
     if ledger.get("run") is not None:
         return ledger
     ledger.close()
-    found = layout.checkpoints()
-    hint = (
-        f"Put it back from a copy, or make a run of the model: onward adopt {quoted(found[0])} --run NEW_RUN"
-        if found
-        else "Put it back from a copy. If nothing was trained here: remove it, then onward init"
-    )
-    raise DamagedState("the ledger is empty", where=layout.ledger, hint=hint)
+    raise layout.empty_ledger()
 
 
 def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:

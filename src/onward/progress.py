@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from onward.errors import ConfigError, printable_lines
+from onward.errors import ConfigError, Unreadable, printable_lines
 from onward.events import Committed, Event, FileDone, FileStarted, Observe, Resumed, StepTaken
 from onward.lengths import Lengths
 from onward.store.rows import EventRow
@@ -135,7 +135,9 @@ class PlainLines:
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
-        with contextlib.suppress(ConfigError):  # the config is broken now: what was read before stays in force
+        with contextlib.suppress(
+            ConfigError, Unreadable
+        ):  # the config is broken now: what was read before stays in force
             self._log_steps = self._read()
         text = describe(event, self._log_steps)
         if text:

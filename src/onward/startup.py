@@ -10,9 +10,12 @@ import contextlib
 import gc
 import os
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Generator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 """Kernels that oneDNN keeps: enough for the shapes of a step. Its 1,024, of half a megabyte each, are never used again:
@@ -37,6 +40,9 @@ _TRACKERS = {
 }
 """What keeps trackers from telling their makers of their use, and from talking."""
 
+SOON = 0.05
+"""Seconds after which a dropped Ctrl-C is repeated; the finalizer is over by then."""
+
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 
@@ -52,6 +58,26 @@ def require_platform(platform: str = sys.platform) -> None:
             "onward: Windows is not supported; Onward runs in WSL 2 (wsl --install), Linux and macOS", file=sys.stderr
         )
         raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def kept_interrupts() -> Generator[None]:
+    """Interrupt once more where Python only prints a Ctrl-C: where it comes while an object is being finalized."""
+    before = sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        again = threading.Timer(SOON, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:

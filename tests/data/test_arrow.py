@@ -107,3 +107,44 @@ def test_messages_cover_a_file(tmp_path: Path) -> None:
     ]
     assert [1, 3, 3] == [kind for kind, _ in messages]
     assert path.read_bytes() == b"".join(data for _, data in messages) + b"\xff\xff\xff\xff" + bytes(4)
+
+
+def offsets(*values: int) -> bytes:
+    """Return numbers as Arrow stores them."""
+    return struct.pack(f"<{len(values)}i", *values)
+
+
+DAMAGE: dict[str, tuple[Any, bytes, bytes]] = {
+    "backwards": (["abc", "def", "ghi"], offsets(0, 3, 6, 9), offsets(0, -5, 6, 9)),
+    "before": (["abc", "def", "ghi"], offsets(0, 3, 6, 9), offsets(-5, 3, 6, 9)),
+    "beyond": (["abc", "def", "ghi"], offsets(0, 3, 6, 9), offsets(0, 3, 6, 60)),
+    "list": ([["a", "b"], ["c"]], offsets(0, 2, 3), offsets(0, -2, 3)),
+    "messages": ([[{"role": "user", "content": "abcdef"}]], offsets(0, 6), offsets(0, 60)),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGE, "code", "view"])
+def test_what_points_out_of_a_batch_is_refused(tmp_path: Path, kind: str) -> None:
+    """Offsets, codes and views that Arrow would follow into other memory, or to the end of the process."""
+    if kind in DAMAGE:
+        values, sound, damaged = DAMAGE[kind]
+        column = pyarrow.array(values)
+    elif kind == "code":
+        column, sound, damaged = pyarrow.array(["a", "b", "c"]).dictionary_encode(), offsets(0, 1, 2), offsets(0, -1, 2)
+    else:
+        column = pyarrow.array(["a" * 40], pyarrow.string_view())
+        sound, damaged = offsets(40) + b"aaaa" + offsets(0), offsets(40) + b"aaaa" + offsets(7)
+    path = put(tmp_path / "a.arrow", [pyarrow.record_batch({"text": column})])
+    before, found, after = path.read_bytes().rpartition(sound)
+    assert found
+    path.write_bytes(before + damaged + after)
+    assert "write or download it again" == refusal_of(path).remedy
+
+
+def test_a_text_that_is_not_utf_8_is_a_problem_of_its_row(tmp_path: Path) -> None:
+    """The batch is sound, and its other rows are read."""
+    path = put(tmp_path / "a.arrow", [pyarrow.record_batch({"text": ["good", "abcdefgh"]})])
+    path.write_bytes(path.read_bytes().replace(b"abcdefgh", b"\xff" * 8))
+    first, second = texts_of(path)
+    assert "good" == first
+    assert "UnicodeDecodeError" in second.reason

@@ -28,7 +28,7 @@ def mapped(row: Any, **columns: str) -> Any:
 
 @pytest.mark.parametrize(("question", "answer"), [*product((*QUESTIONS, "input"), ANSWERS)])
 def test_a_question_and_its_answer_are_known_under_any_pair_of_names(question: str, answer: str) -> None:
-    """Each pair is a chat of two turns, in any order and beside other keys; prompt and completion stay themselves."""
+    """Each pair is a chat of two turns, in any order and next to other keys; prompt and completion stay themselves."""
     row = {"id": 3, answer: "A", question: "Q", "category": "x", "context": None}
     if (question, answer) == ("prompt", "completion"):
         assert Completion("Q", "A") == parsed(mapped(row))
@@ -55,7 +55,7 @@ def test_what_belongs_to_a_question_is_kept(row: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("keys", FORMATS, ids=sorted)
 def test_a_row_of_a_known_format_is_not_touched(keys: frozenset[str]) -> None:
-    """Whatever other names stand beside them: keys of a format say what the row is."""
+    """Whatever other names stand next to them: keys of a format say what the row is."""
     row = {**dict.fromkeys(("question", "answer", "response", "context"), "x"), **dict.fromkeys(keys, "y")}
     assert row is mapped(row)
 

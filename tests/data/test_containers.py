@@ -19,6 +19,7 @@ from tiny import byte_state
 
 from onward.data.files.archives import DIRECTORY_BYTES
 from onward.data.files.containers import FileError
+from onward.data.files.formats import PACKED
 from onward.data.files.limits import Limits
 from onward.data.files.reading import Reading
 from onward.data.files.sources import read_rows
@@ -71,6 +72,8 @@ def as_parquet() -> bytes:
     return sink.getvalue()
 
 
+SKIPPED = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"size"
+"""A frame of zstandard without content, as pzstd writes one before each other."""
 CONTAINERS: dict[str, Callable[[], bytes]] = {
     "a.ndjson": lambda: JSONL,
     "a.json": lambda: json.dumps(ROWS).encode(),
@@ -85,6 +88,7 @@ CONTAINERS: dict[str, Callable[[], bytes]] = {
     "a.arrow": lambda: as_arrow(stream=True),
     "b.arrow": lambda: as_arrow(stream=False, compression="zstd"),
     "c.arrow": lambda: as_arrow(stream=False),
+    "a.jsonl.zst": lambda: SKIPPED + zstandard.compress(JSONL[:999]) + SKIPPED + zstandard.compress(JSONL[999:]),
     "a.jsonl.xz": lambda: lzma.compress(JSONL[:999]) + bytes(8) + lzma.compress(JSONL[999:], preset=9) + bytes(4),
     "a.jsonl.bz2": lambda: bz2.compress(JSONL[:999]) + bz2.compress(JSONL[999:], 1),
 }
@@ -118,6 +122,12 @@ def test_the_same_rows_give_the_same_tokens(tmp_path: Path, name: str) -> None:
     """Whatever holds them: tokens and targets of rows do not depend on the container."""
     expected = tokens_of(put(tmp_path / "x.jsonl", JSONL))
     assert expected == tokens_of(put(tmp_path / name, CONTAINERS[name]()))
+
+
+def test_what_may_unpack_to_any_size_is_known_by_its_name() -> None:
+    """Between two steps a daemon reads small files of plain text only."""
+    plain = ("a.ndjson", "a.json", "a.csv", "b.csv", "a.tsv")
+    assert [name for name in CONTAINERS if name not in plain] == [name for name in CONTAINERS if name.endswith(PACKED)]
 
 
 @pytest.mark.parametrize("packing", PACK)

@@ -1,4 +1,4 @@
-"""The templates that TRL ships, a sample of them (ONWARD_SOAK=1: all): our targets beside TRL's mask."""
+"""The templates that TRL ships, a sample of them (ONWARD_SOAK=1: all): our targets alongside TRL's mask."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ SIZE = 2
 POINTS = 10 if FULL_SIZE else 1
 """Changes of a rank that get a fault, spread over all of them."""
 CASES = [("whole", 0), ("shards", 0), ("shards", 1)]
-"""Ways, and ranks that write: beside a whole model the others write nothing."""
+"""Ways, and ranks that write: alongside a whole model the others write nothing."""
 
 
 @pytest.fixture(scope="module")

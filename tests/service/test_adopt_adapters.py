@@ -55,7 +55,7 @@ def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: P
 
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])
 def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_path: Path) -> None:
-    """PEFT writes the base's own rows beside such an adapter; they are recognized, and all goes on as it was."""
+    """PEFT writes the base's own rows alongside such an adapter; they are recognized, and all goes on as it was."""
     adapted = stock.lora_model(model, target_modules=["q_proj", layer])
     stop: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
     trainer = stock.trainer(adapted, tmp_path / "stock", **stop)

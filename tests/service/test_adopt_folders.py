@@ -80,7 +80,7 @@ def test_weights_in_shards_are_refused_with_the_command_that_joins_them(tool: st
 
 
 def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Path, tmp_path: Path) -> None:
-    """A checkpoint of FSDP has shards and no config; joined by accelerate, beside the base's config, it is a model."""
+    """A checkpoint of FSDP has shards and no config; joined by accelerate, next to the base's config, it is a model."""
     whole = AutoModelForCausalLM.from_pretrained(model)
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_shards_of_fsdp_are_adopted_after_the_commands_that_are_named(model: Pat
     command = re.search(r"accelerate merge-weights (.*); then", str(caught.value.hint))
     assert command is not None
     merge_fsdp_weights(*shlex.split(command[1]))
-    with pytest.raises(UsageError, match=r"no config\.json beside the weights"):
+    with pytest.raises(UsageError, match=r"no config\.json next to the weights"):
         Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)
     shutil.copy(model / "config.json", folder)
     run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True)

@@ -17,7 +17,7 @@ from filelock import FileLock
 from runs import new_run
 
 from onward import Run
-from onward.layout import RunLayout
+from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
 from onward.service.proof.doctor import Finding, examine
@@ -108,6 +108,15 @@ def test_a_checkpoint_of_others_is_named(layout: RunLayout) -> None:
     (folder / "trainer_state.json").write_text("{}")
     (found,) = findings(layout, "current_model/checkpoint-900")
     assert ("warning", f"not made by Onward: it has no {MANIFEST}") == (found.level, found.message)
+
+
+def test_a_copy_under_another_name_is_named(layout: RunLayout) -> None:
+    """It verifies, and it is none of the run's: nothing goes on from it."""
+    made = layout.checkpoints()[0]
+    shutil.copytree(made, layout.checkpoint(900))
+    (found,) = findings(layout, "current_model/checkpoint-900")
+    expected = f"a copy of step {step_of(made)}, not made by this run under this name, and left alone"
+    assert ("warning", expected) == (found.level, found.message)
 
 
 def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:

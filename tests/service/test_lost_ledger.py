@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -91,6 +92,27 @@ def test_while_nothing_is_trained(run: Run, tmp_path: Path) -> None:
     adopted = Run.adopt(command[2], tmp_path / "new")
     assert step == adopted.status()["global_step"]
     assert adopted.verify().ok
+
+
+def test_an_emptied_ledger_is_no_new_one(run: Run) -> None:
+    """Every command says that it is empty and names the way out; none shows a run without files or makes tables."""
+    run.layout.ledger.with_name("ledger.sqlite3-wal").unlink(missing_ok=True)
+    run.layout.ledger.write_bytes(b"")
+    command = shlex.join(["onward", "adopt", str(run.layout.checkpoints()[0]), "--run", "NEW_RUN"])
+    for words in (["status"], ["history"], ["train"], ["stop"], ["grid"], ["verify"]):
+        outcome = onward(*words, "--run", run.layout.root)
+        assert (5, True, True) == (outcome.status, "the ledger is empty" in outcome.err, command in outcome.err), words
+    examined = onward("doctor", "--run", run.layout.root)
+    assert (1, True, True) == (examined.status, "the ledger is empty" in examined.out, command in examined.out)
+    assert b"CREATE TABLE" not in run.layout.ledger.read_bytes()
+
+
+def test_a_process_notices_that_its_ledger_was_emptied(run: Run) -> None:
+    """The file is the same and its content is gone: that is damage, not a machine to be waited for."""
+    with Ledger(run.layout.ledger) as ledger:
+        os.truncate(run.layout.ledger, 0)
+        with pytest.raises(DamagedState, match="the ledger is empty"):
+            ledger.require_in_place()
 
 
 def test_only_a_new_run_makes_a_ledger(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What takes files in needs no GPU and no model: it runs beside a process that has all the memory of the device."""
+"""What takes files in needs no GPU and no model: it runs alongside a process that has all the memory of the device."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -321,6 +322,21 @@ def test_too_many_open_files_refuse_nobody(run: Run) -> None:
     assert ("EMFILE\nEMFILE\n", "") == (done.stdout, done.stderr)
     assert path.is_file()
     assert [] == list(run.layout.rejected.iterdir())
+
+
+def test_what_the_run_may_not_read_refuses_nobody(run: Run) -> None:
+    """A cache or a library that this user may not read says nothing of the file, which keeps its place."""
+
+    def fail(row: FileRow) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(run.layout.tokens / "x"))
+
+    tiny.write_jsonl(run.layout.inbox / "a.jsonl", tiny.chat_rows(3))
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "a.jsonl")
+        with pytest.raises(PermissionError):
+            Intake(run.layout, ledger, begun=fail).check_next()
+        (row,) = ledger.files("arriving")
+        assert 0 == row.attempts
 
 
 def test_occurrence_counts_the_same_content(run: Run, tmp_path: Path) -> None:

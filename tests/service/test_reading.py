@@ -92,7 +92,7 @@ def test_a_snapshot_stays_when_training_goes_on(run: Run, files: list[Path], tmp
 
 def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_path: Path) -> None:
     """A name that is taken, a run that has committed nothing and a damaged checkpoint are refused; nothing is left."""
-    with pytest.raises(UsageError, match="under this name"):
+    with pytest.raises(UsageError, match="of this name"):
         snapshot(run.layout, tmp_path)
     with pytest.raises(UsageError, match="nothing was committed"):
         snapshot(new_run(tmp_path / "new", model).layout, tmp_path / "none")

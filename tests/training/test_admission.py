@@ -331,7 +331,7 @@ def test_models_that_need_more_are_named(values: dict[str, Any], words: str, rem
 
 @pytest.mark.parametrize("beside_a_model", [True, False])
 def test_an_adapter_is_named_as_one(beside_a_model: bool, tmp_path: Path) -> None:
-    """The way on is its base and `--adapter`; transformers would put it on the model beside it without a word."""
+    """The way on is its base and `--adapter`; transformers would put it on the model alongside it without a word."""
     folder = save(tmp_path / "model", "llama") if beside_a_model else tmp_path / "model"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))

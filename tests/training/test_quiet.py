@@ -98,7 +98,7 @@ def test_the_first_thread_to_enter_leaves_first(before: dict[str, Any]) -> None:
 
 
 def test_models_are_loaded_in_several_threads(model: Path) -> None:
-    """A load beside another one finds every weight: transformers replaces methods of its classes meanwhile."""
+    """A load alongside another one finds every weight: transformers replaces methods of its classes meanwhile."""
     failures: list[BaseException] = []
 
     def load_often() -> None:

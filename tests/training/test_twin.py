@@ -65,7 +65,7 @@ KINDS = ("rwkv", "rwkv with an adapter", "parameters", *ROPE)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_probe_changes_no_bit(kind: str) -> None:
-    """Weights, buffers and the values beside them stay as they are, and so do gradients that follow."""
+    """Weights, buffers and the values next to them stay as they are, and so do gradients that follow."""
     measured, plain = make_model(kind), make_model(kind)
     before, buffers = digest(measured), Buffers(measured)
     probe = Probe(measured, 0, CPU, torch.float32)

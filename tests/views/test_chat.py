@@ -1,4 +1,4 @@
-"""A model answers as it was trained to be asked, deterministically where it should, beside a process that trains."""
+"""A model answers as it was trained to be asked, deterministically where it should, alongside a process that trains."""
 
 from __future__ import annotations
 

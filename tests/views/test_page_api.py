@@ -289,7 +289,7 @@ def test_an_upload_leaves_the_margin_of_the_disk_free(tmp_path: Path, in_chunks:
 def test_an_upload_that_breaks_off_leaves_nothing(
     page: Page, made: RunLayout, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """While a file is sent it lies beside the inbox's files as .part; when its sender goes away it is gone, and
+    """While a file is sent it lies next to the inbox's files as .part; when its sender goes away it is gone, and
     nothing is printed where the page was started.
     """
     head = f"PUT /api/inbox/half.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"

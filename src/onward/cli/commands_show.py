@@ -74,7 +74,7 @@ def preview(
         estimate(RunLayout(run), file, price, as_json=as_json)
         return
     if price is not None:
-        raise UsageError("a price is for an estimate", where="--price", hint="Add --estimate.")
+        raise UsageError("--price goes with an estimate", where="--price", hint="Add --estimate.")
     from onward.views.preview import ROWS, lines_of, preview
 
     seen = preview(RunLayout(run), file, rows or (None if as_json and not worst else ROWS), worst=worst)

@@ -18,7 +18,7 @@ from onward.layout import RunLayout, entries
 from onward.terminal import flush_results, say, show_line
 
 NICENESS = 10
-"""Of a process beside one that trains: on a busy processor it gets a tenth of the other's share."""
+"""Of a process alongside one that trains: on a busy processor it gets a tenth of the other's share."""
 
 
 def chat(
@@ -38,7 +38,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of every answer.", show_default="drawn")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to the model as it was last committed, or to an earlier state, beside a process that trains."""
+    """Talk to the model as it was last committed, or to an earlier state, alongside a process that trains."""
     if compare is not None and (at is not None or refresh):
         raise UsageError("--compare names both states", where="--compare", hint="Leave --at and --refresh out.")
     if at is not None and refresh:

@@ -35,7 +35,8 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
     startup.set_environment()
     open_standard_streams()
     try:
-        outcome = app(standalone_mode=False)
+        with startup.kept_interrupts():
+            outcome = app(standalone_mode=False)
         flush_results()
     except CommandLineError as error:
         with contextlib.suppress(OSError, ValueError):

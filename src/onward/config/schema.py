@@ -1,4 +1,4 @@
-"""The config's JSON schema, for editors: it lies beside `onward.yaml`, whose first line names it."""
+"""The config's JSON schema, for editors: it lies next to `onward.yaml`, whose first line names it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,6 @@ def schema_text() -> str:
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Write a new run's `onward.yaml`, with its schema beside it."""
+    """Write a new run's `onward.yaml`, with its schema next to it."""
     path.with_name(SCHEMA).write_text(schema_text(), encoding="utf-8")
     path.write_text(f"{MODELINE}\n{render_yaml(config)}", encoding="utf-8")

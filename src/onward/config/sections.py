@@ -106,7 +106,7 @@ class LoraConfig(Section):
         "what is left of it as a base of its own (`base/`, float32).",
     )
     modules_to_save: list[Name] = Field(
-        default=[], description="Modules trained whole beside the adapter, by name: `lm_head`, `embed_tokens`."
+        default=[], description="Modules trained whole in addition to the adapter, by name: `lm_head`, `embed_tokens`."
     )
     trainable_tokens: list[Index] | dict[str, list[Index]] = Field(
         default=[],

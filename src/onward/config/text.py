@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from onward.config.config import Config, known_keys
 from onward.config.keys import IDENTITY_KEYS, SECRET_KEYS, SECTIONS
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Unreadable
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's safe loader where PyYAML has it: ten times faster, and the config is read at every boundary."""
@@ -44,16 +44,19 @@ def read_config(path: Path) -> Config:
     """Read `onward.yaml` or `config.json`.
 
     Raises:
-        ConfigError: the file is missing, unreadable or refused.
+        ConfigError: the file is missing or refused.
+        Unreadable: the machine cannot read it now.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
+    except OSError as error:
+        raise Unreadable.of(error, path) from None
     if values is None:
         raise ConfigError("the config is empty", where=path, hint=MISSING_HINT)
     return parse_config(values, where=path)

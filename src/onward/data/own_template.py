@@ -84,7 +84,7 @@ def write_template(value: str | None, text: str, root: Path) -> None:
 def training_twin(template: str) -> str | None:
     """Return the name of the template for training that the installed TRL ships for a model's own; None if it has none.
 
-    TRL keeps models' own templates beside those for training; which model this is follows from the text.
+    TRL keeps models' own templates next to those for training; which model this is follows from the text.
     """
     folder = _trl_folder()
     if not template or folder is None:
@@ -97,7 +97,7 @@ def training_twin(template: str) -> str | None:
 
 
 def other_template_hint(template: str) -> str:
-    """Return where a template for training may be had for a model whose own leaves something out."""
+    """Return where to find a template for training, for a model whose own leaves something out."""
     twin = training_twin(template)
     if twin is not None:
         return f"TRL ships a template for training with this model: {KEY}: {twin}"

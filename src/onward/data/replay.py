@@ -86,7 +86,7 @@ class ReplayPlan:
         share: replayed rows per row of the file, above 0.
         weighted: draw files by weight, with replacement; else go through all rows of all files in an order of their
             own, so that none comes twice before every other came once.
-        key: what the choice depends on beside the step: the seed and the stream up to and with the file.
+        key: what the choice depends on in addition to the step: the seed and the stream up to and with the file.
     """
 
     own: FilePlan

@@ -16,6 +16,8 @@ PROBLEMS_SHOWN = 20
 KEYS_COUNTED = 100
 """Different keys that are counted: rows may have keys of their own."""
 KEYS_NAMED = 12
+KEY_LENGTH = 80
+"""Characters that are shown of a key, which may be as long as a row."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class IgnoredKeys:
         """A note that names the first of them; none if there are none."""
         if not self.count:
             return []
-        named = [printable(key) for key in list(self.count)[:KEYS_NAMED]]
+        named = [printable(key[:KEY_LENGTH]) for key in list(self.count)[:KEYS_NAMED]]
         more = len(self.count) - len(named)
         return [f"ignored keys: {', '.join(named)}{f' and {more} more' if more else ''}"]
 

@@ -70,7 +70,7 @@ class Weights:
 
     @property
     def notes(self) -> list[str]:
-        """What is said of them when the file is accepted."""
+        """What is reported of them when the file is accepted."""
         said = ", ".join(f"{value:g}" for value in self.values)
         return [f"weights of tokens in the loss, besides 1: {said}"] if said else []
 

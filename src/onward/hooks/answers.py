@@ -25,7 +25,7 @@ LOOKS = (16, 32, 64)
 CLEAR = 3.0
 """Standard errors above zero at which answers belong to their questions beyond doubt."""
 FEWEST = 8
-"""Rows below which nothing is said."""
+"""With fewer rows no verdict is given."""
 FEW_TOKENS, NEARLY_ALL = 4, 0.9
 """A file of which so many different tokens make up this share says one thing over and over."""
 LONG = 8

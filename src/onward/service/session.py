@@ -36,7 +36,7 @@ from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]
 DIGESTS = ("base", "tokenizer")
-"""What a run's identity holds beside the keys of its config."""
+"""What a run's identity holds in addition to the keys of its config."""
 
 
 @dataclass(frozen=True)

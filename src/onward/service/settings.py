@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.errors import ConfigError
+from onward.errors import ConfigError, Unreadable
 
 PUT_BACK = "Put the old values back, or make another run: onward init NEW_RUN"
 
@@ -45,7 +45,7 @@ class Settings:
         """Return the config as the file says it now.
 
         Raises:
-            ConfigError: it is refused; what was read before stays current.
+            ConfigError, Unreadable: it is refused or cannot be read now; what was read before stays current.
         """
         signature = self._look()
         if signature != self._signature or self.problem is not None:
@@ -58,8 +58,8 @@ class Settings:
         before, problem = self.current, self.problem
         try:
             self.read()
-        except ConfigError as error:
-            self.problem = str(error.what)
+        except (ConfigError, Unreadable) as error:
+            self.problem = error.what
         return self.current != before or self.problem != problem
 
     def over(self, config: Config) -> Config:

@@ -19,6 +19,8 @@ PASSING = {
     sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
 """Errors of SQLite that say nothing about the content: the disk is full or fails, or others use the file."""
+DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+"""Errors of SQLite that say that the content is damaged, whatever was to be written."""
 
 LOG_BYTES = 16 << 20
 """Bytes that SQLite's log is cut back to after a long-lived reader let it grow."""
@@ -27,11 +29,14 @@ Values = dict[str, Any]
 Record = TypeVar("Record")
 
 
-def connect(path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False) -> sqlite3.Connection:
+def connect(
+    path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = 30.0
+) -> sqlite3.Connection:
     """Open a ledger file; a missing one is only made where `create` says so, as a run is made once.
 
     Args:
         durable: make each transaction wait for the disk (`synchronous=FULL`).
+        patience: seconds to wait for others who write.
 
     Raises:
         DamagedState: it is gone, or no database.
@@ -42,7 +47,7 @@ def connect(path: Path, *, durable: bool = True, read_only: bool = False, create
             connection = _connect_to_look(path)
         else:
             connection = _connect(f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}")
-        connection.execute("PRAGMA busy_timeout = 30000")
+        connection.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA fullfsync = ON")  # macOS: `fsync` alone does not reach the disk
@@ -98,9 +103,9 @@ def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     return error if path.exists() else RunLayout(path.parent).lost_ledger()
 
 
-def damaged(path: Path, error: sqlite3.DatabaseError) -> DamagedState:
+def damaged(path: Path, error: BaseException) -> DamagedState:
     """Return the refusal for a ledger that SQLite cannot read."""
-    hint = "Restore ledger.sqlite3 from a copy, or adopt the newest checkpoint into a new run: onward adopt CHECKPOINT"
+    hint = RunLayout(path.parent).way_without_ledger()
     return DamagedState(f"the ledger cannot be read: {error}", where=path, hint=hint)
 
 
@@ -134,13 +139,15 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Notice that the file was removed or replaced under this process.
+        """Notice that the file was removed, replaced or emptied under this process.
 
         Raises:
             DamagedState: nothing that is written now would be found again.
         """
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
+        if not self.path.stat().st_size:
+            raise RunLayout(self.path.parent).empty_ledger()
 
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""
@@ -156,9 +163,11 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
             self._connection.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._connection.in_transaction:  # a full or failing disk may have rolled back by itself
                 self._connection.execute("ROLLBACK")
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE:
+                raise damaged(self.path, error) from None
             raise
 
     def query(self, sql: str, *values: Any) -> list[Values]:

@@ -22,7 +22,7 @@ from onward.layout import LEDGER, RunLayout
 from onward.text import printable, quoted
 
 MOUNTS = Path("/proc/self/mountinfo")
-"""What this process has mounted, as Linux tells it: proc_pid_mountinfo(5)."""
+"""The mounts of this process, as Linux reports them: proc_pid_mountinfo(5)."""
 
 _IN_MEMORY_OR_STACKED = frozenset({"tmpfs", "ramfs", "rootfs", "overlay", "aufs", "ecryptfs", "fuse.fuse-overlayfs"})
 _WITHOUT_ONE_DEVICE = frozenset({"btrfs", "zfs", "bcachefs", "ubifs"})
@@ -41,7 +41,7 @@ SERVED_BY_PROGRAM = frozenset({
 })  # fmt: skip
 """Programs behind FUSE that reach what lies on other machines, by the names under which they are mounted."""
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
-"""What `flock` says on a disk that has no locks, or whose server of locks does not answer."""
+"""Error numbers of `flock` on a disk that has no locks, or whose server of locks does not answer."""
 MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 

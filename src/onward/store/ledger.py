@@ -12,6 +12,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
+from onward.layout import RunLayout
 from onward.store.curve import Curve
 from onward.store.database import refusal
 from onward.store.files import BEGUN, Files, marks
@@ -48,12 +49,14 @@ class Ledger(Files, Requests, Curve, Tracking):
         self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False, create: bool = False
     ) -> None:
         super().__init__(path, clock=clock, read_only=read_only, create=create)
-        if not read_only:
-            try:
+        try:
+            if not create and not self.scalar("PRAGMA user_version"):
+                raise RunLayout(path.parent).empty_ledger()
+            if not read_only:
                 migrate(self._connection)
-            except (sqlite3.DatabaseError, OnwardError) as error:
-                self._connection.close()
-                raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
+        except (sqlite3.DatabaseError, OnwardError) as error:
+            self._connection.close()
+            raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
 
     def __enter__(self) -> Ledger:
         return self

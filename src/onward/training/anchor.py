@@ -30,7 +30,7 @@ ROWS_PER_TEXT = 8
 
 @dataclass(frozen=True)
 class AnchorTerm:
-    """What the loss of a step gets beside that of its rows: weight times the divergence, mean over tokens.
+    """What the loss of a step gets in addition to that of its rows: weight times the divergence, mean over tokens.
 
     Args:
         texts: tokens of the texts, all of one length, all but the first of each being targets.

@@ -201,7 +201,7 @@ def _describe(folder: Path, contents: Contents) -> Manifest:
         if path.is_file()
     }
     measured = contents.measurement.to_dict()
-    gradient = measured.pop(GRADIENT)  # beside what every release measured, whose readers take nothing else
+    gradient = measured.pop(GRADIENT)  # alongside what every release measured, whose readers take nothing else
     return Manifest(
         format=FORMAT,
         run=facts.run,

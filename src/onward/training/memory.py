@@ -227,7 +227,7 @@ def _row(length: int) -> Batch:
 
 
 def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that backward would need of a forward pass, beside weights and buffers."""
+    """Return the bytes that backward would need of a forward pass, in addition to weights and buffers."""
     places = {_place(each) for each in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 

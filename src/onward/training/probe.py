@@ -120,7 +120,7 @@ class Probe:
         """Return a function that measures a copy of the state, in any thread, while training goes on.
 
         It is measured at once where the model computes elsewhere than in main memory, which holds the copies, or where
-        its forward pass is not one to run beside another: it uses state of the process, or draws random numbers.
+        its forward pass is not one to run alongside another: it uses state of the process, or draws random numbers.
         """
         if self._at_once:
             probed = self.of_model()

@@ -44,7 +44,7 @@ class Trainer:
         state: what evolves.
         config: the config in force for the file.
         execution: where and how steps are computed.
-        anchor: what the loss gets beside that of the rows; None for nothing.
+        anchor: what the loss gets in addition to that of the rows; None for nothing.
         learned: what the process knows of the model already, for one that trains file after file.
         rates: the learning rate of a global step and its step in the file, both from 1; the config's if not given.
     """
@@ -249,9 +249,9 @@ class Trainer:
         self.state.optimizer.zero_grad(set_to_none=True)
         name = "gradient" if loss == loss and abs(loss) != float("inf") else "loss"
         lines = ", ".join(str(line) for line in sorted(batch.lines))
+        rows = f"its rows are on lines {lines}" if len(batch.lines) > 1 else f"its row is on line {lines}"
         raise TrainingError(
-            f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); "
-            f"its rows are on lines {lines}",
+            f"the {name} of step {self.state.step + 1} is not finite (loss {loss}, gradient norm {grad_norm}); {rows}",
             where=f"step {self.state.step + 1}",
             hint="The step was not kept. Look at these rows, or lower learning_rate, then: onward train",
         )

@@ -91,7 +91,7 @@ def has_adapter(point: Point) -> bool:
 def free_device(layout: RunLayout) -> torch.device:
     """Return the GPU if there is one that no process trains this run on, else the CPU.
 
-    A model beside the one that is trained could take the memory that the next step needs.
+    A model alongside the one that is trained could take the memory that the next step needs.
     """
     return torch.device("cpu") if is_held(layout.lock) else pick_device()
 

@@ -106,7 +106,7 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 
 
 def _is_of_person(name: str) -> bool:
-    """Whether a member is not one that a Mac's Finder adds beside each file."""
+    """Whether a member is not one that a Mac's Finder adds next to each file."""
     parts = name.split("/")
     return parts[0] != "__MACOSX" and not parts[-1].startswith(".")
 

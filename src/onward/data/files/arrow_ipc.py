@@ -14,7 +14,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import batch_rows, batch_values, row_sizes, rows_of_arrow, unknown_type
+from onward.data.files.arrow_values import (
+    batch_rows,
+    batch_values,
+    require_sound,
+    row_sizes,
+    rows_of_arrow,
+    unknown_type,
+)
 from onward.data.files.containers import SourceFile
 from onward.data.files.faults import FileError
 from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
@@ -48,6 +55,7 @@ def _rows(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator[dict
     names = _names(reader.schema)
     rows = unpacked = 0
     for batch in reader:
+        require_sound(batch)
         sizes = row_sizes(batch)
         over = np.flatnonzero(sizes > limits.row_bytes)
         if len(over):

@@ -45,6 +45,23 @@ def rows_of_arrow(form: str, read: Callable[[], Iterator[dict[str, Any]]]) -> It
         raise FileError(what, "write or download it again", rows + 1 if rows else None) from None
 
 
+def require_sound(batch: Any) -> None:
+    """Refuse a batch whose offsets, views or indices point outside of it: Arrow would follow them anywhere in memory.
+
+    Text that is not UTF-8 passes: it is a problem of its row.
+
+    Raises:
+        pyarrow.ArrowInvalid, pyarrow.ArrowIndexError: the batch is damaged.
+    """
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowException:
+        for column in batch.columns:
+            column.view(_with_bytes(column.type)).validate(full=True)
+
+
 def batch_rows(sizes: NDArray[np.int64]) -> int:
     """Return how many rows a batch may have so that none is over `BATCH_BYTES`, or 1."""
     rows = BATCH_ROWS
@@ -70,6 +87,33 @@ def unknown_type(kind: Any) -> bool:
     checks = (types.is_list_view, types.is_large_list_view, types.is_run_end_encoded, types.is_union)
     inner = [kind.field(place).type for place in range(kind.num_fields)] if not types.is_dictionary(kind) else []
     return any(check(kind) for check in checks) or any(map(unknown_type, inner))
+
+
+def _with_bytes(kind: Any) -> Any:
+    """Return a type of the same layout in which texts are bytes."""
+    import pyarrow
+    from pyarrow import types
+
+    def of(field: Any) -> Any:
+        return field.with_type(_with_bytes(field.type))
+
+    if types.is_string(kind):
+        return pyarrow.binary()
+    if types.is_large_string(kind):
+        return pyarrow.large_binary()
+    if types.is_string_view(kind):
+        return pyarrow.binary_view()
+    if types.is_dictionary(kind):
+        return pyarrow.dictionary(kind.index_type, _with_bytes(kind.value_type), kind.ordered)
+    if types.is_struct(kind):
+        return pyarrow.struct([of(kind.field(place)) for place in range(kind.num_fields)])
+    if types.is_map(kind):
+        return pyarrow.map_(of(kind.key_field), of(kind.item_field), kind.keys_sorted)
+    if types.is_large_list(kind):
+        return pyarrow.large_list(of(kind.value_field))
+    if types.is_fixed_size_list(kind):
+        return pyarrow.list_(of(kind.value_field), kind.list_size)
+    return pyarrow.list_(of(kind.value_field)) if types.is_list(kind) else kind
 
 
 def _values(column: Any) -> list[Any]:

@@ -12,14 +12,15 @@ from onward.text import quoted
 
 SIGNS = (
     ("gz", re.compile(rb"\x1f\x8b")),
-    ("zst", re.compile(rb"\x28\xb5\x2f\xfd")),
+    ("zst", re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")),
     ("xz", re.compile(rb"\xfd7zXZ\0")),
     ("bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")),
     ("parquet", re.compile(rb"PAR1")),
     ("arrow", re.compile(rb"ARROW1\0\0|\xff\xff\xff\xff[^\0]..\0", re.DOTALL)),
     (ARCHIVE, re.compile(rb"PK(\x03\x04|\x05\x06)")),
 )
-"""Formats with the bytes that their files begin with; bzip2's second form is an empty file."""
+"""Formats with the bytes that their files begin with; bzip2's second form is an empty file, and pzstd begins
+with a frame that is skipped."""
 
 
 def require_content(head: bytes, form: str, descriptor: int | None, path: Path) -> None:

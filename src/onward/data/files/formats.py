@@ -15,6 +15,8 @@ ARCHIVE = "zip"
 ENDINGS = tuple(f".{name}" for name in (*TEXT_FORMATS, *TABLE_FORMATS))
 SEEKS = ("parquet", ARCHIVE)
 """Formats whose bytes are not read in order."""
+PACKED = tuple(f".{name}" for name in (*COMPRESSIONS, *TABLE_FORMATS, ARCHIVE))
+"""Endings of files that may unpack to any size, however small they are."""
 
 
 def file_format(path: Path | str) -> str:

@@ -13,7 +13,7 @@ from onward.data.files.limits import Limits
 from onward.data.strict_json import KEPT, RepeatedKey, require_single_keys
 
 TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
-"""What is said of an integer that Python refuses to convert."""
+"""The reason given for an integer that Python refuses to convert."""
 JSON_CHUNK = 1 << 16
 
 

@@ -58,7 +58,7 @@ class Columns:
         return value if _has_format(row) else self._by_name(row) or self._in_lower_case(row) or value
 
     def _by_config(self, row: dict[Any, Any]) -> dict[Any, Any]:
-        """Map the columns that the config names; keys of other formats do not count beside a whole format."""
+        """Map the columns that the config names; keys of other formats do not count next to a whole format."""
         named = {key: row[column] for key, column in self._columns.items() if column in row}
         aside = {key for keys in FORMATS for key in keys} if _has_format(named) else set[str]()
         others = {key: item for key, item in row.items() if key not in self._sources and key not in aside}

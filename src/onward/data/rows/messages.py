@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 from onward.data.row_types import Message, RowError, check_answer, check_strings, check_text, kind_of
 from onward.data.rows.calls import called, calls_of, json_text
@@ -37,8 +37,8 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
 
 SAID = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 """Weights as text, which is all that a table of strings has."""
-LARGEST_WEIGHT = 1e6
-"""A larger one is a mistake, and would drown all other rows of its step."""
+LARGEST_WEIGHT, SMALLEST_WEIGHT = 1e6, 1e-6
+"""A larger one is a mistake and would drown all other rows of its step; a smaller one is lost in float32."""
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """A thought at the beginning of an answer."""
@@ -152,7 +152,7 @@ def _role(turn: Message, where: str) -> str:
 
 
 def _content(turn: Message, where: str) -> tuple[str | None, list[str]]:
-    """Return the text of a message, None if it has none, and the thoughts that stand beside the text."""
+    """Return the text of a message, None if it has none, and the thoughts that stand next to the text."""
     content = next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
     if content is None or isinstance(content, str):
         return content, []
@@ -205,7 +205,7 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
 
 
 def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
-    """Return the reasoning that stands beside a content; an empty one says nothing where the content holds a thought.
+    """Return the reasoning that stands next to a content; an empty one says nothing where the content holds a thought.
 
     Raises:
         RowError: there are two thoughts.
@@ -214,7 +214,7 @@ def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
         return reasoning
     if not reasoning.strip():
         return None
-    raise RowError(f"{where} has a thought in its content and beside it", "keep one of them: both would be trained")
+    raise RowError(f"{where} has a thought in its content and next to it", "keep one of them: both would be trained")
 
 
 def _weight(turn: Message, role: str, where: str) -> float | None:
@@ -233,7 +233,7 @@ def _weight(turn: Message, role: str, where: str) -> float | None:
 def said_weight(value: Message, where: str) -> float | None:
     """Return the weight that a message or a row says it has in the loss, 0 for none; None if it says nothing.
 
-    Keys that say yes or no say nothing of how much: beside `train: true` another key may have a number.
+    Keys that say yes or no say nothing of how much: alongside `train: true` another key may have a number.
 
     Raises:
         RowError: something is no weight, or two keys name different ones.
@@ -243,9 +243,9 @@ def said_weight(value: Message, where: str) -> float | None:
         weight = weight_of(value.get(key))
         if weight is None:
             continue
-        if not isinstance(weight, bool | int | float) or not 0 <= weight <= LARGEST_WEIGHT:
+        if not _is_weight(weight):
             said = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
-            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, or leave it out'
+            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, 1e-6 to 1e6, or leave it out'
             raise RowError(f'"{key}" of {where} is {said}', remedy)
         found[key] = float(weight)
     if 0 in found.values() or not found:
@@ -255,6 +255,10 @@ def said_weight(value: Message, where: str) -> float | None:
         named = " and ".join(f'"{key}" {weight:g}' for key, weight in others.items())
         raise RowError(f"{where} has two weights: {named}", "keep one of them")
     return next(iter(others.values()), 1.0)
+
+
+def _is_weight(value: Any) -> TypeGuard[float]:
+    return isinstance(value, bool | int | float) and (value == 0 or SMALLEST_WEIGHT <= value <= LARGEST_WEIGHT)
 
 
 def weight_of(value: Any) -> Any:

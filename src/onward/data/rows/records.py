@@ -43,7 +43,7 @@ SHAPES = (
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
 SYSTEM_KEYS = ("system", "system_prompt")
 CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_template_kwargs", "label"))
-"""Keys that are followed beside any chat."""
+"""Keys that are followed next to any chat."""
 
 OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
 """Keys that nothing but a chat can follow."""
@@ -99,14 +99,14 @@ def _listed_row(row: dict[str, Any], key: str, padded: bool) -> Chat:
     turns = message_list(row[key], key)
     if len(row) == 1:
         return _chat(row, turns, padded=is_padded(row[key], padded=padded))
-    _refuse_beside(row, ("history",), "messages", 'write the earlier turns into the messages, or take "history" out')
+    _refuse_next_to(row, ("history",), "messages", 'write the earlier turns into the messages, or take "history" out')
     return _chat(row, _with_system(row, turns), padded=padded, read=(key,))
 
 
 def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
     prompt, completion = _lists_in_text(row["prompt"], row["completion"])
     if isinstance(prompt, list) and isinstance(completion, list):
-        _refuse_beside(row, ("history",), "messages", 'write the earlier turns into "prompt", or take "history" out')
+        _refuse_next_to(row, ("history",), "messages", 'write the earlier turns into "prompt", or take "history" out')
         asked = _with_system(row, message_list(prompt, "prompt"))
         turns = asked + message_list(completion, "completion")
         return _chat(row, turns, padded=padded, read=("prompt", "completion"), given=len(asked))
@@ -115,7 +115,7 @@ def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
             f'"prompt" is {kind_of(prompt)} and "completion" is {kind_of(completion)}',
             "make both strings, or both lists of messages",
         )
-    _refuse_beside(row, OF_CHATS, "a prompt that is plain text", "write prompt and completion as messages")
+    _refuse_next_to(row, OF_CHATS, "a prompt that is plain text", "write prompt and completion as messages")
     check_text(prompt, "prompt")
     check_answer(completion, "completion")
     ignored = _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label"))
@@ -145,7 +145,7 @@ def _alpaca_row(row: dict[str, Any], padded: bool) -> Chat:
 
 def _text_row(row: dict[str, Any], padded: bool) -> Text:
     text = _string(row, "text")
-    _refuse_beside(row, OF_CHATS, "plain text", "write the row as messages, or take {key} out")
+    _refuse_next_to(row, OF_CHATS, "plain text", "write the row as messages, or take {key} out")
     check_answer(text, "text")
     return Text(text, _ignored(row, ("text", *WEIGHT_KEYS)), _weight(row))
 
@@ -213,7 +213,7 @@ def _with_targets(chat: Chat) -> Chat:
 
 
 def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
-    """Return messages led by the system text that stands beside them, if there is one."""
+    """Return messages led by the system text that stands next to them, if there is one."""
     texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _string(row, key))))
     if not texts:
         return turns
@@ -231,11 +231,11 @@ def _tools(row: dict[str, Any], *, padded: bool) -> list[Any] | None:
     return tools or functions
 
 
-def _refuse_beside(row: dict[str, Any], keys: Sequence[str], what: str, remedy: str) -> None:
-    """Refuse keys that cannot be followed beside what a row is; empty ones say nothing."""
+def _refuse_next_to(row: dict[str, Any], keys: Sequence[str], what: str, remedy: str) -> None:
+    """Refuse keys that cannot be followed next to what a row is; empty ones say nothing."""
     for key in keys:
         if row.get(key) and row[key] != "[]":
-            raise RowError(f'"{key}" stands beside {what}', remedy.replace("{key}", f'"{key}"'))
+            raise RowError(f'"{key}" stands next to {what}', remedy.replace("{key}", f'"{key}"'))
 
 
 def _history(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -279,7 +279,7 @@ def _refuse_known(row: dict[str, Any]) -> None:
 
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:
-    """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
+    """Return whether a label calls an answer bad; the number 0 next to a plain text is a class of it."""
     weight = weight_of(label)
     is_word = isinstance(label, str) and label.strip().isalpha()
     return label is False or (weight == 0 and (is_word or "text" not in row))

@@ -41,7 +41,7 @@ class Intake:
 
     Args:
         stop: called while files are read; raises to end early, and what arrived stays for the next start.
-        rules: what rows have to meet; by default what the run's config and base model say.
+        rules: the rules that rows must obey; by default what the run's config and base model say.
         begun: called with a file once its attempt is counted, before it is opened.
     """
 

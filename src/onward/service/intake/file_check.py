@@ -13,7 +13,7 @@ from pathlib import Path
 from onward.atomic import remove_tree
 from onward.data.files.faults import is_of_machine
 from onward.data.tokenize import IntakeReport, SourceChanged, tokenize_file
-from onward.errors import NoSpace
+from onward.errors import NoSpace, Unreadable
 from onward.layout import RunLayout
 from onward.service.intake.guard import BudgetSpent, Guard, at_intervals
 from onward.service.intake.refusals import Refusal
@@ -74,7 +74,7 @@ class FileCheck:
         except MemoryError:
             raise
         except BaseException as error:
-            if not _is_of_file(error):
+            if not _is_of_file(error, original):
                 self.ledger.count_attempt(row.id, -1)
                 raise
             return Refusal.of_error(row, error)
@@ -115,8 +115,13 @@ class FileCheck:
             )
 
 
-def _is_of_file(error: BaseException) -> bool:
-    """Whether checking failed for what the file holds: neither for the machine, nor because it was ended early."""
-    if isinstance(error, Stopped | BudgetSpent | Withdrawn | NoSpace | sqlite3.Error) or is_of_machine(error):
+def _is_of_file(error: BaseException, original: Path) -> bool:
+    """Whether checking failed for what the file holds: neither for the machine, nor because it was ended early.
+
+    That another file, of the cache or of a library, may not be read says nothing of the one that is checked.
+    """
+    if isinstance(error, Stopped | BudgetSpent | Withdrawn | NoSpace | Unreadable | sqlite3.Error):
+        return False
+    if is_of_machine(error) or (isinstance(error, OSError) and error.filename not in (None, str(original), original)):
         return False
     return isinstance(error, Exception)

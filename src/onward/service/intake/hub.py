@@ -68,7 +68,7 @@ class Hub:
         """Return the files of a data set, downloaded; of one with splits those for training.
 
         Raises:
-            UsageError: there is no such data set, it cannot be had now, or it cannot be told which of its files are
+            UsageError: there is no such data set, it cannot be fetched now, or it cannot be told which of its files are
                 meant.
         """
         name = HubName.of(path)
@@ -84,7 +84,7 @@ class Hub:
             raise
         except Exception as error:  # of the network, of its libraries, or of the Hub
             raise UsageError(
-                f"the data set {name.repository} cannot be had: {first_line(error)}",
+                f"the data set {name.repository} cannot be fetched: {first_line(error)}",
                 where=str(name),
                 hint="Check the name and the network; for one that asks for a login: hf auth login. Nothing was added.",
             ) from None

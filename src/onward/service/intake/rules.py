@@ -1,4 +1,4 @@
-"""How a run turns rows into tokens: its tokenizer, and what rows have to meet."""
+"""How a run turns rows into tokens: its tokenizer, and the rules that rows must obey."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class RunTokenizer(RowTokenizer):
 
 @dataclass(frozen=True)
 class RowRules:
-    """What rows have to meet in a run.
+    """The rules that rows must obey in a run.
 
     Args:
         tokenizer: turns them into tokens.

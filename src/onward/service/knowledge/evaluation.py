@@ -49,7 +49,7 @@ class _Now:
 
 @dataclass(frozen=True)
 class _Others:
-    """What else may be measured beside the file at hand, looked up when its turn comes: there may be thousands."""
+    """What else may be measured alongside the file at hand, looked up when its turn comes: there may be thousands."""
 
     keys: Sequence[str]
     subject: Callable[[str], Subject]
@@ -196,7 +196,7 @@ class Evaluation:
         return Compute(config, self._session.execution, self._look)
 
     def _base(self, meter: Meter, config: Config) -> Meter:
-        """Return what measures the base: the model with its adapter off, or the base loaded beside it."""
+        """Return what measures the base: the model with its adapter off, or the base loaded alongside it."""
         if adapter_off_is_base(config):
             return meter.without_adapter()
         session = self._session

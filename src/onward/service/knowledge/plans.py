@@ -18,7 +18,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 FORGOTTEN_FLOOR = 0.02
-"""Policy `forgotten`: what each file weighs beside its relative forgetting, so that none is left out."""
+"""Policy `forgotten`: what each file weighs alongside its relative forgetting, so that none is left out."""
 RECENT_FALL = 0.5
 """Policy `recent`: what a file weighs, by the one after it."""
 

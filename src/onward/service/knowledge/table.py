@@ -188,7 +188,7 @@ def read_measured(ledger: Ledger, up_to: int | None = None, *, after: int = 0) -
 
 
 def table_of(measured: Sequence[Measured]) -> Table:
-    """Return the table of files of the stream, with the columns of files that were measured beside them."""
+    """Return the table of files of the stream, with the columns of files that were measured next to them."""
     finished = [each for each in measured if each.grid or each.row.state == "done"]
     columns = [Column(each.row.sha256, each.row.place, each.row.name) for each in measured]
     asked = {key: name for each in measured for key, name in each.grid.get("names", {}).items()}

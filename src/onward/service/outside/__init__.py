@@ -1,1 +1,1 @@
-"""What is told to the world outside: the log, notifications, the systemd unit."""
+"""What leaves the process: the log, notifications, the systemd unit."""

@@ -34,7 +34,7 @@ Command = Callable[[Sequence[str], int], int]
 
 @dataclass(frozen=True)
 class Devices:
-    """How many devices a command is to have: between `least` and `most`, fewer once one was lost."""
+    """How many devices a command uses: between `least` and `most`, fewer once one was lost."""
 
     least: int
     most: int

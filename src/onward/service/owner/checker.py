@@ -40,7 +40,7 @@ class Checker:
         self._not_before = float("-inf")
 
     def is_running(self) -> bool:
-        """Whether it is running; if it ended, how is noted."""
+        """Whether it is running; if it has ended, note how."""
         if self._process is None:
             return False
         status = self._process.poll()

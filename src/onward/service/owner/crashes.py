@@ -44,7 +44,7 @@ class Crash:
 
 
 def find_crash(ledger: Ledger) -> Crash | None:
-    """Count a death of the process before; a commit in between is progress, and so is another file.
+    """Count a death of the previous process; a commit in between is progress, and so is another file.
 
     The count is kept by the process after, so that it needs no handler in the one that dies.
     """

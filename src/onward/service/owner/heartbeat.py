@@ -18,6 +18,8 @@ from onward.store.database import connect
 
 SECONDS = 5.0
 """Seconds between two beats."""
+PATIENCE = 1.0
+"""Seconds that a beat waits for others who write: the next one says more."""
 STEP_SLACK, SHORTEST = 20.0, 60.0
 """A step hangs when it takes 20 times as long as the last one, and a minute at least."""
 
@@ -60,7 +62,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Write the heartbeat to the ledger, without waiting for the disk."""
         fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": self.hangs, "pid": os.getpid()}
-        connection = connect(self._path, durable=False)
+        connection = connect(self._path, durable=False, patience=PATIENCE)
         try:
             connection.execute("INSERT OR REPLACE INTO run VALUES ('heartbeat', ?)", (json.dumps(fact),))
         finally:

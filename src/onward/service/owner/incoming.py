@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 
+from onward.data.files.formats import PACKED
 from onward.service.intake.arrivals import TOGETHER
 from onward.service.intake.checking import Intake
 from onward.service.intake.guard import Budget
@@ -25,8 +26,6 @@ from onward.text import printable
 
 SMALL_FILE = 1 << 20
 """Bytes of a file that may be checked between two steps; a larger one is left to a process of its own."""
-PACKED = (".gz", ".zst", ".parquet")
-"""Endings of files that may unpack to any size, however small they are."""
 SECONDS = 1.0
 """Time for checking files between two files that are trained."""
 SOON, AT_ONCE = 0.5, 0.05

@@ -39,7 +39,7 @@ class Tracking:
         self._not_before = float("-inf")
 
     def look(self) -> None:
-        """Start it if it is wanted and does not run; one that ends by itself is started again, ever later."""
+        """Start it where there is a tracker; if it ends by itself it is started again, ever later."""
         runs = self._process is not None and self._process.poll() is None
         if runs or not self._is_wanted() or self._monotonic() < self._not_before:
             return

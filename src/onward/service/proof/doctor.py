@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.data.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
@@ -58,16 +58,13 @@ class Finding:
 def examine(layout: RunLayout) -> list[Finding]:
     """Look at the machine and, where there is one, at the run in `layout`."""
     findings = list(_machine())
-    if not layout.ledger.exists():
-        with contextlib.suppress(UsageError):
-            try:
-                layout.require()
-            except DamagedState as error:
-                return [*findings, Finding("error", "ledger", error.what, error.hint)]
-        return [
-            *findings,
-            Finding("warning", "run", f"there is no run in {layout.root.absolute()}", "onward init DIR makes one"),
-        ]
+    try:
+        layout.require()
+        _require_ledger(layout)
+    except DamagedState as error:
+        return [*findings, Finding("error", "ledger", error.what, error.hint)]
+    except UsageError as error:
+        return [*findings, Finding("warning", "run", f"{error.what}: {error.where}", error.hint)]
     looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("config", lambda: _config(layout)),
         ("identity", lambda: _identity(layout)),
@@ -94,6 +91,12 @@ def examine(layout: RunLayout) -> list[Finding]:
             place = f" [{error.filename}]" if error.filename else ""
             findings.append(Finding("error", subject, f"{error.strerror or error}{place}"))
     return findings
+
+
+def _require_ledger(layout: RunLayout) -> None:
+    """Refuse a ledger that is no ledger; any other reason that it cannot be read is reported with the rest."""
+    with contextlib.suppress(UsageError, sqlite3.DatabaseError, OSError):
+        Ledger(layout.ledger, read_only=True).close()
 
 
 def _machine() -> Iterator[Finding]:
@@ -186,8 +189,8 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
         if answer != "ok":
             yield Finding("error", "ledger", answer, "Restore it from a copy")
         elif ledger.get("run") is None:
-            hint = "Put it back from a copy. If nothing was trained here: remove it, then onward init"
-            yield Finding("error", "ledger", "it is empty", hint)
+            empty = layout.empty_ledger()
+            yield Finding("error", "ledger", empty.what, empty.hint)
         else:
             yield Finding("ok", "ledger", "sound")
 
@@ -249,6 +252,9 @@ def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding
     if manifest.run != run:
         hint = f"Put back the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("error", place, f"of another run than the ledger, which stands at step {step}", hint)
+    if manifest.step != step_of(folder):
+        what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
+        return Finding("warning", place, what, "Move it out of the run")
     if manifest.step > step:
         hint = "onward train brings the ledger up to it; onward verify shows whether something is missing"
         return Finding("warning", place, f"newer than the ledger, which stands at step {step}", hint)

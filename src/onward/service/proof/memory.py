@@ -111,7 +111,7 @@ def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
         return None
     part, usage = largest_part(config), found.usage
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
-    here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB can be had"
+    here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB available"
     how = "layers are computed again" if found.recompute else "nothing is computed again"
     return f"{found.estimate}: {rows}, {how}{here}", found.has_room
 

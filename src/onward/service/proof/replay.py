@@ -91,7 +91,7 @@ def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, ro
         return
     measured = evaluation.of_boundary(state.model, row, stored_config(ledger.config_of(row)), state.step)[GRID]
     if json.loads(json.dumps(measured)) != recorded:
-        raise VerificationFailed(f"measured again after {row.name}, the model scores otherwise than recorded")
+        raise VerificationFailed(f"measured again after {row.name}, the model does not score as recorded")
 
 
 def _train_file(

@@ -66,7 +66,7 @@ def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rates(adopted: Adopted) -> Iterator[str]:
-    """Put the run's next learning rates beside those that the Trainer would have used."""
+    """Put the run's next learning rates next to those that the Trainer would have used."""
     config, schedule, first = adopted.config, adopted.schedule, adopted.folder.step + 1
     ended = config.schedule in HORIZON_SCHEDULES and (config.total_steps or 0) < first
     if schedule is not None and schedule.finished and ended:

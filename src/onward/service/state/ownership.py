@@ -65,8 +65,9 @@ class Ownership:
         """
         if os.path.lexists(folder) and not self.made(folder):
             source, aside = folder.absolute(), self._free_name(folder.name)
+            kind = "directory" if folder.is_dir() else "file"
             raise NotMadeHere(
-                "this directory was not made by this run, and the next checkpoint needs its name",
+                f"this {kind} was not made by this run, and the next checkpoint needs its name",
                 where=folder,
                 hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
             )

@@ -34,7 +34,7 @@ def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = l
         Unreadable: something cannot be read now.
     """
     if target.exists():
-        raise UsageError("there is something under this name already", where=target, hint="Name another directory.")
+        raise UsageError("something of this name is there already", where=target, hint="Name another directory.")
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         manifest = link_newest(layout, temporary, between=between)

@@ -18,7 +18,7 @@ _LARGE = 0.02
 def without_gradient(trained: Iterable[str], reached: Collection[str]) -> tuple[str, ...]:
     """Return the trained weights that no gradient can reach.
 
-    An expert that no token of a small row was sent to is none of them: one beside it was reached.
+    An expert that no token of a small row was sent to is none of them: one next to it was reached.
 
     Args:
         trained: names of all trained weights.

@@ -100,7 +100,7 @@ def _require_weights(path: Path) -> None:
             hint = (
                 f"Copy it from the model that it was made from: cp BASE/config.json {quoted(path)}; then adopt again."
             )
-            raise UsageError("there is no config.json beside the weights", where=path, hint=hint)
+            raise UsageError("there is no config.json next to the weights", where=path, hint=hint)
         return
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"

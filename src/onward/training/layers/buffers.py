@@ -30,7 +30,7 @@ class _Held:
 
 
 class Buffers:
-    """The buffers of a model as they are now, with the plain values beside them.
+    """The buffers of a model as they are now, with the plain values next to them.
 
     Args:
         model: any model; modules without buffers are not looked at again.

@@ -196,7 +196,7 @@ def norm(
 def norm_gradient(
     grad: torch.Tensor, given: Given, *, offset: float, rounds: bool, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of `x` and, where it is wanted, of the weight in float32; shapes are those of `norm`.
+    """Return the gradients of `x` and, where it is asked for, of the weight in float32; shapes are those of `norm`.
 
     Args:
         given: `x`, the weight, and what each row was multiplied by.

@@ -28,7 +28,7 @@ NEEDS = "set_custom_reduce_scatter"
 class ShardedModel:
     """A model whose weights lie in shards on the ranks of a mesh. Every rank makes it of the same model.
 
-    What is trained beside a frozen base (an adapter) stays whole on every rank: it is small, and is then written,
+    What is trained alongside a frozen base (an adapter) stays whole on every rank: it is small, and is then written,
     measured and clipped as on one device.
 
     Args:
@@ -124,7 +124,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """Return what is trained beside a frozen base."""
+    """Return what is trained alongside a frozen base."""
     if not isinstance(model, PeftModel):
         return set()
     return {parameter for parameter in model.parameters() if parameter.requires_grad}

@@ -154,7 +154,7 @@ class Engine:
         """Put another state of the run in place, once the answers that were asked for before are given.
 
         Where only the adapter differs, its weights are exchanged and the base stays in memory; else the other model is
-        loaded beside this one, which answers until then. Whatever fails leaves this one in place.
+        loaded alongside this one, which answers until then. Whatever fails leaves this one in place.
 
         Raises:
             ModelError, Unreadable: as `load`.

@@ -30,7 +30,7 @@ _LEFT_OUT = ("notify", "model", "adapter", "chat_template")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What is said of the base: the name under which others find it, its digest and its licence."""
+    """What the card says of the base: the name under which others find it, its digest and its licence."""
 
     name: str
     digest: str
@@ -52,7 +52,7 @@ def write_card(
     """Write the card and the picture into a folder.
 
     Args:
-        facts: what else is said of the files, by name: their format, the difference that merging made.
+        facts: what else the card says of the files, by name: their format, the difference that merging made.
         proof: what `onward verify` found, as `proof_of` or `verify_now` says it.
     """
     last = point.step
@@ -159,7 +159,7 @@ def _loss(value: float | None) -> str:
 
 
 def verify_now(layout: RunLayout) -> str:
-    """Verify the run, and return what is said of it."""
+    """Verify the run, and return what the card says of it."""
     from onward.run import Run
 
     try:
@@ -170,7 +170,7 @@ def verify_now(layout: RunLayout) -> str:
 
 
 def proof_of(checks: Mapping[str, bool]) -> str:
-    """Return what is said of a proof, by whether each of its checks holds."""
+    """Return what the card says of a proof, by whether each of its checks holds."""
     failed = ", ".join(name for name, ok in checks.items() if not ok)
     verdict = f"FAILED: {failed}" if failed else "everything holds"
     return f"`onward verify` when this was written: {verdict} ({', '.join(checks)})."

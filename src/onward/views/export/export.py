@@ -31,7 +31,7 @@ FORMATS = ("adapter", "merged", "gguf", "ollama")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODEL_GGUF, ADAPTER_GGUF, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 SPARE = 64 << 20
-"""Bytes beside the weights that are asked for before anything is written."""
+"""Bytes in addition to the weights that are asked for before anything is written."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Wanted:
 
     @property
     def is_file(self) -> bool:
-        """Whether one file is wanted, not a folder."""
+        """Whether one file is written, not a folder."""
         return self.format == "gguf" and self.target.suffix == ".gguf"
 
     @property
@@ -78,7 +78,7 @@ class Wanted:
             what = "--quantize is for formats gguf and ollama, and stands for --dtype"
             raise UsageError(what, where="--quantize", hint="Leave it or --dtype out.")
         if self.target.exists() or self.target.is_symlink():
-            what = "there is something under this name already, and nothing is written over it"
+            what = "something of this name is there already, and nothing is written over it"
             raise UsageError(what, where=self.target, hint="Name another, or remove it.")
 
 
@@ -143,7 +143,7 @@ class _Writing:
             raise NoSpace(what, where=self._wanted.target.parent, hint="Free some space, or name another place.")
 
     def write(self, converters: Path | None) -> dict[str, Any]:
-        """Write everything; returns what is said of it."""
+        """Write everything; returns what to tell the user."""
         facts, result = {"Format": str(self._wanted.format)}, dict[str, Any]()
         if self._wanted.format == "adapter":
             self._write_adapter(self._folder)

@@ -71,7 +71,7 @@ def _write(model: PreTrainedModel, dtype: torch.dtype, target: Path) -> None:
     model.to(cast(Any, dtype))
     model.config.use_cache = True
     generation: Any = model.generation_config
-    if generation is not None and not generation.do_sample:  # what only sampling reads is refused beside greedy
+    if generation is not None and not generation.do_sample:  # what only sampling reads is refused next to greedy
         generation.temperature = generation.top_p = generation.top_k = None
     with quiet():
         model.save_pretrained(target)
@@ -93,6 +93,6 @@ def _require_equal(expected: torch.Tensor, found: torch.Tensor, tolerance: float
     if not difference <= tolerance:
         raise VerificationFailed(
             f"{what} gives other logits than base and adapter: they differ by {difference:.3g}",
-            hint="Export the adapter, which is used beside its base: --format adapter",
+            hint="Export the adapter, which is used alongside its base: --format adapter",
         )
     return difference

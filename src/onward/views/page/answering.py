@@ -1,4 +1,4 @@
-"""The process that answers the page's questions: a model in memory, beside training and at a lower priority.
+"""The process that answers the page's questions: a model in memory, alongside training and at a lower priority.
 
 Wishes come as JSON lines on stdin, answers go as JSON lines on stdout. It is a process of its own, so that the page
 itself stays small and a model that dies takes nothing with it: `python -m onward.views.page.answering RUN`.

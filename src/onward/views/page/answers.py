@@ -15,7 +15,7 @@ from onward.text import printable
 from onward.views.connections import incoming
 
 BODY_BYTES = 64 << 10
-"""Bytes of a request that says what is wanted."""
+"""Bytes that the body of a request may have."""
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileRejected, 422), (RunLocked, 409), (NotMadeHere, 409), (NoSpace, 507), (UsageError, 400),
 )  # fmt: skip

@@ -105,7 +105,7 @@ class RunRoutes:
         return json_answer(await self._read(self.reader.grid))
 
     async def events(self, request: Request) -> Response:
-        """Answer with what happens from now on, as server-sent events; with what happened, where JSON is wanted."""
+        """Answer with what happens from now on, as server-sent events; or, as JSON, with what has happened so far."""
         accepted = request.headers.get("accept", "*/*")
         if "application/json" in accepted and "text/event-stream" not in accepted:
             return json_answer(await self._read(self.reader.log))

@@ -40,7 +40,7 @@ VIEWS = ("all", "longest", "cut", "dropped", "loss")
 
 
 class _Enough(Exception):
-    """As many rows were looked at as are wanted."""
+    """Enough rows were looked at."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class RowsOfFiles:
 
     def _opened(self, ledger: Ledger, row: FileRow) -> OpenedFile:
         key = (row.id, row.config)
-        with self._lock:  # one file at a time: the cores are wanted elsewhere
+        with self._lock:  # one file at a time: the cores are needed elsewhere
             if key not in self._open:
                 self._open[key] = _read(self._layout, ledger, row)
             self._open.move_to_end(key)

@@ -1,4 +1,4 @@
-"""The server: one process beside the run, at a lower priority than training, bound where it was told to."""
+"""The server: one process alongside the run, at a lower priority than training, bound where it was told to."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def serve(
         say: receives what a person should know besides.
 
     Raises:
-        UsageError: there is no run, or the address cannot be had.
+        UsageError: there is no run, or the address cannot be bound.
     """
     runs = find_runs(directories)
     settings = PageSettings(Hosts.of(address.host, address.names), _key(), read_only)

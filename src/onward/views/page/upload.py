@@ -1,4 +1,4 @@
-"""A file that a browser sends into the inbox: streamed beside it, in place only when it is whole.
+"""A file that a browser sends into the inbox: streamed next to it, in place only when it is whole.
 
 While it grows it has a name that the inbox passes over, and a lock that a later page recognizes a dead one's by.
 """
@@ -71,7 +71,7 @@ class Upload:
         """Take in all chunks and put the file in place; returns its size.
 
         Args:
-            size: bytes that are announced, None where nothing is said.
+            size: bytes that are announced, None where no size is announced.
 
         Raises:
             NotMadeHere: a file of that name waits already.

@@ -39,7 +39,7 @@ class Asked:
         sampling: how the answer is drawn.
         stops: texts before which it ends.
         tools: schemas for the chat template.
-        stream: whether the answer is wanted piece by piece.
+        stream: whether the answer is sent piece by piece.
         with_usage: whether a stream ends with the numbers of tokens.
     """
 

@@ -19,7 +19,7 @@ from onward.version import __version__
 VOLUME = "/volume"
 READY = f"{VOLUME}/ready"
 USER = 1000
-"""Who the image runs as."""
+"""The user that the image runs as."""
 SHARED_MEMORY = "8Gi"
 STOPPED_FROM_OUTSIDE = 143
 SCRIPT = (

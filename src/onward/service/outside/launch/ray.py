@@ -17,7 +17,7 @@ SCRIPT = '''\
 """Onward: cumulative fine-tuning of {shown}, by workers of Ray Train.
 
     pip install 'onward[ray]'
-    python FILE                              on this machine, or beside a cluster that `ray status` finds
+    python FILE                              on this machine, or alongside a cluster that `ray status` finds
     ray job submit -- python FILE            on a cluster
 
 It trains what waits in inbox and queue, then ends. `onward stop` commits and ends it. A worker or a node that is lost
@@ -45,7 +45,7 @@ def train() -> None:
     from onward.following import follow
     from onward.ranks import place_here
 
-    # The ranks of a run connect by themselves, beside the address of Ray's own group, and watch each other.
+    # The ranks of a run connect by themselves, in addition to the address of Ray's own group, and watch each other.
     torch.distributed.destroy_process_group()
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     place = place_here()

@@ -68,7 +68,7 @@ class Measuring:
         return self._or_nothing(GRID, boundary.step, lambda: self.evaluation.at_boundary(boundary))
 
     def _or_nothing(self, name: str, step: int, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Measure; what fails in the model's own code leaves blanks and is said: it never keeps a run from training."""
+        """Measure; what fails in the model's own code leaves blanks and is reported: it never stops training."""
         try:
             return measure()
         except (Stopped, OnwardError, OSError, sqlite3.Error):  # of the machine or the config, or asked for
@@ -114,7 +114,7 @@ class Measuring:
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
             return None
         if self._session.in_shards:
-            reason = "the boundary that was left to be measured is not: the model is in shards now"
+            reason = "the boundary that was still to be measured cannot be: the model is in shards now"
             self._ledger.add_event("warning", reason, state.step)
             self._ledger.keep_boundary_results(row.id, state.step, {GRID: NOTHING})
             return row

@@ -1,4 +1,4 @@
-"""What surrounds a worker: what it looks at and whom it tells while it trains."""
+"""The surroundings of a worker: what it looks at and whom it tells while it trains."""
 
 from __future__ import annotations
 
