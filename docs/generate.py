@@ -76,6 +76,7 @@ REFUSED_ROWS: Sequence[Any] = (
     {"text": ""},
     {"text": "\ud800"},
     {"prompt": "404?", "chosen": "Not Found.", "rejected": "Found."},
+    {"prompt": "404?", "completions": ["Not Found.", "Found."], "labels": [True, False]},
     {"prompt": "404?", "completion": "Found.", "label": False},
     {"messages": [USER, ANSWER], "images": ["404.png"]},
     {"input_ids": [404]},
@@ -98,10 +99,13 @@ REFUSED_FILES: Sequence[tuple[str, str, bytes]] = (
     ("a zip of several files", "rows.zip", _zip("a.jsonl", "b.jsonl")),
     ("zip without its ending", "rows.jsonl", _zip("a.jsonl")),
     ("a row of too many fields", "rows.csv", b"text\na,b\n"),
+    ("a quote with a backslash", "rows.csv", b'text\n"say \\"a\\""\n'),
+    ("commas in a .tsv", "rows.tsv", b"prompt,completion\na,b\n"),
     ("UTF-16", "rows.jsonl", '{"text": "a"}\n'.encode("utf-16")),
     ("line ends of old Macs", "rows.txt", b"one\rtwo\r"),
     ("an array in a .jsonl", "rows.jsonl", b'[\n{"text": "a"}\n]\n'),
     ("a key twice", "rows.jsonl", b'{"text": "a", "text": "b"}\n'),
+    ("another kind of document", "rows.txt", b"%PDF-1.7\n"),
     ("a pointer of Git LFS", "rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n"),
     ("gzip without its ending", "rows.jsonl", gzip.compress(b'{"text": "a"}\n')),
     ("an ending without gzip", "rows.jsonl.gz", b'{"text": "a"}\n'),
@@ -203,7 +207,7 @@ mark at the start of a file, or of a line of JSON, and CRLF line ends are fine.
 
 A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of, a `.tsv` by tabs. A field
 with the separator, a line end or a double quote in it stands in double quotes, and a double quote in it is written
-twice. A column without a name is left out.
+twice; quotes that are written otherwise refuse the file. A column without a name is left out.
 
 `onward add` and `onward train` take two more, and copy them as one file each:
 
@@ -279,7 +283,7 @@ Beside the messages of a row:
 
 | key | what it means |
 |---|---|
-| {system} | a system message before the others |
+| {system} | a system message before the others: a string, or a list of text parts |
 | `tools`, `functions` | schemas of tools, a list or its JSON text, for the template; `functions` as OpenAI had them |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
 | {weights} | of an answer or a row: 0, `false`: not in the loss; another number: what its tokens count in it |

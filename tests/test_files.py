@@ -79,6 +79,8 @@ def test_bad_rows_are_left_out_if_told_so(model: Path, tmp_path: Path) -> None:
     assert_refused(onward("add", file, "--run", run), 3, "a.jsonl, line 4: ", "a.jsonl, line 6: ", way)
     assert way == json.loads((run / "rejected" / "a.jsonl.report.json").read_text())["way_out"]
     configure(run, "bad_rows:", "bad_rows: drop")
+    for words in ("left out: a.jsonl, line 4: ", "left out: a.jsonl, line 6: ", "; 2 bad rows left out; "):
+        assert words in onward("preview", file, "--run", run, "--json").err
     added = onward("add", file, "--run", run)
     assert 0 == added.status, added.err
     for words in ("left out: a.jsonl, line 4: ", "left out: a.jsonl, line 6: ", "a.jsonl: 2 rows left out", ": 4 rows"):

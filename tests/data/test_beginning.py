@@ -55,6 +55,10 @@ def test_lines_that_end_in_a_carriage_return(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "pointer of Git LFS"),
         (b"\n<!DOCTYPE html>\n<html>404</html>\n", "web page"),
         (b"text \x00 text\n", "bytes that are 0"),
+        (b"%PDF-1.7\n%\xe2\xe3\n", "a PDF document"),
+        (rb"{\rtf1\ansi text}", "an RTF document"),
+        (b"SQLite format 3\0" + bytes(84), "an SQLite database"),
+        (b"rows.jsonl".ljust(257, b"\0") + b"ustar  \0" + bytes(247), "a tar archive"),
     ],
 )
 def test_what_is_no_data_is_named(content: bytes, words: str, tmp_path: Path) -> None:

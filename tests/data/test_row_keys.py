@@ -29,6 +29,7 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
     [
         ({"messages": [USER, ANSWER], "system": "S"}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [USER, ANSWER], "system_prompt": "S"}, Chat([SYSTEM, USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "system": [{"type": "text", "text": "S"}]}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "S"}, Chat([SYSTEM, USER, ANSWER])),
         ({"messages": [USER, ANSWER], "system": ""}, Chat([USER, ANSWER])),
         ({"messages": json.dumps([USER, ANSWER])}, Chat([USER, ANSWER])),
@@ -230,3 +231,35 @@ def test_nulls_that_columns_pad() -> None:
         assert isinstance(record, Chat)
         assert given == record.messages[1]["tool_calls"][0]["function"]["arguments"]
         assert [{"name": "f", "parameters": schema}] == record.tools
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]},
+            'the row has "preferred_output": Onward does not train preferences',
+        ),
+        (
+            {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
+            'the row has several answers ("completions")',
+        ),
+        ({"question": "a", "answers": {"text": ["b"]}}, 'the row has several answers ("answers")'),
+        (
+            {"prompt": "a", "response_j": "b", "response_k": "c"},
+            'the row has several answers ("response_j", "response_k")',
+        ),
+        ({"prompt": "a", "answer1": "b", "answer2": "c"}, 'the row has several answers ("answer1", "answer2")'),
+        ({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}, "the file holds a table by columns"),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "the file holds a table by columns"),
+        ({"columns": ["text"], "index": [0], "data": [["a"]]}, "the file holds a table by columns"),
+        ({"train": [{"text": "a"}], "version": 1}, 'no known row format; "train" holds a list of objects'),
+        ({"dialog": ["a", "b"], "act": ["c", "d"]}, 'no known row format (keys with a value: "dialog", "act")'),
+        ({"system": [{"type": "image"}], "messages": [USER, ANSWER]}, "\"system\" holds a part of type 'image'"),
+    ],
+)
+def test_rows_of_another_kind_are_told_what_they_are(row: dict[str, Any], reason: str) -> None:
+    """Preferences of other tools, several answers, tables by columns: not that a key of a text is missing."""
+    with pytest.raises(RowError) as refusal:
+        parse_record(row)
+    assert str(refusal.value).startswith(reason)

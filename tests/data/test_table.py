@@ -35,13 +35,13 @@ def test_whatever_is_written_comes_back(rows: list[tuple[str, str, str]], delimi
 
 @given(st.lists(st.text(st.sampled_from('ab,"\u00e9 '), max_size=12), min_size=1, max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_loose_quotes_are_read_as_the_csv_module_reads_them(lines: list[str]) -> None:
-    """Quotes inside a field, and text after a closing quote, are what Python's module makes of them."""
+def test_quotes_are_read_as_the_csv_module_reads_them_or_refused(lines: list[str]) -> None:
+    """Quotes inside a field are what Python's module makes of them, or it is not told what is meant."""
     data = "a,b\n" + "".join(f"{line}\n" for line in lines)
     expected = [row for row in csv.reader(io.StringIO(data, newline="")) if row][1:]
     try:
         found = [list(row.value.values()) if row.value else None for row in rows_of(data)]
-    except FileError:  # the module takes the rest of the file for the field
+    except FileError:  # the module takes the rest of the file for the field, or guesses
         return
     assert [row if len(row) == 2 else None for row in expected] == found
 
@@ -78,6 +78,9 @@ def test_bad_rows_are_named_and_reading_goes_on() -> None:
     [
         ("text,text\na,b\n", 1, "two columns are named text"),
         ('text\na\n"b\nc\n', 3, "a quoted field has no end"),
+        ('text,b\n"say \\"x\\"",a\n', 2, "a quoted field goes on behind its closing quote"),
+        ('text,b\na,"x" y\n', 2, "a quoted field goes on behind its closing quote"),
+        ('text,b\n"x", "y"\n', 2, "a quoted field begins with white space"),
         ('text\na\n"' + "b\n" * 600, 3, "the quoted field without an end is larger than 1000 bytes"),
         ("text\na\n" + "," * 70, 3, "the row, its fields counted, is larger than 1000 bytes"),
     ],
@@ -95,3 +98,14 @@ def test_a_tab_separates_a_tsv(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("a,b,c\ttext\n1\tx\n")
     assert [{"a,b,c": "1", "text": "x"}] == [row.value for row in read_rows(path, Reading())]
+
+
+def test_commas_in_a_tsv(tmp_path: Path) -> None:
+    """A .tsv whose first line has no tab, and another separator, is told to be none; one of one column is read."""
+    path = tmp_path / "a.tsv"
+    path.write_text("prompt,completion\na,b\n")
+    with pytest.raises(FileError, match="no tab") as refusal:
+        list(read_rows(path))
+    assert "name it .csv" in refusal.value.remedy
+    path.write_text("text\na, b\n")
+    assert [{"text": "a, b"}] == [row.value for row in read_rows(path)]

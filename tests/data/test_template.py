@@ -112,6 +112,17 @@ def test_template_that_ignores_the_generation_prompt() -> None:
     assert ["assistant<|im_end|>", " a <|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
 
 
+def test_a_header_before_a_thought_that_the_template_always_writes() -> None:
+    """Without a generation prompt, what stands before the answer and before its thought alike is the header."""
+    source = CHATML.partition("{% if add_generation_prompt")[0].replace(
+        "+ message['content']",
+        "+ ('<think>' + (message.reasoning_content or '') + '</think>' if message.role == 'assistant' else '') "
+        "+ message['content']",
+    )
+    row = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "reasoning_content": "T"}])
+    assert ["<think>T</think>A<|im_end|>"] == pieces(ChatTemplate(byte_state(source)), row)
+
+
 NO_END = (
     "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
     "would not learn to stop"

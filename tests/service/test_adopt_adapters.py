@@ -13,7 +13,7 @@ import pytest
 import stock
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from states import read_state
 from stock import HORIZON
 from transformers import AutoModelForCausalLM
@@ -51,6 +51,16 @@ def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: P
         read_adapter(checkpoint)
     assert reason in caught.value.what
     assert re.search("Merge it into its base: python -c|with --model FOLDER", str(caught.value.hint))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_the_base_does_not_have(bias: str, checkpoint: Path) -> None:
+    """PEFT takes the word and trains none, so that there is nothing to go on with; where it saved some, they count."""
+    path, weights = checkpoint / "adapter_config.json", checkpoint / "adapter_model.safetensors"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "bias": bias}))
+    assert "none" == read_adapter(checkpoint)["bias"]
+    save_file({**load_file(weights), "base_model.model.q_proj.base_layer.bias": torch.zeros(4)}, weights)
+    assert bias == read_adapter(checkpoint)["bias"]
 
 
 @pytest.mark.parametrize("layer", ["embed_tokens", "lm_head"])

@@ -234,6 +234,36 @@ def test_the_default_dropout_gives_way_to_experts(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_files_that_are_torn_gone_or_of_a_later_release(tmp_path: Path) -> None:
+    """What transformers cannot load is refused with what to do about it."""
+    weights, kept = save(tmp_path, "llama") / "model.safetensors", tmp_path / "config.json"
+    whole, known = weights.read_bytes(), kept.read_text()
+    weights.write_bytes(whole[:5000])
+    with pytest.raises(ModelError, match="cannot be loaded") as torn:
+        admit(ModelSpec(config(tmp_path), tmp_path, CPU, torch.float32))
+    assert "copy or download the whole folder again" in str(torn.value.hint)
+    weights.write_bytes(whole)
+    kept.write_text(known.replace('"model_type": "llama"', '"model_type": "llama9"'))
+    with pytest.raises(ModelError, match="llama9") as later:
+        admit(ModelSpec(config(tmp_path), tmp_path, CPU, torch.float32))
+    assert "The installed transformers is " in str(later.value.hint)
+
+
+@pytest.mark.parametrize("family", ["opt", "biogpt"])
+def test_a_step_may_leave_out_all_layers(family: str, tmp_path: Path) -> None:
+    """LayerDrop draws which layers a step has; none of them is proven like others, and its weights are not left out."""
+    assert () == prove(tmp_path, family, layerdrop=0.95).left_out
+
+
+@pytest.mark.slow
+def test_steps_without_layers_are_trained_and_repeat(tmp_path: Path) -> None:
+    """Such a step changes weights by what the moments hold, counts as one, and a replay has the same bits."""
+    save(tmp_path / "model", "opt", layerdrop=0.95)
+    run = Run.create(tmp_path / "run", str(tmp_path / "model"), max_length=128, batch_size=2)
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(6)))
+    assert run.verify(deep=True).ok
+
+
 def test_targets_that_work_are_proposed(tmp_path: Path) -> None:
     """Where `all-linear` names layers that PEFT refuses, the refusal names those that it takes; with them it works."""
     asked = config(save(tmp_path, "mamba"))

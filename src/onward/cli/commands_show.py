@@ -97,8 +97,11 @@ def say_previewed(seen: Preview) -> None:
     notes = "".join(f"; {printable(note)}" for note in report.notes)
     share = f"{report.tokens} tokens, {report.target_tokens} of them trained"
     time = f", about {duration(seen.seconds)} at the last pace" if seen.seconds is not None else ""
+    for line in seen.left_out:
+        say(f"left out: {line}")
+    bad = f"; {how_many(report.bad_rows, 'bad row')} left out" if report.bad_rows else ""
     say(
-        f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}; {share}; "
+        f"{printable(seen.name)}: {len(seen.kept)} of {report.rows} rows shown{long}{bad}; {share}; "
         f"{how_many(seen.steps, 'step')}{time}{notes}"
     )
 

@@ -18,7 +18,7 @@ from onward.data.loader import Batch
 from onward.data.order import RowReference
 from onward.data.permutation import Permutation
 from onward.data.tokenized import Row
-from onward.training.loss import TargetLoss
+from onward.training.loss import TargetLoss, add_gradients
 from onward.training.parts import parts_of
 from onward.training.seeds import fold
 
@@ -77,7 +77,7 @@ class AnchorTerm:
                 parts.append(top_divergences(ids[there], logs[there], logits).sum())
                 first += len(labels)
             divergence = torch.stack(parts).sum() / targets
-            (self.weight * factor * divergence).backward()
+            add_gradients(self.weight * factor * divergence)
             total += float(divergence.detach())
         return total
 

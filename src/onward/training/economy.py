@@ -16,7 +16,7 @@ from onward.errors import ConfigError
 from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.environment import deterministic
 from onward.training.layers.recompute import Recomputation
-from onward.training.loss import TargetLoss
+from onward.training.loss import TargetLoss, add_gradients
 from onward.training.memory import USABLE, Profile, crude_bytes, profile_of
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
@@ -130,7 +130,7 @@ class Economy:
                 deterministic(self._device, exact=self._config.deterministic),
                 seeded(fold(0, "recomputation"), self._device),
             ):
-                self._loss(batch).backward()
+                add_gradients(self._loss(batch))
             return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         finally:
             self._loss.forget()

@@ -28,6 +28,12 @@ _Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Of each target: what the head gets or returns, shape (targets, any); the label; what it counts, None for 1 each."""
 
 
+def add_gradients(loss: torch.Tensor) -> None:
+    """Add a loss's gradients to those of the weights; it has none where LayerDrop left out all that are trained."""
+    if loss.requires_grad:
+        loss.backward()
+
+
 class TargetLoss:
     """The summed cross-entropy (nats, float32 scalar) of a batch's target tokens.
 

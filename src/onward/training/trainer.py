@@ -24,7 +24,7 @@ from onward.training.device_errors import forget_frames, is_out_of_memory
 from onward.training.economy import Economy, Learned
 from onward.training.environment import deterministic, release_freed_memory
 from onward.training.execution import Execution
-from onward.training.loss import TargetLoss
+from onward.training.loss import TargetLoss, add_gradients
 from onward.training.optimizers import set_learning_rate
 from onward.training.parts import Part, parts_of
 from onward.training.ranks.exchange import exchange_of
@@ -213,7 +213,7 @@ class Trainer:
                 with exactly, seeded(part.seed, self.world.device):
                     with self.economy.recomputation.on(again):
                         loss = self.loss(part.batch) / weight
-                    (loss if factor == 1.0 else loss * factor).backward()
+                    add_gradients(loss if factor == 1.0 else loss * factor)
                 total += loss.detach()
         finally:
             self.loss.forget()

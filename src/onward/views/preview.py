@@ -94,6 +94,11 @@ class Preview:
     kept: list[tuple[int, PackedRow, bool]] = field(repr=False)
     decode: Callable[[list[int]], str] = field(repr=False)
 
+    @property
+    def left_out(self) -> list[str]:
+        """The bad rows that are left out under `bad_rows: drop`, as lines for a person."""
+        return Refusal.of_rows(self.name, self.report).lines() if self.report.bad_rows else []
+
     def rows(self) -> Iterator[ShownRow]:
         """Yield the rows that were asked for, in the order of the file, or longest first."""
         for line, packed, cut in self.kept:

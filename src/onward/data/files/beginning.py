@@ -18,6 +18,13 @@ WIDE = (("UTF-32LE", 4, 0), ("UTF-32BE", 4, 3), ("UTF-16LE", 2, 0), ("UTF-16BE",
 """Encodings, bytes of a unit, and where in the unit a Latin letter has the only byte that is not 0."""
 POINTER = b"version https://git-lfs."
 PAGES = (b"<!doctype html", b"<html")
+OTHERS = (
+    (b"%PDF-", 0, "a PDF document", "write its text into the file"),
+    (b"{\\rtf", 0, "an RTF document", "write its text into the file"),
+    (b"SQLite format 3\0", 0, "an SQLite database", "export its rows, as JSON lines or CSV"),
+    (b"ustar", 257, "a tar archive", "unpack it, and add its files one by one"),
+)
+"""Formats that are none of Onward's: what their files have, where, what they are, and what to do."""
 
 
 def require_text(stream: Any, path: Path, form: str) -> None:
@@ -32,6 +39,9 @@ def require_text(stream: Any, path: Path, form: str) -> None:
     """
     head: bytes = stream.peek(LOOKED_AT)
     name = quoted(Path(path.name))
+    for sign, place, kind, remedy in OTHERS:
+        if head.startswith(sign, place):
+            raise FileError(f"the content is {kind}, not text", remedy)
     encoding = _encoding(head[:LOOKED_AT])
     if encoding:
         convert = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 {name} > new-file"

@@ -1,7 +1,8 @@
 """Rows of `.csv` and `.tsv` files, whose first line names the columns (RFC 4180).
 
 Python's csv module refuses a field of more than 131,072 characters, unless a setting of the whole process is changed;
-texts are longer. Fields are read here as that module reads them.
+texts are longer. Fields are read here as that module reads them, but for those that it guesses at: text behind the
+closing quote of a field, and a quote behind white space, are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from onward.text import printable
 
 DELIMITERS = (",", ";", "\t", "|")
 _QUOTED = re.compile(r'((?:[^"]|"")*+)("?)')
+_QUOTED_LATE = re.compile(r'\s+".*"\s*', re.DOTALL)
+"""A field that is meant to be quoted, but has white space before its quote."""
 
 
 def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRow]:
@@ -27,7 +30,7 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
     name, as an index that was written along, is left out.
 
     Raises:
-        FileError: two columns have one name, a quoted field has no end, or a row exceeds its limit.
+        FileError: two columns have one name, a field is not quoted as it has to be, or a row exceeds its limit.
     """
     delimiter = "\t" if form == "tsv" else ""
     names: list[str] | None = None
@@ -35,7 +38,7 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
         if isinstance(fields, SourceRow):
             yield fields
         elif names is None:
-            names = _header(fields, line)
+            names = _header(fields, line, form)
         elif len(fields) != len(names):
             counts = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}, the first line names {len(names)}"
             remedy = "write a field with the separator or a line end in it in double quotes"
@@ -44,12 +47,14 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
             yield SourceRow(line, {name: field for name, field in zip(names, fields, strict=True) if name})
 
 
-def _header(fields: list[str], line: int) -> list[str]:
+def _header(fields: list[str], line: int, form: str) -> list[str]:
     if fields[0].lower().startswith("sep=") and not any(fields[1:]):
         raise FileError(
             "the first line says which separator there is (sep=), and names no columns", "take it out", line
         )
     names = [field.strip() for field in fields]
+    if form == "tsv" and len(names) == 1 and _separator(names[0]) in names[0]:
+        raise FileError("the first line of a .tsv has no tab", "if it is separated otherwise, name it .csv", line)
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
         raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them", line)
@@ -76,6 +81,8 @@ def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple
             what = "the quoted field without an end" if record.is_open else "the row, its fields counted,"
             raise FileError(f"{what} is larger than {in_mib(limits.row_bytes)}", "end it, or raise max_row_mb", first)
         if record.feed(text):
+            if record.fault:
+                raise FileError(*record.fault, line)
             yield first, record.fields
             record = None
     if record is not None:
@@ -92,6 +99,8 @@ class _Record:
 
     def __init__(self, delimiter: str) -> None:
         self.fields: list[str] = []
+        self.fault: tuple[str, str] | None = None
+        """What is wrong with its quotes, and the remedy."""
         self._delimiter = delimiter
         self._open: list[str] | None = None
 
@@ -104,7 +113,7 @@ class _Record:
         """Take in a line with its end; returns whether the record ends with it."""
         at, end = 0, len(line)
         while True:
-            value = ""
+            value: str | None = None
             if self._open is None and line.startswith('"', at):
                 self._open, at = [], at + 1
             if self._open is not None:
@@ -116,8 +125,16 @@ class _Record:
                 value, self._open, at = "".join(self._open).replace('""', '"'), None, match.end()
             stop = line.find(self._delimiter, at)
             if stop < 0:
-                rest = line[at:end]
-                self.fields.append(value + rest.removesuffix("\n").removesuffix("\r"))
+                self._end(value, line[at:end].removesuffix("\n").removesuffix("\r"))
                 return True
-            self.fields.append(value + line[at:stop])
+            self._end(value, line[at:stop])
             at = stop + 1
+
+    def _end(self, quoted: str | None, rest: str) -> None:
+        """Take a field in: what stood in quotes, None where nothing did, and what follows up to the separator."""
+        if quoted is not None and rest.strip():
+            reason = "a quoted field goes on behind its closing quote"
+            self.fault = reason, 'write a double quote inside a field as "", not as \\"'
+        elif quoted is None and _QUOTED_LATE.fullmatch(rest):
+            self.fault = "a quoted field begins with white space", "take the white space before the quote out"
+        self.fields.append((quoted or "") + rest)

@@ -160,6 +160,22 @@ def _content(turn: Message, where: str) -> tuple[str | None, list[str]]:
         raise RowError(
             f"the content of {where} is {kind_of(content)}", "write the content as a string or a list of text parts"
         )
+    return _in_parts(content, where)
+
+
+def text_of_parts(parts: list[Any], where: str) -> str:
+    """Return the text of a list of parts.
+
+    Raises:
+        RowError: one of them is no text.
+    """
+    text, thoughts = _in_parts(parts, where)
+    if thoughts:
+        raise RowError(f"the content of {where} holds a thought", "write it into a message of the assistant")
+    return text or ""
+
+
+def _in_parts(content: list[Any], where: str) -> tuple[str | None, list[str]]:
     texts: list[str] = []
     thoughts: list[str] = []
     for part in content:

@@ -25,14 +25,14 @@ from onward.data.row_types import (
 )
 from onward.data.rows.calls import functions_of, is_padded, json_text, tools_of, without_nulls
 from onward.data.rows.messages import (
-    MEDIA_KEYS,
     WEIGHT_KEYS,
     list_in_text,
     message_list,
     message_of,
     said_weight,
-    weight_of,
+    text_of_parts,
 )
+from onward.data.rows.refused import refuse_known, refuse_shapes, refuse_tokens
 
 __all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
 
@@ -48,9 +48,6 @@ CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_t
 OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
 """Keys that nothing but a chat can follow."""
 
-PREFERENCE_KEYS = ("chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages")
-TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
-LABEL_KEYS = ("label", "kto_tag")
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"))
 """Arguments of a template that a row cannot set."""
 
@@ -71,11 +68,12 @@ def parse_record(value: object, *, padded: bool = False) -> Record:
         raise RowError(f"the row is {kind_of(value)}, not an object", f"write each row as {SHAPES}")
     row: dict[str, Any] = {str(key): item for key, item in value.items() if item is not None}
     if len(row) > 1:
-        _refuse_known(row)
+        refuse_known(row)
     for keys, parse in PARSERS:
         if all(key in row for key in keys):
             return parse(row, padded)
-    _refuse_tokens(row)
+    refuse_tokens(row)
+    refuse_shapes(row)
     for key, missing in HALVES.items():
         if key in row:
             raise RowError(f'the row has "{key}" but no "{missing}"', f'add "{missing}" to the row')
@@ -214,13 +212,18 @@ def _with_targets(chat: Chat) -> Chat:
 
 def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
     """Return messages led by the system text that stands next to them, if there is one."""
-    texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _string(row, key))))
+    texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _system(row, key))))
     if not texts:
         return turns
     own = [turn.get("content", turn.get("value")) for turn in turns if "system" in (turn.get("role"), turn.get("from"))]
     if len(texts) > 1 or (own and own != texts):
         raise RowError("the row has two different system texts", "keep one of them")
     return turns if own else [{"role": "system", "content": texts[0]}, *turns]
+
+
+def _system(row: dict[str, Any], key: str) -> str:
+    """Return a system text, which may be a list of parts (Anthropic's messages)."""
+    return text_of_parts(row[key], f'"{key}"') if isinstance(row.get(key), list) else _string(row, key)
 
 
 def _tools(row: dict[str, Any], *, padded: bool) -> list[Any] | None:
@@ -258,39 +261,6 @@ def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
         raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'leave "{taken[0]}" out: the row itself says it')
     check_strings(given, "chat_template_kwargs")
     return without_nulls(given) if is_padded(row.get("chat_template_kwargs"), padded=padded) else given
-
-
-def _refuse_known(row: dict[str, Any]) -> None:
-    """Refuse rows that mean something other than a text to learn."""
-    for key in PREFERENCE_KEYS:
-        if key in row:
-            raise RowError(
-                f'the row has "{key}": Onward does not train preferences',
-                'keep the good answer as "messages" or "completion", and take the other out',
-            )
-    for key in LABEL_KEYS:
-        if _is_bad(row[key], row) if key in row else False:
-            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "take the row out")
-    for key in MEDIA_KEYS:
-        if row.get(key):
-            raise RowError(f'the row has "{key}": only text is trained', f'take the row out, or its "{key}"')
-    if "input_ids" in row:
-        _refuse_tokens(row)
-
-
-def _is_bad(label: Any, row: dict[str, Any]) -> bool:
-    """Return whether a label calls an answer bad; the number 0 next to a plain text is a class of it."""
-    weight = weight_of(label)
-    is_word = isinstance(label, str) and label.strip().isalpha()
-    return label is False or (weight == 0 and (is_word or "text" not in row))
-
-
-def _refuse_tokens(row: dict[str, Any]) -> None:
-    for key in TOKEN_KEYS:
-        if isinstance(row.get(key), list):
-            raise RowError(
-                f'the row has "{key}": it is tokenized already', "bring the text: Onward tokenizes it for the model"
-            )
 
 
 def _weight(row: dict[str, Any]) -> float:

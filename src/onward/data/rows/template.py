@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
@@ -19,7 +20,7 @@ from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, without_mar
 from onward.data.rows.forms import Forms
 from onward.data.rows.plain import PlainChats
 from onward.data.rows.proof import REMEDY, lay_out
-from onward.data.rows.turns import Habits, Span, Target, Turns
+from onward.data.rows.turns import THINK_START, Habits, Span, Target, Turns
 from onward.data.tokenizer import TokenizerState
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -218,11 +219,16 @@ def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tup
 
 
 def _header(renderer: Renderer) -> str:
-    """Return what the template writes before an answer."""
-    word = PROBE.format(0)
+    """Return what the template writes before an answer, whether a thought comes first or not."""
+    word, thought = PROBE.format(0), PROBE.format(1)
+    answer: Message = {"role": "assistant", "content": word}
+    thinking: Message = {**answer, "reasoning_content": thought, "thinking": thought, "reasoning": thought}
     try:
         asking = without_marks(renderer.render([QUESTION], prompt=True))
-        text = without_marks(renderer.render([QUESTION, {"role": "assistant", "content": word}]))
+        texts = [without_marks(renderer.render([QUESTION, message])) for message in (answer, thinking)]
     except RowError:
         return ""
-    return text[len(asking) : text.index(word)] if text.startswith(asking) and word in text else ""
+    if not all(text.startswith(asking) and word in text for text in texts):
+        return ""
+    before = [text[len(asking) :].partition(word)[0].partition(thought)[0] for text in texts]
+    return commonprefix(before).partition(THINK_START)[0]  # noqa: RUF071 (texts, not paths)

@@ -15,7 +15,7 @@ from onward.data.loader import Batch
 from onward.training.admission.inputs import tokens
 from onward.training.environment import autocast, deterministic
 from onward.training.layers.buffers import Buffers
-from onward.training.loss import TargetLoss
+from onward.training.loss import TargetLoss, add_gradients
 from onward.training.parts import parts_of
 from onward.training.seeds import seeded
 from onward.training.state import digest_tensors
@@ -74,7 +74,7 @@ def of_step(
     for part in parts_of(batch, config, 0, loss_of.layout):
         with deterministic(device, exact=config.deterministic), seeded(part.seed, device):
             loss = loss_of(part.batch) / batch.target_tokens
-            loss.backward()
+            add_gradients(loss)
         total += float(loss.detach())
     loss_of.forget()
     return _take(model, total)

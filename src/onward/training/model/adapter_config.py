@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
@@ -72,6 +73,8 @@ def read_adapter(checkpoint: Path) -> dict[str, Any]:
         raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
     _require_weights(checkpoint)
     _require_own_weights(values, path)
+    if values.get("bias", "none") != "none" and not _holds_biases(checkpoint / ADAPTER_WEIGHTS):
+        values["bias"] = "none"  # the base has none: PEFT trains none then, and says nothing
     refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
     if refused:
         what = f"the adapter has what a run cannot take over: {'; '.join(refused)}"
@@ -90,6 +93,16 @@ def _require_weights(checkpoint: Path) -> None:
     )
     hint = f"Write it as one: python -c {quoted(program)}; then adopt again." if older.is_file() else None
     raise UsageError(f"{ADAPTER_WEIGHTS} is missing", where=checkpoint, hint=hint)
+
+
+def _holds_biases(weights: Path) -> bool:
+    """Whether an adapter's weights have biases of the base among them; what cannot be read is told later."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names: list[str] = file.keys()
+            return any(name.endswith(".bias") and ".lora_" not in name for name in names)
+    except (OSError, SafetensorError):
+        return True
 
 
 def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:

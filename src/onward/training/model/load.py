@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -229,6 +231,16 @@ def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return _load(folder, dtype)
 
 
+def _way_out(error: Exception) -> str:
+    """Return what to do about a model that transformers does not load."""
+    if isinstance(error, SafetensorError | OSError):
+        return "A file of it is missing or torn: copy or download the whole folder again."
+    if "does not recognize this architecture" in str(error):
+        known = f"The installed transformers is {transformers.__version__}"
+        return f"{known}; a later one may know it. Else name another model: --model NAME_OR_PATH"
+    return "onward doctor looks closer."
+
+
 def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **extra: Any) -> PreTrainedModel:
     try:
         with one_load, quiet():
@@ -248,7 +260,7 @@ def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **ex
                 hint="It is a part of a larger model, or no model of text. Name another: --model NAME_OR_PATH",
             ) from None
         raise ModelError(
-            f"the model cannot be loaded: {first_line(error)}", where=folder, hint="onward doctor looks closer."
+            f"the model cannot be loaded: {first_line(error)}", where=folder, hint=_way_out(error)
         ) from None
     model, loaded = found
     require_all_weights(loaded, folder)

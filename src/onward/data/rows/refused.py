@@ -1,0 +1,89 @@
+"""Rows that mean something other than a text to learn, refused by what they are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+from onward.data.row_types import RowError
+from onward.data.rows.columns import KNOWN
+from onward.data.rows.messages import MEDIA_KEYS, weight_of
+from onward.text import printable
+
+PREFERENCE_KEYS = (
+    "chosen", "rejected", "chosen_response", "rejected_response", "rejected_messages", "preferred_output",
+    "non_preferred_output",
+)  # fmt: skip
+SEVERAL = ("completions", "responses", "answers", "outputs", "generations", "candidates")
+"""Keys that hold several answers to one question."""
+ONE_OF_SEVERAL = re.compile(r"(answer|completion|output|response)_?(\d|[abjk])")
+"""Keys of which each holds one of them."""
+TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
+LABEL_KEYS = ("label", "kto_tag")
+ONE_ANSWER = 'keep the good answer as "messages" or "completion", and take the other out'
+BY_ROWS = "write it by rows; with pandas: to_json(FILE, orient='records', lines=True)"
+
+
+def refuse_known(row: dict[str, Any]) -> None:
+    """Refuse preferences, answers labelled as bad, images and sound, token ids, and tables that stand by columns.
+
+    Raises:
+        RowError: the row, whatever format it has, is one of these.
+    """
+    for key in PREFERENCE_KEYS:
+        if key in row:
+            raise RowError(f'the row has "{key}": Onward does not train preferences', ONE_ANSWER)
+    for key in LABEL_KEYS:
+        if _is_bad(row[key], row) if key in row else False:
+            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "take the row out")
+    for key in MEDIA_KEYS:
+        if row.get(key):
+            raise RowError(f'the row has "{key}": only text is trained', f'take the row out, or its "{key}"')
+    if "input_ids" in row:
+        refuse_tokens(row)
+    if not isinstance(next(iter(row.values())), str) and not KNOWN.isdisjoint(row) and _is_by_columns(row.values()):
+        raise RowError("the file holds a table by columns", BY_ROWS)
+
+
+def refuse_tokens(row: dict[str, Any]) -> None:
+    """Refuse a row that is tokenized already."""
+    for key in TOKEN_KEYS:
+        if isinstance(row.get(key), list):
+            raise RowError(
+                f'the row has "{key}": it is tokenized already', "bring the text: Onward tokenizes it for the model"
+            )
+
+
+def refuse_shapes(row: dict[str, Any]) -> None:
+    """Refuse a row of no format that has several answers, or that holds the rows themselves."""
+    several = [key for key in SEVERAL if isinstance(row.get(key), list | dict)]
+    several = several or [key for key in row if ONE_OF_SEVERAL.fullmatch(key)]
+    if several:
+        named = ", ".join(f'"{key}"' for key in several)
+        raise RowError(f"the row has several answers ({named}): Onward trains one, and no preferences", ONE_ANSWER)
+    if {"columns", "data"} <= row.keys():
+        raise RowError("the file holds a table by columns", BY_ROWS)
+    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1:
+        name = printable(lists[0][:80])
+        raise RowError(
+            f'no known row format; "{name}" holds a list of objects, which may be the rows',
+            f'write what "{name}" holds into a .json file, without the object around it',
+        )
+
+
+def _is_by_columns(values: Collection[Any]) -> bool:
+    """Whether each value is a column: texts by the number of their row, or in a list, as many as in the others."""
+    if all(isinstance(value, dict) and value for value in values):
+        numbers = [tuple(value) for value in values]
+        return all(keys == numbers[0] for keys in numbers) and all(str(key).isdecimal() for key in numbers[0])
+    are_lists = all(isinstance(value, list) and value and isinstance(value[0], str) for value in values)
+    return are_lists and len({len(value) for value in values}) == 1
+
+
+def _is_bad(label: Any, row: dict[str, Any]) -> bool:
+    """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
+    weight = weight_of(label)
+    is_word = isinstance(label, str) and label.strip().isalpha()
+    return label is False or (weight == 0 and (is_word or "text" not in row))
