@@ -44,22 +44,20 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         committed = checkpoint.step if checkpoint else 0
         is_live = state in BUSY and state != "loading"  # what a dead process had trained since is lost
         last = _last_steps(ledger, current, None if is_live else committed)
-        live = last if current else []
         step = last[0].step if last and is_live else committed
-        file_step = live[0].step_in_file if live else 0
         return {
             "run": str(layout.root.absolute()),
             "state": state,
             "doing": _doing(ledger, state, held=held),
             "global_step": step,
             "file": current.name if current else None,
-            "file_step": file_step,
+            "file_step": last[0].step_in_file if last and current else 0,
             "file_steps": current.planned_steps if current else 0,
             "lost_tokens": current.lost_tokens if current else 0,
             "queue": ledger.queued(),
             "learning_rate": last[0].learning_rate if last else None,
             "loss": last[0].loss if last else None,
-            **_pace(live, current, file_step, state),
+            **_pace(last, current, state),
             "checkpoint": f"checkpoint-{checkpoint.step}" if checkpoint else None,
             "disk_free_bytes": free,
             "heartbeat_seconds": age,
@@ -98,11 +96,11 @@ def _last_steps(ledger: Ledger, current: FileRow | None, up_to: int | None) -> l
     return ledger.last_steps(row.id, PACE, up_to)
 
 
-def _pace(live: list[StepRecord], current: FileRow | None, file_step: int, state: str) -> dict[str, Any]:
+def _pace(live: list[StepRecord], current: FileRow | None, state: str) -> dict[str, Any]:
     seconds = sum(row.seconds for row in live)
     if state not in BUSY or not current or not seconds:
         return {"tokens_per_second": None, "eta_seconds": None}
-    left = (current.planned_steps or 0) - file_step
+    left = (current.planned_steps or 0) - live[0].step_in_file
     return {
         "tokens_per_second": sum(row.tokens for row in live) / seconds,
         "eta_seconds": left * seconds / len(live),

@@ -83,7 +83,7 @@ def _is_by_columns(values: Collection[Any]) -> bool:
 
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:
-    """Return whether a label calls an answer bad; the number 0 beside a plain text is a class of it."""
+    """Return whether a label calls an answer bad; the number 0 next to a plain text is a class of it."""
     weight = weight_of(label)
     is_word = isinstance(label, str) and label.strip().isalpha()
     return label is False or (weight == 0 and (is_word or "text" not in row))
