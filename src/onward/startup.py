@@ -40,7 +40,7 @@ _TRACKERS = {
 }
 """What keeps trackers from telling their makers of their use, and from talking."""
 
-SOON = 0.05
+SOON = 0.5
 """Seconds after which a dropped Ctrl-C is repeated; the finalizer is over by then."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1

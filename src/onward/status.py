@@ -43,7 +43,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         current = next(reversed(ledger.files("training")), None)  # the boundary of an earlier one is being committed
         committed = checkpoint.step if checkpoint else 0
         is_live = state in BUSY and state != "loading"  # what a dead process had trained since is lost
-        last = _last_steps(ledger, current, None if is_live else committed)
+        last = _last_steps(ledger, current, None if is_live or current is None else committed)
         step = last[0].step if last and is_live else committed
         return {
             "run": str(layout.root.absolute()),
