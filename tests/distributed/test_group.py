@@ -113,7 +113,7 @@ def wait_for_the_frozen() -> None:
     """On rank 0: end as a program does whose other rank is frozen. On the other: freeze."""
     place = place_here()
     assert place is not None
-    group = form(place, 2.0, lambda _: None)
+    group = form(place, 20.0, lambda _: None)
     group.barrier()
     if place.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from onward.training.environment import promises_bits, ranks_facts
 from onward.training.parts import parts_of, shares_of
 from onward.training.ranks.failures import Released
 from onward.training.ranks.group import Group
+from onward.training.ranks.meeting import meet
 from onward.training.ranks.orders import plan_message, plan_told
 from onward.training.ranks.watch import Watch
 from onward.training.world import SingleProcess
@@ -196,6 +198,33 @@ class Scene:
             self.now += 1.0
             for rank in alive:
                 self.watches[rank].look()
+
+
+def meet_all(store: Any, said: list[str], *, late: int) -> list[tuple[str, list[str]]]:
+    """Have ranks meet on a store, one of them after the others; returns the name of the group and what all said."""
+    with ThreadPoolExecutor() as pool:
+        met: dict[int, Future[tuple[str, list[dict[str, Any]]]]] = {}
+        for rank in sorted(range(len(said)), key=lambda rank: rank == late):
+            met[rank] = pool.submit(meet, store, (rank, len(said)), {"said": said[rank]}, 30.0)
+        found = [met[rank].result() for rank in range(len(said))]
+    return [(name, [each["said"] for each in records]) for name, records in found]
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_processes_of_a_start_meet_each_other(late: int) -> None:
+    """torchrun keeps one store for all starts: what earlier processes wrote, all or some of it, is not taken for new."""
+    store = torch.distributed.HashStore()
+    names = set[str]()
+    for said in (["a", "b", "c"], ["d", "e", "f"], ["g", "h"], ["i", "j", "k", "l"]):
+        found = meet_all(store, said, late=min(late, len(said) - 1))
+        assert [said] * len(said) == [each for _, each in found]
+        names |= {name for name, _ in found}
+    assert 4 == len(names)
+    with pytest.raises(RankLost, match="rank 1, rank 2 did not come within 0 s"):
+        meet(store, (0, 3), {}, 0.1)
+    with pytest.raises(RankLost, match="did not come within 0 s"):
+        meet(store, (2, 3), {}, 0.1)
+    assert [["m", "n", "o"]] * 3 == [each for _, each in meet_all(store, ["m", "n", "o"], late=late)]
 
 
 def test_a_silent_rank_is_named_everywhere() -> None:

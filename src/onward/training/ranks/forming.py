@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
@@ -19,7 +17,8 @@ from onward.errors import RankLost, UsageError, first_line
 from onward.ranks import Place
 from onward.training.environment import describe_environment, same_environment
 from onward.training.ranks.group import Group
-from onward.training.ranks.watch import HINT, Watch
+from onward.training.ranks.meeting import meet
+from onward.training.ranks.watch import Watch
 
 FOREVER = timedelta(days=365)
 """The time-out of a collective, which looks after the others by itself."""
@@ -39,8 +38,8 @@ def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
     device = device_of(place)
     store, watched = _stores(place, patience)
     own = {"pid": os.getpid(), "host": socket.gethostname(), "environment": describe_environment(device, torch.float32)}
-    store.set(f"here/{place.rank}", json.dumps(own))
-    found = _all_here(store, place.size, patience)
+    name, found = meet(store, (place.rank, place.size), own, patience)
+    store, watched = (cast(Any, distributed).PrefixStore(name, each) for each in (store, watched))
     unequal = _equalize(found, report if place.rank == 0 else lambda _: None)
     names = [f"rank {rank} (pid {each['pid']} on {each['host']})" for rank, each in enumerate(found)]
     watch = Watch(watched, place.rank, names, patience)
@@ -97,18 +96,6 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
         where=address,
         hint="MASTER_ADDR and MASTER_PORT have to be reachable from every machine, and the port free.",
     )
-
-
-def _all_here(store: Any, size: int, patience: float) -> list[dict[str, Any]]:
-    """Wait until every rank has said who it is."""
-    ends = time.monotonic() + patience
-    keys = [f"here/{rank}" for rank in range(size)]
-    while missing := [key for key in keys if not store.check([key])]:
-        if time.monotonic() > ends:
-            ranks = ", ".join(f"rank {key.removeprefix('here/')}" for key in missing)
-            raise RankLost(f"{ranks} did not come within {patience:.0f} s", where="devices", hint=HINT)
-        time.sleep(0.02)
-    return [json.loads(found) for found in store.multi_get(keys)]
 
 
 def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:

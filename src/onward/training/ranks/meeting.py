@@ -1,0 +1,68 @@
+"""How the processes of one start find each other in a store that processes of an earlier start may have written to.
+
+torchrun's agents keep one store for all starts of a command, and count the starts each for itself. So every process has
+a name of its own: rank 0 says its name, the others answer under it, and who finds itself in rank 0's list is in.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from onward.errors import RankLost
+from onward.training.ranks.watch import HINT
+
+PAUSE = 0.02
+"""Seconds between two looks."""
+_FIRST, _ALL = "first", "all"
+
+
+def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: float) -> tuple[str, list[dict[str, Any]]]:
+    """Meet all ranks; returns a name for keys of this group alone, and what each rank said of itself.
+
+    Args:
+        store: holds bytes by key; keys of earlier groups may be in it.
+        place: this rank, and how many there are.
+        own: what this rank says, JSON values.
+        patience: seconds to wait.
+
+    Raises:
+        RankLost: a rank did not come.
+    """
+    rank, size = place
+    own = {**own, "name": uuid.uuid4().hex}
+    ends = time.monotonic() + patience
+    first: str | None = None
+    if rank == 0:
+        first = own["name"]
+        store.set(_here(first, 0), json.dumps(own))
+        store.set(_FIRST, first)
+    while time.monotonic() < ends:
+        if rank == 0:
+            if not _missing(store, first, size):
+                store.set(f"{first}/{_ALL}", json.dumps(_said(store, first, size)))
+        elif store.check([_FIRST]) and (now := store.get(_FIRST).decode()) != first:
+            first = now
+            store.set(_here(first, rank), json.dumps(own))
+        if first is not None and store.check([f"{first}/{_ALL}"]):
+            found: list[dict[str, Any]] = json.loads(store.get(f"{first}/{_ALL}"))
+            if own["name"] in [each["name"] for each in found]:
+                return first, found
+        time.sleep(PAUSE)
+    ranks = ", ".join(f"rank {number}" for number in _missing(store, first, size) or [0])
+    raise RankLost(f"{ranks} did not come within {patience:.0f} s", where="devices", hint=HINT)
+
+
+def _here(first: str | None, rank: int) -> str:
+    return f"{first}/here/{rank}"
+
+
+def _missing(store: Any, first: str | None, size: int) -> Sequence[int]:
+    return [rank for rank in range(size) if first is None or not store.check([_here(first, rank)])]
+
+
+def _said(store: Any, first: str | None, size: int) -> list[dict[str, Any]]:
+    return [json.loads(said) for said in store.multi_get([_here(first, rank) for rank in range(size)])]
