@@ -212,7 +212,7 @@ def meet_all(store: Any, said: list[str], *, late: int) -> list[tuple[str, list[
 
 @pytest.mark.parametrize("late", [0, 2])
 def test_processes_of_a_start_meet_each_other(late: int) -> None:
-    """torchrun keeps one store for all starts: what earlier processes wrote, all or some of it, is not taken for new."""
+    """torchrun keeps one store for all starts: what earlier ones wrote, all or some of it, is not taken for new."""
     store = torch.distributed.HashStore()
     names = set[str]()
     for said in (["a", "b", "c"], ["d", "e", "f"], ["g", "h"], ["i", "j", "k", "l"]):
