@@ -101,11 +101,11 @@ def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: 
     assert_same_state(alone, root)
 
 
-@pytest.mark.parametrize(("sharding", "status"), [("off", 1), ("full", LOST)])
-def test_a_frozen_rank_ends_all(sharding: str, status: int, model: Path, files: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["off", "full"])
+def test_a_frozen_rank_ends_all(sharding: str, model: Path, files: list[Path], tmp_path: Path) -> None:
     """A rank that is stopped shows no sign of life: after `rank_timeout` the others name it and end.
 
-    In shards they wait for it inside of a layer, where nothing can be told: the process ends by itself.
+    In shards they may wait for it inside of a layer, where nothing can be told: then the process ends by itself.
     """
     run = new_run(tmp_path / "run", model, **{**FULL, "rank_timeout": 2, "sharding": sharding})
     log = tmp_path / "log"
@@ -114,7 +114,7 @@ def test_a_frozen_rank_ends_all(sharding: str, status: int, model: Path, files: 
         ranks.send(1, signal.SIGSTOP)
         hold(run).let_go.touch()
         ranks.processes[0].join(60)
-        assert status == ranks.processes[0].exitcode
+        assert ranks.processes[0].exitcode in ({1, LOST} if sharding == "full" else {1})
     assert "has shown no sign of life for 2 s" in log.read_text()
     assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
 

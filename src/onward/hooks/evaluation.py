@@ -16,10 +16,10 @@ from onward.data.tokenized import Row
 from onward.training.scores import Meter, Score
 from onward.training.seeds import fold
 
-TRAINING_COST = {"full": 2.5}
+TRAINING_COST = {"full": 2}
 """Measured tokens that cost what a trained one does, by method. It is one forward pass, one for the gradient of what
 layers return, and one for that of all weights; measuring is a forward pass, and its scores. Elsewhere `OF_ADAPTER`."""
-OF_ADAPTER = 1.75
+OF_ADAPTER = 1.5
 """The same where all but small matrices are frozen."""
 WAY = 4
 """How scores are computed and what is affordable: another number than an earlier release's, whose may differ."""
