@@ -222,6 +222,7 @@ class Finalized:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell started in the background
 with kept_interrupts():
     try:
         Finalized()
