@@ -12,7 +12,7 @@ from onward.cli.options import AtOption, JsonOption, RunOption
 from onward.cli.output import show
 from onward.layout import RunLayout
 from onward.terminal import say
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 
 def export(
@@ -42,8 +42,7 @@ def export(
     result = write(layout, Wanted(target, file_format, at, dtype, quantize), say)
     if as_json:
         show(result)
-    number, size = len(result["files"]), sum(result["files"].values()) / 1e6
-    files = f"{number} {'file' if number == 1 else 'files'}, {size:.1f} MB"
+    files = f"{how_many(len(result['files']), 'file')}, {sum(result['files'].values()) / 1e6:.1f} MB"
     say(f"exported {printable(result['at'])} to {quoted(target)}: {files}")
 
 
