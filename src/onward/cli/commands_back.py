@@ -13,7 +13,7 @@ from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import say_stopped, show
 from onward.errors import UsageError
 from onward.terminal import say
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 
 def rollback(
@@ -76,7 +76,7 @@ def rebuild(
         return
     again = len(result["queued"])
     name = printable(result["without"])
-    say(f"without {name}: step {result['global_step']}; trained again: {again} {'file' if again == 1 else 'files'}")
+    say(f"without {name}: step {result['global_step']}; trained again: {how_many(again, 'file')}")
 
 
 def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.data.files.faults import FileError
 from onward.data.files.reading import BadRows
-from onward.data.row_types import RowError
+from onward.data.row_types import KEY_LENGTH, RowError
 from onward.lengths import Lengths
 from onward.text import printable
 
@@ -16,8 +16,6 @@ PROBLEMS_SHOWN = 20
 KEYS_COUNTED = 100
 """Different keys that are counted: rows may have keys of their own."""
 KEYS_NAMED = 12
-KEY_LENGTH = 80
-"""Characters that are shown of a key, which may be as long as a row."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, TypeAlias
 
+KEY_LENGTH = 80
+"""Characters that are shown of a key, which may be as long as a row."""
+
 Message: TypeAlias = dict[str, Any]
 
 UNSEEN = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u00ad\u200b\u200c\u200d\u2060\ufeff"

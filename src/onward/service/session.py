@@ -19,6 +19,7 @@ from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
 from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
+from onward.text import how_many
 from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
 from onward.training.checkpoint import Facts
@@ -191,7 +192,7 @@ def _require_shares(config: Config, world: World) -> None:
     """
     if world.size > config.parts:
         raise ConfigError(
-            f"{world.size} devices cannot share a step of {config.parts} part{'s' if config.parts > 1 else ''}",
+            f"{world.size} devices cannot share a step of {how_many(config.parts, 'part')}",
             where="parts",
             hint=f"Set parts: {world.size} or more in onward.yaml: from the next file on, the bits of a step depend on "
             f"it and not on the number of devices. Or use {config.parts}: --devices {config.parts}",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from onward.data.row_types import RowError
+from onward.data.row_types import KEY_LENGTH, RowError
 from onward.data.rows.columns import KNOWN
 from onward.data.rows.messages import MEDIA_KEYS, weight_of
 from onward.text import printable
@@ -66,7 +66,7 @@ def refuse_shapes(row: dict[str, Any]) -> None:
         raise RowError("the file holds a table by columns", BY_ROWS)
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if len(lists) == 1:
-        name = printable(lists[0][:80])
+        name = printable(lists[0][:KEY_LENGTH])
         raise RowError(
             f'no known row format; "{name}" holds a list of objects, which may be the rows',
             f'write what "{name}" holds into a .json file, without the object around it',

@@ -21,6 +21,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.ranks import LOST
+from onward.text import how_many
 
 GRACE = 5.0
 """Seconds that the last ones have to end once the others have."""
@@ -60,7 +61,7 @@ def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
     if not 1 <= devices.least <= devices.most:
         raise _wrong(f"{text!r} is no number of devices from 1 on" if devices.least < 1 else f"{text!r} goes down")
     if count is not None and devices.least > count:
-        raise _wrong(f"this machine has {count} GPU{'s' if count > 1 else ''}, not {devices.least}")
+        raise _wrong(f"this machine has {how_many(count, 'GPU')}, not {devices.least}")
     return devices if count is None else Devices(devices.least, min(devices.most, count))
 
 

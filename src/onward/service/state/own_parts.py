@@ -17,6 +17,7 @@ from onward.config import Config
 from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
+from onward.text import how_many
 from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class OwnParts:
         with self._publishing(OWN_BASE) as own, self._publishing(OWN_ADAPTER) as adapter:
             config = make_own_base(config, base, tokenizer, own, adapter)
         count = len(config.tokens)
-        words = [f"{count} more token{'s' if count > 1 else ''}"] if count else []
+        words = [f"{how_many(count, 'more token')}"] if count else []
         words += [f"what {config.lora.init} leaves of the weights, float32"] if config.takes_from_base else []
         self._report(f"the run has a base of its own in {OWN_BASE}/: {', '.join(words)}")
         return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})

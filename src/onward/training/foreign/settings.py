@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from onward.text import how_many
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder
 
@@ -53,8 +54,7 @@ def batch_words(folder: TrainerFolder, arguments: Arguments) -> str:
     """Return how the rows of a step came together, in words."""
     rows, accumulated = _rows_per_device(folder, arguments), arguments.count("gradient_accumulation_steps")
     devices = _parts(arguments) // accumulated
-    plural = "s" if devices > 1 else ""
-    return f"{rows} rows per device, {accumulated} accumulated, {devices} device{plural}"
+    return f"{rows} rows per device, {accumulated} accumulated, {how_many(devices, 'device')}"
 
 
 def _rows_per_device(folder: TrainerFolder, arguments: Arguments) -> int:

@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from onward.errors import RankLost, UsageError, first_line
 from onward.ranks import Place
+from onward.text import how_many
 from onward.training.environment import describe_environment, same_environment
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
@@ -59,7 +60,7 @@ def device_of(place: Place) -> torch.device:
     count = torch.cuda.device_count()
     if place.local_size > count:
         raise UsageError(
-            f"{place.local_size} processes were started on a machine with {count} GPU{'s' if count > 1 else ''}",
+            f"{place.local_size} processes were started on a machine with {how_many(count, 'GPU')}",
             where="devices",
             hint=f"Start {count} here: onward train --devices all, or torchrun --nproc-per-node {count}.",
         )

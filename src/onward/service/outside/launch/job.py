@@ -15,7 +15,7 @@ from onward.errors import UsageError
 from onward.layout import LEDGER, MANIFEST, RunLayout
 from onward.service.outside.elastic import Devices, read_devices
 from onward.service.outside.unit import KEPT_VARIABLES, Host
-from onward.text import printable, quoted
+from onward.text import how_many, printable, quoted
 
 PERSON = (2, 4, 5)
 """Exit statuses that no restart mends: the config is refused, another process owns the run, the state is damaged."""
@@ -91,7 +91,7 @@ def require_parts(layout: RunLayout, devices: Devices, nodes: int) -> None:
         hint = (
             f"Set parts: {asked} in {quoted(layout.config)}; it takes effect at the next file, and bits depend on it."
         )
-        what = f"{asked} devices cannot share a step of {parts} part{'s' if parts > 1 else ''}"
+        what = f"{asked} devices cannot share a step of {how_many(parts, 'part')}"
         raise UsageError(what, where="--devices", hint=hint)
 
 
