@@ -32,6 +32,7 @@ from page import FLAGS, TOKEN, served
 from onward import Run
 from onward.store.ledger import Ledger
 
+SHARES = ("all", "server", "started")
 SIDES = ("alone", "page", "open chat", "asked chat")
 GOALS = {"page": 0.01, "open chat": 0.03}
 ASK_SECONDS, LOOK_SECONDS = 10.0, 0.2
@@ -191,7 +192,12 @@ def one(side: str, made: Path, rows: Path, folder: Path) -> dict[str, Any]:
         first, last = (ledger.step_time(step) for step in (steps[WARM], steps[-1]))
     shutil.rmtree(run)
     spent = watched.between(first or 0.0, last or 0.0)
-    beside = {"all": sum(spent.values()) - spent[training.pid], "server": spent.get(pids[0], 0.0) if pids else 0.0}
+    known = {*pids, training.pid}
+    beside = {
+        "all": sum(spent.values()) - spent[training.pid],
+        "server": spent.get(pids[0], 0.0) if pids else 0.0,
+        "started": sum(seconds for pid, seconds in spent.items() if pid not in known),
+    }
     shares = {name: seconds / spent[training.pid] for name, seconds in beside.items()}
     return {"seconds": [step.seconds for step in steps[WARM:]], "shares": shares, "tracker": has_tracker}
 
@@ -211,7 +217,9 @@ def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
         for side, entries in found.items()
     }
     shares = {
-        side: {name: statistics.median(entry["shares"][name] for entry in entries) for name in ("all", "server")}
+        side: {
+            name: statistics.median(entry["shares"][name] for entry in entries) for name in ("all", "server", "started")
+        }
         for side, entries in found.items()
     }
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds, "tracker": found["page"][0]["tracker"]}
@@ -221,6 +229,7 @@ def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
             "time_lost": usual[side] / usual["alone"] - 1,
             "processor_share": measuring.held_against(GOALS[side], share, at_most=True) if side in GOALS else share,
             "of_the_page_server": shares[side]["server"],
+            "of_the_tracker": shares[side]["started"] - shares["alone"]["started"],
         }
     return figures
 

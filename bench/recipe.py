@@ -38,36 +38,20 @@ import argparse
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import material
+from recipe_process import START, FileResult, Job, Settings, checkpoints, steps_due
 
-START = "start.safetensors"
-"""The adapter as a run began with it, kept next to the result."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a person who follows the recipe sets; the rest is the Trainer's default."""
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.1
-    batch_size: int = 8
-    epochs: int = 1
-    learning_rate: float = 1e-3
-    seed: int = 0
+PROCESS = Path(__file__).with_name("recipe_process.py")
 
 
 @dataclass(frozen=True)
@@ -120,39 +104,6 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Job:
-    """One process of the recipe: which rows it trains, and what it goes on from."""
-
-    base: str
-    file: str
-    out: str
-    settings: Settings
-    schedule: str
-    order: str
-    newest_by: str
-    max_steps: int = -1
-    stop_at: int | None = None
-    resume: str | None = None
-
-
-@dataclass(frozen=True)
-class FileResult:
-    """What one process did with one file; the fields are those of the module's docstring."""
-
-    name: str
-    rows: int
-    rows_trained: int
-    rows_repeated: int
-    steps: int
-    steps_due: int
-    global_step: int
-    resumed_from: str | None
-    seconds: float
-    learning_rates: list[float] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class RecipeResult:
     """A variant's files and where its final trainable weights lie."""
 
@@ -177,7 +128,7 @@ def train_recipe(name: str, files: Sequence[Path], base: Path, out: Path, settin
             schedule=variant.schedule,
             order=variant.order,
             newest_by=variant.newest_by,
-            max_steps=_global_step(out) + _steps_due(path, settings) if variant.extend else -1,
+            max_steps=_global_step(out) + steps_due(path, settings) if variant.extend else -1,
             stop_at=variant.stop_at if number == 0 else None,
             resume=_newest_checkpoint(out, variant.newest_by),
         )
@@ -241,27 +192,14 @@ def _global_step(out: Path) -> int:
     return int(json.loads(state.read_text())["global_step"]) if state.is_file() else 0
 
 
-def _steps_due(path: Path, settings: Settings) -> int:
-    return math.ceil(len(_read_texts(path)) / settings.batch_size) * settings.epochs
-
-
-def _checkpoints(out: Path, newest_by: str) -> list[Path]:
-    found = sorted(out.glob("checkpoint-*"))
-    return found if newest_by == "text" else sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
 def _newest_checkpoint(out: Path, newest_by: str) -> str | None:
-    found = _checkpoints(out, newest_by)
+    found = checkpoints(out, newest_by)
     return str(found[-1]) if found else None
-
-
-def _read_texts(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _in_own_process(job: Job) -> FileResult:
     """Run a job in a fresh interpreter, on one thread so that equal work gives equal bits."""
-    command = [sys.executable, __file__, "--job", json.dumps(asdict(job))]
+    command = [sys.executable, str(PROCESS), json.dumps(asdict(job))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
@@ -269,112 +207,11 @@ def _in_own_process(job: Job) -> FileResult:
     return FileResult(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _run_job(job: Job) -> FileResult:
-    """Run as one process of the recipe: train, `save_model`, `save_state`, keep the last checkpoint."""
-    import torch
-
-    torch.set_num_threads(1)
-    trainer, rows_seen, rates = _stock_trainer(job)
-    began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=job.resume)
-    seconds = time.perf_counter() - began
-    trainer.save_model()
-    trainer.save_state()
-    for older in _checkpoints(Path(job.out), job.newest_by)[:-1]:
-        shutil.rmtree(older)
-    counts = Counter(rows_seen)
-    return FileResult(
-        name=Path(job.file).name,
-        rows=len(trainer.train_dataset),
-        rows_trained=len(counts),
-        rows_repeated=sum(count > job.settings.epochs for count in counts.values()),
-        steps=len(rates),
-        steps_due=_steps_due(Path(job.file), job.settings),
-        global_step=trainer.state.global_step,
-        resumed_from=Path(job.resume).name if job.resume else None,
-        seconds=round(seconds, 3),
-        learning_rates=rates,
-        kept=[path.name for path in _checkpoints(Path(job.out), job.newest_by)],
-    )
-
-
-def _stock_trainer(job: Job):
-    """Return a Trainer as anyone would set it up, and the lists in which it notes rows and learning rates."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments, set_seed
-
-    class ObservedTrainer(Trainer):
-        """The stock Trainer; notes what a step is taken on and changes nothing."""
-
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            rows_seen.extend(inputs.pop("row").tolist())
-            rates.append(self.optimizer.param_groups[0]["lr"])
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    class StopAt(TrainerCallback):
-        """Ends the process after a step, with a checkpoint, as an interruption right after a save would."""
-
-        def on_step_end(self, args, state, control, **_):
-            control.should_save = control.should_training_stop = state.global_step == job.stop_at
-            return control
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = tokenizer([row["text"] + tokenizer.eos_token for row in rows], padding=True, return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return {**batch, "labels": labels, "row": torch.tensor([row["row"] for row in rows])}
-
-    rows_seen: list[int] = []
-    rates: list[float] = []
-    settings, out = job.settings, Path(job.out)
-    set_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(job.base)
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32), lora)
-    if job.resume is None:
-        model.save_pretrained(out)
-        out.joinpath("adapter_model.safetensors").rename(out / START)
-    trainer = ObservedTrainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=job.out,
-            per_device_train_batch_size=settings.batch_size,
-            num_train_epochs=settings.epochs,
-            max_steps=job.max_steps,
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=job.schedule,
-            train_sampling_strategy=job.order,
-            seed=settings.seed,
-            logging_steps=1,
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-            report_to=[],
-            disable_tqdm=True,
-        ),
-        train_dataset=[{"row": number, "text": text} for number, text in enumerate(_read_texts(Path(job.file)))],
-        data_collator=collate,
-        callbacks=[StopAt()] if job.stop_at else None,
-    )
-    return trainer, rows_seen, rates
-
-
 def main() -> None:
     """Print the comparison as JSON, or run as one process of it."""
     parser = argparse.ArgumentParser(description="Measure the usual recipe by its own uninterrupted run.")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--keep", type=Path, help="empty folder for base, files and weights, kept afterwards")
     arguments = parser.parse_args()
-    if arguments.job:
-        values = json.loads(arguments.job)
-        print(json.dumps(asdict(_run_job(Job(**{**values, "settings": Settings(**values["settings"])})))))
-        return
     with tempfile.TemporaryDirectory() as scratch:
         print(json.dumps(compare_recipes(arguments.keep or Path(scratch)), indent=2))
 

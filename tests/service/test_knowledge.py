@@ -207,8 +207,8 @@ def test_what_does_not_fit_is_blank(whole: Run) -> None:
     """The allowance grows with training and falls with measuring, and decides by counted tokens alone."""
     lora, full = (Config.model_validate({"method": m, "evaluation": {"share": 0.05}}) for m in ("lora", "full"))
     assert 5 == allowance(lora, 0, 10**9, 10**8)  # what is free whatever was spent
-    assert 7_500 - 4_000 == allowance(lora, 100_000, 4_000, 10**8)
-    assert 10_000 - 4_000 == allowance(full, 100_000, 4_000, 10**8)
+    assert 8_750 - 4_000 == allowance(lora, 100_000, 4_000, 10**8)
+    assert 15_000 - 4_000 == allowance(full, 100_000, 4_000, 10**8)
     with Ledger(whole.layout.ledger, read_only=True) as ledger:
         first = ledger.at_position(1)
         assert first is not None

@@ -17,6 +17,8 @@ from onward.config import Config
 from onward.data.tokenized import Row
 from onward.training.anchor import AnchorTerm, top_divergences, top_of
 from onward.training.execution import Execution
+from onward.training.layers import cross_entropy
+from onward.training.layers.head import scores_of
 from onward.training.model.expert_lora import wrap_experts
 from onward.training.model.load import make_fast
 from onward.training.scores import Compute, Meter, divergences
@@ -85,6 +87,27 @@ def test_scores_of_the_model_and_of_its_base(kind: str) -> None:
     assert far > 1e-4
     assert model.training
     assert trained == {name: (weight.data_ptr(), weight.requires_grad) for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [1, 4, 64])
+def test_scores_need_no_whole_logits(monkeypatch: pytest.MonkeyPatch, words: int, dtype: torch.dtype) -> None:
+    """However the vocabulary is cut, losses are those of whole logits, and of equal logits the first one is a hit."""
+    monkeypatch.setattr(cross_entropy, "WORDS", words)
+    monkeypatch.setattr(cross_entropy, "TILE_BYTES", {"cpu": 1})
+    draws = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-2, 3, (200, 3), generator=draws).float()
+    weight = torch.randint(-2, 3, (37, 3), generator=draws).float()  # whole numbers: many logits are equal, exactly
+    logits = hidden @ weight.T
+    first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
+    wanted = torch.where(torch.arange(200) % 2 == 0, first, torch.randint(0, 37, (200,), generator=draws))
+    expected = functional.cross_entropy(logits, wanted, reduction="none").tolist()
+    losses, hits = cross_entropy.linear_scores(hidden, weight, wanted, dtype)
+    assert (first == wanted).tolist() == hits.tolist()
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    losses, hits = scores_of(logits.clone(), wanted)
+    assert (first == wanted).tolist() == hits.tolist()
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mamba", "rwkv"])

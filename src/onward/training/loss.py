@@ -17,7 +17,7 @@ from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.fused_lora import fused_layers, lowered
-from onward.training.layers.head import Head, Tail, counted_cross_entropy, find_head
+from onward.training.layers.head import Head, Tail, counted_cross_entropy, find_head, scores_of
 from onward.training.layers.rope import EVERY_LENGTH, angles_of
 from onward.training.layers.varlen import Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
@@ -106,18 +106,47 @@ class TargetLoss:
         All rows must have the same angles. Gradients are what the caller makes of them.
         """
         self.forget()
-        if not self._takes_rows and self._head is None:
+        below = self._below_head(batch)
+        if below is None:
             with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
                 logits, labels, _ = self._chosen_logits(batch)
             yield logits, labels
             return
-        with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-            hidden, labels, _ = self._hidden(batch)
-        head = self._head or Head(self._causal_lm.get_output_embeddings(), Tail())
+        head, hidden, labels = below
         for part, wanted, _ in head.chunks(hidden, labels):
             with autocast(self.device, self.dtype):
                 logits = head.tail(head.module(part)).float()
             yield logits, wanted
+
+    def scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cross-entropy (nats, float32) of each target of a batch, and whether it has the largest logit.
+
+        Both have shape (targets,); of equal logits the first is the largest. All rows must have the same angles.
+        """
+        self.forget()
+        below = self._below_head(batch)
+        if below is None:
+            with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
+                logits, labels, _ = self._chosen_logits(batch)
+            return scores_of(logits, labels)
+        head, hidden, labels = below
+        found = head.scores(hidden, labels, self.dtype)
+        if found is not None:
+            return found
+        with autocast(self.device, self.dtype):
+            each = [
+                scores_of(head.tail(head.module(part)).float(), own) for part, own, _ in head.chunks(hidden, labels)
+            ]
+        losses, hits = zip(*each, strict=True)
+        return torch.cat(losses), torch.cat(hits)
+
+    def _below_head(self, batch: Batch) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
+        """Return the head, what it gets for each target, and the labels; None where the model computes all itself."""
+        if not self._takes_rows and self._head is None:
+            return None
+        with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
+            hidden, labels, _ = self._hidden(batch)
+        return self._head or Head(self._causal_lm.get_output_embeddings(), Tail()), hidden, labels
 
     def _hidden(self, batch: Batch) -> _Targets:
         """Return what the head gets for each target, shape (targets, width), the labels, and what each counts."""

@@ -5,7 +5,8 @@ Measured on a twin (`layers/twin.py`), so that nothing that training reads is wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +144,13 @@ class Meter:
         """Return loss and accuracy over the target tokens of rows, at least one of them with a target."""
         loss = correct = tokens = 0.0
         for batch in self.batches(rows):
-            for logits, labels in self.logits(batch):
-                losses, hits = tallied(logits, labels)
-                loss += losses
-                correct += hits
-                tokens += len(labels)
+            self._compute.look()
+            with self._repeatably():
+                losses, hits = self._loss.scores(batch)
+            self._loss.forget()
+            loss += float(losses.double().sum())
+            correct += int(hits.sum())
+            tokens += len(losses)
         return Score(loss / tokens, correct / tokens, int(tokens))
 
     def divergence(self, base: Meter, rows: Sequence[Row]) -> float:
@@ -160,14 +163,18 @@ class Meter:
         return total / tokens
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Yield rows in batches of at most `BATCH_TOKENS` tokens, padding included, or one row."""
+        """Yield rows in batches of at most `BATCH_TOKENS` tokens, with what they are padded with, or one row."""
         some: list[Row] = []
         for row in (*rows, None):
-            if row is None or (some and (len(some) + 1) * max(len(each.ids) for each in (*some, row)) > BATCH_TOKENS):
+            if row is None or (some and self._tokens_of([*some, row]) > BATCH_TOKENS):
                 yield from self._parts(some)
                 some = []
             if row is not None:
                 some.append(row)
+
+    def _tokens_of(self, rows: Sequence[Row]) -> int:
+        lengths = [len(row.ids) for row in rows]
+        return len(rows) * max(lengths) if self._loss.layout.padded else sum(lengths)
 
     def _parts(self, rows: list[Row]) -> Iterator[Batch]:
         batch = Batch(rows, [RowReference("", place) for place in range(len(rows))], list(range(len(rows))))
@@ -177,30 +184,21 @@ class Meter:
     def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield logits, float32 (tokens, vocabulary), and labels of a batch's targets, some at a time."""
         self._compute.look()
-        device, chunks = self._compute.device, self._loss.logits(batch)
+        chunks = self._loss.logits(batch)
         while True:
-            draws = seeded(fold(self._compute.config.seed, "scores"), device)
-            with torch.no_grad(), deterministic(device, exact=self._compute.config.deterministic), draws:
+            with self._repeatably():
                 found = next(chunks, None)
             if found is None:
                 break
             yield found
         self._loss.forget()
 
-
-def tallied(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
-    """Return the summed cross-entropy (nats) and how many labels have the largest logit, of equal ones the first.
-
-    Args:
-        logits: float32, shape (tokens, vocabulary); overwritten.
-        labels: int64, shape (tokens,).
-    """
-    chosen, largest = logits.gather(1, labels[:, None]), logits.amax(1, keepdim=True)
-    may_hit = (chosen == largest)[:, 0]
-    hits = int((logits[may_hit].argmax(1) == labels[may_hit]).sum())
-    shares = torch.softmax(logits, 1, out=logits)  # its largest is one by the sum of the exponentials
-    losses = largest - shares.amax(1, keepdim=True).log_() - chosen
-    return float(losses.double().sum()), hits
+    @contextmanager
+    def _repeatably(self) -> Generator[None]:
+        device, config = self._compute.device, self._compute.config
+        draws = seeded(fold(config.seed, "scores"), device)
+        with torch.no_grad(), deterministic(device, exact=config.deterministic), draws:
+            yield
 
 
 def divergences(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

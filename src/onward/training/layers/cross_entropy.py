@@ -10,6 +10,7 @@ time.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,32 @@ def linear_cross_entropy(
         return cast(Any, _OfFrozenHead).apply(hidden, weight.detach(), labels, dtype, torch.is_grad_enabled(), column)
 
 
+def linear_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy (nats, float32) of each row of `hidden @ weight.T`, and whether its label comes first.
+
+    A label comes first that has the largest logit; of equal ones the first of the vocabulary counts. Nothing is
+    recorded for autograd. The arguments are those of `linear_cross_entropy`, both results of shape (tokens,).
+    """
+    with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
+        rows, head, wanted = hidden.to(dtype), weight.to(dtype), labels[:, None]
+        log_sum, chosen = _nothing_yet(rows)
+        best, hits = log_sum, torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for _, logits, place in _by_parts(rows, head, wanted):
+            found, inside = _found(logits, place)
+            chosen = torch.where(inside, found, chosen)
+            largest = logits.amax(1, keepdim=True)
+            leads = largest > best
+            may_hit = (leads & inside & (found == largest))[:, 0]
+            hits &= ~leads[:, 0]
+            hits[may_hit] = logits[may_hit].argmax(1) == place[may_hit, 0]
+            best = torch.maximum(best, largest)
+            shares = torch.softmax(logits, 1, out=logits)
+            log_sum = torch.logaddexp(log_sum, largest - shares.amax(1, keepdim=True).log_())
+    return (log_sum - chosen)[:, 0], hits
+
+
 class _OfFrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -87,27 +114,43 @@ def _by_vocabulary(
     rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None, *, wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the loss and the gradient of `rows`: softmax times the weights, less the target's."""
-    budget = TILE_BYTES.get(rows.device.type, LOGITS_BYTES)
-    words = WORDS * max(1, budget // (4 * WORDS * max(1, len(rows))))
-    log_sum = rows.new_full((len(rows), 1), float("-inf"), dtype=torch.float32)
-    chosen = torch.zeros_like(log_sum)
+    log_sum, chosen = _nothing_yet(rows)
     seen = torch.zeros_like(rows, dtype=torch.float32) if wants_grad else None
-    product = _times if rows.dtype == torch.float32 else product_in_float
-    for first in range(0, len(head), words):
-        part = head[first : first + words]
-        logits = product(rows, part.T)
-        place = labels - first
-        found = logits.gather(1, place.clamp(0, len(part) - 1))
-        chosen = torch.where((place >= 0) & (place < len(part)), found, chosen)
+    for part, logits, place in _by_parts(rows, head, labels):
+        found, inside = _found(logits, place)
+        chosen = torch.where(inside, found, chosen)
         largest = logits.amax(1, keepdim=True)
         shares = torch.softmax(logits, 1, out=logits)  # one pass: row by row in the processor's cache
         own_sum = largest - shares.amax(1, keepdim=True).log_()
         before, log_sum = log_sum, torch.logaddexp(log_sum, own_sum)
         if seen is not None:
             seen.mul_((before - log_sum).exp_())
-            seen.addcmul_(product(shares.to(rows.dtype), part), (own_sum - log_sum).exp_())
+            seen.addcmul_(_product(shares.to(rows.dtype), part), (own_sum - log_sum).exp_())
     grad = None if seen is None else _counted(seen.sub_(head[labels[:, 0]]), counts)
     return _counted(log_sum - chosen, counts).sum(), grad
+
+
+def _nothing_yet(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log-sum-exp and chosen logit of no part of the vocabulary, each of shape (tokens, 1)."""
+    log_sum = rows.new_full((len(rows), 1), float("-inf"), dtype=torch.float32)
+    return log_sum, torch.zeros_like(log_sum)
+
+
+def _by_parts(
+    rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield parts of the vocabulary: their weights, logits (tokens, words), and the labels' places (tokens, 1)."""
+    budget = TILE_BYTES.get(rows.device.type, LOGITS_BYTES)
+    words = WORDS * max(1, budget // (4 * WORDS * max(1, len(rows))))
+    for first in range(0, len(head), words):
+        part = head[first : first + words]
+        yield part, _product(rows, part.T), labels - first
+
+
+def _found(logits: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits at the labels' places, and which of those lie in this part; each of shape (tokens, 1)."""
+    words = logits.shape[1]
+    return logits.gather(1, place.clamp(0, words - 1)), (place >= 0) & (place < words)
 
 
 def _counted(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
@@ -115,8 +158,8 @@ def _counted(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     return values if counts is None else values.mul_(counts)
 
 
-def _times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return times(left, right.T)
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return times(left, right.T) if left.dtype == torch.float32 else product_in_float(left, right)
 
 
 def _by_tokens(

@@ -88,10 +88,9 @@ class Head:
         Args:
             counts: float32, shape (tokens,): what the loss of each token counts; None where each counts 1.
         """
-        scale = self.tail.scale
-        if scale is not None and type(self.module) is nn.Linear and cast(Any, self.module).bias is None:
-            scaled = hidden if scale == 1.0 else hidden * scale
-            return cross_entropy.linear_cross_entropy(scaled, self.module.weight, labels, dtype, counts)
+        plain = self._plain_factors(hidden)
+        if plain is not None:
+            return cross_entropy.linear_cross_entropy(*plain, labels, dtype, counts)
         if not torch.is_grad_enabled():
             return sum(
                 (self.plain(*part) for part in self.chunks(hidden, labels, counts)),
@@ -99,6 +98,20 @@ class Head:
             )
         trained = [weight for weight in self.module.parameters() if weight.requires_grad]
         return cast(Any, _InChunks).apply(hidden, labels, counts, self, *trained)
+
+    def scores(
+        self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return `linear_scores` of hidden states, shape (tokens, width); None where it takes all logits."""
+        plain = self._plain_factors(hidden)
+        return None if plain is None else cross_entropy.linear_scores(*plain, labels, dtype)
+
+    def _plain_factors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return two factors whose product are the model's logits; None where they are no plain product."""
+        scale = self.tail.scale
+        if scale is None or type(self.module) is not nn.Linear or cast(Any, self.module).bias is not None:
+            return None
+        return hidden if scale == 1.0 else hidden * scale, self.module.weight
 
     def plain(self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
         """Return the loss with all logits at once."""
@@ -119,6 +132,20 @@ def counted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, counts: to
     if counts is None:
         return functional.cross_entropy(logits, labels, reduction="sum")
     return (functional.cross_entropy(logits, labels, reduction="none") * counts).sum()
+
+
+def scores_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy (nats) of each row of logits, and whether its label comes first, as in `linear_scores`.
+
+    Args:
+        logits: float32, shape (tokens, vocabulary); overwritten.
+        labels: int64, shape (tokens,).
+    """
+    chosen, largest = logits.gather(1, labels[:, None]), logits.amax(1, keepdim=True)
+    hits = (chosen == largest)[:, 0]
+    hits[hits.clone()] = logits[hits].argmax(1) == labels[hits]
+    shares = torch.softmax(logits, 1, out=logits)  # its largest is one by the sum of the exponentials
+    return (largest - shares.amax(1, keepdim=True).log_() - chosen)[:, 0], hits
 
 
 class _InChunks(torch.autograd.Function):
