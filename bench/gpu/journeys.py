@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -52,13 +53,26 @@ def gap(shape: str) -> None:
                 ends.append((event.step_in_file, time.perf_counter()))
 
         run.train(*_files(shape, folder, FILES), observe=observe)
+        flush = _flush_seconds(folder / "flushed")
     pairs = list(pairwise(ends))
     step = statistics.median(after[1] - before[1] for before, after in pairs if after[0] > 1)
     between = statistics.median(after[1] - before[1] for before, after in pairs if after[0] == 1)
     steps = max(0.0, between - step) / step
     first = next(after[1] - before[1] for before, after in pairs if after[0] == 1)
-    figures = {"step": step, "gap": between - step, "first": first - step}
+    figures = {"step": step, "gap": between - step, "first": first - step, "flush": flush}
     emit("gap between files", shape=shape, **figures, steps=steps, goal=1.0, met=steps <= 1.0)
+
+
+def _flush_seconds(path: Path) -> float:
+    """Return what it takes to bring a page to the disk: part of a gap is waiting for that."""
+    times: list[float] = []
+    with path.open("wb", buffering=0) as file:
+        for _ in range(20):
+            file.write(bytes(4096))
+            begun = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times)
 
 
 def stall(shape: str) -> None:

@@ -66,6 +66,27 @@ def test_a_failed_transaction_leaves_nothing(ledger: Ledger) -> None:
     assert ledger.get("fact") is None
 
 
+def test_what_a_commit_takes_along_does_not_wait_for_the_disk(ledger: Ledger) -> None:
+    """Only transactions in the body are not flushed one by one; what fails there is as anywhere else."""
+
+    def level() -> int:
+        return int(ledger.scalar("PRAGMA synchronous"))
+
+    normal, full = 1, 2
+    with ledger.without_waiting():
+        ledger.put(state="training")
+        assert normal == level()
+    assert full == level()
+    with pytest.raises(ZeroDivisionError), ledger.without_waiting(), ledger.transaction():
+        raise ZeroDivisionError
+    assert full == level()
+    with ledger.transaction(), ledger.without_waiting():
+        ledger.put(state="saving")
+        assert full == level()
+    with Ledger(ledger.path, read_only=True) as reader:
+        assert "saving" == reader.get("state")
+
+
 def test_foreign_keys_hold(ledger: Ledger) -> None:
     """A step of a file that does not exist is refused."""
     metrics = Metrics(ledger.path)

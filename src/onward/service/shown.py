@@ -60,7 +60,7 @@ class Shown:
         shown = (self.state, self._problem or next(iter(self._standing.values()), None))
         if shown == self._last:
             return
-        with contextlib.suppress(sqlite3.OperationalError):
+        with contextlib.suppress(sqlite3.OperationalError), self._ledger.without_waiting():
             self._ledger.put(state=shown[0], problem=shown[1])
             self._last = shown
 

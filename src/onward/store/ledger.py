@@ -183,8 +183,8 @@ class Ledger(Files, Requests, Curve, Tracking):
         self.insert("events", {"level": level, "message": text, "step": step, "created": self.clock(), "kind": kind})
 
     def keep_boundary_results(self, file_id: int, step: int, results: Mapping[str, Any]) -> None:
-        """Keep what hooks measured at the boundary after a file, by name, as JSON values."""
-        with self.transaction():
+        """Keep what hooks measured at the boundary after a file, by name, as JSON; its commit makes it durable."""
+        with self.without_waiting(), self.transaction():
             for name, value in results.items():
                 self.write(
                     "INSERT OR REPLACE INTO boundary_results VALUES (?, ?, ?, ?, ?)",

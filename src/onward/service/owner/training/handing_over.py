@@ -38,10 +38,11 @@ def keep_handover(
 ) -> None:
     """Record a handover, with what was measured on both sides and the class and difference that were found."""
     name, difference = found
-    ledger.add_handover(
-        kind=crossing.kind, step=crossing.step, file_id=crossing.file_id, difference=difference, name=name,
-        before=json.dumps(before), after=json.dumps(after.to_dict()),
-    )  # fmt: skip
+    with ledger.without_waiting():
+        ledger.add_handover(
+            kind=crossing.kind, step=crossing.step, file_id=crossing.file_id, difference=difference, name=name,
+            before=json.dumps(before), after=json.dumps(after.to_dict()),
+        )  # fmt: skip
 
 
 class FirstHandover:
