@@ -1,4 +1,4 @@
-"""What changes in a run, as server-sent events: one look a second at the ledger, however many browsers are open."""
+"""What changes in a run, as server-sent events: one look every two seconds, however many browsers are open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onward.service.holder import is_held
 from onward.store.ledger import Ledger
 from onward.views.page.reading import RunReader
 
-SECONDS = 1.0
+SECONDS = 2.0
 """Between two looks."""
 PULSE = 5.0
 """Seconds after which the state is told again though nothing was written: a process may have frozen."""

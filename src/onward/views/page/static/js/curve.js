@@ -14,7 +14,7 @@ const CHARTS = [
 ];
 const AGAIN = 5000;
 const NEAR = 2;
-const PAUSE = 2500;
+const PAUSE = 3500;
 
 let drawn = null;
 let range = null;
