@@ -72,6 +72,23 @@ class Ownership:
                 hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
             )
 
+    def require_room(self, first: int, last: int) -> None:
+        """Refuse to train towards a boundary where something that the run did not make has the name of a commit.
+
+        A stop commits at any step, so that any of them may be needed.
+
+        Args:
+            first: the first step that may be committed.
+            last: that of the boundary.
+
+        Raises:
+            NotMadeHere: with the command that moves it away.
+        """
+        for place in self.layout.taken():
+            step = step_of(place)
+            if step == last or (first <= step < last and place.parent == self.layout.current):
+                self.require_free(place)
+
     def remove(self, folder: Path) -> bool:
         """Remove a directory of the run, in one visible act; returns whether there was one. Others are left alone."""
         if not os.path.lexists(folder) or not self.made(folder):
