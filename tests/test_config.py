@@ -150,6 +150,17 @@ def test_a_schedule_with_a_horizon_takes_one() -> None:
         assert parse_config({"schedule": schedule}).total_steps is None
 
 
+@pytest.mark.parametrize("name", ["onward.yaml", "config.json"])
+def test_a_number_that_has_no_end_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    """Python reads no number of thousands of digits: that is a refusal of the config, not a crash."""
+    (tmp_path / name).write_text(f'{{"batch_size": {"9" * 5000}}}')
+    with pytest.raises(ConfigError, match="the config cannot be read") as refused:
+        read_config(tmp_path / name)
+    assert str(tmp_path / name) == refused.value.where
+    with pytest.raises(ConfigError, match="the value of batch_size cannot be read"):
+        parse_settings([f"batch_size={'9' * 5000}"])
+
+
 def test_config_json_is_read_where_no_yaml_is(model: Path, tmp_path: Path) -> None:
     """`config.json` with the same keys stands in for onward.yaml, and `init` keeps it."""
     (tmp_path / "run").mkdir()
