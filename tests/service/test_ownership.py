@@ -18,6 +18,7 @@ from states import assert_same_state
 from onward import Run
 from onward.errors import DamagedState, NotMadeHere
 from onward.events import Event, Note, StepTaken
+from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {
@@ -133,6 +134,7 @@ def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, fil
         ("current_model/checkpoint-5", "by a trainer"),
         ("current_model/checkpoint-5", "by another run"),
         ("current_model/checkpoint-3", "by another run"),
+        ("current_model/checkpoint-3", "by a trainer"),
         ("boundaries/step-5", "by a trainer"),
         ("boundaries/step-5", "by another run"),
         ("current_model/checkpoint-4", "by a trainer"),
@@ -232,3 +234,13 @@ def test_the_runs_own_damaged_checkpoint_is_repaired(damage: Callable[[Path], No
     Run(root).train()
     assert_same_state(trained, root)
     assert Run(root).verify().ok
+
+
+def test_a_manifest_that_is_lost_within_a_file_costs_its_steps(root: Path, twin: Path, files: list[Path]) -> None:
+    """The run's own checkpoint is known by what it shares with the links, is replaced, and its steps are trained again."""
+    run, stop = Run(root), Wishes()
+    run.train(files[1], stop=stop, observe=lambda event: stop.ask("test") if isinstance(event, StepTaken) else None)
+    (root / "current_model/checkpoint-4/onward.json").unlink()
+    run.train()
+    assert_same_state(twin, root)
+    assert ["checkpoint-5"] == [folder.name for folder in run.layout.checkpoints()]
