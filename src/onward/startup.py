@@ -44,8 +44,8 @@ _TRACKERS = {
 SOON = 0.5
 """Seconds after which a dropped Ctrl-C is repeated; the finalizer is over by then."""
 
-ENDINGS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that end a process without a word: of a service manager, a closed terminal, Slurm."""
+ENDINGS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
+"""Signals that end a process without a word: of a service manager, a closed terminal, Slurm. Windows has the first."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""

@@ -237,7 +237,7 @@ def test_the_runs_own_damaged_checkpoint_is_repaired(damage: Callable[[Path], No
 
 
 def test_a_manifest_that_is_lost_within_a_file_costs_its_steps(root: Path, twin: Path, files: list[Path]) -> None:
-    """The run's own checkpoint is known by what it shares with the links, is replaced, and its steps are trained again."""
+    """The run's own checkpoint is known by what it shares with the links; its steps are trained again."""
     run, stop = Run(root), Wishes()
     run.train(files[1], stop=stop, observe=lambda event: stop.ask("test") if isinstance(event, StepTaken) else None)
     (root / "current_model/checkpoint-4/onward.json").unlink()
