@@ -155,6 +155,7 @@ The last column of the table says when a change acts in a run that has trained.
 - **At the next file**: a file that was begun goes on under the config that it began with, also after a stop. The ledger
   records each change with its step. Files that wait under another `max_length`, `over_length`,
   `columns` or `text.documents` are tokenized again.
+- **At the next start**: processes that train together agree on the key when they start.
 - **At once**: no weight depends on the key. A process that runs reads the file again when it changes.
 
 A config that is refused changes nothing in a process that runs: `onward status` shows why as `problem`, and the next

@@ -32,6 +32,8 @@ KILL = "SIGKILL"
 KINDS = (*ERRORS, KILL)
 SIGNALS = {"SIGTERM": (signal.SIGTERM,), "SIGINT twice": (signal.SIGINT, signal.SIGINT)}
 """Faults that ask the process to end, and leave the change itself alone."""
+ALONE = {name: (signal.Signals[name],) for name in ("SIGINT", "SIGHUP", "SIGUSR1")}
+"""More of them, for tests that do not sweep."""
 FULL_SIZE = os.environ.get("ONWARD_SOAK") == "1"
 CALLS = ("fsync", "rename", "replace", "link", "mkdir", "unlink", "rmdir", "chmod")
 """Functions of `os` that change files, or wait until they are changed."""
@@ -43,7 +45,7 @@ class Fault:
 
     Args:
         at: which change, from 1; 0 for none, to count them.
-        kind: one of `KINDS` or `SIGNALS`. A write is cut in the middle before it fails.
+        kind: one of `KINDS`, `SIGNALS` or `ALONE`. A write is cut in the middle before it fails.
         record: a file that gets a line for every change; next to it the file `struck` is made when the fault comes.
     """
 
@@ -65,7 +67,7 @@ class Fault:
             os.write(record, f"{name}\n".encode())
             if count == self.at:
                 self.struck.touch()
-                if self.kind not in SIGNALS:
+                if self.kind not in SIGNALS | ALONE:
                     half()
                 self._strike()
 
@@ -97,8 +99,8 @@ class Fault:
         return self.record.with_name("struck")
 
     def _strike(self) -> None:
-        if self.kind in SIGNALS:
-            for number in SIGNALS[self.kind]:
+        if self.kind in SIGNALS | ALONE:
+            for number in (SIGNALS | ALONE)[self.kind]:
                 os.kill(os.getpid(), number)
                 if threading.current_thread() is not threading.main_thread():
                     time.sleep(0.1)  # the main thread takes the first one before the second comes

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from commands import make_run, onward
 
-from onward.config import Config, known_keys
+from onward.config import Config, known_keys, stored_config
 from onward.config.keys import IDENTITY_KEYS, LATER_IDENTITY_KEYS
 from onward.config.text import parse_config, parse_settings, read_config, render_yaml
 from onward.errors import ConfigError, Unreadable
@@ -148,6 +148,28 @@ def test_a_schedule_with_a_horizon_takes_one() -> None:
         assert 11 == parse_config({"schedule": schedule, "total_steps": 11}).total_steps
     for schedule in ("constant", "inverse_sqrt", "wsd"):
         assert parse_config({"schedule": schedule}).total_steps is None
+
+
+def test_what_was_trained_with_is_kept_where_it_is_refused_today() -> None:
+    """A recorded value is a fact: it stays what it was, next to others in the types that they have today."""
+    values = Config(lora={"rank": 2}).model_dump(mode="json")  # type: ignore[arg-type]
+    values |= {"retries": -1, "learning_rate": 1e-5, "min_learning_rate": 1.0, "text": {"documents": "page", "old": 1}}
+    config = stored_config(values)
+    assert (-1, 1e-5, 1.0, "page") == (
+        config.retries, config.learning_rate, config.min_learning_rate, config.text.documents
+    )  # fmt: skip
+    assert (2, (0.9, 0.999), 8) == (config.lora.rank, config.betas, config.batch_size)
+
+
+@pytest.mark.parametrize("name", ["onward.yaml", "config.json"])
+def test_a_number_that_has_no_end_is_refused_in_words(name: str, tmp_path: Path) -> None:
+    """Python reads no number of thousands of digits: that is a refusal of the config, not a crash."""
+    (tmp_path / name).write_text(f'{{"batch_size": {"9" * 5000}}}')
+    with pytest.raises(ConfigError, match="the config cannot be read") as refused:
+        read_config(tmp_path / name)
+    assert str(tmp_path / name) == refused.value.where
+    with pytest.raises(ConfigError, match="the value of batch_size cannot be read"):
+        parse_settings([f"batch_size={'9' * 5000}"])
 
 
 def test_config_json_is_read_where_no_yaml_is(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from onward.data.files.reading import BadRows, Reading
 from onward.data.row_tokenizer import cache_key
 from onward.errors import UsageError
 from onward.service.intake.hub import Hub, HubName, is_hub_name
+from onward.service.wishes import Stopped
 from onward.views.opened import opened
 
 GOOD = {"prompt": "one", "completion": "two"}
@@ -273,6 +275,24 @@ def test_data_sets_that_cannot_be_had(tmp_path: Path, name: str, files: list[str
     said = str(refusal.value.hint).partition("Name what you want: ")[2]
     if said:
         assert 1 == len(hub.fetch(Path(said)))
+
+
+def test_a_download_ends_when_a_stop_is_asked_for(tmp_path: Path) -> None:
+    """However long a file takes to come, nobody waits for it, and it holds no lock."""
+    given_up = threading.Event()
+
+    class Slow(Api):
+        def hf_hub_download(self, name: str, file: str, *, repo_type: str, revision: str) -> str:
+            given_up.wait(60)
+            raise OSError("too late")
+
+    def stop() -> None:
+        raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        Hub(Slow(tmp_path, "a.csv")).fetch(Path("hf://datasets/who/what"), stop)
+    assert not given_up.is_set()
+    given_up.set()
 
 
 def test_a_look_at_a_data_set(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ class RunLayout:
         """Restore points in `boundaries/`, newest step first."""
         return self._by_step(self.boundaries, _BOUNDARY)
 
+    def taken(self) -> list[Path]:
+        """Whatever has the name of a checkpoint or a restore point, directory or not."""
+        named = ((self.current, _CHECKPOINT), (self.boundaries, _BOUNDARY))
+        return [entry for folder, pattern in named for entry in entries(folder) if pattern.fullmatch(entry.name)]
+
     @property
     def shards(self) -> Path:
         """Where the shards of a model are written and made whole; gone after each commit."""

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Generator, MutableMapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
@@ -43,6 +44,9 @@ _TRACKERS = {
 SOON = 0.5
 """Seconds after which a dropped Ctrl-C is repeated; the finalizer is over by then."""
 
+ENDINGS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
+"""Signals that end a process without a word: of a service manager, a closed terminal, Slurm. Windows has the first."""
+
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 
@@ -58,6 +62,35 @@ def require_platform(platform: str = sys.platform) -> None:
             "onward: Windows is not supported; Onward runs in WSL 2 (wsl --install), Linux and macOS", file=sys.stderr
         )
         raise SystemExit(2)
+
+
+class Ended(KeyboardInterrupt):
+    """A signal asked the process to end. It is an interrupt, so that whatever cleans up after Ctrl-C does so here."""
+
+
+@contextlib.contextmanager
+def endings_interrupt() -> Generator[list[str]]:
+    """Raise `Ended` where a signal would end the process without a word; yields the names of those that came.
+
+    A signal that is ignored, as by `nohup`, or that somebody handles already is left alone.
+    """
+    came: list[str] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        came.append(signal.Signals(number).name)
+        raise Ended
+
+    plain = [number for number in ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        plain = []
+    for number in plain:
+        signal.signal(number, interrupt)
+    try:
+        yield came
+    finally:
+        for number in plain:
+            if signal.getsignal(number) is interrupt:
+                signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

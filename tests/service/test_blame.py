@@ -89,7 +89,7 @@ def test_rows_that_the_model_cannot_take(tmp_path: Path) -> None:
     learned_positions(base, 16)  # what `add` could not know
     with pytest.raises(TrainingError, match=r"b.jsonl cannot be trained: IndexError: index out of range") as refused:
         run.train()
-    assert "onward skip 2 takes the file out" in str(refused.value)
+    assert "onward skip file:2 takes the file out" in str(refused.value)
     told: list[str] = []
     assert 1 == run.watch(once=True, observe=noted(told))
     assert {"a.jsonl": "done", "b.jsonl": "quarantined", "c.jsonl": "done"} == states(run)
@@ -144,7 +144,7 @@ def test_train_says_in_words_what_a_step_raised(run: Run, monkeypatch: pytest.Mo
     fail_in(monkeypatch, lambda: error)
     outcome = onward("train", "--run", run.layout.root)
     assert (1, True) == (outcome.status, "onward: b.jsonl cannot be trained: " in outcome.err)
-    assert "onward skip 2" in outcome.err
+    assert "onward skip file:2" in outcome.err
     assert "Traceback" not in outcome.err
 
 

@@ -224,15 +224,19 @@ def test_looking_takes_no_lock(tmp_path: Path) -> None:
 
 
 def test_a_run_of_before_verifies(layout: RunLayout) -> None:
-    """A key that no longer exists, in manifests and ledger, is left out: the run verifies, also by training again."""
+    """What it was trained with is not judged: the run verifies, also by training again.
+
+    A key that no longer exists, in manifests and ledger, is left out, and a value that is no longer allowed is kept.
+    """
+    before = {"key_of_before": 1, "retries": -1, "guard": {"action": "shout"}}
     for folder in [*layout.checkpoints(), *layout.restore_points()]:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-        config = {**manifest.config, "key_of_before": 1, "notify": {**manifest.config["notify"], "old": "x"}}
+        config = {**manifest.config, **before, "notify": {**manifest.config["notify"], "old": "x"}}
         sealed = manifest.model_copy(update={"config": config, "digest": ""}).sealed()
         (folder / MANIFEST).write_text(sealed.model_dump_json())
     with Ledger(layout.ledger) as ledger:
         for row in ledger.files("done"):
-            text = json.dumps({**ledger.config_of(row), "key_of_before": 1})
+            text = json.dumps({**ledger.config_of(row), **before})
             ledger.write("UPDATE configs SET config = ? WHERE fingerprint = ?", text, row.config)
     proof = Run(layout.root).verify(deep=True)
     assert [] == [(check.name, check.detail) for check in proof.checks if not check.ok]

@@ -17,6 +17,8 @@ from states import assert_same_state
 
 from onward import Run
 from onward.errors import DamagedState, NotMadeHere
+from onward.events import Event, Note, StepTaken
+from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {
@@ -75,6 +77,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def put_in_the_way(target: Path, made: str, stranger: Path) -> None:
+    """Put what others made where a run has its states."""
+    source = stranger / "boundaries/step-5"
+    if made == "as a file":
+        target.write_text("notes")
+    elif made == "by a trainer":
+        without_manifest(source, target)
+    else:
+        shutil.copytree(stranger / "boundaries" / target.name.replace("checkpoint", "step"), target)
+
+
 def notes_of(run: Run, name: str) -> list[str]:
     """What the ledger says about a directory."""
     with Ledger(run.layout.ledger, read_only=True) as ledger:
@@ -121,26 +134,33 @@ def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, fil
         ("current_model/checkpoint-5", "by a trainer"),
         ("current_model/checkpoint-5", "by another run"),
         ("current_model/checkpoint-3", "by another run"),
+        ("current_model/checkpoint-3", "by a trainer"),
         ("boundaries/step-5", "by a trainer"),
         ("boundaries/step-5", "by another run"),
+        ("current_model/checkpoint-4", "by a trainer"),
+        ("boundaries/step-5", "as a file"),
     ],
 )
 def test_what_stands_in_the_way_is_moved_by_a_person(
     place: str, made: str, root: Path, twin: Path, stranger: Path, files: list[Path]
 ) -> None:
-    """Where the run needs the name it refuses with the command that moves the directory, and then goes on."""
+    """Where a commit may need the name it refuses before a step is taken, with the command that moves the directory.
+
+    A stop commits at any step; once the directory is away the run goes on.
+    """
     run, target = Run(root), root / place
     run.add(files[1])
     shutil.rmtree(target, ignore_errors=True)
-    source = stranger / "boundaries" / target.name.replace("checkpoint", "step")
-    without_manifest(source, target) if made == "by a trainer" else shutil.copytree(source, target)
-    before = contents(target)
-    hints: list[str] = []
+    put_in_the_way(target, made, stranger)
+    before = contents(target.parent)
+    hints, told = list[str](), list[Event]()
     for _ in range(2):  # a refusal permits nothing
         with pytest.raises(NotMadeHere) as caught:
-            run.train()
+            run.train(observe=told.append)
         hints.append(str(caught.value.hint))
-        assert before == contents(target)
+        assert before == contents(target.parent)
+    assert [] == [event for event in told if isinstance(event, StepTaken)]
+    before = contents(target)
     assert hints[0] == hints[1]
     words = shlex.split(hints[0].partition(": ")[2])
     assert ["mv", str(target)] == words[:2]
@@ -149,6 +169,26 @@ def test_what_stands_in_the_way_is_moved_by_a_person(
     run.train()
     assert_same_state(twin, root)
     assert run.verify().ok
+
+
+def test_a_daemon_names_what_stands_in_the_way(root: Path, twin: Path, files: list[Path]) -> None:
+    """It takes no step, says which directory it is, and goes on by itself once that is away."""
+    run, target = Run(root), root / "current_model/checkpoint-4"
+    run.add(files[1])
+    without_manifest(root / "current_model/checkpoint-3", target)
+    told = list[Event]()
+
+    def observe(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Note) and "was not made by this run, and" in event.message:
+            target.rename(root / "mine")
+
+    assert 0 == run.watch(once=True, observe=observe)
+    steps = [event for event in told if isinstance(event, StepTaken)]
+    (said,) = [event for event in told if isinstance(event, Note) and "was not made by this run, and" in event.message]
+    assert f"[{target}]; tried again in 1 s" in said.message
+    assert told.index(said) < told.index(steps[0])
+    assert_same_state(twin, root)
 
 
 def fresh_ledger(root: Path, model: Path) -> None:
@@ -194,3 +234,13 @@ def test_the_runs_own_damaged_checkpoint_is_repaired(damage: Callable[[Path], No
     Run(root).train()
     assert_same_state(trained, root)
     assert Run(root).verify().ok
+
+
+def test_a_manifest_that_is_lost_within_a_file_costs_its_steps(root: Path, twin: Path, files: list[Path]) -> None:
+    """The run's own checkpoint is known by what it shares with the links; its steps are trained again."""
+    run, stop = Run(root), Wishes()
+    run.train(files[1], stop=stop, observe=lambda event: stop.ask("test") if isinstance(event, StepTaken) else None)
+    (root / "current_model/checkpoint-4/onward.json").unlink()
+    run.train()
+    assert_same_state(twin, root)
+    assert ["checkpoint-5"] == [folder.name for folder in run.layout.checkpoints()]

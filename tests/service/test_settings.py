@@ -15,7 +15,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.config import known_keys
-from onward.config.keys import OPERATION_KEYS, acts
+from onward.config.keys import OPERATION_KEYS, START_KEYS, acts
 from onward.data.loader import Batch
 from onward.errors import ConfigError, TrainingError
 from onward.events import Committed, Event, FileStarted, Note, StepTaken
@@ -175,4 +175,6 @@ def test_every_key_acts_at_one_time() -> None:
     for key in known_keys():
         row = next(line for line in page.splitlines() if line.startswith(f"| `{key}` |"))
         assert acts(key) == row.split(" | ")[-1].removesuffix(" |"), key
-    assert set(OPERATION_KEYS) == {key.partition(".")[0] for key in known_keys() if acts(key) == "at once"}
+    at_once = {key.partition(".")[0] for key in known_keys() if acts(key) == "at once"}
+    assert set(OPERATION_KEYS) == at_once | set(START_KEYS)
+    assert set(START_KEYS) == {key for key in known_keys() if acts(key) == "at the next start"}

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import tiny
-from daemons import LONG, done, hold, is_in, rows_file, seconds_to_end, twin_of, until, watch
+from daemons import LONG, done, end, hold, is_in, rows_file, seconds_to_end, twin_of, until, watch
 from daemons import SETTINGS as DAEMON
 from faults import FULL_SIZE, KILL, SIGNALS, Fault, assert_committed, assert_complete, committed_states, copy_run
-from processes import command
+from processes import command, start_command
 from runs import new_run
 from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.service.wishes import Stopped, Wishes
+from onward.startup import ENDINGS, Ended, endings_interrupt
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
@@ -214,3 +215,63 @@ def test_a_stop_while_a_huge_file_is_hashed(run: Run) -> None:
     assert (0, 1) == (process.exitcode, run.status()["queue"])  # its place is kept
     assert 200 << 30 == huge.stat().st_size
     assert [] == temporary_files(run.layout.root)
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A fault in a process that is not deaf to signals, as one that was started in the background is."""
+
+    fault: Fault
+
+    def __call__(self) -> None:
+        """Arm the process that this is called in."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ENDINGS:
+            signal.signal(number, signal.SIG_DFL)
+        self.fault()
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"), [("add", "SIGTERM"), ("verify", "SIGHUP"), ("verify", "SIGUSR1"), ("add", "SIGINT")]
+)
+def test_a_command_that_trains_nothing_says_what_ended_it(word: str, kind: str, run: Run, tmp_path: Path) -> None:
+    """Any signal that asks for an end is answered by one line and status 1; the same command works afterwards."""
+    run.train(rows_file(tmp_path / "a.jsonl", 4))
+    words = (word, *([rows_file(tmp_path / "b.jsonl", 6)] if word == "add" else []), "--run", run.layout.root)
+    fault = Fault(1, kind, tmp_path / "record")
+    assert 1 == command(tmp_path / "log", *words, prepare=Listening(fault))
+    by = "interrupted" if kind == "SIGINT" else f"ended by {kind}"
+    assert f"{by}; what was committed is safe\n" == (tmp_path / "log").read_text()
+    assert 0 == command(tmp_path / "log", *words)
+
+
+def test_a_rebuild_that_is_asked_to_stop_says_what_goes_on(run: Run, tmp_path: Path) -> None:
+    """It commits like any training, with status 0, and names the command that trains the rest."""
+    run.train(rows_file(tmp_path / "a.jsonl", 4), rows_file(tmp_path / "b.jsonl", LONG))
+    words = ("rebuild", "--without", "a.jsonl", "--yes", "--run", run.layout.root)
+    process = start_command(tmp_path / "log", *words, prepare=hold(run, step=7))
+    until(is_in(run, "b.jsonl", step=7), process)
+    assert 0 == end(process, signal.SIGUSR1)
+    root = run.layout.root
+    said = f"stopped (SIGUSR1); checkpoint-7 is committed; onward train --run {root} goes on"
+    assert said == (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def test_signals_that_are_ignored_or_handled_are_left_alone() -> None:
+    """What `nohup` or a host program set stays, and whatever was taken is given back."""
+    before = {number: signal.getsignal(number) for number in ENDINGS}
+    heard: list[int] = []
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with endings_interrupt() as came:
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGUSR1)
+            with pytest.raises(Ended):
+                signal.raise_signal(signal.SIGTERM)
+        assert (["SIGTERM"], [signal.SIGUSR1]) == (came, heard)
+        assert signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

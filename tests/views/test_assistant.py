@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,29 @@ LEFT_TO_PEOPLE = {"rollback", "rebuild", "reset", "skip", "stop", "train", "adop
 def test_without_the_package_it_is_named(run: Path) -> None:
     """The refusal says which extra brings it."""
     assert_refused(onward("mcp", "--run", run), 2, "pip install 'onward[mcp]'")
+
+
+WAITING = """
+import os, signal, sys, threading, types
+
+def serve(run):
+    threading.Thread(target=sys.stdin.read).start()
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+sys.modules["onward.views.assistant"] = types.SimpleNamespace(serve=serve)
+from onward import cli
+cli.main()
+"""
+
+
+def test_a_signal_ends_it_while_it_waits_for_the_assistant(run: Path) -> None:
+    """The thread that reads what the assistant asks holds up no end."""
+    command = [sys.executable, "-c", WAITING, "mcp", "--run", str(run)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "ended by SIGTERM; what was committed is safe\n" == process.stderr.read()
+        assert 1 == process.wait()
 
 
 @pytest.mark.skipif(not HAS_MCP, reason="pip install 'onward[mcp]'")

@@ -189,9 +189,9 @@ def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_p
     assert ["step 6, after file 4 (d.jsonl) answers"] == said
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_the_command(stream: Path, tmp_path: Path) -> None:
-    """The base URL is the first line on stdout; the process ends on a signal, with status 0."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_the_command(name: str, stream: Path, tmp_path: Path) -> None:
+    """The base URL is the first line on stdout; the process ends on a signal, with status 0 and without a word."""
     output = tmp_path / "out"
     output.touch()
     process = start_command(output, "serve", "--port", 0, "--run", stream, "--at", "b.jsonl")
@@ -202,10 +202,10 @@ def test_the_command(stream: Path, tmp_path: Path) -> None:
     assert url.endswith("/v1")
     assert "step-3" == ask(f"{url}/chat/completions", {"messages": QUESTION, **GREEDY})[1]["system_fingerprint"]
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.Signals[name])
     process.join()
     assert 0 == process.exitcode
-    assert [] == [word for word in ("Traceback", "interrupted") if word in output.read_text()]
+    assert [] == [word for word in ("Traceback", "interrupted", "ended by") if word in output.read_text()]
 
 
 def test_the_commands_of_the_documentation_run(

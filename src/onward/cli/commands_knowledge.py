@@ -12,6 +12,7 @@ from onward.cli.options import JsonOption, RunOption
 from onward.cli.output import show
 from onward.layout import RunLayout
 from onward.terminal import say, show_line
+from onward.text import quoted
 
 
 def grid(
@@ -27,7 +28,7 @@ def grid(
     found = read_grid(RunLayout(run))
     if svg is not None:
         svg.write_text(grid_svg(found), encoding="utf-8")
-        say(f"wrote {svg}")
+        say(f"wrote {quoted(svg)}")
     if as_json:
         show(found)
     elif as_csv:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -11,7 +14,7 @@ from onward import startup
 from onward.cli.options import RunOption
 from onward.errors import UsageError
 from onward.layout import RunLayout
-from onward.terminal import show_line
+from onward.terminal import say, show_line
 from onward.text import printable
 
 
@@ -24,7 +27,16 @@ def mcp(run: RunOption = Path()) -> None:
         from onward.views.assistant import serve
     except ImportError:
         raise UsageError("the Model Context Protocol needs mcp", hint="pip install 'onward[mcp]'") from None
+    for number in startup.ENDINGS:
+        if callable(signal.getsignal(number)):
+            signal.signal(number, _end)
     serve(opened)
+
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End at once: a thread waits for standard input, which no exception interrupts."""
+    say(f"ended by {signal.Signals(number).name}; what was committed is safe")
+    os._exit(1)
 
 
 def service(

@@ -34,6 +34,12 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
     """
     startup.set_environment()
     open_standard_streams()
+    with startup.endings_interrupt() as came:
+        return _status_of(came, seen)
+
+
+def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
+    """Run the command line; `came` names the signals that interrupted it, but for Ctrl-C."""
     try:
         with startup.kept_interrupts():
             outcome = app(standalone_mode=False)
@@ -43,8 +49,7 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
             error.show()
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        say("interrupted; what was committed is safe")
-        return 1
+        return _interrupted(came)
     except OnwardError as error:
         say(f"onward: {error}")
         seen(error)
@@ -57,6 +62,11 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
         say("  What was committed is safe; onward doctor says more.")
         return 1
     if outcome == INTERRUPTED:
-        say("interrupted; what was committed is safe")
-        return 1
+        return _interrupted(came)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _interrupted(came: list[str]) -> int:
+    """Say that the command was ended, and by what; returns its exit status."""
+    say(f"{f'ended by {came[0]}' if came else 'interrupted'}; what was committed is safe")
+    return 1

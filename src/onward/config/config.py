@@ -321,29 +321,6 @@ class Config(Section):
         return {key: (here[key], there[key]) for key in here if here[key] != there[key] and key not in keys.SECRET_KEYS}
 
 
-SECTION_FIELDS = {
-    name: frozenset(section.model_fields)
-    for name, section in (
-        ("lora", LoraConfig), ("text", TextConfig), ("notify", NotifyConfig), ("evaluation", EvaluationConfig),
-        ("anchor", AnchorConfig), ("replay", ReplayConfig),
-        ("guard", GuardConfig),
-    )
-}  # fmt: skip
-
-
 def known_keys() -> list[str]:
     """Return every dotted key that a config may have."""
     return list(Config().flat())
-
-
-def stored_config(values: Mapping[str, Any]) -> Config:
-    """Return a config that a manifest or the ledger kept: keys that this release no longer has are left out.
-
-    What a run was trained with is a fact, so it is not judged by what today's keys allow.
-    """
-    known = {name: values[name] for name in Config.model_fields if name in values}
-    for name in keys.SECTIONS:
-        if isinstance(known.get(name), Mapping):
-            fields = SECTION_FIELDS[name]
-            known[name] = {key: value for key, value in known[name].items() if key in fields}
-    return Config.model_validate(known)

@@ -24,7 +24,10 @@ OPERATION_KEYS = (
     "compress_archive", "notify", "track", "guard", "activation_checkpointing", "rank_timeout", "sharding",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
-"""Keys that no weight depends on: they act at once, also in a process that runs."""
+"""Keys that no weight depends on: they act at once, also in a process that runs, but for `START_KEYS`."""
+
+START_KEYS = ("rank_timeout", "sharding")
+"""Keys by which processes that train together find each other and share the model: they act when these start."""
 
 LATER_KEYS = (
     *LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic",
@@ -51,11 +54,13 @@ MICRO_BATCH_TOKENS = 8192
 """Tokens of a part of a step under `micro_batch_tokens: auto`, on a CPU. The last bits of a step depend on it."""
 
 
-Acts = Literal["never", "at the next file", "at once"]
+Acts = Literal["never", "at the next start", "at the next file", "at once"]
 
 
 def acts(key: str) -> Acts:
     """Say when a change of a key takes effect in a run that has trained: the one table of that."""
     if key in IDENTITY_KEYS:
         return "never"
+    if key in START_KEYS:
+        return "at the next start"
     return "at once" if key.partition(".")[0] in OPERATION_KEYS else "at the next file"

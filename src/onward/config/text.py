@@ -52,7 +52,7 @@ def read_config(path: Path) -> Config:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
-    except (IsADirectoryError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+    except (IsADirectoryError, yaml.YAMLError, ValueError, RecursionError) as error:  # endless numbers and lists, too
         reason = " ".join(str(error).split())
         raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
     except OSError as error:
@@ -75,7 +75,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"{setting!r} is not KEY=VALUE", where="--set", hint="For instance: --set lora.rank=8")
         try:
             values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             hint = "Values are YAML: a number, a word, or a list such as [q_proj, v_proj]."
             raise ConfigError(f"the value of {key} cannot be read: {text!r}", where="--set", hint=hint) from None
     _nested(values, "--set")
@@ -85,7 +85,7 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def render_yaml(config: Config) -> str:
     """Return the text of `onward.yaml`: every key, its value and what it means."""
     lines = ["# Config of this run. Locked once it has trained: " + ", ".join(IDENTITY_KEYS) + "."]
-    lines.append("# The other keys act at the next file or at once, as docs/config.md says; the ledger records it.")
+    lines.append("# The others act at the next file, start or step, as docs/config.md says; the ledger records it.")
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import time
@@ -14,7 +15,7 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.store.curve import Curve
-from onward.store.database import refusal
+from onward.store.database import connect, refusal
 from onward.store.files import BEGUN, Files, marks
 from onward.store.migrations import migrate
 from onward.store.requests import Requests
@@ -22,6 +23,7 @@ from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, Ste
 from onward.store.tracking import Tracking
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
+PUT = "INSERT OR REPLACE INTO run VALUES (?, ?)"
 HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
 
 
@@ -34,6 +36,17 @@ def make_ledger(path: Path, **facts: Any) -> None:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=0, **facts)
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+def put_soon(path: Path, patience: float, **facts: Any) -> None:
+    """Set facts of the run without waiting for the disk; a crash of the machine may forget them.
+
+    Args:
+        patience: seconds to wait for others who write.
+    """
+    with contextlib.closing(connect(path, durable=False, patience=patience)) as connection:
+        for key, value in facts.items():
+            connection.execute(PUT, (key, json.dumps(value)))
 
 
 class Ledger(Files, Requests, Curve, Tracking):
@@ -75,7 +88,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Set facts of the run."""
         with self.transaction():
             for key, value in facts.items():
-                self.write("INSERT OR REPLACE INTO run VALUES (?, ?)", key, json.dumps(value))
+                self.write(PUT, key, json.dumps(value))
 
     def keep_config(self, fingerprint: str, config: dict[str, Any]) -> None:
         """Keep a config under its fingerprint."""

@@ -6,9 +6,12 @@ uvicorn alone waits for the head of a request as long as its sender likes (the a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +19,7 @@ import anyio
 import uvicorn
 
 from onward.errors import UsageError
+from onward.startup import ENDINGS
 
 HEAD_SECONDS = 10.0
 """In which a request's head has to come, from when its connection was made or the answer before it was complete."""
@@ -57,6 +61,21 @@ class Server(uvicorn.Server):
         self._head_seconds = head_seconds
         self._clock = clock
         self._quiet: dict[Any, _Quiet] = {}
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """End at every signal that ends a command, and not only at those of uvicorn."""
+        with super().capture_signals():
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            others = [number for number in ENDINGS if callable(signal.getsignal(number))]
+            before = {number: signal.signal(number, self.handle_exit) for number in others}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     async def on_tick(self, counter: int) -> bool:
         """Look at all connections; uvicorn calls this ten times a second."""

@@ -8,8 +8,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 from onward.errors import UsageError
-from onward.service.intake.checking import require_file
-from onward.service.intake.folders import is_saved_dataset, joined
+from onward.service.intake.folders import is_saved_dataset, joined, require_file
 from onward.service.intake.guard import Guard
 from onward.service.intake.hub import Hub, HubName, is_hub_name
 from onward.service.intake.names import plain_name

@@ -18,13 +18,13 @@ from onward.atomic import remove_temporaries
 from onward.config.text import read_config
 from onward.data.files.containers import FileError
 from onward.data.tokenize import IntakeReport
-from onward.errors import FileRejected, OnwardError, UsageError
+from onward.errors import FileRejected, OnwardError
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import TOGETHER, Arrivals, Values
 from onward.service.intake.file_check import FileCheck, Withdrawn
-from onward.service.intake.folders import is_saved_dataset, require_one_split
+from onward.service.intake.folders import require_file
 from onward.service.intake.guard import Budget, BudgetSpent, Guard
-from onward.service.intake.hub import Hub, is_hub_name
+from onward.service.intake.hub import Hub
 from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.lock import IntakeLock
 from onward.service.intake.reading import look
@@ -33,7 +33,6 @@ from onward.service.intake.rules import RowRules, RulesOfRun
 from onward.service.intake.settling import Settling
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, IntentRow
-from onward.text import printable, quoted
 
 
 class Intake:
@@ -85,6 +84,7 @@ class Intake:
         Raises:
             FileRejected: at least one of `paths` was refused; none of them entered the stream.
         """
+        paths = self._fetched(paths, intent)
         with self._owned():
             command = self._arrive(paths, again, PRIORITIES[priority], intent)
             try:
@@ -116,11 +116,10 @@ class Intake:
         refused: list[FileRejected] = []
         left = [one for one in self.ledger.intents() if intent is None or one.id < intent]
         for one in left:
-            with self._owned():
-                try:
-                    self._arrive_left(one)
-                except FileRejected as error:
-                    refused.append(error)
+            try:
+                self._arrive_left(one)
+            except FileRejected as error:
+                refused.append(error)
         return refused
 
     def withdraw(self, row: FileRow, reason: str) -> str:
@@ -239,11 +238,19 @@ class Intake:
                 self._is_clean = True
             yield mine
 
+    def _fetched(self, paths: Sequence[Path], intent: int | None) -> list[Path]:
+        """Return files by their paths, data sets of the Hub downloaded; nobody waits for the lock meanwhile."""
+        try:
+            return self._hub.files(paths, self.stop)
+        except OnwardError:
+            if intent is not None:
+                self.ledger.end_intent(intent)  # a person is told
+            raise
+
     def _arrive(self, paths: Sequence[Path], again: bool, priority: int, intent: int | None) -> str:
         """Copy files into the archive under names of their own and record them, durably; returns their command."""
         command = uuid.uuid4().hex
         try:
-            paths = [file for path in paths for file in (self._hub.fetch(path) if is_hub_name(path) else [path])]
             for path in paths:
                 require_file(path)
             arrived = self._copy(paths)
@@ -277,7 +284,9 @@ class Intake:
     def _arrive_left(self, intent: IntentRow) -> None:
         paths = [Path(name) for name in json.loads(intent.paths)]
         try:
-            self._arrive(paths, bool(intent.again), intent.priority, intent.id)
+            paths = self._fetched(paths, intent.id)
+            with self._owned():
+                self._arrive(paths, bool(intent.again), intent.priority, intent.id)
         except FileRejected as error:
             self.ledger.add_event("warning", f"handed over earlier: {error.what}", kind="rejected")
             raise
@@ -323,21 +332,3 @@ class Intake:
                 return self._settle(command, Guard(self.stop))
             except MemoryError:
                 continue
-
-
-def require_file(path: Path) -> None:
-    """Refuse a path that a person mistyped: at which nothing lies, or a directory.
-
-    Raises:
-        UsageError: it is one of those.
-    """
-    shown = printable(str(path))
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
-    except OSError:
-        return  # said in its own words when it is read
-    if path.is_dir() and not is_saved_dataset(path):
-        require_one_split(path)
-        raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

@@ -89,3 +89,21 @@ def _names(path: Path, key: str) -> list[str]:
     if any(name in (".", "..") or Path(name).name != name for name in names):
         raise FileError(f"{path.name} names a file outside of the folder", SAVE_AGAIN)
     return names
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that a person mistyped: at which nothing lies, or a directory.
+
+    Raises:
+        UsageError: it is one of those.
+    """
+    shown = printable(str(path))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
+    except OSError:
+        return  # said in its own words when it is read
+    if path.is_dir() and not is_saved_dataset(path):
+        require_one_split(path)
+        raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from onward.text import printable, quoted
 SCHEME = "hf:"
 _TRAIN = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
 _SHOWN = 5
+LOOK = 0.2
+"""Seconds between two looks at what may end a download."""
 
 
 def is_hub_name(path: Path) -> bool:
@@ -64,14 +69,35 @@ class Hub:
     def __init__(self, api: Any = None) -> None:
         self._api = api
 
-    def fetch(self, path: Path) -> list[Path]:
+    def fetch(self, path: Path, stop: Callable[[], None] = lambda: None) -> list[Path]:
         """Return the files of a data set, downloaded; of one with splits those for training.
+
+        Args:
+            stop: called every now and then; may raise. What was downloaded by then is gone on with the next time.
 
         Raises:
             UsageError: there is no such data set, it cannot be fetched now, or it cannot be told which of its files are
                 meant.
         """
         name = HubName.of(path)
+        found: Future[list[Path]] = Future()
+
+        def work() -> None:
+            try:
+                found.set_result(self._download(name))
+            except BaseException as error:  # raised where it is waited for
+                found.set_exception(error)
+
+        threading.Thread(target=work, name="onward-hub", daemon=True).start()
+        while not wait([found], LOOK).done:
+            stop()
+        return found.result()
+
+    def files(self, paths: Sequence[Path], stop: Callable[[], None] = lambda: None) -> list[Path]:
+        """Return paths with the files of a data set in place of each name of one; raises as `fetch` does."""
+        return [file for path in paths for file in (self.fetch(path, stop) if is_hub_name(path) else [path])]
+
+    def _download(self, name: HubName) -> list[Path]:
         try:
             api = self._api or _api()
             info = api.dataset_info(name.repository, revision=name.revision)

@@ -69,13 +69,17 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
     if blames_file(error) and row is not None:
         return TrainingError(
             f"{row.name} cannot be trained: {describe(cause)}",
-            where=f"file {row.position}",
-            hint=f"Nothing after the last commit was kept. onward skip {row.position} takes the file out.",
+            where=f"file {row.position}" if row.position else None,
+            hint=f"Nothing after the last commit was kept. onward skip {_named(row)} takes the file out.",
         )
     hint = "What was committed is safe. onward doctor looks for the reason; onward train tries again."
     if is_out_of_memory(cause):
         hint = f"What was committed is safe. {LESS_MEMORY} Then: onward train"
     return OnwardError(f"training cannot go on: {describe(cause)}", where=_place(cause), hint=hint)
+
+
+def _named(row: FileRow) -> str:
+    return f"file:{row.position}" if row.position else quoted(row.name)
 
 
 def _place(error: BaseException) -> str | None:

@@ -7,14 +7,13 @@ feeds the watchdog too (protocol: sd_notify(3)), but only while the work moves.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from onward.store.database import connect
+from onward.store.ledger import put_soon
 
 SECONDS = 5.0
 """Seconds between two beats."""
@@ -62,11 +61,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Write the heartbeat to the ledger, without waiting for the disk."""
         fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": self.hangs, "pid": os.getpid()}
-        connection = connect(self._path, durable=False, patience=PATIENCE)
-        try:
-            connection.execute("INSERT OR REPLACE INTO run VALUES ('heartbeat', ?)", (json.dumps(fact),))
-        finally:
-            connection.close()
+        put_soon(self._path, PATIENCE, heartbeat=fact)
         if not self.hangs:
             tell_systemd("WATCHDOG=1")
 

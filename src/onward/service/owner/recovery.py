@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from onward.errors import OnwardError
 from onward.service.owner import faults
 from onward.service.owner.crashes import Crash
 from onward.service.owner.owned import Owned
@@ -33,7 +34,9 @@ class Recovery:
         self._failures += 1
         full = faults.is_out_of_space(error)
         seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
-        problem = f"{faults.describe(error)}; tried again in {seconds:.0f} s (failure {self._failures} in a row)"
+        place = f" [{error.where}]" if isinstance(error, OnwardError) and error.where else ""
+        again = f"tried again in {seconds:.0f} s (failure {self._failures} in a row)"
+        problem = f"{faults.describe(error)}{place}; {again}"
         self._owned.shown.set(PAUSED if full else FAILED, problem)
         self._owned.record("error", problem, "failed")
         self._rest(seconds)

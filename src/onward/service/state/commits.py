@@ -142,10 +142,10 @@ class Commits:
 
         What the run did not make is left alone.
         """
+        older = [folder for folder in self.ownership.checkpoints() if folder != checkpoint]  # by the links of before
         self._link_root(checkpoint, manifest)
         point = self._make_restore_point(checkpoint, manifest)
-        older = [folder for folder in self.layout.checkpoints() if folder != checkpoint]
-        removed = tuple(folder.name for folder in older if self.ownership.remove(folder))
+        removed = tuple(folder.name for folder in older if self.ownership.remove(folder, is_own=True))
         created = {point: self._created(point) for point in self.ownership.restore_points()}
         origin = int(self.ledger.get("origin_step", 0))
         for old in retention.superfluous(created, self.ledger.clock(), adopted=origin or None):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shlex
 from pathlib import Path
 
-from onward.errors import NotMadeHere
-from onward.layout import RunLayout, step_of
+from onward.errors import NotMadeHere, Unreadable
+from onward.layout import RunLayout, entries, step_of
 from onward.store.ledger import Ledger
 from onward.training.checkpoint import remove_checkpoint, stated_origin
+from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 
 
 class Ownership:
@@ -36,8 +38,18 @@ class Ownership:
         origin = stated_origin(folder)
         if origin is None:  # only where the ledger stands, or stood before damage: others write no manifest either
             expected = folder == self.layout.checkpoint(step) and step >= self.ledger.committed_step()
-            return expected and bool(states & {"committed", "lost"})
+            return expected and bool(states & {"committed", "lost"}) and self._holds_files_of_run(folder)
         return origin in ((self.run, step), (None, None))
+
+    def _holds_files_of_run(self, folder: Path) -> bool:
+        """Whether a directory that lost its manifest holds state that the run has in another place, too, or nothing."""
+        places = (self.layout.current, self.layout.boundary(step_of(folder)))
+        try:
+            return not entries(folder) or any(
+                _is_equal(folder / name, place / name) for name in (OPTIMIZER, TRAINER_STATE) for place in places
+            )
+        except OSError as error:
+            raise Unreadable.of(error, folder) from None
 
     def checkpoints(self) -> list[Path]:
         """Return the run's own checkpoints in `current_model/`, newest step first."""
@@ -72,9 +84,30 @@ class Ownership:
                 hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
             )
 
-    def remove(self, folder: Path) -> bool:
-        """Remove a directory of the run, in one visible act; returns whether there was one. Others are left alone."""
-        if not os.path.lexists(folder) or not self.made(folder):
+    def require_room(self, first: int, last: int) -> None:
+        """Refuse to train towards a boundary where something that the run did not make has the name of a commit.
+
+        A stop commits at any step, so that any of them may be needed.
+
+        Args:
+            first: the first step that may be committed.
+            last: that of the boundary.
+
+        Raises:
+            NotMadeHere: with the command that moves it away.
+        """
+        for place in self.layout.taken():
+            step = step_of(place)
+            if step == last or (first <= step < last and place.parent == self.layout.current):
+                self.require_free(place)
+
+    def remove(self, folder: Path, *, is_own: bool = False) -> bool:
+        """Remove a directory of the run, in one visible act; returns whether there was one. Others are left alone.
+
+        Args:
+            is_own: it was found to be the run's, by files that have changed since.
+        """
+        if not os.path.lexists(folder) or not (is_own or self.made(folder)):
             return False
         remove_checkpoint(folder, run=str(self.run), recorded=True)
         return True
@@ -84,3 +117,11 @@ class Ownership:
         root = self.layout.root.absolute()
         names = [f"moved-{name}", *(f"moved-{name}-{number}" for number in range(2, 100))]
         return next(root / free for free in names if not os.path.lexists(root / free))
+
+
+def _is_equal(path: Path, other: Path) -> bool:
+    """Whether two names are one file or have the same content; False where one of them is missing."""
+    try:
+        return path.samefile(other) or filecmp.cmp(path, other, shallow=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False

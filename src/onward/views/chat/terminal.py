@@ -16,6 +16,7 @@ from typing import Any
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
+from onward.startup import Ended
 from onward.terminal import say, show_text
 from onward.text import printable, quoted
 from onward.views.chat.conversation import Column, save_row
@@ -125,8 +126,10 @@ class Chat:
             try:
                 for piece in reply:
                     show_text(_printable(piece))
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as interrupt:
                 reply.cancel()
+                if isinstance(interrupt, Ended):  # not for this answer alone
+                    raise
             outcome = reply.outcome
             show_text("\n")
             if outcome.finish != "stop":

@@ -12,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 from onward.config.text import read_config
+from onward.curve import COLUMNS, read_curve
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.service.knowledge.table import BEFORE, GRID
@@ -92,13 +93,9 @@ def _front(base: BaseFacts) -> str:
 
 
 def _steps(layout: RunLayout, last: int | None) -> list[tuple[int, float]]:
+    step, loss = COLUMNS.index("step"), COLUMNS.index("loss")
     with Ledger(layout.ledger, read_only=True) as ledger:
-        rows = ledger.query(
-            "SELECT s.step AS step, s.loss AS loss FROM steps s JOIN files f ON f.id = s.file_id"
-            " WHERE f.state IN ('training', 'done') AND s.step <= ? ORDER BY s.step",
-            last if last is not None else 1 << 62,
-        )
-        return [(int(row["step"]), float(row["loss"])) for row in rows]
+        return [(int(row[step]), float(row[loss])) for row in read_curve(ledger, last=last)]
 
 
 def _origin(point: Point) -> list[tuple[str, str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from onward.events import StepTaken
+from onward.data.replay import StreamPlan
+from onward.events import FileStarted, StepTaken
 from onward.service.owner.heartbeat import Heartbeat
-from onward.store.rows import StepRecord
+from onward.store.rows import FileRow, StepRecord
+from onward.training.state import Cursor
 
 
 class StepFailed(Exception):
@@ -52,6 +54,32 @@ def watched(
             heartbeat.moved()
         seconds = result.seconds
         yield result
+
+
+def file_started(
+    row: FileRow, cursor: Cursor, plan: StreamPlan, tokens: Mapping[str, Any], handover: str, max_length: int
+) -> FileStarted:
+    """Return the event of a file's first step, or of its next one after a stop.
+
+    Args:
+        tokens: what is known of its tokens, as `TokenizedFile.meta` has it.
+        handover: the class that held.
+    """
+    return FileStarted(
+        name=row.name,
+        position=cursor.position,
+        rows=plan.rows,
+        truncated=tokens["truncated"],
+        dropped=tokens["dropped"],
+        steps=plan.steps,
+        steps_done=cursor.step,
+        handover=handover,
+        max_length=max_length,
+        split=tokens.get("split", 0),  # not counted by earlier releases
+        tokens=tokens["tokens"],
+        lost_tokens=tokens.get("lost_tokens", 0),
+        held_out=len(plan.held_out),
+    )
 
 
 def record_of(file_id: int, result: StepTaken) -> StepRecord:

@@ -15,7 +15,7 @@ from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
+from onward.events import Committed, Event, FileDone, Note, Resumed, StepTaken
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
@@ -25,10 +25,11 @@ from onward.service.owner.training.measuring import Measuring
 from onward.service.owner.training.part_tokens import with_part_tokens
 from onward.service.owner.training.postconditions import require_done
 from onward.service.owner.training.start import Start
-from onward.service.owner.training.steps import log_entry, record_of, watched
+from onward.service.owner.training.steps import file_started, log_entry, record_of, watched
 from onward.service.owner.training.surroundings import Surroundings
 from onward.service.session import Session
 from onward.service.state.commits import Commit
+from onward.service.state.ownership import Ownership
 from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
@@ -68,6 +69,7 @@ class Worker:
         self._log = start.log
         self._has_begun = False
         self._writer = Writer(session.layout, session.ledger)
+        self._ownership = Ownership(session.layout, session.ledger)
         self._copy: Snapshot | None = None
         self._first: FirstHandover | None = None
         self._probed: Probe | ShardedRun | None = start.in_shards
@@ -151,25 +153,14 @@ class Worker:
         position = self.state.cursor.position + (not resumed)
         plan = plan_of(self.ledger, row, tokens.rows, self.config, position)
         self._sources = plan.sources
-        files = self._files.of_plan(plan, tokens, self.state.cursor.step if resumed else 0)
+        trained = self.state.cursor.step if resumed else 0
+        files = self._files.of_plan(plan, tokens, trained)
+        first = self.state.step + (self._newest is not None)
+        self._ownership.require_room(first, self.state.step + plan.steps - trained)
         if not resumed:
             self._measuring.before_file(row, self.state, self.config, tokens, judge=self._guard.judges_answers(row))
         handover = "resumed" if resumed else self._begin(row, plan)
-        yield FileStarted(
-            name=row.name,
-            position=self.state.cursor.position,
-            rows=plan.rows,
-            truncated=tokens.meta["truncated"],
-            dropped=tokens.meta["dropped"],
-            steps=plan.steps,
-            steps_done=self.state.cursor.step,
-            handover=handover,
-            max_length=self.config.max_length,
-            split=tokens.meta.get("split", 0),  # not counted by earlier releases
-            tokens=tokens.meta["tokens"],
-            lost_tokens=tokens.meta.get("lost_tokens", 0),
-            held_out=len(plan.held_out),
-        )
+        yield file_started(row, self.state.cursor, plan, tokens.meta, handover, self.config.max_length)
         self.around.shown.set("training")
         row = self.ledger.file(row.id)
         in_hand = InHand(row, plan, tokens)
