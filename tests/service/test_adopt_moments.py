@@ -92,7 +92,7 @@ TAKEN: dict[str, Edit] = {
     "as it is": lambda values: None,
     "whole steps": each_entry(counted_whole),
     "steps in a tensor of one": each_entry(lambda entry: entry.update(step=entry["step"].reshape(1))),
-    "an older PyTorch": each_group(only("amsgrad", maximize=False, foreach=None, capturable=False)),
+    "an older PyTorch": each_group(only("amsgrad", foreach=None, maximize=False, capturable=False)),
     "transformers 4": both(each_entry(counted_whole), each_group(only(correct_bias=True))),
     "bitsandbytes, 32 bit": both(each_entry(of_bitsandbytes), each_group(only())),
     "bitsandbytes, 32 bit, wrapped": both(each_entry(wrapped), each_group(only(alpha=0.0, t_alpha=None, t_beta3=None))),
@@ -204,6 +204,9 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "8 bit": (each_entry(of_eight_bits), "8-bit"),
     "AMSGrad": (each_group(lambda group: group.update(amsgrad=True)), "AMSGrad"),
     "Adam with L2": (each_group(lambda group: group.update(decoupled_weight_decay=False)), "L2 weight decay 0.1"),
+    "Adam with L2 of an older PyTorch": (
+        each_group(only("amsgrad", maximize=False, foreach=None, capturable=False)), "L2 weight decay 0.1"
+    ),
     "RAdam": (each_group(lambda group: group.pop("amsgrad")), "not that of AdamW"),
     "Lion": (
         each_entry(lambda entry: [entry.pop("exp_avg_sq"), entry.pop("step")]), "not that of AdamW: it keeps exp_avg"

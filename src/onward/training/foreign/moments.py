@@ -175,7 +175,7 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
             raise NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
         if group.get("maximize") or group.get("correct_bias") is False or group.get("bias_correction") in (False, 0):
             raise NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
-        if decay and group.get("decoupled_weight_decay") is False:
+        if decay and _has_l2(group):
             raise NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
     if len(moments.rates) > 1 and not one_rate:
         rates = ", ".join(f"{rate:g}" for rate in moments.rates)
@@ -183,6 +183,16 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
         raise NotTaken(f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has; {way}")
     if len(moments.decays) > 1 or len({(*map(float, group["betas"]), group["eps"]) for group in moments.groups}) > 1:
         raise NotTaken("its groups of weights have weight decays, betas or eps of their own")
+
+
+def _has_l2(group: Mapping[str, Any]) -> bool:
+    """Whether PyTorch's Adam made a group, whose weight decay goes through the moments.
+
+    Before PyTorch 2.7 its groups have the keys of AdamW's, in another order: AdamW wrote `foreach` before `maximize`.
+    """
+    said = group.get("decoupled_weight_decay")
+    order = [key for key in group if key in ("maximize", "foreach")]
+    return said is False or (said is None and order == ["maximize", "foreach"])
 
 
 def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> list[str]:
