@@ -14,6 +14,8 @@ from onward.training.foreign.settings import batch_words, left_out
 from onward.training.huggingface import TRAINING_ARGUMENTS
 from onward.training.schedule import learning_rate
 
+ADAMS = ("adamw", "paged_adamw")
+"""What the names of a Trainer's optimizers begin with that a run's learning rate means the same to."""
 AHEAD = 3
 """Steps whose learning rates are named."""
 UNKNOWN = ("batch_size", "gradient_accumulation", "max_grad_norm", "seed", "max_length", "epochs")
@@ -38,7 +40,8 @@ def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
         named.update(keys)
         if source == TRAINING_ARGUMENTS and "batch_size" in keys:
             rows = f" ({batch_words(adopted.folder, adopted.arguments)})"
-            yield f"from {source}: batch_size {values['batch_size']}{rows}, {_listed(values, keys[1:])}"
+            others = _listed(values, [key for key in keys if key != "batch_size"])
+            yield f"from {source}: batch_size {values['batch_size']}{rows}, {others}"
         elif keys:
             name = f" ({adopted.schedule.name})" if source == SCHEDULE_SOURCE and adopted.schedule else ""
             yield f"from {source}{name}: {_listed(values, keys)}"
@@ -50,6 +53,14 @@ def _fresh(adopted: Adopted) -> Iterator[str]:
     if adopted.moments is None:
         step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
         yield f"weights only: the optimizer's moments begin afresh, after {step}"
+        used = adopted.arguments.text("optim")
+        if used and not used.startswith(ADAMS):
+            yield f"the Trainer's optimizer was {used}, the run's is AdamW, to which {_another_rate(adopted)}"
+
+
+def _another_rate(adopted: Adopted) -> str:
+    rate = f"learning_rate {adopted.config.learning_rate:g}"
+    return f"{rate} may not suit: --set schedule=constant --set learning_rate=RATE sets another"
 
 
 def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
