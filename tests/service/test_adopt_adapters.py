@@ -89,6 +89,7 @@ def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_p
     "lora",
     [
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
         {"use_dora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
         {"layers_to_transform": [1]},

@@ -156,6 +156,8 @@ def test_an_adapter_alone_goes_on(saved: Saved, model: Path, tmp_path: Path) -> 
     lines: list[str] = []
     run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True, settings=SETTINGS, report=lines.append)
     assert any("after an unknown number of steps, counted as 1" in line for line in lines)
+    assert "from schedule of the Trainer: schedule_offset 1" in lines
+    assert "learning rates (schedule constant): step 2: 2e-05 (the Trainer's: unknown), " in lines[-1]
     assert (1, 10, 1) == (run.status()["global_step"], run.config.warmup_steps, run.config.schedule_offset)
     run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(16)))
     assert run.verify().ok

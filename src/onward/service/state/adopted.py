@@ -43,8 +43,8 @@ def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
             others = _listed(values, [key for key in keys if key != "batch_size"])
             yield f"from {source}: batch_size {values['batch_size']}{rows}, {others}"
         elif keys:
-            name = f" ({adopted.schedule.name})" if source == SCHEDULE_SOURCE and adopted.schedule else ""
-            yield f"from {source}{name}: {_listed(values, keys)}"
+            kind = adopted.schedule.name if source == SCHEDULE_SOURCE and adopted.schedule else ""
+            yield f"from {source}{f' ({kind})' if kind else ''}: {_listed(values, keys)}"
     if settings:
         yield f"set by you: {_listed(values, [key for key in values if key in settings])}"
 

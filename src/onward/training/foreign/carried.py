@@ -48,6 +48,8 @@ def without_carried(checkpoint: Path, base: Path, values: Mapping[str, Any]) -> 
         yield checkpoint
         return
     tensors = load_file(checkpoint / ADAPTER_WEIGHTS)
+    if values.get("ensure_weight_tying"):  # embedding and head are one, and PEFT writes and reads both
+        carried = [name for name in carried if not _is_other_end(name, carried, tensors)]
     for name in carried:
         if not any(torch.equal(tensors[name].float(), own.float()) for own in _likely(name, tensors, base)):
             raise _another_base(checkpoint, base, name, shapes[name][0], carried)
@@ -78,6 +80,14 @@ def _is_trained(name: str, values: Mapping[str, Any]) -> bool:
     parts = name.split(".")[:-1]
     whole: list[str] = list(values.get("modules_to_save") or ())
     return any(".".join(parts[:count]).endswith(saved) for saved in whole for count in range(1, len(parts) + 1))
+
+
+def _is_other_end(name: str, carried: list[str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor is a second name of one that is trained."""
+    if _COPY in name or _ORIGINAL in name:
+        return False
+    trained = [tensor for other, tensor in tensors.items() if other not in carried and ".lora_" not in other]
+    return any(torch.equal(tensors[name], tensor) for tensor in trained)
 
 
 def _own_name(name: str) -> str:

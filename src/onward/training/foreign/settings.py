@@ -120,7 +120,7 @@ def router_loss(arguments: Arguments, base: Path) -> Iterator[str]:
     else:
         factor = own if getattr(model, "output_router_logits", False) else 0.0
     if factor:
-        yield f"not taken: {ROUTER_LOSS} {factor:g} (the loss of a run is that of its rows, without one of the routers)"
+        yield f"not taken: {ROUTER_LOSS} {factor:g} (a run's loss has no term for the routers)"
 
 
 def left_out(arguments: Arguments) -> Iterator[str]:
