@@ -12,6 +12,7 @@ import pytest
 import stock
 import tiny
 import torch
+from commands import onward
 from stock import STEPS, Saved
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -246,12 +247,16 @@ def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, chec
 
 
 def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """LoRA+ is adopted with its moments under a learning rate set by hand, which the refusal names."""
+    """LoRA+ is adopted with its moments under one learning rate, by the command that the refusal names."""
     change(checkpoint, lora_plus)
-    with pytest.raises(UsageError, match="--set learning_rate=RATE"):
+    with pytest.raises(UsageError, match="learning rates of their own") as caught:
         Run.adopt(checkpoint, tmp_path / "run", str(model))
-    run = Run.adopt(checkpoint, tmp_path / "run", str(model), settings={"learning_rate": 1e-4, "schedule": "constant"})
-    assert (1e-4, STEPS) == (run.config.learning_rate, run.status()["global_step"])
+    command = re.search(r"one learning rate: onward (.*)\n", str(caught.value.hint))
+    assert command is not None
+    words = shlex.split(command[1].replace("NEW_RUN", str(tmp_path / "run")))
+    assert 0 == onward(*words, "--model", model).status
+    run = Run(tmp_path / "run")
+    assert (5e-5, "linear", STEPS) == (run.config.learning_rate, run.config.schedule, run.status()["global_step"])
 
 
 def test_a_frozen_part_stays_frozen_where_train_names_the_rest(tmp_path: Path) -> None:
