@@ -173,5 +173,5 @@ def test_another_optimizer_is_named_where_only_the_weights_go_on(checkpoint: Pat
     lines: list[str] = []
     Run.adopt(checkpoint, tmp_path / "run", str(model), fresh_moments=True, report=lines.append)
     (line,) = (line for line in lines if line.startswith("the Trainer's optimizer was sgd"))
-    assert "the run's is AdamW, to which learning_rate 0.1 may not suit" in line
+    assert "the run's is AdamW, which learning_rate 0.1 may not suit" in line
     assert line.endswith("--set schedule=constant --set learning_rate=RATE sets another")

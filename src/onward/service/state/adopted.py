@@ -29,7 +29,7 @@ def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) ->
         settings: what was set by hand; it won over the checkpoint.
         notes: what else was found while the state was loaded.
     """
-    return [*_taken(adopted, settings), *_fresh(adopted), *_left(adopted, settings), *notes, *_rates(adopted)]
+    return [*_taken(adopted, settings), *_fresh(adopted, settings), *_left(adopted, settings), *notes, *_rates(adopted)]
 
 
 def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -49,18 +49,15 @@ def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"set by you: {_listed(values, [key for key in values if key in settings])}"
 
 
-def _fresh(adopted: Adopted) -> Iterator[str]:
-    if adopted.moments is None:
-        step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
-        yield f"weights only: the optimizer's moments begin afresh, after {step}"
-        used = adopted.arguments.text("optim")
-        if used and not used.startswith(ADAMS):
-            yield f"the Trainer's optimizer was {used}, the run's is AdamW, to which {_another_rate(adopted)}"
-
-
-def _another_rate(adopted: Adopted) -> str:
-    rate = f"learning_rate {adopted.config.learning_rate:g}"
-    return f"{rate} may not suit: --set schedule=constant --set learning_rate=RATE sets another"
+def _fresh(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
+    if adopted.moments is not None:
+        return
+    step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
+    yield f"weights only: the optimizer's moments begin afresh, after {step}"
+    used, rate = adopted.arguments.text("optim"), f"learning_rate {adopted.config.learning_rate:g}"
+    if used and not used.startswith(ADAMS) and "learning_rate" not in settings:
+        way = "--set schedule=constant --set learning_rate=RATE"
+        yield f"the Trainer's optimizer was {used}, the run's is AdamW, which {rate} may not suit: {way} sets another"
 
 
 def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:

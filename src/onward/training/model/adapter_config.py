@@ -139,8 +139,8 @@ def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
     if stuck:
         base = quoted(values.get("base_model_name_or_path") or "BASE")
         return (
-            f"PEFT cannot merge it into its base ({', '.join(stuck)}): go on with it where it was trained, or begin anew "
-            f"from the base: onward init NEW_RUN --model {base}"
+            f"PEFT cannot merge it into its base ({', '.join(stuck)}): go on with it where it was trained, or begin "
+            f"anew from the base: onward init NEW_RUN --model {base}"
         )
     own = (checkpoint / "tokenizer_config.json").is_file()
     tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
