@@ -266,12 +266,13 @@ def test_files_of_a_data_set(tmp_path: Path, name: str, files: list[str], expect
     ],
 )
 def test_data_sets_that_cannot_be_had(tmp_path: Path, name: str, files: list[str], words: str) -> None:
-    """One line says why, and where there are files the hint names one that can be fetched."""
+    """One line says why and of which name; where there are files the hint names one that can be fetched."""
     hub = Hub(Api(tmp_path, *files))
     with pytest.raises(UsageError) as refusal:
         hub.fetch(Path(name))
     assert words in str(refusal.value.what)
     assert "\n" not in str(refusal.value.what)
+    assert name == str(refusal.value.where)
     said = str(refusal.value.hint).partition("Name what you want: ")[2]
     if said:
         assert 1 == len(hub.fetch(Path(said)))

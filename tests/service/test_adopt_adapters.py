@@ -38,6 +38,7 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
     "of a future release": ({"splendid": {"more": 1}}, "splendid {'more': 1}"),
     "lora_bias": ({"lora_bias": True}, "lora_bias True"),
     "several": ({"layer_replication": [[0, 2]], "use_qalora": True}, "layer_replication [[0, 2]]; use_qalora True"),
+    "aLoRA": ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens [5]"),
 }
 
 
@@ -50,7 +51,10 @@ def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: P
     with pytest.raises(ModelError) as caught:
         read_adapter(checkpoint)
     assert reason in caught.value.what
-    assert re.search("Merge it into its base: python -c|with --model FOLDER", str(caught.value.hint))
+    can_merge = "onward init NEW_RUN --model MERGED" in str(caught.value.hint)
+    assert can_merge == (case == "of a future release")
+    ways = "Merge it into its base: python -c|with --model FOLDER|PEFT cannot merge it into its base .* onward init"
+    assert re.search(ways, str(caught.value.hint))
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
@@ -85,6 +89,7 @@ def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_p
     "lora",
     [
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
         {"use_dora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
         {"layers_to_transform": [1]},
@@ -112,17 +117,14 @@ def test_more_of_peft_is_taken(lora: dict[str, Any], deep: Path, tmp_path: Path)
 MERGED: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
-    "a grown vocabulary": {},
 }
 
 
 @pytest.mark.parametrize("case", MERGED)
 def test_the_command_that_merges_makes_the_same_model(case: str, model: Path, tmp_path: Path) -> None:
     """What is refused goes on as a whole model, by the command that the refusal names: equal logits, to rounding."""
-    tokenizer = tiny.byte_tokenizer(extra=["<|new|>"] if case == "a grown vocabulary" else [])
-    base = AutoModelForCausalLM.from_pretrained(model)
-    base.resize_token_embeddings(len(tokenizer))
-    adapted = stock.lora_model(model, base=base, **MERGED[case])
+    tokenizer = tiny.byte_tokenizer()
+    adapted = stock.lora_model(model, **MERGED[case])
     for weight in adapted.parameters():
         if weight.requires_grad:
             weight.data += 0.05 * torch.randn_like(weight)
@@ -140,6 +142,42 @@ def test_the_command_that_merges_makes_the_same_model(case: str, model: Path, tm
     untrained = stock.logits(AutoModelForCausalLM.from_pretrained(model))
     assert not torch.allclose(untrained, actual[..., : untrained.shape[-1]], rtol=0.0, atol=1e-2)
     Run.create(tmp_path / "run", str(tmp_path / "MERGED"))
+
+
+GROWN: dict[str, dict[str, Any]] = {
+    "no more than an adapter": {},
+    "an adapter on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "the embedding is trained whole": {"modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("case", GROWN)
+def test_an_adapter_with_a_grown_vocabulary_goes_on_by_the_command_that_is_named(
+    case: str, model: Path, tmp_path: Path
+) -> None:
+    """The base with the rows that the adapter's file carries: weights, moments and logits are then the Trainer's.
+
+    The embedding has more rows than the tokenizer, as where it was filled up to a multiple of 64.
+    """
+    base = AutoModelForCausalLM.from_pretrained(model)
+    base.resize_token_embeddings(300)
+    adapted = stock.lora_model(model, base=base, **GROWN[case])
+    settings: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
+    trainer = stock.trainer(adapted, tmp_path / "stock", processing_class=tiny.byte_tokenizer(), **settings)
+    trainer.train()
+    with pytest.raises(ModelError, match="as after its vocabulary has grown") as caught:
+        Run.adopt(tmp_path / "stock/checkpoint-2", tmp_path / "run", str(model))
+    program, _, command = str(caught.value.hint).partition("base: ")[2].partition("; then: onward adopt ")
+    with contextlib.chdir(tmp_path):
+        exec(compile(shlex.split(program)[2], "hint", "exec"), {})  # without a new interpreter
+    folder, _, _, _, grown = shlex.split(command)
+    run = Run.adopt(Path(folder), tmp_path / "run", str(tmp_path / grown), settings=SETTINGS)
+    state = stock.open_state(tmp_path / "run")
+    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
+    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
+    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
+    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
+    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])

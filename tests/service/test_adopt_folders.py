@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from states import read_state
 from stock import STEPS, Saved
 from torch.distributed import checkpoint as sharded
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from onward import Run
 from onward.errors import UsageError
@@ -54,6 +55,22 @@ def test_weights_of_an_old_peft_are_adopted_after_the_command_that_is_named(save
     exec(compile(words[2], "hint", "exec"))
     assert 4 == read_adapter(checkpoint)["r"]
     stock.assert_equal(weights, load_file(checkpoint / "adapter_model.safetensors"))
+
+
+def test_an_adapter_of_another_name_is_adopted_after_the_command_that_is_named(
+    saved: Saved, checkpoint: Path, model: Path, tmp_path: Path
+) -> None:
+    """PEFT puts an adapter that is not called `default` into a folder of its name; the moments lie next to that."""
+    (checkpoint / "mine").mkdir()
+    for path in checkpoint.glob("adapter_*"):
+        path.rename(checkpoint / "mine" / path.name)
+    with pytest.raises(UsageError, match="a folder: mine") as caught:
+        Run.adopt(checkpoint, tmp_path / "run", str(model))
+    command = re.search(r"cp .*?(?=; then adopt again)", str(caught.value.hint))
+    assert command is not None
+    assert 0 == subprocess.run(command[0], shell=True, check=False).returncode
+    Run.adopt(checkpoint, tmp_path / "run", str(model))
+    stock.assert_equal(stock.trained(saved.model), stock.trained(stock.open_state(tmp_path / "run").model))
 
 
 def test_a_whole_state_of_fsdp_is_renamed(tmp_path: Path) -> None:
@@ -119,6 +136,10 @@ def test_weights_go_on_with_fresh_moments(saved: Saved, model: Path, checkpoint:
                   "--set", "max_length=128")  # fmt: skip
     assert 0 == done.status
     assert f"weights only: the optimizer's moments begin afresh, after step {STEPS}" in done.err
+    (taken,) = (line for line in done.err.splitlines() if line.startswith("from training_args.bin: batch_size 8 ("))
+    assert ["weight_decay 0.1", "betas 0.9 0.999", "eps 1e-08"] == taken.partition("), ")[2].split(", ")[:3]
+    assert 1 == taken.count("batch_size")
+    assert "the Trainer's optimizer was" not in done.err
     state = stock.open_state(tmp_path / "run")
     assert (STEPS, STEPS, 0) == (state.step, state.counters.adam_origin, state.view().adam_step())
     stock.assert_equal(stock.trained(saved.model), stock.trained(state.model))
@@ -135,8 +156,22 @@ def test_an_adapter_alone_goes_on(saved: Saved, model: Path, tmp_path: Path) -> 
     lines: list[str] = []
     run = Run.adopt(folder, tmp_path / "run", str(model), fresh_moments=True, settings=SETTINGS, report=lines.append)
     assert any("after an unknown number of steps, counted as 1" in line for line in lines)
+    assert "from schedule of the Trainer: schedule_offset 1" in lines
+    assert "learning rates (schedule constant): step 2: 2e-05 (the Trainer's: unknown), " in lines[-1]
     assert (1, 10, 1) == (run.status()["global_step"], run.config.warmup_steps, run.config.schedule_offset)
     run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(16)))
     assert run.verify().ok
     run.reset()
     stock.assert_equal(stock.trained(saved.model), stock.trained(stock.open_state(tmp_path / "run").model))
+
+
+def test_another_optimizer_is_named_where_only_the_weights_go_on(checkpoint: Path, model: Path, tmp_path: Path) -> None:
+    """A learning rate for SGD may be a thousand times that for AdamW: adoption says whose the rate is."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim="sgd", learning_rate=0.1, report_to=[], use_cpu=True)
+    torch.save(arguments, checkpoint / "training_args.bin")
+    without(checkpoint, "scheduler.pt")
+    lines: list[str] = []
+    Run.adopt(checkpoint, tmp_path / "run", str(model), fresh_moments=True, report=lines.append)
+    (line,) = (line for line in lines if line.startswith("the Trainer's optimizer was sgd"))
+    assert "the run's is AdamW, which learning_rate 0.1 may not suit" in line
+    assert line.endswith("--set schedule=constant --set learning_rate=RATE sets another")

@@ -12,6 +12,7 @@ import pytest
 import stock
 import tiny
 import torch
+from commands import onward
 from stock import STEPS, Saved
 from torch.distributed import checkpoint as sharded
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -92,7 +93,7 @@ TAKEN: dict[str, Edit] = {
     "as it is": lambda values: None,
     "whole steps": each_entry(counted_whole),
     "steps in a tensor of one": each_entry(lambda entry: entry.update(step=entry["step"].reshape(1))),
-    "an older PyTorch": each_group(only("amsgrad", maximize=False, foreach=None, capturable=False)),
+    "an older PyTorch": each_group(only("amsgrad", foreach=None, maximize=False, capturable=False)),
     "transformers 4": both(each_entry(counted_whole), each_group(only(correct_bias=True))),
     "bitsandbytes, 32 bit": both(each_entry(of_bitsandbytes), each_group(only())),
     "bitsandbytes, 32 bit, wrapped": both(each_entry(wrapped), each_group(only(alpha=0.0, t_alpha=None, t_beta3=None))),
@@ -204,6 +205,9 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "8 bit": (each_entry(of_eight_bits), "8-bit"),
     "AMSGrad": (each_group(lambda group: group.update(amsgrad=True)), "AMSGrad"),
     "Adam with L2": (each_group(lambda group: group.update(decoupled_weight_decay=False)), "L2 weight decay 0.1"),
+    "Adam with L2 of an older PyTorch": (
+        each_group(only("amsgrad", maximize=False, foreach=None, capturable=False)), "L2 weight decay 0.1"
+    ),
     "RAdam": (each_group(lambda group: group.pop("amsgrad")), "not that of AdamW"),
     "Lion": (
         each_entry(lambda entry: [entry.pop("exp_avg_sq"), entry.pop("step")]), "not that of AdamW: it keeps exp_avg"
@@ -243,12 +247,16 @@ def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, chec
 
 
 def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkpoint: Path, tmp_path: Path) -> None:
-    """LoRA+ is adopted with its moments under a learning rate set by hand, which the refusal names."""
+    """LoRA+ is adopted with its moments under one learning rate, by the command that the refusal names."""
     change(checkpoint, lora_plus)
-    with pytest.raises(UsageError, match="--set learning_rate=RATE"):
+    with pytest.raises(UsageError, match="learning rates of their own") as caught:
         Run.adopt(checkpoint, tmp_path / "run", str(model))
-    run = Run.adopt(checkpoint, tmp_path / "run", str(model), settings={"learning_rate": 1e-4, "schedule": "constant"})
-    assert (1e-4, STEPS) == (run.config.learning_rate, run.status()["global_step"])
+    command = re.search(r"one learning rate: onward (.*)\n", str(caught.value.hint))
+    assert command is not None
+    words = shlex.split(command[1].replace("NEW_RUN", str(tmp_path / "run")))
+    assert 0 == onward(*words, "--model", model).status
+    run = Run(tmp_path / "run")
+    assert (5e-5, "linear", STEPS) == (run.config.learning_rate, run.config.schedule, run.status()["global_step"])
 
 
 def test_a_frozen_part_stays_frozen_where_train_names_the_rest(tmp_path: Path) -> None:

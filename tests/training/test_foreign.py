@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import small_config
 from torch import nn
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
@@ -24,7 +25,7 @@ from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder
 from onward.training.foreign.pickles import Inert, NotAPickle, run_pickle
 from onward.training.foreign.schedules import TrainerSchedule, read_schedule, schedule_settings
-from onward.training.foreign.settings import argument_settings, left_out
+from onward.training.foreign.settings import argument_settings, left_out, router_loss
 from onward.training.schedule import learning_rate
 
 PEAK, TOTAL = 3e-4, 37
@@ -159,6 +160,29 @@ def test_what_is_not_taken_is_named_with_a_reason() -> None:
     assert [] == list(left_out(Arguments({"train_sampling_strategy": "random", "num_train_epochs": 1})))
     (line,) = left_out(Arguments({"train_sampling_strategy": "group_by_length", "num_train_epochs": 1}))
     assert line.startswith("train_sampling_strategy group_by_length (the order of rows is the run's own")
+    assert [] == list(left_out(Arguments({"loss_type": "nll", "num_train_epochs": 1})))
+    (line,) = left_out(Arguments({"loss_type": "dft", "num_train_epochs": 1}))
+    assert "loss_type dft (a run's loss is the negative log-likelihood of the targets)" == line
+
+
+ROUTERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
+    "TRL, which adds what the config has": ("mixtral", {}, {"router_aux_loss_coef": None}, 0.001),
+    "TRL, set": ("mixtral", {}, {"router_aux_loss_coef": 0.5}, 0.5),
+    "TRL, set to nothing": ("mixtral", {"output_router_logits": True}, {"router_aux_loss_coef": 0.0}, 0.0),
+    "TRL, no experts": ("llama", {}, {"router_aux_loss_coef": None}, 0.0),
+    "a Trainer": ("mixtral", {}, {}, 0.0),
+    "a Trainer whose model asks for it": ("mixtral", {"output_router_logits": True}, {}, 0.001),
+}
+"""A family, settings of its config, arguments, and the factor of the loss that was added."""
+
+
+@pytest.mark.parametrize("case", ROUTERS)
+def test_a_loss_of_routers_is_named(case: str, tmp_path: Path) -> None:
+    """What a Trainer added to the loss of the rows of a mixture of experts is not taken, and said with its factor."""
+    family, settings, values, factor = ROUTERS[case]
+    small_config(family, **settings).save_pretrained(tmp_path)
+    lines = list(router_loss(Arguments(values), tmp_path))
+    assert [f"not taken: router_aux_loss_coef {factor:g}"] * bool(factor) == [line.split(" (")[0] for line in lines]
 
 
 def stopped(

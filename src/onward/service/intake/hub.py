@@ -50,7 +50,8 @@ class HubName:
         parts = [part for part in rest if part]
         if kind != "datasets" or len(parts) < 2:
             hint = "Name it as hf://datasets/OWNER/NAME, with /FILE after it for one of its files."
-            raise UsageError("this names no data set of the Hub", where=printable(str(path)), hint=hint)
+            where = printable(f"hf://{'/'.join([kind, *parts])}")  # a path has one slash where the name has two
+            raise UsageError("this names no data set of the Hub", where=where, hint=hint)
         name, _, revision = parts[1].partition("@")
         return cls(f"{parts[0]}/{name}", revision.replace("%2F", "/") or None, "/".join(parts[2:]))
 

@@ -30,6 +30,7 @@ from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
 from onward.training.foreign.scaler import read_scale
+from onward.training.foreign.settings import router_loss
 from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.model.capacity import read_capacity, require_fits
 from onward.training.model.load import build_model, load_tokenizer
@@ -82,6 +83,7 @@ def adopt(
     layout.root.mkdir(parents=True, exist_ok=True)
     write_template(template_name, template, layout.root)
     _make(checkpoint, layout, config, state, findings, report)
+    notes += router_loss(adopted.arguments, base)
     return describe(replace(adopted, config=config), settings, notes)
 
 

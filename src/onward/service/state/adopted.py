@@ -14,6 +14,8 @@ from onward.training.foreign.settings import batch_words, left_out
 from onward.training.huggingface import TRAINING_ARGUMENTS
 from onward.training.schedule import learning_rate
 
+ADAMS = ("adamw", "paged_adamw")
+"""What the names of a Trainer's optimizers begin with that a run's learning rate means the same to."""
 AHEAD = 3
 """Steps whose learning rates are named."""
 UNKNOWN = ("batch_size", "gradient_accumulation", "max_grad_norm", "seed", "max_length", "epochs")
@@ -27,7 +29,7 @@ def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) ->
         settings: what was set by hand; it won over the checkpoint.
         notes: what else was found while the state was loaded.
     """
-    return [*_taken(adopted, settings), *_fresh(adopted), *_left(adopted, settings), *notes, *_rates(adopted)]
+    return [*_taken(adopted, settings), *_fresh(adopted, settings), *_left(adopted, settings), *notes, *_rates(adopted)]
 
 
 def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
@@ -38,18 +40,24 @@ def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
         named.update(keys)
         if source == TRAINING_ARGUMENTS and "batch_size" in keys:
             rows = f" ({batch_words(adopted.folder, adopted.arguments)})"
-            yield f"from {source}: batch_size {values['batch_size']}{rows}, {_listed(values, keys[1:])}"
+            others = _listed(values, [key for key in keys if key != "batch_size"])
+            yield f"from {source}: batch_size {values['batch_size']}{rows}, {others}"
         elif keys:
-            name = f" ({adopted.schedule.name})" if source == SCHEDULE_SOURCE and adopted.schedule else ""
-            yield f"from {source}{name}: {_listed(values, keys)}"
+            kind = adopted.schedule.name if source == SCHEDULE_SOURCE and adopted.schedule else ""
+            yield f"from {source}{f' ({kind})' if kind else ''}: {_listed(values, keys)}"
     if settings:
         yield f"set by you: {_listed(values, [key for key in values if key in settings])}"
 
 
-def _fresh(adopted: Adopted) -> Iterator[str]:
-    if adopted.moments is None:
-        step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
-        yield f"weights only: the optimizer's moments begin afresh, after {step}"
+def _fresh(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
+    if adopted.moments is not None:
+        return
+    step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
+    yield f"weights only: the optimizer's moments begin afresh, after {step}"
+    used, rate = adopted.arguments.text("optim"), f"learning_rate {adopted.config.learning_rate:g}"
+    if used and not used.startswith(ADAMS) and "learning_rate" not in settings:
+        way = "--set schedule=constant --set learning_rate=RATE"
+        yield f"the Trainer's optimizer was {used}, the run's is AdamW, which {rate} may not suit: {way} sets another"
 
 
 def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from onward.errors import UsageError
-from onward.text import quoted
+from onward.text import printable, quoted
 from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
@@ -102,6 +102,12 @@ def _require_weights(path: Path) -> None:
             )
             raise UsageError("there is no config.json next to the weights", where=path, hint=hint)
         return
+    named = sorted(folder for folder in path.glob("*/") if (folder / ADAPTER_CONFIG).is_file())
+    if named:
+        names = ", ".join(printable(folder.name) for folder in named)
+        command = f"cp {quoted(named[0])}/* {quoted(path)}"
+        hint = f"Copy the one that was trained next to {OPTIMIZER}: {command}; then adopt again."
+        raise UsageError(f"its adapter has a name of its own, and a folder: {names}", where=path, hint=hint)
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
         raise _in_shards("DeepSpeed", path, command)

@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import nn
 
 from onward.errors import DamagedState, ModelError, UsageError, first_line
+from onward.text import quoted
 from onward.training.environment import pick_device
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder, fresh_hint
@@ -100,7 +101,7 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
         quantizes = any(WRAPPED in entry or "state1" in entry for entry in held.values())
         _require_settings(moments, quantizes=quantizes, one_rate=one_rate)
     except NotTaken as reason:
-        raise UsageError(f"{reason}{named}", where=path, hint=fresh_hint(folder.path)) from None
+        raise UsageError(f"{reason}{named}", where=path, hint=_ways(reason, folder)) from None
     except ModelError as error:
         what = f"the moments are those of an 8-bit optimizer{named}: {error.what}"
         raise UsageError(what, where=path, hint=f"{error.hint}, then adopt again. {fresh_hint(folder.path)}") from None
@@ -108,6 +109,12 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedState(f"this is not that of AdamW: {reason}{named}", where=path) from None
     return moments
+
+
+def _ways(reason: NotTaken, folder: TrainerFolder) -> str:
+    fresh = fresh_hint(folder.path)
+    command = f"onward adopt {quoted(folder.path)} --run NEW_RUN {reason.setting}"
+    return f"To go on with its moments and one learning rate: {command}\n{fresh}" if reason.setting else fresh
 
 
 def _moments(groups: list[dict[str, Any]], held: Mapping[Key, Mapping[str, Any]]) -> Moments:
@@ -175,14 +182,24 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
             raise NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
         if group.get("maximize") or group.get("correct_bias") is False or group.get("bias_correction") in (False, 0):
             raise NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
-        if decay and group.get("decoupled_weight_decay") is False:
+        if decay and _has_l2(group):
             raise NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
     if len(moments.rates) > 1 and not one_rate:
         rates = ", ".join(f"{rate:g}" for rate in moments.rates)
-        way = "--set learning_rate=RATE goes on with one for all"
-        raise NotTaken(f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has; {way}")
+        what = f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has"
+        raise NotTaken(what, f"--set learning_rate={moments.rates[0]:g}")
     if len(moments.decays) > 1 or len({(*map(float, group["betas"]), group["eps"]) for group in moments.groups}) > 1:
         raise NotTaken("its groups of weights have weight decays, betas or eps of their own")
+
+
+def _has_l2(group: Mapping[str, Any]) -> bool:
+    """Whether PyTorch's Adam made a group, whose weight decay goes through the moments.
+
+    Before PyTorch 2.7 its groups have the keys of AdamW's, in another order: AdamW wrote `foreach` before `maximize`.
+    """
+    said = group.get("decoupled_weight_decay")
+    order = [key for key in group if key in ("maximize", "foreach")]
+    return said is False or (said is None and order == ["maximize", "foreach"])
 
 
 def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> list[str]:

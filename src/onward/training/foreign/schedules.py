@@ -70,7 +70,7 @@ class TrainerSchedule:
         if self.total_steps and step > self.total_steps and self.name not in _NAMES:
             return None
         if self.factor is None:
-            return self.current if step == self.step + 1 else None
+            return self.current if step == self.step + 1 and self.peak else None
         return self.peak * self.factor(self.position + step - self.step - 1)
 
 

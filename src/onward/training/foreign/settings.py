@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from onward.text import how_many
 from onward.training.foreign.arguments import Arguments
@@ -15,10 +18,12 @@ LENGTHS = ("max_length", "max_seq_length", "sequence_len")
 LEFT: Mapping[str, str] = {
     "label_smoothing_factor": "a run has none",
     "neftune_noise_alpha": "a run has none",
+    "loss_type": "a run's loss is the negative log-likelihood of the targets",
     "packing": "rows are trained one by one, laid end to end where the model allows it",
     "padding_free": "rows are laid end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "train_sampling_strategy": "the order of rows is the run's own, a function of the seed",
+    "dataloader_drop_last": "every row is trained",
     "data_seed": "the order of rows is the run's own, a function of the seed",
     "fp16": "a run computes in what dtype says: --set dtype=float16 goes on with the scale of its loss",
     "bf16": "a run computes in what dtype says",
@@ -34,8 +39,10 @@ LEFT: Mapping[str, str] = {
 }
 """Arguments that are not taken where they are set, and why."""
 
-USUAL = ("text", "random")
+USUAL = ("text", "random", "nll", "chunked_nll")
 """Values of these arguments that are as good as not set."""
+
+ROUTER_LOSS = "router_aux_loss_coef"
 
 WITHOUT: Mapping[str, str] = {
     "assistant_only_loss": "a run trains every answer of a chat and nothing else of it",
@@ -95,6 +102,25 @@ def optimizer_arguments(arguments: Arguments) -> dict[str, Any]:
         "betas": [arguments.number("adam_beta1", 0.9), arguments.number("adam_beta2", 0.999)],
         "eps": arguments.number("adam_epsilon", 1e-8),
     }
+
+
+def router_loss(arguments: Arguments, base: Path) -> Iterator[str]:
+    """Yield what a Trainer added to the loss of a mixture of experts, to keep its routers balanced.
+
+    TRL adds it where the model's config knows such a term, transformers' Trainer where the config asks for it.
+
+    Args:
+        base: folder of the base model.
+    """
+    read: Any = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    model = read.get_text_config()
+    own: Any = getattr(model, "router_aux_loss_coef", None)
+    if ROUTER_LOSS in arguments.values:
+        factor = arguments.number(ROUTER_LOSS, own or 0.0) if hasattr(model, "output_router_logits") else 0.0
+    else:
+        factor = own if getattr(model, "output_router_logits", False) else 0.0
+    if factor:
+        yield f"not taken: {ROUTER_LOSS} {factor:g} (a run's loss has no term for the routers)"
 
 
 def left_out(arguments: Arguments) -> Iterator[str]:

@@ -52,6 +52,9 @@ check of its own)."""
 OWN_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva", "default")
 """Values of `init_lora_weights` that leave the base as it is; the others take the first weights out of it."""
 
+UNMERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias")
+"""Fields with which PEFT cannot merge an adapter into its base (`lora_bias` where the base has no biases)."""
+
 MADE_AGAIN = ("pissa", "olora")
 """Of these PEFT takes the same first weights out of the base wherever it loads the adapter."""
 
@@ -131,7 +134,14 @@ def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
 
 
 def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
-    """Return the command that makes a whole model of an adapter and its base."""
+    """Return the command that makes a whole model of an adapter and its base; what else to do where PEFT has none."""
+    stuck = [name for name in UNMERGED if values.get(name)]
+    if stuck:
+        base = quoted(values.get("base_model_name_or_path") or "BASE")
+        return (
+            f"PEFT cannot merge it into its base ({', '.join(stuck)}): go on with it where it was trained, or begin "
+            f"anew from the base: onward init NEW_RUN --model {base}"
+        )
     own = (checkpoint / "tokenizer_config.json").is_file()
     tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
     program = (
