@@ -54,6 +54,8 @@ def computed(model: Any, ids: range) -> torch.Tensor:
         ("gemma3_text", {}, 3),
         ("gemma2", {}, 3),
         ("granite", {"logits_scaling": 8.0}, 3),
+        ("gpt2", {}, 4),
+        ("opt", {}, 3),
     ],
 )
 def test_the_first_ids_without_a_meaning_are_left(family: str, settings: dict[str, Any], first: int) -> None:
