@@ -28,10 +28,12 @@ from onward.training.admission.inputs import rows
 from onward.training.admission.longer import causal_length
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
+from onward.training.admission.shorten import layers_to_shorten
 from onward.training.model.adapter import named_targets
 from onward.training.model.spec import ModelSpec
 
 CPU = torch.device("cpu")
+VOCABULARY = range(small.VOCABULARY)
 
 
 def save(folder: Path, family: str, **settings: Any) -> Path:
@@ -178,8 +180,8 @@ def test_a_model_that_looks_ahead_in_long_rows_only(tmp_path: Path) -> None:
     folder = save(tmp_path, "llama")
     spec = ModelSpec(config(folder), folder, CPU, torch.float32)
     model = LooksAheadInLongRows.from_pretrained(folder)
-    assert 40 == causal_length(spec, model, small.VOCABULARY)
-    assert causal_length(spec, LlamaForCausalLM.from_pretrained(folder), small.VOCABULARY) is None
+    assert 40 == causal_length(spec, model, VOCABULARY)
+    assert causal_length(spec, LlamaForCausalLM.from_pretrained(folder), VOCABULARY) is None
 
 
 def test_an_adapter_that_peft_does_not_load_back_is_left_out(tmp_path: Path) -> None:
@@ -389,7 +391,7 @@ def test_a_run_that_has_trained_is_warned_only(tmp_path: Path) -> None:
 
 def gradients_of(model: Any) -> set[str]:
     """Return the names of the weights that a gradient of a short row reaches."""
-    return set(row_by_row(model, rows([6], small.VOCABULARY), CPU, torch.float32).of)
+    return set(row_by_row(model, rows([6], VOCABULARY), CPU, torch.float32).of)
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj"]])
@@ -398,7 +400,9 @@ def test_equal_layers_are_reached_as_the_first_ones_are(targets: list[str] | Non
     model: Any = small.small_model("llama", num_hidden_layers=5)
     if targets:
         model = get_peft_model(model, LoraConfig(target_modules=targets, layers_to_transform=[0, 1, 2, 3]))
-        assert reached_by_kinds(model, lambda: gradients_of(model)) is None  # the last layer is one of a kind
+        assert (
+            reached_by_kinds(model, layers_to_shorten(model), lambda: gradients_of(model)) is None
+        )  # the last layer is one of a kind
         model = get_peft_model(model.unload(), LoraConfig(target_modules=targets))
     computed: list[int] = []
 
@@ -406,7 +410,7 @@ def test_equal_layers_are_reached_as_the_first_ones_are(targets: list[str] | Non
         computed.append(sum(1 for part in model.modules() if type(part) is LlamaDecoderLayer))
         return gradients_of(model)
 
-    assert gradients_of(model) == reached_by_kinds(model, reached)
+    assert gradients_of(model) == reached_by_kinds(model, layers_to_shorten(model), reached)
     assert [2] == computed
     assert [0, 1, 2, 3, 4] == [part.layer_idx for part in model.modules() if hasattr(part, "layer_idx")]
 
@@ -433,4 +437,4 @@ def test_layers_that_are_told_apart_do_not_speak_for_each_other() -> None:
         small.small_model("gpt2", n_layer=5),
         small.small_model("gemma", num_hidden_layers=5),
     ):
-        assert reached_by_kinds(model, partial(gradients_of, model)) is None
+        assert reached_by_kinds(model, layers_to_shorten(model), partial(gradients_of, model)) is None

@@ -60,12 +60,16 @@ def test_elsewhere_is_close_or_not_comparable() -> None:
 def test_probe_is_a_function_of_the_seed() -> None:
     """The probe batch depends on seed and vocabulary only, and stays inside the vocabulary."""
 
-    def ids(seed: int, vocabulary: int) -> list[list[int]]:
-        return [row.ids.tolist() for row in probe_batch(seed, vocabulary).rows]
+    def ids(seed: int, vocabulary: int, given: int | None = None) -> list[list[int]]:
+        return [row.ids.tolist() for row in probe_batch(seed, vocabulary, given=given).rows]
 
     assert ids(1, 50) == ids(1, 50)
     assert ids(1, 50) != ids(2, 50)
     assert max(map(max, ids(3, 5))) < 5
+    assert ids(1, 50) == ids(1, 50, given=50)
+    fewer = ids(1, 50, given=40)  # a model that embeds ids which it has no logits for
+    assert max(map(max, fewer)) < 40
+    assert [[each % 40 for each in row] for row in ids(1, 50)] == fewer
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -15,7 +15,7 @@ from onward.training.admission.neighbours import influence
 from onward.training.layers.attention import lay_end_to_end
 
 CPU = torch.device("cpu")
-VOCABULARY = 60
+VOCABULARY = range(60)
 
 
 class Leak(nn.Module):

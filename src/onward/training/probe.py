@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,14 +59,30 @@ class Probed:
     gradient: str
 
 
-def probe_batch(seed: int, vocabulary: int, length: int = PROBE_LENGTH) -> Batch:
-    """Return the run's fixed probe: token ids that are a function of the seed, all of them targets."""
+def probe_batch(seed: int, vocabulary: int, length: int = PROBE_LENGTH, *, given: int | None = None) -> Batch:
+    """Return the run's fixed probe: token ids that are a function of the seed, all of them targets.
+
+    Args:
+        vocabulary: how many ids the model takes.
+        given: how many it has logits for; as many, if that is not said.
+    """
     cells = [[fold(seed, "probe", row, column) for column in range(length)] for row in range(PROBE_ROWS)]
-    ids = np.array(cells, dtype=np.int64) % vocabulary
+    ids = np.array(cells, dtype=np.int64) % vocabulary % (given or vocabulary)
     targets = np.arange(length) > 0
     places = range(PROBE_ROWS)
     references = [RowReference("probe", place) for place in places]
     return Batch([Row(row, targets) for row in ids], references, list(places))
+
+
+def probe_batches(model: nn.Module, seed: int, device: torch.device) -> tuple[Batch, Batch]:
+    """Return the probe of a model, and that of its gradients; some models embed more ids than they have logits for."""
+    base = causal_lm(model)
+    embedded, head = (cast(Any, part) for part in (base.get_input_embeddings(), base.get_output_embeddings()))
+    vocabulary = int(embedded.weight.shape[0])
+    given = int(head.weight.shape[0]) if hasattr(head, "weight") else None
+    lengths = (PROBE_LENGTH, length_with_gradient(model, device))
+    short, long = (probe_batch(seed, vocabulary, length, given=given) for length in lengths)
+    return short, long
 
 
 class Probe:
@@ -88,9 +105,7 @@ class Probe:
         self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype, *, exact: bool = True,
         writers: Collection[str] | None = None,
     ) -> None:  # fmt: skip
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
-        self._batch = probe_batch(seed, vocabulary)
-        self._with_gradient = probe_batch(seed, vocabulary, length_with_gradient(model, device))
+        self._batch, self._with_gradient = probe_batches(model, seed, device)
         self._model = model
         self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
         self.writers = self._find_writers() if writers is None else types_named(model, writers)

@@ -26,7 +26,9 @@ from onward.training.admission.positions import most_positions
 from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
-from onward.training.admission.shorten import shorten
+from onward.training.admission.shorten import layers_to_shorten, shorten
+from onward.training.admission.vocabulary import runs, shorten_vocabulary, vocabulary_of
+from onward.training.admission.width import narrow_width
 from onward.training.device_errors import is_of_the_device
 from onward.training.environment import describe_environment, deterministic
 from onward.training.layers.attention import PADDING_FREE
@@ -51,6 +53,8 @@ class _Proof:
     spec: ModelSpec
     strict: bool
     warnings: list[str] = field(default_factory=list)
+    is_finite: bool = True
+    """Whether each loss that plain transformers computed so far is."""
 
     def refuse(self, what: str, hint: str, *, where: object = None) -> None:
         if self.strict:
@@ -60,7 +64,9 @@ class _Proof:
     def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
         """Return what plain transformers computes of rows."""
         spec = self.spec
-        return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
+        taken = gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
+        self.is_finite &= math.isfinite(taken.loss)
+        return taken
 
 
 @dataclass
@@ -141,16 +147,19 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
 
 def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     """Prove all there is: which weights of the whole model are reached, and all else with as few layers as it takes."""
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     few = rows([SHORT], vocabulary)
     _shift_adapter(model, proof.spec.device)
+    lists = layers_to_shorten(model)
     with still(model):
-        by_kinds = reached_by_kinds(model, lambda: proof.row_by_row(model, few).of.keys())
+        by_kinds = reached_by_kinds(model, lists, lambda: proof.row_by_row(model, few).of.keys())
         with _told_why_not(proof):
             reached = proof.row_by_row(model, few).of.keys() if by_kinds is None else by_kinds
             reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
     _examine_reach(proof, model, reached, found)
-    shorten(model, (lambda: proof.row_by_row(model, few)) if by_kinds is None else lambda: None)
+    shorten(lists, (lambda: proof.row_by_row(model, few)) if by_kinds is None else lambda: None)
+    del lists  # with the layers that were left out
+    vocabulary = _make_small(proof, model, vocabulary)
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
@@ -161,11 +170,17 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     found.writers = _require_untouched(proof, model)
 
 
-def _vocabulary(model: nn.Module) -> int:
-    """Return how many token ids a model both takes and gives: an embedding may have more rows than its head."""
-    base = causal_lm(model)
-    parts = [base.get_input_embeddings(), base.get_output_embeddings()]
-    return min(int(cast(Any, part).weight.shape[0]) for part in parts if hasattr(part, "weight"))
+def _make_small(proof: _Proof, model: nn.Module, vocabulary: range) -> range:
+    """Leave a share of the inner columns and of the vocabulary; returns the token ids that are left.
+
+    A model with a number in it that is not finite stays whole, so that it is found. So does one on a GPU: products cost
+    little there, and its kernels may take another way for other shapes.
+    """
+    device, dtype = proof.spec.device, proof.spec.dtype
+    if device.type != "cpu" or not proof.is_finite:
+        return vocabulary
+    narrow_width(model, device, dtype, lambda: runs(model, rows([SHORT], vocabulary), device, dtype))
+    return shorten_vocabulary(model, vocabulary, device, dtype)
 
 
 @contextlib.contextmanager
@@ -193,7 +208,7 @@ def _examine_reach(proof: _Proof, model: nn.Module, reached: Collection[str], fo
         found.unreached = reach.large_without_adapter(model, causal_lm(model), found.left_out)
 
 
-def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+def _require_causal(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
     model.eval()
     with as_float32(model):
         ahead = looks_ahead(model, vocabulary, proof.spec.device)
@@ -203,7 +218,7 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
         proof.refuse(what, causal_hint(proof.spec.base, proof.spec.device))
 
 
-def _require_positions(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
     model.eval()
     longest = proof.spec.config.max_length
     limit = most_positions(causal_lm(model), vocabulary, longest, proof.spec.device)
@@ -221,7 +236,7 @@ def _shift_adapter(model: nn.Module, device: torch.device) -> None:
                 parameter.normal_(std=0.02)
 
 
-def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
+def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
     """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
@@ -237,7 +252,7 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) ->
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
 
 
-def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: int, found: _Found) -> None:
+def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
     """Prove with a long row what attention of a model's own makes of it; rows that filling changes are not filled."""
     limit = longer.causal_length(proof.spec, model, vocabulary)
     if limit is not None:
@@ -277,7 +292,7 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
 
 
 def _try_end_to_end(
-    proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int, expected: gradients.Gradients
+    proof: _Proof, model: nn.Module, batch: Batch, vocabulary: range, expected: gradients.Gradients
 ) -> tuple[float, str]:
     """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
     try:
@@ -300,7 +315,7 @@ def _try_end_to_end(
     return largest, ""
 
 
-def _influence(proof: _Proof, model: nn.Module, batch: Batch, vocabulary: int) -> float:
+def _influence(proof: _Proof, model: nn.Module, batch: Batch, vocabulary: range) -> float:
     spec = proof.spec
     with deterministic(spec.device, exact=spec.config.deterministic):
         return influence(model, batch, vocabulary, spec.device, spec.dtype)
@@ -311,7 +326,7 @@ def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradien
     return gradients.difference(expected, actual)
 
 
-def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: int) -> None:
+def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
     """Take a step, one with longer rows, and the first one again, dropout included."""
     short, long = rows([MIDDLE], vocabulary), rows([LONG], vocabulary)
     taken = [

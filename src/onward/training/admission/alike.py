@@ -15,7 +15,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 
-from onward.training.admission.shorten import Layers, kind_of_layer, layers_to_shorten
+from onward.training.admission.shorten import Kind, Layers
 
 NUMBER = "layer_idx"
 """Under what name transformers tells a layer's parts which layer they are in."""
@@ -36,20 +36,22 @@ class _NoNumber:
     __eq__ = __ne__ = __hash__ = __bool__ = __str__ = __repr__ = __format__ = _asked  # pyright: ignore
 
 
-def reached_by_kinds(model: nn.Module, reached: Callable[[], Collection[str]]) -> set[str] | None:
+def reached_by_kinds(
+    model: nn.Module, lists: Sequence[Layers], reached: Callable[[], Collection[str]]
+) -> set[str] | None:
     """Return the names of the trained weights that a gradient reaches; None where the whole model has to tell.
 
     Args:
+        lists: what `layers_to_shorten` found.
         reached: computes with the model, and returns those that were reached.
     """
-    lists = layers_to_shorten(model)
     if not lists or not all(_calls_each_alike(each) for each in lists):
         return None
     found = _of_first_layers(model, lists, reached)
     if found is None:
         return None
     for each in lists:
-        kinds = [_kind(layer) for layer in each.layers]
+        kinds = [_kind(*one) for one in zip(each.layers, each.kinds, strict=True)]
         for number in range(each.needed, len(kinds)):
             like = _layer_like(each, [place for place in range(each.needed) if kinds[place] == kinds[number]], found)
             if like is None:
@@ -93,10 +95,10 @@ def _layer_like(layers: Layers, own: Sequence[int], found: Collection[str]) -> i
     return own[0]
 
 
-def _kind(layer: nn.Module) -> tuple[object, ...]:
-    """Return what a layer is made of: its kind, which of its weights are trained, and all else that it holds."""
+def _kind(layer: nn.Module, kind: Kind) -> Kind:
+    """Return the kind of a layer, which of its weights are trained, and all else that it holds."""
     weights = [(name, weight.requires_grad, weight.dtype) for name, weight in layer.named_parameters()]
-    return (kind_of_layer(layer), *weights, *_held(layer))
+    return (kind, *weights, *_held(layer))
 
 
 def _held(layer: nn.Module) -> Iterator[object]:

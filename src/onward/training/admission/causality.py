@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from onward.training.admission.inputs import LONG, rows, tokens
+from onward.training.admission.inputs import LONG, others, rows, tokens
 from onward.training.environment import HALF, autocast
 
 TOLERANCE = 1e-5
@@ -22,25 +22,37 @@ LARGEST = 2_000_000_000
 
 @contextlib.contextmanager
 def as_float32(model: nn.Module) -> Generator[None]:
-    """Have a model compute in float32 in the body, where that fits; nothing of its weights is lost on the way back."""
+    """Have a model compute in float32 in the body, where that fits; it gets its own weights back.
+
+    What the body wrote into a weight stays in it.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
     if sum(tensor.numel() for tensor in tensors) > LARGEST:
         lower = []
-    types = [tensor.dtype for tensor in lower]
+    own = [tensor.data for tensor in lower]
     for tensor in lower:
         tensor.data = tensor.data.float()
+    versions = [tensor._version for tensor in lower]
     try:
         yield
     finally:
-        for tensor, dtype in zip(lower, types, strict=True):
-            tensor.data = tensor.data.to(dtype)
+        for tensor, data, version in zip(lower, own, versions, strict=True):
+            is_own = tensor._version == version and _equal_ends(tensor.data, data)
+            tensor.data = data if is_own else tensor.data.to(data.dtype)
 
 
-def looks_ahead(model: nn.Module, vocabulary: int, device: torch.device, *, length: int = LONG) -> bool:
+def _equal_ends(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the first and the last row of two tensors are equal: what is done in place is done to all of it."""
+    pairs = [(one, other)] if one.dim() < 2 else [(one[place], other[place]) for place in (0, -1) if len(one)]
+    return all(torch.equal(left, right.to(left.dtype)) for left, right in pairs)
+
+
+def looks_ahead(model: nn.Module, vocabulary: range, device: torch.device, *, length: int = LONG) -> bool:
     """Whether another token at the end, or in the middle, of a row changes a logit before it.
 
     Args:
+        vocabulary: the token ids that it may have.
         length: tokens of the row; of a longer one, some more tokens are tried.
 
     Raises:
@@ -53,7 +65,7 @@ def looks_ahead(model: nn.Module, vocabulary: int, device: torch.device, *, leng
     places = (length - 1, length // 2) if length <= LONG else range(length - 1, 0, -(length // PLACES))
     for place in places:
         changed = ids.clone()
-        changed[0, place] = (changed[0, place] + vocabulary // 2) % vocabulary
+        changed[0, place] = others(changed[0, place], vocabulary)
         after = _logits(model, changed, device)
         moved = (after[:place] - before[:place]).abs().max()
         if float(moved) > tolerance * float(before.std()):

@@ -33,7 +33,7 @@ def longest_of(config: Config) -> int:
     return min(config.max_length, LONGEST)
 
 
-def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: int, reached: Collection[str]) -> set[str]:
+def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, reached: Collection[str]) -> set[str]:
     """Return the trained weights that get a gradient from a row, a long one included where a short one leaves some out.
 
     Args:
@@ -51,7 +51,7 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: int, rea
     return found
 
 
-def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: int) -> int | None:
+def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: range) -> int | None:
     """Return the tokens up to which a model that looks ahead in longer rows does not; None where it never does."""
     limit, longest = lower_choices(causal_lm(model), spec.config.max_length), longest_of(spec.config)
     model.eval()
@@ -67,7 +67,7 @@ def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: int) -> int | N
     return (limit or low) if high else None
 
 
-def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: int, *, by_length: bool) -> float:
+def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: range, *, by_length: bool) -> float:
     """Return the relative difference of a step's gradients from those of its rows by themselves, a long row included.
 
     Args:
@@ -85,5 +85,5 @@ def _row_by_row(spec: ModelSpec, model: nn.Module, batch: Batch) -> gradients.Gr
     return gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
-def _looks_ahead(model: nn.Module, vocabulary: int, length: int, device: torch.device) -> bool:
+def _looks_ahead(model: nn.Module, vocabulary: range, length: int, device: torch.device) -> bool:
     return looks_ahead(cast(Any, model), vocabulary, device, length=length)

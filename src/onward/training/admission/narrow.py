@@ -22,7 +22,7 @@ def narrow(model: PreTrainedModel) -> None:
 
     Both sides of each limit can then be computed with rows of a few tokens. The model is good for the proof only.
     """
-    for config in _configs(model):
+    for config in configs_of(model):
         for key in (*_WINDOWS, *_ORIGINAL):
             _lower(config, key)
         for parameters in _mappings(getattr(config, "rope_parameters", None)):
@@ -48,7 +48,7 @@ def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
         The least number that was brought down; None where there is none.
     """
     found: list[int] = []
-    for owner in (*_configs(model), *model.modules()):
+    for owner in (*configs_of(model), *model.modules()):
         for key in _CHOICES:
             value = vars(owner).get(key)
             if isinstance(value, int) and _is_above(value) and value < max_length:
@@ -85,7 +85,7 @@ def _is_above(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > LIMIT
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: PreTrainedModel) -> list[Any]:
     """Return every config that a part of the model holds, each once."""
     found = {id(config): config for part in model.modules() if (config := vars(part).get("config")) is not None}
     for config in list(found.values()):

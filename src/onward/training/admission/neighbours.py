@@ -11,6 +11,7 @@ from torch import nn
 
 from onward.data.loader import Batch, flatten, pad
 from onward.data.tokenized import Row
+from onward.training.admission.inputs import others
 from onward.training.environment import autocast
 from onward.training.layers.attention import row_arguments
 from onward.training.layers.buffers import Buffers
@@ -20,7 +21,7 @@ Logits = list[torch.Tensor]
 """Of each row, shape (tokens, vocabulary)."""
 
 
-def influence(model: nn.Module, batch: Batch, vocabulary: int, device: torch.device, dtype: torch.dtype) -> float:
+def influence(model: nn.Module, batch: Batch, vocabulary: range, device: torch.device, dtype: torch.dtype) -> float:
     """Return by how much rows laid end to end change each other's logits, relative to their size; 0.0 is no bit.
 
     Experts multiply as many tokens at once as were sent to them, so that the last bits of a row depend on the others in
@@ -33,7 +34,7 @@ def influence(model: nn.Module, batch: Batch, vocabulary: int, device: torch.dev
     return laid if padded > 0.0 else float("inf")
 
 
-def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batch: Batch, vocabulary: int) -> float:
+def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batch: Batch, vocabulary: range) -> float:
     buffers = Buffers(model)
     with torch.no_grad():
         before = logits_of(batch)
@@ -49,15 +50,15 @@ def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batc
     return found
 
 
-def _variants(batch: Batch, vocabulary: int) -> Iterator[tuple[list[int], Batch]]:
+def _variants(batch: Batch, vocabulary: range) -> Iterator[tuple[list[int], Batch]]:
     """Yield rows in which every second one has other tokens, with the places of those that are as they were."""
     for first in (0, 1):
         rows = [_other(row, vocabulary) if place % 2 == first else row for place, row in enumerate(batch.rows)]
         yield [place for place in range(len(rows)) if place % 2 != first], replace(batch, rows=rows)
 
 
-def _other(row: Row, vocabulary: int) -> Row:
-    return Row((row.ids + vocabulary // 2) % vocabulary, row.targets)
+def _other(row: Row, vocabulary: range) -> Row:
+    return Row(others(row.ids, vocabulary), row.targets)
 
 
 def _end_to_end(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> Logits:

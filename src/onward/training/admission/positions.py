@@ -14,11 +14,11 @@ _STATED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "ma
 """Keys under which configs state how many positions there are."""
 
 
-def most_positions(model: PreTrainedModel, vocabulary: int, max_length: int, device: torch.device) -> int | None:
+def most_positions(model: PreTrainedModel, vocabulary: range, max_length: int, device: torch.device) -> int | None:
     """Return the tokens of the longest row that a model can take; None where no row of `max_length` is too long.
 
     Args:
-        vocabulary: token ids go from 0 to one below.
+        vocabulary: the token ids that rows have.
         max_length: tokens of the longest row that is asked for.
     """
     learned = _learned(model, vocabulary, device)
@@ -36,11 +36,11 @@ def _stated(model: PreTrainedModel) -> int | None:
     return min((each for each in found if isinstance(each, int) and each > 1), default=None)
 
 
-def _takes(model: PreTrainedModel, vocabulary: int, length: int, device: torch.device) -> bool:
+def _takes(model: PreTrainedModel, vocabulary: range, length: int, device: torch.device) -> bool:
     """Whether a model takes a row of this length; a look-up beyond a table would break a GPU for the whole process."""
     if device.type != "cpu" and _has_table(model, length - 1):
         return False
-    ids = torch.arange(length, device=device)[None] % vocabulary
+    ids = torch.arange(length, device=device)[None] % len(vocabulary) + vocabulary.start
     try:
         with torch.no_grad():
             cast(Any, model)(input_ids=ids, use_cache=False)
@@ -61,7 +61,7 @@ def _has_table(model: PreTrainedModel, positions: int) -> bool:
     return False
 
 
-def _learned(model: PreTrainedModel, vocabulary: int, device: torch.device) -> int | None:
+def _learned(model: PreTrainedModel, vocabulary: range, device: torch.device) -> int | None:
     """Return the tokens of the longest row that a table of positions has rows for; None where there is no such table.
 
     A table of positions is an embedding that is asked for one row more for each further token.

@@ -59,7 +59,7 @@ def causal_hint(base: Path, device: torch.device) -> str:
                 base, dtype=torch.float32, local_files_only=True, trust_remote_code=False, is_decoder=True
             )
         model: PreTrainedModel = loaded.to(device).eval()
-        vocabulary = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+        vocabulary = range(len(cast(Any, model.get_input_embeddings()).weight))
         works = not looks_ahead(model, vocabulary, device)
     except Exception:
         works = False
@@ -84,7 +84,7 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     tried = config.model_copy(update={"lora": config.lora.model_copy(update={"targets": targets})})
     try:
         model = build_plain(ModelSpec(tried, base, device, dtype)).eval()
-        looks_ahead(model, int(cast(Any, skeleton.get_input_embeddings()).weight.shape[0]), device)
+        looks_ahead(model, range(len(cast(Any, skeleton.get_input_embeddings()).weight)), device)
     except Exception:  # then the adapter is not what it fails by
         return NO_REMEDY
     return f"With these targets it computes: --set 'lora.targets=[{', '.join(targets)}]'"

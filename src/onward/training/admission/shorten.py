@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import nn
 
@@ -13,6 +13,10 @@ FEWEST = 2
 """Layers that stay in any case: one that hands its output to another."""
 _PLACES = ("layer_idx", "training")
 """Values of a layer's parts that do not tell its kind."""
+
+
+Kind: TypeAlias = tuple[object, ...]
+"""What a layer is made of, and every plain value that its parts hold."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Layers:
         name: under which name.
         path: the list's name in the model.
         layers: all of them.
+        kinds: that of each.
         needed: how many of the first ones hold every kind.
     """
 
@@ -31,6 +36,7 @@ class Layers:
     name: str
     path: str
     layers: nn.ModuleList
+    kinds: list[Kind]
     needed: int
 
     def shorten(self) -> None:
@@ -42,16 +48,16 @@ class Layers:
         setattr(self.parent, self.name, self.layers)
 
 
-def shorten(model: nn.Module, works: Callable[[], object]) -> None:
-    """Leave the first layers of a model, so many that each kind of its layers is among them.
+def shorten(lists: Sequence[Layers], works: Callable[[], object]) -> None:
+    """Leave the first layers of a model's lists, so many that each kind of its layers is among them.
 
     A kind is what a layer is made of and every plain value that its parts hold (whether it slides, turns, routes).
     A model that does not compute with fewer layers stays whole.
 
     Args:
+        lists: what `layers_to_shorten` found.
         works: computes with the model; raises where that fails.
     """
-    lists = layers_to_shorten(model)
     if not lists:
         return
     for each in lists:
@@ -71,19 +77,14 @@ def layers_to_shorten(model: nn.Module) -> list[Layers]:
         for name, part in parent.named_children():
             if isinstance(part, nn.ModuleList) and part not in inside:
                 inside |= set(part.modules())
-                needed = _needed(part)
+                kinds = [kind_of_layer(layer) for layer in part]
+                needed = max([FEWEST, *(kinds.index(kind) + 1 for kind in set(kinds))])
                 if needed < len(part):
-                    found.append(Layers(parent, name, f"{path}.{name}".lstrip("."), part, needed))
+                    found.append(Layers(parent, name, f"{path}.{name}".lstrip("."), part, kinds, needed))
     return found
 
 
-def _needed(layers: nn.ModuleList) -> int:
-    """Return how many of the first layers hold every kind."""
-    kinds = [kind_of_layer(layer) for layer in layers]
-    return max([FEWEST, *(kinds.index(kind) + 1 for kind in set(kinds))])
-
-
-def kind_of_layer(layer: nn.Module) -> tuple[object, ...]:
+def kind_of_layer(layer: nn.Module) -> Kind:
     """Return what a layer is made of, and every plain value that its parts hold."""
     values: list[object] = []
     for name, part in layer.named_modules():

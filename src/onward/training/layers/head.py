@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import PreTrainedConfig
 
 from onward.training.layers import cross_entropy
 
@@ -207,13 +208,19 @@ def find_head(model: nn.Module, device: torch.device) -> Head | None:
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     if fits != [True] or given[0].shape != logits.shape:
         return None
-    tail = _explain(given[0], logits, _numbers(causal_lm.config.to_dict()))
+    tail = explain(given[0], logits, causal_lm.config)
     return None if tail is None else Head(module, tail)
 
 
-def _explain(given: torch.Tensor, logits: torch.Tensor, constants: Iterator[float]) -> Tail | None:
+def explain(given: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig) -> Tail | None:
+    """Return what a model did to the values that its head gave, if it explains its logits to the last bit.
+
+    Args:
+        given: shape (B, T, vocabulary), as the logits.
+        config: that of the model; constants are taken from it.
+    """
     tails = [Tail(), Tail(in_float=True)]
-    for constant in sorted(set(constants) - {0.0, 1.0}):
+    for constant in sorted(set(_numbers(config.to_dict())) - {0.0, 1.0}):
         for form in ("times", "over", "cap"):
             tails += [Tail(form, constant), Tail(form, constant, in_float=True)]
     few = slice(None, None, max(1, given.numel() // 1024))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from onward.digest import sha256_json
 from onward.training.environment import deterministic
-from onward.training.probe import Probed, fingerprint, length_with_gradient, mean_loss, probe_batch
+from onward.training.probe import Probed, fingerprint, mean_loss, probe_batches
 from onward.training.sharding.gathering import first_gets
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.shards import Shards
@@ -37,9 +37,7 @@ def probe_in_shards(
     """
     model, device = sharded.model, sharded.device
     loss_of = loss_in_shards(sharded, device, dtype)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
-    batch = probe_batch(seed, vocabulary)
-    with_gradient = probe_batch(seed, vocabulary, length_with_gradient(model, device))
+    batch, with_gradient = probe_batches(model, seed, device)
     in_shards = InShards[Any](sharded, gradients, loss_of)
 
     def backward(parts: Any) -> torch.Tensor:

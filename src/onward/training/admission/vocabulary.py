@@ -1,0 +1,216 @@
+"""A model with some ids of its vocabulary only: tokens are vectors to it, and what holds for some holds for the rest.
+
+That is proven of the model at hand before anything is left out: ids reach it through its embedding alone, which looks
+vectors up, and each logit is what one row of its head makes of a hidden state, treated as every other logit is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from onward.data.loader import Batch
+from onward.training.admission.alike import NUMBER
+from onward.training.admission.inputs import LONG, SHORT, rows, tokens
+from onward.training.admission.narrow import configs_of, still
+from onward.training.device_errors import is_of_the_device
+from onward.training.environment import autocast
+from onward.training.layers.buffers import Buffers
+from onward.training.layers.head import RANGE, explain
+from onward.training.layers.twin import HOOKS
+from onward.training.model.load import causal_lm
+from onward.training.seeds import seeded
+
+ROWS = 512
+"""Ids that the rows of a proof are left with; none of them is one that a config gives a meaning."""
+_MEANING = re.compile(r"(^|_)(id|ids|idx|index)$")
+"""Keys under which configs and modules name single ids: those of padding, of ends, of images."""
+_STEP, _VALUES = 40_503, 65_521
+"""Multiples of the one run through all values below the other, which is a prime number."""
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What a model keeps of each id: a row of its embedding and one of its head, which may be the same weight."""
+
+    embedding: nn.Embedding
+    head: nn.Linear
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Each once; of a head also its bias."""
+        return list(dict.fromkeys((*self.embedding.parameters(), *self.head.parameters())))
+
+    def cut(self, count: int) -> Callable[[], None]:
+        """Leave the first rows, as views; returns what brings all of them back."""
+        embedding, head, weights = self.embedding, self.head, self.weights
+        whole = [weight.data for weight in weights]
+        sizes = embedding.num_embeddings, embedding.padding_idx, head.out_features
+        for weight in weights:
+            weight.data = weight.data[:count]
+        embedding.num_embeddings = head.out_features = count
+        if embedding.padding_idx is not None and embedding.padding_idx >= count:
+            embedding.padding_idx = None  # pyright: ignore[reportAttributeAccessIssue]  # no row has that id
+
+        def restore() -> None:
+            for weight, data in zip(weights, whole, strict=True):
+                weight.data = data
+            embedding.num_embeddings, embedding.padding_idx, head.out_features = sizes
+
+        return restore
+
+
+def vocabulary_of(model: nn.Module) -> range:
+    """Return the token ids that a model both takes and gives: an embedding may have more rows than its head."""
+    base = causal_lm(model)
+    parts = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return range(min(len(cast(Any, part).weight) for part in parts if hasattr(part, "weight")))
+
+
+def shorten_vocabulary(model: nn.Module, vocabulary: range, device: torch.device, dtype: torch.dtype) -> range:
+    """Leave the first rows of a model's embedding and head, where the others could show nothing else.
+
+    Both stay whole if either has an adapter, trained rows, hooks or a forward pass of its own, if anything else has as
+    many rows, or if the model does more with ids than to look them up, or does not treat all logits alike.
+
+    Args:
+        vocabulary: the token ids that the model both takes and gives.
+
+    Returns:
+        The ids that rows may have from now on: those of before where the model stays whole.
+    """
+    base = causal_lm(model)
+    tables, left = _tables(base), _ids_left(model, vocabulary)
+    if tables is None or left is None or _is_as_long(model, tables):
+        return vocabulary
+    try:
+        if not _are_vectors(base, tables, vocabulary, device, dtype):
+            return vocabulary
+    except Exception as error:  # it does not compute from vectors
+        if is_of_the_device(error):
+            raise
+        return vocabulary
+    restore = tables.cut(left.stop)
+    try:
+        runs(base, rows([SHORT], left), device, dtype)
+    except Exception as error:  # it has a use of its own for the vocabulary's size
+        if is_of_the_device(error):
+            raise
+        restore()
+        return vocabulary
+    return left
+
+
+def runs(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> None:
+    """Compute the logits of the first of some rows; raises where that fails."""
+    base = causal_lm(model)
+    with _computing(base, device, dtype):
+        cast(Any, base)(input_ids=tokens(batch.rows[0], device), use_cache=False)
+
+
+def _tables(base: PreTrainedModel) -> _Tables | None:
+    """Return a model's embedding and head where they are plain and of one length, and nothing is hung on them."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear or embedding.max_norm is not None:
+        return None
+    held = [vars(part) for part in (embedding, head)]
+    if any("forward" in each or any(each[name] for name in HOOKS) for each in held):
+        return None
+    tables = _Tables(embedding, head)
+    are_plain = all(type(weight) is nn.Parameter for weight in tables.weights)
+    return tables if are_plain and len(embedding.weight) == len(head.weight) else None
+
+
+def _ids_left(model: nn.Module, vocabulary: range) -> range | None:
+    """Return the first ids in a row without a special one among them; None where that would leave most of them."""
+    special = sorted(set(_special(model)))
+    for first in (0, *(each + 1 for each in special)):
+        if not any(each in range(first, first + ROWS) for each in special):
+            return range(first, first + ROWS) if 2 * (first + ROWS) <= len(vocabulary) else None
+    return None
+
+
+def _special(model: nn.Module) -> Iterator[int]:
+    """Yield the numbers that configs and modules keep under the name of an id."""
+    for owner in (*configs_of(causal_lm(model)), *model.modules()):
+        for key, value in vars(owner).items():
+            for each in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(each, int) and key != NUMBER and _MEANING.search(key):
+                    yield each
+
+
+def _is_as_long(model: nn.Module, tables: _Tables) -> bool:
+    """Whether a tensor of a model besides its embedding and its head has as many rows, or columns, as they."""
+    own = {id(weight) for weight in tables.weights}
+    held = (each for part in model.modules() for each in vars(part).values())
+    tensors = (*model.parameters(), *model.buffers(), *(each for each in held if isinstance(each, torch.Tensor)))
+    return any(id(tensor) not in own and len(tables.head.weight) in tensor.shape for tensor in tensors)
+
+
+def _are_vectors(
+    base: PreTrainedModel, tables: _Tables, vocabulary: range, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether a model computes the same of ids and of their vectors, and makes each logit of its own by one function.
+
+    The head is not asked: it would take as long as the layers. In its place the model gets values of ours.
+    """
+    row = tokens(rows([LONG], vocabulary).rows[0], device)
+    hidden: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+
+    def stand_in(states: torch.Tensor) -> torch.Tensor:
+        hidden.append(states)
+        kind = nn.functional.linear(states[..., :1, :], tables.head.weight[:1]).dtype
+        given.append(_values((*states.shape[:-1], tables.head.out_features), device).to(kind))
+        return given[-1]
+
+    with _computing(base, device, dtype):
+        vectors = tables.embedding(row)
+        if not _looks_up(tables.embedding, row, vectors):
+            return False
+        vars(tables.head)["forward"] = stand_in
+        try:
+            logits = cast(Any, base)(input_ids=row, use_cache=False).logits
+            of_vectors = cast(Any, base)(inputs_embeds=vectors, use_cache=False).logits
+        finally:
+            del vars(tables.head)["forward"]
+    are_equal = len(hidden) == 2 and torch.equal(*hidden) and torch.equal(logits, of_vectors)
+    if not are_equal or given[0].shape != logits.shape:
+        return False
+    return explain(given[0], logits, base.config) is not None
+
+
+def _looks_up(embedding: nn.Embedding, row: torch.Tensor, vectors: torch.Tensor) -> bool:
+    """Whether an embedding returns rows of its weight, all of them times one number that it keeps."""
+    if type(embedding) is nn.Embedding:
+        return True
+    plain = embedding.weight[row]
+    kept = (*vars(embedding).values(), *embedding.buffers())
+    factors = [each for each in kept if isinstance(each, float) or (isinstance(each, torch.Tensor) and each.dim() == 0)]
+    scaled = (plain * (each.to(plain.dtype) if isinstance(each, torch.Tensor) else each) for each in factors)
+    return any(torch.equal(each, vectors) for each in (plain, *scaled))
+
+
+def _values(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return logits of ours, of which neighbours differ."""
+    places = torch.arange(math.prod(shape), device=device)
+    return ((places * _STEP % _VALUES).float() * (2 * RANGE / _VALUES) - RANGE).view(shape)
+
+
+@contextlib.contextmanager
+def _computing(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Generator[None]:
+    """Compute in the body without gradients and without dropout; nothing stays of it in buffers or generators."""
+    buffers = Buffers(base)
+    try:
+        with still(base), seeded(0, device), torch.no_grad(), autocast(device, dtype):
+            yield
+    finally:
+        buffers.restore()

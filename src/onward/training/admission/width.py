@@ -1,0 +1,174 @@
+"""A model whose perceptrons have some of their inner columns only: what holds for those holds for more of them.
+
+Each column is what one row of the matrices before it makes of a hidden state. That all columns are then treated alike
+is proven of the perceptron at hand, by giving it values of ours in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+
+from onward.training.admission.narrow import still
+from onward.training.device_errors import is_of_the_device
+from onward.training.layers.twin import HOOKS
+from onward.training.model.adapter import ADAPTER
+from onward.training.seeds import seeded
+
+COLUMNS = 256
+"""Inner columns that stay."""
+_ROWS = 2
+"""Hidden states on which a perceptron is looked at."""
+_WEIGHTS = frozenset(
+    ("weight", "bias", "base_layer.weight", "base_layer.bias", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
+)
+"""What a linear layer may hold, with an adapter or without."""
+
+
+@dataclass(frozen=True)
+class _Perceptron:
+    """Linear layers from the width of a model to the inner one, and one that leads back; nothing else has weights.
+
+    Args:
+        parent: what they belong to.
+        into: one, or two of which one is the gate.
+        back: the last one.
+        inner, outer: the widths.
+    """
+
+    parent: nn.Module
+    into: tuple[nn.Module, ...]
+    back: nn.Module
+    inner: int
+    outer: int
+
+    def treats_columns_alike(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether inner columns in another order come out in that order, to the last bit, and nothing else is done."""
+        values = [torch.randn(1, _ROWS, self.inner, device=device).to(dtype) for _ in self.into]
+        order = torch.randperm(self.inner, device=device)
+        before = self._inner_states(values, device, dtype)
+        after = self._inner_states([each[..., order] for each in values], device, dtype)
+        return before is not None and after is not None and torch.equal(before[..., order], after)
+
+    def _inner_states(
+        self, values: list[torch.Tensor], device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Return what the last layer is given where the first ones return these values; None where more is done."""
+        state, result = (torch.randn(1, _ROWS, self.outer, device=device).to(dtype) for _ in range(2))
+        taken: list[torch.Tensor] = []
+        asked: list[bool] = []
+
+        def give(value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+            return lambda given: (asked.append(torch.equal(given, state)), value)[1]
+
+        def take(given: torch.Tensor) -> torch.Tensor:
+            taken.append(given)
+            return result
+
+        stand_ins = [*zip(self.into, map(give, values), strict=True), (self.back, take)]
+        for layer, forward in stand_ins:
+            vars(layer)["forward"] = forward
+        try:
+            returned = self.parent(state)
+        finally:
+            for layer, _ in stand_ins:
+                del vars(layer)["forward"]
+        plain = returned is result and asked == [True] * len(self.into) and len(taken) == 1
+        return taken[0] if plain and taken[0].shape == values[0].shape else None
+
+    def cut(self) -> Callable[[], None]:
+        """Leave the first columns; returns what brings all of them back."""
+        whole = [(weight, weight.data) for layer in (*self.into, self.back) for weight in layer.parameters()]
+        for layer in self.into:
+            plain = _plain(layer)
+            rows = [plain.weight, plain.bias, *([] if plain is layer else [cast(Any, layer).lora_B[ADAPTER].weight])]
+            for weight in rows:
+                if weight is not None:
+                    weight.data = weight.data[:COLUMNS]
+        last = _plain(self.back)
+        for weight in [last.weight, *([] if last is self.back else [cast(Any, self.back).lora_A[ADAPTER].weight])]:
+            weight.data = weight.data[:, :COLUMNS].contiguous()
+
+        def restore() -> None:
+            for weight, data in whole:
+                weight.data = data
+
+        return restore
+
+
+def narrow_width(model: nn.Module, device: torch.device, dtype: torch.dtype, works: Callable[[], object]) -> int:
+    """Leave the first inner columns of a model's perceptrons where the others could show nothing else.
+
+    Args:
+        works: computes with the model; raises where that fails.
+
+    Returns:
+        How many perceptrons are narrower now.
+    """
+    with still(model), seeded(0, device), torch.no_grad():
+        found = [each for each in _perceptrons(model) if _is_alike(each, device, dtype)]
+    restores = [each.cut() for each in found]
+    try:
+        if found:
+            works()
+    except Exception as error:  # it has a use of its own for the width
+        for restore in restores:
+            restore()
+        if is_of_the_device(error):
+            raise
+        return 0
+    return len(found)
+
+
+def _is_alike(perceptron: _Perceptron, device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        return perceptron.treats_columns_alike(device, dtype)
+    except Exception as error:  # it takes more than hidden states
+        if is_of_the_device(error):
+            raise
+        return False
+
+
+def _perceptrons(model: nn.Module) -> Iterator[_Perceptron]:
+    """Yield what looks like a perceptron with many inner columns, and shares no weight with anything else."""
+    holders: dict[int, int] = {}
+    for part in model.modules():
+        for weight in part.parameters(recurse=False):
+            holders[id(weight)] = holders.get(id(weight), 0) + 1
+    for parent in model.modules():
+        layers = [part for part in parent.children() if next(part.parameters(), None) is not None]
+        if list(parent.parameters(recurse=False)) or not 2 <= len(layers) <= 3 or not all(map(_is_linear, layers)):
+            continue
+        widths = [(_plain(layer).in_features, _plain(layer).out_features) for layer in layers]
+        outer, inner = widths[0]
+        is_shaped = widths[-1] == (inner, outer) != (outer, inner) and set(widths[:-1]) == {(outer, inner)}
+        is_own = all(holders[id(weight)] == 1 for layer in layers for weight in layer.parameters())
+        if is_shaped and is_own and inner >= 2 * COLUMNS:
+            yield _Perceptron(parent, tuple(layers[:-1]), layers[-1], inner, outer)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by a matrix and adds a bias, with a plain adapter at most, and nothing hung on it."""
+    if type(layer) is LoraLinear:
+        plain: Any = layer.base_layer
+        if layer.lora_variant or layer.fan_in_fan_out or list(layer.lora_A) != [ADAPTER]:
+            return False
+    else:
+        plain = layer
+    held = vars(layer)
+    return (
+        type(plain) is nn.Linear
+        and {name for name, _ in layer.named_parameters()} <= _WEIGHTS
+        and all(type(weight) is nn.Parameter for weight in layer.parameters())
+        and "forward" not in held
+        and not any(held[name] for name in HOOKS)
+    )
+
+
+def _plain(layer: nn.Module) -> nn.Linear:
+    return cast(nn.Linear, layer.base_layer if isinstance(layer, LoraLinear) else layer)
