@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ from commands import onward
 from states import assert_same_state
 
 from onward import Run
+from onward.config import Config
+from onward.config.text import read_config
+from onward.data.order import make_plan
 from onward.errors import FileRejected, UsageError
 from onward.events import Event, StepTaken
 from onward.service.wishes import Wishes
@@ -179,11 +184,26 @@ def test_a_warning_changes_no_bit(run: Run, begun: Run, files: dict[str, Path], 
     assert any("loss on file 1 grew" in str(getattr(event, "message", "")) for event in told)
 
 
-def test_a_spike_is_found_at_the_same_step_by_a_process_that_goes_on(
-    run: Run, files: dict[str, Path], tmp_path: Path
-) -> None:
+def leaving(path: Path, config: Config) -> Path:
+    """A file whose rows say one thing but for three of others, which come one after the other when it is trained."""
+    others = tiny.chat_rows(3, seed=3)
+    for number in count():
+        rows = [{**row, "number": number} for row in (*others, *spoken("zz zz " * 10, 40))]
+        tiny.write_jsonl(path, rows)
+        plan = make_plan(hashlib.sha256(path.read_bytes()).hexdigest(), len(rows), config)
+        order = [plan.rows_at(step)[0].row for step in range(plan.steps)]
+        first = next(place for place, row in enumerate(order) if row < 3)
+        if first > 22 and set(order[first : first + 3]) == {0, 1, 2}:
+            return path
+    raise AssertionError
+
+
+def test_a_spike_is_found_at_the_same_step_by_a_process_that_goes_on(run: Run, tmp_path: Path) -> None:
     """A file that leaves its range is taken back inside of it; stopped before, the next process finds the same."""
-    set_guard(run, forgetting=0, anchor=0, spike=0.001)
+    set_guard(run, forgetting=0, anchor=0, spike=0.5)
+    text = run.layout.config.read_text(encoding="utf-8")
+    run.layout.config.write_text(text.replace("batch_size: 4", "batch_size: 1"), encoding="utf-8")
+    file = leaving(tmp_path / "leaving.jsonl", read_config(run.layout.config))
     other = Run(shutil.copytree(run.layout.root, tmp_path / "other"))
     asked = Wishes()
 
@@ -192,9 +212,9 @@ def test_a_spike_is_found_at_the_same_step_by_a_process_that_goes_on(
             asked.ask("test")
 
     with pytest.raises(FileRejected):
-        run.train(files["bad"])
-    other.train(files["bad"], observe=stop_early, stop=asked)
-    assert ("bad.jsonl", "training") in states(other)
+        run.train(file)
+    other.train(file, observe=stop_early, stop=asked)
+    assert ("leaving.jsonl", "training") in states(other)
     with pytest.raises(FileRejected):
         other.train()
     notes = [[entry["note"] for entry in each.history() if entry["state"] == "quarantined"] for each in (run, other)]

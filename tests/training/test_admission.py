@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import small
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
-from onward.training.admission.alike import reached_by_kinds
 from onward.training.admission.findings import Findings
-from onward.training.admission.gradients import row_by_row
-from onward.training.admission.inputs import rows
 from onward.training.admission.longer import causal_length
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
-from onward.training.admission.shorten import layers_to_shorten
 from onward.training.model.adapter import named_targets
 from onward.training.model.spec import ModelSpec
 
@@ -387,54 +380,3 @@ def test_a_run_that_has_trained_is_warned_only(tmp_path: Path) -> None:
     assert any("looks ahead" in warning for warning in found.warnings)
     assert any(line.startswith("a new run would be refused: the model looks ahead") for line in found.lines())
     assert found == Findings.of(json.loads(json.dumps(found.to_dict())))
-
-
-def gradients_of(model: Any) -> set[str]:
-    """Return the names of the weights that a gradient of a short row reaches."""
-    return set(row_by_row(model, rows([6], VOCABULARY), CPU, torch.float32).of)
-
-
-@pytest.mark.parametrize("targets", [None, ["q_proj"]])
-def test_equal_layers_are_reached_as_the_first_ones_are(targets: list[str] | None) -> None:
-    """The first layers tell for the rest, by name; nothing of the model is another afterwards."""
-    model: Any = small.small_model("llama", num_hidden_layers=5)
-    if targets:
-        model = get_peft_model(model, LoraConfig(target_modules=targets, layers_to_transform=[0, 1, 2, 3]))
-        assert (
-            reached_by_kinds(model, layers_to_shorten(model), lambda: gradients_of(model)) is None
-        )  # the last layer is one of a kind
-        model = get_peft_model(model.unload(), LoraConfig(target_modules=targets))
-    computed: list[int] = []
-
-    def reached() -> set[str]:
-        computed.append(sum(1 for part in model.modules() if type(part) is LlamaDecoderLayer))
-        return gradients_of(model)
-
-    assert gradients_of(model) == reached_by_kinds(model, layers_to_shorten(model), reached)
-    assert [2] == computed
-    assert [0, 1, 2, 3, 4] == [part.layer_idx for part in model.modules() if hasattr(part, "layer_idx")]
-
-
-class AsksForItsNumber(LlamaAttention):
-    """A part of a layer that does something else in the last one."""
-
-    def forward(self, *given: Any, **more: Any) -> Any:
-        """Compute nothing of the input in the last layer."""
-        output, weights = super().forward(*given, **more)
-        return (output * 0).detach() if self.layer_idx == 4 else output, weights
-
-
-def test_layers_that_are_told_apart_do_not_speak_for_each_other() -> None:
-    """By a number that they ask for, by a loop that counts, by what is trained of them."""
-    asking, frozen = (small.small_model("llama", num_hidden_layers=5) for _ in range(2))
-    for part in asking.modules():
-        if type(part) is LlamaAttention:
-            part.__class__ = AsksForItsNumber
-    cast(Any, frozen).model.layers[3].mlp.up_proj.weight.requires_grad_(False)
-    for model in (
-        asking,
-        frozen,
-        small.small_model("gpt2", n_layer=5),
-        small.small_model("gemma", num_hidden_layers=5),
-    ):
-        assert reached_by_kinds(model, layers_to_shorten(model), partial(gradients_of, model)) is None

@@ -39,7 +39,6 @@ from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import optimizer_method
 from onward.training.probe import Probe
-from onward.training.seeds import fold, seeded
 
 
 @dataclass
@@ -67,6 +66,10 @@ class _Proof:
         taken = gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
         self.is_finite &= math.isfinite(taken.loss)
         return taken
+
+    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        spec = self.spec
+        return gradients.logits_of(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
 
 
 @dataclass
@@ -149,10 +152,12 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     """Prove all there is: which weights of the whole model are reached, and all else with as few layers as it takes."""
     vocabulary = vocabulary_of(model)
     few = rows([SHORT], vocabulary)
-    _shift_adapter(model, proof.spec.device)
+    gradients.shift_adapter(model, proof.spec.device)
     lists = layers_to_shorten(model)
     with still(model):
-        by_kinds = reached_by_kinds(model, lists, lambda: proof.row_by_row(model, few).of.keys())
+        by_kinds = reached_by_kinds(
+            model, lists, lambda: proof.row_by_row(model, few).of.keys(), lambda: proof.logits(model, few)
+        )
         with _told_why_not(proof):
             reached = proof.row_by_row(model, few).of.keys() if by_kinds is None else by_kinds
             reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
@@ -226,14 +231,6 @@ def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> No
     if limit is not None:
         hint = f"Set max_length to at most {limit}: --set max_length={limit}, or in the config."
         proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
-
-
-def _shift_adapter(model: nn.Module, device: torch.device) -> None:
-    """Give the matrices that an adapter begins with as zeros other values: else half of its gradients are zero."""
-    with torch.no_grad(), seeded(fold(0, "admission"), device):
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ".lora_" in name and not bool(parameter.any()):
-                parameter.normal_(std=0.02)
 
 
 def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:

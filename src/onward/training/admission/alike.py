@@ -1,7 +1,8 @@
 """Which weights a gradient reaches, found with the first layers of a model, for all layers that are like one of them.
 
 Layers of one kind are reached alike unless something asks which of them is at work: the loop that calls them, which is
-looked at, or their own code, which is given a number that cannot be used. Else the whole model has to tell.
+looked at or tried with stand-ins, or their own code, which is given a number that cannot be used. Else the whole model
+has to tell.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 
+from onward.training.admission.calls import are_called_alike
 from onward.training.admission.shorten import Kind, Layers
 
 NUMBER = "layer_idx"
@@ -37,21 +39,26 @@ class _NoNumber:
 
 
 def reached_by_kinds(
-    model: nn.Module, lists: Sequence[Layers], reached: Callable[[], Collection[str]]
+    model: nn.Module,
+    lists: Sequence[Layers],
+    reached: Callable[[], Collection[str]],
+    logits: Callable[[], torch.Tensor],
 ) -> set[str] | None:
     """Return the names of the trained weights that a gradient reaches; None where the whole model has to tell.
 
     Args:
         lists: what `layers_to_shorten` found.
         reached: computes with the model, and returns those that were reached.
+        logits: computes what the model makes of a short row.
     """
-    if not lists or not all(_calls_each_alike(each) for each in lists):
+    kinds_of = [[_kind(*one) for one in zip(each.layers, each.kinds, strict=True)] for each in lists]
+    together = list(zip(lists, kinds_of, strict=True))
+    if not lists or not all(_calls_each_alike(each) or are_called_alike(each, own, logits) for each, own in together):
         return None
     found = _of_first_layers(model, lists, reached)
     if found is None:
         return None
-    for each in lists:
-        kinds = [_kind(*one) for one in zip(each.layers, each.kinds, strict=True)]
+    for each, kinds in together:
         for number in range(each.needed, len(kinds)):
             like = _layer_like(each, [place for place in range(each.needed) if kinds[place] == kinds[number]], found)
             if like is None:

@@ -17,7 +17,7 @@ from onward.training.environment import autocast, deterministic
 from onward.training.layers.buffers import Buffers
 from onward.training.loss import TargetLoss, add_gradients
 from onward.training.parts import parts_of
-from onward.training.seeds import seeded
+from onward.training.seeds import fold, seeded
 from onward.training.state import digest_tensors
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
@@ -37,6 +37,22 @@ class Gradients:
         """Return the digest of all bits."""
         loss = torch.tensor(self.loss, dtype=torch.float64)
         return digest_tensors([("loss", loss), *sorted(self.of.items())])
+
+
+def shift_adapter(model: nn.Module, device: torch.device) -> None:
+    """Give the matrices that an adapter begins with as zeros other values: else half of its gradients are zero."""
+    with torch.no_grad(), seeded(fold(0, "admission"), device):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".lora_" in name and not bool(parameter.any()):
+                parameter.normal_(std=0.02)
+
+
+def logits_of(
+    model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype, *, exact: bool = True
+) -> torch.Tensor:
+    """Return the logits of the first of some rows, shape (tokens, vocabulary); the arguments are `row_by_row`'s."""
+    with autocast(device, dtype), deterministic(device, exact=exact):
+        return model(input_ids=tokens(batch.rows[0], device), use_cache=False).logits[0]
 
 
 def row_by_row(
