@@ -217,9 +217,7 @@ def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
         for side, entries in found.items()
     }
     shares = {
-        side: {
-            name: statistics.median(entry["shares"][name] for entry in entries) for name in ("all", "server", "started")
-        }
+        side: {name: statistics.median(entry["shares"][name] for entry in entries) for name in SHARES}
         for side, entries in found.items()
     }
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds, "tracker": found["page"][0]["tracker"]}

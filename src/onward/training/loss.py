@@ -106,17 +106,7 @@ class TargetLoss:
         All rows must have the same angles. Gradients are what the caller makes of them.
         """
         self.forget()
-        below = self._below_head(batch)
-        if below is None:
-            with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-                logits, labels, _ = self._chosen_logits(batch)
-            yield logits, labels
-            return
-        head, hidden, labels = below
-        for part, wanted, _ in head.chunks(hidden, labels):
-            with autocast(self.device, self.dtype):
-                logits = head.tail(head.module(part)).float()
-            yield logits, wanted
+        yield from self._logits(batch, self._below_head(batch))
 
     def scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy (nats, float32) of each target of a batch, and whether it has the largest logit.
@@ -125,20 +115,27 @@ class TargetLoss:
         """
         self.forget()
         below = self._below_head(batch)
+        if below is not None:
+            head, hidden, labels = below
+            found = head.scores(hidden, labels, self.dtype)
+            if found is not None:
+                return found
+        losses, hits = zip(*(scores_of(*part) for part in self._logits(batch, below)), strict=True)
+        return torch.cat(losses), torch.cat(hits)
+
+    def _logits(
+        self, batch: Batch, below: tuple[Head, torch.Tensor, torch.Tensor] | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if below is None:
             with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
                 logits, labels, _ = self._chosen_logits(batch)
-            return scores_of(logits, labels)
+            yield logits, labels
+            return
         head, hidden, labels = below
-        found = head.scores(hidden, labels, self.dtype)
-        if found is not None:
-            return found
-        with autocast(self.device, self.dtype):
-            each = [
-                scores_of(head.tail(head.module(part)).float(), own) for part, own, _ in head.chunks(hidden, labels)
-            ]
-        losses, hits = zip(*each, strict=True)
-        return torch.cat(losses), torch.cat(hits)
+        for part, wanted, _ in head.chunks(hidden, labels):
+            with autocast(self.device, self.dtype):
+                logits = head.logits(part)
+            yield logits, wanted
 
     def _below_head(self, batch: Batch) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
         """Return the head, what it gets for each target, and the labels; None where the model computes all itself."""

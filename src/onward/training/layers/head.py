@@ -116,7 +116,11 @@ class Head:
 
     def plain(self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
         """Return the loss with all logits at once."""
-        return counted_cross_entropy(self.tail(self.module(hidden)).float(), labels, counts)
+        return counted_cross_entropy(self.logits(hidden), labels, counts)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the model's logits of hidden states, float32, shape (tokens, vocabulary)."""
+        return self.tail(self.module(hidden)).float()
 
     def chunks(
         self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None = None
