@@ -25,6 +25,16 @@ from onward.training.model.adapter_config import read_adapter
 SETTINGS: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128}
 
 
+def assert_taken_and_goes_on(run: Run, adapted: Any, trainer: Any, folder: Path) -> None:
+    """A run has weights, moments and logits of the Trainer that it was adopted from, and trains another file."""
+    state = stock.open_state(run.layout.root)
+    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
+    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
+    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
+    run.train(tiny.write_jsonl(folder / "more.jsonl", tiny.chat_rows(12)))
+    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random model of two layers."""
@@ -77,12 +87,7 @@ def test_adapters_on_embedding_and_head_are_taken(layer: str, model: Path, tmp_p
     folder = tmp_path / "stock/checkpoint-2"
     assert [] != [name for name in load_file(folder / "adapter_model.safetensors") if ".lora_" not in name]
     run = Run.adopt(folder, tmp_path / "run", str(model), settings=SETTINGS)
-    state = stock.open_state(tmp_path / "run")
-    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
-    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
-    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
-    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
-    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
+    assert_taken_and_goes_on(run, adapted, trainer, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,12 +177,7 @@ def test_an_adapter_with_a_grown_vocabulary_goes_on_by_the_command_that_is_named
         exec(compile(shlex.split(program)[2], "hint", "exec"), {})  # without a new interpreter
     folder, _, _, _, grown = shlex.split(command)
     run = Run.adopt(Path(folder), tmp_path / "run", str(tmp_path / grown), settings=SETTINGS)
-    state = stock.open_state(tmp_path / "run")
-    stock.assert_equal(stock.trained(adapted), stock.trained(state.model))
-    stock.assert_equal(stock.moments(adapted, trainer.optimizer), stock.moments(state.model, state.optimizer))
-    assert torch.equal(stock.logits(adapted), stock.logits(state.model))
-    run.train(tiny.write_jsonl(tmp_path / "more.jsonl", tiny.chat_rows(12)))
-    assert ({5}, True) == (read_state(run.layout.root)["adam"], run.verify().ok)
+    assert_taken_and_goes_on(run, adapted, trainer, tmp_path)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])
