@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rows import CPU, tiny_model
+from streams import Late
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.config import Config
@@ -24,54 +24,6 @@ from onward.training.transfer import Copied, InPlace, Overlapped, Sizes, equal_m
 from onward.training.transfer.layout import Form, Layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.float64]
-
-
-class Late:
-    """Stands in for `torch.cuda` at its worst: a copy on the other stream is made when somebody waits for it."""
-
-    def __init__(self) -> None:
-        self._queue: list[Callable[[], object]] = []
-        self._done = 0
-
-    def current_stream(self) -> Any:
-        return self
-
-    def wait_event(self, event: Any) -> None:
-        event.synchronize()
-
-    def Stream(self) -> Any:
-        class Side:
-            def wait_stream(self, other: Any) -> None:
-                """What the other computes is done."""
-
-        return Side()
-
-    @contextmanager
-    def stream(self, side: Any) -> Iterator[None]:
-        late = self
-
-        class Queued(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                assert torch.ops.aten.copy_.default is func
-                late._queue.append(lambda: func(*args, **(kwargs or {})))
-                return args[0]
-
-        with Queued():
-            yield
-
-    def Event(self) -> Any:
-        late = self
-
-        class Event:
-            def record(self, side: Any) -> None:
-                self.until = len(late._queue)
-
-            def synchronize(self) -> None:
-                while late._done < self.until:
-                    late._queue[late._done]()
-                    late._done += 1
-
-        return Event()
 
 
 class Counted(TorchDispatchMode):

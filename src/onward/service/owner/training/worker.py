@@ -73,6 +73,7 @@ class Worker:
         self._copy: Snapshot | None = None
         self._first: FirstHandover | None = None
         self._probed: Probe | ShardedRun | None = start.in_shards
+        self._probe_repeats = False
         self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
@@ -186,7 +187,7 @@ class Worker:
         """Have environment and probe say whether the config in force asks for operations that repeat."""
         if self.config.deterministic != self.session.config.deterministic:
             self.session = replace(self.session, config=self.config)
-            self._facts, self._probed = None, self._in_shards
+            self._facts, self._probed, self._probe_repeats = None, self._in_shards, False
 
     def _begin(self, row: FileRow, plan: StreamPlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
@@ -275,14 +276,22 @@ class Worker:
         return found[0]
 
     def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
-        """Measure the state as it is now; `known` was measured of its last copy, which has this digest."""
+        """Measure the state as it is now; `known` was measured of its last copy, which has this digest.
+
+        A second probe of one state tells whether the probe repeats. It is left out where nothing was trained yet, and
+        where it has repeated in this process and the state is proven, on its device, to be the one that was copied.
+        """
         if self._in_shards and self._in_shards.is_cut:
             return self._in_shards.measure()
-        if known is not None and not self.state.step:  # nothing was trained yet that a second probe could tell
-            probed = Probed(known.probe_loss, known.probe_gradient)
-        else:
-            probed = self._probe().of_model()
-        return measure(self.state.view_of_copied(digest), probed)
+        now = self.state.view_of_copied(digest)
+        if known is None:
+            return measure(now, self._probe().of_model())
+        before = Probed(known.probe_loss, known.probe_gradient)
+        if not self.state.step or (self._probe_repeats and now.known is not None):
+            return measure(now, before)
+        probed = self._probe().of_model()
+        self._probe_repeats = probed == before
+        return measure(now, probed)
 
     def _probe(self) -> Probe | ShardedRun:
         if self._probed is None:
