@@ -52,7 +52,7 @@ class Page:
 
     def ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
         """Make a request with just these headers; a body that is no bytes goes in chunks."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request(method, path, body, dict(headers or {}), encode_chunked=False)
             response = connection.getresponse()
@@ -78,14 +78,14 @@ class Page:
 
     def raw(self, data: bytes) -> bytes:
         """Send bytes as they are and return the beginning of the answer."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
             connection.sendall(data)
             return connection.recv(65536)
 
     @contextmanager
     def events(self) -> Iterator[Iterator[tuple[str, Any]]]:
         """Follow the server-sent events: name and value of each."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
             connection.request("GET", "/api/events", headers=self.bearer)
             response = connection.getresponse()

@@ -99,8 +99,8 @@ def absent() -> None:
     """Form a group of which one rank never comes."""
     place = place_here()
     assert place is not None
-    with pytest.raises(RankLost, match=r"rank 2 did not come within 1 s"):
-        form(Place(place.rank, 3, place.rank, 3), 1.0, print)
+    with pytest.raises(RankLost, match=r"rank 2 did not come within 5 s"):
+        form(Place(place.rank, 3, place.rank, 3), 5.0, print)
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:

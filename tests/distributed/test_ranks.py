@@ -107,7 +107,7 @@ def test_a_frozen_rank_ends_all(sharding: str, model: Path, files: list[Path], t
 
     In shards they may wait for it inside of a layer, where nothing can be told: then the process ends by itself.
     """
-    run = new_run(tmp_path / "run", model, **{**FULL, "rank_timeout": 2, "sharding": sharding})
+    run = new_run(tmp_path / "run", model, **{**FULL, "rank_timeout": 10, "sharding": sharding})
     log = tmp_path / "log"
     with Ranks(log, 2, "train", *files, "--run", run.layout.root, prepare={0: hold(run, 3)}) as ranks:
         until(is_in(run, files[0].name), ranks.processes[0])
@@ -115,7 +115,7 @@ def test_a_frozen_rank_ends_all(sharding: str, model: Path, files: list[Path], t
         hold(run).let_go.touch()
         ranks.processes[0].join(60)
         assert ranks.processes[0].exitcode in ({1, LOST} if sharding == "full" else {1})
-    assert "has shown no sign of life for 2 s" in log.read_text()
+    assert "has shown no sign of life for 10 s" in log.read_text()
     assert f"rank 1 (pid {ranks.processes[1].pid} on " in log.read_text()
 
 
