@@ -244,27 +244,29 @@ INTRODUCTION = """\
 
 <!-- Made by `python tests/template_sweep.py` from the installed TRL. Change the code, not this page. -->
 
-Which of a chat's characters are targets is proven on the template at hand. This page holds the proofs against TRL's
-masks: every template that TRL {version} ships, with {count} kinds of rows: {kinds}.
+For each row, Onward proves on the run's own template which characters of a chat are targets (trained). This page
+compares these proofs with TRL's masks: every template that TRL {version} ships, with {count} kinds of rows: {kinds}.
 
 TRL trains on what a template's `{{% generation %}}` markers enclose. Models' own templates have none, so TRL replaces
-them by a twin of its own (`_training`); where both write the same text, ours is compared with the twin's markers.
+them with its own variants (`_training`); where both write the same text, our targets are compared with the variant's
+markers.
 
-A run takes another template with `chat_template` in its config: a file, or one of those below whose name ends in
-`_training`, from an installed TRL (`pip install 'onward[templates]'`). The run keeps a copy of it, and so do its
-checkpoints: what asks the model later has to ask as training did. transformers, TRL and vLLM read the markers; for
-programs that do not, put the model's own template in their place, if it renders what you ask for the same.
+To use another template for a run, set `chat_template` in its config: to a file, or to one of those below whose name
+ends in `_training`, from an installed TRL (`pip install 'onward[templates]'`). The run and its checkpoints keep a copy,
+because prompts at inference must be rendered as in training. transformers, TRL and vLLM accept the markers; for
+programs that do not, use the model's own template instead, if it renders your prompts the same.
 
 ## What the columns say
 
-- **accepted**: kinds of rows of which every message is proven. The others are refused; the last column says why.
-- **equal**: accepted kinds with the same targets as TRL's but for white space, of those where TRL marks the same text.
-- **only TRL**: text that TRL's mask covers and our targets do not. White space and tokens after the end token are no
-  targets: inference stops at the end token, so that the model is never asked for them. Nor is the header of the answer
-  (`<think>` in it, where the template writes it there): inference gives it to the model.
-- **only ours**: text that our targets cover and TRL's mask does not. An end token that stands outside the markers is a
-  target: a model that does not learn it does not stop.
-- **refused**: kinds of rows with the number of the reason, listed below the table.
+- **accepted**: kinds of rows in which every message is proven. The others are refused; the last column says why.
+- **equal**: accepted kinds with the same targets as TRL's except for white space, of those where TRL marks the same
+  text.
+- **only TRL**: text that TRL's mask covers and our targets do not. White space and tokens after the end token are not
+  targets: inference stops at the end token, so the model never has to produce them. Neither is the header of the answer
+  (including `<think>`, if the template writes it there): at inference it is part of the prompt.
+- **only ours**: text that our targets cover and TRL's mask does not. An end token outside the markers is a target: a
+  model that does not learn it does not stop.
+- **refused**: kinds of rows with the number of the reason; the reasons are listed below the table.
 
 | template | accepted | equal | only TRL | only ours | refused |
 |---|---|---|---|---|---|
