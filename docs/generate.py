@@ -139,114 +139,116 @@ REFUSED_SETTINGS: Sequence[dict[str, Any]] = (
 )
 
 CONFIG_RULES = """\
-A config is `onward.yaml` in the run's directory, or a `config.json` with the same keys where there is no `onward.yaml`.
-`onward init` writes every key with its value; a key that is left out has its default. On the command line keys of
-`lora`, `text` and `notify` are written with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
+The config of a run is `onward.yaml` in its directory or, if there is none, a `config.json` with the same keys.
+`onward init` writes every key with its value; a key that is left out has its default. On the command line, write the
+keys of a section with a dot: `--set lora.rank=8`. Values of `--set` are read as YAML.
 """
 
 CONFIG_CHANGES = """\
 ## When a change takes effect
 
-The last column of the table says when a change acts in a run that has trained.
+The last column of the table says when a change takes effect in a run that has trained.
 
-- **Never**: an identity key makes the run what it is. Once the run has a checkpoint, a changed one is refused with both
-  values; put the old one back, or make another run. `model` alone may name another place with the same bits. The base
-  model, the tokenizer and the chat template are locked too, by their content.
-- **At the next file**: a file that was begun goes on under the config that it began with, also after a stop. The ledger
-  records each change with its step. Files that wait under another `max_length`, `over_length`,
-  `columns` or `text.documents` are tokenized again.
+- **Never**: identity keys define the run. Once the run has a checkpoint, a change to one is refused with both values;
+  put the old value back, or make another run. The only exception is `model`, which may name another place with the same
+  weights. The base model, the tokenizer and the chat template are locked too, by their content.
+- **At the next file**: a file whose training has begun keeps the config that it began with, even after a stop. The
+  ledger records each change with its step. If `max_length`, `over_length`, `columns` or `text.documents` changes,
+  waiting files are tokenized again.
 - **At the next start**: processes that train together agree on the key when they start.
-- **At once**: no weight depends on the key. A process that runs reads the file again when it changes.
+- **At once**: no weight depends on the key. A running process reads the config again when it changes.
 
-A config that is refused changes nothing in a process that runs: `onward status` shows why as `problem`, and the next
-file waits until it is mended.
+A config that is refused changes nothing in a running process: `onward status` shows why as `problem`, and the next file
+waits until the config is fixed.
 
 ## Learning rate
 
 `s` is the step about to be taken, counted from 1 over the whole run; `w` is `warmup_steps`, `peak` is `learning_rate`,
-`floor` is `min_learning_rate`. The value below is never under `floor`, and then times `min(1, s / w)`.
+`floor` is `min_learning_rate`. The value below is raised to `floor` if it is lower, then multiplied by `min(1, s / w)`.
 
 | schedule | value at step `s` |
 |---|---|
 | `constant` | `peak` |
-| `wsd` | `peak` (warmup and stable; its decay is the cooldown of `onward release`) |
+| `wsd` | `peak` (warmup, then stable; the decay is the cooldown of `onward release`) |
 | `inverse_sqrt` | `peak * sqrt(max(w, 1) / max(s, w, 1))` |
 | `linear` | `floor + (peak - floor) * (1 - p)` with `p = max(0, s - w) / (total_steps - w)` |
 | `cosine` | `floor + (peak - floor) * (1 + cos(pi * p)) / 2` with the same `p` |
 
-`linear` and `cosine` end at `total_steps`. A file that would pass it is refused before its first step.
-Once used, their `total_steps` cannot change: a used schedule is not stretched.
+`linear` and `cosine` end at `total_steps`. A file that would go beyond it is refused before its first step. Once a run
+has used one of them, its `total_steps` cannot change: a schedule is not stretched.
 
 ## Boundary policies
 
 | boundary | weights | moments and Adam's counter | learning rate |
 |---|---|---|---|
-| `carry` | go on | go on | goes on |
-| `reset_moments` | go on | start from nothing at each file | goes on |
-| `rewarm` | go on | go on | the warmup counts steps of the file, not of the run |
+| `carry` | continue | continue | continues |
+| `reset_moments` | continue | start from zero at each file | continues |
+| `rewarm` | continue | continue | the warmup counts steps of the file, not of the run |
 """
 
 FORMATS_HEAD = """\
-A training file is a sequence of rows. Intake checks every row. Either the whole file enters the stream, or none of it
-does: it goes to `rejected/` with a report that names up to {shown} rows, each with a reason and a remedy. The files of
-one command stand or fall together.
+A training file is a sequence of rows, and every row is checked before any is trained. Either the whole file enters the
+stream, or none of it: a refused file goes to `rejected/` with a report that names up to {shown} rows, each with a
+reason and a remedy. The files of one command are accepted together or not at all.
 
 ## Endings
 
-| ending | what it holds | a place in it |
+| ending | content | reports count by |
 |---|---|---|
 | `.jsonl`, `.ndjson` | one JSON object per line; blank lines are skipped | line |
 | `.json` | an array of objects, or objects one after another | row |
 | `.txt` | plain text: each [document](#documents-of-a-txt) is a row `{{"text": ...}}` | line |
 | `.csv`, `.tsv` | a table: its first line names the columns, values are strings; blank lines are skipped | line |
 | `.parquet` | one row per table row, columns are keys; needs `pip install 'onward[parquet]'` | row |
-| `.arrow` | Arrow's file or stream format, which `datasets` writes; as `.parquet` | row |
-| `.zip` | an archive of one file of the formats above `.parquet`; `__MACOSX` does not count | as in that file |
+| `.arrow` | Arrow's file or stream format, as written by `datasets`; otherwise like `.parquet` | row |
+| `.zip` | an archive with one file of a format above `.parquet`; `__MACOSX` is ignored | as in that file |
 
-{compressions} after an ending of a text format means compressed: `rows.jsonl.gz`. Text is UTF-8; a byte order
-mark at the start of a file, or of a line of JSON, and CRLF line ends are fine.
+{compressions} after the ending of a text format means that the file is compressed: `rows.jsonl.gz`. Text is UTF-8; CRLF
+line ends are accepted, and so is a byte order mark at the start of a file or of a line of JSON.
 
-A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of, a `.tsv` by tabs. A field
-with the separator, a line end or a double quote in it stands in double quotes, and a double quote in it is written
-twice; quotes that are written otherwise refuse the file. A column without a name is left out.
+The separator of a `.csv` is whichever of comma, semicolon, tab and vertical bar is most frequent in its first line;
+that of a `.tsv` is the tab. A field that contains the separator, a line end or a double quote must be in double quotes,
+with each double quote inside it doubled; a file with any other quoting is refused. A column without a name is ignored.
 
-`onward add` and `onward train` take two more, and copy them as one file each:
+`onward add` and `onward train` also take two other sources, and copy each into one file:
 
-- **A folder** that `Dataset.save_to_disk` wrote: its files one after another, as `FOLDER.arrow`. Of a `DatasetDict`
+- **A folder** that `Dataset.save_to_disk` wrote: its files one after another, as `FOLDER.arrow`. For a `DatasetDict`,
   name the split: `FOLDER/train`.
-- **A data set of the Hugging Face Hub**: `hf://datasets/OWNER/NAME`, with `@REVISION` and `/FILE` or `/FOLDER` after it
-  where they are needed; `*` stands for any name. It is downloaded into the cache of `huggingface_hub`. Where a data set
-  has several files, those for training are taken (`train` in their names).
+- **A data set of the Hugging Face Hub**: `hf://datasets/OWNER/NAME`, followed by `@REVISION` and `/FILE` or `/FOLDER`
+  if needed; `*` matches any name. It is downloaded into the cache of `huggingface_hub`. If a data set has several
+  files, those for training are taken (`train` in their names).
 
-A Parquet column that no row format reads may hold anything. In one that a format reads, a date, a decimal or binary
-data is refused with its row.
+A Parquet column that no row format reads may contain anything. In a column that a format reads, a row with a date, a
+decimal or binary data is refused.
 
 ## Row formats
 
-The format of a row is read from its keys, in the order of this page: the first format whose keys are all there wins.
-Keys whose value is null do not count. Rows of several formats may stand in one file. Keys with a known meaning are
+The format of a row is recognized by its keys, in the order of this page: the first format whose keys are all present is
+used. Keys whose value is null do not count. One file may contain rows of several formats. Keys with a known meaning are
 followed or refused; all others are named when the file is accepted: `ignored keys: id, source`.
 """
 
 COLUMNS = """\
-## Columns of other names
+## Columns with other names
 
-A row that has none of these formats, but one key for a question and one for its answer, is a chat, as Alpaca's row is:
+A row that has none of these formats, but one key for a question and one for its answer, is read as a chat, like a row
+of Alpaca:
 
 | | keys |
 |---|---|
-| question | {questions}; `input` where there is no other |
+| question | {questions}; `input` if there is no other |
 | answer | {answers} |
-| after the question, if it is there | {besides} |
+| appended to the question, if present | {besides} |
 
-Capital letters and white space around a name do not matter, and the line says so.
-So `question`/`answer`, `query`/`response`, `input`/`output` and Dolly's `instruction`/`context`/`response` are read,
-and the line that accepts the file says so. `prompt` with `completion` is the format above. A row with two keys for one
-of them is refused with both names.
+So `question`/`answer`, `query`/`response`, `input`/`output` and Dolly's `instruction`/`context`/`response` are read.
+Capital letters and white space around a name do not matter. The line that accepts the file says which columns were
+used. `prompt` with `completion` is the format above. A row with two keys for the question, or two for the answer, is
+refused with both names.
 
-The key `columns` says what else is meant: `columns: {{prompt: question, completion: answer}}` lays the two end to end,
-`{{instruction: question, output: answer}}` makes a chat of them, `{{text: body}}` reads one column. Rows that have none
-of the columns are read as ever. Beside a whole format that `columns` makes, keys of other formats do not count.
+For any other names, set the config key `columns`: `columns: {{prompt: question, completion: answer}}` joins the two
+without a template, `{{instruction: question, output: answer}}` makes a chat of them, `{{text: body}}` reads one column.
+Rows that have none of these columns are read as usual. Where `columns` yields a complete format, keys of other formats
+are ignored.
 
 ## Documents of a `.txt`
 
@@ -255,63 +257,66 @@ of the columns are read as ever. Beside a whole format that `columns` makes, key
 | `line` | a line |
 | `blank` | the lines between two blank ones |
 | `file` | the whole file |
-| `auto` | what the first 256 KiB look like; the line that accepts the file says what it was |
+| `auto` | one of these, judged by the first 256 KiB; the line that accepts the file says which |
 
-`auto` takes `blank` where blank lines separate groups of several lines (of at most 32 in the mean); else `file` where
-most lines begin in lower case or with white space, so that one runs on into the next; else `line`. `onward init` writes
-`auto`; a run whose config does not name the key reads lines, as earlier releases did. Inner lines end in a line feed.
+`auto` chooses `blank` if blank lines separate groups of several lines (32 at most on average); otherwise `file` if most
+lines begin in lower case or with white space, which suggests that they continue the line before; otherwise `line`.
+`onward init` writes `auto`; a run whose config does not name the key reads lines, as earlier releases did. Lines within
+a row end in a line feed.
 
 """
 
 CHAT_RULES = """\
 ## Rules of chats
 
-- Roles: {roles}; by other names: {other_roles}. A message may say `from` and `value` for `role` and `content`.
-- Content is a string, or a list of parts: `{{"type": "text", "text": ...}}` are joined, `{{"type": "thinking", ...}}`
-  before them are reasoning. A part may say `value` for its text.
-- There is at least one assistant turn, and the last message is one. No assistant turn is empty, unless it calls tools.
+- Roles: {roles}. These other names for them are understood: {other_roles}. A message may use `from` and `value` in
+  place of `role` and `content`.
+- Content is a string or a list of parts. Parts `{{"type": "text", "text": ...}}` are joined; parts
+  `{{"type": "thinking", ...}}` before them are the reasoning. A part may use `value` for its text.
+- There is at least one assistant turn, and the last message is one. An assistant turn may be empty only if it calls
+  tools.
 - Calls are `tool_calls`, OpenAI's older `function_call`, or the JSON text of a `function_call` turn. `arguments` may be
-  an object or its JSON text: the template gets the object if it takes one, else the text. An empty list of calls is
-  none.
-- {reasoning} of an assistant message are its reasoning. A thought next to one in the content (`<think>...</think>`) is
-  refused: both would be trained.
-- Every other key of a message that the template reads reaches it.
+  an object or its JSON text: the template gets the object if it accepts one, otherwise the text. An empty list of calls
+  counts as none.
+- {reasoning} of an assistant message hold its reasoning. A row that has reasoning both there and in the content
+  (`<think>...</think>`) is refused: both would be trained.
+- Every other key of a message is passed to the template if the template reads it.
 - No message contains the template's own end token.
-- The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
-  day, so that a row always renders the same.
+- The template is that of the run's tokenizer, or `chat_template`. Without one, chats are refused. In the template, the
+  current date is always the same, so that a row always renders the same.
 
-Beside the messages of a row:
+A row may have these keys in addition to its messages:
 
 | key | what it means |
 |---|---|
-| {system} | a system message before the others: a string, or a list of text parts |
-| `tools`, `functions` | schemas of tools, a list or its JSON text, for the template; `functions` as OpenAI had them |
+| {system} | a system message that comes before the others: a string, or a list of text parts |
+| `tools`, `functions` | schemas of tools for the template, a list or its JSON text; `functions` is OpenAI's old form |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
-| {weights} | of an answer or a row: 0, `false`: not in the loss; another number: what its tokens count in it |
+| {weights} | of an answer or a row: 0 or `false` leaves it out of the loss; any other number weights its tokens |
 | `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |
 
-Weights and `label` may be words (`"0"`, `"false"`), as a `.csv` has them. What nothing but a chat can follow (`system`,
-`history`, `tools`, `chat_template_kwargs`) is refused next to plain text, unless it is empty; so is `history` next to
-messages.
+Weights and `label` may be strings (`"0"`, `"false"`), as in a `.csv`. Keys that make sense only for a chat (`system`,
+`history`, `tools`, `chat_template_kwargs`) are refused in a row of plain text unless they are empty; so is `history` in
+a row with messages.
 
-Null fields in `tools` and `arguments` are left out where the file is Parquet or Arrow, which give all rows the same
-fields; in JSON text they stand for what they say.
+In Parquet and Arrow files, which give all rows the same fields, null fields in `tools` and `arguments` are left out; in
+JSON they are kept.
 
-After rendering it is proven of every message that its content, its reasoning and its calls stand in the text once, in
-the order of the messages. The text before each answer in the loss has to be what the template gives at inference for
-the messages before it, and the answer has to end with a token at which inference stops. A template that leaves out a
-call or a thought, tears an answer at `</think>`, moves the system text or ends an answer with nothing refuses the row:
-use another one, `chat_template: FILE`.
+After rendering, Onward proves that the content, the reasoning and the calls of every message appear in the text once,
+in the order of the messages. The text before each answer in the loss must be what the template renders at inference for
+the messages before it, and the answer must end with a token at which inference stops. If the template leaves out a call
+or a thought, splits an answer at `</think>`, moves the system text or ends an answer without a token, the row is
+refused: use another template, `chat_template: FILE`.
 """
 
 FILES_TAIL = """\
-Any other error that the content causes in reading, parsing, rendering or tokenizing is a refusal too, with the row
-where it was noticed. A special file, a file that may not be read, one that changes while it is read and one without
+Any other error that the content causes in reading, parsing, rendering or tokenizing is a refusal too, and names the row
+where it was noticed. Special files, files that may not be read, files that change while they are read and files without
 rows are refused. A refused file gives exit status 3; a path that is missing or names a directory is wrong usage, exit
-status 2. What is the machine's fault (the disk, memory, descriptors) refuses nothing: the file is read again later.
+status 2. A fault of the machine (disk, memory, file descriptors) never refuses a file: it is read again later.
 
-A file is opened once, never by a symbolic link, and hashed while its rows are read: what is trained has the hash that
-the ledger holds.
+A file is opened once, never through a symbolic link, and hashed while its rows are read: what is trained has the hash
+that is in the ledger.
 """
 
 LIMITS_HEAD = """\
@@ -319,8 +324,8 @@ A file that exceeds one of these while it is read is refused; the report names t
 """
 
 LIMITS_TAIL = """\
-No limit changes what is trained. Tokenizing a row takes up to some 130 times its size in memory, most of it in the
-`tokenizers` library: lower `max_row_mb` where memory is scarce. Files that were accepted are not judged again.
+Limits do not change what is trained. Tokenizing a row can take about 130 times its size in memory, most of it in the
+`tokenizers` library: lower `max_row_mb` if memory is scarce. Files that were accepted earlier are not judged again.
 """
 
 FORMATS_TAIL = """\
@@ -333,14 +338,14 @@ FORMATS_TAIL = """\
 | `text` | every token but the first, and the end token after it |
 
 A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. An
-answer of a rendered chat begins where the prompt that inference would have ends, and ends with the end token after it:
-what the template writes in between, such as the frame of a call, is a part of it. A template with `{% generation %}`
-markers says itself what is covered; its end token is added where it left it out. Where the messages say something is
-found by rendering the chat once more with unique words in their place. No row is trained with an empty mask.
+answer in a rendered chat begins where the prompt would end at inference, and ends with the end token after it: what the
+template writes in between, such as the markup of a call, is part of it. A template with `{% generation %}` markers says
+itself what is covered; the end token is added if the markers leave it out. To find where each message's text ends up,
+the chat is rendered once more with unique words in its place. No row is trained with an empty mask.
 
-The mean of a step is taken over all covered tokens of all its rows, whatever `gradient_accumulation` is. Where rows or
-answers have weights it is the weighted mean: the sum of weight times loss, by the sum of the weights. The weights of a
-row and of an answer in it multiply. What the model knows of a file (`onward grid`) is measured without weights.
+The loss of a step is the mean over all covered tokens of all its rows, whatever `gradient_accumulation` is. If rows or
+answers have weights, it is the weighted mean: the sum of weight times loss, divided by the sum of the weights. The
+weight of a row multiplies that of an answer in it. `onward grid` measures without weights.
 
 ## Rows that are too long
 
@@ -348,47 +353,48 @@ row and of an answer in it multiply. What the model knows of a file (`onward gri
 
 | `over_length` | what happens |
 |---|---|
-| `auto` | plain text is split into several rows, and nothing of it is lost; other rows are cut as under `truncate` |
+| `auto` | plain text is split into several rows without loss; other rows are cut as under `truncate` |
 | `truncate` | its end is cut off; a row with no covered token left is dropped |
 | `drop` | the row is left out |
 | `reject` | the file is rejected |
 
 `onward init` writes `auto`; a run whose config does not name the key cuts, as earlier releases did. A text is split
-between two tokens: after the last sentence that ends in the second half of a row, else at white space, else between two
-characters. The rows laid end to end are the tokens of the text, with one end token at its end; where the tokenizer
-begins a text with a token of its own, each row begins with it. Every token is a target but the first one of a row.
+between two tokens: after the last sentence that ends in the second half of a row, otherwise at white space, otherwise
+between two characters. Joined, the rows are the tokens of the text, with one end token at its end; if the tokenizer
+begins a text with a special token, each row begins with it. Every token except the first of each row is a target.
 
-The line that accepts a file, the line that begins it and the log say how many rows were split, cut and dropped, and the
-tokens lost with their share. `onward history --json` has `split`, `truncated`, `dropped`, `tokens` and `lost_tokens`. A
-file whose rows are all dropped is rejected.
+The line that accepts a file, the line that begins its training and the log say how many rows were split, cut and
+dropped, and how many tokens were lost, with their share. `onward history --json` has `split`, `truncated`, `dropped`,
+`tokens` and `lost_tokens`. A file whose rows are all dropped is rejected.
 
 ## Rows that cannot be trained
 
-`bad_rows: reject`, the default, refuses a file for one such row. `bad_rows: drop` leaves such rows out: the log and the
-command name the first {shown} of them with line and reason, and how many there are; `onward history --json` has
-`bad_rows`. A file may lose ten of its rows that way as long as they are less than half, and more up to `bad_rows_share`
-of them; else it is refused. What makes the rest of a file unreadable always refuses it.
+With `bad_rows: reject`, the default, one such row is enough to refuse the file. `bad_rows: drop` leaves such rows out:
+the log and the command name the first {shown} of them with line and reason, and say how many there are;
+`onward history --json` has `bad_rows`. A file may lose up to ten rows that way if they are less than half of it, and
+more if they are at most `bad_rows_share` of it; otherwise it is refused. An error that makes the rest of a file
+unreadable always refuses it.
 
 ## Duplicates
 
-A file is identified by the SHA-256 of its bytes. Content that is in the stream already is refused, whatever its name;
-`--again` accepts it, and trains its rows in another order than before. After a kill the same `onward train FILE...`
-may be given again: files that the stream still owes are not refused. Undone files do not count. If `train` was killed
-before it had read its files, the next `train` or `watch` takes them in.
+A file is identified by the SHA-256 of its bytes. Content that is already in the stream is refused, whatever its name;
+`--again` accepts it, and trains its rows in a different order. After a kill you may repeat the same
+`onward train FILE...`: files that are in the stream but not yet trained are not refused. Undone files do not count. If
+`train` was killed before it had read its files, the next `train` or `watch` takes them in.
 
 ## Order
 
 Rows are trained in an order that is a function of the run's seed, the file's SHA-256 and the epoch. Every row of a file
-is trained exactly `epochs` times. The last step of an epoch has the rows that are left. A file that is trained once
-more (`--again`) has another order each time.
+is trained exactly `epochs` times. The last step of an epoch has the rows that remain. A file that is trained again
+(`--again`) has a different order each time.
 """
 
 
 CLI_HEAD = """\
 Results go to stdout, messages for people to stderr.
 
-FILE in a control command is a name, a position or a prefix of the SHA-256. `file:4` and `step:4` say what a number is
-where it could be either one.
+FILE in a control command is a name, a position or a prefix of the SHA-256. Write `file:4` or `step:4` where a number
+could mean either.
 
 `onward --install-completion` makes your shell complete commands, options and, for `skip`, `rollback` and `rebuild`, the
 names of the run's files."""

@@ -37,7 +37,7 @@ class Config(Section):
     """Every setting of a run. Identity keys are locked by fingerprint; the others change at the next boundary."""
 
     model: Annotated[str, Field(min_length=1)] = Field(
-        default="smollm2-135m", description="`smollm2-135m` (embedded), a Hugging Face name, or a path to a causal LM."
+        default="smollm2-135m", description="`smollm2-135m` (built in), a Hugging Face name, or a path to a causal LM."
     )
     method: Literal["lora", "full", "qlora"] = Field(
         default="lora",
@@ -46,16 +46,16 @@ class Config(Section):
     lora: LoraConfig = Field(default=LoraConfig(), description="The adapter.")
     adapter: Annotated[str, BeforeValidator(path_text)] = Field(
         default="",
-        description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`: `init --adapter`.",
+        description="A PEFT LoRA adapter whose weights the run starts from, kept in `adapter/`. See `init --adapter`.",
     )
     tokens: list[Name] = Field(
         default=[],
         description="Tokens added to the vocabulary when the run is made; their rows are trained. The run keeps the "
-        "grown base and its tokenizer in `base/`.",
+        "extended base and its tokenizer in `base/`.",
     )
     train: list[Name] = Field(
         default=[],
-        description="For `method: full`: train only weights whose name one of these regular expressions matches.",
+        description="For `method: full`: train only weights whose names match one of these regular expressions.",
     )
     seed: Annotated[int, BeforeValidator(refuse_bool), Field(ge=0, lt=2**63)] = Field(
         default=0, description="All randomness is a function of it: adapter initialization, order of rows, dropout."
@@ -73,66 +73,64 @@ class Config(Section):
     chat_template: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
         description="Chat template instead of the tokenizer's own: a .jinja file, of which the run keeps a copy, or "
-        "the name of one for training that TRL ships, such as `qwen3_training` (needs `onward[templates]`).",
+        "the name of a training template that TRL ships, such as `qwen3_training` (needs `onward[templates]`).",
     )
     max_length: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
-        default=1024, description="Tokens of a row at most."
+        default=1024, description="Maximum number of tokens of a row."
     )
     over_length: Literal["auto", "truncate", "drop", "reject"] = Field(
         default="truncate",
-        description="What becomes of a longer row: cut at the end, left out, or the file is rejected; `auto` splits "
-        "plain text into several rows, of which nothing is lost, and cuts others. `onward init` writes `auto`.",
+        description="What happens to a longer row: it is cut at the end or left out, or its file is rejected; `auto` "
+        "splits plain text into several rows without loss and cuts other rows. `onward init` writes `auto`.",
     )
     columns: Columns = Field(
         default={},
-        description="Columns that are meant by keys of a row format: `{prompt: question, completion: answer}`.",
+        description="Columns to read as keys of a row format: `{prompt: question, completion: answer}`.",
     )
     text: TextConfig = Field(default=TextConfig(), description="How a `.txt` file is read.")
     bad_rows: Literal["reject", "drop"] = Field(
         default="reject",
-        description="What becomes of a row that cannot be trained: the file is rejected, or the row is left out and "
-        "named.",
+        description="What happens to a row that cannot be trained: its file is rejected, or it is left out and named.",
     )
     bad_rows_share: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, le=1.0, allow_inf_nan=False)] = Field(
         default=0.05,
-        description="Share of a file's rows that `bad_rows: drop` may leave out; judged above 10 such rows, or where "
+        description="Share of a file's rows that `bad_rows: drop` may leave out; applies above 10 such rows, or if "
         "they are half of the file.",
     )
-    batch_size: Count = Field(default=8, description="Rows of one optimizer step.")
+    batch_size: Count = Field(default=8, description="Rows per optimizer step.")
     gradient_accumulation: Literal["auto"] | Count = Field(
         default="auto",
-        description="Parts into which the rows of a step are cut to save memory; the step stays the same. "
-        "`auto`: as few as have at most `micro_batch_tokens` tokens (with the filling, where rows are padded), "
-        "or one row.",
+        description="Parts into which the rows of a step are divided to save memory; the step stays the same. "
+        "`auto`: as few as possible, each of one row or of at most `micro_batch_tokens` tokens (padding included).",
     )
     micro_batch_tokens: Literal["auto"] | Count = Field(
         default="auto",
-        description="Tokens of such a part at most. The last bits of a step depend on it, so a run keeps the number "
-        f"that it began with. `auto`: {keys.MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
+        description="Maximum number of tokens of such a part. The last bits of a step depend on it, so a run keeps the "
+        f"number that it began with. `auto`: {keys.MICRO_BATCH_TOKENS} on a CPU; on a GPU what fits into its memory.",
     )
     parts: Count = Field(
         default=1,
-        description="Parts into which the rows of a step are cut for several devices, which share them out. Gradients "
-        "are added part by part, so that the bits of a step depend on this number and not on that of the devices, "
-        "which may be up to it: 8 for a run that is to train on 1 to 8.",
+        description="Parts into which the rows of a step are divided among several devices. Gradients are added part "
+        "by part, so that the bits of a step depend on this number and not on the number of devices, which it limits: "
+        "8 for a run that will train on 1 to 8.",
     )
     exchange: Literal["exact", "fast"] = Field(
         default="exact",
-        description="How several devices add their gradients: in the order of the parts, or `fast`, in any order, "
-        "which depends on the number of devices; handovers then say `close` instead of `bitwise`.",
+        description="How several devices add their gradients: in the order of the parts, or, with `fast`, in an order "
+        "that depends on the number of devices; handovers then say `close` instead of `bitwise`.",
     )
     sharding: Annotated[Literal["off", "full"], BeforeValidator(on_or_off)] = Field(
         default="off",
-        description="With several devices: `full` cuts the model into shards, of which each device has one, for models "
-        "that do not fit one device; layers are made whole one after another while they compute. Bits stay the same. "
+        description="With several devices: `full` cuts the model into shards, one per device, for models that do not "
+        "fit one device; layers are made whole one after another while they compute. Bits stay the same. "
         "Read when the processes start.",
     )
     activation_checkpointing: Annotated[Literal["auto", "on", "off"], BeforeValidator(on_or_off)] = Field(
         default="auto",
-        description="Compute the layers of a part again in its backward pass instead of keeping what they computed: "
+        description="Compute the layers of a part again in its backward pass instead of keeping their activations: "
         "less memory, a third more time, the same bits. `auto`: for parts that would not fit otherwise.",
     )
-    epochs: Count = Field(default=1, description="Times that every row of a file is trained.")
+    epochs: Count = Field(default=1, description="Number of times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=2e-4, description="Peak learning rate."
     )
@@ -146,8 +144,8 @@ class Config(Section):
     )
     schedule_offset: Index = Field(
         default=0,
-        description="Steps by which the schedule lags behind the step; `adopt` sets it, for a Trainer's first step "
-        "has the rate of step 0.",
+        description="Steps by which the schedule lags behind the step count; set by `adopt`, because a Trainer's first "
+        "step has the rate of step 0.",
     )
     min_learning_rate: Rate = Field(
         default=0.0, description="Learning rate below which no schedule falls after warmup."
@@ -162,7 +160,7 @@ class Config(Section):
         default=(0.9, 0.999), description="AdamW's decay rates of the two moments."
     )
     eps: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
-        default=1e-8, description="AdamW's term that keeps a division from being one by zero."
+        default=1e-8, description="AdamW's term that prevents division by zero."
     )
     max_grad_norm: Rate = Field(
         default=1.0, description="Gradient norm above which gradients are scaled down; 0 is off."
@@ -170,18 +168,18 @@ class Config(Section):
     save_steps: Count = Field(
         default=100, description="Steps between commits inside a file; a boundary, a stop and a signal always commit."
     )
-    log_steps: Count = Field(default=10, description="Steps between lines of progress and entries of `log_history`.")
+    log_steps: Count = Field(default=10, description="Steps between progress lines and entries of `log_history`.")
     keep_boundaries: Count = Field(
-        default=5, description="Restore points kept at earlier file boundaries, besides the newest."
+        default=5, description="Restore points of earlier file boundaries to keep, in addition to the newest."
     )
     keep_days: Index = Field(
-        default=7, description="Days back for which the last restore point of each day is kept too; 0 is off."
+        default=7, description="Number of past days for which the last restore point of each day is kept too; 0 is off."
     )
     settle_seconds: Rate = Field(
-        default=3.0, description="Seconds that a file in the inbox must stand still before it is taken."
+        default=3.0, description="Seconds that a file in the inbox must go without changes before it is taken."
     )
     retries: Index = Field(
-        default=1, description="Times that a daemon trains a file again that failed, before it is quarantined."
+        default=1, description="Number of times that a daemon trains a failed file again before it is quarantined."
     )
     disk_margin_mb: Index = Field(
         default=4, description="Free megabytes, beyond the next checkpoint, below which training pauses."
@@ -190,41 +188,42 @@ class Config(Section):
         default=False, description="Keep the originals of finished files compressed (zstd); text formats only."
     )
     max_row_mb: Count = Field(
-        default=16, description="Megabytes of a row, in the file and as it is tokenized, above which a file is refused."
+        default=16, description="Megabytes of a row, in the file or as it is tokenized, above which a file is refused."
     )
     max_unpacked_mb: Count = Field(
         default=65536,
-        description="Megabytes that a compressed, Parquet or Arrow file may unpack to; above, it is refused.",
+        description="Megabytes that a compressed, Parquet or Arrow file may unpack to; a larger one is refused.",
     )
     max_unpack_ratio: Count = Field(
         default=200,
-        description="Times its size that a compressed, Parquet or Arrow file may unpack to; judged above 16 megabytes.",
+        description="Multiple of its size that a compressed, Parquet or Arrow file may unpack to; applies above 16 "
+        "megabytes.",
     )
     rank_timeout: Annotated[float, BeforeValidator(refuse_bool), Field(ge=1.0, allow_inf_nan=False)] = Field(
         default=60.0,
-        description="Seconds after which a process of several that shows no sign of life ends all of them; read when "
-        "they start.",
+        description="Seconds without a sign of life from one of several processes after which all of them end; read "
+        "when they start.",
     )
     notify: NotifyConfig = Field(default=NotifyConfig(), description="Who is notified of events.")
     holdout: Literal["auto"] | Fraction = Field(
         default=0.0,
-        description="Share of a file's rows that are never trained, to measure on; `auto`: 2 % of files of 200 rows or "
-        "more, 64 at most. `onward init` writes `auto`.",
+        description="Share of a file's rows that are held out of training, to measure on; `auto`: 2 % of files of 200 "
+        "rows or more, 64 at most. `onward init` writes `auto`.",
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="What the model is measured on at each boundary."
     )
     anchor: AnchorConfig = Field(default=AnchorConfig(), description="Texts that the base model writes once.")
     replay: ReplayConfig = Field(default=ReplayConfig(), description="Rows of earlier files in the steps of a new one.")
-    guard: GuardConfig = Field(default=GuardConfig(), description="When a file is warned of, or taken back.")
+    guard: GuardConfig = Field(default=GuardConfig(), description="When a file causes a warning or is taken back.")
     track: Annotated[list[Tracker], AfterValidator(refuse_twice)] = Field(
         default=[],
-        description="Trackers that are told of every step, behind training: `trackio`, `wandb`, `mlflow`, "
-        "`tensorboard` (each an extra: `onward[wandb]`), or one that another package brings.",
+        description="Trackers that receive every step, in the background: `trackio`, `wandb`, `mlflow`, `tensorboard` "
+        "(each an extra: `onward[wandb]`), or one from another package.",
     )
     boundary: Literal["carry", "reset_moments", "rewarm"] = Field(
         default="carry",
-        description="What happens to the optimizer between files: all goes on, moments restart, or warmup again.",
+        description="What happens to the optimizer between files: all continues, moments restart, or warmup repeats.",
     )
 
     @model_validator(mode="after")

@@ -81,37 +81,39 @@ class LoraConfig(Section):
     dropout: Fraction = Field(default=0.05, description="Dropout on the adapter's input while training.")
     targets: str | list[str] = Field(
         default="all-linear",
-        description="Module names that get an adapter, or `all-linear` (every linear layer but the head).",
+        description="Names of the modules that get an adapter, or `all-linear` (every linear layer except the head).",
     )
     target_parameters: list[Name] = Field(
         default=[],
-        description="Parameters that get an adapter, for experts kept as one tensor: `mlp.experts.gate_up_proj`. "
+        description="Parameters that get an adapter, for experts stored as one tensor: `mlp.experts.gate_up_proj`. "
         "Needs `lora.dropout: 0`.",
     )
-    layers: list[Index] = Field(default=[], description="Layers whose `targets` get an adapter, from 0; all if empty.")
+    layers: list[Index] = Field(
+        default=[], description="Layers whose `targets` get an adapter, counted from 0; all if empty."
+    )
     rank_pattern: dict[str, Count] = Field(
-        default={}, description="Other ranks, by module name (`{q_proj: 4}`) or regular expression of its end."
+        default={}, description="Other ranks, by module name (`{q_proj: 4}`) or a regular expression for its end."
     )
     alpha_pattern: dict[str, Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)]] = (
-        Field(default={}, description="Other values of alpha, named in the same way.")
+        Field(default={}, description="Other values of alpha, written in the same way.")
     )
-    use_dora: bool = Field(default=False, description="DoRA: train the magnitude of each weight's columns apart.")
+    use_dora: bool = Field(default=False, description="DoRA: train the magnitude of each weight's columns separately.")
     use_rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead.")
     bias: Literal["none", "all", "lora_only"] = Field(
-        default="none", description="Biases that are trained too: none, all, or those of layers with an adapter."
+        default="none", description="Biases to train as well: none, all, or those of layers with an adapter."
     )
     init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = Field(
         default="default",
-        description="First weights of the adapter. `pissa` and `olora` take them out of the base, so the run keeps "
-        "what is left of it as a base of its own (`base/`, float32).",
+        description="Initial weights of the adapter. `pissa` and `olora` subtract them from the base, so the run keeps "
+        "the remainder as its own base (`base/`, float32).",
     )
     modules_to_save: list[Name] = Field(
-        default=[], description="Modules trained whole in addition to the adapter, by name: `lm_head`, `embed_tokens`."
+        default=[], description="Modules to train whole in addition to the adapter, by name: `lm_head`, `embed_tokens`."
     )
     trainable_tokens: list[Index] | dict[str, list[Index]] = Field(
         default=[],
-        description="Token ids whose rows are trained in the embedding and in the head, or "
-        "`{module: [ids]}`. `tokens` need not be named.",
+        description="Token ids whose rows are trained in the embedding and the head, or "
+        "`{module: [ids]}`. Those of `tokens` need not be listed.",
     )
 
     @model_validator(mode="after")
@@ -133,7 +135,7 @@ class TextConfig(Section):
     documents: Literal["auto", "line", "blank", "file"] = Field(
         default="line",
         description="What one row of a .txt file is: a line, the lines between two blank ones, the whole file; `auto` "
-        "looks at the file and says what it took. `onward init` writes `auto`.",
+        "chooses by looking at the file, and says what it chose. `onward init` writes `auto`.",
     )
 
 
@@ -143,7 +145,7 @@ class EvaluationConfig(Section):
     rows: Count = Field(default=16, description="Rows of each file that the model is measured on.")
     share: Share = Field(
         default=0.0,
-        description="Share of the cost of training that measuring may take, counted in tokens; what does not fit is "
+        description="Share of the cost of training that measuring may add, counted in tokens; what does not fit is "
         "left blank. 0 is off; `onward init` writes 0.05.",
     )
     files: list[Name] = Field(
@@ -154,7 +156,7 @@ class EvaluationConfig(Section):
 class AnchorConfig(Section):
     """Texts that the base model writes once: how far the model has moved from it where no file says anything."""
 
-    rows: Index = Field(default=64, description="Texts that the base writes; 0 is none.")
+    rows: Index = Field(default=64, description="Number of texts that the base writes; 0 is none.")
     tokens: Annotated[int, BeforeValidator(refuse_bool), Field(ge=2)] = Field(
         default=128, description="Tokens of each text."
     )
@@ -166,11 +168,13 @@ class AnchorConfig(Section):
 class ReplayConfig(Section):
     """Rows of earlier files in the steps of a new one."""
 
-    share: Share = Field(default=0.0, description="Replayed rows per row of the new file, on top of them; 0 is off.")
+    share: Share = Field(
+        default=0.0, description="Replayed rows per row of the new file, in addition to them; 0 is off."
+    )
     policy: Literal["uniform", "recent", "forgotten"] = Field(
         default="uniform",
-        description="Which rows: of all earlier files alike, rather of recent files, rather of what the last grid "
-        "shows as forgotten.",
+        description="Which rows: from all earlier files alike, preferably from recent files, or preferably from those "
+        "that the last grid shows as forgotten.",
     )
 
 
@@ -179,24 +183,24 @@ class GuardConfig(Section):
 
     action: Annotated[Literal["off", "warn", "reject"], BeforeValidator(on_or_off)] = Field(
         default="off",
-        description="What becomes of a file that passes a limit: nothing, a warning, or it is taken back to its "
-        "boundary and quarantined; `onward accept` overrides. `onward init` writes `warn`.",
+        description="What happens to a file that exceeds a limit: nothing, a warning, or it is taken back to its "
+        "boundary and quarantined; `onward accept` overrides this. `onward init` writes `warn`.",
     )
     forgetting: Rate = Field(
         default=0.1, description="Share by which the loss on the rows of an earlier file may grow; 0 is off."
     )
     anchor: Rate = Field(
-        default=0.5, description="Nats a token by which the KL divergence from the base may grow; 0 is off."
+        default=0.5, description="Nats per token by which the KL divergence from the base may grow; 0 is off."
     )
     spike: Rate = Field(
         default=4.0,
-        description="Robust z-score that loss or gradient norm of a file may not pass three steps running, judged by "
-        "its 50 steps before; 0 is off.",
+        description="Robust z-score that a file's loss or gradient norm may not exceed three steps in a row, measured "
+        "against the 50 steps before; 0 is off.",
     )
     answers: Rate = Field(
         default=2.0,
         description="Under `reject`: standard errors by which answers must fit their own questions better than those "
-        "of other rows, where the model can tell that of an earlier file; 0 is off.",
+        "of other rows, if the model can tell them apart for an earlier file; 0 is off.",
     )
 
 
@@ -204,11 +208,12 @@ class NotifyConfig(Section):
     """Who is notified of events while a process trains; nobody unless named here."""
 
     command: Annotated[str, Field()] = Field(
-        default="", description="A program and its arguments; it gets the event as JSON on its standard input."
+        default="", description="A program with its arguments; it receives the event as JSON on its standard input."
     )
     url: Annotated[str, Field(pattern=r"^(https?://.+)?$")] = Field(
-        default="", description="A webhook: the event is posted to it as JSON."
+        default="", description="A webhook to which the event is posted as JSON."
     )
     events: list[Literal["done", "rejected", "failed", "paused"]] = Field(
-        default=["rejected", "failed", "paused"], description="What to tell of: done, rejected, failed, paused."
+        default=["rejected", "failed", "paused"],
+        description="Which events to notify about: done, rejected, failed, paused.",
     )

@@ -20,9 +20,9 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 KEYS_HINT = "docs/config.md lists every key with its values."
 MISSING_HINT = (
-    "Put it back; the values last trained with stand in current_model/checkpoint-*/onward.json, under config."
+    "Put it back; the values last used for training are in current_model/checkpoint-*/onward.json, under config."
 )
-BROKEN_HINT = "Mend it, or put back the values of current_model/checkpoint-*/onward.json, under config."
+BROKEN_HINT = "Fix it, or put back the values in current_model/checkpoint-*/onward.json, under config."
 
 
 def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
@@ -85,7 +85,9 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
 def render_yaml(config: Config) -> str:
     """Return the text of `onward.yaml`: every key, its value and what it means."""
     lines = ["# Config of this run. Locked once it has trained: " + ", ".join(IDENTITY_KEYS) + "."]
-    lines.append("# The others act at the next file, start or step, as docs/config.md says; the ledger records it.")
+    lines.append(
+        "# The others take effect at the next file, start or step, as docs/config.md says; the ledger records it."
+    )
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if isinstance(value, BaseModel):
