@@ -98,7 +98,9 @@ def ask(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("this destroys state, and there is no terminal to ask at", hint="Give --yes if you mean it.")
+        raise UsageError(
+            "this destroys state, and there is no terminal on which to ask", hint="Give --yes if you mean it."
+        )
     typer.confirm(question, abort=True, err=True)
 
 

@@ -27,11 +27,11 @@ LOWEST_PRIORITY = 19
 def metrics(
     run: RunOption = Path(),
     every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="One step for every N, lowest and highest loss kept.")
+        int, typer.Option(min=1, metavar="N", help="Keep one step in N, those of lowest and highest loss.")
     ] = 1,
-    as_csv: Annotated[bool, typer.Option("--csv", help="As CSV, which is the default.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV (the default).")] = False,
     as_json: JsonOption = False,
-    as_parquet: Annotated[bool, typer.Option("--parquet", help="As a Parquet file; needs onward[parquet].")] = False,
+    as_parquet: Annotated[bool, typer.Option("--parquet", help="Write a Parquet file; needs onward[parquet].")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="stdout")
     ] = None,
@@ -40,11 +40,13 @@ def metrics(
     from onward.views import figures
 
     if as_csv + as_json + as_parquet > 1:
-        raise UsageError("one format at a time", where="--csv, --json, --parquet")
+        raise UsageError("only one format can be given", where="--csv, --json, --parquet")
     rows = figures.steps(RunLayout(run), every)
     if as_parquet:
         if output is None and sys.stdout.isatty():
-            raise UsageError("a Parquet file is not for a terminal", hint="onward metrics --parquet -o steps.parquet")
+            raise UsageError(
+                "a Parquet file cannot be shown on a terminal", hint="onward metrics --parquet -o steps.parquet"
+            )
         with _binary(output) as stream:
             figures.write_parquet(rows, stream)
         return
@@ -53,10 +55,12 @@ def metrics(
 
 
 def plot(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A name that ends with .svg, .png or .pdf.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="The picture to write; its name ends with .svg, .png or .pdf.")
+    ],
     run: RunOption = Path(),
 ) -> None:
-    """Draw the curve of all files into a picture, with the boundaries between them; needs onward[plot]."""
+    """Draw the curve of all files as a picture, with the boundaries between them; needs onward[plot]."""
     from onward.text import how_many, quoted
     from onward.views.plot import plot
 
@@ -90,24 +94,25 @@ def _opened(output: Path) -> BinaryIO:
     try:
         return output.open("wb")
     except OSError as error:
-        raise UsageError(f"it cannot be written: {error.strerror}", where=output) from None
+        raise UsageError(f"cannot write it: {error.strerror}", where=output) from None
 
 
 def track(
     run: RunOption = Path(),
     keep_telling: Annotated[
-        bool, typer.Option("--follow", help="Go on until standard input ends; a daemon starts this while it trains.")
+        bool,
+        typer.Option("--follow", help="Keep going until standard input ends; a daemon starts this while it trains."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell the trackers of the run what they lack: after an outage, or on another machine."""
+    """Send the run's trackers what they lack, after an outage or on another machine."""
     from onward.config.text import read_config
 
     layout = RunLayout(run)
     layout.require()
     names = read_config(layout.config).track
     if not names and not keep_telling:
-        hint = "For instance: track: [tensorboard]. docs/trackers.md has the others."
+        hint = "For instance: track: [tensorboard]. docs/trackers.md lists the others."
         raise UsageError("the config names no tracker", where=layout.config, hint=hint)
     startup.set_tracker_environment(layout.trackers)
     from onward.views.trackers.telling import follow, tell_once
@@ -141,7 +146,7 @@ def _show_told(layout: RunLayout, results: dict[str, str | None], as_json: bool)
         return
     for name, problem in results.items():
         step = max(rows[name].step, 0) if name in rows else 0
-        say(f"{name}: {problem}" if problem else f"{name}: told up to step {step}")
+        say(f"{name}: {problem}" if problem else f"{name}: sent up to step {step}")
 
 
 def _end_of_input() -> threading.Event:

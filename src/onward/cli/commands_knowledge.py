@@ -42,13 +42,19 @@ def evaluate(
     run: RunOption = Path(),
     at: Annotated[
         str | None,
-        typer.Option("--at", metavar="STEP|FILE", help="A boundary that is kept.", show_default="the last commit"),
+        typer.Option(
+            "--at", metavar="STEP|FILE", help="A boundary whose restore point is kept.", show_default="the last commit"
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="NAME", help="Tasks of lm-evaluation-harness, by comma; repeatable."),
+        typer.Option(
+            "--tasks", metavar="NAME", help="Tasks of lm-evaluation-harness, separated by commas. Repeatable."
+        ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task.", show_default="all")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of questions per task.", show_default="all")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a kept state: on all files, the anchor and evaluation.files, or on public tasks; nothing is recorded."""

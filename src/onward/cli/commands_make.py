@@ -22,28 +22,30 @@ def init(
     model: ModelOption = None,
     adapter: AdapterOption = None,
     settings: SetOption = None,
-    later: Annotated[bool, typer.Option("--later", help="Leave the proof of the model to the first start.")] = False,
+    later: Annotated[bool, typer.Option("--later", help="Prove the model at the first start instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run, once its model is proven to train right."""
+    """Prove that a model trains correctly, and make a run of it."""
     from onward.config.text import parse_settings
     from onward.run import Run
     from onward.store.ledger import Ledger
 
     values = parse_settings(settings or [])
     if model is not None and "model" in values:
-        raise UsageError("the model is named twice", where="--model and --set model=", hint="Name it once.")
+        raise UsageError("the model is given twice", where="--model and --set model=", hint="Give it once.")
     if model is not None:
         values["model"] = model
     if adapter is not None:
         values["adapter"] = str(adapter)
     if "model" in values and not values["model"]:
-        raise UsageError("the model has no name", where="model", hint="Name it, or leave --model out: smollm2-135m.")
+        raise UsageError(
+            "the model has no name", where="model", hint="Give one, or leave --model out for smollm2-135m."
+        )
     try:
         made = Run.create(directory or run, report=say, loading=startup.large_imports, later=later, **values)
     except ModelError as error:
         raise UsageError(
-            error.what, where=error.where, hint=error.hint or "Name another: --model NAME_OR_PATH"
+            error.what, where=error.where, hint=error.hint or "Choose another: --model NAME_OR_PATH"
         ) from None
     if not later:
         _say_memory(made.layout)
@@ -67,7 +69,7 @@ def _say_memory(layout: RunLayout) -> None:
         with Ledger(layout.ledger) as ledger:
             measure_memory(layout, ledger)
     except Exception as error:
-        say(f"what a step takes of memory cannot be told: {first_line(error)}")
+        say(f"the memory of a step cannot be estimated: {first_line(error)}")
         return
     found = memory_in_words(layout)
     if found is not None:
@@ -81,7 +83,7 @@ def adopt(
     model: ModelOption = None,
     settings: SetOption = None,
     fresh_moments: Annotated[
-        bool, typer.Option("--fresh-moments", help="Take the weights alone; the optimizer begins afresh.")
+        bool, typer.Option("--fresh-moments", help="Take only the weights; the optimizer starts with fresh moments.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

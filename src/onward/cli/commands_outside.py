@@ -45,21 +45,21 @@ def service(
         str, typer.Option("--for", metavar="NAME", help="systemd, slurm, ray, skypilot or kubernetes.")
     ] = "systemd",
     devices: Annotated[
-        str, typer.Option(metavar="N|A:B", help="GPUs of a node, or from A to B, whichever there are.")
+        str, typer.Option(metavar="N|A:B", help="GPUs per node, or from A to B, as many as there are.")
     ] = "1",
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes, for Slurm.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes, for Slurm.")] = 1,
     cpu: Annotated[
-        bool | None, typer.Option("--cpu/--gpu", help="What devices are; by default what the last commit was made on.")
+        bool | None, typer.Option("--cpu/--gpu", help="The kind of device; by default that of the last commit.")
     ] = None,
     user: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Who runs it under systemd; by default you or, for root, the owner of the run's directory.",
+            help="The user who runs it under systemd; by default you or, for root, the owner of the run's directory.",
         ),
     ] = None,
 ) -> None:
-    """Print a file that starts this run elsewhere or unattended: a systemd unit, or one for a scheduler."""
+    """Print a file that starts this run unattended: a systemd unit, or a file for a scheduler."""
     from onward.service.outside.launch.formats import SCHEDULERS
     from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts
     from onward.service.outside.unit import systemd_unit
@@ -70,12 +70,16 @@ def service(
     require_parts(layout, asked, nodes)
     if scheduler == "systemd":
         if nodes > 1:
-            raise UsageError("a systemd unit is for one machine", where="--nodes", hint="onward service --for slurm")
+            raise UsageError(
+                "a systemd unit starts one machine only", where="--nodes", hint="onward service --for slurm"
+            )
         show_line(systemd_unit(layout.root, user, devices=as_asked(asked)).rstrip("\n"))
         return
     if scheduler not in SCHEDULERS:
         hint = f"One of systemd, {', '.join(SCHEDULERS)}."
         raise UsageError(f"no such scheduler: {printable(scheduler)}", where="--for", hint=hint)
     if user is not None:
-        raise UsageError("--user is for systemd", where="--user", hint="Schedulers run it as whoever submits it.")
+        raise UsageError(
+            "--user applies only to systemd", where="--user", hint="Schedulers run a job as the user who submits it."
+        )
     show_line(SCHEDULERS[scheduler](describe(layout, asked, nodes, on_cpu=cpu)).rstrip("\n"))

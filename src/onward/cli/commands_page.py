@@ -17,15 +17,17 @@ PORT = 8017
 def page(
     directories: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[DIR]...", help="Runs, or folders of runs; without any, the one of --run."),
+        typer.Argument(metavar="[DIR]...", help="Runs, or folders of runs; by default the run of --run."),
     ] = None,
     run: RunOption = Path(),
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any that is free.")] = PORT,
-    read_only: Annotated[bool, typer.Option("--read-only", help="For looking only: no uploads, no buttons.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="For viewing only: no uploads, no buttons.")] = False,
     names: Annotated[
         list[str] | None,
-        typer.Option("--name", metavar="HOST", help="Another host name of the page, as behind a proxy. Repeatable."),
+        typer.Option(
+            "--name", metavar="HOST", help="Another host name of the page, for example behind a proxy. Repeatable."
+        ),
     ] = None,
 ) -> None:
     """Show runs in the browser, live; the link to open is the first line on stdout."""

@@ -23,7 +23,7 @@ from onward.text import printable, quoted
 
 Settings = Annotated[
     list[str],
-    typer.Argument(metavar="SETTING...", help="KEY=VALUE of the config; several that belong together: K=V;K=V."),
+    typer.Argument(metavar="SETTING...", help="KEY=VALUE of the config; join several into one setting with K=V;K=V."),
 ]
 
 
@@ -55,7 +55,7 @@ def accept(
     run: RunOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Queue a quarantined FILE again; the guard lets it pass."""
+    """Queue a quarantined FILE again; the guard lets it through."""
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
@@ -68,11 +68,13 @@ def accept(
 def compare(
     settings: Settings,
     run: RunOption = Path(),
-    last: Annotated[int, typer.Option("--last", min=1, help="Files that are trained again.")] = 3,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings of each, each in another order.")] = 2,
+    last: Annotated[int, typer.Option("--last", min=1, help="Number of last files to train again.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="Trainings per setting, each with a different order of rows.")
+    ] = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the last files again under other settings, apart from the run, and say which did better."""
+    """Train the last files again under different settings, on copies of the run, and say which did better."""
     with _apart(run) as apart:
         from onward.views.compare import Trials, lines, parse_variants
 
@@ -97,15 +99,17 @@ def release(
             "--cooldown",
             metavar="STEPS|SHARE",
             min=0,
-            help="Steps in which the learning rate decays to zero; below 1, a share of the steps so far.",
+            help="Steps over which the learning rate decays to zero; below 1, a share of the steps so far.",
             show_default="0.1; 0 with --average",
         ),
     ] = None,
-    average: Annotated[int, typer.Option("--average", min=1, help="Last boundaries whose weights are averaged.")] = 1,
+    average: Annotated[
+        int, typer.Option("--average", min=1, help="Average the weights of this many last boundaries.")
+    ] = 1,
     notes: Annotated[str, typer.Option("--notes", help="Text for the model card.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model to publish, on a branch of the run on which the learning rate decays to zero."""
+    """Make a model to publish, on a branch of the run in which the learning rate decays to zero."""
     with _apart(run) as apart:
         from onward.views.release import Making, Order
 
@@ -113,7 +117,7 @@ def release(
         record = making.release(Order(name, start, cooldown, average, notes))
     if as_json:
         show(record)
-    say(f"made {quoted(apart.layout.releases / name)} from step {record['step']}; the run is as it was")
+    say(f"made {quoted(apart.layout.releases / name)} from step {record['step']}; the run is unchanged")
 
 
 def releases(

@@ -16,23 +16,27 @@ from onward.text import how_many, printable, quoted
 
 
 def export(
-    target: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A folder to make; for gguf also a .gguf file.")],
+    target: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A new folder; for gguf, also a new .gguf file.")],
     run: RunOption = Path(),
     at: AtOption = None,
     file_format: Annotated[
         str | None,
         typer.Option(
-            "--format", help="adapter, merged, gguf or ollama.", show_default="adapter; merged where all is trained"
+            "--format",
+            help="adapter, merged, gguf or ollama.",
+            show_default="adapter; merged if all weights are trained",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16.", show_default="as trained, or as the base; gguf: float16"),
+        typer.Option(
+            help="float32, float16 or bfloat16.", show_default="as trained, or that of the base; gguf: float16"
+        ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="For gguf and ollama: q8_0, q4_k_m or f16.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a committed state for others, with a model card: an adapter, a merged model, GGUF, or Ollama's files."""
+    """Write a committed state with a model card: as an adapter, a merged model, GGUF, or Ollama's files."""
     layout = RunLayout(run)
     layout.require()
     with startup.large_imports():
@@ -51,9 +55,12 @@ def push(
     run: RunOption = Path(),
     at: AtOption = None,
     file_format: Annotated[
-        str | None, typer.Option("--format", help="As for export.", show_default="adapter; merged where all is trained")
+        str | None,
+        typer.Option("--format", help="As for export.", show_default="adapter; merged if all weights are trained"),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Where the repository is made now.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is created now.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Export a committed state and upload it to a hub, with the token of `hf auth login` or HF_TOKEN."""

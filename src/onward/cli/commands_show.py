@@ -27,7 +27,7 @@ def status(
     keep_showing: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show step, file, queue, loss, learning rate, ETA, disk and what happened last."""
+    """Show step, file, queue, loss, learning rate, ETA, disk and the last events."""
     from onward.status import read_status, recent_events
 
     layout = RunLayout(run)
@@ -55,26 +55,31 @@ def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
 
 
 def preview(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A training file, or what add takes for one.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A training file, or any other source that add takes.")],
     run: RunOption = Path(),
     rows: Annotated[
         int | None, typer.Option(min=1, help="How many rows to show.", show_default="3; with --json all")
     ] = None,
-    worst: Annotated[bool, typer.Option("--worst", help="Show the longest rows, those that were cut first.")] = False,
+    worst: Annotated[
+        bool, typer.Option("--worst", help="Show the longest rows, which are the first to be cut.")
+    ] = False,
     with_estimate: Annotated[
-        bool, typer.Option("--estimate", help="Say what training it will take here, from a few steps on a copy.")
+        bool,
+        typer.Option(
+            "--estimate", help="Estimate the time and memory of training it here, from a few steps on a copy."
+        ),
     ] = False,
     price: Annotated[
-        float | None, typer.Option(min=0.0, metavar="PER_HOUR", help="With --estimate: what it will cost.")
+        float | None, typer.Option(min=0.0, metavar="PER_HOUR", help="With --estimate: also the cost, at this price.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the rows of a file as the model would see them, what is trained marked; nothing is added."""
+    """Show a file's rows as the model would see them, trained text marked; nothing is added."""
     if with_estimate:
         estimate(RunLayout(run), file, price, as_json=as_json)
         return
     if price is not None:
-        raise UsageError("--price goes with an estimate", where="--price", hint="Add --estimate.")
+        raise UsageError("--price needs --estimate", where="--price", hint="Add --estimate.")
     from onward.views.preview import ROWS, lines_of, preview
 
     seen = preview(RunLayout(run), file, rows or (None if as_json and not worst else ROWS), worst=worst)
@@ -96,7 +101,7 @@ def say_previewed(seen: Preview) -> None:
     long = report.lengths.words(seen.max_length)
     notes = "".join(f"; {printable(note)}" for note in report.notes)
     share = f"{report.tokens} tokens, {report.target_tokens} of them trained"
-    time = f", about {duration(seen.seconds)} at the last pace" if seen.seconds is not None else ""
+    time = f", about {duration(seen.seconds)} at the last speed" if seen.seconds is not None else ""
     for line in seen.left_out:
         say(f"left out: {line}")
     bad = f"; {how_many(report.bad_rows, 'bad row')} left out" if report.bad_rows else ""
@@ -150,7 +155,7 @@ def verify(
 
 
 def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
-    """Check this machine and run for what would stop training later."""
+    """Check this machine and run for anything that would stop training later."""
     from onward.service.proof.doctor import examine
 
     findings = examine(RunLayout(run))

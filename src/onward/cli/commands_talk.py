@@ -26,25 +26,29 @@ def chat(
     at: AtOption = None,
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option("--compare", metavar="A B", help="Two states, as for --at: the same messages and seed to both."),
+        typer.Option(
+            "--compare", metavar="A B", help="Two states, given as for --at, which get the same messages and seed."
+        ),
     ] = None,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this and end.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this message and exit.")] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message.")] = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Go on to newer commits by itself.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Share of the probability to draw from.")] = 0.95,
-    top_k: Annotated[int, typer.Option(help="Most probable tokens to draw from; 0 for all.")] = 0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="Of every answer.", show_default="drawn")] = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Switch to newer commits automatically.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most probable token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Share of the probability to sample from.")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="Number of most probable tokens to sample from; 0 for all.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 512,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer.", show_default="random")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Talk to the model as it was last committed, or to an earlier state, alongside a process that trains."""
     if compare is not None and (at is not None or refresh):
-        raise UsageError("--compare names both states", where="--compare", hint="Leave --at and --refresh out.")
+        raise UsageError("--compare already names both states", where="--compare", hint="Leave --at and --refresh out.")
     if at is not None and refresh:
-        raise UsageError("--refresh goes on to the newest commit, --at stays", where="--refresh", hint="Leave one out.")
+        raise UsageError(
+            "--refresh follows the newest commit, --at stays at one state", where="--refresh", hint="Leave one out."
+        )
     if as_json and message is None:
-        raise UsageError("--json is for one answer", where="--json", hint="Give the message: --message TEXT")
+        raise UsageError("--json works with one message", where="--json", hint="Give the message: --message TEXT")
     layout = RunLayout(run)
     layout.require()
     with startup.large_imports():
@@ -65,15 +69,17 @@ def chat(
 def serve(
     run: RunOption = Path(),
     at: AtOption = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Put newer commits in place, between two requests.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Switch to newer commits, between two requests.")] = False,
     host: Annotated[
-        str, typer.Option(help="Where to listen; beyond this machine ONWARD_API_KEY must be set.")
+        str, typer.Option(help="Address to listen on; for other machines ONWARD_API_KEY must be set.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
 ) -> None:
-    """Answer requests of OpenAI's interface; the base URL is the first line on stdout."""
+    """Serve OpenAI's interface; the base URL is the first line on stdout."""
     if at is not None and follow:
-        raise UsageError("--follow goes on to the newest commit, --at stays", where="--follow", hint="Leave one out.")
+        raise UsageError(
+            "--follow follows the newest commit, --at stays at one state", where="--follow", hint="Leave one out."
+        )
     layout = RunLayout(run)
     layout.require()
     if any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):

@@ -25,12 +25,15 @@ def train(
     run: RunOption = Path(),
     again: AgainOption = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Profile the first steps: a trace for Perfetto, the top costs.")
+        bool,
+        typer.Option(
+            "--profile", help="Profile the first steps: a trace for Perfetto and the most expensive operations."
+        ),
     ] = False,
     devices: DevicesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add files and train them in order, now; without files, train those that wait."""
+    """Add files and train them in order, now; without files, train those that are waiting."""
     if devices is not None:
         switches = flags(("--profile", profile), ("--json", as_json), ("--again", again))
         on_devices(devices, ["train", "--run", str(run), *switches, "--", *map(str, files or [])])
@@ -78,7 +81,7 @@ def add(
         say(f"accepted {printable(row['name'])}: {how_many(row['rows'], 'row')}{long}, {row['tokens']} tokens{note}")
     if len(accepted) < len(files):
         count = len(files) - len(accepted)
-        say(f"{count} {'was' if count == 1 else 'were'} in the stream already")
+        say(f"{count} {'was' if count == 1 else 'were'} already in the stream")
 
 
 def watch(

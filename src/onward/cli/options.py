@@ -18,9 +18,9 @@ RunOption = Annotated[
     Path, typer.Option("--run", envvar="ONWARD_RUN", help="The run's directory.", show_default="current directory")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A config key, dotted: lora.rank=8. Repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set a config key: lora.rank=8. Repeatable.")
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Hugging Face name, path, or smollm2-135m.")]
 AdapterOption = Annotated[

@@ -31,5 +31,5 @@ def show_each(values: Iterable[Any]) -> None:
 def say_stopped(run: Run, reason: str, command: str) -> None:
     """Say that a command ended because of a stop, what is committed by now, and which command goes on."""
     checkpoint = run.status()["checkpoint"]
-    committed = f"{checkpoint} is committed" if checkpoint else "nothing is committed yet"
+    committed = f"{checkpoint} is committed" if checkpoint else "nothing has been committed yet"
     say(f"stopped ({reason}); {committed}; onward {command} --run {quoted(run.layout.root)} goes on")

@@ -20,7 +20,7 @@ DevicesOption = Annotated[
     typer.Option(
         "--devices",
         metavar="N|all|A:B",
-        help="Train on several devices of this machine; A:B goes on with fewer after one was lost.",
+        help="Train on several devices of this machine; A:B goes on with fewer if one is lost.",
         show_default="one",
     ),
 ]
@@ -50,8 +50,8 @@ def on_devices(devices: str, words: Sequence[str]) -> NoReturn:
         UsageError: there are not so many devices.
     """
     if place_here() is not None:
-        hint = "torchrun says how many there are: --nproc-per-node N, without --devices."
-        raise UsageError("torchrun has started several processes already", where="--devices", hint=hint)
+        hint = "With torchrun, give the number as --nproc-per-node N, without --devices."
+        raise UsageError("torchrun has already started several processes", where="--devices", hint=hint)
     startup.set_environment()
     os.environ.setdefault(*QUIET)
     with startup.large_imports():
