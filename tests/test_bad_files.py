@@ -48,7 +48,7 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
         GOOD.decode().encode("utf-16"),
         ("utf-16.jsonl, line 1: the text is UTF-16, not UTF-8", "iconv -f UTF-16"),
     ),
-    "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the content is no text", "write it as text")),
+    "binary.jsonl": (bytes(range(256)) * 8, ("binary.jsonl, line 1: the content is not text", "write it as text")),
     "late-nul.jsonl": (GOOD * 20 + b'{"text": "\x00"}\n', ("late-nul.jsonl, line 21: not valid JSON",)),
     "list.jsonl": (GOOD + b"[1, 2]\n", ("list.jsonl, line 2: the row is a list, not an object", SHAPES)),
     "number.jsonl": (GOOD + b"42\n", ("number.jsonl, line 2: the row is a number, not an object", SHAPES)),
@@ -94,7 +94,7 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "surrogate.jsonl": (
         b'{"prompt": "a", "completion": "\\ud800"}\n',
-        ("surrogate.jsonl, line 1: completion holds half of a surrogate pair", "export the file again"),
+        ("surrogate.jsonl, line 1: completion contains half of a surrogate pair", "export the file again"),
     ),
     "deep.jsonl": (
         GOOD + b'{"text": ' + b"[" * 100_000 + b"\n",

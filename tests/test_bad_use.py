@@ -26,10 +26,10 @@ from onward.service.lock import RunLock
         (["add"], ("Missing argument", "onward add --help")),
         (["rollback"], ("Missing option '--to'", "onward rollback --help")),
         (["rollback", "--to", "gone.jsonl", "--yes"], ("'gone.jsonl' is neither a finished file", "1 good.jsonl")),
-        (["rollback", "--to", "1"], ("no terminal to ask at", "--yes")),
-        (["reset"], ("no terminal to ask at", "--yes")),
+        (["rollback", "--to", "1"], ("no terminal on which to ask", "--yes")),
+        (["reset"], ("no terminal on which to ask", "--yes")),
         (["add", "{good}", "--priority", "urgent"], ("no priority 'urgent'", "high, normal, low")),
-        (["init"], ("there is a run in this directory already", "onward status")),
+        (["init"], ("there is already a run in this directory", "onward status")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -91,7 +91,7 @@ def test_a_setting_that_makes_no_sense_is_refused(setting: str, words: tuple[str
         (lambda text: text.replace("batch_size", "batch"), ("unknown key 'batch'", "did you mean 'batch_size'")),
         (lambda text: text.replace("epochs: 1", "epochs: often"), ("epochs: 'often'", "integer")),
         (lambda text: text.replace("epochs: 1", "epochs: -1"), ("epochs: -1", "greater than or equal to 1")),
-        (lambda text: text + "a: [\n", ("cannot be read", "line", "Mend it")),
+        (lambda text: text + "a: [\n", ("cannot be read", "line", "Fix it")),
         (lambda _: "- a\n", ("a config is a mapping of keys to values",)),
         (lambda _: "", ("the config is empty", "Put it back")),
         (lambda _: "!!python/object:os.system x", ("cannot be read",)),
@@ -124,7 +124,7 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "new").exists()
     assert_refused(onward("init", tmp_path / "new", "--model", ""), 2, "the model has no name", "smollm2-135m")
     both = onward("init", tmp_path / "new", "--model", "a", "--set", "model=b")
-    assert_refused(both, 2, "the model is named twice", "Name it once")
+    assert_refused(both, 2, "the model is given twice", "Give it once")
 
 
 def test_a_length_that_the_model_has_not_learned_is_refused_by_init(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_ledger_of_garbage_is_not_read_as_an_empty_one(command: list[str], run
     outcome = onward(*(argument.format(good=good) for argument in command), "--run", copy)
     assert_refused(outcome, 5, "the ledger cannot be read", str(copy / "ledger.sqlite3"), "onward adopt")
     assert weights == (copy / "current_model/adapter_model.safetensors").read_bytes()
-    assert_refused(onward("init", copy), 2, "there is a run in this directory already")
+    assert_refused(onward("init", copy), 2, "there is already a run in this directory")
 
 
 def test_an_empty_ledger_next_to_a_model_names_the_way_out(run: Path, tmp_path: Path) -> None:

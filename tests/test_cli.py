@@ -177,7 +177,7 @@ def test_what_the_stream_still_owes_may_be_given_again(copy: Path, tmp_path: Pat
     file = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4, 30))
     assert 0 == onward("add", file, "--run", copy).status
     again = onward("add", file, "--run", copy)
-    assert (0, True) == (again.status, "1 was in the stream already" in again.err)
+    assert (0, True) == (again.status, "1 was already in the stream" in again.err)
     done = onward("train", file, "--run", copy, "--json")
     assert ["a.jsonl"] == [entry["name"] for entry in done.json]
 

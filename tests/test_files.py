@@ -77,7 +77,7 @@ def test_bad_rows_are_left_out_if_told_so(model: Path, tmp_path: Path) -> None:
     rows = [*[GOOD] * 3, {"instruction": "a", "input": "", "output": ""}]
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     file = tiny.write_jsonl(tmp_path / "a.jsonl", [*rows, GOOD, {"messages": chat}])
-    way = "or have such rows left out: set bad_rows: drop in the run's config"
+    way = "or leave such rows out: set bad_rows: drop in the run's config"
     assert_refused(onward("add", file, "--run", run), 3, "a.jsonl, line 4: ", "a.jsonl, line 6: ", way)
     assert way == json.loads((run / "rejected" / "a.jsonl.report.json").read_text())["way_out"]
     configure(run, "bad_rows:", "bad_rows: drop")
@@ -116,9 +116,7 @@ def test_too_many_bad_rows_refuse_a_file(model: Path, tmp_path: Path) -> None:
     """A file of which most rows cannot be trained is refused under `drop` too, with the share."""
     run = make_run(tmp_path / "run", model, "bad_rows=drop")
     file = tiny.write_jsonl(tmp_path / "a.jsonl", [GOOD, {}, {}])
-    assert_refused(
-        onward("add", file, "--run", run), 3, "2 of 3 rows are more than bad_rows_share: 0.05; or raise that"
-    )
+    assert_refused(onward("add", file, "--run", run), 3, "2 of 3 rows exceed bad_rows_share: 0.05, which may be raised")
     broken = tmp_path / "b.json"
     broken.write_text(json.dumps([GOOD] * 30)[:-1])
     assert_refused(onward("add", broken, "--run", run), 3, "the array has no end")
@@ -205,10 +203,10 @@ def test_saved_datasets_that_cannot_be_taken_in(model: Path, tmp_path: Path) -> 
     for command in ("preview", "add"):
         assert_refused(onward(command, selection, "--run", run), 3, "selection of rows", "flatten_indices")
     columns = save(tmp_path / "b", [[{"text": "a"}], [{"body": "a"}]])
-    assert_refused(onward("add", columns, "--run", run), 3, "has other columns than the files before it")
+    assert_refused(onward("add", columns, "--run", run), 3, "has different columns from the files before it")
     outside = save(tmp_path / "c", [[{"text": "a"}]])
     (outside / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../a/data-00000-of-00001.arrow"}]}))
-    assert_refused(onward("add", outside, "--run", run), 3, "names a file outside of the folder")
+    assert_refused(onward("add", outside, "--run", run), 3, "names a file outside the folder")
     assert [] == list((run / "archive").iterdir())
 
 
@@ -256,12 +254,12 @@ def test_files_of_a_data_set(tmp_path: Path, name: str, files: list[str], expect
 @pytest.mark.parametrize(
     ("name", "files", "words"),
     [
-        ("hf://datasets/who", ["a.csv"], "names no data set"),
-        ("hf://models/who/what", ["a.csv"], "names no data set"),
+        ("hf://datasets/who", ["a.csv"], "not the name of a data set"),
+        ("hf://models/who/what", ["a.csv"], "not the name of a data set"),
         ("hf://datasets/nobody/what", [], "nobody/what cannot be fetched: 404: no such repository"),
-        ("hf://datasets/who/what", ["a.csv", "b.csv"], "it cannot be told which of its files are meant"),
+        ("hf://datasets/who/what", ["a.csv", "b.csv"], "it is not clear which of its files are meant"),
         ("hf://datasets/who/what", ["en/train.csv", "de/train.csv"], "several folders or formats"),
-        ("hf://datasets/who/what", ["README.md"], "it cannot be told"),
+        ("hf://datasets/who/what", ["README.md"], "it is not clear"),
         ("hf://datasets/who/what/c.csv", ["a.csv"], "there is no such file that Onward reads"),
     ],
 )
@@ -273,7 +271,7 @@ def test_data_sets_that_cannot_be_had(tmp_path: Path, name: str, files: list[str
     assert words in str(refusal.value.what)
     assert "\n" not in str(refusal.value.what)
     assert name == str(refusal.value.where)
-    said = str(refusal.value.hint).partition("Name what you want: ")[2]
+    said = str(refusal.value.hint).partition("Name the one you want: ")[2]
     if said:
         assert 1 == len(hub.fetch(Path(said)))
 
@@ -314,5 +312,5 @@ def test_a_name_of_the_hub_in_a_command_is_one_line(model: Path, tmp_path: Path)
     run = make_run(tmp_path / "run", model)
     for command in ("preview", "add"):
         refused = onward(command, "hf://datasets/who", "--run", run)
-        assert_refused(refused, 2, "names no data set", "hf://datasets/OWNER/NAME")
+        assert_refused(refused, 2, "not the name of a data set", "hf://datasets/OWNER/NAME")
     assert "hf://datasets/a/b@c/d" == str(HubName.of(Path("hf://datasets/a/b@c/d")))

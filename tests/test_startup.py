@@ -206,9 +206,9 @@ def test_what_needs_no_model_loads_no_torch(tmp_path: Path) -> None:
     answers, loaded = done.stdout.splitlines()
     assert [
         "skipped a.jsonl",
-        "no process works on this run; the next onward watch begins paused",
+        "no process owns this run; the next onward watch begins paused",
         "no longer paused; onward watch goes on",
-        "no process works on this run",
+        "no process owns this run",
         "['skipped']",
     ] == answers.split("|")
     assert "[]" == loaded

@@ -41,7 +41,7 @@ def read_curve(
         first, last: global steps between which to read, both included; all where left out.
     """
     if every < 1:
-        raise ValueError(f"every has to be at least 1, not {every}")
+        raise ValueError(f"every must be at least 1, not {every}")
     spans = ledger.spans()
     size = BLOCK if every == 1 else 2 * every
     newest = spans[-1].last if spans else 0

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from onward.text import printable
 
-_READ_HINT = "Mend the disk or its mount, then: onward train. Nothing was removed."
+_READ_HINT = "Fix the disk or its mount, then: onward train. Nothing was removed."
 _READ_HINTS: dict[int | None, str] = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "Let this user read it, then: onward train. Nothing was removed."),
     **dict.fromkeys(
@@ -103,9 +103,7 @@ class GuardRejected(TrainingError):
     """
 
     def __init__(self, what: str, file_id: int, problems: list[dict[str, Any]]) -> None:
-        super().__init__(
-            what, hint="Look at the rows that its report names; onward accept FILE trains it all the same."
-        )
+        super().__init__(what, hint="Look at the rows that its report names; onward accept FILE trains it anyway.")
         self.file_id = file_id
         self.problems = problems
 

@@ -35,9 +35,9 @@ def _named(pattern: re.Pattern[str], path: str) -> str:
     match = pattern.fullmatch(path)
     if match is None or match.group(1) in (".", ".."):
         raise DamagedState(
-            f"the ledger names a file outside of where Onward keeps files: {path!r}",
+            f"the ledger names a file outside the directories where Onward keeps files: {path!r}",
             where="ledger.sqlite3",
-            hint="Somebody changed the ledger. Put it back from a copy.",
+            hint="Somebody changed the ledger. Restore it from a copy.",
         )
     return path
 
@@ -222,7 +222,7 @@ class RunLayout:
     def lost_ledger(self) -> DamagedState:
         """Return the refusal for a ledger that was removed or replaced, with the way out."""
         if self.ledger.is_symlink() and not self.ledger.exists():
-            hint = f"{LEDGER} is a link to a disk of the machine that owns the run: run this there."
+            hint = f"{LEDGER} is a link to a disk of the machine that owns the run: run this command there."
             what = f"the ledger is not on this machine: {self.ledger.readlink()}"
             return DamagedState(what, where=self.ledger.absolute(), hint=hint)
         what = "the ledger was removed or replaced"
@@ -238,7 +238,7 @@ class RunLayout:
     def way_without_ledger(self) -> str:
         """Say what to do where the ledger cannot be used."""
         newest = self._newest_of_run()
-        way = f" Without one, this makes a run of the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
+        way = f" Without one, this makes a new run from the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
         return f"Put {LEDGER} back from a copy.{way if newest else ''}"
 
     def _newest_of_run(self) -> Path | None:

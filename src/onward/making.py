@@ -81,7 +81,7 @@ class _Making:
         base = resolve_base(own.config.model, download=True, report=self.report)
         own.require_possible(base)
         if own.config.method != "full" and (own.config.lora.use_dora or own.config.lora.bias != "none"):
-            self.report("layers with DoRA or a trained bias compute with PEFT's own modules, slower than Onward's")
+            self.report("layers with DoRA or a trained bias use PEFT's own modules, which are slower than Onward's")
         folder = own.tokenizer(base)
         tokenizer = self._load_tokenizer(folder)
         _require_usable(base, own.config, tokenizer.state)
@@ -143,11 +143,11 @@ def refuse_occupied(layout: RunLayout) -> None:
         UsageError: it does, there is a file of that name, or the ledger would lie on a disk that others may use.
     """
     if layout.ledger.exists():
-        hint = f"onward status --run {quoted(layout.root)}; for another run name another directory."
-        raise UsageError("there is a run in this directory already", where=layout.root.absolute(), hint=hint)
+        hint = f"onward status --run {quoted(layout.root)}; for a new run, name another directory."
+        raise UsageError("there is already a run in this directory", where=layout.root.absolute(), hint=hint)
     if layout.checkpoints() or layout.restore_points():
-        hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run of it."
-        raise UsageError("this directory holds a model without its ledger", where=layout.root.absolute(), hint=hint)
+        hint = f"onward adopt {quoted(layout.current)}/checkpoint-N --run NEW_RUN makes a run from it."
+        raise UsageError("this directory has a model without its ledger", where=layout.root.absolute(), hint=hint)
     if layout.root.exists() and not layout.root.is_dir():
         raise UsageError("this is a file, not a directory", where=layout.root.absolute())
     require_local(layout)
@@ -181,7 +181,7 @@ def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
         return parse_config({**NEW_RUN, **values})
     if values:
         hint = "Leave the settings out to use it, or remove it."
-        raise UsageError("there is a config in this directory already", where=layout.config, hint=hint)
+        raise UsageError("there is already a config in this directory", where=layout.config, hint=hint)
     return read_config(layout.config)
 
 

@@ -179,7 +179,7 @@ class Run(Controlled):
                 operate(opened, wishes, observe, reporter) as daemon,
             ):
                 for refusal in daemon.intake.finish_left_over(intent):
-                    report(f"handed over earlier: {refusal}")
+                    report(f"from an earlier command: {refusal}")
                 given.take(daemon.intake.take)
                 daemon.run(once=True)
             require_kept(ledger, seen)
@@ -264,7 +264,7 @@ class Run(Controlled):
         Its files are hard links where the file system allows: they are to be read, not changed.
 
         Raises:
-            UsageError: `target` is there already, or nothing was committed yet.
+            UsageError: `target` is there already, or nothing has been committed yet.
             DamagedState: the newest checkpoint is not what was committed.
             Unreadable: something cannot be read now.
         """

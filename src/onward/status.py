@@ -82,10 +82,10 @@ def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
     if held:
         return DOING[state]
     if ledger.get("paused") is not None:
-        return "paused, and no process owns the run; onward watch begins paused, onward resume takes the pause back"
+        return "paused, and no process owns the run; onward watch begins paused, onward resume cancels the pause"
     if ledger.next_owed() is not None or state in ("stopped", "failed"):
         return "no process owns the run; onward train or onward watch goes on"
-    return "no process owns the run, and no file waits"
+    return "no process owns the run, and no file is waiting"
 
 
 def _last_steps(ledger: Ledger, current: FileRow | None, up_to: int | None) -> list[StepRecord]:

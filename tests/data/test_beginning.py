@@ -41,7 +41,7 @@ def test_lines_that_end_in_a_carriage_return(tmp_path: Path) -> None:
     """A reader of line feeds would take such a file for one line, and train a .txt as one document."""
     for name in ("rows.jsonl", "rows.txt", "rows.csv"):
         refusal = refused(tmp_path / name, b"question,answer\ra,b\r")
-        assert "carriage return alone" in refusal.reason
+        assert "carriage return only" in refusal.reason
         command = refusal.remedy.partition(": ")[2].replace("new-file", f"new-{name}")
         subprocess.run(command, shell=True, cwd=tmp_path, check=True)
         assert b"question,answer\na,b\n" == (tmp_path / f"new-{name}").read_bytes()
@@ -54,7 +54,7 @@ def test_lines_that_end_in_a_carriage_return(tmp_path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "pointer of Git LFS"),
         (b"\n<!DOCTYPE html>\n<html>404</html>\n", "web page"),
-        (b"text \x00 text\n", "bytes that are 0"),
+        (b"text \x00 text\n", "zero bytes"),
         (b"%PDF-1.7\n%\xe2\xe3\n", "a PDF document"),
         (rb"{\rtf1\ansi text}", "an RTF document"),
         (b"SQLite format 3\0" + bytes(84), "an SQLite database"),
@@ -103,9 +103,9 @@ def test_a_key_that_stands_twice_is_refused(text: str, tmp_path: Path) -> None:
     """A parser would keep the last value without a word; text that only looks like a key is none."""
     (tmp_path / "rows.jsonl").write_text(f'{text}\n{{"text": "\\"text\\": 1, \\"text\\": 2"}}\n')
     first, second = read_rows(tmp_path / "rows.jsonl")
-    assert re.fullmatch(r"the key '(text|y)' stands twice in an object", str(first.problem))
+    assert re.fullmatch(r"the key '(text|y)' occurs twice in an object", str(first.problem))
     assert (None, {"text": '"text": 1, "text": 2'}) == (second.problem, second.value)
-    assert "stands twice" in refused(tmp_path / "rows.json", text.encode()).reason
+    assert "occurs twice" in refused(tmp_path / "rows.json", text.encode()).reason
 
 
 def test_a_first_line_that_only_names_the_separator(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_what_is_ambiguous_is_refused_and_read_as_told(row: dict[str, str], word
     """The refusal names both keys, and the `columns` that it names make the row readable."""
     with pytest.raises(RowError, match=words) as refusal:
         mapped(row)
-    said = refusal.value.remedy.removeprefix("say which: set columns to ").removesuffix(" or alike")
+    said = refusal.value.remedy.removeprefix("say which one: set columns to ").removesuffix(" or similar")
     parse_record(mapped(row, **yaml.safe_load(said)))
 
 

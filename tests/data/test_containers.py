@@ -215,7 +215,7 @@ def test_a_misnamed_file_is_read_once_it_is_renamed_as_told(tmp_path: Path, case
     refusal = refusal_of(path)
     assert refusal.reason.endswith("but the name does not say so")
     if name == "a.zip" and what == "gz":  # what is in it cannot be told
-        assert "unpack it: .gz goes with the text formats only" == refusal.remedy
+        assert "unpack it: .gz works only with the text formats" == refusal.remedy
         return
     (better,) = shlex.split(refusal.remedy.removeprefix("rename it to "))
     assert ROWS == [row.value for row in read_rows(path.rename(tmp_path / better))]
@@ -228,7 +228,7 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
     path = put(tmp_path / name, PACK.get(packing, bytes)(JSONL))
     remedy = refusal_of(path).remedy
     if name in ("rows.gz", "rows.bz2"):
-        command, source, target = shlex.split(remedy.removeprefix("say what it holds: "))
+        command, source, target = shlex.split(remedy.removeprefix("name its content: "))
         assert "mv" == command
         assert ROWS == [row.value for row in read_rows((tmp_path / source).rename(tmp_path / target))]
     else:
@@ -238,15 +238,23 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason", "remedy"),
     [
-        (zipped(("a.jsonl", JSONL), ("b/c.csv", b"x")), "the archive holds 2 files (a.jsonl, b/c.csv)", "one by one"),
-        (zipped(("a.md", b"x")), "the archive holds no file that Onward reads (its files: a.md)", "unpack or convert"),
-        (zipped(), "the archive holds no file that Onward reads (its files: none)", "unpack or convert"),
-        (zipped(("a.parquet", b"PAR1")), "the archive holds a.parquet", "unpack it, and add that file"),
-        (zipped(("a.zip", b"PK")), "the archive holds a.zip", "unpack it, and add that file"),
-        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive is packed in a way", "unpack it"),
-        (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive holds another archive", "unpack it"),
+        (
+            zipped(("a.jsonl", JSONL), ("b/c.csv", b"x")),
+            "the archive contains 2 files (a.jsonl, b/c.csv)",
+            "one by one",
+        ),
+        (
+            zipped(("a.md", b"x")),
+            "the archive contains no file that Onward reads (its files: a.md)",
+            "unpack or convert",
+        ),
+        (zipped(), "the archive contains no file that Onward reads (its files: none)", "unpack or convert"),
+        (zipped(("a.parquet", b"PAR1")), "the archive contains a.parquet", "unpack it, and add that file"),
+        (zipped(("a.zip", b"PK")), "the archive contains a.zip", "unpack it, and add that file"),
+        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive uses a compression", "unpack it"),
+        (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive contains another archive", "unpack it"),
         (b"PK\x03\x04" + b"a" * 50, "the zip archive cannot be read", "make or download it again"),
-        (JSONL, "the content is not zip, but the name says so", "give it the ending of what it holds"),
+        (JSONL, "the content is not zip, but the name says so", "give it the ending of its content"),
     ],
 )  # fmt: skip
 def test_archives_that_are_not_read(tmp_path: Path, data: bytes, reason: str, remedy: str) -> None:
@@ -260,7 +268,7 @@ def test_an_archive_of_many_files_is_refused(tmp_path: Path) -> None:
     """Its table of contents is not even read."""
     members = ((f"{number:0>200}.jsonl", b"") for number in range(DIRECTORY_BYTES // 200))
     refusal = refusal_of(put(tmp_path / "a.zip", zipped(*members)))
-    assert "the archive holds many files" == refusal.reason
+    assert "the archive contains many files" == refusal.reason
     assert "one by one" in refusal.remedy
 
 

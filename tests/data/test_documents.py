@@ -121,7 +121,7 @@ def test_json_in_a_txt_is_refused_and_read_once_renamed(
     """A .txt that holds JSON objects is told the name under which it is read; one that was accepted is read as ever."""
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
-    with pytest.raises(FileError, match="holds plain text") as refusal:
+    with pytest.raises(FileError, match="is plain text") as refusal:
         documents_of(path, documents)
     (better,) = shlex.split(refusal.value.remedy.partition(";")[0].removeprefix("rename it to "))
     assert documents_of(path, documents, is_accepted=True)

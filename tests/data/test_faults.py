@@ -203,7 +203,7 @@ def test_the_row_at_which_a_library_gives_up_is_named(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in words])
     tokenizer = GivesUp(byte_state(), 200)
     report = tokenize_file(path, tmp_path / "tokens", sha256_file(path), tokenizer)
-    remedy = "correct it or take it out, then add the file again"
+    remedy = "correct or remove it, then add the file again"
     expected = [
         Problem(2, "it cannot be used (IndexError: list index out of range)", remedy),
         Problem(4, "it cannot be used (PanicException: rust)", remedy),

@@ -30,8 +30,8 @@ CALLS: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [CA
 TWO = {**CALLS, "tool_calls": [CALL, OTHER]}
 RESULT = {"role": "tool", "content": "Sunny", "tool_call_id": "abcdefghi", "name": "look_up"}
 LOST = (
-    "the text before the answer of message {} is not what the model is given at inference: the chat template renders "
-    "the beginning of the chat otherwise"
+    "the text before the answer of message {} is not what the model gets at inference: the chat template renders "
+    "the beginning of the chat differently"
 )
 NO_END = (
     "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
@@ -41,8 +41,8 @@ OUT = "the chat template does not write the {} of message {}"
 NO_CALL = OUT.format("tool call", 2) + " (tool_calls)"
 NO_THOUGHT = OUT.format("reasoning", 2) + " (reasoning_content)"
 HALF = "the chat template leaves out a part of the answer of message 2"
-TORN = "the chat template tears the answer of message 2 at '</think>'"
-MOVED = "the chat template writes the system text of message 1 behind a later message"
+TORN = "the chat template splits the answer of message 2 at '</think>'"
+MOVED = "the chat template writes the system text of message 1 after a later message"
 MARKS = "the chat template's {% generation %} markers "
 CALLED = '\n<call>look_up {"city": "Rome", "n": 3}</call>'
 
@@ -133,7 +133,7 @@ def test_refused(trait: str, messages: list[Any], reason: str) -> None:
     with pytest.raises(RowError) as refusal:
         pieces(trait, {"messages": messages})
     assert reason == refusal.value.reason
-    assert "chat_template: FILE" in refusal.value.remedy or "tears" in reason or "refuses the row" in reason
+    assert "chat_template: FILE" in refusal.value.remedy or "splits" in reason or "refuses the row" in reason
 
 
 def test_messages_that_are_not_in_the_loss() -> None:

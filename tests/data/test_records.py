@@ -7,7 +7,7 @@ from onward.data.rows.records import Chat, Completion, RowError, Text, parse_rec
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-HALF = "holds half of a surrogate pair, which is not a character"
+HALF = "contains half of a surrogate pair, which is not a character"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "the content of message 1 is a number"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-            "message 1 holds a part of type 'image': only text is trained",
+            "message 1 contains a part of type 'image': only text is trained",
         ),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 has no content"),
         ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "the answer in message 2 is empty"),
@@ -107,7 +107,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, {"role": "assistant", "content": "\u200b \ufeff"}]}, "the answer in message 2 is empty"),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]},
-            "message 2 holds a part of type 'tool_use'",
+            "message 2 contains a part of type 'tool_use'",
         ),
         (
             {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1e999}'}]}]},
@@ -115,7 +115,7 @@ def test_accepted_rows(row: dict[str, Any], expected: object) -> None:
         ),
         (
             {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": '{"x": 1, "x": 2}'}]}]},
-            "in the arguments of 'f' in message 2, the key 'x' stands twice in an object",
+            "in the arguments of 'f' in message 2, the key 'x' occurs twice in an object",
         ),
         ({"messages": [USER, ANSWER], "tools": ["f"]}, "a tool of the row cannot be read as JSON"),
     ],

@@ -150,8 +150,11 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'the row has "chosen": Onward does not train preferences'),
-        ({"messages": [USER, ANSWER], "rejected": ANSWER}, 'the row has "rejected": Onward does not train preferences'),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, 'the row has "chosen": Onward does not train on preferences'),
+        (
+            {"messages": [USER, ANSWER], "rejected": ANSWER},
+            'the row has "rejected": Onward does not train on preferences',
+        ),
         ({"prompt": "a", "completion": "b", "label": False}, '"label" is False: the answer is labelled as bad'),
         ({"messages": [USER, ANSWER], "label": 0}, '"label" is 0: the answer is labelled as bad'),
         ({"prompt": "a", "completion": "b", "label": "0"}, "\"label\" is '0': the answer is labelled as bad"),
@@ -166,12 +169,12 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ),
         (
             {"messages": [USER, {**ANSWER, "content": THOUGHT, "thinking": "hm"}]},
-            "message 2 has a thought in its content and next to it",
+            "message 2 has a thought both in its content and next to it",
         ),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, 'the row has "images": only text is trained'),
         ({"messages": [USER, {**ANSWER, "audio": {"id": 1}}]}, 'message 2 has "audio": only text is trained'),
-        ({"input_ids": [1, 2], "labels": [1, 2]}, 'the row has "input_ids": it is tokenized already'),
-        ({"tokens": [1, 2]}, 'the row has "tokens": it is tokenized already'),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, 'the row has "input_ids": it is already tokenized'),
+        ({"tokens": [1, 2]}, 'the row has "tokens": it is already tokenized'),
         ({"messages": [USER, {**ANSWER, "weight": -0.5}]}, '"weight" of message 2 is -0.5'),
         ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, '"weight" of message 2 is nan'),
         ({"text": "a", "loss_weight": 1e9}, '"loss_weight" of the row is 1000000000.0'),
@@ -183,14 +186,14 @@ def test_followed(row: dict[str, Any], expected: object) -> None:
         ({"messages": [USER, {**ANSWER, "train": "no"}]}, '"train" of message 2 is a string'),
         (
             {"messages": [{**USER, "train": True}, ANSWER]},
-            "message 1 asks for a text of the user in the loss, which covers answers only",
+            "message 1 puts a text of the user into the loss, which covers only answers",
         ),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no answer of the chat is in the loss: each has the weight 0"),
-        ({"messages": [USER, ANSWER], "weight": 0}, "the row has the weight 0: nothing of it is in the loss"),
-        ({"text": "a", "train": False}, "the row has the weight 0: nothing of it is in the loss"),
+        ({"messages": [USER, ANSWER], "weight": 0}, "the row has the weight 0: none of it is in the loss"),
+        ({"text": "a", "train": False}, "the row has the weight 0: none of it is in the loss"),
         (
             {"messages": [USER, {**ANSWER, "train_detail": [1]}]},
-            'message 2 has "train_detail": parts of a message cannot be weighed',
+            'message 2 has "train_detail": parts of a message cannot have weights',
         ),
         ({"messages": [SYSTEM, USER, ANSWER], "system": "T"}, "the row has two different system texts"),
         ({"prompt": "a", "completion": "b", "system": "S"}, '"system" stands next to a prompt that is plain text'),
@@ -238,7 +241,7 @@ def test_nulls_that_columns_pad() -> None:
     [
         (
             {"input": {"messages": [USER]}, "preferred_output": [ANSWER], "non_preferred_output": [ANSWER]},
-            'the row has "preferred_output": Onward does not train preferences',
+            'the row has "preferred_output": Onward does not train on preferences',
         ),
         (
             {"prompt": "a", "completions": ["b", "c"], "labels": [True, False]},
@@ -250,12 +253,12 @@ def test_nulls_that_columns_pad() -> None:
             'the row has several answers ("response_j", "response_k")',
         ),
         ({"prompt": "a", "answer1": "b", "answer2": "c"}, 'the row has several answers ("answer1", "answer2")'),
-        ({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}, "the file holds a table by columns"),
-        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "the file holds a table by columns"),
-        ({"columns": ["text"], "index": [0], "data": [["a"]]}, "the file holds a table by columns"),
-        ({"train": [{"text": "a"}], "version": 1}, 'no known row format; "train" holds a list of objects'),
+        ({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "c", "1": "d"}}, "the file is a table stored by columns"),
+        ({"prompt": ["a", "b"], "completion": ["c", "d"]}, "the file is a table stored by columns"),
+        ({"columns": ["text"], "index": [0], "data": [["a"]]}, "the file is a table stored by columns"),
+        ({"train": [{"text": "a"}], "version": 1}, 'no known row format; "train" contains a list of objects'),
         ({"dialog": ["a", "b"], "act": ["c", "d"]}, 'no known row format (keys with a value: "dialog", "act")'),
-        ({"system": [{"type": "image"}], "messages": [USER, ANSWER]}, "\"system\" holds a part of type 'image'"),
+        ({"system": [{"type": "image"}], "messages": [USER, ANSWER]}, "\"system\" contains a part of type 'image'"),
     ],
 )
 def test_rows_of_another_kind_are_told_what_they_are(row: dict[str, Any], reason: str) -> None:

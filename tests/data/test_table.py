@@ -78,8 +78,8 @@ def test_bad_rows_are_named_and_reading_goes_on() -> None:
     [
         ("text,text\na,b\n", 1, "two columns are named text"),
         ('text\na\n"b\nc\n', 3, "a quoted field has no end"),
-        ('text,b\n"say \\"x\\"",a\n', 2, "a quoted field goes on behind its closing quote"),
-        ('text,b\na,"x" y\n', 2, "a quoted field goes on behind its closing quote"),
+        ('text,b\n"say \\"x\\"",a\n', 2, "a quoted field continues after its closing quote"),
+        ('text,b\na,"x" y\n', 2, "a quoted field continues after its closing quote"),
         ('text,b\n"x", "y"\n', 2, "a quoted field begins with white space"),
         ('text\na\n"' + "b\n" * 600, 3, "the quoted field without an end is larger than 1000 bytes"),
         ("text\na\n" + "," * 70, 3, "the row, its fields counted, is larger than 1000 bytes"),

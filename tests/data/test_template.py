@@ -149,8 +149,8 @@ def test_template_with_an_end_token_after_the_last_answer_only() -> None:
 
 
 OTHERWISE = (
-    "the text before the answer of message 2 is not what the model is given at inference: the chat template renders "
-    "the beginning of the chat otherwise"
+    "the text before the answer of message 2 is not what the model gets at inference: the chat template renders "
+    "the beginning of the chat differently"
 )
 
 
@@ -297,7 +297,7 @@ def test_a_prompt_that_depends_on_what_is_asked(decides: str, content: str) -> N
     )
     asked = ChatTemplate(byte_state(own))
     assert ["A<|im_end|>"] == pieces(asked, chat("q", "A"))
-    with pytest.raises(RowError, match="is not what the model is given at inference"):
+    with pytest.raises(RowError, match="is not what the model gets at inference"):
         asked.render(chat(content, "A"))
 
 

@@ -213,7 +213,7 @@ def test_an_unusable_template_is_refused() -> None:
         tiny.byte_state("{% for %}")
     tokenizer = tiny.byte_tokenizer()
     tokenizer.chat_template = {"rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}
-    with pytest.raises(ModelError, match=r"several chat templates \(rag, tool_use\) and none of them is the default"):
+    with pytest.raises(ModelError, match=r"several chat templates \(rag, tool_use\) and none is the default"):
         TokenizerState.of(tokenizer)
     tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "{{ 2 }}"}
     assert tiny.CHATML == TokenizerState.of(tokenizer).chat_template
@@ -225,7 +225,7 @@ def test_a_tokenizer_whose_ids_do_not_survive_saving_is_refused() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: place for place, token in enumerate([*alphabet, "ab"])}
     tokenizer.backend_tokenizer.model = models.BPE(vocabulary, [("a", "b")])
-    with pytest.raises(ModelError, match="other token ids when it is loaded from its own serialized form"):
+    with pytest.raises(ModelError, match="different token ids after it is loaded from its own serialized form"):
         TokenizerState.of(tokenizer)
 
 

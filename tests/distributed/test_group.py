@@ -78,7 +78,7 @@ def test_what_one_says_all_hear(tmp_path: Path) -> None:
         assert [[[0.5] * 3] * 2, 0, [1.0] * 4] == heard["tensors"]
         assert (1, True) == (heard["threads"], heard["uniform"])
     assert [LONG, {"order": "step"}] == one["told"]
-    assert ["the ranks had 1, 2 threads: all compute with 1 now (OMP_NUM_THREADS)"] == zero["said"]
+    assert ["the ranks had 1, 2 threads: all use 1 now (OMP_NUM_THREADS)"] == zero["said"]
     assert [] == one["said"]
     wrong = "wrong [key]\n  mend it"
     assert [
@@ -99,7 +99,7 @@ def absent() -> None:
     """Form a group of which one rank never comes."""
     place = place_here()
     assert place is not None
-    with pytest.raises(RankLost, match=r"rank 2 did not come within 5 s"):
+    with pytest.raises(RankLost, match=r"rank 2 did not join within 5 s"):
         form(Place(place.rank, 3, place.rank, 3), 5.0, print)
 
 

@@ -87,7 +87,7 @@ def test_the_kernel_is_used_and_recorded() -> None:
     """A GPU that multiplies bfloat16 has the kernel, and the record names what bits depend on."""
     dtype = pick_dtype("auto", DEVICE)
     if dtype != HALF:
-        pytest.skip("this GPU has no units for bfloat16")
+        pytest.skip("this GPU has no hardware for bfloat16")
     assert kernel_for(DEVICE, HALF) is not None
     assert kernel_for(DEVICE, torch.float32) is None
     found = describe_environment(DEVICE, dtype, layers=layer_facts(DEVICE, dtype))

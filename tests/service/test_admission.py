@@ -69,7 +69,7 @@ def test_later_leaves_the_proof_to_the_first_start(tmp_path: Path, model: Path) 
     now, later = make_run(tmp_path / "now", model), tmp_path / "later"
     assert 0 == onward("init", later, "--model", model, "--later", *words()).status
     assert findings(later) is None
-    assert "nothing is proven of it yet" in onward("doctor", "--run", later).out
+    assert "it is not proven yet" in onward("doctor", "--run", later).out
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.chat_rows(6))
     digests: list[Any] = []
     for run in (now, later):
@@ -143,6 +143,6 @@ def test_verify_sees_an_optimizer_that_did_not_count_every_step(tmp_path: Path, 
     (checkpoint / "onward.json").unlink()
     (checkpoint / "onward.json").write_text(manifest.model_copy(update={"files": files}).sealed().model_dump_json())
     failed = [check for check in run.verify().checks if not check.ok and check.name == "step counters"]
-    assert ["the optimizer has not counted the same steps for every weight: some it never trained"] == [
+    assert ["the optimizer has not counted the same steps for every weight: some were never trained"] == [
         check.detail for check in failed
     ]

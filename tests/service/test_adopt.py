@@ -391,7 +391,7 @@ def test_settings_cannot_change_the_shape(
     kind: str, settings: dict[str, Any], saved: dict[str, Saved], model: Path, tmp_path: Path
 ) -> None:
     """Settings cannot contradict the checkpoint's weights."""
-    with pytest.raises(ConfigError, match="another shape"):
+    with pytest.raises(ConfigError, match="a different shape"):
         Run.adopt(saved[kind].folder, tmp_path / "run", str(model), settings=settings)
     assert not (tmp_path / "run").exists()
 
@@ -400,7 +400,7 @@ def test_an_existing_run_is_not_touched(saved: dict[str, Saved], model: Path, tm
     """A directory that has a run is refused, and every file of it stays as it was."""
     new_run(tmp_path / "run", model)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match="there is a run in this directory already"):
+    with pytest.raises(UsageError, match="there is already a run in this directory"):
         Run.adopt(saved["lora"].folder, tmp_path / "run", str(model))
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
@@ -409,7 +409,7 @@ def test_the_trainers_output_directory_is_not_written_over(checkpoint: Callable[
     """A directory with a model's config.json is refused as a run; the model stays readable."""
     output = checkpoint("full").parent
     shutil.copyfile(output / f"checkpoint-{STEPS}/config.json", output / "config.json")
-    with pytest.raises(UsageError, match="there is a config in this directory already"):
+    with pytest.raises(UsageError, match="there is already a config in this directory"):
         Run.adopt(output / f"checkpoint-{STEPS}", output)
     assert "llama" == json.loads((output / "config.json").read_text())["model_type"]
     assert {f"checkpoint-{STEPS}", "config.json"} == {path.name for path in output.iterdir()}

@@ -170,7 +170,7 @@ def test_an_adapter_with_a_grown_vocabulary_goes_on_by_the_command_that_is_named
     settings: dict[str, Any] = {"max_steps": HORIZON, "callbacks": [stock.StopAt(2)]}
     trainer = stock.trainer(adapted, tmp_path / "stock", processing_class=tiny.byte_tokenizer(), **settings)
     trainer.train()
-    with pytest.raises(ModelError, match="as after its vocabulary has grown") as caught:
+    with pytest.raises(ModelError, match="as after its vocabulary was extended") as caught:
         Run.adopt(tmp_path / "stock/checkpoint-2", tmp_path / "run", str(model))
     program, _, command = str(caught.value.hint).partition("base: ")[2].partition("; then: onward adopt ")
     with contextlib.chdir(tmp_path):

@@ -76,7 +76,7 @@ def test_an_adapter_of_another_name_is_adopted_after_the_command_that_is_named(
 def test_a_whole_state_of_fsdp_is_renamed(tmp_path: Path) -> None:
     """FSDP's one file of weights is a model's file under another name."""
     (tmp_path / "pytorch_model_fsdp.bin").touch()
-    with pytest.raises(UsageError, match="a name of its own") as caught:
+    with pytest.raises(UsageError, match="a different name") as caught:
         open_folder(tmp_path, fresh=True)
     assert f"cp {tmp_path}/pytorch_model_fsdp.bin {tmp_path}/pytorch_model.bin" in str(caught.value.hint)
 
@@ -121,7 +121,7 @@ def test_moments_of_deepspeed_are_refused_by_name(checkpoint: Path) -> None:
     """Its weights are whole, its moments in shards: the way on is the weights."""
     without(checkpoint, "optimizer.pt")
     (checkpoint / f"global_step{STEPS}").mkdir()
-    with pytest.raises(UsageError, match="DeepSpeed keeps the moments in shards of its own") as caught:
+    with pytest.raises(UsageError, match="DeepSpeed keeps the moments in its own shards") as caught:
         open_folder(checkpoint, fresh=False)
     assert "--fresh-moments" in str(caught.value.hint)
 
@@ -135,7 +135,7 @@ def test_weights_go_on_with_fresh_moments(saved: Saved, model: Path, checkpoint:
     done = onward("adopt", checkpoint, "--run", tmp_path / "run", "--model", model, "--fresh-moments",
                   "--set", "max_length=128")  # fmt: skip
     assert 0 == done.status
-    assert f"weights only: the optimizer's moments begin afresh, after step {STEPS}" in done.err
+    assert f"weights only: the optimizer's moments start fresh, after step {STEPS}" in done.err
     (taken,) = (line for line in done.err.splitlines() if line.startswith("from training_args.bin: batch_size 8 ("))
     assert ["weight_decay 0.1", "betas 0.9 0.999", "eps 1e-08"] == taken.partition("), ")[2].split(", ")[:3]
     assert 1 == taken.count("batch_size")

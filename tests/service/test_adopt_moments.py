@@ -217,10 +217,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         "not that of AdamW",
     ),
     "maximize": (each_group(lambda group: group.update(maximize=True)), "maximize"),
-    "no correction": (each_group(lambda group: group.update(correct_bias=False)), "no correction"),
-    "LoRA+": (lora_plus, "learning rates of their own"),
-    "frozen": (frozen_part, "a part of the weights was frozen"),
-    "weights that sat out": (lambda values: values["state"][0]["step"].sub_(1), "sat out steps"),
+    "no bias correction": (each_group(lambda group: group.update(correct_bias=False)), "no bias correction"),
+    "LoRA+": (lora_plus, "different learning rates"),
+    "frozen": (frozen_part, "some of the weights were frozen"),
+    "weights that sat out": (lambda values: values["state"][0]["step"].sub_(1), "skipped steps"),
 }  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, chec
     change(checkpoint, both(*(each_entry(edit) for edit in halves.values())))
     state = start(saved)
     lines = load(state, checkpoint)
-    assert ["weights and moments were bfloat16: they go on in float32, from the same values"] == lines
+    assert ["weights and moments were bfloat16: they continue in float32, from the same values"] == lines
     expected = {name: value.bfloat16().float() for name, value in saved.moments.items()}
     stock.assert_equal(expected, stock.moments(state.model, state.optimizer))
 
@@ -249,7 +249,7 @@ def test_moments_of_half_precision_go_on_from_the_same_values(saved: Saved, chec
 def test_several_learning_rates_go_on_as_one_where_it_is_set(model: Path, checkpoint: Path, tmp_path: Path) -> None:
     """LoRA+ is adopted with its moments under one learning rate, by the command that the refusal names."""
     change(checkpoint, lora_plus)
-    with pytest.raises(UsageError, match="learning rates of their own") as caught:
+    with pytest.raises(UsageError, match="different learning rates") as caught:
         Run.adopt(checkpoint, tmp_path / "run", str(model))
     command = re.search(r"one learning rate: onward (.*)\n", str(caught.value.hint))
     assert command is not None
@@ -269,7 +269,7 @@ def test_a_frozen_part_stays_frozen_where_train_names_the_rest(tmp_path: Path) -
         save_strategy="steps", save_steps=2,
     )  # fmt: skip
     trainer.train()
-    with pytest.raises(OnwardError, match="a part of the weights was frozen") as caught:
+    with pytest.raises(OnwardError, match="some of the weights were frozen") as caught:
         Run.adopt(tmp_path / "stock" / "checkpoint-2", tmp_path / "refused")
     assert "--set 'train=[REGEX, ...]'" in str(caught.value.hint)
     settings = {"train": ["layers.1.", "model.norm", "embed_tokens"]}

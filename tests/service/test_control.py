@@ -127,7 +127,7 @@ def test_while_the_disk_has_no_room(run: Run, tmp_path: Path, ended: list[BasePr
     ask_everything(run, "b.jsonl")
     assert "goes on" == run.resume()
     until(lambda: "disk is too full" in str(run.status()["problem"]), process)
-    assert "stops now: no file is in hand" == run.stop(after_file=True)
+    assert "stops now: no file is being trained" == run.stop(after_file=True)
     process.join(PATIENCE)
     assert (0, [], 1) == (process.exitcode, done(run), run.status()["queue"])
     assert any("stopped by onward stop --after-file" in event for event in events(run))
@@ -222,7 +222,7 @@ def test_pairs_between_two_steps(run: Run, tmp_path: Path, ended: list[BaseProce
         )
         assert "goes on" == run.resume()
         until(is_in(run, "m1.jsonl"), process)
-        assert ["skipped m1.jsonl, back at step 0", "m1.jsonl is skipped already"] == at_once(
+        assert ["skipped m1.jsonl, back at step 0", "m1.jsonl is already skipped"] == at_once(
             ledger, process, ("skip", first), ("skip", first)
         )
         until(is_in(run, "m2.jsonl"), process)
@@ -259,7 +259,7 @@ def test_a_frozen_process_is_told_of(run: Run, ended: list[BaseProcess]) -> None
             age_by(run, ledger, SILENCE + 60)
         with pytest.raises(OnwardError, match=f"kill -CONT {process.pid}") as refused:
             run.pause()
-        assert f"(pid {process.pid}) is stuck or was frozen" in refused.value.what
+        assert f"(pid {process.pid}) is stuck or frozen" in refused.value.what
         (number,) = [row.id for row in ledger.open_requests()]
         os.kill(process.pid, signal.SIGCONT)
         until(lambda: ledger.request(number).answer == "paused at step 0", process)  # type: ignore[union-attr]

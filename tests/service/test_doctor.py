@@ -96,7 +96,7 @@ def test_a_ledger_that_knows_less_than_the_directory(lose: Callable[[RunLayout],
     lose(layout)
     place = layout.checkpoints()[0]
     (found,) = findings(layout, f"current_model/{place.name}")
-    assert ("error", "of another run than the ledger, which stands at step 0") == (found.level, found.message)
+    assert ("error", "belongs to another run than the ledger, which is at step 0") == (found.level, found.message)
     assert f"onward adopt {place} --run NEW_RUN" in str(found.hint)
     assert (lose is empty_ledger) == ([entry.level for entry in findings(layout, "ledger")] == ["error"])
 
@@ -124,7 +124,7 @@ def test_a_file_that_ends_its_checker_is_named(layout: RunLayout) -> None:
     with Ledger(layout.ledger) as ledger:
         ledger.insert_file(**FILE, name="it's.jsonl", state="arriving", attempts=3)
     (found,) = findings(layout, "queue")
-    assert "checking it's.jsonl was begun 3 times and never ended" == found.message
+    assert "checking it's.jsonl was begun 3 times and never finished" == found.message
     assert """onward skip 'it'"'"'s.jsonl' takes it out""" == found.hint
 
 
@@ -147,7 +147,7 @@ def test_a_failure_between_two_tries_has_its_reason(layout: RunLayout) -> None:
     status = read_status(layout)
     assert ("stopped", "the process that owned the run died (loading)") == (status["state"], status["problem"])
     with RunLock(layout.lock):
-        assert ("loading", "loads the model and the state to go on from") == (
+        assert ("loading", "loading the model and the state") == (
             read_status(layout)["state"], read_status(layout)["doing"],
         )  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_a_harmful_file_is_as_if_it_had_never_come(
     assert report["problems"][0]["reason"].startswith("loss on file 1 grew by")
     assert {"line", "reason", "remedy"} == set(report["problems"][1])
     assert all(1 <= problem["line"] <= 100 for problem in report["problems"][1:])
-    assert "onward accept bad.jsonl trains it all the same" == report["way_out"]
+    assert "onward accept bad.jsonl trains it anyway" == report["way_out"]
 
 
 def test_a_file_that_says_one_thing_is_taken_back_before_its_first_step(
@@ -102,7 +102,7 @@ def test_a_file_that_says_one_thing_is_taken_back_before_its_first_step(
     set_guard(run, forgetting=0.1, spike=4.0, answers=2.0)
     twin = Run(shutil.copytree(begun.layout.root, tmp_path / "twin"))
     taken: list[int] = []
-    with pytest.raises(FileRejected, match="say one and the same thing"):
+    with pytest.raises(FileRejected, match="all say the same"):
         run.train(
             files["bad"], observe=lambda event: taken.append(event.step) if isinstance(event, StepTaken) else None
         )

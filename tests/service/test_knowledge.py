@@ -91,7 +91,7 @@ def test_the_proof_recomputes_what_was_replayed(whole: Run) -> None:
         ledger.write("UPDATE replayed_rows SET row = row + 1 WHERE step = ?", step)
         failed = [check.detail for check in whole.verify().checks if not check.ok]
         ledger.write("UPDATE replayed_rows SET row = ? WHERE step = ?", row, step)
-    assert ["file 2 (b.jsonl): the rows recorded as replayed are not those that its choice says"] == failed
+    assert ["file 2 (b.jsonl): the rows recorded as replayed are not those that were chosen"] == failed
 
 
 def test_several_processes_are_one(whole: Run, model: Path, files: list[Path], tmp_path: Path) -> None:

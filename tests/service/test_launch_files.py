@@ -354,12 +354,12 @@ def test_devices_are_a_number_or_a_range(text: str) -> None:
     ("words", "said"),
     [
         (("--for", "pbs"), "no such scheduler: pbs"),
-        (("--for", "slurm", "--user", "nobody"), "--user is for systemd"),
+        (("--for", "slurm", "--user", "nobody"), "--user applies only to systemd"),
         (("--nodes", "2"), "onward service --for slurm"),
         (("--for", "ray", "--nodes", "2"), "Ray places its workers itself"),
         (("--for", "kubernetes", "--nodes", "2"), "one pod"),
         (("--for", "skypilot", "--nodes", "2"), "one node"),
-        (("--devices", "all"), "not for all"),
+        (("--devices", "all"), "not all"),
         (("--for", "slurm", "--devices", "8", "--nodes", "2"), "16 devices cannot share a step of 8 parts"),
     ],
 )

@@ -134,7 +134,7 @@ def test_first_weights_that_do_not_suit_a_layer_are_refused(tmp_path: Path) -> N
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ConfigError, match=r"lora\.init olora does not suit layers of this model"):
+    with pytest.raises(ConfigError, match=r"lora\.init olora does not work with layers of this model"):
         Run.create(tmp_path / "run", str(tmp_path / "base"), lora={"rank": 2, "init": "olora"})
     assert not (tmp_path / "run").exists()
 
@@ -190,7 +190,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"lora": {"rank": 8}}, "lora.rank: 4 there, 8 asked"),
     ({}, {"lora": {"init": "gaussian"}}, "lora.init"),
     ({}, {"method": "full"}, "method full has no adapter"),
-    ({}, {"tokens": ["<x>"]}, "cannot be the start of a run with new tokens"),
+    ({}, {"tokens": ["<x>"]}, "a run with new tokens cannot start from an adapter"),
     ({"init_lora_weights": "pissa"}, {}, "begun by pissa, which changes the base"),
     ({"init_lora_weights": "loftq"}, {}, "begun by loftq, which changes the base"),
     ({"peft_type": "IA3"}, {}, "adapters of type IA3"),
@@ -222,9 +222,9 @@ def test_what_a_run_was_made_with_cannot_be_set_later(model: Path, tmp_path: Pat
         run = Run.create(tmp_path / str(number), str(model), lora={"rank": 2})
         text = run.layout.config.read_text()
         run.layout.config.write_text(text.replace(old, new))
-        with pytest.raises(ConfigError, match="put in force when a run is made"):
+        with pytest.raises(ConfigError, match="takes effect only when a run is made"):
             Run(run.layout.root).train(file)
-    with pytest.raises(ConfigError, match="in the vocabulary already"):
+    with pytest.raises(ConfigError, match="already in the vocabulary"):
         Run.create(tmp_path / "known", str(model), tokens=["<|im_start|>"])
     assert not (tmp_path / "known").exists()
 

@@ -180,12 +180,12 @@ def test_a_daemon_names_what_stands_in_the_way(root: Path, twin: Path, files: li
 
     def observe(event: Event) -> None:
         told.append(event)
-        if isinstance(event, Note) and "was not made by this run, and" in event.message:
+        if isinstance(event, Note) and "was not made by this run, but" in event.message:
             target.rename(root / "mine")
 
     assert 0 == run.watch(once=True, observe=observe)
     steps = [event for event in told if isinstance(event, StepTaken)]
-    (said,) = [event for event in told if isinstance(event, Note) and "was not made by this run, and" in event.message]
+    (said,) = [event for event in told if isinstance(event, Note) and "was not made by this run, but" in event.message]
     assert f"[{target}]; tried again in 1 s" in said.message
     assert told.index(said) < told.index(steps[0])
     assert_same_state(twin, root)

@@ -108,7 +108,7 @@ def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -
     with Ledger(run.layout.ledger) as ledger:
         assert {"poison.jsonl": "rejected", "good.jsonl": "queued"} == states(ledger)
     (problem,) = json.loads((run.layout.rejected / "poison.jsonl.report.json").read_text())["problems"]
-    assert problem["reason"].startswith("checking it ended the process 3 times")
+    assert problem["reason"].startswith("checking it killed the process 3 times")
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyError("odd")])

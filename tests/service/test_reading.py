@@ -94,7 +94,7 @@ def test_no_snapshot_of_what_is_damaged_or_not_there(run: Run, model: Path, tmp_
     """A name that is taken, a run that has committed nothing and a damaged checkpoint are refused; nothing is left."""
     with pytest.raises(UsageError, match="of this name"):
         snapshot(run.layout, tmp_path)
-    with pytest.raises(UsageError, match="nothing was committed"):
+    with pytest.raises(UsageError, match="nothing has been committed"):
         snapshot(new_run(tmp_path / "new", model).layout, tmp_path / "none")
     (run.layout.checkpoint(3) / "optimizer.pt").unlink()
     with pytest.raises(DamagedState, match=r"optimizer\.pt is missing"):

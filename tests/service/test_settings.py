@@ -161,7 +161,7 @@ def test_a_config_that_is_broken_meanwhile(run: Run, model: Path, tmp_path: Path
     )
     assert [("training", True), ("training", False)] == seen
     notes = [event.message for event in events if isinstance(event, Note)]
-    assert ["the config is refused; what was read before stays in force: "] == [
+    assert ["the config is refused; the earlier config stays in force: "] == [
         note.partition("batch_size")[0] for note in notes
     ]
     twin = new_run(tmp_path / "twin", model, **SETTINGS)

@@ -91,7 +91,7 @@ def test_proof_of_a_new_run(model: Path, tmp_path: Path) -> None:
     """A run that has trained nothing verifies too."""
     proof = new_run(tmp_path / "run", model).verify(deep=True)
     assert proof.ok
-    assert "nothing was trained yet" == proof.checks[0].detail
+    assert "nothing has been trained yet" == proof.checks[0].detail
 
 
 def test_deep_proof_trains_again(trained: Path) -> None:

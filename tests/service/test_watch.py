@@ -167,7 +167,7 @@ def test_stop_after_the_file(run: Run, tmp_path: Path) -> None:
     rows_file(run.layout.inbox / "2.jsonl", 21)
     process = watch(run, prepare=hold(run))
     until(is_in(run, "1.jsonl"), process)
-    assert "stops after the file in hand" == run.stop(after_file=True)
+    assert "stops after the current file" == run.stop(after_file=True)
     hold(run).let_go.touch()
     process.join(PATIENCE)
     assert (0, ["1.jsonl"], 1) == (process.exitcode, done(run), run.status()["queue"])
@@ -189,7 +189,7 @@ def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
             row["answer"] for row in ledger.query("SELECT answer FROM requests WHERE id >= ? ORDER BY id", number)
         ]
     assert (0, [], 1) == (process.exitcode, done(run), run.status()["queue"])
-    assert ["stops after the file in hand", "skipped 1.jsonl, back at step 0"] == answers
+    assert ["stops after the current file", "skipped 1.jsonl, back at step 0"] == answers
 
 
 def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:
@@ -252,12 +252,12 @@ def test_what_was_asked_of_a_dead_process_is_closed(run: Run, tmp_path: Path) ->
     assert ["a.jsonl"] == done(run)
     with Ledger(run.layout.ledger) as ledger:
         (request,) = ledger.query("SELECT * FROM requests WHERE id = ?", number)
-    assert "the process it was meant for had ended" == request["answer"]
+    assert "the process for which it was meant had ended" == request["answer"]
 
 
 def test_control_of_a_run_that_nobody_works_on(run: Run) -> None:
     """Stop and resume say that there is nothing to do."""
-    assert ("no process works on this run", "it was not paused") == (run.stop(), run.resume())
+    assert ("no process owns this run", "it was not paused") == (run.stop(), run.resume())
 
 
 REBUILDS = [(name, kept) for kept in (5, 1) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]

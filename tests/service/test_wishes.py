@@ -55,7 +55,7 @@ ALONE = {
     "pause --release": f"paused at step {STEP}",
     "resume": "it was not paused",
     "stop": f"stopped at step {STEP}",
-    "stop --after-file": "stops after the file in hand",
+    "stop --after-file": "stops after the current file",
     "skip": f"skipped {IN_HAND}, back at step {BOUNDARY}",
     "skip m2": f"skipped {WAITING}",
     "skip m3": f"skipped {UNREAD}",
@@ -64,13 +64,13 @@ ALONE = {
 
 SECOND = {
     **{(pause, "resume"): "goes on" for pause in ("pause", "pause --release")},
-    ("skip", "skip"): f"{IN_HAND} is skipped already",
-    ("skip m2", "skip m2"): f"{WAITING} is skipped already",
-    ("skip m3", "skip m3"): f"{UNREAD} is skipped already",
+    ("skip", "skip"): f"{IN_HAND} is already skipped",
+    ("skip m2", "skip m2"): f"{WAITING} is already skipped",
+    ("skip m3", "skip m3"): f"{UNREAD} is already skipped",
     ("skip", "pause"): f"paused at step {BOUNDARY}",
     ("skip", "pause --release"): f"paused at step {BOUNDARY}",
     ("skip", "stop"): f"stopped at step {BOUNDARY}",
-    ("skip", "stop --after-file"): "stops now: no file is in hand",
+    ("skip", "stop --after-file"): "stops now: no file is being trained",
     **{("stop", other): f"the process ended first, at step {STEP}" for other in ASKED},
     ("stop", "stop"): f"stopped at step {STEP}",
     ("stop", "stop --after-file"): f"stopped at step {STEP}",
@@ -232,11 +232,11 @@ def test_two_who_skip_the_file_in_hand_lose_no_other(process: Process) -> None:
     first, second = process.ask("skip", "skip")
     process.look()
     assert ("skipped", "queued") == (process.state_of(IN_HAND), process.state_of(WAITING))
-    assert [ALONE["skip"], f"{IN_HAND} is skipped already"] == process.answers([first, second])
+    assert [ALONE["skip"], f"{IN_HAND} is already skipped"] == process.answers([first, second])
     third = process.ask("skip")
     process.ledger.move_file(process.id_of(WAITING), "training", position=2, start_step=BOUNDARY)
     process.look(in_hand=WAITING)
-    assert ([f"{IN_HAND} is skipped already"], "training") == (process.answers(third), process.state_of(WAITING))
+    assert ([f"{IN_HAND} is already skipped"], "training") == (process.answers(third), process.state_of(WAITING))
 
 
 def test_a_skip_of_a_file_that_was_done_meanwhile_names_the_way(process: Process) -> None:
@@ -253,7 +253,7 @@ def test_a_skip_of_a_file_whose_boundary_is_being_committed(process: Process) ->
     requests = process.ask("skip")
     process.look(in_hand=WAITING)
     (answer,) = process.answers(requests)
-    assert f"{IN_HAND} is trained to its end and is being committed; onward rebuild --without file:2" in str(answer)
+    assert f"{IN_HAND} is fully trained and being committed; after that, onward rebuild --without file:2" in str(answer)
     assert ("training", []) == (process.state_of(IN_HAND), process.let_go)
 
 
@@ -274,7 +274,7 @@ def test_a_skip_that_meets_a_file_accepted_meanwhile(process: Process) -> None:
     process.intake.bring_in()
     accepted = process.ledger.file(row.id)
     process.ledger.move_file(row.id, "queued")
-    with pytest.raises(Exception, match="not arriving any more"):
+    with pytest.raises(Exception, match="no longer arriving"):
         process.intake.withdraw(row, "no use")
     requests = process.ask("skip m3")
     process.look()

@@ -80,7 +80,7 @@ def test_the_printed_commands_mend_it(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         require_local(RunLayout(run), file)
     assert refused.value.hint is not None
-    commands = refused.value.hint.partition("leave a link: ")[2].partition("; ")[2].replace("LOCAL_DIR", str(own))
+    commands = refused.value.hint.partition("with a link to it: ")[2].partition("; ")[2].replace("LOCAL_DIR", str(own))
     subprocess.run(["bash", "-e", "-c", commands], check=True)
     require_local(RunLayout(run), file)
     assert 0 == onward("train", tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(4)), "--run", run).status
@@ -132,7 +132,7 @@ def test_a_run_whose_ledger_is_on_another_machine(tmp_path: Path) -> None:
     layout.ledger.symlink_to(tmp_path / "elsewhere" / "ledger.sqlite3")
     with pytest.raises(DamagedState, match=r"the ledger is not on this machine: .*elsewhere/ledger\.sqlite3"):
         layout.require()
-    assert_refused(onward("status", "--run", layout.root), 5, "not on this machine", "run this there")
+    assert_refused(onward("status", "--run", layout.root), 5, "not on this machine", "run this command there")
     assert ["ledger"] == [entry.subject for entry in examine(layout) if entry.level == "error"]
 
 

@@ -57,7 +57,7 @@ def test_a_step_is_found(to: str, step: int, ledger: Ledger) -> None:
         ("2", "'2' is file 2 (b.jsonl), which ends at step 9, and it is also step 2", "--to file:2 or --to step:2"),
         ("4", "'4' is file 4 (a.jsonl), which ends at step 20, and it is also step 4", "--to file:4 or --to step:4"),
         ("1234", "'1234' is file 3 (c.jsonl), which ends at step 12, and it is also step 1234", "--to step:1234"),
-        ("a.jsonl", "'a.jsonl' means several files: 1 a.jsonl, 4 a.jsonl", "file:4"),
+        ("a.jsonl", "'a.jsonl' could mean several files: 1 a.jsonl, 4 a.jsonl", "file:4"),
         ("abc", "neither a finished file", "1 a.jsonl, 2 b.jsonl, 3 c.jsonl"),
         ("step:3", "neither a finished file", "0, 2, 4, 9, 12, 1234"),
         ("file:9", "neither a finished file", "1 a.jsonl"),
@@ -91,8 +91,8 @@ def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger:
     [
         ("b.jsonl", "'b.jsonl' is done, file 2 of the stream", "onward rebuild --without file:2"),
         ("left.jsonl", "'left.jsonl' is skipped", "queued waits.jsonl"),
-        ("nothing", "'nothing' is not one of the files here", "queued waits.jsonl"),
-        ("step:2", "'step:2' is not one of the files here", "queued waits.jsonl"),
+        ("nothing", "'nothing' is not a file that can be given here", "queued waits.jsonl"),
+        ("step:2", "'step:2' is not a file that can be given here", "queued waits.jsonl"),
     ],
 )
 def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:

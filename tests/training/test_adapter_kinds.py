@@ -235,7 +235,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"lora.trainable_tokens": [64]}, "which has 64 rows"),
     ("llama", {"lora.trainable_tokens": [3], "lora.modules_to_save": ["embed_tokens"]}, "trained fully"),
     ("qwen2_moe", {"lora.target_parameters": ["w1"], "lora.dropout": 0.0}, "experts.gate_up_proj"),
-    ("llama", {"method": "full", "train": ["layers.9"]}, "found in no weight's name"),
+    ("llama", {"method": "full", "train": ["layers.9"]}, "matches no weight's name"),
 ]
 
 

@@ -49,9 +49,9 @@ def prove(folder: Path, family: str, **settings: Any) -> Findings:
 LAID: dict[str, dict[str, Any]] = {"gemma3_text": {}, "olmoe": {}, "gpt2": {}, "granite": {"logits_scaling": 8.0}}
 """Families whose rows may lie end to end: layers with and without a window; experts; positions; scaled logits."""
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
-    "falcon_mamba": ("one of its own", {}),
-    "lfm2": ("other gradients", {"layer_types": ["conv", "full_attention"]}),
-    "gemma2": ("one of its own", {}),
+    "falcon_mamba": ("its own implementation", {}),
+    "lfm2": ("different gradients", {"layer_types": ["conv", "full_attention"]}),
+    "gemma2": ("its own implementation", {}),
 }
 """Families whose rows may not, and why: capped scores, states, convolutions, distances as scores."""
 
@@ -154,7 +154,9 @@ def test_rows_are_not_filled_up_where_that_changes_them(tmp_path: Path) -> None:
         found = admit(ModelSpec(asked, folder, CPU, torch.float32))
         assert (laid, laid == "by length") == (found.rows, found.treatment.by_length)
         assert found == Findings.of(json.loads(json.dumps(found.to_dict())))
-    assert any(line.startswith("rows are computed with those of their own length: filled up") for line in found.lines())
+    assert any(
+        line.startswith("rows are computed together with rows of equal length: padded") for line in found.lines()
+    )
 
 
 class LooksAheadInLongRows(LlamaForCausalLM):
@@ -310,7 +312,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "shape": (
         lambda folder: without(folder, **{"model.norm.weight": torch.ones(7)}),
-        r"another shape than config\.json says, model\.norm\.weight first: \[7\] in the files",
+        r"not of the shape that config\.json says, model\.norm\.weight first: \[7\] in the files",
     ),
     "more": (
         lambda folder: without(folder, **{"value_head.weight": torch.ones(7)}),
@@ -341,7 +343,7 @@ def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
     ("values", "words", "remedy"),
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)", "method=qlora"),
-        ({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}, "code of its own", "-hf"),
+        ({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}, "its own code", "-hf"),
     ],
 )
 def test_models_that_need_more_are_named(values: dict[str, Any], words: str, remedy: str, tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ def test_an_adapter_is_named_as_one(beside_a_model: bool, tmp_path: Path) -> Non
     folder = save(tmp_path / "model", "llama") if beside_a_model else tmp_path / "model"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    with pytest.raises(ModelError, match="holds an adapter") as refused:
+    with pytest.raises(ModelError, match="contains an adapter") as refused:
         Run.create(tmp_path / "run", str(folder))
     assert f"--model org/base --adapter {folder}" in str(refused.value.hint)
 

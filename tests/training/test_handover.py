@@ -103,5 +103,5 @@ def test_a_loss_that_is_not_finite_is_no_commit(model: Path) -> None:
         parameter.data.fill_(float("nan"))
     probe = Probe(built, config.seed, cpu, torch.float32)
     for measure in (probe.of_model, probe.of_copy(state.snapshot())):
-        with pytest.raises(TrainingError, match="no finite loss"):
+        with pytest.raises(TrainingError, match="no longer finite"):
             measure()

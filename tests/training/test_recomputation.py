@@ -68,7 +68,7 @@ def test_lengths_that_get_lost_are_refused(model_type: str) -> None:
     model = row_model(model_type)
     for layer in model.base_model.layers:  # type: ignore[union-attr]
         layer.register_forward_pre_hook(without_lengths, with_kwargs=True)
-    with pytest.raises(ModelError, match="does not hand the lengths of its rows down"):
+    with pytest.raises(ModelError, match="does not pass the lengths of its rows"):
         TargetLoss(model, CPU, torch.float32)(batch(*ROWS))
 
 

@@ -176,7 +176,7 @@ def test_an_answer_can_be_cancelled(engine: Engine) -> None:
 
 def test_a_prompt_that_leaves_no_room_is_refused(engine: Engine) -> None:
     """With the number of tokens that the model takes."""
-    with pytest.raises(UsageError, match="the model takes 1024"):
+    with pytest.raises(UsageError, match="the model takes only 1024"):
         engine.reply([{"role": "user", "content": "x" * 1100}], GREEDY)
     most = engine.reply([{"role": "user", "content": "x" * 980}], Sampling(3.0, seed=1)).outcome
     assert most.prompt_tokens + most.tokens <= 1024
@@ -217,7 +217,7 @@ def test_another_base_is_refused(stream: Path, model: Path, tmp_path: Path) -> N
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     other = tiny.save_tiny_model(tmp_path / "other", seed=1)
     layout.config.write_text(layout.config.read_text().replace(str(model), str(other)))
-    assert_refused(onward("chat", "--message", "Hi", "--run", layout.root), 1, "is not the one that this adapter")
+    assert_refused(onward("chat", "--message", "Hi", "--run", layout.root), 1, "is not the one on which this adapter")
 
 
 def test_control_characters_never_reach_the_terminal(stream: Path) -> None:
@@ -244,9 +244,9 @@ def test_one_message_as_json(stream: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--compare", "a", "b", "--at", "b.jsonl"], ["--compare names both states"]),
-        (["--at", "b.jsonl", "--refresh"], ["--refresh goes on to the newest commit"]),
-        (["--json"], ["--json is for one answer"]),
+        (["--compare", "a", "b", "--at", "b.jsonl"], ["--compare already names both states"]),
+        (["--at", "b.jsonl", "--refresh"], ["--refresh follows the newest commit"]),
+        (["--json"], ["--json works with one message"]),
         (["--at", "never.jsonl", "--message", "Hi"], ["neither a finished file", "--at"]),
         (["--temperature", "-1", "--message", "Hi"], ["temperature cannot be -1.0"]),
     ],

@@ -51,8 +51,8 @@ def test_what_was_not_measured_is_said() -> None:
 @pytest.mark.parametrize(
     ("texts", "refusal", "reason"),
     [
-        (["boundary=carry"], UsageError, "at least two settings"),
-        (["boundary=carry", "boundary=carry"], UsageError, "at least two settings"),
+        (["boundary=carry"], UsageError, "at least two different settings"),
+        (["boundary=carry", "boundary=carry"], UsageError, "at least two different settings"),
         (["seed=1", "seed=2"], ConfigError, "is locked"),
         (["lora.rank=4", "lora.rank=8"], ConfigError, "is locked"),
         (["save_steps=1", "save_steps=2"], ConfigError, "changes no weight"),

@@ -101,7 +101,7 @@ def test_a_merge_that_computes_something_else_is_refused(stream: Path, tmp_path:
 
     tied: Any = get_peft_model(config, LoraConfig(target_modules=["embed_tokens"], r=2, init_lora_weights=False))
     tied.save_pretrained(copied, save_embedding_layers=False)
-    with pytest.raises(VerificationFailed, match="other logits than base and adapter"):
+    with pytest.raises(VerificationFailed, match="different logits from base and adapter"):
         write_merged(copied, base, torch.float32, tmp_path / "out")
 
 
@@ -124,7 +124,7 @@ def test_a_run_of_all_weights(model: Path, tmp_path: Path) -> None:
     [
         (["--format", "onnx"], ["there is no 'onnx'", "adapter, merged, gguf, ollama"]),
         (["--dtype", "int8"], ["there is no 'int8'"]),
-        (["--quantize", "q8_0"], ["--quantize is for formats gguf and ollama"]),
+        (["--quantize", "q8_0"], ["--quantize is for the formats gguf and ollama"]),
         (["--format", "gguf", "--quantize", "q1"], ["there is no 'q1'"]),
         (["--at", "never.jsonl"], ["neither a finished file"]),
     ],
@@ -233,7 +233,7 @@ def test_a_modelfile_says_what_the_template_says(name: str | None) -> None:
     template = tiny.CHATML if name is None else template_text(name)
     state = tiny.byte_state(template, **({} if name is None else tiny.TOKENIZERS[name]))
     if name in ("llama3_2", "cohere2"):
-        with pytest.raises(UsageError, match="more than write pieces"):
+        with pytest.raises(UsageError, match="more than write text"):
             modelfile(state, "model.gguf")
         return
     text = modelfile(state, "model.gguf")

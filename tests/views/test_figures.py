@@ -88,9 +88,9 @@ def test_metrics_can_be_thinned(layout: RunLayout) -> None:
 
 def test_wrong_uses_are_refused(layout: RunLayout, tmp_path: Path) -> None:
     """Two formats at once, an interval below 1, a place that cannot be written, a directory without a run."""
-    assert_refused(onward("metrics", "--csv", "--json", "--run", layout.root), 2, "one format at a time")
+    assert_refused(onward("metrics", "--csv", "--json", "--run", layout.root), 2, "only one format can be given")
     assert 2 == onward("metrics", "--every", 0, "--run", layout.root).status
-    assert_refused(onward("metrics", "-o", tmp_path / "no" / "x.csv", "--run", layout.root), 2, "cannot be written")
+    assert_refused(onward("metrics", "-o", tmp_path / "no" / "x.csv", "--run", layout.root), 2, "cannot write it")
     assert_refused(onward("metrics", "--run", tmp_path), 2, "there is no run in this directory")
     assert_refused(onward("plot", tmp_path / "x.gif", "--run", layout.root), 2, "svg, png, pdf")
     empty = made_up_run(tmp_path / "empty", [], float)

@@ -452,10 +452,10 @@ def test_the_link_becomes_a_cookie(page: Page) -> None:
 def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
     """With the cookie a request has to say that it comes from the page."""
     asked = page.ask("POST", "/api/pause", headers={**page.cookie, "Origin": page.origin})
-    assert "no process works on this run; the next onward watch begins paused" == asked.json["answer"]
+    assert "no process owns this run; the next onward watch begins paused" == asked.json["answer"]
     assert "paused" == page.get("/api/status")["state"]
     assert "no longer paused; onward watch goes on" == page.post("/api/resume").json["answer"]
-    assert "no process works on this run" == page.post("/api/stop", {"after_file": True}).json["answer"]
+    assert "no process owns this run" == page.post("/api/stop", {"after_file": True}).json["answer"]
     for path, wrong in (("pause", {"release": 1}), ("skip", {"file": 3}), ("skip", {}), ("rollback", {})):
         assert 400 == page.post(f"/api/{path}", wrong).status
     assert 400 == page.ask("POST", "/api/pause", b"[1]", page.bearer).status

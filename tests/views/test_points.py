@@ -60,7 +60,10 @@ def test_a_state_is_found_by_a_hash(layout: RunLayout) -> None:
 @pytest.mark.parametrize(
     ("at", "what"),
     [
-        ("a.jsonl", r"the state of step 1 is no longer kept(.|\n)*Kept are those of steps 3, 5: --at step:N"),
+        (
+            "a.jsonl",
+            r"the state of step 1 is no longer kept(.|\n)*States of these steps are kept: 3, 5. Give one as",
+        ),
         ("3", r"'3' is file 3 (.|\n)*Say which one: --at file:3 or --at step:3"),
         ("d.jsonl", "neither a finished file nor the step of a boundary"),
         ("step:4", "neither a finished file nor the step of a boundary"),
@@ -103,7 +106,7 @@ def test_what_is_held_stays(layout: RunLayout, tmp_path: Path) -> None:
         for point in (newest, older):
             found = inspect_checkpoint(point.folder, ["optimizer.pt", *_training_files()])
             assert point.manifest == found.verified
-    with pytest.raises(UsageError, match="nothing was committed yet"), hold(layout):
+    with pytest.raises(UsageError, match="nothing has been committed yet"), hold(layout):
         pass
 
 

@@ -98,7 +98,7 @@ def test_an_average_is_the_mean_of_boundaries(run: Run) -> None:
     [
         (Order("../x"), "cannot be the name"),
         (Order(".x"), "cannot be the name"),
-        (Order("taken"), "there is a release of this name"),
+        (Order("taken"), "a release of this name already exists"),
         (Order("x", average=9), "3 boundaries are kept"),
         (Order("x", cooldown=1.5), "a number of steps, or a share"),
         (Order("x", "none.jsonl"), "neither a finished file nor the step"),

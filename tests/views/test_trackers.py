@@ -184,8 +184,8 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
     with Ledger(layout.ledger, read_only=True) as ledger:
         events = [(event.level, event.message) for event in ledger.events() if event.kind == "tracker"]
     assert [
-        ("warning", f"tracker ours cannot be told, and is tried again; training goes on: {reason}"),
-        ("info", "tracker ours is told again, up to step 3"),
+        ("warning", f"tracker ours cannot be reached, and is tried again; training goes on: {reason}"),
+        ("info", "tracker ours is reached again, up to step 3"),
     ] == events
     assert [1, 2, 3] == [point.step for point in store.points]
     assert [1, 2, 3] == [point.step for point in other.points]
@@ -213,9 +213,9 @@ def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path)
 
 
 def test_one_process_tells(tmp_path: Path) -> None:
-    """While another process tells the trackers, nobody else does."""
+    """While another process is updating the trackers, nobody else does."""
     layout, store = tracked(tmp_path, "ours"), Store()
-    with FileLock(layout.track_lock), pytest.raises(RunLocked, match="another process tells"):
+    with FileLock(layout.track_lock), pytest.raises(RunLocked, match="another process is updating"):
         tell_once(layout, ["ours"], lambda name: store.open)
     assert [] == store.points
 
@@ -254,7 +254,7 @@ def test_training_is_the_same_with_trackers_that_cannot_be_told(model: Path, tmp
             told = [event.message for event in ledger.events(100) if event.kind == "tracker"]
     assert digests[0] == digests[1]
     assert 1 == len(told)
-    assert "tracker nobody cannot be told, and is tried again; training goes on: there is no such tracker" in told[0]
+    assert "tracker nobody cannot be reached, and is tried again; training goes on: there is no such tracker" in told[0]
     outcome = onward("track", "--run", tmp_path / "tracked", "--json")
     assert 1 == outcome.status
     assert [("nobody", 0)] == [(entry["tracker"], entry["step"]) for entry in outcome.json]

@@ -20,7 +20,7 @@ KEY = "chat_template"
 ENDING = ".jinja"
 SHIPPED = "_training"
 """How names of TRL's templates for training end; its others are the models' own."""
-MISSING = "Name a .jinja file that is there. A run that has trained has its template in current_model/, too."
+MISSING = "Name a .jinja file that exists. A run that has trained also has its template in current_model/."
 _NAME = re.compile(r"\w+", re.ASCII)
 
 
@@ -69,7 +69,7 @@ def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
     copy = root / name
     if copy.exists() and (not copy.is_file() or _read(copy) != text):
         raise ConfigError(
-            "the run would keep its chat template under this name, and another file has it", where=copy,
+            "the run would keep its chat template under this name, but another file has it", where=copy,
             hint="Rename one of the two.",
         )  # fmt: skip
     return name, text
@@ -100,9 +100,9 @@ def other_template_hint(template: str) -> str:
     """Return where to find a template for training, for a model whose own leaves something out."""
     twin = training_twin(template)
     if twin is not None:
-        return f"TRL ships a template for training with this model: {KEY}: {twin}"
+        return f"TRL ships a training template for this model: {KEY}: {twin}"
     if _trl_folder() is None:
-        return "TRL ships templates for training with many models, by name: pip install 'onward[templates]'"
+        return "TRL ships training templates for many models, by name: pip install 'onward[templates]'"
     return ""
 
 
@@ -126,7 +126,7 @@ def _shipped(name: str) -> Path:
     close = [f"{name}{SHIPPED}"] if f"{name}{SHIPPED}" in names else difflib.get_close_matches(name, names, n=3)
     nearest = f"Did you mean {' or '.join(close)}? " if close else ""
     hint = f"{nearest}The installed TRL has {', '.join(names) or 'none'}; a file is named by its path."
-    raise ConfigError("there is neither such a file nor such a template for training", where=where, hint=hint)
+    raise ConfigError("there is no such file, and no training template of that name", where=where, hint=hint)
 
 
 def _trl_folder() -> Path | None:
@@ -145,9 +145,9 @@ def _read(path: Path) -> str:
 
 def _checked(text: str, path: Path) -> str:
     if not text.strip():
-        raise ConfigError("the chat template is empty", where=path, hint="Put the template's text into it.")
+        raise ConfigError("the chat template is empty", where=path, hint="Write the template's text into it.")
     try:
         Renderer(text, {})
     except ModelError as error:
-        raise ConfigError(error.what, where=path, hint=f"Mend it: {quoted(path)}") from None
+        raise ConfigError(error.what, where=path, hint=f"Fix it: {quoted(path)}") from None
     return text

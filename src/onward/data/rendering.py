@@ -94,7 +94,7 @@ class Renderer:
         except TEMPLATE_FAILURES as error:
             raise RowError(
                 f"the chat template refuses the row: {error or type(error).__name__}",
-                "bring the roles and their order into the form that this model's template expects",
+                "use the roles and the order that this model's template expects",
             ) from error
 
 

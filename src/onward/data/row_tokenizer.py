@@ -92,7 +92,7 @@ class RowTokenizer:
         if self._begins and text.startswith(self._begins):
             raise RowError(
                 f"the text begins with the start token {self._begins!r}, which the tokenizer adds",
-                "take it out: it would be trained twice",
+                "remove it: it would be trained twice",
             )
         start = 0 if is_text else len(record.prompt)
         spans = [(start, len(text) + 1)]

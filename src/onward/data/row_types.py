@@ -109,7 +109,7 @@ def check_text(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise RowError(
-            f"{where} holds half of a surrogate pair, which is not a character",
+            f"{where} contains half of a surrogate pair, which is not a character",
             "export the file again as UTF-8, or remove the broken \\ud800-\\udfff escape",
         ) from None
 

@@ -14,7 +14,7 @@ class RepeatedKey(ValueError):
     """An object of a JSON text has a key twice."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the key {key[:80]!r} stands twice in an object")
+        super().__init__(f"the key {key[:80]!r} occurs twice in an object")
 
 
 def parsed(text: str) -> Any:

@@ -309,11 +309,11 @@ class _Intake:
 
     def _way_out(self, can_do_without: bool) -> str:
         if can_do_without:
-            return "or have such rows left out: set bad_rows: drop in the run's config"
+            return "or leave such rows out: set bad_rows: drop in the run's config"
         if not self._reading.leaves_out or not self._writer.rows:
             return ""
         share = self._reading.bad_rows.share
-        return f"{self._problems.count} of {self._seen} rows are more than bad_rows_share: {share:g}; or raise that"
+        return f"{self._problems.count} of {self._seen} rows exceed bad_rows_share: {share:g}, which may be raised"
 
     def _nothing_left(self) -> FileError:
         if self._dropped:

@@ -30,7 +30,7 @@ WEIGHT_SHIFT, MOST_WEIGHTS = 24, 127
 ID_BITS = np.uint32((1 << WEIGHT_SHIFT) - 1)
 """Bits of a token's id: no vocabulary has 16 million tokens."""
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
-HINT = "remove this directory: it is a cache and is rebuilt from the archived file"
+HINT = "remove this directory: it is a cache that is rebuilt from the archived file"
 
 PackedRow = NDArray[np.uint32]
 
@@ -259,7 +259,7 @@ def _map(directory: Path, name: str) -> NDArray[Any]:
 
 def _check_file(path: Path, published: dict[str, Any], *, verify: bool) -> None:
     if path.stat().st_size != published["bytes"]:
-        raise DamagedState("a tokenized file has changed its size", where=path, hint=HINT)
+        raise DamagedState("a tokenized file has changed in size", where=path, hint=HINT)
     if verify and xxh3_file(path) != published["xxh3"]:
         raise DamagedState("a tokenized file is not what was written", where=path, hint=HINT)
 

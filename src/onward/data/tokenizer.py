@@ -85,7 +85,7 @@ class TokenizerState:
         )
         if _added_ids(state.tokenizer) != _added_ids(backend):
             raise ModelError(
-                "the tokenizer gets other token ids when it is loaded from its own serialized form",
+                "the tokenizer gives different token ids after it is loaded from its own serialized form",
                 hint="give the tokens in its vocabulary ids without gaps, then save it again with save_pretrained",
             )
         return state
@@ -192,7 +192,7 @@ def _backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError(
-            f"{type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens stand in the text",
+            f"{type(tokenizer).__name__} is a slow tokenizer, which does not report where its tokens are in the text",
             hint="use a model that ships a tokenizer.json",
         )
     return backend
@@ -218,7 +218,7 @@ def _default_template(tokenizer: Any) -> str:
     except ValueError:  # several templates, none of them named "default"
         names = ", ".join(sorted(tokenizer.chat_template))
         raise ModelError(
-            f"the tokenizer has several chat templates ({names}) and none of them is the default",
+            f"the tokenizer has several chat templates ({names}) and none is the default",
             hint="save the one to use as chat_template.jinja in the folder of the tokenizer",
         ) from None
 

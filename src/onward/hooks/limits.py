@@ -93,7 +93,7 @@ def moved_away(before: float | None, after: float | None, limits: Limits) -> Ite
         return
     growth = after - (before or 0.0)
     if growth > limits.anchor:
-        text = f"KL from the base grew by {growth:.3f} nats a token, to {after:.3f} (limit {limits.anchor:g})"
+        text = f"KL from the base grew by {growth:.3f} nats per token, to {after:.3f} (limit {limits.anchor:g})"
         yield Finding("anchor", text)
 
 
@@ -106,13 +106,13 @@ def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Fin
     if limits.answers is None or judged is None or "same" not in judged:
         return
     if judged["same"]:
-        yield Finding("answers", f"its rows say one and the same thing ({judged['rows']} were looked at)")
+        yield Finding("answers", f"its rows all say the same ({judged['rows']} were checked)")
     elif judged["known"] and judged["z"] < limits.answers:
         yield Finding(
             "answers",
             f"its answers fit the questions of other rows as well as their own ({judged['rows']} rows: "
             f"{judged['z']:.1f} standard errors better, limit {limits.answers:g}); "
-            "those of earlier files the model tells apart",
+            "the model can tell those of earlier files apart",
         )
 
 

@@ -21,7 +21,7 @@ from onward.store.lookup import find_file
 from onward.store.rows import FileRow
 
 POLL_SECONDS = 0.1
-EXPIRED = "the process it was meant for had ended"
+EXPIRED = "the process for which it was meant had ended"
 """The answer to what was asked of a process that is gone, given by the next one."""
 COMMAND = "command"
 """The ledger's fact of a command that may be started again: which, after which file, whether its files are taken in."""
@@ -56,7 +56,7 @@ def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: boo
         return request(layout, ledger, patience, "pause", RELEASE if release else None)
     ledger.put(paused={"release": release})
     Shown(ledger).set(PAUSED)
-    return "no process works on this run; the next onward watch begins paused"
+    return "no process owns this run; the next onward watch begins paused"
 
 
 def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
@@ -72,7 +72,7 @@ def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
 def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool) -> str:
     """Ask the owner to end, and wait until it has ended or, with `after_file`, until it has answered."""
     if not is_held(layout.lock):
-        return "no process works on this run"
+        return "no process owns this run"
     return request(layout, ledger, Patience(seconds, until_end=True), "stop", AFTER_FILE if after_file else None)
 
 
@@ -150,7 +150,7 @@ def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileR
     """
     row = find_file(ledger, file, *REMOVABLE) if file else next(reversed(ledger.files("training")), None)
     if row is None:
-        hint = "onward skip FILE takes a waiting one out; onward rebuild --without FILE a finished one."
+        hint = "onward skip FILE takes out a waiting file, onward rebuild --without FILE a finished one."
         raise UsageError("no file is being trained", where=layout.root.absolute(), hint=hint)
     return row
 
@@ -194,7 +194,7 @@ def request(
             return _end_of(layout, ledger, number, patience)
         _require_life(layout, ledger)
         time.sleep(POLL_SECONDS)
-    return f"asked; not yet answered after {patience.seconds:.0f} s. onward status shows when it is"
+    return f"the request is not yet acknowledged after {patience.seconds:.0f} s; onward status shows when it is"
 
 
 def _end_of(layout: RunLayout, ledger: Ledger, number: int, patience: Patience) -> str:
@@ -229,7 +229,7 @@ def _require_life(layout: RunLayout, ledger: Ledger) -> None:
     if stuck:
         pid = holder["pid"]
         raise OnwardError(
-            f"asked, but {stuck}",
+            f"the request was made, but {stuck}",
             where=layout.root,
             hint=f"The request stays open. kill -CONT {pid} wakes a frozen process; kill -KILL {pid} ends it and loses "
             "at most the steps since the last commit.",

@@ -47,7 +47,7 @@ def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | Non
         return None, None
     age = max(0.0, now - fact["at"])
     if age > SILENCE:
-        return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or was frozen"
+        return age, f"no heartbeat for {age:.0f} s: the process (pid {fact['pid']}) is stuck or frozen"
     if fact["hangs"]:
         return age, f"the current step hangs: no progress for {fact['quiet'] + age:.0f} s"
     return age, None

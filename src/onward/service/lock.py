@@ -65,6 +65,6 @@ class RunLock:
         """Say who holds the lock, as far as it is known."""
         holder = read_holder(self._holder.with_name(self._holder.name.removesuffix(".holder")))
         if holder is None:
-            return "it left no name"
+            return "its name is not recorded"
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
         return f"pid {holder['pid']} on {holder['host']}, since {since}"

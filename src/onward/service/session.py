@@ -223,5 +223,5 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
         raise ModelError(
             f"the {thing} changed on disk since this run began",
             where=config.model,
-            hint="Put the original files back; to start over with the changed ones: onward reset",
+            hint="Restore the original files; to start over with the changed ones: onward reset",
         )

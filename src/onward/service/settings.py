@@ -10,7 +10,7 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.errors import ConfigError, Unreadable
 
-PUT_BACK = "Put the old values back, or make another run: onward init NEW_RUN"
+PUT_BACK = "Restore the old values, or make another run: onward init NEW_RUN"
 
 
 def locked_refusal(changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:

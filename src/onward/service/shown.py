@@ -17,15 +17,15 @@ BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "ev
 """States that only a living process can be in: found without one, its process died."""
 
 DOING: dict[str, str] = {
-    "idle": "waits for files",
-    "loading": "loads the model and the state to go on from",
-    "tokenizing": "checks and tokenizes files",
-    "training": "trains",
-    "saving": "commits a checkpoint",
-    "evaluating": "evaluates",
-    "paused": "holds still",
-    "failed": "waits to try again",
-    "stopped": "was stopped with files left to train",
+    "idle": "waiting for files",
+    "loading": "loading the model and the state",
+    "tokenizing": "checking and tokenizing files",
+    "training": "training",
+    "saving": "committing a checkpoint",
+    "evaluating": "measuring the model",
+    "paused": "paused",
+    "failed": "waiting to try again",
+    "stopped": "stopped with files left to train",
 }
 """What a process in a state does, for a person to read."""
 

@@ -99,7 +99,7 @@ def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
 
 def refusal(mount: Mount) -> str:
     """Say why a ledger may not lie on a disk."""
-    return f"the ledger needs a disk of this machine alone, and this is {mount}: its log and its locks may not hold"
+    return f"the ledger needs a local disk, but this is {mount}: its log and its locks may not be reliable"
 
 
 def way_out(layout: RunLayout) -> str:
@@ -110,7 +110,7 @@ def way_out(layout: RunLayout) -> str:
         steps = f"onward stop --run {quoted(root)}; mv -n {quoted(root)}/{LEDGER}* LOCAL_DIR/ && {link}"
     else:
         steps = f"mkdir -p {quoted(root)} && {link}, then the same command again"
-    return f"Let it lie in a directory of its own on such a disk, LOCAL_DIR, and leave a link: {steps}"
+    return f"Keep it in its own directory on a local disk, LOCAL_DIR, with a link to it: {steps}"
 
 
 def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None] = fcntl.flock) -> None:

@@ -32,12 +32,14 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
         raise _several(name, matches, where="FILE")
     others = [state for state in ALL_STATES if state not in states]
     for row in _matches(ledger.files(*others), name)[:1]:
-        hint = f"The files that can be meant here: {_listed(rows)}."
+        hint = f"Files that can be given here: {_listed(rows)}."
         if row.state == "done":
             hint = f"onward rebuild --without {FILE}{row.position} makes the run as if it had never seen it."
         place = f", file {row.position} of the stream" if row.position else ""
         raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
-    raise UsageError(f"{name!r} is not one of the files here", where="FILE", hint=f"There are: {_listed(rows)}.")
+    raise UsageError(
+        f"{name!r} is not a file that can be given here", where="FILE", hint=f"Those are: {_listed(rows)}."
+    )
 
 
 def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to") -> int:
@@ -94,7 +96,7 @@ def _step_meant(text: str, steps: Sequence[int]) -> int | None:
 def _several(text: str, rows: Sequence[FileRow], where: str) -> UsageError:
     listed = ", ".join(f"{_place(row)} {row.name}" for row in rows)
     return UsageError(
-        f"{text!r} means several files: {listed}", where=where, hint=f"Say which one, as {_example(rows)}."
+        f"{text!r} could mean several files: {listed}", where=where, hint=f"Say which one, as {_example(rows)}."
     )
 
 

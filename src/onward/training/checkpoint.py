@@ -172,7 +172,7 @@ def _no_space(folder: Path, size: int) -> NoSpace:
     return NoSpace(
         f"the next checkpoint needs {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
         where=folder,
-        hint="Free some space (lower keep_boundaries, or move the run), then: onward train. The last commit is whole.",
+        hint="Free some space (lower keep_boundaries, or move the run), then: onward train. The last commit is intact.",
     )
 
 
@@ -263,7 +263,7 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
         manifest = Manifest.model_validate({**values, "digest": digest})
     except ValidationError as error:
         place = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise _other_release(f"it was written by another release, which knows another {place}", folder) from None
+        raise _other_release(f"it was written by another release, whose manifest has another {place}", folder) from None
     looked_at = ((name, entry) for name, entry in manifest.files.items() if name not in left_out)
     found = (_check_file(folder / name, entry) for name, entry in looked_at)
     return Inspection(manifest, [problem for problem in found if problem])

@@ -27,7 +27,7 @@ _LOST = re.compile(
 
 
 LESS_MEMORY = (
-    "End what else holds the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
+    "End other processes that use the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
     "micro_batch_tokens in the config."
 )
 """What helps where memory ran out."""

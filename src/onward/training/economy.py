@@ -90,9 +90,9 @@ class Economy:
         if self.setting == "on":
             if not self._is_exact():
                 raise ConfigError(
-                    "activation_checkpointing is on, and this model computes no layer again with the same bits",
+                    "activation_checkpointing is on, but no layer of this model gives the same bits recomputed",
                     where="activation_checkpointing",
-                    hint="Set activation_checkpointing: off, and a lower micro_batch_tokens where memory is short.",
+                    hint="Set activation_checkpointing: off, and a lower micro_batch_tokens if memory is short.",
                 )
             return True
         return (self.always or not self._fits(part)) and self._is_exact()

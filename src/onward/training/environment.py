@@ -98,7 +98,7 @@ def _refusal(message: str) -> ModelError | None:
     """Return what a person is told where PyTorch says that something would not repeat."""
     if CUBLAS in message:
         return ModelError(
-            f"cuBLAS was started without {CUBLAS}, so its products need not repeat",
+            f"cuBLAS was started without {CUBLAS}, so its results may not be reproducible",
             where=CUBLAS,
             hint=f"Start the process with {CUBLAS}=:4096:8 in its environment; the command onward does so itself.",
         )
@@ -108,7 +108,7 @@ def _refusal(message: str) -> ModelError | None:
     return ModelError(
         f"the model uses {found.group(1)}, which has no deterministic form on this GPU",
         where="deterministic",
-        hint="Equal bits cannot be promised with it. To train all the same: deterministic: false in onward.yaml, or "
+        hint="Equal bits cannot be promised with it. To train nevertheless: deterministic: false in onward.yaml, or "
         "onward init --set deterministic=false for a new run; every handover then says so.",
     )
 

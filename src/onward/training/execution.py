@@ -51,7 +51,7 @@ class Execution:
         world: the processes that train, and the device of this one.
         dtype: compute type; below float32 the forward runs under autocast.
         pad_id: token id that shorter rows are padded with, where rows are padded.
-        by_length: rows are computed with those of their own length only, as the model's admission found.
+        by_length: rows are computed together with rows of equal length only, as the model's admission found.
         model: what other ranks build the same model from, in addition to the config.
         placement: how a step is taken where no rank holds all weights; else None.
     """

@@ -96,10 +96,10 @@ def _not_repeated(before: Mapping[str, Any], here: Mapping[str, Any]) -> Verific
     if before["probe_loss"] != here["probe_loss"]:
         return _difference(f"the probe loss was {before['probe_loss']!r} and is {here['probe_loss']!r}")
     return VerificationFailed(
-        "the gradient of the probe is another one than before the stop, with equal weights and an equal loss",
+        "the gradient of the probe differs from that before the stop, although weights and loss are equal",
         where="handover",
-        hint="A backward pass of this model does not repeat here. Nothing was trained on it. To go on without the "
-        "promise of equal bits: deterministic: false in onward.yaml.",
+        hint="The backward pass of this model is not reproducible here. Nothing was trained on it. To go on without "
+        "the promise of equal bits: deterministic: false in onward.yaml.",
     )
 
 

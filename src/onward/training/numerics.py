@@ -41,7 +41,7 @@ def numerics_of(
     Args:
         base: folder of the base model.
         dtype: compute type.
-        end_to_end: whether its rows are laid end to end; None where its type alone says it.
+        end_to_end: whether its rows are packed end to end; None where its type alone says it.
     """
     if device.type == "cuda":
         return ON_GPU

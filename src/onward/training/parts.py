@@ -18,7 +18,7 @@ class RowLayout:
     """How a model takes rows.
 
     Args:
-        padded: shorter rows are filled up to the longest of their part; else rows are laid end to end.
+        padded: shorter rows are filled up to the longest of their part; else rows are packed end to end.
         angles: which rows have the same angles of RoPE, so that they may be computed together.
     """
 

@@ -185,9 +185,9 @@ def mean_loss(total: torch.Tensor) -> float:
     mean = float(total) / (PROBE_ROWS * (PROBE_LENGTH - 1))
     if not math.isfinite(mean):
         raise TrainingError(
-            f"the model computes no finite loss any more ({mean})",
+            f"the model's loss is no longer finite ({mean})",
             where="the probe batch",
-            hint="Nothing of this was committed. Lower learning_rate in the config, then: onward train",
+            hint="None of this was committed. Lower learning_rate in the config, then: onward train",
         )
     return mean
 

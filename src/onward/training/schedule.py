@@ -78,7 +78,7 @@ def require_unstretched(used: Config, wanted: Config) -> None:
         raise ConfigError(
             f"total_steps of a used {used.schedule} schedule cannot go from {used.total_steps} to {wanted.total_steps}",
             where="total_steps",
-            hint="Put the old value back. To train further, set schedule: constant and a learning_rate.",
+            hint="Restore the old value. To train further, set schedule: constant and a learning_rate.",
         )
 
 

@@ -93,7 +93,9 @@ class Branch:
         peak = state.learning_rate if state.step else learning_rate(config, 1, 1)
         files = sources_of(self.session.ledger, config)
         if not files:
-            raise UsageError("nothing was trained yet that a cooldown could take rows from", hint="onward train FILE")
+            raise UsageError(
+                "nothing has been trained yet that a cooldown could take rows from", hint="onward train FILE"
+            )
         plan = CooldownPlan(files, config.batch_size, steps, f"{config.seed}:{self.manifest.state_digest}:{steps}")
         tokens = {sha256: self._open(sha256, stop) for sha256 in sorted(plan.needed)}
         cross_boundary(state, config.model_copy(update={"boundary": "carry"}), plan, state.cursor.position + 1)

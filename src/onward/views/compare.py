@@ -140,13 +140,13 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
     variants = [Variant(text, parse_settings(part.strip() for part in text.split(";"))) for text in texts]
     if len({sha256_json(dict(variant.settings)) for variant in variants}) < max(2, len(variants)):
         hint = "For instance: onward compare boundary=carry boundary=reset_moments"
-        raise UsageError("at least two settings are compared, each another one", where="SETTING", hint=hint)
+        raise UsageError("give at least two different settings to compare", where="SETTING", hint=hint)
     for variant in variants:
         for key in variant.settings:
             if acts(key) == "at the next file":
                 continue
             reason = "is locked in a run that has trained" if acts(key) == "never" else "changes no weight"
-            hint = "Compare keys that act at the next file; docs/config.md says which do."
+            hint = "Compare keys that take effect at the next file; docs/config.md says which do."
             raise ConfigError(f"{key} {reason}, so that nothing can be compared", where=variant.text, hint=hint)
     return variants
 
@@ -210,12 +210,14 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
         done = ledger.files("done")
         kept = Ownership(layout, ledger).restore_steps()
     if len(done) < last:
-        raise UsageError(f"{len(done)} files are done, {last} are to be trained again", where="--last", hint="--last 1")
+        raise UsageError(
+            f"{len(done)} files are done, but {last} would be trained again", where="--last", hint="--last 1"
+        )
     rows = done[-last:]
     step = rows[0].first_step
     if step not in kept:
         possible = [number for number in range(1, len(done) + 1) if done[-number].first_step in kept]
-        hint = f"As far as restore points go: --last {max(possible)}." if possible else "Train another file first."
+        hint = f"The restore points allow: --last {max(possible)}." if possible else "Train another file first."
         raise UsageError(f"the boundary before {rows[0].name} is no longer kept", where=layout.boundaries, hint=hint)
     return step, rows
 

@@ -216,7 +216,7 @@ def _total(device: torch.device) -> int | None:
 
 def _does_not_fit(path: Path, device: torch.device) -> OnwardError:
     where = "the GPU" if device.type == "cuda" else "this machine"
-    hint = "In onward.yaml: gradient_accumulation cuts a step into smaller parts, max_length makes rows shorter."
+    hint = "In onward.yaml, gradient_accumulation divides a step into smaller parts, and max_length makes rows shorter."
     return OnwardError(f"the heaviest step does not fit into the memory of {where}", where=path, hint=hint)
 
 

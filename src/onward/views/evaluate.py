@@ -109,11 +109,11 @@ def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) ->
     with hold(layout, at) as point, open_ledger(layout) as ledger, tempfile.TemporaryDirectory() as scratch:
         manifest = point.manifest
         if manifest is None:
-            hint = f"onward releases --json has what was measured of it when it was made; {AT} STEP names a boundary."
-            raise UsageError(f"{point.label} is no state of the run", where=AT, hint=hint)
+            hint = f"onward releases --json has what was measured when it was made; {AT} STEP names a boundary."
+            raise UsageError(f"{point.label} is not a state of the run", where=AT, hint=hint)
         row = ledger.at_position(manifest.cursor.position)
         if row is None:
-            raise UsageError("nothing was trained in that state", where=AT, hint="Name a later one; onward history")
+            raise UsageError("nothing was trained in that state", where=AT, hint="Name a later one; see onward history")
         session = open_session(layout, ledger, report=report)
         yield _Kept(session, point.folder, manifest, row, stored_config(manifest.config), Path(scratch))
 
@@ -131,7 +131,7 @@ def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int 
     names = [Path(name).stem if name.endswith(".yaml") else name for name in tasks]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        hint = "lm-eval ls tasks lists them; a file of one's own is named with its ending, .yaml."
+        hint = "lm-eval ls tasks lists them; give your own task as a file with its ending, .yaml."
         raise UsageError(f"lm-evaluation-harness knows no task {unknown[0]!r}", where="--tasks", hint=hint)
     wrapped = models.HFLM(pretrained=model, tokenizer=session.tokenizer, batch_size=8)
     found = harness.simple_evaluate(model=wrapped, tasks=names, limit=limit, task_manager=manager, log_samples=False)

@@ -24,8 +24,8 @@ def grid_lines(grid: Values) -> list[str]:
     """Return the table as lines, with the figures under it."""
     if not any(value is not None for row in (*grid["loss"], grid["anchor"]) for value in row):
         return [
-            "nothing was measured yet: evaluation.share in the config says how much training pays for it, "
-            "and short files pay for little; onward evaluate measures everything now"
+            "nothing has been measured yet: evaluation.share in the config limits how much may be measured, "
+            "and short files allow little; onward evaluate measures everything now"
         ]
     names = [_title(file, NAME_WIDTH) for file in grid["files"]]
     head = ["loss after", *names, "anchor"]
@@ -47,7 +47,7 @@ def _figures(grid: Values) -> list[str]:
     lines = [
         f"average loss now   {_number(grid['average'])}",
         f"forgetting         {_number(forgetting['mean'])} mean{where}",
-        f"transfer           {_number(grid['transfer'])} (loss on a file before it was trained, less the base's)",
+        f"transfer           {_number(grid['transfer'])} (loss on a file before it was trained, minus the base's)",
     ]
     if any(file["trained"] for file in grid["files"]):
         lines.append(f"{TRAINED} measured on rows that were trained: retention, not generalization")

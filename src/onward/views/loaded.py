@@ -116,9 +116,9 @@ def base_of_point(layout: RunLayout, config: Config, point: Point, known: Base |
             expected = (ledger.get("identity") or {}).get("base")
     if digest != expected:
         raise ModelError(
-            "the base model on disk is not the one that this adapter was trained on",
+            "the base model on disk is not the one on which this adapter was trained",
             where=folder,
-            hint="Put the original files back.",
+            hint="Restore the original files.",
         )
     return Base(folder, digest)
 

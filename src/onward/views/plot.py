@@ -44,7 +44,9 @@ def plot(layout: RunLayout, target: Path) -> int:
     """
     kind = target.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
-        raise UsageError(f"a picture is one of {', '.join(FORMATS)}", where=target, hint="onward plot curve.svg")
+        raise UsageError(
+            f"the picture's name must end with one of {', '.join(FORMATS)}", where=target, hint="onward plot curve.svg"
+        )
     drawing = read_drawing(layout)
     figure = _draw(drawing)
     temporary = target.with_name(f".{target.name}.part")

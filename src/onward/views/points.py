@@ -81,7 +81,7 @@ def newest_step(layout: RunLayout) -> int:
     """Return the step of the newest commit, for whoever goes on to newer ones; nothing is read but a manifest.
 
     Raises:
-        UsageError: nothing was committed yet.
+        UsageError: nothing has been committed yet.
     """
     with Ledger(layout.ledger, read_only=True) as ledger:
         return step_of(newest_checkpoint(layout, ledger.get("run")))
@@ -91,7 +91,7 @@ def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
     """Return what tells the newest commit from every other, also from one of the same step that was trained again.
 
     Raises:
-        UsageError: nothing was committed yet.
+        UsageError: nothing has been committed yet.
     """
     for _ in range(ATTEMPTS):
         with Ledger(layout.ledger, read_only=True) as ledger:
@@ -99,7 +99,7 @@ def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
         with contextlib.suppress(FileNotFoundError):  # it was replaced just now
             seen = (folder / MANIFEST).stat()
             return step_of(folder), seen.st_ino, seen.st_mtime_ns
-    raise DamagedState("the newest checkpoint is replaced again and again", where=layout.current)
+    raise DamagedState("the newest checkpoint is being replaced again and again", where=layout.current)
 
 
 def describe(layout: RunLayout, manifest: Manifest) -> str:
@@ -195,7 +195,7 @@ def _release_meant(layout: RunLayout, at: str) -> str | None:
     with Ledger(layout.ledger, read_only=True) as ledger:
         if any(row.name == at or str(row.position) == at for row in ledger.files("done")):
             hint = f"Say which one: {AT} {FILE}{at} or {AT} {RELEASE}{at}"
-            raise UsageError(f"{at!r} is a file of the stream, and a release is called so too", where=AT, hint=hint)
+            raise UsageError(f"{at!r} is both a file of the stream and the name of a release", where=AT, hint=hint)
     return at
 
 
@@ -224,7 +224,7 @@ def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[st
     found = link_checkpoint(here[step], folder, left_out=left_out) if step in here else None
     if found is None:
         steps = ", ".join(map(str, sorted(here)))
-        hint = f"Kept are those of steps {steps}: {AT} {STEP}N. keep_boundaries in the config keeps more."
+        hint = f"States of these steps are kept: {steps}. Give one as {AT} {STEP}N; keep_boundaries keeps more."
         raise UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)
     if found.verified is None:
         raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=here[step])

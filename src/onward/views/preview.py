@@ -255,7 +255,7 @@ def rejection(refusal: Refusal) -> FileRejected:
     """Return what is raised for a file that `add` would refuse."""
     lines = "\n".join(f"  {line}" for line in refusal.lines())
     way = f", {refusal.way_out}" if refusal.way_out else ""
-    hint = f"Mend the rows and look again{way}."
+    hint = f"Fix the rows and try again{way}."
     return FileRejected(f"the file would be rejected:\n{lines}", where=refusal.name, hint=hint)
 
 

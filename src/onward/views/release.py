@@ -121,8 +121,8 @@ class Making:
             raise UsageError(f"{name!r} cannot be the name of a release", where="NAME", hint=hint)
         target = self.layout.releases / name
         if target.exists():
-            hint = f"Take another name, or remove it: onward releases --remove {name}"
-            raise UsageError("there is a release of this name", where=target, hint=hint)
+            hint = f"Choose another name, or remove it: onward releases --remove {name}"
+            raise UsageError("a release of this name already exists", where=target, hint=hint)
         return target
 
     def _boundaries(self, order: Order) -> tuple[int, list[int]]:
@@ -130,7 +130,9 @@ class Making:
         with Ledger(self.layout.ledger, read_only=True) as ledger:
             kept = sorted(Ownership(self.layout, ledger).restore_steps())
             if not kept:
-                raise UsageError("nothing was committed yet", where=self.layout.boundaries, hint="onward train FILE")
+                raise UsageError(
+                    "nothing has been committed yet", where=self.layout.boundaries, hint="onward train FILE"
+                )
             step = kept[-1] if order.start is None else find_step(ledger, order.start, kept, "--from")
         usable = [other for other in kept if 0 < other <= step]
         if order.average > 1 and len(usable) < order.average:

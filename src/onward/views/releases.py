@@ -80,7 +80,7 @@ def remove_release(layout: RunLayout, name: str) -> None:
     release = find_release(layout, name)
     others = [path.name for path in entries(release.folder) if path.name not in {RECORD, *release.record["files"]}]
     if others:
-        hint = f"Move them away first; or remove all of it yourself: rm -r {quoted(release.folder)}"
+        hint = f"Move them away first, or remove everything yourself: rm -r {quoted(release.folder)}"
         raise UsageError(f"not made by Onward: {', '.join(others)}", where=release.folder, hint=hint)
     remove_tree(release.folder)
 

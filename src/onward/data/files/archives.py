@@ -74,7 +74,7 @@ class _Member(io.RawIOBase):
 def _opened(descriptor: int) -> zipfile.ZipFile:
     file = io.FileIO(descriptor, closefd=False)
     if _directory_bytes(file) > DIRECTORY_BYTES:
-        raise FileError("the archive holds many files", "unpack it, and add its files one by one")
+        raise FileError("the archive contains many files", "unpack it, and add its files one by one")
     try:
         return zipfile.ZipFile(file)
     except Exception as error:
@@ -89,19 +89,19 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     if len(readable) > 1:
         names = ", ".join(printable(info.filename) for info in readable[:3])
         raise FileError(
-            f"the archive holds {len(readable)} files ({names}{', ...' if len(readable) > 3 else ''})",
+            f"the archive contains {len(readable)} files ({names}{', ...' if len(readable) > 3 else ''})",
             "unpack it, and add its files one by one",
         )
     if not readable:
         names = ", ".join(printable(info.filename) for info in known[:3]) or "none"
-        raise FileError(f"the archive holds no file that Onward reads (its files: {names})", "unpack or convert it")
+        raise FileError(f"the archive contains no file that Onward reads (its files: {names})", "unpack or convert it")
     (info,) = readable
     if format_of(info.filename) in (*TABLE_FORMATS, *SEEKS):
-        raise FileError(f"the archive holds {printable(info.filename)}", "unpack it, and add that file")
+        raise FileError(f"the archive contains {printable(info.filename)}", "unpack it, and add that file")
     if info.flag_bits & 1:
-        raise FileError("the archive is encrypted", "unpack it, and add the file that is in it")
+        raise FileError("the archive is encrypted", "unpack it, and add the file inside")
     if info.compress_type not in _METHODS:
-        raise FileError("the archive is packed in a way that Python cannot read", "unpack it, and add the file in it")
+        raise FileError("the archive uses a compression that Python cannot read", "unpack it, and add the file inside")
     return info
 
 

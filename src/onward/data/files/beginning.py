@@ -48,8 +48,8 @@ def require_text(stream: Any, path: Path, form: str) -> None:
         raise FileError(f"the text is {encoding}, not UTF-8", convert, line=1)
     if b"\x00" in head[:LOOKED_AT]:
         raise FileError(
-            "the content is no text: it has bytes that are 0",
-            f"write it as text; if it is one, without them: tr -d '\\000' < {name} > new-file", line=1,
+            "the content is not text: it contains zero bytes",
+            f"write it as text; if it is text, remove them: tr -d '\\000' < {name} > new-file", line=1,
         )  # fmt: skip
     if head.startswith(POINTER):
         raise FileError("the file is a pointer of Git LFS, not what it points to", "fetch the content: git lfs pull")
@@ -57,8 +57,8 @@ def require_text(stream: Any, path: Path, form: str) -> None:
         raise FileError("the file is a web page, not data", "download the file itself, not the page that shows it")
     if form != "json" and b"\n" not in head and b"\r" in head.rstrip(b"\r"):
         raise FileError(
-            "its lines end in a carriage return alone, as old Macs had it",
-            f"write line feeds: tr '\\r' '\\n' < {name} > new-file", line=1,
+            "its lines end in a carriage return only, as on old Macs",
+            f"convert them to line feeds: tr '\\r' '\\n' < {name} > new-file", line=1,
         )  # fmt: skip
 
 

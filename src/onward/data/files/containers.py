@@ -174,7 +174,7 @@ def _damage(error: BaseException) -> FileError:
 
 def _check_kind(mode: int) -> None:
     if stat.S_ISDIR(mode):
-        raise FileError("is a directory", "give the files inside it one by one")
+        raise FileError("is a directory", "give the files in it one by one")
     if not stat.S_ISREG(mode):
         raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
 

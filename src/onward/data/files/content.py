@@ -44,18 +44,18 @@ def require_content(head: bytes, form: str, descriptor: int | None, path: Path) 
     if expected in COMPRESSIONS:
         raise FileError(f"the content is not {expected}, but the name says so", f"rename it without .{expected}")
     if expected == ARCHIVE:
-        raise FileError("the content is not zip, but the name says so", "give it the ending of what it holds")
+        raise FileError("the content is not zip, but the name says so", "give it the ending of its content")
 
 
 def _misnamed(found: str, form: str, descriptor: int | None, path: Path) -> FileError:
     reason = f"the content is {found}, but the name does not say so"
     text, _, compression = form.partition(".")
     if found == ARCHIVE and descriptor is None:
-        return FileError("the archive holds another archive", "unpack it, and add what is in it")
+        return FileError("the archive contains another archive", "unpack it, and add its content")
     if found == ARCHIVE and descriptor is not None:
         member_name(descriptor)  # renaming an archive that cannot be read is no way out
     if found in COMPRESSIONS and text not in TEXT_FORMATS:
-        return FileError(reason, f"unpack it: .{found} goes with the text formats only")
+        return FileError(reason, f"unpack it: .{found} works only with the text formats")
     plain = path.with_suffix("") if compression else path
     name = f"{plain.name if found in COMPRESSIONS else plain.stem}.{found}"
     return FileError(reason, f"rename it to {quoted(Path(name))}")

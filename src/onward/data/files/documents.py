@@ -88,13 +88,13 @@ def _refuse_json(lines: list[str], path: Path, *, is_cut: bool) -> None:
     if filled and all(_is_object(line) for line in filled):
         what, ending = "each line of the file is JSON", "jsonl"
     elif _is_json("\n".join(lines), is_cut=is_cut):
-        what, ending = "the file holds JSON", "json"
+        what, ending = "the file is JSON", "json"
     else:
         return
     name, _, compression = path.name.partition(".txt")
     better = f"{name}.{ending}{compression}" if path.suffix != ".zip" else f"FILE.{ending}"
     raise FileError(
-        f"{what}, and a .txt holds plain text",
+        f"{what}, and a .txt is plain text",
         f"rename it to {quoted(Path(better))}; to train JSON as text, write each document as "
         '{"text": ...} in a .jsonl',
     )

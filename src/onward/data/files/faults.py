@@ -39,7 +39,7 @@ class SourceChanged(FileError):
     """The content of a training file is no longer the one whose hash was taken."""
 
     def __init__(self) -> None:
-        super().__init__("the file changed after it was accepted", "add it again once nothing writes to it any more")
+        super().__init__("the file changed after it was accepted", "add it again once nothing writes to it")
 
 
 def is_of_machine(error: BaseException) -> bool:
@@ -61,7 +61,7 @@ def refusal_of(error: BaseException) -> FileError | RowError:
         raise error
     if isinstance(error, RecursionError):
         return FileError("the JSON is nested too deeply", "flatten the row")
-    return FileError(f"it cannot be used ({described(error)})", "correct it or take it out, then add the file again")
+    return FileError(f"it cannot be used ({described(error)})", "correct or remove it, then add the file again")
 
 
 def described(error: BaseException) -> str:

@@ -36,9 +36,9 @@ def file_format(path: Path | str) -> str:
     elif Path(name).stem.lower().endswith(".tar"):
         remedy = f"unpack it, then add its files: tar xf {quoted(Path(name))}"
     elif format_of(Path(name).stem) is not None:
-        remedy = f"unpack it first: .{packed} goes with the text formats only"
+        remedy = f"unpack it first: .{packed} works only with the text formats"
     else:
-        remedy = f"say what it holds: mv {quoted(Path(name))} {quoted(Path(f'{Path(name).stem}.jsonl.{packed}'))}"
+        remedy = f"name its content: mv {quoted(Path(name))} {quoted(Path(f'{Path(name).stem}.jsonl.{packed}'))}"
     raise FileError(f"the ending of {printable(name)} is not one that Onward reads", remedy)
 
 

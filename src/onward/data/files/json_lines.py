@@ -30,7 +30,7 @@ def json_lines(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator
     for line, text in lines_of(stream, limits):
         row = text if isinstance(text, SourceRow) else _parse_line(line, text.removeprefix(MARK), limits)
         if is_first and isinstance(text, str) and _begins_json(row, text.strip()):
-            what = "the file is one JSON text over its lines, not one JSON object per line"
+            what = "the file is one JSON text across its lines, not one JSON object per line"
             raise FileError(what, _renamed(source.path, is_packed="." in source.form), line)
         is_first = False
         yield row

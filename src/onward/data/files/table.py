@@ -41,7 +41,7 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
             names = _header(fields, line, form)
         elif len(fields) != len(names):
             counts = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}, the first line names {len(names)}"
-            remedy = "write a field with the separator or a line end in it in double quotes"
+            remedy = "put double quotes around a field that contains the separator or a line end"
             yield SourceRow(line, None, f"the row has {counts}", remedy)
         else:
             yield SourceRow(line, {name: field for name, field in zip(names, fields, strict=True) if name})
@@ -49,12 +49,10 @@ def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRo
 
 def _header(fields: list[str], line: int, form: str) -> list[str]:
     if fields[0].lower().startswith("sep=") and not any(fields[1:]):
-        raise FileError(
-            "the first line says which separator there is (sep=), and names no columns", "take it out", line
-        )
+        raise FileError("the first line gives the separator (sep=), not the columns", "remove it", line)
     names = [field.strip() for field in fields]
     if form == "tsv" and len(names) == 1 and _separator(names[0]) in names[0]:
-        raise FileError("the first line of a .tsv has no tab", "if it is separated otherwise, name it .csv", line)
+        raise FileError("the first line of a .tsv has no tab", "if it uses another separator, name it .csv", line)
     twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
     if twice is not None:
         raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them", line)
@@ -133,8 +131,8 @@ class _Record:
     def _end(self, quoted: str | None, rest: str) -> None:
         """Take a field in: what stood in quotes, None where nothing did, and what follows up to the separator."""
         if quoted is not None and rest.strip():
-            reason = "a quoted field goes on behind its closing quote"
+            reason = "a quoted field continues after its closing quote"
             self.fault = reason, 'write a double quote inside a field as "", not as \\"'
         elif quoted is None and _QUOTED_LATE.fullmatch(rest):
-            self.fault = "a quoted field begins with white space", "take the white space before the quote out"
+            self.fault = "a quoted field begins with white space", "remove the white space before the quote"
         self.fields.append((quoted or "") + rest)

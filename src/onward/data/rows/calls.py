@@ -62,7 +62,7 @@ def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
     for each in listed:
         tool = json_text(each, "a tool of the row")
         if not isinstance(tool, dict):
-            raise RowError(f'"tools" holds {kind_of(tool)}', 'write "tools" as a list of JSON schemas')
+            raise RowError(f'"tools" contains {kind_of(tool)}', 'write "tools" as a list of JSON schemas')
         check_strings(tool, "tools")
         tools.append(without_nulls(tool) if is_padded(each, padded=padded) else tool)
     return tools or None

@@ -112,4 +112,6 @@ def _has_format(row: dict[Any, Any]) -> bool:
 def _ambiguous(names: list[str], what: str, question: str, answer: str) -> RowError:
     shown = " and ".join(f'"{name}"' for name in names)
     way = f"{{instruction: {question}, output: {answer}}}"
-    return RowError(f"the row has {shown}, and one of them is the {what}", f"say which: set columns to {way} or alike")
+    return RowError(
+        f"the row has {shown}, and one of them is the {what}", f"say which one: set columns to {way} or similar"
+    )

@@ -171,7 +171,7 @@ def text_of_parts(parts: list[Any], where: str) -> str:
     """
     text, thoughts = _in_parts(parts, where)
     if thoughts:
-        raise RowError(f"the content of {where} holds a thought", "write it into a message of the assistant")
+        raise RowError(f"the content of {where} contains a thought", "move it into a message of the assistant")
     return text or ""
 
 
@@ -181,28 +181,28 @@ def _in_parts(content: list[Any], where: str) -> tuple[str | None, list[str]]:
     for part in content:
         kind, text = _part(part, where)
         if kind in THINKING_PARTS and any(piece.strip() for piece in texts):
-            raise RowError(f"a thought stands after the text of {where}", "put thoughts before the text")
+            raise RowError(f"a thought comes after the text of {where}", "put thoughts before the text")
         (thoughts if kind in THINKING_PARTS else texts).append(text)
     return "".join(texts) if texts or not thoughts else None, thoughts
 
 
 def _part(part: Any, where: str) -> tuple[str, str]:
     if not isinstance(part, dict):
-        raise RowError(f"the content of {where} holds {kind_of(part)}", 'write each part as {"type": "text", ...}')
+        raise RowError(f"the content of {where} contains {kind_of(part)}", 'write each part as {"type": "text", ...}')
     kind = part.get("type", "text")
     if kind in MEDIA_PARTS:
-        raise RowError(f"{where} holds a part of type {kind!r}: only text is trained", "take the row out")
+        raise RowError(f"{where} contains a part of type {kind!r}: only text is trained", "remove the row")
     if kind in TEXT_PARTS or kind in THINKING_PARTS:
         text = next((part[key] for key in (kind, "text", "value", "content") if isinstance(part.get(key), str)), None)
         if text is not None:
             return kind, text
     if kind in CALL_PARTS:
         raise RowError(
-            f"{where} holds a part of type {kind!r}",
-            'write calls as "tool_calls" of the assistant, and what they gave as messages of the role "tool"',
+            f"{where} contains a part of type {kind!r}",
+            'write calls as "tool_calls" of the assistant, and their results as messages of the role "tool"',
         )
     raise RowError(
-        f"the content of {where} holds a part of type {kind!r} without a text that is known",
+        f"the content of {where} contains a part of type {kind!r} without a known text",
         'write each part as {"type": "text", "text": ...}',
     )
 
@@ -230,17 +230,19 @@ def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
         return reasoning
     if not reasoning.strip():
         return None
-    raise RowError(f"{where} has a thought in its content and next to it", "keep one of them: both would be trained")
+    raise RowError(
+        f"{where} has a thought both in its content and next to it", "keep one of them: both would be trained"
+    )
 
 
 def _weight(turn: Message, role: str, where: str) -> float | None:
     for key in SPAN_KEYS:
         if turn.get(key):
-            raise RowError(f'{where} has "{key}": parts of a message cannot be weighed', f'leave "{key}" out')
+            raise RowError(f'{where} has "{key}": parts of a message cannot have weights', f'leave "{key}" out')
     says = said_weight(turn, where)
     if says and role != "assistant":
         raise RowError(
-            f"{where} asks for a text of the {role} in the loss, which covers answers only",
+            f"{where} puts a text of the {role} into the loss, which covers only answers",
             f"take {', '.join(WEIGHT_KEYS)} out of messages that are not the assistant's",
         )
     return says
@@ -261,7 +263,7 @@ def said_weight(value: Message, where: str) -> float | None:
             continue
         if not _is_weight(weight):
             said = repr(weight) if isinstance(weight, int | float) else kind_of(weight)
-            remedy = f'write "{key}" as 0 (not in the loss), 1, or what its tokens count, 1e-6 to 1e6, or leave it out'
+            remedy = f'write "{key}" as 0 (not in the loss), 1, or a weight from 1e-6 to 1e6, or leave it out'
             raise RowError(f'"{key}" of {where} is {said}', remedy)
         found[key] = float(weight)
     if 0 in found.values() or not found:
@@ -293,4 +295,4 @@ def weight_of(value: Any) -> Any:
 def _refuse_media(turn: Message, where: str) -> None:
     for key in MEDIA_KEYS:
         if turn.get(key):
-            raise RowError(f'{where} has "{key}": only text is trained', "take the row out")
+            raise RowError(f'{where} has "{key}": only text is trained', "remove the row")

@@ -104,7 +104,7 @@ def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
         if known:
             raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "twice")
         if piece.slot.place < at:
-            raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "behind a later message")
+            raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "after a later message")
         seen.add(id(piece.slot))
         at = piece.slot.place
         placed.append(piece)

@@ -80,8 +80,7 @@ def parse_record(value: object, *, padded: bool = False) -> Record:
     found = ", ".join(f'"{key[:80]}"' for key in list(row)[:10]) or "none"
     raise RowError(
         f"no known row format (keys with a value: {found})",
-        f"write each row as {SHAPES}, or say in the config which keys are meant: columns: {{instruction: KEY, "
-        "output: KEY}",
+        f"write each row as {SHAPES}, or name the keys in the config: columns: {{instruction: KEY, output: KEY}}",
     )
 
 
@@ -206,7 +205,7 @@ def _check_turns(messages: Sequence[Message]) -> None:
 
 def _with_targets(chat: Chat) -> Chat:
     if chat.untrained and not chat.turns:
-        raise RowError("no answer of the chat is in the loss: each has the weight 0", "take the row out")
+        raise RowError("no answer of the chat is in the loss: each has the weight 0", "remove the row")
     return chat
 
 
@@ -258,7 +257,7 @@ def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
         raise RowError(f'"chat_template_kwargs" is {kind_of(given)}', 'write "chat_template_kwargs" as an object')
     taken = sorted(OURS.intersection(given))
     if taken:
-        raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'leave "{taken[0]}" out: the row itself says it')
+        raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'remove "{taken[0]}": the row itself sets it')
     check_strings(given, "chat_template_kwargs")
     return without_nulls(given) if is_padded(row.get("chat_template_kwargs"), padded=padded) else given
 
@@ -267,7 +266,7 @@ def _weight(row: dict[str, Any]) -> float:
     """Return what the tokens of a row count in the loss."""
     weight = said_weight(row, "the row")
     if weight == 0:
-        raise RowError("the row has the weight 0: nothing of it is in the loss", "take the row out")
+        raise RowError("the row has the weight 0: none of it is in the loss", "remove the row")
     return 1.0 if weight is None else weight
 
 

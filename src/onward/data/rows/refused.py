@@ -21,7 +21,7 @@ ONE_OF_SEVERAL = re.compile(r"(answer|completion|output|response)_?(\d|[abjk])")
 """Keys of which each holds one of them."""
 TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
 LABEL_KEYS = ("label", "kto_tag")
-ONE_ANSWER = 'keep the good answer as "messages" or "completion", and take the other out'
+ONE_ANSWER = 'keep the good answer as "messages" or "completion", and remove the other'
 BY_ROWS = "write it by rows; with pandas: to_json(FILE, orient='records', lines=True)"
 
 
@@ -33,17 +33,17 @@ def refuse_known(row: dict[str, Any]) -> None:
     """
     for key in PREFERENCE_KEYS:
         if key in row:
-            raise RowError(f'the row has "{key}": Onward does not train preferences', ONE_ANSWER)
+            raise RowError(f'the row has "{key}": Onward does not train on preferences', ONE_ANSWER)
     for key in LABEL_KEYS:
         if _is_bad(row[key], row) if key in row else False:
-            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "take the row out")
+            raise RowError(f'"{key}" is {row[key]!r}: the answer is labelled as bad', "remove the row")
     for key in MEDIA_KEYS:
         if row.get(key):
-            raise RowError(f'the row has "{key}": only text is trained', f'take the row out, or its "{key}"')
+            raise RowError(f'the row has "{key}": only text is trained', f'remove the row, or its "{key}"')
     if "input_ids" in row:
         refuse_tokens(row)
     if not isinstance(next(iter(row.values())), str) and not KNOWN.isdisjoint(row) and _is_by_columns(row.values()):
-        raise RowError("the file holds a table by columns", BY_ROWS)
+        raise RowError("the file is a table stored by columns", BY_ROWS)
 
 
 def refuse_tokens(row: dict[str, Any]) -> None:
@@ -51,7 +51,8 @@ def refuse_tokens(row: dict[str, Any]) -> None:
     for key in TOKEN_KEYS:
         if isinstance(row.get(key), list):
             raise RowError(
-                f'the row has "{key}": it is tokenized already', "bring the text: Onward tokenizes it for the model"
+                f'the row has "{key}": it is already tokenized',
+                "give the text instead: Onward tokenizes it for the model",
             )
 
 
@@ -61,14 +62,16 @@ def refuse_shapes(row: dict[str, Any]) -> None:
     several = several or [key for key in row if ONE_OF_SEVERAL.fullmatch(key)]
     if several:
         named = ", ".join(f'"{key}"' for key in several)
-        raise RowError(f"the row has several answers ({named}): Onward trains one, and no preferences", ONE_ANSWER)
+        raise RowError(
+            f"the row has several answers ({named}): Onward trains one answer, and no preferences", ONE_ANSWER
+        )
     if {"columns", "data"} <= row.keys():
-        raise RowError("the file holds a table by columns", BY_ROWS)
+        raise RowError("the file is a table stored by columns", BY_ROWS)
     lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if len(lists) == 1:
         name = printable(lists[0][:KEY_LENGTH])
         raise RowError(
-            f'no known row format; "{name}" holds a list of objects, which may be the rows',
+            f'no known row format; "{name}" contains a list of objects, which may be the rows',
             f'write what "{name}" holds into a .json file, without the object around it',
         )
 

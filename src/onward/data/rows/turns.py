@@ -114,8 +114,8 @@ class Turns:
         given = len(prompt) - first  # characters of the answer that the prompt has already: `<think>`
         if not self._text.startswith(prompt) or given > len(self._habits.prompt):
             raise RowError(
-                f"the text before the answer of message {place + 1} is not what the model is given at inference: "
-                "the chat template renders the beginning of the chat otherwise",
+                f"the text before the answer of message {place + 1} is not what the model gets at inference: "
+                "the chat template renders the beginning of the chat differently",
                 f"{REMEDY}, or give the answer the weight 0",
             )
         header = self._habits.header
@@ -206,7 +206,7 @@ class Turns:
         thinks = message.get("reasoning_content") or _said(message).lstrip().startswith(THINK_START)
         if not thinks and before.count(THINK_START) > before.count(THINK_END):
             raise RowError(
-                f"the chat template tears the answer of message {place + 1} at {THINK_END!r}",
+                f"the chat template splits the answer of message {place + 1} at {THINK_END!r}",
                 f'write the thought as "reasoning_content", or put {THINK_START!r} before it',
             )
 

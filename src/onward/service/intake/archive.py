@@ -39,7 +39,7 @@ def require_original(layout: RunLayout, row: FileRow) -> Path:
         raise DamagedState(
             f"the archived original of {row.name} is missing or changed",
             where=path,
-            hint=f"Put back the file with SHA-256 {row.sha256}, then: onward train",
+            hint=f"Restore the file with SHA-256 {row.sha256}, then: onward train",
         )
     return path
 

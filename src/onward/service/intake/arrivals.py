@@ -66,7 +66,7 @@ class Arrivals:
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, Changed):
-                raise FileError("the file changed while it was read", "add it when its writer is done") from None
+                raise FileError("the file changed while it was read", "add it again when its writer is done") from None
             if isinstance(error, OSError) and error.filename == str(path):
                 raise Unreadable.of(error, path) from None
             raise
@@ -221,7 +221,7 @@ class Arrivals:
         if here.st_dev == copy.parent.stat().st_dev and (moved is None or identity(moved) != identity(here)):
             if moved is not None and look(source) is None:
                 copy.rename(source)  # exchanged in the last moment: whatever it is, it was not looked at
-            self._let_go(row, "was exchanged while it was taken")
+            self._let_go(row, "was replaced while it was taken")
 
     def _is_as_recorded(self, row: FileRow, source: Path) -> bool:
         found = look(source)

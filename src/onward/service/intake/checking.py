@@ -131,11 +131,11 @@ class Intake:
             What was done, for a person.
 
         Raises:
-            OnwardError: the file is not arriving any more.
+            OnwardError: the file is no longer arriving.
         """
         with self.ledger.transaction():
             if self.ledger.file(row.id).state != "arriving":
-                raise OnwardError(f"{row.name} is not arriving any more", where=f"file id {row.id}")
+                raise OnwardError(f"{row.name} is no longer arriving", where=f"file id {row.id}")
             self.ledger.move_file(row.id, "skipped", note=reason)
         refusal = Refusal.of_training(row.name, reason, "to train it after all, add it again")
         places = [self.layout.dropped(row.inbox)] if row.inbox else []
@@ -288,10 +288,10 @@ class Intake:
             with self._owned():
                 self._arrive(paths, bool(intent.again), intent.priority, intent.id)
         except FileRejected as error:
-            self.ledger.add_event("warning", f"handed over earlier: {error.what}", kind="rejected")
+            self.ledger.add_event("warning", f"from an earlier command: {error.what}", kind="rejected")
             raise
         except OnwardError as error:
-            self.ledger.add_event("warning", f"handed over earlier: {error.what} [{error.where}]", kind="rejected")
+            self.ledger.add_event("warning", f"from an earlier command: {error.what} [{error.where}]", kind="rejected")
             raise FileRejected(error.what, where=error.where, hint=error.hint) from None
 
     def _settle(self, command: str, guard: Guard) -> list[FileRow]:

@@ -111,7 +111,7 @@ class FileCheck:
             raise NoSpace(
                 f"the disk has no room for the tokens of {row.name}: {free / 1e6:.0f} MB are left",
                 where=self.layout.tokens,
-                hint="Make room; a daemon tries again by itself, with growing pauses.",
+                hint="Make room; a daemon tries again by itself, at growing intervals.",
             )
 
 

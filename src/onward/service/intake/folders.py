@@ -48,7 +48,7 @@ def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
         FileError: a file is missing or damaged, they differ in their columns, or the folder selects some of their rows.
     """
     if _names(folder / STATE, "_indices_data_files") or _names(folder / STATE, "_indices_files"):
-        raise FileError("the folder holds a selection of rows and not the rows themselves", SAVE_AGAIN)
+        raise FileError("the folder contains a selection of rows, not the rows themselves", SAVE_AGAIN)
     digest, size = hashlib.sha256(), 0
     for part in _parts(folder, _names(folder / STATE, "_data_files"), guard):
         writer.write(part)
@@ -67,7 +67,7 @@ def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
                 guard.spend(0)
                 if message.kind == SCHEMA and schema is not None:
                     if message.metadata != schema:
-                        raise FileError(f"{printable(name)} has other columns than the files before it", SAVE_AGAIN)
+                        raise FileError(f"{printable(name)} has different columns from the files before it", SAVE_AGAIN)
                     continue
                 if message.kind == SCHEMA:
                     schema = message.metadata
@@ -75,7 +75,7 @@ def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
                 yield from message.parts()
             after = path.stat()
         if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
-            raise FileError("the folder changed while it was read", "add it when its writer is done")
+            raise FileError("the folder changed while it was read", "add it again when its writer is done")
     yield END
 
 
@@ -87,7 +87,7 @@ def _names(path: Path, key: str) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise FileError(f"{path.name} cannot be read", SAVE_AGAIN) from None
     if any(name in (".", "..") or Path(name).name != name for name in names):
-        raise FileError(f"{path.name} names a file outside of the folder", SAVE_AGAIN)
+        raise FileError(f"{path.name} names a file outside the folder", SAVE_AGAIN)
     return names
 
 

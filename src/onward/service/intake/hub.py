@@ -51,7 +51,7 @@ class HubName:
         if kind != "datasets" or len(parts) < 2:
             hint = "Name it as hf://datasets/OWNER/NAME, with /FILE after it for one of its files."
             where = printable(f"hf://{'/'.join([kind, *parts])}")  # a path has one slash where the name has two
-            raise UsageError("this names no data set of the Hub", where=where, hint=hint)
+            raise UsageError("this is not the name of a data set on the Hub", where=where, hint=hint)
         name, _, revision = parts[1].partition("@")
         return cls(f"{parts[0]}/{name}", revision.replace("%2F", "/") or None, "/".join(parts[2:]))
 
@@ -113,7 +113,7 @@ class Hub:
             raise UsageError(
                 f"the data set {name.repository} cannot be fetched: {first_line(error)}",
                 where=str(name),
-                hint="Check the name and the network; for one that asks for a login: hf auth login. Nothing was added.",
+                hint="Check the name and the network; if it needs a login: hf auth login. Nothing was added.",
             ) from None
 
 
@@ -133,7 +133,7 @@ def _chosen(name: HubName, files: list[str]) -> list[str]:
         return asked
     chosen = readable if len(readable) == 1 else [file for file in readable if _TRAIN.search(file)]
     if not chosen:
-        raise _refusal(name, "it cannot be told which of its files are meant", readable)
+        raise _refusal(name, "it is not clear which of its files are meant", readable)
     if len({(file.rpartition("/")[0], format_of(file)) for file in chosen}) > 1:
         raise _refusal(name, "it has files for training in several folders or formats", chosen)
     return chosen
@@ -143,5 +143,5 @@ def _refusal(name: HubName, reason: str, files: list[str]) -> UsageError:
     whole = HubName(name.repository, name.revision, "")
     shown = ", ".join(map(printable, files[:_SHOWN])) + (", ..." if len(files) > _SHOWN else "")
     first = quoted(Path(f"{files[0]}")) if files else "FILE"
-    hint = f"It has {shown}. Name what you want: {whole}/{first}" if files else "It has no file that Onward reads."
+    hint = f"It has {shown}. Name the one you want: {whole}/{first}" if files else "It has no file that Onward reads."
     return UsageError(f"{reason}: {whole}", where=str(name), hint=hint)

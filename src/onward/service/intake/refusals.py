@@ -68,7 +68,7 @@ class Refusal:
     @classmethod
     def of_deaths(cls, row: FileRow) -> Refusal:
         """The refusal of a file at which processes died."""
-        reason = f"checking it ended the process {row.attempts} times, by lack of memory or by a fault in a library"
+        reason = f"checking it killed the process {row.attempts} times, through lack of memory or a fault in a library"
         return cls(row.name, [_problem(None, reason, "split the file, or export its rows again")], 1)
 
     @classmethod
@@ -160,7 +160,7 @@ def rejection(refusals: list[Refusal], given: int) -> FileRejected:
     what = f"{len(refusals)} of {given} files rejected, none added:\n" + "\n".join(f"  {line}" for line in lines)
     ways = {refusal.way_out for refusal in refusals}
     way = f" {ways.pop()}" if len(ways) == 1 and "" not in ways else ""
-    hint = f"Reports are in rejected/. Mend the rows and add the file again{',' if way else ''}{way}."
+    hint = f"Reports are in rejected/. Fix the rows and add the file again{',' if way else ''}{way}."
     return FileRejected(what, where=refusals[0].name, hint=hint)
 
 

@@ -70,7 +70,7 @@ class RunTokenizer(RowTokenizer):
             if largest >= self._embedding_rows:
                 raise RowError(
                     f"token id {largest}, the model has {self._embedding_rows} embedding rows",
-                    "take the token out of the row, or make a run of a model whose embedding has it",
+                    "remove the token from the row, or make a run of a model whose embedding has it",
                 )
         return fitted
 
@@ -143,7 +143,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
         raise ModelError(
             "the tokenizer or chat template changed on disk since this run began",
             where=folder,
-            hint="Put the original files back; to start over with the changed ones: onward reset",
+            hint="Restore the original files; to start over with the changed ones: onward reset",
         )
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)

@@ -50,7 +50,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
         raise ConfigError(
             f"{row.name}, {report.unit} {first.line}: {first.reason}",
             where="max_length, over_length, columns, text.documents",
-            hint="The file was accepted under another config, or by a release that did not prove what it trains. Put "
+            hint="The file was accepted under another config, or by an earlier release that checked less. Put "
             "that back, or leave the file out: "
             f"onward skip {quoted(row.name)}",
         )

@@ -106,8 +106,10 @@ def _distributions(texts: list[Row], base: Meter) -> dict[str, torch.Tensor]:
 
 
 def _changed(where: Path) -> DamagedState:
-    hint = f"Put {where.name} back from a copy, or set other anchor.rows in the config: they are written anew."
-    return DamagedState("the anchor is not the one that the base wrote for this run", where=where, hint=hint)
+    hint = (
+        f"Put {where.name} back from a copy, or set a different anchor.rows in the config: then they are written again."
+    )
+    return DamagedState("the anchor texts are not those that the base wrote for this run", where=where, hint=hint)
 
 
 def _first_token(session: Session) -> int:

@@ -153,5 +153,5 @@ def _keep(folder: Path, tokens: TokenizedFile, seed: int, sha256: str, count: in
 def _unreadable(path: Path, reason: str) -> ConfigError:
     return ConfigError(
         f"a file to measure on cannot be read: {reason}", where=f"evaluation.files: {path}",
-        hint="Put it there, or take it out of evaluation.files in the config.",
+        hint="Put it there, or remove it from evaluation.files in the config.",
     )  # fmt: skip

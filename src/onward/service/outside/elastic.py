@@ -57,9 +57,9 @@ def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
     try:
         devices = Devices(int(first), int(last) if last else int(first))
     except ValueError:
-        raise _wrong(f"{text!r} is no number of devices") from None
+        raise _wrong(f"{text!r} is not a number of devices") from None
     if not 1 <= devices.least <= devices.most:
-        raise _wrong(f"{text!r} is no number of devices from 1 on" if devices.least < 1 else f"{text!r} goes down")
+        raise _wrong(f"{text!r} is not a number of devices, 1 or more" if devices.least < 1 else f"{text!r} goes down")
     if count is not None and devices.least > count:
         raise _wrong(f"this machine has {how_many(count, 'GPU')}, not {devices.least}")
     return devices if count is None else Devices(devices.least, min(devices.most, count))
@@ -192,5 +192,5 @@ def _ending_the_rest() -> Generator[None]:
 
 
 def _wrong(what: str) -> UsageError:
-    hint = "--devices 4 takes four, --devices all what there is, --devices 2:8 from two to eight."
+    hint = "--devices 4 takes four, --devices all takes all, --devices 2:8 from two to eight."
     return UsageError(what, where="--devices", hint=hint)

@@ -100,7 +100,7 @@ def systemd_unit(run: Path, user: str | None = None, host: Host | None = None, *
     for path in (str(run), host.python):
         if printable(path) != path:
             hint = "Move it to a path of printable characters."
-            raise UsageError("a unit cannot name a path with control characters", where=path, hint=hint)
+            raise UsageError("a unit cannot use a path with control characters", where=path, hint=hint)
     account = _account(run, user, host.uid)
     in_temporary = any(path.is_relative_to(place) for path in (run, run.resolve()) for place in TEMPORARY)
     variables = [f"{name}={host.environment[name]}" for name in KEPT_VARIABLES if host.environment.get(name)]
@@ -124,7 +124,7 @@ def _account(run: Path, user: str | None, uid: int) -> pwd.struct_passwd:
             return pwd.getpwnam(user)
         return pwd.getpwuid(uid or run.stat().st_uid)
     except KeyError:
-        hint = "Name one that there is: onward service --user NAME"
+        hint = "Name an existing user: onward service --user NAME"
         raise UsageError("there is no such user", where=user or uid or run.stat().st_uid, hint=hint) from None
 
 

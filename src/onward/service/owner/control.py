@@ -120,7 +120,7 @@ class Control:
         self.after_file = True
         self._wishes.reason = self._wishes.reason or "onward stop --after-file"
         is_begun = self._wishes.in_hand is not None or bool(self._ledger.files("training"))
-        self._answer(wish, "stops after the file in hand" if is_begun else "stops now: no file is in hand")
+        self._answer(wish, "stops after the current file" if is_begun else "stops now: no file is being trained")
 
     def _pause(self, wish: Wish, work: Work) -> None:
         if wish.argument == RELEASE:
@@ -161,7 +161,7 @@ class Control:
         reason = wish.argument or "skipped by an operator"
         row = self._meant(wish)
         if row is None and wish.file is None:
-            return "no file is being trained; onward skip FILE takes a waiting one out"
+            return "no file is being trained; onward skip FILE takes out a waiting file"
         if row is None:
             return "the file vanished from the inbox before it was read; there is nothing to take out"
         if row.state == "arriving":
@@ -176,10 +176,10 @@ class Control:
             return f"{row.name} is done; {without}"
         if row.state == "training":
             if self._wishes.in_hand not in (None, row.id):
-                return f"{row.name} is trained to its end and is being committed; {without} then"
+                return f"{row.name} is fully trained and being committed; after that, {without}"
             work.leave()
         elif row.state != "queued":
-            return f"{row.name} is {row.state} already"
+            return f"{row.name} is already {row.state}"
         return faults.skip(self._owned.layout, self._ledger, self._ledger.file(row.id), reason)
 
     def _meant(self, wish: Wish) -> FileRow | None:

@@ -62,7 +62,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
     if is_device_lost(cause):
         return DeviceLost(
             f"the GPU was lost to this process: {first_line(cause)}",
-            hint="Start another process; it goes on from the last commit. onward doctor looks at the machine.",
+            hint="Start another process; it goes on from the last commit. onward doctor checks the machine.",
         )
     if isinstance(cause, OnwardError | OSError | sqlite3.Error):
         return cause
@@ -72,7 +72,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
             where=f"file {row.position}" if row.position else None,
             hint=f"Nothing after the last commit was kept. onward skip {_named(row)} takes the file out.",
         )
-    hint = "What was committed is safe. onward doctor looks for the reason; onward train tries again."
+    hint = "What was committed is safe. onward doctor looks for the cause; onward train tries again."
     if is_out_of_memory(cause):
         hint = f"What was committed is safe. {LESS_MEMORY} Then: onward train"
     return OnwardError(f"training cannot go on: {describe(cause)}", where=_place(cause), hint=hint)
@@ -152,9 +152,9 @@ def quarantine(
     Args:
         found: what a guard found, and the rows to look at.
     """
-    refusal = Refusal.of_training(row.name, reason, "mend it, then add it again; its content stays in archive/")
+    refusal = Refusal.of_training(row.name, reason, "fix it, then add it again; its content stays in archive/")
     if found:
-        way = f"onward accept {quoted(row.name)} trains it all the same"
+        way = f"onward accept {quoted(row.name)} trains it anyway"
         refusal = Refusal.of_guard(row.name, found, way)
     report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})

@@ -225,7 +225,7 @@ class Follower:
             self._digests[base] = digest_base(base)
         if told["base"] != self._digests[base]:
             raise ModelError(
-                "the base model here is not the one of rank 0",
+                "the base model here is not that of rank 0",
                 where=base,
                 hint="Every machine needs the same files of the base model.",
             )

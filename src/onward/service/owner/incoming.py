@@ -190,7 +190,7 @@ class Incoming:
     def _warn_of_strange(self, names: list[str]) -> None:
         for name in sorted(set(names) - self._strange):
             message = (
-                f"inbox/{name} is a directory and is left alone: put its files into inbox/, inbox/high/ or inbox/low/"
+                f"inbox/{name} is a directory and is ignored: put its files into inbox/, inbox/high/ or inbox/low/"
             )
             self._ledger.add_event("warning", printable(message), kind="left_alone")
         self._strange |= set(names)

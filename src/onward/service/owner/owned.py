@@ -55,6 +55,6 @@ class Owned:
         """Read the config again if it changed; a refused one is shown, and changes nothing. True if it changed."""
         changed, problem = self.settings.refresh(), self.settings.problem
         if changed and problem is not None:
-            self.record("error", f"the config is refused; what was read before stays in force: {problem}", "config")
+            self.record("error", f"the config is refused; the earlier config stays in force: {problem}", "config")
         self.shown.stand("config", problem)
         return changed

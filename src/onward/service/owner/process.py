@@ -189,7 +189,7 @@ def _told(tracking: Tracking, owned: Owned) -> Generator[None]:
         yield
     finally:
         if not tracking.end():
-            owned.hub.tell(Note("the trackers did not take everything in time; onward track tells what is left"))
+            owned.hub.tell(Note("the trackers did not receive everything in time; onward track sends what is left"))
 
 
 def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
@@ -296,7 +296,7 @@ def require_kept(ledger: Ledger, after: int) -> None:
     """
     taken = [event.message for event in ledger.events_after(after) if event.kind == "quarantined"]
     if taken:
-        hint = "Reports are in rejected/. onward accept FILE trains a file all the same."
+        hint = "Reports are in rejected/. onward accept FILE trains a file anyway."
         raise FileRejected("\n".join(["taken back, and trained without:", *(f"  {text}" for text in taken)]), hint=hint)
 
 

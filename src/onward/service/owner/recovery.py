@@ -48,7 +48,7 @@ class Recovery:
         owned, deaths = self._owned, crash.deaths
         row = owned.ledger.file(crash.row.id) if crash.row else None
         if crash.gives_up and row is not None and row.state == "training":  # unless it was skipped since
-            reason = f"the process died {deaths.count} times in it without getting past step {deaths.step}"
+            reason = f"the process died {deaths.count} times in this file without getting past step {deaths.step}"
             faults.quarantine(owned.layout, owned.ledger, row, reason)
             owned.ledger.put(died=None)
         elif crash.waits:

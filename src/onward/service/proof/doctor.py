@@ -118,7 +118,7 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
     yield Finding("ok", "config", f"{layout.config.name} is valid: {config.method} on {config.model}")
     device = pick_device()
     if device.type == "cpu" and pick_dtype(config.dtype, device) in HALF:
-        hint = "Set dtype: float32 in a new run: on a CPU without units for it that is many times faster"
+        hint = "Set dtype: float32 in a new run: on a CPU without hardware for it, this is many times faster"
         yield Finding("warning", "dtype", f"{config.dtype} is slow on a CPU", hint)
     if config.method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
         yield Finding("error", "method", "qlora needs bitsandbytes", 'pip install "onward[qlora]"')
@@ -147,7 +147,7 @@ def _base(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         recorded = (ledger.get("identity") or {}).get("base", digest)
     if digest != recorded:
-        yield Finding("error", "base model", "changed on disk since this run began", "Put the original files back")
+        yield Finding("error", "base model", "changed on disk since this run began", "Restore the original files")
         return
     yield Finding("ok", "base model", f"{base} ({digest[:12]})")
     yield from _template(layout, config, base)
@@ -166,7 +166,7 @@ def _admission(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         findings = Findings.of(ledger.get(FACT))
     if findings is None:
-        yield Finding("warning", "model", "nothing is proven of it yet", "the next start proves it: onward train")
+        yield Finding("warning", "model", "it is not proven yet", "the next start proves it: onward train")
         return
     for line in findings.lines():
         yield Finding("warning" if line.startswith(REFUSABLE) else "ok", "model", line)
@@ -176,10 +176,10 @@ def _memory(layout: RunLayout) -> Iterator[Finding]:
     """Say what a step takes; the model is not loaded for it: a process may be training."""
     found = memory_in_words(layout)
     if found is None:
-        yield Finding("ok", "memory", "what a step takes was not measured on this machine; onward init measures it")
+        yield Finding("ok", "memory", "the memory of a step was not measured on this machine; onward init measures it")
         return
     words, has_room = found
-    hint = f"{LESS_MEMORY} A smaller max_length or method: qlora takes less too"
+    hint = f"{LESS_MEMORY} A smaller max_length or method: qlora also needs less"
     yield Finding("ok" if has_room else "warning", "memory", words, None if has_room else hint)
 
 
@@ -199,14 +199,16 @@ def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
     """Say which disk the ledger lies on; one that other machines use is an error, with the way out."""
     mount = mount_of(layout.ledger)
     if mount is None:
-        yield Finding("ok", "ledger's disk", "the system does not say what it is; it must not be shared by machines")
+        yield Finding(
+            "ok", "ledger's disk", "the system does not say what kind of disk it is; machines must not share it"
+        )
     elif mount.is_shared:
         yield Finding("error", "ledger's disk", refusal(mount), way_out(layout))
     elif not mount.is_local:
-        what = f"{mount}, which may be a disk of this machine or not; only processes of this one may use the run there"
+        what = f"{mount}, which may or may not be a local disk; only processes on this machine may use the run"
         yield Finding("warning", "ledger's disk", what, way_out(layout))
     else:
-        yield Finding("ok", "ledger's disk", f"{mount}, of this machine alone")
+        yield Finding("ok", "ledger's disk", f"{mount}, a local disk")
     if layout.lock.exists():
         with layout.lock.open("rb") as file:
             require_locks(file.fileno(), layout.root.absolute())
@@ -242,7 +244,7 @@ def _state(layout: RunLayout) -> Iterator[Finding]:
 def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:
     """Look at one checkpoint; `run` and `step` are what the ledger knows of."""
     if not (folder / MANIFEST).exists():
-        hint = f"Move it out of the run; to go on from it: onward adopt {quoted(folder)} --run NEW_RUN"
+        hint = f"Move it out of the run; to continue from it: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("warning", place, f"not made by Onward: it has no {MANIFEST}", hint)
     found = inspect_checkpoint(folder)
     manifest = found.verified
@@ -250,14 +252,14 @@ def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding
         hint = "onward train goes back to the newest restore point that verifies, and trains again from there"
         return Finding("error", place, "; ".join(found.problems), hint)
     if manifest.run != run:
-        hint = f"Put back the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
-        return Finding("error", place, f"of another run than the ledger, which stands at step {step}", hint)
+        hint = f"Restore the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
+        return Finding("error", place, f"belongs to another run than the ledger, which is at step {step}", hint)
     if manifest.step != step_of(folder):
         what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
         return Finding("warning", place, what, "Move it out of the run")
     if manifest.step > step:
-        hint = "onward train brings the ledger up to it; onward verify shows whether something is missing"
-        return Finding("warning", place, f"newer than the ledger, which stands at step {step}", hint)
+        hint = "onward train brings the ledger up to date; onward verify shows whether something is missing"
+        return Finding("warning", place, f"newer than the ledger, which is at step {step}", hint)
     return Finding("ok", place, f"{manifest.size / 1e6:.1f} MB, verifies")
 
 
@@ -279,7 +281,7 @@ def _inodes(layout: RunLayout) -> Iterator[Finding]:
     """Say where a disk has room for bytes and none for files; some file systems do not count them."""
     disk = os.statvfs(layout.root)
     if disk.f_files and disk.f_favail < FEW_FILES:
-        hint = "Remove small files from this disk; each checkpoint makes about ten"
+        hint = "Remove files from this disk; each checkpoint makes about ten"
         yield Finding("warning", "disk", f"room for only {disk.f_favail} more files (inodes)", hint)
 
 
@@ -289,7 +291,7 @@ def _inbox(layout: RunLayout) -> Iterator[Finding]:
     elif os.access(layout.inbox, os.W_OK):
         yield Finding("ok", "inbox", "files can be taken out of it")
     elif layout.root.stat().st_uid != os.geteuid():
-        yield Finding("ok", "inbox", "not this user's; whether its owner can take files out was not tried")
+        yield Finding("ok", "inbox", "belongs to another user; whether its owner can take files out was not tested")
     else:
         yield Finding("error", "inbox", "files cannot be taken out of it", f"chmod u+rwx {quoted(layout.inbox)}")
 
@@ -299,7 +301,7 @@ def _queue(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
     for row in stuck:
-        message = f"checking {printable(row.name)} was begun {row.attempts} times and never ended"
+        message = f"checking {printable(row.name)} was begun {row.attempts} times and never finished"
         yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
 
 
@@ -321,4 +323,4 @@ def _trackers(layout: RunLayout) -> Iterator[Finding]:
     for name, problem in behind.items():
         yield Finding("warning", f"tracker {name}", str(problem), "onward track tries again and says what fails")
     told = [f"{name}: step {max(rows[name].step, 0)}" if name in rows else f"{name}: nothing yet" for name in names]
-    yield Finding("ok", "trackers", f"told so far: {', '.join(told)}")
+    yield Finding("ok", "trackers", f"sent so far: {', '.join(told)}")

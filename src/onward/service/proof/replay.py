@@ -41,21 +41,21 @@ def replay(layout: RunLayout, ledger: Ledger) -> str:
     if target is None:
         raise VerificationFailed(f"the current checkpoint does not verify: {'; '.join(found.problems)}")
     if target.cursor.position == 0:
-        return "nothing was trained since the run began"
+        return "nothing has been trained since the run began"
     folder, start = _start(layout, target)
     with tempfile.TemporaryDirectory() as scratch:
         session = open_session(layout, ledger, report=lambda _: None)
         if not promises_bits(target.environment):
             raise VerificationFailed(
-                "no equal bits are promised of this run, so training again would prove nothing",
+                "equal bits are not promised for this run, so training again would prove nothing",
                 where="deterministic",
-                hint="Its steps may differ from time to time (`deterministic: false`, or an Apple GPU). onward verify "
+                hint="Its steps may differ each time (`deterministic: false`, or an Apple GPU). onward verify "
                 "checks everything else.",
             )
         if not same_environment(session.environment, target.environment):
             raise VerificationFailed(
                 f"the state was made elsewhere: {target.environment}, here {session.environment}",
-                hint="A replay is exact on the same machine with the same versions and thread count only.",
+                hint="A replay is exact only on the same machine with the same versions and thread count.",
             )
         config = stored_config(start.config)
         state = load_state(folder, start, replace(session.spec, config=config), treatment=session.treatment)
@@ -91,7 +91,7 @@ def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, ro
         return
     measured = evaluation.of_boundary(state.model, row, stored_config(ledger.config_of(row)), state.step)[GRID]
     if json.loads(json.dumps(measured)) != recorded:
-        raise VerificationFailed(f"measured again after {row.name}, the model does not score as recorded")
+        raise VerificationFailed(f"measured again after {row.name}, the model's scores differ from those recorded")
 
 
 def _train_file(
@@ -125,4 +125,4 @@ def _require_equal(state: TrainState, target: Manifest, scratch: Path) -> None:
     save_weights(state.model, now.weights, scratch)
     for path in scratch.glob("*.safetensors"):
         if xxh3_file(path) != target.files[path.name]["xxh3"]:
-            raise VerificationFailed(f"trained again, {path.name} is another file")
+            raise VerificationFailed(f"trained again, {path.name} is a different file")

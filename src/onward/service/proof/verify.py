@@ -70,7 +70,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     """
     newest = ledger.newest_checkpoint()
     if newest is None:
-        return Proof([Check("state", True, "nothing was trained yet"), _check("queue", lambda: _queue(ledger))])
+        return Proof([Check("state", True, "nothing has been trained yet"), _check("queue", lambda: _queue(ledger))])
     folder = layout.checkpoint(newest.step)
     found = inspect_checkpoint(folder)
     manifest, problems = found.manifest, found.problems
@@ -121,11 +121,11 @@ def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
 def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
     ownership = Ownership(layout, ledger)
     names = [folder.name for folder in ownership.checkpoints()]
-    _require(names == [f"checkpoint-{step}"], f"current_model holds {names}, the ledger says checkpoint-{step}")
+    _require(names == [f"checkpoint-{step}"], f"current_model has {names}, the ledger says checkpoint-{step}")
     left = [*layout.temporaries(), *layout.archive.glob(f"{TEMPORARY_PREFIX}*")]
     _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
     others = [str(folder.relative_to(layout.root)) for folder in ownership.others()]
-    return "; not of this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)
+    return "; not made by this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)
 
 
 def _root_files(layout: RunLayout, manifest: Manifest) -> str:
@@ -141,7 +141,7 @@ def _counters(layout: RunLayout, ledger: Ledger, manifest: Manifest) -> str:
     folder = layout.checkpoint(manifest.step)
     method = optimizer_method(stored_config(manifest.config))
     counted = saved_count(method, read_optimizer(folder / huggingface.OPTIMIZER, mapped=True))
-    _require(counted >= 0, "the optimizer has not counted the same steps for every weight: some it never trained")
+    _require(counted >= 0, "the optimizer has not counted the same steps for every weight: some were never trained")
     counters = manifest.state["counters"]
     values = {
         "ledger": ledger.committed_step(),
@@ -175,13 +175,13 @@ def _rows(ledger: Ledger) -> str:
             here = (step.step_in_file, step.step, step.rows, step.replayed, step.rows_digest)
             counts = (len(rows) - len(again), len(again))
             planned = (index + 1, row.first_step + index + 1, *counts, rows_digest(rows, plan.sources))
-            _require(here == planned, f"{place}, step {step.step} trained other rows than its order says")
+            _require(here == planned, f"{place}, step {step.step} trained rows other than those in its order")
         _require_replayed(ledger, row, plan, len(steps))
         total += sum(step.rows for step in steps)
         replayed += sum(step.replayed for step in steps)
         held_out += len(plan.held_out)
-    kept = f", but for {held_out} held out, which were never trained" if held_out else ""
-    again = f"; {how_many(replayed, 'row')} replayed, each as its choice says" if replayed else ""
+    kept = f", except {held_out} held out, which were never trained" if held_out else ""
+    again = f"; {how_many(replayed, 'row')} replayed, each as chosen" if replayed else ""
     return f"{how_many(total, 'row')} trained, every row of every finished file exactly `epochs` times{kept}{again}"
 
 
@@ -190,7 +190,7 @@ def _require_replayed(ledger: Ledger, row: FileRow, plan: StreamPlan, steps: int
     place = f"file {row.position} ({row.name})"
     chosen = [(row.first_step + index + 1, *again) for index in range(steps) for again in replayed_of(plan, index)]
     recorded = [entry for entry in ledger.replayed_rows(row.id) if entry[0] <= row.first_step + steps]
-    _require(recorded == chosen, f"{place}: the rows recorded as replayed are not those that its choice says")
+    _require(recorded == chosen, f"{place}: the rows recorded as replayed are not those that were chosen")
     counted = f"{place}: {row.held_out} rows are recorded as held out, {len(plan.held_out)} are"
     _require(row.held_out == len(plan.held_out), counted)
 

@@ -27,7 +27,7 @@ def accept(layout: RunLayout, ledger: Ledger, name: str) -> str:
         twin = ledger.holding(row.sha256)
         if twin is not None and twin.id != row.id:
             place = f"file {twin.position}" if twin.position else twin.state
-            raise UsageError(f"the stream has the content of {row.name} already", where=f"{twin.name} ({place})")
+            raise UsageError(f"the content of {row.name} is already in the stream", where=f"{twin.name} ({place})")
         values = {key: getattr(row, key) for key in KEPT}
         values |= {"accepted": 1, "again": 1, "occurrence": ledger.next_occurrence(row.sha256)}
         ledger.insert_file(**values, state="queued")

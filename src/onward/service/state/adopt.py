@@ -71,7 +71,7 @@ def adopt(
         ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
     if layout.config.exists():
-        what = "there is a config in this directory already"
+        what = "there is already a config in this directory"
         raise UsageError(what, where=layout.config, hint="Name another directory.")
     adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
     template_name, template = keep_template(adopted.config.chat_template, layout.root)
@@ -106,7 +106,7 @@ def _base(adopted: Adopted, named: Path) -> Path:
     program = (
         f"from transformers import AutoTokenizer as T; T.from_pretrained('TOKENIZER').save_pretrained({str(own)!r})"
     )
-    hint = f"Put the tokenizer that it was trained with into it: python -c {quoted(program)}; then adopt again."
+    hint = f"Put the tokenizer with which it was trained into it: python -c {quoted(program)}; then adopt again."
     raise UsageError(f"the checkpoint has {rows}, and no tokenizer", where=own, hint=hint)
 
 
@@ -175,6 +175,6 @@ def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
 def _require_tokenizer(checkpoint: Path, base: Path) -> None:
     own = (checkpoint / TOKENIZER_MARK).is_file()
     if not own and base == checkpoint.resolve():
-        hint = "--model BASE names the folder of the model it was made from, which has one."
-        raise UsageError("the checkpoint carries no tokenizer", where=checkpoint, hint=hint)
+        hint = "--model BASE names the folder of the model from which it was made, which has one."
+        raise UsageError("the checkpoint has no tokenizer", where=checkpoint, hint=hint)
     load_tokenizer(checkpoint if own else base)

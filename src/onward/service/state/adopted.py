@@ -53,7 +53,7 @@ def _fresh(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
     if adopted.moments is not None:
         return
     step = f"step {adopted.folder.step}" if adopted.folder.state else "an unknown number of steps, counted as 1"
-    yield f"weights only: the optimizer's moments begin afresh, after {step}"
+    yield f"weights only: the optimizer's moments start fresh, after {step}"
     used, rate = adopted.arguments.text("optim"), f"learning_rate {adopted.config.learning_rate:g}"
     if used and not used.startswith(ADAMS) and "learning_rate" not in settings:
         way = "--set schedule=constant --set learning_rate=RATE"

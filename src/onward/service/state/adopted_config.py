@@ -104,7 +104,7 @@ def _require_shape(saved: Config, config: Config) -> None:
         del refused["method"]
     if refused:
         words = ", ".join(f"{key}={value}" for key, value in refused.items())
-        raise ConfigError(f"the checkpoint has another shape than {words}", where="--set", hint="Leave these out.")
+        raise ConfigError(f"the checkpoint has a different shape from {words}", where="--set", hint="Leave these out.")
 
 
 def _schedule_values(

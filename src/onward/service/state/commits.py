@@ -132,9 +132,9 @@ class Commits:
         lost = self.ledger.lost_digest(step, basis)
         if lost is not None and lost != digest:
             raise VerificationFailed(
-                f"step {step} was trained again after damage and gave another state than before",
+                f"step {step} was trained again after damage and gave a different state",
                 where=f"step {step}",
-                hint="Nothing of it was committed. Is it the same machine? onward doctor; onward rollback --to FILE",
+                hint="None of it was committed. Is it the same machine? onward doctor; onward rollback --to FILE",
             )
 
     def tidy(self, checkpoint: Path, manifest: Manifest, retention: Retention) -> Written:

@@ -115,7 +115,7 @@ def _link_originals(layout: RunLayout, copy: RunLayout, rows: Sequence[FileRow])
 def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
     ownership = Ownership(copy, ledger)
     if copy.boundary(step) not in ownership.restore_points():
-        raise DamagedState("the restore point is not one of this run", where=copy.boundary(step))
+        raise DamagedState("the restore point does not belong to this run", where=copy.boundary(step))
     for row in ledger.files("arriving"):
         ledger.move_file(row.id, "skipped")
     position = _position(ledger, step)

@@ -67,7 +67,7 @@ class OwnParts:
         for name in (OWN_BASE, OWN_ADAPTER) if is_made(self.config) else ():
             if (self._layout.root / name).exists():
                 hint = f"Remove it if an interrupted init left it: rm -r {name}; or name another directory."
-                raise UsageError(f"{name}/ is there already", where=self._layout.root.absolute(), hint=hint)
+                raise UsageError(f"{name}/ already exists", where=self._layout.root.absolute(), hint=hint)
         if self._start is not None:
             self._require_start(self._start, base)
 
@@ -78,13 +78,13 @@ class OwnParts:
         shape = ", ".join(f"{key} {start.lora[key]}" for key in ("rank", "alpha", "targets") if key in start.lora)
         self._report(f"starts from the weights of {start.folder} ({shape}); moments, step and learning rate are new")
         if start.base and Path(start.base).name != base.name and start.base != self.config.model:
-            self._report(f"the adapter was made on {start.base}; here it goes on {self.config.model}, which it fits")
+            self._report(f"the adapter was made on {start.base}; here it is used on {self.config.model}, which it fits")
 
     def make(self, config: Config, base: Path, tokenizer: Path) -> Config:
         """Make the parts; returns the config of the run that has them.
 
         Raises:
-            ConfigError: a token is in the vocabulary already, or the adapter asks for what the model has not.
+            ConfigError: a token is already in the vocabulary, or the adapter asks for what the model has not.
         """
         if not is_made(config):
             return config
@@ -116,7 +116,7 @@ class OwnParts:
         count = len(config.tokens)
         words = [f"{how_many(count, 'more token')}"] if count else []
         words += [f"what {config.lora.init} leaves of the weights, float32"] if config.takes_from_base else []
-        self._report(f"the run has a base of its own in {OWN_BASE}/: {', '.join(words)}")
+        self._report(f"the run has its own base in {OWN_BASE}/: {', '.join(words)}")
         return config.model_copy(update={"model": OWN_BASE, "adapter": OWN_ADAPTER if config.takes_from_base else ""})
 
     def _keep_start(self, start: StartAdapter, tokenizer: Path) -> None:
@@ -169,8 +169,8 @@ def start_folder(layout: RunLayout, ledger: Ledger, config: Config) -> Path | No
     asked = [key for key in now if now[key] != made.get(key, default[key])]
     if asked:
         raise ConfigError(
-            f"{asked[0]} is put in force when a run is made: this one has {made.get(asked[0], default[asked[0]])!r}",
-            where=layout.config, hint="Put the old value back, or make another run: onward init NEW_RUN",
+            f"{asked[0]} takes effect only when a run is made: this one has {made.get(asked[0], default[asked[0]])!r}",
+            where=layout.config, hint="Restore the old value, or make another run: onward init NEW_RUN",
         )  # fmt: skip
     if not config.adapter:
         return None
@@ -196,8 +196,8 @@ def is_made(config: Config) -> bool:
 
 def _read_start(config: Config) -> StartAdapter:
     if config.tokens:
-        what = "an adapter of another vocabulary cannot be the start of a run with new tokens"
-        hint = "Leave tokens or the adapter out; or merge the adapter into its base and add the tokens to that."
+        what = "a run with new tokens cannot start from an adapter with another vocabulary"
+        hint = "Leave out tokens or the adapter; or merge the adapter into its base and add the tokens to that."
         raise ConfigError(what, where="tokens", hint=hint)
     from onward.training.model.start_adapter import read_start_adapter
 

@@ -79,7 +79,7 @@ class Ownership:
             source, aside = folder.absolute(), self._free_name(folder.name)
             kind = "directory" if folder.is_dir() else "file"
             raise NotMadeHere(
-                f"this {kind} was not made by this run, and the next checkpoint needs its name",
+                f"this {kind} was not made by this run, but the next checkpoint needs its name",
                 where=folder,
                 hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
             )

@@ -29,12 +29,12 @@ def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = l
         between: called with a file's name before it is linked.
 
     Raises:
-        UsageError: `target` is there already, or nothing was committed yet.
+        UsageError: `target` is there already, or nothing has been committed yet.
         DamagedState: the newest checkpoint is not what was committed.
         Unreadable: something cannot be read now.
     """
     if target.exists():
-        raise UsageError("something of this name is there already", where=target, hint="Name another directory.")
+        raise UsageError("something of this name already exists", where=target, hint="Name another directory.")
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         manifest = link_newest(layout, temporary, between=between)
@@ -58,7 +58,7 @@ def link_newest(
         between: called with a file's name before it is linked.
 
     Raises:
-        UsageError: nothing was committed yet.
+        UsageError: nothing has been committed yet.
         DamagedState: the newest checkpoint is not what was committed.
         Unreadable: something cannot be read now.
     """
@@ -106,7 +106,7 @@ def newest_checkpoint(layout: RunLayout, run: str) -> Path:
     """
     newest = find_newest(layout, run)
     if newest is None:
-        raise UsageError("nothing was committed yet", where=layout.current, hint="onward train FILE")
+        raise UsageError("nothing has been committed yet", where=layout.current, hint="onward train FILE")
     return newest
 
 

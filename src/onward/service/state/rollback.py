@@ -133,7 +133,7 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
 def _require_origin(layout: RunLayout, ledger: Ledger, origin: int) -> None:
     kept = sorted(Ownership(layout, ledger).restore_steps())
     if origin not in kept:
-        back = f"onward rollback --to step:{kept[0]} goes back as far as it can. " if kept else ""
+        back = f"onward rollback --to step:{kept[0]} goes back as far as possible. " if kept else ""
         raise UsageError(
             f"the adopted state, step {origin}, is no longer kept",
             where=layout.boundary(origin),
@@ -225,7 +225,7 @@ def _boundary_before(layout: RunLayout, ledger: Ledger, row: FileRow) -> tuple[i
             if manifest is not None and manifest.cursor.position < row.place:
                 return manifest.step, manifest.cursor.position
     if ledger.get("origin_step", 0) > 0:
-        hint = "Its beginning was an adopted checkpoint: adopt that into a new run, and train the other files there."
+        hint = "The run began from an adopted checkpoint: adopt it into a new run, and train the other files there."
         raise UsageError(f"no restore point before {row.name} is kept", where=layout.boundaries, hint=hint)
     return TO_NOTHING, 0
 

@@ -70,7 +70,7 @@ class Settlement:
         claimed = self.ledger.newest_checkpoint()
         if claimed and claimed.step > self._origin() and not entries(self.layout.current):
             raise DamagedState(
-                f"current_model is gone, and the ledger claims {claimed.step} steps",
+                f"current_model is gone, but the ledger claims {claimed.step} steps",
                 where=self.layout.current,
                 hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
             )
@@ -137,9 +137,9 @@ class Settlement:
             if is_later or (origin is not None and not begun):
                 claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
                 raise DamagedState(
-                    f"the ledger {claim}, and here is a checkpoint of step {step}: they are not from the same moment",
+                    f"the ledger {claim}, but there is a checkpoint of step {step}: they are not from the same moment",
                     where=folder,
-                    hint="Put ledger.sqlite3 back from a copy of that moment. Without one, this makes a new run of it: "
+                    hint="Restore ledger.sqlite3 from a copy of that moment. Without one, this makes a new run: "
                     f"onward adopt {shlex.quote(str(folder))} --run NEW_RUN",
                 )
 
@@ -172,9 +172,9 @@ class Settlement:
 
     def _nothing_left(self, step: int, damage: list[str]) -> DamagedState:
         return DamagedState(
-            f"the ledger claims {step} steps and no checkpoint or restore point verifies: {'; '.join(damage)}",
+            f"the ledger claims {step} steps, but no checkpoint or restore point verifies: {'; '.join(damage)}",
             where=self.layout.root,
-            hint="Put the files back from a copy, then: onward verify. To start over: onward reset",
+            hint="Restore the files from a copy, then: onward verify. To start over: onward reset",
         )
 
     def _owe_again(self) -> None:
@@ -213,9 +213,9 @@ class Settlement:
             wanted = "training"
         if row.position == cursor.position and row.sha256 != cursor.sha256:
             raise DamagedState(
-                f"the ledger has {row.name} at position {cursor.position}, the checkpoint another file",
+                f"the ledger has {row.name} at position {cursor.position}, the checkpoint has another file",
                 where=self.layout.checkpoint(manifest.step) / MANIFEST,
-                hint="Ledger and model are not from the same moment. Put both back from one copy.",
+                hint="Ledger and model are not from the same moment. Restore both from one copy.",
             )
         if row.state == wanted:
             return

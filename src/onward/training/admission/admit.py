@@ -219,7 +219,7 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
         ahead = looks_ahead(model, vocabulary, proof.spec.device)
     model.train()
     if ahead:
-        what = "the model looks ahead: another token at the end of a row changes logits before it"
+        what = "the model looks ahead: changing the last token of a row changes logits before it"
         proof.refuse(what, causal_hint(proof.spec.base, proof.spec.device))
 
 
@@ -233,6 +233,11 @@ def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> No
         proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
 
 
+_OTHER_GRADIENTS = (
+    "the gradients of a step differ from those of its rows computed separately (relative difference {:.0e})"
+)
+
+
 def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
     """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
@@ -244,8 +249,7 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) 
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
             if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-                what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
-                proof.refuse(what, NO_REMEDY)
+                proof.refuse(_OTHER_GRADIENTS.format(largest), NO_REMEDY)
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
 
 
@@ -261,11 +265,10 @@ def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _
         found.difference = max(found.difference, difference)
         return
     found.by_length = True
-    found.why_padded = f"filled up, a long row has other gradients (relative difference {difference:.0e})"
+    found.why_padded = f"padded, a long row has different gradients (relative difference {difference:.0e})"
     difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
     if not difference <= tolerance:
-        what = f"a step has other gradients than its rows by themselves (relative difference {difference:.0e})"
-        proof.refuse(what, NO_REMEDY)
+        proof.refuse(_OTHER_GRADIENTS.format(difference), NO_REMEDY)
 
 
 def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:
@@ -279,7 +282,7 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
     for name in dead:
         trained[name].requires_grad_(False)
     if len(dead) == len(trained):
-        what = "no gradient reaches any of the weights that are to be trained"
+        what = "no gradient reaches any of the weights to be trained"
         raise ModelError(
             what, where=proof.spec.base, hint="Name other modules, --set lora.targets=..., or --set method=full"
         )
@@ -306,9 +309,9 @@ def _try_end_to_end(
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
     if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, f"laid end to end they have other gradients (relative difference {largest:.0e})"
+        return largest, f"packed end to end, they have different gradients (relative difference {largest:.0e})"
     if not mixed <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, "laid end to end a row changes the logits of another"
+        return largest, "packed end to end, one row changes the logits of another"
     return largest, ""
 
 
@@ -331,7 +334,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> N
         for batch in (short, long, short)
     ]
     if taken[0] != taken[2]:
-        what = "two equal steps have different gradients: the model keeps something that no checkpoint holds"
+        what = "two equal steps have different gradients: the model keeps state that no checkpoint contains"
         proof.refuse(what, NO_REMEDY)
 
 

@@ -13,9 +13,9 @@ FACT = "admission"
 
 END_TO_END, PADDED, BY_LENGTH = "end to end", "padded", "by length"
 LAID = {
-    END_TO_END: "rows are laid end to end",
+    END_TO_END: "rows are packed end to end",
     PADDED: "rows are padded",
-    BY_LENGTH: "rows are computed with those of their own length",
+    BY_LENGTH: "rows are computed together with rows of equal length",
 }
 """How the rows of a step are laid out, in words."""
 
@@ -82,8 +82,8 @@ class Findings:
         """Return what a person should know, one line each; the first one sums up."""
         rows = LAID[self.rows]
         lines = [
-            "the model passed: it looks at earlier tokens only, a step's gradients are those of its rows in plain "
-            f"transformers; {rows}, {self.reach:.0%} of its weights are reached"
+            "the model passed: it attends only to earlier tokens, a step's gradients are those of its rows in plain "
+            f"transformers; {rows}, {self.reach:.0%} of its layers' weights are trained or have an adapter"
         ]
         if self.why_padded:
             lines.append(f"{LAID[self.rows]}: {self.why_padded}")
@@ -101,7 +101,7 @@ class Findings:
 
 
 NO_BFLOAT16 = {
-    "float32": "computes in float32; its units for float16 serve a new run with --set dtype=float16",
+    "float32": "computes in float32; to use its float16 hardware, make a new run with --set dtype=float16",
     "bfloat16": "emulates bfloat16, which is slow",
 }
 """What a GPU without bfloat16 does, by compute type."""
@@ -113,11 +113,11 @@ def _of_machine(environment: Mapping[str, Any]) -> list[str]:
     capability = environment.get("capability")
     if capability is not None and not environment.get("bfloat16", True):
         how = NO_BFLOAT16.get(environment["dtype"], "computes in float16")
-        lines.append(f"this GPU (compute capability {capability}) has no units for bfloat16 and {how}")
+        lines.append(f"this GPU (compute capability {capability}) has no hardware for bfloat16 and {how}")
     if environment.get("device") == "mps":
         lines.append("equal bits are not promised on an Apple GPU: handovers are `close` at most")
     if not environment.get("deterministic", True):
-        lines.append("operations that do not repeat are allowed: handovers say `not deterministic`")
+        lines.append("nondeterministic operations are allowed: handovers say `not deterministic`")
     return lines
 
 

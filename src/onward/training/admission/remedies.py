@@ -17,7 +17,7 @@ from onward.training.model.adapter_shape import new_adapter_config
 from onward.training.model.quiet import one_load, quiet
 from onward.training.model.spec import ModelSpec
 
-NO_REMEDY = "Nothing that Onward sets changes that: train another model."
+NO_REMEDY = "No setting changes that: train another model."
 _TRIES = 8
 """Kinds of modules that are left out at most, one after another, until an adapter fits."""
 
@@ -41,14 +41,14 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
         if not chosen:
             return without, {"lora.dropout": 0.0}
         raise ConfigError(
-            f"the model has weights of experts, on whose adapters there can be no dropout ({problem})",
+            f"the model stores experts as single tensors, whose adapters cannot have dropout ({problem})",
             where="lora.dropout", hint="--set lora.dropout=0",
         )  # fmt: skip
     targets = _working_targets(config, base)
     if targets is None:
         return config, {}  # building the model says what it has
     words = f"--set 'lora.targets=[{', '.join(targets)}]'"
-    raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"This fits: {words}")
+    raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"These fit: {words}")
 
 
 def causal_hint(base: Path, device: torch.device) -> str:
@@ -64,8 +64,8 @@ def causal_hint(base: Path, device: torch.device) -> str:
     except Exception:
         works = False
     if not works:
-        return "It was not made to write text from left to right; train a causal language model."
-    return f'Set "is_decoder": true in {base / "config.json"}: then it looks at earlier tokens only.'
+        return "The model does not generate text from left to right; train a causal language model."
+    return f'Set "is_decoder": true in {base / "config.json"}: then it attends only to earlier tokens.'
 
 
 def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
@@ -87,7 +87,7 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
         looks_ahead(model, range(len(cast(Any, skeleton.get_input_embeddings()).weight)), device)
     except Exception:  # then the adapter is not what it fails by
         return NO_REMEDY
-    return f"With these targets it computes: --set 'lora.targets=[{', '.join(targets)}]'"
+    return f"With these targets it works: --set 'lora.targets=[{', '.join(targets)}]'"
 
 
 def _skeleton(base: Path) -> PreTrainedModel:

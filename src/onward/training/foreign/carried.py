@@ -131,7 +131,7 @@ def _another_base(checkpoint: Path, base: Path, name: str, rows: int, carried: l
     )
     fresh = "" if (checkpoint / OPTIMIZER).is_file() else f" {FRESH}"
     return ModelError(
-        f"the adapter carries {name}: embeddings or a head of its own, as after its vocabulary has grown",
+        f"the adapter contains {name}: its own embeddings or head, as after its vocabulary was extended",
         where=checkpoint / ADAPTER_WEIGHTS,
         hint=f"Put them into a copy of the base: python -c {quoted(program)}; then: "
         f"onward adopt {quoted(checkpoint)} --run NEW_RUN --model GROWN{fresh}",

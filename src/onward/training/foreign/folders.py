@@ -79,7 +79,7 @@ def fresh_command(path: Path) -> str:
 
 def fresh_hint(path: Path) -> str:
     """Return the way on that every checkpoint with readable weights has."""
-    return f"To go on from its weights alone, with fresh moments: {fresh_command(path)}"
+    return f"To start from its weights only, with fresh moments: {fresh_command(path)}"
 
 
 def _read_state(path: Path) -> Mapping[str, Any]:
@@ -107,14 +107,16 @@ def _require_weights(path: Path) -> None:
         names = ", ".join(printable(folder.name) for folder in named)
         command = f"cp {quoted(named[0])}/* {quoted(path)}"
         hint = f"Copy the one that was trained next to {OPTIMIZER}: {command}; then adopt again."
-        raise UsageError(f"its adapter has a name of its own, and a folder: {names}", where=path, hint=hint)
+        raise UsageError(f"its adapter has its own name, and a folder: {names}", where=path, hint=hint)
     if _is_deepspeed(path):
         command = f"python {quoted(path / 'zero_to_fp32.py')} --safe_serialization {quoted(path)} {quoted(path)}"
         raise _in_shards("DeepSpeed", path, command)
     whole = path / "pytorch_model_fsdp.bin"
     if whole.is_file():
         command = f"cp {quoted(whole)} {quoted(path / 'pytorch_model.bin')}"
-        raise UsageError("FSDP gave the weights a name of its own", where=whole, hint=f"{command}; then adopt again.")
+        raise UsageError(
+            "FSDP saved the weights under a different name", where=whole, hint=f"{command}; then adopt again."
+        )
     shards = sorted(path.glob("pytorch_model_fsdp_*/"))
     if shards:
         raise _in_shards("FSDP", path, f"accelerate merge-weights {quoted(shards[0])} {quoted(path)}")
@@ -124,7 +126,7 @@ def _in_shards(tool: str, path: Path, command: str) -> UsageError:
     return UsageError(
         f"{tool} wrote the weights of this checkpoint in shards",
         where=path,
-        hint=f"Put them together: {command}; then: {fresh_command(path)}",
+        hint=f"Merge them: {command}; then: {fresh_command(path)}",
     )
 
 
@@ -137,11 +139,11 @@ def _without_optimizer(path: Path) -> UsageError:
         return UsageError(
             "FSDP wrote the optimizer's state in shards",
             where=sharded,
-            hint=f"Put it together: {command}; then adopt again. {fresh_hint(path)}",
+            hint=f"Merge it: {command}; then adopt again. {fresh_hint(path)}",
         )
     if _is_deepspeed(path):
-        return UsageError("DeepSpeed keeps the moments in shards of its own", where=path, hint=fresh_hint(path))
-    what = "the checkpoint has no optimizer.pt, so there are no moments to go on with"
+        return UsageError("DeepSpeed keeps the moments in its own shards", where=path, hint=fresh_hint(path))
+    what = "the checkpoint has no optimizer.pt, so there are no moments to continue with"
     inner = _newest_checkpoint(path)
     if inner is not None:
         return UsageError(what, where=path, hint=f"Its newest checkpoint: onward adopt {quoted(inner)} --run NEW_RUN")

@@ -131,7 +131,7 @@ def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
     except DamagedState as error:
         if arguments.text("optim") in ("", *_PLAIN):
             raise DamagedState(error.what, where=path, hint=fresh_hint(path.parent)) from None
-        raise NotTaken(f"the optimizer's state holds more than tensors and plain values: {error.what}") from None
+        raise NotTaken(f"the optimizer's state contains more than tensors and plain values: {error.what}") from None
     return cast(dict[str, Any], saved.get("optimizer", saved))  # as PyTorch's distributed checkpoints wrap it
 
 
@@ -181,15 +181,17 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
         if group.get("amsgrad"):
             raise NotTaken("the checkpoint was trained with AMSGrad, which keeps a third moment")
         if group.get("maximize") or group.get("correct_bias") is False or group.get("bias_correction") in (False, 0):
-            raise NotTaken("the checkpoint was trained with an Adam that AdamW is not: maximize, or no correction")
+            raise NotTaken(
+                "the checkpoint was trained with a variant of Adam that is not AdamW: maximize, or no bias correction"
+            )
         if decay and _has_l2(group):
             raise NotTaken(f"the checkpoint was trained with Adam and L2 weight decay {decay:g}, which is not AdamW")
     if len(moments.rates) > 1 and not one_rate:
         rates = ", ".join(f"{rate:g}" for rate in moments.rates)
-        what = f"its groups of weights have learning rates of their own ({rates}), as LoRA+ has"
+        what = f"its groups of weights have different learning rates ({rates}), as in LoRA+"
         raise NotTaken(what, f"--set learning_rate={moments.rates[0]:g}")
     if len(moments.decays) > 1 or len({(*map(float, group["betas"]), group["eps"]) for group in moments.groups}) > 1:
-        raise NotTaken("its groups of weights have weight decays, betas or eps of their own")
+        raise NotTaken("its groups of weights have different weight decays, betas or eps")
 
 
 def _has_l2(group: Mapping[str, Any]) -> bool:
@@ -223,7 +225,7 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     counts = sorted({int(entry[state.method.counter]) for entry in named.values()})
     if len(counts) > 1:
         what = (
-            f"Adam counts -1: its counters disagree (from {counts[0]} to {counts[-1]}), so some weights sat out steps"
+            f"Adam counts -1: its counters disagree (from {counts[0]} to {counts[-1]}), so some weights skipped steps"
         )
         raise DamagedState(what, where=path, hint=fresh_hint(folder.path))
     numbers = {name: number for number, name in enumerate(state.parameters)}
@@ -253,7 +255,7 @@ def _of_method(state: TrainState, moments: Moments, folder: TrainerFolder) -> Mo
 
 def _widened(moments: Moments) -> Iterator[str]:
     if moments.dtype != "float32":
-        yield f"weights and moments were {moments.dtype}: they go on in float32, from the same values"
+        yield f"weights and moments were {moments.dtype}: they continue in float32, from the same values"
 
 
 def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolder) -> dict[str, Entry]:
@@ -270,7 +272,7 @@ def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolde
         what = f"the optimizer has parameter groups of {sizes}, the model of {expected}"
         hint = fresh_hint(folder.path)
         if sum(sizes) < sum(expected):
-            what += ": a part of the weights was frozen"
+            what += ": some of the weights were frozen"
             hint = f"{hint}\n{_TRAIN}" if not isinstance(state.model, PeftModel) else hint
         raise DamagedState(what, where=path, hint=hint)
     names = [name for group in chosen[0] for name in group]
@@ -305,4 +307,4 @@ def _decay_differs(state: TrainState, moments: Moments, named: Mapping[str, Entr
     there = {name for name, entry in named.items() if float(group_of(moments.groups, owner[id(entry)])["weight_decay"])}
     others = sorted((there ^ decayed) & set(named)) if moments.decays else []
     if others:
-        yield f"weight_decay falls on {len(others)} weights otherwise than the Trainer's did, such as {others[0]}"
+        yield f"weight_decay falls on {len(others)} weights unlike the Trainer's, such as {others[0]}"

@@ -59,7 +59,7 @@ def read_saved(path: Path) -> Any:
                 raise NotAPickle(f"it unpacks to more than {LARGEST} bytes")
             return run_pickle(io.BytesIO(archive.read(member)))
     except (ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        raise NotAPickle(f"it is no archive of torch.save: {error}") from None
+        raise NotAPickle(f"it is not an archive of torch.save: {error}") from None
 
 
 def _legacy(data: bytes) -> Any:

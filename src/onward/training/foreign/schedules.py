@@ -187,10 +187,10 @@ def require_schedule(schedule: TrainerSchedule, folder: TrainerFolder) -> dict[s
     if schedule.factor is None and not schedule.name and schedule.current == schedule.peak > 0:
         return {"learning_rate": schedule.peak, "warmup_steps": 0}  # nothing names it, and it stands at its peak
     rate = schedule.current or schedule.peak or 1e-5
-    name = schedule.name or "of which nothing says the name"
+    name = schedule.name or "whose name is not recorded"
     raise UsageError(
-        f"the Trainer's schedule ({name}, now at {schedule.current:g}) is none that a run has",
+        f"the Trainer's schedule ({name}, now at {schedule.current:g}) is not one that Onward has",
         where=folder.path,
-        hint=f"Say how to go on: onward adopt {quoted(folder.path)} --run NEW_RUN --set schedule=constant "
+        hint=f"Choose how to go on: onward adopt {quoted(folder.path)} --run NEW_RUN --set schedule=constant "
         f"--set learning_rate={rate:g}",
     )

@@ -19,14 +19,14 @@ LEFT: Mapping[str, str] = {
     "label_smoothing_factor": "a run has none",
     "neftune_noise_alpha": "a run has none",
     "loss_type": "a run's loss is the negative log-likelihood of the targets",
-    "packing": "rows are trained one by one, laid end to end where the model allows it",
-    "padding_free": "rows are laid end to end where the model allows it",
+    "packing": "rows are trained one by one, packed end to end if the model allows it",
+    "padding_free": "rows are packed end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "train_sampling_strategy": "the order of rows is the run's own, a function of the seed",
     "dataloader_drop_last": "every row is trained",
     "data_seed": "the order of rows is the run's own, a function of the seed",
-    "fp16": "a run computes in what dtype says: --set dtype=float16 goes on with the scale of its loss",
-    "bf16": "a run computes in what dtype says",
+    "fp16": "a run computes in the type that dtype says: --set dtype=float16 continues its loss scale",
+    "bf16": "a run computes in the type that dtype says",
     "gradient_checkpointing": "it changes memory, not numbers",
     "use_liger_kernel": "it changes memory and last bits",
     "torch_compile": "it changes speed and last bits",
@@ -34,7 +34,7 @@ LEFT: Mapping[str, str] = {
     "embedding_learning_rate": "a run has one learning rate",
     "embedding_lr": "a run has one learning rate",
     "embedding_lr_scale": "a run has one learning rate",
-    "dataset_text_field": "a run knows rows by their keys",
+    "dataset_text_field": "a run recognizes rows by their keys",
     "auto_find_batch_size": "the batch size that it found is taken",
 }
 """Arguments that are not taken where they are set, and why."""
@@ -45,8 +45,8 @@ USUAL = ("text", "random", "nll", "chunked_nll")
 ROUTER_LOSS = "router_aux_loss_coef"
 
 WITHOUT: Mapping[str, str] = {
-    "assistant_only_loss": "a run trains every answer of a chat and nothing else of it",
-    "completion_only_loss": "a run trains completions and nothing else of such a row",
+    "assistant_only_loss": "a run trains every answer of a chat and nothing else",
+    "completion_only_loss": "a run trains only the completion of such a row",
 }
 """Arguments that are not taken where they are false, and why."""
 

@@ -29,11 +29,11 @@ ROW_ATTENTION = "onward_rows"
 PADDING_FREE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "smollm3", "starcoder2"}
 )  # fmt: skip
-"""Model types whose rows are laid end to end in runs that were made before models were proven (`admission/`)."""
+"""Model types whose rows are packed end to end in runs that were made before models were proven (`admission/`)."""
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether rows are laid end to end for this model."""
+    """Whether rows are packed end to end for this model."""
     return cast(Any, model.config)._attn_implementation == ROW_ATTENTION
 
 
@@ -44,7 +44,7 @@ def lay_end_to_end(model: PreTrainedModel) -> None:
         ValueError: its attention is not one that can be replaced by another computing the same.
     """
     if not model._supports_sdpa:  # pyright: ignore[reportPrivateUsage]
-        raise ValueError("its attention is one of its own")
+        raise ValueError("its attention is its own implementation")
     model.set_attn_implementation(ROW_ATTENTION)
     if not takes_rows(model):
         raise ValueError("its attention cannot be set")
@@ -131,7 +131,7 @@ def _window(length: int, window: int | None, device: torch.device) -> torch.Tens
 def _require_no_rows(module: nn.Module, attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and attention_mask.shape[-1] == 0:
         raise ModelError(
-            f"in transformers {transformers.__version__} this model does not hand the lengths of its rows down to its "
+            f"in transformers {transformers.__version__} this model does not pass the lengths of its rows to its "
             "attention, so rows would see each other",
             where=type(module).__name__,
             hint="Nothing was trained. Install the versions in Onward's constraints.txt, then: onward train",

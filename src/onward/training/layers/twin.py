@@ -128,7 +128,7 @@ def writes(name: str) -> ModelError:
     return ModelError(
         f"a forward pass in evaluation changes the weight {name}",
         where="the model",
-        hint="What is trained would depend on when it was looked at, so nothing was trained. Use another model.",
+        hint="What is trained would depend on when the model was measured, so nothing was trained. Use another model.",
     )
 
 

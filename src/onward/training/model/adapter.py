@@ -53,7 +53,7 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
     try:
         adapter = PeftConfig.from_peft_type(**json.loads(_read(path)))
     except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"the adapter's config is not one of PEFT's: {first_line(error)}", where=path) from None
+        raise ModelError(f"the adapter's config is not valid for PEFT: {first_line(error)}", where=path) from None
     adapter.inference_mode = False
     if dropout is not None and isinstance(adapter, LoraConfig):
         adapter.lora_dropout = dropout

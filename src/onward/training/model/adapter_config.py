@@ -73,14 +73,14 @@ def read_adapter(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise DamagedState(f"{ADAPTER_CONFIG} cannot be read: {type(error).__name__}", where=path) from None
     if values.get("peft_type") != "LORA":
-        raise ModelError(f"adapters of type {values.get('peft_type')} cannot go on here, LoRA can", where=path)
+        raise ModelError(f"adapters of type {values.get('peft_type')} cannot be continued here, only LoRA", where=path)
     _require_weights(checkpoint)
     _require_own_weights(values, path)
     if values.get("bias", "none") != "none" and not _holds_biases(checkpoint / ADAPTER_WEIGHTS):
         values["bias"] = "none"  # the base has none: PEFT trains none then, and says nothing
     refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
     if refused:
-        what = f"the adapter has what a run cannot take over: {'; '.join(refused)}"
+        what = f"the adapter has settings that a run cannot take over: {'; '.join(refused)}"
         raise ModelError(what, where=path, hint=merge_hint(checkpoint, values))
     return values
 
@@ -129,7 +129,7 @@ def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
     if begun in OWN_WEIGHTS:
         return
     hint = merge_hint(path.parent, values) if begun in MADE_AGAIN else _changed_base_hint(path)
-    what = f"the adapter was begun by {begun}, which changes the base: with the base as it is, it is another model"
+    what = f"the adapter was begun by {begun}, which changes the base: on the original base it is a different model"
     raise ModelError(what, where=path, hint=hint)
 
 
@@ -139,8 +139,8 @@ def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
     if stuck:
         base = quoted(values.get("base_model_name_or_path") or "BASE")
         return (
-            f"PEFT cannot merge it into its base ({', '.join(stuck)}): go on with it where it was trained, or begin "
-            f"anew from the base: onward init NEW_RUN --model {base}"
+            f"PEFT cannot merge it into its base ({', '.join(stuck)}): continue it where it was trained, or begin "
+            f"again from the base: onward init NEW_RUN --model {base}"
         )
     own = (checkpoint / "tokenizer_config.json").is_file()
     tokenizer = str(checkpoint) if own else values.get("base_model_name_or_path") or "BASE"
@@ -154,8 +154,8 @@ def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
 
 def _changed_base_hint(path: Path) -> str:
     return (
-        "Where you have the base that it left, as a folder: write true for init_lora_weights in a copy of "
-        f"{path.parent.name}, and adopt that with --model FOLDER. Else convert the adapter where it was trained: "
+        "If you have the base that it left, as a folder: write true for init_lora_weights in a copy of "
+        f"{path.parent.name}, and adopt that with --model FOLDER. Otherwise convert the adapter where it was trained: "
         "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL) of PEFT"
     )
 

@@ -82,7 +82,7 @@ def require_effect(model: PeftModel, config: Config) -> None:
     _require("lora.modules_to_save", lora.modules_to_save, saved, lambda name, other: other.endswith(name), list)
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad and name.endswith(".bias")]
     if lora.bias != "none" and not trained:
-        raise ConfigError(f"lora.bias is {lora.bias}, and there are no such biases", where="lora.bias", hint=_NONE)
+        raise ConfigError(f"lora.bias is {lora.bias}, but there are no such biases", where="lora.bias", hint=_NONE)
 
 
 _NONE = "Leave it out: --set lora.bias=none"
@@ -99,7 +99,7 @@ def _require(
         if not any(fits(one, other) for other in found):
             there = ", ".join(map(str, others()))
             raise ConfigError(
-                f"{key} names {one!r}, and the model has nothing of that name that can be trained so",
+                f"{key} names {one!r}, but the model has no such part that can be trained this way",
                 where=key,
                 hint=f"There is: {there}." if there else "Leave it out, or look at the names of the model's parts.",
             )

@@ -145,9 +145,9 @@ def require_complete(folder: Path) -> None:
     if not readable:
         raise ModelError("the model's config.json cannot be read", where=folder, hint=COMPLETE)
     if not any(list(folder.glob(pattern)) for pattern in WEIGHTS[:2]):
-        raise ModelError("this folder holds no weights", where=folder, hint=COMPLETE)
+        raise ModelError("this folder has no weights", where=folder, hint=COMPLETE)
     if not any((folder / name).is_file() for name in TOKENIZER):
-        raise ModelError("this folder holds no tokenizer", where=folder, hint=COMPLETE)
+        raise ModelError("this folder has no tokenizer", where=folder, hint=COMPLETE)
 
 
 def require_plain(folder: Path, *, method: str) -> None:
@@ -170,14 +170,13 @@ def require_plain(folder: Path, *, method: str) -> None:
         raise ModelError(
             f"its weights are quantized ({kind})",
             where=folder,
-            hint="Name the model that it was made from, whose weights are whole; to train on it in 4 bits add: "
-            "--set method=qlora",
+            hint="Name the unquantized model from which it was made; to train on it in 4 bits add: --set method=qlora",
         )
     if config.get("auto_map") and not _is_known(str(config.get("model_type"))):
         raise ModelError(
-            "it needs code of its own (auto_map in config.json), which Onward never runs",
+            "it needs its own code (auto_map in config.json), which Onward never runs",
             where=folder,
-            hint="Look for a conversion of it to an architecture of transformers; its name often ends in -hf.",
+            hint="Look for a version converted to an architecture of transformers; its name often ends in -hf.",
         )
 
 
@@ -194,7 +193,7 @@ def _is_adapter(folder: Path) -> ModelError:
         base = None
     named = quoted(base) if isinstance(base, str) and base else "BASE"
     return ModelError(
-        "this folder holds an adapter, not a model",
+        "this folder contains an adapter, not a model",
         where=folder,
         hint=f"Start from its weights: onward init NEW_RUN --model {named} --adapter {quoted(folder)}",
     )
@@ -204,7 +203,7 @@ def digest_base(folder: Path) -> str:
     """Return the digest of a base model: every weight file and the architecture."""
     files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
     if not any(file.suffix in {".safetensors", ".bin"} for file in files):
-        raise ModelError("this folder holds no weights (*.safetensors)", where=folder, hint=COMPLETE)
+        raise ModelError("this folder has no weights (*.safetensors)", where=folder, hint=COMPLETE)
     return sha256_json({file.name: xxh3_file(file) for file in files})
 
 

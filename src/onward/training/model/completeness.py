@@ -28,14 +28,14 @@ def require_all_weights(loaded: Mapping[str, Any], folder: Path) -> None:
         raise ModelError(
             f"{_count(missing)} missing in the model's files: {_list(missing)}; they would be random numbers",
             where=folder,
-            hint="Get the whole model again; a model without a head (a base encoder) cannot be trained on text.",
+            hint="Get the complete model again; a model without a head (a base encoder) cannot be trained on text.",
         )
     wrong = sorted((str(name), tuple(there), tuple(here)) for name, there, here in loaded["mismatched_keys"])
     if wrong:
         name, there, here = wrong[0]
         raise ModelError(
-            f"{_count(wrong)} of another shape than config.json says, {name} first: {list(there)} in the files, "
-            f"{list(here)} by the config",
+            f"{_count(wrong)} not of the shape that config.json says, {name} first: {list(there)} in the files, "
+            f"{list(here)} in the config",
             where=folder,
             hint="Put back the config.json that belongs to these weights.",
         )

@@ -193,9 +193,7 @@ def _convert(gguf: Path, source: EmbeddedModel, target: Path) -> None:
         atomic.publish_directory(building, target)
     except FileExistsError as error:
         atomic.remove_tree(building)
-        raise ModelError(
-            "There is something else where the model belongs", where=target, hint="Move it away."
-        ) from error
+        raise ModelError("Something else is in the place of the model", where=target, hint="Move it away.") from error
 
 
 def _origin(source: EmbeddedModel) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[s
         if not any(re.search(pattern, name) for own in names.values() for name in own):
             kinds = sorted({re.sub(r"\.\d+\.", ".0.", name) for own in names.values() for name in own})
             hint = f"Names are, for instance: {', '.join(kinds[:12])}."
-            raise ConfigError(f"train: {pattern!r} is found in no weight's name", where="train", hint=hint)
+            raise ConfigError(f"train: {pattern!r} matches no weight's name", where="train", hint=hint)
     for parameter, own in names.items():
         asked = not patterns or any(re.search(pattern, name) for pattern in patterns for name in own)
         parameter.requires_grad_(asked and not any(name in left_out for name in own))
@@ -234,10 +234,10 @@ def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 def _way_out(error: Exception) -> str:
     """Return what to do about a model that transformers does not load."""
     if isinstance(error, SafetensorError | OSError):
-        return "A file of it is missing or torn: copy or download the whole folder again."
+        return "One of its files is missing or incomplete: copy or download the whole folder again."
     if "does not recognize this architecture" in str(error):
         known = f"The installed transformers is {transformers.__version__}"
-        return f"{known}; a later one may know it. Else name another model: --model NAME_OR_PATH"
+        return f"{known}; a later one may support it. Otherwise choose another model: --model NAME_OR_PATH"
     return "onward doctor looks closer."
 
 
@@ -257,7 +257,7 @@ def _load(folder: Path, dtype: torch.dtype | None, *, strict: bool = False, **ex
             raise ModelError(
                 "transformers has no causal language model of this kind",
                 where=folder,
-                hint="It is a part of a larger model, or no model of text. Name another: --model NAME_OR_PATH",
+                hint="It is part of a larger model, or not a text model. Choose another: --model NAME_OR_PATH",
             ) from None
         raise ModelError(
             f"the model cannot be loaded: {first_line(error)}", where=folder, hint=_way_out(error)

@@ -37,7 +37,7 @@ def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, ada
         The config, with the new tokens among those whose rows an adapter trains.
 
     Raises:
-        ConfigError: a token is in the vocabulary already, or the adapter asks for what the model has not.
+        ConfigError: a token is already in the vocabulary, or the adapter asks for what the model has not.
         ModelError: the base cannot be loaded.
     """
     words = load_tokenizer(tokenizer)
@@ -62,7 +62,7 @@ def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Se
     there = [token for token in tokens if token in known]
     if there:
         raise ConfigError(
-            f"{', '.join(map(repr, there))}: in the vocabulary already", where="tokens",
+            f"{', '.join(map(repr, there))}: already in the vocabulary", where="tokens",
             hint=f"Leave them out; to train their rows: lora.trainable_tokens={[known[token] for token in there]}",
         )  # fmt: skip
     before = len(tokenizer)
@@ -113,7 +113,7 @@ def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path)
     try:
         prove_roundtrip(made, adapter, weights)
     except VerificationFailed as error:
-        what = f"lora.init {config.lora.init} does not suit layers of this model: {error.what}"
+        what = f"lora.init {config.lora.init} does not work with layers of this model: {error.what}"
         raise ConfigError(what, where="lora.init", hint="Leave it out, or try pissa.") from None
     assert causal_lm(made) is model
     return cast(PreTrainedModel, cast(Any, made).unload())

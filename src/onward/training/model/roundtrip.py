@@ -111,7 +111,7 @@ def _require_file(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     """Hold every weight that has the same name in a file against it; others are compared where all is loaded."""
     found = {name: tensor for name, tensor in _tensors(folder) if name in weights and not _equal(tensor, weights[name])}
     if found:
-        raise _refusal(f"the file holds another {_some(found)}", folder)
+        raise _refusal(f"the file has a different {_some(found)}", folder)
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,12 +124,12 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _require_equal(written: Mapping[str, torch.Tensor], loaded: Mapping[str, torch.Tensor], folder: Path) -> None:
     missing, unexpected = sorted(set(written) - set(loaded)), sorted(set(loaded) - set(written))
     if missing:
-        raise _refusal(f"it holds nothing for {_some(missing)}", folder)
+        raise _refusal(f"it contains nothing for {_some(missing)}", folder)
     if unexpected:
-        raise _refusal(f"it also holds {_some(unexpected)}", folder)
+        raise _refusal(f"it also contains {_some(unexpected)}", folder)
     wrong = [name for name, weight in written.items() if not _equal(loaded[name], weight)]
     if wrong:
-        raise _refusal(f"another value comes back for {_some(wrong)}", folder)
+        raise _refusal(f"a different value comes back for {_some(wrong)}", folder)
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -149,6 +149,6 @@ def _refusal(problem: str, folder: Path) -> VerificationFailed:
     return VerificationFailed(
         f"what was written does not load back: {problem}",
         where=folder,
-        hint="Nothing of it was committed. Leave out what the model cannot keep: docs/config.md, lora; "
+        hint="None of it was committed. Leave out what cannot be saved: docs/config.md, lora; "
         "onward doctor looks closer.",
     )

@@ -47,8 +47,8 @@ def read_start_adapter(folder: Path) -> StartAdapter:
         ModelError: the adapter is of a kind that cannot go on exactly.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
-        hint = "Name a folder with adapter_config.json and adapter_model.safetensors, as PEFT's save_pretrained writes."
-        raise UsageError("this is no adapter of PEFT", where=folder, hint=hint)
+        hint = "Name a folder that PEFT's save_pretrained wrote: adapter_config.json and adapter_model.safetensors."
+        raise UsageError("this is not a PEFT adapter", where=folder, hint=hint)
     values = read_adapter(folder)
     default = LoraConfig().model_dump(mode="json")
     shape = {_name_of(key): value for key, value in adapter_settings(values).items()}
@@ -101,7 +101,7 @@ def require_fits_base(folder: Path, base: Path) -> None:
             load_adapter(add_adapter(bare, saved_adapter_config(folder)), folder)
         except ModelError as error:
             hint = (
-                "Name the base that it was made on: --model NAME_OR_PATH. One with a vocabulary of its own goes on "
+                "Name the base on which it was made: --model NAME_OR_PATH. Use one with its own vocabulary "
                 "merged into its base (PEFT's merge_and_unload): onward init NEW_RUN --model MERGED"
             )
             raise ModelError(error.what, where=folder, hint=hint) from None

@@ -66,7 +66,7 @@ class AdamW:
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
         """Return what is missing, or which moment has another shape than the parameter."""
         if entry is None or set(entry) != {self.counter, *self.slots}:
-            return "the optimizer holds no AdamW moments for it"
+            return "the optimizer has no AdamW moments for it"
         shape = tuple(parameter.shape)
         wrong = [slot for slot in self.slots if tuple(entry[slot].shape) != shape]
         return f"its {wrong[0]} has shape {tuple(entry[wrong[0]].shape)} instead of {shape}" if wrong else None

@@ -76,7 +76,7 @@ class AdamW8bit(AdamW):
             wanted |= {**dict.fromkeys(self.slots, torch.uint8), **dict.fromkeys(SCALES, torch.float32)}
             shapes |= dict.fromkeys(SCALES, (blocks_of(parameter),))
         if entry is None or set(entry) != set(wanted):
-            return "the optimizer holds no moments of adamw_8bit for it"
+            return "the optimizer has no adamw_8bit moments for it"
         for slot, shape in shapes.items():
             found = tuple(entry[slot].shape), entry[slot].dtype
             if found != (shape, wanted[slot]):
@@ -95,7 +95,7 @@ class AdamW8bit(AdamW):
         own: Mapping[str, torch.Tensor] = codebooks() if any(name in flat for name in CODEBOOKS) else {}
         for name, codebook in own.items():
             if not torch.equal(codebook, cast(torch.Tensor, flat.pop(name))):
-                raise ValueError("they are rounded to other values than those of bitsandbytes' dynamic map")
+                raise ValueError("they are rounded to values that are not in bitsandbytes' dynamic map")
         if self.counter in flat:
             flat[self.counter] = torch.as_tensor(flat[self.counter], dtype=torch.float32).reshape(())
         return flat

@@ -95,7 +95,7 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
     raise RankLost(
         f"the processes cannot find each other: {first_line(failed[-1])}",
         where=address,
-        hint="MASTER_ADDR and MASTER_PORT have to be reachable from every machine, and the port free.",
+        hint="MASTER_ADDR and MASTER_PORT must be reachable from every machine, and the port must be free.",
     )
 
 
@@ -106,7 +106,7 @@ def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None])
     if len(threads) > 1:
         torch.set_num_threads(threads[0])
         counts = ", ".join(map(str, threads))
-        report(f"the ranks had {counts} threads: all compute with {threads[0]} now (OMP_NUM_THREADS)")
+        report(f"the ranks had {counts} threads: all use {threads[0]} now (OMP_NUM_THREADS)")
         for record in records:
             record["threads"] = threads[0]
     unequal = sorted(

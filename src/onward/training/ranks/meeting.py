@@ -53,7 +53,7 @@ def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: floa
                 return first, found
         time.sleep(PAUSE)
     ranks = ", ".join(f"rank {number}" for number in _missing(store, first, size) or [0])
-    raise RankLost(f"{ranks} did not come within {patience:.0f} s", where="devices", hint=HINT)
+    raise RankLost(f"{ranks} did not join within {patience:.0f} s", where="devices", hint=HINT)
 
 
 def _here(first: str | None, rank: int) -> str:

@@ -42,7 +42,7 @@ def hold_same(
         raise VerificationFailed(
             f"rank {wrong[0]} took the same steps as rank 0 and holds another state after step {state.step}",
             where="devices",
-            hint="Its device or memory computes wrong. What was committed is rank 0's; onward verify looks at it.",
+            hint="Its device or memory is faulty. What was committed is rank 0's; onward verify checks it.",
         )
     if others:
         _send_state(state, world)
@@ -63,7 +63,7 @@ def _require_same_weights(found: list[Any]) -> None:
     for rank, each in enumerate(found):
         if each["weights"] != found[0]["weights"]:
             raise ModelError(
-                f"rank {rank} has other weights to train than rank 0",
+                f"rank {rank} has different weights to train from rank 0",
                 where="model",
                 hint="All ranks need the same base model and the same versions of transformers and peft.",
             )

@@ -89,7 +89,7 @@ class Watch:
             raise Released
         if self._problem is None and waited > STUCK * self._patience:
             behind = [rank for rank, (beat, _) in self._seen.items() if _place_of(beat) < self.place]
-            self._problem = f"{self._list(behind)} did not come to where the others waited for {waited:.0f} s"
+            self._problem = f"{self._list(behind)} did not reach the point where the others waited for {waited:.0f} s"
         if self._problem is not None:
             raise self._lost(self._problem)
 
@@ -186,7 +186,7 @@ class Watch:
     def _without_store(self) -> None:
         """The store went with what started the processes: rank 0 stops as on a signal, and the others follow it."""
         if self.on_stop is not None:
-            self.on_stop("the end of what started the processes")
+            self.on_stop("the end of the process that started the others")
 
     def _list(self, ranks: Sequence[int]) -> str:
         return ", ".join(self._names[rank] for rank in ranks) or "another rank"

@@ -94,7 +94,7 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
     Raises:
         OSError: a rank could not write.
         RuntimeError: a rank is gone.
-        VerificationFailed: the ranks hold states of different steps.
+        VerificationFailed: the ranks have states of different steps.
     """
     snapshot.wait()
     is_first = host.get_local_rank() == 0
@@ -134,9 +134,9 @@ def _write_files(
     dist.all_gather_object(every, (own, snapshot.plain(), snapshot.adam_step()), group=host.get_group())
     if any(told[1:] != every[0][1:] for told in every):
         raise VerificationFailed(
-            "the ranks hold states of different steps",
+            "the ranks have states of different steps",
             where="devices",
-            hint="Nothing of it was committed. The last commit is whole: onward train",
+            hint="None of it was committed. The last commit is intact: onward train",
         )
     return {name: entry for files, *_ in every for name, entry in files.items()}
 
@@ -177,11 +177,11 @@ def read_manifest(folder: Path) -> ShardManifest:
     try:
         manifest = ShardManifest.model_validate(json.loads(path.read_bytes()))
     except FileNotFoundError:
-        raise DamagedState("the shards have no manifest: they were not written to the end", where=path) from None
+        raise DamagedState("the shards have no manifest: writing them did not finish", where=path) from None
     except OSError as error:
         raise Unreadable.of(error, path) from None
     except (ValueError, ValidationError):
-        raise DamagedState("this is no manifest of shards", where=path) from None
+        raise DamagedState("this is not a manifest of shards", where=path) from None
     if manifest.format != FORMAT or manifest.sealed().digest != manifest.digest:
         raise DamagedState("the manifest of the shards was changed", where=path)
     return manifest

@@ -119,7 +119,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     inner = {part for layer in found for part in layer.modules() if part is not layer}
     layers = [layer for layer in dict.fromkeys(found) if layer not in inner]
     if not layers:
-        raise _refusal("it has no list of layers that transformers can compute again")
+        raise _refusal("it has no list of layers that transformers can recompute")
     return layers
 
 

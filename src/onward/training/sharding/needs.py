@@ -19,14 +19,14 @@ def require_shardable(config: Config) -> None:
     for key, (value, without) in needs.items():
         if value != without:
             raise ConfigError(
-                f"{key} is {value}, which a model in shards does not have yet",
+                f"{key} is {value}, which sharding does not support yet",
                 where=key,
                 hint=f"Set {key}: {without}, or sharding: off.",
             )
     for key, value, without in (("optimizer", config.optimizer, "adamw"), ("dtype", config.dtype, "auto")):
         if value in ("adamw_8bit", "float16"):
             raise ConfigError(
-                f"{key} is {value}, which a model in shards does not have yet",
+                f"{key} is {value}, which sharding does not support yet",
                 where=key,
                 hint=f"Make another run with {key}: {without}, or set sharding: off.",
             )

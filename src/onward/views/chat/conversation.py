@@ -102,4 +102,4 @@ def _into_inbox(line: bytes, inbox: Path) -> Path:
         temporary.unlink()
         fsync_directory(inbox)
         return inbox / name
-    raise FileExistsError(17, "a thousand rows were saved in this second", str(inbox))
+    raise FileExistsError(17, "a thousand rows were saved within this second", str(inbox))

@@ -197,7 +197,7 @@ class Engine:
         if not isinstance(length, int):
             return sampling.max_tokens
         if len(ids) >= length:
-            what = f"the prompt has {len(ids)} tokens, and the model takes {length} with the answer"
+            what = f"the prompt has {len(ids)} tokens, but the model takes only {length}, answer included"
             raise UsageError(what, hint="Begin a new conversation (/reset), or shorten the prompt.")
         return min(sampling.max_tokens, length - len(ids))
 

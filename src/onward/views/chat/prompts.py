@@ -44,7 +44,7 @@ class Prompts:
         try:
             text = self._template.prompt(Chat(list(messages), tools))
         except RowError as error:
-            raise UsageError(f"the messages cannot be asked: {error.reason}", hint=error.remedy) from None
+            raise UsageError(f"the messages cannot be sent to the model: {error.reason}", hint=error.remedy) from None
         _require_characters(text)
         return self._state.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -66,4 +66,4 @@ def _require_characters(text: str) -> None:
     try:
         check_text(text, "the prompt")
     except RowError as error:
-        raise UsageError(error.reason, hint="Write it again: some of its bytes were not UTF-8.") from None
+        raise UsageError(error.reason, hint="Type it again: some of its bytes were not UTF-8.") from None

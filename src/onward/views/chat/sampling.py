@@ -27,7 +27,7 @@ class Sampling:
     """How an answer is drawn.
 
     Args:
-        temperature: scores are divided by it; 0 takes the most probable token each time.
+        temperature: scores are divided by it; 0 always takes the most probable token.
         top_p: share of the probability within which the next token is drawn.
         top_k: most probable tokens among which the next one is drawn; 0 for all.
         max_tokens: tokens that an answer has at most.

@@ -114,7 +114,7 @@ class Chat:
         for column in self._columns:
             say(f"{printable(column.engine.loaded.label)} answers")
         if not self._columns[0].engine.prompts.has_template:
-            say("this run's tokenizer has no chat template: the model goes on with what you type")
+            say("this run's tokenizer has no chat template: the model continues what you type")
 
     def _answer(self, text: str) -> None:
         self._yield_to_training()
@@ -164,7 +164,9 @@ class Chat:
 
     def _go_to(self, at: str) -> None:
         if len(self._columns) > 1:
-            raise UsageError("two states are compared", where="/at", hint="Start again: onward chat --compare A B")
+            raise UsageError(
+                "two states are being compared", where="/at", hint="Start again: onward chat --compare A B"
+            )
         try:
             with hold(self._layout, at or None) as point:
                 self._columns[0].engine.move_to(self._layout, point)

@@ -75,10 +75,10 @@ class Wanted:
         if self.quantize is not None and self.quantize not in kinds:
             raise UsageError(f"there is no {self.quantize!r}", where="--quantize", hint="q8_0, q4_k_m or f16.")
         if self.quantize is not None and (self.format not in ("gguf", "ollama") or self.dtype is not None):
-            what = "--quantize is for formats gguf and ollama, and stands for --dtype"
-            raise UsageError(what, where="--quantize", hint="Leave it or --dtype out.")
+            what = "--quantize is for the formats gguf and ollama, in place of --dtype"
+            raise UsageError(what, where="--quantize", hint="Leave out one of the two.")
         if self.target.exists() or self.target.is_symlink():
-            what = "something of this name is there already, and nothing is written over it"
+            what = "something of this name already exists, and nothing is written over it"
             raise UsageError(what, where=self.target, hint="Name another, or remove it.")
 
 
@@ -170,7 +170,7 @@ class _Writing:
     def _write_adapter(self, folder: Path) -> None:
         """Copy the adapter, under the name of its base that others know it by."""
         if not self._is_adapter:
-            what = "this run trains all weights, so that there is no adapter"
+            what = "this run trains all weights, so there is no adapter"
             raise UsageError(what, where="--format", hint="--format merged writes the model.")
         tensors = load_file(self._point.folder / ADAPTER_WEIGHTS)
         if self._wanted.dtype is not None:
@@ -255,6 +255,6 @@ def _published(wanted: Wanted) -> Generator[Path]:
         else:
             publish_directory(temporary, wanted.target)
     except OSError as error:
-        raise UsageError(f"it cannot be written: {error.strerror}", where=error.filename or wanted.target) from None
+        raise UsageError(f"cannot write it: {error.strerror}", where=error.filename or wanted.target) from None
     finally:
         remove_tree(temporary)

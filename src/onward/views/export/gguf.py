@@ -115,5 +115,5 @@ def _call(words: list[str]) -> None:
         last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it gave no reason")
         raise OnwardError(
             f"llama.cpp's {Path(words[1] if len(words) > 2 else words[0]).name} refuses: {last}",
-            hint=f"Export the merged model, and see what it says of it: {quoted(Path(words[1]).name)} FOLDER",
+            hint=f"Export the merged model, and see what the converter says: {quoted(Path(words[1]).name)} FOLDER",
         )

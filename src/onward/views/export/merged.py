@@ -92,7 +92,7 @@ def _require_equal(expected: torch.Tensor, found: torch.Tensor, tolerance: float
     difference = float((expected - found).abs().max())
     if not difference <= tolerance:
         raise VerificationFailed(
-            f"{what} gives other logits than base and adapter: they differ by {difference:.3g}",
+            f"{what} gives different logits from base and adapter: they differ by {difference:.3g}",
             hint="Export the adapter, which is used alongside its base: --format adapter",
         )
     return difference

@@ -77,9 +77,9 @@ def read_template(template: ChatTemplate, begin: str, *, is_added: bool) -> Writ
         if written is not None:
             return written
     raise UsageError(
-        "the run's chat template does more than write pieces around messages, which Ollama's cannot be proven to do",
+        "the run's chat template does more than write text around messages, which cannot be proven for Ollama's",
         where="--format",
-        hint="--format gguf has the template itself in it, which llama.cpp's server follows.",
+        hint="--format gguf keeps the template itself, which llama.cpp's server follows.",
     )
 
 
@@ -171,5 +171,5 @@ def _quoted(text: str) -> str:
         UsageError: it has the marks in it that would end it.
     """
     if '"""' in text:
-        raise UsageError('a text with """ in it cannot stand in a Modelfile', where="--format")
+        raise UsageError('a text with """ in it cannot be in a Modelfile', where="--format")
     return f'"""{text}"""'

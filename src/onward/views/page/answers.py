@@ -60,7 +60,7 @@ def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) ->
     if not text:
         return None
     if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) >= least):
-        raise UsageError(f"{name} is a number from {least} up, not {printable(text)}", where=name)
+        raise UsageError(f"{name} must be a number from {least} up, not {printable(text)}", where=name)
     return min(int(text), most)
 
 

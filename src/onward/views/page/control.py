@@ -51,7 +51,9 @@ def rollback(layout: RunLayout, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """
     to = _text(wanted, "to")
     if not to:
-        raise UsageError("it is not said where to go back to", where="to", hint='For example {"to": "step:120"}.')
+        raise UsageError(
+            "the request does not say where to go back to", where="to", hint='For example {"to": "step:120"}.'
+        )
     again = ["--requeue"] if _flag(wanted, "requeue") else []
     return _command(layout, "rollback", f"--to={to}", "--yes", *again)
 
@@ -79,12 +81,12 @@ def _command(layout: RunLayout, *words: str) -> dict[str, Any]:
 def _flag(wanted: Mapping[str, Any], name: str) -> bool:
     value = wanted.get(name, False)
     if not isinstance(value, bool):
-        raise UsageError(f"{name} is true or false", where=name)
+        raise UsageError(f"{name} must be true or false", where=name)
     return value
 
 
 def _text(wanted: Mapping[str, Any], name: str) -> str | None:
     value = wanted.get(name)
     if value is not None and not isinstance(value, str):
-        raise UsageError(f"{name} is a text", where=name)
+        raise UsageError(f"{name} must be a text", where=name)
     return value or None

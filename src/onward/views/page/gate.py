@@ -57,11 +57,11 @@ class Gate:
         """Refuse what no token makes good."""
         headers = Headers(scope=scope)
         if not self._hosts.know(headers.get("host", "")):
-            return _refused(403, "this page does not go by that name", "Open the link that onward page printed.")
+            return _refused(403, "this page has no such host name", "Open the link that onward page printed.")
         if is_foreign(headers):
             return _refused(403, "another site made this request", "Use the page itself, or a token in the header.")
         if self._read_only and scope["method"] not in SAFE_METHODS:
-            return _refused(403, "this page is for reading only", "Start it without --read-only.")
+            return _refused(403, "this page is read-only", "Start it without --read-only.")
         return None
 
     def _entry(self, scope: Scope) -> Response | None:
@@ -86,7 +86,9 @@ class Gate:
         if self._key.is_in_cookie(headers, cookie_name(scope)):
             if scope["method"] in SAFE_METHODS or "origin" in headers:
                 return None
-            return _refused(403, "a request that changes something has to say where it comes from", "Send an Origin.")
+            return _refused(
+                403, "a request that changes something must say where it comes from", "Send an Origin header."
+            )
         if "text/html" in headers.get("accept", "") and "/api/" not in scope["path"]:
             return closed_page()
         return _refused(401, "the token is missing or wrong", "Authorization: Bearer TOKEN, as in the link.")

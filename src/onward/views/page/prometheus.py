@@ -9,13 +9,13 @@ from onward.service.shown import DOING
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GAUGES = {
-    "global_step": ("onward_step", "Optimizer step that the run stands at."),
+    "global_step": ("onward_step", "Optimizer step at which the run is."),
     "file_step": ("onward_file_step", "Step within the file in training."),
-    "file_steps": ("onward_file_steps", "Steps that the file in training takes."),
-    "queue": ("onward_queue_files", "Files that wait."),
+    "file_steps": ("onward_file_steps", "Total steps of the file in training."),
+    "queue": ("onward_queue_files", "Files that wait in the queue."),
     "loss": ("onward_loss", "Loss of the newest step, the mean over its target tokens."),
     "learning_rate": ("onward_learning_rate", "Learning rate of the newest step."),
-    "tokens_per_second": ("onward_tokens_per_second", "Tokens trained a second, over the newest steps."),
+    "tokens_per_second": ("onward_tokens_per_second", "Tokens trained per second, over the newest steps."),
     "eta_seconds": ("onward_eta_seconds", "Seconds until the file in training is done."),
     "disk_free_bytes": ("onward_disk_free_bytes", "Free bytes on the run's disk."),
     "heartbeat_seconds": ("onward_heartbeat_age_seconds", "Seconds since the last sign of life of the run's process."),
@@ -40,9 +40,9 @@ def exposition(statuses: Mapping[str, Mapping[str, Any]], files: Mapping[str, Ma
     ]  # fmt: skip
     lines += _family("onward_state", "1 for the state that the run is in.", states)
     problems = [({"run": run}, int(status["problem"] is not None)) for run, status in statuses.items()]
-    lines += _family("onward_problem", "1 where something keeps the run from going on.", problems)
+    lines += _family("onward_problem", "1 if something keeps the run from going on.", problems)
     counts = [({"run": run, "state": state}, count) for run, found in files.items() for state, count in found.items()]
-    lines += _family("onward_files", "Files by what came of them.", counts)
+    lines += _family("onward_files", "Files by state.", counts)
     return "".join(f"{line}\n" for line in lines)
 
 

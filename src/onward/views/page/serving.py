@@ -63,7 +63,7 @@ def serve(
         with contextlib.suppress(OSError):
             remove_dead_parts(run.layout.inbox)
     if not is_loopback(address.host):
-        say("others can reach this page: whoever has its link may do what you may, and nothing is encrypted on the way")
+        say("others can reach this page: whoever has its link may do what you may, and traffic is not encrypted")
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     server = PageServer(server_config(make_app(runs, settings)))
@@ -102,7 +102,7 @@ def _key() -> Key:
     token = os.environ.get(TOKEN) or None
     if token is not None and (len(token) < SHORTEST or not token.isascii() or not token.isprintable() or " " in token):
         raise UsageError(
-            f"the token is too short or has characters that a header cannot hold ({SHORTEST} at least)", where=TOKEN,
+            f"the token is too short or has characters that no header allows ({SHORTEST} at least)", where=TOKEN,
             hint=f"export {TOKEN}=$(openssl rand -hex 32)",
         )  # fmt: skip
     return Key(token)

@@ -46,7 +46,7 @@ class Talker:
 
         Raises:
             UsageError: the wish makes no sense.
-            ModelError: the process that answers ended.
+            ModelError: the process that answers has ended.
         """
         known = require_wish(wish)
         process, askers = await self._started()
@@ -64,7 +64,7 @@ class Talker:
                 if not is_open:
                     return
             is_open = False
-            raise ModelError("the process that answers ended", hint="Ask again; onward chat says more.")
+            raise ModelError("the process that answers has ended", hint="Ask again; onward chat says more.")
         finally:
             del askers[number]
             if is_open and process.returncode is None:  # whoever asked went away
@@ -128,7 +128,7 @@ def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
     """
     messages = wish.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MOST_TURNS or not all(map(_is_message, messages)):
-        raise UsageError(f"messages are 1 to {MOST_TURNS} objects with role and content", where="messages")
+        raise UsageError(f"messages must be 1 to {MOST_TURNS} objects with role and content", where="messages")
     kinds = {"at": str, "system": str, "temperature": (int, float), "max_tokens": int, "seed": int}
     known: dict[str, Any] = {name: wish[name] for name in kinds if wish.get(name) is not None}
     for name, value in known.items():
@@ -136,7 +136,7 @@ def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
             raise UsageError(f"{name} is no such value", where=name)
     tokens = known.get("max_tokens", 0)
     if tokens > MOST_TOKENS:
-        raise UsageError(f"max_tokens is {MOST_TOKENS} at most", where="max_tokens")
+        raise UsageError(f"max_tokens may be at most {MOST_TOKENS}", where="max_tokens")
     return {**known, "messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
 
 

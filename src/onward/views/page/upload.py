@@ -39,13 +39,13 @@ def require_name(name: str) -> str:
     Raises:
         BadName: it leads elsewhere, or the inbox would pass the file over for good.
     """
-    hint = "Send it under a plain name, as data.jsonl."
+    hint = "Send it under a plain name, such as data.jsonl."
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
-        raise BadName("this is no plain file name", where=printable(name), hint=hint)
+        raise BadName("this is not a plain file name", where=printable(name), hint=hint)
     if not name.isprintable():
-        raise BadName("the name has characters that cannot be shown", where=printable(name), hint=hint)
+        raise BadName("the name has characters that cannot be printed", where=printable(name), hint=hint)
     if name.startswith(".") or name.lower().endswith(IGNORED):
-        raise BadName("the inbox passes over files of this name, as unfinished ones", where=name, hint=hint)
+        raise BadName("the inbox ignores files with such a name as unfinished", where=name, hint=hint)
     if name in PRIORITIES:
         raise BadName("this is the name of a folder of the inbox", where=name, hint=hint)
     if len(name.encode()) > NAME_BYTES:
@@ -135,8 +135,8 @@ class Upload:
             raise self._taken()
 
     def _taken(self) -> NotMadeHere:
-        hint = "Wait until it was taken in, or send this one under another name."
-        return NotMadeHere("a file of this name waits in the inbox already", where=self._target.name, hint=hint)
+        hint = "Wait until it has been taken in, or send this one under another name."
+        return NotMadeHere("a file of this name is already waiting in the inbox", where=self._target.name, hint=hint)
 
     def _require_room(self, size: int) -> None:
         if shutil.disk_usage(self._part.parent).free - size < self._reserve:
@@ -145,7 +145,7 @@ class Upload:
     def _full(self, size: int) -> NoSpace:
         free = shutil.disk_usage(self._part.parent).free
         what = f"the disk has no room for it: {free / 1e6:.0f} MB free, {(self._reserve + size) / 1e6:.0f} MB needed"
-        return NoSpace(what, where=self._target.name, hint="Make room, then send it again. Nothing of it was kept.")
+        return NoSpace(what, where=self._target.name, hint="Make room, then send it again. None of it was kept.")
 
 
 def remove_dead_parts(inbox: Path) -> None:

@@ -78,7 +78,7 @@ class Service:
         """Describe the one model."""
         refusal = self._refuse(request)
         if refusal is None and request.path_params["name"] != self.model:
-            refusal = JSONResponse(failure(f"there is no such model; the one here is {self.model}"), 404)
+            refusal = JSONResponse(failure(f"there is no such model; the model here is {self.model}"), 404)
         return refusal or JSONResponse(self._described())
 
     async def health(self, request: Request) -> Response:

@@ -94,7 +94,7 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
 
 def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
-        raise BadRequest("messages is not a list with messages", "messages")
+        raise BadRequest("messages must be a list of messages", "messages")
     return [_message(item, place) for place, item in enumerate(cast(list[Any], value))]
 
 
@@ -107,28 +107,28 @@ def _message(value: Any, place: int) -> Message:
     if isinstance(content, list):
         content = "".join(_part(part, where) for part in cast(list[Any], content))
     if not isinstance(content, str):
-        raise BadRequest(f"the content of {where} is no text", where)
+        raise BadRequest(f"the content of {where} is not a text", where)
     return {**message, "content": content}
 
 
 def _part(part: Any, where: str) -> str:
     values = cast(dict[str, Any], part) if isinstance(part, dict) else {}
     if values.get("type") != "text" or not isinstance(values.get("text"), str):
-        raise BadRequest(f"{where} holds something else than text, which the model does not take", where)
+        raise BadRequest(f"{where} contains something other than text, which the model does not take", where)
     return values["text"]
 
 
 def _prompt(value: Any) -> str:
     texts = cast(list[Any], value) if isinstance(value, list) else [value]
     if len(texts) != 1 or not isinstance(texts[0], str):
-        raise BadRequest("prompt is to be one text", "prompt")
+        raise BadRequest("prompt must be one text", "prompt")
     return texts[0]
 
 
 def _stops(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in cast(list[Any], stops)):
-        raise BadRequest("stop is to be a text or a list of texts", "stop")
+        raise BadRequest("stop must be a text or a list of texts", "stop")
     return cast(list[str], stops)
 
 
@@ -137,7 +137,7 @@ def _number(values: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRequest(f"{key} is to be a number", key)
+        raise BadRequest(f"{key} must be a number", key)
     return float(value)
 
 
@@ -145,12 +145,12 @@ def _integer(value: Any, key: str, default: int) -> int:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
-        raise BadRequest(f"{key} is to be a whole number", key)
+        raise BadRequest(f"{key} must be a whole number", key)
     return value
 
 
 def _of_kind(values: Mapping[str, Any], key: str, kind: type) -> Any:
     value = values.get(key)
     if value is not None and not isinstance(value, kind):
-        raise BadRequest(f"{key} is to be of type {kind.__name__}", key)
+        raise BadRequest(f"{key} must be of type {kind.__name__}", key)
     return value

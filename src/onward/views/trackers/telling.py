@@ -130,8 +130,10 @@ def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) ->
     try:
         lock.acquire(timeout=1.0)
     except Timeout:
-        hint = "It tells them all there is; onward doctor says how far each one is."
-        raise RunLocked("another process tells this run's trackers", where=layout.root.absolute(), hint=hint) from None
+        hint = "It sends everything there is; onward doctor says how much each one has received."
+        raise RunLocked(
+            "another process is updating this run's trackers", where=layout.root.absolute(), hint=hint
+        ) from None
     with lock, open_ledger(layout) as ledger:
         for name in names:
             feed = make_feed(layout, ledger, name, find)
@@ -179,7 +181,7 @@ def _follow(layout: RunLayout, ended: threading.Event, find: Find, seconds: floa
 def _note_failure(feed: Feed, ledger: Ledger, reason: str) -> None:
     cursor = feed.cursor
     if cursor.problem is None:
-        message = f"tracker {feed.name} cannot be told, and is tried again; training goes on: {reason}"
+        message = f"tracker {feed.name} cannot be reached, and is tried again; training goes on: {reason}"
         ledger.add_event("warning", message, kind="tracker")
     ledger.keep_tracker(replace(cursor, problem=reason))
 
@@ -188,7 +190,7 @@ def _note_success(feed: Feed, ledger: Ledger) -> None:
     row = ledger.tracker(feed.name)
     if row is not None and row.problem is not None:
         ledger.keep_tracker(replace(row, problem=None))
-        ledger.add_event("info", f"tracker {feed.name} is told again, up to step {row.step}", kind="tracker")
+        ledger.add_event("info", f"tracker {feed.name} is reached again, up to step {row.step}", kind="tracker")
 
 
 def _reason(error: Exception) -> str:

@@ -76,7 +76,7 @@ def read_asked(text: str) -> Devices:
     """
     if text == "all":
         hint = "--devices 8, or --devices 2:8 for as many as there are."
-        raise UsageError("a scheduler is asked for a number of devices, not for all", where="--devices", hint=hint)
+        raise UsageError("a scheduler needs a number of devices, not all", where="--devices", hint=hint)
     return read_devices(text, lambda: None)
 
 
@@ -111,7 +111,7 @@ def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | 
     for path in (str(run), host.python):
         if printable(path) != path:
             hint = "Move it to a path of printable characters."
-            raise UsageError("a job cannot name a path with control characters", where=path, hint=hint)
+            raise UsageError("a job cannot use a path with control characters", where=path, hint=hint)
     made = _environment(layout)
     cpu = made.get("device") == "cpu" if on_cpu is None else on_cpu
     asked = host.environment.get("OMP_NUM_THREADS", "")
@@ -129,7 +129,7 @@ def require_whole(job: Job) -> None:
     if ledger.is_symlink():
         there, link = quoted(ledger.resolve()), quoted(ledger)
         hint = f"Copy the run to a disk of this machine, and there: rm {link} && mv {there}* {quoted(job.run)}/"
-        raise UsageError("the ledger is a link, and a copy of the run would not have it", where=ledger, hint=hint)
+        raise UsageError("the ledger is a link, so a copy of the run would not have it", where=ledger, hint=hint)
 
 
 def _environment(layout: RunLayout) -> Mapping[str, Any]:

@@ -41,11 +41,11 @@ def kubernetes_manifest(job: Job) -> str:
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm, or --for ray in KubeRay."
-        raise UsageError("the Job for Kubernetes is one pod", where="--nodes", hint=hint)
+        raise UsageError("the Job for Kubernetes has one pod", where="--nodes", hint=hint)
     require_whole(job)
     for path in _mounted(job).values():
         if ":" in path:
-            raise UsageError("Kubernetes mounts no path with a colon", where=path, hint="Move it to another path.")
+            raise UsageError("Kubernetes cannot mount a path with a colon", where=path, hint="Move it to another path.")
     return f"{_head(job)}{_claim(job)}---\n{_job(job)}"
 
 
@@ -83,7 +83,7 @@ def _claim(job: Job) -> str:
         "metadata": {"name": job.name},
         "spec": {"accessModes": ["ReadWriteOncePod"], "resources": {"requests": {"storage": "100Gi"}}},
     }
-    why = "One pod at a time, on a disk of one machine: the ledger may not lie on NFS, and one process owns a run."
+    why = "One pod at a time, on a disk of one machine: the ledger cannot be on NFS, and one process owns a run."
     room = "Restore points take the most: see onward doctor. Add storageClassName where there is no default."
     return render(claim, {"spec.accessModes": why, "spec.resources": room})
 
@@ -141,14 +141,14 @@ def _container(job: Job) -> dict[str, Any]:
 
 
 COMMENTS = {
-    "spec.backoffLimit": "A pod that failed is started again after 10 s, 20 s, ... up to 6 minutes.",
-    "spec.podReplacementPolicy": "Only when the old pod has ended altogether: one process owns a run.",
-    "spec.podFailurePolicy": "No start mends a refused config (2), a run of another process (4), a damaged state (5).\n"
+    "spec.backoffLimit": "A pod that failed is restarted after 10 s, 20 s, ... up to 6 minutes.",
+    "spec.podReplacementPolicy": "Only when the old pod has ended completely: one process owns a run.",
+    "spec.podFailurePolicy": "No restart fixes a refused config (2), a run in use (4) or a damaged state (5).\n"
     "A pod that is evicted or preempted does not count as failed.",
-    "spec.template.spec.terminationGracePeriodSeconds": "Room for a step and its commit.",
-    "spec.template.spec.initContainers": "Waits until the run was copied into the volume.",
-    "spec.template.spec.containers.0.resources": "Threads are part of what makes bits equal (OMP_NUM_THREADS).",
-    "spec.template.spec.containers.0.volumeMounts": "Run and base lie where they lay: the config may name them.",
+    "spec.template.spec.terminationGracePeriodSeconds": "Time for a step and its commit.",
+    "spec.template.spec.initContainers": "Waits until the run has been copied into the volume.",
+    "spec.template.spec.containers.0.resources": "Equal bits require equal threads (OMP_NUM_THREADS).",
+    "spec.template.spec.containers.0.volumeMounts": "Run and base keep their paths, which the config may name.",
 }
 
 

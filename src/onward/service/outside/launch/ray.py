@@ -21,8 +21,8 @@ SCRIPT = '''\
     ray job submit -- python FILE            on a cluster
 
 It trains what waits in inbox and queue, then ends. `onward stop` commits and ends it. A worker or a node that is lost
-ends this group of workers; Ray starts the next one with what is left, and the run goes on from its last commit.
-The ledger lies on a disk of one machine: worker 0 has to be there.
+ends this group of workers; Ray starts another with those that are left, and the run resumes from its last commit.
+The ledger is on a disk of one machine: worker 0 has to be there.
 """
 
 import ray
@@ -31,7 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 RUN = {run!r}
 
-# What has to be there before the libraries are loaded: the same bits from cuBLAS every time, the threads of a worker.
+# Must be set before the libraries are loaded: the same bits from cuBLAS every time, the threads of a worker.
 ENVIRONMENT = {environment}
 
 

@@ -21,7 +21,7 @@ RETRIES = 10
 
 RUN = """\
 set -e
-# The volume is filled by the first start; later ones go on from what lies there.
+# The volume is filled by the first start; later ones use what is there.
 if [ ! -e {run}/ledger.sqlite3 ]; then
   mkdir -p {run}
   cp -a {seed}/. {run}/
@@ -38,7 +38,7 @@ def skypilot_task(job: Job) -> str:
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm."
-        raise UsageError("the task for SkyPilot is one node", where="--nodes", hint=hint)
+        raise UsageError("the task for SkyPilot has one node", where="--nodes", hint=hint)
     require_whole(job)
     mounts = {f"{SEED}/run": str(job.run), **({str(job.base): str(job.base)} if job.base else {})}
     task = {
@@ -62,7 +62,7 @@ def _head(job: Job) -> str:
         f"  sky volumes apply --name {job.name} --type k8s-pvc --size 100    once, or another type",
         f"  sky jobs launch -n {job.name} FILE",
         "",
-        "It trains what waits in the run, then ends and gives its devices back. New files: put them into inbox/ of the",
+        "It trains what waits in the run, then ends and releases its devices. Put new files into inbox/ of the",
         "volume, and launch it again.",
     )
 
@@ -75,10 +75,10 @@ def _resources(job: Job) -> dict[str, Any]:
 
 
 COMMENTS = {
-    "resources.accelerators": "Any of these; leave in those whose memory is enough (see onward doctor).\n"
+    "resources.accelerators": "Any of these; keep those with enough memory (see onward doctor).\n"
     "Equal bits are promised on one kind of device; after a change of kind the handover says how close.",
     "resources.use_spot": "A machine that is taken away is replaced; the run goes on from its last commit.",
-    "resources.job_recovery": "A process that failed is started again so many times on the same machine.",
-    "volumes": "Outlives the machine. One machine at a time: the ledger may not lie on a disk of several.",
+    "resources.job_recovery": "How often a failed process is restarted on the same machine.",
+    "volumes": "Outlives the machine. One machine at a time: several must not share the disk of the ledger.",
     "file_mounts": "The run as it is now, for the first start.",
 }

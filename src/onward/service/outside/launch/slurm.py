@@ -16,8 +16,8 @@ SCRIPT = """\
 #!/bin/bash
 # Onward: cumulative fine-tuning of {shown}, as a job of Slurm.
 #
-#   sbatch FILE          trains what waits in inbox and queue, then ends and gives its devices back
-#   onward stop          with --run {run}: commits and ends; the job is not queued again
+#   sbatch FILE          trains what waits in inbox and queue, then ends and releases its devices
+#   onward stop          with --run {run}: commits and ends; the job is not requeued
 #   scancel JOB          the same from outside: the run has KillWait (30 s by default) for a step and its commit
 #
 # Lines that begin with ##SBATCH are off. Slurm reads none after the first command.
@@ -27,12 +27,12 @@ SCRIPT = """\
 #SBATCH --open-mode=append
 # One process owns a run: a second job of this name waits until the first has ended.
 #SBATCH --dependency=singleton
-# After preemption, a lost node or `scontrol requeue` the job is queued again, and goes on from its last commit.
+# After preemption, a lost node or `scontrol requeue` the job is requeued and resumes from the last commit.
 #SBATCH --requeue
-# A notice to this script before the time is up. It has to be longer than a step and a commit.
+# A warning to this script, this long before the time is up. It must exceed a step and a commit.
 #SBATCH --signal=B:USR1@{notice}
 #SBATCH --nodes={nodes}
-# The ledger lies on a disk of this machine alone.
+# The ledger is on a local disk of this machine.
 #SBATCH --nodelist={machine}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={cpus}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 WAIT = """\
-# The notice goes on to the run, which finishes its step, commits and ends. `wait` returns when a trap has run, so it is
-# asked again until the process has ended.
+# The signal is forwarded to the run, which finishes its step, commits and ends. `wait` returns after a trap, so it is
+# called again until the process has ended.
 noticed=
 trap 'noticed=1; kill -s {notice} "$process" 2>/dev/null' {notice}
 {command} &
 process=$!
-[ -z "$noticed" ] || kill -s {notice} "$process" 2>/dev/null  # it came before the process had a number here
+[ -z "$noticed" ] || kill -s {notice} "$process" 2>/dev/null  # it came before the process was known here
 while :; do
   wait "$process"
   status=$?

@@ -136,7 +136,7 @@ class Guard:
         if self._settings.current.guard.action == "reject" and not row.accepted:
             problems: Problems = [{"line": None, "reason": text, "remedy": ""} for text in texts]
             problems += to_look_at()
-            raise GuardRejected(f"it passed the guard's limits: {texts[0]}", row.id, problems)
+            raise GuardRejected(f"it exceeded the guard's limits: {texts[0]}", row.id, problems)
         for text in texts:
             message = f"{printable(row.name)}: {text}{' (accepted)' if row.accepted else ''}"
             self._ledger.add_event("warning", message, state.step, kind="guard")

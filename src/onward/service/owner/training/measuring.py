@@ -45,7 +45,7 @@ class Measuring:
         self._has_others = bool(hooks)
         if session.in_shards and hooks:
             raise ConfigError(
-                "hooks at boundaries compute on rank 0 alone, which a model in shards does not allow",
+                "hooks at boundaries compute on rank 0 only, which a sharded model does not allow",
                 where="sharding",
                 hint="Set sharding: off, or train without hooks.",
             )
@@ -114,7 +114,7 @@ class Measuring:
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:
             return None
         if self._session.in_shards:
-            reason = "the boundary that was still to be measured cannot be: the model is in shards now"
+            reason = "the boundary that was still to be measured cannot be measured: the model is now sharded"
             self._ledger.add_event("warning", reason, state.step)
             self._ledger.keep_boundary_results(row.id, state.step, {GRID: NOTHING})
             return row

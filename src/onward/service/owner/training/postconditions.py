@@ -18,7 +18,7 @@ def require_done(ledger: Ledger, state: TrainState, file_id: int, plan: StreamPl
     counters = state.counters
     expected = (plan.steps, plan.trained_rows * plan.epochs)
     if counted != expected:
-        raise _broken(f"(steps, rows) were to be {expected}, the ledger counted {counted}")
+        raise _broken(f"(steps, rows) should be {expected}, the ledger counted {counted}")
     adam_step = state.view().adam_step()
     if adam_step != counters.step - counters.adam_origin:
         raise _broken(f"Adam counts {adam_step} steps, the run {counters.step - counters.adam_origin}")
@@ -26,5 +26,5 @@ def require_done(ledger: Ledger, state: TrainState, file_id: int, plan: StreamPl
 
 def _broken(reason: str) -> TrainingError:
     return TrainingError(
-        f"the file was not trained as planned: {reason}", hint="Nothing of it was committed as done. onward verify"
+        f"the file was not trained as planned: {reason}", hint="It was not committed as done. onward verify"
     )
