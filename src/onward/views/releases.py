@@ -16,8 +16,6 @@ from onward.text import quoted
 RECORD = "release.json"
 """The record that Onward writes into the folder of a release: where it comes from, and what was measured of it."""
 
-HEADINGS = ("name", "step", "files", "cooldown", "average loss", "forgetting", "worst", "KL to base", "proof")
-
 
 @dataclass(frozen=True)
 class Release:
