@@ -84,7 +84,7 @@ def _opened(descriptor: int) -> zipfile.ZipFile:
 
 
 def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    known = [info for info in archive.infolist() if not info.is_dir() and _is_of_person(info.filename)]
+    known = [info for info in archive.infolist() if not info.is_dir() and _is_of_user(info.filename)]
     readable = [info for info in known if format_of(info.filename) is not None]
     if len(readable) > 1:
         names = ", ".join(printable(info.filename) for info in readable[:3])
@@ -105,7 +105,7 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return info
 
 
-def _is_of_person(name: str) -> bool:
+def _is_of_user(name: str) -> bool:
     """Whether a member is a user's file, not one that macOS's Finder adds next to each."""
     parts = name.split("/")
     return parts[0] != "__MACOSX" and not parts[-1].startswith(".")

@@ -134,7 +134,7 @@ def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, float
         check_text(message["content"], where)
     if calls:
         message["tool_calls"] = calls
-    reasoning = _beside(_reasoning(turn, thoughts, where), message, where)
+    reasoning = _separate_reasoning(_reasoning(turn, thoughts, where), message, where)
     if reasoning is not None:
         message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in which name they read
     message |= {key: value for key, value in turn.items() if key not in HANDLED and value is not None}
@@ -220,7 +220,7 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
     return found[0] if found else None
 
 
-def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
+def _separate_reasoning(reasoning: str | None, message: Message, where: str) -> str | None:
     """Return the reasoning given next to a content; an empty one does not count if the content has a thought.
 
     Raises:

@@ -81,7 +81,7 @@ def _rates(adopted: Adopted) -> Iterator[str]:
         yield _finished(schedule)
         return
     steps = range(first, first + AHEAD)
-    pairs = [f"step {step}: {_rate(config, step)}{_beside(schedule, step)}" for step in steps]
+    pairs = [f"step {step}: {_rate(config, step)}{_of_trainer(schedule, step)}" for step in steps]
     yield f"learning rates (schedule {config.schedule}): {', '.join(pairs)}"
 
 
@@ -101,7 +101,7 @@ def _rate(config: Config, step: int) -> str:
         return "none, the schedule ends before"
 
 
-def _beside(schedule: TrainerSchedule | None, step: int) -> str:
+def _of_trainer(schedule: TrainerSchedule | None, step: int) -> str:
     if schedule is None:
         return ""
     rate = schedule.rate(step)

@@ -24,11 +24,11 @@ def without_gradient(trained: Iterable[str], reached: Collection[str]) -> tuple[
         trained: names of all trained weights.
         reached: names of the weights that got a gradient.
     """
-    experts = {expert for name in reached if (expert := _beside(name)) is not None}
-    return tuple(name for name in trained if name not in reached and _beside(name) not in experts)
+    experts = {expert for name in reached if (expert := _without_expert(name)) is not None}
+    return tuple(name for name in trained if name not in reached and _without_expert(name) not in experts)
 
 
-def _beside(name: str) -> str | None:
+def _without_expert(name: str) -> str | None:
     """Return a name without the expert's number; None if it contains only the number of its layer."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
