@@ -20,7 +20,7 @@ class Controlled(Observed):
             return client.pause(self.layout, ledger, Patience(patience), release=release)
 
     def resume(self, *, patience: float = 60.0) -> str:
-        """Ask a paused process to go on."""
+        """Ask a paused process to resume."""
         with open_ledger(self.layout) as ledger:
             return client.resume(self.layout, ledger, Patience(patience))
 

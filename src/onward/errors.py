@@ -83,7 +83,7 @@ class VerificationFailed(OnwardError):
 
 
 class DamagedState(VerificationFailed):
-    """State on disk is missing or is not what was committed, and nothing that verifies is left to go on from."""
+    """State on disk is missing or is not what was committed, and nothing verifiable is left to continue from."""
 
 
 class ModelError(OnwardError):

@@ -292,7 +292,7 @@ class Run(Controlled):
         If it is stopped or killed, `train` or `watch` continues it.
 
         Raises:
-            UsageError: no such file.
+            UsageError: there is no such file.
         """
         from onward.service.state.rollback import leave_out
 

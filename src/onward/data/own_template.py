@@ -56,7 +56,7 @@ def read_template(value: str | None, root: Path) -> str | None:
 
 
 def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
-    """Return what the config of a new run in `root` says for a template that a person named, and the template's text.
+    """Return the config value for a template that the user named, in a new run in `root`, and the template's text.
 
     Nothing is written yet; `write_template` makes the copy. A relative path may be meant from the current directory.
 

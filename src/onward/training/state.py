@@ -24,7 +24,7 @@ SCALE = "loss_scale"
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the run stands in the stream.
+    """The run's place in the stream.
 
     `position` is the file's place in the stream (from 1; 0 before the first). `step` of its `steps` are done.
     `stream` chains the digests of all files up to this one, so that it depends on their order too.

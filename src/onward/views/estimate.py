@@ -62,7 +62,7 @@ class Estimate:
         name: the file's name.
         steps: optimizer steps, over all epochs.
         tokens: tokens in them.
-        seconds: wall time of the steps; commits go on behind them.
+        seconds: wall time of the steps; commits run behind them.
         timed_steps: steps that were measured, including the heaviest.
         tokens_per_second: the pace of the timed steps.
         memory_bytes: memory at the peak: of the GPU, or of the whole process on a CPU, with the copy that a commit

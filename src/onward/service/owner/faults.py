@@ -167,7 +167,7 @@ def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
     """Take a file out of the stream, with the run back at its boundary, because an operator asked for it.
 
     Returns:
-        What was done, for a person.
+        What was done, in words.
     """
     if row.state != "training":
         return skip_queued(ledger, row, reason)

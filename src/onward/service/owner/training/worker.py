@@ -55,7 +55,7 @@ class Worker:
 
     Args:
         session: the run, opened by the one process that owns it.
-        start: the state to go on from.
+        start: the state to continue from.
     """
 
     def __init__(self, session: Session, start: Start, around: Surroundings) -> None:
