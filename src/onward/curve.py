@@ -36,9 +36,9 @@ def read_curve(
 
     Args:
         every: steps per record, on average: of every `2 * every` steps, the one with the lowest and the one with the
-        highest loss are kept. Their curve is no flatter than that of all records (Steinarsson 2013, "Downsampling Time
-        Series for Visual Representation", calls it min-max decimation). The newest step is always among them. first,
-        last: the range of global steps to read, both included; open where None.
+            highest loss are kept. Their curve is no flatter than that of all records (Steinarsson 2013, "Downsampling
+            Time Series for Visual Representation", calls it min-max decimation). The newest step is always among them.
+        first, last: the range of global steps to read, both included; open where None.
     """
     if every < 1:
         raise ValueError(f"every has to be at least 1, not {every}")

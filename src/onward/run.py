@@ -162,13 +162,14 @@ class Run(Controlled):
         Args:
             observe: receives every event; what it raises is reported once, and training continues.
             stop: `stop.ask(reason)` ends training: the current step is finished and committed. Without one, Ctrl-C does
-            that in a program that has no SIGINT handler of its own.
+                that in a program that has no SIGINT handler of its own.
 
         Raises:
             RunLocked: another process owns the run.
             FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were
-            trained. OnwardError: training cannot continue; what was committed stays. KeyboardInterrupt: Ctrl-C was
-            pressed; everything that was trained is committed.
+                trained.
+            OnwardError: training cannot continue; what was committed stays.
+            KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         with self._working(stop, report) as (wishes, opened):
             ledger = opened.ledger

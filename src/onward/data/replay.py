@@ -85,8 +85,8 @@ class ReplayPlan:
         earlier: the files of the stream before it, in their order, each content once.
         share: replayed rows per row of the file, above 0.
         weighted: draw files by weight, with replacement; otherwise go through all rows of all files in an order of
-        their own, so that no row repeats before every other has come once. key: what the choice depends on in addition
-        to the step: the seed and the stream up to and including the file.
+            their own, so that no row repeats before every other has come once.
+        key: what the choice depends on in addition to the step: the seed and the stream up to and including the file.
     """
 
     own: FilePlan

@@ -43,7 +43,7 @@ class RowTokenizer:
         state: the tokenizer; it must have an end token.
         max_length: tokens that a row may have.
         over_length: what happens to longer rows: they are truncated, left out, or refused; `auto` splits texts into
-        several rows and truncates others.
+            several rows and truncates others.
 
     Raises:
         ModelError: the tokenizer has no end token, or its chat template is not valid Jinja.

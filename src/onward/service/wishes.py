@@ -145,7 +145,7 @@ class Wishes:
 
         Args:
             by_any: whether any wish ends the work, which can be repeated; otherwise only a stop does, and the process
-            ends.
+                ends.
 
         Raises:
             Stopped: a wish came before or during the work.

@@ -186,7 +186,7 @@ class Files(Ranges):
 
         Args:
             known: a cache of the totals of finished files, which this fills. An observer that calls repeatedly passes
-            the same one, so that only current files are added up again.
+                the same one, so that only current files are added up again.
         """
         rows = self.query(LISTED)
         known = {} if known is None else known

@@ -87,7 +87,7 @@ class Ranges(Database):
 
         Args:
             pieces: file id, first and last step of the pieces that the ranges must lie in; None for all. With many
-            pieces, all ranges are read at once, and the result may contain others.
+                pieces, all ranges are read at once, and the result may contain others.
         """
         if not self.has_ranges:
             return {}

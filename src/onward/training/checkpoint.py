@@ -123,7 +123,7 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
 
     Args:
         recorded: whether the ledger has a record of an earlier checkpoint under this name, which may then be replaced
-        even if its manifest is missing or damaged.
+            even if its manifest is missing or damaged.
 
     Raises:
         NoSpace: the disk has no room; nothing is left behind and earlier checkpoints are untouched.

@@ -54,8 +54,8 @@ def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Ge
 
     Args:
         at: a file (name, position, hash prefix), a step or a release; `file:X`, `step:N` and `release:NAME` are
-        unambiguous. None for the newest commit. whole: whether to include files needed only for further training
-        (moments and the like).
+            unambiguous. None for the newest commit.
+        whole: whether to include files needed only for further training (moments and the like).
 
     Raises:
         UsageError: there is no such state, it is no longer kept, or `at` is ambiguous.

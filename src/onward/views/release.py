@@ -46,8 +46,9 @@ class Order:
         name: the release's name: letters, digits, `.`, `_` and `-`.
         start: a file or a step, as in `rollback --to`; None for the newest boundary.
         cooldown: steps, or below 1 a share of the steps so far; None for `SHARE`, or for no steps if states are
-        averaged. average: how many of the last boundaries up to `start` are averaged before the cooldown; 1 is the
-        state itself. notes: text for the model card.
+            averaged.
+        average: how many of the last boundaries up to `start` are averaged before the cooldown; 1 is the state itself.
+        notes: text for the model card.
     """
 
     name: str

@@ -26,7 +26,7 @@ class _Shape:
     Args:
         pieces: the template's own text before, between and after the texts of the messages.
         targets: for each answer, its index; how many texts precede its start and its end; and how many characters of
-        the pieces do.
+            the pieces do.
     """
 
     pieces: list[str]

@@ -37,8 +37,9 @@ class RowText:
         text: what is tokenized.
         spans: the character ranges [start, end) that are targets, in order.
         closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
-        are added, and an end token closes the row; it counts as one more character after the text. ignored: keys of the
-        row that nothing reads. weighed: weights other than 1, each with the spans it applies to.
+            are added, and an end token closes the row; it counts as one more character after the text.
+        ignored: keys of the row that nothing reads.
+        weighed: weights other than 1, each with the spans it applies to.
     """
 
     text: str

@@ -78,7 +78,7 @@ class Hub:
 
         Raises:
             UsageError: there is no such data set, it cannot be fetched now, or it is unclear which of its files are
-            meant.
+                meant.
         """
         name = HubName.of(path)
         found: Future[list[Path]] = Future()

@@ -45,7 +45,7 @@ class RunTokenizer(RowTokenizer):
 
         Raises:
             RowError: the chat template refuses the row, or its targets cannot be proven. If another template is the
-            remedy, the error names the one that TRL ships for this model.
+                remedy, the error names the one that TRL ships for this model.
         """
         try:
             return super().prepare(record)

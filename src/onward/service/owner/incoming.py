@@ -112,7 +112,7 @@ class Incoming:
         Args:
             between_steps: keep to a budget, because a step waits.
             all_or_none: take nothing until no file is being written, so that the order depends on priority and not on
-            luck.
+                luck.
         """
         self._checker.is_running()
         self._take_intents(between_steps)

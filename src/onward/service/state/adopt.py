@@ -66,8 +66,9 @@ def adopt(
 
     Raises:
         UsageError: this is not a Trainer checkpoint, it cannot be continued exactly, or the directory already has a
-        config. DamagedState: its moments do not fit its model. ModelError: the base model or its tokenizer is missing
-        or cannot be loaded, or the adapter is of another kind.
+            config.
+        DamagedState: its moments do not fit its model.
+        ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
     if layout.config.exists():
         what = "there is a config in this directory already"

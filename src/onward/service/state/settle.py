@@ -60,8 +60,9 @@ class Settlement:
 
         Raises:
             DamagedState: the ledger claims progress but nothing verifiable is left, or what is left is not of the same
-            moment as the ledger. Unreadable: something cannot be read now; nothing was changed, and a later call may
-            succeed. NotMadeHere: a directory that the run did not make is where one of the run must go.
+                moment as the ledger.
+            Unreadable: something cannot be read now; nothing was changed, and a later call may succeed.
+            NotMadeHere: a directory that the run did not make is where one of the run must go.
         """
         for left in self.layout.temporaries():
             remove_tree(left)

@@ -32,7 +32,7 @@ class Writer:
     Args:
         ledger: the owner's ledger; a commit to any other would not count.
         after_commit: called in this thread after the ledger moved, each independently: a failure becomes an event in
-        the ledger, and the function is called again after the next commit.
+            the ledger, and the function is called again after the next commit.
     """
 
     def __init__(self, layout: RunLayout, ledger: Ledger, after_commit: Sequence[AfterCommit] = ()) -> None:

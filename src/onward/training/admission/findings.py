@@ -34,11 +34,12 @@ class Findings:
         trained: the number of trained weights.
         reach: the share of the weights outside embeddings and head that are trained or have an adapter.
         left_out: what no gradient reaches or PEFT does not load back: modules for an adapter, weights in full training.
-        unreached: large matrices (experts) without an adapter, by the ends of their names. settings: config keys that
-        were given another value because their default does not work. warnings: what would refuse a new run, if this one
-        has trained already. environment: the versions and the device with which this was found. seconds: how long it
-        took, without loading the model. writers: types of modules that write to weights in evaluation mode; None in
-        findings of earlier releases.
+        unreached: large matrices (experts) without an adapter, by the ends of their names.
+        settings: config keys that were given another value because their default does not work.
+        warnings: what would refuse a new run, if this one has trained already.
+        environment: the versions and the device with which this was found.
+        seconds: how long it took, without loading the model.
+        writers: types of modules that write to weights in evaluation mode; None in findings of earlier releases.
     """
 
     rows: str

@@ -29,7 +29,7 @@ class NormForm:
     Args:
         offset: added to the weight.
         rounds: whether the row is first rounded to its own type, and the result has the wider type of both; otherwise
-        it is multiplied in float32, and the result has the type of the row.
+            it is multiplied in float32, and the result has the type of the row.
     """
 
     offset: float

@@ -52,7 +52,7 @@ def angles_of(config: Any, model: nn.Module | None = None) -> Angles:
 
     Args:
         model: the model itself, whose modules know the length at which `dynamic` begins; without it, the config's is
-        used.
+            used.
     """
     text = config.get_text_config(decoder=True)
     own = int(getattr(text, "max_position_embeddings", None) or 0)

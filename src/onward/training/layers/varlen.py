@@ -171,7 +171,7 @@ class RowKernel:
 
         Args:
             rows: query, key and value, shape (1, heads, tokens, dim), in autocast's type if that is on: PyTorch does
-            not cast for this kernel.
+                not cast for this kernel.
         """
         kind = rows[0].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows[0].dtype

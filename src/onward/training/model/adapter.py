@@ -118,7 +118,7 @@ def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> di
 
     Args:
         weights: trained weights, by the names of the model's parameters. A weight that two modules share has one name
-        here but two in the file.
+            here but two in the file.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in weights}
     every = model.named_parameters(remove_duplicate=False)

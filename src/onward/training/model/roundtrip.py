@@ -35,7 +35,7 @@ def prove_roundtrip(
         folder: an adapter with its config, or a full model.
         weights: the trained weights as they were written; by default those that the model has now.
         whole: actually load a full model, even if a name in the file is not one of the model's (experts that
-        transformers keeps as one tensor), which takes its memory once more.
+            transformers keeps as one tensor), which takes its memory once more.
 
     Raises:
         VerificationFailed: a weight is missing, unexpected, of another shape or of another value.

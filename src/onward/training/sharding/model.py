@@ -33,8 +33,8 @@ class ShardedModel:
 
     Args:
         model: a causal language model, with or without an adapter; its parameters are replaced by shards. In full
-        training, its weights may be in the type of their files; their shards are in float32. mesh: the ranks, in one
-        dimension, and their kind of device.
+            training, its weights may be in the type of their files; their shards are in float32.
+        mesh: the ranks, in one dimension, and their kind of device.
 
     Raises:
         ConfigError: PyTorch is too old.

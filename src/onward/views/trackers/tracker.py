@@ -37,9 +37,11 @@ class Point:
 
     Args:
         number: grows from point to point and never goes back, even if the run does, for trackers whose own step may
-        only grow. As long as nothing was undone, it is the step. step: the global step. time: when the step ended, in
-        seconds since the epoch. values: the values to draw. They include `step` and `rollbacks`: how often steps that
-        the tracker had received were undone before this one.
+            only grow. As long as nothing was undone, it is the step.
+        step: the global step.
+        time: when the step ended, in seconds since the epoch.
+        values: the values to draw. They include `step` and `rollbacks`: how often steps that the tracker had received
+            were undone before this one.
     """
 
     number: int

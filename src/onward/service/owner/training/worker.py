@@ -91,7 +91,7 @@ class Worker:
         Raises:
             StepFailed: a step of the current file failed.
             OnwardError: the state or the machine does not allow training to continue. What was committed stays, and
-            this worker cannot be used again.
+                this worker cannot be used again.
         """
         row = self.ledger.next_owed()
         if row is None and owed_evaluation(self.ledger) is None:
