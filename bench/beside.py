@@ -1,11 +1,11 @@
-"""What training pays for those who look on: the page in a browser, a tracker, and a chat beside it.
+"""What observers cost training: the page in a browser, a tracker, and a chat alongside it.
 
 `python bench/beside.py [STEPS ROUNDS]`. The same steps are trained alone, with page and tracker, with an open chat too,
-and with one that is asked every few seconds, in turn. Time lost is that of the steps, each at its median over the
-rounds. On a machine that does other things too that says little; the processor seconds of what runs beside training, as
-a share of those of training itself, say what there is to lose where training has all cores. The page is followed by
-Debian's chromium with playwright, else by a plain reader of its events, and the tracker is TensorBoard where it is
-installed. What the server itself takes is told apart from the browser, which is often on another machine.
+and with a chat that is asked every few seconds, in turn. The time lost is that of the steps, each at its median over
+the rounds. On a machine with other work, that says little; the processor seconds of what runs alongside training, as a
+share of those of training itself, show how much can be lost if training has all cores. The page is followed by Debian's
+chromium with playwright, or else by a plain reader of its events, and the tracker is TensorBoard if it is installed.
+The server's own cost is reported separately from that of the browser, which is often on another machine.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SIDES = ("alone", "page", "open chat", "asked chat")
 GOALS = {"page": 0.01, "open chat": 0.03}
 ASK_SECONDS, LOOK_SECONDS = 10.0, 0.2
 BATCH, WARM = 8, 5
-"""Rows of a step; steps at the beginning that are not counted."""
+"""Rows per step, and initial steps that are not counted."""
 
 
 class Watched:
-    """Looks again and again at the processor seconds of processes and all that they start."""
+    """Repeatedly samples the processor seconds of processes and all that they start."""
 
     def __init__(self, *roots: int) -> None:
         self._roots = roots
@@ -51,12 +51,12 @@ class Watched:
         self._thread.start()
 
     def end(self) -> None:
-        """Look no more."""
+        """Stop sampling."""
         self._ended.set()
         self._thread.join()
 
     def between(self, begin: float, end: float) -> dict[int, float]:
-        """Return the seconds that each process took between two moments; one that ended keeps what was seen of it."""
+        """Return the seconds that each process took between two moments; for one that ended, as far as it was seen."""
         before: dict[int, float] = {}
         found: dict[int, float] = {}
         for moment, seconds in self._seen:
@@ -77,7 +77,7 @@ class Watched:
 
 
 def _processes() -> dict[int, tuple[int, float]]:
-    """Return every process with its parent and the processor seconds that it took so far."""
+    """Return every process with its parent and its processor seconds so far."""
     found: dict[int, tuple[int, float]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -98,7 +98,7 @@ def _descendants(root: int, processes: dict[int, tuple[int, float]]) -> set[int]
 
 @contextlib.contextmanager
 def looking(run: Path) -> Iterator[list[int]]:
-    """Serve the page to a browser that follows it; gives the processes that this takes."""
+    """Serve the page to a browser that follows it; yield the processes involved."""
     with served(run) as page:
         pids = [page.process.pid]
         chromium = shutil.which("chromium")
@@ -128,14 +128,14 @@ def _reading(link: str) -> Generator[None]:
 
 
 def _drain(events: Any) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed while it is read
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed while it is read
         for _ in events:
             pass
 
 
 @contextlib.contextmanager
 def talking(run: Path, *, is_asked: bool) -> Iterator[list[int]]:
-    """Chat with the run: one question before it trains and, where it is asked, more; gives the process."""
+    """Chat with the run: one question before it trains and, with `is_asked`, more; yield the process."""
     words = measuring.python("-m", "onward", "chat", "--refresh", "--max-tokens", 32, "--run", run)
     chat = subprocess.Popen(
         words, env=measuring.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -144,7 +144,7 @@ def talking(run: Path, *, is_asked: bool) -> Iterator[list[int]]:
     assert chat.stdout is not None
     chat.stdin.write(b"What does it return?\n")
     chat.stdin.flush()
-    chat.stdout.readline()  # it is loaded, and answers
+    chat.stdout.readline()  # now it is loaded and answers
     threading.Thread(target=chat.stdout.read, daemon=True).start()
     ended = threading.Event()
 
@@ -167,7 +167,7 @@ def talking(run: Path, *, is_asked: bool) -> Iterator[list[int]]:
 
 
 def one(side: str, made: Path, rows: Path, folder: Path) -> dict[str, Any]:
-    """Train the rows once, with what belongs to a side beside it; returns step seconds and what was spent beside."""
+    """Train the rows once with a side's observers; return step seconds and the processor seconds of the observers."""
     run = folder / side
     shutil.copytree(made, run)
     has_tracker = side != "alone" and importlib.util.find_spec("tensorboard") is not None
@@ -203,7 +203,7 @@ def one(side: str, made: Path, rows: Path, folder: Path) -> dict[str, Any]:
 
 
 def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
-    """Return what the sides cost."""
+    """Return the cost of each side."""
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         model = measuring.small_llama(work / "model")
@@ -221,7 +221,7 @@ def measure(steps: int = 60, rounds: int = 2) -> dict[str, Any]:
         for side, entries in found.items()
     }
     figures: dict[str, Any] = {"steps": steps, "rounds": rounds, "tracker": found["page"][0]["tracker"]}
-    for side in SIDES[1:]:  # training starts processes of its own, alone too
+    for side in SIDES[1:]:  # training starts processes of its own even when alone
         share = shares[side]["all"] - shares["alone"]["all"]
         figures[side] = {
             "time_lost": usual[side] / usual["alone"] - 1,

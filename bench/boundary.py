@@ -1,9 +1,9 @@
 """Boundaries: from the last step of a file to the first of the next, and twenty small files end to end.
 
 `python bench/boundary.py [ROWS] [FILES] [PEER_FILES] [LONGEST]`, LONGEST in characters of a row. Onward trains all
-files in one process: once without measuring at boundaries what the model knows, as the peer does not, and once with it.
-The peer, a stock Trainer at its best settings, takes one process per file. Where it trains fewer files than Onward, its
-time for all of them is extrapolated from the median of its files, and `extrapolated` says so.
+files in one process: once without measuring at boundaries what the model knows, which the peer does not do either, and
+once with it. The peer, a stock Trainer at its best settings, takes one process per file. If it trains fewer files than
+Onward, its time for all of them is extrapolated from the median of its files, and `extrapolated` says so.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from measuring import child, held_against, small_llama, spread, tune_process, wr
 
 BATCH = 8
 EVALUATION_GOAL = 0.05
-"""Share of the time of steps that measuring at boundaries may take."""
+"""The share of step time that measuring at boundaries may take."""
 GAP_GOAL, PEER_GAP_GOAL, END_TO_END_GOAL = 1.0, 20.0, 5.0
 STOCK = Path(__file__).with_name("stock.py")
 
 
 def train_onward(folder: Path, model: Path, method: str, files: list[Path], share: float) -> dict[str, Any]:
-    """Run as Onward's process: train all files in order; returns the gaps between them and the seconds of its steps.
+    """Run as Onward's process: train all files in order; return the gaps between them and the seconds of its steps.
 
     Args:
         share: `evaluation.share`, what measuring at boundaries may take.
@@ -57,14 +57,14 @@ def train_onward(folder: Path, model: Path, method: str, files: list[Path], shar
 
 
 def measure_onward(folder: Path, model: Path, method: str, files: list[Path], share: float = 0.0) -> dict[str, Any]:
-    """Run Onward's process; returns its gaps, its steps and its seconds from start to end."""
+    """Run Onward's process; return its gaps, its steps and its seconds from start to end."""
     begun = time.perf_counter()
     found = child(Path(__file__), "--onward", folder, model, method, share, *files)
     return {**found, "seconds": time.perf_counter() - begun}
 
 
 def measure_peer(folder: Path, model: Path, method: str, files: list[Path], steps: int) -> dict[str, Any]:
-    """Run the peer's processes, one per file; returns their gaps, steps and seconds."""
+    """Run the peer's processes, one per file; return their gaps, steps and seconds."""
     resume: str | None = None
     seconds: list[float] = []
     gaps: list[float] = []
@@ -116,7 +116,7 @@ def compare(folder: Path, model: Path, method: str, files: list[Path], peer_file
 
 
 def measure(rows: int = 100, files: int = 20, peer_files: int = 20, longest: int | None = None) -> dict[str, Any]:
-    """Return gaps and end-to-end times on the 15M Llama; trained whole, a third of the files is enough for the gap."""
+    """Return gaps and end-to-end times on the 15M Llama; full training needs only a third of the files for the gap."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = small_llama(folder / "model")

@@ -1,7 +1,7 @@
-"""What is estimated for models of other sizes on cards that are not here: `cards.py`; nothing of it is measured.
+"""Estimates for models of other sizes on cards that are not available here: `cards.py`. Nothing is measured.
 
 Models have the shapes of public ones and no weights (`onward.training.model.outline`), so this runs anywhere. A card is
-taken to be empty but for CUDA's own context.
+assumed to be empty except for CUDA's own context.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CASES = (
 
 
 def profile(case: Case) -> Any:
-    """Return what a model takes, counted on its outline with the type and the kernels' memory of a GPU."""
+    """Return what a model takes, counted without its weights, with the type and the kernels' memory of a GPU."""
     from shapes import config_of
 
     from onward.config import Config

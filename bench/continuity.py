@@ -35,7 +35,7 @@ KILL_AT_STEPS = (3, 9, 19)
 
 
 def onward(*words: str, wait: bool = True) -> subprocess.Popen[str]:
-    """Run the command line in a process of its own, on one thread as the recipe's processes."""
+    """Run the command line in a process of its own, on one thread like the recipe's processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "onward", *words]
     process = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -58,7 +58,7 @@ def make_run(root: Path, base: Path, settings: recipe.Settings) -> Run:
 
 
 def train_killed(run: Run, files: Sequence[Path]) -> None:
-    """Train file after file; each process is killed once and `onward train` goes on."""
+    """Train file after file; each process is killed once and `onward train` continues."""
     for path, step in zip(files, KILL_AT_STEPS, strict=True):
         process = onward("train", str(path), "--run", str(run.layout.root), wait=False)
         while process.poll() is None and run.status()["global_step"] < step:

@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 bench/exchange.py [--numbers 42000000] [--shares 2 4] [--rounds 10]
 
-Prints, for each number of parts of a step, the shortest time of an exchange in milliseconds, computing aside. LoRA of
+Prints, for each number of parts of a step, the shortest time of an exchange in milliseconds, without computing. LoRA of
 rank 16 on a model of 8B has 42 million numbers.
 """
 

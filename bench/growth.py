@@ -1,4 +1,4 @@
-"""Growth: what a file costs after ten files and after a thousand, in one process on a tiny model.
+"""Growth: the cost of a file after ten files and after a thousand, in one process on a tiny model.
 
 `python bench/growth.py [FILES]`. Seconds per file and resident memory early against late, the size of
 `trainer_state.json`, and the time of `status` and `history` at the end.
@@ -35,7 +35,7 @@ def write_files(folder: Path, count: int) -> list[Path]:
 
 
 def train(folder: Path, count: int) -> dict[str, Any]:
-    """Run as the process that trains: returns the time of each boundary, the memory and the size of the state there."""
+    """Run as the process that trains: return the time of each boundary, and memory and size of the state there."""
     import torch
 
     from onward import Run
@@ -76,7 +76,7 @@ def _ledger_size(run: Any) -> int:
 
 
 def measure(files: int = 1000) -> dict[str, Any]:
-    """Return the cost of late files against early ones. With fewer files the windows shrink with them."""
+    """Return the cost of late files against early ones. With fewer files, the windows shrink too."""
     with tempfile.TemporaryDirectory() as scratch:
         found = child(Path(__file__), "--train", scratch, files)
     seconds = [after - before for before, after in pairwise(found["times"])]

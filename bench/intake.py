@@ -1,7 +1,7 @@
-"""Intake: rows checked, hashed and tokenized a second, against what the `tokenizers` library alone does.
+"""Intake: rows checked, hashed and tokenized per second, against the `tokenizers` library alone.
 
-`python bench/intake.py [ROWS] [ROUNDS]`. Both sides tokenize the same texts on the same cores, in chunks of as many
-rows. The peer has them rendered and in memory, and writes nothing.
+`python bench/intake.py [ROWS] [ROUNDS]`. Both sides tokenize the same texts on the same cores, in chunks of the same
+size. The peer has them rendered and in memory, and writes nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from onward.training.model.load import load_tokenizer
 
 GOAL = 0.8
 FLAT = 1.1
-"""Memory for ten times the rows over memory for the rows, at most."""
+"""The most that memory may grow, as a factor, for ten times the rows."""
 MAX_LENGTH = 2048
 
 
@@ -101,7 +101,7 @@ def compare(folder: Path, rows: Path, rounds: int) -> dict[str, Any]:
 
 
 def peak(rows: Path) -> dict[str, int]:
-    """Run as a process that takes in one file: bytes resident before it, and at most meanwhile."""
+    """Run as a process that takes in one file: return the resident bytes before, and the peak meanwhile."""
     tokenizer = row_tokenizer()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before = resident("VmRSS")

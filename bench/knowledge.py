@@ -1,9 +1,9 @@
-"""What a model keeps of five domains that it is trained on one after another, and what keeping it costs.
+"""What a model retains of five domains that it is trained on one after another, and what retaining it costs.
 
 `python bench/knowledge.py [--data FOLDER] [--rows 150] [--model MODEL]`. Each policy trains the same five files in the
 same number of steps of new rows; the upper bound trains all of them shuffled as one file, the usual practice begins
 each file with a fresh optimizer. A tenth of each file's rows is held out by Onward itself and measured at every
-boundary. Results go to `bench/out/knowledge.jsonl` as they come, so that a run that was cut goes on where it was, and
+boundary. Results go to `bench/out/knowledge.jsonl` as they come, so that a run that was cut short can be continued, and
 to `bench/KNOWLEDGE.md`.
 """
 
@@ -26,13 +26,13 @@ import measuring
 
 OUT = Path(__file__).parent / "out" / "knowledge.jsonl"
 HELD_OUT = 0.1
-"""Share of each file's rows that no policy trains."""
+"""The share of each file's rows that no policy trains."""
 SHORTEST = 200
-"""Rows of each domain that are drawn from, the shortest ones: none is cut, and all of it takes an hour."""
+"""How many rows of each domain, the shortest ones, are drawn from: none is cut, and everything takes an hour."""
 SYSTEM = {"role": "system", "content": "Answer."}
-"""What rows without a system message begin with, for the default of the template takes 20 tokens of each."""
+"""The beginning of rows without a system message, because the template's default takes 20 tokens of each."""
 LENGTH = 256
-"""Tokens of a row at most: more than any of these has."""
+"""The most tokens of a row: more than any of these has."""
 BATCH = 8
 SETTINGS: dict[str, Any] = {
     "batch_size": BATCH, "learning_rate": 5e-4, "warmup_steps": 5, "max_length": LENGTH,
@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
     "replay": {"share": 0.0},
 }  # fmt: skip
 FRESH_TEXTS = {"rows": 32, "tokens": 32}
-"""Texts that the base writes from another seed, on which no policy trains: what the divergence is measured on."""
+"""Texts that the base writes from another seed, on which no policy trains; the divergence is measured on them."""
 POLICIES: dict[str, dict[str, Any]] = {
     "nothing": {},
     "fresh optimizer per file": {"boundary": "reset_moments"},
@@ -55,16 +55,16 @@ POLICIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 JOINT = knowledge_page.JOINT
 IN_THREE_ORDERS = ("nothing", "replay 5 %")
-"""Policies that are tried in two more orders of the files, for how much their figures depend on it."""
+"""Policies that are tried in two more orders of the files, to see how much their figures depend on it."""
 RELEASED = (JOINT, "nothing", "replay 5 %")
-"""Policies of which a release is made, too, with a cooldown."""
+"""Policies of which a release with a cooldown is made, too."""
 COOLDOWN = 0.1
-"""Steps of the cooldown of a release, as a share of the steps before."""
+"""The cooldown steps of a release, as a share of the steps before."""
 FIRST = (
     JOINT, "nothing", "replay 5 %", "fresh optimizer per file", "replay 10 %", "anchor of weight 1", "anchor",
     "replay 5 % and anchor", "replay 5 %, forgotten", "replay 1 %",
 )  # fmt: skip
-"""The policies in the order in which they are tried: what tells most comes first, should it be cut."""
+"""The policies in the order in which they are tried: the most telling first, in case the run is cut short."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """What a result is known by."""
+        """The key of a result."""
         return f"{self.policy} | {' '.join(self.order)}"
 
 
@@ -86,8 +86,8 @@ class Files:
 
     Args:
         domains: path of each domain's file.
-        questions: path of a file with the rows of it that are held out.
-        together: the rows that are not, of all domains, shuffled.
+        questions: path of a file with its held-out rows.
+        together: the other rows, of all domains, shuffled.
     """
 
     domains: dict[str, Path]
@@ -96,7 +96,7 @@ class Files:
 
     @classmethod
     def make(cls, folder: Path, rows: Mapping[str, Sequence[str]]) -> Files:
-        """Write them, with the rows held out that Onward itself will hold out."""
+        """Write them, holding out the rows that Onward itself will hold out."""
         from onward.data.holdout import count_held_out, held_out_rows
         from onward.digest import sha256_file
 
@@ -131,7 +131,7 @@ def _rows_of_files(paths: Sequence[Path]) -> dict[str, list[str]]:
 
 
 def _rows_of_library() -> dict[str, list[str]]:
-    """Docstrings in five kinds by the module that they are of."""
+    """Return docstrings in five kinds, by their module."""
     kinds: dict[str, list[str]] = {}
     for text in measuring.docstrings():
         kinds.setdefault(text.split(".", 1)[0], []).append(json.dumps({"text": text}))
@@ -140,7 +140,7 @@ def _rows_of_library() -> dict[str, list[str]]:
 
 
 def trials(names: Sequence[str]) -> Iterator[Trial]:
-    """Yield what is trained."""
+    """Yield the trials."""
     order = tuple(names)
     yield from (Trial(policy, order) for policy in FIRST)
     for turn in (2, 4):
@@ -172,7 +172,7 @@ def measure(trial: Trial, rows: Mapping[str, Sequence[str]], model: str, dtype: 
 
 
 def trained_tokens(run: Any) -> int:
-    """Return the tokens that a run trained, those of the anchor's texts in the loss with them."""
+    """Return the tokens that a run trained, including the anchor's texts in the loss."""
     from onward.store.ledger import Ledger
     from onward.training.anchor import ROWS_PER_TEXT
 
@@ -183,7 +183,7 @@ def trained_tokens(run: Any) -> int:
 
 
 def figures(run: Any, trial: Trial) -> dict[str, Any]:
-    """Return losses on the held-out rows at the end, and by how much they grew since each domain was known best."""
+    """Return losses on the held-out rows at the end, and how much they grew since each domain was known best."""
     from onward.status import read_grid
 
     grid = read_grid(run.layout)
@@ -206,7 +206,7 @@ def _domain(name: str) -> str:
 
 
 def _summed(last: Mapping[str, float], best: Mapping[str, float], trial: Trial) -> dict[str, Any]:
-    """Return the figures of losses at the end; the last file cannot be forgotten yet."""
+    """Return figures of the losses at the end; the last file cannot be forgotten yet."""
     grown = {name: last[name] / best[name] - 1.0 for name in trial.order[:-1] if name in best}
     return {
         "losses": dict(last),
@@ -217,7 +217,7 @@ def _summed(last: Mapping[str, float], best: Mapping[str, float], trial: Trial) 
 
 
 def divergence(run: Any, at: str | None = None) -> float:
-    """Return KL(base || model) in nats a token on texts that the base wrote and that no policy trains on."""
+    """Return KL(base || model) in nats per token on texts that the base wrote and that no policy trains on."""
     from onward.making import open_ledger
     from onward.service.knowledge.anchor import anchor_rows
     from onward.service.session import open_session
@@ -292,7 +292,7 @@ def native_dtype() -> str:
 
 
 def main() -> None:
-    """Measure what is not measured yet, and write the page after each training."""
+    """Measure what was not measured yet, and write the page after each training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=int, default=150)

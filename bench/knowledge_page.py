@@ -37,7 +37,7 @@ def render(found: Sequence[Found], policies: Iterable[str], about: Mapping[str, 
 
     Args:
         found: a record per training.
-        policies: all there are, in the order of the table.
+        policies: all policies, in the order of the table.
     """
     machine = ", ".join(f"{key} {value}" for key, value in about.items())
     lines = ["# What the model keeps", "", f"Written by `make knowledge`. {machine}.", ""]

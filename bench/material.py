@@ -1,4 +1,4 @@
-"""What both sides of the benchmark train on: a tiny random Llama and three files made from the standard library."""
+"""The material of both sides of the benchmark: a tiny random Llama and three files made from the standard library."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ MODULES = (
 
 
 def docstrings() -> list[str]:
-    """Return documentation of the standard library, from a line to some pages each, in a fixed shuffled order."""
+    """Return documentation of the standard library, from a line to a few pages each, in a fixed shuffled order."""
     texts: dict[str, None] = {}
     for name in MODULES:
         for path, thing in _public(name):
@@ -50,7 +50,7 @@ def _public(module: str) -> Iterator[tuple[str, Any]]:
 
 
 def write_rows(path: Path, count: int, *, skip: int = 0, longest: int | None = None) -> Path:
-    """Write `count` docstrings, of at most `longest` characters, as `text` rows; again from the start at their end."""
+    """Write `count` docstrings, of at most `longest` characters, as `text` rows, starting over at their end."""
     texts = [text for text in docstrings() if longest is None or len(text) <= longest]
     rows = [json.dumps({"text": texts[(skip + i) % len(texts)]}) for i in range(count)]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def write_rows(path: Path, count: int, *, skip: int = 0, longest: int | None = N
 
 
 def mixed_rows(path: Path, data: Path | None, count: int) -> Path:
-    """Write rows of mixed length: docstrings, and real rows of `data` among them where it is there."""
+    """Write rows of mixed length: docstrings, mixed with real rows of `data` if given."""
     rows = [json.dumps({"text": text}) for text in docstrings()[:count]]
     if data is not None:
         others = [file.read_text(encoding="utf-8").splitlines()[: count // 4] for file in sorted(data.glob("*.jsonl"))]
@@ -106,9 +106,9 @@ def python(*words: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process that measures; every side waits for its threads without burning a core.
+    """Return the environment of a process that measures; no side waits for its threads in a busy loop.
 
-    Every side finds its modules compiled from its second process on, as those of an installed package are.
+    Every side finds its modules compiled from its second process on, like those of an installed package.
     """
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     own = {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"}
@@ -125,7 +125,8 @@ def tune_process() -> None:
 
 
 def seconds_until(command: Sequence[str], line: str) -> float:
-    """Return the seconds from the start of a process to the first line of its stderr with a beginning; end it there.
+    """Return the seconds from the start of a process to the first line of its stderr that begins with `line`; end it
+    there.
 
     Raises:
         RuntimeError: it ended before that; the message has the end of its output.
@@ -145,7 +146,7 @@ def seconds_until(command: Sequence[str], line: str) -> float:
 
 
 def interleaved(sides: Sequence[str], rounds: int, measure: Callable[[str], Any]) -> dict[str, list[Any]]:
-    """Measure every side once a round, so that a machine that slows down slows all of them."""
+    """Measure every side once per round, so that a machine that slows down slows all of them."""
     found: dict[str, list[Any]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
@@ -159,23 +160,23 @@ def held_against(goal: float, value: float, *, at_most: bool = False) -> dict[st
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and greatest."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def resident(field: str = "VmRSS") -> int:
-    """Return the bytes of this process that lie in memory now, or at most so far (`VmHWM`); Linux only."""
+    """Return the resident bytes of this process now, or their peak so far (`VmHWM`); Linux only."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
 def forget_peak() -> None:
-    """Have `VmHWM` begin again with what lies in memory now; Linux only."""
+    """Reset `VmHWM` to the current resident bytes; Linux only."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the facts that the figures depend on."""
     import torch
 
     import onward

@@ -1,8 +1,8 @@
-"""What was estimated of a step's memory, against what a step takes: `memory.py METHOD ROWS LENGTH [recompute]`.
+"""The estimated memory of a step against what it takes: `memory.py METHOD ROWS LENGTH [recompute]`.
 
-The default model on a CPU, in a process of its own: the peak of resident memory in two steps over what Python and its
-libraries held before the model was loaded; what loading took at its peak is told apart. The last line of the output is
-JSON.
+It runs the default model on a CPU, in a process of its own: the peak of resident memory in two steps above what Python
+and its libraries held before the model was loaded; the peak of loading is reported separately. The last line of the
+output is JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The page on a very long run: what it costs to open it, address by address and in a browser.
 
-`python bench/page.py [FILES STEPS]`. The run is made up: its ledger has that many files and steps, with handovers,
-events and a grid as training writes them. Each figure is of a page that was just started, the worst case, and of one
-that has added up the run. Read are the bytes that the page read from files: what a request costs on any machine. The
-browser is Debian's chromium, driven by playwright; without them those figures are left out.
+`python bench/page.py [FILES STEPS]`. The run is synthetic: its ledger has that many files and steps, with handovers,
+events and a grid as training writes them. Each figure is given for a page that was just started, the worst case, and
+for one that has added up the run. Bytes read are those that the page read from files: the cost of a request on any
+machine. The browser is Debian's chromium, driven by playwright; without them those figures are left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SECONDS_GOAL = 1.0
 TOKEN = "a-token-for-this-measurement"
 ADDRESSES = ("/", "/api/status", "/api/curve?points=2000", "/api/history", "/api/overview", "/api/metrics")
 MEASURED = 12
-"""Files that each boundary measures: a sample, as the share of training that evaluation may take allows."""
+"""How many files each boundary measures: a sample, as the share for evaluation allows."""
 ROUNDS = 3
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
 DRAWN = """
@@ -52,7 +52,7 @@ TIMES = "INSERT INTO step_times SELECT file_id, step, 1.7e9 + step * 0.4 FROM st
 
 
 def make_run(root: Path, files: int, steps: int) -> RunLayout:
-    """Make a run of so many finished files with so many steps in all, as its ledger would have it."""
+    """Make a run of `files` finished files with `steps` steps in all, as its ledger would have it."""
     layout = RunLayout(root)
     root.mkdir()
     layout.make()
@@ -66,7 +66,7 @@ def make_run(root: Path, files: int, steps: int) -> RunLayout:
 
 
 def _add_file(ledger: Ledger, position: int, steps: int) -> None:
-    """Record one finished file with all that training records of it."""
+    """Record one finished file with everything that training records about it."""
     before = (position - 1) * steps
     name = f"day-{position:05}.jsonl"
     file_id = ledger.insert_file(
@@ -105,7 +105,7 @@ class Served:
     link: str
 
     def ask(self, path: str) -> dict[str, float]:
-        """Make one request; returns its wall and CPU seconds, the bytes that were read and those of the answer."""
+        """Make one request; return its wall and CPU seconds, the bytes that were read and those of the answer."""
         address = urlsplit(self.link)
         cpu, read, begun = self._cpu(), self._read(), time.perf_counter()
         connection = http.client.HTTPConnection(str(address.hostname), int(address.port or 0), timeout=60)
@@ -119,7 +119,7 @@ class Served:
         return {"seconds": wall, "cpu": self._cpu() - cpu, "read": self._read() - read, "bytes": size}
 
     def settle(self) -> None:
-        """Wait until the page has added up the run: it reads nothing any more."""
+        """Wait until the page has added up the run and no longer reads anything."""
         before = -1
         while before != (now := self._read()):
             before = now
@@ -136,7 +136,7 @@ class Served:
 
 @contextlib.contextmanager
 def served(root: Path) -> Generator[Served]:
-    """Start `onward page` on a run; it is ended with the block."""
+    """Start `onward page` on a run; it ends with the body."""
     command = python("-m", "onward", "page", "--port", "0", "--run", root)
     process = subprocess.Popen(
         command, env={**environment(), "ONWARD_PAGE_TOKEN": TOKEN}, stdout=subprocess.PIPE, text=True
@@ -161,7 +161,7 @@ def addresses(root: Path) -> dict[str, Any]:
 
 
 def in_browser(root: Path) -> dict[str, list[float]] | None:
-    """Return the seconds until the curve is drawn and until all is shown, each with a page that was just started."""
+    """Return the seconds until the curve is drawn and until everything is shown, each with a page just started."""
     chromium = shutil.which("chromium")
     try:
         from playwright.sync_api import sync_playwright
@@ -181,7 +181,7 @@ def in_browser(root: Path) -> dict[str, list[float]] | None:
                     context.add_init_script(DRAWN)
                     tab = context.new_page()
                     tab.goto(page.link)
-                    tab.wait_for_selector("#curve[data-ready]")  # the page lets nothing be evaluated as text
+                    tab.wait_for_selector("#curve[data-ready]")  # the page does not allow text to be evaluated
                     drawn = tab.evaluate("drawn")
                     found[f"curve{later}"].append(drawn["curve"] / 1000)
                     found[f"all{later}"].append(drawn["all"] / 1000)
@@ -191,7 +191,7 @@ def in_browser(root: Path) -> dict[str, list[float]] | None:
 
 
 def measure(files: int = 1000, steps: int = 1_000_000) -> dict[str, Any]:
-    """Return what it costs to open the page on a run of so many files and steps."""
+    """Return what it costs to open the page on a run of this size."""
     with tempfile.TemporaryDirectory() as scratch:
         layout = make_run(Path(scratch) / "run", files, steps)
         size = layout.ledger.stat().st_size

@@ -105,7 +105,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """A variant's files and where its final trainable weights lie."""
+    """A variant's files and the path of its final trainable weights."""
 
     name: str
     what: str
@@ -150,7 +150,7 @@ def train_uninterrupted(files: Sequence[Path], like: str, base: Path, out: Path,
 
 
 def distance(weights: Path, reference: Path, start: Path) -> dict[str, float]:
-    """Return how far `weights` lie from `reference`, absolutely and relative to the way from `start` to `reference`."""
+    """Return how far `weights` are from `reference`, absolutely and relative to how far `start` is from it."""
     from safetensors.numpy import load_file
 
     ours, theirs, origin = load_file(weights), load_file(reference), load_file(start)
@@ -162,7 +162,7 @@ def distance(weights: Path, reference: Path, start: Path) -> dict[str, float]:
 
 
 def compare_recipes(work: Path, settings: Settings | None = None) -> dict[str, Any]:
-    """Run every variant and its uninterrupted reference under `work`; returns the result of the module's docstring."""
+    """Run every variant and its uninterrupted reference under `work`; return the result in the module's docstring."""
     settings = settings or Settings()
     base, files = material.write_base(work / "base"), material.write_files(work / "files")
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -172,7 +172,7 @@ def compare_recipes(work: Path, settings: Settings | None = None) -> dict[str, A
 
 
 def _measure(name: str, files: Sequence[Path], base: Path, work: Path, settings: Settings) -> dict[str, Any]:
-    """Train a variant and, where one exists, its reference, and put both into the form of the module's docstring."""
+    """Train a variant and, if there is one, its reference, and put both into the form of the module's docstring."""
     variant = VARIANTS[name]
     stops_inside = variant.stop_at is not None
     stream = [files[1]] * 2 if stops_inside else files

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 START = "start.safetensors"
-"""The adapter as a run began with it, kept next to the result."""
+"""The initial adapter of a run, kept next to the result."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a person who follows the recipe sets; the rest is the Trainer's default."""
+    """What users of the recipe set; the rest is the Trainer's default."""
 
     rank: int = 8
     alpha: int = 16
@@ -34,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One process of the recipe: which rows it trains, and what it goes on from."""
+    """One process of the recipe: which rows it trains, and what it continues from."""
 
     base: str
     file: str
@@ -111,13 +111,13 @@ def run_job(job: Job) -> FileResult:
 
 
 def _stock_trainer(job: Job):
-    """Return a Trainer as anyone would set it up, and the lists in which it notes rows and learning rates."""
+    """Return a Trainer as anyone would set it up, and the lists in which it records rows and learning rates."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, set_seed
 
     class ObservedTrainer(Trainer):
-        """The stock Trainer; notes what a step is taken on and changes nothing."""
+        """The stock Trainer; records what each step is taken on and changes nothing."""
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             rows_seen.extend(inputs.pop("row").tolist())
@@ -163,7 +163,7 @@ def _stock_trainer(job: Job):
 
 
 def _arguments(job: Job):
-    """Return what a person sets of the Trainer's arguments."""
+    """Return the Trainer's arguments that users set."""
     import torch
     from transformers import TrainingArguments
 
@@ -187,7 +187,7 @@ def _arguments(job: Job):
 
 
 def main() -> None:
-    """Take a job from the command line, do it and print the result as JSON."""
+    """Run the job given on the command line and print the result as JSON."""
     values = json.loads(sys.argv[1])
     print(json.dumps(asdict(run_job(Job(**{**values, "settings": Settings(**values["settings"])})))))
 

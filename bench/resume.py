@@ -37,7 +37,7 @@ STOCK = Path(__file__).with_name("stock.py")
 
 
 def silent(_: object) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 def write_rows(path: Path, rows: int) -> Path:
@@ -97,7 +97,7 @@ def starter(run: Run) -> Callable[[], float]:
 
 
 def measure(rounds: int = 3, far: int = 1_000_000) -> dict[str, Any]:
-    """Return the seconds of each start and the ratios that the goals speak of."""
+    """Return the seconds of each start and the ratios of the goals."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, file = small_llama(folder / "model"), write_rows(folder / "long.jsonl", far + 1000)

@@ -1,9 +1,9 @@
-"""Scale: what the ledger keeps of a step and of a file, and what is asked of it after many of them.
+"""Scale: what the ledger keeps per step and per file, and the cost of queries after many of them.
 
 `python bench/scale.py [FILES] [STEPS] [COLUMNS]` fills a scratch ledger through the functions that the worker calls, in
 memory (`/dev/shm`), so that no disk is measured: FILES files of STEPS steps, each with a checkpoint, a handover, two
 events and a row of the grid with COLUMNS files in it. It prints bytes for each table (SQLite's `dbstat`), and the
-seconds of a processor for what is asked at a boundary or by a person. `docs/scale.md` computes with these figures.
+processor seconds of queries at a boundary or by a user. `docs/scale.md` computes with these figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MEASURED = {
 
 
 def fill(layout: RunLayout, files: int, steps: int, columns: int) -> dict[str, float]:
-    """Fill a ledger as a worker does; returns the seconds of one step record and of the rest of a file."""
+    """Fill a ledger as a worker does; return the seconds of one step record and of the rest of a file."""
     layout.make()
     layout.config.write_text("model: smollm2-135m\n", encoding="utf-8")
     make_ledger(layout.ledger)
@@ -94,7 +94,7 @@ def sizes(path: Path) -> dict[str, int]:
 
 
 def questions(layout: RunLayout) -> dict[str, float]:
-    """Return the seconds of what is asked, the shortest of three times."""
+    """Return the seconds of each query, the shortest of three times."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         last = ledger.last_position()
         asked: dict[str, Callable[[], Any]] = {

@@ -1,8 +1,9 @@
-"""Models in shards: what a rank holds, what a commit of shards stalls, what exact sums cost beside FSDP2's own.
+"""Sharded models: what a rank holds, how long a commit of shards stalls, what exact sums cost compared with FSDP2's
+own.
 
 `python bench/sharding.py [RANKS] [LAYERS] [WIDTH]`: gloo processes on this machine, each with one thread, so times say
-nothing of GPUs; bytes do. Memory is that of the process's own (RssAnon), sampled every few milliseconds, above what the
-process had before it loaded the model.
+nothing about GPUs; bytes do. Memory is the process's own (RssAnon), sampled every few milliseconds, above what it had
+before it loaded the model.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 class Watch:
-    """The most memory of its own that the process had while the body ran, bytes."""
+    """The peak of the process's own memory while the body ran, in bytes."""
 
     def __enter__(self) -> Watch:
         self.peak, self._done = own_memory(), threading.Event()
@@ -50,7 +51,7 @@ class Watch:
 
 
 def own_memory() -> int:
-    """Return the process's memory that no file stands for, bytes."""
+    """Return the process's memory that is not backed by files, in bytes."""
     text = Path("/proc/self/status").read_text()
     return 1024 * int(text.partition("RssAnon:")[2].split()[0])
 
@@ -77,7 +78,7 @@ def rank(place: int, ranks: int, folder: Path) -> None:
 
 
 def measured(folder: Path, ranks: int) -> dict[str, Any]:
-    """Load, train, copy, write, and make whole."""
+    """Load, train, copy, write, and gather."""
     from onward.config import Config
     from onward.data.loader import Batch
     from onward.data.order import RowReference
@@ -152,7 +153,7 @@ def measured(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def plain_gradients(folder: Path, batch: Any, ranks: int) -> float:
-    """Return the seconds of the same gradients by FSDP2 alone: its own reduce-scatter, added as it likes."""
+    """Return the seconds of the same gradients by FSDP2 alone, with its own reduce-scatter in any order."""
     from torch.distributed.fsdp import fully_shard
 
     from onward.config import Config
@@ -197,7 +198,7 @@ def make_model(folder: Path, layers: int, width: int) -> None:
 
 
 def main() -> None:
-    """Make a model and measure it on some ranks."""
+    """Make a model and measure it on several ranks."""
     ranks, layers, width = (int(word) for word in [*sys.argv[1:], *("2", "4", "384")[len(sys.argv) - 1 :]])
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:
         folder = Path(place)

@@ -1,6 +1,6 @@
-"""Checkpoints behind training: what one costs the steps, against a copy of its bytes and against the stock Trainer.
+"""Checkpoints behind training: what one costs in steps, against a copy of its bytes and against the stock Trainer.
 
-`python bench/stall.py` trains the 15M model whole, once without commits inside the file and once with one every ten
+`python bench/stall.py` trains the full 15M model, once without commits inside the file and once with one every ten
 steps, and times the copy that training waits for.
 """
 
@@ -34,7 +34,7 @@ STEPS_SCRIPT = Path(__file__).with_name("steps.py")
 def measure(work: Path, *, steps: int = STEPS) -> dict[str, Any]:
     """Return the loss of throughput with a commit every ten steps, for both sides, and the stall of one.
 
-    A step's time is the median of its times in all rounds: two runs of the same steps differ by more than commits cost.
+    A step's time is the median over all rounds: two runs of the same steps differ by more than commits cost.
     """
     model = measuring.small_llama(work / "model")
     rows = measuring.mixed_rows(work / "rows.jsonl", None, steps * 8)

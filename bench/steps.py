@@ -52,7 +52,7 @@ def settings(model: Path, method: str, save_steps: int) -> dict[str, Any]:
 
 
 def train_onward(folder: Path, rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
-    """Train with Onward: everything that a run does, the ledger included."""
+    """Train with Onward: everything that a run does, including the ledger."""
     tune_process()
     records: list[Record] = []
     run = Run.create(folder / "run", values.pop("model"), **values)
@@ -165,12 +165,12 @@ def peer_model(folder: Path, values: dict[str, Any]) -> torch.nn.Module:
 
 
 def multiply(rows: Path, steps: int, values: dict[str, Any]) -> list[Record]:
-    """Time the matrix multiplications alone that the steps cannot do without: the machine's limit.
+    """Time only the matrix multiplications that the steps cannot do without: the machine's limit.
 
     Per linear layer: forward and gradient of the input, and those of its two adapter matrices with their gradients;
     the head for target tokens. For a full model the gradient of the weight too.
     """
-    tune_process()  # the limit is not that of the allocator
+    tune_process()  # the limit must not be the allocator's
     model = build_model(
         ModelSpec(Config.model_validate(values), Path(values["model"]), torch.device("cpu"), torch.float32)
     )

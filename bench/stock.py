@@ -1,4 +1,4 @@
-"""One process of the usual recipe at its best: a stock Trainer that goes on from a checkpoint with one file.
+"""One process of the usual recipe at its best: a stock Trainer that continues from a checkpoint with one file.
 
 `stock.py '{"model": ..., "rows": ..., "out": ..., "method": "lora" | "full", "steps": ..., "resume": null}'`.
 `steps` is `max_steps`: those so far and this file's. It says `first step` on stderr; the last line of its output is
@@ -57,7 +57,7 @@ def load_model(job: dict[str, Any]) -> Any:
 
 
 def train(job: dict[str, Any]) -> dict[str, Any]:
-    """Train one file and save; returns when each step began and ended, on the clock that all processes share."""
+    """Train one file and save; return when each step began and ended, on the clock that all processes share."""
     import torch
     from transformers import AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 

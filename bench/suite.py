@@ -76,7 +76,7 @@ MEASUREMENTS: dict[str, tuple[str, Callable[[Path, Path | None], Any]]] = {
 
 
 def run(names: list[str], data: Path | None) -> None:
-    """Measure, and keep each result as soon as it is there."""
+    """Measure, and keep each result as soon as it is available."""
     OUT.mkdir(exist_ok=True)
     for name in names:
         title, measure = MEASUREMENTS[name]
@@ -91,7 +91,7 @@ def run(names: list[str], data: Path | None) -> None:
 
 
 def render() -> str:
-    """Return `RESULTS.md` from what `bench/out/` has."""
+    """Return `RESULTS.md` from the results in `bench/out/`."""
     kept = {name: json.loads((OUT / f"{name}.json").read_text()) for name in MEASUREMENTS if _has(name)}
     machines = {json.dumps(entry["machine"], sort_keys=True) for entry in kept.values()}
     lines = ["# Results", "", "Written by `make bench`. Figures are medians, with the least and the greatest.", ""]
@@ -116,7 +116,7 @@ def _has(name: str) -> bool:
 
 
 def goals(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every figure that has a goal, with its place."""
+    """Yield every figure that has a goal, with its path."""
     if isinstance(value, dict):
         if set(value) >= AGAINST:
             yield path, value

@@ -1,4 +1,5 @@
-"""Training throughput: tokens of real rows a second, against TRL's and transformers' trainers and the machine's limit.
+"""Training throughput: tokens of real rows per second, against TRL's and transformers' trainers and the machine's
+limit.
 
 Every side trains the rows of mixed length, LoRA of rank 16 on all linear layers, eight rows a step. The peers run with
 each of the settings in `steps.PEERS`, and the best of them counts. The limit is the time of the matrix multiplications
@@ -20,7 +21,7 @@ import steps as sides
 STEPS_SCRIPT = Path(sides.__file__)
 LIMIT_GOAL, TRL_GOAL, PEER_GOAL, LOSS_GOAL = 0.75, 2.0, 1.2, 1e-4
 WARMUP = 1
-"""Steps that are not counted."""
+"""How many steps are not counted."""
 
 
 def measure(model: Path, rows: Path, *, steps: int, rounds: int, peers: bool = True) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def measure(model: Path, rows: Path, *, steps: int, rounds: int, peers: bool = T
 
 
 def _by_step(rounds: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Return the speed over all counted steps, that of the slowest and that of the fastest one."""
+    """Return the speed over all counted steps, of the slowest and of the fastest one."""
     counted = [record for records in rounds for record in records[WARMUP:]]
     each = [record["tokens"] / record["seconds"] for record in counted]
     whole = sum(record["tokens"] for record in counted) / sum(record["seconds"] for record in counted)
@@ -75,7 +76,7 @@ def _ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def _loss_difference(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """Return how far the loss curves of identical batches are apart at most."""
+    """Return the largest distance between the loss curves of identical batches."""
     return max(abs(mine["loss"] - other["loss"]) for mine, other in zip(ours, theirs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""A Slurm of one node for tests: its daemons run as whoever runs the tests, on ports of their own, in one folder."""
+"""A Slurm of one node for tests: its daemons run as the user of the tests, on ports of their own, in one folder."""
 
 from __future__ import annotations
 

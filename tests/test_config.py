@@ -173,7 +173,7 @@ def test_a_number_that_has_no_end_is_refused_in_words(name: str, tmp_path: Path)
 
 
 def test_config_json_is_read_where_no_yaml_is(model: Path, tmp_path: Path) -> None:
-    """`config.json` with the same keys stands in for onward.yaml, and `init` keeps it."""
+    """`config.json` with the same keys takes the place of onward.yaml, and `init` keeps it."""
     (tmp_path / "run").mkdir()
     config = tmp_path / "run/config.json"
     config.write_text(json.dumps({"model": str(model), "batch_size": 3, "lora": {"rank": 2}}), encoding="utf-8-sig")
@@ -185,7 +185,7 @@ def test_config_json_is_read_where_no_yaml_is(model: Path, tmp_path: Path) -> No
 
 
 def change(run: Path, old: str, new: str) -> None:
-    """Edit a setting in onward.yaml as a person would."""
+    """Edit a setting in onward.yaml as a user would."""
     text = (run / "onward.yaml").read_text()
     assert old in text
     (run / "onward.yaml").write_text(text.replace(old, new))

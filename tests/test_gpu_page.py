@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
 
 
 def section(page: str, title: str) -> str:
-    """Return what stands below a heading."""
+    """Return the text below a heading."""
     return page.split(f"## {title}\n")[1].split("\n## ")[0]
 
 

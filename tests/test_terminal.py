@@ -1,4 +1,4 @@
-"""What a person sees: on any terminal, in order, and safe from closed streams and hostile names."""
+"""What the user sees: on any terminal, in order, and safe from closed streams and hostile names."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_run_holds_no_code(module: str, tmp_path: Path) -> None:
 
 
 def test_new_events_become_notes(tmp_path: Path) -> None:
-    """What was refused, paused or changed since the last look is told once, in order; other events are not repeated."""
+    """What was refused, paused or changed since the last look is reported once, in order; other events are not."""
     make_ledger(tmp_path / "ledger.sqlite3")
     with Ledger(tmp_path / "ledger.sqlite3") as ledger:
         ledger.add_event("warning", "before", kind="rejected")

@@ -26,7 +26,7 @@ LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
 
 
 def twice(shape: str, method: str, dtype: str) -> None:
-    """Take the same steps two times and say whether weights, moments and losses are equal to the last bit."""
+    """Take the same steps twice and report whether weights, moments and losses are equal to the last bit."""
     from onward.config import Config
 
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def files(shape: str) -> None:
-    """Say whether three files in one process and in three give one state, and whether the run proves itself."""
+    """Report whether three files in one process and in three give the same state, and whether the run's proof holds."""
     from processes import command
 
     with tempfile.TemporaryDirectory() as place:
@@ -130,7 +130,7 @@ def files(shape: str) -> None:
 
 
 def kills(shape: str) -> None:
-    """Say of each instant whether the run that was killed there and went on has the state of the undisturbed one."""
+    """Report for each instant whether the run that was killed there and continued has the undisturbed run's state."""
     import signal
 
     from faults import KILL, Fault, copy_run

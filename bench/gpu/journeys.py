@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: `journeys.py gap,stall,resume SHAPE`.
+"""What a run costs in addition to its steps: `journeys.py gap,stall,resume SHAPE`.
 
 `gap` is the time between two files beyond a step; `stall` what a step waits for a commit, against a plain copy of the
 same bytes; `resume` the time to the first step after a stop, against that of a new run.
@@ -38,7 +38,7 @@ def _files(shape: str, folder: Path, count: int) -> list[Path]:
 
 
 def gap(shape: str) -> None:
-    """Say how long a run stands between two files, in steps."""
+    """Report how long a run pauses between two files, in steps."""
     from onward import Run
     from onward.events import StepTaken
 
@@ -64,7 +64,7 @@ def gap(shape: str) -> None:
 
 
 def _flush_seconds(path: Path) -> float:
-    """Return what it takes to bring a page to the disk: part of a gap is waiting for that."""
+    """Return the seconds it takes to write a page to the disk: part of a gap is waiting for that."""
     times: list[float] = []
     with path.open("wb", buffering=0) as file:
         for _ in range(20):
@@ -76,10 +76,10 @@ def _flush_seconds(path: Path) -> float:
 
 
 def stall(shape: str) -> None:
-    """Say how long training waits for the copy of its state, against a plain copy of as many bytes.
+    """Report how long training waits for the copy of its state, against a plain copy of as many bytes.
 
-    Training waits until the process is back and the stream that computes is done with what the copy asks of it. What
-    leaves the device on another stream does so behind training, and is waited for before the next round.
+    Training waits until the call has returned and the computing stream has done its part of the copy. What leaves the
+    device on another stream does so behind training, and is waited for before the next round.
     """
     trainer = onward_trainer(shape, "full" if shape == "tiny" else "lora")
     for _ in onward_steps(trainer, shape, "packed", 1):
@@ -109,13 +109,13 @@ def stall(shape: str) -> None:
 
 
 def resume(shape: str) -> None:
-    """Say how long a process takes to its first step in a new run and in one that was stopped."""
+    """Report how long a process takes to its first step in a new run and in one that was stopped."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         base = saved_model(shape, folder / "base")
         (file,) = _files(shape, folder, 1)
         job = {"base": str(base), "run": str(folder / "run"), "file": str(file), "settings": settings(shape)}
-        _first_step({**job, "run": str(folder / "warm")})  # what the machine reads the first time, it reads here
+        _first_step({**job, "run": str(folder / "warm")})  # so that first-time reads of the machine happen here
         cold = _first_step({**job, "make": True})
         again = _first_step({**job, "file": None})
     ratio = again / cold

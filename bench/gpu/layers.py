@@ -1,7 +1,7 @@
 """How a decoder's norms, rotations and activations are computed: which way is faster, and whether its bits repeat.
 
 `layers.py SHAPE [WAY ...]` takes the same steps in each way, twice, each time in a process of its own, and compares the
-weights that came of it. `layers.py SHAPE WAY --child` is one of these processes.
+resulting weights. `layers.py SHAPE WAY --child` is one of these processes.
 
 | way | what |
 |---|---|
@@ -11,7 +11,7 @@ weights that came of it. `layers.py SHAPE WAY --child` is one of these processes
 | layers | each decoder layer by `torch.compile`, for any number of tokens |
 | liger | Liger's kernels for norm, rotation and SwiGLU |
 
-Nothing is tuned by trying: a choice by timing may be another one in the next process.
+Nothing is autotuned: a choice by timing may differ in the next process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PATIENCE = 70.0
 
 
 def as_built(model: nn.Module) -> None:
-    """Leave all as it is."""
+    """Leave everything as it is."""
 
 
 def norms(model: nn.Module) -> None:
@@ -73,7 +73,7 @@ WAYS: dict[str, Callable[[nn.Module], None]] = {
 
 
 def take_steps(shape: str, way: str) -> dict[str, Any]:
-    """Return how fast steps of mixed rows are in a way, and the digest of the weights after them."""
+    """Return how fast steps of mixed rows are one way, and the digest of the weights after them."""
     from onward.training.state import digest_tensors
 
     trainer = onward_trainer(shape, "lora", fused=way == "kernels")

@@ -1,4 +1,4 @@
-"""Figures as they are seen, one JSON line each: what was measured before a run was cut is there all the same."""
+"""Figures as they come, one JSON line each, so that a run that is cut short keeps what it measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def emit(subject: str, **figures: Any) -> None:
     """Append one line of figures about a subject, and print it.
 
     Args:
-        figures: JSON values; `equal` says of an exactness check whether the bits were.
+        figures: JSON values; `equal` says for an exactness check whether the bits were equal.
     """
     line = json.dumps({"subject": subject, **figures})
     print(line, flush=True)
@@ -25,7 +25,7 @@ def emit(subject: str, **figures: Any) -> None:
 
 
 def append(path: Path, values: dict[str, Any]) -> None:
-    """Append a line to a file, on the disk before this returns."""
+    """Append a line to a file; it is on the disk when this returns."""
     with path.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(values) + "\n")
         stream.flush()
@@ -33,7 +33,7 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file; one that was cut is left out."""
+    """Return the lines of a file, without a truncated one."""
     found: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:

@@ -62,7 +62,7 @@ def config_of(name: str) -> Any:
 
 
 def device() -> torch.device:
-    """Return the GPU, or the CPU where there is none."""
+    """Return the GPU, or the CPU if there is none."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -85,7 +85,7 @@ def base_model(name: str, dtype: torch.dtype) -> Any:
 
 
 def saved_model(name: str, folder: Path) -> Path:
-    """Write a random model with a tokenizer of bytes, as a run takes its base from a folder."""
+    """Write a random model with a byte tokenizer, as a base folder for a run."""
     import tiny
 
     tokenizer = tiny.byte_tokenizer()
@@ -104,7 +104,7 @@ def saved_model(name: str, folder: Path) -> Path:
 def token_rows(count: int, lengths: tuple[int, int], vocabulary: int, seed: int = 0) -> list[Any]:
     """Return rows of random tokens, all of them targets; lengths are between two, most of them short.
 
-    A row of random tokens costs what a row of text costs: nothing of a step depends on what tokens mean.
+    A row of random tokens costs as much as a row of text: nothing in a step depends on what tokens mean.
     """
     from onward.data.tokenized import Row
 

@@ -30,7 +30,7 @@ RATE = 2e-4
 
 
 def lengths_of(kind: str, shape: str) -> tuple[int, int]:
-    """Return the least and the greatest length of a row."""
+    """Return the shortest and the longest length of a row."""
     most = LENGTH if shape != "tiny" else 64
     return (most, most) if kind == "packed" else (max(8, most // 40), most)
 
@@ -82,7 +82,7 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: A
 
 
 def endless_plan() -> Any:
-    """Return a plan with more steps than are asked for."""
+    """Return a plan with more steps than are needed."""
     from onward.data.order import FilePlan
 
     return FilePlan("bench", rows=1 << 23, batch_size=ROWS, epochs=1, seed=0)
@@ -97,7 +97,7 @@ def batch_of(rows: list[Any]) -> Any:
 
 
 def onward_steps(trainer: Any, shape: str, kind: str, steps: int) -> Iterator[tuple[float, int]]:
-    """Yield the seconds and the tokens of each step, the first ones among them."""
+    """Yield the seconds and the tokens of each step, including the first ones."""
     plan = endless_plan()
     for rows in batches(shape, kind, steps + WARM):
         synchronize()
@@ -108,13 +108,13 @@ def onward_steps(trainer: Any, shape: str, kind: str, steps: int) -> Iterator[tu
 
 
 def synchronize() -> None:
-    """Wait until the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
-    """Say how fast Onward's steps are, what they take, and what was estimated."""
+    """Report how fast Onward's steps are, what they take, and what was estimated."""
     trainer = onward_trainer(shape, method)
     profile = trainer.economy.profile
     for kind in kinds:
@@ -136,7 +136,7 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
 
 
 def measure_determinism(trainer: Any, shape: str) -> None:
-    """Say what determinism costs: steps with it and without, one after the other, so that both see the same machine."""
+    """Report what determinism costs: steps with and without it in turn, so that both see the same machine."""
     exact = trainer.config
     seconds: dict[bool, list[float]] = {True: [], False: []}
     plan = endless_plan()
@@ -164,7 +164,7 @@ def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
 
 
 def measure_peer(side: str, shape: str, kind: str) -> None:
-    """Say how fast a peer's steps are: `trl` with packed, padding-free rows and its chunked loss, or `trainer`."""
+    """Report how fast a peer's steps are: `trl` with packed, padding-free rows and its chunked loss, or `trainer`."""
     import tempfile
 
     from peers import peer_trainer
@@ -194,7 +194,7 @@ def measure_peer(side: str, shape: str, kind: str) -> None:
 
 
 def say(side: str, shape: str, kind: str, records: list[tuple[float, int]], method: str, **more: Any) -> float:
-    """Emit the figures of one side; returns tokens a second, of all timed steps together."""
+    """Emit the figures of one side; return tokens per second over all timed steps."""
     tokens = sum(each for _, each in records)
     seconds = sum(each for each, _ in records)
     rate = tokens / seconds
@@ -223,19 +223,19 @@ def device_name() -> str:
 
 
 def reset_peak() -> None:
-    """Forget the greatest memory so far."""
+    """Reset the peak of memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def allocated() -> int:
-    """Return the bytes of the device that tensors of this process take now."""
+    """Return the device memory that tensors of this process take now, in bytes."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 def measure_machine() -> None:
-    """Say what the machine is and what it can do at most: a copy on the device, and a product in bfloat16."""
+    """Report what the machine is and the most it can do: a copy on the device, and a product in bfloat16."""
     from importlib import metadata
 
     versions: dict[str, str] = {}

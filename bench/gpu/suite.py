@@ -1,8 +1,9 @@
-"""All that has to be seen on a GPU, in one call of eight minutes: `suite.py [--out DIR] [--tiny] [--only NAME ...]`.
+"""Everything that has to be seen on a GPU, in one call of eight minutes: `suite.py [--out DIR] [--tiny] [--only NAME
+...]`.
 
-Each check is a process of its own with a limit of its own; they come in the order of what they are worth, and what they
-find is written as they find it, so that a run that was cut still tells. Nothing is downloaded. `--tiny` takes tiny
-shapes through all of it, on a CPU too: that is how the script itself is tested. `--render FILE` makes the page again.
+Each check is a process of its own with a limit of its own; the most valuable come first, and results are written as
+they come, so that a run that is cut short still tells something. Nothing is downloaded. `--tiny` runs everything with
+tiny shapes, on a CPU too: that is how the script itself is tested. `--render FILE` recreates the page.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from report import render
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "RESULTS-GPU.md"
 SECONDS, RESERVE, LEAST = 480.0, 15.0, 20.0
-"""Of the whole, kept back at its end, and without which no check is begun."""
+"""Seconds of the whole, reserved for its end, and the fewest with which a check is begun."""
 MISSING = "ModuleNotFoundError: No module named '"
 
 
@@ -35,9 +36,9 @@ class Check:
     Args:
         name: its name in the results.
         words: the script of this folder, and its arguments.
-        seconds: after which it is ended.
+        seconds: when to end it.
         needs: a package without which it is not run.
-        alone: nothing else is computed meanwhile, since it is timed.
+        alone: whether nothing else may run meanwhile, since it is timed.
     """
 
     name: str
@@ -81,7 +82,7 @@ def checks(tiny: bool) -> list[Check]:
 
 
 def run(chosen: list[Check], out: Path, deadline: float, *, any_device: bool) -> None:
-    """Make checks until the deadline, side by side where none is timed; each leaves a line of what became of it."""
+    """Run checks until the deadline, in parallel if none is timed; each leaves a line on its outcome."""
     records, log = out / "results.jsonl", out / "log.txt"
     reason = "" if any_device or _has_gpu() else "no GPU"
 
@@ -157,7 +158,7 @@ def _missing(package: str) -> str:
 
 
 def main() -> None:
-    """Make the checks and the page."""
+    """Run the checks and make the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE.parent / "out" / "gpu", help="folder for what is found")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on any device")

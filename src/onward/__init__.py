@@ -2,7 +2,7 @@
 
 from onward.version import __version__
 
-TYPE_CHECKING = False  # as typing has it, which is not imported: see __main__
+TYPE_CHECKING = False  # stands for typing.TYPE_CHECKING without importing typing: see __main__
 
 if TYPE_CHECKING:
     from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken

@@ -1,7 +1,7 @@
 """`python -m onward` is the command `onward`.
 
-Python puts the current directory first among the places that it imports from. A run's directory holds files of others,
-and a `typer.py` there is not to be run. Nothing but `sys` is imported until that is undone; `-P` undoes it earlier.
+Python puts the current directory first on its import path. A run's directory holds files from other people, and a
+`typer.py` there must not be run. Nothing but `sys` is imported until that is undone; `-P` prevents it from the start.
 """
 
 import sys
@@ -9,7 +9,7 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]
 
-if __name__ == "__main__":  # a process that is forked from one of these is given its work otherwise
+if __name__ == "__main__":  # a process forked from this one gets its work another way
     from onward.cli import main
 
     main()

@@ -1,4 +1,4 @@
-"""Durable writes: a file or a directory appears whole or not at all, also after a power cut."""
+"""Durable writes: a file or a directory appears whole or not at all, even after a power cut."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def force(descriptor: int) -> None:
-    """Force what was written to a descriptor to the disk; macOS has a call of its own for what `fsync` means."""
+    """Force what was written to a descriptor to the disk; on macOS that takes a call other than `fsync`."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         try:
             fcntl.fcntl(descriptor, full)
-        except OSError:  # this file system cannot
+        except OSError:  # this file system does not support it
             pass
         else:
             return
@@ -38,12 +38,12 @@ def fsync_file(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Force a directory's entries to the disk, where the file system can."""
+    """Force a directory's entries to the disk, if the file system supports that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         force(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not support it
             raise
     finally:
         os.close(descriptor)
@@ -58,7 +58,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace the contents of `path` in one act."""
+    """Replace the contents of `path` atomically."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     write_file(temporary, data)
     temporary.replace(path)
@@ -66,10 +66,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_checked(path: Path, body: bytes, kind: str = "") -> None:
-    """Replace the contents of `path` by a line with a checksum and `body`, in one act.
+    """Atomically replace the contents of `path` with a checksum line followed by `body`.
 
     Args:
-        kind: what the line begins with: what the body is, and of which format.
+        kind: the start of that line, which names what the body is and its format.
     """
     replace_file(path, _check_line(body, kind) + body)
 
@@ -93,14 +93,14 @@ def _check_line(body: bytes, kind: str) -> bytes:
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Replace the contents of `path` by `value` as indented JSON, in one act."""
+    """Atomically replace the contents of `path` with `value` as indented JSON."""
     replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
     """Make a finished directory visible under its final name: fsync of its entries, rename, fsync of the parent.
 
-    Files inside must have been fsynced by whoever wrote them. This is the one commit point of a checkpoint.
+    The files inside must already be fsynced. This is the one commit point of a checkpoint.
 
     Raises:
         FileExistsError: `final` exists already.
@@ -113,7 +113,7 @@ def publish_directory(temporary: Path, final: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `source` as `target`, or copy it where the file system has no hard links."""
+    """Hard-link `source` as `target`, or copy it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -122,7 +122,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make `target` a directory of hard links to the files of `source`, visible in one act."""
+    """Make `target` a directory of hard links to the files of `source`; it appears atomically."""
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     remove_tree(temporary)
     temporary.mkdir(parents=True)
@@ -133,7 +133,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory if it is there."""
+    """Remove a directory if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -141,7 +141,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_temporaries(directory: Path) -> list[Path]:
-    """Remove what an interrupted write left in `directory`; returns what was removed."""
+    """Remove what interrupted writes left in `directory`; return what was removed."""
     if not directory.is_dir():
         return []
     left = [entry for entry in sorted(directory.iterdir()) if entry.name.startswith(TEMPORARY_PREFIX)]

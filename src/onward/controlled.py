@@ -1,4 +1,4 @@
-"""A run for those who ask the process that trains for something."""
+"""A run whose training process can be asked for something."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from onward.service.client import Patience
 
 
 class Controlled(Observed):
-    """A run whose owner may be another process, which is asked and answers."""
+    """A run whose owner may be another process; requests go to it, and it answers."""
 
     def pause(self, *, release: bool = False, patience: float = 60.0) -> str:
-        """Ask the process that trains to hold still after its step; `release` gives the model's memory back.
+        """Ask the process that trains to pause after its step; `release` frees the model's memory.
 
         Without such a process the pause is noted, and the next `watch` begins paused.
         """
@@ -20,17 +20,17 @@ class Controlled(Observed):
             return client.pause(self.layout, ledger, Patience(patience), release=release)
 
     def resume(self, *, patience: float = 60.0) -> str:
-        """Ask a paused process to go on."""
+        """Ask a paused process to resume."""
         with open_ledger(self.layout) as ledger:
             return client.resume(self.layout, ledger, Patience(patience))
 
     def stop(self, *, after_file: bool = False, patience: float = 600.0) -> str:
-        """Ask the process that trains to commit and end, now or at the next boundary."""
+        """Ask the process that trains to commit and exit, now or at the next boundary."""
         with open_ledger(self.layout) as ledger:
             return client.stop(self.layout, ledger, patience, after_file=after_file)
 
     def accept(self, file: str) -> str:
-        """Queue a quarantined file again, for the guard to let pass; returns its name."""
+        """Queue a quarantined file again, and let it pass the guard; return its name."""
         from onward.service.state.accept import accept
 
         with open_ledger(self.layout) as ledger:

@@ -12,11 +12,12 @@ COLUMNS = (
     "step", "file", "file_step", "loss", "learning_rate", "grad_norm", "rows", "tokens", "target_tokens", "seconds",
     "time",
 )  # fmt: skip
-"""What is told of a step, in this order. `file` is the file's name, `file_step` the step within it, `seconds` the wall
-time that the step took, `time` when it was recorded (seconds since the epoch; None for steps of earlier releases)."""
+"""The fields of a step record, in this order. `file` is the file's name, `file_step` the step within it, `seconds` the
+wall time that the step took, `time` when it was recorded (seconds since the epoch; None for steps of earlier
+releases)."""
 
 BLOCK = 4096
-"""Steps that one query returns at most, so that reading everything holds neither memory nor the ledger."""
+"""The most steps that one query returns, so that reading everything ties up neither memory nor the ledger."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,10 @@ def read_curve(
     """Yield step records of the stream as tuples of `COLUMNS`, in order of the global step.
 
     Args:
-        every: one record for so many steps on average: of every `2 * every` steps the one with the lowest and the one
-            with the highest loss. A curve of them is no flatter than that of all records (Steinarsson 2013,
-            "Downsampling Time Series for Visual Representation", calls it min-max decimation). The newest step is
-            always among them.
-        first, last: global steps between which to read, both included; all where left out.
+        every: steps per record, on average: of every `2 * every` steps, the one with the lowest and the one with the
+            highest loss are kept. Their curve is no flatter than that of all records (Steinarsson 2013, "Downsampling
+            Time Series for Visual Representation", calls it min-max decimation). The newest step is always among them.
+        first, last: the range of global steps to read, both included; open where None.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, not {every}")
@@ -56,7 +56,7 @@ def read_curve(
 
 
 def as_columns(rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
-    """Return rows of `COLUMNS` as a list per column, as pandas and a chart take them."""
+    """Return rows of `COLUMNS` as one list per column, the form that pandas and a chart take."""
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     lists = tuple(columns.values())
     for row in rows:
@@ -86,14 +86,14 @@ def buckets(
 
 
 def _extremes(ledger: Curve, bucket: list[Piece], newest: int) -> Iterator[tuple[Any, ...]]:
-    """Yield the records of lowest and highest loss of a bucket, and the run's newest step if it lies there."""
+    """Yield a bucket's records of lowest and highest loss, and the run's newest step if it is in the bucket."""
     found = [
         _tuple(piece, row)
         for piece in bucket
         for row in ledger.step_extremes(piece.span.file_id, piece.first, piece.last)
     ]
     loss = COLUMNS.index("loss")
-    if not found:  # the steps went away with a rollback
+    if not found:  # a rollback removed the steps
         return
     kept = {row[0]: row for row in (min(found, key=lambda row: row[loss]), max(found, key=lambda row: row[loss]))}
     if bucket[-1].last == newest and newest not in kept:

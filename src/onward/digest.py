@@ -1,4 +1,4 @@
-"""Digests: SHA-256 for what identifies a training file, xxh3-128 for noticing damage fast."""
+"""Digests: SHA-256 to identify training files, xxh3-128 to notice damage fast."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 23
-"""Bytes read at once: they fit the cache, and a thread that hashes rarely takes Python's lock."""
+"""Bytes read at once: they fit the CPU cache, and a thread that hashes rarely takes the GIL."""
 
 
 def _read_chunks(path: Path) -> Iterable[memoryview]:
-    """Yield a file's bytes, each time in the same memory."""
+    """Yield a file's bytes in chunks, each in the same memory."""
     with path.open("rb", buffering=0) as stream:
         size = os.fstat(stream.fileno()).st_size
         memory = memoryview(bytearray(min(max(size, 1), CHUNK)))
@@ -41,7 +41,7 @@ def xxh3_file(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return `value` as the one JSON text that equal values share."""
+    """Return `value` as JSON text; equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 

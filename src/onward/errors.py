@@ -1,4 +1,4 @@
-"""Every error that a person can meet: what happened, where, and the next command to type.
+"""Every error that a user can meet: what happened, where, and the next command to type.
 
 The command line prints these without a traceback and exits with `exit_status`:
 1 failed, 2 wrong usage or config, 3 a file was rejected, 4 the run is locked, 5 verification failed.
@@ -23,7 +23,7 @@ _READ_HINTS: dict[int | None, str] = {
 
 
 def printable_lines(text: str) -> str:
-    """Return a text whose lines are each printable; only ends of lines are kept as they are."""
+    """Return a text with each of its lines made printable; line endings are kept."""
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -83,7 +83,7 @@ class VerificationFailed(OnwardError):
 
 
 class DamagedState(VerificationFailed):
-    """State on disk is missing or is not what was committed, and nothing that verifies is left to go on from."""
+    """State on disk is missing or is not what was committed, and nothing verifiable is left to continue from."""
 
 
 class ModelError(OnwardError):
@@ -95,11 +95,11 @@ class TrainingError(OnwardError):
 
 
 class GuardRejected(TrainingError):
-    """A file passed the guard's limits and is to be taken back.
+    """A file exceeded the guard's limits and has to be taken back.
 
     Args:
-        file_id: which one.
-        problems: what was found, and the rows to look at, as a report names them.
+        file_id: the file.
+        problems: what was found, and the rows to look at, as in a report.
     """
 
     def __init__(self, what: str, file_id: int, problems: list[dict[str, Any]]) -> None:
@@ -109,11 +109,11 @@ class GuardRejected(TrainingError):
 
 
 class DeviceLost(OnwardError):
-    """The GPU can no longer be used by this process; another one can go on."""
+    """The GPU can no longer be used by this process; a new process can continue."""
 
 
 class RankLost(DeviceLost):
-    """One of several processes that train together is gone or shows no sign of life; the others end with it."""
+    """One of several processes that train together is gone or shows no sign of life; the others end too."""
 
 
 class NoSpace(OnwardError):
@@ -131,9 +131,9 @@ class Unreadable(OnwardError):
 
 
 class NotMadeHere(OnwardError):
-    """Something that Onward did not make stands where Onward would write; it is left alone."""
+    """Something that Onward did not make is in a place where Onward would write; it is left alone."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's text, or its type where it has none."""
+    """Return the first line of an exception's text, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
-"""What happens while a run trains, as plain records, and the hub that hands them to observers.
+"""What happens while a run trains, as plain records, and the hub that passes them to observers.
 
-Nothing here needs torch: a progress bar, a tracker or a page can import the records at once.
+Nothing here needs torch: a progress bar, a tracker or a page can import the records quickly.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Resumed:
-    """A process goes on from a committed state. `checkpoint` is its path below the run's directory."""
+    """A process continues from a committed state. `checkpoint` is its path below the run's directory."""
 
     step: int
     checkpoint: str
@@ -24,7 +24,7 @@ class FileStarted:
     """A file's first step, or its next one after a stop, is about to be taken.
 
     `truncated` and `dropped` count the rows that were cut or left out because they are longer than `max_length`,
-    `lost_tokens` what went with that, of `tokens` that are left; `split` counts texts that became several rows.
+    `lost_tokens` the tokens lost by that and `tokens` those left; `split` counts texts that became several rows.
     `held_out` counts the rows that are never trained.
     """
 
@@ -47,8 +47,8 @@ class FileStarted:
 class StepTaken:
     """One optimizer step. `loss` is the mean over its target tokens (nats), `seconds` its wall time.
 
-    `rows` counts the rows of the file, `replayed` names those of earlier files on top of them, each as (SHA-256, row);
-    `tokens` and `loss` are of both. `anchor` is the KL divergence to the base where it is in the loss.
+    `rows` counts the rows of the file, `replayed` lists the additional ones of earlier files, each as (SHA-256, row);
+    `tokens` and `loss` cover both. `anchor` is the KL divergence from the base if that is in the loss.
     """
 
     step: int
@@ -71,7 +71,7 @@ class StepTaken:
 class Committed:
     """A checkpoint was committed.
 
-    `removed` names the checkpoints that it replaced, `restore_point` the one that was made of it at a boundary.
+    `removed` lists the checkpoints that it replaced; `restore_point` is the one that was made from it at a boundary.
     """
 
     step: int
@@ -91,7 +91,7 @@ class FileDone:
 
 @dataclass(frozen=True)
 class Note:
-    """Something a person should read."""
+    """Something the user should read."""
 
     message: str
 
@@ -100,11 +100,11 @@ Event: TypeAlias = Resumed | FileStarted | StepTaken | Committed | FileDone | No
 Observe: TypeAlias = Callable[[Event], None]
 
 FAILURES = 3
-"""Events in a row that an observer may fail at before it is dropped."""
+"""How many events in a row an observer may fail at before it is dropped."""
 
 
 class Hub:
-    """Hands every event to every observer; one that fails disturbs neither training nor the others.
+    """Passes every event to every observer; one that fails disturbs neither training nor the others.
 
     Args:
         observers: called with each event, in this order.
@@ -118,11 +118,11 @@ class Hub:
         self._warn = warn
 
     def add(self, observe: Observe) -> None:
-        """Hand events to one more observer from now on."""
+        """Add an observer, which is called with every event from now on."""
         self._observers.append(observe)
 
     def tell(self, event: Event) -> None:
-        """Hand an event to every observer that was not dropped."""
+        """Pass an event to every observer that was not dropped."""
         for observe in tuple(self._observers):
             try:
                 observe(event)

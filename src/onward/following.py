@@ -1,4 +1,4 @@
-"""The library for every process but the first of several that train a run together."""
+"""The library for every process but the first when several train a run together."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def follow(
     report: Callable[[str], None] = lambda _: None,
     loading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:
-    """Take the steps of a run that rank 0 tells (`Run(directory, place=place).train`), until that ends.
+    """Take the steps of a run that rank 0 (`Run(directory, place=place).train`) announces, until it ends.
 
     Args:
-        directory: the run's directory, as it is seen here.
+        directory: the run's directory, as seen from this machine.
         place: which process this is (`onward.ranks.place_here`).
-        stop: a stop asked for here is one that rank 0 is asked for.
-        report: receives a line where rank 0 cannot say any more why it ends.
+        stop: a stop asked for here is passed on to rank 0.
+        report: receives a line if rank 0 can no longer say why it ends.
         loading: a context in which torch and other large libraries are imported.
 
     Raises:

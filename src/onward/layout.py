@@ -12,12 +12,12 @@ from onward.text import quoted
 
 LEDGER = "ledger.sqlite3"
 MANIFEST = "onward.json"
-"""The file that makes a directory a checkpoint; written last."""
+"""The file whose presence makes a directory a checkpoint; written last."""
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
 _TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|shards|ledger\.sqlite3(-wal|-shm|-journal)?)")
-"""Names under which writes of state, and of a new ledger, are unfinished."""
+"""Temporary names of unfinished writes of state or of a new ledger."""
 _KEPT = re.compile(r"(?:archive|rejected)/([^/\0]+)")
 _DROPPED = re.compile(r"(?:(?:high|low)/)?([^/\0]+)")
 
@@ -31,7 +31,7 @@ def step_of(directory: Path) -> int:
 
 
 def _named(pattern: re.Pattern[str], path: str) -> str:
-    """Return a path that the ledger names below a folder of the run, if it has the one form that Onward writes."""
+    """Return a path below a folder of the run that the ledger names, if it has the form that Onward writes."""
     match = pattern.fullmatch(path)
     if match is None or match.group(1) in (".", ".."):
         raise DamagedState(
@@ -50,7 +50,7 @@ class RunLayout:
 
     @property
     def config(self) -> Path:
-        """`onward.yaml`, or `config.json` where only that is there."""
+        """`onward.yaml`, or `config.json` if only that exists."""
         yaml_file, json_file = self.root / "onward.yaml", self.root / "config.json"
         return json_file if json_file.exists() and not yaml_file.exists() else yaml_file
 
@@ -61,22 +61,22 @@ class RunLayout:
 
     @property
     def lock(self) -> Path:
-        """Held by the one process that trains or goes back."""
+        """Held by the one process that trains or rolls back."""
         return self.root / ".lock"
 
     @property
     def intake_lock(self) -> Path:
-        """Held by whoever takes files in, also while another process trains."""
+        """Held by a process that takes files in, which may happen while another trains."""
         return self.root / ".intake.lock"
 
     @property
     def track_lock(self) -> Path:
-        """Held by the one process that tells trackers of the run."""
+        """Held by the one process that reports the run to trackers."""
         return self.root / ".track.lock"
 
     @property
     def trackers(self) -> Path:
-        """What trackers keep that were not told to keep it elsewhere."""
+        """Files of trackers that were not configured to keep them elsewhere."""
         return self.root / "trackers"
 
     @property
@@ -95,29 +95,29 @@ class RunLayout:
         return self.root / "rejected"
 
     def kept(self, copy: str) -> Path:
-        """The original of a file, as its row in the ledger names it.
+        """Return the path of a file's original, as its row in the ledger names it.
 
         Raises:
-            DamagedState: that is no file of `archive/` or `rejected/`.
+            DamagedState: the path is not a file of `archive/` or `rejected/`.
         """
         return self.root / _named(_KEPT, copy)
 
     def dropped(self, inbox: str) -> Path:
-        """A file of the inbox, as its row in the ledger names it.
+        """Return the path of a file of the inbox, as its row in the ledger names it.
 
         Raises:
-            DamagedState: that is no file of the inbox.
+            DamagedState: the path is not a file of the inbox.
         """
         return self.inbox / _named(_DROPPED, inbox)
 
     def tokenizer(self, base: Path) -> Path:
-        """The folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
+        """Return the folder with the run's tokenizer: the base's, unless an adopted checkpoint brought its own."""
         own = self.root / "tokenizer"
         return own if own.is_dir() else base
 
     @property
     def log(self) -> Path:
-        """What the daemon did, in lines, with its older parts next to it."""
+        """The log of the daemon, with its rotated parts next to it."""
         return self.root / "logs" / "onward.log"
 
     @property
@@ -127,7 +127,7 @@ class RunLayout:
 
     @property
     def cache(self) -> Path:
-        """What can be made again."""
+        """What can be recreated."""
         return self.root / "cache"
 
     @property
@@ -147,7 +147,7 @@ class RunLayout:
 
     @property
     def current(self) -> Path:
-        """`current_model/`, what Hugging Face tools are pointed at."""
+        """`current_model/`, which Hugging Face tools can load."""
         return self.root / "current_model"
 
     @property
@@ -157,61 +157,61 @@ class RunLayout:
 
     @property
     def releases(self) -> Path:
-        """Published models, each in a folder of its name."""
+        """Published models, each in a folder named after it."""
         return self.root / "releases"
 
     @property
     def reading(self) -> Path:
-        """Folders in which other processes hold the files that they read."""
+        """Folders in which other processes keep links to the files that they read."""
         return self.cache / "reading"
 
     def checkpoint(self, step: int) -> Path:
-        """The checkpoint of a step."""
+        """Return the path of the checkpoint of a step."""
         return self.current / f"{CHECKPOINT_PREFIX}{step}"
 
     def boundary(self, step: int) -> Path:
-        """The restore point of a step."""
+        """Return the path of the restore point of a step."""
         return self.boundaries / f"step-{step}"
 
     def checkpoints(self) -> list[Path]:
-        """Checkpoints in `current_model/`, newest step first."""
+        """Return the checkpoints in `current_model/`, newest step first."""
         return self._by_step(self.current, _CHECKPOINT)
 
     def restore_points(self) -> list[Path]:
-        """Restore points in `boundaries/`, newest step first."""
+        """Return the restore points in `boundaries/`, newest step first."""
         return self._by_step(self.boundaries, _BOUNDARY)
 
     def taken(self) -> list[Path]:
-        """Whatever has the name of a checkpoint or a restore point, directory or not."""
+        """Return everything named like a checkpoint or a restore point, directory or not."""
         named = ((self.current, _CHECKPOINT), (self.boundaries, _BOUNDARY))
         return [entry for folder, pattern in named for entry in entries(folder) if pattern.fullmatch(entry.name)]
 
     @property
     def shards(self) -> Path:
-        """Where the shards of a model are written and made whole; gone after each commit."""
+        """Where the shards of a model are written and merged; removed after each commit."""
         return self.current / ".tmp-shards"
 
     def temporaries(self) -> list[Path]:
-        """What an interrupted write of state left; other names are not Onward's."""
+        """Return what interrupted writes of state left; other names are not Onward's."""
         folders = (self.root, self.current, self.boundaries)
         return [entry for folder in folders for entry in entries(folder) if _TEMPORARY.fullmatch(entry.name)]
 
     def make(self) -> None:
-        """Make the run's directories."""
+        """Create the run's directories."""
         self.inbox.mkdir(parents=True, exist_ok=True)
         self.make_own()
 
     def make_own(self) -> None:
-        """Make the directories again that only the run writes to; the inbox may be a disk that is not mounted."""
+        """Recreate the directories that only the run writes to; the inbox may be a disk that is not mounted."""
         for directory in (self.archive, self.rejected, self.tokens, self.boundaries):
             directory.mkdir(parents=True, exist_ok=True)
 
     def require(self) -> None:
-        """Refuse a directory that holds no run.
+        """Refuse a directory that is not a run.
 
         Raises:
             UsageError: there is no ledger here.
-            DamagedState: the ledger is gone, and what it is the record of is still here.
+            DamagedState: the ledger is gone, but what it records is still here.
         """
         if not self.ledger.is_file():
             if self._newest_of_run() is not None or self.ledger.is_symlink():
@@ -229,14 +229,14 @@ class RunLayout:
         return DamagedState(what, where=self.ledger.absolute(), hint=self.way_without_ledger())
 
     def empty_ledger(self) -> DamagedState:
-        """Return the refusal for a ledger that holds nothing, so that it is not the one that the run was made with."""
+        """Return the refusal for an empty ledger, which cannot be the one that the run was made with."""
         hint = self.way_without_ledger()
         if self._newest_of_run() is None:
             hint += " If nothing was trained here: remove it, then onward init"
         return DamagedState("the ledger is empty", where=self.ledger.absolute(), hint=hint)
 
     def way_without_ledger(self) -> str:
-        """Say what to do where the ledger cannot be used."""
+        """Return what to do if the ledger cannot be used."""
         newest = self._newest_of_run()
         way = f" Without one, this makes a new run from the last commit: onward adopt {quoted(newest)} --run NEW_RUN"
         return f"Put {LEDGER} back from a copy.{way if newest else ''}"
@@ -253,7 +253,7 @@ class RunLayout:
 
 
 def entries(directory: Path) -> list[Path]:
-    """Return what is in a directory, sorted by name; nothing where there is no such directory.
+    """Return the entries of a directory, sorted by name; none if there is no such directory.
 
     Raises:
         Unreadable: the system refuses to list it now.

@@ -10,7 +10,7 @@ class Lengths:
     """Counts of one file.
 
     Args:
-        rows: rows that are trained, cut ones and pieces of texts included.
+        rows: rows that are trained, including cut ones and pieces of texts.
         truncated: rows that were cut.
         dropped: rows that were left out.
         split: texts that became several rows.
@@ -26,7 +26,7 @@ class Lengths:
     lost_tokens: int = 0
 
     def words(self, max_length: int | None) -> str:
-        """Say what became of longer rows, with a space before it; empty where there were none."""
+        """Return what became of longer rows, in words with a leading space; "" if there were none."""
         parts = [f"{self.split} {'text' if self.split == 1 else 'texts'} split"] if self.split else []
         counts = [(count, word) for count, word in ((self.truncated, "cut"), (self.dropped, "dropped")) if count]
         if counts:

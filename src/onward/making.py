@@ -1,4 +1,4 @@
-"""What makes a directory a run: how it is made, and the ledger that shows that it was.
+"""Makes a directory a run, and opens the ledger that shows that it is one.
 
 Everything that can be refused is refused before anything is made, so that a refusal leaves nothing behind.
 """
@@ -40,13 +40,13 @@ def create(
     """Make a run from a base model, once the model has passed its admission.
 
     Args:
-        values: config keys; none where the directory has a config already.
+        values: config keys; empty if the directory has a config already.
         report: receives a line when something takes long, and what the admission found.
         loading: a context in which large libraries are imported.
-        later: leave the admission to the first start.
+        later: postpone the admission to the first start.
 
     Raises:
-        ConfigError: a setting is refused, or rows may be longer than the positions that the model has learned.
+        ConfigError: a setting is refused, or `max_length` is above the positions that the model has learned.
         ModelError: the base model or its tokenizer is missing or unusable, or cannot be proven.
         UsageError: the directory is in use.
     """
@@ -55,7 +55,7 @@ def create(
 
 
 class _Making:
-    """One run while it is made; the arguments are those of `create`."""
+    """A run in the making; the arguments are those of `create`."""
 
     def __init__(
         self,
@@ -96,10 +96,10 @@ class _Making:
             folder = self.layout.tokenizer(base)
             tokenizer = self._load_tokenizer(folder)
         KeptTokenizer(self.layout, folder).keep(tokenizer)
-        make_ledger(self.layout.ledger, **own.facts, **facts)  # last: it is what makes the directory a run
+        make_ledger(self.layout.ledger, **own.facts, **facts)  # last: this makes the directory a run
 
     def _load_tokenizer(self, folder: Path) -> LoadedTokenizer:
-        """Load it now: a base without a usable tokenizer is refused, and the first file need not wait for it."""
+        """Load the tokenizer now: a base without a usable one is refused, and the first file need not wait for it."""
         from onward.service.tokenizer import load_with_files
 
         if "transformers" in sys.modules:
@@ -109,7 +109,7 @@ class _Making:
             return load_with_files(folder)
 
     def _admit(self, config: Config, base: Path) -> tuple[Config, dict[str, Any]]:
-        """Prove the model; returns the config with settings that work, and what the ledger keeps."""
+        """Prove the model; return the config with settings that work, and the facts for the ledger."""
         with self.loading():
             from onward.service.admission import admit_new
         from onward.training.admission.findings import FACT
@@ -125,7 +125,7 @@ class _Making:
 
 
 def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> None:
-    """Refuse what the files of a base tell without loading its weights."""
+    """Refuse a base whose files show, without loading its weights, that it is unusable."""
     from onward.training.model.base import require_complete, require_plain
     from onward.training.model.capacity import read_capacity, require_embedded, require_fits
 
@@ -140,7 +140,7 @@ def refuse_occupied(layout: RunLayout) -> None:
     """Refuse a directory that holds a run or a model already, or whose disk cannot hold a ledger.
 
     Raises:
-        UsageError: it does, there is a file of that name, or the ledger would lie on a disk that others may use.
+        UsageError: it does, there is a file of that name, or the ledger would be on a disk that other machines use.
     """
     if layout.ledger.exists():
         hint = f"onward status --run {quoted(layout.root)}; for a new run, name another directory."
@@ -155,7 +155,7 @@ def refuse_occupied(layout: RunLayout) -> None:
 
 
 def _require_locks(folder: Path) -> None:
-    """Try a lock on a file without a name, in the nearest folder that is there; who may not write it is told later."""
+    """Try a lock on an unnamed file in the nearest existing folder; missing write permission is reported later."""
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
     with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=there) as file:
         require_locks(file.fileno(), there)
@@ -165,7 +165,7 @@ def open_ledger(layout: RunLayout) -> Ledger:
     """Open the ledger of a run.
 
     Raises:
-        UsageError: it lies on a disk that others may use.
+        UsageError: it is on a disk that other machines use.
         DamagedState: it is empty, so it is not the one that the run was made with.
     """
     require_local(layout)

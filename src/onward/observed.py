@@ -1,4 +1,4 @@
-"""A run as those see it who only look: where it stands, its files, its steps. Any number of them, at any time."""
+"""A run for observers, any number of them at any time: its progress, its files, its steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from onward.store.ledger import Ledger
 
 
 class Observed:
-    """What can be asked of a run without opening it for work; nothing here needs torch.
+    """What can be read of a run without opening it for work; nothing here needs torch.
 
     Raises:
-        UsageError: there is no run in the directory.
+        UsageError: the directory is not a run.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -43,7 +43,7 @@ class Observed:
         `target_tokens`, `seconds` and `time` (seconds since the epoch; None for steps of earlier releases).
 
         Args:
-            every: thin them to one step for so many, lowest and highest loss kept.
+            every: thin them to one step in so many, keeping lowest and highest losses.
         """
         with Ledger(self.layout.ledger, read_only=True) as ledger:
             return as_columns(read_curve(ledger, every))

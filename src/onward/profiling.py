@@ -16,7 +16,7 @@ class StepProfile:
 
     Args:
         folder: where `trace.json` goes.
-        observe: the observer that sees every event too.
+        observe: an observer to pass every event on to.
     """
 
     def __init__(self, folder: Path, observe: Observe) -> None:
@@ -27,7 +27,7 @@ class StepProfile:
         self._table: str | None = None
 
     def __call__(self, event: Event) -> None:
-        """Begin with a file, end after `STEPS` steps or with the file."""
+        """Start the profile with a file; end it after `STEPS` steps or with the file."""
 
         if isinstance(event, FileStarted) and self._profiler is None:
             self._begin()
@@ -68,5 +68,5 @@ class StepProfile:
 
 
 def _own_time(cost: Any) -> float:
-    """Return the microseconds of an operation without those it calls, on the device if there is one."""
+    """Return the microseconds of an operation without the operations it calls, on the device if there is one."""
     return float(cost.self_device_time_total or cost.self_cpu_time_total)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""What the user sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from onward.terminal import is_interactive, say, show_line, tolerant
 from onward.text import how_many, printable
 
 NAME_WIDTH = 40
-"""Columns of a name in a table at most."""
+"""The most columns of a name in a table."""
 NARROW, WIDE = 60, 90
-"""Columns that a terminal must have for the time left to be shown, and for the bar."""
+"""Columns that a terminal must have to show the time left, and to show the bar."""
 _HISTORY_TITLES = (
     "file", "name", "state", "rows", "trained", "steps", "loss", "learning rate", "handover", "seconds",
 )  # fmt: skip
@@ -44,7 +44,7 @@ def make_observer(log_steps: Callable[[], int]) -> Generator[Observe]:
     """Yield an observer that shows events on stderr.
 
     Args:
-        log_steps: reads the config; called at each event, since the key acts at once.
+        log_steps: reads the config; called at each event, since the key takes effect at once.
     """
     if not is_interactive(sys.stderr):
         with contextlib.closing(InOrder(PlainLines(log_steps))) as ordered:
@@ -84,7 +84,7 @@ def bar_columns(width: int) -> list[ProgressColumn]:
 
 
 class InOrder:
-    """Hands events on so that the end of a file comes before the beginning of the next one.
+    """Passes events on so that the end of a file comes before the beginning of the next one.
 
     The next file begins while the boundary before it is committed, so its first events come early. They are held back
     until the file before is done.
@@ -97,13 +97,13 @@ class InOrder:
         self._held: list[Event] = []
 
     def __call__(self, event: Event) -> None:
-        """Hand an event on, or hold it back."""
+        """Pass an event on, or hold it back."""
         if isinstance(event, FileStarted):
             follows = self._ends is not None and event.position > self._ends and not self._held
             if follows:
                 self._held.append(event)
                 return
-            self.close()  # the file before will not end: something was begun again
+            self.close()  # the previous file will not end: something was started over
         elif isinstance(event, StepTaken) and self._held:
             self._held.append(event)
             return
@@ -112,7 +112,7 @@ class InOrder:
             self.close()
 
     def close(self) -> None:
-        """Hand on what was held back."""
+        """Pass on what was held back."""
         held, self._held = self._held, []
         self._ends = None
         for event in held:
@@ -127,7 +127,7 @@ class InOrder:
 
 
 class PlainLines:
-    """A line per file begun and done, per note, and per `log_steps` steps."""
+    """Prints a line per file begun and done, per note, and per `log_steps` steps."""
 
     def __init__(self, log_steps: Callable[[], int]) -> None:
         self._read = log_steps
@@ -137,7 +137,7 @@ class PlainLines:
         """Print an event."""
         with contextlib.suppress(
             ConfigError, Unreadable
-        ):  # the config is broken now: what was read before stays in force
+        ):  # the config is broken now: the one read before stays in force
             self._log_steps = self._read()
         text = describe(event, self._log_steps)
         if text:
@@ -145,7 +145,7 @@ class PlainLines:
 
 
 class Bar:
-    """A bar for the file in hand; finished files and notes above it."""
+    """Shows a bar for the current file, with finished files and notes above it."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -171,7 +171,7 @@ class Bar:
 
 
 def describe(event: Event, log_steps: int = 1) -> str | None:
-    """Return an event as a line, or None where there is nothing to say."""
+    """Return an event as a line, or None if there is nothing to say."""
     if isinstance(event, FileStarted):
         return _describe_start(event)
     if isinstance(event, StepTaken):
@@ -206,7 +206,7 @@ def _describe_start(event: FileStarted) -> str:
 
 
 def _describe_commit(event: Committed) -> str | None:
-    """Say what a commit at a boundary kept and removed; the others are many, and step 0 has nothing trained yet."""
+    """Describe what a commit at a boundary kept and removed; None for the many others and for step 0."""
     if event.restore_point is None or event.step == 0:
         return None
     removed = f"; removed {', '.join(event.removed)}" if event.removed else ""
@@ -226,7 +226,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in decimal units, with three digits at most."""
+    """Return a number of bytes in decimal units, with at most three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break
@@ -235,7 +235,7 @@ def size(count: float) -> str:
 
 
 def print_history(entries: list[dict[str, Any]]) -> None:
-    """Print the history as a table on stdout; written line by line, since a run may have 100,000 files."""
+    """Print the history as a table on stdout, line by line, since a run may have 100,000 files."""
     rows = [_HISTORY_TITLES, *map(_history_cells, entries)]
     widths = [max(cell_len(row[column]) for row in rows) for column in range(len(_HISTORY_TITLES))]
     limit = Console().width if is_interactive(sys.stdout) else None
@@ -264,7 +264,7 @@ def _history_cells(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _cut(text: str, width: int) -> str:
-    """Shorten a text to a number of columns of the terminal."""
+    """Shorten a text to a number of terminal columns."""
     return text if cell_len(text) <= width else f"{set_cell_size(text, width - 1)}…"
 
 
@@ -284,7 +284,7 @@ def status_lines(values: dict[str, Any], events: list[EventRow]) -> list[str]:
 
 
 def _status_texts(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return title and text of each value that there is, in units for people."""
+    """Return the title and the text of each value present, in human-readable units."""
     shown: dict[str, tuple[str, Callable[[Any], str]]] = {
         "disk_free_bytes": ("disk free", size),
         "heartbeat_seconds": ("heartbeat", lambda value: f"{duration(value)} ago"),

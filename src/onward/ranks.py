@@ -1,4 +1,4 @@
-"""Which of several processes this is, and which start of them, by torchrun's variables. Nothing here loads torch."""
+"""Which of several processes this is, and which start of them, from torchrun's variables. Nothing here loads torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from onward.errors import UsageError
 
 LOST = 75
-"""Exit status (EX_TEMPFAIL) of a process whose group lost a rank: a smaller one can go on. Not one of a command's."""
+"""Exit status (EX_TEMPFAIL) of a process whose group lost a rank: a smaller group can continue. No command has it."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """The variable that says how often the processes were started before."""
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -35,10 +35,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Start:
-    """One of the starts of a command, whose processes are started again with the same words when one was lost.
+    """One of the starts of a command; its processes are started again with the same arguments if one was lost.
 
     Args:
-        command: tells the command from others.
+        command: distinguishes the command from others.
         number: how often it was started before.
     """
 
@@ -47,7 +47,7 @@ class Start:
 
 
 def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """Return the place of this process; None where it is alone.
+    """Return the place of this process; None if it is alone.
 
     Raises:
         UsageError: the variables are not those that torchrun sets.
@@ -67,11 +67,11 @@ def place_here(environment: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def start_here(environment: Mapping[str, str] = os.environ) -> Start | None:
-    """Return which start of its command this process belongs to; None where nothing would start it again."""
+    """Return which start of its command this process belongs to; None if nothing would start it again."""
     number, name = (environment.get(variable, "") for variable in (RESTARTS, "TORCHELASTIC_RUN_ID"))
     if not number.isdecimal():
         return None
-    return Start(f"{name} {os.getppid()}", int(number))  # a name may be given twice, and then by another agent
+    return Start(f"{name} {os.getppid()}", int(number))  # another agent may give the same name
 
 
 def _wrong(what: str) -> UsageError:

@@ -1,4 +1,4 @@
-"""The library: a run as an object. The command line does nothing that this cannot."""
+"""The library: a run as an object. It can do everything that the command line can."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Run(Controlled):
             process passes `onward.startup.large_imports`.
         place: which of several processes that train together this is (`onward.ranks.place_here`): rank 0 trains or
             watches, every other one calls `onward.following.follow`.
-        start: which start of its command this is, where lost processes are started again (`onward.ranks.start_here`).
+        start: which start of its command this is, if lost processes are started again (`onward.ranks.start_here`).
 
     Raises:
-        UsageError: there is no run in it.
+        UsageError: the directory is not a run.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Run(Controlled):
         Args:
             report: receives a line when something takes long, and what the model's admission found.
             loading: as for `Run`.
-            later: leave the model's admission to the first start, which then may refuse it.
+            later: postpone the model's admission to the first start, which then may refuse it.
 
         Raises:
-            ConfigError, UsageError: a setting is refused, or there is a run in `directory` already.
+            ConfigError, UsageError: a setting is refused, or `directory` is a run already.
             ModelError: the base model or its tokenizer is missing or unusable, or the model cannot be proven right.
         """
         named = {} if model is None else {"model": model}
@@ -104,11 +104,11 @@ class Run(Controlled):
         report: Report = _silent,
         loading: Loading = contextlib.nullcontext,
     ) -> Run:
-        """Make a run from a checkpoint of transformers' Trainer: weights, moments and step go on.
+        """Make a run from a checkpoint of transformers' Trainer, which continues its weights, moments and step.
 
         Args:
             checkpoint: a `checkpoint-N` directory, LoRA (PEFT) or full.
-            model: the base model, where the checkpoint does not name one that is here.
+            model: the base model, if the checkpoint does not name one that exists here.
             settings: config keys to set beyond what the checkpoint says.
             fresh_moments: take the weights alone, for a checkpoint whose optimizer is missing or of another kind.
             report: receives a line for everything that was taken over, was set or is unknown.
@@ -125,7 +125,7 @@ class Run(Controlled):
 
     @property
     def config(self) -> Config:
-        """The config as it stands in the run's directory; read again only when it changed."""
+        """The config as it is in the run's directory; read again only when the file changed."""
         if self._settings is None:
             self._settings = Settings(self.layout.config)
         return self._settings.read()
@@ -133,7 +133,7 @@ class Run(Controlled):
     def add(
         self, *paths: PathLike, priority: str = "normal", again: bool = False, report: Report = _silent
     ) -> list[dict[str, Any]]:
-        """Check files and put them in the stream, all or none; a process that trains takes them up by itself.
+        """Check files and put them in the stream, all or none; a process that trains picks them up by itself.
 
         Args:
             report: receives a line for each row that was left out.
@@ -157,17 +157,18 @@ class Run(Controlled):
         stop: Wishes | None = None,
         report: Report = _silent,
     ) -> list[dict[str, Any]]:
-        """Add files and train everything that waits, in order; returns the history entries of files done now.
+        """Add files and train everything that waits, in order; return the history entries of the files done now.
 
         Args:
-            observe: receives every event; what it raises is told once, and training goes on.
-            stop: `stop.ask(reason)` ends it: the step in hand is finished and committed. Without one, Ctrl-C does that
-                in a program that has not made SIGINT its own.
+            observe: receives every event; what it raises is reported once, and training continues.
+            stop: `stop.ask(reason)` ends training: the current step is finished and committed. Without one, Ctrl-C does
+                that in a program that has no SIGINT handler of its own.
 
         Raises:
             RunLocked: another process owns the run.
-            FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were.
-            OnwardError: training cannot go on; what was committed stays.
+            FileRejected: a file was refused, and nothing was trained; or the guard took one back, and the others were
+                trained.
+            OnwardError: training cannot continue; what was committed stays.
             KeyboardInterrupt: Ctrl-C was pressed; everything that was trained is committed.
         """
         with self._working(stop, report) as (wishes, opened):
@@ -194,7 +195,7 @@ class Run(Controlled):
         stop: Wishes | None = None,
         report: Report = _silent,
     ) -> int:
-        """Train whatever arrives in the inbox and the stream, until stopped; outlive what can be outlived.
+        """Train whatever arrives in the inbox and the stream, until stopped; survive every error that can be survived.
 
         Args:
             once: end when inbox and queue are empty.
@@ -219,17 +220,17 @@ class Run(Controlled):
             return opened.ledger.count_events(seen, ("rejected", "quarantined"))
 
     def check_arrived(self, *, stop: Wishes | None = None) -> None:
-        """Check the rows of files that arrived, while another process trains; end when that process does."""
+        """Check the rows of files that arrived while another process trains; end when that process does."""
         from onward.service.intake.checker import check_arrived
 
         with open_ledger(self.layout) as ledger:
             check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
-        """Take the file in hand, or one that waits, out of the stream; the run is as if it had never begun it.
+        """Take the current file, or one that waits, out of the stream; the run is as if it had never begun it.
 
         Raises:
-            UsageError: no such file waits, or none is in hand.
+            UsageError: no such file waits, or no file is being trained.
         """
         with open_ledger(self.layout) as ledger:
             row = client.find_removable(self.layout, ledger, file)
@@ -250,7 +251,7 @@ class Run(Controlled):
         """Check the run's proof; `deep` trains again from the last boundary in a scratch directory and compares.
 
         Raises:
-            RunLocked: another process trains; a proof needs a state that stands still.
+            RunLocked: another process trains; a proof needs a state that does not change.
         """
         with self._owned() as ledger:
             with self._loading():
@@ -259,12 +260,12 @@ class Run(Controlled):
             return verify_and_keep(self.layout, ledger, deep=deep)
 
     def snapshot(self, target: PathLike) -> Manifest:
-        """Make `target` a directory with the newest committed checkpoint, verified, while training goes on.
+        """Make `target` a directory with the newest committed checkpoint, verified, while training continues.
 
-        Its files are hard links where the file system allows: they are to be read, not changed.
+        Its files are hard links where the file system allows: read them, but do not change them.
 
         Raises:
-            UsageError: `target` is there already, or nothing has been committed yet.
+            UsageError: `target` exists already, or nothing was committed yet.
             DamagedState: the newest checkpoint is not what was committed.
             Unreadable: something cannot be read now.
         """
@@ -289,10 +290,10 @@ class Run(Controlled):
     ) -> dict[str, Any]:
         """Make the run as if it had never seen a file: go back to before it and train the later ones again.
 
-        Stopped or killed, `train` or `watch` goes on with it.
+        If it is stopped or killed, `train` or `watch` continues it.
 
         Raises:
-            UsageError: no such file.
+            UsageError: there is no such file.
         """
         from onward.service.state.rollback import leave_out
 
@@ -317,7 +318,7 @@ class Run(Controlled):
     @contextlib.contextmanager
     def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
         with open_ledger(self.layout) as ledger:
-            asked = ledger.last_request()  # what is asked from here on is asked of this process
+            asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
                 client.expire_requests(ledger, asked)
                 if wishes is not None:
@@ -326,7 +327,7 @@ class Run(Controlled):
 
     @contextlib.contextmanager
     def _working(self, stop: Wishes | None, report: Report) -> Generator[tuple[Wishes, OpenedRun]]:
-        """Own the run, and lead the other processes where several train it; yields what is asked of it, too."""
+        """Own the run, and lead the other processes if several train it; yield what is asked of it, too."""
         wishes = Wishes() if stop is None else stop
         interrupts = interrupts_of_host(wishes, are_own=stop is None)
         with self._leading(wishes, report) as world, self._owned(wishes) as ledger, interrupts:
@@ -334,7 +335,7 @@ class Run(Controlled):
 
     @contextlib.contextmanager
     def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:
-        """Form the group of all processes that train, and lead it; None where this is the only one."""
+        """Form the group of all processes that train, and lead it; yield None if this is the only one."""
         if self._place is None:
             yield None
             return

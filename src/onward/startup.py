@@ -1,7 +1,7 @@
 """What the command line does for its own process before the large libraries are loaded.
 
-A host program that imports Onward keeps its own settings: nothing here is called by the library. It may do the same for
-itself: `startup.set_environment()` first, then `Run(directory, loading=startup.large_imports)`.
+The library calls nothing here, so a host program that imports Onward keeps its own settings. It may apply the same
+ones: `startup.set_environment()` first, then `Run(directory, loading=startup.large_imports)`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from types import FrameType
 from typing import Any
 
 _KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Kernels that oneDNN keeps: enough for the shapes of a step. Its 1,024, of half a megabyte each, are never used again:
-nearly every step has another number of tokens. Read at the first product that oneDNN computes."""
+"""How many kernels oneDNN caches: enough for the shapes of a step. Its default of 1,024, at half a megabyte each, is
+wasted, since nearly every step has another number of tokens. Read when oneDNN computes its first product."""
 
 _CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What makes cuBLAS give the same bits every time. Read when cuBLAS starts."""
+"""Makes cuBLAS give the same bits every time. Read when cuBLAS starts."""
 
 _ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""Memory of a GPU in segments that grow: steps of ever other lengths leave no holes that nothing fits into."""
+"""GPU memory in segments that grow: steps of ever different lengths then leave no unusable holes."""
 
 _THREADS = {"GOMP_SPINCOUNT": "1000"}
-"""Threads that wait for each other burn a core that other work on this machine may want: then a step took up to 100
-times longer. Read by libgomp when torch is loaded; the bits are the same."""
+"""Limits busy waiting: threads that wait for each other occupy cores that other work on this machine may need, and a
+step then took up to 100 times as long. Read by libgomp when torch is loaded; the bits are the same."""
 
 _TRACKERS = {
     "DO_NOT_TRACK": "true",
@@ -39,20 +39,20 @@ _TRACKERS = {
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
 }
-"""What keeps trackers from telling their makers of their use, and from talking."""
+"""Keeps trackers from sending usage data and from printing."""
 
 SOON = 0.5
-"""Seconds after which a dropped Ctrl-C is repeated; the finalizer is over by then."""
+"""Seconds after which a dropped Ctrl-C is repeated; the finalizer has returned by then."""
 
 ENDINGS = tuple(number for number in signal.Signals if number.name in ("SIGTERM", "SIGHUP", "SIGUSR1"))
-"""Signals that end a process without a word: of a service manager, a closed terminal, Slurm. Windows has the first."""
+"""Signals that silently end a process: from a service manager, a closed terminal, Slurm. Windows has only the first."""
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 """Parameters of glibc's `mallopt`."""
 
 
 def require_platform(platform: str = sys.platform) -> None:
-    """End the process with one line where Onward cannot run.
+    """End the process with one line if Onward cannot run here.
 
     Raises:
         SystemExit: this is Windows.
@@ -65,14 +65,14 @@ def require_platform(platform: str = sys.platform) -> None:
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked the process to end. It is an interrupt, so that whatever cleans up after Ctrl-C does so here."""
+    """A signal asked the process to end. It is an interrupt, so that code cleans up as it does after Ctrl-C."""
 
 
 @contextlib.contextmanager
 def endings_interrupt() -> Generator[list[str]]:
-    """Raise `Ended` where a signal would end the process without a word; yields the names of those that came.
+    """Raise `Ended` where a signal would silently end the process; yield the names of those that came.
 
-    A signal that is ignored, as by `nohup`, or that somebody handles already is left alone.
+    A signal that is ignored, as under `nohup`, or already handled is left alone.
     """
     came: list[str] = []
 
@@ -95,7 +95,7 @@ def endings_interrupt() -> Generator[list[str]]:
 
 @contextlib.contextmanager
 def kept_interrupts() -> Generator[None]:
-    """Interrupt once more where Python only prints a Ctrl-C: where it comes while an object is being finalized."""
+    """Interrupt once more if Python only prints a Ctrl-C because it came while an object was being finalized."""
     before = sys.unraisablehook
 
     def hook(dropped: Any) -> None:
@@ -117,7 +117,7 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that torch's libraries read when they are loaded or first used; the user's own values stay."""
     wanted = {**_KERNELS, **_CUBLAS}
     wanted |= {} if "OMP_WAIT_POLICY" in environment else _THREADS
-    wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else _ALLOCATOR  # its earlier name
+    wanted |= {} if "PYTORCH_CUDA_ALLOC_CONF" in environment else _ALLOCATOR  # the variable's earlier name
     for name, value in wanted.items():
         environment.setdefault(name, value)
 
@@ -133,23 +133,24 @@ def set_tracker_environment(local: Path, environment: MutableMapping[str, str] =
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed tensors instead of giving each back to the system; the user's own settings stay."""
+    """Let glibc reuse the memory of freed tensors, not return it to the system; the user's own settings stay."""
     if platform.libc_ver()[0] != "glibc" or {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & set(os.environ):
         return
     import ctypes
 
     libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc takes
+    libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest value that glibc accepts
     libc.mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 
 @contextlib.contextmanager
 def large_imports() -> Generator[None]:
-    """Import the large libraries in the body: freed memory is kept, and the garbage collector stays out of the way.
+    """Import the large libraries in the body, while freed memory is kept and the garbage collector stays out of the
+    way.
 
-    torch, transformers and PEFT make half a million objects that live as long as the process. Going over them again and
-    again takes a fifth of the time of their import; afterwards they are out of the collector's later rounds. Where
-    torch is imported already the collector is left alone: there may be large garbage waiting for it.
+    torch, transformers and PEFT make half a million objects that live as long as the process. Going through them again
+    and again takes a fifth of the time of their import; afterwards they are excluded from later collections. If torch
+    is imported already, the collector is left alone: there may be large garbage waiting for it.
     """
     keep_freed_memory()
     if "torch" in sys.modules:

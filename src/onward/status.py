@@ -1,4 +1,4 @@
-"""The read-only view of a run: what the ledger says, for anyone, at any time. Imports neither torch nor pydantic."""
+"""The read-only view of a run: what the ledger says, for any observer. Imports neither torch nor pydantic."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from onward.store.ledger import Ledger
 from onward.store.rows import EventRow, FileRow, HistoryRow, StepRecord
 
 FULL = 1 << 20
-"""Free bytes below which nothing goes on."""
+"""Free bytes below which nothing can continue."""
 FAILURES = 100
-"""Newest events among which the last failure is looked for."""
+"""How many of the newest events are searched for the last failure."""
 PACE = 20
 """Steps over which speed is averaged."""
 
@@ -26,9 +26,9 @@ PACE = 20
 def read_status(layout: RunLayout) -> dict[str, Any]:
     """Return where the run stands, as `onward status --json` prints it.
 
-    `doing` says in words what `state` means here. `problem` is what keeps the run from going on, or None.
-    `lost_tokens` are those of the file in training that were cut off or left out for length.
-    `heartbeat_seconds` is the age of the owner's last sign of life, None where no process owns the run.
+    `doing` says in words what `state` means here. `problem` is what keeps the run from continuing, or None.
+    `lost_tokens` counts the tokens of the file in training that were cut off or left out for length.
+    `heartbeat_seconds` is the age of the owner's last sign of life; None if no process owns the run.
     `tokens_per_second` and `eta_seconds` (to the end of the file) are averages of the last steps; None when idle.
     """
     layout.require()
@@ -37,12 +37,12 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
         state, problem = _state(ledger, held=held)
         age, stuck = read_heartbeat(ledger.get("heartbeat") if held else None, time.time())
         free = shutil.disk_usage(layout.root).free
-        if held and free < FULL:  # its owner waits, and cannot even say so in the ledger
+        if held and free < FULL:  # its owner waits, and cannot even record that in the ledger
             state, stuck = "paused", f"the disk is full: {free / 1e6:.1f} MB free"
         checkpoint = ledger.newest_checkpoint()
-        current = next(reversed(ledger.files("training")), None)  # the boundary of an earlier one is being committed
+        current = next(reversed(ledger.files("training")), None)  # an earlier one's boundary is being committed
         committed = checkpoint.step if checkpoint else 0
-        is_live = state in BUSY and state != "loading"  # what a dead process had trained since is lost
+        is_live = state in BUSY and state != "loading"  # what a dead process trained since is lost
         last = _last_steps(ledger, current, None if is_live or current is None else committed)
         step = last[0].step if last and is_live else committed
         return {
@@ -66,7 +66,7 @@ def read_status(layout: RunLayout) -> dict[str, Any]:
 
 
 def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
-    """Return the state and the problem as they are now: the ledger's, and what a process that died cannot write."""
+    """Return the current state and problem: the ledger's, corrected for what a process that died could not write."""
     state = str(ledger.get("state", "idle"))
     problem: str | None = ledger.get("problem")
     if state in BUSY and not held:
@@ -78,7 +78,7 @@ def _state(ledger: Ledger, *, held: bool) -> tuple[str, str | None]:
 
 
 def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
-    """Say what a state means here, with the command that goes on where nothing goes on by itself."""
+    """Return what a state means here, with the command that continues if nothing continues by itself."""
     if held:
         return DOING[state]
     if ledger.get("paused") is not None:
@@ -117,9 +117,9 @@ def recent_events(layout: RunLayout, limit: int = 5) -> list[EventRow]:
 def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None) -> list[dict[str, Any]]:
     """Return one entry per file of the stream, in stream order, as `onward history --json` prints it.
 
-    `position` of a file that waits is the place that it gets if nothing goes before it; a file that was taken out of
-    the stream has none. `handover` is the class that held when the file began: the state was that of the boundary
-    before it. An observer that asks again and again hands in the same `known`: see `Files.history`.
+    `position` of a file that waits is the place that it gets if nothing is put before it; a file that was taken out of
+    the stream has none. `handover` is the class of the handover when the file began: how the state equals that of the
+    boundary before it. An observer that asks repeatedly passes the same `known`: see `Files.history`.
     """
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:

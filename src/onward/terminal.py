@@ -16,7 +16,7 @@ GONE = (errno.EPIPE, errno.EBADF, errno.EIO)
 """Errors of a stream that nobody will ever read again."""
 
 BRACKETS = ("\u27e6", "\u27e7")
-"""Mathematical white brackets, which texts seldom hold."""
+"""Mathematical white brackets, which are rare in texts."""
 LINE_END = "\u23ce"
 UNDERLINED, PLAIN = "\x1b[4;32m", "\x1b[0m"
 
@@ -24,29 +24,29 @@ UNDERLINED, PLAIN = "\x1b[4;32m", "\x1b[0m"
 def open_standard_streams() -> None:
     """Point standard streams that were closed at the null device.
 
-    Otherwise the next file that is opened, such as the ledger, would get the number of the closed stream, and whatever
-    prints to that stream would write into the file.
+    Otherwise the next file opened, such as the ledger, would get the number of the closed stream, and whatever prints
+    to that stream would write into the file.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+            os.open(os.devnull, os.O_RDWR)  # this is the lowest free number
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open as long as the process
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show must not fail
+            stream.reconfigure(errors="backslashreplace")  # printing a name that the terminal cannot show must not fail
 
 
 def say(message: str) -> None:
-    """Print a message for a person on stderr; one that cannot be printed is lost, and the work goes on."""
+    """Print a message for people on stderr; one that cannot be printed is lost, and the work continues."""
     write(sys.stderr, f"{printable_lines(message)}\n")
 
 
 def show_line(text: str) -> None:
-    """Print a line of a result on stdout; a reader that left early is no failure.
+    """Print a line of a result on stdout; a reader that left early is not an error.
 
     Raises:
         OSError: the result cannot be written, as on a full disk.
@@ -59,7 +59,7 @@ def show_line(text: str) -> None:
 
 @contextlib.contextmanager
 def reader_may_leave() -> Generator[None]:
-    """Write a result on stdout in the body; a reader that left early is no failure, and ends the writing.
+    """Write a result on stdout in the body; a reader that left early ends the writing, which is not an error.
 
     Raises:
         OSError: the result cannot be written, as on a full disk.
@@ -71,7 +71,7 @@ def reader_may_leave() -> Generator[None]:
 
 
 def show_text(text: str) -> None:
-    """Print part of a result on stdout at once; a reader that left early is no failure.
+    """Print part of a result on stdout at once; a reader that left early is not an error.
 
     Raises:
         OSError: the result cannot be written, as on a full disk.
@@ -81,7 +81,7 @@ def show_text(text: str) -> None:
 
 
 def flush_results() -> None:
-    """Write out what was printed on stdout; a reader that left early is no failure.
+    """Flush stdout; a reader that left early is not an error.
 
     Raises:
         OSError: the result cannot be written, as on a full disk.
@@ -93,7 +93,7 @@ def flush_results() -> None:
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Write to a stream at once; what it does not take is lost."""
+    """Write to a stream at once; what it does not accept is lost."""
     try:
         stream.write(text)
         stream.flush()
@@ -105,7 +105,7 @@ def write(stream: TextIO, text: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Let a stream that nobody reads take everything from now on."""
+    """Point a stream that nobody reads at the null device."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -113,7 +113,7 @@ def silence(stream: TextIO) -> None:
 
 
 def is_interactive(stream: TextIO) -> bool:
-    """Whether a stream is a terminal on which the cursor can be moved."""
+    """Return whether a stream is a terminal on which the cursor can be moved."""
     if os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
         return False
     try:
@@ -123,9 +123,9 @@ def is_interactive(stream: TextIO) -> bool:
 
 
 def marker(stream: TextIO) -> Callable[[str], str]:
-    """Return what marks a printable text on a stream: underlined on a terminal, between brackets elsewhere.
+    """Return a function that marks a printable text on a stream: underlined on a terminal, between brackets elsewhere.
 
-    A terminal does not show whether the end of a line is marked, so a sign stands there. `NO_COLOR` asks for brackets.
+    A terminal does not show whether the end of a line is marked, so a sign is put there. `NO_COLOR` asks for brackets.
     """
     if not is_interactive(stream) or os.environ.get("NO_COLOR"):
         return lambda text: f"{BRACKETS[0]}{text}{BRACKETS[1]}"
@@ -135,7 +135,7 @@ def marker(stream: TextIO) -> Callable[[str], str]:
 
 
 class Tolerant:
-    """A stream for libraries that print: what the stream underneath does not take is lost, and nothing is raised."""
+    """A stream for libraries that print: what the underlying stream does not accept is lost, and nothing is raised."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -146,14 +146,14 @@ class Tolerant:
         return len(text)
 
     def flush(self) -> None:
-        """Everything is written at once."""
+        """Do nothing: everything is written at once."""
 
     def isatty(self) -> bool:
         """Whether the stream is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """The descriptor, for whoever asks how wide the terminal is."""
+        """Return the descriptor, for code that asks how wide the terminal is."""
         return self._stream.fileno()
 
     @property

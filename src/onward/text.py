@@ -1,4 +1,4 @@
-"""Text from others on a terminal: names and contents that can neither move the cursor nor end a quotation."""
+"""Makes text from others safe on a terminal: names and contents can neither move the cursor nor end a quotation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import unicodedata
 from pathlib import PurePath
 
 JOINERS = "\u200c\u200d"
-"""Format characters of ordinary writing: Persian and the languages of India need them, and so do emoji."""
+"""Format characters of ordinary writing: Persian, the languages of India and emoji need them."""
 
 
 def printable(text: str) -> str:
     """Return `text` with an escape for every character that a terminal obeys or does not show.
 
-    Those are control characters (ends of lines too), the start of escape sequences, marks that change the direction of
-    writing, lone surrogates and noncharacters. All other Unicode stays as it is.
+    Those are control characters (including line ends), the start of escape sequences, marks that change the direction
+    of writing, lone surrogates and noncharacters. All other Unicode stays as it is.
     """
     return text if text.isprintable() else "".join(map(_shown, text))
 
@@ -22,7 +22,7 @@ def printable(text: str) -> str:
 def quoted(word: object) -> str:
     """Return `word`, a path or another text, as one word of a shell command that is safe to print and to paste.
 
-    A name that is not printable comes as `$'...'`, which bash, zsh and every shell of POSIX 2024 read. A path that
+    A name that is not printable is written as `$'...'`, which bash, zsh and every shell of POSIX 2024 read. A path that
     begins with a dash gets `./` in front, since commands would otherwise take it for an option.
     """
     text = str(word)
@@ -34,7 +34,7 @@ def quoted(word: object) -> str:
 
 
 def how_many(count: int, noun: str) -> str:
-    """Return how many there are of something that takes an `s` from two on: `1 row`, `2 rows`."""
+    """Return a count with a noun whose plural ends in `s`: `1 row`, `2 rows`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -56,8 +56,8 @@ def _in_ansi_quotes(character: str) -> str:
 
 
 def _bytes_of(character: str) -> bytes:
-    """Return what stands in the file system for a character: Python reads bytes that are not UTF-8 as surrogates."""
+    """Return the file system's bytes for a character: Python reads bytes that are not UTF-8 as surrogates."""
     try:
         return character.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # a surrogate that no file name has
+    except UnicodeEncodeError:  # a surrogate that no file name contains
         return character.encode("utf-8", "surrogatepass")

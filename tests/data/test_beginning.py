@@ -1,4 +1,4 @@
-"""Texts that begin as no text in UTF-8 does, or are another format than their name says: each is told what it is."""
+"""Texts that do not begin like UTF-8, or have another format than their name says: the refusal says what each is."""
 
 from __future__ import annotations
 

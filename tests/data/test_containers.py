@@ -223,7 +223,7 @@ def test_a_misnamed_file_is_read_once_it_is_renamed_as_told(tmp_path: Path, case
 
 @pytest.mark.parametrize("name", ["rows.gz", "rows.bz2", "rows.tar.gz", "rows.parquet.gz", "rows.xlsx", "rows"])
 def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
-    """A compressed file that does not say what it holds is told the command that says so; others what to do first."""
+    """The refusal of a compressed file of unstated content has a command that states it; others say what to do."""
     packing = name.rpartition(".")[2]
     path = put(tmp_path / name, PACK.get(packing, bytes)(JSONL))
     remedy = refusal_of(path).remedy

@@ -50,7 +50,7 @@ def documents_of(path: Path, documents: Documents = "auto", **options: Any) -> l
     ],
 )
 def test_what_a_document_is_taken_for(text: str, expected: Documents) -> None:
-    """Blank lines between groups of lines, lines that run on, and lines that stand for themselves are told apart."""
+    """Blank lines between groups of lines, lines that run on, and self-contained lines are distinguished."""
     assert expected == detected(text.splitlines())
 
 
@@ -118,7 +118,7 @@ def test_a_document_beyond_the_limit_names_the_key(tmp_path: Path) -> None:
 def test_json_in_a_txt_is_refused_and_read_once_renamed(
     tmp_path: Path, name: str, text: str, count: int, documents: Documents
 ) -> None:
-    """A .txt that holds JSON objects is told the name under which it is read; one that was accepted is read as ever."""
+    """The refusal of a .txt with JSON objects has the name under which it is read; an accepted one is still read."""
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
     with pytest.raises(FileError, match="is plain text") as refusal:
@@ -137,7 +137,7 @@ def test_text_that_is_no_json_is_read(tmp_path: Path, text: str) -> None:
 
 
 def test_a_note_reaches_the_report(tmp_path: Path) -> None:
-    """What was detected stands in the report of the file."""
+    """The report of the file says what was detected."""
     path = tmp_path / "a.txt"
     path.write_text(POEM)
     tokenizer = RowTokenizer(byte_state(), 200)

@@ -137,7 +137,7 @@ def test_refused(trait: str, messages: list[Any], reason: str) -> None:
 
 
 def test_messages_that_are_not_in_the_loss() -> None:
-    """A message of weight 0 stands in the text and not in the loss, whatever is proven of it."""
+    """A message of weight 0 is in the text but not in the loss, whatever is proven about it."""
     for trait in ("WHOLE", "MARKED", "MOVES_THOUGHTS"):
         row = {"messages": [USER, {**ANSWER, "weight": 0}, *AGAIN]}
         text, _ = template(trait).render(chat_of(row))
@@ -238,7 +238,7 @@ def chats(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[tuple[str, bool]]
 def test_a_chat_is_trained_as_it_says_or_refused(
     trait: str, chat: tuple[list[dict[str, Any]], list[tuple[str, bool]]]
 ) -> None:
-    """Every word stands in the text once, in the loss where its author meant, after what inference would give."""
+    """Every word is in the text once, in the loss where its author meant it, after what inference would give."""
     messages, said = chat
     try:
         record = chat_of({"messages": messages})

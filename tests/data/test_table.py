@@ -101,7 +101,7 @@ def test_a_tab_separates_a_tsv(tmp_path: Path) -> None:
 
 
 def test_commas_in_a_tsv(tmp_path: Path) -> None:
-    """A .tsv whose first line has no tab, and another separator, is told to be none; one of one column is read."""
+    """A .tsv whose first line has another separator and no tab is refused; one with a single column is read."""
     path = tmp_path / "a.tsv"
     path.write_text("prompt,completion\na,b\n")
     with pytest.raises(FileError, match="no tab") as refusal:

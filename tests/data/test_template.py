@@ -113,7 +113,7 @@ def test_template_that_ignores_the_generation_prompt() -> None:
 
 
 def test_a_header_before_a_thought_that_the_template_always_writes() -> None:
-    """Without a generation prompt, what stands before the answer and before its thought alike is the header."""
+    """Without a generation prompt, the header is what precedes both the answer and its thought."""
     source = CHATML.partition("{% if add_generation_prompt")[0].replace(
         "+ message['content']",
         "+ ('<think>' + (message.reasoning_content or '') + '</think>' if message.role == 'assistant' else '') "

@@ -20,7 +20,7 @@ SAMPLE = names()[::EVERY]
 
 
 def test_the_page_says_what_is_so() -> None:
-    """The page has a line for every template; a stale one is mended by `python tests/template_sweep.py`."""
+    """The page has a line for every template; `python tests/template_sweep.py` updates a stale one."""
     if f"TRL {version('trl')} ships" not in PAGE.read_text(encoding="utf-8"):
         pytest.skip("the page is about another version of TRL")
     page = written()

@@ -369,7 +369,7 @@ def test_damage_is_noticed(tmp_path: Path, name: str) -> None:
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Of a row that is written, nothing stays: the peak grows by less than the smallest object for each further row.
 
-    How many rows wait between the threads hangs on which of them is ahead: some 0.6 MB, whatever the file's size.
+    How many rows wait between the threads depends on which of them is ahead: about 0.6 MB, whatever the file's size.
     """
     few, many = 3_000, 63_000
     peaks: list[int] = []

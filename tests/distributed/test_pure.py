@@ -146,7 +146,7 @@ def test_parts_of_shares(cut: object) -> None:
 
 
 def test_a_plan_is_told_whole() -> None:
-    """A plan that is told has the same rows in every step, replayed ones too."""
+    """A plan sent to another rank has the same rows in every step, including replayed ones."""
     own = FilePlan("ab", 20, 4, 2, 7, 1, (3, 9))
     earlier = (Source("cd", 5, (1,), 2.0), Source("ef", 7))
     for plan in (own, ReplayPlan(own, earlier, 0.5, True, "key")):

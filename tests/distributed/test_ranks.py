@@ -1,4 +1,4 @@
-"""A run on several ranks: the bits of one, whoever is stopped, killed or frozen."""
+"""A run on several ranks: the bits of one, whichever rank is stopped, killed or frozen."""
 
 from __future__ import annotations
 

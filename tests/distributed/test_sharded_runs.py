@@ -1,4 +1,4 @@
-"""Runs whose model is in shards: the bits of one device, on any number of ranks, whoever is killed."""
+"""Runs with a sharded model: the bits of one device, on any number of ranks, whichever rank is killed."""
 
 from __future__ import annotations
 

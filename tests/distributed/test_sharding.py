@@ -184,7 +184,7 @@ def test_a_disk_that_fails_one_rank_fails_all(model: Path, tmp_path: Path, place
 
 @pytest.mark.parametrize("harm", ["changed", "shorter", "gone", "manifest", "no manifest"])
 def test_damaged_shards_are_refused(written: Path, tmp_path: Path, harm: str) -> None:
-    """A file that is missing or differs, and a manifest that is missing or differs, are told with their name."""
+    """A file or a manifest that is missing or differs is reported by name."""
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in written.iterdir():

@@ -91,7 +91,7 @@ def test_gradient_norms_are_judged_too() -> None:
 
 
 def test_only_the_newest_steps_are_looked_at() -> None:
-    """More steps than the window and those in question change nothing: whoever resumes needs no more."""
+    """More steps than the window and those being judged change nothing: a resumed process needs no more."""
     losses = [*falling(200), *[9.0] * RUNNING]
     assert spiked(steps(*losses)[-WINDOW - RUNNING :], SPIKE) == spiked(steps(*losses), SPIKE)
 

@@ -69,7 +69,7 @@ def test_adapters_that_cannot_go_on_are_refused_by_name(case: str, checkpoint: P
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_that_the_base_does_not_have(bias: str, checkpoint: Path) -> None:
-    """PEFT takes the word and trains none, so that there is nothing to go on with; where it saved some, they count."""
+    """PEFT accepts the word but trains none, so there is nothing to continue with; if it saved some, they count."""
     path, weights = checkpoint / "adapter_config.json", checkpoint / "adapter_model.safetensors"
     path.write_text(json.dumps({**json.loads(path.read_text()), "bias": bias}))
     assert "none" == read_adapter(checkpoint)["bias"]

@@ -37,7 +37,7 @@ def without(folder: Path, *names: str) -> Path:
 
 
 def test_an_output_folder_leads_to_its_newest_checkpoint(saved: Saved, tmp_path: Path) -> None:
-    """A Trainer's output folder is none of its checkpoints; the newest by number is named."""
+    """A Trainer's output folder is not one of its checkpoints; the refusal names the newest by number."""
     for step in (2, 10, 9):
         shutil.copytree(saved.folder, tmp_path / f"out/checkpoint-{step}")
     with pytest.raises(UsageError, match=r"no optimizer\.pt") as caught:

@@ -39,7 +39,7 @@ def test_a_finished_schedule_asks_how_to_go_on(model: Path, tmp_path: Path) -> N
 
 
 def test_a_schedule_that_no_run_has_asks_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    """It is refused with a command that goes on at the rate where it stood; that command works."""
+    """It is refused with a command that continues at its last rate; that command works."""
     settings: dict[str, Any] = {
         "max_steps": HORIZON, "callbacks": [stock.StopAt(2)], "lr_scheduler_type": "polynomial",
         "lr_scheduler_kwargs": {"power": 2.0},

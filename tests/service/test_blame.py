@@ -169,7 +169,7 @@ def test_a_lost_device_ends_the_process(run: Run, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_end_of_a_schedule_is_no_fault_of_a_file(run: Run) -> None:
-    """Beyond `total_steps` nothing is refused: the daemon says so, waits, and goes on once the config is mended."""
+    """Beyond `total_steps` nothing is refused: the daemon says so, waits, and continues once the config is fixed."""
     configure(run, schedule="linear", total_steps=2, warmup_steps=1)
     outcome = onward("train", "--run", run.layout.root)
     assert (2, True) == (outcome.status, "Set schedule: constant and learning_rate: 0.001" in outcome.err)

@@ -128,7 +128,7 @@ def test_what_is_no_template_is_refused_before_anything_is_made(
 
 
 def test_a_config_that_was_there_first_may_name_a_file_outside(tmp_path: Path, model: Path, rows: Path) -> None:
-    """The config is a person's and stays as it is; the run has its copy, should the file go away."""
+    """The config is the user's and stays as it is; the run has its copy, should the file go away."""
     (tmp_path / "run").mkdir()
     (tmp_path / "t.jinja").write_text(TEXT)
     (tmp_path / "run" / "onward.yaml").write_text(f"model: {model}\nchat_template: {tmp_path / 't.jinja'}\n")
@@ -138,7 +138,7 @@ def test_a_config_that_was_there_first_may_name_a_file_outside(tmp_path: Path, m
 
 
 def test_a_file_of_that_name_is_not_overwritten(tmp_path: Path, model: Path) -> None:
-    """A directory that is to become a run keeps a person's file; the same text is no other file."""
+    """A directory that becomes a run keeps the user's file; the same text does not count as another file."""
     (tmp_path / "run").mkdir()
     mine, other = tmp_path / "t.jinja", tmp_path / "run" / "t.jinja"
     mine.write_text(TEXT)

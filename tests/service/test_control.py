@@ -1,4 +1,4 @@
-"""A live process in every state that it can be in: what is asked of it is answered before that state is over."""
+"""A live process in every state that it can be in: requests are answered before that state is over."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_while_the_model_is_loaded_and_between_failures(
 
 
 def test_while_the_disk_has_no_room(run: Run, tmp_path: Path, ended: list[BaseProcess]) -> None:
-    """What is asked is answered without waiting for room; `stop --after-file` ends what has no file in hand."""
+    """Requests are answered without waiting for room; `stop --after-file` ends a process without a current file."""
     run.add(rows_file(tmp_path / "a.jsonl", 6), rows_file(tmp_path / "b.jsonl", 7))
     configure(run, disk_margin_mb=1 << 40)
     process = watch(run)
@@ -150,7 +150,7 @@ def test_while_another_process_takes_files_in(run: Run, tmp_path: Path, ended: l
 
 
 def test_while_rows_are_checked(run: Run, tmp_path: Path, ended: list[BaseProcess]) -> None:
-    """A file whose check takes for ever can be skipped, and whoever checks it goes on; nothing is said to be done."""
+    """A file whose check takes forever can be skipped, and the checker continues; nothing is reported as done."""
     stuck = Stuck("checking", tmp_path / "record")
     run.add(rows_file(tmp_path / "b.jsonl", 7))
     process = train(run, rows_file(tmp_path / "a.jsonl", 6), prepare=stuck)
@@ -191,7 +191,7 @@ class Listening:
 def test_a_closed_terminal_and_a_notice_of_slurm_are_stops(
     run: Run, model: Path, tmp_path: Path, ended: list[BaseProcess], number: signal.Signals
 ) -> None:
-    """The step in hand is committed, the status is 0, the terminal and the log say who asked, and nothing is lost."""
+    """The current step is committed, the status is 0, the terminal and the log say who asked, and nothing is lost."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     run.add(file)
     process = watch(run, prepare=Listening(hold(run)))
@@ -248,7 +248,7 @@ def at_once(ledger: Ledger, process: BaseProcess, *asked: tuple[str, int | None]
 
 
 def test_a_frozen_process_is_told_of(run: Run, ended: list[BaseProcess]) -> None:
-    """Whoever asks something of it is told what is wrong and what to type; what was asked is done when it wakes."""
+    """Those who ask it for something learn what is wrong and what to type; the request is carried out when it wakes."""
     process = watch(run)
     ended.append(process)
     until(lambda: run.status()["state"] == "idle" and run.status()["heartbeat_seconds"] is not None, process)

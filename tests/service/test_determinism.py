@@ -10,7 +10,7 @@ from onward import Run
 
 
 def set_key(run: Path, value: bool) -> None:
-    """Change the key in the config, as a person would."""
+    """Change the key in the config, as a user would."""
     config = run / "onward.yaml"
     lines = [line for line in config.read_text().splitlines() if not line.startswith("deterministic:")]
     config.write_text("\n".join([*lines, f"deterministic: {str(value).lower()}"]) + "\n")

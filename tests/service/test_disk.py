@@ -62,7 +62,7 @@ def waits(run: Run) -> bool:
 def test_a_disk_that_fills_up_while_a_file_is_trained(
     disk: Path, model: Path, tmp_path: Path, leave: int, log: str
 ) -> None:
-    """The daemon holds still, says so, goes on by itself when there is room, and ends in the same state as ever."""
+    """The daemon pauses, says so, continues by itself when there is room, and ends in the same state as ever."""
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", ROWS), ("b", 7))]
     twin = new_run(tmp_path / "twin", model, **SETTINGS)
     assert 0 == train(twin.layout.root, files)

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_others_is_named(layout: RunLayout) -> None:
 
 
 def test_a_copy_under_another_name_is_named(layout: RunLayout) -> None:
-    """It verifies, and it is none of the run's: nothing goes on from it."""
+    """It verifies, but it is not the run's: nothing continues from it."""
     made = layout.checkpoints()[0]
     shutil.copytree(made, layout.checkpoint(900))
     (found,) = findings(layout, "current_model/checkpoint-900")

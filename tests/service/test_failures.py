@@ -180,7 +180,7 @@ def test_a_config_that_cannot_be_read_waits_for_a_person(run: Run, model: Path) 
 
 
 def test_a_run_that_cannot_be_opened_is_refused_at_the_start(run: Run, model: Path) -> None:
-    """What a person can mend is said at once, not retried."""
+    """What the user can fix is reported at once, not retried."""
     run.layout.config.write_text(run.layout.config.read_text().replace(str(model), "/nowhere/model"))
     with pytest.raises(ModelError):
         run.watch()
@@ -200,7 +200,7 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
 
 
 def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With too little room the daemon holds still in the middle of a file, says so, and goes on by itself."""
+    """With too little room, the daemon pauses in the middle of a file, says so, and continues by itself."""
     usage, seen = namedtuple("usage", "total used free"), list[dict[str, Any]]()
     room = {"free": 1 << 40, "asked": 0}
 
@@ -226,7 +226,7 @@ def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeyp
 
 
 def test_an_observer_that_fails_is_dropped(run: Run) -> None:
-    """Training goes on without it, and the caller is told why."""
+    """Training continues without it, and the caller learns why."""
 
     def observe(_: object) -> None:
         raise ValueError("no terminal")

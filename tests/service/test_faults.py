@@ -41,7 +41,7 @@ SETTINGS: dict[str, Any] = {
 SHARES = 4 if FULL_SIZE else 1
 """Number of tests that a sweep is split into, so that they run in parallel."""
 POINTS = 10**6 if FULL_SIZE else 6
-"""The small form tries so many changes, spread over all of them, each with one of the faults in turn."""
+"""The small form tries this many changes, spread over all of them, each with one of the faults in turn."""
 BEYOND = 2
 """Points after the last change that are tried too: nothing happens there."""
 

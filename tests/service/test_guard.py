@@ -173,7 +173,7 @@ def test_an_accepted_file_is_trained(run: Run, files: dict[str, Path]) -> None:
 
 
 def test_a_warning_changes_no_bit(run: Run, begun: Run, files: dict[str, Path], tmp_path: Path) -> None:
-    """With `warn` the file is trained as with the guard off, and what it did is told."""
+    """With `warn`, the file is trained as with the guard off, and its effect is reported."""
     twin = Run(shutil.copytree(begun.layout.root, tmp_path / "twin"))
     set_guard(run, action="warn")
     set_guard(twin, action="off")

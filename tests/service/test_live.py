@@ -37,7 +37,7 @@ def dead_pid() -> int:
 
 @pytest.mark.parametrize("name", ["dead", "elsewhere", "alive"])
 def test_a_name_that_a_process_left_keeps_nobody_out(run: Run, tmp_path: Path, name: str) -> None:
-    """What stands in `.lock.holder` refuses nobody: of a dead process, another host, a pid that is another's now."""
+    """The content of `.lock.holder` refuses nobody: a dead process, another host, a pid that now belongs to another."""
     holder = run.layout.lock.with_name(".lock.holder")
     here = {"pid": dead_pid(), "host": socket.gethostname(), "started": time.time()}
     left = {
@@ -177,7 +177,7 @@ def test_an_inbox_that_goes_and_comes_back(
 
 
 def test_an_inbox_that_goes_while_a_file_is_trained(run: Run, tmp_path: Path) -> None:
-    """Files that lay in it are taken when it is back, and what is in hand is trained meanwhile."""
+    """Files that were in it are taken in when it is back, and the current file is trained meanwhile."""
     configure(run, settle_seconds=1.0)
     run.add(rows_file(tmp_path / "long.jsonl", LONG))
     process = watch(run, prepare=hold(run))

@@ -95,7 +95,7 @@ def notes_of(run: Run, name: str) -> list[str]:
 
 
 def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, files: list[Path], tmp_path: Path) -> None:
-    """A Trainer's checkpoints, a person's copy and another run's are left alone through training, and named once."""
+    """A Trainer's checkpoints, a user's copy and another run's are left alone during training, and named once."""
     current, boundaries = root / "current_model", root / "boundaries"
     others = [
         without_manifest(current / "checkpoint-3", current / "checkpoint-400"),

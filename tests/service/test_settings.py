@@ -84,7 +84,7 @@ def test_settle_seconds(run: Run, tmp_path: Path) -> None:
 
 
 def test_disk_margin_mb(run: Run) -> None:
-    """Training holds still for a margin that the disk does not have, and goes on for one that it has."""
+    """Training pauses for a margin that the disk does not have, and continues for one that it has."""
     is_full = lambda event: isinstance(event, Note) and event.message.startswith("the disk is too full")  # noqa: E731
     watch(
         run,
@@ -95,13 +95,13 @@ def test_disk_margin_mb(run: Run) -> None:
 
 
 def test_compress_archive(run: Run) -> None:
-    """The file in hand is compressed when it is done."""
+    """The current file is compressed when it is done."""
     watch(run, (step(2), lambda: configure(run, compress_archive=True)))
     assert ["a.jsonl.zst"] == [path.name for path in run.layout.archive.iterdir()]
 
 
 def test_notify(run: Run, tmp_path: Path) -> None:
-    """Who is named while a file is trained is told that it is done."""
+    """Those added to `notify` while a file is trained are notified that it is done."""
     told, script = tmp_path / "told", tmp_path / "tell.sh"
     script.write_text(f"#!/bin/sh\ncat > {told}\n")
     script.chmod(0o755)
@@ -145,7 +145,7 @@ def test_log_steps(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_config_that_is_broken_meanwhile(run: Run, model: Path, tmp_path: Path) -> None:
-    """It is said once and shown alongside the state until it is mended; what was read before stays in force."""
+    """It is reported once and shown with the state until it is fixed; the config read before stays in force."""
     text, seen = run.layout.config.read_text(), list[Any]()
 
     def look() -> None:

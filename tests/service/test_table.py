@@ -92,7 +92,7 @@ def test_the_grid_as_text_csv_and_picture() -> None:
 
 
 def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Path) -> None:
-    """For a screen only the newest files are read: what is shown of them is what the whole table says of them."""
+    """For a screen only the newest files are read: they are shown as in the whole table."""
     layout = made_up_run(tmp_path / "run", [(f"{name}.jsonl", 1) for name in "abcde"], float)
     with Ledger(layout.ledger) as ledger:
         for file_id, name in enumerate("abcde", start=1):

@@ -1,4 +1,4 @@
-"""What happens is told once to whoever watches, and stays in the ledger and the log."""
+"""What happens is reported once to observers, and stays in the ledger and the log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path, model: Path) -> Run:
 
 
 def test_an_observer_that_fails_disturbs_nobody() -> None:
-    """It is told of once, dropped after three failures in a row, and the others hear everything."""
+    """It is reported once, dropped after three failures in a row, and the others receive everything."""
     heard, warned = list[Event](), list[str]()
     failing = iter([True, True, False, True, True, True, True])
 

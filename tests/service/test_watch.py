@@ -128,7 +128,7 @@ def test_a_stop_while_it_loads(run: Run, tmp_path: Path) -> None:
 
 
 def test_pause_and_resume(run: Run, model: Path, tmp_path: Path) -> None:
-    """A pause commits and holds still, with and without the model in memory; a resume goes on; nothing is changed."""
+    """A pause commits and waits, with and without the model in memory; a resume continues; nothing is changed."""
     file = rows_file(tmp_path / "long.jsonl", LONG)
     shutil.copy(file, run.layout.inbox)
     process = watch(run, prepare=hold(run))
@@ -193,7 +193,7 @@ def test_skip_of_the_file_after_which_to_stop(run: Run, tmp_path: Path) -> None:
 
 
 def test_skip_is_as_if_the_file_had_never_come(run: Run, model: Path, tmp_path: Path) -> None:
-    """The file in hand is taken back to its boundary and kept as skipped; the state is that of a run without it."""
+    """The current file is taken back to its boundary and kept as skipped; the state is that of a run without it."""
     files = [rows_file(tmp_path / f"{name}.jsonl", rows) for name, rows in (("a", 9), ("b", LONG), ("c", 7))]
     for file in files:
         shutil.copy(file, run.layout.inbox)

@@ -36,7 +36,7 @@ from onward.store.ledger import Ledger
 
 IN_HAND, WAITING, UNREAD = "m1.jsonl", "m2.jsonl", "m3.jsonl"
 STEP, BOUNDARY = 5, 2
-"""The step that the file in hand is committed at, and that of the boundary before it."""
+"""The step at which the current file is committed, and that of the boundary before it."""
 
 ASKED: dict[str, tuple[str, str | None, str | None]] = {
     "pause": ("pause", None, None),
@@ -94,7 +94,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 
 @dataclass
 class Process:
-    """The process that owns a run, as far as it obeys: what is asked, and what came of it.
+    """The process that owns a run, as far as it obeys: the requests, and their outcome.
 
     `let_go` holds what the work was told, in its order.
     """
@@ -141,7 +141,7 @@ class Process:
         ]
 
     def look(self, *, in_hand: str | None = IN_HAND) -> None:
-        """Do as a process does after a step of the file in hand: what needs no leave at once, then leave and obey."""
+        """Act like a process after a step: obey what needs no leaving of the file, then leave it and obey the rest."""
         self.wishes.in_hand = self.id_of(in_hand) if in_hand else None
         self.wishes.poll(self.ledger)
         self.control.obey_at_once(self.work)
@@ -165,7 +165,7 @@ def count() -> Callable[[], float]:
 
 @pytest.fixture
 def process(begun: Path, tmp_path: Path) -> Generator[Process]:
-    """A process that trains the file in hand."""
+    """A process that trains the current file."""
     run = Run(copy_run(begun, tmp_path / "run"))
     with Ledger(run.layout.ledger, clock=count()) as ledger:
         yield Process(run, ledger)
@@ -228,7 +228,7 @@ def test_a_resume_while_training_is_answered_at_once_and_cancels_no_later_pause(
 
 
 def test_two_who_skip_the_file_in_hand_lose_no_other(process: Process) -> None:
-    """Both meant the same file: the second is told so, though another one is in hand when it is looked at."""
+    """Both meant the same file: the second is told so, though another one is current when it is looked at."""
     first, second = process.ask("skip", "skip")
     process.look()
     assert ("skipped", "queued") == (process.state_of(IN_HAND), process.state_of(WAITING))
@@ -283,7 +283,7 @@ def test_a_skip_that_meets_a_file_accepted_meanwhile(process: Process) -> None:
 
 
 def test_a_skip_that_fails_is_answered(process: Process) -> None:
-    """What keeps a file from being taken out is the answer, and goes on to whoever deals with failures."""
+    """What keeps a file from being taken out is the answer, and is passed on to the code that deals with failures."""
     requests = process.ask("skip", "resume")
     for file in process.run.layout.boundaries.rglob("*"):
         if file.is_file():

@@ -1,4 +1,4 @@
-"""A ledger lies on a disk of one machine: how disks are told apart, what is refused, and the way out."""
+"""A ledger must be on a disk of one machine: how disks are distinguished, what is refused, and the remedy."""
 
 from __future__ import annotations
 

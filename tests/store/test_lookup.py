@@ -1,4 +1,4 @@
-"""What a person types for a file or a step is understood, or refused with what it could mean."""
+"""What the user types for a file or a step is understood, or refused with what it could mean."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_the_vision_of_a_model_of_text_and_images_is_left_out(tmp_path: Path) ->
 
 
 def test_experts_without_an_adapter_are_named(tmp_path: Path) -> None:
-    """`all-linear` passes over weights that are stacked; the share that is reached is told without them."""
+    """`all-linear` skips stacked weights; the reported share excludes them."""
     found = prove(tmp_path, "gpt_oss")
     assert ("mlp.experts.gate_up_proj", "mlp.experts.down_proj") == found.unreached
     assert found.reach < 0.2
@@ -333,7 +333,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(what: str, tmp_path
 
 
 def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
-    """A head that is the embedding stands in the file once."""
+    """A head that is the embedding is in the file once."""
     folder = save(tmp_path, "llama", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert "end to end" == admit(ModelSpec(config(folder), folder, CPU, torch.float32)).rows

@@ -160,7 +160,7 @@ WHOLE: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", WHOLE)
 def test_a_vocabulary_that_could_show_more_stays_whole(what: str) -> None:
-    """What is trained of single ids, hangs on the tables, or tells one id or logit from another."""
+    """Models that train single ids, have hooks on the tables, or treat ids or logits differently."""
     model = WHOLE[what]()
     assert range(IDS) == ids_left(model)
     assert len(model.get_input_embeddings().weight) >= len(model.get_output_embeddings().weight) == IDS

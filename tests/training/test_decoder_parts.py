@@ -95,7 +95,7 @@ def test_only_the_model_at_hand_is_changed() -> None:
 
 @pytest.mark.parametrize("wrong", ["another constant", "another order", "a bias", "a buffer"])
 def test_a_norm_that_computes_something_else_stays(wrong: str) -> None:
-    """Whatever its name and its weights are: it is told by what it computes."""
+    """Whatever its name and its weights are: it is recognized by what it computes."""
 
     class Norm(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

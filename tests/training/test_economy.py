@@ -141,7 +141,7 @@ def test_a_step_that_lacks_memory_is_taken_again_with_less() -> None:
 
 
 def test_off_means_off() -> None:
-    """With `off` lack of memory is raised as it is: whoever trains the file cuts its steps smaller."""
+    """With `off`, lack of memory is raised as it is: the caller splits the file's steps into smaller parts."""
     trainer = trainer_of(model_of(*MODELS[0]), NOTHING, activation_checkpointing="off")
     assert not trainer.economy.recomputes(step(0))
     assert not trainer.economy.may_recompute()

@@ -84,7 +84,7 @@ def test_what_does_not_repeat_is_refused_by_name() -> None:
     ids=["cuBLAS", "another"],
 )
 def test_other_errors_stay_what_they_are(message: str, kind: type[Exception]) -> None:
-    """cuBLAS without its setting is told how to get it; what has nothing to do with it goes through."""
+    """The error of cuBLAS without its setting says how to set it; unrelated errors pass through."""
     with pytest.raises(kind) as raised, deterministic(GPU):
         raise RuntimeError(message)
     assert type(raised.value) is kind

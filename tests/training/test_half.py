@@ -78,7 +78,7 @@ def test_the_node_is_as_exact_as_peft_in_bfloat16() -> None:
 
 
 def test_adapters_are_cast_at_once_for_a_pass() -> None:
-    """One cast for all layers gives the bits of a cast in each, and nothing of it stays."""
+    """One cast for all layers gives the bits of a cast in each, and nothing of it remains."""
     torch.manual_seed(1)
     x, model = torch.randn(2, 9, 64).to(HALF), adapted(fused=True)
     layers = fused_layers(model)

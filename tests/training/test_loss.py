@@ -33,7 +33,7 @@ def test_rows_end_to_end_are_rows_by_themselves(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", sorted(PADDING_FREE))
 def test_a_row_does_not_see_the_others(model_type: str) -> None:
-    """What stands in one row changes no bit of what the model computes for another."""
+    """The content of one row changes no bit of what the model computes for another."""
     model = tiny_model(model_type, ROW_ATTENTION).eval()
     first, second = batch(7, 9, 5), batch(7, 9, 5, seed=1)
     changed = Batch([second.rows[0], first.rows[1], second.rows[2]], first.references, first.lines)

@@ -32,7 +32,7 @@ class Leak(nn.Module):
 
 
 def laid(family: str, **settings: Any) -> Any:
-    """Return a small model whose rows are packed end to end."""
+    """Return a small model whose rows are laid end to end."""
     model = small.small_model(family, **settings).train()
     lay_end_to_end(model)
     return model

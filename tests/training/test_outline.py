@@ -1,4 +1,4 @@
-"""A model without weights takes what the model takes: memory is told without loading it."""
+"""A model without weights takes the same memory as the real one, which is therefore known without loading it."""
 
 from __future__ import annotations
 

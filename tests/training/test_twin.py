@@ -185,7 +185,7 @@ def test_hooks_leave_nothing_in_buffers() -> None:
 
 
 def test_a_hook_on_the_model_is_not_the_twins() -> None:
-    """What FSDP2 hangs on a model, to cut its weights again for a state dict, is not called for the twin's."""
+    """The hooks of FSDP2 on a model, which reshard its weights for a state dict, are not called for the twin's."""
     model = tiny_model("llama", "sdpa")
     calls: list[nn.Module] = []
     twin = with_weights(model, {})

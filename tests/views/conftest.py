@@ -1,4 +1,4 @@
-"""A run of three files that tests of views read; whoever changes it takes a copy."""
+"""A run of three files that tests of views read; tests that change it take a copy."""
 
 from __future__ import annotations
 

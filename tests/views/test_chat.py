@@ -164,7 +164,7 @@ def _id(state: Any, character: str) -> int:
 
 
 def test_an_answer_can_be_cancelled(engine: Engine) -> None:
-    """It ends after the token in hand, with what was said so far; the next one comes as ever."""
+    """It ends after the current token, with the text so far; the next one comes as usual."""
     reply = engine.reply(QUESTION, Sampling(3.0, max_tokens=900, seed=3))
     pieces = iter(reply)
     first = next(pieces)

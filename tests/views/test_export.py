@@ -229,7 +229,7 @@ def test_a_thinned_curve_keeps_extremes() -> None:
 
 @pytest.mark.parametrize("name", [None, *tiny.TOKENIZERS])
 def test_a_modelfile_says_what_the_template_says(name: str | None) -> None:
-    """Expanded as Ollama does, its template gives the run's prompt; where it could not, it is refused."""
+    """Expanded as Ollama does, its template gives the run's prompt; if it could not, it is refused."""
     template = tiny.CHATML if name is None else template_text(name)
     state = tiny.byte_state(template, **({} if name is None else tiny.TOKENIZERS[name]))
     if name in ("llama3_2", "cohere2"):

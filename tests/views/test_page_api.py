@@ -104,7 +104,7 @@ def test_the_curve_of_a_part_is_closer(tmp_path: Path) -> None:
 
 
 def test_what_stands_around_the_curve(tmp_path: Path) -> None:
-    """Inbox, queue, refused files row by row, handovers and events are told as they are, whatever is in them."""
+    """Inbox, queue, refused files row by row, handovers and events are returned as they are, whatever is in them."""
     layout = made_up_run(tmp_path / "around", FILES, falling)
     layout.inbox.joinpath("next.jsonl.part").write_text("half")
     for step in (0, 7):
@@ -366,7 +366,7 @@ def test_a_connection_on_which_nothing_comes_is_closed(made: RunLayout) -> None:
 
 
 def test_many_connections_keep_nobody_out(made: RunLayout) -> None:
-    """Of those that send nothing only so many stay, and requests are answered."""
+    """Of those that send nothing, only a limited number stay, and requests are answered."""
     with serve([made.root]) as page, contextlib.ExitStack() as opened:
         quiet = [
             opened.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=30))
@@ -384,7 +384,7 @@ def test_many_connections_keep_nobody_out(made: RunLayout) -> None:
 
 
 def test_only_so_many_follow_a_run(made: RunLayout) -> None:
-    """Each browser that follows costs a connection; where there are too many the next is told so."""
+    """Each browser that follows costs a connection; if there are too many, the next one is told so."""
     with serve([made.root]) as page, contextlib.ExitStack() as opened:
         for _ in range(FOLLOWERS):
             assert "status" == next(opened.enter_context(page.events()))[0]
@@ -406,7 +406,7 @@ ADDRESSES = (
 
 @pytest.mark.parametrize(("method", "path"), ADDRESSES)
 def test_nothing_is_shown_or_done_without_the_token(page: Page, made: RunLayout, method: str, path: str) -> None:
-    """Without the token, with a wrong one, from another site, under another name: refused, and nothing is told."""
+    """Without the token, with a wrong one, from another site, under another name: refused, and nothing is revealed."""
     before = snapshot(made.root)
     good = page.bearer
     attempts: list[tuple[int, dict[str, str]]] = [
@@ -488,7 +488,7 @@ def test_a_question_that_makes_no_sense_starts_no_model(page: Page, wish: dict[s
 
 
 def test_trouble_is_told_and_looked_at_again(tmp_path: Path) -> None:
-    """A ledger that goes away while somebody follows is told; when it is back, so is the state."""
+    """A ledger that goes away while a browser follows is reported; when it is back, the state is sent again."""
     layout = made_up_run(tmp_path / "run", FILES, falling)
     with serve([layout.root]) as page, page.events() as events:
         assert "status" == next(events)[0]

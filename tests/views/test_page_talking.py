@@ -1,4 +1,4 @@
-"""The process behind the page that answers questions: started once, ended, and started again where it died."""
+"""The process behind the page that answers questions: started once, ended, and started again if it died."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def asked(talker: Talker, text: str) -> Any:
 
 
 def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> None:
-    """Two columns that ask at the same moment share a process; its death is told, and the next question has another."""
+    """Two columns that ask at once share a process; its death is reported, and the next question gets another."""
 
     async def talk() -> tuple[list[int], int]:
         talker = Talker(RunLayout(tmp_path), (sys.executable, "-c", ANSWERS))
@@ -58,7 +58,7 @@ def test_one_process_answers_all_and_another_where_it_died(tmp_path: Path) -> No
 
 
 def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A wish that fails in a way that nobody foresaw is told so, and the process lives on."""
+    """A wish that fails in an unforeseen way gets an error, and the process lives on."""
     wishes = [json.dumps({"id": number, "at": ["no name"]}) for number in (1, 2)]  # no such wish passes the page
     answering.Answering(RunLayout(tmp_path)).run(iter(wishes))
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -1,4 +1,4 @@
-"""`--at` finds a committed state by what a person types, and its files stay while they are read."""
+"""`--at` finds a committed state by what the user types, and its files stay while they are read."""
 
 from __future__ import annotations
 

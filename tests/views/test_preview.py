@@ -134,7 +134,7 @@ def test_what_is_no_file_is_wrong_usage(untouched: Path, tmp_path: Path) -> None
 
 
 def test_people_see_three_rows(untouched: Path, tmp_path: Path) -> None:
-    """Without a terminal trained text stands in brackets; what a row holds steers nothing; the rest is counted."""
+    """Without a terminal, trained text is in brackets; a row cannot control the terminal; the rest is counted."""
     link = tmp_path / "link.jsonl"
     link.symlink_to(tiny.write_jsonl(tmp_path / "blob", ROWS))
     shown = onward("preview", link, "--run", untouched)
@@ -187,7 +187,7 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path, model: Path) -> None
 
 
 def test_neither_torch_nor_transformers_is_imported(run: Path, tmp_path: Path) -> None:
-    """What a person runs over and over starts at once."""
+    """What users run over and over starts at once."""
     file = tiny.write_jsonl(tmp_path / "a.jsonl", ROWS)
     code = (
         "import sys; from pathlib import Path; from onward.layout import RunLayout;"

@@ -143,7 +143,7 @@ def test_bad_requests_are_told(url: str, body: Any, words: str) -> None:
 
 
 def test_strangers_are_refused(url: str, engine: Engine) -> None:
-    """A page of another site, another name for this machine, and whoever lacks the key."""
+    """A page of another site, another name for this machine, and clients without the key."""
     body = {"messages": QUESTION, **GREEDY}
     path = f"{url}/chat/completions"
     assert 403 == ask(path, body, Origin="https://evil.example")[0]

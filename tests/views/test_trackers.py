@@ -1,4 +1,4 @@
-"""Trackers: each is told every step once, in order, whatever fails, is killed or is rolled back in between."""
+"""Trackers: each receives every step once, in order, whatever fails, is killed or is rolled back in between."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_every_step_is_told_once_whatever_happens(tmp_path: Path, seed: int) -> 
 
 @pytest.mark.parametrize("can_say", [True, False])
 def test_what_was_told_right_before_a_kill_is_not_told_again(tmp_path: Path, can_say: bool) -> None:
-    """A tracker that holds more than the ledger knows is believed; one that cannot say is told again."""
+    """A tracker that has more than the ledger knows is believed; one that cannot say is sent the points again."""
     layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 4)], float), Store(can_say=can_say)
     with Ledger(layout.ledger) as ledger:
         feed = Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
@@ -129,7 +129,7 @@ def test_what_was_told_right_before_a_kill_is_not_told_again(tmp_path: Path, can
 
 
 def test_a_tracker_that_lost_points_is_told_them_again(tmp_path: Path) -> None:
-    """What a tracker surely does not hold is told once more when it is next reached."""
+    """What a tracker certainly does not have is sent once more when it is next reached."""
     layout, store = made_up_run(tmp_path / "run", [("a.jsonl", 3), ("b.jsonl", 3)], float), Store()
     with Ledger(layout.ledger) as ledger:
         Feed(ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known))).tell()
@@ -168,7 +168,7 @@ def tracked(tmp_path: Path, *names: str) -> RunLayout:
 
 
 def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
-    """However often it is tried, one event says that a tracker fails, without a password, and one that it is told."""
+    """However often it is tried, one event says that a tracker fails, without a password, and one that it works."""
     layout, store = tracked(tmp_path, "ours", "other"), Store()
     other = Store()
 
@@ -194,7 +194,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(tmp_path: Path) -> None:
 
 
 def test_it_follows_until_its_owner_ends_and_then_tells_the_rest(tmp_path: Path) -> None:
-    """Trackers of the config are told while steps come, and at the end whatever is left."""
+    """Trackers of the config receive steps as they come, and at the end whatever is left."""
     layout, store, ended = tracked(tmp_path, "ours"), Store(), threading.Event()
     following = threading.Thread(
         target=lambda: follow(layout, ended, find=lambda name: store.open, seconds=30.0), daemon=True
@@ -264,7 +264,7 @@ def test_training_is_the_same_with_trackers_that_cannot_be_told(model: Path, tmp
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_missing_package_is_named_with_what_installs_it(name: str) -> None:
-    """Where a tracker's package is missing, the refusal says which extra brings it; where it is there, it is found."""
+    """If a tracker's package is missing, the refusal says which extra brings it; if it is installed, it is found."""
     package = BUILT_IN[name][0]
     if importlib.util.find_spec(package) is not None:
         assert find_tracker(name)

@@ -2,7 +2,7 @@
 
 from onward.startup import require_platform
 
-require_platform()  # before anything is imported that Windows lacks
+require_platform()  # before importing anything that Windows lacks
 
 from onward.cli.application import app  # noqa: E402
 from onward.cli.entry import main  # noqa: E402

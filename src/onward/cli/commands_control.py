@@ -61,7 +61,7 @@ def skip(
 
 
 def answer(text: str, as_json: bool) -> None:
-    """Print what a control command was answered."""
+    """Print the answer to a control command."""
     if as_json:
         show({"answer": text})
     else:

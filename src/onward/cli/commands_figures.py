@@ -1,4 +1,4 @@
-"""Commands that hand on what the steps gave: `metrics`, `plot`, `track`."""
+"""Commands that output or pass on the figures of the steps: `metrics`, `plot`, `track`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plot(
 
 @contextlib.contextmanager
 def _text(output: Path | None) -> Generator[IO[str]]:
-    """Yield where a text result goes."""
+    """Yield the stream that a text result is written to."""
     if output is None:
         with reader_may_leave():
             yield sys.stdout
@@ -81,7 +81,7 @@ def _text(output: Path | None) -> Generator[IO[str]]:
 
 @contextlib.contextmanager
 def _binary(output: Path | None) -> Generator[IO[bytes]]:
-    """Yield where a result of bytes goes."""
+    """Yield the stream that a binary result is written to."""
     if output is None:
         with reader_may_leave():
             yield sys.stdout.buffer
@@ -121,8 +121,8 @@ def track(
         os.nice(LOWEST_PRIORITY)
         follow(layout, _end_of_input())
         sys.stdout.flush()
-        os._exit(0)  # a tracker that hangs must not keep the process
-    with contextlib.redirect_stdout(sys.stderr):  # their libraries talk
+        os._exit(0)  # a tracker that hangs must not keep the process alive
+    with contextlib.redirect_stdout(sys.stderr):  # the trackers' libraries print to stdout
         results = tell_once(layout, names)
     _show_told(layout, results, as_json)
     if any(results.values()):

@@ -60,7 +60,7 @@ def init(
 
 
 def _say_memory(layout: RunLayout) -> None:
-    """Measure what a step takes, and say it; the run is made whether or not that can be told."""
+    """Measure and print the memory that a step takes; the run is made even if that cannot be measured."""
     with startup.large_imports():
         from onward.service.proof.memory import measure_memory, memory_in_words
     from onward.store.ledger import Ledger

@@ -34,7 +34,7 @@ def mcp(run: RunOption = Path()) -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:
-    """End at once: a thread waits for standard input, which no exception interrupts."""
+    """End at once: a thread is waiting for standard input, and no exception interrupts that."""
     say(f"ended by {signal.Signals(number).name}; what was committed is safe")
     os._exit(1)
 

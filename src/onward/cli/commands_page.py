@@ -40,6 +40,6 @@ def page(
 
     def show(link: str) -> None:
         show_line(link)
-        flush_results()  # a pipe keeps it back otherwise
+        flush_results()  # or a pipe would hold it back
 
     serve(directories or [run], Address(host, port, tuple(names or ())), show, say, read_only=read_only)

@@ -29,7 +29,7 @@ Settings = Annotated[
 
 @dataclass(frozen=True)
 class _Apart:
-    """What trains on a copy of a run needs: the run, who is told of steps, and who may ask it to end."""
+    """What training on a copy of a run needs: the run, what shows its steps, and what may ask it to end."""
 
     layout: RunLayout
     observe: Observe

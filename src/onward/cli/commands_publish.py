@@ -1,4 +1,4 @@
-"""Commands that give a run's model to others: `export`, `push`."""
+"""Commands that publish a run's model: `export`, `push`."""
 
 from __future__ import annotations
 

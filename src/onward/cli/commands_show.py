@@ -94,7 +94,7 @@ def preview(
 
 
 def say_previewed(seen: Preview) -> None:
-    """Say how much of a file was shown, and what training it will take."""
+    """Print how much of a file was shown, and what training it will take."""
     from onward.progress import duration
 
     report = seen.report

@@ -18,7 +18,7 @@ from onward.layout import RunLayout, entries
 from onward.terminal import flush_results, say, show_line
 
 NICENESS = 10
-"""Of a process alongside one that trains: on a busy processor it gets a tenth of the other's share."""
+"""The niceness of a process alongside one that trains: on a busy processor it gets a tenth of the other's share."""
 
 
 def chat(
@@ -98,7 +98,7 @@ def _ready(address: str) -> None:
 
 
 def give_way() -> None:
-    """Lower the priority of this process: of every thread that it has, where each has its own."""
+    """Lower the priority of this process, and of each of its threads where threads have priorities of their own."""
     tasks = Path("/proc/self/task")
     for thread in (int(task.name) for task in entries(tasks)) if tasks.is_dir() else (0,):
         with contextlib.suppress(ProcessLookupError):  # a thread that has just ended

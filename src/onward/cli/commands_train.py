@@ -1,4 +1,4 @@
-"""Commands that bring files to a run and train them: `train`, `add`, `watch`, and `check` behind a daemon."""
+"""Commands that bring files to a run and train them: `train`, `add`, `watch`, and `check`, which a daemon starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onward.terminal import say
 from onward.text import how_many, printable, quoted
 
 _COUNTS = ("tokens", "truncated", "dropped", "split", "lost_tokens")
-"""What is counted of a file's rows and their lengths."""
+"""Counts that are shown for a file's rows and their lengths."""
 
 
 def train(

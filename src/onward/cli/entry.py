@@ -16,13 +16,13 @@ from onward.errors import OnwardError
 from onward.terminal import flush_results, open_standard_streams, say
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
-"""click's `ClickException`, be it click's own or of the copy of click inside typer."""
+"""`ClickException`, from click itself or from the copy of click inside typer."""
 INTERRUPTED = 130
-"""What typer makes of a second Ctrl-C."""
+"""The exit status that typer gives a second Ctrl-C."""
 
 
 def main() -> NoReturn:
-    """Run the command line; every refusal is a line and an exit status, never a traceback."""
+    """Run the command line; every refusal becomes a line and an exit status, never a traceback."""
     sys.exit(status_of_command())
 
 
@@ -30,7 +30,7 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
     """Run the command line and return its exit status.
 
     Args:
-        seen: called with the error that ended it.
+        seen: called with the error that ended the command.
     """
     startup.set_environment()
     open_standard_streams()
@@ -39,7 +39,7 @@ def status_of_command(seen: Callable[[OnwardError], None] = lambda _: None) -> i
 
 
 def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
-    """Run the command line; `came` names the signals that interrupted it, but for Ctrl-C."""
+    """Run the command line; `came` collects the names of the signals that interrupted it, except for Ctrl-C."""
     try:
         with startup.kept_interrupts():
             outcome = app(standalone_mode=False)
@@ -67,6 +67,6 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
 
 
 def _interrupted(came: list[str]) -> int:
-    """Say that the command was ended, and by what; returns its exit status."""
+    """Print that the command was interrupted, and by what; return its exit status."""
     say(f"{f'ended by {came[0]}' if came else 'interrupted'}; what was committed is safe")
     return 1

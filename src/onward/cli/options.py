@@ -31,7 +31,7 @@ AgainOption = Annotated[bool, typer.Option("--again", help="Accept content that 
 
 
 def completer(*states: str) -> Callable[[typer.Context, str], list[str]]:
-    """Return what completes FILE by names of the run's files in some states, where a shell takes them as they are."""
+    """Return a completer of FILE: the names of the run's files in these states that need no quoting in a shell."""
 
     def complete(context: typer.Context, incomplete: str) -> list[str]:
         from onward.store.ledger import Ledger

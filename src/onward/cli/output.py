@@ -1,4 +1,4 @@
-"""What commands print that several of them share."""
+"""Output that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def show(value: Any) -> None:
 
 
 def show_each(values: Iterable[Any]) -> None:
-    """Print a result as a JSON list, one value a line, so that the whole is never held; odd characters as escapes."""
+    """Print a result as a JSON list, one value per line and never all in memory; odd characters are escaped."""
     before = "["
     for value in values:
         text = json.dumps(value, ensure_ascii=False)
@@ -29,7 +29,7 @@ def show_each(values: Iterable[Any]) -> None:
 
 
 def say_stopped(run: Run, reason: str, command: str) -> None:
-    """Say that a command ended because of a stop, what is committed by now, and which command goes on."""
+    """Print that a command ended because of a stop, what is committed by now, and which command continues."""
     checkpoint = run.status()["checkpoint"]
     committed = f"{checkpoint} is committed" if checkpoint else "nothing has been committed yet"
     say(f"stopped ({reason}); {committed}; onward {command} --run {quoted(run.layout.root)} goes on")

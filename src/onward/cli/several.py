@@ -26,7 +26,7 @@ DevicesOption = Annotated[
 ]
 
 QUIET = ("TORCH_CPP_LOG_LEVEL", "ERROR")
-"""The variable that keeps torch's C++ from showing its stack where a connection ends; read when torch is loaded."""
+"""The variable that keeps torch's C++ from printing its stack when a connection ends; read when torch is loaded."""
 
 
 def place_or_follow(run: Path) -> Place | None:
@@ -43,11 +43,11 @@ def on_devices(devices: str, words: Sequence[str]) -> NoReturn:
     """Run a command on several devices to its end.
 
     Args:
-        devices: how many, as a person said it.
+        devices: how many, as the user wrote it.
         words: the command and its arguments.
 
     Raises:
-        UsageError: there are not so many devices.
+        UsageError: there are not that many devices.
     """
     if place_here() is not None:
         hint = "With torchrun, give the number as --nproc-per-node N, without --devices."
@@ -70,7 +70,7 @@ def command(words: Sequence[str], starts: int) -> int:
     """Carry out a command line in a process that the elastic agent started; returns its exit status.
 
     Args:
-        starts: how often it was started before, by other agents.
+        starts: how often it was started before, by earlier agents.
     """
     from onward.cli.entry import status_of_command
 
@@ -82,12 +82,12 @@ def command(words: Sequence[str], starts: int) -> int:
     if any(lost):
         os._exit(LOST)  # so that the agent ends the others
     if os.getppid() != started_by:
-        os._exit(status)  # nobody is left to take it
+        os._exit(status)  # nothing is left that could handle an exception
     return status
 
 
 def _follow(run: Path, place: Place) -> NoReturn:
-    """Follow rank 0 until it ends; what there is to say, rank 0 says."""
+    """Follow rank 0 until it ends; all output is rank 0's."""
     from onward.following import follow
     from onward.service.wishes import Wishes
 
@@ -97,7 +97,7 @@ def _follow(run: Path, place: Place) -> NoReturn:
             follow(run, place, stop=stop, report=say, loading=startup.large_imports)
     except RankLost:
         flush_results()
-        os._exit(LOST)  # connections to a rank that is gone would be waited for
+        os._exit(LOST)  # a normal exit would wait for connections to a rank that is gone
     except OnwardError as error:
         raise typer.Exit(error.exit_status) from None
     raise typer.Exit

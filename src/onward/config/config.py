@@ -253,19 +253,19 @@ class Config(Section):
 
     @property
     def takes_from_base(self) -> bool:
-        """Whether the adapter's first weights are taken out of the base, so that the run has a base of its own."""
+        """Whether the adapter's initial weights are taken out of the base, so that the run has a base of its own."""
         return self.method != "full" and self.lora.init in RESIDUAL_INITS
 
     @property
     def most_parts(self) -> int:
-        """Parts into which a step is cut at most."""
+        """The largest number of parts that a step is split into."""
         if self.gradient_accumulation != "auto":
             return max(self.parts, self.gradient_accumulation)
         return min(self.batch_size, max(self.parts, -(-self.batch_size * self.max_length // self.part_tokens)))
 
     @property
     def part_tokens(self) -> int:
-        """Tokens of a part at most, where parts are not counted."""
+        """The most tokens of a part, where the number of parts is not fixed."""
         return keys.MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
 
     def flat(self) -> dict[str, Any]:
@@ -293,14 +293,14 @@ class Config(Section):
         }
 
     def with_operation_keys_of(self, other: Config) -> Config:
-        """Return this config with the keys that act at once taken from another."""
+        """Return this config with those keys of another that take effect at once."""
         return self.model_copy(update={key: getattr(other, key) for key in keys.OPERATION_KEYS})
 
     def identity(self) -> dict[str, Any]:
         """Return the identity keys with their values; the adapter's only where there is an adapter.
 
-        Those of `LATER_IDENTITY_KEYS` are left out at their defaults, so that the identity of a run that an earlier
-        release made is the one that it was locked with.
+        Those of `LATER_IDENTITY_KEYS` are left out at their defaults, so that a run made by an earlier release keeps
+        the identity that it was locked with.
         """
         flat, default = self.flat(), Config().flat()
         names = [key for key in keys.IDENTITY_KEYS if self.method != "full" or not key.startswith("lora.")]

@@ -24,41 +24,41 @@ OPERATION_KEYS = (
     "compress_archive", "notify", "track", "guard", "activation_checkpointing", "rank_timeout", "sharding",
     "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
-"""Keys that no weight depends on: they act at once, also in a process that runs, but for `START_KEYS`."""
+"""Keys that no weight depends on: they take effect at once, even in a running process, except for `START_KEYS`."""
 
 START_KEYS = ("rank_timeout", "sharding")
-"""Keys by which processes that train together find each other and share the model: they act when these start."""
+"""Keys by which processes that train together find each other and share the model: read when these start."""
 
 LATER_KEYS = (
     *LATER_IDENTITY_KEYS, "columns", "text.documents", "schedule_offset", "eps", "deterministic",
     "micro_batch_tokens", "parts", "exchange", "holdout", "evaluation.rows", "evaluation.share", "evaluation.files",
     "anchor.rows", "anchor.tokens", "anchor.weight", "replay.share", "replay.policy",
 )  # fmt: skip
-"""Keys that a later release added: at their defaults digests leave them out, as earlier releases did."""
+"""Keys that a later release added: digests leave them out at their defaults, and so equal those of earlier releases."""
 
 SECRET_KEYS = ("notify.command", "notify.url")
-"""Keys that may hold a password or a token: their values stand in the config file and nowhere else."""
+"""Keys that may hold a password or a token: their values appear in the config file and nowhere else."""
 
 NEW_RUN = {
     "over_length": "auto", "text.documents": "auto", "holdout": "auto", "evaluation.share": 0.05,
     "guard.action": "warn",
 }  # fmt: skip
 """What `init` and `adopt` write for these keys, unless told otherwise. Their defaults differ: a run of an earlier
-release whose config does not name them goes on reading files as it did, trains all of their rows and measures none."""
+release whose config does not name them still reads files as it did, trains on all of their rows and measures none."""
 
 HORIZON_SCHEDULES = ("cosine", "linear")
 """Schedules that need `total_steps`."""
 
 
 MICRO_BATCH_TOKENS = 8192
-"""Tokens of a part of a step under `micro_batch_tokens: auto`, on a CPU. The last bits of a step depend on it."""
+"""Tokens per part of a step under `micro_batch_tokens: auto`, on a CPU. The last bits of a step depend on it."""
 
 
 Acts = Literal["never", "at the next start", "at the next file", "at once"]
 
 
 def acts(key: str) -> Acts:
-    """Say when a change of a key takes effect in a run that has trained: the one table of that."""
+    """Return when a change of a key takes effect in a run that has trained; nothing else decides this."""
     if key in IDENTITY_KEYS:
         return "never"
     if key in START_KEYS:

@@ -1,4 +1,4 @@
-"""The config's JSON schema, for editors: it lies next to `onward.yaml`, whose first line names it."""
+"""The config's JSON schema, for editors: it is written next to `onward.yaml`, whose first line names it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MODELINE = f"# yaml-language-server: $schema={SCHEMA}"
 """What the YAML language server looks for; it takes the path from the folder of the file."""
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-"""Bounds as pydantic writes them behind a check of Onward's own, and as JSON Schema has them."""
+"""Bounds as pydantic names them after a custom check, and as JSON Schema names them."""
 
 
 def config_schema() -> dict[str, Any]:
-    """Return the schema of `onward.yaml` (JSON Schema, draft 2020-12); keys of sections are known dotted too."""
+    """Return the schema of `onward.yaml` (JSON Schema, draft 2020-12); it knows keys of sections in dotted form too."""
     schema = Config.model_json_schema()
     definitions = schema["$defs"]
     for name in SECTIONS:
@@ -43,7 +43,7 @@ def _standard(schema: Any) -> Any:
     }
 
 
-@functools.cache  # a constant of the program, which takes longer than all else that `init` writes
+@functools.cache  # a constant, which takes longer to make than all else that `init` writes
 def schema_text() -> str:
     """Return the schema as the text of its file."""
     return json.dumps(config_schema(), indent=2) + "\n"

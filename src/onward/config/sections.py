@@ -1,4 +1,4 @@
-"""The sections of a config, with keys of their own; and the kinds of values that keys of a config have."""
+"""The sections of a config, which have keys of their own, and the types of its values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 RESIDUAL_INITS = ("pissa", "olora")
-"""First weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
+"""Initial weights of an adapter that are taken out of the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775)."""
 
 
 def refuse_bool(value: Any) -> Any:
@@ -24,7 +24,7 @@ def on_or_off(value: Any) -> Any:
 
 
 def path_text(value: Any) -> Any:
-    """Return a path as text; what is none is left to be refused."""
+    """Return a path as text; anything else is returned as it is, for pydantic to refuse."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
@@ -38,7 +38,7 @@ Tracker = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")]
 
 
 def refuse_twice(names: list[str]) -> list[str]:
-    """Refuse a list that has a name twice."""
+    """Refuse a list that names something twice."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} is named twice")

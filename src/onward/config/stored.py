@@ -1,4 +1,4 @@
-"""The config that a run was trained with, as manifests and the ledger keep it: a fact, not a wish."""
+"""The config that a run was trained with, as manifests and the ledger record it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onward.config.sections import Section
 
 
 def stored_config(values: Mapping[str, Any]) -> Config:
-    """Return a config that a manifest or the ledger kept.
+    """Return a config that a manifest or the ledger recorded.
 
     What a run was trained with is not judged by what today's keys allow: keys that this release no longer has are left
     out, and values that it would refuse are kept as they are.
@@ -34,7 +34,7 @@ def _section(name: str) -> type[Section]:
 
 
 def _as_it_is(name: str, value: Any) -> Any:
-    """Return one value in the type that its key has today, as far as it can be."""
+    """Return one value in the type that its key has today, if it can be converted."""
     field = Config.model_fields[name]
     kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:

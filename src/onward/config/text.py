@@ -1,4 +1,4 @@
-"""The config as text: `onward.yaml`, `config.json` and `--set`; what is refused names the nearest right key."""
+"""The config as text: `onward.yaml`, `config.json` and `--set`; a refusal names the nearest valid key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parse_config(values: Mapping[str, Any], *, where: object = None) -> Config:
     """Validate nested or dotted values.
 
     Raises:
-        ConfigError: unknown keys, wrong types or impossible values, each named with the nearest right name.
+        ConfigError: unknown keys, wrong types or impossible values; unknown keys come with the nearest valid name.
     """
     if not isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"a config is a mapping of keys to values, not {values!r}", where=where)
@@ -52,7 +52,7 @@ def read_config(path: Path) -> Config:
         values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _LOADER)
     except FileNotFoundError:
         raise ConfigError("the config is missing", where=path, hint=MISSING_HINT) from None
-    except (IsADirectoryError, yaml.YAMLError, ValueError, RecursionError) as error:  # endless numbers and lists, too
+    except (IsADirectoryError, yaml.YAMLError, ValueError, RecursionError) as error:  # too long or too deep, too
         reason = " ".join(str(error).split())
         raise ConfigError(f"the config cannot be read: {reason}", where=path, hint=BROKEN_HINT) from None
     except OSError as error:
@@ -102,11 +102,11 @@ def render_yaml(config: Config) -> str:
 def _scalar(value: Any) -> str:
     text = json.dumps(list(cast(tuple[Any, ...], value)) if isinstance(value, tuple) else value, ensure_ascii=False)
     has_no_point = isinstance(value, float) and "." not in text
-    return text.replace("e", ".0e") if has_no_point else text  # 1e-08 is a number to YAML 1.2 alone
+    return text.replace("e", ".0e") if has_no_point else text  # 1e-08 is a number only in YAML 1.2
 
 
 def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Spread dotted keys and refuse unknown ones, each with the nearest right name."""
+    """Nest dotted keys and refuse unknown ones, each with the nearest valid name."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         section, dot, rest = str(key).partition(".")
@@ -125,7 +125,7 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     for name in names:
         if name not in known:
             value = _lookup(result, name)
-            shown = "" if name.startswith("notify.") else f" with value {value!r}"  # it may be a secret, misspelt
+            shown = "" if name.startswith("notify.") else f" with value {value!r}"  # maybe a misspelt secret
             raise ConfigError(f"unknown key {name!r}{shown}{_nearest(name)}", where=where, hint=KEYS_HINT)
     return result
 

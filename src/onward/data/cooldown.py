@@ -1,6 +1,6 @@
 """Cooldown: steps over rows of every file of the stream, for a release that decays the learning rate to zero.
 
-No file's place is changed: a cooldown is trained on a branch, so its rows are chosen as replayed ones are, and held-out
+No file's place changes: a cooldown is trained on a branch, so its rows are chosen as replayed ones are, and held-out
 rows stay held out.
 """
 
@@ -19,7 +19,7 @@ class CooldownPlan:
     """A plan whose steps go through the rows of all files in one pseudo-random order, again and again.
 
     Args:
-        files: the files of the stream, each content once, with the rows that are held out.
+        files: the files of the stream with the rows that are held out; each content once.
         batch_size: rows of a step.
         steps: optimizer steps.
         key: what the order depends on.
@@ -32,7 +32,7 @@ class CooldownPlan:
 
     @property
     def sha256(self) -> str:
-        """What stands for the identity of a file in the cursor of the branch."""
+        """What the cursor of the branch has in place of a file's SHA-256."""
         return sha256_json([self.key, [source.sha256 for source in self.files], self.batch_size, self.steps])
 
     @property
@@ -51,7 +51,7 @@ class CooldownPlan:
         return 0
 
     def rows_at(self, step_in_file: int) -> list[RowReference]:
-        """Return the rows of the 0-based step, in order; no row comes twice before every other came once.
+        """Return the rows of the 0-based step, in order; no row repeats before every other has come once.
 
         Raises:
             IndexError: the plan has no such step.
@@ -63,7 +63,7 @@ class CooldownPlan:
 
     @cached_property
     def needed(self) -> set[str]:
-        """The files whose rows the steps really take."""
+        """The files that the steps actually take rows from."""
         return {row.sha256 for step in range(self.steps) for row in self.rows_at(step)}
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Holdouts: rows of a file that are never trained, and the rows that it is measured on; nothing of it is stored.
+"""Holdouts: the rows of a file that are never trained, and the rows that it is measured on. Nothing is stored.
 
-Which rows is a function of (seed, file, row): the rows of a file are put in a pseudo-random order and the first ones
-are held out. A smaller share therefore holds out some of the rows that a larger one does, and a file that is trained
-again holds out the same.
+The choice is a function of (seed, file, row): the rows of a file are put in a pseudo-random order and the first ones
+are held out. A smaller share therefore holds out a subset of what a larger one does, and a file that is trained again
+holds out the same rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onward.data.permutation import Permutation
 Share = float | Literal["auto"]
 
 AUTO_SHARE, AUTO_FROM, AUTO_MOST = Fraction(1, 50), 200, 64
-"""`auto`: this share of the rows of a file that has so many, and so many rows at most."""
+"""`auto`: the share of the rows, the number of rows from which a file has a holdout, and the most rows held out."""
 
 
 def count_held_out(rows: int, share: Share) -> int:
@@ -30,7 +30,7 @@ def count_held_out(rows: int, share: Share) -> int:
 
 
 def exact(share: float) -> Fraction:
-    """Return a share as a person wrote it, so that 0.1 of 10 rows is 1 and not a little less."""
+    """Return a share exactly as the user wrote it, so that 0.1 of 10 rows is 1 and not a little less."""
     return Fraction(str(share))
 
 

@@ -42,7 +42,7 @@ class Batch:
 
     @property
     def weight(self) -> float:
-        """What the tokens that the loss covers count together; their number where each counts 1."""
+        """The total weight of the tokens that the loss covers; their number if each has weight 1."""
         if all(row.weights is None for row in self.rows):
             return self.target_tokens
         return float(sum(np.sum(_weights_of(row)[row.targets], dtype=np.float64) for row in self.rows))
@@ -65,7 +65,7 @@ class Batch:
         return self._cut([*bounds, len(self)])
 
     def split_by_padded_size(self, tokens: int) -> list[Batch]:
-        """Return the batch in contiguous pieces whose rows times their longest are at most `tokens`, or one row."""
+        """Return the batch in contiguous pieces of at most `tokens` tokens with padding, or of one longer row."""
         bounds, longest = [0], 0
         for place, row in enumerate(self.rows):
             longest = max(longest, len(row.ids))
@@ -75,7 +75,7 @@ class Batch:
         return self._cut([*bounds, len(self)])
 
     def longest_first(self) -> Batch:
-        """Return the same rows by falling length; rows of equal length keep their order."""
+        """Return the same rows, longest first; rows of equal length keep their order."""
         return self.take(sorted(range(len(self)), key=lambda place: -len(self.rows[place].ids)))
 
     def take(self, places: Sequence[int]) -> Batch:
@@ -101,7 +101,7 @@ class PaddedBatch:
         input_ids: int64, shape (B, T).
         attention_mask: int64, shape (B, T): 1 for tokens, 0 for padding.
         targets: bool, shape (B, T): tokens that the loss covers; never the first of a row, never padding.
-        weights: float32, shape (B, T): what the loss of each target counts; None where each counts 1.
+        weights: float32, shape (B, T): the weight of each target in the loss; None if each has weight 1.
     """
 
     input_ids: NDArray[np.int64]
@@ -116,10 +116,10 @@ class FlatBatch:
 
     Args:
         input_ids: int64, shape (tokens,).
-        position_ids: int64, shape (tokens,): the place of each token in its row.
-        before_targets: int64, shape (targets,): the places whose next token is a target.
+        position_ids: int64, shape (tokens,): the position of each token in its row.
+        before_targets: int64, shape (targets,): the positions whose next token is a target.
         lengths: tokens of each row.
-        weights: float32, shape (targets,): what the loss of each target counts; None where each counts 1.
+        weights: float32, shape (targets,): the weight of each target in the loss; None if each has weight 1.
     """
 
     input_ids: NDArray[np.int64]
@@ -130,11 +130,11 @@ class FlatBatch:
 
 
 def batch_at(files: Mapping[str, TokenizedFile], plan: Plan, step_in_file: int) -> Batch:
-    """Return the batch of the 0-based step; costs the same for every step.
+    """Return the batch of the 0-based step; every step costs the same.
 
     Args:
         files: every source of the plan, by its SHA-256.
-        plan: which rows the step has.
+        plan: says which rows the step has.
         step_in_file: the step.
 
     Raises:

@@ -26,7 +26,7 @@ __all__ = [
 def row_order(seed: int, sha256: str, epoch: int, rows: int, occurrence: int = 0) -> Permutation:
     """Return the order in which epoch `epoch` (0-based) of the file with hash `sha256` visits its `rows` rows.
 
-    A file that is trained again (`occurrence` 1 and up) is visited in another order; 0 is the first training.
+    A file that is trained again (`occurrence` 1 and up) gets another order; 0 is the first training.
     """
     if occurrence == 0:
         return Permutation(rows, f"onward row order 1:{seed}:{sha256}:{epoch}".encode())
@@ -43,7 +43,7 @@ class RowReference(NamedTuple):
 class Plan(Protocol):
     """Which rows each step trains on, from one file or from several.
 
-    Whoever keeps tokens, trains, rebuilds or verifies asks the plan; it is a pure function of what it was made from.
+    Everything that keeps tokens, trains, rebuilds or verifies asks the plan, a pure function of what it was made from.
     """
 
     @property
@@ -82,8 +82,8 @@ class Plan(Protocol):
 class FilePlan:
     """The plan of one file alone.
 
-    Every epoch visits every row once that is not held out. The last batch of an epoch may be smaller, and batches
-    never span two epochs.
+    Every epoch visits every row that is not held out once. The last batch of an epoch may be smaller, and no batch
+    spans two epochs.
 
     Args:
         sha256: identity of the file.
@@ -91,7 +91,7 @@ class FilePlan:
         batch_size: rows per optimizer step, at least 1.
         epochs: passes over the file, at least 1.
         seed: the run's seed.
-        occurrence: how often the stream had the same content before; each time has an order of its own.
+        occurrence: how often the stream had the same content before; each occurrence has an order of its own.
         held_out: indices of the rows that are never trained, in rising order.
     """
 
@@ -152,18 +152,18 @@ class FilePlan:
 
 
 def nth_left(index: int, held_out: Sequence[int]) -> int:
-    """Return the row at an index among those that are left when rows, given in rising order, are held out."""
+    """Return the row at an index among those that are not held out; `held_out` is in rising order."""
     return index + bisect_right(range(len(held_out)), index, key=lambda place: held_out[place] - place)
 
 
 def make_plan(sha256: str, rows: int, config: Config, occurrence: int = 0) -> FilePlan:
-    """Return which rows each step of a file trains under a config, from this file alone."""
+    """Return the plan of a file under a config, with rows from this file alone."""
     held_out = held_out_rows(config.seed, sha256, rows, count_held_out(rows, config.holdout))
     return FilePlan(sha256, rows, config.batch_size, config.epochs, config.seed, occurrence, held_out)
 
 
 def rows_digest(rows: Sequence[RowReference], sources: Sequence[str]) -> str:
-    """Return 16 hex digits that stand for the rows of a step in their order, as the ledger records them.
+    """Return 16 hex digits that identify the rows of a step in their order, as the ledger records them.
 
     Args:
         rows: the rows.

@@ -1,8 +1,8 @@
-"""A chat template that a run brings itself: a file, or one of those for training that TRL ships.
+"""A chat template of the run's own: a file, or one of TRL's templates for training.
 
-Training templates write every message where inference puts it and mark what the model produces, so that rows can be
-proven which the model's own template drops or moves. They are read as files from an installed TRL, whose code is not
-imported. A run keeps a copy: it depends neither on the file nor on TRL any more.
+Training templates write every message where inference puts it and mark what the model produces, so that rows whose
+messages the model's own template drops or moves can be proven. They are read as files from an installed TRL, whose code
+is not imported. A run keeps a copy, and from then on depends neither on the file nor on TRL.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onward.text import quoted
 KEY = "chat_template"
 ENDING = ".jinja"
 SHIPPED = "_training"
-"""How names of TRL's templates for training end; its others are the models' own."""
+"""The ending of the names of TRL's templates for training; its others are the models' own."""
 MISSING = "Name a .jinja file that exists. A run that has trained also has its template in current_model/."
 _NAME = re.compile(r"\w+", re.ASCII)
 
@@ -30,12 +30,12 @@ def find_template(value: str, root: Path, *others: Path) -> tuple[str, str]:
     Args:
         value: a file, absolute or relative to one of the folders, or the name of a template that TRL ships.
         root: the run's directory.
-        others: more folders in which a relative path is looked up.
+        others: further folders in which a relative path is looked up.
 
     Raises:
-        ConfigError: there is no such template, or it is not one.
+        ConfigError: there is no such template, or the file is not one.
     """
-    copy = root / f"{Path(value).stem}{ENDING}"  # of a file or of TRL's, where either is gone by now
+    copy = root / f"{Path(value).stem}{ENDING}"  # the file, or TRL, may be gone by now
     found = (folder / Path(value).expanduser() for folder in (root, *others))
     path = next((path for path in (*found, copy) if path.is_file()), None)
     if path is not None:
@@ -50,13 +50,13 @@ def read_template(value: str | None, root: Path) -> str | None:
     """Return the text of the template that the config of the run in `root` names; None if it names none.
 
     Raises:
-        ConfigError: there is no such template, or it is not one.
+        ConfigError: there is no such template, or the file is not one.
     """
     return None if value is None else find_template(value, root)[1]
 
 
 def keep_template(value: str | None, root: Path) -> tuple[str | None, str]:
-    """Return what the config of a new run in `root` says for a template that a person named, and the template's text.
+    """Return the config value for a template that the user named, in a new run in `root`, and the template's text.
 
     Nothing is written yet; `write_template` makes the copy. A relative path may be meant from the current directory.
 

@@ -21,7 +21,7 @@ class Permutation:
 
     Args:
         size: the number of elements, at least 0.
-        key: what selects the permutation; equal keys always give equal permutations, on every machine.
+        key: selects the permutation; equal keys always give equal permutations, on every machine.
     """
 
     def __init__(self, size: int, key: bytes) -> None:

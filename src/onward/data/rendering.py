@@ -1,4 +1,4 @@
-"""Chat templates as pure functions: what a row renders to depends on the row and the template and nothing else.
+"""Chat templates as pure functions: the text of a row depends on the row and the template and nothing else.
 
 The environment is that of `transformers.utils.chat_template_utils` (a test holds the two equal), with two changes:
 `strftime_now` always answers the same day, so that a row always renders the same, and `{% generation %}` blocks
@@ -43,7 +43,7 @@ class Renderer:
     Args:
         template: the Jinja source.
         variables: what the template sees besides the messages: the special tokens by name.
-        parts: whether the content of a message is handed over as a list with one part, as for models that see.
+        parts: whether the content of a message is passed as a list with one part, as vision models expect.
 
     Raises:
         ModelError: the template is not valid Jinja.
@@ -57,7 +57,7 @@ class Renderer:
                 f"the chat template is not valid Jinja: {error}",
                 hint="repair the tokenizer's chat_template.jinja",
             ) from error
-        self._template.globals = dict(self._template.globals)  # not a chain of dicts, which is a third slower
+        self._template.globals = dict(self._template.globals)  # not a ChainMap, which is a third slower
         self._variables = variables
         self._source = template
         self._parts = parts
@@ -74,7 +74,7 @@ class Renderer:
         *,
         prompt: bool = False,
     ) -> str:
-        """Return the text of `messages`; with `prompt` also the header that asks the model for the next answer.
+        """Return the text of `messages`; with `prompt`, also the header that asks the model for the next answer.
 
         Args:
             arguments: what else the template sees, by name; a row's `chat_template_kwargs`.

@@ -1,6 +1,6 @@
 """Replay: rows of earlier files in the steps of a new one, chosen by a pure function of seed, stream and step.
 
-Experience replay is the oldest remedy against forgetting, and small shares do most of it: 1 % in Scialom et al.
+Experience replay is the oldest remedy for forgetting, and small shares do most of the work: 1 % in Scialom et al.
 ("Fine-tuned Language Models are Continual Learners", 2022), 1-5 % for a weak shift of the data and up to 50 % for a
 strong one in Ibrahim et al. ("Simple and Scalable Strategies to Continually Pre-train Large Language Models", 2024).
 """
@@ -31,7 +31,7 @@ class Source:
     Args:
         rows: rows in the file.
         held_out: indices of the rows that are never trained, in rising order.
-        weight: how often its rows are drawn: the share of this file is its weight by that of all files.
+        weight: how often its rows are drawn: the share of this file is its weight over the sum of all weights.
     """
 
     sha256: str
@@ -47,7 +47,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Pool:
-    """The rows of files that may be trained, as one sequence.
+    """The trainable rows of several files, as one sequence.
 
     Args:
         files: each content once, with the rows that are held out.
@@ -68,14 +68,14 @@ class Pool:
         return RowReference(source.sha256, nth_left(within, source.held_out))
 
     def in_turn(self, number: int, key: str) -> RowReference:
-        """Return a row of an order that a key selects: none comes twice before every other came once."""
+        """Return a row by number in the order that a key selects; no row repeats before every other has come once."""
         turn, place = divmod(number, self.ends[-1])
         return self.row(Permutation(self.ends[-1], f"{key}:{turn}".encode())[place])
 
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """The plan of a file whose steps have rows of earlier files on top of their own.
+    """The plan of a file whose steps have rows of earlier files in addition to their own.
 
     Up to each step there are `share` times as many replayed rows as rows of the file, rounded down: 0.05 of batches
     of 8 rows is one row in every second or third step.
@@ -84,9 +84,9 @@ class ReplayPlan:
         own: the plan of the file alone; its steps stay as they are.
         earlier: the files of the stream before it, in their order, each content once.
         share: replayed rows per row of the file, above 0.
-        weighted: draw files by weight, with replacement; else go through all rows of all files in an order of their
-            own, so that none comes twice before every other came once.
-        key: what the choice depends on in addition to the step: the seed and the stream up to and with the file.
+        weighted: draw files by weight, with replacement; otherwise go through all rows of all files in an order of
+            their own, so that no row repeats before every other has come once.
+        key: what the choice depends on in addition to the step: the seed and the stream up to and including the file.
     """
 
     own: FilePlan
@@ -156,12 +156,12 @@ class ReplayPlan:
         return [self._drawn(number) for number in range(first, last)]
 
     def needed(self, first_step: int = 0) -> set[str]:
-        """Return the files whose rows the steps from one on really take, of all `sources`."""
+        """Return those of `sources` that the steps from `first_step` on actually take rows from."""
         replayed = (self.replayed_at(step) for step in range(first_step, self.steps))
         return {self.sha256, *(row.sha256 for rows in replayed for row in rows)}
 
     def _replayed_before(self, step: int) -> int:
-        """How many rows are replayed in the steps before one."""
+        """Return how many rows are replayed before `step`."""
         epochs, within = divmod(step, self.own.steps_per_epoch)
         rows = epochs * self.trained_rows + min(within * self.own.batch_size, self.trained_rows)
         return int(rows * self._exact_share)
@@ -193,7 +193,7 @@ class ReplayPlan:
 
 
 StreamPlan: TypeAlias = FilePlan | ReplayPlan
-"""What the steps of a file of the stream are made of."""
+"""The plan of a file of the stream."""
 
 
 def replayed_of(plan: StreamPlan, step_in_file: int) -> list[RowReference]:
@@ -202,7 +202,7 @@ def replayed_of(plan: StreamPlan, step_in_file: int) -> list[RowReference]:
 
 
 def needed_by(plan: StreamPlan, first_step: int = 0) -> set[str]:
-    """Return the files whose rows the steps of any plan from one on take."""
+    """Return the files that the steps of any plan take rows from, from `first_step` on."""
     return plan.needed(first_step) if isinstance(plan, ReplayPlan) else {plan.sha256}
 
 

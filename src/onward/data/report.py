@@ -1,4 +1,4 @@
-"""What came of reading one training file: counts, and the rows that something is wrong with."""
+"""The outcome of reading one training file: counts, and the rows that have a problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onward.text import printable
 
 PROBLEMS_SHOWN = 20
 KEYS_COUNTED = 100
-"""Different keys that are counted: rows may have keys of their own."""
+"""The most distinct keys that are counted: every row may have keys of its own."""
 KEYS_NAMED = 12
 
 
@@ -43,10 +43,10 @@ class IntakeReport:
         bad_rows: rows left out because they cannot be trained; `problems` names the first of them.
         longest: tokens of the longest row kept.
         problems: the first problems, at most 20.
-        problem_count: how many there are.
-        unit: what `Problem.line` counts, "line" or "row".
-        notes: how the file was read, where that is not plain from its rows.
-        way_out: how a refused file could be trained without its bad rows, "" where it cannot.
+        problem_count: how many problems there are in all.
+        unit: the unit of `Problem.line`, "line" or "row".
+        notes: how the file was read, where its rows do not make that plain.
+        way_out: how a refused file could be trained without its bad rows; "" if it cannot.
     """
 
     ok: bool
@@ -67,7 +67,7 @@ class IntakeReport:
 
     @property
     def lengths(self) -> Lengths:
-        """What became of rows that are longer than `max_length`."""
+        """What became of the rows that are longer than `max_length`."""
         return Lengths(self.rows, self.truncated, self.dropped, self.split, self.tokens, self.lost_tokens)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class IgnoredKeys:
 
     @property
     def notes(self) -> list[str]:
-        """A note that names the first of them; none if there are none."""
+        """Return a note that names the first of them; no note if there are none."""
         if not self.count:
             return []
         named = [printable(key[:KEY_LENGTH]) for key in list(self.count)[:KEYS_NAMED]]
@@ -98,7 +98,7 @@ class IgnoredKeys:
 
 
 class Problems:
-    """The problems of one file: of rows, which the file may do without, and of the file itself."""
+    """The problems of one file: those of rows, which may be left out, and those of the file itself."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -106,12 +106,12 @@ class Problems:
         self.first: list[Problem] = []
 
     def add(self, line: int | None, refusal: FileError | RowError, *, is_of_file: bool = False) -> None:
-        """Note a problem."""
+        """Record a problem."""
         self.count += 1
         self.of_file += is_of_file
         found: Iterable[Problem] = [*self.first, Problem(line, refusal.reason, refusal.remedy)]
         self.first = sorted(found, key=lambda problem: problem.line or 0)[:PROBLEMS_SHOWN]
 
     def may_be_left_out(self, bad_rows: BadRows, rows: int) -> bool:
-        """Return whether the file may be trained without the rows that have a problem, of `rows` in all."""
+        """Return whether the file, of `rows` rows, may be trained without those that have a problem."""
         return not self.of_file and (not self.count or bad_rows.may_leave_out(self.count, rows))

@@ -1,4 +1,4 @@
-"""Rows to tokens with exact targets: a token is a target if it overlaps the characters that the model produces."""
+"""From rows to tokens with exact targets: a token is a target if it overlaps characters that the model produces."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OverLength: TypeAlias = Literal["auto", "truncate", "drop", "reject"]
 
 
 class TooLong(RowError):
-    """A row that is too long, where the policy is to refuse its file."""
+    """A row is too long, and the policy is to refuse its file."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A row after the length policy: `packed` is None where the row is dropped."""
+    """A row after the length policy: `packed` is None if the row is dropped."""
 
     packed: PackedRow | None
     truncated: bool = False
@@ -42,8 +42,8 @@ class RowTokenizer:
     Args:
         state: the tokenizer; it must have an end token.
         max_length: tokens that a row may have.
-        over_length: what happens to longer rows: cut their end off, leave them out, or refuse them; `auto` splits texts
-            into several rows and cuts others.
+        over_length: what happens to longer rows: they are truncated, left out, or refused; `auto` splits texts into
+            several rows and truncates others.
 
     Raises:
         ModelError: the tokenizer has no end token, or its chat template is not valid Jinja.
@@ -74,7 +74,7 @@ class RowTokenizer:
         return max(len(self._lengths) - 1, self.state.largest_special_id)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides which tokens a row becomes, as values."""
+        """Return the settings that decide which tokens a row becomes."""
         return {"tokenizer": self.fingerprint, "max_length": self.max_length, "over_length": self.over_length}
 
     def prepare(self, record: Record) -> RowText:
@@ -100,7 +100,7 @@ class RowTokenizer:
         return RowText(text, spans, closed=False, ignored=record.ignored, weighed=weighed)
 
     def _weighed(self, chat: Chat) -> Iterator[tuple[float, list[Span]]]:
-        """Yield each weight other than 1 with the characters of the answers that have it."""
+        """Yield each weight other than 1 with the character spans of the answers that have it."""
         for weight in dict.fromkeys(chat.weights.values()):
             others = [turn for turn in chat.turns if chat.weights.get(turn, 1.0) != weight]
             if len(others) < len(chat.turns):
@@ -109,10 +109,10 @@ class RowTokenizer:
     def encode(self, rows: Sequence[RowText], weights: Weights | None = None) -> list[PackedRow]:
         """Return the packed tokens of each row, whatever their length.
 
-        One call with some hundred rows is much faster than one call per row.
+        One call with a few hundred rows is much faster than one call per row.
 
         Args:
-            weights: numbers the weights of targets, of one file.
+            weights: numbers the target weights of one file.
         """
         return self.pack(rows, self.tokenize(rows), weights)
 
@@ -131,7 +131,7 @@ class RowTokenizer:
     def pack(
         self, rows: Sequence[RowText], encodings: Sequence[Any], weights: Weights | None = None
     ) -> list[PackedRow]:
-        """Return the packed tokens of each row from its encoding; `weights` numbers those of targets, of one file."""
+        """Return the packed tokens of each row from its encoding; `weights` numbers the target weights of one file."""
         packed, weights = self._packed(rows, encodings), weights or Weights()
         for place, row in enumerate(rows):
             for weight, spans in row.weighed:
@@ -177,14 +177,14 @@ class RowTokenizer:
         return Fitted(kept, truncated=True)
 
     def split(self, row: RowText, packed: PackedRow, encoding: Any = None) -> list[PackedRow]:
-        """Return the rows that a row is to be trained as: several where it is a text that is too long, else itself.
+        """Return the rows that a row is trained as: several if it is a text that is too long, otherwise itself.
 
-        Laid end to end they are the row, but that each begins with the tokens that the tokenizer begins any text with.
-        Each token is a target as it was, but for the first one of a piece, which nothing predicts.
+        Laid end to end they are the row, except that each begins with the tokens that the tokenizer puts before any
+        text. Each token stays a target or not, except that the first one of a piece never is: nothing predicts it.
 
         Args:
             packed: all tokens of `row`.
-            encoding: what `tokenize` returned for it, if that is at hand.
+            encoding: what `tokenize` returned for it, if available.
         """
         if self.over_length != "auto" or len(packed) <= self.max_length or not _is_text(row):
             return [packed]
@@ -196,7 +196,7 @@ class RowTokenizer:
         return [first, *(_continued(packed[:begin], piece) for piece in others)]
 
     def _places(self, row: RowText, packed: PackedRow, encoding: Any) -> tuple[int, NDArray[np.int64]]:
-        """Return how many tokens stand before the text of a row, and where in the text each of the others starts."""
+        """Return how many tokens precede the text of a row, and where in the text each of the others starts."""
         end = len(row.text)  # where the end token stands
         if self._lengths is not None:
             places = places_of_bytes(row.text, self._lengths[ids_of(packed[:-1])])
@@ -211,7 +211,7 @@ class RowTokenizer:
     def _tokens(self, row: RowText, encoding: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
         """Return the ids of a row, shape (T,), and their character ranges, laid end to end, shape (2 * T,).
 
-        They become arrays row by row, because lists of a whole chunk would keep the garbage collector busy.
+        They become arrays row by row: lists of a whole chunk would keep the garbage collector busy.
         """
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
@@ -221,7 +221,7 @@ class RowTokenizer:
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
     def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
-        """Make a row end with exactly one end token, whatever the tokenizer or the text already put there."""
+        """Make a row end with exactly one end token, whatever the tokenizer or the text already added."""
         while ids and ids[-1] == self._end_id:
             ids.pop()
         del offsets[len(ids) :]
@@ -237,7 +237,7 @@ def _start_token(state: TokenizerState) -> str:
 
 
 def _is_text(row: RowText) -> bool:
-    """Return whether a row is plain text, all of it to be trained."""
+    """Return whether a row is plain text, all of which is trained."""
     return not row.closed and row.spans == [(0, len(row.text) + 1)]
 
 
@@ -251,8 +251,8 @@ def _continued(begin: PackedRow, piece: PackedRow) -> PackedRow:
 def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return for every token of every row, laid end to end, whether it is a target.
 
-    Some tokenizers trim white space off their offsets (GPT-2's `trim_offsets`), which leaves a token of nothing but
-    white space with an empty range. A token therefore starts no later than where the one before it ended.
+    Some tokenizers trim white space off their offsets (GPT-2's `trim_offsets`), which gives a token of nothing but
+    white space an empty range. A token is therefore taken to start no later than where the one before it ended.
     """
     firsts = (np.cumsum(lengths) - lengths)[lengths > 0]
     bases = np.cumsum([0] + [len(row.text) + 2 for row in rows])[:-1]

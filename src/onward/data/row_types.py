@@ -8,23 +8,23 @@ from math import isfinite
 from typing import Any, TypeAlias
 
 KEY_LENGTH = 80
-"""Characters that are shown of a key, which may be as long as a row."""
+"""The most characters shown of a key, which may be as long as a row."""
 
 Message: TypeAlias = dict[str, Any]
 
 UNSEEN = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u00ad\u200b\u200c\u200d\u2060\ufeff"
-"""White space, and characters of no width: a text of nothing else says nothing."""
+"""White space and zero-width characters: a text of nothing else counts as empty."""
 
 
 @dataclass(frozen=True)
 class UnreadableValue:
-    """Stands for a value that Python cannot hold; harmless under a key that no row format asks for."""
+    """A placeholder for a value that Python cannot represent; harmless under a key that no row format reads."""
 
     reason: str
 
 
 class RowError(Exception):
-    """A row that cannot be trained on.
+    """A row cannot be trained on.
 
     Args:
         reason: what is wrong with the row.
@@ -42,11 +42,11 @@ class Chat:
     """A conversation; the loss covers its assistant turns.
 
     Args:
-        messages: each has `role` and `content` (a string) and whatever other keys the row gave it.
+        messages: each has `role`, `content` (a string), and whatever other keys the row gave it.
         tools: the schemas of the tools that the assistant may call.
-        untrained: places in `messages` of assistant turns that are in the text but not in the loss.
-        weights: what the tokens of an assistant turn count in the loss, by place, where that is not 1.
-        arguments: what the row hands to the chat template by name.
+        untrained: indices in `messages` of the assistant turns that are in the text but not in the loss.
+        weights: the loss weight of an assistant turn's tokens, by index in `messages`, where it is not 1.
+        arguments: what the row passes to the chat template by name.
         ignored: keys of the row that nothing reads.
     """
 
@@ -59,7 +59,7 @@ class Chat:
 
     @property
     def turns(self) -> list[int]:
-        """The places in `messages` of the assistant turns that the loss covers."""
+        """The indices in `messages` of the assistant turns that the loss covers."""
         return [
             place
             for place, message in enumerate(self.messages)
@@ -69,7 +69,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and its continuation; the loss covers the continuation, whose tokens count `weight`."""
+    """A prompt and its continuation; the loss covers the continuation, whose tokens have the weight `weight`."""
 
     prompt: str
     completion: str
@@ -79,7 +79,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text; the loss covers all of it, and its tokens count `weight`."""
+    """Plain text; the loss covers all of it, and its tokens have the weight `weight`."""
 
     text: str
     ignored: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ def kind_of(value: object) -> str:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse a text that holds half of a surrogate pair."""
+    """Refuse a text that contains half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -122,7 +122,7 @@ def check_answer(text: str, where: str) -> None:
 
 
 def check_strings(value: Any, where: str) -> None:
-    """Refuse a value that JSON does not know, or a broken string, however deep it is nested."""
+    """Refuse a value that JSON does not have, or a broken string, however deeply it is nested."""
     if isinstance(value, str):
         check_text(value, where)
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A long text as several rows: cut between tokens, at the end of a sentence or at white space, and nothing is lost."""
+"""Splits a long text into several rows, between tokens, at the end of a sentence or at white space; nothing is lost."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 ENDS = frozenset(".!?\u2026")
-"""Characters that end a sentence where white space follows them, or a quote or bracket and then white space."""
+"""Characters that end a sentence if white space follows, or a quote or bracket and then white space."""
 WIDE_ENDS = frozenset("\u3002\uff01\uff1f\uff1b")
 """Characters that end a sentence whatever follows."""
 CLOSERS = frozenset("\"')]}\u00bb\u201d\u2019\u300d\u300f")
 LEAST = 2
-"""Tokens of a piece at least: of a row of one token nothing is trained."""
+"""The fewest tokens of a piece: nothing is trained of a row of one token."""
 BLANKS = 8
-"""White space looked back over for the end of a sentence."""
+"""How many characters of white space are skipped backwards in search of the end of a sentence."""
 INSIDE = -1
-"""Stands for a place inside a character."""
+"""Marks a place inside a character."""
 
 
 def places_of_bytes(text: str, sizes: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """Return the character before which each token starts, shape (T + 1,), the end included; `INSIDE` inside one.
+    """Return the character index at which each token starts, shape (T + 1,) with the end; `INSIDE` if inside one.
 
     Args:
-        sizes: bytes of each token, shape (T,), which tile the text.
+        sizes: bytes of each token, shape (T,); together they tile the text.
 
     Returns:
-        None where they do not.
+        None if they do not.
     """
     data = np.frombuffer(text.encode(), dtype=np.uint8)
     ends = np.cumsum(sizes)
@@ -38,14 +38,14 @@ def places_of_bytes(text: str, sizes: NDArray[np.int64]) -> NDArray[np.int64] | 
 
 
 def places_of_ranges(text: str, ranges: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the same from the character range of each token, shape (T, 2)."""
+    """Return the same, from the character range of each token, shape (T, 2)."""
     starts, ends = ranges.T
     before = np.append(0, np.maximum.accumulate(ends)[:-1])
     return np.append(np.where(starts >= before, starts, INSIDE), len(text))
 
 
 def cuts(text: str, places: NDArray[np.int64], room: int) -> list[int]:
-    """Return the tokens before which a text is cut, so that no piece has more than `room` tokens.
+    """Return the indices of the tokens before which a text is cut, so that no piece has more than `room` tokens.
 
     A piece ends with a sentence if one ends in its second half, else before white space, else between two characters.
     """
@@ -63,7 +63,7 @@ def cuts(text: str, places: NDArray[np.int64], room: int) -> list[int]:
 
 
 def _last_end(text: str, places: NDArray[np.int64], latest: int, earliest: int) -> int:
-    """Return the last token of a range before which a paragraph or a sentence ends; 0 if there is none."""
+    """Return the last token in a range that follows the end of a paragraph or a sentence; 0 if there is none."""
     for at in range(latest, earliest - 1, -1):
         place = int(places[at])
         if 0 < place < len(text) and _ends_sentence(text, place):

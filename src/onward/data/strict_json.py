@@ -1,4 +1,4 @@
-"""JSON whose objects have each key once: where one stands twice, parsers keep the last value without a word."""
+"""JSON whose objects have each key once: if a key is repeated, parsers silently keep the last value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 KEPT = "keep one of them"
-"""The remedy for a key that stands twice."""
+"""The remedy for a repeated key."""
 
 
 class RepeatedKey(ValueError):
@@ -32,15 +32,15 @@ def parsed(text: str) -> Any:
 
 
 def require_single_keys(value: Any, text: str) -> None:
-    """Refuse a text whose objects have a key twice; most texts are not parsed again for it.
+    """Refuse a text in which an object has a key twice; most texts are not parsed again for this.
 
     Args:
-        value: what the text was parsed to.
+        value: the parsed text.
 
     Raises:
         RepeatedKey: an object has a key twice.
     """
-    if text.count('":') + text.count('" :') != _count_keys(value):  # a text may hold these characters as well
+    if text.count('":') + text.count('" :') != _count_keys(value):  # strings may contain these characters too
         json.loads(text, object_pairs_hook=_single)
 
 

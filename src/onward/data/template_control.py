@@ -1,7 +1,7 @@
-"""Whether a chat template lets what messages say decide what else it writes, by its syntax tree.
+"""Finds out from its syntax tree whether a chat template lets what messages say decide what else it writes.
 
-Most templates only write contents, or look for pieces of text in them. One that asks for more (how long a question is)
-may give another text for the beginning of a chat than for the whole, whatever it gives for other contents.
+Most templates only write contents, or look for pieces of text in them. One that looks at more (say, the length of a
+question) may render the beginning of a chat differently from the whole, whatever it does with other contents.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from jinja2 import nodes
 
 CONTENTS = frozenset(("content", "text", "value"))
-"""Keys under which a message, or a part of one, has its text."""
+"""Keys under which a message, or a part of one, holds its text."""
 HARMLESS_TESTS = frozenset(("boolean", "defined", "iterable", "mapping", "none", "sequence", "string", "undefined"))
-"""Tests that any text passes, or none."""
+"""Tests that either every text passes or none does."""
 HARMLESS_FILTERS = frozenset(("d", "default", "safe", "string", "trim"))
 STRIPS = frozenset(("lstrip", "rstrip", "strip"))
 SEARCHES = frozenset(
@@ -27,11 +27,11 @@ CHOICES = frozenset(("groupby", "reject", "rejectattr", "select", "selectattr", 
 
 @dataclass
 class Control:
-    """What decides in a template.
+    """What a template bases decisions on.
 
     Args:
         words: words that contents are compared with.
-        by_more: whether something decides that is no piece of text in a content.
+        by_more: whether anything other than a piece of text in a content decides.
     """
 
     words: set[str] = field(default_factory=set[str])
@@ -39,7 +39,7 @@ class Control:
 
 
 def control_of(tree: nodes.Node) -> Control:
-    """Return what decides in a template."""
+    """Return what a template bases decisions on."""
     judge = _Judge(_Contents(tree))
     for test in _tests(tree):
         judge.look_at(test)
@@ -62,7 +62,7 @@ def _strings(found: Iterable[nodes.Node]) -> Iterator[str]:
 
 
 class _Contents:
-    """Tells which expressions are made of contents: directly, or of names that were given some."""
+    """Tells which expressions are made of contents: directly, or through names that contents were assigned to."""
 
     def __init__(self, tree: nodes.Node) -> None:
         self._names: set[str] = set()
@@ -97,7 +97,7 @@ class _Contents:
         self._names |= {name.name for name in [target, *target.find_all(nodes.Name)] if isinstance(name, nodes.Name)}
 
     def made_of(self, node: nodes.Node) -> bool:
-        """Whether a content is a part of an expression."""
+        """Whether a content is part of an expression."""
         return any(self._is_one(part) for part in [node, *node.find_all((nodes.Name, nodes.Getattr, nodes.Getitem))])
 
     def _is_one(self, node: nodes.Node) -> bool:
@@ -117,7 +117,7 @@ class _Judge:
         self.found = Control()
 
     def look_at(self, node: nodes.Node) -> None:
-        """Find what of contents an expression depends on."""
+        """Find out which properties of contents an expression depends on."""
         if not self._contents.made_of(node) or self._is_plain(node):
             return
         if isinstance(node, nodes.Not):
@@ -140,7 +140,7 @@ class _Judge:
             self.found.words.update(_strings(fixed))
 
     def _is_plain(self, node: nodes.Node) -> bool:
-        """Whether an expression is a content, or what stands before or after a piece of text in it."""
+        """Whether an expression is a content, or the text before or after a piece of text in it."""
         if isinstance(node, nodes.Name | nodes.Getattr):
             return True
         if isinstance(node, nodes.Getitem):

@@ -1,4 +1,4 @@
-"""What a chat template reads, by its syntax tree: which names, which keys, and which pieces of text it looks for."""
+"""What a chat template reads, from its syntax tree: which names, which keys, and which pieces of text it looks for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Reads:
 
     Args:
         names: variables that it takes from its caller.
-        keys: every string and attribute by which it can look into a message.
+        keys: every string and attribute that it may use as a key of a message.
         marks: pieces of text whose presence in a message may change how the template renders, the longest first.
-        weighs: whether how it renders may depend on contents in other ways.
+        weighs: whether rendering may depend on contents in other ways.
     """
 
     names: frozenset[str]
@@ -33,7 +33,7 @@ class Reads:
 
     @classmethod
     def of(cls, source: str, environment: jinja2.Environment) -> Reads:
-        """Return what a template reads; `source` is valid for the environment."""
+        """Return what a template reads; `source` must be valid in the environment."""
         tree = environment.parse(source)
         keys = {node.attr for node in tree.find_all(nodes.Getattr)} | set(_strings(tree))
         control = control_of(tree)
@@ -49,8 +49,8 @@ class Reads:
 def _marks(tree: nodes.Node) -> Iterator[str]:
     """Yield the strings that can decide what is rendered.
 
-    Strings that are only written cannot. Words are names of roles and keys, unless a method of strings takes them; what
-    `strip` takes off is seen to be missing.
+    Strings that are only written cannot. Words are names of roles and keys, unless a string method takes them; what
+    `strip` removes is noticed as missing.
     """
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Getattr) and call.node.attr in SEARCHES:

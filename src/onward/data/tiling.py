@@ -1,9 +1,9 @@
-"""Targets without offsets: where the tokens of a text tile its bytes, their lengths say where each one stands.
+"""Targets without offsets: if the tokens of a text tile its bytes, their lengths say where each token is.
 
 The `tokenizers` library spends a sixth of its time on the character range of every token, and listing the ranges in
 Python takes longer than everything else that intake does. The tokens of a byte-level tokenizer without a normalizer
-(SmolLM2, GPT-2, StarCoder) tile a text. All others are packed from the ranges, and so is a row whose tokens turn out
-not to cover it exactly.
+(SmolLM2, GPT-2, StarCoder) tile a text. Rows of all others are packed from the ranges, and so is any row that its
+tokens turn out not to cover exactly.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from onward.data.rows.template import RowText
 from onward.data.tokenized import PackedRow, pack
 
 SPLITTERS = ("Digits", "Split")
-"""Pre-tokenizers that only cut a text."""
+"""Pre-tokenizers that only split a text."""
 
 
 def byte_lengths(backend: Any) -> NDArray[np.int64] | None:
-    """Return how many bytes of a text each token id stands for, shape (largest id + 1,).
+    """Return how many bytes of text each token id covers, shape (largest id + 1,).
 
-    None where tokens do not tile a text, or where one id belongs to two tokens of different lengths. Ids may have gaps;
-    the length at an id without a token is 0.
+    None if tokens do not tile a text, or if one id belongs to two tokens of different lengths. Ids may have gaps; the
+    length at an id without a token is 0.
     """
     if not _tiles_text(backend):
         return None
@@ -39,10 +39,10 @@ def byte_lengths(backend: Any) -> NDArray[np.int64] | None:
 
 
 def _token_lengths(backend: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the id of every token that can be in an encoding, and how many bytes it stands for.
+    """Return the id of every token that can be in an encoding, and how many bytes it covers.
 
-    A token of the model is written in letters that each stand for one byte; an added token is plain text. One that is
-    both counts as both, except where its text holds anything but those letters, because the model never makes it then.
+    A token of the model is spelled in letters that each stand for one byte; an added token is plain text. One that is
+    both counts as both, unless its text contains other characters, because then the model never produces it.
     """
     model: dict[str, int] = backend.get_vocab(with_added_tokens=False)
     added = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
@@ -60,12 +60,12 @@ def _token_lengths(backend: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def pack_tiled(
     rows: Sequence[RowText], ids: Sequence[list[int]], lengths: NDArray[np.int64], end_id: int
 ) -> list[PackedRow | None]:
-    """Return the packed tokens of rows from their token ids; None where these do not cover a row's text exactly.
+    """Return the packed tokens of rows from their token ids; None for a row whose text these do not cover exactly.
 
     Args:
-        ids: the token ids of each row; a row that is not closed gets the end token here.
-        lengths: as `byte_lengths` gives them.
-        end_id: the token that closes a row and stands for one more byte after its text.
+        ids: the token ids of each row; a row that is not closed gets its end token here.
+        lengths: as `byte_lengths` returns them.
+        end_id: the token that closes a row and counts as one more byte after its text.
     """
     if not rows:
         return []
@@ -88,7 +88,7 @@ def pack_tiled(
 def _targets(
     rows: Sequence[RowText], fits: NDArray[np.bool_], ends: NDArray[np.int64], bases: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return which of all tokens overlap a span; `ends` and `bases` count the bytes of all rows laid end to end."""
+    """Return which tokens overlap a span; `ends` and `bases` count the bytes of all rows laid end to end."""
     spans = [
         (base + _byte(row.text, start), base + _byte(row.text, end))
         for row, fit, base in zip(rows, fits.tolist(), bases.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""One training file to tokens: every row is checked, and all of them are published or none."""
+"""Tokenizes a training file: every row is checked, and either all of them are published or none."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def tokenize_file(
 ) -> IntakeReport:
     """Check every row of `source` and publish its tokens as `directory`, or publish nothing and say why.
 
-    The file is opened once, and its bytes are hashed while they are read: what is published has the hash `sha256`. Any
-    error that the content causes becomes a problem in the report.
+    The file is opened once and its bytes are hashed while they are read, so what is published has the hash `sha256`.
+    Any error that the content causes becomes a problem in the report.
 
     Args:
         source: the training file.
@@ -65,11 +65,11 @@ def tokenize_file(
         sha256: the hash of the file's bytes, or of what they unpack to; kept in meta.json.
         row_tokenizer: the tokenizer and the length policy.
         stop: called for every row, good or bad; may raise to give up, and then nothing is left behind.
-        reading: how the file is read, and what may be wrong with it.
+        reading: how the file is read, and how many rows may be bad.
 
     Raises:
         FileExistsError: `directory` exists.
-        SourceChanged: the content that was read is not the one that has the hash `sha256`.
+        SourceChanged: the content that was read does not have the hash `sha256`.
         OSError, MemoryError: the machine cannot read the file or write the tokens; trying again may help.
     """
     if directory.exists():
@@ -95,9 +95,9 @@ def check_rows(
     stop: Callable[[], None] = lambda: None,
     reading: Reading | None = None,
 ) -> IntakeReport:
-    """Check every row of `source` as `tokenize_file` does, which has the same arguments and errors; write nothing.
+    """Check every row of `source` as `tokenize_file` does, with the same arguments and errors, but write nothing.
 
-    Links are followed, and nothing notices if the file changes meanwhile: it is its owner's still.
+    Links are followed, and nobody notices if the file changes meanwhile: it still belongs to its owner.
 
     Args:
         observe: receives the line and the tokens of every row that is not refused, in order.
@@ -108,7 +108,7 @@ def check_rows(
 
 
 class _Stop:
-    """The caller's request to stop; remembers what it raised, since no file is to blame for that."""
+    """The caller's request to stop; remembers what it raised, for which no file is to blame."""
 
     def __init__(self, stop: Callable[[], None]) -> None:
         self._stop = stop
@@ -167,12 +167,12 @@ class _Intake:
             self._notes = source.notes
 
     def _tokenize(self, chunks: Iterable[_Chunk]) -> None:
-        """Take chunks in; one is tokenized in another thread while the next is read and the last written."""
+        """Process chunks; one is tokenized in another thread while the next is read and the previous one written."""
         ahead: _Ahead | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="onward-tokenizer") as thread:
             for chunk in chunks:
                 if ahead is not None and _characters(chunk) > CHUNK_CHARACTERS:
-                    self._take(*ahead)  # a long row takes much memory: no other chunk is held with it
+                    self._take(*ahead)  # a long row takes a lot of memory: no other chunk is kept with it
                     ahead = None
                 encoding = thread.submit(self._row_tokenizer.tokenize, [text for _, text in chunk])
                 if ahead is not None:
@@ -206,7 +206,7 @@ class _Intake:
         )
 
     def _readable(self, source: SourceFile, sha256: str | None) -> Iterator[SourceRow]:
-        """Yield the rows of a file as far as it can be read, then compare all of its bytes with its hash."""
+        """Yield the rows of a file as far as it can be read, then check all of its bytes against its hash."""
         is_read_in_order = source.form not in SEEKS
         if sha256 is not None and not is_read_in_order:
             source.check_read(sha256, self._stop)
@@ -262,7 +262,7 @@ class _Intake:
         self._writer.append(kept, lines)
 
     def _fitted(self, line: int, pieces: Sequence[PackedRow]) -> list[PackedRow]:
-        """Apply the length policy to the pieces of a row, and count what is lost; return what is left."""
+        """Apply the length policy to the pieces of a row and count what is lost; return what is left."""
         try:
             fitted = [self._row_tokenizer.fit(piece) for piece in pieces]
         except RowError as error:
@@ -270,7 +270,7 @@ class _Intake:
             return []
         for one in fitted:
             self._observe(line, one)
-        if len(fitted) == 1 and fitted[0].packed is pieces[0]:  # as it was, like nearly every row
+        if len(fitted) == 1 and fitted[0].packed is pieces[0]:  # unchanged, like nearly every row
             return [pieces[0]]
         kept = [one.packed for one in fitted if one.packed is not None]
         self._split += len(pieces) > 1
@@ -302,7 +302,7 @@ class _Intake:
             yield line, text, packed, None
 
     def _refuse(self, line: int | None, error: BaseException, *, is_of_file: bool = False) -> None:
-        """Note a problem of a row, or one that refuses the file; the one place that decides what is to blame."""
+        """Record a problem of a row, or one that refuses the file; only here is it decided what is to blame."""
         if self._stop.raised is not None:
             raise self._stop.raised
         self._problems.add(line, refusal_of(error), is_of_file=is_of_file)

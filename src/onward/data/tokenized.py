@@ -1,4 +1,4 @@
-"""A tokenized file on disk: memory-mapped arrays, from which a step reads only its own rows.
+"""A tokenized file on disk: memory-mapped arrays, of which a step reads only its own rows.
 
 tokens.bin   little-endian uint32, all rows one after another: the top bit marks a target, seven more number its weight
 offsets.bin  little-endian int64, rows + 1: row i is tokens[offsets[i]:offsets[i + 1]]
@@ -24,11 +24,11 @@ from onward.digest import xxh3_file
 from onward.errors import DamagedState
 
 FORMAT, WEIGHED_FORMAT = 1, 2
-"""Formats of files all of whose targets have the weight 1, and of others."""
+"""Formats of files whose targets all have the weight 1, and of other files."""
 TARGET_BIT = np.uint32(1 << 31)
 WEIGHT_SHIFT, MOST_WEIGHTS = 24, 127
 ID_BITS = np.uint32((1 << WEIGHT_SHIFT) - 1)
-"""Bits of a token's id: no vocabulary has 16 million tokens."""
+"""The bits of a token's id: no vocabulary has 16 million tokens."""
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
 HINT = "remove this directory: it is a cache that is rebuilt from the archived file"
 
@@ -42,7 +42,7 @@ class Row:
     Args:
         ids: token ids, int64, shape (T,).
         targets: which tokens the loss covers, bool, shape (T,); never the first, which nothing predicts.
-        weights: what the loss of each target counts, float32, shape (T,); None where each counts 1.
+        weights: the weight of each target in the loss, float32, shape (T,); None if each has weight 1.
     """
 
     ids: NDArray[np.int64]
@@ -51,7 +51,7 @@ class Row:
 
 
 class Weights:
-    """The weights other than 1 that targets of one file have, by number, from 1."""
+    """The weights other than 1 that targets of one file have, numbered from 1."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -70,17 +70,17 @@ class Weights:
 
     @property
     def notes(self) -> list[str]:
-        """What is reported of them when the file is accepted."""
+        """Return what is reported of them when the file is accepted."""
         said = ", ".join(f"{value:g}" for value in self.values)
         return [f"weights of tokens in the loss, besides 1: {said}"] if said else []
 
     def facts(self) -> dict[str, Any]:
-        """Return what the file's meta.json says of them; nothing where all targets have the weight 1."""
+        """Return what the file's meta.json says of them; nothing if all targets have the weight 1."""
         return {"format": WEIGHED_FORMAT, "weights": self.values} if self.values else {}
 
 
 def pack(ids: NDArray[Any], targets: NDArray[np.bool_]) -> PackedRow:
-    """Return ids, shape (T,), and targets, bool (T,), as the uint32 that `tokens.bin` holds."""
+    """Return ids, shape (T,), and targets, bool, shape (T,), as the uint32 values that `tokens.bin` holds."""
     return np.where(targets, ids.astype(np.uint32) | TARGET_BIT, ids.astype(np.uint32))
 
 
@@ -90,7 +90,7 @@ def ids_of(packed: PackedRow) -> PackedRow:
 
 
 def weighed(packed: PackedRow, chosen: NDArray[np.bool_], number: int) -> PackedRow:
-    """Return packed tokens of which the chosen ones, bool, shape (T,), have the weight of this number."""
+    """Return packed tokens in which the chosen ones, bool, shape (T,), have the weight with this number."""
     return np.where(chosen, packed | np.uint32(number << WEIGHT_SHIFT), packed)
 
 
@@ -98,7 +98,7 @@ def unpack(packed: PackedRow, weights: NDArray[np.float32] | None = None) -> Row
     """Return the row that `pack` packed.
 
     Args:
-        weights: the weight of each number, that of number 0 being 1; None where each target has the weight 1.
+        weights: the weight by number, that of number 0 being 1; None if each target has the weight 1.
     """
     ids, targets = ids_of(packed).astype(np.int64), packed >= TARGET_BIT
     numbers = (packed & ~TARGET_BIT) >> np.uint32(WEIGHT_SHIFT)
@@ -123,7 +123,7 @@ class RowCount:
 
 
 class TokenizedWriter(RowCount):
-    """Writes a tokenized file under a temporary name; `publish` renames it to its final place in one act.
+    """Writes a tokenized file under a temporary name; `publish` renames it to its final place atomically.
 
     Args:
         directory: the final place, which must not exist yet.
@@ -152,10 +152,11 @@ class TokenizedWriter(RowCount):
     def publish(self, meta: dict[str, Any]) -> None:
         """Rename everything into place, `meta` included.
 
-        Nothing is forced to the disk: damage from a power cut is noticed when the file is opened, and it is rebuilt.
+        Nothing is forced to the disk: damage from a power cut is noticed when the file is opened, and the file is
+        rebuilt.
 
         Raises:
-            FileExistsError: the final place is taken.
+            FileExistsError: the final place exists.
         """
         files: dict[str, Any] = {}
         for name, stream in self._streams.items():
@@ -206,10 +207,10 @@ class TokenizedFile:
 
     @classmethod
     def open(cls, directory: Path, *, verify: bool = True) -> TokenizedFile:
-        """Map the arrays of `directory`; with `verify` after comparing their hashes.
+        """Map the arrays of `directory`; with `verify`, after comparing their hashes.
 
         Raises:
-            DamagedState: a file is missing, has another size, or, with `verify`, another hash than was published.
+            DamagedState: a file is missing or its size (with `verify`, also its hash) is not what was published.
         """
         try:
             meta: dict[str, Any] = json.loads((directory / "meta.json").read_bytes())

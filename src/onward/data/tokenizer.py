@@ -25,9 +25,9 @@ from onward.errors import ModelError
 
 STATE_FORMAT = 1
 _KIND = f"onward tokenizer {STATE_FORMAT}.{FORMAT} "
-"""How the file of a stored state begins."""
+"""The beginning of the file of a stored state."""
 LAST_CALL = ("padding", "truncation")
-"""Entries of a serialized tokenizer that say how it was last called, not what it is."""
+"""Entries of a serialized tokenizer that record how it was last called and are no part of it."""
 WEIGHT_ENDINGS = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
 )
@@ -36,7 +36,7 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class TokenizerState:
-    """All that decides how a tokenizer turns rows into tokens and targets.
+    """Everything that decides how a tokenizer turns rows into tokens and targets.
 
     Args:
         backend: the tokenizer of the `tokenizers` library, in its own JSON form, without padding and truncation.
@@ -47,7 +47,7 @@ class TokenizerState:
         eos_id: id of the token that ends a text, if there is one.
         pad_id: id of the padding token, if there is one.
         splits_special_tokens: whether special tokens found in a text are tokenized like any other text.
-        fingerprint: SHA-256 of all that decides how rows become tokens and targets, by which a run knows its tokenizer.
+        fingerprint: SHA-256 of all of the above, by which a run recognizes its tokenizer.
     """
 
     backend: str
@@ -91,7 +91,7 @@ class TokenizerState:
         return state
 
     def with_template(self, template: str | None) -> TokenizerState:
-        """Return the state of this tokenizer with another chat template; with None itself.
+        """Return the state of this tokenizer with another chat template; with None, itself.
 
         Raises:
             ModelError: the template is not valid Jinja.
@@ -142,10 +142,10 @@ class TokenizerState:
 
 
 def save_tokenizer_state(path: Path, state: TokenizerState) -> None:
-    """Store a state as the file `path`, in one act.
+    """Atomically store a state as the file `path`.
 
     Raises:
-        OSError: the disk is full or fails.
+        OSError: the disk is full or failing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_checked(path, state.to_json().encode(), _KIND)
@@ -155,7 +155,7 @@ def load_tokenizer_state(path: Path) -> TokenizerState | None:
     """Return the state that was stored as `path`; None if there is none, or if the file is damaged or outdated.
 
     Raises:
-        OSError: the file is there but cannot be read.
+        OSError: the file exists but cannot be read.
     """
     body = read_checked(path, _KIND)
     return None if body is None else TokenizerState.from_json(body)
@@ -164,7 +164,7 @@ def load_tokenizer_state(path: Path) -> TokenizerState | None:
 def tokenizer_files_digest(folder: Path) -> str:
     """Return a SHA-256 of everything that decides which tokenizer transformers loads from a model folder.
 
-    That is every file that does not hold weights, by name and content, because the names of vocabulary files differ
+    That is every file that does not hold weights, by name and content, because vocabulary files have different names
     from one model to the next; and the versions of the libraries that read them. Equal digests mean equal states.
 
     Raises:
@@ -182,7 +182,7 @@ def tokenizer_files_digest(folder: Path) -> str:
 
 @functools.cache  # the longest part of the digest of a usual tokenizer
 def _library_versions() -> tuple[str, str]:
-    """Return the versions of what reads a tokenizer's files, which is not imported for it."""
+    """Return the versions of the libraries that read a tokenizer's files, without importing them."""
     from importlib.metadata import version
 
     return version("tokenizers"), version("transformers")
@@ -205,7 +205,7 @@ def _as_never_called(backend: Any, text: str) -> str:
 
 
 def _fingerprint(backend: str, template: str, special_tokens_map: dict[str, str], eos_id: int | None) -> str:
-    """Return the fingerprint; every run has recorded it in its ledger, so it must never change."""
+    """Return the fingerprint; every run records it in its ledger, so it must never change."""
     values = {key: value for key, value in json.loads(backend).items() if key not in LAST_CALL}
     return sha256_json([FORMAT, values, hashlib.sha256(template.encode()).hexdigest(), special_tokens_map, eos_id])
 

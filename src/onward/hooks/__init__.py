@@ -1,1 +1,1 @@
-"""What is done at a boundary: one file each."""
+"""What is done at a boundary, one file per task."""

@@ -1,9 +1,9 @@
-"""Whether the answers of a file say anything, and whether they belong to their questions.
+"""Judges whether the answers of a file say anything, and whether they belong to their questions.
 
-Shuffled answers do not make a model forget what came before: it learns their form all the same, so that no loss on
-earlier rows tells of them. What tells is that each answer is as probable after the question of another row as after its
-own, which is a permutation test of independence with the model as its statistic. A model that knows the answers of
-earlier files by their questions, and those of this file not at all, is what a guard acts on.
+Shuffled answers do not make a model forget what came before: it learns their form all the same, so the loss on earlier
+rows does not reveal them. What reveals them is that each answer is as probable after another row's question as after
+its own: a permutation test of independence with the model as its statistic. The guard acts if the model can tell which
+answers of earlier files belong to which questions, but cannot for this file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import numpy as np
 from onward.data.tokenized import Row
 
 LOOKS = (16, 32, 64)
-"""Numbers of rows after which it is judged; only a file that is not clear yet is looked at further."""
+"""Numbers of rows after which a file is judged; only if that is not clear yet, more rows are looked at."""
 CLEAR = 3.0
-"""Standard errors above zero at which answers belong to their questions beyond doubt."""
+"""Standard errors above zero from which answers belong to their questions beyond doubt."""
 FEWEST = 8
 """With fewer rows no verdict is given."""
 FEW_TOKENS, NEARLY_ALL = 4, 0.9
-"""A file of which so many different tokens make up this share says one thing over and over."""
+"""A file in which so few distinct tokens make up this share of an answer says one thing over and over."""
 LONG = 8
-"""Tokens of an answer from which that is odd: labels are a few tokens, and there are few of them."""
+"""Length of an answer, in tokens, from which that is odd: labels are a few tokens, and there are few of them."""
 
 Losses = Callable[[Sequence[Row]], Sequence[float]]
 """Returns the mean loss over the target tokens of each row."""
@@ -40,9 +40,9 @@ class Fit:
     """How much better answers fit their own questions than those of other rows.
 
     Args:
-        z: the mean gain in standard errors; None where there was too little to judge.
-        rows: rows that were looked at.
-        worst: places of those whose answer fits another question better, the worst first.
+        z: the mean gain in standard errors; None if there was too little to judge.
+        rows: how many rows were looked at.
+        worst: indices of the rows whose answer fits another question better, the worst first.
     """
 
     z: float | None
@@ -56,7 +56,7 @@ class Fit:
 
 
 def fit_of(rows: Sequence[Row], losses: Losses) -> Fit:
-    """Judge rows by a model, some at first, more where that is not clear.
+    """Judge rows by a model: a few at first, more if that is not clear.
 
     Args:
         rows: in the order in which they are looked at.
@@ -78,14 +78,14 @@ def fit_of(rows: Sequence[Row], losses: Losses) -> Fit:
 
 
 def standard_errors(gains: Sequence[float]) -> float | None:
-    """Return by how many standard errors the mean of gains lies above zero; None of fewer than `FEWEST`."""
+    """Return by how many standard errors the mean of gains is above zero; None if there are fewer than `FEWEST`."""
     if len(gains) < FEWEST:
         return None
     return fmean(gains) / max(stdev(gains) / math.sqrt(len(gains)), 1e-9)
 
 
 def say_the_same(rows: Sequence[Row]) -> bool:
-    """Whether all rows say one thing: all of them the same, or each a few tokens over and over."""
+    """Whether all rows say one thing: all of them the same, or each of them a few tokens over and over."""
     said = [row.ids[row.targets].tolist() for row in rows]
     if len(said) < FEWEST:
         return False
@@ -97,13 +97,13 @@ def say_the_same(rows: Sequence[Row]) -> bool:
 
 
 def _question(row: Row) -> int | None:
-    """Return where the first answer begins; None where nothing but the first token stands before it."""
+    """Return where the first answer begins; None if nothing but the first token precedes it."""
     first = int(np.argmax(row.targets)) if row.targets.any() else 0
     return first if first > 1 else None
 
 
 def _exchanged(rows: Sequence[Row], place: int) -> Row | None:
-    """Return the answer of a row behind the question of the next row that is answered otherwise; None if none is."""
+    """Return a row's answer after the question of the next row with another answer; None if there is none."""
     row, first = rows[place], _question(rows[place])
     if first is None:
         return None
@@ -118,15 +118,15 @@ def _exchanged(rows: Sequence[Row], place: int) -> Row | None:
 
 
 def judged(rows: Sequence[Row], losses: Losses, references: Iterator[Sequence[Row]]) -> dict[str, Any]:
-    """Judge the rows of a file before it is trained; returns JSON values.
+    """Judge the rows of a file before it is trained; return JSON values.
 
     Args:
         rows: rows of the file, in the order in which they are looked at.
-        references: rows of earlier files, by which it is known what the model can tell; read only in doubt.
+        references: rows of earlier files, which show what the model can tell; read only in doubt.
 
     Returns:
         `same`: whether all rows say one thing. `z`: standard errors by which answers fit their own questions better
-        than others; None where that cannot be judged. `known`: whether the model can tell answers of an earlier file.
+        than others; None if that cannot be judged. `known`: whether the model can tell the answers of an earlier file.
     """
     if say_the_same(rows[: LOOKS[0]]):
         return {"same": True, "z": None, "known": None, "rows": min(LOOKS[0], len(rows)), "worst": []}

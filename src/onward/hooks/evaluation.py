@@ -1,7 +1,7 @@
-"""Measuring a model at a boundary: what is affordable, in which order, and what comes of it.
+"""Measures a model at a boundary: what is affordable, in which order, and the results.
 
-What is measured is a function of counted tokens and of the step, never of a clock, so that a run that was stopped,
-killed or trained again has the same table. What does not fit is left out: nothing is estimated in its place.
+What is measured is a function of token counts and the step, never of a clock, so that a run that was stopped, killed or
+trained again has the same table. What does not fit is left out; nothing is estimated in its place.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from onward.training.scores import Meter, Score
 from onward.training.seeds import fold
 
 TRAINING_COST = {"full": 3}
-"""Measured tokens that cost what a trained one does, by method. It is one forward pass, one for the gradient of what
-layers return, and one for that of all weights; measuring is a forward pass, and its scores. Elsewhere `OF_ADAPTER`."""
+"""How many measured tokens cost as much as one trained token, by method. Training takes a forward pass, one for the
+gradients of activations and one for those of all weights; measuring takes a forward pass and scores. Otherwise
+`OF_ADAPTER`."""
 OF_ADAPTER = 1.75
-"""The same where all but small matrices are frozen."""
+"""The same if all but small matrices are frozen."""
 WAY = 5
-"""How scores are computed and what is affordable: another number than an earlier release's, whose may differ."""
+"""The version of how scores are computed and of what is affordable; results of other versions may differ."""
 FREE_OPERATIONS = 1e9
-"""Multiplications and additions that measuring may take whatever the share says: about a hundredth of a second, but
-some tenths on a tiny model, whose calls take longer than its products."""
+"""Multiplications and additions that measuring may take whatever the share says: about a hundredth of a second, but a
+few tenths on a tiny model, whose calls take longer than its matrix products."""
 FEW_TEXTS = 4
-"""Anchor texts below which their mean says too little."""
+"""The number of anchor texts below which their mean says too little."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The rows of one file that it is measured on.
+    """The rows that a file is measured on.
 
     Args:
         rows: the rows.
         indices: their indices in the tokenized file.
-        trained: whether they are rows that were trained: retention is measured then, not generalization.
+        trained: whether the rows were trained; then retention is measured, not generalization.
     """
 
     rows: Sequence[Row]
@@ -46,7 +47,7 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a forward pass over them."""
+        """The number of tokens of a forward pass over them."""
         return sum(len(row.ids) for row in self.rows)
 
 
@@ -56,7 +57,7 @@ class Subject:
 
     Args:
         key: its SHA-256.
-        sample: returns its rows; None where they cannot be read, which was said then.
+        sample: returns its rows; None if they cannot be read, which it has reported then.
     """
 
     key: str
@@ -70,7 +71,7 @@ class Anchor:
 
     Args:
         texts: their tokens, all but the first of each being targets.
-        turn: the text that comes first this time, when not all fit.
+        turn: the text to begin with this time, if not all fit.
     """
 
     texts: Sequence[Row]
@@ -78,12 +79,12 @@ class Anchor:
 
 
 class Measuring:
-    """Measures one model as far as the allowance goes.
+    """Measures one model within an allowance.
 
     Args:
         model: what is measured.
-        base: makes what measures the base; called when it is first needed.
-        allowance: tokens that may be passed forward; None for any number.
+        base: makes the meter of the base model; called when first needed.
+        allowance: tokens that may go through a forward pass; None for any number.
     """
 
     def __init__(self, model: Meter, base: Callable[[], Meter], allowance: int | None) -> None:
@@ -91,14 +92,14 @@ class Measuring:
         self._make_base = base
         self._left = allowance
         self.cost = 0
-        """Tokens that were passed forward."""
+        """Tokens that went through a forward pass."""
         self.model_scores: dict[str, dict[str, Any]] = {}
         self.base_scores: dict[str, dict[str, Any]] = {}
         self.names: dict[str, str] = {}
         self.anchor: dict[str, Any] | None = None
 
     def base(self) -> Meter:
-        """Return what measures the base; it is made once."""
+        """Return the meter of the base model, made once."""
         return self._base
 
     @cached_property
@@ -106,11 +107,11 @@ class Measuring:
         return self._make_base()
 
     def of_model(self, subject: Subject) -> bool:
-        """Measure the model on a file; False where that does not fit."""
+        """Measure the model on a file; return False if that does not fit."""
         return self._score(subject, lambda: self._model, self.model_scores)
 
     def of_base(self, subject: Subject) -> bool:
-        """Measure the base on a file; False where that does not fit."""
+        """Measure the base on a file; return False if that does not fit."""
         return self._score(subject, lambda: self._base, self.base_scores)
 
     def all_of_model(self, subjects: Iterable[Subject]) -> None:
@@ -120,7 +121,7 @@ class Measuring:
                 return
 
     def texts_that_fit(self, rows: int, tokens: int) -> int:
-        """Return how many of `rows` anchor texts of so many tokens half of what is left is enough for; 0 if too few."""
+        """Return how many of `rows` anchor texts of `tokens` tokens fit into half of what is left; 0 if too few."""
         count = rows if self._left is None else min(rows, self._left // 2 // (2 * tokens))
         return count if count >= min(FEW_TEXTS, rows) else 0
 
@@ -169,11 +170,11 @@ def described(score: Score, sample: Sample) -> dict[str, Any]:
 
 
 def allowance(config: Config, trained_tokens: int, spent: int, parameters: int) -> int:
-    """Return how many tokens may be passed forward now: a share of what training cost so far, or what is free.
+    """Return how many tokens may be measured now: a share of what training cost so far, or the free minimum.
 
     Args:
         trained_tokens: tokens trained since the run began.
-        spent: tokens passed forward by all measuring before.
+        spent: tokens that all measuring so far passed through the model.
         parameters: weights of the model.
     """
     cost = trained_tokens * TRAINING_COST.get(config.method, OF_ADAPTER)
@@ -181,6 +182,6 @@ def allowance(config: Config, trained_tokens: int, spent: int, parameters: int) 
 
 
 def in_rotation(keys: Sequence[str], seed: int, step: int) -> list[str]:
-    """Return files in their order, beginning with one that is a function of the step."""
+    """Return files in their order, rotated to begin with one that is a function of the step."""
     first = fold(seed, "rotation", step) % len(keys) if keys else 0
     return [*keys[first:], *keys[:first]]

@@ -1,9 +1,9 @@
-"""What a guard holds a file against: losses on earlier files, distance from the base, the usual range of its steps.
+"""What the guard judges a file by: losses on earlier files, distance from the base, the usual range of its steps.
 
 A step's loss and gradient norm are judged by robust z-scores (distance from the median in units of the median absolute
 deviation, scaled to the standard deviation of a normal distribution; Iglewicz and Hoaglin, "How to Detect and Handle
-Outliers", 1993) over the steps of the same file before it: a new domain begins with another loss than the file before
-had, and that is no fault.
+Outliers", 1993) over the earlier steps of the same file: a new domain begins with another loss than the previous file
+had, and that is not a fault.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any, Literal
 Kind = Literal["forgetting", "anchor", "spike", "answers"]
 
 WINDOW = 50
-"""Steps of the file before a step that its usual range is taken from, at most."""
+"""How many preceding steps of the file the usual range of a step is taken from, at most."""
 
 WARM_UP = 20
-"""Steps of a file before the first that is judged."""
+"""How many steps of a file precede the first one that is judged."""
 
 RUNNING = 3
-"""Steps in a row that have to lie outside of the range: one alone may be a hard batch."""
+"""How many steps in a row have to be outside the range: one alone may be a hard batch."""
 
 NORMAL = 1.4826
-"""Standard deviations of a normal distribution in one median absolute deviation."""
+"""The standard deviation of a normal distribution in median absolute deviations."""
 
 LEAST = 0.05
-"""Least share of the median that counts as one deviation: a file whose losses hardly differ has no tight range."""
+"""The smallest share of the median that counts as one deviation, so that nearly constant losses get no tight range."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Limits:
     """What a file may do; None for a limit that is off.
 
     Args:
-        forgetting: by which share the loss on the rows of any earlier file may grow.
-        anchor: by how much the KL divergence from the base, in nats a token, may grow.
-        spike: robust z-score that neither loss nor gradient norm may pass for several steps running.
-        answers: by how many standard errors answers must fit their own questions better than others.
+        forgetting: the share by which the loss on the rows of any earlier file may grow.
+        anchor: how much the KL divergence from the base may grow, in nats per token.
+        spike: the robust z-score that neither loss nor gradient norm may exceed for several steps in a row.
+        answers: how many standard errors better answers must fit their own questions than others.
     """
 
     forgetting: float | None = None
@@ -51,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Finding:
-    """A limit that was passed: what was found, for a person, and the earlier file that suffered, by position."""
+    """A limit that was exceeded: what was found, in words, and the position of the earlier file that suffered."""
 
     kind: Kind
     text: str
@@ -63,13 +63,13 @@ def grown(
 ) -> Iterator[Finding]:
     """Yield the earlier files whose loss grew by more than the limit, the worst first.
 
-    A file that lies far below its base, because little but its form was new, swings by more than its low loss says: its
-    growth is held against what was gained over the base, where that is more.
+    A file whose loss is far below that of the base, because little but its form was new, fluctuates by more than its
+    low loss suggests: its growth is judged relative to the gain over the base, if that is larger.
 
     Args:
-        before: loss of each file, by position, at the boundary before.
-        after: the same at the boundary in question; files that one of them lacks are not judged.
-        base: the same of the base model, as far as it is known.
+        before: loss of each file, by position, at the previous boundary.
+        after: the same at this boundary; files missing from either are not judged.
+        base: the same for the base model, as far as it is known.
     """
     if limits.forgetting is None:
         return
@@ -88,7 +88,7 @@ def grown(
 
 
 def moved_away(before: float | None, after: float | None, limits: Limits) -> Iterator[Finding]:
-    """Yield whether the model moved away from its base by more than the limit, in nats a token."""
+    """Yield a finding if the model moved away from its base by more than the limit, in nats per token."""
     if limits.anchor is None or after is None:
         return
     growth = after - (before or 0.0)
@@ -98,10 +98,10 @@ def moved_away(before: float | None, after: float | None, limits: Limits) -> Ite
 
 
 def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Finding]:
-    """Yield whether the answers of a file say nothing, or do not belong to their questions.
+    """Yield a finding if the answers of a file say nothing, or do not belong to their questions.
 
     Args:
-        judged: what `answers.judged` found before the file's first step; None or without its keys where nothing was.
+        judged: what `answers.judged` found before the file's first step; None or without its keys if it did not run.
     """
     if limits.answers is None or judged is None or "same" not in judged:
         return
@@ -126,9 +126,9 @@ class Judged:
 
 
 def spiked(steps: Sequence[Judged], limits: Limits) -> Finding | None:
-    """Judge the newest steps of a file against those before them; None while all is in its usual range.
+    """Judge the newest steps of a file against those before them; return None while all is in the usual range.
 
-    It is a function of the file's own steps, so that a resumed process finds what an uninterrupted one does.
+    The result is a function of the file's own steps, so a resumed process finds what an uninterrupted one does.
 
     Args:
         steps: the file's steps so far, in order; the last `WINDOW + RUNNING` are enough.
@@ -150,7 +150,7 @@ def spiked(steps: Sequence[Judged], limits: Limits) -> Finding | None:
 
 
 def robust_z(value: float, usual: Sequence[float]) -> float:
-    """Return how many deviations a value lies above the median of others; infinite where it is not finite."""
+    """Return how many deviations a value is above the median of others; infinity if the value is not finite."""
     if not math.isfinite(value):
         return math.inf
     middle = median(usual)

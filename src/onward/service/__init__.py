@@ -1,1 +1,1 @@
-"""What moves a run, in five rooms: `intake`, `state`, `owner`, `proof`, `outside`; the files here are their ground."""
+"""Everything that changes a run, in packages by task; the modules here are what these build on."""

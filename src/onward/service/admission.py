@@ -1,4 +1,4 @@
-"""The admission of a run's model: made once, kept in the ledger, asked by everything that builds the model."""
+"""The admission of a run's model: made once, kept in the ledger, and read by everything that builds the model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from onward.training.model.spec import ModelSpec
 def admit_new(
     config: Config, base: Path, *, has_chosen_dropout: bool, checkpoint: Path | None = None
 ) -> tuple[Config, Findings]:
-    """Prove the model of a run that is about to be made; returns the config with settings that work.
+    """Prove the model of a run that is about to be made; return the config with settings that work, and the findings.
 
     Args:
         base: folder of the base model.
-        has_chosen_dropout: whether a person chose `lora.dropout`; then it is not changed.
+        has_chosen_dropout: whether the user chose `lora.dropout`; then it is not changed.
         checkpoint: folder to take trained weights and the adapter's config from.
 
     Raises:
@@ -46,19 +46,19 @@ def admit_new(
 
 
 def _device_of_proof(config: Config) -> torch.device:
-    """Return where a model is proven: one that is to be cut into shards does not fit elsewhere than in main memory."""
+    """Return where a model is proven: one that will be sharded fits only into main memory."""
     return torch.device("cpu") if config.sharding == "full" else pick_device()
 
 
 def keep(ledger: Ledger, findings: Findings) -> None:
-    """Keep what an admission found."""
+    """Record what an admission found."""
     ledger.put(**{FACT: findings.to_dict()})
 
 
 def admit_at_start(session: Session, *, has_trained: bool, start: Path | None = None) -> None:
-    """Prove the model of a run that has no findings yet: it was made with `--later`, or by an earlier release.
+    """Prove the model of a run that has no findings yet, made with `--later` or by an earlier release.
 
-    A run that has trained goes on as it did: what would refuse a new run is a warning.
+    A run that has trained continues as it did: what would refuse a new run is a warning.
 
     Args:
         start: folder of the adapter that a new run starts from.

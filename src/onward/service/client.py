@@ -1,4 +1,4 @@
-"""The other side of control: a command records what it was given, asks the owner of a run and waits for its answer."""
+"""The client side of control: a command records its files, asks the owner of a run and waits for its answer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from onward.store.rows import FileRow
 
 POLL_SECONDS = 0.1
 EXPIRED = "the process for which it was meant had ended"
-"""The answer to what was asked of a process that is gone, given by the next one."""
+"""The answer that the next process gives to requests made to one that is gone."""
 COMMAND = "command"
-"""The ledger's fact of a command that may be started again: which, after which file, whether its files are taken in."""
+"""The ledger's fact about a restartable command: which it is, after which file, and whether its files are taken in."""
 REMOVABLE = ("arriving", "queued", "training")
-"""States of a file that `skip` takes out; a finished one is left out by `rebuild`."""
+"""States in which `skip` takes a file out; a finished one is removed by `rebuild`."""
 
 
 class Take(Protocol):
     """What takes files in (`Intake.take`)."""
 
     def __call__(self, paths: Sequence[Path], *, again: bool, intent: int) -> object:
-        """Take them in, in order."""
+        """Take files in, in order."""
         ...
 
 
@@ -42,8 +42,8 @@ class Patience:
     """How long a command waits for its answer.
 
     Args:
-        seconds: a step may take long, and the request stays open after that.
-        until_end: the end of the process is what was asked for, answered or not.
+        seconds: how long to wait; a step may take longer, and the request stays open after that.
+        until_end: whether to wait for the process to end, answered or not.
     """
 
     seconds: float
@@ -51,7 +51,7 @@ class Patience:
 
 
 def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: bool) -> str:
-    """Ask the owner to hold still, or note it for the next one; returns the answer."""
+    """Ask the owner to pause, or record it for the next one; return the answer."""
     if is_held(layout.lock):
         return request(layout, ledger, patience, "pause", RELEASE if release else None)
     ledger.put(paused={"release": release})
@@ -60,7 +60,7 @@ def pause(layout: RunLayout, ledger: Ledger, patience: Patience, *, release: boo
 
 
 def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
-    """Ask the owner to go on, or take back a pause that was noted; returns the answer."""
+    """Ask the owner to resume, or withdraw a recorded pause; return the answer."""
     if is_held(layout.lock):
         return request(layout, ledger, patience, "resume")
     was_paused = ledger.get("paused") is not None
@@ -77,13 +77,13 @@ def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool)
 
 
 class Given:
-    """The files that a command was given, and which files are done since it began.
+    """The files that a command was given, and the files done since it began.
 
-    Processes that were lost may be started again with the same words. Files that were taken in are not given again
-    then, and what is done since is counted from the first start.
+    Processes that were lost may be started again with the same arguments. Files that were already taken in are then not
+    taken in again, and what is done is counted from the first start.
 
     Args:
-        start: which start this is; None where nothing would start the command again.
+        start: which start this is; None if nothing would start the command again.
     """
 
     def __init__(self, ledger: Ledger, start: Start | None, paths: Iterable[Path], *, again: bool) -> None:
@@ -103,7 +103,7 @@ class Given:
 
     @contextlib.contextmanager
     def recorded(self) -> Generator[int | None]:
-        """Record the files before anything of them is read, and yield the intent; a refused command gave none."""
+        """Record the files before any is read, and yield the id of the intent; a refused command leaves none."""
         if self._paths:
             with self._ledger.transaction():
                 self._intent = self._ledger.add_intent(self._paths, again=self._again, priority=0)
@@ -130,9 +130,9 @@ class Given:
         return {row.position for row in rows if row.position is not None and row.state == "done"}
 
     def _take_back(self) -> None:
-        if self._intent is None:  # they are the stream's
+        if self._intent is None:  # the files are in the stream
             return
-        with contextlib.suppress(sqlite3.Error, OnwardError), self._ledger.transaction():  # full disk, no ledger
+        with contextlib.suppress(sqlite3.Error, OnwardError), self._ledger.transaction():  # disk full, ledger gone
             self._ledger.end_intent(self._intent)
             self._keep(taken=False)
 
@@ -143,7 +143,7 @@ class Given:
 
 
 def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileRow:
-    """Return the file that a person means to skip; without a name the one in hand.
+    """Return the file that the user means to skip; without a name, the current one.
 
     Raises:
         UsageError: there is none.
@@ -156,9 +156,9 @@ def find_removable(layout: RunLayout, ledger: Ledger, file: str | None) -> FileR
 
 
 def skip_queued(ledger: Ledger, row: FileRow, reason: str) -> str:
-    """Take a file that waits out of the stream; returns what was done, for a person.
+    """Take a file that waits out of the stream; return what was done, in words.
 
-    Nothing of it was trained: no state has to go back, and torch is not needed.
+    Nothing of it was trained: no state has to be rolled back, and torch is not needed.
     """
     with ledger.transaction():
         ledger.move_file(row.id, "skipped", note=reason, position=None)
@@ -173,7 +173,7 @@ def request(
     """Ask the process that owns a run for something and wait for its answer.
 
     Returns:
-        The answer, for a person to read.
+        The answer, in words.
 
     Raises:
         UsageError: no process owns the run.
@@ -186,7 +186,7 @@ def request(
     number = _record(layout, ledger, kind, argument, file_id)
     ends = time.monotonic() + patience.seconds
     while time.monotonic() < ends:
-        held = is_held(layout.lock)  # asked first: the last thing that a process does is to answer
+        held = is_held(layout.lock)  # checked first: a process may answer last of all
         row = ledger.request(number)
         if row is not None and row.acknowledged is not None and row.answer != EXPIRED:
             return str(row.answer)
@@ -198,8 +198,8 @@ def request(
 
 
 def _end_of(layout: RunLayout, ledger: Ledger, number: int, patience: Patience) -> str:
-    """Say what is known of a process that ended without an answer: it was killed, or its disk is full."""
-    with contextlib.suppress(sqlite3.OperationalError):  # the next process closes it
+    """Return what is known about a process that ended without an answer: it was killed, or its disk is full."""
+    with contextlib.suppress(sqlite3.OperationalError):  # the next process closes the request
         ledger.acknowledge(number, "the process ended first")
     known = f"the last commit is step {ledger.committed_step()}"
     if patience.until_end:
@@ -221,7 +221,7 @@ def _record(layout: RunLayout, ledger: Ledger, kind: str, argument: str | None, 
 
 
 def _require_life(layout: RunLayout, ledger: Ledger) -> None:
-    """Say at once what waiting would not change: a process that is frozen or hangs does not answer."""
+    """Raise at once if waiting is pointless: a process that is frozen or hangs does not answer."""
     holder, fact = read_holder(layout.lock), ledger.get("heartbeat")
     if holder is None or fact is None or fact["pid"] != holder["pid"] or fact["at"] < holder["started"]:
         return  # it has just started
@@ -237,7 +237,7 @@ def _require_life(layout: RunLayout, ledger: Ledger) -> None:
 
 
 def expire_requests(ledger: Ledger, last: int) -> None:
-    """Close what was asked of a process that is gone: requests up to the one with the id `last`."""
+    """Close requests to a process that is gone, up to the one with the id `last`."""
     with contextlib.suppress(sqlite3.OperationalError):  # the disk may be full
         for row in ledger.open_requests():
             if row.id <= last:

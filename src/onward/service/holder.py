@@ -1,4 +1,4 @@
-"""What others can see of the process that owns a run: that there is one, which it is, and whether it moves."""
+"""What others can see of the process that owns a run: whether there is one, which it is, and whether it is alive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SILENCE = 30.0
 
 
 def read_holder(lock: Path) -> dict[str, Any] | None:
-    """Return pid, host and start time that the last holder of a lock wrote, or None where that cannot be read."""
+    """Return the pid, host and start time that the last holder of a lock wrote, or None if that cannot be read."""
     try:
         holder = json.loads(lock.with_name(f"{lock.name}.holder").read_text())
         return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": float(holder["started"])}
@@ -22,19 +22,19 @@ def read_holder(lock: Path) -> dict[str, Any] | None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether some process holds the lock now; it is looked at only, so any user who may read it can ask.
+    """Return whether some process holds the lock now; any user who may read the file can ask.
 
     Raises:
-        OSError: the lock cannot be looked at.
+        OSError: the lock cannot be opened.
     """
     try:
         descriptor = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        # shared, so that two observers do not take each other for an owner; an owner that starts now tries again
+        # shared, so that two observers do not take each other for an owner; an owner that starts just now retries
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # some file systems say the second
+    except (BlockingIOError, PermissionError):  # some file systems raise the second
         return True
     finally:
         os.close(descriptor)
@@ -42,7 +42,7 @@ def is_held(lock: Path) -> bool:
 
 
 def read_heartbeat(fact: dict[str, Any] | None, now: float) -> tuple[float | None, str | None]:
-    """Return the seconds since the last beat and what is wrong, if anything; a clock that went back shows 0."""
+    """Return the seconds since the last beat and what is wrong, if anything; 0 if the clock was set back."""
     if fact is None:
         return None, None
     age = max(0.0, now - fact["at"])

@@ -1,4 +1,4 @@
-"""One process owns a run: a lock that dies with its holder and says who holds it."""
+"""The lock by which one process owns a run: it ends with its holder and says who holds it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onward.service.holder import read_holder
 from onward.store.disks import require_locks
 
 PATIENCE = 0.3
-"""Seconds to wait for the lock: an observer holds it shared for an instant while it looks."""
+"""Seconds to wait for the lock: an observer holds it in shared mode for an instant while checking it."""
 
 
 class RunLock:
@@ -24,7 +24,7 @@ class RunLock:
 
     Raises:
         RunLocked: on entering, when another process holds it.
-        UsageError: on entering, where the disk has no locks: what would stand in for one outlives its holder.
+        UsageError: on entering, if the disk has no locks: any substitute would outlive its holder.
     """
 
     def __init__(self, path: Path, *, patience: float = PATIENCE) -> None:
@@ -43,7 +43,7 @@ class RunLock:
                 hint="onward status shows what it is doing; onward add gives it more files.",
             ) from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same
+        with contextlib.suppress(OSError):  # the lock also works on a full disk
             self._holder.write_text(json.dumps(holder))
         return self
 
@@ -55,14 +55,14 @@ class RunLock:
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError:
-            return  # taking the lock says why
+            return  # taking the lock will say why
         try:
             require_locks(descriptor, self._path.parent)
         finally:
             os.close(descriptor)
 
     def describe_holder(self) -> str:
-        """Say who holds the lock, as far as it is known."""
+        """Return who holds the lock, as far as it is known."""
         holder = read_holder(self._holder.with_name(self._holder.name.removesuffix(".holder")))
         if holder is None:
             return "its name is not recorded"

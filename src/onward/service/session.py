@@ -37,7 +37,7 @@ from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]
 DIGESTS = ("base", "tokenizer")
-"""What a run's identity holds in addition to the keys of its config."""
+"""What a run's identity contains in addition to the keys of its config."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Session:
 
     @property
     def in_shards(self) -> bool:
-        """Whether the model is cut into shards."""
+        """Whether the model is sharded."""
         return self.config.sharding == "full" and self.world.size > 1
 
     @property
@@ -66,9 +66,9 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as transformers has it, loaded when it is first needed: training needs none."""
+        """The transformers tokenizer, loaded when first needed: training does not need it."""
         tokenizer = load_tokenizer(self.layout.tokenizer(self.base))
-        if self.config.chat_template is not None:  # inference has to ask as training did
+        if self.config.chat_template is not None:  # prompts at inference must equal those in training
             tokenizer.chat_template = self.tokenizer_state.chat_template
         return tokenizer
 
@@ -79,19 +79,19 @@ class Session:
 
     @cached_property
     def pad_id(self) -> int:
-        """A token id to fill short rows with; masked everywhere, so any id would do that the embedding has."""
+        """A token id to fill short rows with; it is masked everywhere, so any id in the embedding would do."""
         pad_id, rows = self.tokenizer_state.pad_id, read_capacity(self.base).embedding_rows
         return pad_id if pad_id is not None and (rows is None or pad_id < rows) else 0
 
     @property
     def treatment(self) -> Treatment | None:
-        """How the model is treated, as its admission found; None in a run that has trained and was not admitted yet."""
+        """How the model is treated, as its admission found; None in a run that trained but was not admitted yet."""
         findings = self._findings
         return None if findings is None else findings.treatment
 
     @property
     def writers(self) -> tuple[str, ...] | None:
-        """Types of modules that write to weights in evaluation mode, if the admission found them where this runs."""
+        """Types of modules that write to weights in evaluation mode, if the admission ran in this environment."""
         findings = self._findings
         return None if findings is None else findings.writers_in(self.environment)
 
@@ -114,7 +114,7 @@ class Session:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """What bit-exactness depends on; asked for only once the model was admitted."""
+        """What bit-exactness depends on; read only after the model was admitted."""
         treatment = self.treatment
         end_to_end = None if treatment is None else treatment.end_to_end
         numerics = numerics_of(self.base, self.config, self.device, self.dtype, end_to_end=end_to_end)
@@ -128,17 +128,17 @@ class Session:
         )
 
     def check(self, config: Config) -> None:
-        """Hold a config that is to come into force against what the run was made with, and how its model lies here.
+        """Check a config before it comes into force against what the run was made with and how its model is laid out.
 
         Raises:
-            ConfigError: it asks for something else.
+            ConfigError: it does not match.
         """
         check_identity(self.ledger, config, self.base_digest, self.tokenizer_digest)
         if self.in_shards:
             require_shardable(config)
 
     def facts(self) -> Facts:
-        """Return what every checkpoint of this session says beyond the state."""
+        """Return what every checkpoint of this session records in addition to the state."""
         return Facts(
             run=self.ledger.get("run"),
             base={"name": self.config.model, "digest": self.base_digest},
@@ -148,7 +148,7 @@ class Session:
         )
 
     def _tokenizer_files(self) -> Mapping[str, bytes]:
-        if self.config.chat_template is not None:  # it goes into checkpoints, too
+        if self.config.chat_template is not None:  # it goes into checkpoints too
             return huggingface.tokenizer_files(self.tokenizer)
         return self.kept_tokenizer.files()
 
@@ -162,10 +162,10 @@ def open_session(
     begun: BaseDigest | None = None,
     world: World | None = None,
 ) -> Session:
-    """Read the config, find base and tokenizer, and hold them against what the run was made with.
+    """Read the config, find base and tokenizer, and check them against what the run was made with.
 
     Args:
-        begun: a digest that this process began to take; used if it is that of the base.
+        begun: a digest that this process has begun to compute; used if it is the base's.
         world: the processes that train; None where this is the only one.
 
     Raises:
@@ -185,7 +185,7 @@ def open_session(
 
 
 def _require_shares(config: Config, world: World) -> None:
-    """Refuse more devices than a step has parts, of which some would have nothing to do.
+    """Refuse more devices than a step has parts, because some would have nothing to do.
 
     Raises:
         ConfigError: there are more.
@@ -200,7 +200,7 @@ def _require_shares(config: Config, world: World) -> None:
 
 
 def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:
-    """Lock what makes the run what it is; before the first commit it is only recorded.
+    """Check the identity of the run against its lock; before the first commit it is only recorded.
 
     Raises:
         ConfigError: an identity key was changed.
@@ -213,7 +213,7 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
         return
     keys = config.identity_changes(locked)
     changed = [key for key in DIGESTS if key in locked and locked[key] != here.get(key)]
-    if list(keys) == ["model"] and not changed:  # another place, the same bits
+    if list(keys) == ["model"] and not changed:  # the same bits in another place
         ledger.put(identity=here)
         return
     if keys:

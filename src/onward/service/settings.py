@@ -1,4 +1,4 @@
-"""The config of an open run: one owner, who reads the file again when it changes and knows which key acts when."""
+"""The config of an open run: one object rereads the file when it changes and knows when each key takes effect."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ PUT_BACK = "Restore the old values, or make another run: onward init NEW_RUN"
 
 
 def locked_refusal(changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
-    """Return the refusal of changed identity keys, given as `Config.identity_changes` does."""
+    """Return the refusal of changed identity keys, given as `Config.identity_changes` returns them."""
     what = f"identity keys are locked once a run has begun: {changes_in_words(changes)}"
     return ConfigError(what, where="onward.yaml", hint=PUT_BACK)
 
 
 def changes_in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """Return what a run was begun with and what its config says, key by key."""
+    """Return, key by key, what the run began with and what its config says."""
     return "; ".join(f"{key}: the run has {old!r}, the config says {new!r}" for key, (old, new) in changes.items())
 
 
 class Settings:
-    """The config as it stands on disk, read again only when the file changed.
+    """The config as it is on disk, read again only when the file changed.
 
-    Keys that no weight depends on act at once: whoever needs one asks `current` for it each time. The others act when
-    the next file begins; see `onward.config.acts`.
+    Keys that no weight depends on take effect at once: code that needs one reads it from `current` each time. The
+    others take effect when the next file begins; see `onward.config.acts`.
 
     Raises:
         ConfigError: the config is refused.
@@ -39,13 +39,13 @@ class Settings:
         self._signature = self._look()
         self.current = read_config(path)
         self.problem: str | None = None
-        """Why the file cannot be read as it is now; what was read before stays in force."""
+        """Why the file cannot be read now; the config read before stays in force."""
 
     def read(self) -> Config:
-        """Return the config as the file says it now.
+        """Return the config that is in the file now.
 
         Raises:
-            ConfigError, Unreadable: it is refused or cannot be read now; what was read before stays current.
+            ConfigError, Unreadable: it is refused or cannot be read now; the config read before stays current.
         """
         signature = self._look()
         if signature != self._signature or self.problem is not None:
@@ -54,7 +54,7 @@ class Settings:
         return self.current
 
     def refresh(self) -> bool:
-        """Read the file again if it changed; a refused one is a problem and changes nothing. True if keys changed."""
+        """Read the file again if it changed, and return whether keys changed; a refused one only sets `problem`."""
         before, problem = self.current, self.problem
         try:
             self.read()
@@ -63,7 +63,7 @@ class Settings:
         return self.current != before or self.problem != problem
 
     def over(self, config: Config) -> Config:
-        """Return a config with the keys that act at once as they are now."""
+        """Return a config with the current values of the keys that take effect at once."""
         return config.with_operation_keys_of(self.current)
 
     def _look(self) -> tuple[int, int, int] | None:

@@ -1,4 +1,4 @@
-"""The state of a run as `status` shows it: the one place where it is written, and what each word means."""
+"""The state of a run as `status` shows it; it is written only here, with what each word means."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from onward.store.ledger import Ledger
 RunState: TypeAlias = Literal[
     "idle", "loading", "tokenizing", "training", "saving", "evaluating", "paused", "failed", "stopped"
 ]
-"""What the ledger's fact `state` may say of a run."""
+"""The values of the ledger's fact `state`."""
 
 BUSY: tuple[RunState, ...] = ("loading", "tokenizing", "training", "saving", "evaluating")
-"""States that only a living process can be in: found without one, its process died."""
+"""States that only a living process can be in: if there is none, its process died."""
 
 DOING: dict[str, str] = {
     "idle": "waiting for files",
@@ -27,13 +27,13 @@ DOING: dict[str, str] = {
     "failed": "waiting to try again",
     "stopped": "stopped with files left to train",
 }
-"""What a process in a state does, for a person to read."""
+"""What a process in each state does, in words."""
 
 IDLE, STOPPED, PAUSED, FAILED = "idle", "stopped", "paused", "failed"
 
 
 class Shown:
-    """Writes state and problem to the ledger when they change. A full disk is no reason to fail."""
+    """Writes state and problem to the ledger when they change. It does not fail on a full disk."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -44,12 +44,12 @@ class Shown:
         """The state shown last; empty before the first."""
 
     def set(self, state: str, problem: str | None = None) -> None:
-        """Show a state, and a problem with it or none."""
+        """Show a state, with a problem or none."""
         self.state, self._problem = state, problem
         self._write()
 
     def stand(self, subject: str, problem: str | None) -> None:
-        """Show a problem alongside every state that has none of its own, until its subject has none any more."""
+        """Show a problem with every state that has none of its own, until the subject no longer has one."""
         self._standing = {key: other for key, other in self._standing.items() if key != subject}
         if problem is not None:
             self._standing[subject] = problem
@@ -65,5 +65,5 @@ class Shown:
             self._last = shown
 
     def at_rest(self) -> None:
-        """Show that no process works on the run: there is something left to train, or not."""
+        """Show that no process works on the run, and whether something is left to train."""
         self.set(STOPPED if self._ledger.next_owed() else IDLE)

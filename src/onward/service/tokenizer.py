@@ -1,4 +1,4 @@
-"""The tokenizer of a run as its `cache/` stores it, so that neither intake nor a start loads it with transformers."""
+"""The tokenizer of a run, stored in `cache/` so that neither intake nor a start loads it with transformers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """What transformers loaded of a model folder.
+    """What transformers loaded from a model folder.
 
     Args:
-        state: what turns rows into tokens.
-        files: the files that it writes into a checkpoint, by name.
+        state: turns rows into tokens.
+        files: the files that transformers writes into a checkpoint, by name.
     """
 
     state: TokenizerState
@@ -37,27 +37,27 @@ class LoadedTokenizer:
 
 @dataclass(frozen=True)
 class KeptTokenizer:
-    """The tokenizer of a model folder as a run keeps it in `cache/`; it is loaded where the run keeps none of it yet.
+    """The tokenizer of a model folder, from the run's `cache/`, or loaded with transformers if it is not there yet.
 
     Args:
-        folder: the model's; what lies in it is digested once.
+        folder: the model's folder; its content is digested once.
     """
 
     layout: RunLayout
     folder: Path
 
     def state(self, config: Config) -> TokenizerState:
-        """Return what turns rows into tokens, with the chat template that the run's config names, if it names one.
+        """Return the state that turns rows into tokens, with the chat template of the run's config, if it names one.
 
         Raises:
-            ConfigError: there is no such template, or it is not one.
+            ConfigError: there is no such template, or the file is not one.
             ModelError: there is no tokenizer, or it cannot be used.
         """
         own = load_tokenizer_state(_state_place(self.layout, self._digest)) or self._load().state
         return own.with_template(read_template(config.chat_template, self.layout.root))
 
     def files(self) -> Mapping[str, bytes]:
-        """Return the files as transformers writes them into a checkpoint, by name.
+        """Return the files that transformers writes into a checkpoint, by name.
 
         Raises:
             ModelError: there is no tokenizer, or it cannot be used.
@@ -65,11 +65,11 @@ class KeptTokenizer:
         return _read_files(_files_place(self.layout, self._digest)) or self._load().files
 
     def keep(self, loaded: LoadedTokenizer) -> None:
-        """Store what was loaded of the folder, in the place of any that was there."""
+        """Store what was loaded from the folder, replacing what was stored before."""
         state, files = _state_place(self.layout, self._digest), _files_place(self.layout, self._digest)
         remove_tree(state.parent)
         remove_tree(files.parent)
-        with contextlib.suppress(OSError):  # on a full disk it is loaded from its folder each time
+        with contextlib.suppress(OSError):  # on a full disk, it is loaded from its folder each time
             save_tokenizer_state(state, loaded.state)
             files.parent.mkdir()
             replace_checked(files, _packed(loaded.files))
@@ -94,7 +94,7 @@ def load_tokenizer_of(folder: Path) -> TokenizerState:
 
 
 def load_with_files(folder: Path) -> LoadedTokenizer:
-    """Load the tokenizer of a model folder with transformers, and have it write its files.
+    """Load the tokenizer of a model folder with transformers, and let it write its files.
 
     Raises:
         ModelError: there is none, or it cannot be used.
@@ -136,7 +136,7 @@ def _packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def _read_files(path: Path) -> dict[str, bytes] | None:
-    """Return the files that were stored as `path`; None if there are none, or if it is damaged."""
+    """Return the files that were stored as `path`; None if there are none, or if the archive is damaged."""
     body = read_checked(path)
     if body is None:
         return None

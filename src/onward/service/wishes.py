@@ -1,7 +1,7 @@
-"""What is asked of the process that owns a run: one queue, in the order in which it was asked.
+"""Wishes: what the process that owns a run is asked for, in one queue and in order.
 
-Signals, requests in the ledger and callers of the library all put wishes into the same queue. The owner takes them
-out one after another and answers each exactly once. Work that takes long polls the queue; signals only add to it.
+Signals, requests in the ledger and callers of the library all put wishes into the same queue. The owner takes them out
+one after another and answers each exactly once. Long work polls the queue; signals only add to it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from onward.store.rows import RequestRow
 AFTER_FILE = "after-file"
 RELEASE = "release"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask for a stop: Ctrl-C, a service manager, a closed terminal, Slurm's notice that time runs out."""
+"""Signals that ask for a stop: Ctrl-C, a service manager, a closed terminal, Slurm's notice before the time limit."""
 
 
 _WAKE = signal.SIGURG
-"""Interrupts the main thread where a wish came from another one; ignored by whoever does not listen."""
+"""Interrupts the main thread when a wish comes from another one; ignored by processes that do not handle it."""
 
 Result = TypeVar("Result")
 
 
 class Stopped(Exception):
-    """Work ended early because something was asked for; what was done is committed."""
+    """Work ended early because of a request; what was done is committed."""
 
 
 class _Interrupted(BaseException):
-    """Raised by a signal wherever the main thread is; libraries that outlive any `Exception` let it through."""
+    """Raised by a signal wherever the main thread is; libraries that catch every `Exception` let it through."""
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One thing that was asked for.
+    """One request, whatever it came from.
 
-    `request` is the id of the request in the ledger that waits for an answer; None for a signal and for a caller of
-    the library. `file` is the id of the file that a skip means; None means the one in hand.
+    `request` is the id of the request in the ledger that waits for an answer; None for a signal or a caller of the
+    library. `file` is the id of the file that a skip means; None means the current one.
     """
 
     kind: str
@@ -53,16 +53,16 @@ class Wish:
 
     @classmethod
     def of(cls, row: RequestRow) -> Wish:
-        """Return the wish that a request in the ledger stands for."""
+        """Return the wish for a request in the ledger."""
         return cls(row.kind, row.argument, row.file_id, row.id)
 
 
 class Wishes:
-    """The wishes that are open, oldest first. True while one of them wants the file in hand to be left."""
+    """The open wishes, oldest first. True while one of them requires the current file to be left."""
 
     def __init__(self) -> None:
         self.in_hand: int | None = None
-        """The id of the file that is being trained; the owner says so."""
+        """The id of the file that is being trained; set by the owner."""
         self.reason: str | None = None
         """Who asked for the first stop."""
         self.was_interrupted = False
@@ -71,19 +71,19 @@ class Wishes:
         self._seen = 0
         self._listens = False
         self._ends_work: Callable[[Wish], bool] | None = None
-        """Which wishes end the work that the main thread does now; None where nothing may end it."""
+        """Which wishes interrupt the current work of the main thread; None if nothing may interrupt it."""
 
     def __bool__(self) -> bool:
         return any(self._leaves_file(wish) for wish in tuple(self._open))
 
     @property
     def pending(self) -> bool:
-        """Whether anything at all is open."""
+        """Whether any wish is open."""
         return bool(self._open)
 
     @property
     def wants_end(self) -> bool:
-        """Whether the process is to end now."""
+        """Whether the process should end now."""
         return any(_is_stop(wish) for wish in tuple(self._open))
 
     def ask(self, reason: str) -> None:
@@ -91,16 +91,16 @@ class Wishes:
         self.put(Wish("stop", reason))
 
     def put(self, wish: Wish) -> None:
-        """Add a wish. From another thread it ends what is interruptible, too."""
+        """Add a wish. From another thread, this also interrupts interruptible work."""
         self._open.append(wish)
         if _is_stop(wish):
             self.reason = self.reason or wish.argument or "onward stop"
         self.wake()
 
     def wake(self) -> None:
-        """Interrupt the main thread where an open wish ends the work it does; does nothing in the main thread itself.
+        """Interrupt the main thread if an open wish ends its work; do nothing in the main thread itself.
 
-        A signal that finds it on its way into a system call is noticed only after that, so `poll` calls this again.
+        A signal that arrives just before a system call is noticed only after the call, so `poll` calls this again.
         """
         main, ends_work = threading.main_thread(), self._ends_work
         if not self._listens or ends_work is None or threading.current_thread() is main:
@@ -110,11 +110,11 @@ class Wishes:
             signal.pthread_kill(main.ident, _WAKE)
 
     def ignore_up_to(self, request: int) -> None:
-        """Leave requests of the ledger up to this id alone: they were made of another process."""
+        """Ignore requests of the ledger up to this id: they were meant for another process."""
         self._seen = max(self._seen, request)
 
     def poll(self, ledger: Ledger) -> None:
-        """Add the requests that are new in the ledger; called from a background thread."""
+        """Add new requests from the ledger; called from a background thread."""
         for row in ledger.open_requests():
             if row.id > self._seen:
                 self._seen = row.id
@@ -130,11 +130,11 @@ class Wishes:
         return self._open.popleft() if self._open else None
 
     def answered_at_once(self, wish: Wish) -> bool:
-        """Whether a wish can be granted between two steps, without leaving the file in hand."""
+        """Whether a wish can be granted between two steps, without leaving the current file."""
         return not self._leaves_file(wish)
 
     def check(self) -> None:
-        """Raise `Stopped` if the work in hand is to be left; for work of which nothing needs to be committed."""
+        """Raise `Stopped` if the current work should be left; for work of which nothing needs to be committed."""
         if self:
             raise Stopped(self.reason)
 
@@ -144,15 +144,16 @@ class Wishes:
         A function and not a context: a signal between two lines of `contextlib` would escape.
 
         Args:
-            by_any: any wish ends the work, which can be done again; else only a stop does, and the process ends.
+            by_any: whether any wish ends the work, which can be repeated; otherwise only a stop does, and the process
+                ends.
 
         Raises:
-            Stopped: the work was to be left, before or inside.
+            Stopped: a wish came before or during the work.
         """
         ends_work = _is_any if by_any else _is_stop
         try:
             try:
-                if threading.current_thread() is threading.main_thread():  # where signals are handled
+                if threading.current_thread() is threading.main_thread():  # signals are handled there
                     self._ends_work = ends_work
                 self._check_for(ends_work)
                 result = work()
@@ -163,12 +164,12 @@ class Wishes:
         except _Interrupted:
             raise Stopped(self.reason) from None
         except Exception:
-            self._check_for(ends_work)  # an import that was cut short fails later, in its own way: that is the stop
+            self._check_for(ends_work)  # an import cut short may fail later in some other way
             raise
 
     @contextlib.contextmanager
     def on_signals(self, numbers: Iterable[signal.Signals] = STOP_SIGNALS) -> Generator[None]:
-        """Take signals as wishes to stop; a second SIGINT ends at once, losing nothing that was committed.
+        """Turn signals into wishes to stop; a second SIGINT ends at once, losing nothing that was committed.
 
         A SIGHUP that `nohup` made the process ignore stays ignored.
         """
@@ -214,21 +215,21 @@ def _is_any(_: Wish) -> bool:
 
 
 def _may_be_taken(number: signal.Signals, handler: object) -> bool:
-    """Whether a signal may be handled here: what C code handles could not be given back."""
+    """Whether a signal may be handled here: a handler in C code could not be restored."""
     return handler is not None and not (number == signal.SIGHUP and handler is signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def interrupts_of_host(wishes: Wishes, *, are_own: bool) -> Generator[None]:
-    """Let Ctrl-C in a notebook or a script that calls the library commit first, then interrupt as it always does.
+    """Let Ctrl-C in a notebook or a script that calls the library commit first, and then interrupt as usual.
 
-    Nothing is changed where the host program handles SIGINT itself, or outside of the main thread.
+    Nothing changes if the host program handles SIGINT itself, or outside the main thread.
 
     Args:
-        are_own: whether the library made `wishes` itself; the owner of others looks after signals, too.
+        are_own: whether the library made `wishes` itself; whoever passes their own also handles signals.
 
     Raises:
-        KeyboardInterrupt: after the body, if it was stopped by one.
+        KeyboardInterrupt: after the body, if Ctrl-C stopped it.
     """
     is_plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not are_own or not is_plain or threading.current_thread() is not threading.main_thread():

@@ -1,1 +1,1 @@
-"""The ledger: what came of every file, durable and readable by others while a run trains. Imports no torch."""
+"""The ledger: what became of every file, durable and readable by others while a run trains. Does not import torch."""

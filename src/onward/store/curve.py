@@ -1,6 +1,6 @@
-"""Step records across files, as curves are drawn from them: which files have any, and single records of a range.
+"""Step records across files, for drawing curves: which files have any, and single records of a range.
 
-Every query reads a range of the table's key, so that none sorts and none holds a snapshot of the ledger for long.
+Every query reads a range of the table's key, so that none sorts, and none holds a snapshot of the ledger for long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SUMS = """
 
 @dataclass(frozen=True)
 class Span:
-    """The step records that the ledger has of one file of the stream: global steps `first` to `last`."""
+    """The step records that the ledger has for one file of the stream: global steps `first` to `last`."""
 
     file_id: int
     name: str
@@ -48,12 +48,12 @@ class Curve(Ranges):
         return self.records(Span, SPANS, after)
 
     def step_values(self, file_id: int, first: int, last: int) -> list[Values]:
-        """Return the records of a file from one global step to another, both included, in order."""
+        """Return the records of a file between two global steps, both included, in order."""
         where = "WHERE file_id = ? AND step BETWEEN ? AND ? ORDER BY step"
         return self.query(f"SELECT {self._columns} FROM steps {where}", file_id, first, last)
 
     def step_extremes(self, file_id: int, first: int, last: int) -> list[Values]:
-        """Return the records of lowest and highest loss in a range; one where they are the same, none in an empty one.
+        """Return the records of lowest and highest loss in a range: one if they are the same, none if it is empty.
 
         SQLite fills the other columns from the row that holds the minimum or maximum.
         """
@@ -74,7 +74,7 @@ class Curve(Ranges):
 
     @cached_property
     def _columns(self) -> str:
-        """The columns read; a ledger that was not migrated yet has no times."""
+        """Return the columns to read; a ledger that was not migrated yet has no times."""
         time = "NULL AS time"
         if self.query("SELECT 1 FROM sqlite_master WHERE name = 'step_times'"):
             time = "(SELECT t.time FROM step_times t WHERE t.file_id = steps.file_id AND t.step = steps.step) AS time"

@@ -18,12 +18,12 @@ PASSING = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
-"""Errors of SQLite that say nothing about the content: the disk is full or fails, or others use the file."""
+"""SQLite errors that say nothing about the content: the disk is full or failing, or others use the file."""
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-"""Errors of SQLite that say that the content is damaged, whatever was to be written."""
+"""SQLite errors that mean that the content is damaged."""
 
 LOG_BYTES = 16 << 20
-"""Bytes that SQLite's log is cut back to after a long-lived reader let it grow."""
+"""Bytes that SQLite's log is truncated to after a long-lived reader let it grow."""
 
 Values = dict[str, Any]
 Record = TypeVar("Record")
@@ -32,14 +32,14 @@ Record = TypeVar("Record")
 def connect(
     path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = 30.0
 ) -> sqlite3.Connection:
-    """Open a ledger file; a missing one is only made where `create` says so, as a run is made once.
+    """Open a ledger file; a missing one is made only with `create`, because a run is made once.
 
     Args:
         durable: make each transaction wait for the disk (`synchronous=FULL`).
-        patience: seconds to wait for others who write.
+        patience: seconds to wait for other writers.
 
     Raises:
-        DamagedState: it is gone, or no database.
+        DamagedState: it is gone, or not a database.
         sqlite3.DatabaseError: the machine fails.
     """
     try:
@@ -70,13 +70,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _connect_to_look(path: Path) -> sqlite3.Connection:
     """Open a ledger for reading only.
 
-    SQLite needs the two files of its log next to the ledger, and makes them where they are missing. For a user who may
-    not write there, a ledger without a log is read as the one file that it is: nobody writes to it then.
+    SQLite needs the two files of its log next to the ledger, and makes them if they are missing. For a user who may not
+    write there, a ledger without a log is read as a single file: nobody is writing to it then.
 
     Raises:
         UsageError: the user may not read it.
     """
-    path = path.resolve()  # the log lies where a link leads
+    path = path.resolve()  # the log is next to a link's target
     address = f"{path.as_uri()}?mode=ro"
     try:
         connection = _connect(address)
@@ -96,8 +96,8 @@ def _connect(address: str) -> sqlite3.Connection:
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
-    """Return what to raise for an error of SQLite: the error itself where the machine fails and the ledger is whole."""
-    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the module itself has none
+    """Return what to raise for an SQLite error: the error itself if the machine, not the ledger, is at fault."""
+    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the sqlite3 module itself has none
     if code & 0xFF not in PASSING:
         return damaged(path, error)
     return error if path.exists() else RunLayout(path.parent).lost_ledger()
@@ -110,11 +110,11 @@ def damaged(path: Path, error: BaseException) -> DamagedState:
 
 
 class Database:
-    """A connection with transactions that nest and rows that are records.
+    """A connection with nested transactions and rows as records.
 
     Args:
         clock: seconds since the epoch.
-        create: make the file where it is missing.
+        create: make the file if it is missing.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Database:
         self._connection.close()
 
     def copy_to(self, path: Path) -> None:
-        """Write the database as it is now into a new file, whoever writes to it meanwhile.
+        """Write the current database into a new file, even if others write to it meanwhile.
 
         Raises:
             sqlite3.DatabaseError: the machine fails.
@@ -139,10 +139,10 @@ class Database:
             self._connection.backup(target)
 
     def require_in_place(self) -> None:
-        """Notice that the file was removed, replaced or emptied under this process.
+        """Raise if the file was removed, replaced or emptied under this process.
 
         Raises:
-            DamagedState: nothing that is written now would be found again.
+            DamagedState: it was; whatever is written now would be lost.
         """
         if _identity(self.path) != self._identity:
             raise RunLayout(self.path.parent).lost_ledger()
@@ -155,16 +155,16 @@ class Database:
 
     @contextlib.contextmanager
     def transaction(self) -> Generator[None]:
-        """Make the statements inside one durable act; nested use joins the outer one."""
+        """Make the statements in the body one durable transaction; a nested one joins the outer one."""
         if self._connection.in_transaction:
             yield
             return
-        try:  # a signal may end the work right after BEGIN
+        try:  # a signal may interrupt right after BEGIN
             self._connection.execute("BEGIN IMMEDIATE")
             yield
             self._connection.execute("COMMIT")
         except BaseException as error:
-            if self._connection.in_transaction:  # a full or failing disk may have rolled back by itself
+            if self._connection.in_transaction:  # a full or failing disk may have caused a rollback
                 self._connection.execute("ROLLBACK")
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE:
                 raise damaged(self.path, error) from None
@@ -172,12 +172,12 @@ class Database:
 
     @contextlib.contextmanager
     def without_waiting(self) -> Generator[None]:
-        """Have no transaction in the body wait for the disk; the next one that does takes them along.
+        """Let no transaction in the body wait for the disk; the next one that does makes them durable too.
 
-        SQLite's log is written in order, so a loss of power takes the newest away, and nothing from between. Processes
-        that are killed lose nothing.
+        SQLite's log is written in order, so a power cut loses only the newest transactions and none in between.
+        Processes that are killed lose nothing.
         """
-        if self._connection.in_transaction:  # the outer one decides
+        if self._connection.in_transaction:  # the outer transaction decides
             yield
             return
         self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -204,17 +204,17 @@ class Database:
         return next(iter(self.records(kind, sql, *values)), None)
 
     def scalar(self, sql: str, *values: Any) -> Any:
-        """Return the one value of a query of one row and column, None where there is no row."""
+        """Return the value of a query with one column and at most one row; None if there is no row."""
         rows = self.query(sql, *values)
         return next(iter(rows[0].values())) if rows else None
 
     def write(self, sql: str, *values: Any) -> int:
-        """Run one statement; returns the id of an inserted row."""
+        """Run one statement; return the id of an inserted row."""
         with self.transaction():
             return int(self._connection.execute(sql, values).lastrowid or 0)
 
     def insert(self, table: str, values: Values) -> int:
-        """Insert a row, given by column; returns its id."""
+        """Insert a row, given by column; return its id."""
         names = ", ".join(values)
         marks = ", ".join("?" * len(values))
         return self.write(f"INSERT INTO {table} ({names}) VALUES ({marks})", *values.values())

@@ -1,10 +1,10 @@
-"""The disk that a ledger lies on, and whether it may lie there.
+"""The disk that a ledger is on, and whether it may be there.
 
-SQLite's write-ahead log needs memory that all who use the file share, and locks that hold for all of them
-(sqlite.org/wal.html: it "does not work over a network filesystem"). A disk that several machines mount promises
-neither, and what breaks there breaks silently, so no ledger lies on one; everything else of a run may. A disk that a
-program or the host of a virtual machine answers for (FUSE, 9p, virtiofs) may be either: a container often has no other,
-and `doctor` warns of it.
+SQLite's write-ahead log needs memory that all users of the file share, and locks that hold for all of them
+(sqlite.org/wal.html: it "does not work over a network filesystem"). A disk that several machines mount guarantees
+neither, and breaks silently, so no ledger may be on one; everything else of a run may. A disk served by a program or by
+the host of a virtual machine (FUSE, 9p, virtiofs) may or may not be local: a container often has no other, so `doctor`
+only warns of it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ SERVED_BY_PROGRAM = frozenset({
     "sshfs", "s3fs", "gcsfuse", "rclone", "glusterfs", "ceph-fuse", "ceph", "juicefs", "goofys", "blobfuse",
     "blobfuse2", "mount-s3", "moosefs", "mfs", "davfs", "davfs2", "curlftpfs", "seaweedfs", "alluxio-fuse", "dbxfs",
 })  # fmt: skip
-"""Programs behind FUSE that reach what lies on other machines, by the names under which they are mounted."""
+"""FUSE programs that access other machines, by the names under which they are mounted."""
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL})
-"""Error numbers of `flock` on a disk that has no locks, or whose server of locks does not answer."""
+"""Error numbers of `flock` on a disk that has no locks, or whose lock server does not answer."""
 MOUNT = "Mount it with locks (Lustre: -o flock; NFS: without nolock), or put the run on another disk."
 _ESCAPED = re.compile(r"\\([0-7]{3})")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A mounted file system: where, of which kind, and the major number of its block device, 0 where it has none."""
+    """A mounted file system: where, of which kind, and the major number of its block device (0 if it has none)."""
 
     point: Path
     kind: str
@@ -56,12 +56,12 @@ class Mount:
 
     @property
     def is_local(self) -> bool:
-        """Whether one machine's kernel manages it alone."""
+        """Whether a single machine's kernel manages it."""
         return not self.is_shared and (self.kind in LOCAL or self.major != 0)
 
     @property
     def is_shared(self) -> bool:
-        """Whether other machines use it, too, as far as its kind tells."""
+        """Whether other machines use it too, as far as its kind tells."""
         family, _, program = self.kind.partition(".")
         return self.kind in SERVED or (family == "fuse" and program in SERVED_BY_PROGRAM)
 
@@ -70,26 +70,26 @@ class Mount:
 
 
 def mount_of(path: Path, mounts: Path = MOUNTS) -> Mount | None:
-    """Return what a path lies on, links followed, whether it exists or not; None where the system does not say."""
+    """Return the mount that a path, existing or not, is on after following links; None if the system does not say."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    place = os.path.realpath(path)  # links in a circle are somebody else's refusal
+    place = os.path.realpath(path)  # circular links are refused elsewhere
     found, depth = None, -1
     for line in lines:
         point = _unescaped(line.split(" ", 5)[4])
         inside = place == point or place.startswith(f"{point.rstrip('/')}/")
-        if inside and len(point) >= depth:  # of two at one place, the later
+        if inside and len(point) >= depth:  # of two in one place, the later one
             found, depth = _parsed(line, point), len(point)
     return found
 
 
 def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
-    """Refuse a ledger on a disk that other machines use, whether it is there already or about to be made.
+    """Refuse a ledger on a disk that other machines use, whether it exists already or is about to be made.
 
     Raises:
-        UsageError: it is one, with the way to a ledger on a disk of this machine.
+        UsageError: it is; the hint shows how to put the ledger on a disk of this machine.
     """
     mount = mount_of(layout.ledger, mounts)
     if mount is None or not mount.is_shared:
@@ -98,12 +98,12 @@ def require_local(layout: RunLayout, mounts: Path = MOUNTS) -> None:
 
 
 def refusal(mount: Mount) -> str:
-    """Say why a ledger may not lie on a disk."""
+    """Return why a ledger must not be on a disk."""
     return f"the ledger needs a local disk, but this is {mount}: its log and its locks may not be reliable"
 
 
 def way_out(layout: RunLayout) -> str:
-    """Return the commands that put the ledger on a disk of this machine, for a run that is there or to be made."""
+    """Return the commands that put the ledger on a disk of this machine, for an existing or a new run."""
     root = layout.root.absolute()
     link = f"ln -s LOCAL_DIR/{LEDGER} {quoted(root / LEDGER)}"
     if layout.ledger.exists():
@@ -114,10 +114,10 @@ def way_out(layout: RunLayout) -> str:
 
 
 def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None] = fcntl.flock) -> None:
-    """Refuse a disk without locks: one is taken and given back on an open file, shared, as those who look take it.
+    """Refuse a disk without locks: take and release a shared lock on an open file, as observers do.
 
     Args:
-        flock: the system's call.
+        flock: the system call.
 
     Raises:
         UsageError: the file system has none.
@@ -125,7 +125,7 @@ def require_locks(descriptor: int, where: Path, flock: Callable[[int, int], None
     try:
         flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         flock(descriptor, fcntl.LOCK_UN)
-    except (BlockingIOError, PermissionError):  # held by another process: there are locks
+    except (BlockingIOError, PermissionError):  # held by another process, so there are locks
         return
     except OSError as error:
         if error.errno not in NO_LOCKS:

@@ -14,28 +14,28 @@ LEGAL = {
     "arriving": {"queued", "rejected", "skipped"},
     "queued": {"training", "undone", "skipped", "quarantined"},
     "training": {"done", "queued", "undone", "skipped", "quarantined"},
-    "done": {"training", "queued", "undone", "skipped", "quarantined"},  # back only when state is lost or taken back
+    "done": {"training", "queued", "undone", "skipped", "quarantined"},  # back only if state is lost or rolled back
     "quarantined": {"undone"},
 }
-"""States that a file may go to, by the state it is in."""
+"""States that a file may move to, by its current state."""
 
 HELD = ("queued", "training", "done")
 """States of a file whose content belongs to the stream."""
 
 IN_STREAM = "position IS NOT NULL AND state IN ('queued', 'training', 'done')"
-"""What holds for the files that have a place in the stream; worded as the index `files_position` is."""
+"""The condition for files that have a place in the stream; worded like the index `files_position`."""
 
 BEGUN_STATES = ("training", "done")
 BEGUN = f"state IN {BEGUN_STATES}"
 LAST = (1 << 63) - 1
-"""A position that no file has passed."""
+"""A position that no file exceeds."""
 
 
 class Files(Ranges):
     """Reads and moves files."""
 
     def insert_file(self, **values: Any) -> int:
-        """Record a file; returns its id."""
+        """Record a file; return its id."""
         return self.insert("files", {"arrived": self.clock(), **values})
 
     def file(self, file_id: int) -> FileRow:
@@ -46,65 +46,65 @@ class Files(Ranges):
         return row
 
     def find(self, file_id: int) -> FileRow | None:
-        """Return the file with this id, or None; one that vanished from the inbox unread is forgotten."""
+        """Return the file with this id, or None: a file that vanished from the inbox unread is forgotten."""
         return self.record(FileRow, "SELECT * FROM files WHERE id = ?", file_id)
 
     def files(self, *states: str) -> list[FileRow]:
-        """Files in these states: those with a position in stream order, then the queue in the order it is taken."""
+        """Return files in these states: those with a position in stream order, then the queue in its order."""
         order = "position IS NULL, position, priority DESC, id"
         return self.records(FileRow, f"SELECT * FROM files WHERE state IN ({marks(states)}) ORDER BY {order}", *states)
 
     def arriving(self, command: str) -> list[FileRow]:
-        """Files that arrived with one command and are not settled, in the order given."""
+        """Return the files that arrived with a command and are not settled, in the order given."""
         return self.records(
             FileRow, "SELECT * FROM files WHERE state = 'arriving' AND command = ? ORDER BY id", command
         )
 
     def announced(self) -> list[FileRow]:
-        """Files that were seen in the inbox and not read yet, in the order of the queue."""
+        """Return the files that were seen in the inbox but not read yet, in the order of the queue."""
         return self.records(
             FileRow, "SELECT * FROM files WHERE state = 'arriving' AND copy = '' ORDER BY priority DESC, id"
         )
 
     def forget_announced(self, file_id: int) -> None:
-        """Forget a file that was seen in the inbox and changed or vanished before it was read."""
+        """Forget a file that was seen in the inbox but changed or vanished before it was read."""
         self.write("DELETE FROM files WHERE id = ? AND state = 'arriving' AND copy = ''", file_id)
 
     def count_attempt(self, file_id: int, by: int = 1) -> int:
-        """Count that checking a file begins, or take that back with -1, durably; returns how often it was begun."""
+        """Durably count the beginning of a check of a file (-1 takes it back); return how often one began."""
         self.write("UPDATE files SET attempts = max(0, attempts + ?) WHERE id = ?", by, file_id)
         return self.file(file_id).attempts
 
     def next_occurrence(self, sha256: str) -> int:
-        """Return the occurrence that a file with this content has if it joins the stream now; 0 for the first."""
+        """Return the occurrence that a file with this content gets if it joins the stream now; 0 for the first."""
         last = self.scalar(
             f"SELECT max(occurrence) FROM files WHERE sha256 = ? AND state IN ({marks(HELD)})", sha256, *HELD
         )
         return 0 if last is None else int(last) + 1
 
     def with_content(self, sha256: str) -> list[FileRow]:
-        """All files that have this content, whatever came of them, in the order in which they arrived."""
+        """Return all files with this content, whatever became of them, in the order in which they arrived."""
         return self.records(FileRow, "SELECT * FROM files WHERE sha256 = ? ORDER BY id", sha256)
 
     def places_of(self, sha256: str, up_to: int) -> list[int]:
-        """The positions, up to one, at which a content of the stream has begun to be trained, in order."""
+        """Return the positions, up to one, at which training on a content began, in order."""
         rows = self.query(f"SELECT position FROM files WHERE sha256 = ? AND position <= ? AND {BEGUN}", sha256, up_to)
         return sorted(row["position"] for row in rows)
 
     def holding(self, sha256: str) -> FileRow | None:
-        """The file of the stream that has this content, if any."""
+        """Return the file of the stream with this content, if any."""
         return self.record(
             FileRow, f"SELECT * FROM files WHERE sha256 = ? AND state IN ({marks(HELD)}) ORDER BY id LIMIT 1",
             sha256, *HELD,
         )  # fmt: skip
 
     def in_stream(self, after: int, up_to: int = LAST) -> list[FileRow]:
-        """Files that have a place in the stream after a position and not after another, in order."""
+        """Return the files with a place in the stream after one position and up to another, in order."""
         where = f"{IN_STREAM} AND position > ? AND position <= ?"
         return self.records(FileRow, f"SELECT * FROM files WHERE {where} ORDER BY position", after, up_to)
 
     def unfinished_from(self, position: int) -> list[FileRow]:
-        """Files of the stream that are not done or stand at a position or after it, in order."""
+        """Return the files of the stream that are not done or are at a position or later, in order."""
         return self.records(
             FileRow,
             f"SELECT * FROM files WHERE {IN_STREAM} AND (position >= ? OR state != 'done') ORDER BY position",
@@ -112,37 +112,37 @@ class Files(Ranges):
         )
 
     def done_before(self, step: int, limit: int) -> list[FileRow]:
-        """The newest finished files that began before a step, at most `limit`, newest first."""
+        """Return the newest finished files that began before a step, at most `limit`, newest first."""
         return self.records(
             FileRow, "SELECT * FROM files WHERE state = 'done' AND start_step < ? ORDER BY position DESC LIMIT ?",
             step, limit,
         )  # fmt: skip
 
     def next_owed(self) -> FileRow | None:
-        """The file to train now: the one begun, else the head of the queue."""
+        """Return the file to train now: the one begun, else the head of the queue."""
         begun = self.record(FileRow, "SELECT * FROM files WHERE state = 'training' ORDER BY position LIMIT 1")
         return begun or self.next_queued()
 
     def next_queued(self) -> FileRow | None:
-        """The head of the queue: what has a position already, else by priority."""
+        """Return the head of the queue: a file that already has a position, else by priority."""
         queued = "SELECT * FROM files WHERE state = 'queued'"
         placed = self.record(FileRow, f"{queued} AND position IS NOT NULL ORDER BY position LIMIT 1")
         return placed or self.record(FileRow, f"{queued} ORDER BY priority DESC, id LIMIT 1")
 
     def next_arriving(self) -> FileRow | None:
-        """The file that is to be checked next, in the order of the queue that it will join."""
+        """Return the file to check next, in the order of the queue that it will join."""
         return self.record(FileRow, "SELECT * FROM files WHERE state = 'arriving' ORDER BY priority DESC, id LIMIT 1")
 
     def last_done(self) -> int:
-        """The highest position of a file that is done."""
+        """Return the highest position of a finished file."""
         return int(self.scalar("SELECT max(position) FROM files WHERE state = 'done'") or 0)
 
     def last_position(self) -> int:
-        """The highest position given so far in the stream."""
+        """Return the highest position given in the stream so far."""
         return int(self.scalar(f"SELECT max(position) FROM files WHERE {IN_STREAM}") or 0)
 
     def last_begun(self) -> int:
-        """The highest position of a file that has begun."""
+        """Return the highest position of a file that was begun."""
         begun = "SELECT max(position) FROM files WHERE state IN ('training', 'done')"
         return int(self.scalar(begun) or 0)
 
@@ -151,7 +151,7 @@ class Files(Ranges):
         return self.record(FileRow, f"SELECT * FROM files WHERE position = ? AND {IN_STREAM}", position)
 
     def queued(self) -> int:
-        """Return how many files wait, including those whose rows are still to be checked."""
+        """Return how many files wait, including those whose rows are not checked yet."""
         return int(self.scalar("SELECT count(*) FROM files WHERE state IN ('queued', 'arriving')"))
 
     def files_mark(self) -> list[Values]:
@@ -165,7 +165,7 @@ class Files(Ranges):
         return int(self.scalar("SELECT count(*) FROM files WHERE copy = ?", copy))
 
     def move_file(self, file_id: int, state: str, **values: Any) -> None:
-        """Move a file to another state and set columns with it, in one transaction.
+        """Move a file to another state and set columns, in one transaction.
 
         Raises:
             OnwardError: the move is not legal.
@@ -182,11 +182,11 @@ class Files(Ranges):
         self.write(f"UPDATE files SET {assignments} WHERE id = ?", *values.values(), file_id)
 
     def history(self, known: dict[Finished, Values] | None = None) -> list[HistoryRow]:
-        """One row per file of the stream, with its first and last step, then those that were taken out of it.
+        """Return one row per file of the stream, with its first and last step, then those that were taken out of it.
 
         Args:
-            known: what the steps of finished files add up to, as an earlier call left it here. An observer that calls
-                again and again keeps it, so that only files in hand are added up anew.
+            known: a cache of the totals of finished files, which this fills. An observer that calls repeatedly passes
+                the same one, so that only current files are added up again.
         """
         rows = self.query(LISTED)
         known = {} if known is None else known
@@ -198,7 +198,7 @@ class Files(Ranges):
         return [HistoryRow(**row, **totals.get(row["id"], NO_TOTALS)) for row in rows]
 
     def _totals(self, file_ids: Sequence[int], *, all_files: bool) -> list[Values]:
-        """Return what the steps of files add up to; files without steps have no row."""
+        """Return the totals of the steps of files; files without steps have no row."""
         columns = {row["name"] for row in self.query("PRAGMA table_info(steps)")}  # it may not be migrated yet
         replayed = "s.replayed" if "replayed" in columns else "0"
         parts = (RANGED if self.has_ranges else SINGLE).format(replayed=replayed)
@@ -213,15 +213,15 @@ class Files(Ranges):
 
 
 def marks(values: Sequence[object]) -> str:
-    """Return a question mark for each value, for SQL's IN."""
+    """Return a question mark for each value, for SQL's `IN`."""
     return ", ".join("?" * len(values))
 
 
 Finished: TypeAlias = tuple[int, str, float | None]
-"""A file in a state that it came to at a time: its steps do not change as long as this does not."""
+"""A file, its state, and when it came to that state: while these do not change, its steps do not."""
 
 SOME = 500
-"""Files that one query names at most."""
+"""The most files that one query names."""
 
 SINGLE = """
     SELECT s.file_id, s.rows, 1 AS steps, s.seconds, {replayed} AS replayed
@@ -232,7 +232,7 @@ RANGED = f"""
     UNION ALL {SINGLE.rstrip()}
         AND s.step > coalesce((SELECT max(last) FROM step_ranges WHERE file_id = w.id), 0)
 """
-"""What steps add up to, as far as the ledger keeps that in ranges, then steps one by one."""
+"""Totals of steps, from the ranges that the ledger keeps, then from single steps."""
 TOTALS = """
     WITH wanted AS (SELECT id FROM files {which})
     SELECT s.*, a.step AS step_from, a.loss AS first_loss, a.learning_rate AS first_learning_rate,

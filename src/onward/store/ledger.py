@@ -1,4 +1,4 @@
-"""The ledger: the durable record of the stream and of what came of each file (SQLite, write-ahead log)."""
+"""The ledger: the durable record of the stream and of what became of each file (SQLite, write-ahead log)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.stat
 
 
 def make_ledger(path: Path, **facts: Any) -> None:
-    """Make a new run's ledger, whole or not at all, with these facts of the run in it; a link is followed."""
+    """Make a new run's ledger with these facts, whole or not at all; a link is followed."""
     path = path.resolve()
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
     temporary.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def put_soon(path: Path, patience: float, **facts: Any) -> None:
     """Set facts of the run without waiting for the disk; a crash of the machine may forget them.
 
     Args:
-        patience: seconds to wait for others who write.
+        patience: seconds to wait for other writers.
     """
     with contextlib.closing(connect(path, durable=False, patience=patience)) as connection:
         for key, value in facts.items():
@@ -50,12 +50,12 @@ def put_soon(path: Path, patience: float, **facts: Any) -> None:
 
 
 class Ledger(Files, Requests, Curve, Tracking):
-    """Reads and legal moves of the ledger. One writer of training state; readers at any time.
+    """Reads the ledger and makes its legal moves. There is one writer of training state, and readers at any time.
 
     Args:
         path: the file `ledger.sqlite3`.
         clock: seconds since the epoch; injected by tests.
-        create: make the file with its schema where it is missing; else that is an error.
+        create: make the file with its schema if it is missing; otherwise that is an error.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class Ledger(Files, Requests, Curve, Tracking):
                 self.write(PUT, key, json.dumps(value))
 
     def keep_config(self, fingerprint: str, config: dict[str, Any]) -> None:
-        """Keep a config under its fingerprint."""
+        """Store a config under its fingerprint."""
         self.write("INSERT OR IGNORE INTO configs VALUES (?, ?)", fingerprint, json.dumps(config))
 
     def config(self, fingerprint: str) -> dict[str, Any]:
-        """Return the config of a fingerprint."""
+        """Return the config with a fingerprint."""
         text = self.scalar("SELECT config FROM configs WHERE fingerprint = ?", fingerprint)
         if text is None:
             raise OnwardError("the ledger has no such config", where=fingerprint)
@@ -107,17 +107,17 @@ class Ledger(Files, Requests, Curve, Tracking):
         return self.config(row.config)
 
     def quick_check(self) -> str:
-        """Return what SQLite's own check says: `ok`, or what is broken."""
+        """Return the result of SQLite's own check: `ok`, or what is broken."""
         return str(self.scalar("PRAGMA quick_check"))
 
     # checkpoints
 
     def begin_checkpoint(self, **values: Any) -> int:
-        """Record that a checkpoint is about to be written; makes the metrics before it durable too."""
+        """Record that a checkpoint is about to be written; this also makes the metrics before it durable."""
         return self.insert("checkpoints", {"state": "writing", "created": self.clock(), **values})
 
     def commit_checkpoint(self, checkpoint_id: int, *, size: int, seconds: float) -> None:
-        """Record that a checkpoint is in place, and what the steps before it add up to."""
+        """Record that a checkpoint is in place, and the totals of the steps before it."""
         with self.transaction():
             self.write(
                 "UPDATE checkpoints SET state = 'committed', bytes = ?, seconds = ? WHERE id = ?",
@@ -128,23 +128,23 @@ class Ledger(Files, Requests, Curve, Tracking):
                 self.keep_ranges(row["file_id"], row["step"])
 
     def newest_checkpoint(self) -> CheckpointRow | None:
-        """The committed checkpoint with the highest step."""
+        """Return the committed checkpoint with the highest step."""
         return self.record(
             CheckpointRow,
             "SELECT * FROM checkpoints WHERE state = 'committed' ORDER BY step DESC, id DESC LIMIT 1",
         )
 
     def committed_step(self) -> int:
-        """The step of the newest committed checkpoint, 0 where there is none."""
+        """Return the step of the newest committed checkpoint, 0 if there is none."""
         newest = self.newest_checkpoint()
         return newest.step if newest else 0
 
     def checkpoint_created(self, step: int) -> float | None:
-        """When the newest checkpoint of a step was begun, seconds since the epoch; None where there is none."""
+        """Return when the newest checkpoint of a step was begun, in seconds since the epoch; None if there is none."""
         return self.scalar("SELECT max(created) FROM checkpoints WHERE step = ?", step)
 
     def checkpoint_states(self, step: int) -> set[str]:
-        """Return the states of all checkpoints that the run ever began at a step; none where it began none."""
+        """Return the states of all checkpoints that the run ever began at a step."""
         return {str(row["state"]) for row in self.query("SELECT state FROM checkpoints WHERE step = ?", step)}
 
     def has_checkpoints(self) -> bool:
@@ -152,7 +152,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         return bool(self.scalar("SELECT EXISTS (SELECT 1 FROM checkpoints)"))
 
     def lost_digest(self, step: int, basis: str) -> str | None:
-        """The state digest of a checkpoint at `step` that was lost to damage, made on the same basis."""
+        """Return the state digest of a checkpoint at `step` that was lost to damage and had the same basis, if any."""
         return self.scalar(
             "SELECT state_digest FROM checkpoints WHERE step = ? AND basis = ? AND state = 'lost' ORDER BY id DESC",
             step,
@@ -168,22 +168,22 @@ class Ledger(Files, Requests, Curve, Tracking):
         return self.insert("handovers", values)
 
     def handovers(self, file_id: int | None = None) -> list[HandoverRow]:
-        """Return the handovers of a file, or all but those of files that were undone, in order."""
+        """Return the handovers of a file, or all except those of undone files, in order."""
         if file_id is not None:
             return self.records(HandoverRow, f"SELECT {HANDOVER} FROM handovers h WHERE h.file_id = ?", file_id)
         return self.records(HandoverRow, f"SELECT {HANDOVER} {HELD_OVER}")
 
     def newest_handovers(self, limit: int) -> list[HandoverRow]:
-        """Return the newest handovers but those of files that were undone, newest first."""
+        """Return the newest handovers except those of undone files, newest first."""
         return self.records(HandoverRow, f"SELECT {HANDOVER} {HELD_OVER} ORDER BY h.id DESC LIMIT ?", limit)
 
     def handover_classes(self) -> dict[str, int]:
-        """Return how many handovers there are of each class, those of files that were undone left out."""
+        """Return how many handovers there are of each class, without those of undone files."""
         rows = self.query(f"SELECT h.class AS name, count(*) AS handovers {HELD_OVER} GROUP BY h.class")
         return {row["name"]: row["handovers"] for row in rows}
 
     def add_config_change(self, step: int, file_id: int, key: str, values: tuple[Any, Any]) -> None:
-        """Record that a key took another value at a boundary: `values` are the old and the new one."""
+        """Record that a key changed at a boundary: `values` are the old and the new one."""
         old, new = map(json.dumps, values)
         self.insert(
             "config_changes",
@@ -196,7 +196,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         self.insert("events", {"level": level, "message": text, "step": step, "created": self.clock(), "kind": kind})
 
     def keep_boundary_results(self, file_id: int, step: int, results: Mapping[str, Any]) -> None:
-        """Keep what hooks measured at the boundary after a file, by name, as JSON; its commit makes it durable."""
+        """Record what hooks measured at the boundary after a file, by name, as JSON; its commit makes this durable."""
         with self.without_waiting(), self.transaction():
             for name, value in results.items():
                 self.write(
@@ -210,7 +210,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         return {row["name"]: json.loads(row["value"]) for row in rows}
 
     def has_result(self, file_id: int, name: str) -> bool:
-        """Whether a result of this name is kept of a file."""
+        """Return whether there is a result of this name for a file."""
         sql = "SELECT EXISTS (SELECT 1 FROM boundary_results WHERE file_id = ? AND name = ?)"
         return bool(self.scalar(sql, file_id, name))
 
@@ -232,7 +232,7 @@ class Ledger(Files, Requests, Curve, Tracking):
         return self.records(EventRow, "SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", event_id, limit)
 
     def last_event(self) -> int:
-        """The id of the newest event, 0 where there is none."""
+        """Return the id of the newest event, 0 if there is none."""
         return int(self.scalar("SELECT coalesce(max(id), 0) FROM events"))
 
     def count_events(self, after: int, kinds: Iterable[str]) -> int:
@@ -247,17 +247,17 @@ class Ledger(Files, Requests, Curve, Tracking):
         return self.records(StepRecord, "SELECT * FROM steps WHERE file_id = ? ORDER BY step", file_id)
 
     def replayed_rows(self, file_id: int) -> list[tuple[int, str, int]]:
-        """Return the replayed rows of a file's steps in order: step, SHA-256 of their file, index in it."""
+        """Return the replayed rows of a file's steps in order: step, SHA-256 of the row's file, index in it."""
         rows = self.query("SELECT step, sha256, row FROM replayed_rows WHERE file_id = ? ORDER BY step, place", file_id)
         return [(int(row["step"]), str(row["sha256"]), int(row["row"])) for row in rows]
 
     def last_steps(self, file_id: int, limit: int, up_to: int | None = None) -> list[StepRecord]:
-        """Return the newest step records of a file, those up to a global step where one is given, newest first."""
+        """Return the newest step records of a file, newest first, up to a global step if one is given."""
         query = "SELECT * FROM steps WHERE file_id = ? AND step <= coalesce(?, step) ORDER BY step DESC LIMIT ?"
         return self.records(StepRecord, query, file_id, up_to, limit)
 
     def count_trained(self, file_id: int) -> tuple[int, int]:
-        """Return how many steps of a file were recorded, and how many rows in them."""
+        """Return how many steps of a file were recorded, and how many rows they had."""
         row = self.query("SELECT count(*) AS n, coalesce(sum(rows), 0) AS rows FROM steps WHERE file_id = ?", file_id)[
             0
         ]
@@ -276,12 +276,12 @@ class Ledger(Files, Requests, Curve, Tracking):
     # going back
 
     def trim(self, step: int, file_ids: Sequence[int], checkpoint_state: str) -> None:
-        """Forget the step records after `step` of these files and mark later checkpoints as lost or undone.
+        """Forget these files' step records after `step`, and mark later checkpoints as lost or undone.
 
-        The record of a checkpoint stays: it tells whose a directory is.
+        The record of a checkpoint stays, because it shows that the run made the directory.
         """
         with self.transaction():
-            if checkpoint_state == "undone":  # what is lost to damage is trained again, to the same bits
+            if checkpoint_state == "undone":  # steps lost to damage are trained again, to the same bits
                 self.add_rewind(step)
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)

@@ -1,4 +1,4 @@
-"""Finding a file or a step by what a person types: a name, a position, a hash prefix, a step.
+"""Finds a file or a step by what the user types: a name, a position, a hash prefix, a step.
 
 `file:X` says that X is a file's position, name or hash prefix, and `step:N` that N is a step.
 """
@@ -19,10 +19,10 @@ _STEP = re.compile(r"step[:-](\d+)")
 
 
 def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
-    """Return the one file in these states that a name, a position or a hash prefix means.
+    """Return the file in these states with a name, a position or a hash prefix.
 
     Raises:
-        UsageError: none, or several.
+        UsageError: there is none, or there are several.
     """
     rows = ledger.files(*states)
     matches = _matches(rows, name)
@@ -46,8 +46,8 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
     """Return the step of the boundary that `to` names.
 
     Args:
-        steps: those that can be meant, such as those that have a restore point.
-        option: what the person typed it after.
+        steps: the steps that can be meant, such as those with a restore point.
+        option: the option that it was typed after.
 
     Raises:
         UsageError: it names neither a finished file nor a boundary of this run, or several of them.
@@ -77,7 +77,7 @@ def find_step(ledger: Ledger, to: str, steps: Sequence[int], option: str = "--to
 
 
 def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
-    """Return the files that a text means: by name or position, and by hash prefix where there is none."""
+    """Return the files that a text means: by name or position, or else by hash prefix."""
     exact = [row for row in rows if row.name == text]
     plain = text.removeprefix(FILE)
     exact = exact or [row for row in rows if plain == row.name or (row.position and plain == str(row.position))]
@@ -87,7 +87,7 @@ def _matches(rows: Sequence[FileRow], text: str) -> list[FileRow]:
 
 
 def _step_meant(text: str, steps: Sequence[int]) -> int | None:
-    """Return the step that a text means: any number after `step:` or `step-`, a bare one only if it has a boundary."""
+    """Return the step that a text means: any number after `step:` or `step-`; a bare one only if it is a boundary."""
     marked = _STEP.fullmatch(text)
     number = marked.group(1) if marked else text
     return int(number) if number.isdecimal() and int(number) in steps else None

@@ -1,7 +1,7 @@
-"""Step metrics: written as they come, on a connection that does not wait for the disk.
+"""Step metrics, written as they come on a connection that does not wait for the disk.
 
-The next checkpoint's transaction is durable and carries them with it: SQLite's write-ahead log is flushed in order. It
-also keeps what ranges of steps add up to, so that who looks at a run of a million steps need not read them all.
+The next checkpoint's transaction is durable and makes them durable too: SQLite's write-ahead log is flushed in order.
+It also stores the totals of ranges of steps, so that an observer of a run of a million steps need not read them all.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from onward.store.database import Database, Values, connect
 from onward.store.rows import StepRecord
 
 RANGE = 512
-"""Global steps of a range: its borders are multiples of this, and those of files. A power of two, as in the curve."""
+"""Global steps per range: ranges end at multiples of this and at the ends of files. A power of two, as in the curve."""
 
 MANY = 100
-"""Pieces of files from which on one query for all ranges is cheaper than one for each piece."""
+"""The number of pieces of files from which one query for all ranges is cheaper than one per piece."""
 KEEP = f"""
     INSERT OR REPLACE INTO step_ranges
     SELECT r.*, (SELECT learning_rate FROM steps WHERE file_id = r.file_id AND step = r.last)
@@ -35,7 +35,7 @@ KEEP = f"""
 
 
 class Metrics:
-    """Appends step records to the ledger file, each with the time at which it is written.
+    """Appends step records to the ledger file, each with the time of writing.
 
     Args:
         clock: seconds since the epoch.
@@ -51,10 +51,10 @@ class Metrics:
         self._connection = connect(path, durable=False)
 
     def append(self, record: StepRecord, replayed: Sequence[tuple[str, int]] = ()) -> None:
-        """Write one record, its time and the rows that were replayed in its step, all or nothing.
+        """Write one record, its time and the rows replayed in its step, all or nothing.
 
         Args:
-            replayed: each a file's SHA-256 and the index of a row in it.
+            replayed: pairs of a file's SHA-256 and the index of a row in it.
         """
         of_step = (record.file_id, record.step)
         rows = [(*of_step, place, sha256, row) for place, (sha256, row) in enumerate(replayed)]
@@ -72,22 +72,22 @@ class Metrics:
 
 
 class Ranges(Database):
-    """What ranges of a file's steps add up to, kept with each commit: they cover its steps up to the last one."""
+    """Totals of ranges of a file's steps, stored with each commit: they cover the steps up to the last commit."""
 
     def keep_ranges(self, file_id: int, step: int) -> None:
-        """Keep what the steps of a file up to a global step add up to: the newest range grows, others stay."""
+        """Store totals of the steps of a file up to a global step: the newest range grows, others stay."""
         self.write(KEEP, file_id, step)
 
     def forget_ranges(self, file_id: int, step: int) -> None:
-        """Forget the ranges of a file that hold steps after a global step."""
+        """Remove the ranges of a file that contain steps after a global step."""
         self.write("DELETE FROM step_ranges WHERE file_id = ? AND last > ?", file_id, step)
 
     def step_ranges(self, pieces: Sequence[tuple[int, int, int]] | None = None) -> dict[tuple[int, int], Values]:
         """Return ranges by file id and first step.
 
         Args:
-            pieces: file id, first and last step of the pieces that they have to lie in; all where it is None. There may
-                be others among them where all are read at once, since the pieces are many.
+            pieces: file id, first and last step of the pieces that the ranges must lie in; None for all. With many
+                pieces, all ranges are read at once, and the result may contain others.
         """
         if not self.has_ranges:
             return {}
@@ -100,5 +100,5 @@ class Ranges(Database):
 
     @cached_property
     def has_ranges(self) -> bool:
-        """Whether the ledger has any; one that is only read may not be migrated yet."""
+        """Return whether the ledger has any; one opened for reading only may not be migrated yet."""
         return bool(self.query("SELECT 1 FROM sqlite_master WHERE name = 'step_ranges'"))

@@ -271,7 +271,7 @@ def migrate(connection: sqlite3.Connection) -> None:
         )
     if version == len(MIGRATIONS):
         return
-    connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name; SQLite's own way to do it
+    connection.execute("PRAGMA foreign_keys = OFF")  # a table is rebuilt under its name, as SQLite advises
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
     connection.execute("PRAGMA foreign_keys = ON")

@@ -1,4 +1,4 @@
-"""What was asked for: requests to the owner of a run, and the files that a command was given."""
+"""Requests to the owner of a run, and the files that commands were given."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from onward.store.rows import IntentRow, RequestRow
 
 
 class Requests(Database):
-    """Reads, records and answers what was asked for."""
+    """Reads, records and answers requests."""
 
     def add_request(self, kind: str, argument: str | None = None, file_id: int | None = None) -> int:
-        """Record what an operator asks of the process that owns the run; returns the request's id."""
+        """Record a request of an operator to the process that owns the run; return its id."""
         values = {"kind": kind, "argument": argument, "file_id": file_id, "created": self.clock()}
         return self.insert("requests", values)
 
@@ -23,15 +23,15 @@ class Requests(Database):
         return self.record(RequestRow, "SELECT * FROM requests WHERE id = ?", request_id)
 
     def open_requests(self) -> list[RequestRow]:
-        """Return the requests that nobody acknowledged yet, oldest first."""
+        """Return the requests that are not answered yet, oldest first."""
         return self.records(RequestRow, "SELECT * FROM requests WHERE acknowledged IS NULL ORDER BY id")
 
     def last_request(self) -> int:
-        """The id of the newest request, 0 where none was made."""
+        """Return the id of the newest request, 0 if there is none."""
         return int(self.scalar("SELECT coalesce(max(id), 0) FROM requests"))
 
     def acknowledge(self, request_id: int, answer: str) -> None:
-        """Answer a request that has no answer yet; the first one stays."""
+        """Answer a request unless it has an answer already."""
         self.write(
             "UPDATE requests SET acknowledged = ?, answer = ? WHERE id = ? AND acknowledged IS NULL",
             self.clock(),
@@ -40,7 +40,7 @@ class Requests(Database):
         )
 
     def add_intent(self, paths: Sequence[Path], *, again: bool, priority: int) -> int:
-        """Record which files a command was given, before anything of them is read; returns the intent's id."""
+        """Record which files a command was given, before any of them is read; return the intent's id."""
         names = json.dumps([str(path.absolute()) for path in paths])
         return self.insert(
             "intents", {"paths": names, "again": int(again), "priority": priority, "created": self.clock()}

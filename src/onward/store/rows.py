@@ -10,18 +10,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class FileRow:
-    """One file: where it came from, what was counted in it and where it stands.
+    """One file: where it came from, what was counted in it, and its state.
 
     `inbox` is its path below the inbox if it came from there, `copy` its path below the run's directory. A file of the
-    inbox that was seen and not read yet is announced: it has neither `copy` nor `sha256`, and `seen` tells which file
-    it was (device, inode, size, time). `attempts` counts the checks of its rows that began and did not end.
-    `occurrence` counts the files with the same content
-    that the stream had accepted before: the order of its rows depends on it. `parts` is the number of parts into which
-    each of its steps is cut after lack of memory. `truncated` and `dropped` count rows that were cut or left out for
-    their length, `lost_tokens` the tokens that went with that (0 in files of earlier releases, which did not count
-    them), `split` texts that became several rows, `bad_rows` rows left out because they cannot be trained. `held_out`
-    counts, from when the file begins, the rows that are never trained. `accepted` is 1 if a person said that the guard
-    is to let it pass.
+    inbox that was seen but not read yet is announced: it has neither `copy` nor `sha256`, and `seen` identifies the
+    file (device, inode, size, time). `attempts` counts the checks of its rows that began but did not end. `occurrence`
+    counts the files with the same content that the stream had accepted before; the order of its rows depends on it.
+    `parts` is the number of parts into which each of its steps is split after memory ran out. `truncated` and `dropped`
+    count rows that were cut or left out for their length, `lost_tokens` the tokens lost by that (0 in files of earlier
+    releases, which did not count them), `split` texts that became several rows, `bad_rows` rows left out because they
+    cannot be trained. `held_out` counts the rows that are never trained, once the file has begun. `accepted` is 1 if a
+    user told the guard to let it pass.
     """
 
     id: int
@@ -60,25 +59,25 @@ class FileRow:
 
     @property
     def is_announced(self) -> bool:
-        """Whether the file still lies in the inbox, unread."""
+        """Whether the file is still in the inbox, unread."""
         return not self.copy
 
     @property
     def first_step(self) -> int:
-        """The global step that the file began after."""
+        """The global step after which the file began."""
         assert self.start_step is not None, self.name
         return self.start_step
 
     @property
     def place(self) -> int:
-        """The position of a file that has one."""
+        """The position of the file, which must have one."""
         assert self.position is not None, self.name
         return self.position
 
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryRow(FileRow):
-    """A file with what its step records add up to; None where none was trained."""
+    """A file with the totals of its step records; None if no step was trained."""
 
     trained: int | None
     steps: int | None
@@ -97,9 +96,9 @@ class HistoryRow(FileRow):
 class StepRecord:
     """One optimizer step of one file, as it was trained.
 
-    `loss` is the mean over the step's target tokens, `seconds` wall time, `rows_digest` the digest of the row
-    indices that went in. `rows` counts those of the file, `replayed` those of earlier files on top of them; `tokens`
-    and the loss are of both. `anchor` is the KL divergence to the base (nats per token) where it is in the loss.
+    `loss` is the mean over the step's target tokens, `seconds` wall time, `rows_digest` the digest of its row indices.
+    `rows` counts those of the file, `replayed` the additional ones of earlier files; `tokens` and the loss cover both.
+    `anchor` is the KL divergence from the base (nats per token) if it is in the loss.
     """
 
     file_id: int
@@ -120,7 +119,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """A checkpoint: being written, committed, lost to damage, or undone (by going back, or never finished)."""
+    """A checkpoint: being written, committed, lost to damage, or undone (rolled back or never finished)."""
 
     id: int
     step: int
@@ -136,7 +135,7 @@ class CheckpointRow:
 
 @dataclass(frozen=True)
 class HandoverRow:
-    """A handover: what was measured before and after, as JSON text, and the class that held."""
+    """A handover: what was measured before and after, as JSON text, and its class."""
 
     id: int
     kind: str
@@ -163,7 +162,7 @@ class EventRow:
 
 @dataclass(frozen=True)
 class RequestRow:
-    """What an operator asks of the owner; `file_id` names the file that is meant."""
+    """A request of an operator to the owner; `file_id` is the file that is meant."""
 
     id: int
     kind: str
@@ -176,7 +175,7 @@ class RequestRow:
 
 @dataclass(frozen=True)
 class IntentRow:
-    """A command that was given files and has not taken them in yet; `paths` is a JSON list."""
+    """A command that was given files but has not taken them in yet; `paths` is a JSON list."""
 
     id: int
     paths: str
@@ -196,18 +195,18 @@ class RewindRow:
 
 @dataclass(frozen=True)
 class TrackerRow:
-    """How far a tracker was told of the run.
+    """How much of the run a tracker has received.
 
     Args:
         name: as in the config key `track`.
-        run_id: its own name of the run; None before it was first reached.
-        step: the last step that it was told of.
-        shift: what is added to a step to give the number of its point: the points that were told and are undone.
-        since: the step that the run last went back to, as far as the tracker is concerned.
-        rollbacks: how often steps that it had been told of were undone.
+        run_id: its own name for the run; None before it was first reached.
+        step: the last step that it received.
+        shift: what is added to a step to number its point: how many points were sent but undone since.
+        since: the step that the run last went back to, as far as the tracker has received it.
+        rollbacks: how often steps that it had received were undone.
         rewind: the last of the ledger's rewinds that this takes into account.
-        problem: why it could not be told, or None.
-        updated: when this was written, seconds since the epoch.
+        problem: why it could not be reached, or None.
+        updated: when this was written, in seconds since the epoch.
     """
 
     name: str

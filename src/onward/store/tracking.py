@@ -1,4 +1,4 @@
-"""What trackers are told: the steps of the stream in order, how often the run went back, and how far each one is."""
+"""What trackers receive: the steps of the stream in order, how often the run went back, and how far each tracker is."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from onward.store.database import Database
 from onward.store.rows import FileRow, RewindRow, StepRecord, TrackerRow
 
 FILES = 20
-"""Files whose steps are looked for at a time."""
+"""How many files' steps are queried at a time."""
 
 
 class Tracking(Database):
-    """Reads the stream step by step, and keeps how far others have read it."""
+    """Reads the stream step by step, and records how far trackers have received it."""
 
     def add_rewind(self, step: int) -> None:
         """Record that the run goes back to a step, in the transaction that makes it so."""
         self.insert("rewinds", {"step": max(step, 0), "created": self.clock()})
 
     def last_rewind(self) -> int:
-        """The id of the newest rewind, 0 where there was none."""
+        """Return the id of the newest rewind, 0 if there was none."""
         return int(self.scalar("SELECT coalesce(max(id), 0) FROM rewinds"))
 
     def rewinds_after(self, rewind: int) -> list[RewindRow]:
@@ -28,15 +28,15 @@ class Tracking(Database):
         return self.records(RewindRow, "SELECT * FROM rewinds WHERE id > ? ORDER BY id", rewind)
 
     def tracker(self, name: str) -> TrackerRow | None:
-        """Return how far a tracker was told, None for one that was never told anything."""
+        """Return how far a tracker has got; None for one that never received anything."""
         return self.record(TrackerRow, "SELECT * FROM trackers WHERE name = ?", name)
 
     def trackers(self) -> list[TrackerRow]:
-        """Return how far each tracker was told."""
+        """Return how far each tracker has got."""
         return self.records(TrackerRow, "SELECT * FROM trackers ORDER BY name")
 
     def keep_tracker(self, row: TrackerRow) -> None:
-        """Write down how far a tracker was told."""
+        """Record how far a tracker has got."""
         values = asdict(row) | {"updated": self.clock()}
         names = ", ".join(values)
         marks = ", ".join("?" * len(values))
@@ -45,7 +45,8 @@ class Tracking(Database):
     def steps_after(self, step: int, limit: int) -> list[tuple[FileRow, StepRecord]]:
         """Return the steps of the stream after a step, each with its file, in order; at most about `limit`.
 
-        The last step of a file comes when the file is done: by then it is known what hooks measured at its boundary.
+        The last step of a file is returned only when the file is done, when the hooks' measurements at its boundary are
+        known.
         """
         found: list[tuple[FileRow, StepRecord]] = []
         for row in self._files_after(step):
@@ -58,7 +59,7 @@ class Tracking(Database):
         return found
 
     def step_time(self, record: StepRecord) -> float | None:
-        """Return when a step was recorded, None for steps of earlier releases."""
+        """Return when a step was recorded; None for steps of earlier releases."""
         return self.scalar("SELECT time FROM step_times WHERE file_id = ? AND step = ?", record.file_id, record.step)
 
     def _files_after(self, step: int) -> Iterator[FileRow]:

@@ -1,1 +1,1 @@
-"""Model, optimizer, step, checkpoint: what a run's state is and how it moves. Knows nothing of the ledger."""
+"""Model, optimizer, step, checkpoint: a run's state and how it changes. Knows nothing of the ledger."""

@@ -1,4 +1,4 @@
-"""The next batch, made while the device computes the one before."""
+"""Makes the next batch while the device computes the previous one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Make = Callable[[int], Batch]
 
 
 class Ahead:
-    """Batches by step, of which one is made in advance where a GPU computes; a CPU has no time to spare for it.
+    """Batches by step, one of them made in advance on a GPU; a CPU has no time to spare for it.
 
-    Which batch a step has does not depend on it: it is asked for by its step.
+    This does not affect which batch a step has: batches are requested by step.
 
     Args:
         make: makes the batch of a step.
-        steps: steps that there are.
-        device: computes the steps.
+        steps: the number of steps.
+        device: the device that computes the steps.
     """
 
     def __init__(self, make: Make, steps: int, device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """The anchor in the loss: the KL divergence from the base on texts that the base wrote, a few of them in each step.
 
-The base's distribution is kept as its most probable tokens and what is left of it, so that the base itself need not be
-in memory. Learning Without Forgetting (Li and Hoiem, 2016) holds a model to its earlier answers in the same way; that
-text of the model itself serves better than raw text of the web: arXiv:2605.26097.
+The base's distribution is kept as its most probable tokens and the rest as one, so that the base itself need not be in
+memory. Learning Without Forgetting (Li and Hoiem, 2016) keeps a model close to its earlier answers in the same way; for
+evidence that the model's own text works better than raw web text, see arXiv:2605.26097.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from onward.training.parts import parts_of
 from onward.training.seeds import fold
 
 TOP = 64
-"""Tokens of the base's distribution that are kept, the most probable ones."""
+"""How many tokens of the base's distribution, the most probable ones, are kept."""
 ROWS_PER_TEXT = 8
-"""Rows of a step for which one anchor text comes on top; one at least."""
+"""How many rows of a step there are per additional anchor text; there is at least one text."""
 
 
 @dataclass(frozen=True)
 class AnchorTerm:
-    """What the loss of a step gets in addition to that of its rows: weight times the divergence, mean over tokens.
+    """The additional term in the loss of a step: weight times the divergence, mean over tokens.
 
     Args:
-        texts: tokens of the texts, all of one length, all but the first of each being targets.
+        texts: tokens of the texts, all of the same length; all tokens but the first of each are targets.
         ids: the base's most probable tokens at each target, int64, shape (texts, targets, top).
         logs: their log-probabilities, float32, the same shape.
-        weight: what the divergence is multiplied by.
+        weight: the factor of the divergence.
     """
 
     texts: Sequence[Row]
@@ -45,7 +45,7 @@ class AnchorTerm:
     weight: float
 
     def chosen(self, step: int, config: Config) -> list[int]:
-        """Return the texts of the step after `step`: a function of seed and step; each comes once before one twice."""
+        """Return the texts of the step after `step`, a function of seed and step; none repeats before all have come."""
         count = max(1, config.batch_size // ROWS_PER_TEXT)
         found: list[int] = []
         for number in range(step * count, (step + 1) * count):
@@ -58,10 +58,10 @@ class AnchorTerm:
         return fold(config.seed, "step", step, "anchor")
 
     def add_gradients(self, loss: TargetLoss, step: int, config: Config, factor: float = 1.0) -> float:
-        """Add the gradients of the term for the step after `step`; returns the divergence, nats per token.
+        """Add the gradients of the term for the step after `step`; return the divergence in nats per token.
 
         Args:
-            factor: the gradients are multiplied by it.
+            factor: what the gradients are multiplied by.
         """
         places = self.chosen(step, config)
         batch = Batch([self.texts[place] for place in places], [RowReference("", place) for place in places], places)
@@ -83,20 +83,20 @@ class AnchorTerm:
 
 
 def top_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most probable tokens and their log-probabilities, shape (tokens, top), of (tokens, vocabulary)."""
+    """Return the most probable tokens and their log-probabilities, shape (tokens, top), from (tokens, vocabulary)."""
     found = functional.log_softmax(logits, -1).topk(min(TOP, logits.shape[-1] - 1), -1)
     return found.indices, found.values
 
 
 def top_divergences(ids: torch.Tensor, logs: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Return KL(base || model) in nats for each token, all tokens that are not among the kept ones counted as one.
+    """Return KL(base || model) in nats for each token, where all tokens that were not kept count as one.
 
     That is at most the divergence over all tokens.
 
     Args:
         ids: kept tokens of the base, shape (tokens, top).
         logs: their log-probabilities.
-        logits: of the model, shape (tokens, vocabulary).
+        logits: logits of the model, shape (tokens, vocabulary).
     """
     here = functional.log_softmax(logits, -1).gather(-1, ids)
     rest_there, rest_here = (torch.log1p(-each.exp().sum(-1).clamp(max=1 - 1e-6)) for each in (logs, here))

@@ -1,4 +1,4 @@
-"""Crossing a boundary: all that changes in the state between two files."""
+"""Crossing a boundary: everything that changes in the state between two files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from onward.training.state import Cursor, TrainState
 
 @dataclass(frozen=True)
 class Boundary:
-    """A boundary that was reached and is not committed yet, as hooks see it: the model is in eval mode."""
+    """A boundary that was reached but is not committed yet, as hooks see it: the model is in eval mode."""
 
     step: int
     file: str
@@ -33,13 +33,13 @@ class Boundary:
 
 
 AtBoundary = Callable[[Boundary], Mapping[str, Any]]
-"""What is done at a boundary; returns JSON values by name, which the ledger keeps. It may change no weight."""
+"""A hook at a boundary; returns JSON values by name, which the ledger keeps. It must not change weights."""
 
 
 def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.device) -> dict[str, Any]:
-    """Call hooks with the model in eval mode and random generators of their own; returns all their results.
+    """Call hooks with the model in eval mode and random generators of their own; return all their results.
 
-    What their forward passes leave in the model's buffers is put back.
+    The model's buffers are restored after their forward passes.
     """
     results: dict[str, Any] = {}
     buffers = Buffers(boundary.model)
@@ -55,7 +55,7 @@ def run_hooks(hooks: Iterable[AtBoundary], boundary: Boundary, device: torch.dev
 
 
 def cross_boundary(state: TrainState, config: Config, plan: Plan, position: int) -> None:
-    """Put the config in force, apply its boundary policy and set the cursor to the start of a file."""
+    """Put the config into force, apply its boundary policy and set the cursor to the start of a file."""
     state.method.configure(state.optimizer, config)
     set_dropout(state.model, config.lora.dropout)
     if config.boundary == "reset_moments":

@@ -1,6 +1,6 @@
 """Checkpoints on disk: Hugging Face directories with a manifest, written whole, verified before use.
 
-Only a directory whose manifest, with the hash of every file, holds is a checkpoint. The commit is the rename in
+A directory is a checkpoint only if its manifest, with the hash of every file, is correct. The commit is the rename in
 `write_checkpoint`, as in Orbax and Levanter.
 """
 
@@ -33,9 +33,9 @@ from onward.training.state import Cursor, Snapshot
 FORMAT = 1
 SPACE_MARGIN = 1.1
 SMALL_FILES = 1 << 16
-"""Bytes allowed for the manifest, the configs and all else that is neither weight, moment nor static file."""
+"""Bytes reserved for the manifest, the configs and everything else that is not weights, moments or static files."""
 _CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-"""Errors of a read that say that there is no such file; all others say nothing about it."""
+"""Read errors that mean that there is no such file; all others say nothing about it."""
 
 
 class Manifest(BaseModel):
@@ -61,12 +61,12 @@ class Manifest(BaseModel):
 
     @property
     def measured(self) -> dict[str, Any]:
-        """All that was measured of the state, as `Measurement.to_dict` returns it."""
+        """Everything that was measured of the state, as `Measurement.to_dict` returns it."""
         return {**self.measurement, GRADIENT: self.probe_gradient}
 
     @property
     def cursor(self) -> Cursor:
-        """Where in the stream the checkpoint stands."""
+        """The checkpoint's place in the stream."""
         return Cursor(**self.state["cursor"])
 
     @property
@@ -86,27 +86,27 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says beyond the state: the run it belongs to and what it was made with."""
+    """What a checkpoint records besides the state: the run it belongs to and what it was made with."""
 
     run: str
     base: dict[str, str]
     tokenizer: str
     environment: Mapping[str, Any]
     static_files: Mapping[str, bytes]
-    """Files that are the same in every checkpoint (those of the tokenizer), by name."""
+    """Files that are the same in every checkpoint (the tokenizer's), by name."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What one checkpoint is written from.
+    """What a checkpoint is written from.
 
     Args:
-        model: gives names and configuration of what is saved; its weights may have moved on.
+        model: provides the names and the configuration of what is saved; its weights may have changed since.
         state: the state to save.
         config: the config in force.
         measurement: what was measured of the state.
         log_history: entries for `trainer_state.json`.
-        parent: the checkpoint before.
+        parent: the previous checkpoint.
     """
 
     model: nn.Module
@@ -122,8 +122,8 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
     """Write a checkpoint directory and commit it by one rename.
 
     Args:
-        recorded: the ledger has a record of an earlier checkpoint under this name, which may be replaced even where
-            its manifest is missing or damaged.
+        recorded: whether the ledger has a record of an earlier checkpoint under this name, which may then be replaced
+            even if its manifest is missing or damaged.
 
     Raises:
         NoSpace: the disk has no room; nothing is left behind and earlier checkpoints are untouched.
@@ -142,7 +142,7 @@ def write_checkpoint(target: Path, contents: Contents, *, recorded: bool = False
             prove_roundtrip(contents.model, temporary, contents.state.weights)
         manifest = _describe(temporary, contents)
         write_file(temporary / MANIFEST, canonical_json(manifest.model_dump(mode="json")) + b"\n")
-        remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or a step trained again
+        remove_checkpoint(target, run=contents.facts.run, recorded=recorded)  # damaged, or the step was trained again
         publish_directory(temporary, target)
     except (OSError, NotMadeHere, Unreadable, VerificationFailed) as error:
         remove_tree(temporary)
@@ -161,7 +161,7 @@ def require_space(folder: Path, size: int) -> None:
     """Refuse to begin a checkpoint that does not fit.
 
     Raises:
-        NoSpace: fewer than `size` bytes and a margin are free.
+        NoSpace: fewer than `size` bytes plus a margin are free.
     """
     if shutil.disk_usage(folder).free < size * SPACE_MARGIN:
         raise _no_space(folder, size)
@@ -177,7 +177,7 @@ def _no_space(folder: Path, size: int) -> NoSpace:
 
 
 def _write_files(folder: Path, contents: Contents) -> None:
-    """Write all files but the manifest."""
+    """Write all files except the manifest."""
     state, config = contents.state, contents.config
     save_weights(contents.model, state.weights, folder)
     huggingface.save(file_state(state.method, state.optimizer), folder / huggingface.OPTIMIZER)
@@ -201,7 +201,7 @@ def _describe(folder: Path, contents: Contents) -> Manifest:
         if path.is_file()
     }
     measured = contents.measurement.to_dict()
-    gradient = measured.pop(GRADIENT)  # alongside what every release measured, whose readers take nothing else
+    gradient = measured.pop(GRADIENT)  # separate: readers of earlier releases accept only what they measured
     return Manifest(
         format=FORMAT,
         run=facts.run,
@@ -222,12 +222,12 @@ def _describe(folder: Path, contents: Contents) -> Manifest:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a directory was found to be.
+    """The result of inspecting a directory.
 
     Args:
-        manifest: the manifest, where it holds.
-        problems: what was read and differs, or is missing.
-        is_ours: whether Onward made the directory, as far as it shows: it has a manifest, sound or not.
+        manifest: the manifest, if it is valid.
+        problems: what was read but differs, or is missing.
+        is_ours: whether Onward apparently made the directory: it has a manifest, valid or not.
     """
 
     manifest: Manifest | None
@@ -236,20 +236,20 @@ class Inspection:
 
     @property
     def verified(self) -> Manifest | None:
-        """The manifest, if all that it says holds."""
+        """The manifest, if everything in it is correct."""
         return None if self.problems else self.manifest
 
 
 def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspection:
     """Check a checkpoint's manifest and the hash of every file. Nothing is changed.
 
-    Only what was read and differs, or is certainly missing, is a problem.
+    Only what was read but differs, or is certainly missing, is a problem.
 
     Args:
-        left_out: names of files that are not looked at.
+        left_out: names of files that are not checked.
 
     Raises:
-        Unreadable: something cannot be read now, or another release made the checkpoint: nothing is known of it.
+        Unreadable: something cannot be read now, or another release made the checkpoint, so nothing is known about it.
     """
     values = _read_manifest(folder / MANIFEST)
     if values is None:
@@ -270,7 +270,7 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """Return what a manifest says; nothing if it is not JSON, None if there is no manifest."""
+    """Return the content of a manifest; empty if it is not JSON, None if there is no manifest."""
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
@@ -285,7 +285,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 def _digest_of(values: dict[str, Any]) -> str | None:
     try:
         return sha256_json(values)
-    except ValueError:  # not a number, or half a character: nothing that Onward writes
+    except ValueError:  # not a number, or an incomplete character: not written by Onward
         return None
 
 
@@ -308,11 +308,11 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> str | None:
 
 
 def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None:
-    """Remove a checkpoint or restore point of a run, in one visible act. Nothing happens where there is none.
+    """Atomically remove a checkpoint or restore point of a run; do nothing if there is none.
 
     Args:
         run: identifier of the run that it must belong to.
-        recorded: the ledger has a record of it, which stands in for a manifest that is missing or damaged.
+        recorded: whether the ledger has a record of it, which suffices if its manifest is missing or damaged.
 
     Raises:
         NotMadeHere: nothing shows that this run made the directory; it is left alone.
@@ -333,12 +333,12 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
         )
     doomed = folder.with_name(f"{TEMPORARY_PREFIX}removed-{folder.name}")
     remove_tree(doomed)
-    folder.rename(doomed)  # what a kill leaves of it is a temporary, not a directory without a manifest
+    folder.rename(doomed)  # so that a kill leaves a temporary, not a directory without a manifest
     remove_tree(doomed)
 
 
 def stated_origin(folder: Path) -> tuple[Any, Any] | None:
-    """Return the run and the step that a manifest states, unchecked; None where there is no manifest.
+    """Return the run and the step that a manifest states, unchecked; None if there is no manifest.
 
     Raises:
         Unreadable: the manifest cannot be read now.

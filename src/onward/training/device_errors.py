@@ -1,7 +1,7 @@
-"""What an error says of the machine that computes: its memory ran out, or its GPU is lost to this process.
+"""What an error says about the computing device: its memory ran out, or the GPU is lost to this process.
 
-PyTorch has no class for most of it. A library that finds no memory (cuBLAS makes its workspace at the first product)
-raises a plain RuntimeError, whose text has the name of a status.
+PyTorch has no class for most of these. A library that finds no memory (cuBLAS allocates its workspace at the first
+product) raises a plain RuntimeError, whose text contains the name of a status.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ LESS_MEMORY = (
     "End other processes that use the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
     "micro_batch_tokens in the config."
 )
-"""What helps where memory ran out."""
+"""What helps if memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or in the process."""
+    """Return whether an error says that memory ran out, on a GPU or in the process."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether an error says that the GPU can no longer be used by this process; another one may use it."""
+    """Return whether an error says that this process can no longer use the GPU; another process may."""
     if is_out_of_memory(error):
         return False
     lost = getattr(torch, "AcceleratorError", None)
@@ -53,13 +53,13 @@ def is_device_lost(error: BaseException) -> bool:
 
 
 def is_of_the_device(error: BaseException) -> bool:
-    """Whether an error is of the machine that computes, whatever it was computing."""
+    """Return whether an error is the computing device's, whatever it was computing."""
     return is_out_of_memory(error) or is_device_lost(error)
 
 
 def forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error and of its causes hold: the model, first of all."""
-    seen: set[int] = set()  # an error can be its cause's context
+    """Free what the frames of an error and of its causes hold, above all the model."""
+    seen: set[int] = set()  # an error can be the context of its own cause
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,4 @@
-"""The memory of the device that computes: how much there is, who holds it, how much a process may count on."""
+"""The memory of the computing device: how much there is, who holds it, how much this process can use."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 CROWDED = 0.25
-"""Share of a GPU that other processes hold, from which a lack of memory is theirs and not a file's. A desktop's own
-windows take less."""
+"""The share of a GPU's memory held by other processes from which a lack of memory is their fault and not a file's. A
+desktop's windows take less."""
 _CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""Limits of a container, of both versions of control groups."""
+"""Memory limits of a container, in both versions of control groups."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Usage:
 
     Args:
         total: all of it.
-        free: what nobody holds.
+        free: what no process holds.
         own: what this process holds.
     """
 
@@ -42,16 +42,16 @@ class Usage:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether others hold so much that this process may lack it."""
+        """Whether others hold so much that this process may run short."""
         return self.others >= CROWDED * self.total
 
 
 ReadUsage = Callable[[torch.device], Usage | None]
-"""Returns the memory of a device as it is now; None where it cannot be told."""
+"""Returns the current memory usage of a device; None if unknown."""
 
 
 def read_usage(device: torch.device) -> Usage | None:
-    """Return the memory of a device as it is now; None where it cannot be told. Opens no device that is not open."""
+    """Return the current memory usage of a device; None if unknown. Does not initialize a device."""
     try:
         return _of_gpu(device) if device.type == "cuda" else _of_host() if device.type == "cpu" else None
     except (OSError, RuntimeError, ValueError):
@@ -59,18 +59,18 @@ def read_usage(device: torch.device) -> Usage | None:
 
 
 def gpu_is_crowded(device: torch.device, read: ReadUsage = read_usage) -> bool:
-    """Whether other processes hold so much of a GPU that this one may lack it."""
+    """Return whether other processes hold so much of a GPU's memory that this one may run short."""
     usage = read(device) if device.type == "cuda" else None
     return usage is not None and usage.is_crowded
 
 
 def _of_gpu(device: torch.device) -> Usage:
-    free, total = torch.cuda.mem_get_info(device)  # CUDA's own context counts as others': it is far below `CROWDED`
+    free, total = torch.cuda.mem_get_info(device)  # CUDA's own context counts as others'; it is far below `CROWDED`
     return Usage(total, free, torch.cuda.memory_reserved(device))
 
 
 def _of_host() -> Usage:
-    """Return main memory, or what the process's container may have of it."""
+    """Return main memory, or the limit of the process's container."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(meminfo[key].split()[0]) << 10 for key in ("MemTotal", "MemAvailable"))
     own = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Which parts of a step keep less for the backward pass and compute it again, so that the step fits into memory."""
+"""Decides which parts of a step keep less for the backward pass and recompute it, so that the step fits into memory."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 
 ROOMY = 0.75
-"""Share of the free memory that a crude estimate may take; then nothing is measured."""
+"""The share of free memory up to which a rough estimate suffices and nothing is measured."""
 PROOF_ROWS = (12, 5)
 """Tokens of the rows on which recomputation is proven."""
 
 
 @dataclass
 class Learned:
-    """What a process learned of its model and its device, and asks no second time.
+    """What a process has learned about its model and its device, and need not measure again.
 
     Args:
-        read: tells the device's memory.
+        read: returns the device's memory.
         profiles: what the model takes, by the adapter's dropout.
-        exact: whether it can be computed again with the same bits, by the adapter's dropout.
+        exact: whether it can be recomputed with the same bits, by the adapter's dropout.
     """
 
     read: ReadUsage = read_usage
@@ -43,14 +43,14 @@ class Learned:
 
 
 class Economy:
-    """Says of each part of a step whether its layers are computed again in the backward pass.
+    """Decides for each part of a step whether its layers are recomputed in the backward pass.
 
-    The answer changes no bit of a step, which is proven on the model before the first time, with dropout.
+    The decision changes no bit of a step, which is proven on the model, with dropout, before the first time.
 
     Args:
         loss: computes the loss of a part.
-        config: says whether: always, never, or where a part would not fit otherwise.
-        learned: what is known already; what is found is kept there.
+        config: says when: always, never, or if a part would not fit otherwise.
+        learned: what is known already; new findings are added.
     """
 
     def __init__(
@@ -60,14 +60,14 @@ class Economy:
         self.setting = config.activation_checkpointing
         """The key in force; it may change between two steps."""
         self.always = False
-        """Whether memory ran out without."""
+        """Whether memory ran out without recomputation."""
         self._state, self._loss, self._config = state, loss, config
         self._device, self._learned = device, learned
         self._dropout = config.lora.dropout
 
     @property
     def profile(self) -> Profile:
-        """What the model takes, measured when it is first asked for: between two steps."""
+        """What the model takes, measured on first use, between two steps."""
         known = self._learned.profiles
         if self._dropout not in known:
             with deterministic(self._device, exact=self._config.deterministic), seeded(0, self._device):
@@ -80,7 +80,7 @@ class Economy:
         return profile_of(model, method, self._loss, self._config, self._device.type)
 
     def recomputes(self, part: Batch) -> bool:
-        """Whether the layers are computed again for a part; asked before anything of the step is computed.
+        """Return whether the layers are recomputed for a part; called before anything of the step is computed.
 
         Raises:
             ConfigError: the config wants it and the model does not allow it.
@@ -98,7 +98,7 @@ class Economy:
         return (self.always or not self._fits(part)) and self._is_exact()
 
     def may_recompute(self) -> bool:
-        """Whether a step that lacked memory may be tried again with layers computed again."""
+        """Return whether a step that ran out of memory may be tried again with recomputation."""
         return self.setting == "auto" and self._is_exact()
 
     def _fits(self, part: Batch) -> bool:
@@ -121,7 +121,7 @@ class Economy:
         return known[self._dropout]
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        """Return the gradients of a small part with the dropout of training; nothing is left behind."""
+        """Return the gradients of a small part, with dropout as in training; no other effect remains."""
         model = self._state.model
         rows = [Row(np.arange(length) % _vocabulary(self._loss), np.arange(length) > 0) for length in PROOF_ROWS]
         batch = Batch(rows, [RowReference("proof", place) for place in range(len(rows))], list(range(len(rows))))

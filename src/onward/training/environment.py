@@ -1,4 +1,4 @@
-"""What bit-exactness depends on besides the state: device, threads and the versions of what computes."""
+"""What bit-exactness depends on besides the state: device, threads and library versions."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from onward.training.world import World
 NUMERICS = 3
 """Incremented when a release computes the same step with other last bits (2: rows end to end, fused layers; 3: oneDNN,
 the head by parts of the vocabulary, layers with one input together, fused norms). `numerics.py` says for which models
-it is a later number."""
+the number is higher."""
 
 LATER_FACTS = frozenset(
     {"processor_model", "driver", "cuda", "capability", "bfloat16", "cublas", "cudnn", "tf32", "attention"}
 )
-"""Facts that earlier releases did not record: where one of two records lacks one, it says nothing about it."""
+"""Facts that earlier releases did not record: a record that lacks one says nothing about it."""
 
 HALF = (torch.bfloat16, torch.float16)
 """Compute types under which a forward pass runs in autocast."""
@@ -38,7 +38,7 @@ def pick_device(*, has_cuda: bool | None = None, has_mps: bool | None = None) ->
     """Return the GPU if there is one, NVIDIA's or AMD's before Apple's, else the CPU.
 
     Args:
-        has_cuda, has_mps: which there are; PyTorch is asked where nothing is given.
+        has_cuda, has_mps: which there are; by default PyTorch is asked.
     """
     if torch.cuda.is_available() if has_cuda is None else has_cuda:
         return torch.device("cuda", torch.cuda.current_device())
@@ -49,8 +49,8 @@ def pick_device(*, has_cuda: bool | None = None, has_mps: bool | None = None) ->
 def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Return the compute type of `dtype: auto|float32|bfloat16|float16` on a device.
 
-    `auto` is bfloat16 where the GPU has units for it. Older ones only emulate it; they train in float32 unless they are
-    told to take float16, which they have and in which numbers overflow early.
+    `auto` is bfloat16 if the GPU supports it in hardware. Older GPUs only emulate it; they train in float32 unless told
+    to use float16, which they support but in which numbers overflow early.
     """
     if setting == "auto":
         fits = device.type == "cuda" and multiplies_bfloat16(torch.cuda.get_device_capability(device))
@@ -60,16 +60,16 @@ def pick_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None]:
-    """Have CUDA compute the body with kernels that give the same bits every time; those of a CPU always do.
+    """Let CUDA compute the body with kernels that give the same bits every time; those of a CPU always do.
 
-    The setting is strict: told only to warn, PyTorch takes other kernels for the backward pass of attention, which add
-    in any order. Memory is not filled beforehand, which costs time and changes no bit of what is computed.
+    The setting is strict: if it is only to warn, PyTorch uses other kernels for the backward pass of attention, which
+    add in any order. Memory is not filled beforehand, which would cost time and change no bit of the result.
 
     Args:
         exact: False leaves everything as it is (`deterministic: false`).
 
     Raises:
-        ModelError: an operation of the body has no deterministic form, or cuBLAS was not told to be deterministic.
+        ModelError: an operation in the body has no deterministic form, or cuBLAS was not set to be deterministic.
     """
     if device.type != "cuda" or not exact:
         yield
@@ -95,7 +95,7 @@ def deterministic(device: torch.device, *, exact: bool = True) -> Generator[None
 
 
 def _refusal(message: str) -> ModelError | None:
-    """Return what a person is told where PyTorch says that something would not repeat."""
+    """Return the refusal if PyTorch says that something is not deterministic."""
     if CUBLAS in message:
         return ModelError(
             f"cuBLAS was started without {CUBLAS}, so its results may not be reproducible",
@@ -114,19 +114,19 @@ def _refusal(message: str) -> ModelError | None:
 
 
 def release_freed_memory() -> None:
-    """Give memory that was freed back to the system."""
+    """Return freed memory to the system."""
     if torch.cuda.is_available():
-        with contextlib.suppress(RuntimeError):  # a GPU that was lost has none to give back
+        with contextlib.suppress(RuntimeError):  # a lost GPU has none to return
             torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def ranks_facts(world: World, exchange: str) -> dict[str, str]:
-    """Return what keeps several processes from computing the bits of one; nothing where they do.
+    """Return what keeps several processes from computing the same bits as one; empty if they do.
 
     Args:
-        exchange: the key of the config.
+        exchange: the config key `exchange`.
     """
     fast = {"exchange": exchange} if world.size > 1 and exchange != "exact" else {}
     return fast if world.is_uniform else {**fast, "ranks": "unequal"}
@@ -144,9 +144,9 @@ def describe_environment(
     """Return what two processes must have in common to compute the same bits.
 
     Args:
-        ranks: what keeps several processes from computing the bits of one.
-        layers: the kernels that compute in layers (`layers/facts.py`), where they are not those of every release.
-        exact: whether only operations are used that repeat; recorded where they are not.
+        ranks: what keeps several processes from computing the same bits as one.
+        layers: the kernels used in layers (`layers/facts.py`), if not those of every release.
+        exact: whether only deterministic operations are used; recorded if not.
     """
     is_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if is_gpu else torch.backends.cpu.get_cpu_capability()
@@ -168,16 +168,16 @@ def describe_environment(
 
 
 def same_environment(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records are of environments that compute the same bits, as far as both of them say."""
+    """Return whether two records describe environments that compute the same bits, as far as both say."""
     unsaid = LATER_FACTS & (one.keys() ^ other.keys())
     return all(one.get(key) == other.get(key) for key in (one.keys() | other.keys()) - unsaid)
 
 
 def promises_bits(environment: Mapping[str, Any]) -> bool:
-    """Whether equal bits are promised in an environment at all.
+    """Return whether equal bits are promised in an environment at all.
 
-    They are not without determinism, on Apple's GPUs, by several devices that are not equal, and where these add their
-    gradients in any order.
+    They are not without determinism, on Apple's GPUs, with several unequal devices, or if devices add their gradients
+    in any order.
     """
     if "ranks" in environment or "exchange" in environment:
         return False

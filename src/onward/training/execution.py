@@ -13,16 +13,16 @@ from onward.training.world import Message, World
 
 
 class Placement(Protocol):
-    """How a step is taken where no rank holds all weights."""
+    """How a step is taken if no rank holds all weights."""
 
     @property
     def holds_whole(self) -> bool:
-        """Whether every rank has all that is trained."""
+        """Whether every rank has everything that is trained."""
         ...
 
     @property
     def loss(self) -> Any:
-        """The `TargetLoss` of the model, made by all ranks together."""
+        """The `TargetLoss` of the model, computed by all ranks together."""
         ...
 
     def total(
@@ -31,29 +31,29 @@ class Placement(Protocol):
         compute: Callable[[Sequence[Any]], torch.Tensor],
         parameters: Iterable[nn.Parameter],
     ) -> torch.Tensor:
-        """Compute the gradients of a step, as an `Exchange` of `ranks.exchange` does."""
+        """Compute the gradients of a step, like an `Exchange` of `ranks.exchange`."""
         ...
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        """Scale the gradients to a norm of at most `limit`; return the norm that they had (scalar)."""
         ...
 
     def stepped(self) -> None:
-        """Take note that the optimizer has taken a step."""
+        """Note that the optimizer has taken a step."""
         ...
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Where and how steps are computed; nothing of it is state.
+    """Where and how steps are computed; none of this is state.
 
     Args:
         world: the processes that train, and the device of this one.
-        dtype: compute type; below float32 the forward runs under autocast.
-        pad_id: token id that shorter rows are padded with, where rows are padded.
-        by_length: rows are computed together with rows of equal length only, as the model's admission found.
-        model: what other ranks build the same model from, in addition to the config.
-        placement: how a step is taken where no rank holds all weights; else None.
+        dtype: compute type; below float32, the forward pass runs under autocast.
+        pad_id: token id that shorter rows are padded with, if rows are padded.
+        by_length: whether rows are computed only with others of the same length, as the model's admission found.
+        model: what other ranks need, in addition to the config, to build the same model.
+        placement: how a step is taken if no rank holds all weights; otherwise None.
     """
 
     world: World

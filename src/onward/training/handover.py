@@ -15,7 +15,7 @@ from onward.training.state import Snapshot
 GRADIENT = "probe_gradient"
 
 CLOSE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-"""Relative difference of the probe loss up to which two environments count as close, by compute type."""
+"""The relative difference of the probe loss up to which two environments count as close, by compute type."""
 
 HandoverClass = Literal["bitwise", "close", "not comparable", "not deterministic"]
 
@@ -47,7 +47,7 @@ class Measurement:
 
 
 def measure(snapshot: Snapshot, probed: Probed) -> Measurement:
-    """Measure a state whose probe was taken."""
+    """Return the measurement of a state whose probe was computed."""
     digest = snapshot.digest()
     return Measurement(
         digest.weights, digest.moments, snapshot.adam_step(), snapshot.learning_rate, probed.loss, probed.gradient
@@ -57,14 +57,14 @@ def measure(snapshot: Snapshot, probed: Probed) -> Measurement:
 def compare(
     before: Mapping[str, Any], after: Measurement, environment_before: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> tuple[HandoverClass, float]:
-    """Say which class holds between two measurements, and the relative difference of their probe losses.
+    """Return the class of a handover between two measurements, and the relative difference of their probe losses.
 
-    Weights, moments, Adam's counter and the learning rate must be equal everywhere; the probe's loss and gradients must
-    be equal in the same environment, and its loss close in another one of the same compute type. Where no equal bits
-    are promised, none are found either, whatever the probe says.
+    Weights, moments, Adam's counter and the learning rate must always be equal; the probe's loss and gradients must be
+    equal in the same environment, and its loss close in another one with the same compute type. If equal bits are not
+    promised, the class is never `bitwise`, whatever the probe says.
 
     Raises:
-        VerificationFailed: the state after is not the state before.
+        VerificationFailed: the state after differs from the state before.
     """
     here = after.to_dict()
     changed = [key for key in ("weights", "moments", "adam_step", "learning_rate") if here[key] != before[key]]
@@ -87,7 +87,7 @@ def compare(
 
 
 def same_measurement(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Whether two measurements are equal in all that both have: earlier releases measured no gradient."""
+    """Return whether two measurements are equal in everything that both have: earlier releases measured no gradient."""
     unsaid = {GRADIENT} if not (before.get(GRADIENT) and after.get(GRADIENT)) else set[str]()
     return all(before.get(key) == after.get(key) for key in (before.keys() | after.keys()) - unsaid)
 

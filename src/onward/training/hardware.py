@@ -1,4 +1,4 @@
-"""What computes, in words: the processor, the GPU, its driver and libraries. Nothing here changes a setting."""
+"""Describes what computes: the processor, the GPU, its driver and libraries. Nothing here changes a setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIRST_BF16 = (8, 0)
 
 
 def processor_model(listing: Path = PROCESSORS) -> str:
-    """Return the name of the CPU: two with the same instructions may still differ in last bits."""
+    """Return the name of the CPU: two with the same instructions may still differ in the last bits."""
     with contextlib.suppress(OSError):
         for line in listing.read_text(errors="replace").splitlines():
             if line.startswith(("model name", "CPU part")):
@@ -34,7 +34,7 @@ def processor_model(listing: Path = PROCESSORS) -> str:
 
 
 def multiplies_bfloat16(capability: tuple[int, int], *, is_amd: bool = torch.version.hip is not None) -> bool:
-    """Whether a GPU of this compute capability has units for bfloat16, instead of emulating it."""
+    """Return whether a GPU of this compute capability supports bfloat16 in hardware, without emulating it."""
     return is_amd or capability >= FIRST_BF16
 
 
@@ -53,7 +53,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def driver_version(file: Path = DRIVER) -> str:
-    """Return the version of NVIDIA's driver, as its kernel module says it."""
+    """Return the version of NVIDIA's driver, as its kernel module reports it."""
     with contextlib.suppress(OSError):
         found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text(errors="replace"))
         if found:
@@ -75,15 +75,15 @@ def cublas_version(cuda: str | None = torch.version.cuda) -> str:
 
 
 def tf32(owners: Mapping[str, Any] | None = None) -> str:
-    """Return where float32 products may be rounded to TF32, as PyTorch's settings stand.
+    """Return where float32 products may be rounded to TF32 under PyTorch's current settings.
 
     Args:
-        owners: PyTorch's settings by name; those of the process where none are given.
+        owners: PyTorch's settings by name; by default those of the process.
     """
     owners = owners or {"matmul": torch.backends.cuda.matmul, "cudnn": torch.backends.cudnn}
     found: list[str] = []
     for name, owner in owners.items():
-        with contextlib.suppress(RuntimeError, AttributeError):  # PyTorch refuses to read what was set another way
+        with contextlib.suppress(RuntimeError, AttributeError):  # PyTorch refuses to read settings made in another way
             found.append(f"{name} {'on' if owner.allow_tf32 else 'off'}")
             continue
         found.append(f"{name} {getattr(owner, 'fp32_precision', UNKNOWN)}")

@@ -1,4 +1,4 @@
-"""The files that, with the weights, make a checkpoint one of Hugging Face's, as transformers' Trainer writes them."""
+"""The files that, with the weights, make a Hugging Face checkpoint, as transformers' Trainer writes them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from onward.training.state import Snapshot
 OPTIMIZER, SCHEDULER, RNG, SCALER = "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
 FOR_TRAINING = frozenset((OPTIMIZER, SCHEDULER, RNG, SCALER, TRAINER_STATE, TRAINING_ARGUMENTS))
-"""Files that only whoever trains on needs; the others are the model and its tokenizer."""
+"""Files that are needed only to continue training; the others are the model and its tokenizer."""
 CALLBACKS: dict[str, Any] = {
     "TrainerControl": {
         "args": dict.fromkeys(
@@ -32,10 +32,10 @@ CALLBACKS: dict[str, Any] = {
     },
     "EarlyStoppingCallback": [],
 }
-"""States of callbacks. A Trainer that saves looks up each of its own here and fails where one is missing; an empty list
-is a place for one, without a state that would replace the Trainer's."""
+"""States of callbacks. A Trainer that saves looks up each of its own here and fails if one is missing; an empty list is
+a place for one, without a state that would replace the Trainer's."""
 LOG_TAIL = 50
-"""Entries of `log_history` that a checkpoint carries; the whole history is in the ledger."""
+"""How many entries of `log_history` a checkpoint contains; the whole history is in the ledger."""
 
 
 def to_bytes(value: Any) -> bytes:
@@ -46,10 +46,10 @@ def to_bytes(value: Any) -> bytes:
 
 
 def save(value: Any, path: Path) -> None:
-    """Write `value` as `torch.save` does, without a copy of it in memory.
+    """Write `value` like `torch.save`, without a copy of it in memory.
 
     Raises:
-        OSError: the disk is full or fails; PyTorch's writer hides it behind an error of its own.
+        OSError: the disk is full or failing; PyTorch's writer hides this behind an error of its own.
     """
     try:
         with path.open("wb") as stream:
@@ -83,16 +83,16 @@ def random_state(config: Config, step: int) -> dict[str, Any]:
         "python": words,
         "numpy": ("MT19937", list(words[1][:-1]), words[1][-1], 0, 0.0),
         "cpu": torch.Generator().manual_seed(seed).get_state(),
-        "cuda": torch.tensor(list(struct.pack("<QQ", seed, 0)), dtype=torch.uint8),  # seed and offset, as CUDA has them
+        "cuda": torch.tensor(list(struct.pack("<QQ", seed, 0)), dtype=torch.uint8),  # seed and offset, in CUDA's order
     }
 
 
 def trainer_state(state: Snapshot, config: Config, log_history: Sequence[dict[str, Any]]) -> bytes:
-    """Return `trainer_state.json`: what a Trainer needs of its `TrainerState`, with a bounded log.
+    """Return `trainer_state.json`: the fields of `TrainerState` that a Trainer needs, with a bounded log.
 
     A Trainer that resumes takes every field from here, and its own default for a field that is left out. So
-    `save_steps`, `logging_steps` and `eval_steps` are left out: the run's must not stand in for those of the Trainer.
-    Fields that only newer releases know are left out too, for an older one refuses what it does not know.
+    `save_steps`, `logging_steps` and `eval_steps` are left out: the run's must not replace the Trainer's. Fields that
+    only newer releases have are left out too, because older ones refuse unknown fields.
     """
     cursor = state.cursor
     values = {
@@ -121,7 +121,7 @@ def training_arguments(config: Config) -> bytes:
     from transformers import TrainingArguments
 
     named: dict[str, Any] = {"optim": "adamw_bnb_8bit"} if config.optimizer == "adamw_8bit" else {}
-    with quiet():  # it warns of a group of processes, which are not the Trainer's
+    with quiet():  # it warns about a process group, which is not the Trainer's
         arguments = TrainingArguments(
             output_dir="current_model",
             per_device_train_batch_size=config.batch_size,
@@ -141,7 +141,7 @@ def training_arguments(config: Config) -> bytes:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Return the tokenizer's files by name, the chat template among them."""
+    """Return the tokenizer's files by name, including the chat template."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Loading the TrainState that a checkpoint holds, and an optimizer's state from any `optimizer.pt`."""
+"""Loads the TrainState of a checkpoint, and an optimizer's state from any `optimizer.pt`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Cut(Protocol):
         ...
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the same part of another tensor of that shape."""
+        """Return a copy of the same part of another tensor with that shape."""
         ...
 
 
 def load_state(folder: Path, manifest: Manifest, spec: ModelSpec, *, treatment: Treatment | None = None) -> TrainState:
-    """Build the TrainState that a verified checkpoint holds.
+    """Build the TrainState of a verified checkpoint.
 
     Args:
-        treatment: what the model's admission found; None for a run that was made before there was one.
+        treatment: what the model's admission found; None for a run made before there was one.
 
     Raises:
         DamagedState: names, shapes or types are not those of the manifest.
@@ -55,10 +55,10 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Return the content of an `optimizer.pt`.
 
     Args:
-        mapped: read tensors only when they are looked at, for callers who want a few of them.
+        mapped: read tensors only when they are accessed, for callers that need only a few.
 
     Raises:
-        DamagedState: the file is missing, or was not written by `torch.save` with tensors and plain values only.
+        DamagedState: the file is missing, or was not written by `torch.save` with only tensors and plain values.
         Unreadable: the file cannot be read now.
     """
     try:
@@ -69,19 +69,19 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise Unreadable.of(error, path) from None
     except Exception as error:
         refused = error.__context__
-        if isinstance(refused, OSError):  # PyTorch's reader hides it behind an error of its own
+        if isinstance(refused, OSError):  # PyTorch's reader hides it behind its own error
             raise Unreadable.of(refused, path) from None
         raise DamagedState(f"the optimizer's state is damaged: {first_line(error)}", where=path) from None
 
 
 def load_moments(state: TrainState, path: Path, shards: Mapping[str, Cut] | None = None) -> None:
-    """Load the optimizer's state from an `optimizer.pt`, checked for each parameter: count, names, shapes.
+    """Load the optimizer's state from an `optimizer.pt`, checking count, names and shapes for each parameter.
 
     Args:
-        shards: those that the state is made of; of whole tensors, read one at a time, they take their part.
+        shards: the shards that make up the state; each takes its part of whole tensors, which are read one at a time.
 
     Raises:
-        DamagedState: the file does not hold the state of the same method for exactly these parameters.
+        DamagedState: the file does not contain the state of the same method for exactly these parameters.
         Unreadable: the file cannot be read now.
     """
     saved = read_optimizer(path, mapped=shards is not None)

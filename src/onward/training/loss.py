@@ -1,4 +1,4 @@
-"""The loss: cross-entropy summed over target tokens by weight, so that the parts of a step add up to the whole."""
+"""The loss: weighted cross-entropy summed over target tokens, so that the parts of a step add up to the whole."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
 
 _Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
-"""Of each target: what the head gets or returns, shape (targets, any); the label; what it counts, None for 1 each."""
+"""For each target: the head's input or output, shape (targets, any); the label; its weight (None for 1 each)."""
 
 
 def add_gradients(loss: torch.Tensor) -> None:
-    """Add a loss's gradients to those of the weights; it has none where LayerDrop left out all that are trained."""
+    """Add a loss's gradients to those of the weights; there are none if LayerDrop skipped all trained ones."""
     if loss.requires_grad:
         loss.backward()
 
@@ -37,13 +37,13 @@ def add_gradients(loss: torch.Tensor) -> None:
 class TargetLoss:
     """The summed cross-entropy (nats, float32 scalar) of a batch's target tokens.
 
-    Rows are laid end to end where the model keeps them apart (`attention.takes_rows`), else padded to the longest.
+    Rows are laid end to end if the model keeps them apart (`attention.takes_rows`), else padded to the longest.
 
     Args:
-        dtype: compute type; below float32 the forward runs under autocast.
+        dtype: compute type; below float32, the forward pass runs under autocast.
         pad_id: the token that shorter rows are filled with when rows are padded.
-        by_length: the rows of a part of a step have one length, for models that a filled up row changes.
-        kernel: attends to all rows in one call, where it fits; by default that of the device, if it has one.
+        by_length: whether all rows of a part have the same length, for models that padding affects.
+        kernel: attends to all rows in one call, if it fits; by default the device's, if it has one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TargetLoss:
     ) -> None:
         self.model = model
         self.through: Callable[[Callable[[], torch.Tensor]], torch.Tensor] = lambda compute: compute()
-        """Calls what computes a loss, with the weights at hand."""
+        """Calls the computation of a loss with the weights in place."""
         self.device = device
         self.dtype = dtype
         self.pad_id = pad_id
@@ -70,14 +70,14 @@ class TargetLoss:
         angles = EVERY_LENGTH if by_length else angles_of(self._causal_lm.config, self._causal_lm)
         self._fused = fused_layers(model)
         self.layout = RowLayout(padded=not self._takes_rows, angles=angles)
-        """How the parts of a step must be cut for this model."""
+        """How a step must be split into parts for this model."""
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
         self._head = None if known else self._find_head()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the loss, with its graph where gradients are on.
+        """Return the loss, with its graph if gradients are enabled.
 
-        All rows must have the same angles (`layout.angles`), as those of a part of a step have.
+        All rows must have the same angles (`layout.angles`), as the rows of a part of a step do.
         """
         self.forget()
         return self.through(partial(self._compute, batch))
@@ -94,16 +94,17 @@ class TargetLoss:
             self.forget()
 
     def forget(self) -> None:
-        """Put back what forward passes left in the model's buffers."""
+        """Restore the model's buffers after forward passes."""
         self._buffers.restore()
 
     def _to_device(self, values: NDArray[Any]) -> torch.Tensor:
         return to_device(torch.from_numpy(values), self.device)
 
     def logits(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield logits of a batch's targets, float32 (tokens, vocabulary), and their labels, some tokens at a time.
+        """Yield logits of a batch's targets, float32 (tokens, vocabulary), and their labels, a chunk of tokens at a
+        time.
 
-        All rows must have the same angles. Gradients are what the caller makes of them.
+        All rows must have the same angles. Whether gradients are recorded is up to the caller.
         """
         self.forget()
         yield from self._logits(batch, self._below_head(batch))
@@ -111,7 +112,8 @@ class TargetLoss:
     def scores(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the cross-entropy (nats, float32) of each target of a batch, and whether it has the largest logit.
 
-        Both have shape (targets,); of equal logits the first is the largest. All rows must have the same angles.
+        Both have shape (targets,); of equal logits, the first counts as the largest. All rows must have the same
+        angles.
         """
         self.forget()
         below = self._below_head(batch)
@@ -138,7 +140,7 @@ class TargetLoss:
             yield logits, wanted
 
     def _below_head(self, batch: Batch) -> tuple[Head, torch.Tensor, torch.Tensor] | None:
-        """Return the head, what it gets for each target, and the labels; None where the model computes all itself."""
+        """Return the head, its input for each target, and the labels; None if the model computes all logits itself."""
         if not self._takes_rows and self._head is None:
             return None
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
@@ -146,7 +148,7 @@ class TargetLoss:
         return self._head or Head(self._causal_lm.get_output_embeddings(), Tail()), hidden, labels
 
     def _hidden(self, batch: Batch) -> _Targets:
-        """Return what the head gets for each target, shape (targets, width), the labels, and what each counts."""
+        """Return the head's input for each target, shape (targets, width), the labels, and the weights."""
         return self._flat_hidden(batch) if self._takes_rows else self._padded_hidden(batch)
 
     def _flat_hidden(self, batch: Batch) -> _Targets:
@@ -193,7 +195,7 @@ class TargetLoss:
         return self._head.loss(hidden, labels, self.dtype, counts)
 
     def _chosen_logits(self, batch: Batch) -> _Targets:
-        """Return logits, labels and counts of targets from a model that computes its logits itself."""
+        """Return logits, labels and weights of targets from a model that computes its logits itself."""
         forward, ids, padded = self._padded_inputs(batch)
         wanted = torch.from_numpy(padded.targets[:, 1:])
         columns = wanted.any(dim=0).nonzero().squeeze(1).to(self.device)

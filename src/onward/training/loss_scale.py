@@ -1,9 +1,9 @@
-"""The scale of the loss under float16, as state: gradients below 6e-8 would vanish, so the loss is multiplied.
+"""The loss scale under float16, as state: gradients below 6e-8 would vanish, so the loss is multiplied.
 
 As in mixed precision training by Micikevicius et al., 2018 (arXiv:1710.03740), and PyTorch's `GradScaler`, whose
-numbers and file these are, the scale is halved where a gradient overflows and doubled after many steps without. But a
-step that overflowed is computed again, with the same rows and the same dropout, instead of being left out: so no row is
-lost, and Adam counts what the run counts.
+numbers and file format these are, the scale is halved if a gradient overflows and doubled after many steps without
+overflow. But a step that overflowed is computed again, with the same rows and the same dropout, instead of being
+skipped: so no row is lost, and Adam's step count equals the run's.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any, Self
 import torch
 
 FIRST, LEAST, LARGEST = 65536.0, 1.0, 2.0**24
-"""Scale of the first step, and what none is below or above. All are powers of two: they change no digit."""
+"""The scale of the first step, and the lowest and the highest scale. All are powers of two, so they change no digit."""
 PATIENCE = 2000
-"""Steps without overflow after which the scale is doubled."""
+"""The number of steps without overflow after which the scale is doubled."""
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """What the loss is multiplied by.
+    """The factor that the loss is multiplied by.
 
     Args:
         value: the factor, a power of two.
-        steps: steps since it last changed.
+        steps: the steps since it last changed.
     """
 
     value: float = FIRST
@@ -35,25 +35,25 @@ class LossScale:
 
     @property
     def can_fall(self) -> bool:
-        """Whether a step that overflowed may be tried with half of it."""
+        """Whether a step that overflowed may be tried again with half the scale."""
         return self.value > LEAST
 
     def halved(self) -> Self:
-        """Return what a step is tried with after it overflowed."""
+        """Return the scale with which a step is tried again after it overflowed."""
         return type(self)(max(LEAST, self.value / 2))
 
     def after_step(self) -> Self:
-        """Return what the next step is tried with, after one that did not overflow."""
+        """Return the scale for the next step, after one that did not overflow."""
         if self.steps + 1 < PATIENCE:
             return replace(self, steps=self.steps + 1)
         return type(self)(min(LARGEST, self.value * 2))
 
     def numbers(self) -> torch.Tensor:
-        """Return both numbers, float64, shape (2,): what a digest is taken of."""
+        """Return both numbers, float64, shape (2,), for the digest."""
         return torch.tensor([self.value, self.steps], dtype=torch.float64)
 
     def to_file(self) -> dict[str, Any]:
-        """Return it as `scaler.pt` holds it: as `GradScaler.state_dict` returns it."""
+        """Return the content of `scaler.pt`, in the form of `GradScaler.state_dict`."""
         return {
             "scale": self.value, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": PATIENCE,
             "_growth_tracker": self.steps,
@@ -61,10 +61,10 @@ class LossScale:
 
     @classmethod
     def from_file(cls, values: Mapping[str, Any]) -> Self:
-        """Return the scale of a `scaler.pt`, in the bounds of ours; one that is empty says nothing.
+        """Return the scale of a `scaler.pt`, within the bounds here; an empty one gives the first scale.
 
         Raises:
-            KeyError, TypeError, ValueError, OverflowError: it is none.
+            KeyError, TypeError, ValueError, OverflowError: it is not a scale.
         """
         if not values:
             return cls()

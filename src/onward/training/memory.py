@@ -1,7 +1,7 @@
-"""What a step takes of the device's memory: measured on the model at hand, extrapolated to the parts of a step.
+"""How much of the device's memory a step takes: measured on the model itself, extrapolated to the parts of a step.
 
-What backward keeps of a row is counted in small forward passes. It is a polynomial in the row's length: a constant,
-a share for each token, and one for each pair of tokens where attention keeps its scores.
+What the backward pass keeps of a row is counted in small forward passes. It is a polynomial in the row's length: a
+constant, a term per token, and one per pair of tokens if attention keeps its scores.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from onward.training.model.load import causal_lm
 from onward.training.optimizers import OptimizerMethod
 
 FACT = "memory"
-"""The fact of the ledger under which a run keeps what was measured of its model."""
+"""The ledger's fact in which a run keeps what was measured of its model."""
 LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
-"""Share of the memory at hand that a step may take."""
+"""The share of the available memory that a step may take."""
 HOLES, LIBRARIES, FREED = {"cpu": 1.18}, {"cpu": 250_000_000}, {"cpu": 512 << 20}
-"""Memory of the process for each byte of activations and logits, since glibc's heap keeps holes among them; what the
-heap keeps back and libraries take when they first compute; and what the heap keeps at most of layers that are computed
-again and freed again, which is what `startup` allows it. Held against parts of 512 to 2,048 tokens of a model of 135
-million weights (`bench/memory.py`); what CUDA's allocator calls allocated has none of them."""
+"""Memory of the process per byte of activations and logits, since glibc's heap keeps holes among them; what the heap
+retains and libraries take on first use; and the most that the heap retains of recomputed layers after they are freed,
+which is what `startup` allows it. Checked with parts of 512 to 2,048 tokens of a model of 135 million weights
+(`bench/memory.py`); memory that CUDA's allocator reports as allocated has none of these."""
 CRUDE = 8
-"""Bytes that a token leaves at most, in usual models, for each feature that goes into a linear layer or out of it."""
+"""The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer."""
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Bytes of a part: a constant, bytes for each token, bytes for each pair of tokens of a row."""
+    """Bytes of a part: a constant, bytes per token, and bytes per pair of tokens of a row."""
 
     constant: float
     token: float
@@ -62,11 +62,11 @@ class Profile:
         base: weights that are not trained, and buffers.
         trained: weights that are.
         moments: the optimizer's state.
-        whole: what backward keeps of the rows of a part.
-        recomputed: the same where layers are computed again; None where they cannot be.
-        layers: lists of modules that are computed one after another; one of them is computed again at a time.
+        whole: what the backward pass keeps of the rows of a part.
+        recomputed: the same with recomputed layers; None if they cannot be recomputed.
+        layers: lists of modules that are computed one after another; one of them is recomputed at a time.
         vocabulary: logits of a token.
-        trained_head: bytes of the head's weights where they are trained.
+        trained_head: bytes of the head's weights if they are trained.
         device: type of the device.
     """
 
@@ -86,7 +86,7 @@ class Profile:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Self | None:
-        """Return the profile that a ledger kept; None where it kept none."""
+        """Return the profile that a ledger kept; None if there is none."""
         if values is None:
             return None
         again = values["recomputed"]
@@ -96,7 +96,7 @@ class Profile:
         return cls(**{**values, **kept})
 
     def estimate(self, lengths: Sequence[int], *, recompute: bool = False) -> Estimate:
-        """Return what a step takes whose largest part has rows of these lengths."""
+        """Return what a step takes if its largest part has rows of these lengths."""
         tokens, whole = sum(lengths), self.whole(lengths)
         holes = HOLES.get(self.device, 1.0)
         one_layer = whole / max(1, self.layers)
@@ -116,7 +116,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes at its peak, in bytes, by what it is for."""
+    """What a step takes at its peak, in bytes, by purpose."""
 
     base: int
     trained: int
@@ -128,7 +128,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The total."""
         return sum(asdict(self).values())
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ class Estimate:
 
 
 def largest_part(config: Config) -> list[int]:
-    """Return the lengths of the rows of the largest part that a step can have, where all rows have full length."""
+    """Return the row lengths of the largest part that a step can have if all rows have full length."""
     tokens, length = config.part_tokens, config.max_length
     if config.gradient_accumulation != "auto":
         return [length] * -(-config.batch_size // min(config.most_parts, config.batch_size))
@@ -146,11 +146,11 @@ def largest_part(config: Config) -> list[int]:
 
 
 PART_TOKENS = (32768, 16384, MICRO_BATCH_TOKENS, 4096, 2048)
-"""Tokens that a part may have on a GPU, the most first; fewer leave a GPU idle."""
+"""Numbers of tokens that a part may have on a GPU, largest first; fewer leave a GPU idle."""
 
 
 def part_tokens(profile: Profile, room: int, length: int) -> int:
-    """Return the tokens of a part that fit into `room` bytes: without recomputation if they can, else with it."""
+    """Return the tokens of a part that fit into `room` bytes: without recomputation if possible, else with it."""
     for recompute in (False, True):
         for tokens in PART_TOKENS if not recompute else PART_TOKENS[2:]:
             if profile.estimate([length] * max(1, tokens // length), recompute=recompute).total <= room:
@@ -161,11 +161,11 @@ def part_tokens(profile: Profile, room: int, length: int) -> int:
 def profile_of(
     model: nn.Module, method: OptimizerMethod, loss: Callable[[Batch], torch.Tensor], config: Config, device: str
 ) -> Profile:
-    """Measure a model in a few forward passes over small rows; nothing of it changes.
+    """Measure a model in a few forward passes over small rows, without changing it.
 
     Args:
-        model: one in training mode; its tensors need no memory (`model/outline.py`).
-        method: what is kept for each trained weight.
+        model: a model in training mode; its tensors need no memory (`model/outline.py`).
+        method: the optimizer, which determines what is kept for each trained weight.
         loss: computes the summed loss of a part, with its graph.
     """
     recomputation = Recomputation(model)
@@ -196,7 +196,7 @@ def _trained_in(head: object) -> list[nn.Parameter]:
 
 
 def crude_bytes(model: nn.Module) -> int:
-    """Return more bytes than a token of a part keeps in usual models; nothing is computed for it."""
+    """Return an upper bound of the bytes that a token of a part keeps in usual models, without computing anything."""
     features = sum(
         weight.shape[0] + weight.shape[1]
         for part in model.modules()
@@ -206,7 +206,7 @@ def crude_bytes(model: nn.Module) -> int:
 
 
 def fits(estimate: Estimate, usage: Usage | None) -> bool:
-    """Whether a step fits into the memory at hand; where that is unknown, it does."""
+    """Return whether a step fits into the available memory; True if that is unknown."""
     return usage is None or estimate.total <= USABLE * usage.available
 
 
@@ -216,7 +216,7 @@ def _fit(model: nn.Module, loss: Callable[[Batch], torch.Tensor], longest: int) 
     sizes = [float(_kept(model, partial_loss)) for partial_loss in ((lambda n=n: loss(_row(n))) for n in lengths)]
     matrix = np.array([[1.0, length, length**2] for length in lengths])
     constant, token, pair = np.linalg.solve(matrix, np.array(sizes))
-    if abs(pair) * top**2 < 0.02 * sizes[-1]:  # rounding of blocks, not scores of attention
+    if abs(pair) * top**2 < 0.02 * sizes[-1]:  # rounding of blocks, not attention scores
         (token, constant), pair = np.polyfit(lengths, sizes, 1), 0.0
     return Polynomial(max(0.0, float(constant)), float(token), max(0.0, float(pair)))
 
@@ -227,14 +227,14 @@ def _row(length: int) -> Batch:
 
 
 def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that backward would need of a forward pass, in addition to weights and buffers."""
+    """Return the bytes that the backward pass would need from a forward pass, in addition to weights and buffers."""
     places = {_place(each) for each in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = _place(tensor)
         if place not in places:
-            kept.setdefault(place, tensor)  # held, so that no other tensor gets its place
+            kept.setdefault(place, tensor)  # held, so that no other tensor gets its memory
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -243,5 +243,5 @@ def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
 
 
 def _place(tensor: torch.Tensor) -> int:
-    """Return what identifies a tensor's memory, of whatever views of it there are, and where it has none."""
+    """Return an identifier of a tensor's memory that is the same for all views, even if it has no memory."""
     return cast(Any, StorageWeakRef)(tensor.untyped_storage()).cdata

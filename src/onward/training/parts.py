@@ -1,4 +1,4 @@
-"""The parts of an optimizer step: what is computed at once, and with which seed."""
+"""The parts of an optimizer step: which rows are computed at once, and with which seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RowLayout:
     """How a model takes rows.
 
     Args:
-        padded: shorter rows are filled up to the longest of their part; else rows are packed end to end.
+        padded: whether shorter rows are padded to the longest of their part; otherwise rows are laid end to end.
         angles: which rows have the same angles of RoPE, so that they may be computed together.
     """
 
@@ -31,9 +31,9 @@ END_TO_END = RowLayout()
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a step's batch that are computed at once, the seed of their dropout, and the share they belong to.
+    """Rows of a step's batch that are computed at once, the seed of their dropout, and the share they belong to.
 
-    Shares are what devices share out: `parts` of the config. No seed knows which device computes a part.
+    Shares are what is distributed over devices: `parts` of the config. No seed depends on which device computes a part.
     """
 
     batch: Batch
@@ -42,11 +42,11 @@ class Part:
 
 
 def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO_END) -> list[Part]:
-    """Cut a batch into its parts, a function of the batch, the config, how rows are laid and the steps taken before.
+    """Split a batch into parts, as a function of the batch, the config, the row layout and the number of steps before.
 
-    Rows of one part have the same angles. Where rows are padded they are taken by falling length, so that rows and
-    filling of a part together are at most `micro_batch_tokens` under `gradient_accumulation: auto`, or one row. Parts
-    of one share follow each other.
+    Rows of a part have the same angles. Padded rows are taken longest first, and a part has at most
+    `micro_batch_tokens` tokens including padding under `gradient_accumulation: auto`, or one row. Parts of a share
+    follow each other.
     """
     pieces = [
         (piece, number)
@@ -61,9 +61,10 @@ def parts_of(batch: Batch, config: Config, step: int, layout: RowLayout = END_TO
 
 
 def shares_of(batch: Batch, count: int) -> list[Batch]:
-    """Deal the rows of a batch out to at most `count` shares: as many rows in each, and about as many tokens.
+    """Distribute the rows of a batch over at most `count` shares, with the same number of rows and about as many
+    tokens.
 
-    They are dealt by falling length, to and fro. In a share they keep their order.
+    They are dealt longest first, back and forth. Within a share they keep their order.
     """
     if count == 1 or len(batch) <= 1:
         return [batch]

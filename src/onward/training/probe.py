@@ -1,4 +1,4 @@
-"""The probe: what a model computes of a fixed batch, forward and backward, without a trace in the model."""
+"""The probe: what a model computes for a fixed batch, forward and backward, without leaving a trace in the model."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from onward.training.state import Snapshot, digest_tensors
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 GRADIENT_LENGTH = {"cpu": 8}
-"""Tokens of a row whose gradient is digested, by device; elsewhere `LONG_LENGTH`."""
+"""The length of rows whose gradient is digested, by device; elsewhere `LONG_LENGTH`."""
 LONG_LENGTH = 512
-"""Kernels of a GPU add in any order only where a row is longer than one of their blocks; and there it costs little."""
+"""GPU kernels add in any order only if a row is longer than one of their blocks; long rows cost little there."""
 PIECE = 1 << 24
-"""Elements of gradients that are mixed at a time on a GPU."""
+"""How many elements of gradients are mixed at a time on a GPU."""
 ROW = 1 << 12
-"""Elements of a gradient that are added up together, where many are mixed at once."""
+"""How many elements of a gradient are added up together if many are mixed at once."""
 _MIXERS = (-7046029254386353131, -4417276706812531889)
 """Odd 64-bit factors (golden ratio, and a prime of xxHash's)."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What was computed of the probe.
+    """What was computed for the probe.
 
     Args:
         loss: mean loss (nats).
@@ -64,7 +64,7 @@ def probe_batch(seed: int, vocabulary: int, length: int = PROBE_LENGTH, *, given
 
     Args:
         vocabulary: how many ids the model takes.
-        given: how many it has logits for; as many, if that is not said.
+        given: how many ids it has logits for; by default as many.
     """
     cells = [[fold(seed, "probe", row, column) for column in range(length)] for row in range(PROBE_ROWS)]
     ids = np.array(cells, dtype=np.int64) % vocabulary % (given or vocabulary)
@@ -75,7 +75,7 @@ def probe_batch(seed: int, vocabulary: int, length: int = PROBE_LENGTH, *, given
 
 
 def probe_batches(model: nn.Module, seed: int, device: torch.device) -> tuple[Batch, Batch]:
-    """Return the probe of a model, and that of its gradients; some models embed more ids than they have logits for."""
+    """Return the probes of a model and of its gradients; some models embed more ids than they have logits for."""
     base = causal_lm(model)
     embedded, head = (cast(Any, part) for part in (base.get_input_embeddings(), base.get_output_embeddings()))
     vocabulary = int(embedded.weight.shape[0])
@@ -88,17 +88,17 @@ def probe_batches(model: nn.Module, seed: int, device: torch.device) -> tuple[Ba
 class Probe:
     """The mean loss (nats) of a model on the run's fixed probe batch, and the digest of its gradients.
 
-    Both are measured on a twin, so that nothing of the model changes: neither weights nor gradients nor buffers.
+    Both are measured on a twin, so that nothing in the model changes: neither weights nor gradients nor buffers.
 
     Args:
         model: the model that is trained, between two steps.
         seed: the run's seed.
         dtype: compute type.
-        exact: compute with operations only that repeat (`deterministic`).
-        writers: types of modules that write to weights in evaluation mode; None where that is to be found out.
+        exact: use only deterministic operations (`deterministic`).
+        writers: types of modules that write to weights in evaluation mode; None to find out.
 
     Raises:
-        ModelError: the model cannot be evaluated without a change of its weights.
+        ModelError: the model cannot be evaluated without changing its weights.
     """
 
     def __init__(
@@ -117,11 +117,11 @@ class Probe:
         return writers_in_evaluation(self._model, lambda twin: self._loss(twin)(_shortened(self._batch)))
 
     def of_model(self) -> Probed:
-        """Measure the model as it is now; nothing of it changes.
+        """Measure the model as it is now, without changing it.
 
         Raises:
             TrainingError: the loss is not finite.
-            ModelError: a weight changed all the same.
+            ModelError: a weight changed nevertheless.
         """
         before = self._places()
         trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
@@ -132,10 +132,10 @@ class Probe:
         return probed
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
-        """Return a function that measures a copy of the state, in any thread, while training goes on.
+        """Return a function that measures a copy of the state, in any thread, while training continues.
 
-        It is measured at once where the model computes elsewhere than in main memory, which holds the copies, or where
-        its forward pass is not one to run alongside another: it uses state of the process, or draws random numbers.
+        It is measured immediately if the model is not in main memory, where the copies are, or if its forward pass
+        cannot run concurrently with another, because it uses process-wide state or draws random numbers.
         """
         if self._at_once:
             probed = self.of_model()
@@ -143,7 +143,7 @@ class Probe:
         return partial(self._measure, self._twin("copy", snapshot.weights))
 
     def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> TargetLoss:
-        """Return the loss of a twin with these weights; one is made again when they lie elsewhere than before."""
+        """Return the loss of a twin with these weights; the twin is made anew if their memory has changed."""
         places = [weight.data_ptr() for weight in weights.values()]
         if kind not in self._twins or self._twins[kind][0] != places:
             twin = let_write_nothing(with_weights(self._model, weights), self.writers)
@@ -160,9 +160,9 @@ class Probe:
             return Probed(mean, _digest_of_gradients(loss_of, self._with_gradient))
 
     def _places(self) -> dict[str, tuple[int, int, torch.Size, torch.dtype]]:
-        """Return where each weight lies, how often it was written to, and as what.
+        """Return each weight's address, how often it was written to, its shape and its type.
 
-        What is parametrized for a forward pass is set to itself then, which counts as written to.
+        Parametrizing a weight for a forward pass sets it to itself, which counts as a write.
         """
         return {
             name: (weight.data_ptr(), 0 if self._keeps_state else weight._version, weight.shape, weight.dtype)
@@ -177,7 +177,7 @@ class Probe:
 
 
 def mean_loss(total: torch.Tensor) -> float:
-    """Return the mean loss (nats) of the probe from that of all its targets.
+    """Return the mean loss (nats) of the probe from the total over its targets.
 
     Raises:
         TrainingError: it is not finite.
@@ -193,13 +193,13 @@ def mean_loss(total: torch.Tensor) -> float:
 
 
 def length_with_gradient(model: nn.Module, device: torch.device) -> int:
-    """Return the tokens of a row whose gradient is digested."""
+    """Return the length in tokens of rows whose gradient is digested."""
     positions = getattr(causal_lm(model).config, "max_position_embeddings", None)
     return min(GRADIENT_LENGTH.get(device.type, LONG_LENGTH), positions or LONG_LENGTH)
 
 
 def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
-    """Return the digest of the gradients of a batch's loss, of which few are kept at a time."""
+    """Return the digest of the gradients of a batch's loss, keeping only a few at a time."""
     fingerprints = Fingerprints()
 
     def take(name: str, weight: torch.Tensor) -> None:
@@ -222,13 +222,13 @@ def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
 
 
 class Fingerprints:
-    """What `fingerprint` returns of gradients that are given one after another, with few launches and waits on a GPU.
+    """Computes `fingerprint` for a series of gradients with few launches and waits on a GPU.
 
-    There small gradients are kept until they are worth being mixed together, and the process waits for the device only
-    when it asks for what was found.
+    There, small gradients are kept until it pays to mix them together, and the process waits for the device only when
+    it asks for the results.
 
     Args:
-        home: the kind of device whose tensors are digested at once.
+        home: the type of device whose tensors are digested immediately.
     """
 
     def __init__(self, home: str = "cpu") -> None:
@@ -238,10 +238,10 @@ class Fingerprints:
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._rows = 0
         self._sums: list[tuple[dict[str, int], torch.Tensor]] = []
-        """Names with how many sums each has, and these sums."""
+        """Names with the number of sums of each, and these sums."""
 
     def add(self, name: str, gradient: torch.Tensor) -> None:
-        """Take a gradient, which nobody writes to any more."""
+        """Add a gradient, which must not be written to any more."""
         if gradient.device.type == self._home:
             self._found[name] = fingerprint(gradient)
             return
@@ -265,7 +265,7 @@ class Fingerprints:
         return self._found
 
     def _mix(self) -> None:
-        """Mix what waits: each gradient in rows of its own, which end in zeros, of which nothing is added."""
+        """Mix the waiting gradients, each in rows of its own, filled up with zeros, which add nothing."""
         bits, counts = list(self._waiting.values()), {name: _rows(each) for name, each in self._waiting.items()}
         if not bits:
             return
@@ -278,9 +278,9 @@ class Fingerprints:
 
 
 def fingerprint(gradient: torch.Tensor) -> str:
-    """Return a digest of a tensor's bits, made where it lies: what leaves a GPU is one number.
+    """Return a digest of a tensor's bits, computed on its device: only one number leaves a GPU.
 
-    There the bits are mixed one by one and added up as integers, in which no order of additions changes the sum.
+    On a GPU, elements are mixed one by one and added up as integers, whose sum does not depend on the order.
     """
     if gradient.device.type == "cpu":
         return digest_tensors([("", gradient)])
@@ -288,7 +288,7 @@ def fingerprint(gradient: torch.Tensor) -> str:
 
 
 def mixed_sum(bits: torch.Tensor) -> int:
-    """Return the sum (modulo 2**64) of integers, each mixed so that changes of several do not cancel out."""
+    """Return the sum (modulo 2**64) of integers, each mixed so that several changes do not cancel out."""
     return int(_mixed_sum(bits)) % (1 << 64)
 
 
@@ -319,6 +319,6 @@ def _mixed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _shortened(batch: Batch) -> Batch:
-    """Return what is enough of a batch to see what a forward pass does."""
+    """Return as much of a batch as is needed to see what a forward pass does."""
     row = batch.rows[0]
     return Batch([Row(row.ids[:2], row.targets[:2])], batch.references[:1], batch.lines[:1])

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step. Steps count from 1: the step about to be taken.
+"""The learning rate as a pure function of the step. Steps count from 1: the step about to be taken.
 
 `inverse_sqrt` is the schedule of Vaswani et al. 2017; `wsd` (warmup, stable, decay) is that of Hu et al. 2024
 (MiniCPM), whose decay happens only on a release, so inside the stream it is warmup and then constant.
@@ -17,7 +17,7 @@ def learning_rate(config: Config, step: int, step_in_file: int) -> float:
     """Return the learning rate of optimizer step `step`, the `step_in_file`-th of its file (both from 1).
 
     Raises:
-        ConfigError: `step` lies beyond the horizon of a schedule that has one.
+        ConfigError: `step` is beyond the horizon of a schedule that has one.
     """
     require_horizon(config, step)
     if config.schedule_offset:
@@ -41,7 +41,7 @@ def _unwarmed(config: Config, step: int, peak: float, floor: float, warmup: int)
 def _lagging(config: Config, position: int, step_in_file: int) -> float:
     """Return the learning rate at a position that lags behind the step.
 
-    Such a schedule was begun by a Trainer: it is computed as `transformers.optimization` does, to the last bit.
+    Such a schedule was begun by a Trainer: it is computed as in `transformers.optimization`, to the last bit.
     """
     peak, warmup, total = config.learning_rate, config.warmup_steps, config.total_steps or 0
     warmed = step_in_file if config.boundary == "rewarm" else position
@@ -62,7 +62,8 @@ def cooling(peak: float, step: int, steps: int) -> float:
     """Return the learning rate of the `step`-th (from 1) of `steps` steps in which it decays from `peak` to zero.
 
     The shape is the 1 - sqrt of Haegele et al. ("Scaling Laws and Compute-Optimal Training Beyond Fixed Training
-    Durations", 2024). It would be zero one step after the last: a step without a learning rate does nothing.
+    Durations", 2024). It reaches zero one step after the last, because a step with a learning rate of zero does
+    nothing.
     """
     return peak * (1.0 - math.sqrt(step / (steps + 1)))
 

@@ -1,6 +1,6 @@
-"""What a model scores on rows: loss and accuracy of target tokens, divergence from another model; changes nothing.
+"""Scores of a model on rows: loss and accuracy on target tokens, divergence from another model. Nothing is changed.
 
-Measured on a twin (`layers/twin.py`), so that nothing that training reads is written, and with the sums in float64.
+They are measured on a twin (`layers/twin.py`), so that nothing that training reads is written, with sums in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onward.training.seeds import fold, seeded
 from onward.training.texts import Order, write_texts
 
 BATCH_TOKENS = 2048
-"""Tokens of a forward pass at most: fewer than a step costs, so that a stop is seen within one."""
+"""The most tokens of a forward pass: fewer than those of a step, so that a stop is noticed within its duration."""
 Look = Callable[[], None]
 """Called between two forward passes; raises to give up."""
 
@@ -40,7 +40,7 @@ class Score:
 
     Args:
         loss: mean cross-entropy over the target tokens, nats.
-        accuracy: share of the target tokens that have the highest logit.
+        accuracy: the share of target tokens that have the highest logit.
         tokens: target tokens.
     """
 
@@ -54,8 +54,8 @@ class Compute:
     """How and where a model is measured.
 
     Args:
-        config: gives rows of a step and their parts; none is larger than in training.
-        execution: where and how, as in training.
+        config: provides rows per step and their parts; none is larger than in training.
+        execution: where and how to compute, as in training.
         look: called between two forward passes; raises to give up.
     """
 
@@ -75,12 +75,12 @@ class Compute:
 
 
 class Meter:
-    """Measures one model, which may be in training; its weights as they are at each call.
+    """Measures one model, which may be in training, with its weights at the time of each call.
 
     Args:
         model: any causal language model, with or without an adapter.
 
-        writers: types of modules that write to weights in evaluation mode; found here where they are not given.
+        writers: types of modules that write to weights in evaluation mode; found out if not given.
 
     Raises:
         ModelError: the model cannot be evaluated without a change of its weights.
@@ -98,7 +98,7 @@ class Meter:
         return loss(Batch([row], [RowReference("", 0)], [0]))
 
     def without_adapter(self) -> Meter:
-        """Return what measures the same model with its adapter off, sharing every weight."""
+        """Return a meter of the same model with its adapter off, sharing every weight."""
         other = object.__new__(Meter)
         other._compute = self._compute
         other._twin = with_weights(self._twin, {})
@@ -111,13 +111,13 @@ class Meter:
         return other
 
     def under(self, compute: Compute) -> Meter:
-        """Return what measures the same model under another config."""
+        """Return a meter of the same model under another config."""
         other = object.__new__(Meter)
         other._compute, other._twin, other._loss = compute, self._twin, self._loss
         return other
 
     def write(self, shape: tuple[int, int], first: int) -> list[list[int]]:
-        """Have the model write texts: `shape` is how many, and how many tokens of each, of which `first` is one."""
+        """Let the model write texts: `shape` is how many, and how many tokens each, including `first`."""
         compute, raised = self._compute, list[BaseException]()
         order = Order(*shape, first, compute.config.seed, compute.config.deterministic)
 
@@ -133,7 +133,7 @@ class Meter:
 
         try:
             return write(cached=True)
-        except Exception:  # some families keep no keys and values, or keep them in a way of their own
+        except Exception:  # some families have no key-value cache, or one of their own kind
             if raised:
                 raise
             return write(cached=False)
@@ -163,7 +163,7 @@ class Meter:
         return total / tokens
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Yield rows in batches of at most `BATCH_TOKENS` tokens, with what they are padded with, or one row."""
+        """Yield rows in batches of at most `BATCH_TOKENS` tokens, including padding, or one row."""
         some: list[Row] = []
         for row in (*rows, None):
             if row is None or (some and self._tokens_of([*some, row]) > BATCH_TOKENS):
@@ -208,5 +208,5 @@ def divergences(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
 
 
 def parameters_of(model: Any) -> int:
-    """Return how many weights a forward pass multiplies by, about: all of the model's, once."""
+    """Return about how many weights a forward pass multiplies by: all of the model's, once."""
     return sum(weight.numel() for weight in model.parameters())

@@ -20,7 +20,7 @@ def fold(*parts: int | str) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Generator[None]:
-    """Run the body with torch's generators seeded; afterwards the caller's random state is as it was before."""
+    """Run the body with torch's generators seeded; then restore the caller's random state."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         _seed(seed, device)
@@ -30,8 +30,8 @@ def seeded(seed: int, device: torch.device) -> Generator[None]:
 def _seed(seed: int, device: torch.device) -> None:
     """Seed the generators that a computation on this device reads.
 
-    `torch.manual_seed` would seed every device of the machine and, for each kind that was not used yet, format the
-    stack: some milliseconds a step.
+    `torch.manual_seed` would seed every device of the machine and, for each kind not used yet, format the stack, which
+    takes milliseconds per step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -24,7 +24,7 @@ SCALE = "loss_scale"
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where the run stands in the stream.
+    """The run's place in the stream.
 
     `position` is the file's place in the stream (from 1; 0 before the first). `step` of its `steps` are done.
     `stream` chains the digests of all files up to this one, so that it depends on their order too.
@@ -69,11 +69,11 @@ class Snapshot:
         weights: trained weights by name, in the order of `optimizer.pt`.
         optimizer: the optimizer's `state_dict`: what it keeps for each parameter, and its groups.
         method: what the optimizer's state means.
-        frozen: bytes of weights that are written too and not trained.
-        wait: returns when the tensors hold what they are to hold; called before they are read.
-        known: the digest, where it was taken of a copy and nothing has changed since.
-        scale: that of the loss, under float16.
-        copied: the copy that the tensors are, where they are one.
+        frozen: bytes of weights that are written but not trained.
+        wait: returns when the tensors are complete; called before they are read.
+        known: the digest, if it was computed of a copy and nothing has changed since.
+        scale: the loss scale, under float16.
+        copied: the copy that the tensors belong to, if any.
     """
 
     counters: Counters
@@ -110,7 +110,7 @@ class Snapshot:
         return weights + self.method.bytes(self.weights)
 
     def adam_step(self) -> int:
-        """Return the optimizer's own step counter, on which all parameters must agree (-1 where they do not)."""
+        """Return the optimizer's own step counter, on which all parameters must agree (-1 if they do not)."""
         return self.method.count(self.moments.values(), len(self.weights))
 
     def describe_parameters(self) -> dict[str, list[Any]]:
@@ -131,7 +131,7 @@ class Snapshot:
         return StateDigest(digest_tensors(sorted(self.weights.items())), digest_tensors(chain(moments, scale)))
 
     def plain(self) -> dict[str, Any]:
-        """Return what is neither weight nor moment, as JSON values."""
+        """Return everything but weights and moments, as JSON values."""
         scale: dict[str, Any] = {} if self.scale is None else {SCALE: asdict(self.scale)}
         return {"counters": asdict(self.counters), "cursor": asdict(self.cursor), **scale}
 
@@ -147,8 +147,8 @@ class TrainState:
     Args:
         model: the model, trainable weights marked by `requires_grad`.
         optimizer: an optimizer that `method` built over them.
-        scale: that of the loss, for a run that computes in float16.
-        held: what stands in for the model's parameters, by name, in the same order: this rank's shards of them.
+        scale: the loss scale, for a run that computes in float16.
+        held: this rank's shards, which replace the model's parameters, by name and in the same order.
     """
 
     def __init__(
@@ -195,14 +195,14 @@ class TrainState:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def view(self) -> Snapshot:
-        """Return the state as it is now, in the memory that training changes."""
+        """Return the current state, in the memory that training changes."""
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         optimizer = self.optimizer.state_dict()
         counters = replace(self.counters)
         return Snapshot(counters, self.cursor, weights, optimizer, self.method, self._frozen, scale=self.scale)
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
-        """Return a copy of the state in main memory, which may still be on its way: see `Snapshot.wait`.
+        """Return a copy of the state in main memory, which may still be incomplete: see `Snapshot.wait`.
 
         Args:
             into: an earlier copy that is no longer needed; its memory is reused.
@@ -238,7 +238,7 @@ class TrainState:
         return weights, {**now, "state": state}
 
     def _regrouped(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """Return an earlier `state_dict` of the same optimizer with the settings that its groups have now."""
+        """Return an earlier `state_dict` of the same optimizer with the current settings of its groups."""
         groups = [
             {**before, **{key: value for key, value in group.items() if key != "params"}}
             for before, group in zip(optimizer["param_groups"], self.optimizer.param_groups, strict=True)
@@ -246,14 +246,14 @@ class TrainState:
         return {**optimizer, "param_groups": groups}
 
     def marks(self) -> Marks | None:
-        """Return marks of all bits, computed where they lie; None where a digest costs no more."""
+        """Return marks of all bits, computed on their device; None if a digest costs no more."""
         return self.transfer.marks(*self._tensors())
 
     def view_of_copied(self, digest: StateDigest) -> Snapshot:
-        """Return the state as it is now; where it is, on its device, the one that was copied last, with its digest.
+        """Return the current state; if it still equals the last copy, by its marks on the device, with that digest.
 
         Args:
-            digest: that of the last copy, as it was taken behind training. Before the first copy it counts for nothing.
+            digest: the digest of the last copy, computed behind training; ignored before the first copy.
         """
         now = self.view()
         if self._marks is None:
@@ -282,7 +282,7 @@ def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn
 
 @cache
 def _in_order(keys: tuple[str, ...]) -> Callable[[Entry], Iterable[torch.Tensor]]:
-    """Return what gives the values of an entry that has these keys, in the order of their names."""
+    """Return a function that gives the values of an entry with these keys, in the order of their names."""
     names = sorted(keys)
     return itemgetter(*names) if len(names) > 1 else lambda entry: [entry[name] for name in names]
 

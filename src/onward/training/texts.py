@@ -1,4 +1,4 @@
-"""Texts that a base model writes: samples of what it says of itself, in no file, from a seed."""
+"""Texts that a base model writes on its own: unprompted samples, from a seed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from onward.training.model.quiet import quiet
 from onward.training.seeds import fold, seeded
 
 AT_ONCE = 64
-"""Texts that are written side by side."""
+"""How many texts are written at the same time."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be written.
+    """What to write.
 
     Args:
-        count: texts.
-        tokens: tokens of each, the first included; they do not end at an end token.
-        first: token that each begins with.
-        seed: what the draws are a function of.
-        exact: compute with operations only that repeat (`deterministic`).
+        count: how many texts.
+        tokens: tokens of each, including the first; texts do not stop at an end token.
+        first: the token that each begins with.
+        seed: determines the draws.
+        exact: use only deterministic operations (`deterministic`).
     """
 
     count: int
@@ -39,7 +39,7 @@ class Order:
 
 
 class _Look(StoppingCriteria):
-    """Calls a function at each token, which may raise; stops nothing by itself."""
+    """Calls a function at each token, which may raise; never stops the generation itself."""
 
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
@@ -52,7 +52,7 @@ class _Look(StoppingCriteria):
 def write_texts(
     model: nn.Module, order: Order, dtype: torch.dtype, look: Callable[[], None], *, cached: bool = True
 ) -> list[list[int]]:
-    """Have a model write texts by drawing each next token from its own distribution, unchanged.
+    """Let a model write texts by drawing each next token from its own unmodified distribution.
 
     Args:
         model: in evaluation mode.

@@ -44,8 +44,8 @@ class Trainer:
         state: what evolves.
         config: the config in force for the file.
         execution: where and how steps are computed.
-        anchor: what the loss gets in addition to that of the rows; None for nothing.
-        learned: what the process knows of the model already, for one that trains file after file.
+        anchor: an additional term in the loss; None for none.
+        learned: what the process already knows about the model, if it trains file after file.
         rates: the learning rate of a global step and its step in the file, both from 1; the config's if not given.
     """
 
@@ -78,20 +78,20 @@ class Trainer:
         return TargetLoss(self.state.model, device, execution.dtype, execution.pad_id, by_length=by_length)
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
-        """Yield each step that the plan still has, from the cursor on, after it was taken.
+        """Take the remaining steps of the plan, from the cursor on, and yield each after it was taken.
 
         Args:
             files: every source of the plan, by its SHA-256.
             plan: which rows each step has.
 
         Raises:
-            TrainingError: the loss is not finite; the state is that before the step.
+            TrainingError: the loss is not finite; the state is the one before the step.
         """
         self.world.tell(lambda: file_order(self.state, self.config, self.execution, plan, files, self.anchor))
         if self.execution.placement is None or self.execution.placement.holds_whole:
             hold_same(lambda: self.state, self.world, self.anchor)
         else:
-            with self.world.together():  # the others make ready
+            with self.world.together():  # the others prepare
                 pass
         with Ahead(lambda step: batch_at(files, plan, step), plan.steps, self.world.device) as batches:
             while not self.state.cursor.at_boundary:
@@ -100,7 +100,7 @@ class Trainer:
                 yield self.take_step(batch, plan)
 
     def take_step(self, batch: Batch, plan: Plan) -> StepTaken:
-        """Train one batch as one optimizer step and move counters and cursor on."""
+        """Train one batch as one optimizer step and advance counters and cursor."""
         begun = time.perf_counter()
         state, index = self.state, self.state.cursor.step
         rate = self.rates(state.step + 1, index + 1)
@@ -130,12 +130,12 @@ class Trainer:
         )
 
     def _finite_gradients(self, batch: Batch) -> tuple[float, float, float | None]:
-        """Compute and clip the gradients of a step; returns its loss, their norm, and the anchor's divergence.
+        """Compute and clip the gradients of a step; return its loss, their norm, and the anchor's divergence.
 
-        Under float16 a step whose gradients overflow is computed again with half the scale, until they do not.
+        Under float16, a step whose gradients overflow is computed again with half the scale, until they do not.
 
         Raises:
-            TrainingError: they are not finite whatever the scale; the state is that before the step.
+            TrainingError: they are not finite at any scale; the state is the one before the step.
         """
         scale = self.state.scale
         while True:
@@ -145,7 +145,7 @@ class Trainer:
                 divergence = self._anchor_gradients(factor)
                 self._fill()
                 self._unscale(factor)
-                loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the one wait for the device
+                loss, grad_norm = torch.stack([total, self._clip().to(total)]).tolist()  # the only wait for the device
             overflowed = math.isfinite(loss) and not math.isfinite(grad_norm)
             if scale is None or not scale.can_fall or not self.world.any(overflowed):
                 break
@@ -164,9 +164,9 @@ class Trainer:
         """Accumulate the gradient of the mean loss (nats) over the step's targets by weight, and return that loss.
 
         Args:
-            factor: the gradient is multiplied by it, the loss is not.
+            factor: what the gradient, but not the loss, is multiplied by.
 
-        Where memory runs out and layers may be computed again, all of it is done again so: the bits are the same.
+        If memory runs out and layers may be recomputed, everything is repeated with recomputation, to the same bits.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
         with self.world.together():
@@ -187,9 +187,9 @@ class Trainer:
         return self._accumulate(parts, [True] * len(parts), batch.weight, factor)
 
     def _recomputed(self, parts: Sequence[Part]) -> list[bool]:
-        """Say of each part whether its layers are computed again. That may be measured: before there is a gradient.
+        """Return for each part whether its layers are recomputed. This may measure, so it comes before any gradient.
 
-        Where weights are in shards every rank does the same, and layers are made whole again in any case.
+        If weights are sharded, every rank does the same, and layers are gathered again in any case.
         """
         if self.execution.placement is not None:
             return [self.economy.setting != "off"] * len(parts)
@@ -232,7 +232,7 @@ class Trainer:
             self.loss.forget()
 
     def _fill(self) -> None:
-        """Give weights that no token of the step reached (of experts) a gradient of zeros: each counts every step."""
+        """Give weights that no token of the step reached (experts) zero gradients, so that each counts every step."""
         for parameter in self.state.parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,7 @@
 """The processes that train one run together. With one, none of this costs anything.
 
-Rank 0 owns the lock, the ledger and the checkpoints, and tells the others what is done next; they follow it. What must
-be the same on every rank (whether a step counts, whether to stop) is decided through the world.
+Rank 0 owns the lock, the ledger and the checkpoints, and tells the others what to do next. What must be the same on
+every rank (whether a step counts, whether to stop) is decided through the world.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ Message = dict[str, Any]
 
 
 class World(Protocol):
-    """All ranks of a run, as one of them sees it."""
+    """All ranks of a run, as one of them sees them."""
 
     @property
     def rank(self) -> int:
-        """This process, from 0."""
+        """The number of this process, from 0."""
         ...
 
     @property
@@ -42,11 +42,11 @@ class World(Protocol):
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer on every rank."""
+        """Return whether the flag is set on any rank; the answer is the same on every rank."""
         ...
 
     def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return whole tensors, by name, where each rank holds a part of them."""
+        """Return whole tensors, by name, of which each rank holds a part."""
         ...
 
     def barrier(self) -> None:
@@ -54,27 +54,27 @@ class World(Protocol):
         ...
 
     def wait_unseen(self) -> None:
-        """Note that this rank waits in PyTorch's own collectives from now on, which no look interrupts."""
+        """Note that this rank from now on waits in PyTorch's own collectives, which no check interrupts."""
         ...
 
     def tell(self, make: Callable[[], Message]) -> None:
-        """Tell the other ranks what is done next; called by rank 0.
+        """Tell the other ranks what to do next; called by rank 0.
 
         Args:
-            make: makes the message; not called where there is nobody to tell.
+            make: makes the message; not called if there are no other ranks.
         """
         ...
 
     def share(self, value: Any) -> list[Any]:
-        """Return the JSON values of all ranks, by rank; every rank calls it."""
+        """Return the JSON values of all ranks, by rank; every rank must call this."""
         ...
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank the tensors of rank 0, bit for bit, in the memory of its own; every rank calls it."""
+        """Copy the tensors of rank 0, bit for bit, into the memory of every rank's own; every rank must call this."""
         ...
 
     def together(self) -> AbstractContextManager[None]:
-        """Raise what the body raises on any rank on every rank, once all are at its end; every rank enters it."""
+        """Raise on every rank what the body raises on any rank, once all reached its end; every rank must enter it."""
         ...
 
 
@@ -96,21 +96,21 @@ class SingleProcess:
         return tensors
 
     def barrier(self) -> None:
-        """Return at once: everybody is here."""
+        """Return at once: there are no other ranks."""
 
     def wait_unseen(self) -> None:
-        """Wait for nobody."""
+        """Do nothing: there are no other ranks."""
 
     def tell(self, make: Callable[[], Message]) -> None:
-        """Tell nobody."""
+        """Do nothing: there are no other ranks to tell."""
 
     def share(self, value: Any) -> list[Any]:
         """Return the value alone."""
         return [value]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give them to nobody."""
+        """Do nothing: there are no other ranks to copy to."""
 
     def together(self) -> AbstractContextManager[None]:
-        """Do nothing: nobody else can fail."""
+        """Do nothing: no other rank can fail."""
         return contextlib.nullcontext()

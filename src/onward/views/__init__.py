@@ -1,1 +1,1 @@
-"""What shows a run and its files to a person. Nothing imports these but the command line."""
+"""Presents a run and its files to people. Only the command line imports these packages."""

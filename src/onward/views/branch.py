@@ -1,6 +1,6 @@
-"""A branch of the run in memory: the state of one of its boundaries, averaged or cooled down, for a release.
+"""A branch of the run in memory: the state of a boundary, averaged or cooled down, for a release.
 
-It stands on a copy of the run, so that nothing of the run is touched while its owner trains on.
+It is based on a copy of the run, so that the run is untouched while its owner continues to train.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from onward.training.trainer import Trainer
 
 @dataclass
 class Branch:
-    """A state of the run that goes its own way.
+    """A state of the run that is developed independently.
 
     Args:
         session: the copy of the run, opened.
-        manifest: that of the boundary it begins at.
-        config: the one that was in force there.
+        manifest: the manifest of the boundary it begins at.
+        config: the config that was in force there.
         state: what evolves.
     """
 
@@ -65,7 +65,7 @@ class Branch:
 
         Args:
             layout: the run, whose restore points are read.
-            steps: those of the boundaries, this branch's own among them or not.
+            steps: the steps of the boundaries, with or without this branch's own.
 
         Raises:
             DamagedState: one of them does not verify.
@@ -81,7 +81,7 @@ class Branch:
                 weight.copy_(sums[name] / len(steps))
 
     def cool(self, steps: int, observe: Observe, stop: Callable[[], None]) -> float:
-        """Train over rows of the whole stream while the learning rate decays to zero; returns the rate at its start.
+        """Train on rows of the whole stream while the learning rate decays to zero; return the rate at the start.
 
         Args:
             stop: called after each step; may raise to give up.

@@ -1,7 +1,8 @@
-"""Policies by measurement: the last files of the stream, trained again under other settings, each on a copy of the run.
+"""Compares policies by measurement: trains the last files of the stream under other settings, each on a copy of the
+run.
 
-What differs is measured by the grid of each copy at its end. Two trainings that differ in nothing but the order of
-their rows give other figures too: how far those lie apart is the noise that a difference has to exceed.
+The grid of each copy at its end shows the differences. Two trainings that differ only in the order of their rows also
+give different figures: how far those are apart is the noise that a difference has to exceed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from onward.store.rows import FileRow
 from onward.views.points import own_folder
 
 FIGURES = ("average", "forgetting", "worst", "anchor")
-"""What is compared: mean loss over all files now, mean and worst forgetting, KL to the base on its own texts."""
+"""What is compared: current mean loss over all files, mean and worst forgetting, KL from the base on its own texts."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Variant:
         """Return a config with these settings.
 
         Raises:
-            ConfigError: they do not fit with its other keys.
+            ConfigError: they conflict with its other keys.
         """
         return parse_config({**config.flat(), **self.settings}, where=self.text)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of the files under a variant: which order of rows it had, and its figures (None: not measured)."""
+    """One training of the files under a variant: the order of rows it had, and its figures (None: not measured)."""
 
     order: int
     figures: Mapping[str, float | None]
@@ -57,7 +58,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a variant: one trial for each order of rows, the same orders for every variant."""
+    """The outcome of a variant: one trial per order of rows, with the same orders for every variant."""
 
     variant: Variant
     trials: tuple[Trial, ...]
@@ -67,7 +68,7 @@ class Outcome:
         return [value for trial in self.trials if (value := trial.figures[figure]) is not None]
 
     def less(self, other: Outcome) -> list[float]:
-        """Return by how much average loss lies below that of another variant, for each order of rows."""
+        """Return how far the average loss is below that of another variant, for each order of rows."""
         pairs = zip(self.trials, other.trials, strict=True)
         losses = [(here.figures["average"], there.figures["average"]) for here, there in pairs]
         return [there - here for here, there in losses if here is not None and there is not None]
@@ -99,7 +100,7 @@ class Comparison:
 
     @property
     def noise(self) -> float | None:
-        """How far that lead differs between orders of rows, greatest less least; None with one order."""
+        """How far that lead differs between orders of rows, maximum minus minimum; None with one order."""
         return spread(self._leads())
 
     @property
@@ -126,7 +127,7 @@ class Comparison:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Return how far values lie apart, greatest less least; None where there are fewer than two."""
+    """Return the range of values, maximum minus minimum; None if there are fewer than two."""
     return max(values) - min(values) if len(values) > 1 else None
 
 
@@ -135,7 +136,7 @@ def parse_variants(texts: Sequence[str]) -> list[Variant]:
 
     Raises:
         ConfigError: a key is unknown, or does not change how files are trained from the next boundary on.
-        UsageError: there are fewer than two, or two alike.
+        UsageError: there are fewer than two, or two are equal.
     """
     variants = [Variant(text, parse_settings(part.strip() for part in text.split(";"))) for text in texts]
     if len({sha256_json(dict(variant.settings)) for variant in variants}) < max(2, len(variants)):
@@ -170,7 +171,7 @@ class Trials:
     stop: Wishes
 
     def compare(self, layout: RunLayout, variants: Sequence[Variant]) -> Comparison:
-        """Train the last files again under each variant, in scratch space; nothing of the run is touched.
+        """Train the last files again under each variant, in scratch space; the run is untouched.
 
         Raises:
             UsageError: there are no such files, or the boundary before them is no longer kept.
@@ -192,7 +193,7 @@ class Trials:
 
 
 def figures_of(layout: RunLayout) -> dict[str, float | None]:
-    """Return the figures of a run as it stands now; None for what was not measured."""
+    """Return the current figures of a run; None for what was not measured."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         table = read_table(ledger).to_dict()
     forgetting, anchors = table["forgetting"], table["anchor"]
@@ -204,7 +205,7 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
     """Return the boundary before the last files of the stream, and those files.
 
     Raises:
-        UsageError: fewer files are done, or that boundary is no longer kept.
+        UsageError: not that many files are done, or that boundary is no longer kept.
     """
     with Ledger(layout.ledger, read_only=True) as ledger:
         done = ledger.files("done")
@@ -223,7 +224,7 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
 
 
 def _prepare(copy: RunLayout, variant: Variant, order: int) -> None:
-    """Give the files of a copy the config that they had, with the variant's settings, and their rows another order."""
+    """Give the files of a copy the config that they had plus the variant's settings, and their rows another order."""
     with Ledger(copy.ledger) as ledger, ledger.transaction():
         for row in ledger.files("queued"):
             config = variant.applied(stored_config(ledger.config_of(row))).recorded()
@@ -245,7 +246,7 @@ def _variant_dict(outcome: Outcome, best: Outcome) -> dict[str, Any]:
 
 
 def lines(comparison: Comparison) -> Iterator[str]:
-    """Yield the comparison as a person reads it."""
+    """Yield the comparison as lines for people."""
     best, *_ = ranked = comparison.ranked
     width = max(len(outcome.variant.text) for outcome in ranked)
     yield f"{'':{width}}" + "".join(f"{name:>20}" for name in (*FIGURES, "behind the best"))

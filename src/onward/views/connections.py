@@ -1,6 +1,6 @@
-"""A server that closes connections on which no request comes, so that who opens many keeps nobody else out.
+"""A server that closes connections on which no request comes, so that opening many keeps nobody else out.
 
-uvicorn alone waits for the head of a request as long as its sender likes (the attack is known as Slowloris).
+uvicorn by itself waits for the head of a request as long as the sender likes (the attack is known as Slowloris).
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from onward.errors import UsageError
 from onward.startup import ENDINGS
 
 HEAD_SECONDS = 10.0
-"""In which a request's head has to come, from when its connection was made or the answer before it was complete."""
+"""Seconds in which a request's head has to come after its connection was made or the previous answer was complete."""
 MOST_QUIET = 100
-"""Connections without a request; where there are more, the oldest are closed at once."""
+"""The most connections without a request; if there are more, the oldest are closed at once."""
 STALLED_SECONDS = 60.0
-"""Seconds without a byte after which a request whose body is not whole is given up."""
+"""Seconds without a byte after which a request with an incomplete body is given up."""
 
 
 @dataclass(frozen=True)
 class _Quiet:
-    """Since when a connection waits for a request, and after which one."""
+    """Since when a connection has been waiting for a request, and after which one."""
 
     since: float
     after: Any
 
 
 def _tells_of_trouble(record: logging.LogRecord) -> bool:
-    """Whether a record of uvicorn is one: that the server's end cuts off what is being answered is none."""
+    """Whether a log record of uvicorn reports trouble; that the server's end cuts off answers does not."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, asyncio.CancelledError) and "graceful shutdown" not in str(record.msg)
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an end to waiting.
+    """uvicorn with limits on waiting.
 
     Args:
-        config: as uvicorn takes it.
-        head_seconds: in which a request's head has to come.
+        config: uvicorn's config.
+        head_seconds: seconds in which a request's head has to come.
         clock: seconds that never jump.
     """
 
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None]:
-        """End at every signal that ends a command, and not only at those of uvicorn."""
+        """End at every signal that ends a command, not only at those that uvicorn handles."""
         with super().capture_signals():
             if threading.current_thread() is not threading.main_thread():
                 yield
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
                     signal.signal(number, handler)
 
     async def on_tick(self, counter: int) -> bool:
-        """Look at all connections; uvicorn calls this ten times a second."""
+        """Check all connections; uvicorn calls this ten times a second."""
         self._close_quiet()
         return await super().on_tick(counter)
 
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
         oldest = sorted(waiting, key=lambda connection: waiting[connection].since)
         for place, connection in enumerate(oldest):
             waited = now - waiting[connection].since
-            if waited > 2 * self._head_seconds:  # its answer is not even taken
+            if waited > 2 * self._head_seconds:  # not even its answer is being read
                 connection.transport.abort()
             elif waited > self._head_seconds or place < len(oldest) - MOST_QUIET:
                 connection.transport.close()
@@ -104,7 +104,7 @@ async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECOND
     """Yield the pieces of a request's body as they come.
 
     Raises:
-        UsageError: none came for so many seconds.
+        UsageError: none came for `seconds`.
     """
     while True:
         try:

@@ -1,8 +1,8 @@
-"""What training a file will take on this machine: a few of its steps are taken on a copy of the state, and measured.
+"""Estimates what training a file will take on this machine, by measuring a few of its steps on a copy of the state.
 
-The copy is in the memory of this process and in a scratch directory, which goes away with it. The first step taken is
-the heaviest one of the file, so that the memory is that of the worst case; its time counts too, once it was taken again
-without what only a first step costs.
+The copy is in the memory of this process and in a scratch directory, which is removed at its end. The first step taken
+is the heaviest one of the file, so that the memory is that of the worst case; its time counts too, once it was repeated
+without the cost of a first step.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from onward.training.trainer import Trainer
 from onward.views.preview import rejection
 
 TIMED = 4
-"""Steps that are timed at most."""
+"""The most steps that are timed."""
 ENOUGH_SECONDS = 60.0
-"""Seconds of timed steps after which no further one is taken."""
+"""Seconds of timed steps after which no further step is taken."""
 LOOKED_AT = 20_000
-"""Steps among which the heaviest is looked for."""
+"""How many steps are searched for the heaviest."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class Estimate:
     """What training a file will take.
 
     Args:
-        name: the file's.
+        name: the file's name.
         steps: optimizer steps, over all epochs.
         tokens: tokens in them.
-        seconds: wall time of the steps; commits go on behind them.
-        timed_steps: steps that were measured for it, the heaviest among them.
-        tokens_per_second: the pace of those.
+        seconds: wall time of the steps; commits run behind them.
+        timed_steps: steps that were measured, including the heaviest.
+        tokens_per_second: the pace of the timed steps.
         memory_bytes: memory at the peak: of the GPU, or of the whole process on a CPU, with the copy that a commit
             takes.
-        memory_total_bytes: what the GPU or the machine has.
-        heaviest_tokens: tokens of the step that needs the most.
-        device: on what it was measured.
-        cost: at the price per hour that was given; None without one.
+        memory_total_bytes: the memory of the GPU or the machine.
+        heaviest_tokens: tokens of the heaviest step.
+        device: the device on which it was measured.
+        cost: the cost at the given price per hour; None without one.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Estimate:
 
 
 def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None) -> Estimate:
-    """Take a few steps of a file on a copy of the run's newest state; nothing of the run changes.
+    """Take a few steps of a file on a copy of the run's newest state; the run is not changed.
 
     Args:
         path: a training file; it need not be in the stream.
@@ -139,7 +139,7 @@ class _Measured:
         self.seconds, self.tokens, self.steps, self.heaviest = 0.0, 0, 0, 0
 
     def measure(self) -> None:
-        """Take the heaviest step, twice, then others that lie far apart, until there is enough."""
+        """Take the heaviest step twice, then others far apart, until there are enough."""
         weights = self._tokens_of_steps()
         heaviest = max(range(len(weights)), key=weights.__getitem__)
         self.heaviest = weights[heaviest]
@@ -189,7 +189,7 @@ def _tokenize(layout: RunLayout, ledger: Ledger, path: Path, config: Config, tar
 
 
 def _copy_of_state(layout: RunLayout, session: Session, target: Path) -> TrainState:
-    """Return the newest committed state, or that of step 0, in memory; a daemon may go on meanwhile."""
+    """Return the newest committed state, or that of step 0, in memory; a daemon may continue meanwhile."""
     if session.ledger.newest_checkpoint() is None:
         return load_start(session, Settled(None, None)).state
     manifest = snapshot(layout, target)

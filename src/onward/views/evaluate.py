@@ -1,4 +1,4 @@
-"""Measuring a kept state: on everything that the grid has, or on public tasks; nothing of the run changes."""
+"""Measures a kept state on everything in the grid, or on public tasks; the run is not changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HARNESS = "lm_eval"
 
 @dataclass(frozen=True)
 class _Kept:
-    """A kept state: its folder, what it says, and the last file that was trained in it."""
+    """A kept state: its folder, its manifest, and the last file that was trained in it."""
 
     session: Session
     folder: Path
@@ -72,8 +72,8 @@ def measure_tasks(
     """Run tasks of lm-evaluation-harness (Gao et al.) on a kept state.
 
     Args:
-        tasks: names that the harness knows, or `.yaml` files of tasks of one's own.
-        limit: questions of each task; None for all.
+        tasks: names that the harness knows, or `.yaml` files of custom tasks.
+        limit: questions per task; None for all.
 
     Raises:
         UsageError: the harness is not installed, it knows no such task, or there is no such state.
@@ -119,7 +119,7 @@ def _opened(layout: RunLayout, at: str | None, report: Callable[[str], None]) ->
 
 
 def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int | None) -> dict[str, dict[str, float]]:
-    """Return the numbers that the harness gives for each task, by the names it gives them."""
+    """Return the harness's numbers for each task, by the harness's names."""
     harness = cast(Any, importlib.import_module(HARNESS))
     models = cast(Any, importlib.import_module(f"{HARNESS}.models.huggingface"))
     known = cast(Any, importlib.import_module(f"{HARNESS}.tasks"))

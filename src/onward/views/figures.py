@@ -15,7 +15,7 @@ from onward.store.ledger import Ledger
 from onward.text import printable
 
 BLOCK = 50_000
-"""Steps that are written to a Parquet file at a time."""
+"""How many steps are written to a Parquet file at a time."""
 TYPES = ("int64", "string", "int64", "double", "double", "double", "int64", "int64", "int64", "double", "double")
 """Arrow's types of the columns."""
 
@@ -26,7 +26,7 @@ def steps(layout: RunLayout, every: int = 1) -> Iterator[Step]:
     """Return the steps of the run's stream as tuples of `COLUMNS`; `file` is printable.
 
     Args:
-        every: thin them to one for so many steps, lowest and highest loss kept.
+        every: thin them to one step in so many, keeping lowest and highest losses.
 
     Raises:
         UsageError: there is no run.
@@ -42,14 +42,14 @@ def _steps(layout: RunLayout, every: int) -> Iterator[Step]:
 
 
 def write_csv(rows: Iterable[Step], stream: IO[str]) -> None:
-    """Write steps as CSV with a line of names; what is not known is empty."""
+    """Write steps as CSV with a header line; unknown values are empty."""
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows(rows)
 
 
 def write_json(rows: Iterable[Step], stream: IO[str]) -> None:
-    """Write steps as a JSON list of objects, one a line, so that the whole is never held."""
+    """Write steps as a JSON list of objects, one per line, so that the whole is never in memory."""
     before = "["
     for row in rows:
         stream.write(f"{before}\n  {json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False)}")

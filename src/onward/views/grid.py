@@ -14,7 +14,7 @@ from onward.text import printable
 
 NAME_WIDTH = 16
 TRAINED = "*"
-"""Marks files that are measured on rows which were trained."""
+"""Marks files that are measured on rows that were trained."""
 CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
 """Size of a cell of the heat map, and the room for names, in pixels."""
 Values = Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""A committed state of a run in memory for inference: the model, and how it is asked."""
+"""A committed state of a run in memory for inference: the model, and how to prompt it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Loaded:
 
     Args:
         model: frozen, in evaluation mode.
-        tokenizer: the run's, with its chat template.
-        label: which state it is, for a person.
-        step: its global step; None for a release that does not say it.
-        base: the base model that an adapter was put on, and its digest; None for a whole model.
+        tokenizer: the run's tokenizer, with its chat template.
+        label: which state it is, in words.
+        step: its global step; None for a release that does not record it.
+        base: the base model of an adapter, and its digest; None for a full model.
     """
 
     model: nn.Module = field(repr=False)
@@ -45,7 +45,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Base:
-    """The base model of a run, as it lies on the disk: its folder, and its digest there."""
+    """The base model of a run on disk: its folder, and its digest there."""
 
     folder: Path
     digest: str
@@ -55,8 +55,8 @@ def load(layout: RunLayout, point: Point, *, device: torch.device | None = None,
     """Load a state that is held, for inference.
 
     Args:
-        device: where it computes; None for `free_device`.
-        known: a base whose digest was taken already.
+        device: where to run it; None for `free_device`.
+        known: a base whose digest was computed already.
 
     Raises:
         ModelError: the base is missing or is not the one that the state was trained on, or a file is damaged.
@@ -70,7 +70,7 @@ def load(layout: RunLayout, point: Point, *, device: torch.device | None = None,
 
 
 def exchanged(layout: RunLayout, point: Point, loaded: Loaded) -> Loaded | None:
-    """Return another state of the same model, whose adapter is still to be put into it; None if it is another model.
+    """Return another state of the same model, whose adapter has yet to be put into it; None if the model differs.
 
     Raises:
         ModelError: the base on disk is not the one that the state was trained on.
@@ -84,14 +84,14 @@ def exchanged(layout: RunLayout, point: Point, loaded: Loaded) -> Loaded | None:
 
 
 def has_adapter(point: Point) -> bool:
-    """Whether a state is an adapter, which goes on a base, or a whole model."""
+    """Return whether a state is an adapter for a base; otherwise it is a full model."""
     return (point.folder / ADAPTER_CONFIG).is_file()
 
 
 def free_device(layout: RunLayout) -> torch.device:
-    """Return the GPU if there is one that no process trains this run on, else the CPU.
+    """Return the GPU if there is one on which no process trains this run, else the CPU.
 
-    A model alongside the one that is trained could take the memory that the next step needs.
+    Another model next to the one in training could take the memory that the next step needs.
     """
     return torch.device("cpu") if is_held(layout.lock) else pick_device()
 
@@ -105,7 +105,7 @@ def base_of_point(layout: RunLayout, config: Config, point: Point, known: Base |
     """Return the base that a state's adapter was trained on, once its digest is found to be the same.
 
     Raises:
-        ModelError: it is missing, or its files are others.
+        ModelError: it is missing, or its files differ.
     """
     folder = base_of_run(layout.root, config.model)
     digest = known.digest if known is not None and known.folder == folder else digest_base(folder)
@@ -124,7 +124,7 @@ def base_of_point(layout: RunLayout, config: Config, point: Point, known: Base |
 
 
 def tokenizer_of(layout: RunLayout, config: Config, point: Point) -> TokenizerState:
-    """Return the tokenizer that a state carries, or else the run's own, with the run's chat template.
+    """Return a state's own tokenizer or else the run's, with the run's chat template.
 
     Raises:
         ModelError: there is none, or it cannot be used.

@@ -1,4 +1,4 @@
-"""What a person names for a look, as the one file that `add` would read: a saved data set is put together for it."""
+"""Opens what the user names as the file that `add` would read; a saved data set is joined into one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from onward.service.intake.names import plain_name
 
 @contextlib.contextmanager
 def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
-    """Yield the file that a path stands for; what is made for it lasts as long as the body.
+    """Yield the file that a path means; anything made for it exists only during the body.
 
     Args:
         path: a file, a folder that `Dataset.save_to_disk` wrote, or the name of a data set of the Hub.
@@ -24,7 +24,7 @@ def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
 
     Raises:
         UsageError: there is no such file, or the data set has several.
-        FileError: a saved data set cannot be put together.
+        FileError: a saved data set cannot be joined.
     """
     path = _downloaded(path, hub or Hub()) if is_hub_name(path) else path
     require_file(path)

@@ -1,4 +1,4 @@
-"""The run's curve as a picture: loss, learning rate and gradient norm over all files, their boundaries drawn in."""
+"""The run's curve as a picture: loss, learning rate and gradient norm over all files, with boundaries."""
 
 # pyright: reportMissingImports=false
 
@@ -19,9 +19,9 @@ from onward.text import printable
 
 FORMATS = ("svg", "png", "pdf")
 POINTS = 4000
-"""Steps that are drawn at most, about: a longer curve is thinned, lowest and highest loss kept."""
+"""About the most steps that are drawn: a longer curve is thinned, keeping lowest and highest losses."""
 NAMED = 12
-"""Files whose names are written into the picture at most."""
+"""The most files whose names are written into the picture."""
 NAME_LENGTH = 24
 INCHES = (10.0, 7.0)
 PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "gradient norm"))
@@ -29,7 +29,7 @@ PANELS = (("loss", "loss"), ("learning_rate", "learning rate"), ("grad_norm", "g
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn: the columns of the curve, and the files with the step that each begins after."""
+    """What to draw: the columns of the curve, and the files with the step after which each begins."""
 
     columns: dict[str, list[Any]]
     boundaries: Sequence[tuple[int, str]]
@@ -37,10 +37,10 @@ class Drawing:
 
 
 def plot(layout: RunLayout, target: Path) -> int:
-    """Draw the run's curve into a file, which is replaced whole; returns how many steps are drawn.
+    """Draw the run's curve into a file, which is replaced atomically; return how many steps are drawn.
 
     Raises:
-        UsageError: another kind of file, nothing to draw, or matplotlib is not installed.
+        UsageError: unknown kind of file, nothing to draw, or matplotlib is not installed.
     """
     kind = target.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
@@ -60,7 +60,7 @@ def plot(layout: RunLayout, target: Path) -> int:
 
 
 def read_drawing(layout: RunLayout) -> Drawing:
-    """Return what there is to draw of a run.
+    """Return what to draw of a run.
 
     Raises:
         UsageError: it has no steps yet.
@@ -102,7 +102,7 @@ def _draw(drawing: Drawing) -> Any:
 
 
 def _name_files(panel: Any, drawing: Drawing) -> None:
-    """Write the names of the files at their boundaries, of evenly many where there are too many."""
+    """Write the names of files at their boundaries; of too many files, an even selection."""
     every = -(-len(drawing.boundaries) // NAMED)
     for step, name in drawing.boundaries[::every]:
         panel.annotate(
@@ -112,7 +112,7 @@ def _name_files(panel: Any, drawing: Drawing) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return a text in which matplotlib finds no formula."""
+    """Return a text that matplotlib does not interpret as a formula."""
     return re.sub(r"([$\\])", r"\\\1", text) if "$" in text else text
 
 

@@ -1,8 +1,8 @@
-"""Which committed state is meant, and its files in a folder that stays while they are read, whatever is trained.
+"""Finds the committed state that is meant, and holds its files in a folder while they are read, whatever is trained.
 
 `--at FILE|STEP|RELEASE` of every command ends up here. A state is the newest commit, the boundary after a file, a step
-that has a restore point, or a release. Its files are linked (or copied, where they cannot be) into a folder of the
-reader's own, verified there, and removed when the reader is done, or by the next reader where one died.
+with a restore point, or a release. Its files are linked (or copied, if that is not possible) into a folder of the
+reader's own, verified there, and removed when the reader is done, or by the next reader if one died.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Point:
 
     Args:
         folder: its files, which nobody changes or removes while it is held: a checkpoint, or a release.
-        label: which state it is, for a person: `step 9, after file 2 (b.jsonl)`. Printable only where names are.
+        label: which state it is, in words: `step 9, after file 2 (b.jsonl)`. Printable only if names are.
         step: its global step; None for a release whose folder does not say it.
-        manifest: what the checkpoint says of itself, verified; None for a release without one.
+        manifest: the checkpoint's manifest, verified; None for a release without one.
         release: the release's name; None for a state of the run itself.
     """
 
@@ -50,17 +50,17 @@ class Point:
 
 @contextlib.contextmanager
 def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Generator[Point]:
-    """Hold a committed state in the body, while other processes train, go back or clear up.
+    """Hold a committed state in the body, while other processes train, roll back or clean up.
 
     Args:
-        at: a file (name, position, hash prefix), a step or a release; `file:X`, `step:N` and `release:NAME` say which
-            is meant. None for the newest commit.
-        whole: with the files that only whoever trains on needs (moments and the like), else without.
+        at: a file (name, position, hash prefix), a step or a release; `file:X`, `step:N` and `release:NAME` are
+            unambiguous. None for the newest commit.
+        whole: whether to include files needed only for further training (moments and the like).
 
     Raises:
-        UsageError: there is no such state, it is no longer kept, or `at` can mean several.
+        UsageError: there is no such state, it is no longer kept, or `at` is ambiguous.
         DamagedState: it is not what was committed.
-        Unreadable: something of it cannot be read now.
+        Unreadable: a part of it cannot be read now.
     """
     layout.require()
     left_out = frozenset[str]() if whole else FOR_TRAINING
@@ -78,7 +78,7 @@ def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Ge
 
 
 def newest_step(layout: RunLayout) -> int:
-    """Return the step of the newest commit, for whoever goes on to newer ones; nothing is read but a manifest.
+    """Return the step of the newest commit, reading only a manifest, for callers that switch to newer ones.
 
     Raises:
         UsageError: nothing has been committed yet.
@@ -88,7 +88,7 @@ def newest_step(layout: RunLayout) -> int:
 
 
 def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
-    """Return what tells the newest commit from every other, also from one of the same step that was trained again.
+    """Return a mark of the newest commit that differs from that of any other, even of the same step trained again.
 
     Raises:
         UsageError: nothing has been committed yet.
@@ -103,7 +103,7 @@ def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
 
 
 def describe(layout: RunLayout, manifest: Manifest) -> str:
-    """Say which state of the run a checkpoint is."""
+    """Return, in words, which state of the run a checkpoint is."""
     cursor = manifest.cursor
     if cursor.position == 0:
         return f"step {manifest.step}, before the first file"
@@ -119,8 +119,8 @@ def describe(layout: RunLayout, manifest: Manifest) -> str:
 def own_folder(layout: RunLayout) -> Generator[Path]:
     """Give the body a folder of its own on the run's disk, where links to the run's files can be made.
 
-    It is locked as long as the body runs, which tells the folders of readers that died: those are removed. Whoever may
-    not write in the run's directory gets one among the system's temporary files.
+    It is locked as long as the body runs; unlocked folders are those of readers that died, and are removed. Users who
+    may not write in the run's directory get a folder among the system's temporary files.
     """
     made = _lockable(layout)
     if made is None:
@@ -137,14 +137,14 @@ def own_folder(layout: RunLayout) -> Generator[Path]:
 
 
 def _lockable(layout: RunLayout) -> tuple[Path, int] | None:
-    """Make a folder below `cache/reading/` and lock it; None where that cannot be."""
+    """Make a folder below `cache/reading/` and lock it; None if that is not possible."""
     try:
         layout.reading.mkdir(parents=True, exist_ok=True)
         gate = os.open(layout.reading, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody takes a folder that is not locked yet for one of a dead reader
+        fcntl.flock(gate, fcntl.LOCK_EX)  # an unlocked folder must not pass for a dead reader's
         _remove_left(layout.reading)
         folder = Path(tempfile.mkdtemp(dir=layout.reading))
         return folder, _locked(folder)
@@ -178,10 +178,10 @@ def _remove_left(parent: Path) -> None:
 
 
 def _release_meant(layout: RunLayout, at: str) -> str | None:
-    """Return the name of the release that a text means; None where it means none.
+    """Return the name of the release that a text means; None if it means none.
 
     Raises:
-        UsageError: there is no release of the name after `release:`, or a file is called the same.
+        UsageError: there is no release with the name after `release:`, or a file has the same name.
     """
     names = [path.name for path in entries(layout.releases) if path.is_dir() and not path.name.startswith(".")]
     if at.startswith(RELEASE):
@@ -215,7 +215,7 @@ def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collecti
 
 
 def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[str]) -> Manifest:
-    """Link and verify the state of a boundary, or the newest commit where its step is named."""
+    """Link and verify the state of a boundary, or the newest commit if its step is named."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         kept = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
         newest = find_newest(layout, ledger.get("run"))

@@ -33,16 +33,16 @@ from onward.text import printable
 from onward.views.opened import opened
 
 ROWS = 3
-"""Rows that a person is shown who names no number."""
+"""How many rows are shown by default."""
 PACE = 20
-"""Steps over which the time ahead is averaged."""
+"""How many steps the time estimate is averaged over."""
 GUTTER = "  | "
-"""Stands before every line of a row, so that no row can pass for something that Onward says."""
+"""Put before every line of a row, so that no row can pass for a message of Onward."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring tokens that are all trained, or all not: their text."""
+    """The text of neighbouring tokens that are either all trained or all not."""
 
     text: str
     trained: bool
@@ -53,11 +53,11 @@ class ShownRow:
     """One row.
 
     Args:
-        line: its line in the file, or its row in formats without lines; that of the row it was cut from.
+        line: its line in the file, or its row in formats without lines; for a piece, that of the original row.
         tokens: how many it has.
         trained: how many of them the loss covers.
         cut: whether its end was cut off at `max_length`.
-        segments: its text; joined, they are what its tokens are decoded to, special tokens included.
+        segments: its text; joined, they are its decoded tokens, including special tokens.
     """
 
     line: int
@@ -74,16 +74,16 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a file holds, as far as it was asked for.
+    """The content of a file, as far as requested.
 
     Args:
-        name: the file's.
+        name: the file's name.
         report: what checking all of its rows found.
         max_length: tokens that a row may have.
         steps: optimizer steps that training it takes.
-        seconds: how long those take at the pace of the newest steps; None where the run has none.
+        seconds: how long those take at the pace of the newest steps; None if the run has none.
         kept: line, tokens and whether they were cut, for each row to be shown.
-        decode: gives the text of token ids.
+        decode: returns the text of token ids.
     """
 
     name: str
@@ -96,11 +96,11 @@ class Preview:
 
     @property
     def left_out(self) -> list[str]:
-        """The bad rows that are left out under `bad_rows: drop`, as lines for a person."""
+        """The bad rows that are left out under `bad_rows: drop`, as lines of text."""
         return Refusal.of_rows(self.name, self.report).lines() if self.report.bad_rows else []
 
     def rows(self) -> Iterator[ShownRow]:
-        """Yield the rows that were asked for, in the order of the file, or longest first."""
+        """Yield the requested rows, in the order of the file, or longest first."""
         for line, packed, cut in self.kept:
             row = unpack(packed)
             segments = split_text(row.ids, row.targets, self.decode)
@@ -111,8 +111,8 @@ class _Kept:
     """The rows to be shown: the first ones, or the longest.
 
     Args:
-        count: how many at most; None for all.
-        worst: keep the longest, those that were cut before all others.
+        count: the most rows to keep; None for all.
+        worst: whether to keep the longest rows, with cut ones before all others.
     """
 
     def __init__(self, count: int | None, *, worst: bool) -> None:
@@ -147,13 +147,13 @@ class _Kept:
 def preview(layout: RunLayout, path: Path, count: int | None = None, *, worst: bool = False) -> Preview:
     """Read a file as `add` would under the run's config, and keep its first or longest rows for showing.
 
-    All of the file is checked, in memory that does not grow with it. Rows that a length policy leaves out are counted
-    in the report and not shown.
+    The whole file is checked, in memory that does not grow with it. Rows that the length policy leaves out are counted
+    in the report but not shown.
 
     Args:
-        path: a file, a saved data set, or the name of one of the Hub.
+        path: a file, a saved data set, or the name of one on the Hub.
         count: rows to show, as they would be trained; None for all.
-        worst: show the longest, those that were cut first, instead of the first ones.
+        worst: whether to show the longest rows, cut ones first, instead of the first ones.
 
     Raises:
         FileRejected: `add` would refuse the file.
@@ -177,7 +177,7 @@ def preview(layout: RunLayout, path: Path, count: int | None = None, *, worst: b
 
 
 def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]) -> tuple[str, IntakeReport]:
-    """Check all rows of what a path stands for; returns its name and what was found.
+    """Check all rows of the file that a path means; return its name and what was found.
 
     Raises:
         FileRejected: it would be refused.
@@ -196,19 +196,19 @@ def _checked(path: Path, rules: RowRules, observe: Callable[[int, Fitted], None]
 def split_text(ids: NDArray[np.int64], targets: NDArray[np.bool_], decode: Callable[[list[int]], str]) -> list[Segment]:
     """Return the text of a row in pieces that are trained or not; joined, they are `decode` of all ids.
 
-    A character whose bytes lie in tokens of both kinds belongs to the piece in which it ends.
+    A character whose bytes are in tokens of both kinds belongs to the piece in which it ends.
 
     Args:
         ids: token ids, shape (T,).
         targets: which of them the loss covers, bool, shape (T,).
-        decode: gives the text of token ids.
+        decode: returns the text of token ids.
     """
     every = ids.tolist()
     text = decode(every)
     changes = (np.flatnonzero(targets[1:] != targets[:-1]) + 1).tolist()
     kinds = [bool(targets[first]) for first in (0, *changes)]
     texts = [decode(every[start:end]) for start, end in pairwise((0, *changes, len(every)))]
-    if "".join(texts) != text:  # a character is torn, or a token reads otherwise at the beginning of a text
+    if "".join(texts) != text:  # a character is split, or a token decodes differently at the beginning of a text
         texts = _cut(text, [decode(every[:change]) for change in changes])
     pieces: list[Segment] = []
     for piece, trained in zip(texts, kinds, strict=True):
@@ -220,10 +220,10 @@ def split_text(ids: NDArray[np.int64], targets: NDArray[np.bool_], decode: Calla
 
 
 def lines_of(row: ShownRow, unit: str, mark: Callable[[str], str]) -> list[str]:
-    """Return a row as lines for a person, printable whatever the row holds.
+    """Return a row as lines of text, printable whatever the row contains.
 
     Args:
-        unit: what the row's line counts, "line" or "row".
+        unit: the unit of the row's line, "line" or "row".
         mark: marks printable lines as trained text.
     """
     cut = ", cut" if row.cut else ""
@@ -238,7 +238,7 @@ def _printable(text: str) -> str:
 
 
 def _cut(text: str, beginnings: Sequence[str]) -> list[str]:
-    """Return a text cut behind what it has in common with each of its beginnings: their ends may be torn characters."""
+    """Return a text cut after what it shares with each of its beginnings, whose ends may be split characters."""
     places = [0]
     for beginning in beginnings:
         places.append(max(places[-1], _common(beginning, text)))
@@ -246,13 +246,13 @@ def _cut(text: str, beginnings: Sequence[str]) -> list[str]:
 
 
 def _common(first: str, second: str) -> int:
-    """Return how many characters two texts have in common from their beginning on."""
+    """Return how many leading characters two texts have in common."""
     places = range(min(len(first), len(second)))
     return next((place for place in places if first[place] != second[place]), len(places))
 
 
 def rejection(refusal: Refusal) -> FileRejected:
-    """Return what is raised for a file that `add` would refuse."""
+    """Return the error for a file that `add` would refuse."""
     lines = "\n".join(f"  {line}" for line in refusal.lines())
     way = f", {refusal.way_out}" if refusal.way_out else ""
     hint = f"Fix the rows and try again{way}."

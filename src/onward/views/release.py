@@ -1,4 +1,4 @@
-"""Making a release: a model to publish, from a boundary of the run, on a branch that leaves the run as it is."""
+"""Makes a release: a model to publish, from a boundary of the run, on a branch that leaves the run as it is."""
 
 from __future__ import annotations
 
@@ -33,19 +33,20 @@ from onward.views.releases import RECORD
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SHARE = 0.1
-"""Steps of a cooldown, as a share of the steps that the run has taken: Haegele et al. (2024) found a tenth enough."""
+"""Steps of a cooldown, as a share of the steps taken so far: Haegele et al. (2024) found a tenth sufficient."""
 LEAST = 4
-"""Steps of a cooldown at least, where its length is not said."""
+"""The fewest steps of a cooldown whose length is not given."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for.
+    """The requested release.
 
     Args:
         name: the release's name: letters, digits, `.`, `_` and `-`.
         start: a file or a step, as in `rollback --to`; None for the newest boundary.
-        cooldown: steps, or below 1 a share of the steps so far; None for `SHARE`, or none where states are averaged.
+        cooldown: steps, or below 1 a share of the steps so far; None for `SHARE`, or for no steps if states are
+            averaged.
         average: how many of the last boundaries up to `start` are averaged before the cooldown; 1 is the state itself.
         notes: text for the model card.
     """
@@ -60,7 +61,7 @@ class Order:
         """Return the steps of the cooldown.
 
         Raises:
-            UsageError: neither a share below 1 nor a whole number of steps.
+            UsageError: it is neither a share below 1 nor a whole number of steps.
         """
         if self.cooldown is None:
             return 0 if self.average > 1 else max(LEAST, round(SHARE * global_step))
@@ -77,8 +78,8 @@ class Making:
 
     Args:
         observe: receives the steps of the cooldown.
-        report: receives a line for each thing that takes long.
-        wishes: `wishes.ask(reason)` ends it; nothing is left then.
+        report: receives a line when something takes long.
+        wishes: `wishes.ask(reason)` ends it without leaving anything.
     """
 
     layout: RunLayout
@@ -87,10 +88,10 @@ class Making:
     wishes: Wishes
 
     def release(self, order: Order) -> dict[str, Any]:
-        """Make a release and return its record; the run's own state is not touched, nor does its owner wait.
+        """Make a release and return its record; the run's own state is untouched, and its owner does not wait.
 
         Raises:
-            UsageError: the name is taken or cannot be one, there is no such boundary, or it is no longer kept.
+            UsageError: the name is taken or invalid, there is no such boundary, or it is no longer kept.
             DamagedState: a restore point is not what was committed.
             Stopped: it was stopped.
         """
@@ -126,7 +127,7 @@ class Making:
         return target
 
     def _boundaries(self, order: Order) -> tuple[int, list[int]]:
-        """Return the step to begin at, and those of the states to average."""
+        """Return the step to begin at, and the steps of the states to average."""
         with Ledger(self.layout.ledger, read_only=True) as ledger:
             kept = sorted(Ownership(self.layout, ledger).restore_steps())
             if not kept:
@@ -163,7 +164,7 @@ class Making:
         }
 
     def _write(self, target: Path, branch: Branch, record: dict[str, Any]) -> None:
-        """Write the folder, prove that it loads back equal, and make it visible in one act."""
+        """Write the folder, prove that it loads back equal, and make it visible atomically."""
         target.parent.mkdir(exist_ok=True)
         temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
         remove_tree(temporary)
@@ -208,7 +209,7 @@ def _figure(value: float | None) -> str:
 
 
 def measured(branch: Branch, ledger: Ledger) -> dict[str, Any]:
-    """Measure the branch on every file of its stream; returns scores by file, and figures as the grid has them."""
+    """Measure the branch on every file of its stream; return scores by file, and the figures of the grid."""
     rows = ledger.files("done")
     if not rows:
         return {"files": [], "average": None, "forgetting": {"mean": None, "worst": None, "file": None}, "anchor": None}

@@ -14,9 +14,7 @@ from onward.layout import RunLayout, entries
 from onward.text import quoted
 
 RECORD = "release.json"
-"""What Onward wrote into the folder of a release: where it comes from, and what was measured of it."""
-
-HEADINGS = ("name", "step", "files", "cooldown", "average loss", "forgetting", "worst", "KL to base", "proof")
+"""The record that Onward writes into the folder of a release: where it comes from, and what was measured of it."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,11 @@ class Release:
 
     @property
     def name(self) -> str:
-        """The name that it was given."""
+        """The name of the release."""
         return self.folder.name
 
     def summary(self) -> dict[str, Any]:
-        """Return what a list of releases shows of it, as JSON values."""
+        """Return its entry in a list of releases, as JSON values."""
         found = self.record["measured"]
         return {
             "name": self.name,
@@ -52,7 +50,7 @@ class Release:
 
 
 def list_releases(layout: RunLayout) -> list[Release]:
-    """Return the releases of a run, the oldest first; what Onward did not make is none."""
+    """Return the releases of a run, the oldest first, without folders that Onward did not make."""
     found = (_read(folder) for folder in entries(layout.releases))
     return sorted((release for release in found if release is not None), key=lambda release: release.record["created"])
 
@@ -72,10 +70,10 @@ def find_release(layout: RunLayout, name: str) -> Release:
 
 
 def remove_release(layout: RunLayout, name: str) -> None:
-    """Remove a release; only a folder that Onward made, and only what it wrote into it.
+    """Remove a release: only a folder that Onward made, and only the files that it wrote.
 
     Raises:
-        UsageError: there is none, or somebody put other files into it.
+        UsageError: there is none, or it contains other files.
     """
     release = find_release(layout, name)
     others = [path.name for path in entries(release.folder) if path.name not in {RECORD, *release.record["files"]}]
@@ -86,7 +84,7 @@ def remove_release(layout: RunLayout, name: str) -> None:
 
 
 def lines(releases: Sequence[Release]) -> Iterator[str]:
-    """Yield the releases as a person reads them, side by side."""
+    """Yield the releases as lines for people, side by side."""
     if not releases:
         yield "no releases yet; onward release NAME makes one"
         return
@@ -110,7 +108,7 @@ def _figure(value: float | None) -> str:
 
 
 def _read(folder: Path) -> Release | None:
-    """Return the release in a folder; None where there is no record of one."""
+    """Return the release in a folder; None if there is no record of one."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

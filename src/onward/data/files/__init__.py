@@ -1,1 +1,1 @@
-"""Training files: from bytes to the rows that stand in them."""
+"""Training files: from bytes to the rows in them."""

@@ -14,19 +14,19 @@ from onward.data.files.formats import SEEKS, TABLE_FORMATS, format_of
 from onward.text import printable
 
 DIRECTORY_BYTES = 1 << 20
-"""Bytes of an archive's directory: one with more lists thousands of files, which take memory."""
+"""The most bytes that an archive's directory may have: a longer one lists thousands of files, which take memory."""
 BUFFER = 1 << 18
 _END = struct.Struct("<4s4H2LH")
 _WIDE_END = struct.Struct("<4sQ2H2L4Q")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Methods of which zipfile unpacks no more at a time than it is asked for."""
+"""Compression methods for which zipfile unpacks no more at a time than was asked for."""
 
 
 def member_name(descriptor: int) -> str:
     """Return the name of the one file of an archive that Onward reads; the descriptor keeps its place.
 
     Raises:
-        FileError: there is none, there are several, or it cannot be read from the archive.
+        FileError: there is no such file, there are several, or it cannot be read from the archive.
     """
     place = os.lseek(descriptor, 0, os.SEEK_CUR)
     try:
@@ -37,7 +37,7 @@ def member_name(descriptor: int) -> str:
 
 
 def member_of(descriptor: int) -> tuple[str, Any]:
-    """Return the format of the one file of an archive that Onward reads, and a buffered stream of its bytes.
+    """Return the format and a buffered stream of the one file of an archive that Onward reads.
 
     Raises:
         FileError: as `member_name`.
@@ -54,7 +54,7 @@ def member_of(descriptor: int) -> tuple[str, Any]:
 
 
 class _Member(io.RawIOBase):
-    """The bytes of a file in an archive; what zipfile says of damage becomes the refusal."""
+    """The bytes of a file in an archive; damage that zipfile reports becomes the refusal."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def _opened(descriptor: int) -> zipfile.ZipFile:
 
 
 def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    known = [info for info in archive.infolist() if not info.is_dir() and _is_of_person(info.filename)]
+    known = [info for info in archive.infolist() if not info.is_dir() and _is_of_user(info.filename)]
     readable = [info for info in known if format_of(info.filename) is not None]
     if len(readable) > 1:
         names = ", ".join(printable(info.filename) for info in readable[:3])
@@ -105,8 +105,8 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     return info
 
 
-def _is_of_person(name: str) -> bool:
-    """Whether a member is not one that a Mac's Finder adds next to each file."""
+def _is_of_user(name: str) -> bool:
+    """Whether a member is a user's file, not one that macOS's Finder adds next to each."""
     parts = name.split("/")
     return parts[0] != "__MACOSX" and not parts[-1].startswith(".")
 
@@ -114,7 +114,7 @@ def _is_of_person(name: str) -> bool:
 def _directory_bytes(file: io.FileIO) -> int:
     """Return the size that an archive's end record states for its directory, before zipfile reads all of it."""
     size = os.fstat(file.fileno()).st_size
-    longest = _END.size + (1 << 16)  # with a comment
+    longest = _END.size + (1 << 16)  # with the longest comment
     file.seek(max(0, size - longest - 20 - _WIDE_END.size))
     tail = file.read()
     at = tail.rfind(b"PK\x05\x06")

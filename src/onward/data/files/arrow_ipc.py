@@ -1,6 +1,6 @@
 """Rows of an Arrow file (`.arrow`): the IPC file format and the stream format, which `datasets` writes.
 
-Both are a sequence of messages. Each is looked at before Arrow unpacks it: a record batch says how large it will be.
+Both are a sequence of messages. Each is checked before Arrow unpacks it: a record batch states how large it will be.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ END = CONTINUES + bytes(4)
 """What a stream ends with."""
 PART = 1 << 20
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
-"""Kinds of messages, by the number that stands for them."""
+"""Kinds of messages, by their number."""
 ROWS_OF_BATCH = 32
-"""Largest rows that a batch may take the memory of: Arrow unpacks a batch as a whole."""
+"""How many rows of the largest size a batch may equal in memory: Arrow unpacks a batch as a whole."""
 
 
 def arrow_rows(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]:
@@ -71,7 +71,7 @@ def messages_of(stream: BinaryIO) -> Iterator[Message]:
     """Yield the messages of an Arrow file.
 
     Raises:
-        FileError: it is no Arrow file, or it is cut off.
+        FileError: it is not an Arrow file, or it is truncated.
     """
     start = stream.read(len(FILE_MARK))
     if start == FILE_MARK:
@@ -85,7 +85,7 @@ def messages_of(stream: BinaryIO) -> Iterator[Message]:
 
 
 def _read(stream: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield so many bytes in parts: what a damaged file states is not allocated before it is there."""
+    """Yield `size` bytes in parts: a size that a damaged file states is not allocated before the bytes have come."""
     while size > 0:
         part = stream.read(min(size, PART))
         if not part:
@@ -96,9 +96,10 @@ def _read(stream: BinaryIO, size: int) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Message:
-    """One message: its bytes, what kind it is, and the bytes and rows that it unpacks to.
+    """One message: its bytes, its kind, and the bytes and rows that it unpacks to.
 
-    `metadata` is a flatbuffer. Of a record batch it names the buffers; a compressed one begins with its full length.
+    `metadata` is a flatbuffer. That of a record batch lists the buffers; a compressed buffer begins with its full
+    length.
     """
 
     start: bytes
@@ -126,7 +127,7 @@ class Message:
         return b"".join(self.parts())
 
     def unpacked(self, body: bytes) -> int:
-        """Return the bytes that a record batch or a dictionary takes in memory, its rows counted."""
+        """Return the bytes that a record batch or a dictionary takes in memory, including the overhead of its rows."""
         if self.kind not in (DICTIONARY, BATCH):
             return 0
         batch = _Table(self.metadata, _u32(self.metadata, 0)).table(2)
@@ -142,7 +143,7 @@ class Message:
 
 
 class _Checked(io.RawIOBase):
-    """The messages of an Arrow file as a stream, each held against the limits before it is handed on."""
+    """The messages of an Arrow file as a stream, each checked against the limits before it is passed on."""
 
     def __init__(self, stream: BinaryIO, size: int, limits: Limits) -> None:
         super().__init__()
@@ -236,7 +237,7 @@ def _names(schema: Any) -> list[str]:
 
 
 def _batch(batch: Any, sizes: NDArray[np.int64]) -> Iterator[tuple[Any, ...]]:
-    """Yield the values of the rows of a batch, of which few become Python values at a time."""
+    """Yield the values of a batch's rows, converting only a few rows to Python values at a time."""
     step = batch_rows(sizes)
     for start in range(0, len(sizes), step):
         yield from batch_values(batch.slice(start, step))

@@ -1,4 +1,4 @@
-"""Batches of Arrow as Python values, in memory that is bounded by what each row takes."""
+"""Arrow batches as Python values, in memory bounded by the size of each row."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BATCH_BYTES = 8 << 20
 
 
 def rows_of_arrow(form: str, read: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file that pyarrow reads; whatever it makes of damage refuses the file.
+    """Yield the rows of a file that pyarrow reads; whatever pyarrow raises on damage becomes a refusal of the file.
 
     Args:
         form: the ending of the file's name, without its dot.
-        read: yields the rows; called once pyarrow is there.
+        read: yields the rows; called once pyarrow is known to be installed.
 
     Raises:
         FileError: pyarrow is missing, or the file is damaged.
@@ -48,7 +48,7 @@ def rows_of_arrow(form: str, read: Callable[[], Iterator[dict[str, Any]]]) -> It
 def require_sound(batch: Any) -> None:
     """Refuse a batch whose offsets, views or indices point outside of it: Arrow would follow them anywhere in memory.
 
-    Text that is not UTF-8 passes: it is a problem of its row.
+    Text that is not UTF-8 passes: that is a problem of its row.
 
     Raises:
         pyarrow.ArrowInvalid, pyarrow.ArrowIndexError: the batch is damaged.
@@ -63,7 +63,7 @@ def require_sound(batch: Any) -> None:
 
 
 def batch_rows(sizes: NDArray[np.int64]) -> int:
-    """Return how many rows a batch may have so that none is over `BATCH_BYTES`, or 1."""
+    """Return how many rows a batch may have so that no batch exceeds `BATCH_BYTES`; at least 1."""
     rows = BATCH_ROWS
     while rows > 1 and len(sizes) and np.add.reduceat(sizes, np.arange(0, len(sizes), rows)).max() > BATCH_BYTES:
         rows //= 2
@@ -76,12 +76,12 @@ def batch_values(batch: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def row_sizes(batch: Any) -> NDArray[np.int64]:
-    """Return the bytes that each row of a batch takes as text, plus what each value counts."""
+    """Return the bytes that each row of a batch takes as text, plus the overhead of each value."""
     return sum((_sizes(column) for column in batch.columns), np.zeros(len(batch), dtype=np.int64))
 
 
 def unknown_type(kind: Any) -> bool:
-    """Return whether a type is, or holds, one whose values may take memory that `row_sizes` does not see."""
+    """Return whether a type is, or contains, one whose values may take memory that `row_sizes` does not see."""
     from pyarrow import types
 
     checks = (types.is_list_view, types.is_large_list_view, types.is_run_end_encoded, types.is_union)
@@ -90,7 +90,7 @@ def unknown_type(kind: Any) -> bool:
 
 
 def _with_bytes(kind: Any) -> Any:
-    """Return a type of the same layout in which texts are bytes."""
+    """Return a type of the same layout with bytes in place of text."""
     import pyarrow
     from pyarrow import types
 
@@ -119,7 +119,7 @@ def _with_bytes(kind: Any) -> Any:
 def _values(column: Any) -> list[Any]:
     try:
         return column.to_pylist()
-    except Exception as error:  # text that is not UTF-8, nanoseconds, two fields of one name
+    except Exception as error:  # text that is not UTF-8, nanoseconds, two fields of the same name
         if is_of_machine(error):
             raise
         return [_value(scalar) for scalar in column]
@@ -135,10 +135,10 @@ def _value(scalar: Any) -> Any:
 
 
 def _sizes(array: Any) -> NDArray[np.int64]:
-    """Return the bytes that each element of an Arrow array takes as text, plus what each value counts."""
+    """Return the bytes that each element of an Arrow array takes as text, plus the overhead of each value."""
     from pyarrow import types
 
-    compute: Any = importlib.import_module("pyarrow.compute")  # its functions are made when it is imported
+    compute: Any = importlib.import_module("pyarrow.compute")  # it creates its functions when imported
     kind = array.type
     own = np.full(len(array), VALUE_BYTES, dtype=np.int64)
     if types.is_dictionary(kind):

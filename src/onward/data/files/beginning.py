@@ -1,4 +1,4 @@
-"""What the beginning of a text says against reading it as what its name says: other encodings, other line ends."""
+"""Signs at the beginning of a text that it is not what its name says: other encodings, other line endings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from onward.data.files.faults import FileError
 from onward.text import quoted
 
 LOOKED_AT = 64
-"""Bytes in which NUL is looked for."""
+"""How many bytes are searched for NUL."""
 MARKS = (
     (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
 )  # fmt: skip
 """Byte order marks of encodings other than UTF-8, the longest first."""
 WIDE = (("UTF-32LE", 4, 0), ("UTF-32BE", 4, 3), ("UTF-16LE", 2, 0), ("UTF-16BE", 2, 1))
-"""Encodings, bytes of a unit, and where in the unit a Latin letter has the only byte that is not 0."""
+"""Encodings, their bytes per unit, and the place in the unit where a Latin letter has its only nonzero byte."""
 POINTER = b"version https://git-lfs."
 PAGES = (b"<!doctype html", b"<html")
 OTHERS = (
@@ -24,18 +24,18 @@ OTHERS = (
     (b"SQLite format 3\0", 0, "an SQLite database", "export its rows, as JSON lines or CSV"),
     (b"ustar", 257, "a tar archive", "unpack it, and add its files one by one"),
 )
-"""Formats that are none of Onward's: what their files have, where, what they are, and what to do."""
+"""Formats that Onward does not read: their magic bytes, the offset of these, the format's name, and what to do."""
 
 
 def require_text(stream: Any, path: Path, form: str) -> None:
-    """Refuse a text that does not begin as one in UTF-8 with usual line ends does.
+    """Refuse a text that does not begin like UTF-8 with the usual line endings.
 
     Args:
-        stream: what is read, unpacked; nothing is taken from it.
+        stream: the unpacked bytes; they are peeked at, not consumed.
         form: the format of the text: jsonl, json, txt, csv or tsv.
 
     Raises:
-        FileError: it is something else, with the way to have it read.
+        FileError: it is something else; the remedy says how to have it read.
     """
     head: bytes = stream.peek(LOOKED_AT)
     name = quoted(Path(path.name))
@@ -63,7 +63,7 @@ def require_text(stream: Any, path: Path, form: str) -> None:
 
 
 def _encoding(head: bytes) -> str | None:
-    """Return the encoding that a text begins in; None if it may be UTF-8, or is no text."""
+    """Return the encoding that a text appears to be in; None if it may be UTF-8, or is not text."""
     for mark, encoding in MARKS:
         if head.startswith(mark):
             return encoding

@@ -1,4 +1,4 @@
-"""What compressed files unpack to, a buffer at a time: gzip, zstandard, xz and bzip2."""
+"""Decompression, a buffer at a time: gzip, zstandard, xz and bzip2."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ INPUT = 1 << 16
 XZ_MEMORY = 256 << 20
 """Memory that the dictionary of an .xz file may ask for: `xz -9` asks for 65 MiB."""
 DAMAGE = (gzip.BadGzipFile, zlib.error, zstandard.ZstdError, lzma.LZMAError)
-"""What damaged files raise, besides an `EOFError` where the end is missing; bzip2 raises an `OSError` of no number."""
+"""What damaged files raise, besides an `EOFError` if the end is missing; bzip2 raises an `OSError` without an errno."""
 
 
 def decompressed(raw: Any, compression: str | None) -> Any:
-    """Return a raw stream of what a buffered stream unpacks to; of its own bytes without a compression."""
+    """Return a raw stream of a buffered stream's decompressed bytes, or of its own bytes without a compression."""
     if compression == "gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == "zst":

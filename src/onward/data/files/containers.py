@@ -1,4 +1,4 @@
-"""Training files as streams of bytes: opened once, hashed as they are read, compression and archives taken off."""
+"""Training files as streams of bytes: opened once, hashed as they are read, decompressed and taken out of archives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["FileError", "SourceChanged", "SourceFile", "check_readable", "open_b
 
 
 def check_readable(path: Path) -> None:
-    """Refuse anything but a readable regular file, without opening it (opening a fifo would wait for a writer).
+    """Refuse anything but a readable regular file, without opening it (opening a FIFO would wait for a writer).
 
     Raises:
         FileError: `path` is missing, a directory, a special file, or not readable.
@@ -49,8 +49,8 @@ class SourceFile(io.RawIOBase):
         links: whether a symbolic link is followed.
 
     Attributes:
-        form: its format by its name, and once an archive was opened that of the file in it.
-        notes: what a person should know of how it was read.
+        form: its format by its name; once an archive is open, the format of the file in it.
+        notes: what the user should know about how it was read.
 
     Raises:
         FileError: it is missing, a link that is not followed, a directory, a special file, or not readable.
@@ -65,7 +65,7 @@ class SourceFile(io.RawIOBase):
         self.taken = 0
         self._digest = hashlib.sha256()
         self._unpacked_digest: Any = None
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a fifo would wait for a writer
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # not blocking: a FIFO would wait for a writer
         try:
             descriptor = os.open(path, flags if links else flags | os.O_NOFOLLOW)
         except OSError as error:
@@ -78,7 +78,7 @@ class SourceFile(io.RawIOBase):
         self._file = io.FileIO(descriptor)
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True: it can be read."""
         return True
 
     def fileno(self) -> int:
@@ -104,14 +104,14 @@ class SourceFile(io.RawIOBase):
         super().close()
 
     def unpacks_to(self, digest: Any) -> None:
-        """Name the digest of what the bytes unpack to: the archive's compressed copies are known by that one."""
+        """Set the digest of what the bytes unpack to, by which compressed copies in the archive are known."""
         self._unpacked_digest = digest
 
     def check_read(self, sha256: str, stop: Callable[[], None]) -> None:
-        """Read the rest and compare all that was read with a hash: that of the bytes, or of what they unpack to.
+        """Read the rest and compare everything read with a hash, either of the bytes or of what they unpack to.
 
         Raises:
-            SourceChanged: it is neither.
+            SourceChanged: neither matches.
         """
         memory = bytearray(BUFFER)
         while self.readinto(memory):
@@ -121,7 +121,7 @@ class SourceFile(io.RawIOBase):
             raise SourceChanged
 
     def rewind(self) -> None:
-        """Begin again: the next byte is the first, and nothing is hashed yet."""
+        """Start over: the next byte is the first, and nothing is hashed yet."""
         self._file.seek(0)
         self._digest = hashlib.sha256()
         self.taken = 0
@@ -129,9 +129,9 @@ class SourceFile(io.RawIOBase):
 
 @contextmanager
 def open_bytes(source: SourceFile, limits: Limits, stop: Callable[[], None]) -> Generator[BinaryIO]:
-    """Open the uncompressed bytes of a file; damage found while the block reads them becomes a `FileError`.
+    """Open the uncompressed bytes of a file; damage found while the `with` block reads them becomes a `FileError`.
 
-    What an archive holds becomes the format of `source`.
+    For an archive, the format of `source` becomes that of the file in it.
 
     Args:
         stop: called for every buffer that is read; may raise.
@@ -163,7 +163,7 @@ def open_bytes(source: SourceFile, limits: Limits, stop: Callable[[], None]) -> 
         raise _refusal(error, source.path) from None
     finally:
         if not raw.closed:
-            raw.detach()  # otherwise it closes the source when it is collected
+            raw.detach()  # or it would close the source when garbage-collected
 
 
 def _damage(error: BaseException) -> FileError:
@@ -180,7 +180,7 @@ def _check_kind(mode: int) -> None:
 
 
 def _refusal(error: OSError, path: Path) -> Exception:
-    """Return the refusal that an error of the operating system stands for, or the error where it is the machine's."""
+    """Return the refusal that an operating system error means, or the error itself if the machine is at fault."""
     if is_of_machine(error):
         return error
     if error.errno == errno.ENOENT:
@@ -195,10 +195,10 @@ def _refusal(error: OSError, path: Path) -> Exception:
 
 
 class _Counted(io.RawIOBase):
-    """Counts what a file unpacks to, while it does, and polls for a stop.
+    """Counts the unpacked bytes of a file as they come, and polls for a stop.
 
     Args:
-        packed: returns the bytes that were unpacked so far; None where nothing is.
+        packed: returns how many packed bytes have been read so far; None if the file is not packed.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the first bytes of a file say it is, against what its name says."""
+"""Checks what the first bytes of a file say it is against what its name says."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ with a frame that is skipped."""
 
 
 def require_content(head: bytes, form: str, descriptor: int | None, path: Path) -> None:
-    """Refuse a file that does not begin as its format does; one that is empty begins as any.
+    """Refuse a file that does not begin as its format does; an empty file passes as any format.
 
     Args:
         head: its first 16 bytes.
         form: the format that its name stands for.
-        descriptor: the file, where it is to be looked at further; its place is left at the end.
+        descriptor: the file, if more of it should be looked at; its position ends up at the end.
 
     Raises:
-        FileError: it is something else, with the way to have it read.
+        FileError: it is something else; the remedy says how to have it read.
     """
     name, _, compression = form.partition(".")
     expected = compression or (name if name not in TEXT_FORMATS else None)
@@ -53,7 +53,7 @@ def _misnamed(found: str, form: str, descriptor: int | None, path: Path) -> File
     if found == ARCHIVE and descriptor is None:
         return FileError("the archive contains another archive", "unpack it, and add its content")
     if found == ARCHIVE and descriptor is not None:
-        member_name(descriptor)  # renaming an archive that cannot be read is no way out
+        member_name(descriptor)  # renaming does not help if the archive cannot be read
     if found in COMPRESSIONS and text not in TEXT_FORMATS:
         return FileError(reason, f"unpack it: .{found} works only with the text formats")
     plain = path.with_suffix("") if compression else path

@@ -20,9 +20,9 @@ from onward.text import quoted
 SAMPLE = 1 << 18
 """Bytes at the beginning of a file by which `auto` decides."""
 SAMPLE_LINES = 20
-"""Lines of which each has to be JSON before a file is taken for JSON lines."""
+"""How many lines must all be JSON before a file is taken for JSON lines."""
 LINES_OF_GROUP = 32
-"""Lines of a group, in the mean, above which blank lines do not separate documents."""
+"""Mean lines per group above which blank lines do not separate documents."""
 LITERAL = len("-Infinity")
 SAID = {"line": "line", "blank": "group of lines between blank ones", "file": "file"}
 
@@ -33,7 +33,7 @@ def document_rows(stream: BinaryIO, source: SourceFile, reading: Reading) -> Ite
     """Yield the documents of a `.txt` file as `text` rows, and note on `source` what one document is.
 
     Raises:
-        FileError: its lines are JSON objects, or a document exceeds the limit of a row.
+        FileError: its lines are JSON objects, or a document exceeds the limit for a row.
     """
     documents = reading.documents
     if documents == "auto" or not reading.is_accepted:
@@ -53,10 +53,10 @@ def document_rows(stream: BinaryIO, source: SourceFile, reading: Reading) -> Ite
 
 
 def detected(lines: list[str]) -> Documents:
-    """Return what one document of a file is, by its first lines.
+    """Decide what one document of a file is, by its first lines.
 
-    Blank lines that separate groups of several lines separate documents. Without them, where most lines begin in lower
-    case or with white space, so that one runs on into the next, the file is one document. Otherwise a line is one.
+    If blank lines separate groups of several lines, each group is a document. If not, and most lines begin in lower
+    case or with white space, so that each runs on into the next, the file is one document. Otherwise each line is one.
     """
     groups: list[int] = []
     before = ""
@@ -78,7 +78,7 @@ def detected(lines: list[str]) -> Documents:
 
 
 def _sample(head: bytes) -> list[str]:
-    """Return the lines of the beginning of a file; the last one may be cut off, and then it does not count."""
+    """Return the lines at the beginning of a file, without a last one that is cut off."""
     lines = head.decode("utf-8-sig", "replace").split("\n")
     return lines[:-1] if len(head) == SAMPLE and len(lines) > 1 else lines
 
@@ -101,7 +101,7 @@ def _refuse_json(lines: list[str], path: Path, *, is_cut: bool) -> None:
 
 
 def _is_json(text: str, *, is_cut: bool) -> bool:
-    """Whether a text is an array of JSON objects or objects one after another, as far as it goes."""
+    """Whether a text, as far as it goes, is an array of JSON objects or a sequence of them."""
     text = text.strip()
     if not _JSON_BEGINS.match(text):
         return False
@@ -127,7 +127,7 @@ def _is_object(line: str) -> bool:
 
 
 def _grouped(stream: BinaryIO, limits: Limits, documents: Documents) -> Iterator[SourceRow]:
-    """Yield documents of several lines, each at its first line; lines within one end in a line feed."""
+    """Yield documents of several lines, each with the number of its first line; lines within one end in a line feed."""
     data: list[bytes] = []
     first = size = 0
     for line, raw in raw_lines(stream, limits):
@@ -158,7 +158,7 @@ def _document(data: list[bytes], first: int) -> Iterator[SourceRow]:
 
 
 class _Rejoined(io.RawIOBase):
-    """The bytes that were read of a stream, and then the rest of it."""
+    """The bytes that were already read from a stream, followed by the rest of it."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         super().__init__()

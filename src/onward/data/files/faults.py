@@ -1,4 +1,4 @@
-"""Whose fault an error is: that of the training file, which is then refused, or not, and then it is raised."""
+"""Whose fault an error is: a training file's, which is then refused, or something else's, and then it is raised."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FILE_ERRNOS = frozenset(
         errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP, errno.EILSEQ,
     }
 )  # fmt: skip
-"""Errors of the operating system that do not go away by trying again; all others are the machine's."""
+"""Errors of the operating system that trying again does not cure; all others are the machine's."""
 
 REASON_LENGTH = 300
 
 
 class FileError(Exception):
-    """A training file that cannot be read to its end.
+    """A training file cannot be read to its end.
 
     Args:
         reason: what is wrong with the file.
         remedy: what to change.
-        line: where it was noticed, 1-based, if known.
+        line: the 1-based line where it was noticed, if known.
     """
 
     def __init__(self, reason: str, remedy: str, line: int | None = None) -> None:
@@ -36,24 +36,24 @@ class FileError(Exception):
 
 
 class SourceChanged(FileError):
-    """The content of a training file is no longer the one whose hash was taken."""
+    """The content of a training file no longer has the hash that was taken of it."""
 
     def __init__(self) -> None:
         super().__init__("the file changed after it was accepted", "add it again once nothing writes to it")
 
 
 def is_of_machine(error: BaseException) -> bool:
-    """Return whether an error says nothing about the file that was read: the machine's disk, memory or descriptors."""
+    """Return whether an error comes from the machine (disk, memory, descriptors) and not from the file being read."""
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in FILE_ERRNOS
     return isinstance(error, MemoryError)
 
 
 def refusal_of(error: BaseException) -> FileError | RowError:
-    """Return the refusal of a file whose content made reading, parsing, rendering or tokenizing raise `error`.
+    """Turn `error`, raised by reading, parsing, rendering or tokenizing a file, into the refusal of that file.
 
     Raises:
-        BaseException: `error` itself, where the content is not the cause: the machine, the model, or a request to stop.
+        BaseException: `error` itself, if the cause is not the content but the machine, the model, or a request to stop.
     """
     if isinstance(error, FileError | RowError):
         return error
@@ -71,5 +71,5 @@ def described(error: BaseException) -> str:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Return whether a Rust library panicked; what it raises is no `Exception`."""
+    """Return whether a Rust library panicked; what it raises is not an `Exception`."""
     return type(error).__module__ == "pyo3_runtime"

@@ -1,4 +1,4 @@
-"""What the ending of a file's name says it holds."""
+"""Formats of training files, by the ending of a file's name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onward.data.files.faults import FileError
 from onward.text import printable, quoted
 
 TEXT_FORMATS = ("jsonl", "ndjson", "json", "txt", "csv", "tsv")
-"""Formats that are read from their first byte to their last, so they may be compressed or in an archive."""
+"""Formats that are read from the first byte to the last, so they may be compressed or in an archive."""
 TABLE_FORMATS = ("parquet", "arrow")
 COMPRESSIONS = ("gz", "zst", "xz", "bz2")
 ARCHIVE = "zip"
@@ -16,7 +16,7 @@ ENDINGS = tuple(f".{name}" for name in (*TEXT_FORMATS, *TABLE_FORMATS))
 SEEKS = ("parquet", ARCHIVE)
 """Formats whose bytes are not read in order."""
 PACKED = tuple(f".{name}" for name in (*COMPRESSIONS, *TABLE_FORMATS, ARCHIVE))
-"""Endings of files that may unpack to any size, however small they are."""
+"""Endings of files that may unpack to any size, however small the files are."""
 
 
 def file_format(path: Path | str) -> str:
@@ -53,7 +53,7 @@ def format_of(name: str) -> str | None:
 
 
 def unit_of(form: str) -> str:
-    """Return what a place in a file of this format counts: "line" or "row"."""
+    """Return the unit in which a place in a file of this format is counted: "line" or "row"."""
     return "row" if form.partition(".")[0] in ("json", *TABLE_FORMATS, ARCHIVE) else "line"
 
 

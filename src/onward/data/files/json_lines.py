@@ -1,4 +1,4 @@
-"""Rows of a `.jsonl`: one JSON object per line."""
+"""Rows of a `.jsonl` file: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from onward.data.strict_json import KEPT, RepeatedKey, parsed
 from onward.text import quoted
 
 MARK = "\ufeff"
-"""A byte order mark: files that were laid end to end have one in the middle."""
+"""A byte order mark: concatenated files have one in the middle."""
 
 
 def json_lines(stream: BinaryIO, source: SourceFile, limits: Limits) -> Iterator[SourceRow]:
     """Yield the rows of a file of lines.
 
     Raises:
-        FileError: a row exceeds its limit, or the file is a `.json` by another name.
+        FileError: a row exceeds its limit, or the file is a `.json` file under another name.
     """
     is_first = True
     for line, text in lines_of(stream, limits):
@@ -53,7 +53,7 @@ def _parse_line(line: int, text: str, limits: Limits) -> SourceRow:
 
 
 def _begins_json(row: SourceRow, text: str) -> bool:
-    """Whether a first line is the beginning of an array of rows, or of a row that goes on over several lines."""
+    """Whether a first line is the beginning of an array of rows, or of a row that spans several lines."""
     if row.problem is not None:
         return text in ("[", "{") or text.startswith("[{")
     rows = cast(list[Any], row.value) if isinstance(row.value, list) else []
@@ -61,7 +61,7 @@ def _begins_json(row: SourceRow, text: str) -> bool:
 
 
 def _is_turn(value: dict[str, Any]) -> bool:
-    """Whether an object is a message rather than a row: people write the messages of a chat as a line, too."""
+    """Whether an object is a message rather than a row: people also write the list of a chat's messages as a line."""
     return "role" in value or "from" in value
 
 

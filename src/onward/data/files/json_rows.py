@@ -13,7 +13,7 @@ from onward.data.files.limits import Limits
 from onward.data.strict_json import KEPT, RepeatedKey, require_single_keys
 
 TOO_MANY_DIGITS = ("not usable JSON: a number has more digits than can be read", "write the number as a string")
-"""The reason given for an integer that Python refuses to convert."""
+"""The reason and remedy given for an integer that Python refuses to convert."""
 JSON_CHUNK = 1 << 16
 
 
@@ -21,7 +21,7 @@ def json_values(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
     """Yield the values of a top-level array, or values written one after another.
 
     Raises:
-        FileError: the text is not JSON, or a value exceeds its limit; it names the row.
+        FileError: the text is not JSON, or a value exceeds its limit; the error names the row.
     """
     row = 1
     try:
@@ -96,7 +96,7 @@ class _JsonReader:
                     return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Say whether the error may only mean that the buffer ends inside the value."""
+        """Return whether the error may only mean that the buffer ends inside the value."""
         longest_literal = len("-Infinity")
         return error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - longest_literal
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from onward.config import Config
 
 RATIO_FLOOR = 16 << 20
-"""Unpacked bytes up to which a file may be as repetitive as it likes."""
+"""Unpacked bytes up to which the ratio is not checked."""
 
 VALUE_BYTES = 16
-"""What each JSON value adds to the size of its row besides its text: values of one character take memory too."""
+"""Bytes that each JSON value adds to the size of its row besides its text: values of one character take memory too."""
 
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
@@ -25,9 +25,9 @@ class Limits:
     """What a training file may grow to.
 
     Args:
-        row_bytes: bytes of a row, as it stands in the file and as it is tokenized.
+        row_bytes: bytes of a row, both in the file and as it is tokenized.
         unpacked_bytes: bytes of a compressed or Parquet file once unpacked.
-        ratio: unpacked bytes per byte of such a file; judged above 16 MiB.
+        ratio: unpacked bytes per byte of such a file; checked above 16 MiB.
     """
 
     row_bytes: int = 16 << 20
@@ -40,7 +40,7 @@ class Limits:
         return cls(config.max_row_mb << 20, config.max_unpacked_mb << 20, config.max_unpack_ratio)
 
     def check_unpacked(self, unpacked: int, packed: int) -> None:
-        """Refuse a file of which `packed` bytes unpacked to `unpacked` bytes, where that is too much.
+        """Refuse a file if it is too much that `packed` of its bytes unpacked to `unpacked` bytes.
 
         Raises:
             FileError: the size or the ratio exceeds its limit.
@@ -57,7 +57,7 @@ class Limits:
             )
 
     def is_too_large(self, json_text: str) -> bool:
-        """Return whether a JSON text exceeds the limit of a row, its values counted."""
+        """Return whether a JSON text exceeds the limit for a row, including `VALUE_BYTES` for each value."""
         shortest_value = 2  # characters: "1,"
         if len(json_text) * (1 + VALUE_BYTES // shortest_value) <= self.row_bytes:
             return False
@@ -66,7 +66,7 @@ class Limits:
         return len(json_text) + VALUE_BYTES * values > self.row_bytes
 
     def row_refusal(self, what: str, line: int | None = None) -> FileError:
-        """Return the refusal of a row, or of what holds it, that exceeds the limit."""
+        """Return the refusal of a row, or of what contains it, that exceeds the limit."""
         return FileError(
             f"{what} is larger than {in_mib(self.row_bytes)}", "split it into several rows, or raise max_row_mb", line
         )
@@ -77,7 +77,7 @@ DEFAULT_LIMITS = Limits()
 
 
 NO_LIMITS = Limits(row_bytes=1 << 60, unpacked_bytes=1 << 60, ratio=1 << 60)
-"""For files that were accepted: they are not judged again."""
+"""For files that were already accepted: they are not checked again."""
 
 
 def in_mib(size: int) -> str:

@@ -1,4 +1,4 @@
-"""Rows as they stand in a file, and the lines of a text file."""
+"""Rows as they are in a file, and the lines of a text file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onward.data.files.limits import Limits
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as it stands in the file.
+    """One row as it is in the file.
 
     Args:
         line: 1-based line number, or row number in .json, .parquet and .arrow files.
-        value: the parsed JSON value; None where there is a problem.
+        value: the parsed JSON value; None if there is a problem.
         problem: why the row could not be parsed.
         remedy: what to do about it.
     """
@@ -27,7 +27,7 @@ class SourceRow:
 
 
 def raw_lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the bytes of every line, its end included.
+    """Yield the number and the bytes of every line, including its line ending.
 
     Raises:
         FileError: a line exceeds the limit of a row.
@@ -41,7 +41,8 @@ def raw_lines(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, bytes]]:
 
 
 def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | SourceRow]]:
-    """Yield every line that is not blank, without its end; one that is not UTF-8 is a row with that problem.
+    """Yield every line that is not blank, without its line ending; a line that is not UTF-8 becomes a row with that
+    problem.
 
     Raises:
         FileError: a line exceeds the limit of a row.
@@ -57,7 +58,7 @@ def lines_of(stream: BinaryIO, limits: Limits) -> Iterator[tuple[int, str | Sour
 
 
 def decoded(data: bytes, line: int) -> str | SourceRow:
-    """Return the text of what begins at a line, or a row with the problem that it is not UTF-8."""
+    """Return bytes that begin at `line` as text, or a row with the problem that they are not UTF-8."""
     try:
         return data.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""Rows of a Parquet file, in memory that depends neither on the size of a row group nor on how far it unpacks.
+"""Rows of a Parquet file, in memory that depends neither on the size of a row group nor on what it unpacks to.
 
-A dictionary page lets every row of a row group, or every item of a list, repeat a value of megabytes for a bit each.
-A row group is therefore read twice: first with its dictionaries left as they are, which gives the size of every row,
-then row by row in batches that are known to fit.
+With a dictionary page, every row of a row group, or every item of a list, can repeat a value of megabytes at the cost
+of one bit. A row group is therefore read twice: first with its dictionaries left as they are, which gives the size of
+every row, then row by row in batches that are known to fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onward.text import printable
 
 READ_BUFFER = 1 << 18
 TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")
-"""Logical types of columns whose dictionaries Arrow can leave as they are."""
+"""Logical types of columns whose dictionaries Arrow can leave undecoded."""
 
 
 def parquet_rows(source: SourceFile, limits: Limits) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ class _Reader:
     def __init__(self, source: SourceFile, limits: Limits) -> None:
         from pyarrow import parquet
 
-        # by descriptor, not by name: what is read is what was hashed
+        # by descriptor, not by name, so that what is read is what was hashed
         self._file: Any = io.FileIO(source.fileno(), closefd=False)
         self._metadata: Any = parquet.read_metadata(self._file)
         self._columns = [self._metadata.schema.column(place) for place in range(self._metadata.num_columns)]
@@ -79,9 +79,9 @@ class _Reader:
                     yield dict(zip(self._names, values, strict=True))
 
     def _row_sizes(self, group: int, before: int) -> NDArray[np.int64]:
-        """Return the size of every row of a row group, or refuse it.
+        """Return the size of every row of a row group, or refuse the file.
 
-        The metadata is believed only where it exceeds the limit already.
+        The metadata is trusted only if what it states already exceeds the limit.
         """
         stated, count = self._stated(group)
         self._limits.check_unpacked(self._unpacked + stated, self._bytes)
@@ -101,7 +101,7 @@ class _Reader:
         return np.concatenate(sizes) if sizes else np.zeros(0, dtype=np.int64)
 
     def _stated(self, group: int) -> tuple[int, int]:
-        """Return the bytes that a row group unpacks to at least, by its metadata, and its rows."""
+        """Return the bytes that a row group unpacks to at least, according to its metadata, and its number of rows."""
         meta = self._metadata.row_group(group)
         stated = 0
         for place, column in enumerate(self._columns):
@@ -111,5 +111,5 @@ class _Reader:
         return stated, meta.num_rows
 
     def _batches(self, reader: Any, group: int, rows: int) -> Iterator[Any]:
-        # one thread: two would share the place in the file
+        # one thread: two would share the position in the file
         return reader.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)

@@ -1,4 +1,4 @@
-"""How a training file is read: what the config says of its rows, and what may be wrong with them."""
+"""How a training file is read: what the config says about its rows, and how many of them may be bad."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Documents: TypeAlias = Literal["auto", "line", "blank", "file"]
 FEW = 10
-"""Bad rows up to which their share of a file is not judged, unless they are half of it."""
+"""The number of bad rows up to which their share of a file does not matter, unless they are half of it."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class BadRows:
     """How many rows of a file may be left out because they cannot be trained.
 
     Args:
-        share: share of the rows.
+        share: the share of the rows that is allowed.
         few: a number that is allowed whatever the share is, as long as most rows stay.
         known: rows that were left out when the file was accepted.
     """
@@ -41,10 +41,10 @@ class Reading:
     Args:
         limits: what the file and its rows may grow to.
         documents: what one row of a `.txt` file is.
-        columns: `(key, column)` of the config's `columns`.
-        bad_rows: the rows that may be left out, where `leaves_out`.
-        leaves_out: whether bad rows are left out; else they refuse their file.
-        is_accepted: whether the file was accepted earlier, and is not judged again.
+        columns: the `(key, column)` pairs of the config's `columns`.
+        bad_rows: how many rows may be left out, if `leaves_out`.
+        leaves_out: whether bad rows are left out; otherwise one bad row refuses the file.
+        is_accepted: whether the file was accepted earlier, and is not checked again.
     """
 
     limits: Limits = DEFAULT_LIMITS
@@ -62,12 +62,12 @@ class Reading:
 
     @classmethod
     def of_accepted(cls, config: Config, bad_rows: int) -> Reading:
-        """Return how a file is read again that was accepted without some of its rows."""
+        """Return how to read a file again that was accepted without `bad_rows` of its rows."""
         known = BadRows(known=bad_rows)
         return cls(NO_LIMITS, config.text.documents, _pairs(config), known, leaves_out=True, is_accepted=True)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that tokens depend on, without those that read rows as earlier releases did."""
+        """Return the settings that tokens depend on, without those that leave rows as earlier releases read them."""
         settings: dict[str, Any] = {} if self.documents == "line" else {"documents": self.documents}
         return {**settings, "columns": dict(self.columns)} if self.columns else settings
 

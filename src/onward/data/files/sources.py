@@ -1,6 +1,6 @@
 """Rows of a training file, one after another, in memory that does not grow with the file.
 
-A problem of one row is reported with that row and reading goes on; what makes the rest of the file unreadable is a
+A problem of one row is reported with that row and reading continues; what makes the rest of the file unreadable is a
 `FileError`.
 """
 
@@ -47,8 +47,7 @@ def rows_of(source: SourceFile, reading: Reading, stop: Callable[[], None] = _ne
     """Yield the rows of an open file in order; see `read_rows`.
 
     Args:
-        stop: called for every buffer that is read from a file that is read in order, whether or not it holds rows;
-            may raise.
+        stop: called for every buffer read from a file in sequential order, whether or not it holds rows; may raise.
     """
     limits = reading.limits
     if source.form == "parquet":

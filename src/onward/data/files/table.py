@@ -1,8 +1,8 @@
 """Rows of `.csv` and `.tsv` files, whose first line names the columns (RFC 4180).
 
-Python's csv module refuses a field of more than 131,072 characters, unless a setting of the whole process is changed;
-texts are longer. Fields are read here as that module reads them, but for those that it guesses at: text behind the
-closing quote of a field, and a quote behind white space, are refused.
+Python's csv module refuses a field of more than 131,072 characters unless a process-wide setting is changed, and
+training texts are longer. Fields are read here as that module reads them, except where it guesses: text after the
+closing quote of a field, and a quote after white space, are refused.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _QUOTED_LATE = re.compile(r'\s+".*"\s*', re.DOTALL)
 
 
 def table_rows(stream: BinaryIO, form: str, limits: Limits) -> Iterator[SourceRow]:
-    """Yield the rows of a table as objects of strings, each at its first line; blank lines are skipped.
+    """Yield the rows of a table as objects of strings, each with the number of its first line; blank lines are skipped.
 
-    A `.csv` is separated by whatever of comma, semicolon, tab and bar its first line has most of. A column without a
-    name, as an index that was written along, is left out.
+    The separator of a `.csv` file is whichever of comma, semicolon, tab and bar is most frequent in its first line. A
+    column without a name, such as an index that pandas wrote, is left out.
 
     Raises:
-        FileError: two columns have one name, a field is not quoted as it has to be, or a row exceeds its limit.
+        FileError: two columns have the same name, a field is not quoted correctly, or a row exceeds its limit.
     """
     delimiter = "\t" if form == "tsv" else ""
     names: list[str] | None = None
@@ -60,7 +60,7 @@ def _header(fields: list[str], line: int, form: str) -> list[str]:
 
 
 def _records(stream: BinaryIO, delimiter: str, limits: Limits) -> Iterator[tuple[int, list[str] | SourceRow]]:
-    """Yield the first line and the fields of every record; the first one decides on the delimiter, if there is none."""
+    """Yield the first line number and the fields of every record; without a delimiter, the first record decides it."""
     record: _Record | None = None
     first = size = 0
     for line, raw in raw_lines(stream, limits):
@@ -93,7 +93,7 @@ def _separator(header: str) -> str:
 
 
 class _Record:
-    """The fields of one record, which a quoted field may spread over several lines."""
+    """The fields of one record, which spans several lines if a quoted field does."""
 
     def __init__(self, delimiter: str) -> None:
         self.fields: list[str] = []
@@ -104,11 +104,11 @@ class _Record:
 
     @property
     def is_open(self) -> bool:
-        """Whether a quoted field goes on in the next line."""
+        """Whether a quoted field continues on the next line."""
         return self._open is not None
 
     def feed(self, line: str) -> bool:
-        """Take in a line with its end; returns whether the record ends with it."""
+        """Add a line with its line ending; return whether the record ends with it."""
         at, end = 0, len(line)
         while True:
             value: str | None = None
@@ -129,7 +129,7 @@ class _Record:
             at = stop + 1
 
     def _end(self, quoted: str | None, rest: str) -> None:
-        """Take a field in: what stood in quotes, None where nothing did, and what follows up to the separator."""
+        """Add a field: its quoted text (None if it is not quoted), and what follows up to the separator."""
         if quoted is not None and rest.strip():
             reason = "a quoted field continues after its closing quote"
             self.fault = reason, 'write a double quote inside a field as "", not as \\"'

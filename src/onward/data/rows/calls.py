@@ -1,4 +1,4 @@
-"""Calls of tools in the shapes in which rows have them, brought into OpenAI's: `tool_calls` with `function` objects."""
+"""Tool calls in the forms that rows have them, converted to OpenAI's: `tool_calls` with `function` objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARGUMENT_KEYS = ("arguments", "parameters")
 
 
 def json_text(value: Any, where: str) -> Any:
-    """Return what a JSON text holds; any other value as it is.
+    """Return the value of a JSON text; return any other value as it is.
 
     Raises:
         RowError: the text is not valid JSON.
@@ -28,7 +28,7 @@ def json_text(value: Any, where: str) -> Any:
 
 
 def is_padded(value: Any, *, padded: bool) -> bool:
-    """Return whether null fields of a value mean nothing; in JSON text they were written by somebody."""
+    """Return whether null fields of a value are padding; in JSON text somebody wrote them."""
     return padded and not isinstance(value, str)
 
 
@@ -42,7 +42,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
-    """Return the schemas of tools from a list or its JSON text; None for none, which an empty text stands for too.
+    """Return the schemas of tools from a list or its JSON text; None if there are none or the text is empty.
 
     Args:
         padded: whether null fields mean nothing.
@@ -69,13 +69,13 @@ def tools_of(value: Any, *, padded: bool) -> list[Any] | None:
 
 
 def functions_of(value: Any, *, padded: bool) -> list[Any] | None:
-    """Return the schemas of tools from OpenAI's older `functions`, in today's form."""
+    """Return the schemas of tools from OpenAI's older `functions`, in the current form."""
     functions = tools_of(value, padded=padded)
     return [{"type": "function", "function": function} for function in functions] if functions else None
 
 
 def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
-    """Return the calls that a message makes with `tool_calls` or, as OpenAI had it before, with `function_call`.
+    """Return the calls that a message makes with `tool_calls` or with OpenAI's older `function_call`.
 
     Raises:
         RowError: a call has no name, or arguments that are not an object.
@@ -93,10 +93,10 @@ def calls_of(turn: Message, where: str, *, padded: bool) -> list[Message]:
 
 
 def called(text: str, where: str) -> list[Message]:
-    """Return the calls that the text of a ShareGPT `function_call` turn holds: an object, or a list of them.
+    """Return the calls in the text of a ShareGPT `function_call` turn: an object, or a list of them.
 
     Raises:
-        RowError: the text is not JSON, or not of calls.
+        RowError: the text is not JSON, or its value is not calls.
     """
     found = json_text(text, f"the call in {where}")
     calls = found if isinstance(found, list) else [found]
@@ -132,7 +132,7 @@ def _call(call: Any, where: str, *, padded: bool) -> Message:
 
 
 def _arguments(given: Any, where: str, *, padded: bool) -> dict[str, Any] | str:
-    """Return arguments as the row has them, an object or its JSON text; templates differ in which one they take."""
+    """Return arguments as the row has them, an object or its JSON text; templates differ in which they take."""
     if isinstance(given, str) and not given.strip():
         return {}
     value = json_text(given, where)

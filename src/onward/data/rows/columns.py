@@ -1,7 +1,7 @@
 """Which columns of a row are meant: the config's `columns`, and the usual names of a question and its answer.
 
-What a row says in the words of a row format is never read otherwise. A row of none is a question with its answer where
-it has one key for each, whatever their names; that is a chat, as Alpaca's `instruction` and `output` are.
+A row that has the keys of a row format is never read as anything else. A row without them is a question with its answer
+if it has one key for each, by any of the usual names; that is a chat, as Alpaca's `instruction` and `output` are.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ FORMATS = tuple(
 )
 """The keys of each row format."""
 QUESTIONS = ("question", "query", "instruction", "prompt")
-"""Names of a question; `input` is one too where there is no other, and else what belongs to it."""
+"""Names of a question; `input` is one too if there is no other, and otherwise belongs to the question."""
 ANSWERS = ("answer", "response", "output", "completion")
 BESIDES = ("input", "context")
 """Names of what belongs to a question: it follows after a blank line, as Alpaca's `input` does."""
 
 KNOWN = frozenset((*(key for keys in FORMATS for key in keys), *QUESTIONS, *ANSWERS, *BESIDES))
-"""All names by which a row is known."""
+"""All names by which a row is recognized."""
 
 
 class Columns:
-    """Maps rows to the keys that the row formats have.
+    """Maps rows to the keys of the row formats.
 
     Args:
         columns: `(key, column)` pairs of the config's `columns`.
@@ -40,15 +40,15 @@ class Columns:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know: names that were taken for a question and its answer."""
+        """Return what the user should know: names that were taken for a question and its answer."""
         cased = [f"keys are read in lower case: {', '.join(map(printable, self._cased))}"] if self._cased else []
         return [*(f"{question} and {answer} are read as a chat" for question, answer in self._pairs), *cased]
 
     def mapped(self, value: Any) -> Any:
-        """Return a row with the keys of its format; what is no object is returned as it is.
+        """Return a row with the keys of its format; anything but an object is returned as it is.
 
         Raises:
-            RowError: it cannot be told which key is the question or the answer.
+            RowError: it is unclear which key is the question or the answer.
         """
         if not isinstance(value, dict) or (_has_format(value) and not self._sources):
             return value
@@ -58,14 +58,14 @@ class Columns:
         return value if _has_format(row) else self._by_name(row) or self._in_lower_case(row) or value
 
     def _by_config(self, row: dict[Any, Any]) -> dict[Any, Any]:
-        """Map the columns that the config names; keys of other formats do not count next to a whole format."""
+        """Map the columns that the config names; if they make a whole format, keys of other formats do not count."""
         named = {key: row[column] for key, column in self._columns.items() if column in row}
         aside = {key for keys in FORMATS for key in keys} if _has_format(named) else set[str]()
         others = {key: item for key, item in row.items() if key not in self._sources and key not in aside}
         return {**others, **named}
 
     def _in_lower_case(self, row: dict[Any, Any]) -> dict[Any, Any] | None:
-        """Map keys that are a format's, or a question's and its answer's, but for capital letters and white space."""
+        """Map keys that are those of a format, or of a question and its answer, apart from capitals and white space."""
         names = {key: key.strip().lower() if isinstance(key, str) else key for key in row}
         others = [key for key, name in names.items() if key != name and name in KNOWN]
         lowered = {names[key] if key in others else key: item for key, item in row.items()}

@@ -29,8 +29,8 @@ def end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> EndTokens:
     """Find the tokens that end a turn: the special tokens that follow an answer in the middle and at the end alike.
 
     A template may write more after the last answer (Phi writes `<|end|>`, then its end of text); that counts only if
-    there is nothing else. Where the two differ (gpt-oss: `<|end|>`, `<|return|>`), the one in the middle counts only if
-    it ends other messages too: it may be the beginning of the next one.
+    there is nothing else. If the two differ (gpt-oss: `<|end|>`, `<|return|>`), the one in the middle counts only if it
+    ends other messages too: it might be the beginning of the next one.
     """
     probes: list[Message] = [{"role": "assistant", "content": PROBE.format(place)} for place in range(2)]
     for messages in ([QUESTION, probes[0], QUESTION, probes[1]], [QUESTION, probes[1]]):

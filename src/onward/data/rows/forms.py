@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template reads: templates differ in how they take calls of tools and thoughts."""
+"""Messages in the form that a chat template reads: templates differ in how they take tool calls and reasoning."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onward.data.template_reads import Reads
 
 ALWAYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))
 UNNAMED = ALWAYS - {"name"}
-"""Keys that are not named as ignored where a template does not read them: they are proven, or say only an order."""
+"""Keys that are not reported as ignored if a template does not read them: they are proven, or only give an order."""
 
 NAME, KEY, VALUE = "onwardTool", "onwardKey", "onwardValue"
-CALL_ID = "abcdefghi"  # nine letters and digits, as Mistral's templates want it
+CALL_ID = "abcdefghi"  # nine letters and digits, as Mistral's templates require
 
 
 class Forms:
-    """The form in which one template takes messages.
+    """The form in which a template takes messages.
 
     Args:
         renderer: the template.
@@ -59,7 +59,7 @@ class Forms:
         try:
             return NAME in self._renderer.render([QUESTION], [{"type": "function", "function": schema}])
         except RowError:
-            return True  # each row will tell
+            return True  # the proof of each row will show it
 
     def _message(self, message: Message, place: int) -> Message:
         made = {key: value for key, value in message.items() if key in ALWAYS or key in self._reads.keys}
@@ -87,9 +87,9 @@ class Forms:
 
     @cached_property
     def _blanks(self) -> dict[bool, list[str | None]]:
-        """The contents with which a call is written whose arguments are an object (False) or JSON text (True).
+        """The contents with which a call is written if its arguments are an object (False) or JSON text (True).
 
-        Where both are written, but not alike, JSON text is not what the template is made for.
+        If both are written, but differently, the template is not made for JSON text.
         """
         texts = [
             {blank: self._call_text(made, blank) for blank in ("", None)}
@@ -100,7 +100,7 @@ class Forms:
         return {False: objects, True: alike}
 
     def _call_text(self, arguments: Any, blank: str | None) -> str | None:
-        """Return what a chat with a call renders to; None if the call is not written, or not as JSON has it."""
+        """Return the text of a chat with a call; None if the call is not written, or not as JSON would have it."""
         call = {"id": CALL_ID, "type": "function", "function": {"name": NAME, "arguments": arguments}}
         asking: Message = {"role": "assistant", "content": blank, "tool_calls": [call]}
         result: Message = {"role": "tool", "content": "Result", "tool_call_id": CALL_ID, "name": NAME}

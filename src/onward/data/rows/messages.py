@@ -1,6 +1,6 @@
-"""Messages in the shapes in which rows have them, brought into one: `role`, `content` and what else they say.
+"""Messages in all the forms that rows have, converted into one: `role`, `content` and whatever else they say.
 
-The shapes are those of OpenAI (chat completions, old and new), ShareGPT, LLaMA-Factory, Axolotl and TRL.
+The forms are those of OpenAI (chat completions, old and new), ShareGPT, LLaMA-Factory, Axolotl and TRL.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OTHER_ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-"""Names of roles that other tools use, and what they are called here."""
+"""Role names that other tools use, and the names of these roles here."""
 
 CALL_ROLES = ("function_call", "tool_call")
 """Roles whose text is a call in JSON."""
@@ -36,9 +36,9 @@ WEIGHT_KEYS = ("weight", "train", "training", "loss", "loss_weight")
 """Keys that say whether a message, or a whole row, is in the loss."""
 
 SAID = {"true": 1, "false": 0, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
-"""Weights as text, which is all that a table of strings has."""
+"""Weights as text: a table of strings has nothing else."""
 LARGEST_WEIGHT, SMALLEST_WEIGHT = 1e6, 1e-6
-"""A larger one is a mistake and would drown all other rows of its step; a smaller one is lost in float32."""
+"""A larger weight is a mistake and would drown out all other rows of its step; a smaller one is lost in float32."""
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 """A thought at the beginning of an answer."""
@@ -48,17 +48,17 @@ CONTENT_KEYS = ("content", "value")
 TEXT_PARTS = ("text", "input_text", "output_text")
 THINKING_PARTS = ("thinking", "reasoning")
 CALL_PARTS = ("tool_use", "tool_call", "function_call", "tool_result", "tool_response", "function_response")
-"""Types of parts in which Anthropic's messages, and others, have calls and what they gave."""
+"""Types of content parts that are tool calls or their results, in Anthropic's messages and others."""
 MEDIA_KEYS = ("image", "images", "audio", "audios", "video", "videos", "image_url", "input_audio", "video_url")
 MEDIA_PARTS = (*MEDIA_KEYS, "input_image", "audio_url", "input_video")
 HANDLED = frozenset(
     ("role", "from", *CONTENT_KEYS, "tool_calls", "function_call", *REASONING_KEYS, *WEIGHT_KEYS, *SPAN_KEYS)
 )
-"""Keys of a message that are brought into the one shape; all others are passed on as they are."""
+"""Keys of a message that are converted into the one form; all others are passed on as they are."""
 
 
 def message_list(value: Any, key: str) -> list[Message]:
-    """Return a list of messages, which may be written as JSON text.
+    """Return a list of messages, which may be given as JSON text.
 
     Raises:
         RowError: it is not a list of objects, or it is empty.
@@ -76,7 +76,7 @@ def message_list(value: Any, key: str) -> list[Message]:
 
 
 def list_in_text(text: str) -> list[Message] | None:
-    """Return the messages that a text holds as JSON; None where it is any other text."""
+    """Return the messages that a text holds as JSON; None if it is any other text."""
     if text.lstrip()[:1] != "[":
         return None
     try:
@@ -94,12 +94,12 @@ def _is_message(value: Any) -> bool:
 
 
 def message_of(turn: Message, number: int, *, padded: bool) -> tuple[Message, float | None]:
-    """Return a message in the one shape, and the weight that it says it has in the loss; None if it says nothing.
+    """Return a message in the one form, and the loss weight that it gives itself; None if it gives none.
 
     Args:
         turn: the message as the row has it.
-        number: its place in the chat, from 1.
-        padded: whether null fields of arguments mean nothing.
+        number: its 1-based place in the chat.
+        padded: whether null fields of arguments are padding.
 
     Raises:
         RowError: the message breaks a rule.
@@ -134,9 +134,9 @@ def _message(turn: Message, where: str, *, padded: bool) -> tuple[Message, float
         check_text(message["content"], where)
     if calls:
         message["tool_calls"] = calls
-    reasoning = _beside(_reasoning(turn, thoughts, where), message, where)
+    reasoning = _separate_reasoning(_reasoning(turn, thoughts, where), message, where)
     if reasoning is not None:
-        message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in the name they read
+        message |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates differ in which name they read
     message |= {key: value for key, value in turn.items() if key not in HANDLED and value is not None}
     return message, _weight(turn, role, where)
 
@@ -152,7 +152,7 @@ def _role(turn: Message, where: str) -> str:
 
 
 def _content(turn: Message, where: str) -> tuple[str | None, list[str]]:
-    """Return the text of a message, None if it has none, and the thoughts that stand next to the text."""
+    """Return the text of a message (None if it has none) and the reasoning parts next to the text."""
     content = next((turn[key] for key in CONTENT_KEYS if turn.get(key) is not None), None)
     if content is None or isinstance(content, str):
         return content, []
@@ -167,7 +167,7 @@ def text_of_parts(parts: list[Any], where: str) -> str:
     """Return the text of a list of parts.
 
     Raises:
-        RowError: one of them is no text.
+        RowError: one of them is not text.
     """
     text, thoughts = _in_parts(parts, where)
     if thoughts:
@@ -208,7 +208,7 @@ def _part(part: Any, where: str) -> tuple[str, str]:
 
 
 def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
-    """Return the reasoning of a message; None if it has none. Rows write "" where a model did not think."""
+    """Return the reasoning of a message; None if it has none. Rows have "" where a model did not reason."""
     given = [turn[key] for key in REASONING_KEYS if turn.get(key) is not None]
     if any(not isinstance(value, str) for value in given):
         raise RowError(f"the reasoning of {where} is not a string", 'write "reasoning_content" as a string')
@@ -220,8 +220,8 @@ def _reasoning(turn: Message, thoughts: list[str], where: str) -> str | None:
     return found[0] if found else None
 
 
-def _beside(reasoning: str | None, message: Message, where: str) -> str | None:
-    """Return the reasoning that stands next to a content; an empty one says nothing where the content holds a thought.
+def _separate_reasoning(reasoning: str | None, message: Message, where: str) -> str | None:
+    """Return the reasoning given next to a content; an empty one does not count if the content has a thought.
 
     Raises:
         RowError: there are two thoughts.
@@ -249,12 +249,12 @@ def _weight(turn: Message, role: str, where: str) -> float | None:
 
 
 def said_weight(value: Message, where: str) -> float | None:
-    """Return the weight that a message or a row says it has in the loss, 0 for none; None if it says nothing.
+    """Return the loss weight that a message or a row gives itself; 0 for none, None if it does not say.
 
-    Keys that say yes or no say nothing of how much: alongside `train: true` another key may have a number.
+    Keys with a yes or no do not say how much: alongside `train: true`, another key may have a number.
 
     Raises:
-        RowError: something is no weight, or two keys name different ones.
+        RowError: a value is not a weight, or two keys give different ones.
     """
     found: dict[str, float] = {}
     for key in WEIGHT_KEYS:
@@ -280,7 +280,7 @@ def _is_weight(value: Any) -> TypeGuard[float]:
 
 
 def weight_of(value: Any) -> Any:
-    """Return a weight or a label as a number where it is written as text; None for an empty one."""
+    """Return a weight or a label as a number if it is written as text; None for an empty text."""
     if not isinstance(value, str):
         return value
     word = value.strip().lower()

@@ -1,7 +1,7 @@
-"""Chats of nothing but roles and texts, proven once for each order of roles.
+"""Chats of nothing but roles and texts, proven once per sequence of roles.
 
-Where a template renders a chat to the same pieces of its own text around whatever the messages say, the proof of one
-such chat, of unique words, is the proof of all: that a row renders to those pieces around its own texts is compared.
+If a template renders a chat as the same pieces of its own text around whatever the messages say, one proof, of a chat
+of unique words, holds for all: of each row, only that it renders to those pieces around its texts is checked.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from onward.data.rows.turns import Target
 WORD = "onwardPlain{:06d}End"
 STRIPPERS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 SHAPES = 512
-"""Orders of roles that are kept; chats of more are proven one by one."""
+"""The most sequences of roles that are kept; chats with others are proven one by one."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a template renders chats of one order of roles.
+    """How a template renders chats with one sequence of roles.
 
     Args:
         pieces: the template's own text before, between and after the texts of the messages.
-        targets: the place of each answer; how many texts stand before its start and its end; and how many characters
-            of the pieces do.
+        targets: for each answer, its index; how many texts precede its start and its end; and how many characters of
+            the pieces do.
     """
 
     pieces: list[str]
     targets: list[tuple[int, int, int, int, int]]
 
     def filled(self, texts: Sequence[str]) -> str:
-        """Return the pieces around texts."""
+        """Return the text of a chat: the pieces around `texts`."""
         parts = [""] * (2 * len(texts) + 1)
         parts[::2] = self.pieces
         parts[1::2] = texts
         return "".join(parts)
 
     def place(self, texts: Sequence[str], untrained: frozenset[int]) -> list[tuple[int, int]]:
-        """Return the targets' ranges of characters."""
+        """Return the character ranges of the targets."""
         before = [0, *accumulate(map(len, texts))]
         return [
             (before[first] + start, before[behind] + end)
@@ -64,7 +64,7 @@ class PlainChats:
         """Return the targets of a chat; None if it has to be proven by itself.
 
         Args:
-            chat: a chat that is plain.
+            chat: a plain chat.
             texts: what its messages say.
             text: what it renders to.
         """
@@ -90,7 +90,7 @@ class PlainChats:
         return self._shapes[key]
 
     def _padded(self, roles: tuple[str, ...]) -> _Shape | None:
-        """Return the shape for texts with white space around them, where that changes nothing else."""
+        """Return the shape for texts with white space around them, if that changes nothing else."""
         return self._shape(False, roles) if self._proven(roles, " \n") else None
 
     def _proven(self, roles: Sequence[str], around: str) -> _Shape | None:

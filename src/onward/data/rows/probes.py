@@ -1,4 +1,4 @@
-"""Where a template puts what messages say: the texts are replaced by unique words, and the words are looked for."""
+"""Finds where a template puts what messages say: the texts are replaced by unique words, which are then looked for."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Slot:
     """A piece of what a message says.
 
     Args:
-        place: the place of the message in the chat.
+        place: the index of the message in the chat.
         kind: what the piece belongs to: content, reasoning, name or argument.
         text: the piece, without white space around it.
         forms: the ways in which a template may write it.
-        before: what stands before it in the content or the reasoning, from the piece before on.
-        after: what stands after the last piece of a content or a reasoning; "" after another piece.
+        before: the text between the previous piece of the content or the reasoning and this one.
+        after: the text after the last piece of a content or a reasoning; "" for any other piece.
     """
 
     place: int
@@ -37,7 +37,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Placed:
-    """A slot and the characters [start, end) of the rendered text where it stands."""
+    """A slot and its character range [start, end) in the rendered text."""
 
     slot: Slot
     start: int
@@ -45,12 +45,12 @@ class Placed:
 
 
 class Probe:
-    """The messages of a chat with unique words in the place of what they say.
+    """The messages of a chat with unique words in place of what they say.
 
     Args:
         messages: the messages, as the template gets them.
         text: what they render to; the words do not occur in it.
-        marks: pieces of content and reasoning that keep standing; None where the whole is replaced.
+        marks: pieces of content and reasoning that are left as they are; None if everything is replaced.
         deep: whether keys, booleans and nulls of arguments are replaced too.
     """
 
@@ -64,10 +64,10 @@ class Probe:
         self.messages = [self._message(place, message) for place, message in enumerate(messages)]
 
     def place(self, skeleton: str, text: str) -> list[Placed] | None:
-        """Return where the slots stand if `text` is the skeleton with its words replaced by them, else None.
+        """Return where the slots are if `text` is the skeleton with its words replaced by them, else None.
 
         Args:
-            skeleton: what `messages` render to.
+            skeleton: the text that `messages` render to.
         """
         words = list(self._find.finditer(skeleton))
         bounds = [0, *(place for word in words for place in word.span()), len(skeleton)]
@@ -117,7 +117,7 @@ class Probe:
 
     def _value(self, place: int, value: Any) -> Any:
         if isinstance(value, dict):
-            ordered = sorted(value, key=str.lower) if self._deep else []  # words sort as the keys that they replace
+            ordered = sorted(value, key=str.lower) if self._deep else []  # words sort like the keys they replace
             keys = {key: self._word(place, ARGUMENT, key) for key in ordered}
             return {keys.get(key, key): self._value(place, item) for key, item in value.items()}
         if isinstance(value, list):
@@ -137,7 +137,7 @@ class Probe:
         return text[:at] + self._add(Slot(place, kind, core, _forms(core))) + text[at + len(core) :]
 
     def _text(self, place: int, kind: str, text: str) -> str:
-        """Return a text with words in the place of its pieces; white space and marks keep standing."""
+        """Return a text with words in place of its pieces; white space and marks stay."""
         marks = [mark.span() for mark in self._marks.finditer(text)] if self._marks else []
         bounds = [0, *(place for mark in marks for place in mark), len(text)]
         pieces: list[tuple[int, int]] = []

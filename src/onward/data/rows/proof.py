@@ -1,8 +1,8 @@
-"""The proof of one chat: all that its messages say stands in the rendered text, in place, and in the loss where meant.
+"""The proof of one chat: everything its messages say is in the rendered text, in place, and in the loss where meant.
 
-Where each piece stands is found by rendering the chat with unique words in the place of the pieces: the text has to be
-that skeleton with the words replaced. An answer's targets begin where the prompt that inference would have ends, which
-has to be what the text begins with, and end with the token at which inference stops.
+The place of each piece is found by rendering the chat with unique words in place of the pieces: the text must be that
+skeleton with the words replaced. An answer's targets begin where the prompt that inference would have ends, which must
+be the beginning of the text, and end with the token at which inference stops.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SPACE = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Layout:
-    """A rendered chat and where all that its messages say stands in it.
+    """A rendered chat, and where everything its messages say is in it.
 
     Args:
         text: the rendered chat.
-        placed: the pieces, in the order of the text; each is there once.
+        placed: the pieces, each once, in the order of the text.
         repeated: further places of the names of called tools, which templates repeat with the result of a call.
     """
 
@@ -43,17 +43,17 @@ class Layout:
         return [piece for piece in self.placed if piece.slot.place == place]
 
     def start_after(self, place: int) -> int:
-        """Return where the first piece of any later message stands; the end of the text if there is none."""
+        """Return where the first piece of any later message starts; the end of the text if there is none."""
         return next((piece.start for piece in self.placed if piece.slot.place > place), len(self.text))
 
 
 def lay_out(messages: Sequence[Message], text: str, render: Render, marks: Sequence[str]) -> Layout:
-    """Return where all that the messages say stands in the text that they render to.
+    """Return where everything the messages say is in the text that they render to.
 
     Args:
         messages: the messages as the template gets them.
-        text: what they render to.
-        render: renders other messages with all else that the row says.
+        text: the text that they render to.
+        render: renders other messages with everything else in the row unchanged.
         marks: pieces of text whose presence may change how the template renders.
 
     Raises:
@@ -91,7 +91,7 @@ def _holds(message: Message, mark: str) -> bool:
 
 
 def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
-    """Return the layout of pieces that are all there, once, and in the order of their messages."""
+    """Return the layout after checking that all pieces are there, once each, in the order of their messages."""
     placed: list[Placed] = []
     repeated: list[Placed] = []
     seen: set[int] = set()
@@ -124,7 +124,7 @@ def _has_siblings(probe: Probe, slot: Slot) -> bool:
 
 
 def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
-    """Refuse a text in which marks inside of what a message says were removed, moved or added to."""
+    """Refuse a text in which marks inside what a message says were removed, moved or added."""
     behind: Placed | None = None
     for piece in layout.placed:
         slot = piece.slot
@@ -141,7 +141,7 @@ def _check_marks(layout: Layout, messages: Sequence[Message]) -> None:
 
 
 def _check_shallow(layout: Layout, messages: Sequence[Message], *, deep: bool) -> None:
-    """Refuse calls whose keys, booleans and nulls, where these were not replaced by words, are not written."""
+    """Refuse calls some of whose keys, booleans and nulls are not written, if these were not replaced by words."""
     if deep:
         return
     for place, message in enumerate(messages):

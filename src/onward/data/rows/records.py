@@ -1,8 +1,8 @@
 """The row formats: a parsed JSON value becomes a `Chat`, a `Completion` or a `Text`, or is refused with a reason.
 
-Which format a row has is read from its keys; keys whose value is null do not count. Keys with a known meaning are
-followed or refused, and all others are named in the record as ignored. The formats are those of OpenAI and TRL
-(`messages`, `prompt`/`completion`, `text`), ShareGPT and Stanford Alpaca.
+A row's format is recognized by its keys; keys whose value is null do not count. Keys with a known meaning are followed
+or refused, and all others are listed in the record as ignored. The formats are those of OpenAI and TRL (`messages`,
+`prompt`/`completion`, `text`), ShareGPT and Stanford Alpaca.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ SHAPES = (
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
 SYSTEM_KEYS = ("system", "system_prompt")
 CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_template_kwargs", "label"))
-"""Keys that are followed next to any chat."""
+"""Keys that are followed in any row that is a chat."""
 
 OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
-"""Keys that nothing but a chat can follow."""
+"""Keys that only a chat can follow."""
 
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"))
-"""Arguments of a template that a row cannot set."""
+"""Arguments of a template that a row must not set."""
 
 Parser: TypeAlias = Callable[[dict[str, Any], bool], Record]
 
 
 def parse_record(value: object, *, padded: bool = False) -> Record:
-    """Return the row that a parsed JSON value stands for.
+    """Return the row that a parsed JSON value represents.
 
     Args:
         value: the row.
-        padded: whether the row was read from Arrow or Parquet, whose null fields in tools and arguments mean nothing.
+        padded: whether the row was read from Arrow or Parquet, whose null fields in tools and arguments are padding.
 
     Raises:
-        RowError: the value has none of the formats, breaks the rules of its format, or asks for what cannot be done.
+        RowError: the value has none of the formats, breaks the rules of its format, or asks for something impossible.
     """
     if not isinstance(value, dict):
         raise RowError(f"the row is {kind_of(value)}, not an object", f"write each row as {SHAPES}")
@@ -120,7 +120,7 @@ def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
 
 
 def _lists_in_text(prompt: Any, completion: Any) -> tuple[Any, Any]:
-    """Return prompt and completion as lists of messages where both are the JSON text of one, else as they are."""
+    """Return prompt and completion as lists of messages if both are JSON texts of such lists, else as they are."""
     if not (isinstance(prompt, str) and isinstance(completion, str)):
         return prompt, completion
     asked = list_in_text(prompt)
@@ -162,8 +162,8 @@ def _chat(
     """Return the chat of a row.
 
     Args:
-        read: the keys that the messages were read from; none where the row has no other key.
-        given: how many of the messages are the prompt, whose answers are not trained.
+        read: the keys that the messages were read from; empty if the row has no other key.
+        given: how many of the messages belong to the prompt, whose answers are not trained.
     """
     messages: list[Message] = []
     untrained: set[int] = set()
@@ -210,7 +210,7 @@ def _with_targets(chat: Chat) -> Chat:
 
 
 def _with_system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
-    """Return messages led by the system text that stands next to them, if there is one."""
+    """Return messages preceded by the system text that the row has next to them, if any."""
     texts = list(dict.fromkeys(text for key in SYSTEM_KEYS if (text := _system(row, key))))
     if not texts:
         return turns
@@ -234,7 +234,7 @@ def _tools(row: dict[str, Any], *, padded: bool) -> list[Any] | None:
 
 
 def _refuse_next_to(row: dict[str, Any], keys: Sequence[str], what: str, remedy: str) -> None:
-    """Refuse keys that cannot be followed next to what a row is; empty ones say nothing."""
+    """Refuse keys that cannot be followed in a row of this kind; empty ones are harmless."""
     for key in keys:
         if row.get(key) and row[key] != "[]":
             raise RowError(f'"{key}" stands next to {what}', remedy.replace("{key}", f'"{key}"'))
@@ -263,7 +263,7 @@ def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
 
 
 def _weight(row: dict[str, Any]) -> float:
-    """Return what the tokens of a row count in the loss."""
+    """Return the weight of a row's tokens in the loss."""
     weight = said_weight(row, "the row")
     if weight == 0:
         raise RowError("the row has the weight 0: none of it is in the loss", "remove the row")

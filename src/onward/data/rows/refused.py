@@ -1,4 +1,4 @@
-"""Rows that mean something other than a text to learn, refused by what they are."""
+"""Refuses rows that are something other than a text to learn, and says what they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREFERENCE_KEYS = (
 SEVERAL = ("completions", "responses", "answers", "outputs", "generations", "candidates")
 """Keys that hold several answers to one question."""
 ONE_OF_SEVERAL = re.compile(r"(answer|completion|output|response)_?(\d|[abjk])")
-"""Keys of which each holds one of them."""
+"""Keys that each hold one of several answers."""
 TOKEN_KEYS = ("input_ids", "token_ids", "tokens")
 LABEL_KEYS = ("label", "kto_tag")
 ONE_ANSWER = 'keep the good answer as "messages" or "completion", and remove the other'
@@ -26,7 +26,7 @@ BY_ROWS = "write it by rows; with pandas: to_json(FILE, orient='records', lines=
 
 
 def refuse_known(row: dict[str, Any]) -> None:
-    """Refuse preferences, answers labelled as bad, images and sound, token ids, and tables that stand by columns.
+    """Refuse preferences, answers labelled as bad, images and sound, token ids, and tables stored by columns.
 
     Raises:
         RowError: the row, whatever format it has, is one of these.
@@ -57,7 +57,7 @@ def refuse_tokens(row: dict[str, Any]) -> None:
 
 
 def refuse_shapes(row: dict[str, Any]) -> None:
-    """Refuse a row of no format that has several answers, or that holds the rows themselves."""
+    """Refuse a row without a known format that has several answers, or that contains the actual rows."""
     several = [key for key in SEVERAL if isinstance(row.get(key), list | dict)]
     several = several or [key for key in row if ONE_OF_SEVERAL.fullmatch(key)]
     if several:
@@ -77,7 +77,7 @@ def refuse_shapes(row: dict[str, Any]) -> None:
 
 
 def _is_by_columns(values: Collection[Any]) -> bool:
-    """Whether each value is a column: texts by the number of their row, or in a list, as many as in the others."""
+    """Whether each value is a column: texts keyed by row number, or in a list, as many in each."""
     if all(isinstance(value, dict) and value for value in values):
         numbers = [tuple(value) for value in values]
         return all(keys == numbers[0] for keys in numbers) and all(str(key).isdecimal() for key in numbers[0])
@@ -86,7 +86,7 @@ def _is_by_columns(values: Collection[Any]) -> bool:
 
 
 def _is_bad(label: Any, row: dict[str, Any]) -> bool:
-    """Return whether a label calls an answer bad; the number 0 next to a plain text is a class of it."""
+    """Return whether a label calls an answer bad; the number 0 next to a plain text is its class."""
     weight = weight_of(label)
     is_word = isinstance(label, str) and label.strip().isalpha()
     return label is False or (weight == 0 and (is_word or "text" not in row))

@@ -1,8 +1,8 @@
-"""Which characters of a rendered chat the model has to produce: every answer with its end token, proven.
+"""Finds and proves which characters of a rendered chat the model has to produce: every answer with its end token.
 
-Templates with `{% generation %}` markers say so themselves. In the others an answer is what stands between the end of
-the prompt that inference would have and the token at which inference stops. All that the messages say has to stand in
-the text, once and in place. What cannot be proven is refused; transformers only warns, and trains on an empty mask.
+Templates with `{% generation %}` markers say so themselves. In the others, an answer is the text between the end of the
+prompt that inference would have and the token at which inference stops. Everything the messages say must be in the
+text, once and in place. What cannot be proven is refused; transformers only warns, and trains on an empty mask.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class RowText:
         text: what is tokenized.
         spans: the character ranges [start, end) that are targets, in order.
         closed: whether the text has its own control tokens (a rendered chat). If not, the tokenizer's special tokens
-            are added, and an end token closes the row; it stands for one more character after the text.
+            are added, and an end token closes the row; it counts as one more character after the text.
         ignored: keys of the row that nothing reads.
-        weighed: weights other than 1, each with the spans that have it.
+        weighed: weights other than 1, each with the spans it applies to.
     """
 
     text: str
@@ -76,10 +76,10 @@ class ChatTemplate:
     def render(self, chat: Chat) -> tuple[str, list[Span]]:
         """Return the text of a chat and the character ranges [start, end) that the model has to produce.
 
-        There is one range per assistant turn in the loss (with markers: per marked block), in order, without overlap.
+        There is one range per assistant turn in the loss (with markers, per marked block), in order, without overlap.
 
         Raises:
-            RowError: the template refuses the chat, or it cannot be proven that what the chat says is what is trained.
+            RowError: the template refuses the chat, or it cannot be proven that exactly what the chat says is trained.
         """
         if self._renderer is None:
             raise NO_TEMPLATE
@@ -99,10 +99,10 @@ class ChatTemplate:
         return text, [(target.start, target.end) for target in self._targets(chat, messages, marked)]
 
     def prompt(self, chat: Chat) -> str:
-        """Return the text that asks the model for the next answer to a chat, as rows were trained to go on from it.
+        """Return the text that asks the model for the next answer in a chat, exactly as before the answers in training.
 
         Raises:
-            RowError: there is no template, it refuses the chat, or a message holds a control token.
+            RowError: there is no template, it refuses the chat, or a message contains a control token.
         """
         if self._renderer is None:
             raise NO_TEMPLATE
@@ -112,7 +112,7 @@ class ChatTemplate:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The tokens at which an answer ends, as far as the template writes any."""
+        """The tokens at which an answer ends; empty if the template writes none."""
         if self._renderer is None:
             return ()
         ends = (self._habits.ends.inner, self._habits.ends.last)
@@ -165,7 +165,7 @@ def _rendered(renderer: Renderer, chat: Chat, messages: Sequence[Message], *, pr
 
 
 def _split_marks(marked: str) -> tuple[str, list[Span]]:
-    """Remove the generation marks from a text; return it with the ranges that they enclosed."""
+    """Remove the generation marks from a text; return the text with the ranges that they enclosed."""
     parts: list[str] = []
     spans: list[Span] = []
     length = 0
@@ -179,7 +179,7 @@ def _split_marks(marked: str) -> tuple[str, list[Span]]:
 
 
 def _renderer(state: TokenizerState) -> Renderer:
-    """Return the renderer of a template; it hands contents over as lists of parts where the template wants that."""
+    """Return the renderer of a template; it passes contents as lists of parts if the template needs that."""
     renderer = Renderer(state.chat_template, state.special_tokens_map)
     in_parts = Renderer(state.chat_template, state.special_tokens_map, parts=True)
     word = PROBE.format(0)
@@ -196,7 +196,7 @@ def _renderer(state: TokenizerState) -> Renderer:
 def _habits(renderer: Renderer, state: TokenizerState) -> Habits:
     tokens: Sequence[str] = state.special_tokens
     ends = end_tokens(renderer, tokens)
-    if not ends.last:  # a tokenizer may have the token without calling it special
+    if not ends.last:  # a tokenizer may have the token without marking it as special
         added = [token.content for token in state.tokenizer.get_added_tokens_decoder().values()]
         tokens = sorted(added, key=lambda token: (-len(token), token))
         ends = end_tokens(renderer, tokens)
@@ -219,7 +219,7 @@ def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tup
 
 
 def _header(renderer: Renderer) -> str:
-    """Return what the template writes before an answer, whether a thought comes first or not."""
+    """Return what the template writes before an answer, with or without a thought first."""
     word, thought = PROBE.format(0), PROBE.format(1)
     answer: Message = {"role": "assistant", "content": word}
     thinking: Message = {**answer, "reasoning_content": thought, "thinking": thought, "reasoning": thought}

@@ -1,4 +1,4 @@
-"""The targets of a chat: for each answer in the loss, from the end of inference's prompt to the token it stops at."""
+"""The targets of a chat: for each answer in the loss, from the end of the inference prompt to the stop token."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ THINK_START, THINK_END = "<think>", "</think>"
 
 
 class Renders(Protocol):
-    """Renders messages with all else that a row says."""
+    """Renders messages with everything else in a row unchanged."""
 
     def __call__(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
-        """Return the text of messages; with `prompt` as inference asks for the next answer."""
+        """Return the text of messages; with `prompt`, as inference asks for the next answer."""
         ...
 
 
 @dataclass(frozen=True)
 class Target:
-    """A range of characters that the model has to produce, and the place of the message that it belongs to."""
+    """A range of characters that the model has to produce, and the index of the message that it belongs to."""
 
     place: int
     start: int
@@ -39,8 +39,8 @@ class Habits:
     Args:
         ends: what it writes after an answer.
         special_tokens: every special token.
-        prompt: the generation prompt; "" where it has none, or none with a special token.
-        header: what it writes before an answer where it has no generation prompt.
+        prompt: the generation prompt; "" if there is none, or none with a special token.
+        header: what it writes before an answer if it has no generation prompt.
     """
 
     ends: EndTokens
@@ -53,9 +53,9 @@ class Turns:
     """The turns of one rendered chat.
 
     Args:
-        layout: the text, and where what the messages say stands in it.
+        layout: the text, and where in it everything is that the messages say.
         messages: the messages, as the template gets them.
-        render: renders other messages with all else that the row says.
+        render: renders other messages with everything else in the row unchanged.
         habits: how the template writes turns.
     """
 
@@ -67,7 +67,7 @@ class Turns:
         self._habits = habits
 
     def found(self, turns: Sequence[int]) -> list[Target]:
-        """Return the targets of answers, found by the prompts of inference and the end tokens.
+        """Return the targets of answers, found by the inference prompts and the end tokens.
 
         Args:
             turns: the places of the answers.
@@ -108,10 +108,10 @@ class Turns:
         return _joined([target for target in targets if target.place in turns])
 
     def _start(self, place: int) -> int:
-        """Return where inference's prompt for an answer ends."""
+        """Return where the inference prompt for an answer ends."""
         first = min(piece.start for piece in self._layout.of(place))
         prompt = self._prompt(place, first)
-        given = len(prompt) - first  # characters of the answer that the prompt has already: `<think>`
+        given = len(prompt) - first  # characters of the answer that are already in the prompt: `<think>`
         if not self._text.startswith(prompt) or given > len(self._habits.prompt):
             raise RowError(
                 f"the text before the answer of message {place + 1} is not what the model gets at inference: "
@@ -125,7 +125,7 @@ class Turns:
         try:
             return self._render(self._messages[:place], prompt=True)
         except RowError as error:
-            written = self._habits.prompt  # nothing but the template's own text can stand before the first message
+            written = self._habits.prompt  # only the template's own text can precede the first message
             if place == 0 and written and written in self._text[:first]:
                 return self._text[: self._text.rfind(written, 0, first) + len(written)]
             raise RowError(f"at inference, before message {place + 1}, {error.reason}", error.remedy) from error
@@ -146,9 +146,9 @@ class Turns:
         raise self._no_end(place)
 
     def _end_of_call(self, place: int, last: int, limit: int) -> int:
-        """Return where an answer ends that calls a tool and has an end token of its own for that (gpt-oss, Gemma 4).
+        """Return where an answer that calls a tool ends, if that has an end token of its own (gpt-oss, Gemma 4).
 
-        What ends the message is no such token if it is written once more where there are more calls.
+        A token at the end of the message is not that token if it is written once per call.
         """
         end = last + len(self._text[last:limit].rstrip())
         token = next((token for token in self._habits.special_tokens if self._text.endswith(token, last, end)), "")
@@ -156,14 +156,14 @@ class Turns:
         twice = {**message, "tool_calls": [*message["tool_calls"], *message["tool_calls"]]}
         try:
             more = self._render([*self._messages[:place], twice])
-        except RowError:  # one call at a time
+        except RowError:  # the template takes only one call at a time
             more = ""
         if not token or more.count(token) > self._text[:limit].count(token):
             raise self._no_end(place)
         return end
 
     def _limit(self, place: int) -> tuple[int, bool]:
-        """Return where a message ends at the latest, and whether it is known to end there."""
+        """Return the last place where a message can end, and whether it is known to end there."""
         if place + 1 == len(self._messages):
             return len(self._text), True
         try:
@@ -191,7 +191,7 @@ class Turns:
         )
 
     def _check(self, target: Target) -> None:
-        """Refuse a target that holds what another message says, or an answer inside of a thought."""
+        """Refuse a target that contains what another message says, or an answer inside a thought."""
         for piece in self._layout.placed:
             if piece.slot.place != target.place and piece.start < target.end and piece.end > target.start:
                 raise RowError(
@@ -200,7 +200,7 @@ class Turns:
         self._check_whole(target.place, target.start)
 
     def _check_whole(self, place: int, start: int) -> None:
-        """Refuse an answer that the template tears in a thought and the rest, which its author did not."""
+        """Refuse an answer that the template splits into a thought and the rest, if its author did not."""
         message = self._messages[place]
         before = self._text[start : self._layout.of(place)[0].start]
         thinks = message.get("reasoning_content") or _said(message).lstrip().startswith(THINK_START)
@@ -211,7 +211,7 @@ class Turns:
             )
 
     def _of_mark(self, span: Span) -> Target:
-        """Return a marked range, ended right after the end token, as the target of its message."""
+        """Return a marked range, cut right after the end token, as the target of its message."""
         start, end = span
         inside = {piece.slot.place for piece in self._layout.placed if piece.start < end and piece.end > start}
         place = inside.pop() if len(inside) == 1 else -1 if inside else self._owner(start, end)
@@ -226,7 +226,7 @@ class Turns:
         return Target(place, start, end)
 
     def _owner(self, start: int, end: int) -> int:
-        """Return the place of the answer around which a range without any of its text stands; -1 if there is none."""
+        """Return the index of the answer that a range without any of its text belongs to; -1 if there is none."""
         for place, message in enumerate(self._messages):
             before = max((piece.end for piece in self._layout.placed if piece.slot.place < place), default=0)
             if message["role"] == "assistant" and before <= start and end <= self._layout.start_after(place):
@@ -240,7 +240,7 @@ class Turns:
 
 
 def _joined(targets: Sequence[Target]) -> list[Target]:
-    """Return targets of which none overlaps another."""
+    """Merge overlapping targets."""
     joined: list[Target] = []
     for target in targets:
         if joined and target.start < joined[-1].end:

@@ -1,1 +1,1 @@
-"""From bytes to the queue: files are found, brought in, checked, refused or accepted."""
+"""From bytes to the queue: files are found, moved in, checked, and accepted or refused."""

@@ -20,15 +20,15 @@ from onward.store.rows import FileRow
 
 PACKED = ".zst"
 TEXT = tuple(f".{form}" for form in TEXT_FORMATS)
-"""Endings of originals that are worth compressing; the reader of rows unpacks them by their name."""
+"""Endings of originals that are worth compressing; the row reader unpacks them by their name."""
 
 
 PACKING = ".packing"
-"""Name of an original while it is compressed; not one of intake's temporary names, which others may remove."""
+"""Ending of an original's name while it is compressed; not one of intake's temporary names, which others may remove."""
 
 
 def require_original(layout: RunLayout, row: FileRow) -> Path:
-    """Return the archived original of a file, held against its hash.
+    """Return the archived original of a file, checked against its hash.
 
     Raises:
         DamagedState: it is missing or changed.
@@ -45,7 +45,7 @@ def require_original(layout: RunLayout, row: FileRow) -> Path:
 
 
 def compress_original(layout: RunLayout, ledger: Ledger, row: FileRow) -> None:
-    """Replace the archived original of a finished file by a compressed one that gives the same bytes."""
+    """Replace the archived original of a finished file with a compressed one that unpacks to the same bytes."""
     plain = layout.kept(row.copy)
     if plain.suffix not in TEXT or not plain.is_file() or ledger.sharing_copy(row.copy) > 1:
         return

@@ -1,8 +1,8 @@
-"""Arrival: a file is read once and recorded, and lies in `archive/`, before anything slow begins.
+"""Arrival: a file is read once, recorded, and placed in `archive/` before anything slow begins.
 
-A file of a command is copied. A file of the inbox is announced first, which gives it its place in the queue whoever
-reads it, then read, recorded and moved. It is never copied over another and never lost: the ledger says where it
-comes from and where it goes before it moves, and a start finishes what a kill interrupted.
+A file given to a command is copied. A file of the inbox is first announced, which gives it its place in the queue
+whichever process reads it, then read, recorded and moved. It never overwrites another and is never lost: the ledger
+says where it comes from and where it goes before it moves, and the next start finishes what a kill interrupted.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 MANY = 32
-"""Files above which one flush of all disks is cheaper than one per file."""
+"""The number of files above which one flush of all disks is cheaper than one per file."""
 TOGETHER = 512
-"""Files of the inbox that are announced, or recorded, in one transaction."""
+"""How many files of the inbox are announced, or recorded, in one transaction."""
 
 Values = dict[str, Any]
 
@@ -46,7 +46,7 @@ class Arrivals:
     # files of a command
 
     def copy(self, path: Path, guard: Guard) -> tuple[Path, Values]:
-        """Copy a file to a temporary name in the archive; returns the copy and the values of its row in the ledger.
+        """Copy a file to a temporary name in the archive; return the copy and the values of its row in the ledger.
 
         Raises:
             FileError: it is not a training file.
@@ -74,7 +74,7 @@ class Arrivals:
         return temporary, {**values, "copy": self._below(target)}
 
     def record(self, arrived: Sequence[Values], intent: int | None = None) -> list[FileRow]:
-        """Record files as arriving, durably, and give them their places; the intent to take them in ends with that."""
+        """Durably record files as arriving and give them their places; that ends the intent to take them in."""
         with self.ledger.transaction():
             ids = [self.ledger.insert_file(state="arriving", **values) for values in arrived]
             if intent is not None:
@@ -86,9 +86,9 @@ class Arrivals:
     # files of the inbox
 
     def announce(self, found: Sequence[tuple[Path, int]], command: str) -> int:
-        """Give settled files of the inbox their places in the queue; returns how many are new.
+        """Give settled files of the inbox their places in the queue; return how many are new.
 
-        Nothing is read. Each file gets an id of its own for its command.
+        Nothing is read. Each file gets a command id of its own.
 
         Args:
             found: settled files with their priority, in the order of the stream.
@@ -104,7 +104,7 @@ class Arrivals:
             if status is None or name in known:
                 continue
             self._require_movable(path)
-            if not _is_text(name):  # the ledger could not say where it lies
+            if not _is_text(name):  # the ledger could not store its path
                 error = FileError("its name is not UTF-8", "rename it and put it into the inbox again")
                 self._refuse(path, Refusal.of_file(path.name, error))
                 continue
@@ -118,12 +118,12 @@ class Arrivals:
         return len(fresh)
 
     def bring_in(self, rows: Sequence[FileRow], guard: Guard) -> list[FileRow]:
-        """Read announced files, record and move them, as far as the guard's budget goes; returns those that arrived.
+        """Read announced files, record and move them, within the guard's budget; return those that arrived.
 
-        A file that changed since it was announced is forgotten: it lies where it was and has to settle again.
+        A file that changed since it was announced is forgotten: it stays where it was and has to settle again.
 
         Raises:
-            OSError: the inbox cannot be read, or files cannot be taken out of it; the next call goes on.
+            OSError: the inbox cannot be read, or files cannot be taken out of it; the next call continues.
         """
         together = len(rows) > MANY and not guard.is_bounded
         reserved: set[str] = set()
@@ -151,7 +151,7 @@ class Arrivals:
         return [row for row in map(self.ledger.file, arrived) if row.state == "arriving"]
 
     def refuse_announced(self, row: FileRow, refusal: Refusal, state: str = "rejected") -> None:
-        """Take a file that was not read out of the inbox, into `rejected/`."""
+        """Move a file that was not read from the inbox into `rejected/`."""
         assert row.inbox is not None
         self._refuse(self.layout.dropped(row.inbox), refusal)
         self.ledger.move_file(row.id, state, note=refusal.lines()[0])
@@ -159,7 +159,7 @@ class Arrivals:
     # both
 
     def complete(self, rows: Sequence[FileRow]) -> None:
-        """Bring recorded files to their places in the archive, wherever a kill left them."""
+        """Move recorded files to their places in the archive, wherever a kill left them."""
         inboxes: set[Path] = set()
         for row in rows:
             if row.is_announced:
@@ -205,7 +205,7 @@ class Arrivals:
         there, here = look(copy), look(source)
         if there is not None:
             if here is not None and here.st_dev != there.st_dev and self._is_as_recorded(row, source):
-                # copied from another disk and killed before the original went: the same file, not a second one
+                # copied from another disk and killed before the original was removed: the same file, not a second one
                 fsync_directory(copy.parent)
                 source.unlink()
             return
@@ -220,8 +220,8 @@ class Arrivals:
         moved = look(copy)
         if here.st_dev == copy.parent.stat().st_dev and (moved is None or identity(moved) != identity(here)):
             if moved is not None and look(source) is None:
-                copy.rename(source)  # exchanged in the last moment: whatever it is, it was not looked at
-            self._let_go(row, "was replaced while it was taken")
+                copy.rename(source)  # swapped at the last moment: whatever it is, it was not checked
+            self._let_go(row, "was exchanged while it was taken")
 
     def _is_as_recorded(self, row: FileRow, source: Path) -> bool:
         found = look(source)

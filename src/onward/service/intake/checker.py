@@ -16,7 +16,7 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 FACT = "checker"
-"""Fact of the run in which this process leaves why it ended early."""
+"""The ledger's fact in which this process leaves why it ended early."""
 
 
 def check_arrived(
@@ -31,7 +31,7 @@ def check_arrived(
         begun: called with a file once its attempt is counted, before it is opened.
 
     Raises:
-        OnwardError, OSError, sqlite3.Error, MemoryError: checking cannot go on now; the ledger says why.
+        OnwardError, OSError, sqlite3.Error, MemoryError: checking cannot continue now; the ledger says why.
     """
     parent = os.getppid()
 

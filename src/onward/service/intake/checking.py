@@ -1,8 +1,8 @@
-"""Intake: what arrived is checked row by row, and every file enters the stream whole or not at all.
+"""Intake: files that arrived are checked row by row, and each enters the stream whole or not at all.
 
-What was handed over survives a kill: a file arrives, durably, before anything slow begins, and is settled later.
-The files of one command stand or fall together, so that a refused one never changes the order of the others; each
-file of the inbox stands for itself.
+What was handed over survives a kill: a file arrives durably before anything slow begins, and is settled later. The
+files of one command are accepted or refused together, so that a refused one never changes the order of the others; each
+file of the inbox is on its own.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Intake:
     """Takes files into the stream of one run.
 
     Args:
-        stop: called while files are read; raises to end early, and what arrived stays for the next start.
-        rules: the rules that rows must obey; by default what the run's config and base model say.
+        stop: called while files are read; raises to end early; what arrived then waits for the next start.
+        rules: the rules that rows must obey; by default those of the run's config and base model.
         begun: called with a file once its attempt is counted, before it is opened.
     """
 
@@ -72,7 +72,7 @@ class Intake:
     ) -> list[FileRow]:
         """Take in files in order.
 
-        Files that are still waiting are not an error: the same command may be given again after a kill.
+        Files that are still waiting are not an error: the same command may be repeated after a kill.
 
         Args:
             again: accept content that the stream already has.
@@ -89,15 +89,15 @@ class Intake:
             command = self._arrive(paths, again, PRIORITIES[priority], intent)
             try:
                 return self._settle_at_last(command)
-            except OnwardError:  # a refused command takes nothing in; a killed one is finished by the next process
+            except OnwardError:  # a refused command takes nothing in; the next process finishes a killed one
                 self._settling.withdraw(command)
                 raise
 
     def finish_left_over(self, intent: int | None = None) -> list[FileRejected]:
-        """Finish what an interrupted process took in or was to take in; returns the refusals that it cannot report.
+        """Finish what an interrupted process took in or was about to; return the refusals that it cannot report.
 
         Args:
-            intent: that of the caller's own command, which is left alone.
+            intent: the intent of the caller's own command, which is left alone.
         """
         refused = self.take_intents(intent)
         with self._owned():
@@ -109,9 +109,9 @@ class Intake:
         return refused
 
     def take_intents(self, intent: int | None = None) -> list[FileRejected]:
-        """Let the files of commands arrive that were ended before they had read them; returns what was refused.
+        """Let the files of commands arrive that ended before they had read them; return what was refused.
 
-        Only the process that owns the run may do this: nobody else's command can be going on.
+        Only the process that owns the run may do this, because then no other command can be running.
         """
         refused: list[FileRejected] = []
         left = [one for one in self.ledger.intents() if intent is None or one.id < intent]
@@ -123,12 +123,12 @@ class Intake:
         return refused
 
     def withdraw(self, row: FileRow, reason: str) -> str:
-        """Take a file out of the stream that arrived and was not accepted yet, even while a process checks it.
+        """Take a file that arrived but was not accepted yet out of the stream, even while a process checks it.
 
-        It goes to `rejected/`; a process that is reading it notices within a moment and leaves it.
+        It is moved to `rejected/`; a process that is reading it notices shortly and drops it.
 
         Returns:
-            What was done, for a person.
+            What was done, in words.
 
         Raises:
             OnwardError: the file is no longer arriving.
@@ -150,18 +150,18 @@ class Intake:
     # the inbox
 
     def announce(self, found: Sequence[tuple[Path, int]]) -> int:
-        """Give settled files of the inbox, given with their priority, their places in the queue; returns how many."""
+        """Give settled files of the inbox, with their priorities, places in the queue; return how many are new."""
         return self._arrivals.announce(found, uuid.uuid4().hex)
 
     def bring_in(
         self, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
     ) -> list[FileRow]:
-        """Read announced files and move them into the archive, as far as the budget goes.
+        """Read announced files and move them into the archive, within the budget.
 
-        While another process takes files in, nothing happens.
+        Nothing happens while another process takes files in.
 
         Args:
-            leaves: true for files that are left to a process of their own.
+            leaves: returns whether a file is left to a process of its own.
         """
         rows = [row for row in self.ledger.announced() if not leaves(row)][:TOGETHER]
         if not rows:
@@ -172,15 +172,15 @@ class Intake:
     def check_ahead(
         self, *, seconds: float, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
     ) -> FileRow | None:
-        """Check arrived files in the order of the queue; returns one that has to be left to a process of its own.
+        """Check arrived files in the order of the queue; return a file that has to be left to a process of its own.
 
-        Checking goes on while a file that would be trained before the head of the queue is unchecked. While another
-        process takes files in, nothing happens.
+        Checking continues while a file that would be trained before the head of the queue is unchecked. Nothing happens
+        while another process takes files in.
 
         Args:
-            seconds: time after which no further file is begun, once the head of the queue is known.
-            budget: what may be done at most, whatever is unchecked.
-            leaves: true for files that are left to a process of their own.
+            seconds: the time after which no further file is begun, once the head of the queue is known.
+            budget: the most that may be done, whatever is unchecked.
+            leaves: returns whether a file is left to a process of its own.
         """
         ends = time.monotonic() + seconds
         guard = Guard(self.stop, budget)
@@ -195,7 +195,7 @@ class Intake:
                     self._settle(row.command, guard)
                 except BudgetSpent:
                     return row
-                except MemoryError:  # this process may have little left; that says nothing of another one
+                except MemoryError:  # this process may have little left; another one may have enough
                     if budget is None:
                         raise
                     return row
@@ -204,7 +204,7 @@ class Intake:
         return None
 
     def check_next(self) -> bool:
-        """Read and check the file at the head of those that arrived, however long it takes; False if there is none.
+        """Read and check the first of the files that arrived, however long it takes; return False if there is none.
 
         The intake lock is held for this file only.
         """
@@ -228,7 +228,7 @@ class Intake:
 
     @contextlib.contextmanager
     def _owned(self, *, wait: bool = True) -> Generator[bool]:
-        """Hold the intake lock, and once finish what a killed process left; False where others hold it."""
+        """Hold the intake lock, and the first time finish what a killed process left; yield False if others hold it."""
         with self._lock.held(self.stop, wait=wait) as mine:
             if mine:
                 self.layout.make_own()
@@ -239,16 +239,16 @@ class Intake:
             yield mine
 
     def _fetched(self, paths: Sequence[Path], intent: int | None) -> list[Path]:
-        """Return files by their paths, data sets of the Hub downloaded; nobody waits for the lock meanwhile."""
+        """Return the paths of files, with data sets of the Hub downloaded; the intake lock is not held meanwhile."""
         try:
             return self._hub.files(paths, self.stop)
         except OnwardError:
             if intent is not None:
-                self.ledger.end_intent(intent)  # a person is told
+                self.ledger.end_intent(intent)  # the user is told
             raise
 
     def _arrive(self, paths: Sequence[Path], again: bool, priority: int, intent: int | None) -> str:
-        """Copy files into the archive under names of their own and record them, durably; returns their command."""
+        """Copy files into the archive under names of their own and durably record them; return their command."""
         command = uuid.uuid4().hex
         try:
             for path in paths:
@@ -256,7 +256,7 @@ class Intake:
             arrived = self._copy(paths)
         except (OnwardError, OSError):
             if intent is not None:
-                self.ledger.end_intent(intent)  # a person is told
+                self.ledger.end_intent(intent)  # the user is told
             raise
         common = {"command": command, "again": int(again), "priority": priority}
         self._arrivals.record([{**values, **common} for values in arrived], intent)
@@ -295,7 +295,7 @@ class Intake:
             raise FileRejected(error.what, where=error.where, hint=error.hint) from None
 
     def _settle(self, command: str, guard: Guard) -> list[FileRow]:
-        """Accept everything that arrived with a command, or refuse it all; returns the files accepted."""
+        """Accept everything that arrived with a command, or refuse it all; return the accepted files."""
         rows = self.ledger.arriving(command)
         announced = [row for row in rows if row.is_announced]
         if announced:
@@ -312,7 +312,7 @@ class Intake:
                 outcome = self._check.check(row, guard)
             except Withdrawn:
                 continue
-            if len(fresh) > 1:  # that it ended must not be forgotten when another file of the command ends the process
+            if len(fresh) > 1:  # that it was checked must be remembered if another file of the command ends the process
                 self.ledger.count_attempt(row.id, -1)
             if isinstance(outcome, Refusal):
                 refusals.append((row, outcome))
@@ -326,7 +326,7 @@ class Intake:
         return self._settling.accept(rows, reports)
 
     def _settle_at_last(self, command: str) -> list[FileRow]:
-        """Settle a command in this process, whatever memory it takes: attempts bound how often that is tried."""
+        """Settle a command in this process, whatever memory it takes; attempts bound how often that is tried."""
         while True:
             try:
                 return self._settle(command, Guard(self.stop))

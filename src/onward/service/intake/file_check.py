@@ -1,6 +1,6 @@
-"""Checking one file: every row is read once, and a file that keeps ending the process is given up.
+"""Checks one file: every row is read once, and a file that keeps ending the process is refused.
 
-This is the one place that decides whether a failure is the file's.
+Only here is it decided whether a failure is the file's fault.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 ATTEMPTS = 3
-"""Times that checking a file may end the process before the file is refused."""
+"""How often checking a file may end the process before the file is refused."""
 
 
 class Withdrawn(Exception):
-    """Somebody took the file out of the stream while it was checked."""
+    """The file was taken out of the stream while it was checked."""
 
 
 class FileCheck:
-    """Checks the rows of files that lie in the archive, and keeps their tokens.
+    """Checks the rows of archived files, and keeps their tokens.
 
     Args:
-        rules: gives the tokenizer and the limits, when the first file needs them.
+        rules: returns the tokenizer and the limits; called when the first file needs them.
         begun: called with the file once its attempt is counted, before it is opened.
     """
 
@@ -51,9 +51,9 @@ class FileCheck:
         self._begun = begun
 
     def check(self, row: FileRow, guard: Guard) -> IntakeReport | Refusal:
-        """Check every row of a file; that it begins is counted, durably, before the file is opened.
+        """Check every row of a file; the attempt is durably counted before the file is opened.
 
-        The count stands if the process dies or memory runs out, and is taken back when the file is not to blame.
+        The count stays if the process dies or memory runs out, and is taken back if the file is not to blame.
 
         Raises:
             Stopped, BudgetSpent, Withdrawn: the check was ended early.
@@ -61,7 +61,7 @@ class FileCheck:
             OSError, sqlite3.Error: the machine fails.
             MemoryError: there is too little memory; this counts as an attempt.
         """
-        rules = self._rules()  # before the attempt: what fails here is not the file's
+        rules = self._rules()  # before the attempt: a failure here is not the file's fault
         original = self.layout.kept(row.copy)
         if row.attempts >= ATTEMPTS:
             return Refusal.of_deaths(row)
@@ -105,7 +105,7 @@ class FileCheck:
             raise Withdrawn
 
     def _require_room(self, row: FileRow, rules: RowRules) -> None:
-        """Leave the disk's last bytes to training: what was written of the tokens is removed again."""
+        """Leave the last free bytes of the disk to training: the tokens written so far are removed again."""
         free = shutil.disk_usage(self.layout.tokens).free
         if free < rules.room:
             raise NoSpace(
@@ -116,9 +116,9 @@ class FileCheck:
 
 
 def _is_of_file(error: BaseException, original: Path) -> bool:
-    """Whether checking failed for what the file holds: neither for the machine, nor because it was ended early.
+    """Whether checking failed because of the file's content, not because of the machine or because it was ended early.
 
-    That another file, of the cache or of a library, may not be read says nothing of the one that is checked.
+    If another file, of the cache or of a library, cannot be read, that says nothing about the one being checked.
     """
     if isinstance(error, Stopped | BudgetSpent | Withdrawn | NoSpace | Unreadable | sqlite3.Error):
         return False

@@ -1,4 +1,4 @@
-"""A folder that `datasets` saved (`save_to_disk`) as one Arrow file: the batches of its files, one after another."""
+"""Joins a folder that `datasets` saved (`save_to_disk`) into one Arrow file: the batches of its files in order."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def require_one_split(folder: Path) -> None:
 
 
 def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
-    """Write the files of a folder as one; returns its SHA-256 and its bytes.
+    """Write the files of a folder as one file; return its SHA-256 and its size in bytes.
 
     Raises:
-        FileError: a file is missing or damaged, they differ in their columns, or the folder selects some of their rows.
+        FileError: a file is missing or damaged, their columns differ, or the folder selects some of their rows.
     """
     if _names(folder / STATE, "_indices_data_files") or _names(folder / STATE, "_indices_files"):
         raise FileError("the folder contains a selection of rows, not the rows themselves", SAVE_AGAIN)
@@ -80,7 +80,7 @@ def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
 
 
 def _names(path: Path, key: str) -> list[str]:
-    """Return the names that a JSON file lists under a key, each of something in its own folder."""
+    """Return the names that a JSON file lists under a key, each of an entry in its own folder."""
     try:
         found: Any = json.loads(path.read_bytes()).get(key) or []
         names = [str(entry["filename"]) if isinstance(entry, dict) else str(entry) for entry in found]
@@ -92,7 +92,7 @@ def _names(path: Path, key: str) -> list[str]:
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path that a person mistyped: at which nothing lies, or a directory.
+    """Refuse a mistyped path: one at which there is nothing, or a directory.
 
     Raises:
         UsageError: it is one of those.
@@ -103,7 +103,7 @@ def require_file(path: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError("there is no such file", where=shown, hint="Check the path; nothing was added.") from None
     except OSError:
-        return  # said in its own words when it is read
+        return  # reported when the file is read
     if path.is_dir() and not is_saved_dataset(path):
         require_one_split(path)
         raise UsageError("this is a directory, not a file", where=shown, hint=f"Name its files: {quoted(path)}/*.jsonl")

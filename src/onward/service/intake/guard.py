@@ -1,4 +1,4 @@
-"""What ends the reading of files early: a stop that was asked for, or a budget that is spent."""
+"""Ends the reading of files early: when a stop is asked for, or a budget is spent."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SELDOM = 0.2
-"""Seconds between two calls of a check that costs more than a look at the clock."""
+"""Seconds between two calls of a check that costs more than reading the clock."""
 
 
 class BudgetSpent(Exception):
-    """The work in hand would exceed its budget; it is left as if it had not been begun."""
+    """The current work would exceed its budget; it is left as if it had not been begun."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be done between two steps of training.
+    """How much may be done between two steps of training.
 
     Args:
         size: bytes that may be read.
@@ -33,8 +33,8 @@ class Guard:
     """Called for every row and buffer while files are read; raises to end the work.
 
     Args:
-        stop: raises if somebody asked for a stop.
-        budget: None if the work may take as long as it takes.
+        stop: raises if a stop was asked for.
+        budget: None if the work may take any time.
         monotonic: seconds that never jump.
     """
 
@@ -69,7 +69,7 @@ class Guard:
         """Account for bytes before they are read.
 
         Raises:
-            BudgetSpent: that many are not left, or there is no time left.
+            BudgetSpent: not that many bytes are left, or no time.
         """
         self._stop()
         if not self.is_bounded:
@@ -80,7 +80,7 @@ class Guard:
 
 
 def at_intervals(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
-    """Return a function that calls checks, at most every `SELDOM` seconds however often it is called itself."""
+    """Return a function that calls checks at most every `SELDOM` seconds, however often it is called itself."""
     due = monotonic()
 
     def call() -> None:

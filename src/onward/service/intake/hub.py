@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub by name: `hf://datasets/OWNER/NAME[@REVISION][/PATH]`.
 
-Only a person who names one has it downloaded, into the cache of `huggingface_hub`; from there its files are copied and
-hashed as any others.
+A data set is downloaded only if the user names it, into the cache of `huggingface_hub`; from there its files are copied
+and hashed like any others.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SCHEME = "hf:"
 _TRAIN = re.compile(r"(^|[/_.-])train(ing)?([/_.-]|$)")
 _SHOWN = 5
 LOOK = 0.2
-"""Seconds between two looks at what may end a download."""
+"""Seconds between two checks of whether to end a download."""
 
 
 def is_hub_name(path: Path) -> bool:
-    """Return whether a path is the name of a data set; made absolute, it still is."""
+    """Return whether a path is the name of a data set, even if it was made absolute."""
     return SCHEME in path.parts
 
 
@@ -44,7 +44,7 @@ class HubName:
         """Parse a name.
 
         Raises:
-            UsageError: it names no data set.
+            UsageError: it does not name a data set.
         """
         kind, *rest = [*path.parts[path.parts.index(SCHEME) + 1 :], ""]
         parts = [part for part in rest if part]
@@ -71,13 +71,13 @@ class Hub:
         self._api = api
 
     def fetch(self, path: Path, stop: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the files of a data set, downloaded; of one with splits those for training.
+        """Download a data set and return its files; of one with splits, those for training.
 
         Args:
-            stop: called every now and then; may raise. What was downloaded by then is gone on with the next time.
+            stop: called every now and then; may raise. The next call continues the download.
 
         Raises:
-            UsageError: there is no such data set, it cannot be fetched now, or it cannot be told which of its files are
+            UsageError: there is no such data set, it cannot be fetched now, or it is unclear which of its files are
                 meant.
         """
         name = HubName.of(path)
@@ -86,7 +86,7 @@ class Hub:
         def work() -> None:
             try:
                 found.set_result(self._download(name))
-            except BaseException as error:  # raised where it is waited for
+            except BaseException as error:  # raised by the thread that waits
                 found.set_exception(error)
 
         threading.Thread(target=work, name="onward-hub", daemon=True).start()
@@ -95,7 +95,7 @@ class Hub:
         return found.result()
 
     def files(self, paths: Sequence[Path], stop: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return paths with the files of a data set in place of each name of one; raises as `fetch` does."""
+        """Return paths with each name of a data set replaced by its files; raises as `fetch` does."""
         return [file for path in paths for file in (self.fetch(path, stop) if is_hub_name(path) else [path])]
 
     def _download(self, name: HubName) -> list[Path]:
@@ -109,7 +109,7 @@ class Hub:
             ]
         except UsageError:
             raise
-        except Exception as error:  # of the network, of its libraries, or of the Hub
+        except Exception as error:  # from the network, its libraries, or the Hub
             raise UsageError(
                 f"the data set {name.repository} cannot be fetched: {first_line(error)}",
                 where=str(name),

@@ -1,7 +1,7 @@
 """The inbox: which files in it are settled, and in which order they are taken.
 
-A file is settled when its writer renamed it in, or when its size and time stood still for a while and no process
-has it open for writing.
+A file is settled when its writer renamed it into place, or when its size and time have not changed for a while and no
+process has it open for writing.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from onward.errors import UsageError
 from onward.service.intake.writers import is_being_written
 
 PRIORITIES = {"high": 1, "normal": 0, "low": -1}
-"""Folders of the inbox, and what `--priority` takes, with their rank."""
+"""The ranks of priorities: folders of the inbox, and values of `--priority`."""
 IGNORED = (".part", ".partial", ".tmp", ".temp", ".crdownload", ".filepart", ".swp", "~")
-"""Endings under which writers and editors keep what is not done."""
+"""Endings under which writers and editors keep unfinished files."""
 
 
 def require_priority(name: str) -> None:
-    """Refuse a priority that there is not.
+    """Refuse an unknown priority.
 
     Raises:
         UsageError: there is no such priority.
@@ -33,7 +33,7 @@ def require_priority(name: str) -> None:
 
 @dataclass
 class _Sight:
-    """What was seen of a file: when first, and since when it stands still (monotonic seconds)."""
+    """What was seen of a file: when it was first seen, and since when it has not changed (monotonic seconds)."""
 
     order: tuple[int, int, str]
     signature: tuple[int, int, int]
@@ -43,20 +43,20 @@ class _Sight:
 
 @dataclass(frozen=True)
 class Scan:
-    """Settled files with their priority, in the order they are to be taken; and how many are not settled yet."""
+    """Settled files with their priority, in the order in which to take them; and how many are not settled yet."""
 
     settled: list[tuple[Path, int]]
     unsettled: int
     strange: list[str]
-    """Names of directories that no priority belongs to."""
+    """Names of directories that are not a priority."""
 
 
 class Inbox:
-    """Looks at `inbox/`, `inbox/high` and `inbox/low`.
+    """Scans `inbox/`, `inbox/high` and `inbox/low`.
 
     Args:
-        settle_seconds: time that a file must stand still.
-        clock: seconds since the epoch, as the file system's times are.
+        settle_seconds: how long a file must stay unchanged.
+        clock: seconds since the epoch, like the file system's times.
         monotonic: seconds that never jump.
     """
 
@@ -79,7 +79,7 @@ class Inbox:
         """Look at every file once; those seen in an earlier scan come first, then by time of arrival, then by name.
 
         Args:
-            announced: paths below the inbox that have their place in the queue already; they are passed over.
+            announced: paths below the inbox that already have their place in the queue; they are skipped.
 
         Raises:
             OSError: the inbox is gone or cannot be read.

@@ -1,4 +1,4 @@
-"""The intake lock: whoever takes files in holds it, file by file, and those who wait get their turn."""
+"""The intake lock: a process that takes files in holds it, file by file, and those that wait get their turn."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from filelock import FileLock, Timeout
 from onward.layout import RunLayout
 
 TRY = 0.2
-"""Seconds of one try, after which the waiting process looks whether it was asked to stop."""
+"""Seconds of one try, after which the waiting process checks whether it was asked to stop."""
 LOOK = 0.02
-"""Seconds between two looks at a lock that others hold."""
+"""Seconds between two checks of a lock that others hold."""
 
 
 class IntakeLock:
     """A lock between processes, taken in turn.
 
-    A process that holds the lock file by file would get it again and again before one that looks every now and then.
-    Therefore the next one waits for the lock while it holds a second one, the turn, which everybody takes first.
+    A process that holds the lock file by file would get it again and again before one that only checks every now and
+    then. Therefore the next process holds a second lock, the turn, while it waits; everybody takes that one first.
     """
 
     def __init__(self, layout: RunLayout) -> None:
@@ -29,7 +29,7 @@ class IntakeLock:
 
     @contextlib.contextmanager
     def held(self, stop: Callable[[], None], *, wait: bool) -> Generator[bool]:
-        """Hold the lock; False where others hold it and `wait` is not set.
+        """Hold the lock; yield False if others hold it and `wait` is not set.
 
         Args:
             stop: called between tries; may raise.

@@ -1,4 +1,4 @@
-"""Names of files in `archive/` and `rejected/`: plain, not too long, and never one that is taken."""
+"""Names of files in `archive/` and `rejected/`: plain, not too long, and never one already taken."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from onward.atomic import TEMPORARY_PREFIX
 
 NAME_BYTES, NAME_ENDING = 180, 12
-"""Bytes of a long name that are kept, and characters of its end: room for a prefix, a number and `.report.json`."""
+"""Bytes of a long name that are kept, and characters of its ending: room for a prefix, a number and `.report.json`."""
 REPORT = ".report.json"
-"""Ending of a report in `rejected/`; no file of a person is kept there under a name that ends so."""
+"""Ending of a report in `rejected/`; no user's file is kept there under a name with this ending."""
 NUMBERED = 100
-"""Numbers tried for a name that is taken, before a random one."""
+"""How many numbers are tried for a name that is taken, before a random one."""
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name in printable characters, short enough for the longer names that are derived from it."""
+    """Return a file's name in printable characters, short enough for the longer names derived from it."""
     plain = "".join(character if character.isprintable() else "_" for character in name)
     if plain.startswith(TEMPORARY_PREFIX):
         plain = f"_{plain[1:]}"
@@ -27,12 +27,12 @@ def plain_name(name: str) -> str:
 
 
 def rejected_name(name: str) -> str:
-    """Return the name under which a refused file is kept: that of a report is never one of them."""
+    """Return the name under which a refused file is kept; it is never that of a report."""
     return f"{name.removesuffix(REPORT)}.report_.json" if name.endswith(REPORT) else name
 
 
 def report_of(kept: Path) -> Path:
-    """Return the place of the report on a refused file."""
+    """Return the path of the report on a refused file."""
     return kept.with_name(f"{kept.name}{REPORT}")
 
 
@@ -42,8 +42,8 @@ def unused_name(
     """Return a path in `folder` that no file has yet: `name`, or `name` with a number before its endings.
 
     Args:
-        reserved: names that are taken, too.
-        with_report: whether the name of its report has to be free as well.
+        reserved: further names that count as taken.
+        with_report: whether the name of the file's report has to be free as well.
     """
     stem, dot, endings = name.partition(".")
     path = folder / name

@@ -1,4 +1,4 @@
-"""Reading and moving files that others may still write: one descriptor, and the same file before and after."""
+"""Reads and moves files that others may still write: by one descriptor, and checked before and after to be the same."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from onward.data.files.containers import FileError
 from onward.service.intake.guard import Guard
 
 CHUNK = 1 << 20
-"""Bytes read at once: a stop or a spent budget is noticed between two chunks."""
+"""Bytes read at once; a stop or a spent budget is noticed between two chunks."""
 
 
 class Changed(Exception):
-    """The file is not the one that was seen: its writer is not done, or it was exchanged."""
+    """The file is not the one that was seen: its writer is not done, or it was replaced."""
 
 
 def look(path: Path) -> os.stat_result | None:
-    """Return what lies at a path, a link itself and not what it names; None if nothing does.
+    """Return the status of a path, of a link itself and not its target; None if there is nothing.
 
     Raises:
         OSError: the machine cannot tell.
@@ -34,22 +34,22 @@ def look(path: Path) -> os.stat_result | None:
 
 
 def identity(status: os.stat_result) -> str:
-    """Return device, inode, size and modification time: what all change of a file shows in."""
+    """Return device, inode, size and modification time, in which any change of a file shows."""
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def read_whole(
     path: Path, guard: Guard, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
 ) -> tuple[str, os.stat_result]:
-    """Read a file through one descriptor; returns its SHA-256 and what it was.
+    """Read a file through one descriptor; return its SHA-256 and its status.
 
     Args:
-        writer: gets the bytes.
+        writer: receives the bytes.
         links: whether a symbolic link is followed.
-        flush: force the bytes to the disk, which somebody else wrote.
+        flush: force the bytes, which another process wrote, to the disk.
 
     Raises:
-        Changed: it changed while it was read, or the path does not lead to it any more.
+        Changed: it changed while it was read, or the path no longer leads to it.
         FileError: it is not a regular file.
         OSError: the machine cannot read it.
     """
@@ -80,12 +80,12 @@ def read_whole(
 def _read(descriptor: int, memory: memoryview, path: Path) -> int:
     try:
         return os.readv(descriptor, [memory])
-    except OSError as error:  # the kernel does not know the name
+    except OSError as error:  # the kernel does not accept the name
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _open(path: Path, links: bool) -> int:
-    """Open a file without waiting for the writer of a fifo, and without following a link."""
+    """Open a file without waiting for the writer of a FIFO; a link is followed only with `links`."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         return os.open(path, flags if links else flags | os.O_NOFOLLOW)
@@ -96,12 +96,12 @@ def _open(path: Path, links: bool) -> int:
 
 
 def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None:
-    """Move a file, from another disk by a copy that is durable before the source goes.
+    """Move a file; between disks, by a copy that is durable before the source is removed.
 
-    A link is moved as a link. Any other special file has no content: from another disk it is only removed.
+    A link is moved as a link. Any other special file has no content: between disks it is only removed.
 
     Raises:
-        Changed: it changed while it was copied; it stays, and there is no copy.
+        Changed: it changed while it was copied; it stays, and no copy is left.
         OSError: the machine cannot move it; the source stays.
     """
     try:

@@ -23,16 +23,16 @@ from onward.store.rows import FileRow
 from onward.text import printable
 
 REPORTED = 20
-"""Rows that a rejection names at most."""
+"""The most rows that a rejection names."""
 REASON_LENGTH = 500
-"""Characters of a reason: it may quote what the row holds."""
+"""The most characters of a reason, which may quote the row."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a file was not accepted. `problems` are `{"line", "reason", "remedy"}`, at most `REPORTED`.
+    """Why a file was not accepted. `problems` is a list of `{"line", "reason", "remedy"}`, at most `REPORTED`.
 
-    `way_out` is what may be done instead of mending the rows, "" where there is nothing.
+    `way_out` is what may be done instead of fixing the rows; "" if there is nothing.
     """
 
     name: str
@@ -43,52 +43,52 @@ class Refusal:
 
     @classmethod
     def of_file(cls, name: str, error: FileError) -> Refusal:
-        """The refusal of a file that cannot be read as what it claims to be."""
+        """Return the refusal of a file that cannot be read as what it claims to be."""
         return cls(plain_name(name), [_problem(error.line, error.reason, error.remedy)], 1)
 
     @classmethod
     def of_rows(cls, name: str, report: IntakeReport) -> Refusal:
-        """The refusal of a file with bad rows."""
+        """Return the refusal of a file with bad rows."""
         problems = [_problem(problem.line, problem.reason, problem.remedy) for problem in report.problems]
         return cls(name, problems, report.problem_count, report.unit, report.way_out)
 
     @classmethod
     def of_duplicate(cls, row: FileRow, twin: FileRow) -> Refusal:
-        """The refusal of content that the stream has already."""
+        """Return the refusal of content that the stream already has."""
         place = f"file {twin.position} of the stream" if twin.position else "a file of the stream or this command"
         reason = f"its content is that of {place} ({twin.name}, {twin.state})"
         return cls(row.name, [_problem(None, reason, "to train it once more: onward add --again")], 1)
 
     @classmethod
     def of_change(cls, row: FileRow) -> Refusal:
-        """The refusal of a file that is not the one any more whose hash was recorded."""
+        """Return the refusal of a file that no longer has the recorded hash."""
         reason = "it changed after it was taken: its writer still had it open"
         return cls(row.name, [_problem(None, reason, "add it again when its writer is done")], 1)
 
     @classmethod
     def of_deaths(cls, row: FileRow) -> Refusal:
-        """The refusal of a file at which processes died."""
+        """Return the refusal of a file at which processes died."""
         reason = f"checking it killed the process {row.attempts} times, through lack of memory or a fault in a library"
         return cls(row.name, [_problem(None, reason, "split the file, or export its rows again")], 1)
 
     @classmethod
     def of_error(cls, row: FileRow, error: BaseException) -> Refusal:
-        """The refusal of a file that made checking fail in a way that nobody thought of."""
+        """Return the refusal of a file that made checking fail in an unforeseen way."""
         return cls(row.name, [_problem(None, f"it cannot be used ({described(error)})", "export its rows again")], 1)
 
     @classmethod
     def of_training(cls, name: str, reason: str, remedy: str) -> Refusal:
-        """The refusal of a file that was accepted and could not be trained."""
+        """Return the refusal of a file that was accepted but could not be trained."""
         return cls(name, [_problem(None, reason, remedy)], 1)
 
     @classmethod
     def of_guard(cls, name: str, found: Sequence[dict[str, Any]], way_out: str) -> Refusal:
-        """The refusal of a file that passed the guard's limits: what was found, and the rows to look at."""
+        """Return the refusal of a file that exceeded the guard's limits: what was found, and the rows to look at."""
         problems = [_problem(each["line"], each["reason"], each["remedy"]) for each in found]
         return cls(name, problems, len(problems), way_out=way_out)
 
     def lines(self) -> list[str]:
-        """Return the refusal as lines for a person: file, row, reason, remedy."""
+        """Return the refusal as lines of text: file, row, reason, remedy."""
         shown = [self._line(problem) for problem in self.problems]
         hidden = self.problem_count - len(shown)
         return shown + ([f"{self.name}: and {hidden} more"] if hidden > 0 else [])
@@ -100,11 +100,11 @@ class Refusal:
 
 
 def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *, move: bool = False) -> Path:
-    """Put a refused file into `rejected/` with its report, the report first; returns the report's place.
+    """Put a refused file into `rejected/` with its report, the report first; return the report's path.
 
     Args:
         now: the time of the refusal, seconds since the epoch.
-        move: the file goes there; else a copy of it, where it can be read.
+        move: move the file there; otherwise copy it, if it can be read.
     """
     layout.rejected.mkdir(exist_ok=True)
     target = layout.rejected / rejected_name(refusal.name)
@@ -117,13 +117,13 @@ def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *,
     if not move and look(target) is None:
         _keep_copy(path, target)
     elif move and look(path) is not None:
-        with contextlib.suppress(Changed):  # somebody still writes it: it stays where it is
+        with contextlib.suppress(Changed):  # it is still being written: it stays where it is
             move_durably(path, target)
     return report_of(target)
 
 
 def _may_take(target: Path, path: Path, *, links: bool) -> bool:
-    """Whether a refused file and its report may take these names: they are free, or were taken by the same file."""
+    """Whether a refused file and its report may take these names: they are free, or taken by the same file."""
     report = report_of(target)
     if look(report) is not None and not _is_report(report):
         return False
@@ -135,7 +135,7 @@ def _may_take(target: Path, path: Path, *, links: bool) -> bool:
 
 
 def _is_report(path: Path) -> bool:
-    """Whether a file is a report that Onward wrote, and not one of a person that has its name."""
+    """Whether a file is a report that Onward wrote, and not a user's file with such a name."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -144,7 +144,7 @@ def _is_report(path: Path) -> bool:
 
 
 def _keep_copy(path: Path, target: Path) -> None:
-    """Copy a file that a person still has: where that cannot be done, the report says enough."""
+    """Copy a file that the user still has; if that fails, the report says enough."""
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
@@ -155,7 +155,7 @@ def _keep_copy(path: Path, target: Path) -> None:
 
 
 def rejection(refusals: list[Refusal], given: int) -> FileRejected:
-    """Return the error for a command of `given` files of which some were refused."""
+    """Return the error for a command with `given` files, some of which were refused."""
     lines = [line for refusal in refusals for line in refusal.lines()]
     what = f"{len(refusals)} of {given} files rejected, none added:\n" + "\n".join(f"  {line}" for line in lines)
     ways = {refusal.way_out for refusal in refusals}
@@ -165,7 +165,7 @@ def rejection(refusals: list[Refusal], given: int) -> FileRejected:
 
 
 def _problem(line: int | None, reason: str, remedy: str) -> dict[str, Any]:
-    """A problem as one line of plain text each: what a row holds can neither steer a terminal nor break a report."""
+    """Return a problem as plain one-line texts, so that a row can neither control a terminal nor break a report."""
     return {"line": line, "reason": _one_line(reason), "remedy": _one_line(remedy)}
 
 

@@ -23,7 +23,7 @@ from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
 
 CHECKPOINT_ROOM = 1.2
-"""Share of the newest checkpoint's size that checking leaves free on the disk: training needs it next."""
+"""The room that checking leaves free on the disk, in sizes of the newest checkpoint: training needs it next."""
 
 
 class RunTokenizer(RowTokenizer):
@@ -32,7 +32,7 @@ class RunTokenizer(RowTokenizer):
     Args:
         state: the tokenizer.
         config: gives `max_length` and `over_length`.
-        embedding_rows: token ids go from 0 to one below; None where the model's files do not tell.
+        embedding_rows: token ids are below this; None if the model's files do not tell.
     """
 
     def __init__(self, state: TokenizerState, config: Config, embedding_rows: int | None) -> None:
@@ -44,8 +44,8 @@ class RunTokenizer(RowTokenizer):
         """Return the text of a row and which of its characters are targets.
 
         Raises:
-            RowError: the chat template refuses the row, or its targets cannot be proven. Where another template is the
-                remedy, the one is named that TRL ships for this model.
+            RowError: the chat template refuses the row, or its targets cannot be proven. If another template is the
+                remedy, the error names the one that TRL ships for this model.
         """
         try:
             return super().prepare(record)
@@ -62,7 +62,7 @@ class RunTokenizer(RowTokenizer):
         """Apply the length policy to one row.
 
         Raises:
-            RowError: the row is too long and the policy is to refuse it, or the model has no such token.
+            RowError: the row is too long and the policy is to refuse it, or the model lacks one of its tokens.
         """
         fitted = super().fit(packed)
         if self._embedding_rows is not None and fitted.packed is not None:
@@ -77,12 +77,12 @@ class RunTokenizer(RowTokenizer):
 
 @dataclass(frozen=True)
 class RowRules:
-    """The rules that rows must obey in a run.
+    """The rules that rows of a run must obey.
 
     Args:
-        tokenizer: turns them into tokens.
-        reading: how a file is read, and what may be wrong with it.
-        room: bytes of the disk that checking leaves free.
+        tokenizer: turns rows into tokens.
+        reading: how a file is read, and how many rows may be bad.
+        room: bytes that checking leaves free on the disk.
     """
 
     tokenizer: RowTokenizer
@@ -97,10 +97,10 @@ class RowRules:
 
 
 class RulesOfRun:
-    """The rules of one run, made again when its config changes.
+    """The rules of one run, rebuilt when its config changes.
 
     Args:
-        config: returns the config as it is now.
+        config: returns the current config.
     """
 
     def __init__(self, layout: RunLayout, ledger: Ledger, config: Callable[[], Config]) -> None:
@@ -115,7 +115,7 @@ class RulesOfRun:
 
         Raises:
             ConfigError: the config is refused, or asks for more positions than the model has learned.
-            ModelError: the base model or its tokenizer is missing, or is not that of the run any more.
+            ModelError: the base model or its tokenizer is missing, or is no longer the run's.
         """
         config = self._read()
         if self._rules is None or config != self._config:
@@ -128,11 +128,11 @@ class RulesOfRun:
 
 
 def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowTokenizer:
-    """Return the tokenizer of a run, held against the one that the run was begun with.
+    """Return the tokenizer of a run, checked against the one that the run began with.
 
     Raises:
         ConfigError: `max_length` is above the positions that the model has learned.
-        ModelError: base model or tokenizer are missing, or another tokenizer than the run's lies there.
+        ModelError: the base model or the tokenizer is missing, or the tokenizer is not the run's.
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
@@ -151,10 +151,10 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
 
 
 def require_template_of(identity: Mapping[str, Any], config: Config) -> None:
-    """Refuse a config that names another chat template than a run began with.
+    """Refuse a config that names another chat template than the run began with.
 
     Args:
-        identity: what the run has locked; one of an earlier release had the tokenizer's own template.
+        identity: what the run has locked; runs of earlier releases had the tokenizer's own template.
 
     Raises:
         ConfigError: it does.

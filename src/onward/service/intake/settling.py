@@ -1,4 +1,4 @@
-"""Settling: what becomes of files that were checked. A command's files are accepted together or not at all."""
+"""Settles files that were checked: the files of a command are accepted together or not at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Settling:
         self._check = check
 
     def without_duplicates(self, rows: Sequence[FileRow]) -> tuple[list[FileRow], list[tuple[FileRow, Refusal]]]:
-        """Set aside files whose content the stream has; a command given again after a kill goes on without them."""
+        """Set aside files whose content the stream has; a command repeated after a kill continues without them."""
         held = {row.id: self.ledger.holding(row.sha256) for row in rows}
         goes_on = any(other and other.state != "done" for other in held.values())
         fresh: list[FileRow] = []
@@ -37,7 +37,7 @@ class Settling:
         return fresh, refusals
 
     def accept(self, rows: Sequence[FileRow], reports: Sequence[tuple[FileRow, IntakeReport]]) -> list[FileRow]:
-        """Queue the files with a report, in one transaction; the stream has the content of the others already.
+        """Queue the files that have a report, in one transaction; the stream already has the content of the others.
 
         A file that was skipped while it was checked stays out.
         """
@@ -94,7 +94,7 @@ class Settling:
         words = report.lengths.words(None)
         notes = "".join(f"; {note}" for note in report.notes)
         level = "warning" if report.lost_tokens else "info"
-        kind = "accepted" if report.notes else None  # then a person should read it; lengths are told when it begins
+        kind = "accepted" if report.notes else None  # notes are for the user; lengths are reported later
         self.ledger.add_event(level, f"{row.name} accepted: {how_many(report.rows, 'row')}{words}{notes}", kind=kind)
         if report.bad_rows:
             for line in Refusal.of_rows(row.name, report).lines():
@@ -106,6 +106,6 @@ class Settling:
         return self.ledger.file(row.id).state == "arriving"
 
     def _remove_copy(self, row: FileRow) -> None:
-        """Remove the copy of a file that a person still has; a file of the inbox has only the one."""
+        """Remove the copy of a file that the user still has; of a file of the inbox there is no other."""
         if row.inbox is None:
             self.layout.kept(row.copy).unlink(missing_ok=True)

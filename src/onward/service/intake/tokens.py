@@ -1,4 +1,4 @@
-"""The tokenized form of an accepted file: opened from the cache, or made again from the archived original."""
+"""The tokens of an accepted file: opened from the cache, or recreated from the archived original."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onward.store.rows import FileRow
 from onward.text import quoted
 
 LATELY = 32
-"""Finished files looked at when tokens are forgotten: a boundary frees one file's, an older release left more."""
+"""How many finished files are looked at when tokens are removed: a boundary frees one, older releases left more."""
 
 
 def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[], None]) -> TokenizedFile:
@@ -26,7 +26,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
 
     Raises:
         DamagedState: the cache is damaged and the archived original is not the file that was accepted.
-        ConfigError: the config changed so that rows of the file are refused now.
+        ConfigError: the config changed, and rows of the file are refused now.
     """
     folder = session.layout.tokens / _key(session, row, config)
     if folder.is_dir():
@@ -37,7 +37,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
             remove_tree(folder)
     original = require_original(session.layout, row)
     row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
-    # apart from those that intake makes: a process that checks files holds its lock for as long as a file takes
+    # apart from those that intake makes, whose lock is held for as long as the checking of a file takes
     made = session.layout.cache / "again" / folder.name
     remove_tree(made.parent)
     reading = Reading.of_accepted(config, row.bad_rows)
@@ -62,13 +62,13 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
 
 
 def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:
-    """Remove tokens of finished files that nothing waits for; `archive/` has the originals to make them again.
+    """Remove tokens of finished files that nothing needs; they can be recreated from the originals in `archive/`.
 
-    What waits are the queue, the file in training and a replay of the newest boundary, which begins at the restore
-    point before it.
+    They may be needed by the queue, by the file in training, and to replay the newest boundary from the restore point
+    before it.
 
     Args:
-        sources: content that a plan in hand takes rows from.
+        sources: content that a current plan takes rows from.
     """
     steps = [step_of(point) for point in session.layout.restore_points()]
     newest = session.ledger.committed_step()
@@ -84,7 +84,7 @@ def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:
 
 
 def _is_needed(ledger: Ledger, row: FileRow, first: int) -> bool:
-    """Whether another file with the same content waits, or is replayed from a step on."""
+    """Whether another file with the same content waits, or would be replayed from a step on."""
     others = [other for other in ledger.with_content(row.sha256) if other.state in HELD]
     return any(other.state != "done" or other.first_step >= first for other in others)
 

@@ -1,6 +1,6 @@
-"""File events of the inbox: they only make it prompt, for scanning again finds everything.
+"""File events of the inbox. They only save time: scans find everything anyway.
 
-Where a file system sends none (network disks) nothing else changes.
+On file systems that send none (network disks), nothing else changes.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_SECONDS = 2.0
-"""Seconds between scans where nothing tells of a change."""
+"""Seconds between scans if there are no events."""
 
 
 class Watcher:
@@ -40,5 +40,5 @@ class Watcher:
                     raise_interrupt=False, watch_filter=None,
                 ):  # fmt: skip
                     self._changed()
-            except Exception:  # no such folder, too many watches, a disk without events: scanning goes on
+            except Exception:  # no such folder, too many watches, a disk without events: scanning continues
                 self._ended.wait(5 * POLL_SECONDS)

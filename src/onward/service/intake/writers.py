@@ -1,4 +1,4 @@
-"""Whether a file is still being written, as far as the kernel tells."""
+"""Finds out whether a file is still being written, as far as the kernel can tell."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import os
 import signal
 
 UNKNOWN = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO)
-"""Answers to opening a file that may not be read, or is none: it is refused by name when it is taken."""
+"""Errors on opening what must not be read or is not a file: it is refused by name when it is taken in."""
 
 
 def is_being_written(path: str) -> bool:
     """Whether some process has a file open for writing: the kernel then grants no read lease.
 
-    A writer that opens the file while the lease is held makes the kernel send a signal to this process. That is
-    SIGIO, which ends a process, unless another one is named first: SIGURG is ignored by every process that does not
-    handle it, and a process that does has to expect it at any time. The kernel falls back to SIGIO for real-time
-    signals only.
+    If a writer opens the file while the lease is held, the kernel sends a signal to this process. That is SIGIO, which
+    ends a process, unless another signal is set first: SIGURG is ignored by every process that does not handle it, and
+    one that does has to expect it at any time. The kernel falls back to SIGIO for real-time signals only.
 
     Raises:
         OSError: the machine cannot open the file.
@@ -33,7 +32,7 @@ def is_being_written(path: str) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:
-        return error.errno == errno.EAGAIN  # other answers: this file system knows no leases
+        return error.errno == errno.EAGAIN  # other errors: this file system has no leases
     except AttributeError:  # not Linux
         return False
     finally:

@@ -1,6 +1,6 @@
-"""What was trained and measured in the stream so far, added up as it grows: a boundary reads only what is new.
+"""What was trained and measured in the stream so far, accumulated so that each boundary reads only what is new.
 
-Reading every earlier boundary again at each one would make a file cost more than the file before it.
+Reading all earlier boundaries again at each one would make every file cost more than the one before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Measured:
 class Account:
     """The files of the stream up to a position, with what was measured of them.
 
-    It holds what one process has read of the ledger; whoever takes files back makes another one.
+    It holds what one process has read of the ledger; code that takes files back makes a new one.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -40,13 +40,13 @@ class Account:
         self.tokens = 0
         """Tokens of all recorded steps."""
         self.cost = 0
-        """Tokens that measuring passed forward."""
+        """Tokens that measuring passed through the model."""
         self.contents: dict[str, int] = {}
-        """The position at which each content came first, in stream order."""
+        """The first position of each content, in stream order."""
         self.of_base: dict[str, Mapping[str, Any]] = {}
         """What was first measured of the base, by content."""
         self.anchor: float | None = None
-        """The newest KL divergence to the base on the anchor texts."""
+        """The newest KL divergence from the base on the anchor texts."""
         self._scores: dict[str, list[_Measured]] = {}
 
     def up_to(self, position: int) -> Account:
@@ -61,7 +61,7 @@ class Account:
         return self
 
     def newest_loss(self, key: str, rows: Sequence[int], since: int) -> float | None:
-        """Return the newest loss measured on the same rows of a content, after a position or a later one."""
+        """Return the newest loss that was measured on the same rows of a content after position `since` or later."""
         for score in reversed(self._scores.get(key, ())):
             if score.place < since:
                 break
@@ -78,7 +78,7 @@ class Account:
         for key, score in grid.get("base", {}).items():
             self.of_base.setdefault(key, score)
         self.anchor = (grid.get("anchor") or {}).get("kl", self.anchor)
-        self._note(row.place - 1, before.get("model", {}))  # the model was still that of the boundary before
+        self._note(row.place - 1, before.get("model", {}))  # the model was still that of the previous boundary
         self._note(row.place, grid.get("model", {}))
 
     def _note(self, place: int, model: Mapping[str, Mapping[str, Any]]) -> None:

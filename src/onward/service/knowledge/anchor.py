@@ -21,18 +21,20 @@ from onward.training.anchor import TOP, AnchorTerm, top_of
 from onward.training.scores import Meter
 
 FACT = "anchor"
-"""Fact of the ledger: the hash of the texts by their count and length, and of the base's distributions on them."""
+"""The ledger's fact: hashes of the texts, by their count and length, and of the base's distributions on them."""
 TOP_MARK = f"-top{TOP}"
 
 
 def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> list[Row]:
-    """Return the anchor texts of a run as rows whose tokens but the first are all targets; written now if they are not.
+    """Return the anchor texts of a run as rows, which the base writes now if there are none yet.
+
+    All tokens of a row but the first are targets.
 
     Args:
-        base: makes what measures the base; called where the texts have to be written.
+        base: makes the meter of the base; called if the texts have to be written.
 
     Raises:
-        DamagedState: they were written before, are gone or damaged, and written again they are others.
+        DamagedState: they were written before but are gone or damaged, and writing them again gives other texts.
     """
     if not config.anchor.rows:
         return []
@@ -53,7 +55,7 @@ def anchor_rows(session: Session, config: Config, base: Callable[[], Meter]) -> 
 
 
 def changed_anchors(layout: RunLayout, ledger: Ledger) -> list[str]:
-    """Return the names of what the base wrote for a run that is missing now, or is not what was written."""
+    """Return the names of texts and distributions of a run's base that are missing, or are not what was written."""
     known: dict[str, str] = ledger.get(FACT, {})
     wrong: list[str] = []
     for name, digest in known.items():
@@ -64,13 +66,13 @@ def changed_anchors(layout: RunLayout, ledger: Ledger) -> list[str]:
 
 
 def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> AnchorTerm | None:
-    """Return what the loss gets of the anchor under a config; None where it has no weight.
+    """Return the anchor's term in the loss under a config; None if it has no weight.
 
     Args:
-        base: makes what measures the base; called where texts or distributions have to be made.
+        base: makes the meter of the base; called if texts or distributions have to be made.
 
     Raises:
-        DamagedState: what was made before is gone or damaged, and made again it is another.
+        DamagedState: what was made before is gone or damaged, and making it again gives something else.
     """
     if not (config.anchor.weight and config.anchor.rows):
         return None
@@ -90,7 +92,7 @@ def anchor_term(session: Session, config: Config, base: Callable[[], Meter]) -> 
 
 
 def _name(session: Session, config: Config) -> str:
-    """The name of the texts: their count and length, and what they are a function of (after a reset it may change)."""
+    """Return the name of the texts: their count and length, and what they are a function of (a reset may change it)."""
     source = sha256_json([session.base_digest, session.tokenizer_digest, config.seed])
     return f"{config.anchor.rows}x{config.anchor.tokens}-{source[:8]}"
 
@@ -113,7 +115,7 @@ def _changed(where: Path) -> DamagedState:
 
 
 def _first_token(session: Session) -> int:
-    """The token that a text begins with: the tokenizer's beginning, else its end, between two texts."""
+    """Return the token that a text begins with: the start token or, without one, the end token between texts."""
     tokenizer = session.tokenizer_state
     return next((token for token in (tokenizer.bos_id, tokenizer.eos_id) if token is not None), session.pad_id)
 

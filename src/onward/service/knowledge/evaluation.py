@@ -1,4 +1,4 @@
-"""Measuring a run: which files, which texts, against which base; at a boundary within its share, or all of it."""
+"""Measures a run: which files, which texts, against which base; at a boundary within its share, or everything."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from onward.training.scores import Compute, Meter, parameters_of
 from onward.training.seeds import fold
 
 KNOWN_FILES = 3
-"""Earlier files, the newest, of which it is tried whether the model can tell their answers apart."""
+"""How many of the newest earlier files are tried to see whether the model can tell their answers apart."""
 
 
 @dataclass(frozen=True)
 class _Now:
-    """One measurement: at which file, under which config, as how much of it is measured."""
+    """The measurement being made: at which file, under which config, within which allowance."""
 
     row: FileRow
     position: int
@@ -49,7 +49,7 @@ class _Now:
 
 @dataclass(frozen=True)
 class _Others:
-    """What else may be measured alongside the file at hand, looked up when its turn comes: there may be thousands."""
+    """What else may be measured besides the current file, looked up one by one: there may be thousands."""
 
     keys: Sequence[str]
     subject: Callable[[str], Subject]
@@ -59,9 +59,8 @@ class Evaluation:
     """Measures models of one run: the one in training, a restore point, a branch.
 
     Args:
-        look: called between two forward passes and while rows are read again; raises to give up.
-        samples: where the rows that files are measured on are kept; in the run's cache where it is not given, which
-            is for its owner.
+        look: called between two forward passes and while rows are read again; may raise to give up.
+        samples: the folder for the rows that files are measured on; by default in the run's cache, for its owner only.
     """
 
     def __init__(self, session: Session, look: Callable[[], None] = lambda: None, samples: Path | None = None) -> None:
@@ -72,15 +71,15 @@ class Evaluation:
         self.account = Account(self._ledger)
         self._meter: tuple[nn.Module, Meter] | None = None
         self.writers: frozenset[type[nn.Module]] | None = None
-        """Types of modules that write to weights in evaluation mode, where somebody found that out before."""
+        """Types of modules that write to weights in evaluation mode, if that was found out before."""
 
     @property
     def is_possible(self) -> bool:
-        """Whether this process can compute with the model by itself."""
+        """Whether this process can run the model by itself."""
         return not self._session.in_shards
 
     def at_boundary(self, boundary: Boundary) -> dict[str, Any]:
-        """Measure at a boundary that was reached: an `AtBoundary` hook."""
+        """Measure at a boundary; an `AtBoundary` hook."""
         row = self._ledger.at_position(boundary.position)
         if row is None or not boundary.config.evaluation.share:
             return {}
@@ -89,7 +88,7 @@ class Evaluation:
     def of_boundary(
         self, model: nn.Module, row: FileRow, config: Config, step: int, tokens: TokenizedFile | None = None
     ) -> dict[str, Any]:
-        """Return what is measured at the boundary after a file: the file, the anchor, the base, others in rotation."""
+        """Measure at the boundary after a file: the file, the anchor, the base, others in rotation."""
         left = self._allowance(model, config, row.place, begun=True)
         now = self._begin(model, row, config, (row.place, step), left)
         own, measuring = self._subject(now, row, tokens), now.measuring
@@ -104,12 +103,12 @@ class Evaluation:
     def before(
         self, model: nn.Module, row: FileRow, config: Config, tokens: TokenizedFile, place: tuple[int, int]
     ) -> dict[str, Any]:
-        """Return what is measured of a file before its first step: how much other files taught about it.
+        """Measure a file before its first step: how much other files taught about it.
 
         Args:
-            place: the position that it is about to get, and the run's step.
+            place: the position that the file is about to get, and the run's step.
         """
-        if not config.evaluation.share or place[0] < 2:  # before the first file the model is the base
+        if not config.evaluation.share or place[0] < 2:  # before the first file, the model is the base
             return {}
         now = self._begin(model, row, config, place, self._allowance(model, config, place[0], begun=False))
         now.measuring.of_model(self._subject(now, row, tokens))
@@ -121,7 +120,7 @@ class Evaluation:
         Nothing is recorded. The model may be one that was trained on a branch, or a restore point's.
 
         Args:
-            row: the last file of the stream that counts.
+            row: the last file of the stream to measure.
         """
         now = self._begin(model, row, config, (row.place, step), None)
         others = self._others(now)
@@ -130,15 +129,15 @@ class Evaluation:
         return now.measuring.result()
 
     def anchor_term(self, model: nn.Module, config: Config) -> AnchorTerm | None:
-        """Return what the loss of a step gets of the anchor under a config; None where it has no weight.
+        """Return the anchor's term in the loss of a step under a config; None if it has no weight.
 
         Args:
-            model: the one in training.
+            model: the model in training.
         """
         return anchor_term(self._session, config, lambda: self._base(self._meter_of(model, config), config))
 
     def row_losses(self, model: nn.Module, rows: Sequence[Row]) -> list[float]:
-        """Return the mean loss over the target tokens of each row by itself; nothing is recorded."""
+        """Return the mean loss over the target tokens of each single row; nothing is recorded."""
         meter = self._meter_of(model, self._session.config)
         return [meter.score([row]).loss for row in rows]
 
@@ -149,7 +148,7 @@ class Evaluation:
         return found | {"lines": [tokens.line(order[place]) for place in found.pop("worst")]}
 
     def _known(self, row: FileRow) -> Iterator[Sequence[Row]]:
-        """Yield some rows of the newest files before one, each content once; what cannot be read is left out."""
+        """Yield a few rows of each of the newest files before one, each content once, as far as they can be read."""
         seen = {row.sha256}
         for place in range(self._ledger.last_begun(), 0, -1):
             other = self._ledger.at_position(place)
@@ -165,7 +164,7 @@ class Evaluation:
         """Refuse `evaluation.files` that cannot be read, before a file is begun under this config.
 
         Raises:
-            ConfigError: with the way out.
+            ConfigError: a file cannot be read; the hint says what to do.
         """
         if config.evaluation.share:
             for name in config.evaluation.files:
@@ -186,7 +185,7 @@ class Evaluation:
         return allowance(config, trained, spent, parameters_of(model))
 
     def _meter_of(self, model: nn.Module, config: Config) -> Meter:
-        """Return what measures a model under a config; what was made for the same model is used again."""
+        """Return the meter of a model under a config, reused if it is the same model."""
         compute = self._compute(config)
         if self._meter is None or self._meter[0] is not model:
             self._meter = (model, Meter(model, compute, self.writers))
@@ -196,7 +195,7 @@ class Evaluation:
         return Compute(config, self._session.execution, self._look)
 
     def _base(self, meter: Meter, config: Config) -> Meter:
-        """Return what measures the base: the model with its adapter off, or the base loaded alongside it."""
+        """Return the meter of the base: the model with its adapter off, or the base loaded in addition."""
         if adapter_off_is_base(config):
             return meter.without_adapter()
         session = self._session
@@ -207,12 +206,12 @@ class Evaluation:
     def _measure_anchor(self, now: _Now) -> None:
         anchor = now.config.anchor
         if not anchor.rows or not now.measuring.texts_that_fit(anchor.rows, anchor.tokens):
-            return  # nor need they be written yet
+            return  # then they need not be written yet either
         texts = anchor_rows(self._session, now.config, now.measuring.base)
         now.measuring.divergence(Anchor(texts, fold(now.config.seed, "anchor", now.step) % len(texts)))
 
     def _measure_missing_base(self, now: _Now, others: _Others) -> None:
-        """Measure the base on files that were measured now and on which it never was."""
+        """Measure the base on files that were measured now but never with the base."""
         known = self.account.up_to(now.position - 1).of_base
         for key in list(now.measuring.model_scores):
             if key not in known and key not in now.measuring.base_scores:
@@ -249,7 +248,7 @@ class Evaluation:
 
 
 def owed_evaluation(ledger: Ledger) -> FileRow | None:
-    """Return the last finished file if its boundary was to be measured and was not: a stop came first."""
+    """Return the last finished file if its boundary should have been measured but a stop came first."""
     row = ledger.at_position(ledger.last_begun())
     if row is None or row.state != "done" or row.config is None:
         return None

@@ -1,4 +1,4 @@
-"""The plan of a file in its stream: its own rows, and those of earlier files that are replayed; the one place."""
+"""The plan of a file in its stream: its own rows, and replayed rows of earlier files. All plans are made here."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 FORGOTTEN_FLOOR = 0.02
-"""Policy `forgotten`: what each file weighs alongside its relative forgetting, so that none is left out."""
+"""Policy `forgotten`: the weight of each file in addition to its relative forgetting, so that none is left out."""
 RECENT_FALL = 0.5
-"""Policy `recent`: what a file weighs, by the one after it."""
+"""Policy `recent`: the weight of a file relative to the one after it."""
 
 
 def plan_of(ledger: Ledger, row: FileRow, rows: int, config: Config, position: int) -> StreamPlan:
     """Return the plan of a file: a function of its content, its config and the stream before it.
 
-    Policy `forgotten` also reads what was measured at the boundary before the file.
+    Policy `forgotten` also reads the measurements at the boundary before the file.
 
     Args:
         rows: rows of the tokenized file.
-        config: the one in force for it.
-        position: its place in the stream, which it has or is about to get.
+        config: the config in force for the file.
+        position: its place in the stream, present or future.
     """
     own = make_plan(row.sha256, rows, config, row.occurrence)
     if not config.replay.share:
@@ -48,10 +48,10 @@ def plan_of(ledger: Ledger, row: FileRow, rows: int, config: Config, position: i
 
 
 def held_out_of(ledger: Ledger, row: FileRow, configs: dict[str, Config] | None = None) -> tuple[int, ...]:
-    """Return the rows of a begun file that are never trained, in rising order.
+    """Return the rows of a file in the stream that are never trained, in rising order.
 
     Args:
-        configs: configs by fingerprint that were read already; what is read is added.
+        configs: a cache of configs by fingerprint; configs that are read are added.
     """
     assert row.config is not None, row.name
     known = {} if configs is None else configs
@@ -62,7 +62,7 @@ def held_out_of(ledger: Ledger, row: FileRow, configs: dict[str, Config] | None 
 
 
 def _sources(ledger: Ledger, before: Sequence[FileRow], own: str, config: Config) -> tuple[Source, ...]:
-    """Return the files that rows may be taken from, each content as it was trained first."""
+    """Return the files that rows may be replayed from, each content as it was first trained."""
     configs: dict[str, Config] = {}
     found: dict[str, Source] = {}
     for row in before:
@@ -82,12 +82,12 @@ def _weighted(sources: Sequence[Source], ledger: Ledger, before: Sequence[FileRo
 
 
 def sources_of(ledger: Ledger, config: Config) -> tuple[Source, ...]:
-    """Return the files of the stream that are done, each content once, with the rows that are never trained."""
+    """Return the finished files of the stream, each content once, with the rows that are never trained."""
     return _sources(ledger, ledger.files("done"), "", config)
 
 
 class OpenSources:
-    """The tokens of files that a plan takes rows from, made again from the archive where they are not kept.
+    """The tokens of the files that a plan takes rows from, recreated from the archive if they are not cached.
 
     Args:
         stop: called for each row that is read again; may raise to give up.
@@ -99,7 +99,7 @@ class OpenSources:
         self._opened: dict[str, TokenizedFile] = {}
 
     def of_plan(self, plan: StreamPlan, own: TokenizedFile, first_step: int = 0) -> Mapping[str, TokenizedFile]:
-        """Open what the steps of a plan from one on need; returns the files by their SHA-256.
+        """Open the files that the steps of a plan from `first_step` on need; return them by their SHA-256.
 
         Raises:
             DamagedState: the original of a file is missing or changed.
@@ -117,6 +117,6 @@ class OpenSources:
 
 
 def first_in_stream(ledger: Ledger, sha256: str) -> FileRow:
-    """Return the first file of the stream that has a content and was begun."""
+    """Return the first file of the stream with a content."""
     rows = [row for row in ledger.with_content(sha256) if row.position is not None and row.config is not None]
     return min((row for row in rows if row.state in ("training", "done")), key=lambda row: row.place)

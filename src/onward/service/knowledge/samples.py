@@ -1,4 +1,4 @@
-"""The rows that a file is measured on, kept apart from its tokens: those may go, and a measurement needs few."""
+"""The rows that a file is measured on, kept apart from its tokens, which may be removed: measuring needs few rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from onward.service.session import Session
 from onward.store.rows import FileRow
 
 IN_MEMORY = 256
-"""Files whose rows are kept in memory, the ones read last: the stream may have any number of them."""
+"""How many files, those read last, have their rows in memory: the stream may have any number of files."""
 
 
 class Samples:
@@ -29,7 +29,7 @@ class Samples:
 
     Args:
         look: called for each row that is read again; may raise to give up.
-        folder: where they are kept.
+        folder: where these rows are kept.
     """
 
     def __init__(self, session: Session, look: Callable[[], None], folder: Path) -> None:
@@ -39,12 +39,13 @@ class Samples:
         self._read: dict[Path, Sample] = {}
 
     def of_file(self, row: FileRow, config: Config, limit: int, tokens: TokenizedFile | None = None) -> Sample:
-        """Return the rows that a file of the stream is measured on: held-out ones, or trained ones where none are.
+        """Return the rows that a file of the stream is measured on: held-out ones, or trained ones if none are held
+        out.
 
         Args:
-            config: the one in force for the file.
-            limit: rows at most.
-            tokens: the tokens of the file, if they are at hand.
+            config: the config in force for the file.
+            limit: the most rows to return.
+            tokens: the tokens of the file, if available.
 
         Raises:
             DamagedState: the original is missing or changed.
@@ -59,7 +60,7 @@ class Samples:
         )  # fmt: skip
 
     def of_any_rows(self, row: FileRow, config: Config, count: int) -> Sequence[Row]:
-        """Return some rows of a file of the stream, whether they were trained or not.
+        """Return `count` rows of a file of the stream, trained or not.
 
         Raises:
             DamagedState, ConfigError: as for `of_file`.
@@ -85,7 +86,7 @@ class Samples:
         )
 
     def _held_out_always(self, row: FileRow, rows: int, config: Config) -> int:
-        """How many rows no file of this content was trained on, as they were counted at the time."""
+        """Return how many rows were held out of every file with this content, as counted at the time."""
         ledger = self._session.ledger
         held = [count_held_out(rows, config.holdout)]
         for other in ledger.with_content(row.sha256):

@@ -1,6 +1,6 @@
-"""The table of what was measured at the boundaries, file by file, and the figures under it; needs no torch.
+"""The table of measurements at the boundaries, file by file, and the figures derived from it; needs no torch.
 
-Names follow Lopez-Paz and Ranzato ("Gradient Episodic Memory for Continual Learning", 2017), for losses instead of
+Names follow Lopez-Paz and Ranzato ("Gradient Episodic Memory for Continual Learning", 2017), with losses instead of
 accuracies. docs/knowledge.md has the formulas.
 """
 
@@ -15,11 +15,11 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 GRID, BEFORE, ANSWERS = "grid", "before", "answers"
-"""Names of boundary results: what was measured at the boundary after a file, and of a file before its first step; and
-what was found of its answers then, for a guard."""
+"""Names of boundary results: the measurements at the boundary after a file, those of a file before its first step, and
+what was then found about its answers, for the guard."""
 
 NOTHING: Mapping[str, Any] = {"model": {}, "base": {}, "anchor": None, "names": {}, "cost": 0}
-"""What is kept where nothing could be measured."""
+"""What is recorded if nothing could be measured."""
 Number = float | None
 
 
@@ -43,8 +43,8 @@ class Table:
 
     Args:
         after: the position after which each row was measured; 0 for the base.
-        scores: for each row, what was measured by column key; what was not measured is not there.
-        anchor: KL divergence to the base on the anchor texts for each row, None where it was not measured.
+        scores: for each row, the scores by column key; what was not measured is absent.
+        anchor: for each row, the KL divergence from the base on the anchor texts; None if not measured.
     """
 
     columns: Sequence[Column]
@@ -53,16 +53,16 @@ class Table:
     anchor: Sequence[Number]
 
     def values(self, name: str) -> list[list[Number]]:
-        """Return the matrix of `loss` or `accuracy`, rows by columns."""
+        """Return the matrix of `loss` or `accuracy`, indexed by row and column."""
         return [[_value(row.get(column.key), name) for column in self.columns] for row in self.scores]
 
     @property
     def average(self) -> Number:
-        """Mean loss now, over the files of the stream that were measured after the last one."""
+        """The current mean loss, over the files of the stream that were measured after the last one."""
         return _mean(score["loss"] for _, score in self._now())
 
     def forgotten(self) -> dict[int, float]:
-        """Return, by position, the loss now less the best loss so far, of files before the last one measured now."""
+        """Return, by position, the current loss minus the best so far, for the files measured now but the last."""
         last = self.after[-1] if self.after else 0
         return {
             column.place: score["loss"] - min(seen)
@@ -71,7 +71,7 @@ class Table:
         }
 
     def forgotten_share(self) -> dict[str, float]:
-        """Return, by content, the newest loss by the best loss less 1, at least 0; of every file measured twice."""
+        """Return, by content, the newest loss over the best, minus 1, at least 0, for every file measured twice."""
         found: dict[str, float] = {}
         for column in self.columns:
             scores = [row[column.key] for row in self._since(column) if column.key in row]
@@ -82,7 +82,7 @@ class Table:
 
     @property
     def backward(self) -> Number:
-        """Backward transfer: loss right after a file less loss now, mean over files before the last one."""
+        """Backward transfer: loss right after a file minus the current loss, mean over files before the last one."""
         found: list[float] = []
         for column, score in self._now_placed():
             first = self._row_of(column.place).get(column.key)
@@ -92,7 +92,7 @@ class Table:
 
     @property
     def transfer(self) -> Number:
-        """Loss on a file right before it was trained less the base's, mean over the files after the first."""
+        """The loss on a file right before it was trained minus the base's, mean over the files after the first."""
         base = self.scores[0] if self.scores else {}
         found: list[float] = []
         for column in self.columns:
@@ -102,7 +102,7 @@ class Table:
         return _mean(found)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the table with its figures as `onward grid --json` prints it."""
+        """Return the table with its figures, as `onward grid --json` prints it."""
         forgotten = self.forgotten()
         worst = max(forgotten, key=lambda position: (forgotten[position], -position)) if forgotten else None
         return {
@@ -123,7 +123,7 @@ class Table:
         }
 
     def described(self, column: Column) -> dict[str, Any]:
-        """Return a column as `onward grid --json` prints it; rows were trained where no others could be measured."""
+        """Return a column as `onward grid --json` prints it; its rows were trained ones if there were no others."""
         newest = next((row[column.key] for row in reversed(self.scores) if column.key in row), None)
         return {
             "position": column.position,
@@ -142,7 +142,7 @@ class Table:
         return ((_Placed(column.key, column.position or 0), score) for column, score in self._now())
 
     def _seen(self, column: _Placed, score: Mapping[str, Any]) -> list[float]:
-        """Losses on a file from its own boundary on, on the same rows."""
+        """Return the losses on a file from its own boundary on, on the same rows."""
         rows = (
             row.get(column.key) for row, after in zip(self.scores, self.after, strict=True) if after >= column.place
         )
@@ -164,7 +164,7 @@ class _Placed:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the ledger has of one file: itself, and what was measured before its first step and at its boundary."""
+    """What the ledger has on one file: its row, and what was measured before its first step and at its boundary."""
 
     row: FileRow
     grid: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -172,11 +172,11 @@ class Measured:
 
 
 def read_measured(ledger: Ledger, up_to: int | None = None, *, after: int = 0) -> list[Measured]:
-    """Return what was measured at the files of the stream that have begun, in order.
+    """Return what was measured for the files of the stream that have begun, in order.
 
     Args:
-        up_to: the last position that is looked at; None for all.
-        after: the position after which the first one stands.
+        up_to: the last position to include; None for all.
+        after: the position before the first to include.
     """
     rows = [row for row in ledger.in_stream(after) if row.state in ("training", "done")]
     found: list[Measured] = []
@@ -188,7 +188,7 @@ def read_measured(ledger: Ledger, up_to: int | None = None, *, after: int = 0) -
 
 
 def table_of(measured: Sequence[Measured]) -> Table:
-    """Return the table of files of the stream, with the columns of files that were measured next to them."""
+    """Return the table of files of the stream, with columns for the other files that were measured."""
     finished = [each for each in measured if each.grid or each.row.state == "done"]
     columns = [Column(each.row.sha256, each.row.place, each.row.name) for each in measured]
     asked = {key: name for each in measured for key, name in each.grid.get("names", {}).items()}
@@ -208,12 +208,12 @@ def table_of(measured: Sequence[Measured]) -> Table:
 
 
 def read_table(ledger: Ledger, up_to: int | None = None) -> Table:
-    """Return the table of a run as its ledger has it."""
+    """Return the table of a run from its ledger."""
     return table_of(read_measured(ledger, up_to))
 
 
 def read_newest(ledger: Ledger, count: int) -> dict[str, Any]:
-    """Return the corner of the table that belongs to the newest files: what a screen has room for.
+    """Return the corner of the table that belongs to the newest files: as much as fits a screen.
 
     Returns:
         `files`, `after` and `loss` as `Table.to_dict` has them, for at most `count` files of the stream and as many of

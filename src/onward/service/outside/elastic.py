@@ -1,7 +1,7 @@
-"""A command on several devices of this machine: torch's elastic agent starts a process for each and looks after them.
+"""Runs a command on several devices of this machine: torch's elastic agent starts and supervises a process for each.
 
-It is the agent that torchrun starts; this adds which devices there are, signals that let the run commit first, and
-going on with what is left.
+It is the agent that torchrun starts; this adds the choice of devices, signals that let the run commit first, and
+continuing on the devices that are left.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from onward.ranks import LOST
 from onward.text import how_many
 
 GRACE = 5.0
-"""Seconds that the last ones have to end once the others have."""
+"""Seconds that the last processes have to end once the others have ended."""
 PRELOADED = ("onward.service.owner.daemon", "onward.service.owner.leading", "onward.service.owner.follower")
-"""What every process needs, imported once before they are forked."""
+"""Modules that every process needs, imported once before they are forked."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 Command = Callable[[Sequence[str], int], int]
-"""A command line in a process of its own, and how often it was started before; returns its exit status."""
+"""Takes a command line to run in a process of its own, and how often it was started before; returns its exit status."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
     """Return what `--devices N|all|A:B` means here.
 
     Args:
-        there: counts the GPUs of this machine; None where processors compute.
+        there: counts the GPUs of this machine; None if training runs on the CPU.
 
     Raises:
-        UsageError: it is none of these, or there are not so many devices.
+        UsageError: it is none of these, or there are not that many devices.
     """
     count = there()
     if text == "all":
@@ -66,23 +66,23 @@ def read_devices(text: str, there: Callable[[], int | None]) -> Devices:
 
 
 def count_gpus() -> int | None:
-    """Return the number of GPUs here; None where there is none."""
+    """Return the number of GPUs here; None if there are none."""
     import torch
 
     return torch.cuda.device_count() or None
 
 
 def run_on(devices: Devices, command: Command, words: Sequence[str], say: Callable[[str], None]) -> int:
-    """Run a command on devices to its end; returns its exit status.
+    """Run a command on devices to its end; return its exit status.
 
     Args:
         command: what each process does; it has torchrun's variables in its environment.
-        words: what it is called with, also when fewer processes go on.
-        say: shows a line to a person.
+        words: its arguments, which stay the same if fewer processes continue.
+        say: shows a line to the user.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // devices.most)))
-    os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds files of others: nothing is imported from it
+    os.environ["PYTHONSAFEPATH"] = "1"  # a run's directory holds other people's files: import nothing from it
     multiprocessing.set_forkserver_preload(list(PRELOADED))
     name = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="onward-") as folder, _passing_on() as stopped:
@@ -110,7 +110,7 @@ def _run_once(config: Any, command: Command, words: Sequence[str], starts: int) 
     from torch.distributed.launcher.api import elastic_launch
 
     for library in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # they tell of every start and end
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they report every start and end
     with _ending_the_rest():
         try:
             return int(elastic_launch(config, command)(words, starts)[0])
@@ -128,7 +128,7 @@ def _config(name: str, count: int, folder: str) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     known = {field.name for field in fields(LaunchConfig)}
-    later: dict[str, Any] = {"signals_to_handle": "SIGQUIT"}  # the others are passed on, so that the run commits first
+    later: dict[str, Any] = {"signals_to_handle": "SIGQUIT"}  # others are passed on, so that the run commits first
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -146,12 +146,12 @@ def _config(name: str, count: int, folder: str) -> Any:
 
 @contextlib.contextmanager
 def _passing_on() -> Generator[list[str]]:
-    """Pass signals on to the processes, whose rank 0 commits and ends; then all of it ends. Yields their names."""
+    """Pass signals on to the processes, of which rank 0 commits and ends and the others follow; yield their names."""
     passed: list[str] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         passed.append(signal.Signals(number).name)
-        number = signal.SIGTERM if number == signal.SIGINT else number  # a terminal sends Ctrl-C to all by itself
+        number = signal.SIGTERM if number == signal.SIGINT else number  # a terminal sends Ctrl-C to all of them
         for process in multiprocessing.active_children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid or 0, number)
@@ -166,7 +166,7 @@ def _passing_on() -> Generator[list[str]]:
 
 @contextlib.contextmanager
 def _ending_the_rest() -> Generator[None]:
-    """Kill what is left some time after rank 0 ended for a lost rank: a frozen process does not end by SIGTERM."""
+    """Kill what is left some time after rank 0 ended because of a lost rank: SIGTERM does not end a frozen process."""
     over = threading.Event()
 
     def look() -> None:

@@ -1,6 +1,6 @@
-"""Reporting: the ledger's events as lines of a rotating log, as notifications, and as notes for who watches.
+"""Reporting: the ledger's events as lines of a rotating log, as notifications, and as notes for observers.
 
-It reads the ledger like any observer. A notification that fails is a line in the log and nothing else.
+It reads the ledger like any observer. A notification that fails adds a line to the log and does nothing else.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LOG_BYTES, LOG_PARTS = 5 << 20, 3
 PATIENCE = 4.0
 """Seconds that a notification may take."""
 REST = 30.0
-"""Seconds after a failed notification in which none is sent: they wait, so that a stop does not."""
+"""Seconds after a failed notification during which none is sent: they wait, so that a stop need not."""
 DUE = 1000
-"""Notifications that wait at most; the oldest are dropped first."""
+"""The most notifications that wait; the oldest are dropped first."""
 NOTED = (
     "accepted", "left_out", "left_alone", "rejected", "quarantined", "retried", "failed", "paused", "resumed", "config",
     "tracker",
 )  # fmt: skip
-"""Kinds of events that whoever watches a process should read; the others are shown in another way, or only logged."""
+"""Kinds of events that a user watching a process should read; others are shown in another way, or only logged."""
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def _kind_told(event: EventRow) -> str | None:
-    """Return the kind that `notify.events` knows an event by: a file in quarantine is a failure."""
+    """Return the name of an event's kind in `notify.events`: a quarantined file is a failure."""
     return "failed" if event.kind == "quarantined" else event.kind
 
 
@@ -50,15 +50,15 @@ class _Log(RotatingFileHandler):
         del record
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take is tried once more here
+        with contextlib.suppress(OSError):  # what did not fit a full disk is tried once more here
             super().close()
 
 
 class Reporter:
-    """Writes events that are new since it was made to `logs/onward.log`, and notifies.
+    """Writes events since its creation to `logs/onward.log`, and sends notifications.
 
     Args:
-        notify: says whom to tell of which kinds of event, as the config is now.
+        notify: returns the current config of whom to notify of which kinds of event.
         monotonic: seconds that never jump.
     """
 
@@ -105,7 +105,7 @@ class Reporter:
             self._ledger = None
 
     def _tell(self, event: EventRow) -> bool:
-        """Tell of an event; False where somebody could not be told."""
+        """Send the notifications of an event; return False if one could not be sent."""
         message = {
             "run": str(self._layout.root.absolute()),
             **{key: getattr(event, key) for key in ("kind", "level", "message", "step", "created")},
@@ -124,11 +124,11 @@ class Reporter:
 
 
 class NewNotes:
-    """The events that the ledger got since the last call, as notes: what happened besides steps.
+    """Returns the ledger's events since the last call as notes: what happened besides steps.
 
     Args:
-        ledger: read in the thread that calls; events from before are not told.
-        kinds: the kinds of events that are told.
+        ledger: read in the calling thread; events from before are left out.
+        kinds: the kinds of events to return.
     """
 
     def __init__(self, ledger: Ledger, kinds: Iterable[str] = NOTED) -> None:
@@ -147,7 +147,7 @@ class NewNotes:
 
 
 def _reason(error: Exception) -> str:
-    """Say why nobody was told, without the command or the address: they may hold a password."""
+    """Return why a notification failed, without the command or the address, which may contain a password."""
     if isinstance(error, subprocess.CalledProcessError):
         return f"exit status {error.returncode}"
     if isinstance(error, subprocess.TimeoutExpired):
@@ -161,7 +161,7 @@ def _reason(error: Exception) -> str:
 
 
 def _send_to_command(command: str, message: dict[str, Any]) -> None:
-    subprocess.run(  # no pipes to read from: a process that the command leaves behind would keep them open
+    subprocess.run(  # no pipes: a process that the command leaves behind would keep them open
         shlex.split(command), input=json.dumps(message).encode(), check=True, timeout=PATIENCE,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The systemd unit of a watching daemon: who runs it, what it may touch, and paths as systemd reads them.
+"""The systemd unit of a watching daemon: its user, what it may access, and paths as systemd reads them.
 
 Rules of quoting: systemd.syntax(7), systemd.service(5) under "Command lines", systemd.unit(5) under "Specifiers".
 """
@@ -62,14 +62,14 @@ SystemCallArchitectures=native
 WantedBy=multi-user.target
 """
 KEPT_VARIABLES = ("ONWARD_CACHE", "XDG_CACHE_HOME", "HF_HOME")
-"""Variables that say where models are kept; the unit gets those that are set where it is printed."""
+"""Variables that say where models are kept; the unit gets those that are set when it is printed."""
 TEMPORARY = (Path("/tmp"), Path("/var/tmp"))
 """What PrivateTmp replaces."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a unit takes from the place where it is printed."""
+    """What a unit takes over from the process that prints it."""
 
     uid: int
     umask: int
@@ -79,7 +79,7 @@ class Host:
 
     @classmethod
     def here(cls) -> Host:
-        """Return that of this process."""
+        """Return the values of this process."""
         umask = os.umask(0o077)
         os.umask(umask)
         return cls(os.geteuid(), umask, sys.executable, dict(os.environ))
@@ -89,7 +89,7 @@ def systemd_unit(run: Path, user: str | None = None, host: Host | None = None, *
     """Return a unit that watches a run: Type=notify with a watchdog, restarted on failure, stopped by committing.
 
     Args:
-        user: who runs it; by default whoever prints it or, where root does, the owner of the run's directory.
+        user: who runs it; by default the user who prints it or, for root, the owner of the run's directory.
         devices: how many, `N` or `A:B`.
 
     Raises:
@@ -136,7 +136,7 @@ def _user_lines(account: pwd.struct_passwd, run: Path) -> Iterator[str]:
 
 
 def _writable(run: Path, account: pwd.struct_passwd, environment: Mapping[str, str]) -> Iterator[str]:
-    """The run, its inbox and its ledger where those are elsewhere, and the caches; `-`: it need not be there."""
+    """Yield the run, its inbox and its ledger if they are elsewhere, and the caches; `-`: it need not exist."""
     yield str(run)
     for place in ((run / "inbox").resolve(), (run / LEDGER).resolve().parent):
         if not place.is_relative_to(run.resolve()):
@@ -148,13 +148,13 @@ def _writable(run: Path, account: pwd.struct_passwd, environment: Mapping[str, s
 
 
 def _plain(path: str) -> str:
-    """A path that is the whole value: nothing is quoted; a backslash at the end would join the next line."""
+    """Return a path that is a whole value: nothing is quoted, but a backslash at the end would join the next line."""
     text = path.replace("%", "%%")
     return f"{text}/" if text.endswith(("\\", " ")) else text
 
 
 def _escaped(word: str) -> str:
-    """A word of a value that has several: in double quotes with C escapes where it is not plain."""
+    """Return a word of a value with several: if it is not plain, in double quotes with C escapes."""
     text = word.replace("%", "%%")
     if _is_bare(text):
         return text
@@ -162,7 +162,7 @@ def _escaped(word: str) -> str:
 
 
 def _program(path: str) -> str:
-    """The program of a command: systemd takes no quotes and backslashes in its path, so env(1) finds such a one."""
+    """Return the program of a command; env(1) runs one whose path has quotes or backslashes, which systemd refuses."""
     if any(character in path for character in "\"'\\"):
         return f"/usr/bin/env {_escaped(path).replace('$', '$$')}"
     return _escaped(path)

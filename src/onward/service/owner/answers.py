@@ -1,4 +1,4 @@
-"""Answers: what came of each wish, noted in the ledger once, with what changed by it."""
+"""Answers: the outcome of each wish, recorded in the ledger once, together with what it changed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from onward.store.ledger import Ledger
 
 
 class Answers:
-    """Answers wishes in their order. What a full disk does not let it write is written later."""
+    """Answers wishes in their order. Answers that do not fit a full disk are written later."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._unwritten: deque[Callable[[], None]] = deque()
 
     def give(self, wish: Wish, answer: str, note: Callable[[], None] = lambda: None) -> None:
-        """Answer a wish, in one act with `note`, which writes to the ledger what changed.
+        """Answer a wish, in one transaction with `note`, which writes to the ledger what changed.
 
-        A wish that came by signal or from a caller of the library has nobody who waits.
+        Nobody waits for the answer to a wish that came by signal or from a caller of the library.
         """
 
         def write() -> None:
@@ -32,7 +32,7 @@ class Answers:
         self.write()
 
     def write(self) -> None:
-        """Write what is not written yet, as far as the disk has room."""
+        """Write the answers that are not written yet, as far as the disk has room."""
         while self._unwritten:
             try:
                 with self._ledger.transaction():
@@ -42,10 +42,10 @@ class Answers:
             self._unwritten.popleft()
 
     def close(self, wishes: Wishes, failure: str | None) -> None:
-        """Answer what is open when the process ends: the stop that ended it, and all that came after it.
+        """Answer all open wishes when the process ends: the stop that ended it, and everything after it.
 
         Args:
-            failure: why it ends, if not because it was asked to or has nothing left to do.
+            failure: why the process ends, unless it was asked to or has nothing left to do.
         """
         self.write()
         at = f"at step {self._ledger.committed_step()}"

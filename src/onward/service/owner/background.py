@@ -1,4 +1,4 @@
-"""What goes on alongside the work in one thread: polling for requests, the heartbeat, the log, notifications."""
+"""What runs in one thread alongside the work: polling for requests, the heartbeat, the log, notifications."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TICK = 0.1
 
 
 class Background:
-    """Calls jobs at their intervals, `(seconds, job)`; a job that fails is tried again and disturbs nobody."""
+    """Calls jobs, given as `(seconds, job)`, at their intervals; one that fails is tried again and disturbs nothing."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
@@ -26,9 +26,9 @@ class Background:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join(timeout=5.0)
-        if self._thread.is_alive():  # a job hangs: it must not be called a second time now
+        if self._thread.is_alive():  # a job hangs: it must not be called again now
             return
-        for _seconds, job in self._jobs:  # the last words
+        for _seconds, job in self._jobs:  # call each job one last time
             _attempt(job)
 
     def _run(self) -> None:

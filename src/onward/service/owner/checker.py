@@ -1,4 +1,4 @@
-"""The second process of a daemon, as the daemon sees it: started when needed, never again and again without a pause."""
+"""The second process of a daemon, as the daemon sees it: started when needed, and after failures only with pauses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from onward.service.intake.checker import FACT
 from onward.store.ledger import Ledger
 
 LONGEST_PAUSE = 300.0
-"""Seconds that pass at most before it is started again after it failed."""
+"""The most seconds before it is started again after a failure."""
 PATIENCE = 5.0
-"""Seconds that it may take to end when it is asked to."""
+"""Seconds that it may take to end when asked to."""
 
 
 class Checker:
     """Starts the process that checks files, one at a time.
 
     Args:
-        start: starts it.
+        start: starts the process.
         monotonic: seconds that never jump.
     """
 
@@ -31,7 +31,7 @@ class Checker:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.problem: str | None = None
-        """Why the last one could not be started or did not come to its end."""
+        """Why the last process could not be started or did not finish."""
         self._ledger = ledger
         self._start = start
         self._monotonic = monotonic
@@ -40,7 +40,7 @@ class Checker:
         self._not_before = float("-inf")
 
     def is_running(self) -> bool:
-        """Whether it is running; if it has ended, note how."""
+        """Return whether it is running; if it has ended, record how."""
         if self._process is None:
             return False
         status = self._process.poll()
@@ -64,7 +64,7 @@ class Checker:
             self._fail(f"the process that checks files cannot be started: {error.strerror or error}")
 
     def end(self) -> None:
-        """Ask it to end, and end it if it does not; what it had not finished is checked again by the next one."""
+        """Ask it to end, and kill it if it does not; the next one checks again what it had not finished."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()

@@ -1,4 +1,4 @@
-"""Obeying: what operators asked for is done in its order, and each wish is answered exactly once."""
+"""Obeys wishes: what operators ask for is done in order, and each wish is answered exactly once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PAUSE_NOTE = "paused by an operator; onward resume goes on"
 
 @dataclass(frozen=True)
 class Work:
-    """What obeying does to the work of the process.
+    """What obeying a wish may do to the work of the process.
 
     Args:
         leave: drops the worker, whose file goes back to its boundary.
         release: frees the model and its memory.
-        say: shows a line to a person.
+        say: shows a line to the user.
     """
 
     leave: Callable[[], None]
@@ -37,17 +37,17 @@ class Control:
     A stop stays at the head of the queue until the process ends: only then is it answered.
 
     Args:
-        intake: takes back files whose rows are not checked yet.
+        intake: withdraws files whose rows are not checked yet.
     """
 
     def __init__(self, owned: Owned, intake: Intake) -> None:
         self.after_file = False
-        """Whether the process is to end at the next boundary."""
+        """Whether the process should end at the next boundary."""
         self.is_stopped = False
         """Whether a stop was asked for."""
         self.is_paused = False
         self.began_paused = False
-        """Whether the pause is one that an earlier process was asked for."""
+        """Whether the pause was asked of an earlier process."""
         self._owned = owned
         self._ledger = owned.ledger
         self._wishes = owned.wishes
@@ -55,11 +55,11 @@ class Control:
         self._intake = intake
 
     def is_over(self) -> bool:
-        """Whether the process is to end now."""
+        """Whether the process should end now."""
         return self.is_stopped or (self.after_file and not self._ledger.files("training"))
 
     def may_train(self) -> bool:
-        """Whether a file may be begun now, or gone on with."""
+        """Whether a file may be begun or continued now."""
         return not (self.is_paused or self.is_over())
 
     def begin_paused(self) -> None:
@@ -67,22 +67,22 @@ class Control:
         self.is_paused = self.began_paused = True
 
     def obey(self, work: Work) -> None:
-        """Do everything that is asked for, up to a stop; nothing is in hand that `work` cannot drop."""
+        """Do everything that is asked for, up to a stop; `work` must be able to drop any current file."""
         self._owned.answers.write()
         while not self.is_stopped and (wish := self._wishes.head()) is not None:
             self._do(wish, work)
 
     def obey_at_once(self, work: Work) -> None:
-        """Do what needs no file to be left, up to the first wish that does; called between two steps."""
+        """Do what is possible without leaving the file, up to the first wish that needs that; called between steps."""
         self._owned.answers.write()
         while (wish := self._wishes.head()) is not None and self._wishes.answered_at_once(wish):
             self._do(wish, work)
 
     def obey_while_reading(self, work: Work) -> None:
-        """Obey while files are read, at every row.
+        """Obey while files are read; called for every row.
 
         Raises:
-            Stopped: the process is to end, or the file in hand to be left.
+            Stopped: the process should end, or leave the current file.
         """
         if self._wishes.in_hand is not None:
             self.obey_at_once(work)
@@ -96,7 +96,7 @@ class Control:
         """Obey while training waits for room on the disk.
 
         Raises:
-            Stopped: nothing is to be trained now.
+            Stopped: nothing should be trained now.
         """
         self.obey_at_once(work)
         if not self.may_train():
@@ -148,10 +148,10 @@ class Control:
         self._answer(wish, "goes on", note)
 
     def _skip(self, wish: Wish, work: Work) -> None:
-        """Take out the file that is meant, wherever it stands by now, and no other."""
+        """Take out exactly the file that is meant, whatever state it has reached by now."""
         try:
             answer = self._take_out(wish, work)
-        except Exception as error:  # of the disk or the state: it is dealt with as any other failure
+        except Exception as error:  # from the disk or the state: handled like any other failure
             self._answer(wish, f"it could not be skipped: {faults.describe(error)}")
             raise
         self._answer(wish, answer)

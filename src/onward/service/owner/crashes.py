@@ -1,4 +1,4 @@
-"""Processes that died: how often in the same place, and what that means for the file in hand."""
+"""Processes that died: how often in the same place, and what that means for the current file."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
 LIMIT = 5
-"""Times that the process may die in one file without a commit before the file is quarantined."""
+"""How often the process may die in one file without a commit before the file is quarantined."""
 PATIENT = 3
-"""Times after which the next process waits before it goes on."""
+"""How many deaths there must be before the next process waits before it continues."""
 
 
 @dataclass(frozen=True)
 class Deaths:
-    """How many processes died one after another at the same place: after a step, in a file."""
+    """How many processes in a row died in the same place: after a step, in a file."""
 
     step: int | None = None
     file: int | None = None
@@ -26,7 +26,7 @@ class Deaths:
 
 @dataclass(frozen=True)
 class Crash:
-    """How the process before this one ended, if it died: in which state, in which file, and how often in a row."""
+    """How the previous process died: in which state, in which file, and how often in a row."""
 
     state: str
     row: FileRow | None
@@ -34,19 +34,19 @@ class Crash:
 
     @property
     def gives_up(self) -> bool:
-        """Whether the file in hand is to be quarantined."""
+        """Whether the current file should be quarantined."""
         return self.row is not None and self.deaths.count >= LIMIT and self.state in ("training", "saving")
 
     @property
     def waits(self) -> float:
-        """Seconds to wait before going on, before any bound."""
+        """Seconds to wait before continuing, before any upper bound."""
         return 2.0 ** (self.deaths.count - 2) if self.deaths.count >= PATIENT else 0.0
 
 
 def find_crash(ledger: Ledger) -> Crash | None:
-    """Count a death of the previous process; a commit in between is progress, and so is another file.
+    """Count a death of the previous process; a commit since the last one is progress, and so is another file.
 
-    The count is kept by the process after, so that it needs no handler in the one that dies.
+    The next process keeps the count, so that the one that dies needs no handler.
     """
     state = str(ledger.get("state"))
     if state not in BUSY:

@@ -1,7 +1,7 @@
-"""The daemon: files in, files trained, wishes obeyed, faults outlived, until it is stopped.
+"""The daemon: takes files in, trains them, obeys wishes and survives faults, until it is stopped.
 
-One turn takes in what lies in the inbox, then trains one file. `train` drives the same loop without an inbox, to
-the end of the queue, and lets a failure end it.
+One turn takes in what is in the inbox, then trains one file. `train` drives the same loop without an inbox, to the end
+of the queue, and lets a failure end it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from onward.training.device_errors import forget_frames, is_device_lost
 from onward.training.environment import release_freed_memory
 
 TICK = 0.1
-"""Seconds between two looks at what was asked, while nothing is done."""
+"""Seconds between two checks for requests while idle."""
 LOOK_SECONDS = 5.0
-"""Seconds between looks at the inbox while a file is trained."""
+"""Seconds between two looks at the inbox while a file is trained."""
 
 
 class Daemon:
     """Works on one run that this process owns.
 
     Args:
-        open_session: opens the run; called with True to open it again, so that a mended config or model is seen.
-        crash: how the process before this one died, if it did.
-        patient: outlive failures (retry, quarantine, wait); else the first one is raised.
+        open_session: opens the run; called with True to reopen it, so that a repaired config or model is seen.
+        crash: how the previous process died, if it did.
+        patient: survive failures (retry, quarantine, wait); otherwise the first one is raised.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Daemon:
         self._settled: Settled | None = None
 
     def begin(self) -> None:
-        """Once: account for how the process before this one ended, and mend what it left."""
+        """Account for how the previous process ended, and repair what it left; called once."""
         if self._has_begun:
             return
         if self._patient:
@@ -91,7 +91,7 @@ class Daemon:
         if self.ledger.get("paused") is not None and not self.control.is_paused:
             if self._patient:
                 self.control.begin_paused()
-            else:  # a person trains now: that says more than an earlier pause
+            else:  # the user trains now, which overrides an earlier pause
                 self.ledger.put(paused=None)
         self.owned.shown.set("loading")
         self._settle()
@@ -101,19 +101,19 @@ class Daemon:
         """Work until a stop is asked for; with `once`, until inbox and queue are empty or the run is paused.
 
         Raises:
-            DamagedState, VerificationFailed: the state cannot be trusted; nothing goes on without a person.
+            DamagedState, VerificationFailed: the state cannot be trusted, and a person has to decide.
             DeviceLost: the GPU was lost to this process.
-            OnwardError: as above, and any failure where the daemon is not `patient`.
+            OnwardError: as above, and any failure if the daemon is not `patient`.
         """
         self._once = once
         if not self._patient:
-            self.owned.news()  # what was said before is not said again
+            self.owned.news()  # earlier news is not reported again
         with self._incoming.watching():
             tell_systemd("READY=1")
             while not self.control.is_stopped:
                 try:
                     self.ledger.require_in_place()
-                    self.control.obey(self._work)  # also where nothing can begin
+                    self.control.obey(self._work)  # even if nothing can begin
                     if self.control.is_stopped:
                         break
                     self.begin()
@@ -121,18 +121,18 @@ class Daemon:
                         break
                     self._recovery.succeeded()
                 except Stopped:
-                    pass  # the next turn begins with what was asked for
+                    pass  # the next turn begins with the requests
                 except (VerificationFailed, RunLocked, DeviceLost):
                     raise
                 except Exception as error:
                     self._after_failure(error)
         tell_systemd("STOPPING=1")
         self.ledger.require_in_place()
-        with contextlib.suppress(sqlite3.OperationalError):  # a full disk does not keep it from stopping
+        with contextlib.suppress(sqlite3.OperationalError):  # a full disk must not keep it from stopping
             self.owned.tell_news()
 
     def _turn(self) -> bool:
-        """Do the next thing; False when there is nothing left to do."""
+        """Do the next thing; return False when there is nothing left to do."""
         self.owned.heartbeat.moved()
         self.owned.look_at_config()
         self.owned.tell_news()
@@ -141,7 +141,7 @@ class Daemon:
         if self.control.is_paused:
             return self._stay_paused()
         self._take_in()
-        if not self.control.may_train():  # something was asked for while files were taken in
+        if not self.control.may_train():  # there was a request while files were taken in
             return True
         if self.ledger.next_owed() is not None and not (self._incoming.is_checking() and self.intake.outranks_queue()):
             self._room.wait(self._next_bytes())
@@ -161,7 +161,7 @@ class Daemon:
         return True
 
     def _stay_paused(self) -> bool:
-        """Hold still for a moment; wishes are obeyed between two of them."""
+        """Wait for a moment; wishes are obeyed before the next one."""
         if self._once and self.control.began_paused:
             return False
         self.owned.shown.set(PAUSED, PAUSE_NOTE)
@@ -170,13 +170,13 @@ class Daemon:
         return True
 
     def _take_in(self) -> None:
-        """Move settled files out of the inbox and check arrived ones, for a bounded time."""
+        """Move settled files out of the inbox and check files that arrived, for a bounded time."""
         if self.owned.shown.state == IDLE and self.ledger.next_arriving() is not None:
             self.owned.shown.set("tokenizing")
         self._incoming.take_in(all_or_none=self._once)
 
     def _settle(self) -> Settled:
-        """Mend what the process before left; what was lost waits to be trained again."""
+        """Repair what the previous process left; what was lost will be trained again."""
         retention = Retention.of(self.owned.settings.current)
         settled = self._settled = Settlement(self.owned.layout, self.ledger, retention).settle()
         for message in settled.messages():
@@ -188,7 +188,7 @@ class Daemon:
     # files trained
 
     def _train_file(self) -> None:
-        """Train the next file, and those that follow at once, until something is asked for."""
+        """Train the next file, and those that can follow at once, until there is a request."""
         failure: faults.Failure | None = None
         at_fault: int | None = None
         try:
@@ -206,7 +206,7 @@ class Daemon:
                 raise self._in_words(error) from None
             failure = faults.Failure.of(error)
             forget_frames(error)
-        if failure is not None:  # its own frames are gone, and with them the model
+        if failure is not None:  # the frames of its traceback are gone, and with them the model
             self.owned.look_at_config()
             row = self.ledger.next_owed() if at_fault is None else self.ledger.file(at_fault)
             config = self.owned.settings.current
@@ -230,13 +230,13 @@ class Daemon:
         return session, load_start(session, settled)
 
     def _goes_on(self) -> bool:
-        """Whether the next file may begin at once: nothing was asked for, no file is to be looked for or checked."""
+        """Whether the next file may begin at once: no request is open, and no file has to be looked for or checked."""
         if self.control.after_file or self.ledger.next_arriving() is not None:
             return False
         return not (self._incoming.has_changed() or self._incoming.is_due())
 
     def _see(self, event: Event) -> None:
-        """Show an event, and do what has to be done between two steps."""
+        """Pass on an event, and do what has to be done between two steps."""
         self.owned.heartbeat.moved()
         self.owned.hub.tell(event)
         if isinstance(event, Resumed):
@@ -259,11 +259,11 @@ class Daemon:
         if self._worker is not None:
             self._room.wait(self._worker.bytes_needed())
         if self._incoming.is_watching and self._incoming.seconds_since_scan() > LOOK_SECONDS:
-            with contextlib.suppress(OSError, sqlite3.Error, OnwardError, Stopped):  # it comes again between two files
+            with contextlib.suppress(OSError, sqlite3.Error, OnwardError, Stopped):  # it will recur between two files
                 self._incoming.take_in(between_steps=True)
 
     def _drop_worker(self) -> None:
-        """Release model and optimizer; the next file begins from the last commit."""
+        """Free model and optimizer; the next file begins from the last commit."""
         self._worker = self._settled = None
         self._was_dropped = True
         self.owned.let_go()
@@ -273,7 +273,7 @@ class Daemon:
     # faults
 
     def _after_failure(self, error: Exception) -> None:
-        """Wait a while after a failure of the machine or the config, to go on from the last commit; or raise it."""
+        """After a failure of the machine or the config, wait a while to continue from the last commit, or raise it."""
         self.ledger.require_in_place()
         self._drop_worker()
         if not self._patient or is_device_lost(error):
@@ -282,28 +282,28 @@ class Daemon:
         self._recovery.outlive(error)
 
     def _in_words(self, error: Exception) -> Exception:
-        """Return what to raise of a failure; what it held is free then."""
+        """Return the error to raise for a failure; what its traceback held is freed."""
         words = faults.for_person(error, self.ledger.next_owed())
         forget_frames(error)
         return words
 
     def _next_bytes(self) -> int:
         if self._worker is not None:
-            return 0  # it asks between steps, knowing the size
+            return 0  # the size is known once steps are taken; it asks between them
         newest = self.ledger.newest_checkpoint()
         return int(newest.bytes * 1.1) if newest else 0
 
     # the rest
 
     def _wait(self, seconds: float) -> None:
-        """Wait; anything asked for and anything new in the inbox ends it."""
+        """Wait; any request and anything new in the inbox ends the wait."""
         ends = time.monotonic() + seconds
         while time.monotonic() < ends and not (self.wishes.pending or self._incoming.is_due()):
             self.owned.heartbeat.moved()
             time.sleep(TICK / 2)
 
     def _keep(self, message: str, step: int, kind: str) -> None:
-        """Keep in the ledger what belongs in the log; on a full disk training goes on without."""
+        """Record in the ledger what belongs in the log; on a full disk, training continues without it."""
         with contextlib.suppress(sqlite3.OperationalError):
             self.ledger.add_event("info", message, step, kind=kind)
 

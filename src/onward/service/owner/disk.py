@@ -1,4 +1,4 @@
-"""Waiting for room on the disk: what was trained stays in memory until there is."""
+"""Waits for room on the disk; what was trained stays in memory until there is."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from onward.service.owner.owned import Owned
 from onward.service.shown import IDLE, PAUSED
 
 TICK = 0.1
-"""Seconds between two looks at the disk."""
+"""Seconds between two checks of the disk."""
 
 
 class DiskRoom:
-    """Holds training still while the disk has no room for the next checkpoint and the margin of the config.
+    """Pauses training while the disk has no room for the next checkpoint and the margin of the config.
 
     Args:
-        patient: False for a process that goes on: the write itself refuses in words.
-        obey: called while it waits, to do what needs no file to be left; may raise `Stopped`.
+        patient: False for a process that does not wait: the write itself then fails with an explanation.
+        obey: called while it waits, to do what is possible without leaving the file; may raise `Stopped`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class DiskRoom:
         self._obey = obey
 
     def wait(self, needed: int) -> None:
-        """Wait until `needed` bytes and the margin are free, or the file in hand is to be left."""
+        """Wait until `needed` bytes and the margin are free, or the current file has to be left."""
         if not self._patient or self._has(needed):
             return
         owned, before = self._owned, self._owned.shown.state

@@ -1,7 +1,7 @@
-"""Faults: what a daemon does with a file that cannot be trained, and which errors are of the machine.
+"""Faults: what a daemon does with a file that cannot be trained, and which errors are the machine's fault.
 
-The file is taken back to its boundary, tried again, after lack of memory in smaller parts of the same optimizer
-step, and then quarantined with a report; the run is as if it had never begun.
+The file is taken back to its boundary and tried again (if memory ran out, with the same optimizer steps in smaller
+parts), and then quarantined with a report; the run is as if it had never begun the file.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of
 
 @dataclass(frozen=True)
 class Failure:
-    """What is kept of an error: an exception's traceback would keep the model in memory.
+    """What is kept of an error; an exception's traceback would keep the model in memory.
 
-    `reason` is for a person, `out_of_memory` whether smaller parts may help, `rejected` what a guard found.
+    `reason` is for the user, `out_of_memory` says whether smaller parts may help, `rejected` what the guard found.
     """
 
     reason: str
@@ -41,22 +41,22 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Describe an error."""
+        """Return the description of an error."""
         cause = cause_of(error)
         rejected = tuple(cause.problems) if isinstance(cause, GuardRejected) else ()
         return cls(describe(cause), is_out_of_memory(cause), rejected)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return what made a step fail, or the error itself where it is not about a step."""
+    """Return what made a step fail, or the error itself if it is not about a step."""
     return error.cause if isinstance(error, StepFailed) else error
 
 
 def for_person(error: Exception, row: FileRow | None) -> Exception:
-    """Return what is raised of an error that may end the process: in words, whatever it is.
+    """Return what to raise for an error that may end the process: explained in words, whatever it is.
 
     Args:
-        row: the file in hand.
+        row: the current file.
     """
     cause = error.cause if isinstance(error, StepFailed) else error
     if is_device_lost(cause):
@@ -83,13 +83,13 @@ def _named(row: FileRow) -> str:
 
 
 def _place(error: BaseException) -> str | None:
-    """Return the line of code that raised an error, so that a report of it says where to look."""
+    """Return the line of code that raised an error, so that a report says where to look."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else None
 
 
 def describe(error: BaseException) -> str:
-    """Say what went wrong, in a line."""
+    """Return what went wrong, in one line."""
     if isinstance(error, OnwardError):
         return error.what
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -103,11 +103,11 @@ def is_out_of_space(error: BaseException) -> bool:
 
 
 def blames_file(error: BaseException) -> bool:
-    """Whether an error is about the file in hand, so that the queue can go on without it.
+    """Whether an error is the current file's fault, so that the queue can continue without it.
 
-    A file is to blame for what its rows cause after its first step began, the machine for everything else: its disk,
-    its ledger, its GPU, memory that ran out while the model was loaded, was checked or was committed, or while other
-    processes held the GPU's; the config for what it does not allow.
+    A file is to blame for what its rows cause after its first step began; the config for what it does not allow; and
+    the machine for everything else: disk, ledger, GPU, memory that ran out while the model was loaded, checked or
+    committed, or while other processes held GPU memory.
     """
     cause = error.cause if isinstance(error, StepFailed) else error
     if isinstance(cause, TrainingError):
@@ -122,11 +122,11 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
     """Take a file back to its boundary after a failure, and queue it again or quarantine it.
 
     Args:
-        config: the one in force, which says how often a file is tried again.
+        config: the config in force, which says how often a file is tried again.
     """
     reason = failure.reason
     failures = row.failures + 1
-    if failure.rejected:  # trained again it would be as before
+    if failure.rejected:  # training it again would give the same result
         quarantine(layout, ledger, row, reason, failure.rejected)
         return
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
@@ -147,10 +147,11 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
 def quarantine(
     layout: RunLayout, ledger: Ledger, row: FileRow, reason: str, found: Sequence[dict[str, Any]] = ()
 ) -> None:
-    """Take a file out of the stream, back at its boundary, with a report in `rejected/`; the archive keeps it.
+    """Take a file out of the stream, with the run back at its boundary and a report in `rejected/`; the archive keeps
+    it.
 
     Args:
-        found: what a guard found, and the rows to look at.
+        found: what the guard found, and the rows to look at.
     """
     refusal = Refusal.of_training(row.name, reason, "fix it, then add it again; its content stays in archive/")
     if found:
@@ -163,10 +164,10 @@ def quarantine(
 
 
 def skip(layout: RunLayout, ledger: Ledger, row: FileRow, reason: str) -> str:
-    """Take a file out of the stream, back at its boundary, because an operator said so.
+    """Take a file out of the stream, with the run back at its boundary, because an operator asked for it.
 
     Returns:
-        What was done, for a person.
+        What was done, in words.
     """
     if row.state != "training":
         return skip_queued(ledger, row, reason)
@@ -189,14 +190,14 @@ def _take_back(layout: RunLayout, ledger: Ledger, row: FileRow, move: Move, what
 
 
 def _smaller_parts(row: FileRow, ledger: Ledger, config: Config) -> int | None:
-    """Return twice as many parts as the file was tried with, or None where a part was one row already."""
+    """Return twice as many parts as the file was tried with, or None if each part was a single row already."""
     used = stored_config(ledger.config_of(row)) if row.config else config
     tried = row.parts or used.most_parts
     return min(2 * tried, used.batch_size) if tried < used.batch_size else None
 
 
 def _link(layout: RunLayout, row: FileRow) -> Path:
-    """Return a second name of the archived original, to be moved to `rejected/`."""
+    """Return a second link to the archived original, to be moved to `rejected/`."""
     copy = layout.kept(row.copy)
     link = layout.rejected / f".tmp-{copy.name}"
     link.unlink(missing_ok=True)

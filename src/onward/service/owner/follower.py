@@ -1,7 +1,7 @@
-"""A rank that follows: it takes the steps that rank 0 tells, and owns nothing.
+"""A rank that follows: it takes the steps that rank 0 announces, and owns nothing.
 
-It opens the run's config, base model and tokens to read them alone. Lock, ledger, inbox, commits, measurements and
-whatever is shown are rank 0's.
+It opens the run's config, base model and tokens only for reading. Lock, ledger, inbox, commits, measurements and all
+output are rank 0's.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from onward.training.trainer import Trainer
 from onward.training.world import Message
 
 VISIBLE = 60.0
-"""Seconds until a folder that another machine made is seen here at the latest: NFS keeps what it saw for a while."""
+"""Seconds within which a folder that another machine made must be visible here: NFS caches directories for a while."""
 
 
 def follow(
@@ -63,7 +63,7 @@ def follow(
     Args:
         patience: seconds after which a rank that shows no sign of life is lost.
         stop: a stop asked for here is passed on to rank 0.
-        report: receives a line where rank 0 cannot say any more why it ends.
+        report: receives a line if rank 0 can no longer say why it ends.
 
     Raises:
         RankLost: another rank is gone.
@@ -94,7 +94,7 @@ def _end_process(watch: Watch, report: Callable[[str], None], error: RankLost) -
 
 
 class Follower:
-    """One rank's part of a run, told by rank 0.
+    """One rank's part of a run, directed by rank 0.
 
     Args:
         layout: the run's directory, as this rank sees it.
@@ -104,7 +104,7 @@ class Follower:
         self._layout, self._group = layout, group
         self._state: TrainState | None = None
         self._model: str | None = None
-        """What the model of the state was built from."""
+        """What the state's model was built from."""
         self._trainer: Trainer | None = None
         self._plan: StreamPlan | None = None
         self._files: Mapping[str, TokenizedFile] = {}
@@ -117,11 +117,11 @@ class Follower:
         self._digests: dict[Path, str] = {}
 
     def follow(self) -> None:
-        """Do what rank 0 tells until it ends.
+        """Do what rank 0 asks for until it ends.
 
         Raises:
             RankLost: another rank is gone.
-            Released: rank 0 ended in the middle of something.
+            Released: rank 0 ended in the middle of a task.
         """
         actions = {
             FILE: self._begin, STEP: self._step, RELEASE: lambda _: self._let_go(),
@@ -132,13 +132,13 @@ class Follower:
                 actions[order["order"]](order)
             except RankLost:
                 raise
-            except Exception as error:  # rank 0 was told of it, or is told before the next step
+            except Exception as error:  # rank 0 was told, or will be before the next step
                 self._failure = error
                 self._trainer = None
                 forget_frames(error)
 
     def _begin(self, order: Message) -> None:
-        """Make ready for the steps of a file."""
+        """Prepare for the steps of a file."""
         self._failure = self._trainer = None
         config = stored_config(order["config"])
         anchor = _anchor_memory(order["anchor"])
@@ -155,7 +155,7 @@ class Follower:
         self._trainer = Trainer(self._state, config, execution, anchor, learned=self._learned)
 
     def _ready(self, order: Message, config: Config) -> TrainState:
-        """Open the file's tokens and return the state of the same model as rank 0's, its values aside."""
+        """Open the file's tokens and return a state of the same model as rank 0's, apart from its values."""
         origin = {key: order[key] for key in ("model", "adapter", "dtype")}
         origin["adapter"] = {**(origin["adapter"] or {}), "lora_dropout": None}
         model = json.dumps([config.identity(), origin], sort_keys=True)
@@ -179,7 +179,7 @@ class Follower:
         return TrainState.start(model, config)
 
     def _load(self, order: Message) -> None:
-        """Build this rank's part of a model in shards."""
+        """Build this rank's part of a sharded model."""
         self._let_go()
         config, folder = stored_config(order["config"]), order["folder"]
         manifest = None if order["manifest"] is None else Manifest.model_validate(order["manifest"])
@@ -198,7 +198,7 @@ class Follower:
             self._held.measure(probed)
 
     def _commit(self) -> None:
-        """Copy this rank's shards, and write them behind training; what fails fails at rank 0 too, which says so."""
+        """Copy this rank's shards, and write them behind training; a failure also fails at rank 0, which reports it."""
         held = self._held
         assert held is not None
         assert held.shards is not None
@@ -219,7 +219,7 @@ class Follower:
         self._writing = None
 
     def _spec(self, order: Message, config: Config) -> tuple[ModelSpec, Treatment | None]:
-        """Return what a model is built from, as rank 0 tells it and with the base model that is here."""
+        """Return what a model is built from, according to rank 0 and with the base model on this machine."""
         base, told = base_of_run(self._layout.root, config.model), order["model"]
         if base not in self._digests:
             self._digests[base] = digest_base(base)
@@ -234,7 +234,7 @@ class Follower:
         return spec, None if found is None else Treatment.of(found)
 
     def _step(self, order: Message) -> None:
-        """Take the next step; what failed here since the last one fails on every rank now."""
+        """Take the next step; a failure here since the last one now fails on every rank."""
         batch = self._next_batch()
         if self._trainer is None or self._plan is None or batch is None:
             with self._group.together():
@@ -271,7 +271,7 @@ def _tokens(folder: Path) -> TokenizedFile:
 
 
 def _anchor_memory(told: dict[str, Any] | None) -> AnchorTerm | None:
-    """Return memory for the anchor's tensors, which rank 0 sends."""
+    """Allocate memory for the anchor's tensors, which rank 0 sends."""
     if told is None:
         return None
     texts, targets, top = told["shape"]

@@ -1,7 +1,7 @@
-"""The heartbeat: shows others that a process is alive and whether its work progresses.
+"""The heartbeat: shows others that a process is alive and whether its work makes progress.
 
-Written from a background thread, so that a step that hangs is told from a process that is gone. Under systemd it
-feeds the watchdog too (protocol: sd_notify(3)), but only while the work moves.
+It is written from a background thread, so that a step that hangs can be distinguished from a process that is gone.
+Under systemd it also feeds the watchdog (protocol: sd_notify(3)), but only while the work makes progress.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from onward.store.ledger import put_soon
 SECONDS = 5.0
 """Seconds between two beats."""
 PATIENCE = 1.0
-"""Seconds that a beat waits for others who write: the next one says more."""
+"""Seconds that a beat waits for other writers; the next beat is newer anyway."""
 STEP_SLACK, SHORTEST = 20.0, 60.0
-"""A step hangs when it takes 20 times as long as the last one, and a minute at least."""
+"""A step hangs if it takes 20 times as long as the last one, and at least a minute."""
 
 
 class Heartbeat:
-    """Notes progress on the one side and writes it down on the other.
+    """Takes note of progress in one thread and writes it to the ledger in another.
 
     Args:
         path: the ledger's file.
@@ -40,22 +40,22 @@ class Heartbeat:
         self._monotonic = monotonic
         self._moved = monotonic()
         self.limit: float | None = None
-        """Seconds that the step in hand may take; None while no step is in hand."""
+        """Seconds that the current step may take; None outside of steps."""
 
     def moved(self) -> None:
-        """Note that the work moves, and that what follows may take any time."""
+        """Note progress, and that what follows may take any time."""
         self._moved = self._monotonic()
         self.limit = None
 
     def expect_step(self, seconds: float) -> None:
-        """Note that a step begins: it is measured against the one before, which took so many seconds."""
+        """Note that a step begins, whose time limit follows from the previous one, which took `seconds`."""
         self._moved = self._monotonic()
         self.limit = max(SHORTEST, STEP_SLACK * seconds)
 
     @property
     def hangs(self) -> bool:
-        """Whether the step in hand takes longer than a step could."""
-        limit = self.limit  # read once: the work goes on in another thread
+        """Whether the current step has taken too long to be alive."""
+        limit = self.limit  # read once: another thread may change it
         return limit is not None and self._monotonic() - self._moved > limit
 
     def beat(self) -> None:
@@ -67,7 +67,7 @@ class Heartbeat:
 
 
 def tell_systemd(message: str) -> None:
-    """Send a line to systemd, if a service manager listens; this neither waits nor fails."""
+    """Send a line to systemd, if a service manager listens; neither wait nor fail."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return

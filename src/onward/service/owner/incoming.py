@@ -1,7 +1,7 @@
-"""What arrives while a daemon works: small files are taken in between its steps, the others by a second process.
+"""Takes in files that arrive while a daemon works: small ones between its steps, others in a second process.
 
-Between two steps only work within a budget is done. A file that needs more is left untouched, and a process of its
-own reads, moves and checks it; its place in the queue was given when it was first seen.
+Between two steps only a limited amount of work is done. A file that needs more is left untouched, and a process of its
+own reads, moves and checks it; it got its place in the queue when it was first seen.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from onward.store.rows import FileRow
 from onward.text import printable
 
 SMALL_FILE = 1 << 20
-"""Bytes of a file that may be checked between two steps; a larger one is left to a process of its own."""
+"""The most bytes of a file that may be checked between two steps; a larger one is left to a process of its own."""
 SECONDS = 1.0
 """Time for checking files between two files that are trained."""
 SOON, AT_ONCE = 0.5, 0.05
-"""Seconds between scans at least: while a file in the inbox is not settled, and after a change."""
+"""The fewest seconds between scans: while a file in the inbox is not settled, and after a change."""
 SHARE = 20.0
-"""Times its own duration that a scan keeps away from the one before it: scanning takes a twentieth of the time."""
+"""The distance between scans in durations of a scan, so that scanning takes a twentieth of the time."""
 
 
 class Incoming:
-    """Looks after the inbox of one daemon.
+    """Takes care of the inbox of one daemon.
 
     Args:
-        inbox: None where nothing is watched; then files that arrived are checked in this process, all of them.
+        inbox: None if nothing is watched; then all files that arrived are checked in this process.
         start_checker: starts a process that checks what arrived.
     """
 
@@ -50,7 +50,7 @@ class Incoming:
         start_checker: Callable[[], subprocess.Popen[bytes]],
     ) -> None:
         self.unsettled = 0
-        """Files of the inbox that were still being written when it was last looked at."""
+        """How many files of the inbox were still being written when last looked at."""
         self._owned = owned
         self._ledger = owned.ledger
         self._intake = intake
@@ -67,7 +67,7 @@ class Incoming:
 
     @property
     def is_watching(self) -> bool:
-        """Whether there is an inbox to look after."""
+        """Whether there is an inbox to watch."""
         return self._inbox is not None
 
     @property
@@ -77,7 +77,7 @@ class Incoming:
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
-        """Be told of changes in the inbox, and leave no process behind."""
+        """Receive changes of the inbox in the body, and leave no process behind."""
         if self._inbox is None:
             yield
             return
@@ -92,7 +92,7 @@ class Incoming:
         return self._changed.is_set()
 
     def is_due(self) -> bool:
-        """Whether the inbox wants to be looked at: something changed or settles, or the last look was long ago."""
+        """Whether to scan the inbox now: something changed or is settling, or the last scan was long ago."""
         if self._inbox is None:
             return False
         pause = AT_ONCE if self._changed.is_set() else SOON if self.unsettled else POLL_SECONDS
@@ -110,8 +110,9 @@ class Incoming:
         """Look at the inbox if it is due, take in what is small, and leave the rest to a second process.
 
         Args:
-            between_steps: keep to a budget: a step waits.
-            all_or_none: take nothing until no file is written any more, so that priority decides and not luck.
+            between_steps: keep to a budget, because a step waits.
+            all_or_none: take nothing until no file is being written, so that the order depends on priority and not on
+                luck.
         """
         self._checker.is_running()
         self._take_intents(between_steps)
@@ -132,10 +133,10 @@ class Incoming:
         self._report(self.problem)
 
     def _take_intents(self, between_steps: bool) -> None:
-        """Once: take in what commands were given that were killed before they had read it."""
+        """Take in files of commands that were killed before they had read them; done once."""
         if self._inbox is None or between_steps or self._has_taken_intents:
             return
-        self._intake.take_intents()  # what is refused is an event
+        self._intake.take_intents()  # refusals become events
         self._has_taken_intents = True
 
     def _is_too_much(self, row: FileRow) -> bool:
@@ -169,7 +170,7 @@ class Incoming:
 
     @contextlib.contextmanager
     def _reporting(self) -> Generator[None]:
-        """Note what keeps the inbox from being used; it is looked at again later."""
+        """Record what keeps the inbox from being used; it is tried again later."""
         try:
             yield
         except OSError as error:

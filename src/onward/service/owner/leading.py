@@ -1,4 +1,4 @@
-"""Rank 0 as the others see it: it passes their signals on as wishes, and tells them when it ends."""
+"""Rank 0 as the leader of the others: it turns their signals into wishes, and tells them when it ends."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from onward.training.ranks.orders import END
 
 @contextlib.contextmanager
 def leading(place: Place, patience: float, wishes: Wishes, report: Callable[[str], None]) -> Generator[Group]:
-    """Form the group and lead it in the body; however that ends, the others end too.
+    """Form the group and lead it in the body; however that ends, the other ranks end too.
 
     Args:
         patience: seconds after which a rank that shows no sign of life is lost.
-        report: receives what is unequal between ranks.
+        report: receives differences between ranks.
 
     Raises:
-        RankLost: a rank did not come.
+        RankLost: a rank did not join.
     """
     group = form(place, patience, report)
     group.watch.on_stop, group.watch.on_loss = wishes.ask, partial(_end_process, report)
     try:
         yield group
-    except RankLost as error:  # the others may wait for this one where nothing can be told
+    except RankLost as error:  # the others may be waiting for this one in a place where they cannot be told
         group.is_broken = True
         explained = group.watch.explain(error)
         _end(group)
@@ -49,5 +49,5 @@ def _end_process(report: Callable[[str], None], error: RankLost) -> NoReturn:
 
 
 def _end(group: Group) -> None:
-    with contextlib.suppress(Exception):  # what is raised matters more
+    with contextlib.suppress(Exception):  # the error being raised matters more
         group.end({"order": END})

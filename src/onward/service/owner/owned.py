@@ -1,4 +1,4 @@
-"""A run that this process owns, and what every part of its work shares."""
+"""A run that this process owns: what all parts of its work share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from onward.store.ledger import Ledger
 
 @dataclass(frozen=True)
 class Owned:
-    """A run in the process that owns it: its record, its config, what is asked of it, who is told.
+    """A run in the process that owns it: its ledger, its config, its wishes, its observers.
 
     Args:
-        let_go: has other processes that train free their models.
+        let_go: makes the other processes that train free their models.
     """
 
     layout: RunLayout
@@ -38,7 +38,7 @@ class Owned:
     let_go: Callable[[], None] = lambda: None
 
     def record(self, level: str, message: str, kind: str) -> None:
-        """Record what whoever watches should read; where the ledger cannot take it now, it is told all the same."""
+        """Record a message that observers should read; they get it even if the ledger cannot be written now."""
         try:
             self.ledger.add_event(level, message, kind=kind)
         except (sqlite3.Error, OnwardError):
@@ -47,12 +47,12 @@ class Owned:
             self.tell_news()
 
     def tell_news(self) -> None:
-        """Tell whoever watches what the ledger got since the last time: refused files, what operators did."""
+        """Pass the ledger's new events to observers: refused files, what operators did."""
         for note in self.news():
             self.hub.tell(note)
 
     def look_at_config(self) -> bool:
-        """Read the config again if it changed; a refused one is shown, and changes nothing. True if it changed."""
+        """Read the config again if it changed; return whether it did. A refused one is reported and changes nothing."""
         changed, problem = self.settings.refresh(), self.settings.problem
         if changed and problem is not None:
             self.record("error", f"the config is refused; the earlier config stays in force: {problem}", "config")

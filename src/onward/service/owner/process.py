@@ -1,4 +1,4 @@
-"""A run in the process that owns it: its heavy parts when first needed, what goes on alongside, how it ended."""
+"""A run in the process that owns it: heavy parts loaded when first needed, background work, how it ended."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from onward.training.world import World
 
 POLL_SECONDS = 0.2
-"""Seconds between two looks at the requests in the ledger."""
+"""Seconds between two polls of the requests in the ledger."""
 
 
 class OpenedRun:
-    """A run in a process that works on it; tokenizer, base model's hash and torch load when first needed.
+    """A run in a process that works on it; the tokenizer, the base model's hash and torch are loaded when first needed.
 
     Args:
         loading: a context in which the large libraries are imported.
-        world: the processes that train; None where this is the only one.
+        world: the processes that train; None if this is the only one.
     """
 
     def __init__(
@@ -81,11 +81,11 @@ class OpenedRun:
 
     @property
     def session(self) -> Session:
-        """The session, opened now if it is not."""
+        """The session, opened on first use."""
         return self.open(again=False)
 
     def open(self, again: bool) -> Session:
-        """Open the run; with `again` also if it is open: config or model may have been mended."""
+        """Open the run; with `again`, even if it is open: config or model may have been repaired."""
         if again or self._session is None:
             with self.loading():
                 self.hash_base()
@@ -99,12 +99,12 @@ class OpenedRun:
         return self._session
 
     def let_go(self) -> None:
-        """Have the other processes that train free their models too."""
+        """Make the other processes that train free their models too."""
         if self.world is not None:
             self.world.tell(lambda: {"order": "release"})
 
     def hash_base(self) -> None:
-        """Begin to hash the base model alongside the large imports; later there is nothing to hide behind."""
+        """Begin to hash the base model during the large imports, so that it costs no extra time."""
         if "torch" in sys.modules or self._begun is not None:
             return
         folder = find_here(self.settings.read().model, root=self.layout.root)
@@ -112,7 +112,7 @@ class OpenedRun:
             self._begun = BaseDigest(folder)
 
     def intake(self) -> Intake:
-        """Make what checks files."""
+        """Make the intake, which checks files."""
         from onward.service.intake.checking import Intake
         from onward.service.intake.rules import RulesOfRun
 
@@ -120,31 +120,31 @@ class OpenedRun:
         return Intake(self.layout, self.ledger, rules=rules)
 
     def start_checker(self) -> subprocess.Popen[bytes]:
-        """Start a process that checks what arrived, while this one trains."""
+        """Start a process that checks files that arrived while this one trains."""
         command = [sys.executable, "-P", "-m", "onward", "check", "--run", str(self.layout.root)]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def start_tracking(self) -> subprocess.Popen[bytes]:
-        """Start a process that tells the trackers, until its standard input is closed."""
+        """Start a process that reports to the trackers until its standard input is closed."""
         command = [sys.executable, "-P", "-m", "onward", "track", "--follow", "--run", str(self.layout.root)]
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the owner, whose end it learns from the pipe
+            start_new_session=True,  # Ctrl-C is for the owner, whose end it learns through the pipe
         )  # fmt: skip
 
 
 @contextlib.contextmanager
 def account(opened: OpenedRun, wishes: Wishes) -> Generator[Reporter]:
-    """Leave in ledger and log that a process began, how it ended, and who ended it; yields what writes the log.
+    """Record in ledger and log that a process began, how it ended, and who ended it; yield the reporter.
 
-    A stop that is noticed inside ends the body and is not an error.
+    A stop raised in the body ends it and is not an error.
     """
     reporter = Reporter(opened.layout, NotifyConfig)
     try:
         with _account(opened.ledger, wishes):
             yield reporter
     finally:
-        with contextlib.suppress(Exception):  # what is raised matters more than the last line of the log
+        with contextlib.suppress(Exception):  # the error being raised matters more than the last line of the log
             reporter.report()
         reporter.close()
 
@@ -153,7 +153,7 @@ def account(opened: OpenedRun, wishes: Wishes) -> Generator[Reporter]:
 def operate(
     opened: OpenedRun, wishes: Wishes, observe: Observe, reporter: Reporter, *, watch: bool = False
 ) -> Generator[Daemon]:
-    """Make the daemon with all that goes on alongside: requests, heartbeat, log and notifications."""
+    """Make the daemon with everything that runs alongside: requests, heartbeat, log and notifications."""
     crash = find_crash(opened.ledger)
     owned = _own(opened, wishes, observe)
     reporter.notify = lambda: owned.settings.current.notify
@@ -166,7 +166,7 @@ def operate(
             _told(tracking, owned),
             Background([(1.0, reporter.report), (1.0, tracking.look)]),
             Background(vital),
-        ):  # they listen while the heavy parts load
+        ):  # they run while the heavy parts load
             daemon = _make_daemon(opened, owned, crash, watch=watch)
             if not watch:
                 daemon.begin()
@@ -177,14 +177,14 @@ def operate(
         failure = error.what if isinstance(error, OnwardError) else type(error).__name__
         raise
     finally:
-        with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
+        with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full or the ledger gone
             owned.answers.close(wishes, failure)
         requests.close()
 
 
 @contextlib.contextmanager
 def _told(tracking: Tracking, owned: Owned) -> Generator[None]:
-    """Let trackers be told of the last steps when the body ends, however it ends."""
+    """Report the last steps to trackers when the body ends, however it ends."""
     try:
         yield
     finally:
@@ -198,7 +198,7 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
     def warn(message: str) -> None:
         with contextlib.suppress(sqlite3.Error):  # the observer's terminal may be a file on the same full disk
             ledger.add_event("warning", message)
-        with contextlib.suppress(Exception):  # the caller's, as the observer is
+        with contextlib.suppress(Exception):  # it belongs to the caller, like the observer
             opened.report(message)
 
     return Owned(
@@ -216,11 +216,11 @@ def _own(opened: OpenedRun, wishes: Wishes, observe: Observe) -> Owned:
 
 
 def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch: bool) -> Daemon:
-    """Import what is large, which only a stop may end, and look whether the run can be opened at all."""
+    """Import the large libraries, which only a stop may interrupt, and check that the run can be opened at all."""
     owned.shown.set("loading")
     wishes = owned.wishes
     wishes.interruptibly(lambda: _import_daemon(opened), by_any=False)
-    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for, or met again
+    with contextlib.suppress(sqlite3.OperationalError):  # a full disk is waited for, or found again
         try:
             wishes.interruptibly(lambda: _open_now(opened), by_any=True)  # before a file is taken in
         except Stopped:
@@ -237,7 +237,7 @@ def _make_daemon(opened: OpenedRun, owned: Owned, crash: Crash | None, *, watch:
 
 
 def _open_now(opened: OpenedRun) -> None:
-    """Say at once what is wrong with config or model."""
+    """Open the run now, so that anything wrong with config or model is raised at once."""
     from onward.service.owner.faults import for_person
 
     try:
@@ -268,7 +268,7 @@ def _account(ledger: Ledger, wishes: Wishes) -> Generator[None]:
         _note(ledger, "warning", error.what)
         shown.at_rest()
         raise
-    except DeviceLost as error:  # the state stays: the next process counts this as a death in the same place
+    except DeviceLost as error:  # the state stays, so that the next process counts this as a death in the same place
         _note(ledger, "error", error.what, "failed")
         with contextlib.suppress(sqlite3.Error):
             ledger.put(problem=error.what)
@@ -292,7 +292,7 @@ def require_kept(ledger: Ledger, after: int) -> None:
     """Raise if the guard took a file back since an event.
 
     Raises:
-        FileRejected: it did; what else waited was trained.
+        FileRejected: it did; the other files were trained.
     """
     taken = [event.message for event in ledger.events_after(after) if event.kind == "quarantined"]
     if taken:
@@ -305,5 +305,5 @@ def _note_stop(ledger: Ledger, wishes: Wishes) -> None:
 
 
 def _note(ledger: Ledger, level: str, message: str, kind: str | None = None) -> None:
-    with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full, the ledger gone
+    with contextlib.suppress(sqlite3.Error, OnwardError):  # the disk may be full or the ledger gone
         ledger.add_event(level, message, kind=kind)

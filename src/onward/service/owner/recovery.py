@@ -1,4 +1,4 @@
-"""Waiting after a failure: of the machine, of the config, or of the process before this one."""
+"""Waits after a failure of the machine, of the config, or of the previous process."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onward.service.owner.owned import Owned
 from onward.service.shown import FAILED, PAUSED
 
 TICK = 0.05
-"""Seconds between two looks at what may end the waiting."""
+"""Seconds between two checks of what may end the wait."""
 FULL_DISK = 2.0
 """Seconds between two tries while the disk is full."""
 LONGEST = 300.0
-"""Seconds that a daemon waits at most before it tries again."""
+"""The most seconds that a daemon waits before it tries again."""
 
 
 class Recovery:
@@ -26,11 +26,11 @@ class Recovery:
         self._failures = 0
 
     def succeeded(self) -> None:
-        """Note that something was done: the next failure is the first one again."""
+        """Note that something succeeded: the next failure counts as the first one again."""
         self._failures = 0
 
     def outlive(self, error: Exception) -> None:
-        """Say what failed and wait; a mended config or a wish ends the waiting."""
+        """Report what failed and wait; a repaired config or a wish ends the wait."""
         self._failures += 1
         full = faults.is_out_of_space(error)
         seconds = FULL_DISK if full else min(2.0 ** (self._failures - 1), LONGEST)
@@ -42,7 +42,7 @@ class Recovery:
         self._rest(seconds)
 
     def after_death(self, crash: Crash | None) -> None:
-        """Wait longer after each death in the same place, then give up the file in hand."""
+        """Wait longer after each death in the same place, then give up the current file."""
         if crash is None:
             return
         owned, deaths = self._owned, crash.deaths

@@ -1,5 +1,5 @@
-"""The process that tells trackers, as the owner of a run sees it: started while there are trackers, never waited for
-while files are trained.
+"""The process that reports to trackers, as the owner of a run sees it: started while there are trackers, and never
+waited for while files are trained.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable
 
 LONGEST_PAUSE = 300.0
-"""Seconds that pass at most before it is started again after it ended."""
+"""The most seconds before it is started again after it ended."""
 PATIENCE = 20.0
-"""Seconds that it may take, once the owner is done, to tell what is left; longer than it gives its trackers."""
+"""Seconds that it may take to report the rest once the owner is done; longer than it gives its trackers."""
 
 
 class Tracking:
-    """Starts the process where the config names trackers, and lets it end.
+    """Starts the process if the config names trackers, and lets it end.
 
     Args:
-        start: starts it, with a pipe as standard input: when that is closed, it tells what is left and ends.
-        is_wanted: whether the config names trackers now.
+        start: starts the process with a pipe as standard input; when that is closed, it reports the rest and ends.
+        is_wanted: returns whether the config names trackers now.
         monotonic: seconds that never jump.
     """
 
@@ -39,7 +39,7 @@ class Tracking:
         self._not_before = float("-inf")
 
     def look(self) -> None:
-        """Start it where there is a tracker; if it ends by itself it is started again, ever later."""
+        """Start the process if there is a tracker; if it ends by itself, it is restarted after ever longer pauses."""
         runs = self._process is not None and self._process.poll() is None
         if runs or not self._is_wanted() or self._monotonic() < self._not_before:
             return
@@ -48,7 +48,7 @@ class Tracking:
         self._process = self._start()
 
     def end(self) -> bool:
-        """Let it tell what is left; False where it takes too long, and is left to itself."""
+        """Let it report the rest; return False if it takes too long and is left to itself."""
         process, self._process = self._process, None
         if process is None:
             return True

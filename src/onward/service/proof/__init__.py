@@ -1,1 +1,1 @@
-"""The proof of a run, and what machine and run lack. Nothing here writes."""
+"""The proof of a run, and the diagnosis of run and machine. Nothing here changes the run's state."""

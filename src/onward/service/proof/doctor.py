@@ -1,4 +1,4 @@
-"""What would stop this run on this machine, found before it does."""
+"""Finds what would stop this run on this machine, before it does."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from onward.training.model.load import load_tokenizer
 from onward.training.optimizers import optimizer_method
 
 LITTLE_DISK = 2 << 30
-"""Free bytes below which a warning is given, however small the checkpoints are."""
+"""Free bytes below which there is a warning, however small the checkpoints are."""
 FEW_FILES = 1000
 """Files for which the disk must have room."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: `level` is ok, warning or error."""
+    """The result of one check; `level` is ok, warning or error."""
 
     level: str
     subject: str
@@ -56,7 +56,7 @@ class Finding:
 
 
 def examine(layout: RunLayout) -> list[Finding]:
-    """Look at the machine and, where there is one, at the run in `layout`."""
+    """Check the machine and, if there is one, the run in `layout`."""
     findings = list(_machine())
     try:
         layout.require()
@@ -94,7 +94,7 @@ def examine(layout: RunLayout) -> list[Finding]:
 
 
 def _require_ledger(layout: RunLayout) -> None:
-    """Refuse a ledger that is no ledger; any other reason that it cannot be read is reported with the rest."""
+    """Refuse a file that is not a ledger; any other reason why it cannot be read is reported with the rest."""
     with contextlib.suppress(UsageError, sqlite3.DatabaseError, OSError):
         Ledger(layout.ledger, read_only=True).close()
 
@@ -129,7 +129,7 @@ def _config(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _identity(layout: RunLayout) -> Iterator[Finding]:
-    """Hold the config against the keys that are locked; base model and tokenizer are looked at elsewhere."""
+    """Check the config against the locked keys; base model and tokenizer are checked elsewhere."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         locked: dict[str, Any] = ledger.get("identity") or {}
         if ledger.newest_checkpoint() is None:
@@ -162,7 +162,7 @@ def _template(layout: RunLayout, config: Config, base: Path) -> Iterator[Finding
 
 
 def _admission(layout: RunLayout) -> Iterator[Finding]:
-    """Say what was proven of the model when the run was made."""
+    """Report what was proven about the model when the run was made."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         findings = Findings.of(ledger.get(FACT))
     if findings is None:
@@ -173,7 +173,7 @@ def _admission(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _memory(layout: RunLayout) -> Iterator[Finding]:
-    """Say what a step takes; the model is not loaded for it: a process may be training."""
+    """Report what a step takes, without loading the model, because a process may be training."""
     found = memory_in_words(layout)
     if found is None:
         yield Finding("ok", "memory", "the memory of a step was not measured on this machine; onward init measures it")
@@ -196,7 +196,7 @@ def _ledger(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
-    """Say which disk the ledger lies on; one that other machines use is an error, with the way out."""
+    """Report which disk the ledger is on; one that other machines use is an error, with a remedy."""
     mount = mount_of(layout.ledger)
     if mount is None:
         yield Finding(
@@ -215,7 +215,7 @@ def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _owner(layout: RunLayout) -> Iterator[Finding]:
-    """Say who owns the run, whether its work moves, and what keeps it from going on."""
+    """Report who owns the run, whether it makes progress, and what keeps it from continuing."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         state, problem, paused = ledger.get("state"), ledger.get("problem"), ledger.get("paused")
         fact = ledger.get("heartbeat")
@@ -242,7 +242,7 @@ def _state(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:
-    """Look at one checkpoint; `run` and `step` are what the ledger knows of."""
+    """Check one checkpoint; `run` and `step` are what the ledger has."""
     if not (folder / MANIFEST).exists():
         hint = f"Move it out of the run; to continue from it: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("warning", place, f"not made by Onward: it has no {MANIFEST}", hint)
@@ -278,7 +278,7 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _inodes(layout: RunLayout) -> Iterator[Finding]:
-    """Say where a disk has room for bytes and none for files; some file systems do not count them."""
+    """Report disks with room for bytes but none for files; some file systems do not count files."""
     disk = os.statvfs(layout.root)
     if disk.f_files and disk.f_favail < FEW_FILES:
         hint = "Remove files from this disk; each checkpoint makes about ten"
@@ -297,7 +297,7 @@ def _inbox(layout: RunLayout) -> Iterator[Finding]:
 
 
 def _queue(layout: RunLayout) -> Iterator[Finding]:
-    """Name the files on which a process ended before it could say what is wrong with them."""
+    """Name the files at which a process ended before it could say what is wrong with them."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
     for row in stuck:
@@ -313,7 +313,7 @@ def _kept(layout: RunLayout) -> int:
 
 
 def _trackers(layout: RunLayout) -> Iterator[Finding]:
-    """Say how far each tracker was told; one that fails delays nothing."""
+    """Report how far each tracker has got; one that fails delays nothing."""
     names = read_config(layout.config).track
     if not names:
         return

@@ -1,4 +1,4 @@
-"""The last proof of a run, kept in its ledger: whoever looks later sees what was checked, when and at which step."""
+"""The last proof of a run, kept in its ledger: observers see later what was checked, when and at which step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FACT = "verified"
 
 
 def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
-    """Check every claim of a run (see `verify`) and keep the outcome; a ledger that cannot take it spoils no proof."""
+    """Check every claim of a run (see `verify`) and record the outcome, unless the ledger cannot be written."""
     proof = verify(layout, ledger, deep=deep)
     with contextlib.suppress(sqlite3.Error):
         at = {"at": ledger.clock(), "step": ledger.committed_step(), "deep": deep}

@@ -1,4 +1,4 @@
-"""What a step of a run takes of this machine's memory, told before the first one."""
+"""How much of this machine's memory a step of a run takes, known before the first one."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from onward.training.state import TrainState
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
-    """Measure the model of a run as it is trained, and keep what was found in its ledger.
+    """Measure the model of a run as it is trained, and record the result in its ledger.
 
-    Its weights are loaded only where its outline is not enough.
+    Its weights are loaded only if its structure is not enough.
 
     Raises:
         OnwardError: the model cannot be loaded.
@@ -42,7 +42,7 @@ def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
 
 
 def _of_outline(session: Session) -> Profile | None:
-    """Measure the model without its weights; None where that says nothing: on a GPU, whose kernels are others."""
+    """Measure the model without its weights; None if that is not possible, as on a GPU, which has other kernels."""
     config, treatment = session.config, session.treatment
     if session.device.type != "cpu" or config.method == "qlora" or treatment is None:
         return None
@@ -52,7 +52,7 @@ def _of_outline(session: Session) -> Profile | None:
         with outlined(base, config, session.dtype, treatment) as model:
             loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
             return profile_of(model, optimizer_method(config), loss, config, session.device.type)
-    except Exception:  # an operation needs numbers: of experts, say
+    except Exception:  # an operation needs actual values, such as the choice of experts
         return None
 
 
@@ -64,7 +64,7 @@ def _of_model(session: Session, start: Path | None) -> Profile:
 
 
 def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
-    """Return what was measured of a run's model on this kind of device; None where nothing was."""
+    """Return what was measured of a run's model on this kind of device; None if nothing was."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         kept: dict[str, Any] = ledger.get(FACT) or {}
     return Profile.of(kept["profile"]) if kept.get("key") == _key(config) else None
@@ -72,11 +72,11 @@ def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a step takes whose rows all have full length.
+    """What a step takes if all of its rows have full length.
 
     Args:
-        estimate: by what it is for.
-        recompute: layers are computed again for it.
+        estimate: bytes by purpose.
+        recompute: whether layers are recomputed for it.
         usage: the device's memory now.
     """
 
@@ -86,12 +86,12 @@ class Outlook:
 
     @property
     def has_room(self) -> bool:
-        """Whether that fits, as far as can be told."""
+        """Whether it fits, as far as can be told."""
         return fits(self.estimate, self.usage)
 
 
 def outlook(layout: RunLayout) -> Outlook | None:
-    """Return what a step of a run takes on this machine; None where nothing was measured."""
+    """Return what a step of a run takes on this machine; None if nothing was measured."""
     config = read_config(layout.config)
     profile = kept_profile(layout, config)
     if profile is None:
@@ -105,7 +105,7 @@ def outlook(layout: RunLayout) -> Outlook | None:
 
 
 def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
-    """Say what a step takes whose rows all have full length, and whether that fits; None where nothing was measured."""
+    """Return, in words, what a step of rows of full length takes, and whether it fits; None if nothing was measured."""
     config, found = read_config(layout.config), outlook(layout)
     if found is None:
         return None

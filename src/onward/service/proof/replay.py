@@ -1,4 +1,4 @@
-"""The deep proof: train again what came after the last boundary, apart from the run, and compare bit for bit."""
+"""The deep proof: trains everything since the last boundary again, apart from the run, and compares bit for bit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from onward.training.trainer import Trainer
 
 
 def replay(layout: RunLayout, ledger: Ledger) -> str:
-    """Train from the newest restore point before the current state up to it; returns what was compared.
+    """Train from the newest restore point before the current state up to it; return what was compared.
 
     Raises:
         VerificationFailed: a loss, a weight or a moment differs, or there is no restore point to start from.
@@ -85,7 +85,7 @@ def _train_again(session: Session, evaluation: Evaluation, state: TrainState, ta
 
 
 def _measure_again(ledger: Ledger, evaluation: Evaluation, state: TrainState, row: FileRow) -> None:
-    """Measure a boundary as it was measured, and compare, unless an earlier release measured in another way."""
+    """Repeat the measurements of a boundary and compare them, unless an earlier release measured in another way."""
     recorded = ledger.boundary_results(row.id).get(GRID)
     if recorded is None or recorded.get("way") != WAY:
         return

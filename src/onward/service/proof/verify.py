@@ -1,4 +1,4 @@
-"""The proof of a run: every claim recomputed from what lies on disk, and named where it does not hold."""
+"""The proof of a run: every claim is recomputed from what is on disk, and named if it does not hold."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _check(name: str, claim: Callable[[], str]) -> Check:
         return Check(name, True, claim())
     except (_Failed, OnwardError) as error:
         return Check(name, False, str(error))
-    except Exception as error:  # damage takes forms that nobody foresaw; it is still a failed check
+    except Exception as error:  # damage takes unforeseen forms; it is still a failed check
         return Check(name, False, f"{type(error).__name__}: {error}")
 
 
@@ -186,7 +186,7 @@ def _rows(ledger: Ledger) -> str:
 
 
 def _require_replayed(ledger: Ledger, row: FileRow, plan: StreamPlan, steps: int) -> None:
-    """Hold what was recorded of replayed rows, and of held-out ones, against the plan."""
+    """Check what was recorded about replayed and held-out rows against the plan."""
     place = f"file {row.position} ({row.name})"
     chosen = [(row.first_step + index + 1, *again) for index in range(steps) for again in replayed_of(plan, index)]
     recorded = [entry for entry in ledger.replayed_rows(row.id) if entry[0] <= row.first_step + steps]
@@ -248,7 +248,7 @@ def _anchor(layout: RunLayout, ledger: Ledger) -> str:
 def _base(layout: RunLayout, ledger: Ledger) -> str:
     recorded = (ledger.get("identity") or {}).get("base")
     config = read_config(layout.config)
-    start_folder(layout, ledger, config)  # refuses an adapter to start from that was changed
+    start_folder(layout, ledger, config)  # raises if the adapter that the run starts from was changed
     digest = digest_base(base_of_run(layout.root, config.model))
     _require(digest == recorded, "the base model changed on disk since this run began")
     return f"unchanged ({digest[:12]})"

@@ -1,1 +1,1 @@
-"""The state on disk: committed, settled at a start, kept, taken back, adopted."""
+"""The state on disk: committed, settled at a start, retained, rolled back, adopted."""

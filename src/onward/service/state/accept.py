@@ -1,4 +1,4 @@
-"""Accepting a quarantined file: it is queued again, and the guard lets it pass."""
+"""Accepts a quarantined file: it is queued again, and the guard lets it pass."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from onward.store.lookup import find_file
 
 
 def accept(layout: RunLayout, ledger: Ledger, name: str) -> str:
-    """Put a quarantined file at the end of the queue, for the guard to let pass; returns its name.
+    """Put a quarantined file at the end of the queue, exempt from the guard; return its name.
 
     Args:
         name: the file's name or a prefix of its hash.
 
     Raises:
-        UsageError: no such file is quarantined, or the stream has its content by now.
+        UsageError: no such file is quarantined, or the stream has its content meanwhile.
         DamagedState: its original is gone from the archive.
     """
     row = find_file(ledger, name, "quarantined")

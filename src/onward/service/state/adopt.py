@@ -1,4 +1,4 @@
-"""Adoption: a checkpoint of transformers' Trainer becomes a run, with its moments and its step, by parameter name."""
+"""Adoption: makes a checkpoint of transformers' Trainer a run, with its step and its moments by parameter name."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def adopt(
     """Make the run in `layout` from `checkpoint`. Everything is loaded and checked before anything is made.
 
     Args:
-        settings: config keys set by hand; they win over the checkpoint.
-        fresh_moments: take the weights alone; the optimizer begins afresh.
+        settings: config keys set by the user; they take precedence over the checkpoint.
+        fresh_moments: take only the weights; the optimizer starts afresh.
 
     Returns:
         What the run took over, what was set and what is unknown, one line each.
 
     Raises:
-        UsageError: this is no Trainer checkpoint, it holds what cannot go on exactly, or the directory holds a config
-            already.
+        UsageError: this is not a Trainer checkpoint, it cannot be continued exactly, or the directory already has a
+            config.
         DamagedState: its moments do not fit its model.
         ModelError: the base model or its tokenizer is missing or cannot be loaded, or the adapter is of another kind.
     """
@@ -88,13 +88,13 @@ def adopt(
 
 
 def _with_base(config: Config, base: Path, checkpoint: Path, layout: RunLayout) -> Config:
-    if base == checkpoint.resolve():  # the Trainer may rotate it away: the run keeps a base of its own
+    if base == checkpoint.resolve():  # the Trainer may delete it: the run keeps a base of its own
         return config.model_copy(update={"model": OWN_BASE})  # relative: the run can be moved
     return with_stored_path(config, base, layout.root)
 
 
 def _base(adopted: Adopted, named: Path) -> Path:
-    """Return the run's base: a whole model whose vocabulary is not that of the base named for it is its own."""
+    """Return the run's base: a full model whose vocabulary differs from that of the named base is its own base."""
     own = adopted.folder.path.resolve()
     if adopted.adapter or named == own or read_capacity(own).embedding_rows == read_capacity(named).embedding_rows:
         return named
@@ -111,7 +111,7 @@ def _base(adopted: Adopted, named: Path) -> Path:
 
 
 def _load(adopted: Adopted, base: Path) -> tuple[TrainState, Findings, list[str]]:
-    """Return the state that the Trainer had, how its model is treated, and what to say of its moments."""
+    """Return the state that the Trainer had, how its model is treated, and notes on its moments."""
     config, folder, device = adopted.config, adopted.folder, pick_device()
     with without_carried(folder.path, base, adopted.adapter) if adopted.adapter else nullcontext(folder.path) as path:
         _, findings = admit_new(config, base, has_chosen_dropout=True, checkpoint=path)
@@ -140,11 +140,11 @@ def _make(
     findings: Findings,
     report: Callable[[str], None],
 ) -> None:
-    """Make the run's files, the ledger's name last, so that it makes the run."""
+    """Make the run's files; the ledger gets its name last, because it makes the directory a run."""
     layout.make()
     if config.model == OWN_BASE:
         _copy(checkpoint, (*MODEL_FILES, *TOKENIZER_FILES), layout.root / OWN_BASE)
-    elif (checkpoint / TOKENIZER_MARK).is_file():  # what the checkpoint was trained with
+    elif (checkpoint / TOKENIZER_MARK).is_file():  # the one that the checkpoint was trained with
         _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
     final = layout.ledger.resolve()  # a link leads to a disk of this machine
     unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
@@ -165,7 +165,7 @@ def _make(
 
 
 def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:
-    """Copy files: a link would follow a Trainer that writes the same checkpoint once more."""
+    """Copy files: a link would change if a Trainer wrote the same checkpoint once more."""
     target.mkdir(exist_ok=True)
     for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
         shutil.copyfile(path, target / path.name)

@@ -1,4 +1,4 @@
-"""What an adopted run took over from its checkpoint, what it did not and why, and its next learning rates."""
+"""Describes what an adopted run took over from its checkpoint, what it did not and why, and its next learning rates."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from onward.training.huggingface import TRAINING_ARGUMENTS
 from onward.training.schedule import learning_rate
 
 ADAMS = ("adamw", "paged_adamw")
-"""What the names of a Trainer's optimizers begin with that a run's learning rate means the same to."""
+"""Beginnings of the names of a Trainer's optimizers for which a learning rate means the same as in a run."""
 AHEAD = 3
-"""Steps whose learning rates are named."""
+"""How many steps' learning rates are listed."""
 UNKNOWN = ("batch_size", "gradient_accumulation", "max_grad_norm", "seed", "max_length", "epochs")
-"""Keys that the Trainer had in its arguments."""
+"""Keys whose values the Trainer had in its arguments."""
 
 
 def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) -> list[str]:
-    """Return one line for each thing that a person should know of the new run.
+    """Return one line for each thing that the user should know about the new run.
 
     Args:
-        settings: what was set by hand; it won over the checkpoint.
+        settings: what the user set; it took precedence over the checkpoint.
         notes: what else was found while the state was loaded.
     """
     return [*_taken(adopted, settings), *_fresh(adopted, settings), *_left(adopted, settings), *notes, *_rates(adopted)]
@@ -35,7 +35,7 @@ def describe(adopted: Adopted, settings: Mapping[str, Any], notes: list[str]) ->
 def _taken(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
     values = adopted.config.flat()
     named: set[str] = set(settings)
-    for source, found in reversed(list(adopted.sources.items())):  # a later source wins over an earlier one
+    for source, found in reversed(list(adopted.sources.items())):  # a later source takes precedence
         keys = [key for key in found if key not in named and key in values]
         named.update(keys)
         if source == TRAINING_ARGUMENTS and "batch_size" in keys:
@@ -61,7 +61,7 @@ def _fresh(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
-    """Name what is not taken, and what is a default of the run because nothing says what it was."""
+    """Name what is not taken over, and what is a default of the run because nothing says what it was."""
     values = adopted.config.flat()
     left = list(left_out(adopted.arguments))
     if left:
@@ -74,14 +74,14 @@ def _left(adopted: Adopted, settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rates(adopted: Adopted) -> Iterator[str]:
-    """Put the run's next learning rates next to those that the Trainer would have used."""
+    """Compare the run's next learning rates with those that the Trainer would have used."""
     config, schedule, first = adopted.config, adopted.schedule, adopted.folder.step + 1
     ended = config.schedule in HORIZON_SCHEDULES and (config.total_steps or 0) < first
     if schedule is not None and schedule.finished and ended:
         yield _finished(schedule)
         return
     steps = range(first, first + AHEAD)
-    pairs = [f"step {step}: {_rate(config, step)}{_beside(schedule, step)}" for step in steps]
+    pairs = [f"step {step}: {_rate(config, step)}{_of_trainer(schedule, step)}" for step in steps]
     yield f"learning rates (schedule {config.schedule}): {', '.join(pairs)}"
 
 
@@ -101,7 +101,7 @@ def _rate(config: Config, step: int) -> str:
         return "none, the schedule ends before"
 
 
-def _beside(schedule: TrainerSchedule | None, step: int) -> str:
+def _of_trainer(schedule: TrainerSchedule | None, step: int) -> str:
     if schedule is None:
         return ""
     rate = schedule.rate(step)

@@ -1,4 +1,4 @@
-"""The config under which a run goes on where a checkpoint's Trainer stood, and where each of its values is from."""
+"""The config under which a run continues where a checkpoint's Trainer left off, with the source of each value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onward.training.model.adapter_config import adapter_settings, read_adapter
 SCHEDULE_SOURCE = "schedule of the Trainer"
 WHOLE_MODEL = "the model's files"
 NEW_SCHEDULE: dict[str, Any] = {"warmup_steps": 0}
-"""What holds where a schedule is set by hand: the run does not begin, it goes on."""
+"""What holds if the user sets a schedule: the run does not begin, it continues."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Adopted:
     """What a checkpoint becomes.
 
     Args:
-        moments: its optimizer's state; None where it begins afresh.
-        schedule: the Trainer's; None for a checkpoint of Onward's own, which says more.
-        sources: config values by where they are from.
-        adapter: what the adapter's config says; nothing for a whole model.
+        moments: its optimizer's state; None if it starts afresh.
+        schedule: the Trainer's; None for a checkpoint of Onward's own, which records more.
+        sources: config values by their source.
+        adapter: the adapter's config; empty for a full model.
     """
 
     folder: TrainerFolder
@@ -49,12 +49,12 @@ class Adopted:
 
 
 def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any], *, fresh: bool) -> Adopted:
-    """Read what a checkpoint says of how it was trained; `settings` win over it.
+    """Read what a checkpoint says about how it was trained; `settings` take precedence.
 
     Raises:
-        UsageError, ModelError: it holds what cannot go on exactly.
-        DamagedState: a file of it does not hold what it should.
-        ConfigError: the settings ask for what the checkpoint is not.
+        UsageError, ModelError: it cannot be continued exactly.
+        DamagedState: one of its files does not contain what it should.
+        ConfigError: the settings contradict the checkpoint.
     """
     folder = open_folder(checkpoint, fresh=fresh)
     manifest = _own_manifest(checkpoint)
@@ -75,7 +75,7 @@ def read_adopted(checkpoint: Path, model: str | None, settings: Mapping[str, Any
     if adapter:
         sources[ADAPTER_CONFIG] = {"method": "lora", **adapter_settings(adapter)}
     else:
-        sources[WHOLE_MODEL] = {"method": "full"}  # which is its own base
+        sources[WHOLE_MODEL] = {"method": "full"}  # it is its own base
     named = adapter.get("base_model_name_or_path") if adapter else str(checkpoint.absolute())
     config = _merge(sources, model or named or "", settings, checkpoint)
     return Adopted(folder, config, arguments, moments, schedule, sources, adapter)
@@ -97,7 +97,7 @@ def _is_shape(key: str) -> bool:
 
 
 def _require_shape(saved: Config, config: Config) -> None:
-    """Refuse settings that ask for another shape than the checkpoint has; a 4-bit base under an adapter is none."""
+    """Refuse settings that ask for another shape than the checkpoint's; a 4-bit base under an adapter is allowed."""
     asked = {key: there for key, (_, there) in saved.differences(config).items() if key in IDENTITY_KEYS}
     refused = {key: asked[key] for key in asked if _is_shape(key)}
     if refused.get("method") == "qlora" and saved.method == "lora":
@@ -112,18 +112,18 @@ def _schedule_values(
 ) -> Mapping[str, Any]:
     if "schedule" in settings:
         return NEW_SCHEDULE
-    if fresh and not schedule.name:  # nothing says how it was trained: warm up from here
+    if fresh and not schedule.name:  # nothing says how it was trained: warm up again
         return {"schedule_offset": folder.step}
     return require_schedule(schedule, folder)
 
 
 def _own_manifest(checkpoint: Path) -> Manifest | None:
-    """Return the manifest of a checkpoint that Onward wrote, where it holds: it says all that a Trainer's does not."""
+    """Return the manifest of a checkpoint that Onward wrote, if valid; it records what a Trainer's does not."""
     return inspect_checkpoint(checkpoint).manifest if checkpoint.is_dir() else None
 
 
 def _recorded(manifest: Manifest) -> dict[str, Any]:
-    """Return the config that a checkpoint of Onward's own was trained under, its base and its adapter aside."""
+    """Return the config that a checkpoint of Onward's own was trained under, without its base and its adapter."""
     flat = stored_config(manifest.config).flat()
     left = {key for key in known_keys() if key == "model" or _is_shape(key) or key.partition(".")[0] == "notify"}
     return {key: value for key, value in flat.items() if key not in left | set(SECTIONS) and value is not None}

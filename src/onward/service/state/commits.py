@@ -1,8 +1,8 @@
-"""Commits: `current_model/`, the restore points and the ledger's account of them, kept in step.
+"""Commits: keeps `current_model/`, the restore points and the ledger's record of them in step.
 
-The order of a commit: the ledger notes that one is being written (which makes the step metrics durable), the
-checkpoint directory is renamed into place, the ledger moves. What follows (links, restore point, removal of the
-older checkpoint) can be repeated, and `settle.py` repeats it at every start.
+The order of a commit: the ledger records that one is being written (which makes the step metrics durable), the
+checkpoint directory is renamed into place, the ledger moves. What follows (links, restore point, removal of the older
+checkpoint) can be repeated, and `settle.py` repeats it at every start.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from onward.training.state import Snapshot
 
 @dataclass(frozen=True)
 class Commit:
-    """What is to be committed.
+    """What to commit.
 
     Args:
-        model: gives names and configuration; the weights are those of `state`.
-        probe: measures the state on the probe; called where the commit is made.
-        parent: the checkpoint before.
-        done: what is to be told once it is committed.
-        gather: makes model and state whole for a body, where `state` is one rank's part.
-        with_ledger: further moves of the ledger that belong to the same transaction (a file is done).
+        model: provides names and configuration; the weights are those of `state`.
+        probe: measures the state on the probe; called in the thread that commits.
+        parent: the previous checkpoint.
+        done: what to report once it is committed.
+        gather: makes model and state whole during a body, if `state` is only one rank's part.
+        with_ledger: further changes of the ledger in the same transaction (a file is done).
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ class Commit:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether the next file waits for what is measured: at a boundary, but for a whole state of step 0."""
+        """Whether the next file waits for the measurement: at a boundary, except for a whole state of step 0."""
         return self.state.cursor.at_boundary and (self.parent is not None or self.gather is not None)
 
     def whole(self) -> AbstractContextManager[tuple[nn.Module, Snapshot]]:
@@ -72,10 +72,10 @@ class Written:
     """What a commit did.
 
     Args:
-        manifest: that of the new checkpoint.
+        manifest: the manifest of the new checkpoint.
         removed: names of the checkpoints that it replaced.
-        restore_point: name of the restore point that was made of it; None within a file.
-        done: what is to be told now.
+        restore_point: name of the restore point that was made from it; None within a file.
+        done: what to report now.
     """
 
     manifest: Manifest
@@ -85,7 +85,7 @@ class Written:
 
 
 class Commits:
-    """Writes and tidies the checkpoints of one run."""
+    """Writes the checkpoints of one run, and tidies up after them."""
 
     def __init__(self, layout: RunLayout, ledger: Ledger) -> None:
         self.layout = layout
@@ -93,11 +93,11 @@ class Commits:
         self.ownership = Ownership(layout, ledger)
 
     def commit(self, commit: Commit, measured: Callable[[Measurement], None] = lambda _: None) -> Written:
-        """Commit a state; `measured` is told what was measured of it before anything is written.
+        """Commit a state; `measured` receives its measurement before anything is written.
 
         Raises:
-            NotMadeHere: a directory that the run did not make stands where the checkpoint must go; nothing changed.
-            VerificationFailed: a step trained again after damage did not give the state that was there before.
+            NotMadeHere: a directory that the run did not make is where the checkpoint must go; nothing changed.
+            VerificationFailed: a step trained again after damage did not give the same state as before.
             NoSpace: the checkpoint does not fit; nothing changed.
         """
         with commit.whole() as (model, state):
@@ -138,11 +138,11 @@ class Commits:
             )
 
     def tidy(self, checkpoint: Path, manifest: Manifest, retention: Retention) -> Written:
-        """Make what the run has on disk agree with its newest checkpoint: links, restore point, no older checkpoint.
+        """Make the run's files on disk agree with its newest checkpoint: links, restore point, no older checkpoint.
 
-        What the run did not make is left alone.
+        Anything that the run did not make is left alone.
         """
-        older = [folder for folder in self.ownership.checkpoints() if folder != checkpoint]  # by the links of before
+        older = [folder for folder in self.ownership.checkpoints() if folder != checkpoint]  # by the old links
         self._link_root(checkpoint, manifest)
         point = self._make_restore_point(checkpoint, manifest)
         removed = tuple(folder.name for folder in older if self.ownership.remove(folder, is_own=True))
@@ -153,7 +153,7 @@ class Commits:
         return Written(manifest, removed, point)
 
     def _make_restore_point(self, checkpoint: Path, manifest: Manifest) -> str | None:
-        """Make the restore point of a boundary if it is not there; returns its name if it was made now."""
+        """Make the restore point of a boundary if it is missing; return its name if it was made now."""
         point = self.layout.boundary(manifest.step)
         if not manifest.cursor.at_boundary:
             return None
@@ -164,7 +164,7 @@ class Commits:
         return point.name
 
     def _created(self, point: Path) -> float:
-        """When the state of a restore point was committed, seconds since the epoch."""
+        """Return when the state of a restore point was committed, in seconds since the epoch."""
         created = self.ledger.checkpoint_created(step_of(point))
         return point.stat().st_mtime if created is None else created
 
@@ -195,7 +195,7 @@ class Commits:
 
 
 def basis_of(config: Config, stream: str, environment: Mapping[str, Any]) -> str:
-    """Return the digest of what a step's state follows from: two states on one basis have to be equal."""
+    """Return the digest of what a step's state follows from: two states with the same basis must be equal."""
     return sha256_json([config.training(), stream, dict(environment)])
 
 
@@ -205,7 +205,7 @@ def _has_same_files(folder: Path, other: Path, manifest: Manifest) -> bool:
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
-    """Whether two names are one file; False where one of them is certainly missing."""
+    """Whether two names are one file; False if one of them is certainly missing."""
     try:
         return path.samefile(other)
     except (FileNotFoundError, NotADirectoryError):

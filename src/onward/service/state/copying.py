@@ -1,7 +1,7 @@
-"""A copy of a run, as it stood at one of its boundaries: what is tried on the copy never touches the run.
+"""A copy of a run as it was at one of its boundaries; what is tried on the copy never touches the run.
 
-Everything large is linked, not copied. The run may be trained meanwhile by the process that owns it: its ledger is read
-as of one moment, and files that are linked stay what they are, since Onward replaces files and never changes them.
+Everything large is linked, not copied. The process that owns the run may train it meanwhile: the copy reads the ledger
+as of one moment, and linked files stay as they are, since Onward replaces files and never changes them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ PARTS = (OWN_BASE, OWN_ADAPTER, "tokenizer", "anchor")
 """Folders of a run that are part of what it is; they never change."""
 
 UNTOLD = {"notify", "track"}
-"""Keys that a copy does without: who is told of the run is not told of what is tried on a copy."""
+"""Keys that a copy does without: those notified of the run are not notified of what is tried on a copy."""
 
 
 def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None = None) -> RunLayout:
-    """Make `target` a run of its own: this one as it stood at a restore point, its later files queued again.
+    """Make `target` a run of its own: this one as it was at a restore point, with its later files queued again.
 
-    Files that wait in the run do not come along. The copy has the run's identity, so that its checkpoints are those of
-    the same run, and is trained by whoever made it.
+    Files that wait in the run are not copied. The copy has the run's identity, so that its checkpoints belong to the
+    same run, and is trained by the process that made it.
 
     Args:
-        target: a directory that is not there yet, on the run's disk where links are to be made.
-        step: that of a restore point.
-        config: the copy's config; the run's own where none is given.
+        target: a directory that does not exist yet, on the run's disk if links should be possible.
+        step: the step of a restore point.
+        config: the copy's config; by default the run's own.
 
     Raises:
         UsageError: the restore point is no longer kept.
@@ -80,7 +80,7 @@ def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, copy.cache / "tokenizer")
     for folder in entries(layout.tokens):
-        with contextlib.suppress(OSError):  # forgotten meanwhile: made again where it is needed
+        with contextlib.suppress(OSError):  # removed meanwhile: recreated if needed
             link_tree(folder, copy.tokens / folder.name)
 
 
@@ -103,7 +103,7 @@ def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:
 
 
 def _link_originals(layout: RunLayout, copy: RunLayout, rows: Sequence[FileRow]) -> None:
-    """Link what was accepted; an original that was compressed meanwhile is found under the name that it has now."""
+    """Link the accepted originals; one that was compressed meanwhile is found under its new name."""
     with Ledger(layout.ledger, read_only=True) as ledger:
         for row in rows:
             now = ledger.find(row.id) or row
@@ -127,6 +127,6 @@ def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
 
 
 def _position(ledger: Ledger, step: int) -> int:
-    """The position of the newest file that was done by a step; 0 before the first."""
+    """Return the position of the newest file that was done by a step; 0 before the first."""
     places = [row.place for row in ledger.files("done") if row.first_step + (row.planned_steps or 0) <= step]
     return max(places, default=0)

@@ -1,6 +1,6 @@
-"""What a run is given of its own when it is made: a base with more tokens or less weight, an adapter to start from.
+"""Parts that a run gets of its own when it is made: a base with more tokens or less weight, an adapter to start from.
 
-Made once, before the ledger; the ledger remembers it, since no later change of the config can make it again.
+They are made once, before the ledger, which records them: no later change of the config can make them again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
 TOKENIZER_MARK = "tokenizer_config.json"
 MADE = "made"
-"""Fact of the ledger: `{key: value}` of the config's keys that were put in force when the run was made."""
+"""The ledger's fact with `{key: value}` of the config's keys that took effect when the run was made."""
 _DIGEST = "adapter digest"
 
 
 class OwnParts:
-    """The parts of one new run.
+    """The parts of a new run.
 
     Args:
-        config: what was asked for; `self.config` is what that means with the adapter that it starts from.
-        report: receives what was taken over.
+        config: the requested config; `self.config` is the result with the adapter that the run starts from.
+        report: receives a line for what was taken over.
 
     Raises:
         UsageError, ConfigError, ModelError: the adapter cannot be the start of this run.
@@ -44,21 +44,21 @@ class OwnParts:
     def __init__(self, layout: RunLayout, config: Config, report: Callable[[str], None]) -> None:
         self._layout, self._report = layout, report
         if is_made(config):
-            # Here, where the caller may look after large imports.
+            # Here, where the caller can handle large imports.
             importlib.import_module("onward.training.model.own_base")
         self._start = _read_start(config) if config.adapter else None
         self.config = config if self._start is None else _with_start(config, self._start)
         self.facts: dict[str, Any] = {}
-        """What the ledger keeps of the parts that were made; empty where there are none."""
+        """What the ledger records of the parts that were made; empty if there are none."""
         self._published: list[Path] = []
 
     def tokenizer(self, base: Path) -> Path:
-        """The folder with the tokenizer: the adapter's, if it brought one, else the base's."""
+        """Return the folder with the tokenizer: the adapter's, if it brought one, else the base's."""
         folder = self._layout.tokenizer(base) if self._start is None else self._start.folder
         return folder if (folder / TOKENIZER_MARK).is_file() else self._layout.tokenizer(base)
 
     def require_possible(self, base: Path) -> None:
-        """Refuse, before anything is made, what cannot be made.
+        """Refuse parts that cannot be made, before anything is made.
 
         Raises:
             ModelError: the adapter does not fit the base.
@@ -81,10 +81,10 @@ class OwnParts:
             self._report(f"the adapter was made on {start.base}; here it is used on {self.config.model}, which it fits")
 
     def make(self, config: Config, base: Path, tokenizer: Path) -> Config:
-        """Make the parts; returns the config of the run that has them.
+        """Make the parts; return the config of the run that has them.
 
         Raises:
-            ConfigError: a token is already in the vocabulary, or the adapter asks for what the model has not.
+            ConfigError: a token is in the vocabulary already, or the adapter needs something that the model lacks.
         """
         if not is_made(config):
             return config
@@ -141,7 +141,7 @@ class OwnParts:
 
     @contextmanager
     def _publishing(self, name: str) -> Generator[Path]:
-        """Make a directory of the run in one act, with the files that the body writes; none if it writes none."""
+        """Atomically make a directory of the run with the files that the body writes; none if it writes none."""
         temporary = self._layout.root / f"{TEMPORARY_PREFIX}{name}"
         remove_tree(temporary)
         temporary.mkdir()
@@ -161,8 +161,8 @@ def start_folder(layout: RunLayout, ledger: Ledger, config: Config) -> Path | No
     """Return the folder of the adapter that a run starts from; None for fresh weights.
 
     Raises:
-        DamagedState: the adapter was changed since the run was made.
-        ConfigError: the config asks for what is put in force only when a run is made.
+        DamagedState: the adapter changed since the run was made.
+        ConfigError: the config asks for something that takes effect only when a run is made.
     """
     made: dict[str, Any] = ledger.get(MADE) or {}
     now, default = _made(config), _made(Config())
@@ -184,7 +184,7 @@ def start_folder(layout: RunLayout, ledger: Ledger, config: Config) -> Path | No
 
 
 def _made(config: Config) -> dict[str, Any]:
-    """Return the keys that are put in force when a run is made."""
+    """Return the keys that take effect when a run is made, with their values."""
     init = config.lora.init if config.takes_from_base else "default"
     return {"tokens": config.tokens, "adapter": config.adapter, "lora.init": init}
 

@@ -15,7 +15,7 @@ from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 
 
 class Ownership:
-    """Tells the directories of one run from those that others put there.
+    """Distinguishes the directories of a run from those that others put there.
 
     A directory belongs to the run if the ledger has a checkpoint of that step and the manifest names the run.
     """
@@ -26,7 +26,7 @@ class Ownership:
         self.run: str | None = ledger.get("run")
 
     def made(self, folder: Path) -> bool:
-        """Whether the run made a directory that has the name of a checkpoint or a restore point.
+        """Return whether the run made a directory that has the name of a checkpoint or a restore point.
 
         Raises:
             Unreadable: the manifest cannot be read now, so nothing is known.
@@ -36,13 +36,13 @@ class Ownership:
         if not states:
             return False
         origin = stated_origin(folder)
-        if origin is None:  # only where the ledger stands, or stood before damage: others write no manifest either
+        if origin is None:  # only at a step of the ledger, now or before damage: other programs write none
             expected = folder == self.layout.checkpoint(step) and step >= self.ledger.committed_step()
             return expected and bool(states & {"committed", "lost"}) and self._holds_files_of_run(folder)
         return origin in ((self.run, step), (None, None))
 
     def _holds_files_of_run(self, folder: Path) -> bool:
-        """Whether a directory that lost its manifest holds state that the run has in another place, too, or nothing."""
+        """Whether a directory that lost its manifest is empty, or holds state that the run also has elsewhere."""
         places = (self.layout.current, self.layout.boundary(step_of(folder)))
         try:
             return not entries(folder) or any(
@@ -70,10 +70,10 @@ class Ownership:
         ]
 
     def require_free(self, folder: Path) -> None:
-        """Refuse to write where something stands that the run did not make.
+        """Refuse to write where there is something that the run did not make.
 
         Raises:
-            NotMadeHere: with the command that moves it away.
+            NotMadeHere: there is; the hint is the command that moves it away.
         """
         if os.path.lexists(folder) and not self.made(folder):
             source, aside = folder.absolute(), self._free_name(folder.name)
@@ -85,16 +85,16 @@ class Ownership:
             )
 
     def require_room(self, first: int, last: int) -> None:
-        """Refuse to train towards a boundary where something that the run did not make has the name of a commit.
+        """Refuse to train towards a boundary if something that the run did not make has the name of a commit.
 
-        A stop commits at any step, so that any of them may be needed.
+        A stop commits at any step, so any of these names may be needed.
 
         Args:
             first: the first step that may be committed.
-            last: that of the boundary.
+            last: the step of the boundary.
 
         Raises:
-            NotMadeHere: with the command that moves it away.
+            NotMadeHere: there is; the hint is the command that moves it away.
         """
         for place in self.layout.taken():
             step = step_of(place)
@@ -102,10 +102,10 @@ class Ownership:
                 self.require_free(place)
 
     def remove(self, folder: Path, *, is_own: bool = False) -> bool:
-        """Remove a directory of the run, in one visible act; returns whether there was one. Others are left alone.
+        """Remove a directory of the run atomically; return whether there was one. Others are left alone.
 
         Args:
-            is_own: it was found to be the run's, by files that have changed since.
+            is_own: whether it was found to be the run's before, by files that have changed since.
         """
         if not os.path.lexists(folder) or not (is_own or self.made(folder)):
             return False
@@ -113,14 +113,14 @@ class Ownership:
         return True
 
     def _free_name(self, name: str) -> Path:
-        """Return a path for it in the run's directory, where Onward looks at no such names."""
+        """Return a free path for it in the run's directory, where Onward ignores such names."""
         root = self.layout.root.absolute()
         names = [f"moved-{name}", *(f"moved-{name}-{number}" for number in range(2, 100))]
         return next(root / free for free in names if not os.path.lexists(root / free))
 
 
 def _is_equal(path: Path, other: Path) -> bool:
-    """Whether two names are one file or have the same content; False where one of them is missing."""
+    """Whether two names are one file or have the same content; False if one of them is missing."""
     try:
         return path.samefile(other) or filecmp.cmp(path, other, shallow=False)
     except (FileNotFoundError, NotADirectoryError):

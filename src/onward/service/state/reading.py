@@ -1,7 +1,7 @@
-"""Reading the model of a run that is being trained: all files of one step, in a directory of the reader's own.
+"""Reads the model of a run that is being trained: all files of one step, in a directory of the reader's own.
 
-The files in `current_model/` itself are replaced one after another; a checkpoint directory never changes, but it goes
-when the next one is in place.
+The files in `current_model/` itself are replaced one after another; a checkpoint directory never changes, but it is
+removed when the next one is in place.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from onward.store.ledger import Ledger
 from onward.training.checkpoint import Inspection, Manifest, inspect_checkpoint, stated_origin
 
 ATTEMPTS = 10
-"""How often it is tried: a checkpoint may be replaced while it is read."""
+"""How often reading is tried: a checkpoint may be replaced while it is read."""
 
 
 def snapshot(layout: RunLayout, target: Path, between: Callable[[str], None] = lambda _: None) -> Manifest:
-    """Make `target` a directory with the newest committed checkpoint, verified, while training goes on.
+    """Make `target` a directory with the newest committed checkpoint, verified, while training continues.
 
     Its files are hard links where the file system allows, and copies elsewhere. Linked files are those of the
-    checkpoint: they are to be read, not changed.
+    checkpoint: read them, but do not change them.
 
     Args:
         between: called with a file's name before it is linked.
 
     Raises:
-        UsageError: `target` is there already, or nothing has been committed yet.
+        UsageError: `target` exists already, or nothing was committed yet.
         DamagedState: the newest checkpoint is not what was committed.
         Unreadable: something cannot be read now.
     """
@@ -54,7 +54,7 @@ def link_newest(
     """Link the files of the newest committed checkpoint into `target`, which is emptied first, and verify them.
 
     Args:
-        left_out: names of files that are neither linked nor looked at.
+        left_out: names of files that are neither linked nor checked.
         between: called with a file's name before it is linked.
 
     Raises:
@@ -84,7 +84,7 @@ def link_checkpoint(
     """Link the files of a checkpoint into `target`, which is emptied first, and inspect what was linked.
 
     Returns:
-        What it was found to be; None if it was removed in between.
+        The result of the inspection; None if the checkpoint was removed meanwhile.
     """
     remove_tree(target)
     target.mkdir(parents=True)
@@ -111,6 +111,6 @@ def newest_checkpoint(layout: RunLayout, run: str) -> Path:
 
 
 def find_newest(layout: RunLayout, run: str) -> Path | None:
-    """Return the folder of the newest checkpoint that a run made, None where there is none."""
+    """Return the folder of the newest checkpoint that a run made; None if there is none."""
     own = ((folder, stated_origin(folder)) for folder in layout.checkpoints())
     return next((folder for folder, origin in own if origin is not None and origin[0] == run), None)

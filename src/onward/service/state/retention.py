@@ -15,7 +15,7 @@ DAY = 86_400.0
 
 @dataclass(frozen=True)
 class Retention:
-    """How many of the newest restore points are kept besides the current one, and for how many days one a day."""
+    """How many of the newest restore points are kept besides the current one, and for how many days one per day."""
 
     boundaries: int
     days: int
@@ -30,8 +30,8 @@ class Retention:
 
         Args:
             created: restore points with the time of their commit, seconds since the epoch.
-            now: the time now; a clock that went back only keeps more.
-            adopted: step of the adopted beginning, which is always kept: nothing else can make it again.
+            now: the current time; a clock that was set back only keeps more.
+            adopted: the step of adoption, whose restore point is always kept because it cannot be recreated.
         """
         newest_first = sorted(created, key=step_of, reverse=True)
         kept = set(newest_first[: self.boundaries + 1])

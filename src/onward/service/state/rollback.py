@@ -1,4 +1,4 @@
-"""Going back: to the boundary after a file, to that before one, or to nothing. The ledger keeps what is undone."""
+"""Rolls a run back to the boundary after or before a file, or to nothing. The ledger keeps what is undone."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ KEPT = (
     "occurrence",
     "accepted",
 )
-"""Columns that a file keeps when it is queued again: what it is, and the order of its rows."""
+"""Columns that a file keeps when it is queued again: its identity, and the order of its rows."""
 
 
 class Values(TypedDict, total=False):
-    """Columns that a file gets with its new state."""
+    """Columns that are set on a file with its new state."""
 
     note: str | None
     position: int | None
@@ -51,7 +51,7 @@ class Values(TypedDict, total=False):
 
 
 class Successor(TypedDict, total=False):
-    """Columns of the file that takes the place of one that is undone."""
+    """Columns of the file that replaces one that is undone."""
 
     command: str
     name: str
@@ -78,7 +78,7 @@ class Successor(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Move:
-    """What becomes of a file when the run goes back: its new state, columns set with it, and a successor's columns."""
+    """What becomes of a file in a rollback: its new state, the columns set with it, and the columns of a successor."""
 
     row: FileRow
     state: str
@@ -97,7 +97,7 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
         `global_step` and the names `undone`.
 
     Raises:
-        UsageError: no such file, or no restore point for it.
+        UsageError: there is no such file, or no restore point for it.
         DamagedState: the restore point does not verify.
     """
     step = find_step(ledger, to, Ownership(layout, ledger).restore_steps())
@@ -109,9 +109,9 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
 
 
 def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
-    """Forget all progress: every begun file is marked undone, the queue stays.
+    """Forget all progress: every file that was begun is marked undone; the queue stays.
 
-    A run made from a base model has no state then. An adopted one is back at the adopted step.
+    A run made from a base model then has no state. An adopted one is back at the adopted step.
 
     Returns:
         `global_step` (0, or the adopted step) and the names `undone`.
@@ -143,16 +143,16 @@ def _require_origin(layout: RunLayout, ledger: Ledger, origin: int) -> None:
 
 
 def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
-    """Go back to before a file and queue the later ones again, in their order and under their configs, without it.
+    """Go back to before a file and queue the later ones again without it, in their order and under their configs.
 
-    If the boundary before the file is no longer kept, an older one is used, and failing that the start: the files
-    in between are queued again too. A file that only waits is taken out of the queue.
+    If the boundary before the file is no longer kept, an older one is used, or else the start; the files in between are
+    then queued again too. A file that only waits is taken out of the queue.
 
     Returns:
         `global_step`, the name `without`, and the names `queued` again.
 
     Raises:
-        UsageError: no such file.
+        UsageError: there is no such file.
     """
     row = find_file(ledger, name, *HELD)
     if row.start_step is None:
@@ -174,7 +174,7 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
 
 
 def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config: bool = False) -> list[Move]:
-    """Mark files undone; requeued, they take the places after `position` in their order, before all that waits."""
+    """Return moves that mark files undone; requeued, they follow `position` in their order, before all that waits."""
     moves: list[Move] = []
     for place, row in enumerate(rows, start=position + 1):
         successor: Successor | None = None
@@ -187,10 +187,10 @@ def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config
 
 
 def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
-    """Move the ledger back, then the directories; a kill in between is mended by the next start.
+    """Move the ledger back, then the directories; after a kill in between, the next start finishes.
 
     Args:
-        step: that of a restore point, or `TO_NOTHING`.
+        step: the step of a restore point, or `TO_NOTHING`.
         what: what was done, for the event.
     """
     move_ledger_back(ledger, step, moves, what)
@@ -199,7 +199,7 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
 
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
-    """Move the ledger back in one transaction, which also says where the directories have to follow."""
+    """Move the ledger back in one transaction, which also records where the directories have to follow."""
     with ledger.transaction():
         for move in moves:
             ledger.move_file(move.row.id, move.state, **move.values)

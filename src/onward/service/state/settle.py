@@ -1,4 +1,4 @@
-"""Settling: a start finds the newest checkpoint that verifies, and brings ledger and directories to it."""
+"""Settling: at a start, finds the newest checkpoint that verifies, and brings ledger and directories to it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from onward.store.rows import FileRow
 from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint, stated_origin
 
 TO_NOTHING = -1
-"""The step to go back to when a run is reset."""
+"""The step that stands for no state at all, when a run is reset."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What a start found.
+    """What settling found at a start.
 
     Args:
-        folder: the checkpoint to go on from; None where nothing was ever committed.
-        damage: what was read and is not what was committed.
-        notes: what else a person should know, said once: directories that the run did not make.
+        folder: the checkpoint to continue from; None if nothing was ever committed.
+        damage: what could be read but is not what was committed.
+        notes: what else the user should know, reported once: directories that the run did not make.
     """
 
     folder: Path | None
@@ -39,7 +39,7 @@ class Settled:
     notes: list[str] = field(default_factory=list[str])
 
     def messages(self) -> Iterator[str]:
-        """Yield what a person should read, as sentences."""
+        """Yield what the user should read, as sentences."""
         yield from self.notes
         for problem in self.damage:
             yield f"damaged: {problem}"
@@ -59,10 +59,10 @@ class Settlement:
         """Find the newest verifiable checkpoint, bring the ledger and the directories to it, name any damage.
 
         Raises:
-            DamagedState: the ledger claims progress and nothing verifiable is left, or the ledger is not of the same
-                moment as what is left.
+            DamagedState: the ledger claims progress but nothing verifiable is left, or what is left is not of the same
+                moment as the ledger.
             Unreadable: something cannot be read now; nothing was changed, and a later call may succeed.
-            NotMadeHere: a directory of somebody else stands where one of the run must go.
+            NotMadeHere: a directory that the run did not make is where one of the run must go.
         """
         for left in self.layout.temporaries():
             remove_tree(left)
@@ -91,7 +91,7 @@ class Settlement:
         return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage, notes)
 
     def finish_going_back(self) -> None:
-        """Bring the directories to where the ledger went back to; a kill in between is mended by the next start.
+        """Bring the directories to where the ledger went back to; after a kill in between, the next start does it.
 
         Raises:
             DamagedState: the restore point no longer verifies.
@@ -121,14 +121,14 @@ class Settlement:
                 link.unlink()
         for folder in own:
             self._ownership.remove(folder)
-        with contextlib.suppress(OSError):  # somebody else's files are in it, or it is gone
+        with contextlib.suppress(OSError):  # it has files that the run did not make, or it is gone
             self.layout.current.rmdir()
 
     def _require_same_moment(self, others: list[Path]) -> None:
-        """Refuse a ledger that is older than what it should be the record of, or that is another run's.
+        """Refuse a ledger that is older than the state it should describe, or that is another run's.
 
         Raises:
-            DamagedState: with the way out.
+            DamagedState: it is; the hint says what to do.
         """
         last, begun = self.ledger.newest_checkpoint(), self.ledger.has_checkpoints()
         for folder in others:
@@ -144,7 +144,7 @@ class Settlement:
                 )
 
     def _name_once(self, others: list[Path]) -> list[str]:
-        """Record and return what to say of directories that the run did not make and that were not named before."""
+        """Record and return notes on directories that the run did not make, unless they were named before."""
         names = [str(folder.relative_to(self.layout.root)) for folder in others]
         known: list[str] = self.ledger.get("left_alone", [])
         if names == known:
@@ -178,7 +178,7 @@ class Settlement:
         )
 
     def _owe_again(self) -> None:
-        """Put back what was begun before anything was committed."""
+        """Queue again the files that were begun before anything was committed."""
         begun = self.ledger.files("training")
         with self.ledger.transaction():
             for row in begun:

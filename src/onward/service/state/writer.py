@@ -1,4 +1,4 @@
-"""Commits behind training: a copy of the state is written while the next steps are trained, one at a time."""
+"""Commits behind training: a copy of the state is written while the next steps are trained, one copy at a time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ AfterCommit: TypeAlias = Callable[[Path, Manifest], None]
 class Writer:
     """Commits in a thread of its own, on a connection of its own.
 
-    A process that ends without waiting leaves what a kill leaves.
+    If a process ends without waiting, it leaves what a kill would leave.
 
     Args:
-        ledger: the owner's; a commit to another one is none.
-        after_commit: called in this thread after the ledger moved, each on its own: what one fails at is an event in
-            the ledger, and it is called again after the next commit.
+        ledger: the owner's ledger; a commit to any other would not count.
+        after_commit: called in this thread after the ledger moved, each independently: a failure becomes an event in
+            the ledger, and the function is called again after the next commit.
     """
 
     def __init__(self, layout: RunLayout, ledger: Ledger, after_commit: Sequence[AfterCommit] = ()) -> None:
@@ -45,10 +45,10 @@ class Writer:
         self._measured: Future[Measurement] = Future()
 
     def submit(self, commit: Commit, *, is_awaited: bool) -> None:
-        """Begin a commit; the one before must have been collected.
+        """Begin a commit; the previous one must have been collected.
 
         Args:
-            is_awaited: nothing is trained until it is done, so that it does not give way to training.
+            is_awaited: whether nothing is trained until it is done, so that it need not give way to training.
         """
         assert self._thread is None
         self._measured = Future()
@@ -57,10 +57,10 @@ class Writer:
         self._thread.start()
 
     def collect(self, *, wait: bool) -> Written | None:
-        """Return what a finished commit did, once; None where there is none or it still goes on.
+        """Return what a finished commit did, once; None if there is none or it is still running.
 
         Raises:
-            OnwardError, OSError: what made the commit fail; nothing of it remains.
+            OnwardError, OSError: the commit failed; nothing of it remains.
         """
         if self._thread is None or (self._thread.is_alive() and not wait):
             return None
@@ -73,10 +73,10 @@ class Writer:
         return written
 
     def measured(self) -> Measurement | None:
-        """Return what was measured of the state that is being committed, as soon as it is; None where none is.
+        """Wait for and return the measurement of the state that is being committed; None if none is.
 
         Raises:
-            OnwardError, OSError: what made the commit fail.
+            OnwardError, OSError: the commit failed.
         """
         return None if self._thread is None else self._measured.result()
 
@@ -96,10 +96,10 @@ class Writer:
             self._ledger.require_in_place()
             with Ledger(self._layout.ledger, clock=self._ledger.clock) as ledger:
                 written = Commits(self._layout, ledger).commit(commit, measured)
-                self._ledger.require_in_place()  # if it was removed, nobody would find what was recorded
+                self._ledger.require_in_place()  # if it was removed, records would be lost
                 self._written = written
                 self._call_after_commit(ledger, written.manifest)
-        except BaseException as error:  # raised where the commit is collected
+        except BaseException as error:  # raised when the commit is collected
             self._error = error
             if not self._measured.done():
                 self._measured.set_exception(error)
@@ -111,11 +111,11 @@ class Writer:
             except Exception as error:
                 name = getattr(call, "__name__", type(call).__name__)
                 what = f"{name} failed after the commit of step {manifest.step}: {first_line(error)}"
-                with contextlib.suppress(sqlite3.Error):  # the commit itself is whole
+                with contextlib.suppress(sqlite3.Error):  # the commit itself is complete
                     ledger.add_event("warning", f"{what}; it is tried again after the next commit", manifest.step)
 
 
 def _give_way() -> None:
-    """Let training go first where both want a core; on Linux a priority belongs to a thread."""
+    """Let training go first if both want a core; on Linux, a priority belongs to a thread."""
     with contextlib.suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

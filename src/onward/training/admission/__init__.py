@@ -1,1 +1,1 @@
-"""The admission: what is proven of the model at hand before the first step, and what is refused."""
+"""The admission: what is proven about a model before the first step, and what is refused."""

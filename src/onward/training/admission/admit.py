@@ -1,4 +1,4 @@
-"""The admission of a model: everything is proven on the model at hand, with small rows, before a run trains on it."""
+"""The admission of a model: everything is proven on the model itself, with small rows, before a run trains it."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from onward.training.probe import Probe
 
 @dataclass
 class _Proof:
-    """A model under proof.
+    """A model being proven.
 
     Args:
-        strict: raise at the first thing that is wrong; else collect it as a warning.
+        strict: raise at the first problem; otherwise collect problems as warnings.
     """
 
     spec: ModelSpec
     strict: bool
     warnings: list[str] = field(default_factory=list)
     is_finite: bool = True
-    """Whether each loss that plain transformers computed so far is."""
+    """Whether every loss that plain transformers computed so far is finite."""
 
     def refuse(self, what: str, hint: str, *, where: object = None) -> None:
         if self.strict:
@@ -61,7 +61,7 @@ class _Proof:
         self.warnings.append(what)
 
     def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
-        """Return what plain transformers computes of rows."""
+        """Return the gradients that plain transformers computes for rows."""
         spec = self.spec
         taken = gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
         self.is_finite &= math.isfinite(taken.loss)
@@ -74,13 +74,13 @@ class _Proof:
 
 @dataclass
 class _Found:
-    """What was found of a model, as far as the proof came."""
+    """What was found about a model, as far as the proof got."""
 
     trained: int = 0
     reach: float = 0.0
     left_out: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
-    """Large weights that `all-linear` gives no adapter; not asked where targets are named."""
+    """Large weights that `all-linear` gives no adapter; not looked for if targets are named."""
     end_to_end: bool = False
     by_length: bool = False
     why_padded: str = ""
@@ -95,12 +95,12 @@ def admit(
     settings: dict[str, Any] | None = None,
     strict: bool = True,
 ) -> Findings:
-    """Prove that a model trains right as a config asks for; the model is loaded for it and dropped again.
+    """Prove that a model trains correctly under a config; the model is loaded for that and freed again.
 
     Args:
         checkpoint: folder to take trained weights and the adapter's config from.
-        settings: config keys that were given another value since their default does not work.
-        strict: refuse what cannot be proven; else it is a warning in the findings (for a run that has trained).
+        settings: config keys that were given another value because their default does not work.
+        strict: refuse what cannot be proven; otherwise it becomes a warning (for a run that has trained).
 
     Raises:
         ModelError: the model cannot be loaded, or something about it cannot be proven.
@@ -115,7 +115,7 @@ def admit(
         _prove(proof, model, found)
     except OnwardError:
         raise
-    except Exception as error:  # a model may fail in ways that nobody foresaw
+    except Exception as error:  # a model may fail in unforeseen ways
         if is_of_the_device(error):
             raise
         proof.refuse(f"the model fails on small rows: {type(error).__name__}: {first_line(error)}", NO_REMEDY)
@@ -125,7 +125,7 @@ def admit(
 
 
 def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: float) -> Findings:
-    """Return what is kept of a proof that ended."""
+    """Return the findings of a finished proof."""
     spec = proof.spec
     return Findings(
         rows=END_TO_END if found.end_to_end else BY_LENGTH if found.by_length else PADDED,
@@ -149,7 +149,7 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
 
 
 def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
-    """Prove all there is: which weights of the whole model are reached, and all else with as few layers as it takes."""
+    """Prove which weights of the whole model are reached, and everything else with as few layers as it takes."""
     vocabulary = vocabulary_of(model)
     few = rows([SHORT], vocabulary)
     gradients.shift_adapter(model, proof.spec.device)
@@ -163,7 +163,7 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
             reached = longer.reached_by_long_rows(proof.spec, model, vocabulary, reached)
     _examine_reach(proof, model, reached, found)
     shorten(lists, (lambda: proof.row_by_row(model, few)) if by_kinds is None else lambda: None)
-    del lists  # with the layers that were left out
+    del lists  # and with them the layers that were left out
     vocabulary = _make_small(proof, model, vocabulary)
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
@@ -176,10 +176,10 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
 
 
 def _make_small(proof: _Proof, model: nn.Module, vocabulary: range) -> range:
-    """Leave a share of the inner columns and of the vocabulary; returns the token ids that are left.
+    """Keep a share of the inner columns and of the vocabulary; return the token ids that are left.
 
-    A model with a number in it that is not finite stays whole, so that it is found. So does one on a GPU: products cost
-    little there, and its kernels may take another way for other shapes.
+    A model with a non-finite number in it stays whole, so that it is found. So does one on a GPU: products cost little
+    there, and other shapes may select other kernels.
     """
     device, dtype = proof.spec.device, proof.spec.dtype
     if device.type != "cpu" or not proof.is_finite:
@@ -190,7 +190,7 @@ def _make_small(proof: _Proof, model: nn.Module, vocabulary: range) -> range:
 
 @contextlib.contextmanager
 def _told_why_not(proof: _Proof) -> Generator[None]:
-    """Refuse a model that computes nothing of a row in the body: what fails here fails by itself."""
+    """Refuse a model that cannot process a row in the body: a failure here is the model's own."""
     try:
         yield
     except OnwardError:
@@ -205,7 +205,7 @@ def _told_why_not(proof: _Proof) -> Generator[None]:
 
 
 def _examine_reach(proof: _Proof, model: nn.Module, reached: Collection[str], found: _Found) -> None:
-    """Leave out what no gradient reaches, and see what share of the model the rest is."""
+    """Leave out what no gradient reaches, and determine the share of the model that is left."""
     found.left_out = _leave_out(proof, model, reached)
     found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     found.reach = round(reach.share_reached(model, causal_lm(model)), 4)
@@ -239,7 +239,7 @@ _OTHER_GRADIENTS = (
 
 
 def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
-    """Hold gradients of a step against those of its rows by themselves, end to end and else padded."""
+    """Compare the gradients of a step with those of its single rows: laid end to end or, failing that, padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
     with still(model):
         expected = proof.row_by_row(model, batch)
@@ -254,7 +254,7 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) 
 
 
 def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
-    """Prove with a long row what attention of a model's own makes of it; rows that filling changes are not filled."""
+    """Check a model's own kind of attention with a long row; if padding changes results, rows are not padded."""
     limit = longer.causal_length(proof.spec, model, vocabulary)
     if limit is not None:
         hint = f"Up to {limit} tokens it does not: --set max_length={limit}"
@@ -272,10 +272,10 @@ def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _
 
 
 def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:
-    """Freeze weights that no gradient reaches; returns what is to be left out by a run, by the names it is left out by.
+    """Freeze weights that no gradient reaches; return the names by which a run leaves them out.
 
     Raises:
-        ModelError: no gradient reaches any.
+        ModelError: no gradient reaches any weight.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     dead = tuple(dict.fromkeys([*reach.without_gradient(trained, reached), *not_loaded_back(model)]))
@@ -294,7 +294,7 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
 def _try_end_to_end(
     proof: _Proof, model: nn.Module, batch: Batch, vocabulary: range, expected: gradients.Gradients
 ) -> tuple[float, str]:
-    """Make the model fast; return the relative difference of rows end to end, and what speaks against them."""
+    """Make the model fast; return the relative difference of rows laid end to end, and any reason against these."""
     try:
         make_fast(model, proof.spec.device, end_to_end=True)
     except ValueError as error:
@@ -303,15 +303,15 @@ def _try_end_to_end(
     try:
         largest = _difference(proof, model, batch, expected)
         mixed = _influence(proof, model, batch, vocabulary)
-    except Exception as error:  # whatever a model does with rows that it was not made for, padded ones remain
+    except Exception as error:  # whatever a model does with rows that it was not made for, padded ones are left
         if is_of_the_device(error):
             raise
         model.zero_grad(set_to_none=True)
         return math.inf, first_line(error)
     if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, f"packed end to end, they have different gradients (relative difference {largest:.0e})"
+        return largest, f"laid end to end, they have different gradients (relative difference {largest:.0e})"
     if not mixed <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, "packed end to end, one row changes the logits of another"
+        return largest, "laid end to end, one row changes the logits of another"
     return largest, ""
 
 
@@ -327,7 +327,7 @@ def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradien
 
 
 def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
-    """Take a step, one with longer rows, and the first one again, dropout included."""
+    """Take a step, one with longer rows, and the first one again, with dropout."""
     short, long = rows([MIDDLE], vocabulary), rows([LONG], vocabulary)
     taken = [
         gradients.of_step(model, batch, proof.spec.config, proof.spec.device, proof.spec.dtype).digest()
@@ -339,7 +339,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> N
 
 
 def _require_untouched(proof: _Proof, model: nn.Module) -> tuple[str, ...]:
-    """Evaluate the model as the handover's probe does, and look at every weight and buffer; returns what writes."""
+    """Evaluate the model like the handover's probe, and check every weight and buffer; return what writes to them."""
     marks = Marks(model)
     config = proof.spec.config
     probe = Probe(model, config.seed, proof.spec.device, proof.spec.dtype, exact=config.deterministic)

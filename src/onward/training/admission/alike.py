@@ -1,8 +1,8 @@
-"""Which weights a gradient reaches, found with the first layers of a model, for all layers that are like one of them.
+"""Finds which weights a gradient reaches from the first layers of a model, for all layers like one of them.
 
-Layers of one kind are reached alike unless something asks which of them is at work: the loop that calls them, which is
-looked at or tried with stand-ins, or their own code, which is given a number that cannot be used. Else the whole model
-has to tell.
+Layers of one kind are reached alike unless something depends on which of them is running: the loop that calls them,
+which is inspected or tried with stand-ins, or their own code, which gets a number that cannot be used. Otherwise the
+whole model has to be tried.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from onward.training.admission.calls import are_called_alike
 from onward.training.admission.shorten import Kind, Layers
 
 NUMBER = "layer_idx"
-"""Under what name transformers tells a layer's parts which layer they are in."""
+"""The attribute in which transformers stores the index of a layer in its parts."""
 PLAIN = (bool, int, float, str, type(None))
-"""Types of values by which layers are told apart already."""
+"""Types of values by which layers are already distinguished."""
 PLACE = re.compile(r"\.\d+\.")
-"""The number of a layer in the name of a module, which PEFT keeps in its layers."""
+"""The index of a layer in the name of a module, which PEFT keeps in its layers."""
 COUNTS = frozenset(("enumerate", "range", "zip", "len"))
-"""Functions by which a loop over layers may know which one it is at."""
+"""Functions by which a loop over layers may know which one it has reached."""
 
 
 class _NoNumber:
-    """Stands for the number of a layer; any use of it is an error."""
+    """Takes the place of a layer's index; any use of it is an error."""
 
     def _asked(self, *_: object) -> NoReturn:
         raise LookupError("a layer asks for its number")
@@ -44,12 +44,12 @@ def reached_by_kinds(
     reached: Callable[[], Collection[str]],
     logits: Callable[[], torch.Tensor],
 ) -> set[str] | None:
-    """Return the names of the trained weights that a gradient reaches; None where the whole model has to tell.
+    """Return the names of the trained weights that a gradient reaches; None if the whole model has to be tried.
 
     Args:
         lists: what `layers_to_shorten` found.
-        reached: computes with the model, and returns those that were reached.
-        logits: computes what the model makes of a short row.
+        reached: runs the model, and returns the weights that were reached.
+        logits: computes the model's logits of a short row.
     """
     kinds_of = [[_kind(*one) for one in zip(each.layers, each.kinds, strict=True)] for each in lists]
     together = list(zip(lists, kinds_of, strict=True))
@@ -79,7 +79,7 @@ def _of_first_layers(
         for part in numbered:
             vars(part)[NUMBER] = _NoNumber()
         return set(reached())
-    except Exception:  # it counts its layers, or has no use for fewer
+    except Exception:  # it counts its layers, or cannot do with fewer
         model.zero_grad(set_to_none=True)
         return None
     finally:
@@ -90,10 +90,10 @@ def _of_first_layers(
 
 
 def _layer_like(layers: Layers, own: Sequence[int], found: Collection[str]) -> int | None:
-    """Return one of the first layers of a kind; None where it is the last of them only, or they are reached otherwise.
+    """Return one of the first layers of a kind; None if only the last of those is, or if they are not reached alike.
 
     Args:
-        own: the places of that kind among the first layers.
+        own: the indices of that kind among the first layers.
     """
     told = [{name.removeprefix(f"{layers.path}.{place}.") for name in found
              if name.startswith(f"{layers.path}.{place}.")} for place in own]  # fmt: skip
@@ -103,7 +103,7 @@ def _layer_like(layers: Layers, own: Sequence[int], found: Collection[str]) -> i
 
 
 def _kind(layer: nn.Module, kind: Kind) -> Kind:
-    """Return the kind of a layer, which of its weights are trained, and all else that it holds."""
+    """Return the kind of a layer, which of its weights are trained, and everything else that it holds."""
     weights = [(name, weight.requires_grad, weight.dtype) for name, weight in layer.named_parameters()]
     return (kind, *weights, *_held(layer))
 
@@ -117,7 +117,7 @@ def _held(layer: nn.Module) -> Iterator[object]:
 
 
 def _calls_each_alike(layers: Layers) -> bool:
-    """Whether the module that holds a list of layers goes through it without a look at which one it is at."""
+    """Whether the module that holds a list of layers goes through it regardless of their indices."""
     forward: Any = inspect.unwrap(type(layers.parent).forward)
     if "forward" in vars(layers.parent) or not isinstance(forward, FunctionType):
         return False

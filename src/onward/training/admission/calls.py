@@ -1,7 +1,7 @@
-"""How a model calls its layers: whether all that are of one kind are called alike, one after the other.
+"""How a model calls its layers: whether all of one kind are called alike, one after the other.
 
-Stand-ins take the place of the layers and note what they are given. Each adds a number of its own to what it passes on,
-whose gradient says how often the result makes use of it: the same for all of them where only the last output is used.
+Stand-ins replace the layers and record their arguments. Each adds a number of its own to what it passes on, whose
+gradient says how often the result uses it: equally often for all of them if only the last output is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Call:
 
 
 class _StandIn(nn.Module):
-    """Passes on what it is given, shape (B, T, width); else it looks like its layer.
+    """Passes on its input, shape (B, T, width); otherwise it looks like its layer.
 
     Args:
         calls: receives each call.
@@ -46,7 +46,7 @@ class _StandIn(nn.Module):
             return getattr(vars(self)["layer"], name)
 
     def forward(self, hidden: torch.Tensor, *given: Any, **named: Any) -> Any:
-        """Note the call."""
+        """Record the call."""
         pattern = torch.arange(hidden.numel(), device=hidden.device).view_as(hidden) % 7
         passed = hidden + (self.added.to(hidden.device) * pattern).to(hidden.dtype)
         vars(self)["calls"].append(_Call((hidden, *given), named, passed))
@@ -54,10 +54,10 @@ class _StandIn(nn.Module):
 
 
 def are_called_alike(layers: Layers, kinds: Sequence[object], logits: Callable[[], torch.Tensor]) -> bool:
-    """Whether each layer is given what the one before it returned, and else what others of its kind are given.
+    """Return whether each layer gets the output of the previous one, and otherwise what others of its kind get.
 
     Args:
-        kinds: that of each layer.
+        kinds: the kind of each layer.
         logits: computes what the model makes of a short row.
     """
     calls = _calls_of(layers, logits, in_tuple=False) or _calls_of(layers, logits, in_tuple=True)
@@ -68,14 +68,14 @@ def are_called_alike(layers: Layers, kinds: Sequence[object], logits: Callable[[
 
 
 def _calls_of(layers: Layers, logits: Callable[[], torch.Tensor], *, in_tuple: bool) -> list[_Call] | None:
-    """Return the call of each layer; None where they are not called in turn, or not only the last output is used."""
+    """Return the call of each layer; None if they are not called in turn, or other outputs than the last are used."""
     calls: list[_Call] = []
     stand_ins = [_StandIn(layer, calls, in_tuple=in_tuple) for layer in layers.layers]
     setattr(layers.parent, layers.name, nn.ModuleList(stand_ins))
     try:
         added = [each.added for each in stand_ins]
         used = torch.autograd.grad(logits().float().sum(), added)
-    except Exception:  # it makes something else of its layers
+    except Exception:  # it uses its layers in some other way
         return None
     finally:
         layers.restore()
@@ -89,7 +89,7 @@ def _is_alike(one: _Call, other: _Call) -> bool:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values are the same to a layer; of what is unknown only one and the same thing is."""
+    """Whether two values are the same to a layer; values of unknown types must be identical."""
     if one is other:
         return True
     if type(one) is not type(other):

@@ -1,4 +1,4 @@
-"""Whether a model looks ahead."""
+"""Finds out whether a model looks ahead."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from onward.training.admission.inputs import LONG, others, rows, tokens
 from onward.training.environment import HALF, autocast
 
 TOLERANCE = 1e-5
-"""Change of an earlier logit, relative to the spread of the logits, that is rounding."""
+"""The change of an earlier logit, relative to the spread of the logits, up to which it is rounding."""
 PLACES = 5
-"""Tokens of a longer row that are tried."""
+"""How many tokens of a longer row are tried."""
 LARGEST = 2_000_000_000
-"""Weights up to which a model is looked at in float32, whatever its type: rounding hides what looks ahead a little."""
+"""The number of weights up to which a model is checked in float32 whatever its type: rounding hides small effects."""
 
 
 @contextlib.contextmanager
 def as_float32(model: nn.Module) -> Generator[None]:
-    """Have a model compute in float32 in the body, where that fits; it gets its own weights back.
+    """Let a model compute in float32 in the body, if that fits; it gets its own weights back.
 
-    What the body wrote into a weight stays in it.
+    What the body writes into a weight stays there.
     """
     tensors = [*model.parameters(), *model.buffers()]
     lower = [tensor for tensor in tensors if tensor.dtype in HALF]
@@ -43,17 +43,17 @@ def as_float32(model: nn.Module) -> Generator[None]:
 
 
 def _equal_ends(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the first and the last row of two tensors are equal: what is done in place is done to all of it."""
+    """Whether the first and the last row of two tensors are equal: an operation in place changes all rows."""
     pairs = [(one, other)] if one.dim() < 2 else [(one[place], other[place]) for place in (0, -1) if len(one)]
     return all(torch.equal(left, right.to(left.dtype)) for left, right in pairs)
 
 
 def looks_ahead(model: nn.Module, vocabulary: range, device: torch.device, *, length: int = LONG) -> bool:
-    """Whether another token at the end, or in the middle, of a row changes a logit before it.
+    """Return whether another token at the end, or in the middle, of a row changes an earlier logit.
 
     Args:
-        vocabulary: the token ids that it may have.
-        length: tokens of the row; of a longer one, some more tokens are tried.
+        vocabulary: the token ids that the row may have.
+        length: tokens of the row; in a longer one, more tokens are tried.
 
     Raises:
         ValueError: the logits are not finite.
@@ -83,5 +83,5 @@ def _logits(model: nn.Module, ids: torch.Tensor, device: torch.device) -> torch.
 
 
 def _lowest(model: nn.Module) -> torch.dtype:
-    """Return the type to compute in: a half type where a weight is left in it."""
+    """Return the type to compute in: a 16-bit type if a weight still has one."""
     return next((each.dtype for each in model.parameters() if each.dtype in HALF), torch.float32)

@@ -9,37 +9,36 @@ from typing import Any, Self
 from onward.training.model.treatment import Treatment
 
 FACT = "admission"
-"""The fact of the ledger under which a run keeps its findings."""
+"""The ledger's fact in which a run keeps its findings."""
 
 END_TO_END, PADDED, BY_LENGTH = "end to end", "padded", "by length"
 LAID = {
-    END_TO_END: "rows are packed end to end",
+    END_TO_END: "rows are laid end to end",
     PADDED: "rows are padded",
     BY_LENGTH: "rows are computed together with rows of equal length",
 }
-"""How the rows of a step are laid out, in words."""
+"""Descriptions of how the rows of a step are laid out."""
 
 REFUSABLE = "a new run would be refused"
-"""How a line begins that says what is wrong in a run that goes on all the same."""
+"""The beginning of a line about a problem in a run that continues nevertheless."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was proven of a model on small inputs, and what was left out.
+    """What was proven about a model on small inputs, and what was left out.
 
     Args:
-        rows: `end to end`, `padded` or `by length` (no row is filled up): how the rows of a step are laid out.
-        why_padded: what speaks against laying rows end to end; empty where they are.
+        rows: how the rows of a step are laid out: `end to end`, `padded`, or `by length` (no row is padded).
+        why_padded: the reason against laying rows end to end; empty if they are.
         difference: the largest relative difference of a gradient from that of plain transformers, row by row.
-        trained: trained weights, in numbers.
-        reach: share of the weights outside embeddings and head that is trained or has an adapter.
-        left_out: what no gradient reaches or PEFT does not load back: modules for an adapter, weights where all are
-            trained.
-        unreached: large matrices (experts) that have no adapter, by the end of their names.
-        settings: config keys that were given another value than their default, since the default does not work.
-        warnings: what would refuse a new run, in a run that has trained already.
-        environment: versions and device that this was found with.
-        seconds: how long it took, the loading of the model aside.
+        trained: the number of trained weights.
+        reach: the share of the weights outside embeddings and head that are trained or have an adapter.
+        left_out: what no gradient reaches or PEFT does not load back: modules for an adapter, weights in full training.
+        unreached: large matrices (experts) without an adapter, by the ends of their names.
+        settings: config keys that were given another value because their default does not work.
+        warnings: what would refuse a new run, if this one has trained already.
+        environment: the versions and the device with which this was found.
+        seconds: how long it took, without loading the model.
         writers: types of modules that write to weights in evaluation mode; None in findings of earlier releases.
     """
 
@@ -62,7 +61,7 @@ class Findings:
         return Treatment(self.rows == END_TO_END, self.left_out, self.rows == BY_LENGTH)
 
     def writers_in(self, environment: Mapping[str, Any]) -> tuple[str, ...] | None:
-        """Return what writes to weights in evaluation mode; None where it was found in another environment."""
+        """Return what writes to weights in evaluation mode; None if that was found in another environment."""
         same = all(environment.get(key) == value for key, value in self.environment.items())
         return self.writers if same else None
 
@@ -72,14 +71,14 @@ class Findings:
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> Self | None:
-        """Return the findings that a ledger kept; None where it kept none."""
+        """Return the findings that a ledger kept; None if there are none."""
         if values is None:
             return None
         lists: dict[str, Any] = {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**{**values, **lists})
 
     def lines(self) -> list[str]:
-        """Return what a person should know, one line each; the first one sums up."""
+        """Return what the user should know, in lines; the first one is a summary."""
         rows = LAID[self.rows]
         lines = [
             "the model passed: it attends only to earlier tokens, a step's gradients are those of its rows in plain "
@@ -104,11 +103,11 @@ NO_BFLOAT16 = {
     "float32": "computes in float32; to use its float16 hardware, make a new run with --set dtype=float16",
     "bfloat16": "emulates bfloat16, which is slow",
 }
-"""What a GPU without bfloat16 does, by compute type."""
+"""What a GPU without bfloat16 does instead, by compute type."""
 
 
 def _of_machine(environment: Mapping[str, Any]) -> list[str]:
-    """Return what is to be known of type and device of a model, where it is not the usual."""
+    """Return what the user should know about the type and the device of a model, if they are unusual."""
     lines: list[str] = []
     capability = environment.get("capability")
     if capability is not None and not environment.get("bfloat16", True):
@@ -122,7 +121,7 @@ def _of_machine(environment: Mapping[str, Any]) -> list[str]:
 
 
 def named(names: tuple[str, ...], at_most: int = 4) -> str:
-    """Return names for a line of text, layer numbers as `*`, at most some of them."""
+    """Return names as text, with layer numbers as `*`, at most `at_most` of them."""
     patterns = list(dict.fromkeys(pattern_of(name) for name in names))
     more = f" and {len(patterns) - at_most} more" if len(patterns) > at_most else ""
     return f"{', '.join(patterns[:at_most])}{more}"

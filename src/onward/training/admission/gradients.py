@@ -21,9 +21,9 @@ from onward.training.seeds import fold, seeded
 from onward.training.state import digest_tensors
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
-"""Relative difference that is rounding, by compute type."""
+"""The relative difference up to which it is rounding, by compute type."""
 _SMALL = 1e-3
-"""Share of the largest gradient below which a weight's own is not a scale to measure by."""
+"""The share of the largest gradient below which a weight's own gradient is too small to be a scale."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Gradients:
 
 
 def shift_adapter(model: nn.Module, device: torch.device) -> None:
-    """Give the matrices that an adapter begins with as zeros other values: else half of its gradients are zero."""
+    """Give other values to matrices that are initially zero in an adapter: else half of its gradients are zero."""
     with torch.no_grad(), seeded(fold(0, "admission"), device):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and ".lora_" in name and not bool(parameter.any()):
@@ -50,7 +50,7 @@ def shift_adapter(model: nn.Module, device: torch.device) -> None:
 def logits_of(
     model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype, *, exact: bool = True
 ) -> torch.Tensor:
-    """Return the logits of the first of some rows, shape (tokens, vocabulary); the arguments are `row_by_row`'s."""
+    """Return the logits of the first row, shape (tokens, vocabulary); arguments as for `row_by_row`."""
     with autocast(device, dtype), deterministic(device, exact=exact):
         return model(input_ids=tokens(batch.rows[0], device), use_cache=False).logits[0]
 
@@ -58,10 +58,10 @@ def logits_of(
 def row_by_row(
     model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype, *, exact: bool = True
 ) -> Gradients:
-    """Return what plain transformers computes of rows, each by itself: no padding, no mask, whole logits.
+    """Return the gradients that plain transformers computes for rows one by one: no padding, no mask, whole logits.
 
     Args:
-        exact: compute with operations only that repeat (`deterministic`).
+        exact: use only deterministic operations (`deterministic`).
     """
     total, buffers = 0.0, Buffers(model)
     for row in batch.rows:
@@ -80,10 +80,10 @@ def row_by_row(
 def of_step(
     model: nn.Module, batch: Batch, config: Config, device: torch.device, dtype: torch.dtype, *, by_length: bool = False
 ) -> Gradients:
-    """Return what a step of a run computes of rows, part by part, with the seeds of the first step.
+    """Return the gradients that a step of a run computes for rows, part by part, with the seeds of the first step.
 
     Args:
-        by_length: rows of a part have one length.
+        by_length: whether all rows of a part have the same length.
     """
     loss_of = TargetLoss(model, device, dtype, by_length=by_length)
     total = 0.0
@@ -97,7 +97,7 @@ def of_step(
 
 
 def difference(expected: Gradients, actual: Gradients) -> float:
-    """Return the largest relative difference of loss and gradients; infinite where one is missing or not finite."""
+    """Return the largest relative difference of loss and gradients; infinity if one is missing or not finite."""
     if expected.of.keys() != actual.of.keys():
         return math.inf
     sizes = {name: float(gradient.norm()) for name, gradient in expected.of.items()}

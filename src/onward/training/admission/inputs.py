@@ -1,4 +1,4 @@
-"""Small rows on which a model is proven: fixed tokens, lengths on both sides of every narrowed limit."""
+"""Small rows on which a model is proven: fixed tokens, and lengths on both sides of every lowered limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rows(lengths: Iterable[int], vocabulary: range, seed: int = 0) -> Batch:
     """Return rows of these lengths; two thirds of their tokens are targets.
 
     Args:
-        vocabulary: the token ids that they have.
+        vocabulary: the token ids that they may have.
     """
     made = [_row(length, vocabulary, place, seed) for place, length in enumerate(lengths)]
     places = list(range(len(made)))
@@ -32,12 +32,12 @@ def rows(lengths: Iterable[int], vocabulary: range, seed: int = 0) -> Batch:
 
 
 def tokens(row: Row, device: torch.device) -> torch.Tensor:
-    """Return the tokens of a row as a model takes them, shape (1, tokens)."""
+    """Return the tokens of a row as input of a model, shape (1, tokens)."""
     return torch.from_numpy(row.ids.astype(np.int64))[None].to(device)
 
 
 def others(ids: Ids, vocabulary: range) -> Ids:
-    """Return another token in place of each."""
+    """Return a different token in place of each."""
     return (ids - vocabulary.start + len(vocabulary) // 2) % len(vocabulary) + vocabulary.start
 
 

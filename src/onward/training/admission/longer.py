@@ -1,6 +1,6 @@
-"""The proof with longer rows, for models whose attention is one of their own: what such a one does depends on length.
+"""The proof with longer rows, for models with a kind of attention of their own, whose result may depend on length.
 
-Some choose the tokens that they attend to once there are more than a number of them, and some sum tokens up in blocks.
+Some select the tokens to attend to once there are more than a certain number, and some summarize tokens in blocks.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from onward.training.model.load import causal_lm
 from onward.training.model.spec import ModelSpec
 
 LONGEST = 288
-"""Tokens of the longest row of a proof: more than two of the blocks of 128 that some sum up."""
+"""Tokens of the longest row of a proof: more than two of the blocks of 128 that some summarize."""
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.25, 0.15)
-"""Rows of a step with a long row, as shares of its length."""
+"""The lengths of the rows of a step with a long row, as shares of the longest."""
 COST = 100_000_000_000
-"""Weights times tokens up to which a whole model takes a row that long on a CPU: some seconds."""
+"""Weights times tokens up to which the whole model processes a row of that length on a CPU: a few seconds."""
 
 
 def longest_of(config: Config) -> int:
-    """Return the tokens of the longest row of a proof: no row of the run is longer, or few are."""
+    """Return the number of tokens of the longest row of a proof, which is never longer than rows of the run."""
     return min(config.max_length, LONGEST)
 
 
 def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, reached: Collection[str]) -> set[str]:
-    """Return the trained weights that get a gradient from a row, a long one included where a short one leaves some out.
+    """Return the trained weights that get a gradient from a row, including a long one if a short one misses some.
 
     Args:
-        reached: those that get one from a short row.
+        reached: the weights that get one from a short row.
     """
     found, longest = set(reached), longest_of(spec.config)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -46,13 +46,13 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, r
         return found
     try:
         found |= _row_by_row(spec, model, rows([longest], vocabulary)).of.keys()
-    except Exception:  # it has fewer positions, which is told later
+    except Exception:  # it has fewer positions, which is reported later
         model.zero_grad(set_to_none=True)
     return found
 
 
 def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: range) -> int | None:
-    """Return the tokens up to which a model that looks ahead in longer rows does not; None where it never does."""
+    """Return the length up to which a model does not look ahead if it does in longer rows; None if it never does."""
     limit, longest = lower_choices(causal_lm(model), spec.config.max_length), longest_of(spec.config)
     model.eval()
     with as_float32(model):
@@ -68,10 +68,10 @@ def causal_length(spec: ModelSpec, model: nn.Module, vocabulary: range) -> int |
 
 
 def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: range, *, by_length: bool) -> float:
-    """Return the relative difference of a step's gradients from those of its rows by themselves, a long row included.
+    """Return the relative difference of a step's gradients from those of its single rows, including a long one.
 
     Args:
-        by_length: rows of a step are computed with those of their own length only, so that none is filled up.
+        by_length: whether rows are computed only with others of the same length, so that none is padded.
     """
     longest = longest_of(spec.config)
     batch = rows([max(SHORT, int(share * longest)) for share in SHARES], vocabulary)

@@ -1,4 +1,4 @@
-"""Limits of a model brought down to the length of small rows, and its randomness taken away, for a proof."""
+"""Lowers limits of a model to the length of small rows, and turns off its randomness, for a proof."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 LIMIT = 8
-"""Tokens beyond which a sliding window, a chunk of attention or the original length of a position encoding ends."""
+"""The lowered length of sliding windows, attention chunks and original position encodings, in tokens."""
 _WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size")
 _ORIGINAL = ("original_max_position_embeddings",)
 _CHOICES = ("index_topk", "keep_window_size", "indexer_budget")
@@ -18,9 +18,9 @@ _OF_ROTARY = ("original_max_seq_len", "max_seq_len_cached")
 
 
 def narrow(model: PreTrainedModel) -> None:
-    """Bring sliding windows and the original length of position encodings down to `LIMIT` tokens.
+    """Lower sliding windows and the original length of position encodings to `LIMIT` tokens.
 
-    Both sides of each limit can then be computed with rows of a few tokens. The model is good for the proof only.
+    Both sides of each limit can then be tested with rows of a few tokens. The model is then usable only for the proof.
     """
     for config in configs_of(model):
         for key in (*_WINDOWS, *_ORIGINAL):
@@ -29,7 +29,7 @@ def narrow(model: PreTrainedModel) -> None:
             for key in _ORIGINAL:
                 if _is_above(parameters.get(key)):
                     parameters[key] = LIMIT
-            if "dynamic" in str(parameters.get("rope_type")):  # its original length is that of the model
+            if "dynamic" in str(parameters.get("rope_type")):  # its original length is the model's
                 _lower(config, "max_position_embeddings")
     for part in model.modules():
         for key in (*_WINDOWS, *_OF_ROTARY):
@@ -37,15 +37,15 @@ def narrow(model: PreTrainedModel) -> None:
 
 
 def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
-    """Bring numbers of tokens that attention chooses down to `LIMIT`, where rows may have more.
+    """Lower the numbers of tokens that attention selects to `LIMIT`, if rows may have more.
 
-    The model is good for the proof only.
+    The model is then usable only for the proof.
 
     Args:
-        max_length: tokens of the longest row that is asked for.
+        max_length: tokens of the longest row that the run may have.
 
     Returns:
-        The least number that was brought down; None where there is none.
+        The smallest number that was lowered; None if there is none.
     """
     found: list[int] = []
     for owner in (*configs_of(model), *model.modules()):
@@ -59,7 +59,7 @@ def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
 
 @contextlib.contextmanager
 def still(model: nn.Module) -> Generator[None]:
-    """Take dropout, dropped layers and jitter away in the body, so that two ways to compute the same compare."""
+    """Turn off dropout, layer drop and jitter in the body, so that two ways to compute the same can be compared."""
     found: list[tuple[nn.Module, str, float]] = []
     for part in model.modules():
         for key, value in vars(part).items():
@@ -76,7 +76,7 @@ def still(model: nn.Module) -> Generator[None]:
 
 
 def _lower(owner: Any, key: str) -> None:
-    with contextlib.suppress(Exception):  # a config may refuse to be read or changed: then nothing is narrowed
+    with contextlib.suppress(Exception):  # a config may refuse to be read or changed: then nothing is lowered
         if _is_above(vars(owner).get(key)):
             setattr(owner, key, LIMIT)
 

@@ -1,4 +1,4 @@
-"""Whether rows that are laid end to end see each other: other tokens in one may change no bit of another."""
+"""Checks whether rows laid end to end see each other: other tokens in one row must not change a bit of another."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from onward.training.layers.buffers import Buffers
 from onward.training.layers.varlen import kernel_for
 
 Logits = list[torch.Tensor]
-"""Of each row, shape (tokens, vocabulary)."""
+"""The logits of each row, shape (tokens, vocabulary)."""
 
 
 def influence(model: nn.Module, batch: Batch, vocabulary: range, device: torch.device, dtype: torch.dtype) -> float:
-    """Return by how much rows laid end to end change each other's logits, relative to their size; 0.0 is no bit.
+    """Return how much rows laid end to end change each other's logits, relative to their size; 0.0 if not by a bit.
 
-    Experts multiply as many tokens at once as were sent to them, so that the last bits of a row depend on the others in
-    any layout. Where they do in plain padded rows too, what is returned is a difference; else every bit is a fault.
+    Experts multiply as many tokens at once as were routed to them, so that the last bits of a row depend on the others
+    in any layout. If they do in plain padded rows too, the relative change is returned; otherwise any differing bit is
+    a fault and gives infinity.
     """
     laid = _largest_change(lambda rows: _end_to_end(model, rows, device, dtype), model, batch, vocabulary)
     if laid == 0.0:
@@ -51,7 +52,7 @@ def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batc
 
 
 def _variants(batch: Batch, vocabulary: range) -> Iterator[tuple[list[int], Batch]]:
-    """Yield rows in which every second one has other tokens, with the places of those that are as they were."""
+    """Yield batches in which every second row has other tokens, with the indices of the unchanged rows."""
     for first in (0, 1):
         rows = [_other(row, vocabulary) if place % 2 == first else row for place, row in enumerate(batch.rows)]
         yield [place for place in range(len(rows)) if place % 2 != first], replace(batch, rows=rows)

@@ -1,4 +1,4 @@
-"""How long a row a model has positions for."""
+"""Finds how long a row a model has positions for."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from onward.training.admission.inputs import LONG, rows, tokens
 
 _STATED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
-"""Keys under which configs state how many positions there are."""
+"""Config keys that state the number of positions."""
 
 
 def most_positions(model: PreTrainedModel, vocabulary: range, max_length: int, device: torch.device) -> int | None:
-    """Return the tokens of the longest row that a model can take; None where no row of `max_length` is too long.
+    """Return the length in tokens of the longest row that a model can take; None if `max_length` is not too long.
 
     Args:
-        vocabulary: the token ids that rows have.
-        max_length: tokens of the longest row that is asked for.
+        vocabulary: the token ids that rows may have.
+        max_length: tokens of the longest row that the run may have.
     """
     learned = _learned(model, vocabulary, device)
     if learned is not None and learned < max_length:
@@ -37,7 +37,7 @@ def _stated(model: PreTrainedModel) -> int | None:
 
 
 def _takes(model: PreTrainedModel, vocabulary: range, length: int, device: torch.device) -> bool:
-    """Whether a model takes a row of this length; a look-up beyond a table would break a GPU for the whole process."""
+    """Whether a model takes a row of this length; on a GPU, a lookup beyond a table would break the whole process."""
     if device.type != "cpu" and _has_table(model, length - 1):
         return False
     ids = torch.arange(length, device=device)[None] % len(vocabulary) + vocabulary.start
@@ -50,7 +50,7 @@ def _takes(model: PreTrainedModel, vocabulary: range, length: int, device: torch
 
 
 def _has_table(model: PreTrainedModel, positions: int) -> bool:
-    """Whether a part of a model holds something of as many rows as there are positions."""
+    """Whether a part of a model holds a tensor with as many rows as there are positions."""
     embedding = model.get_input_embeddings()
     for part in model.modules():
         held = [*vars(part)["_buffers"].values(), *vars(part).values()]
@@ -62,9 +62,9 @@ def _has_table(model: PreTrainedModel, positions: int) -> bool:
 
 
 def _learned(model: PreTrainedModel, vocabulary: range, device: torch.device) -> int | None:
-    """Return the tokens of the longest row that a table of positions has rows for; None where there is no such table.
+    """Return the length of the longest row that a table of positions covers; None if there is no such table.
 
-    A table of positions is an embedding that is asked for one row more for each further token.
+    A table of positions is an embedding of which one more row is looked up for each further token.
     """
     asked: dict[nn.Module, list[int]] = {}
 

@@ -1,4 +1,4 @@
-"""What must not happen: an evaluation that changes the model."""
+"""Detects evaluations that change the model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import nn
 from onward.training.state import digest_tensors
 
 _EDGE = 1 << 12
-"""Elements of a weight looked at from each end: what is done in place is done to all of it."""
+"""How many elements of a weight are checked at each end: an operation in place changes all of them."""
 
 
 class Marks:
-    """What every weight and buffer of a model was at one moment: which tensor, and the digest of its ends."""
+    """The state of every weight and buffer of a model at one moment: which tensor, and the digest of its ends."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._before = dict(_marks(model))
 
     def changed(self) -> list[str]:
-        """Return the names of weights and buffers that are not what they were."""
+        """Return the names of weights and buffers that have changed."""
         now = dict(_marks(self._model))
         return sorted(name for name in now.keys() | self._before.keys() if now.get(name) != self._before.get(name))
 

@@ -1,4 +1,4 @@
-"""Which weights are trained: those that no gradient reaches, those that an adapter passes over, and the share."""
+"""Which weights are trained: those that no gradient reaches, those without an adapter, and the share of the rest."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from transformers import PreTrainedModel
 from onward.training.admission.findings import pattern_of
 
 _LARGE = 0.02
-"""Share of the model from which on a kind of matrices without an adapter is named."""
+"""The share of the model from which a kind of matrices without an adapter is reported."""
 
 
 def without_gradient(trained: Iterable[str], reached: Collection[str]) -> tuple[str, ...]:
     """Return the trained weights that no gradient can reach.
 
-    An expert that no token of a small row was sent to is none of them: one next to it was reached.
+    An expert that no token of a small row was routed to does not count if another one of its layer was reached.
 
     Args:
         trained: names of all trained weights.
-        reached: names of those that got a gradient.
+        reached: names of the weights that got a gradient.
     """
-    experts = {expert for name in reached if (expert := _beside(name)) is not None}
-    return tuple(name for name in trained if name not in reached and _beside(name) not in experts)
+    experts = {expert for name in reached if (expert := _without_expert(name)) is not None}
+    return tuple(name for name in trained if name not in reached and _without_expert(name) not in experts)
 
 
-def _beside(name: str) -> str | None:
-    """Return a name without the number of the expert in it; None where it has no more than that of its layer."""
+def _without_expert(name: str) -> str | None:
+    """Return a name without the expert's number; None if it contains only the number of its layer."""
     parts = name.split(".")
     numbers = [place for place, part in enumerate(parts) if part.isdigit()]
     if len(numbers) < 2:
@@ -47,17 +47,17 @@ def modules_of(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def share_reached(model: nn.Module, base: PreTrainedModel) -> float:
-    """Return which share of the weights outside embeddings and head is trained, or has an adapter."""
+    """Return the share of the weights outside embeddings and head that are trained or have an adapter."""
     reached, others = _split(model, base)
     total = sum(parameter.numel() for parameter in [*reached.values(), *others.values()])
     return sum(parameter.numel() for parameter in reached.values()) / max(total, 1)
 
 
 def large_without_adapter(model: nn.Module, base: PreTrainedModel, left_out: Collection[str]) -> tuple[str, ...]:
-    """Return matrices without an adapter that are no small part of the model (experts), by the ends of their names.
+    """Return matrices without an adapter that are a considerable part of the model, by the ends of their names.
 
     Args:
-        left_out: modules that no gradient reaches; they are told apart.
+        left_out: modules that no gradient reaches, which are reported separately.
     """
     reached, others = _split(model, base)
     total = sum(parameter.numel() for parameter in [*reached.values(), *others.values()])
@@ -85,7 +85,7 @@ def _split(model: nn.Module, base: PreTrainedModel) -> tuple[dict[str, nn.Parame
 
 
 def _adapted(model: nn.Module) -> set[int]:
-    """Return the identity of each weight with an adapter that is trained."""
+    """Return the `id` of each weight with a trained adapter."""
     found: set[int] = set()
     for part in model.modules():
         if isinstance(part, BaseTunerLayer) and any(weight.requires_grad for weight in part.parameters()):

@@ -1,4 +1,4 @@
-"""Ways out of a refusal: settings of the model or of the run, tried where that costs little."""
+"""Remedies for a refusal: settings of the model or of the run, tried if that costs little."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from onward.training.model.spec import ModelSpec
 
 NO_REMEDY = "No setting changes that: train another model."
 _TRIES = 8
-"""Kinds of modules that are left out at most, one after another, until an adapter fits."""
+"""The most kinds of modules that are left out, one after another, until an adapter fits."""
 
 
 def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, dict[str, Any]]:
-    """Return a config whose adapter fits the model, and the keys that it has instead of their defaults.
+    """Return a config whose adapter fits the model, and the keys that were changed from their defaults for it.
 
     Args:
-        chosen: whether a person chose `lora.dropout`; then it is not changed.
+        chosen: whether the user chose `lora.dropout`; then it is not changed.
 
     Raises:
         ConfigError: the adapter does not fit; the message names settings that were tried and work.
@@ -46,13 +46,13 @@ def working_config(config: Config, base: Path, chosen: bool) -> tuple[Config, di
         )  # fmt: skip
     targets = _working_targets(config, base)
     if targets is None:
-        return config, {}  # building the model says what it has
+        return config, {}  # building the model will show its modules
     words = f"--set 'lora.targets=[{', '.join(targets)}]'"
     raise ConfigError(f"the adapter does not fit: {problem}", where="lora.targets", hint=f"These fit: {words}")
 
 
 def causal_hint(base: Path, device: torch.device) -> str:
-    """Return how a model that looks ahead becomes one that does not, if its own config has a key for that."""
+    """Return how to keep a model from looking ahead, if its own config has a key for that."""
     try:
         with one_load, quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +69,7 @@ def causal_hint(base: Path, device: torch.device) -> str:
 
 
 def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.dtype) -> str:
-    """Return targets with which a model computes that fails with its adapter; layers of plain type are tried."""
+    """Return targets that work for a model that fails with its adapter; plain linear layers are tried."""
     from onward.training.model.load import build_plain
 
     if config.method == "full":
@@ -85,23 +85,23 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     try:
         model = build_plain(ModelSpec(tried, base, device, dtype)).eval()
         looks_ahead(model, range(len(cast(Any, skeleton.get_input_embeddings()).weight)), device)
-    except Exception:  # then the adapter is not what it fails by
+    except Exception:  # then the adapter is not the cause
         return NO_REMEDY
     return f"With these targets it works: --set 'lora.targets=[{', '.join(targets)}]'"
 
 
 def _skeleton(base: Path) -> PreTrainedModel:
-    """Return the model without memory for its weights."""
+    """Return the model without allocating memory for its weights."""
     with one_load, quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _problem(config: Config, base: Path) -> str | None:
-    """Return why the adapter does not fit the model; None where it does, or where that cannot be tried."""
+    """Return why the adapter does not fit the model; None if it does, or if that cannot be tried."""
     try:
         skeleton = _skeleton(base)
-    except Exception:  # loading the model says it better
+    except Exception:  # loading the model gives a better error
         return None
     return _refusal(skeleton, new_adapter_config(config, base, skeleton))
 
@@ -116,7 +116,7 @@ def _refusal(skeleton: PreTrainedModel, adapter: LoraConfig) -> str | None:
 
 
 def _working_targets(config: Config, base: Path) -> list[str] | None:
-    """Return kinds of linear layers that an adapter can have, none of those that one attempt after another refuses."""
+    """Return kinds of linear layers that an adapter can have, found by leaving out those that attempts refuse."""
     skeleton = _skeleton(base)
     head = skeleton.get_output_embeddings()
     linear = {

@@ -1,4 +1,4 @@
-"""Whether PEFT gives an adapter's weights back as they were saved: some names it changes on the way, without a word."""
+"""Checks that PEFT loads an adapter's weights as they were saved: it silently changes some names on the way."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from onward.training.model.quiet import quiet
 
 
 def not_loaded_back(model: nn.Module) -> tuple[str, ...]:
-    """Return the trained weights of an adapter that loading would leave as they are; the model is as it was after.
+    """Return the trained weights of an adapter that loading would not set; the model is left as it was.
 
-    Transformers renames weights of some families when it loads them, and PEFT renames an adapter's with them.
+    Transformers renames weights of some model families on loading, and PEFT renames an adapter's along with them.
     """
     if not isinstance(model, PeftModel):
         return ()

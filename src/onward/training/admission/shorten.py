@@ -1,4 +1,4 @@
-"""A model with its first layers only, one of each kind at least: what holds for those holds for more of them."""
+"""Shortens a model to its first layers, at least one of each kind: what holds for those holds for more of them."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import TypeAlias, cast
 from torch import nn
 
 FEWEST = 2
-"""Layers that stay in any case: one that hands its output to another."""
+"""How many layers always stay, so that one passes its output to another."""
 _PLACES = ("layer_idx", "training")
-"""Values of a layer's parts that do not tell its kind."""
+"""Attributes of a layer's parts that do not belong to its kind."""
 
 
 Kind: TypeAlias = tuple[object, ...]
-"""What a layer is made of, and every plain value that its parts hold."""
+"""The types that a layer is made of, and every plain value that its parts hold."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A list of layers that has more of them than it takes to have one of each kind.
+    """A list of layers that is longer than needed to have one of each kind.
 
     Args:
         parent: the module that holds the list.
-        name: under which name.
-        path: the list's name in the model.
+        name: the attribute of the parent.
+        path: the name of the list in the model.
         layers: all of them.
-        kinds: that of each.
-        needed: how many of the first ones hold every kind.
+        kinds: the kind of each.
+        needed: how many of the first layers contain every kind.
     """
 
     parent: nn.Module
@@ -40,23 +40,23 @@ class Layers:
     needed: int
 
     def shorten(self) -> None:
-        """Leave the first ones."""
+        """Keep only the first layers."""
         setattr(self.parent, self.name, self.layers[: self.needed])
 
     def restore(self) -> None:
-        """Have all of them again."""
+        """Restore all layers."""
         setattr(self.parent, self.name, self.layers)
 
 
 def shorten(lists: Sequence[Layers], works: Callable[[], object]) -> None:
-    """Leave the first layers of a model's lists, so many that each kind of its layers is among them.
+    """Keep only the first layers of a model's lists, enough to have each kind among them.
 
-    A kind is what a layer is made of and every plain value that its parts hold (whether it slides, turns, routes).
-    A model that does not compute with fewer layers stays whole.
+    A kind is what a layer is made of and every plain value that its parts hold (sliding window, rotary position,
+    routing). A model that does not run with fewer layers stays whole.
 
     Args:
         lists: what `layers_to_shorten` found.
-        works: computes with the model; raises where that fails.
+        works: runs the model; raises if that fails.
     """
     if not lists:
         return
@@ -64,7 +64,7 @@ def shorten(lists: Sequence[Layers], works: Callable[[], object]) -> None:
         each.shorten()
     try:
         works()
-    except Exception:  # it counts its layers in a way of its own
+    except Exception:  # it counts its layers in its own way
         for each in lists:
             each.restore()
 
@@ -85,7 +85,7 @@ def layers_to_shorten(model: nn.Module) -> list[Layers]:
 
 
 def kind_of_layer(layer: nn.Module) -> Kind:
-    """Return what a layer is made of, and every plain value that its parts hold."""
+    """Return the types that a layer is made of, and every plain value that its parts hold."""
     values: list[object] = []
     for name, part in layer.named_modules():
         plain = {key: value for key, value in vars(part).items() if isinstance(value, bool | int | float | str | None)}

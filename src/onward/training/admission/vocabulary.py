@@ -1,7 +1,7 @@
-"""A model with some ids of its vocabulary only: tokens are vectors to it, and what holds for some holds for the rest.
+"""Shortens a model's vocabulary: tokens are vectors to it, and what holds for some of them holds for the rest.
 
-That is proven of the model at hand before anything is left out: ids reach it through its embedding alone, which looks
-vectors up, and each logit is what one row of its head makes of a hidden state, treated as every other logit is.
+That is proven on the model itself before anything is left out: ids reach it only through its embedding, which looks
+vectors up, and each logit is the product of one row of its head with a hidden state, treated like every other logit.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from onward.training.model.load import causal_lm
 from onward.training.seeds import seeded
 
 ROWS = 512
-"""Ids that the rows of a proof are left with; none of them is one that a config gives a meaning."""
+"""How many ids are left for the rows of a proof; none of them has a meaning in a config."""
 _MEANING = re.compile(r"(^|_)(id|ids|idx|index)$")
-"""Keys under which configs and modules name single ids: those of padding, of ends, of images."""
+"""Keys under which configs and modules keep single ids, such as those of padding, end and image tokens."""
 _STEP, _VALUES = 40_503, 65_521
-"""Multiples of the one run through all values below the other, which is a prime number."""
+"""Multiples of the first run through all values modulo the second, which is a prime number."""
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a model keeps of each id: a row of its embedding and one of its head, which may be the same weight."""
+    """What a model has for each id: a row of its embedding and one of its head, which may be the same weight."""
 
     embedding: nn.Embedding
     head: nn.Linear
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """Each once; of a head also its bias."""
+        """Return each weight once, including a head's bias."""
         return list(dict.fromkeys((*self.embedding.parameters(), *self.head.parameters())))
 
     def cut(self, count: int) -> Callable[[], None]:
-        """Leave the first rows, as views; returns what brings all of them back."""
+        """Keep only the first rows, as views; return a function that restores all of them."""
         embedding, head, weights = self.embedding, self.head, self.weights
         whole = [weight.data for weight in weights]
         sizes = embedding.num_embeddings, embedding.padding_idx, head.out_features
@@ -69,23 +69,23 @@ class _Tables:
 
 
 def vocabulary_of(model: nn.Module) -> range:
-    """Return the token ids that a model both takes and gives: an embedding may have more rows than its head."""
+    """Return the token ids that a model both takes and predicts: an embedding may have more rows than its head."""
     base = causal_lm(model)
     parts = [base.get_input_embeddings(), base.get_output_embeddings()]
     return range(min(len(cast(Any, part).weight) for part in parts if hasattr(part, "weight")))
 
 
 def shorten_vocabulary(model: nn.Module, vocabulary: range, device: torch.device, dtype: torch.dtype) -> range:
-    """Leave the first rows of a model's embedding and head, where the others could show nothing else.
+    """Keep only the first rows of a model's embedding and head, if the others could not show anything else.
 
     Both stay whole if either has an adapter, trained rows, hooks or a forward pass of its own, if anything else has as
-    many rows, or if the model does more with ids than to look them up, or does not treat all logits alike.
+    many rows, or if the model does more with ids than look them up, or does not treat all logits alike.
 
     Args:
-        vocabulary: the token ids that the model both takes and gives.
+        vocabulary: the token ids that the model both takes and predicts.
 
     Returns:
-        The ids that rows may have from now on: those of before where the model stays whole.
+        The ids that rows may have from now on; the same as before if the model stays whole.
     """
     base = causal_lm(model)
     tables, left = _tables(base), _ids_left(model, vocabulary)
@@ -94,14 +94,14 @@ def shorten_vocabulary(model: nn.Module, vocabulary: range, device: torch.device
     try:
         if not _are_vectors(base, tables, vocabulary, device, dtype):
             return vocabulary
-    except Exception as error:  # it does not compute from vectors
+    except Exception as error:  # it does not accept vectors
         if is_of_the_device(error):
             raise
         return vocabulary
     restore = tables.cut(left.stop)
     try:
         runs(base, rows([SHORT], left), device, dtype)
-    except Exception as error:  # it has a use of its own for the vocabulary's size
+    except Exception as error:  # it depends on the vocabulary's size in some way of its own
         if is_of_the_device(error):
             raise
         restore()
@@ -110,14 +110,14 @@ def shorten_vocabulary(model: nn.Module, vocabulary: range, device: torch.device
 
 
 def runs(model: nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute the logits of the first of some rows; raises where that fails."""
+    """Compute the logits of the first row; raise if that fails."""
     base = causal_lm(model)
     with _computing(base, device, dtype):
         cast(Any, base)(input_ids=tokens(batch.rows[0], device), use_cache=False)
 
 
 def _tables(base: PreTrainedModel) -> _Tables | None:
-    """Return a model's embedding and head where they are plain and of one length, and nothing is hung on them."""
+    """Return a model's embedding and head if they are plain, equally long, and without hooks."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear or embedding.max_norm is not None:
         return None
@@ -130,7 +130,7 @@ def _tables(base: PreTrainedModel) -> _Tables | None:
 
 
 def _ids_left(model: nn.Module, vocabulary: range) -> range | None:
-    """Return the first ids in a row without a special one among them; None where that would leave most of them."""
+    """Return the first consecutive ids without a special one; None if that would leave most of the vocabulary."""
     special = sorted(set(_special(model)))
     for first in (0, *(each + 1 for each in special)):
         if not any(each in range(first, first + ROWS) for each in special):
@@ -139,7 +139,7 @@ def _ids_left(model: nn.Module, vocabulary: range) -> range | None:
 
 
 def _special(model: nn.Module) -> Iterator[int]:
-    """Yield the numbers that configs and modules keep under the name of an id."""
+    """Yield the numbers that configs and modules keep under names of ids."""
     for owner in (*configs_of(causal_lm(model)), *model.modules()):
         for key, value in vars(owner).items():
             for each in value if isinstance(value, list | tuple) else [value]:
@@ -148,7 +148,7 @@ def _special(model: nn.Module) -> Iterator[int]:
 
 
 def _is_as_long(model: nn.Module, tables: _Tables) -> bool:
-    """Whether a tensor of a model besides its embedding and its head has as many rows, or columns, as they."""
+    """Whether a tensor of a model other than its embedding and head has as many rows or columns as they have."""
     own = {id(weight) for weight in tables.weights}
     held = (each for part in model.modules() for each in vars(part).values())
     tensors = (*model.parameters(), *model.buffers(), *(each for each in held if isinstance(each, torch.Tensor)))
@@ -158,9 +158,9 @@ def _is_as_long(model: nn.Module, tables: _Tables) -> bool:
 def _are_vectors(
     base: PreTrainedModel, tables: _Tables, vocabulary: range, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Whether a model computes the same of ids and of their vectors, and makes each logit of its own by one function.
+    """Return whether a model gives the same for ids as for their vectors, and treats each logit by one function.
 
-    The head is not asked: it would take as long as the layers. In its place the model gets values of ours.
+    The head itself is not run, because it would take as long as the layers; the model gets known values in its place.
     """
     row = tokens(rows([LONG], vocabulary).rows[0], device)
     hidden: list[torch.Tensor] = []
@@ -189,7 +189,7 @@ def _are_vectors(
 
 
 def _looks_up(embedding: nn.Embedding, row: torch.Tensor, vectors: torch.Tensor) -> bool:
-    """Whether an embedding returns rows of its weight, all of them times one number that it keeps."""
+    """Whether an embedding returns rows of its weight, all multiplied by the same constant."""
     if type(embedding) is nn.Embedding:
         return True
     plain = embedding.weight[row]
@@ -200,14 +200,14 @@ def _looks_up(embedding: nn.Embedding, row: torch.Tensor, vectors: torch.Tensor)
 
 
 def _values(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return logits of ours, of which neighbours differ."""
+    """Return made-up logits, of which neighbours differ."""
     places = torch.arange(math.prod(shape), device=device)
     return ((places * _STEP % _VALUES).float() * (2 * RANGE / _VALUES) - RANGE).view(shape)
 
 
 @contextlib.contextmanager
 def _computing(base: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Generator[None]:
-    """Compute in the body without gradients and without dropout; nothing stays of it in buffers or generators."""
+    """Compute in the body without gradients and without dropout; buffers and generators are restored."""
     buffers = Buffers(base)
     try:
         with still(base), seeded(0, device), torch.no_grad(), autocast(device, dtype):

@@ -1,7 +1,7 @@
-"""A model whose perceptrons have some of their inner columns only: what holds for those holds for more of them.
+"""Narrows a model's perceptrons to some of their inner columns: what holds for those holds for more of them.
 
-Each column is what one row of the matrices before it makes of a hidden state. That all columns are then treated alike
-is proven of the perceptron at hand, by giving it values of ours in another order.
+Each column is the product of one row of the preceding matrices with a hidden state. That all columns are then treated
+alike is proven on the perceptron itself, by giving it known values in another order.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from onward.training.model.adapter import ADAPTER
 from onward.training.seeds import seeded
 
 COLUMNS = 256
-"""Inner columns that stay."""
+"""How many inner columns stay."""
 _ROWS = 2
-"""Hidden states on which a perceptron is looked at."""
+"""How many hidden states a perceptron is tested on."""
 _WEIGHTS = frozenset(
     ("weight", "bias", "base_layer.weight", "base_layer.bias", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
 )
-"""What a linear layer may hold, with an adapter or without."""
+"""What a linear layer may contain, with or without an adapter."""
 
 
 @dataclass(frozen=True)
 class _Perceptron:
-    """Linear layers from the width of a model to the inner one, and one that leads back; nothing else has weights.
+    """Linear layers from the width of a model to the inner width, and one back; nothing else has weights.
 
     Args:
-        parent: what they belong to.
-        into: one, or two of which one is the gate.
+        parent: the module they belong to.
+        into: the first layer, or two of which one is the gate.
         back: the last one.
         inner, outer: the widths.
     """
@@ -48,7 +48,7 @@ class _Perceptron:
     outer: int
 
     def treats_columns_alike(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether inner columns in another order come out in that order, to the last bit, and nothing else is done."""
+        """Return whether permuted inner columns come out permuted, to the last bit, and nothing else is done."""
         values = [torch.randn(1, _ROWS, self.inner, device=device).to(dtype) for _ in self.into]
         order = torch.randperm(self.inner, device=device)
         before = self._inner_states(values, device, dtype)
@@ -58,7 +58,7 @@ class _Perceptron:
     def _inner_states(
         self, values: list[torch.Tensor], device: torch.device, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Return what the last layer is given where the first ones return these values; None where more is done."""
+        """Return what the last layer gets if the first ones return these values; None if more is done."""
         state, result = (torch.randn(1, _ROWS, self.outer, device=device).to(dtype) for _ in range(2))
         taken: list[torch.Tensor] = []
         asked: list[bool] = []
@@ -82,7 +82,7 @@ class _Perceptron:
         return taken[0] if plain and taken[0].shape == values[0].shape else None
 
     def cut(self) -> Callable[[], None]:
-        """Leave the first columns; returns what brings all of them back."""
+        """Keep only the first columns; return a function that restores all of them."""
         whole = [(weight, weight.data) for layer in (*self.into, self.back) for weight in layer.parameters()]
         for layer in self.into:
             plain = _plain(layer)
@@ -102,13 +102,13 @@ class _Perceptron:
 
 
 def narrow_width(model: nn.Module, device: torch.device, dtype: torch.dtype, works: Callable[[], object]) -> int:
-    """Leave the first inner columns of a model's perceptrons where the others could show nothing else.
+    """Keep only the first inner columns of a model's perceptrons, if the others could not show anything else.
 
     Args:
         works: computes with the model; raises where that fails.
 
     Returns:
-        How many perceptrons are narrower now.
+        The number of perceptrons that were narrowed.
     """
     with still(model), seeded(0, device), torch.no_grad():
         found = [each for each in _perceptrons(model) if _is_alike(each, device, dtype)]
@@ -116,7 +116,7 @@ def narrow_width(model: nn.Module, device: torch.device, dtype: torch.dtype, wor
     try:
         if found:
             works()
-    except Exception as error:  # it has a use of its own for the width
+    except Exception as error:  # it depends on the width in some way of its own
         for restore in restores:
             restore()
         if is_of_the_device(error):
@@ -128,14 +128,14 @@ def narrow_width(model: nn.Module, device: torch.device, dtype: torch.dtype, wor
 def _is_alike(perceptron: _Perceptron, device: torch.device, dtype: torch.dtype) -> bool:
     try:
         return perceptron.treats_columns_alike(device, dtype)
-    except Exception as error:  # it takes more than hidden states
+    except Exception as error:  # it needs more than hidden states
         if is_of_the_device(error):
             raise
         return False
 
 
 def _perceptrons(model: nn.Module) -> Iterator[_Perceptron]:
-    """Yield what looks like a perceptron with many inner columns, and shares no weight with anything else."""
+    """Yield modules that look like perceptrons with many inner columns and share no weight with anything else."""
     holders: dict[int, int] = {}
     for part in model.modules():
         for weight in part.parameters(recurse=False):
@@ -153,7 +153,7 @@ def _perceptrons(model: nn.Module) -> Iterator[_Perceptron]:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    """Whether a layer multiplies by a matrix and adds a bias, with a plain adapter at most, and nothing hung on it."""
+    """Whether a layer multiplies by a matrix and adds a bias, with at most a plain adapter, and has no hooks."""
     if type(layer) is LoraLinear:
         plain: Any = layer.base_layer
         if layer.lora_variant or layer.fan_in_fan_out or list(layer.lora_A) != [ADAPTER]:

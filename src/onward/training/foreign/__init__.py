@@ -1,1 +1,1 @@
-"""Checkpoints that other tools wrote: what is in them, read without running anything of theirs."""
+"""Checkpoints that other tools wrote: their content, read without running any of their code."""

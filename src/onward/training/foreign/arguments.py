@@ -13,18 +13,18 @@ from onward.training.foreign.pickles import Inert, NotAPickle, read_saved
 from onward.training.huggingface import TRAINING_ARGUMENTS
 
 _RANDOM_STATES = "rng_state_*.pth"
-"""One for each process, where there were several."""
+"""One file per process, if there were several."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a Trainer was told.
+    """A Trainer's arguments.
 
     Args:
-        values: its arguments by name: numbers, strings, lists; of enumerations the value.
+        values: its arguments by name: numbers, strings, lists, and values of enumerations.
         kind: the class of the arguments, such as `SFTConfig`.
         processes: how many processes trained, as far as the checkpoint shows.
-        missing: why there are no arguments; empty where there are.
+        missing: why there are no arguments; empty if there are.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -33,7 +33,7 @@ class Arguments:
     missing: str = ""
 
     def number(self, name: str, default: float) -> float:
-        """Return a number among the arguments, or the default where it is none."""
+        """Return a number among the arguments, or the default if it is not a number."""
         value = self.values.get(name)
         return default if isinstance(value, bool) or not isinstance(value, (int, float)) else value
 
@@ -42,12 +42,12 @@ class Arguments:
         return max(1, int(self.number(name, 1)))
 
     def text(self, name: str) -> str:
-        """Return a word among the arguments, or nothing."""
+        """Return a string among the arguments, or ""."""
         value = self.values.get(name)
         return value if isinstance(value, str) else ""
 
     def warmup_steps(self, total_steps: int) -> int:
-        """Return the steps of warmup: a count, or a share of all steps (of its own key before transformers 5)."""
+        """Return the warmup steps: a count, or a share of all steps (under a key of its own before transformers 5)."""
         steps = self.number("warmup_steps", 0)
         if steps >= 1:
             return int(steps)
@@ -55,10 +55,10 @@ class Arguments:
 
 
 def read_arguments(checkpoint: Path) -> Arguments:
-    """Return the arguments that a checkpoint holds; where it holds none that can be read, why.
+    """Return the arguments in a checkpoint or, if none can be read, the reason.
 
     Raises:
-        Unreadable: the file is there and cannot be read now.
+        Unreadable: the file exists but cannot be read now.
     """
     path = checkpoint / TRAINING_ARGUMENTS
     try:
@@ -78,18 +78,18 @@ def read_arguments(checkpoint: Path) -> Arguments:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value without the class around it: of an enumeration's member the value, of an object its fields."""
+    """Return a value without its class: the value of an enumeration's member, the fields of an object."""
     if not isinstance(value, Inert):
         return value
     if isinstance(value.state, dict):
         return cast(dict[str, Any], value.state)
     words = [argument for argument in value.arguments if isinstance(argument, (str, int, float))]
-    member = value.name.rpartition(".")[2] == "getattr"  # a member by its name, as Python 3.11 pickled some
+    member = value.name.rpartition(".")[2] == "getattr"  # a member by name, as Python 3.11 pickled some
     return str(words[-1]).lower() if words and member else (words[-1] if words else value.name)
 
 
 def _processes(checkpoint: Path, state: Mapping[Any, Any]) -> int:
-    """Return how many processes trained: as they said, or as many as left the state of their random generators."""
+    """Return how many processes trained: as recorded, or as many as left the state of their random generators."""
     held = _plain(state.get("distributed_state"))
     said: Any = cast(dict[str, Any], held).get("num_processes") if isinstance(held, dict) else None
     left = sum(path.stem.removeprefix("rng_state_").isdigit() for path in checkpoint.glob(_RANDOM_STATES))

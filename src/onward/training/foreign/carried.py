@@ -1,7 +1,7 @@
-"""Weights of the base that an adapter's file carries: PEFT saves embedding and head where an adapter lies on them.
+"""Weights of the base in an adapter's file: PEFT saves embedding and head if they have an adapter.
 
-It does so, too, where the vocabulary has grown, or where it cannot tell. Where they are the base's own, nothing is lost
-without them. Where they are not, they belong into a base of their own.
+It also does so if the vocabulary has grown, or if it cannot tell. If they equal the base's own, nothing is lost without
+them. If not, they belong in a base of their own.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _PREFIX = "base_model.model."
 _COPY, _ORIGINAL, _LAYER = ".modules_to_save.", ".original_module.", ".base_layer."
-"""Parts of names: of a module that is trained whole, of the one that it stands for, of one that an adapter lies on."""
+"""Parts of names: of a module that is fully trained, of the original that it replaces, of one that has an adapter."""
 
 Shape = tuple[int, ...]
 
 
 @contextlib.contextmanager
 def without_carried(checkpoint: Path, base: Path, values: Mapping[str, Any]) -> Generator[Path]:
-    """Yield the checkpoint, or a copy of its adapter without weights that are the base's own.
+    """Yield the checkpoint, or a copy of its adapter without weights that equal the base's.
 
     Args:
-        values: what the adapter's config says.
+        values: the adapter's config.
 
     Raises:
         DamagedState: the adapter's weights cannot be read.
-        ModelError: the adapter carries weights that the base does not have, or has other rows than its embedding.
+        ModelError: the adapter contains weights that the base lacks, or its embedding has another number of rows.
     """
     shapes = _shapes(checkpoint)
     carried = sorted(name for name in shapes if not _is_trained(name, values))
@@ -48,7 +48,7 @@ def without_carried(checkpoint: Path, base: Path, values: Mapping[str, Any]) -> 
         yield checkpoint
         return
     tensors = load_file(checkpoint / ADAPTER_WEIGHTS)
-    if values.get("ensure_weight_tying"):  # embedding and head are one, and PEFT writes and reads both
+    if values.get("ensure_weight_tying"):  # embedding and head are tied, and PEFT writes and reads both
         carried = [name for name in carried if not _is_other_end(name, carried, tensors)]
     for name in carried:
         if not any(torch.equal(tensors[name].float(), own.float()) for own in _likely(name, tensors, base)):
@@ -70,7 +70,7 @@ def _shapes(checkpoint: Path) -> dict[str, Shape]:
 
 
 def _is_trained(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a tensor is one that the adapter trains, under the name that PEFT reads it by."""
+    """Whether a tensor is trained by the adapter, by the name under which PEFT reads it."""
     if ".lora_" in name or ".trainable_tokens" in name:
         return True
     if _COPY in name or _ORIGINAL in name:
@@ -83,7 +83,7 @@ def _is_trained(name: str, values: Mapping[str, Any]) -> bool:
 
 
 def _is_other_end(name: str, carried: list[str], tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a tensor is a second name of one that is trained."""
+    """Whether a tensor is the same as a trained one under another name."""
     if _COPY in name or _ORIGINAL in name:
         return False
     trained = [tensor for other, tensor in tensors.items() if other not in carried and ".lora_" not in other]
@@ -91,12 +91,12 @@ def _is_other_end(name: str, carried: list[str], tensors: Mapping[str, torch.Ten
 
 
 def _own_name(name: str) -> str:
-    """Return what the base calls a weight."""
+    """Return the base's name for a weight."""
     return name.removeprefix(_PREFIX).replace(_ORIGINAL, ".").replace(_LAYER, ".").replace(_COPY, ".")
 
 
 def _likely(name: str, tensors: Mapping[str, torch.Tensor], base: Path) -> Generator[torch.Tensor]:
-    """Yield the weights that a carried one may be: the trained one that it repeats, or those of the base."""
+    """Yield the weights that a carried one may equal: the trained one that it repeats, or those of the base."""
     if _COPY in name:
         yield from (tensors[other] for other in (name.replace(_COPY, "."),) if other in tensors)
         return
@@ -109,7 +109,7 @@ def _likely(name: str, tensors: Mapping[str, torch.Tensor], base: Path) -> Gener
 
 
 def _require_rows(checkpoint: Path, base: Path, shapes: Mapping[str, Shape], carried: list[str]) -> None:
-    """Refuse weights, also trained ones, of another shape than the base's of that name."""
+    """Refuse weights, including trained ones, whose shape differs from that of the base's weight of that name."""
     named = {_own_name(name): name for name in shapes if ".lora_" not in name}
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -119,7 +119,7 @@ def _require_rows(checkpoint: Path, base: Path, shapes: Mapping[str, Shape], car
 
 
 def _another_base(checkpoint: Path, base: Path, name: str, rows: int, carried: list[str]) -> ModelError:
-    """Return the refusal of an adapter on another base, with the command that makes that base of what it carries."""
+    """Return the refusal of an adapter on another base, with the command that makes such a base from its weights."""
     held = {_own_name(each): each for each in carried if _COPY not in each}
     tokenizer = checkpoint if (checkpoint / "tokenizer_config.json").is_file() else base
     program = (

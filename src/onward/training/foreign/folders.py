@@ -1,4 +1,4 @@
-"""What a checkpoint folder of another tool holds: its step, its weights, its optimizer's file, or why not."""
+"""The content of another tool's checkpoint folder: step, weights, optimizer's file, or why it cannot be adopted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FULL_OPTIMIZER = "optimizer.bin"
-"""The whole optimizer's state by the names of its parameters, as FSDP's full state dict is saved."""
+"""The whole optimizer state by parameter name, as FSDP's full state dict is saved."""
 FRESH = "--fresh-moments"
 _WHOLE = ("model*.safetensors", "pytorch_model.bin*", "pytorch_model-*.bin", ADAPTER_WEIGHTS, "adapter_model.bin")
 
@@ -24,8 +24,8 @@ class TrainerFolder:
     """A checkpoint folder that can be adopted.
 
     Args:
-        optimizer: the file with the optimizer's state; None where moments begin afresh.
-        state: what `trainer_state.json` says; empty where there is none.
+        optimizer: the file with the optimizer's state; None if moments start afresh.
+        state: the content of `trainer_state.json`; empty if there is none.
     """
 
     path: Path
@@ -34,30 +34,30 @@ class TrainerFolder:
 
     @property
     def step(self) -> int:
-        """Steps that the Trainer had taken; 1 stands for an unknown number of them."""
+        """The number of steps that the Trainer had taken; 1 if unknown."""
         return int(self.state["global_step"]) if self.state else 1
 
     @property
     def total_steps(self) -> int:
-        """Steps that the Trainer was to take in all; 0 where nothing says."""
+        """The number of steps that the Trainer was set to take in all; 0 if unknown."""
         steps = self.state.get("max_steps")
         return steps if isinstance(steps, int) and steps > 0 else 0
 
     @property
     def batch_rows(self) -> int | None:
-        """Rows of one batch of one process, which is `train_batch_size` of the Trainer's state."""
+        """Rows of one batch of one process: `train_batch_size` in the Trainer's state."""
         rows = self.state.get("train_batch_size")
         return rows if isinstance(rows, int) and rows > 0 else None
 
 
 def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
-    """Look at a checkpoint folder.
+    """Open a checkpoint folder.
 
     Args:
-        fresh: the optimizer's state is not wanted.
+        fresh: whether to ignore the optimizer's state.
 
     Raises:
-        UsageError: this is no checkpoint, or one whose state cannot be read as it is, with the way on.
+        UsageError: this is not a checkpoint, or its state cannot be read as it is; the hint says what to do.
     """
     if not path.is_dir():
         raise UsageError("there is no such checkpoint directory", where=path)
@@ -73,12 +73,12 @@ def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
 
 
 def fresh_command(path: Path) -> str:
-    """Return the command that goes on from a checkpoint's weights alone."""
+    """Return the command that continues from a checkpoint's weights alone."""
     return f"onward adopt {quoted(path)} --run NEW_RUN {FRESH}"
 
 
 def fresh_hint(path: Path) -> str:
-    """Return the way on that every checkpoint with readable weights has."""
+    """Return the remedy that works for every checkpoint with readable weights."""
     return f"To start from its weights only, with fresh moments: {fresh_command(path)}"
 
 
@@ -94,7 +94,7 @@ def _read_state(path: Path) -> Mapping[str, Any]:
 
 
 def _require_weights(path: Path) -> None:
-    """Refuse a folder whose weights lie in shards, with the command that puts them together."""
+    """Refuse a folder with sharded weights, with the command that merges them."""
     if any(next(path.glob(pattern), None) for pattern in _WHOLE):
         if not ((path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file()):
             hint = (
@@ -131,7 +131,7 @@ def _in_shards(tool: str, path: Path, command: str) -> UsageError:
 
 
 def _without_optimizer(path: Path) -> UsageError:
-    """Return what to say of a folder without an optimizer's file that can be read."""
+    """Return the refusal of a folder without a readable optimizer file."""
     sharded = next(iter(sorted(path.glob("optimizer_*/"))), None)
     if sharded is not None and next(sharded.glob("*.distcp"), None):
         program = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"

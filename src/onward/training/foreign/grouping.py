@@ -1,7 +1,7 @@
-"""How releases of transformers, and tools on it, divide trained weights into the optimizer's groups, by name.
+"""How releases of transformers, and tools built on it, divide trained weights into optimizer groups, by name.
 
-An `optimizer.pt` knows weights by their place in these groups only. Which division was meant is told by the sizes of
-the groups and the shapes of their moments.
+An `optimizer.pt` knows weights only by their place in these groups. The sizes of the groups and the shapes of the
+moments show which division was used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _transformers_5(model: nn.Module) -> Names:
 
 
 def _by_class(model: nn.Module, *, any_norm: bool) -> Names:
-    """Divide as transformers 4 does: neither biases nor layers of norm classes, which are those known to it."""
+    """Divide like transformers 4: neither biases nor layers of the norm classes that it knows have weight decay."""
     norms = {type(module) for module in model.modules() if "RMSNorm" in type(module).__name__ and any_norm}
     decayed = {name for name in get_parameter_names(model, [nn.LayerNorm, *norms]) if "bias" not in name}
     return _divided(model, decayed)
@@ -53,14 +53,14 @@ def _decayed_last(model: nn.Module) -> Names:
 
 
 def _axolotl(model: nn.Module) -> Names:
-    """Divide as Axolotl does where embeddings have a learning rate of their own."""
+    """Divide like Axolotl if embeddings have a learning rate of their own."""
     apart = [name for name in _trained(model) if "embed_tokens" in name or "lm_head" in name]
     decayed, others = ([name for name in group if name not in apart] for group in _transformers_5(model))
     return [decayed, apart, others]
 
 
 def _lora_plus(model: nn.Module) -> Names:
-    """Divide as PEFT's `create_loraplus_optimizer` does, and LLaMA-Factory: the matrices B have a rate of their own."""
+    """Divide like PEFT's `create_loraplus_optimizer` and LLaMA-Factory: matrices B have their own learning rate."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     apart = [name for name in trained if "lora_embedding" in name]
     second = [name for name in trained if name not in apart and ("lora_B" in name or trained[name].ndim == 1)]

@@ -1,8 +1,8 @@
-"""The optimizer's state of another tool: AdamW's moments by the name of their parameter, or why they are not.
+"""Another tool's optimizer state: AdamW's moments by parameter name, or why they cannot be used.
 
-Taken is what continues exactly: AdamW of PyTorch (plain, fused, of any release), of transformers 4, of apex, and of
-bitsandbytes, paged or not. Their moments mean the same; names and the type of the step counter differ. Where
-bitsandbytes rounded moments to 8 bits, they go on so.
+Only states that continue exactly are accepted: AdamW from PyTorch (plain or fused, any release), transformers 4, apex,
+and bitsandbytes, paged or not. Their moments mean the same; names and the type of the step counter differ. Moments that
+bitsandbytes rounded to 8 bits stay 8-bit.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from onward.training.optimizers.adamw_8bit import WRAPPED
 from onward.training.state import TrainState
 
 Key = int | str
-"""A parameter in a saved optimizer: its number, or its name where a tool saved it so."""
+"""A parameter in a saved optimizer: its number, or its name if a tool saved that."""
 Entry = dict[str, Any]
 _TRAIN = "To go on exactly, say which weights were trained: --set 'train=[REGEX, ...]', found in their names."
 _RENAMED = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 _SIGNS = ("amsgrad", "correct_bias", "bias_correction", "t_alpha")
 """Settings that only Adams have: PyTorch's, transformers', apex', bitsandbytes'. RAdam keeps the same tensors."""
 _PLAIN = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_32bit")
-"""Optimizers of the Trainer whose files hold nothing else."""
+"""Optimizers of the Trainer whose files contain nothing else."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Moments:
     """A saved optimizer.
 
     Args:
-        groups: its parameter groups: settings, and under `params` numbers or names.
-        entries: what it keeps for each parameter that it has moved, as AdamW keeps it.
-        dtype: the type that it kept moments in, which were those of its weights; here they are float32.
-        method: which of our optimizers goes on with them.
+        groups: its parameter groups: settings, and under `params`, numbers or names.
+        entries: what it keeps for each parameter that it has updated, in AdamW's form.
+        dtype: the type in which it kept moments, which was that of its weights; here they are float32.
+        method: the optimizer of Onward that continues with them.
     """
 
     groups: list[dict[str, Any]]
@@ -58,7 +58,7 @@ class Moments:
 
     @property
     def rates(self) -> list[float]:
-        """The peak learning rate of each group that has parameters, each value once."""
+        """The peak learning rates of the groups that have parameters, each value once."""
         return list(dict.fromkeys(float(group.get("initial_lr", group["lr"])) for group in self._filled()))
 
     @property
@@ -67,7 +67,7 @@ class Moments:
         return [value for value in dict.fromkeys(float(group["weight_decay"]) for group in self._filled()) if value]
 
     def settings(self) -> dict[str, Any]:
-        """Return the config's values; those of several learning rates the first."""
+        """Return the config values; of several learning rates, the first."""
         group = self._filled()[0]
         decay = max(self.decays, default=0.0)
         betas = [float(beta) for beta in group["betas"]]
@@ -83,10 +83,10 @@ def read_moments(folder: TrainerFolder, arguments: Arguments, *, one_rate: bool)
     """Read the optimizer's state of a checkpoint.
 
     Args:
-        one_rate: a person has set the learning rate, so that groups may have had several.
+        one_rate: whether the user set the learning rate, so that groups may have had different ones.
 
     Raises:
-        UsageError: it cannot be gone on with exactly; the message names what it is.
+        UsageError: it cannot be continued exactly; the message says what it is.
         DamagedState: the file is not an optimizer's.
         Unreadable: it cannot be read now.
     """
@@ -132,11 +132,11 @@ def _read(path: Path, arguments: Arguments) -> dict[str, Any]:
         if arguments.text("optim") in ("", *_PLAIN):
             raise DamagedState(error.what, where=path, hint=fresh_hint(path.parent)) from None
         raise NotTaken(f"the optimizer's state contains more than tensors and plain values: {error.what}") from None
-    return cast(dict[str, Any], saved.get("optimizer", saved))  # as PyTorch's distributed checkpoints wrap it
+    return cast(dict[str, Any], saved.get("optimizer", saved))  # PyTorch's distributed checkpoints wrap it
 
 
 def group_of(groups: list[dict[str, Any]], key: Key) -> dict[str, Any]:
-    """Return the group that a parameter belongs to; the first where none names it."""
+    """Return the group that a parameter belongs to; the first if none names it."""
     return next((group for group in groups if key in group["params"]), groups[0])
 
 
@@ -168,11 +168,11 @@ def _type_of(held: Mapping[Key, Mapping[str, Any]]) -> str:
 
 
 def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> None:
-    """Refuse settings under which AdamW would not do what that optimizer did.
+    """Refuse settings under which AdamW would not do the same as that optimizer.
 
     Args:
-        quantizes: the optimizer is one of bitsandbytes, whose settings show less.
-        one_rate: several learning rates become one.
+        quantizes: whether the optimizer is one of bitsandbytes, whose settings show less.
+        one_rate: whether several learning rates become one.
     """
     for group in moments.groups:
         if len(group.get("betas", ())) != len(ADAMW.slots) or not (quantizes or any(sign in group for sign in _SIGNS)):
@@ -195,9 +195,10 @@ def _require_settings(moments: Moments, *, quantizes: bool, one_rate: bool) -> N
 
 
 def _has_l2(group: Mapping[str, Any]) -> bool:
-    """Whether PyTorch's Adam made a group, whose weight decay goes through the moments.
+    """Whether a group is from PyTorch's Adam, whose weight decay goes through the moments.
 
-    Before PyTorch 2.7 its groups have the keys of AdamW's, in another order: AdamW wrote `foreach` before `maximize`.
+    Before PyTorch 2.7, its groups have the same keys as AdamW's in another order: AdamW wrote `foreach` before
+    `maximize`.
     """
     said = group.get("decoupled_weight_decay")
     order = [key for key in group if key in ("maximize", "foreach")]
@@ -208,11 +209,11 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
     """Put moments into a fresh state, by name.
 
     Returns:
-        What a person should know: whose weight decay changes.
+        Notes for the user: which weights change their decay.
 
     Raises:
-        UsageError: they are those of other weights.
-        DamagedState: those of some weights are missing or have other shapes.
+        UsageError: they belong to other weights.
+        DamagedState: the moments of some weights are missing or have other shapes.
     """
     path = folder.optimizer
     assert path is not None
@@ -242,7 +243,7 @@ def load_into(state: TrainState, moments: Moments, folder: TrainerFolder) -> lis
 
 
 def _of_method(state: TrainState, moments: Moments, folder: TrainerFolder) -> Moments:
-    """Return moments that the state's method can go on with."""
+    """Return moments that the state's method can continue with."""
     if state.method is moments.method:
         return moments
     entries = as_small(state, moments.entries) if state.method is ADAMW_8BIT else None
@@ -259,7 +260,7 @@ def _widened(moments: Moments) -> Iterator[str]:
 
 
 def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolder) -> dict[str, Entry]:
-    """Return the entries by the names that the run's model gives the parameters."""
+    """Return the entries by the parameter names of the run's model."""
     order = [key for group in moments.groups for key in group["params"]]
     if all(isinstance(key, str) for key in order):
         return {_own_name(str(key), state.parameters): entry for key, entry in moments.entries.items()}
@@ -280,7 +281,7 @@ def _named(state: TrainState, moments: Moments, path: Path, folder: TrainerFolde
 
 
 def _own_name(saved: str, known: Mapping[str, Any]) -> str:
-    """Return a parameter's name without what wrappers put into it."""
+    """Return a parameter's name without the parts that wrappers add."""
     for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module."):
         if saved not in known:
             saved = saved.replace(wrapper, "")
@@ -301,7 +302,7 @@ def _shapes_fit(state: TrainState, moments: Moments, order: list[Key], names: li
 
 
 def _decay_differs(state: TrainState, moments: Moments, named: Mapping[str, Entry]) -> Iterator[str]:
-    """Say on how many weights the decay falls otherwise than it did: older Trainers decay some norms."""
+    """Report how many weights get another weight decay than before: older Trainers decay some norms."""
     owner = {id(entry): key for key, entry in moments.entries.items()}
     decayed = {name for name, _ in ADAMW.groups(state.model)[0]}
     there = {name for name, entry in named.items() if float(group_of(moments.groups, owner[id(entry)])["weight_decay"])}

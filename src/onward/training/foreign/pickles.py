@@ -1,7 +1,7 @@
-"""What a pickle says, as plain values: nothing is imported, called or built but lists, dicts and tuples.
+"""Reads a pickle as plain values: nothing is imported, called or built except lists, dicts and tuples.
 
-A pickle is a program for a small stack machine. This one runs it with inert stand-ins for classes and functions, so
-that a file of a stranger can be looked at. The standard library's `pickletools` reads opcodes and their arguments.
+A pickle is a program for a small stack machine. This one runs it with inert placeholders for classes and functions, so
+that a file from a stranger can be read safely. The standard library's `pickletools` reads opcodes and their arguments.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 LARGEST = 1 << 24
-"""Bytes of a file above which it is not looked at: arguments are a few kilobytes."""
+"""The largest file that is read, in bytes: arguments are a few kilobytes."""
 _LEGACY_HEAD = 3
-"""Pickles before the object in a file that `torch.save` of PyTorch before 1.6 wrote: magic, protocol, system."""
+"""How many pickles precede the object in a file written by PyTorch before 1.6: magic number, protocol, system."""
 
 
 class NotAPickle(Exception):
@@ -26,12 +26,12 @@ class NotAPickle(Exception):
 
 @dataclass(eq=False)
 class Inert:
-    """Stands for a class or function (`name` alone), for a call of one, or for an object of a class.
+    """A placeholder for a class or function (`name` alone), for a call of one, or for an object of a class.
 
     Args:
         name: its module and name.
         arguments: what it was called with.
-        state: what was put into it: usually its attributes.
+        state: what was put into it, usually its attributes.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Inert:
 
 
 def read_saved(path: Path) -> Any:
-    """Return what `torch.save` wrote, inert; tensors are stand-ins without their numbers.
+    """Return what `torch.save` wrote, inert; tensors are placeholders without their values.
 
     Raises:
-        NotAPickle: the file is too large, or no pickle.
+        NotAPickle: the file is too large, or not a pickle.
         OSError: it cannot be read.
     """
     if path.stat().st_size > LARGEST:
@@ -94,7 +94,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def step(self, name: str, argument: Any) -> None:
-        """Do one opcode."""
+        """Execute one opcode."""
         if name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         elif name in _ACTIONS:
@@ -105,11 +105,11 @@ class _Machine:
             raise ValueError(f"opcode {name} is not known")
 
     def push(self, value: Any) -> None:
-        """Put a value on the stack, as it is by then: working the value out may have ended a group."""
+        """Push a value onto the current stack: computing the value may have ended a group."""
         self.stack.append(value)
 
     def pop(self, count: int) -> list[Any]:
-        """Take the topmost values, in the order they were put."""
+        """Pop the topmost values, in the order in which they were pushed."""
         if count > len(self.stack):
             raise IndexError("the stack is too short")
         taken = self.stack[len(self.stack) - count :]
@@ -122,16 +122,16 @@ class _Machine:
         self.stack = []
 
     def group(self) -> list[Any]:
-        """Take all values since the last mark."""
+        """Pop all values since the last mark."""
         taken, self.stack = self.stack, self.marks.pop()
         return taken
 
     def remember(self, number: Any) -> None:
-        """Keep the topmost value under a number, or under the next one."""
+        """Store the topmost value in the memo under a number, or under the next one."""
         self.memo[len(self.memo) if number is None else int(number)] = self.stack[-1]
 
     def call(self, values: list[Any]) -> None:
-        """Stand in for a call: what is called, its arguments, and keywords that nobody looks at."""
+        """Push a placeholder for a call, from the callable, its arguments, and keywords, which are ignored."""
         target, arguments = values[0], values[1]
         self.stack.append(Inert(_name_of(target), tuple(arguments)))
 
@@ -150,7 +150,7 @@ class _Machine:
             target.items.extend(pairs)
 
     def new_dict(self, _: Any) -> None:
-        """Put a dict of the keys and values since the last mark on the stack."""
+        """Push a dict of the keys and values since the last mark."""
         items = self.group()
         self.stack.append({})
         self.set_items(items)

@@ -1,4 +1,4 @@
-"""Moments of 8 bits that another tool saved: those of bitsandbytes' AdamW go on as `optimizer: adamw_8bit`."""
+"""8-bit moments that another tool saved: those of bitsandbytes' AdamW continue as `optimizer: adamw_8bit`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ RENAMED = {"exp_avg": "state1", "exp_avg_sq": "state2"}
 
 
 def is_of_8_bits(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry holds moments that are rounded to 256 values."""
+    """Return whether an entry holds moments that are rounded to 256 values."""
     flat = {**entry, **cast(Mapping[str, Any], entry.get(WRAPPED, {}))}
     return any(name.startswith(("qmap", "absmax")) for name in flat)
 
 
 def as_adamw_8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry as `adamw_8bit` keeps it.
+    """Return an entry in the form of `adamw_8bit`.
 
     Raises:
-        NotTaken: it is that of another optimizer.
+        NotTaken: it belongs to another optimizer.
     """
     try:
         found = ADAMW_8BIT.from_file(entry)
@@ -36,9 +36,9 @@ def as_adamw_8bit(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_small(state: TrainState, entries: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]] | None:
-    """Return AdamW's entries as those of `adamw_8bit`; None where that keeps moments of 8 bits of a weight.
+    """Return AdamW's entries as those of `adamw_8bit`; None if that would keep 8-bit moments of any weight.
 
-    A tool's file does not say which of both it was where every weight is a small one.
+    If every weight is small, a tool's file does not show which of the two it was.
     """
     if any(is_rounded(weight) for weight in state.parameters.values()):
         return None

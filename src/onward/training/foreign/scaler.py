@@ -1,4 +1,4 @@
-"""The scale of the loss that a Trainer under float16 saved."""
+"""The loss scale that a Trainer under float16 saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from onward.training.loss_scale import LossScale
 
 
 def read_scale(checkpoint: Path) -> LossScale:
-    """Return the scale of a checkpoint; that of a first step where it has none.
+    """Return the loss scale of a checkpoint; that of a first step if it has none.
 
     Raises:
-        DamagedState: the file holds something else.
+        DamagedState: the file contains something else.
         Unreadable: it cannot be read now.
     """
     path = checkpoint / SCALER
@@ -25,6 +25,6 @@ def read_scale(checkpoint: Path) -> LossScale:
         return LossScale()
     except OSError as error:
         raise Unreadable.of(error, path) from None
-    except Exception as error:  # PyTorch's reader, or what it read
+    except Exception as error:  # from PyTorch's reader, or what it read
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedState(f"this is not the state of a GradScaler: {reason}", where=path) from None

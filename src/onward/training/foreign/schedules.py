@@ -1,7 +1,7 @@
-"""The learning rate that a Trainer stood at, and the config under which the run goes on as the Trainer would have.
+"""A Trainer's current learning rate, and the config under which the run continues as the Trainer would have.
 
-Which schedule it was is not believed but proven: the run's rates at the steps that are left are compared with those of
-transformers' own scheduler, made from the Trainer's arguments and set to where `scheduler.pt` stands.
+Which schedule it was is not assumed but proven: the run's rates at the remaining steps are compared with those of
+transformers' own scheduler, made from the Trainer's arguments and set to the position in `scheduler.pt`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from onward.training.huggingface import SCHEDULER
 from onward.training.schedule import learning_rate
 
 COMPARED = 10_000
-"""Steps at which two schedules are compared at most."""
+"""The most steps at which two schedules are compared."""
 ENDLESS = 1000
-"""Steps ahead that are compared where the schedule has no end."""
+"""How many steps ahead are compared if the schedule has no end."""
 _NAMES: Mapping[str, str] = {
     "constant": "constant", "constant_with_warmup": "constant", "inverse_sqrt": "inverse_sqrt",
 }  # fmt: skip
@@ -38,17 +38,17 @@ _NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TrainerSchedule:
-    """Where a Trainer's schedule stands.
+    """A Trainer's schedule and its position.
 
     Args:
-        name: what the Trainer calls it; empty where nothing says.
+        name: the Trainer's name for it; empty if unknown.
         peak: the rate that it multiplies.
-        position: how often it was moved on.
+        position: how often it was advanced.
         current: the rate of the Trainer's next step.
         step: steps that the Trainer had taken.
-        total_steps: steps that it was to take; 0 where nothing says.
-        warmup_steps: its steps of warmup.
-        factor: what it multiplies the peak by, at a position; None where it is no such function.
+        total_steps: steps that the Trainer was set to take; 0 if unknown.
+        warmup_steps: its warmup steps.
+        factor: returns what the peak is multiplied by at a position; None if it is not such a function.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TrainerSchedule:
         return 0 < self.total_steps <= self.step and self.name not in _NAMES
 
     def rate(self, step: int) -> float | None:
-        """Return the Trainer's learning rate of a step; None where it is not known, or there would have been none."""
+        """Return the Trainer's learning rate at a step; None if it is unknown, or there would not have been one."""
         if self.total_steps and step > self.total_steps and self.name not in _NAMES:
             return None
         if self.factor is None:
@@ -78,10 +78,10 @@ def read_schedule(folder: TrainerFolder, arguments: Arguments, peak: float) -> T
     """Return the schedule of a checkpoint.
 
     Args:
-        peak: the learning rate by the optimizer, for a checkpoint without `scheduler.pt`.
+        peak: the learning rate in the optimizer, for a checkpoint without `scheduler.pt`.
 
     Raises:
-        DamagedState: `scheduler.pt` does not hold a scheduler's state.
+        DamagedState: `scheduler.pt` does not contain a scheduler's state.
         Unreadable: it cannot be read now.
     """
     name, total = arguments.text("lr_scheduler_type"), folder.total_steps
@@ -93,12 +93,12 @@ def read_schedule(folder: TrainerFolder, arguments: Arguments, peak: float) -> T
     factor = _factor(name, warmup, total, peak, arguments.values.get("lr_scheduler_kwargs"))
     current = last if last is not None else peak * factor(position) if factor else peak
     if factor is not None and not math.isclose(peak * factor(position), current, rel_tol=1e-9, abs_tol=1e-15):
-        name, factor = f"{name} in another form", None  # a schedule of the person's own, under the name of the default
+        name, factor = f"{name} in another form", None  # a schedule of the user's own, under the default's name
     return TrainerSchedule(name, peak, position, current, folder.step, total, warmup, factor)
 
 
 def _saved(folder: TrainerFolder) -> dict[str, Any]:
-    """Return what `scheduler.pt` says; nothing where there is none."""
+    """Return the content of `scheduler.pt`; empty if there is none."""
     path = folder.path / SCHEDULER
     try:
         saved = read_saved(path)
@@ -112,13 +112,13 @@ def _saved(folder: TrainerFolder) -> dict[str, Any]:
 
 
 def _first(values: Any) -> float | None:
-    """Return the first of several rates; None where it is none."""
+    """Return the first of several rates; None if it is not a rate."""
     first = cast(list[Any], values)[0] if isinstance(values, list) and values else None
     return float(first) if isinstance(first, (int, float)) else None
 
 
 def _factor(name: str, warmup: int, total: int, peak: float, extra: Any) -> Callable[[int], float] | None:
-    """Return transformers' own function of the position, if it has one of that name."""
+    """Return transformers' own function of the position, if it has one with that name."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak or 1.0)
     keywords = cast(dict[str, Any], extra) if isinstance(extra, dict) else {}
     try:
@@ -133,7 +133,7 @@ def _factor(name: str, warmup: int, total: int, peak: float, extra: Any) -> Call
 
 
 def schedule_settings(schedule: TrainerSchedule) -> dict[str, Any] | None:
-    """Return the config values under which the run has the Trainer's learning rates; None where there are none."""
+    """Return the config values under which the run has the Trainer's learning rates; None if there are none."""
     for values in _candidates(schedule):
         try:
             config = parse_config(values)
@@ -160,7 +160,7 @@ def _candidates(schedule: TrainerSchedule) -> Iterator[dict[str, Any]]:
 
 
 def _is_proven(schedule: TrainerSchedule, config: Config) -> bool:
-    """Whether config and Trainer agree at every step that is left; of a finished schedule, at those that were."""
+    """Whether config and Trainer agree at every remaining step or, for a finished schedule, at every past one."""
     first = schedule.step + 1
     last = schedule.total_steps if schedule.name not in _NAMES else first + ENDLESS
     if last < first:
@@ -179,13 +179,13 @@ def require_schedule(schedule: TrainerSchedule, folder: TrainerFolder) -> dict[s
     """Return the config values of the Trainer's schedule.
 
     Raises:
-        UsageError: no config has its rates; the message has the command that says how to go on.
+        UsageError: no config has its rates; the message has a command that says how to continue.
     """
     values = schedule_settings(schedule)
     if values is not None:
         return values
     if schedule.factor is None and not schedule.name and schedule.current == schedule.peak > 0:
-        return {"learning_rate": schedule.peak, "warmup_steps": 0}  # nothing names it, and it stands at its peak
+        return {"learning_rate": schedule.peak, "warmup_steps": 0}  # nothing names it, and it is at its peak
     rate = schedule.current or schedule.peak or 1e-5
     name = schedule.name or "whose name is not recorded"
     raise UsageError(

@@ -1,4 +1,4 @@
-"""The arguments of a Trainer as config keys: which are taken, and which are not, with the reason."""
+"""The arguments of a Trainer as config keys: which are taken over, and which are not and why."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder
 
 LENGTHS = ("max_length", "max_seq_length", "sequence_len")
-"""What TRL, its earlier releases and Axolotl call the longest row."""
+"""The names of the maximum row length in TRL, in its earlier releases and in Axolotl."""
 
 LEFT: Mapping[str, str] = {
     "label_smoothing_factor": "a run has none",
     "neftune_noise_alpha": "a run has none",
     "loss_type": "a run's loss is the negative log-likelihood of the targets",
-    "packing": "rows are trained one by one, packed end to end if the model allows it",
-    "padding_free": "rows are packed end to end where the model allows it",
+    "packing": "rows are trained one by one, laid end to end if the model allows it",
+    "padding_free": "rows are laid end to end where the model allows it",
     "group_by_length": "the order of rows is the run's own, a function of the seed",
     "train_sampling_strategy": "the order of rows is the run's own, a function of the seed",
     "dataloader_drop_last": "every row is trained",
@@ -37,10 +37,10 @@ LEFT: Mapping[str, str] = {
     "dataset_text_field": "a run recognizes rows by their keys",
     "auto_find_batch_size": "the batch size that it found is taken",
 }
-"""Arguments that are not taken where they are set, and why."""
+"""Arguments that are not taken over if they are set, and why."""
 
 USUAL = ("text", "random", "nll", "chunked_nll")
-"""Values of these arguments that are as good as not set."""
+"""Values of these arguments that amount to not being set."""
 
 ROUTER_LOSS = "router_aux_loss_coef"
 
@@ -48,17 +48,17 @@ WITHOUT: Mapping[str, str] = {
     "assistant_only_loss": "a run trains every answer of a chat and nothing else",
     "completion_only_loss": "a run trains only the completion of such a row",
 }
-"""Arguments that are not taken where they are false, and why."""
+"""Arguments that are not taken over if they are false, and why."""
 
 
 def batch_settings(folder: TrainerFolder, arguments: Arguments) -> dict[str, Any]:
-    """Return the rows of one optimizer step, and the parts that they were computed in."""
+    """Return the number of rows of an optimizer step, and of the parts that they were computed in."""
     parts = _parts(arguments)
     return {"batch_size": _rows_per_device(folder, arguments) * parts, "gradient_accumulation": parts}
 
 
 def batch_words(folder: TrainerFolder, arguments: Arguments) -> str:
-    """Return how the rows of a step came together, in words."""
+    """Return how the rows of a step add up, in words."""
     rows, accumulated = _rows_per_device(folder, arguments), arguments.count("gradient_accumulation_steps")
     devices = _parts(arguments) // accumulated
     return f"{rows} rows per device, {accumulated} accumulated, {how_many(devices, 'device')}"
@@ -82,7 +82,7 @@ def _splits_batches(arguments: Arguments) -> bool:
 
 
 def argument_settings(folder: TrainerFolder, arguments: Arguments) -> dict[str, Any]:
-    """Return the config keys that a Trainer's arguments become, the learning rate aside."""
+    """Return the config keys that a Trainer's arguments become, except for the learning rate."""
     if arguments.missing:
         return {}
     taken = batch_settings(folder, arguments)
@@ -93,7 +93,7 @@ def argument_settings(folder: TrainerFolder, arguments: Arguments) -> dict[str, 
 
 
 def optimizer_arguments(arguments: Arguments) -> dict[str, Any]:
-    """Return what the optimizer was made with, for a run whose moments begin afresh."""
+    """Return the arguments of the optimizer, for a run whose moments start afresh."""
     if arguments.missing:
         return {}
     return {
@@ -105,9 +105,9 @@ def optimizer_arguments(arguments: Arguments) -> dict[str, Any]:
 
 
 def router_loss(arguments: Arguments, base: Path) -> Iterator[str]:
-    """Yield what a Trainer added to the loss of a mixture of experts, to keep its routers balanced.
+    """Yield the term that a Trainer added to the loss of a mixture of experts to keep its routers balanced.
 
-    TRL adds it where the model's config knows such a term, transformers' Trainer where the config asks for it.
+    TRL adds it if the model's config has such a term, transformers' Trainer if the config asks for it.
 
     Args:
         base: folder of the base model.
@@ -124,7 +124,7 @@ def router_loss(arguments: Arguments, base: Path) -> Iterator[str]:
 
 
 def left_out(arguments: Arguments) -> Iterator[str]:
-    """Yield the arguments that are not taken, each with its reason."""
+    """Yield the arguments that are not taken over, each with its reason."""
     if arguments.missing:
         return
     epochs = arguments.number("num_train_epochs", 1)

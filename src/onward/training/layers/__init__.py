@@ -1,1 +1,1 @@
-"""How a model computes: what Onward puts in place of parts of its forward and backward pass."""
+"""How a model computes: Onward's replacements for parts of its forward and backward pass."""

@@ -1,11 +1,11 @@
-"""Attention over the rows of a batch laid end to end: every row by itself, no padding, no mask.
+"""Attention over the rows of a batch laid end to end: each row attends to itself, without padding or mask.
 
-On a GPU and in a half type one call attends to all rows (`varlen.py`); elsewhere, and where that kernel does not fit,
-it is PyTorch's attention row by row.
+On a GPU and in a 16-bit type, one call attends to all rows (`varlen.py`); elsewhere, or if that kernel does not fit, it
+is PyTorch's attention row by row.
 
-Registered with transformers as `ROW_ATTENTION`. The lengths of the rows are a keyword of the forward pass, which a
-decoder hands down to its layers and a layer to its attention; so they are there too when a layer is computed again in
-the backward pass. Without that keyword the model attends as with transformers' own `sdpa`.
+It is registered with transformers as `ROW_ATTENTION`. The lengths of the rows are a keyword of the forward pass, which
+a decoder passes to its layers and a layer to its attention; so they are also there when a layer is recomputed in the
+backward pass. Without that keyword, the model attends as with transformers' own `sdpa`.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ ROW_ATTENTION = "onward_rows"
 PADDING_FREE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "smollm3", "starcoder2"}
 )  # fmt: skip
-"""Model types whose rows are packed end to end in runs that were made before models were proven (`admission/`)."""
+"""Model types whose rows are laid end to end in runs made before there was an admission (`admission/`)."""
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether rows are packed end to end for this model."""
+    """Return whether rows are laid end to end for this model."""
     return cast(Any, model.config)._attn_implementation == ROW_ATTENTION
 
 
 def lay_end_to_end(model: PreTrainedModel) -> None:
-    """Have a model attend to rows laid end to end, each to itself.
+    """Make a model attend to rows laid end to end, each to itself.
 
     Raises:
-        ValueError: its attention is not one that can be replaced by another computing the same.
+        ValueError: its attention cannot be replaced by another that computes the same.
     """
     if not model._supports_sdpa:  # pyright: ignore[reportPrivateUsage]
         raise ValueError("its attention is its own implementation")
@@ -51,13 +51,13 @@ def lay_end_to_end(model: PreTrainedModel) -> None:
 
 
 def row_arguments(lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None = None) -> dict[str, Any]:
-    """Return the keywords of a forward pass over one sequence that is made of rows of these lengths.
+    """Return the keywords of a forward pass over one sequence made of rows of these lengths.
 
-    The empty mask has four dimensions, so transformers makes none of its own and hands it down as it is. Attention that
+    The empty mask has four dimensions, so transformers makes none of its own and passes it on as it is. Attention that
     gets it without the lengths knows that they were lost on the way.
 
     Args:
-        kernel: attends to all rows in one call, where it fits; else it is row by row.
+        kernel: attends to all rows in one call, if it fits; otherwise attention is computed row by row.
     """
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
     called = {} if kernel is None else {"row_kernel": RowKernel.of(kernel, lengths, device)}
@@ -77,18 +77,18 @@ def row_attention(
     row_kernel: RowKernel | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention of each row to itself.
+    """Return the causal attention of each row to itself.
 
     The signature is the one that transformers calls; `row_lengths` and `row_kernel` come from `row_arguments`.
 
     Args:
-        query: shape (1, heads, tokens, dim); key and value may have fewer heads that divide them.
+        query: shape (1, heads, tokens, dim); key and value may have fewer heads, by a divisor.
 
     Returns:
-        Shape (1, tokens, heads, dim), and no weights.
+        The output, shape (1, tokens, heads, dim), and no weights.
 
     Raises:
-        ModelError: the model did not hand the lengths of the rows down to its attention.
+        ModelError: the model did not pass the lengths of the rows to its attention.
     """
     if row_lengths is None:
         _require_no_rows(module, attention_mask)
@@ -98,7 +98,7 @@ def row_attention(
     _require_plain(module, kwargs)
     if row_kernel is not None and not dropout and row_kernel.kernel.fits(query, key, value, sliding_window):
         return row_kernel.attend((query, key, value), sliding_window, scaling), None
-    # split, not slices: backward of a slice fills and adds a tensor of the full size for every row
+    # split, not slices: the backward pass of a slice fills and adds a tensor of the full size for every row
     rows = zip(query.split(row_lengths, 2), key.split(row_lengths, 2), value.split(row_lengths, 2), strict=True)
     return torch.cat([_attend(*row, sliding_window, dropout, scaling) for row in rows], dim=1), None
 
@@ -120,7 +120,7 @@ def _attend(
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return which positions see which where a row is longer than the sliding window, else None."""
+    """Return which positions see which if a row is longer than the sliding window, else None."""
     if window is None or length <= window:
         return None
     places = torch.arange(length, device=device)
@@ -139,7 +139,7 @@ def _require_no_rows(module: nn.Module, attention_mask: torch.Tensor | None) -> 
 
 
 def _require_plain(module: nn.Module, extra: Mapping[str, Any]) -> None:
-    """Refuse what changes the scores of attention (sinks, biases of positions, a cap): it is not computed here."""
+    """Refuse what changes attention scores (sinks, position biases, a soft cap): it is not implemented here."""
     asked = [
         name
         for name, value in extra.items()

@@ -1,8 +1,8 @@
-"""What a forward pass may leave in a model besides gradients, put back, so that no pass depends on an earlier one.
+"""Restores what a forward pass may leave in a model besides gradients, so that no pass depends on an earlier one.
 
 RoPE of kind `dynamic` keeps the frequencies of the longest sequence that it ever saw, `longrope` those of the last one;
-tables of positions grow. No checkpoint holds any of it. Frequencies and tables are buffers; what goes with them (the
-longest length seen) are plain values of the module that holds the buffer.
+tables of positions grow. No checkpoint contains these. Frequencies and tables are buffers; values that go with them
+(the longest length seen) are plain attributes of the module that holds the buffer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 PLAIN = (bool, int, float, str, type(None), torch.Tensor)
 SMALL = 1 << 16
-"""Elements up to which the content of a buffer is looked at."""
+"""The number of elements up to which the content of a buffer is compared."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ class _Held:
 
 
 class Buffers:
-    """The buffers of a model as they are now, with the plain values next to them.
+    """A record of the current buffers of a model, and of the plain values next to them.
 
     Args:
-        model: any model; modules without buffers are not looked at again.
+        model: any model; modules without buffers are not visited again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._held = {module: _hold(module) for module in model.modules() if vars(module)["_buffers"]}
 
     def changed(self) -> list[str]:
-        """Return what has another content by now, by module type and name."""
+        """Return what has changed since, by module type and name."""
         return sorted(
             f"{type(module).__name__}.{name}"
             for module, held in self._held.items()
@@ -48,7 +48,7 @@ class Buffers:
         )
 
     def restore(self) -> None:
-        """Put everything back, to the last bit; costs next to nothing where nothing changed."""
+        """Restore everything, to the last bit; this costs next to nothing if nothing changed."""
         for module, held in self._held.items():
             for name in list(_changed_buffers(module, held)):
                 _restore_buffer(module, held, name)
@@ -103,7 +103,7 @@ def _changed_buffers(module: nn.Module, held: _Held) -> Iterator[str]:
 
 
 def _was_written(buffer: torch.Tensor, held: _Held, name: str) -> bool:
-    """Whether a buffer was written to; through `.data` it is not counted, so the content of a small one is compared."""
+    """Whether a buffer was written to; writes through `.data` are not counted, so small ones are compared."""
     content = held.contents[name]
     if buffer._version != held.versions[name] or buffer.shape != content.shape:
         return True

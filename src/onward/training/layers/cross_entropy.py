@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head that never holds all logits.
+"""Cross-entropy of a linear head, without ever holding all logits.
 
 The gradient is made in the forward pass, as in the fused linear cross-entropy of Liger Kernel (Hsu et al., 2024) and
 Apple's Cut Cross-Entropy (Wijmans et al., 2024); here it is plain PyTorch, in one of two orders. A frozen head is
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from onward.training.layers.matmul import product_in_float, times
 
 LOGITS_BYTES = 128 << 20
-"""Memory for the logits of some tokens. The more tokens at a time, the less often the head's weights are read."""
+"""Memory for the logits of a chunk of tokens. The more tokens at a time, the less often the head's weights are read."""
 CHUNK_BYTES = {"cuda": 512 << 20}
-"""Memory for the logits of some tokens, by device: a GPU is busy only with more at a time; elsewhere `LOGITS_BYTES`."""
+"""The same by device: a GPU is busy only with more tokens at a time; elsewhere `LOGITS_BYTES`."""
 TILE_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}
-"""Memory for the logits of a part of the vocabulary, by device: what a CPU's cache holds; elsewhere `LOGITS_BYTES`. A
+"""Memory for the logits of a part of the vocabulary, by device: what fits a CPU's cache; elsewhere `LOGITS_BYTES`. A
 GPU waits for each launch, so it gets few large parts."""
 WORDS = 512
 """The size of such a part is a multiple of this: kernels are fastest for round shapes."""
@@ -43,7 +43,7 @@ def linear_cross_entropy(
         weight: shape (vocabulary, width).
         labels: shape (tokens,), int64.
         dtype: type of the factors of matrix multiplications; logits, exponents and sums are float32.
-        counts: float32, shape (tokens,): what the loss of each token counts; None where each counts 1.
+        counts: float32, shape (tokens,): the weight of each token's loss; None if each has weight 1.
     """
     column = None if counts is None else counts[:, None]
     with torch.autocast(hidden.device.type, enabled=False):
@@ -55,10 +55,10 @@ def linear_cross_entropy(
 def linear_scores(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cross-entropy (nats, float32) of each row of `hidden @ weight.T`, and whether its label comes first.
+    """Return the cross-entropy (nats, float32) of each row of `hidden @ weight.T`, and whether its label ranks first.
 
-    A label comes first that has the largest logit; of equal ones the first of the vocabulary counts. Nothing is
-    recorded for autograd. The arguments are those of `linear_cross_entropy`, both results of shape (tokens,).
+    A label ranks first if it has the largest logit; of equal ones, the first in the vocabulary counts. Nothing is
+    recorded for autograd. The arguments are those of `linear_cross_entropy`; both results have shape (tokens,).
     """
     with torch.autocast(hidden.device.type, enabled=False), torch.no_grad():
         rows, head, wanted = hidden.to(dtype), weight.to(dtype), labels[:, None]
@@ -113,14 +113,14 @@ class _OfTrainedHead(torch.autograd.Function):
 def _by_vocabulary(
     rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None, *, wants_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the loss and the gradient of `rows`: softmax times the weights, less the target's."""
+    """Return the loss and the gradient of `rows`: softmax times the weights, minus the target's weights."""
     log_sum, chosen = _nothing_yet(rows)
     seen = torch.zeros_like(rows, dtype=torch.float32) if wants_grad else None
     for part, logits, place in _by_parts(rows, head, labels):
         found, inside = _found(logits, place)
         chosen = torch.where(inside, found, chosen)
         largest = logits.amax(1, keepdim=True)
-        shares = torch.softmax(logits, 1, out=logits)  # one pass: row by row in the processor's cache
+        shares = torch.softmax(logits, 1, out=logits)  # one pass, row by row in the processor's cache
         own_sum = largest - shares.amax(1, keepdim=True).log_()
         before, log_sum = log_sum, torch.logaddexp(log_sum, own_sum)
         if seen is not None:
@@ -131,7 +131,7 @@ def _by_vocabulary(
 
 
 def _nothing_yet(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log-sum-exp and chosen logit of no part of the vocabulary, each of shape (tokens, 1)."""
+    """Return the initial log-sum-exp and chosen logit, before any part of the vocabulary; each of shape (tokens, 1)."""
     log_sum = rows.new_full((len(rows), 1), float("-inf"), dtype=torch.float32)
     return log_sum, torch.zeros_like(log_sum)
 
@@ -139,7 +139,7 @@ def _nothing_yet(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _by_parts(
     rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield parts of the vocabulary: their weights, logits (tokens, words), and the labels' places (tokens, 1)."""
+    """Yield parts of the vocabulary: their weights, logits (tokens, words), and the labels' indices (tokens, 1)."""
     budget = TILE_BYTES.get(rows.device.type, LOGITS_BYTES)
     words = WORDS * max(1, budget // (4 * WORDS * max(1, len(rows))))
     for first in range(0, len(head), words):
@@ -148,13 +148,13 @@ def _by_parts(
 
 
 def _found(logits: torch.Tensor, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits at the labels' places, and which of those lie in this part; each of shape (tokens, 1)."""
+    """Return the logits of the labels, and which labels are in this part; each of shape (tokens, 1)."""
     words = logits.shape[1]
     return logits.gather(1, place.clamp(0, words - 1)), (place >= 0) & (place < words)
 
 
 def _counted(values: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """Multiply values, shape (tokens, any), in place by what each token counts, shape (tokens, 1)."""
+    """Multiply values, shape (tokens, any), in place by the weight of each token, shape (tokens, 1)."""
     return values if counts is None else values.mul_(counts)
 
 
@@ -165,7 +165,7 @@ def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _by_tokens(
     rows: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss and the gradients of both."""
+    """Return the loss, and the gradients of `rows` and of the weights."""
     chunk = max(1, CHUNK_BYTES.get(rows.device.type, LOGITS_BYTES) // (4 * len(head)))
     is_float = rows.dtype == torch.float32
     buffer = rows.new_empty(min(chunk, len(rows)) if is_float else 0, len(head))
@@ -182,6 +182,6 @@ def _by_tokens(
         torch.mm(grad, head, out=hidden_grad[first : first + chunk])
         if is_float:
             weight_grad.addmm_(grad.T, part)
-        else:  # in a half type the sum over the chunks would be rounded at each
+        else:  # in a 16-bit type, the sum would be rounded at each chunk
             weight_grad += product_in_float(grad.T, part)
     return total, hidden_grad, weight_grad

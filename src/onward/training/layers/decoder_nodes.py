@@ -1,6 +1,6 @@
-"""Norm, rotation and gate of a decoder as one node of the graph each: a kernel on a GPU, the same formula elsewhere.
+"""Norm, rotation and gate of a decoder as one autograd node each: a kernel on a GPU, the same formula elsewhere.
 
-The formulas stand here in PyTorch, so that a CPU can hold all but the kernels (`kernels.py`) against transformers.
+The formulas are here in PyTorch, so that a CPU can compare everything but the kernels (`kernels.py`) with transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 def kernels_of() -> Any:
-    """Return the kernels; imported only where a GPU computes, since they need Triton."""
+    """Return the kernels; they are imported only on a GPU, since they need Triton."""
     from onward.training.layers import kernels
 
     return kernels
@@ -24,12 +24,12 @@ def kernels_of() -> Any:
 
 @dataclass(frozen=True)
 class NormForm:
-    """How a norm multiplies a row that it divided by the root of its mean square.
+    """How a norm multiplies a row after dividing it by its root mean square.
 
     Args:
         offset: added to the weight.
-        rounds: the row is rounded to its own type first, and the result has the wider type of both; else it is
-            multiplied in float32 and has the type of the row.
+        rounds: whether the row is first rounded to its own type, and the result has the wider type of both; otherwise
+            it is multiplied in float32, and the result has the type of the row.
     """
 
     offset: float
@@ -41,21 +41,21 @@ class NormForm:
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The form as the kernels take it."""
+        """The form as arguments of the kernels."""
         return {"offset": self.offset, "rounds": self.rounds}
 
 
 FORMS = (NormForm(0.0, True), NormForm(1.0, False), NormForm(0.0, False))
-"""Those of Llama and most others, of Gemma, and of OLMo 2."""
+"""The forms of Llama and most others, of Gemma, and of OLMo 2."""
 
 
 def normed(module: nn.Module, form: NormForm, eps: float, x: torch.Tensor) -> torch.Tensor:
-    """Return what a norm gives, shape of `x`: (..., width)."""
+    """Return the output of a norm, with the shape of `x`: (..., width)."""
     return cast(Any, _Norm).apply(x, module.weight, form, eps)
 
 
 def gated(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return what the gated part of a decoder gives, shape of `x`: (..., width)."""
+    """Return the output of a decoder's gated MLP, with the shape of `x`: (..., width)."""
     parts = cast(Any, module)
     value, up = parts.gate_proj(x), parts.up_proj(x)
     alike = value.shape == up.shape and value.dtype == up.dtype
@@ -66,10 +66,10 @@ def rotated(
     plain: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any,
     **named: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return queries and keys rotated, as the function does in whose place this one is called.
+    """Return queries and keys rotated, like the function that this one replaces.
 
     Args:
-        plain: that function; it is called where shapes are others than a decoder's.
+        plain: that function, called if shapes are not a decoder's.
         query, key: shape (1, heads, tokens, dim).
         cos, sin: shape (1, tokens, dim).
     """
@@ -81,7 +81,7 @@ def rotated(
 
 
 def plain_norm(x: torch.Tensor, weight: torch.Tensor, form: NormForm, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the norm of each row, and what the row was multiplied by, shape (..., 1)."""
+    """Return each row normed, and what it was multiplied by, shape (..., 1)."""
     value = x.float()
     root = torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + eps)
     if form.rounds:
@@ -90,7 +90,7 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor, form: NormForm, eps: float
 
 
 def plain_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return heads rotated: both halves of a head are the two coordinates of its pairs."""
+    """Return heads rotated: the two halves of a head are the two coordinates of its pairs."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat((-second, first), -1) * sin
 
@@ -159,7 +159,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, *, back: bool) -> torch.Tensor:
-    """Return heads that were rotated, shape (1, heads, tokens, dim), each token's heads one after another in memory."""
+    """Return rotated heads, shape (1, heads, tokens, dim), with each token's heads one after another in memory."""
     tokens = x[0].transpose(0, 1)
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     y = kernels_of().rotation(tokens, cos[0].contiguous(), sin[0].contiguous(), dtype, back=back)

@@ -1,8 +1,8 @@
-"""Which parts of a decoder are computed in one node each (`decoder_nodes.py`): its norms, gates and rotations.
+"""Finds which parts of a decoder can be computed in one node each (`decoder_nodes.py`): norms, gates and rotations.
 
-Which of a model's modules compute what is found by trying them: a module is given other numbers or other parts and must
-give, to the last bit, what the formula gives. What is not understood stays as transformers has it. Only modules of the
-model at hand are changed, no class and no function of transformers.
+What a model's modules compute is found by trial: a module gets other numbers or other parts and must give, to the last
+bit, what the formula gives. Anything not understood stays as transformers has it. Only modules of the given model are
+changed, no class and no function of transformers.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from onward.training.layers.decoder_nodes import (
 )
 
 ROTATE = "apply_rotary_pos_emb"
-"""Name of the function by which transformers' attention rotates queries and keys."""
+"""The name of the function by which transformers' attention rotates queries and keys."""
 EPSILONS = ("variance_epsilon", "eps")
-"""Names of what a norm adds to the mean square."""
+"""Names of the attribute that a norm adds to the mean square."""
 TRIED = (torch.bfloat16, torch.float32)
-"""Types in which a module is tried."""
+"""Types in which modules are tried."""
 
 
 def fuse_parts(model: nn.Module) -> None:
-    """Have the norms, gates and rotations of a model that are understood computed in one pass each."""
+    """Compute those norms, gates and rotations of a model that are understood in one pass each."""
     understood: dict[tuple[type[nn.Module], float], NormForm | None] = {}
     gates: dict[object, bool] = {}
     rotations: dict[type[nn.Module], FunctionType | None] = {}
@@ -62,13 +62,13 @@ def fuse_parts(model: nn.Module) -> None:
 
 
 def kernels_work(device: torch.device) -> bool:
-    """Whether a device computes with these kernels."""
+    """Return whether these kernels work on a device."""
     return device.type == "cuda" and _try(device)
 
 
 @cache
 def _try(device: torch.device) -> bool:
-    """Compute something small: Triton may be missing, or the compiler that it needs."""
+    """Compute something small: Triton, or the compiler that it needs, may be missing."""
     if importlib.util.find_spec("triton") is None:
         return False
     ones = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
@@ -76,19 +76,20 @@ def _try(device: torch.device) -> bool:
         return bool((kernels_of().gate(ones, ones) > 0).all())
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever Triton cannot do here, PyTorch's own kernels can
+    except Exception:  # if Triton fails here for any reason, PyTorch's own kernels are used
         return False
 
 
 def kernels_version(device: torch.device) -> str:
-    """Return which Triton compiles the kernels, for the record of the environment; empty where there are none."""
+    """Return the version of Triton that compiles the kernels, for the record of the environment; "" if there are
+    none."""
     if not kernels_work(device):
         return ""
     return f"triton {metadata.version('triton')}"
 
 
 def _epsilon(module: nn.Module) -> float | None:
-    """Return what a module that may be a norm adds to the mean square; it has one weight and nothing else."""
+    """Return what a module adds to the mean square if it may be a norm, with one weight and nothing else, or None."""
     if dict(module.named_children()) or dict(module.named_buffers()):
         return None
     weights = dict(module.named_parameters())
@@ -99,7 +100,7 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def form_of(module: nn.Module, eps: float) -> NormForm | None:
-    """Return how a norm multiplies; None where it computes something else."""
+    """Return how a norm multiplies; None if it computes something else."""
     width = cast(torch.Tensor, module.weight).shape[0]
     return next((form for form in FORMS if all(_has_form(module, form, eps, width, kind) for kind in TRIED)), None)
 
@@ -119,13 +120,13 @@ def _equal(given: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """Return numbers between -2 and 2 on the CPU; the process's generator is left alone."""
+    """Return numbers between -2 and 2 on the CPU, without touching the process's generator."""
     generator = torch.Generator().manual_seed(seed)
     return (4 * torch.rand(shape, generator=generator, device="cpu") - 2).to(dtype)
 
 
 def _is_gated_once(module: nn.Module, known: dict[object, bool]) -> bool:
-    """Return what `is_gated` does, which is tried once for modules of one type with activations that are alike."""
+    """Return the result of `is_gated`, tried once for all modules of one type with the same kind of activation."""
     act = getattr(module, "act_fn", None)
     if act is None:
         return False
@@ -140,7 +141,7 @@ def _is_gated_once(module: nn.Module, known: dict[object, bool]) -> bool:
 
 
 def is_gated(module: nn.Module) -> bool:
-    """Whether a module computes `down(silu(gate(x)) * up(x))` and nothing else."""
+    """Return whether a module computes `down(silu(gate(x)) * up(x))` and nothing else."""
     parts = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     if not all(isinstance(part, nn.Module) for part in parts) or not callable(getattr(module, "act_fn", None)):
         return False
@@ -161,7 +162,7 @@ def is_gated(module: nn.Module) -> bool:
 
 
 def rotating(kind: type[nn.Module]) -> FunctionType | None:
-    """Return the forward pass of an attention with another rotation; None where its own is not understood."""
+    """Return the forward pass of an attention with another rotation; None if its own is not understood."""
     forward: Any = kind.forward
     if not isinstance(forward, FunctionType) or ROTATE not in forward.__code__.co_names:
         return None
@@ -175,7 +176,7 @@ def rotating(kind: type[nn.Module]) -> FunctionType | None:
 
 
 def _rotates_by_halves(rotate: Callable[..., Any]) -> bool:
-    for dtype, angles in (*zip(TRIED, TRIED, strict=True), TRIED):  # what is rotated may be narrower than the angles
+    for dtype, angles in (*zip(TRIED, TRIED, strict=True), TRIED):  # the type may be narrower than the angles'
         query, key = (_numbers((1, heads, 5, 8), dtype, heads) for heads in (2, 1))
         cos, sin = (_numbers((1, 5, 8), angles, seed) for seed in (3, 4))
         try:

@@ -1,4 +1,4 @@
-"""How stacked experts are computed: transformers has several ways, of which not all repeat on a GPU."""
+"""How stacked experts are computed: transformers has several ways, not all of them deterministic on a GPU."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ ONE_BY_ONE = "eager"
 
 
 def let_experts_repeat(model: PreTrainedModel, device: torch.device) -> None:
-    """Have the experts of a model computed one by one on a GPU.
+    """Compute the experts of a model one by one on a GPU.
 
-    All at once they are counted by `torch.histc`, which has no deterministic form there. Nothing changes elsewhere, nor
-    for a model without experts.
+    If computed all at once, they are counted by `torch.histc`, which has no deterministic form there. Nothing changes
+    elsewhere or for a model without experts.
     """
     config = cast(Any, model.config)
     if device.type == "cuda" and getattr(config, "_experts_implementation", None) == GROUPED:

@@ -1,12 +1,13 @@
 """LoRA layers in one autograd node: PEFT's arithmetic with fewer passes over memory and fewer tensors kept.
 
-The base weight is frozen, so backward needs the layer's input for the small matrices only. Layers that read the same
-input (query, key and value; gate and up) share one node, as in Unsloth: their small matrices are multiplied as one, and
-their input gets one gradient. What the first of them computes for the others lives as long as the forward pass of the
-module that holds them, so nothing is left for a later step, whether that pass ended, failed or was a recomputation.
+The base weight is frozen, so the backward pass needs the layer's input only for the small matrices. Layers with the
+same input (query, key and value; gate and up) share one node, as in Unsloth: their small matrices are multiplied as
+one, and their input gets one gradient. What the first of them computes for the others lives only as long as the forward
+pass of the module that holds them, so nothing is left for a later step, whether that pass ended, failed or was a
+recomputation.
 
-Below float32 the node multiplies in the compute type, its adapters cast all at once for a forward pass (`lowered`), and
-gradients of adapters leave it in float32 without having been rounded.
+Below float32, the node multiplies in the compute type, with its adapters cast all at once for a forward pass
+(`lowered`); gradients of adapters leave it in float32, unrounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fuse_lora(model: nn.Module) -> None:
-    """Replace each plain LoRA layer of a model by a `FusedLoraLinear`; others stay as PEFT made them.
+    """Replace each plain LoRA layer of a model with a `FusedLoraLinear`; others stay as PEFT made them.
 
     Names, order and identity of parameters stay the same.
     """
@@ -63,7 +64,7 @@ def _siblings(parent: nn.Module, names: Sequence[str]) -> list[FusedLoraLinear]:
 
 
 def _begin_sharing(names: Sequence[str], parent: nn.Module, _arguments: object) -> None:
-    """Before the parent's forward pass; dropout gives each layer another input, so there is nothing to share."""
+    """Begin sharing before the parent's forward pass; with dropout, inputs differ and nothing is shared."""
     layers = _siblings(parent, names)
     can_share = parent.training and all(layer.adapts and not layer.dropout for layer in layers)
     shared = _Shared(layers) if can_share else None
@@ -78,9 +79,9 @@ def _end_sharing(names: Sequence[str], parent: nn.Module, _arguments: object, _o
 
 @contextlib.contextmanager
 def lowered(layers: Sequence[FusedLoraLinear], dtype: torch.dtype) -> Generator[None]:
-    """Have layers use one cast of their adapters in the body, made in a few launches for all of them.
+    """Let layers use one cast of their adapters in the body, made in a few launches for all of them.
 
-    A layer that computes elsewhere, as in a recomputation, casts its own, to the same bits.
+    A layer that runs outside the body, as in a recomputation, casts its own, to the same bits.
     """
     if not layers or dtype == torch.float32:
         yield
@@ -129,21 +130,21 @@ class FusedLoraLinear(LoraLinear):
 
     @property
     def adapts(self) -> bool:
-        """Whether the adapter is in force, and not merged into the weight."""
+        """Whether the adapter is active and not merged into the weight."""
         return not self.disable_adapters and not self.merged and self.active_adapters == [ADAPTER]
 
     @property
     def dropout(self) -> float:
-        """The probability of the adapter's dropout now."""
+        """The current probability of the adapter's dropout."""
         return getattr(self.lora_dropout[ADAPTER], "p", 0.0) if self.training else 0.0
 
     @property
     def adapters(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two matrices of the adapter, as they are trained."""
+        """Return the two matrices of the adapter, in the type in which they are trained."""
         return cast(Any, self.lora_A[ADAPTER]).weight, cast(Any, self.lora_B[ADAPTER]).weight
 
     def adapters_in(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two matrices of the adapter in a compute type, outside of autograd."""
+        """Return the two matrices of the adapter in a compute type, outside autograd."""
         if self.low is not None and self.low[0].dtype == dtype:
             return self.low
         down, up = self.adapters
@@ -151,7 +152,7 @@ class FusedLoraLinear(LoraLinear):
 
     @property
     def matrices(self) -> tuple[torch.Tensor | None, ...]:
-        """Base weight, bias, and the two matrices of the adapter."""
+        """Return base weight, bias, and the two matrices of the adapter."""
         base = cast(nn.Linear, self.base_layer)
         return base.weight, base.bias, *self.adapters
 
@@ -193,11 +194,11 @@ class _Settings:
         self.dropout = layers[0].dropout
         self.scalings = [float(layer.scaling[ADAPTER]) for layer in layers]
         self.dtype: torch.dtype = cast(nn.Linear, layers[0].base_layer).weight.dtype
-        """The type that the node multiplies in; that of autocast where it is on."""
+        """The type that the node multiplies in; autocast's if that is on."""
 
 
 def _reshaped(out: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """Return a tensor in another shape that is no view: models may write into what a layer returns."""
+    """Return a tensor in another shape but not as a view: models may write into the output of a layer."""
     return torch.ops.aten._unsafe_view.default(out, shape)
 
 

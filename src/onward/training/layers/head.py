@@ -1,8 +1,8 @@
-"""The head of a model, apart from what is below it, so that only targets get logits, and never all of them at once.
+"""The head of a model, separated from the rest, so that only targets get logits, and never all at once.
 
-What a model does to the output of its head before it returns it (scaling, a cap, a cast) is found by giving it values
-of our own in place of that output and looking at what comes back; constants are taken from its config. What cannot be
-explained to the last bit is not done apart: such a model computes all of its logits itself.
+What a model does to the output of its head before returning it (scaling, a cap, a cast) is found by replacing that
+output with known values and examining what comes back; constants are taken from its config. If that cannot be explained
+to the last bit, the head is not separated: the model computes all of its logits itself.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from onward.training.layers import cross_entropy
 
 Form = Literal["times", "over", "cap"]
 RANGE = 60.0
-"""Logits between minus and plus this are what a tail is tried on."""
+"""A tail is tried on logits between minus and plus this."""
 IDS = (1, 2, 1)
-"""Tokens of the forward pass in which it is tried."""
+"""The tokens of the forward pass in which it is tried."""
 
 
 @dataclass(frozen=True)
 class Tail:
-    """What a model does to each logit of its head: nothing, or one of the forms with a constant.
+    """What a model does to each logit of its head: nothing, or one of these forms with a constant.
 
     Args:
         form: `times` and `over` scale; `cap` is `constant * tanh(logit / constant)`.
-        in_float: the logit is float32 before that, whatever the head's type.
+        in_float: whether the logit is converted to float32 first, whatever the head's type.
     """
 
     form: Form = "times"
@@ -47,7 +47,7 @@ class Tail:
         return {"times": self.constant, "over": 1.0 / self.constant, "cap": None}[self.form]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the model's logits of those of its head, any shape."""
+        """Return the model's logits from those of its head, any shape."""
         if self.in_float:
             logits = logits.float()
         if self.form == "times":
@@ -59,7 +59,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class Head:
-    """A head that can be computed apart.
+    """A head that can be computed separately.
 
     Args:
         module: takes hidden states of shape (..., width), returns logits of shape (..., vocabulary).
@@ -70,7 +70,7 @@ class Head:
     tail: Tail
 
     def hidden(self, forward: Callable[[], object]) -> torch.Tensor:
-        """Return what a forward pass of the model gives its head, shape (B, T, width); one place of it gets logits."""
+        """Return the head's input in a forward pass of the model, shape (B, T, width); one position gets logits."""
         taken: list[torch.Tensor] = []
 
         def take(_module: nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -103,12 +103,12 @@ class Head:
     def scores(
         self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return `linear_scores` of hidden states, shape (tokens, width); None where it takes all logits."""
+        """Return `linear_scores` of hidden states, shape (tokens, width); None if that takes all logits."""
         plain = self._plain_factors(hidden)
         return None if plain is None else cross_entropy.linear_scores(*plain, labels, dtype)
 
     def _plain_factors(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return two factors whose product are the model's logits; None where they are no plain product."""
+        """Return two factors whose product is the model's logits; None if they are not a plain product."""
         scale = self.tail.scale
         if scale is None or type(self.module) is not nn.Linear or cast(Any, self.module).bias is not None:
             return None
@@ -125,7 +125,7 @@ class Head:
     def chunks(
         self, hidden: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield hidden states, labels and counts of as many tokens as have `LOGITS_BYTES` of logits."""
+        """Yield hidden states, labels and weights for as many tokens at a time as have `LOGITS_BYTES` of logits."""
         vocabulary = max(len(weight) for weight in self.module.parameters())
         size = max(1, cross_entropy.LOGITS_BYTES // (4 * vocabulary))
         parts = repeat(None) if counts is None else counts.split(size)
@@ -133,14 +133,14 @@ class Head:
 
 
 def counted_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """Return the summed cross-entropy (nats) of logits, shape (tokens, vocabulary), each as often as it counts."""
+    """Return the summed cross-entropy (nats) of logits, shape (tokens, vocabulary), weighted by `counts`."""
     if counts is None:
         return functional.cross_entropy(logits, labels, reduction="sum")
     return (functional.cross_entropy(logits, labels, reduction="none") * counts).sum()
 
 
 def scores_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cross-entropy (nats) of each row of logits, and whether its label comes first, as in `linear_scores`.
+    """Return the cross-entropy (nats) of each row of logits, and whether its label ranks first, as in `linear_scores`.
 
     Args:
         logits: float32, shape (tokens, vocabulary); overwritten.
@@ -149,12 +149,12 @@ def scores_of(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor,
     chosen, largest = logits.gather(1, labels[:, None]), logits.amax(1, keepdim=True)
     hits = (chosen == largest)[:, 0]
     hits[hits.clone()] = logits[hits].argmax(1) == labels[hits]
-    shares = torch.softmax(logits, 1, out=logits)  # its largest is one by the sum of the exponentials
+    shares = torch.softmax(logits, 1, out=logits)  # its largest is one over the sum of the exponentials
     return (largest - shares.amax(1, keepdim=True).log_() - chosen)[:, 0], hits
 
 
 class _InChunks(torch.autograd.Function):
-    """The loss of some tokens at a time, whose gradient is made in the forward pass."""
+    """The loss of a chunk of tokens at a time, with the gradient computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -185,10 +185,10 @@ class _InChunks(torch.autograd.Function):
 
 
 def find_head(model: nn.Module, device: torch.device) -> Head | None:
-    """Return the head of a model whose logits it explains to the last bit, or None.
+    """Return the head of a model if it explains the logits to the last bit, or None.
 
-    One forward pass over a few tokens, without gradients; random generators are left as they were. What it leaves in
-    buffers is the caller's to put back.
+    This takes one forward pass over a few tokens, without gradients; random generators are left as they were. The
+    caller has to restore the buffers.
 
     Args:
         model: a causal language model, with or without an adapter around it.
@@ -217,11 +217,11 @@ def find_head(model: nn.Module, device: torch.device) -> Head | None:
 
 
 def explain(given: torch.Tensor, logits: torch.Tensor, config: PreTrainedConfig) -> Tail | None:
-    """Return what a model did to the values that its head gave, if it explains its logits to the last bit.
+    """Return what a model did to the output of its head, if that explains its logits to the last bit.
 
     Args:
-        given: shape (B, T, vocabulary), as the logits.
-        config: that of the model; constants are taken from it.
+        given: the head's output, shape (B, T, vocabulary), like the logits.
+        config: the model's config; constants are taken from it.
     """
     tails = [Tail(), Tail(in_float=True)]
     for constant in sorted(set(_numbers(config.to_dict())) - {0.0, 1.0}):

@@ -17,15 +17,15 @@ import triton
 import triton.language as tl
 
 TILE = 2048
-"""Numbers that one program of a norm has at hand, where a row has fewer."""
+"""The most numbers that one program of a norm handles, if a row has fewer."""
 PROGRAMS = 256
-"""Programs that each sum a part of a norm's weight gradient: a constant, as sums depend on it."""
+"""How many programs sum a part of a norm's weight gradient each: a constant, because sums depend on it."""
 GATED = 2048
-"""Numbers that one program of a gate computes."""
+"""How many numbers one program of a gate computes."""
 PLAIN = {"enable_fp_fusion": False}
-"""A product and a sum are not made one operation: it would round once where transformers' code rounds twice."""
+"""A product and a sum are not fused: that would round once where transformers' code rounds twice."""
 HEADS = 16
-"""Heads that one program rotates at most."""
+"""The most heads that one program rotates."""
 Given: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -174,15 +174,15 @@ def _blocks(width: int) -> dict[str, Any]:
 def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float, rounds: bool, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the norm of rows and what each was multiplied by.
+    """Return rows normed, and what each was multiplied by.
 
     Args:
         x: shape (rows, width), contiguous; the same shape comes back, in `dtype`.
         weight: shape (width,); `offset` is added to it.
-        rounds: the normed row is rounded to the type of `x` before it is multiplied by the weight.
+        rounds: whether the normed row is rounded to the type of `x` before it is multiplied by the weight.
 
     Returns:
-        The norm, and float32 of shape (rows,).
+        The normed rows, and the factors, float32, shape (rows,).
     """
     rows, width = x.shape
     y, roots = torch.empty_like(x, dtype=dtype), x.new_empty(rows, dtype=torch.float32)
@@ -196,7 +196,7 @@ def norm(
 def norm_gradient(
     grad: torch.Tensor, given: Given, *, offset: float, rounds: bool, wanted: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the gradients of `x` and, where it is asked for, of the weight in float32; shapes are those of `norm`.
+    """Return the gradients of `x` and, if requested, of the weight in float32; shapes are those of `norm`.
 
     Args:
         given: `x`, the weight, and what each row was multiplied by.
@@ -215,7 +215,7 @@ def norm_gradient(
 
 
 def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype, *, back: bool) -> torch.Tensor:
-    """Return heads that are rotated by the angles of their tokens, or a gradient that is rotated back.
+    """Return heads rotated by the angles of their tokens, or a gradient rotated back.
 
     Args:
         x: shape (tokens, heads, dim), the last dimension contiguous.
@@ -238,7 +238,7 @@ def rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dtype: torch
 
 
 def gate(value: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return `silu(value) * up` of two contiguous tensors of one shape and type."""
+    """Return `silu(value) * up` for two contiguous tensors of the same shape and type."""
     y = torch.empty_like(value)
     if value.numel():
         _gate[(triton.cdiv(value.numel(), GATED),)](value, up, y, value.numel(), BLOCK=GATED, **PLAIN)
@@ -246,7 +246,7 @@ def gate(value: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def gate_gradient(grad: torch.Tensor, value: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of both tensors that `gate` got."""
+    """Return the gradients of both inputs of `gate`."""
     into_value, into_up = torch.empty_like(value), torch.empty_like(up)
     if value.numel():
         programs = (triton.cdiv(value.numel(), GATED),)

@@ -1,4 +1,4 @@
-"""Matrix products: by the faster of the two libraries that PyTorch ships for a CPU, and of half types without rounding.
+"""Matrix products: by the faster of PyTorch's two CPU libraries, and without rounding for 16-bit types.
 
 PyTorch uses MKL for float32. oneDNN, which PyTorch's compiler uses, takes up to a fifth less time for large products;
 for small ones, compiling a kernel for every new shape costs more than it saves.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 LARGE = 1 << 27
-"""Number of multiplications from which oneDNN is faster."""
+"""The number of multiplications from which oneDNN is faster."""
 
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if platform.machine() in {"x86_64", "AMD64"} else None
 
@@ -31,10 +31,11 @@ def times(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add `left @ right` to a tensor in place; a GPU does it in one pass, and rounds half types once instead of twice.
+    """Add `left @ right` to a tensor in place; a GPU does it in one pass, and rounds 16-bit types once instead of
+    twice.
 
     Args:
-        total: shape (rows, columns), of one type with left, shape (rows, inner), and right, shape (inner, columns).
+        total: shape (rows, columns), of the same type as left, shape (rows, inner), and right, shape (inner, columns).
     """
     if total.device.type == "cuda":
         total.addmm_(left, right)
@@ -45,12 +46,12 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 def product_in_float(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return `left @ right` in float32, without recording it for autograd.
 
-    Kernels of half types add up in float32 and round at the end; here they do not round, where the release of PyTorch
-    has such a product. A CPU multiplies as float32, which gives the same number up to the order of additions: products
-    of two half numbers are exact in float32.
+    Kernels for 16-bit types add up in float32 and round at the end; here they do not round, if the release of PyTorch
+    has such a product. A CPU multiplies in float32, which gives the same number up to the order of additions: products
+    of two 16-bit numbers are exact in float32.
 
     Args:
-        left: shape (rows, inner), of one type with right, shape (inner, columns).
+        left: shape (rows, inner), of the same type as right, shape (inner, columns).
     """
     if left.dtype == torch.float32:
         return left @ right
@@ -65,7 +66,7 @@ def _to_float(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _has_float_output(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a device multiplies into float32: tried once, with factors as they lie in memory here."""
+    """Whether a device can multiply into float32: tried once, with factors in the memory layout used here."""
     try:
         ones = torch.ones(16, 16, device=device, dtype=dtype)
         return _to_float(ones.T, ones).dtype == torch.float32

@@ -1,8 +1,8 @@
-"""Layers computed again in the backward pass, so that only their inputs are kept: activation checkpointing.
+"""Recomputes layers in the backward pass, so that only their inputs are kept: activation checkpointing.
 
-It gives the same bits: the second pass of a layer draws the random numbers of the first one. That is proven on the
-model at hand before it is used, and so it may be switched on and off between two parts of one step.
-(Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost"; `torch.utils.checkpoint`.)
+It gives the same bits: the second pass of a layer draws the same random numbers as the first one. That is proven on the
+model itself before it is used, so it may be switched on and off between two parts of a step. (Chen et al., 2016,
+"Training Deep Nets with Sublinear Memory Cost"; `torch.utils.checkpoint`.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 FLAG, FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
-"""Attributes by which a layer of transformers is told to hand its forward pass to a function that repeats it."""
+"""Attributes that make a layer of transformers pass its forward pass to a function that repeats it."""
 
 
 class Recomputation:
@@ -33,7 +33,7 @@ class Recomputation:
 
     @contextlib.contextmanager
     def on(self, wanted: bool = True) -> Generator[None]:
-        """Have the forward passes of the body keep the inputs of layers only, where wanted."""
+        """Make forward passes in the body keep only the inputs of layers, if `wanted`."""
         if not wanted:
             yield
             return
@@ -48,10 +48,10 @@ class Recomputation:
                 _switch(part, flag, function)
 
     def is_exact(self, gradients: Callable[[], dict[str, torch.Tensor]]) -> bool:
-        """Whether layers of this model are computed again at all, and then with the same bits.
+        """Return whether layers of this model are recomputed at all, and with the same bits.
 
         Args:
-            gradients: computes the gradient of a small batch, each time with the same seed, and leaves nothing behind.
+            gradients: computes the gradient of a small batch, each time with the same seed and without other effects.
         """
         expected = gradients()
         with self.on(), _counted(self._model) as calls:
@@ -64,7 +64,7 @@ class Recomputation:
 
 
 def _switch(part: nn.Module, flag: bool, function: object) -> None:
-    """Set both attributes; where there was no function it is removed again."""
+    """Set both attributes; if there was no function, it is removed again."""
     setattr(part, FLAG, flag)
     if function is None:
         vars(part).pop(FUNCTION, None)
@@ -74,7 +74,7 @@ def _switch(part: nn.Module, flag: bool, function: object) -> None:
 
 @contextlib.contextmanager
 def _counted(model: nn.Module) -> Generator[dict[nn.Module, int]]:
-    """Count how often each module inside a list of layers computes."""
+    """Count how often each module inside a list of layers runs."""
     calls: dict[nn.Module, int] = {}
 
     def count(part: nn.Module, _arguments: object) -> None:

@@ -1,8 +1,9 @@
-"""At which lengths of a row a model turns its positions by other angles.
+"""The row lengths at which a model's rotary angles change.
 
-Most kinds of RoPE turn a position by the same angle in every row. Two look at the longest position of the forward pass:
-`longrope` takes other factors beyond the original length, and `dynamic` (NTK) another base for every length beyond the
-model's own. Rows whose angles differ may not be in one forward pass: they would all get those of the longest.
+Most kinds of RoPE rotate a position by the same angle in every row. Two depend on the longest position in the forward
+pass: `longrope` uses other factors beyond the original length, and `dynamic` (NTK) another base for every length beyond
+the model's own. Rows with different angles must not be in the same forward pass: they would all get those of the
+longest.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Angles:
-    """Which rows are turned by the same angles.
+    """Which rows are rotated by the same angles.
 
     Args:
-        bounds: lengths beyond each of which a row has other angles.
-        own_beyond: length beyond which every length has angles of its own; None where there is none.
+        bounds: lengths beyond which a row has other angles.
+        own_beyond: the length beyond which every length has angles of its own; None if there is none.
     """
 
     bounds: tuple[int, ...] = ()
@@ -32,7 +33,7 @@ class Angles:
         return not self.bounds and self.own_beyond is None
 
     def regime(self, length: int) -> tuple[int, int]:
-        """Return what is equal for two rows if and only if they have the same angles."""
+        """Return a value that is equal for two rows if and only if they have the same angles."""
         own = length if self.own_beyond is not None and length > self.own_beyond else 0
         return sum(length > bound for bound in self.bounds), own
 
@@ -41,16 +42,17 @@ CONSTANT = Angles()
 """The same angles for rows of every length."""
 
 EVERY_LENGTH = Angles(own_beyond=0)
-"""Angles of its own for every length, as if: rows of different lengths are not to be in one forward pass."""
+"""Treats every length as having its own angles, so that rows of different lengths are never in one forward pass."""
 
 
 def angles_of(config: Any, model: nn.Module | None = None) -> Angles:
     """Return the angles of a model, from its config (`transformers.PreTrainedConfig`).
 
-    A config may have parameters for each kind of its layers, and one for the text inside it.
+    A config may have parameters for each kind of layer, and a nested config for text.
 
     Args:
-        model: the model itself, whose modules know the length that `dynamic` begins at; without it the config says it.
+        model: the model itself, whose modules know the length at which `dynamic` begins; without it, the config's is
+            used.
     """
     text = config.get_text_config(decoder=True)
     own = int(getattr(text, "max_position_embeddings", None) or 0)
@@ -73,13 +75,13 @@ def _beginnings(model: nn.Module | None) -> Iterator[int]:
 
 
 def rope_kinds(config: Any) -> tuple[str, ...]:
-    """Return the kinds of RoPE that a model has, each once, in order; empty where its config names none."""
+    """Return the kinds of RoPE that a model has, each once, in order; empty if its config names none."""
     found = _parameters(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
     return tuple(sorted({str(each.get("rope_type", each.get("type", "default"))) for each in found}))
 
 
 def _parameters(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield each set of RoPE parameters: the value itself, or those of each kind of layer inside it."""
+    """Yield each set of RoPE parameters: the value itself, or the sets for each kind of layer inside it."""
     if not isinstance(value, Mapping):
         return
     held = cast(Mapping[str, Any], value)

@@ -1,8 +1,8 @@
-"""A second model for inference over the weights of one that is trained, which changes nothing of it.
+"""A second model, for inference, that shares the weights of the one being trained and changes nothing in it.
 
-Evaluation is not always reading. RWKV divides weights in place, bitsandbytes packs 4-bit weights on a CPU: training
-would go on with what was written. Which modules do so is found by watching every write of a forward pass before it
-happens; they are left in training mode, where they do not write.
+Evaluation does not always only read. RWKV divides weights in place, bitsandbytes packs 4-bit weights on a CPU: training
+would continue with what was written. Modules that do so are found by watching every write of a forward pass before it
+happens; they are left in training mode, in which they do not write.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
     "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
-"""Where PyTorch's modules keep their hooks: one put on the twin is not the model's, nor the other way round.
-FSDP2 cuts a model's weights again whenever a state dict is asked for, which may be in another thread."""
+"""Attributes in which PyTorch's modules keep their hooks: a hook on the twin is not one on the model, nor the other way
+round. FSDP2 reshards a model's weights whenever a state dict is requested, which may happen in another thread."""
 ROUNDS = 8
-"""Types of modules that may be found to write, one in each round."""
+"""How many types of modules may be found to write, one per round."""
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a model in evaluation mode that has these weights, by name of `model`'s parameters, and shares all others.
+    """Return a model in evaluation mode with these weights, by name of `model`'s parameters, that shares all others.
 
-    Its own weights take gradients of their own, and its buffers are its own. Modules are copied, not what they hold: a
-    deep copy takes longer than a step of a small model.
+    Its own weights have gradients of their own, and its buffers are its own. Modules are copied, but not what they
+    hold: a deep copy takes longer than a step of a small model.
     """
     own: dict[int, nn.Parameter] = {
         id(parameter): nn.Parameter(weights[name]) for name, parameter in model.named_parameters() if name in weights
@@ -60,7 +60,7 @@ def with_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> nn.Mo
 
 
 def _bound_to(new: nn.Module, module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the methods that were given to a module itself, its forward pass say, as methods of its copy."""
+    """Yield methods that were set on a module itself, such as its forward pass, as methods of its copy."""
     for name, value in vars(module).items():
         if isinstance(value, MethodType) and value.__self__ is module:
             yield name, MethodType(value.__func__, new)
@@ -73,10 +73,10 @@ def writers_in_evaluation(model: nn.Module, forward: Callable[[nn.Module], objec
     """Return the types of modules that would write to the model's weights in evaluation mode; nothing is written.
 
     Args:
-        forward: a forward pass of the twin that it is given.
+        forward: runs a forward pass of the twin that it is given.
 
     Raises:
-        ModelError: weights are written to, and not by a module of the model or in training mode too.
+        ModelError: weights are written to, but not by a module of the model, or in training mode too.
     """
     packing = {type(module) for module in model.modules() if _packs(module)}
     found: frozenset[type[nn.Module]] = frozenset(packing)
@@ -97,7 +97,7 @@ def writers_in_evaluation(model: nn.Module, forward: Callable[[nn.Module], objec
 
 
 def named_types(types: Iterable[type[nn.Module]]) -> tuple[str, ...]:
-    """Return the names of types of modules, as `types_named` finds them again."""
+    """Return the names of types of modules, for `types_named`."""
     return tuple(sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in types))
 
 
@@ -107,7 +107,7 @@ def types_named(model: nn.Module, names: Collection[str]) -> frozenset[type[nn.M
 
 
 def let_write_nothing(twin: nn.Module, writers: frozenset[type[nn.Module]]) -> nn.Module:
-    """Leave the modules of these types in training mode; what is inside them stays in evaluation."""
+    """Leave the modules of these types in training mode; modules inside them stay in evaluation mode."""
     for module in twin.modules():
         if type(module) in writers:
             module.training = True
@@ -115,16 +115,16 @@ def let_write_nothing(twin: nn.Module, writers: frozenset[type[nn.Module]]) -> n
 
 
 def keeps_process_state(model: nn.Module) -> bool:
-    """Whether a forward pass uses state of the whole process, so that two may not run at once.
+    """Return whether a forward pass uses process-wide state, so that two must not run at once.
 
-    PyTorch's cache of parametrized weights is such a state, and PEFT's adapters of parameters use it. `ExpertLora`,
-    which takes their place, does not.
+    PyTorch's cache of parametrized weights is such state, and PEFT's adapters for parameters use it. `ExpertLora`,
+    which replaces them, does not.
     """
     return any(type(module) is ParamWrapper or parametrize.is_parametrized(module) for module in model.modules())
 
 
 def writes(name: str) -> ModelError:
-    """Return the refusal of a model that writes to a weight when it is looked at."""
+    """Return the refusal of a model that writes to a weight when it is evaluated."""
     return ModelError(
         f"a forward pass in evaluation changes the weight {name}",
         where="the model",
@@ -141,7 +141,7 @@ class _Write(Exception):
 
 
 class _Guard(TorchDispatchMode):
-    """Stops a forward pass before it writes to memory that a weight lies in."""
+    """Stops a forward pass before it writes to the memory of a weight."""
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Guard(TorchDispatchMode):
 
 
 def _place(held: object) -> int:
-    """Return where the memory of a tensor begins, of whatever views of it there are; it has none on the meta device."""
+    """Return where the memory of a tensor begins, for any view of it; on the meta device it has none."""
     return (held.untyped_storage().data_ptr() or id(held)) if isinstance(held, torch.Tensor) else 0
 
 
@@ -177,6 +177,6 @@ def _innermost(twin: nn.Module, trace: TracebackType | None) -> nn.Module | None
 
 
 def _packs(module: nn.Module) -> bool:
-    """Whether a module holds a quantized weight on a CPU, which bitsandbytes packs when it is evaluated."""
+    """Whether a module holds a quantized weight on a CPU, which bitsandbytes packs on evaluation."""
     weight = vars(module)["_parameters"].get("weight")
     return weight is not None and weight.device.type == "cpu" and hasattr(weight, "quant_state")

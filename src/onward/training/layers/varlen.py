@@ -1,8 +1,8 @@
 """PyTorch's attention over rows laid end to end, in one call: `torch.nn.attention.varlen.varlen_attn`.
 
-Its signature differs from release to release (a window, a scale and grouped heads came later), so it is read, not
-guessed from a number. What a release cannot express is computed row by row (`attention.py`). The kernel is a parameter,
-so that a CPU can hold all but the kernel itself against a plain reference.
+Its signature differs from release to release (a window, a scale and grouped heads came later), so it is inspected, not
+guessed from the version. What a release cannot express is computed row by row (`attention.py`). The kernel is a
+parameter, so that a CPU can compare everything but the kernel itself with a plain reference.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 
 HALF = (torch.bfloat16, torch.float16)
 WIDEST, MULTIPLE = 256, 8
-"""The largest size of a head, and what it has to be a multiple of, for FlashAttention."""
+"""The largest head size for FlashAttention, and what the size must be a multiple of."""
 FIRST_CAPABILITY = (8, 0)
-"""The compute capability from which on it runs."""
+"""The compute capability from which it runs."""
 
 
 @dataclass(frozen=True)
 class Varlen:
-    """A kernel of one call, with what it takes.
+    """A kernel of one call, with the parameters it takes.
 
     Args:
         kernel: `(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, ...)`; tensors of shape (tokens, heads, dim).
@@ -39,14 +39,14 @@ class Varlen:
 
     @classmethod
     def of(cls, kernel: Callable[..., Any] | None) -> Varlen | None:
-        """Return what can be asked of a kernel; None where it is missing, or can be neither causal nor scaled."""
+        """Inspect a kernel; return None if it is missing, or cannot be causal and scaled."""
         takes = frozenset(inspect.signature(kernel).parameters) if kernel is not None else frozenset[str]()
         if kernel is None or "scale" not in takes or not takes & {"window_size", "is_causal"}:
             return None
         return cls(kernel, takes)
 
     def fits(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
-        """Whether it can attend to rows of these tensors, shape (1, heads, tokens, dim), with this window."""
+        """Return whether it can attend to rows of these tensors, shape (1, heads, tokens, dim), with this window."""
         sizes = {part.shape[-1] for part in (query, key, value)}
         fit = len(sizes) == 1 and all(size % MULTIPLE == 0 and size <= WIDEST for size in sizes)
         return fit and (window is None or "window_size" in self.takes)
@@ -65,13 +65,13 @@ class Varlen:
         """Return the causal attention of each row to itself.
 
         Args:
-            query: shape (1, heads, tokens, dim); key and value may have fewer heads that divide them.
+            query: shape (1, heads, tokens, dim); key and value may have fewer heads, by a divisor.
             places: int32, shape (rows + 1,): the first token of each row, and the number of all tokens.
             longest: tokens of the longest row.
-            window: how many tokens a token sees, itself among them; None: all before it.
+            window: how many tokens a token sees, including itself; None for all before it.
 
         Returns:
-            Shape (1, tokens, heads, dim).
+            The output, shape (1, tokens, heads, dim).
         """
         extra: dict[str, Any] = {"scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
         if "window_size" in self.takes:
@@ -89,7 +89,7 @@ class Varlen:
 
 @cache
 def takes_groups(kernel: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel whose signature does not say so attends with fewer heads of keys and values: tried once."""
+    """Return whether a kernel whose signature does not tell accepts fewer key and value heads; tried once."""
     if device.type != "cuda":
         return False
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def takes_groups(kernel: Callable[..., Any], device: torch.device, dtype: torch.
                 grads = torch.autograd.grad(out.float().square().sum(), leaves)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # it says that the numbers of heads must be equal
+        except Exception:  # it reports that the numbers of heads must be equal
             return False
         outcomes.append([out.detach(), *grads])
     few, repeated = outcomes
@@ -114,7 +114,7 @@ def takes_groups(kernel: Callable[..., Any], device: torch.device, dtype: torch.
 
 
 def _repeated(part: torch.Tensor, times: int) -> torch.Tensor:
-    """Return every head as often, shape (1, heads * times, tokens, dim); its gradient is a plain sum, in order."""
+    """Return every head repeated, shape (1, heads * times, tokens, dim); the gradient is a plain sum, in order."""
     _, heads, tokens, dim = part.shape
     return part[:, :, None].expand(1, heads, times, tokens, dim).reshape(1, heads * times, tokens, dim)
 
@@ -128,18 +128,18 @@ def _of_this_release() -> Callable[..., Any] | None:
 
 
 VARLEN = Varlen.of(_of_this_release())
-"""The kernel of the PyTorch that is installed; None where it has none that is fit."""
+"""The kernel of the installed PyTorch; None if it has no suitable one."""
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, kernel: Varlen | None = VARLEN) -> Varlen | None:
-    """Return the kernel where it can be used: a half type, on an NVIDIA GPU that FlashAttention is made for."""
+    """Return the kernel if it can be used: in a 16-bit type, on an NVIDIA GPU that FlashAttention supports."""
     if device.type != "cuda" or dtype not in HALF or torch.version.cuda is None:
         return None
     return kernel if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Return which kernel attends to rows, for the record of the environment; empty on a CPU, which has one."""
+    """Return the name of the attention kernel, for the record of the environment; "" on a CPU, which has only one."""
     if device.type == "cpu":
         return ""
     return "row by row" if kernel_for(device, dtype) is None else Varlen.name
@@ -147,10 +147,10 @@ def kernel_name(device: torch.device, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class RowKernel:
-    """A kernel with the rows of a part as it takes them: made once on the host, the same for all layers.
+    """A kernel with its row arguments for a part: made once on the host, the same for all layers.
 
     Args:
-        places: int32, shape (rows + 1,), on the device that computes.
+        places: int32, shape (rows + 1,), on the computing device.
         longest: tokens of the longest row.
     """
 
@@ -160,7 +160,7 @@ class RowKernel:
 
     @classmethod
     def of(cls, kernel: Varlen, lengths: Sequence[int], device: torch.device) -> RowKernel:
-        """Return rows of these lengths; nothing waits for the copy to a GPU."""
+        """Return the kernel for rows of these lengths; nothing waits for the copy to a GPU."""
         places = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(kernel, to_device(places, device), max(lengths))
 
@@ -170,8 +170,8 @@ class RowKernel:
         """Return the causal attention of each row to itself, shape (1, tokens, heads, dim).
 
         Args:
-            rows: query, key and value, shape (1, heads, tokens, dim), in the type of autocast where that is on: the
-                kernel is not one of those that PyTorch casts for.
+            rows: query, key and value, shape (1, heads, tokens, dim), in autocast's type if that is on: PyTorch does
+                not cast for this kernel.
         """
         kind = rows[0].device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows[0].dtype
@@ -180,7 +180,7 @@ class RowKernel:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of main memory on a device; the copy to a GPU runs behind what the host does next."""
+    """Return a tensor of main memory on a device; the copy to a GPU overlaps with what the host does next."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -22,17 +22,17 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
-"""Names of modules, one or some, with dots at most: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
+"""One or more names of modules, which may have dots: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
 ADAPTER = "default"
-"""PEFT's name of the one adapter of a run."""
+"""PEFT's name for the only adapter of a run."""
 MODULES_TO_SAVE = ".modules_to_save."
-"""Part of the model's own name of a module that is trained whole; PEFT's file names it without."""
+"""Part of the name of a fully trained module in the model; PEFT's file omits it."""
 
 
 def named_targets(targets: str | list[str]) -> str | list[str]:
-    """Return targets as PEFT takes them: words are names, or ends of names, of modules; else text is an expression.
+    """Return targets in PEFT's form: words are names, or ends of names, of modules; other text is a regular expression.
 
-    PEFT holds every text against the whole name of a module, so that `q_proj` alone would fit none.
+    PEFT matches every text against the whole name of a module, so that `q_proj` alone would match none.
     """
     if isinstance(targets, list) or targets == ALL_LINEAR or not _WORDS.fullmatch(targets):
         return targets
@@ -43,10 +43,10 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
     """Return the adapter that a folder describes.
 
     Args:
-        dropout: train it with this dropout; None leaves the one that it says.
+        dropout: the dropout to train it with; None for its own.
 
     Raises:
-        ModelError: the description is missing or is not one of PEFT's.
+        ModelError: the description is missing or not PEFT's.
         Unreadable: it cannot be read now.
     """
     path = folder / ADAPTER_CONFIG
@@ -61,7 +61,7 @@ def saved_adapter_config(folder: Path, *, dropout: float | None = None) -> PeftC
 
 
 def adapter_message(model: nn.Module) -> dict[str, Any] | None:
-    """Return the adapter of a model as JSON values, for another process to build it; None where there is none."""
+    """Return the adapter of a model as JSON values, for another process to build it; None if there is none."""
     if not isinstance(model, PeftModel):
         return None
     shape = cast(dict[str, Any], cast(Any, model.peft_config[ADAPTER]).to_dict())
@@ -69,7 +69,7 @@ def adapter_message(model: nn.Module) -> dict[str, Any] | None:
 
 
 def adapter_told(told: Mapping[str, Any] | None) -> PeftConfig | None:
-    """Return the adapter of a message."""
+    """Return the adapter that a message describes."""
     return None if told is None else PeftConfig.from_peft_type(**told)
 
 
@@ -89,13 +89,13 @@ def add_adapter(model: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
             hint=f"Linear layers of this model: {', '.join(names)}; or all-linear.",
         ) from None
     for part in adapted.modules():
-        if isinstance(part, ModulesToSaveWrapper):  # `bias: all` would train a bias that nothing reads
+        if isinstance(part, ModulesToSaveWrapper):  # `bias: all` would train a bias that is never used
             part.original_module.requires_grad_(False)
     return adapted
 
 
 def load_adapter(model: PeftModel, folder: Path) -> None:
-    """Load an adapter's weights into the model that was built from its config.
+    """Load an adapter's weights into a model that was built from its config.
 
     Raises:
         ModelError: the weights are missing or damaged, or names or shapes do not fit.
@@ -114,11 +114,11 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter's file by PEFT's names for them.
+    """Return the tensors of an adapter's file, by PEFT's names.
 
     Args:
-        weights: trained weights, by the names of the model's parameters. A weight that two modules share has one
-            name here and two in the file.
+        weights: trained weights, by the names of the model's parameters. A weight that two modules share has one name
+            here but two in the file.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters() if name in weights}
     every = model.named_parameters(remove_duplicate=False)
@@ -128,14 +128,14 @@ def adapter_tensors(model: PeftModel, weights: Mapping[str, torch.Tensor]) -> di
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """Keep every trained weight in float32, also those that PEFT leaves in the base's type."""
+    """Keep every trained weight in float32, including those that PEFT leaves in the base's type."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
 
 
 def _read(path: Path) -> bytes:
-    """Read a file by Python, whose errors say what the system refused; safetensors calls every failure 'not found'."""
+    """Read a file with Python, whose errors say what failed; safetensors reports every failure as 'not found'."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -145,9 +145,9 @@ def _read(path: Path) -> bytes:
 
 
 def head_weight(head: nn.Module) -> torch.Tensor | None:
-    """Return the matrix of a head that does nothing but multiply by it; None for any other head.
+    """Return the matrix of a head that only multiplies by it; None for any other head.
 
-    Beside an adapter the head may be trained whole, or some of its rows.
+    With an adapter, the head may be trained in full or in some of its rows.
     """
     if type(head) is ModulesToSaveWrapper:
         head = cast(Any, head.modules_to_save)[ADAPTER]
@@ -156,7 +156,7 @@ def head_weight(head: nn.Module) -> torch.Tensor | None:
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Put another adapter dropout in force (the key may change at a boundary)."""
+    """Set the adapter's dropout (the key may change at a boundary)."""
     if isinstance(model, PeftModel):
         cast(Any, model.peft_config[ADAPTER]).lora_dropout = probability
         for name in [name for name, _ in model.named_modules()]:

@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` of PEFT says: the config keys that it becomes, or which of it cannot go on here."""
+"""Reads PEFT's `adapter_config.json`: the config keys that it becomes, or what in it cannot be continued here."""
 
 from __future__ import annotations
 
@@ -46,25 +46,24 @@ CARRIED = frozenset(
         "layers_pattern", "ensure_weight_tying",
     }
 )  # fmt: skip
-"""Fields that change no base weight and are followed as the adapter's own config has them (`init_lora_weights` has a
-check of its own)."""
+"""Fields that change no base weight and are kept as they are (`init_lora_weights` has a check of its own)."""
 
 OWN_WEIGHTS = (True, False, None, "gaussian", "orthogonal", "eva", "default")
-"""Values of `init_lora_weights` that leave the base as it is; the others take the first weights out of it."""
+"""Values of `init_lora_weights` that leave the base as it is; the others take the initial weights out of it."""
 
 UNMERGED = ("alora_invocation_tokens", "arrow_config", "layer_replication", "lora_bias")
 """Fields with which PEFT cannot merge an adapter into its base (`lora_bias` where the base has no biases)."""
 
 MADE_AGAIN = ("pissa", "olora")
-"""Of these PEFT takes the same first weights out of the base wherever it loads the adapter."""
+"""Values with which PEFT takes the same initial weights out of the base wherever it loads the adapter."""
 
 
 def read_adapter(checkpoint: Path) -> dict[str, Any]:
-    """Return what an adapter's config says.
+    """Return the content of an adapter's config.
 
     Raises:
         DamagedState: it cannot be read.
-        ModelError: the adapter is no LoRA, or one that cannot go on exactly; the message names what of it.
+        ModelError: the adapter is not a LoRA, or cannot be continued exactly; the message says why.
         UsageError: its weights are missing.
     """
     path = checkpoint / ADAPTER_CONFIG
@@ -77,7 +76,7 @@ def read_adapter(checkpoint: Path) -> dict[str, Any]:
     _require_weights(checkpoint)
     _require_own_weights(values, path)
     if values.get("bias", "none") != "none" and not _holds_biases(checkpoint / ADAPTER_WEIGHTS):
-        values["bias"] = "none"  # the base has none: PEFT trains none then, and says nothing
+        values["bias"] = "none"  # the base has none: then PEFT silently trains none
     refused = [f"{name} {values[name]}" for name in sorted(values) if not _is_taken(name, values[name])]
     if refused:
         what = f"the adapter has settings that a run cannot take over: {'; '.join(refused)}"
@@ -99,7 +98,7 @@ def _require_weights(checkpoint: Path) -> None:
 
 
 def _holds_biases(weights: Path) -> bool:
-    """Whether an adapter's weights have biases of the base among them; what cannot be read is told later."""
+    """Whether an adapter's weights include biases of the base; unreadable files are reported later."""
     try:
         with safe_open(weights, framework="pt") as file:
             names: list[str] = file.keys()
@@ -124,7 +123,7 @@ def adapter_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
-    """Refuse adapters whose first weights were taken out of the base: with the base as it is they are another model."""
+    """Refuse adapters whose initial weights were taken out of the base: on the unchanged base they differ."""
     begun = values.get("init_lora_weights")
     if begun in OWN_WEIGHTS:
         return
@@ -134,7 +133,7 @@ def _require_own_weights(values: Mapping[str, Any], path: Path) -> None:
 
 
 def merge_hint(checkpoint: Path, values: Mapping[str, Any]) -> str:
-    """Return the command that makes a whole model of an adapter and its base; what else to do where PEFT has none."""
+    """Return the command that merges an adapter into its base, or what else to do if PEFT cannot."""
     stuck = [name for name in UNMERGED if values.get(name)]
     if stuck:
         base = quoted(values.get("base_model_name_or_path") or "BASE")
@@ -165,7 +164,7 @@ def _is_taken(name: str, value: Any) -> bool:
 
 
 def _is_default(name: str, value: Any) -> bool:
-    """Whether a field says nothing: it is as PEFT makes it, or empty. Layer 0 is a layer."""
+    """Whether a field has PEFT's default or is empty. Layer 0 is a layer."""
     is_layer = name in LISTS and value is not None and value != []
     says_nothing = not value and not is_layer
     return says_nothing or value == getattr(LoraConfig, name, None)

@@ -1,4 +1,4 @@
-"""Which adapter a config asks for on a model, and the refusal of what was asked for and has no effect."""
+"""The adapter that a config asks for on a model, and the refusal of requests that would have no effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from onward.errors import ConfigError
 from onward.training.model.adapter import ALL_LINEAR, named_targets
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-"""The number of a layer in a module's name, as PEFT finds it for `layers_to_transform`."""
+"""The index of a layer in a module's name, as PEFT finds it for `layers_to_transform`."""
 
 
 def new_adapter_config(
@@ -28,10 +28,10 @@ def new_adapter_config(
     """Return the adapter that a run's config asks for on a model.
 
     Args:
-        left_out: modules that get none, by their whole names.
+        left_out: modules that get no adapter, by their full names.
 
     Raises:
-        ConfigError: it asks for rows of the embedding, or for layers, that there are not.
+        ConfigError: it asks for rows of the embedding, or for layers, that do not exist.
     """
     lora = config.lora
     layers = _layers(name for name, _ in model.named_modules())
@@ -62,10 +62,10 @@ def new_adapter_config(
 
 
 def require_effect(model: PeftModel, config: Config) -> None:
-    """Refuse what a config asks of a new adapter and the model has nothing for.
+    """Refuse what a config asks of a new adapter if the model has nothing for it.
 
     Raises:
-        ConfigError: with what it is, and what there is instead.
+        ConfigError: it does; the message says what is missing, and what there is instead.
     """
     lora = config.lora
     parts: dict[str, nn.Module] = dict(model.get_base_model().named_modules())
@@ -124,14 +124,14 @@ def _layers(parts: Iterable[str]) -> set[int]:
 
 
 def _linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of every linear layer but the head, which is what `all-linear` means."""
+    """Return the names of all linear layers but the head, which is what `all-linear` means."""
     head = model.get_output_embeddings()
     linear = ((name, part) for name, part in model.named_modules() if isinstance(part, (nn.Linear, Conv1D)))
     return sorted(name for name, part in linear if part is not head)
 
 
 def _token_rows(tokens: list[int] | dict[str, list[int]], model: PreTrainedModel) -> dict[str, list[int]] | None:
-    """Return `{module: token ids}`: embedding and head, unless modules are named; tied to one another they are one."""
+    """Return `{module: token ids}`: embedding and head, unless modules are named; if tied, they count as one."""
     if not tokens:
         return None
     tables = dict(_token_tables(model))
@@ -148,7 +148,7 @@ def _token_rows(tokens: list[int] | dict[str, list[int]], model: PreTrainedModel
 
 
 def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the embedding and, where it has weights of its own, the head, by name."""
+    """Yield the embedding and, if it has weights of its own, the head, by name."""
     names = {id(part): name for name, part in model.named_modules()}
     embedding, head = model.get_input_embeddings(), cast(Any, model.get_output_embeddings())
     yield names[id(embedding)], embedding
@@ -157,7 +157,7 @@ def _token_tables(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _ties_saved(modules: Collection[str], model: PreTrainedModel) -> bool:
-    """Whether embedding and head are one table, of which one is trained whole: then both have to be what is trained."""
+    """Whether embedding and head are tied and one of them is fully trained, so that both must be the trained one."""
     if not modules or not _is_tied(model):
         return False
     tables = (model.get_input_embeddings(), model.get_output_embeddings())

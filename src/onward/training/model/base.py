@@ -1,4 +1,4 @@
-"""The base model on disk: finding it by name or path, and the digest that notices when it changes."""
+"""The base model on disk: finding it by name or path, and the digest that shows when it changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 
 
 ADAPTER = "adapter_config.json"
-"""What makes a folder one of PEFT's adapters."""
+"""The file that makes a folder a PEFT adapter."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OWN_BASE = "base"
 """Folder of a base model that a run keeps in its own directory."""
@@ -65,8 +65,8 @@ def resolve_base(
 def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _: None) -> Path:
     """Return the folder of a run's base model.
 
-    Earlier releases named a base that lies in the run's own directory by its absolute path. Where nothing is left
-    under that path the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
+    Earlier releases stored the absolute path of a base inside the run's own directory. If there is nothing left at that
+    path, the run was moved, and its own `base/` is meant; the digest shows whether it is the same.
 
     Args:
         root: the run's directory.
@@ -83,7 +83,7 @@ def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _:
 
 
 def find_here(name: str, *, root: Path | None = None) -> Path | None:
-    """Return the folder of a base model if it is one on this disk; None leaves the name to `resolve_base`.
+    """Return the folder of a base model if there is one on this disk; None leaves the name to `resolve_base`.
 
     Args:
         root: the run's directory, in which a relative path is looked up first.
@@ -118,7 +118,7 @@ def _from_hub(name: str, *, download: bool, report: Callable[[str], None]) -> Pa
 
 
 def with_stored_path(config: Config, base: Path, root: Path) -> Config:
-    """Return the config with a model path that means the same folder from any directory.
+    """Return the config with a model path that means the same folder in any directory.
 
     A folder inside the run's directory is stored relative to it, so that the run can be moved. Names stay as they are.
 
@@ -151,10 +151,10 @@ def require_complete(folder: Path) -> None:
 
 
 def require_plain(folder: Path, *, method: str) -> None:
-    """Refuse what is not a model of full weights and of code that transformers has.
+    """Refuse anything but a model with full weights that transformers' own code can load.
 
     Args:
-        method: the config's.
+        method: the config's `method`.
 
     Raises:
         ModelError: the folder holds an adapter, quantized weights, or needs code of its own.
@@ -200,7 +200,7 @@ def _is_adapter(folder: Path) -> ModelError:
 
 
 def digest_base(folder: Path) -> str:
-    """Return the digest of a base model: every weight file and the architecture."""
+    """Return the digest of a base model: all weight files and the architecture."""
     files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
     if not any(file.suffix in {".safetensors", ".bin"} for file in files):
         raise ModelError("this folder has no weights (*.safetensors)", where=folder, hint=COMPLETE)
@@ -208,9 +208,9 @@ def digest_base(folder: Path) -> str:
 
 
 class BaseDigest:
-    """The digest of a base model, taken in a thread: hashing leaves Python's lock to the imports.
+    """The digest of a base model, computed in a thread: hashing releases the GIL, so imports can go on.
 
-    A process that ends does not wait for it.
+    A process that ends does not wait for the thread.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -228,6 +228,6 @@ class BaseDigest:
         """Wait for the digest.
 
         Raises:
-            ModelError, OSError: as `digest_base`.
+            ModelError, OSError: as for `digest_base`.
         """
         return self._future.result()

@@ -1,6 +1,6 @@
-"""What a base model can take, told from its files without loading it: token ids and positions.
+"""What a base model can take, read from its files without loading it: token ids and positions.
 
-Needs no torch: shapes stand in the headers of safetensors files, the rest in `config.json`.
+Needs no torch: shapes are in the headers of safetensors files, the rest is in `config.json`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|tok_embeddings|word_embeddings
 _POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?|positions_embed|pos_embed)\.weight$")
 """Tables of learned absolute positions: GPT-2, GPT-Neo and GPTBigCode; OPT and BioGPT; BERT's family; the first GPT."""
 _OTHER_INPUT = re.compile(r"vision|visual|image|audio|speech|(?:^|\.)encoder\.")
-"""Parts of a model whose embeddings are not those of its text."""
+"""Parts of a model whose embeddings are not those of text."""
 _POSITION_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 _PADDED_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "xmod", "data2vec-text", "roberta-prelayernorm"})
 """Model types whose first position comes after the padding token's id, so that the table has unused rows."""
 _LARGEST_HEADER = 100_000_000
-"""Bytes above which the format allows no header."""
+"""The largest header that the format allows, in bytes."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The limits of a base model; None where its files do not tell, or where there is none.
+    """The limits of a base model; None if its files do not tell, or if there is no limit.
 
     Args:
         folder: the model's folder.
-        embedding_rows: token ids go from 0 to one below.
-        learned_positions: tokens of the longest row, for models with a learned vector for each position.
+        embedding_rows: token ids must be below this.
+        learned_positions: tokens of the longest row, for models with a learned vector per position.
         padding_id: the token id that the model's config names for padding.
     """
 
@@ -64,11 +64,11 @@ def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max
     """Refuse rows on which a model could only fail with an index error.
 
     Args:
-        largest_token_id: of what is to be trained; None leaves token ids unchecked.
-        max_length: the config's; None leaves positions unchecked.
+        largest_token_id: the largest id to be trained; None leaves token ids unchecked.
+        max_length: the config's `max_length`; None leaves positions unchecked.
 
     Raises:
-        ModelError: a token id lies beyond the embedding.
+        ModelError: a token id is beyond the embedding.
         ConfigError: rows may be longer than the positions that the model has learned.
     """
     rows, positions = capacity.embedding_rows, capacity.learned_positions
@@ -88,11 +88,10 @@ def require_fits(capacity: Capacity, *, largest_token_id: int | None = None, max
 
 
 def require_embedded(capacity: Capacity, tokenizer: TokenizerState) -> None:
-    """Refuse a tokenizer whose template or whose end of a text needs tokens that the model's embedding has not.
+    """Refuse a tokenizer whose template or end of text needs tokens that the model's embedding lacks.
 
     Raises:
-        ModelError: a token that every chat has, that begins or ends a text, or that is to pad rows, lies beyond the
-            embedding.
+        ModelError: a token that every chat has, that begins or ends a text, or that pads rows, is beyond the embedding.
     """
     rows, padding = capacity.embedding_rows, capacity.padding_id
     if rows is not None and padding is not None and padding >= rows:
@@ -125,14 +124,14 @@ def _tables(folder: Path) -> Iterable[tuple[str, int]]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a table of interest: those that the index names, or all."""
+    """Return the files that contain a relevant table: those that the index names, or all."""
     names = cast(Mapping[str, Any], _read_json(folder / INDEX).get("weight_map", {}))
     indexed = {folder / str(file) for name, file in names.items() if _EMBEDDING.search(name) or _POSITIONS.search(name)}
     return sorted(indexed) if names else sorted(folder.glob("*.safetensors"))
 
 
 def _read_header(path: Path) -> Mapping[str, Any]:
-    """Return the header of a safetensors file; nothing where there is none."""
+    """Return the header of a safetensors file; empty if there is none."""
     try:
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
@@ -161,7 +160,7 @@ def _as_mapping(data: bytes) -> Mapping[str, Any]:
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:
-    """Return a number of a config, from its text part where the model has several."""
+    """Return a number from a config, from its text part if the model has several parts."""
     text = config.get("text_config")
     value = config.get(key, cast(Mapping[str, Any], text).get(key) if isinstance(text, dict) else None)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

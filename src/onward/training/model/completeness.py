@@ -1,4 +1,4 @@
-"""Whether the files of a model hold all its weights, and nothing else: what transformers makes up is random."""
+"""Checks that the files of a model contain exactly its weights: transformers fills in missing ones at random."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from onward.errors import ModelError
 
 _NAMED = 3
-"""Names given of what is missing."""
+"""How many names of missing weights are given."""
 
 
 def require_all_weights(loaded: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a model some of whose weights were not in its files, or had another shape there.
+    """Refuse a model if some of its weights were not in its files, or had another shape there.
 
     Weights that are tied to others are not missing.
 
@@ -42,7 +42,7 @@ def require_all_weights(loaded: Mapping[str, Any], folder: Path) -> None:
 
 
 def require_no_others(loaded: Mapping[str, Any], folder: Path) -> None:
-    """Refuse files that hold weights which the model has no place for: what was trained with them is another model.
+    """Refuse files with weights that the model has no place for: they belong to another model.
 
     Raises:
         ModelError: there are such weights.

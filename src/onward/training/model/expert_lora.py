@@ -1,9 +1,9 @@
 """Adapters of parameters that hold several matrices in one tensor: the experts of a mixture, in most models.
 
-PEFT's `ParamWrapper` puts the adapted tensor in place through `torch.nn.utils.parametrize`, whose cache belongs to the
-whole process: while the probe is measured in another thread, a training step may find the tensor of the step before.
-Here the adapted tensor stands in the module's own attributes for as long as its forward pass. Arithmetic, names and
-order of parameters are PEFT's.
+PEFT's `ParamWrapper` puts the adapted tensor in place through `torch.nn.utils.parametrize`, whose cache is
+process-wide: while the probe is measured in another thread, a training step may find the tensor of the previous step.
+Here the adapted tensor is an attribute of the module itself during its forward pass. Arithmetic, names and order of
+parameters are PEFT's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onward.training.model.adapter import ADAPTER
 
 
 def wrap_experts(model: nn.Module) -> None:
-    """Replace PEFT's wrappers of parameters in a model by `ExpertLora`; all else stays as it is."""
+    """Replace PEFT's wrappers of parameters in a model with `ExpertLora`; everything else stays as it is."""
     for parent in list(model.modules()):
         for name, part in list(parent.named_children()):
             if type(part) is ParamWrapper:
@@ -31,7 +31,7 @@ class ExpertLora(ParamWrapper):
     """A parameter with one adapter: `W + scaling * B A` for each of its matrices.
 
     Args:
-        wrapper: what PEFT made; its parameters, adapters and settings are taken over.
+        wrapper: PEFT's wrapper, whose parameters, adapters and settings are taken over.
     """
 
     def __init__(self, wrapper: ParamWrapper) -> None:  # pyright: ignore[reportMissingSuperCall]
@@ -44,7 +44,7 @@ class ExpertLora(ParamWrapper):
         if ADAPTER not in active_adapters or ADAPTER not in self.lora_A:
             yield
             return
-        attributes = vars(self.get_base_layer())  # found before parameters, which a module looks up elsewhere
+        attributes = vars(self.get_base_layer())  # looked up before parameters, which are stored elsewhere
         attributes[self.parameter_name] = self.adapted()
         try:
             yield

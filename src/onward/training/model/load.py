@@ -1,4 +1,4 @@
-"""Loading models: to train (full, LoRA and quantized LoRA are told apart here and nowhere else) or for inference."""
+"""Loads models: to train (full, LoRA and quantized LoRA are distinguished only here) or for inference."""
 
 from __future__ import annotations
 
@@ -70,10 +70,9 @@ def build_model(
     Args:
         checkpoint: folder to take trained weights (and the adapter's config) from; None starts a new run, whose
             adapter is a function of the seed.
-        treatment: what the model's admission found; None for a run that was made before there was one.
+        treatment: what the model's admission found; None for a run made before there was one.
         adapter: the adapter of a model whose trained weights come from elsewhere.
-        mapped: leave the weights of files in the files, on the CPU and in the type that they have there, for a model
-            that is then cut into shards.
+        mapped: leave weights in their files, on the CPU and in their type there, for a model that will be sharded.
 
     Raises:
         ModelError: the base cannot be loaded, or the method does not fit this machine or model.
@@ -95,11 +94,11 @@ def build_plain(
     adapter: PeftConfig | None = None,
     mapped: bool = False,
 ) -> nn.Module:
-    """Build the model of a run as transformers and PEFT compute it; the arguments are those of `build_model`.
+    """Build the model of a run as plain transformers and PEFT compute it; arguments as for `build_model`.
 
     Args:
-        left_out: what is not trained: modules without an adapter, or weights where all others are trained.
-        strict: refuse files that hold weights which the model has no place for.
+        left_out: what is not trained: modules that get no adapter, or weights in full training.
+        strict: refuse files with weights that the model has no place for.
     """
     config, base, device, dtype = spec.config, spec.base, spec.device, spec.dtype
     if config.method == "full":
@@ -122,20 +121,20 @@ def build_plain(
         else:
             model = add_adapter(base_model, saved_adapter_config(checkpoint, dropout=config.lora.dropout))
     train_in_float32(model)
-    if checkpoint is not None:  # only now: biases of the base may be trained too, and its memory is another one now
+    if checkpoint is not None:  # only now: biases of the base may be trained too, and their memory has changed
         load_adapter(model, checkpoint)
     wrap_experts(model)
     return model.train() if stays else model.to(device).train()
 
 
 def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str] = ()) -> None:
-    """Freeze every weight whose name no pattern is found in; without patterns all are trained.
+    """Freeze every weight whose name matches no pattern; without patterns, all are trained.
 
     Args:
-        left_out: names of weights that are frozen all the same.
+        left_out: names of weights that are frozen in any case.
 
     Raises:
-        ConfigError: a pattern is found in no name.
+        ConfigError: a pattern matches no name.
     """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):  # tied weights have two names
@@ -151,10 +150,10 @@ def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[s
 
 
 def make_fast(model: nn.Module, device: torch.device, *, end_to_end: bool) -> None:
-    """Have a plain model compute the same faster: rows end to end, an adapter's layers in one node, kernels on a GPU.
+    """Make a plain model compute the same faster: rows end to end, an adapter's layers in one node, kernels on a GPU.
 
     Args:
-        device: computes its steps.
+        device: the device that computes its steps.
 
     Raises:
         ValueError: rows cannot be laid end to end for it.
@@ -168,11 +167,11 @@ def make_fast(model: nn.Module, device: torch.device, *, end_to_end: bool) -> No
 
 
 def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Load the model that a checkpoint holds for inference: frozen, in evaluation mode, without an optimizer.
+    """Load the model of a checkpoint for inference: frozen, in evaluation mode, without an optimizer.
 
     Args:
-        folder: a checkpoint, a restore point or `current_model/`: an adapter or a whole model.
-        base: folder of the base model, for an adapter; it is loaded as it is, also where training quantizes it.
+        folder: a checkpoint, a restore point or `current_model/`, with an adapter or a full model.
+        base: folder of the base model, for an adapter; it is loaded as it is, even if training quantizes it.
         dtype: type of all weights.
 
     Raises:
@@ -193,7 +192,7 @@ def load_model(folder: Path, base: Path, device: torch.device, dtype: torch.dtyp
 
 
 def fits_shape(model: nn.Module, folder: Path) -> bool:
-    """Whether a folder holds an adapter that `exchange_adapter` can put into a model that `load_model` loaded."""
+    """Return whether `exchange_adapter` can put the adapter in a folder into a model that `load_model` loaded."""
     if not isinstance(model, PeftModel) or not (folder / ADAPTER_CONFIG).is_file():
         return False
     shape: Any = saved_adapter_config(folder)
@@ -201,14 +200,14 @@ def fits_shape(model: nn.Module, folder: Path) -> bool:
 
 
 def exchange_adapter(model: nn.Module, folder: Path) -> None:
-    """Give a model that `load_model` loaded the weights of another adapter, which `fits_shape`; the base stays.
+    """Give a model that `load_model` loaded the weights of another adapter that `fits_shape` accepts; the base stays.
 
     Raises:
-        ModelError: the adapter's weights are damaged; the model has its own still.
+        ModelError: the adapter's weights are damaged; the model still has its own.
         Unreadable: they cannot be read now.
     """
     adapted = cast(PeftModel, model)
-    adapted.set_adapter(ADAPTER)  # marks what belongs to the adapter, by which its weights are known
+    adapted.set_adapter(ADAPTER)  # marks what belongs to the adapter, which identifies its weights
     try:
         load_adapter(adapted, folder)
     finally:
@@ -216,23 +215,23 @@ def exchange_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def _plain(adapter: PeftConfig) -> dict[str, Any]:
-    """Return what decides the shape of an adapter: not how it is used, nor where it came from."""
+    """Return what decides the shape of an adapter, without how it is used or where it came from."""
     values = adapter.to_dict()
     return {key: value for key, value in values.items() if key not in ("inference_mode", "lora_dropout")}
 
 
 def load_base(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Load a base model as it is, in the type of its files where none is given.
+    """Load a base model as it is, by default in the type of its files.
 
     Raises:
         ModelError: it cannot be loaded.
-        Unreadable: a file of it cannot be read now.
+        Unreadable: one of its files cannot be read now.
     """
     return _load(folder, dtype)
 
 
 def _way_out(error: Exception) -> str:
-    """Return what to do about a model that transformers does not load."""
+    """Return what to do about a model that transformers fails to load."""
     if isinstance(error, SafetensorError | OSError):
         return "One of its files is missing or incomplete: copy or download the whole folder again."
     if "does not recognize this architecture" in str(error):
@@ -278,9 +277,10 @@ def _for_training(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
 
 @contextlib.contextmanager
 def _in_memory(model: nn.Module, device: torch.device) -> Generator[None]:
-    """Bring weights from the mapped file to the device; the body may do anything but compute with them.
+    """Move weights from the mapped file to the device; the body may do anything except compute with them.
 
-    On a CPU too: kernels may give other last bits for other memory alignments. There the copy runs during the body.
+    This is done on a CPU too, where kernels may give other last bits for other alignments; the copy then runs during
+    the body.
     """
     if device.type != "cpu":
         model.to(device)
@@ -311,10 +311,10 @@ def _quantization(config: Config, dtype: torch.dtype, device: torch.device) -> d
 
 
 def _keep_quantized(model: nn.Module) -> None:
-    """Have 4-bit layers compute from the weights as they are, in evaluation as in training.
+    """Make 4-bit layers compute from the unpacked weights, in evaluation as in training.
 
-    On a CPU with AVX512-BF16 bitsandbytes packs a layer's weight in place at its first forward pass in evaluation mode,
-    which the probe is; from then on also training computes in bfloat16, and a resumed run gives other bits.
+    On a CPU with AVX512-BF16, bitsandbytes packs a layer's weight in place at its first forward pass in evaluation
+    mode, such as the probe's; from then on training also computes in bfloat16, and a resumed run gives other bits.
     """
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
@@ -327,5 +327,5 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:
-    """Whether the model can be asked for the logits of some positions only (`logits_to_keep`)."""
+    """Return whether the model can compute the logits of some positions only (`logits_to_keep`)."""
     return "logits_to_keep" in inspect.signature(cast(Any, model).forward).parameters

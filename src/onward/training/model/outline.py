@@ -1,6 +1,6 @@
-"""A model without its weights: every tensor has shape and type, none has memory, and its forward pass costs nothing.
+"""A model without its weights: every tensor has a shape and a type but no memory, and a forward pass costs nothing.
 
-What a step takes can be counted on it (`memory.profile_of`) without loading a model of many gigabytes.
+The memory of a step can be counted with it (`memory.profile_of`) without loading a model of many gigabytes.
 (PyTorch's `FakeTensorMode`.)
 """
 
@@ -29,12 +29,12 @@ from onward.training.model.treatment import Treatment
 def outlined(
     model_config: Any, config: Config, dtype: torch.dtype, treatment: Treatment, *, fuse: bool = True
 ) -> Generator[nn.Module]:
-    """Yield the model of a run in training mode, as it would compute on a CPU; it is computed with in the body only.
+    """Yield the model of a run in training mode, as it would compute on a CPU; use it only in the body.
 
     Args:
-        model_config: that of the base, as transformers has it.
+        model_config: the base's transformers config.
         dtype: compute type.
-        fuse: put the layers of an adapter in one node, as in training.
+        fuse: put the layers of an adapter into one node, as in training.
 
     Raises:
         Exception: an operation of the model needs the values of a tensor.
@@ -65,9 +65,9 @@ def _made(model_config: Any, config: Config, dtype: torch.dtype, treatment: Trea
 
 
 def _on_cpu(model: nn.Module) -> None:
-    """Give a model tensors that say they lie in main memory, in place of those of the meta device; ties stay.
+    """Replace a model's meta tensors with tensors that claim to be in main memory; ties stay.
 
-    Buffers become plain attributes: whoever looks after buffers would compare their values.
+    Buffers become plain attributes: code that restores buffers would compare their values.
     """
     made: dict[int, nn.Parameter] = {}
 

@@ -1,4 +1,4 @@
-"""A base model of the run's own: with a grown vocabulary, or with what an adapter's first weights leave of it."""
+"""A base model of the run's own: with a larger vocabulary, or with an adapter's initial weights taken out of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ CPU = torch.device("cpu")
 
 
 def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, adapter: Path) -> Config:
-    """Write a run's own base, with its tokenizer, and the adapter it starts from where that is taken out of the base.
+    """Write a run's own base with its tokenizer and, if it was taken out of the base, the adapter that the run starts
+    from.
 
     Args:
         base: folder of the model that the config names.
@@ -37,7 +38,7 @@ def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, ada
         The config, with the new tokens among those whose rows an adapter trains.
 
     Raises:
-        ConfigError: a token is already in the vocabulary, or the adapter asks for what the model has not.
+        ConfigError: a token is in the vocabulary already, or the adapter needs something that the model lacks.
         ModelError: the base cannot be loaded.
     """
     words = load_tokenizer(tokenizer)
@@ -53,7 +54,7 @@ def make_own_base(config: Config, base: Path, tokenizer: Path, target: Path, ada
 
 
 def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
-    """Add tokens to tokenizer, embedding and head; each new row is the mean of the rows of the vocabulary so far.
+    """Add tokens to tokenizer, embedding and head; each new row is the mean of the existing rows.
 
     Returns:
         The ids of the new tokens.
@@ -87,7 +88,7 @@ def _tables(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Config:
-    """Return the config of an adapter that trains the new rows too, unless it trains those modules whole."""
+    """Return the config of an adapter that trains the new rows too, unless it trains those modules in full."""
     tables = (model.get_input_embeddings(), cast(Any, model.get_output_embeddings()))
     names = [name for name, part in model.named_modules() if any(part is table for table in tables)]
     if config.method == "full" or any(name.endswith(saved) for name in names for saved in config.lora.modules_to_save):
@@ -101,12 +102,12 @@ def _with_rows(config: Config, ids: Sequence[int], model: PreTrainedModel) -> Co
 
 
 def _take_out(model: PreTrainedModel, config: Config, base: Path, adapter: Path) -> PreTrainedModel:
-    """Write the adapter that PEFT takes out of a base's weights, and return what it leaves of the base."""
+    """Write the adapter that PEFT takes out of a base's weights, and return the rest of the base."""
     shape = new_adapter_config(config, base, model)
     shape.init_lora_weights = cast(Any, config.lora.init)
     made: PeftModel = add_adapter(model, shape)
     require_effect(made, config)
-    cast(Any, made.peft_config["default"]).init_lora_weights = True  # on the base that is left it is a plain adapter
+    cast(Any, made.peft_config["default"]).init_lora_weights = True  # on the rest of the base it is a plain adapter
     adapter.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.detach() for name, weight in made.named_parameters() if weight.requires_grad}
     save_adapter(made, weights, adapter)

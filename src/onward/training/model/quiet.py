@@ -1,4 +1,4 @@
-"""Keep transformers, PEFT and Python's warnings off a person's screen while a model is loaded or saved.
+"""Keeps transformers, PEFT and Python's warnings off the screen while a model is loaded or saved.
 
 Verbosity, progress bars and warning filters belong to the process, so threads share one silence: the first one in
 begins it, the last one out restores what was there before.
@@ -26,7 +26,7 @@ class _Silence:
 
     @contextlib.contextmanager
     def __call__(self) -> Generator[None]:
-        """Be silent in the body; errors still come as exceptions."""
+        """Be silent in the body; errors are still raised."""
         with self._lock:
             if self._inside == 0:
                 self._begin()
@@ -56,5 +56,5 @@ class _Silence:
 quiet = _Silence()
 
 one_load = threading.RLock()
-"""Held while transformers makes a model. It replaces methods of its own classes meanwhile, which a load in another
-thread would see: that one would report weights as missing that are tied."""
+"""Held while transformers makes a model. It replaces methods of its own classes meanwhile, which affects a load in
+another thread: that would report tied weights as missing."""

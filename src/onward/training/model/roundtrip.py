@@ -1,7 +1,7 @@
 """The proof that what was written loads back equal, by the rules of stock PEFT and transformers.
 
-Both throw away what they do not expect and make up what they miss; here each of these is an error. The stock library
-builds the model anew from the files alone, without weights of the base, so that the proof costs little.
+Both discard what they do not expect and make up what is missing; here either is an error. The stock library builds the
+model anew from the files alone, without weights of the base, so that the proof costs little.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def prove_roundtrip(
     """Prove that the files of a model in a folder give back the weights that were written.
 
     Args:
-        model: what was written; its structure, and the weights that are not trained.
-        folder: an adapter with its config, or a whole model.
-        weights: the trained weights as they were written; None takes those that the model has now.
-        whole: load a whole model for real, also where a name in the file is not one of the model (experts that
-            transformers keeps as one tensor), which needs its memory once more.
+        model: the model that was written, for its structure and the weights that are not trained.
+        folder: an adapter with its config, or a full model.
+        weights: the trained weights as they were written; by default those that the model has now.
+        whole: actually load a full model, even if a name in the file is not one of the model's (experts that
+            transformers keeps as one tensor), which takes its memory once more.
 
     Raises:
         VerificationFailed: a weight is missing, unexpected, of another shape or of another value.
@@ -56,7 +56,7 @@ def prove_roundtrip(
 
 
 def _adapter_as_loaded(model: PeftModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that PEFT puts into a model that it makes of the adapter's config, by parameter name."""
+    """Return the weights that PEFT loads into a model that it makes from the adapter's config, by parameter name."""
     config = copy.deepcopy(cast(PreTrainedModel, model.get_base_model()).config)
     with META:
         bare = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -69,7 +69,7 @@ def _adapter_as_loaded(model: PeftModel, folder: Path) -> dict[str, torch.Tensor
 
 
 def _in_memory(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Give trained weights that are only shapes memory, filled with NaN, and return them by name."""
+    """Allocate memory, filled with NaN, for trained weights that are only shapes, and return them by name."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         own = cast(dict[str, nn.Parameter | None], vars(module)["_parameters"])
@@ -89,7 +89,7 @@ def _model_as_loaded(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _require_keys(folder: Path) -> None:
-    """Have transformers match the file's names and shapes with the model that it makes of the folder's config."""
+    """Let transformers match the file's names and shapes with the model that it makes from the folder's config."""
     _, info = cast(Any, AutoModelForCausalLM).from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True,
         device_map="meta",
@@ -108,7 +108,7 @@ def _every(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, t
 
 
 def _require_file(weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Hold every weight that has the same name in a file against it; others are compared where all is loaded."""
+    """Compare every weight with the file's of the same name; others are compared if everything is loaded."""
     found = {name: tensor for name, tensor in _tensors(folder) if name in weights and not _equal(tensor, weights[name])}
     if found:
         raise _refusal(f"the file has a different {_some(found)}", folder)
@@ -133,7 +133,7 @@ def _require_equal(written: Mapping[str, torch.Tensor], loaded: Mapping[str, tor
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have one type, one shape and the same bits."""
+    """Whether two tensors have the same type, shape and bits."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     pair = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]

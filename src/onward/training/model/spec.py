@@ -17,7 +17,7 @@ class ModelSpec:
     Args:
         config: its method, adapter and seed.
         base: folder of the base model.
-        device: where it computes.
+        device: the device on which it computes.
         dtype: compute type.
     """
 

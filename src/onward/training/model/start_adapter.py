@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as the start of a run: its weights are taken, moments and step are new.
+"""A PEFT LoRA adapter as the start of a run: its weights are taken over; moments and step are new.
 
 The run keeps a copy in `adapter/`, so that it depends on no other folder and `reset` has something to go back to.
 """
@@ -31,7 +31,7 @@ from onward.training.model.quiet import one_load, quiet
 
 @dataclass(frozen=True)
 class StartAdapter:
-    """An adapter's folder and what its config says, by config key of `lora`."""
+    """An adapter's folder, and its config as config keys of `lora`."""
 
     folder: Path
     base: str
@@ -39,12 +39,12 @@ class StartAdapter:
 
 
 def read_start_adapter(folder: Path) -> StartAdapter:
-    """Read what an adapter's folder says of itself.
+    """Read an adapter's folder.
 
     Raises:
         DamagedState: its config cannot be read.
-        UsageError: the folder holds no adapter in safetensors.
-        ModelError: the adapter is of a kind that cannot go on exactly.
+        UsageError: the folder does not contain an adapter in safetensors format.
+        ModelError: the adapter is of a kind that cannot be continued exactly.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         hint = "Name a folder that PEFT's save_pretrained wrote: adapter_config.json and adapter_model.safetensors."
@@ -61,11 +61,11 @@ def _name_of(key: str) -> str:
 
 
 def with_start_adapter(config: Config, start: StartAdapter) -> Config:
-    """Return the config of a run that starts from an adapter: its shape is the adapter's.
+    """Return the config of a run that starts from an adapter, with the adapter's shape.
 
     Raises:
         ConfigError: a key that was set asks for another shape.
-        UsageError: the base is named nowhere.
+        UsageError: nothing names the base.
     """
     given = {key for key in config.lora.model_fields_set if key in start.lora and key != "dropout"}
     conflicts = {
@@ -89,7 +89,7 @@ def with_start_adapter(config: Config, start: StartAdapter) -> Config:
 
 
 def require_fits_base(folder: Path, base: Path) -> None:
-    """Refuse an adapter whose names or shapes are not those that the base model gives them; no weights are loaded.
+    """Refuse an adapter whose names or shapes do not match the base model; no weights are loaded.
 
     Raises:
         ModelError: it does not fit, or is damaged.

@@ -1,4 +1,4 @@
-"""How the model at hand is treated in training, as its admission found; whoever builds a model asks it."""
+"""How a model is treated in training, as its admission found; everything that builds a model needs it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Treatment:
     """What was found to be right for a model.
 
     Args:
-        end_to_end: rows may be laid end to end; else they are padded.
-        left_out: what no gradient reaches: modules for an adapter, weights where all are trained.
-        by_length: rows that are not laid end to end are computed with those of their own length only.
+        end_to_end: whether rows may be laid end to end; otherwise they are padded.
+        left_out: what no gradient reaches: modules for an adapter, weights in full training.
+        by_length: whether rows that are not laid end to end are computed only with others of the same length.
     """
 
     end_to_end: bool
@@ -23,5 +23,5 @@ class Treatment:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the treatment that another process told, as JSON values."""
+        """Return the treatment that another process sent, as JSON values."""
         return cls(values["end_to_end"], tuple(values["left_out"]), values["by_length"])

@@ -1,4 +1,4 @@
-"""Trained weights written as Hugging Face files: an adapter with its config, or a whole model."""
+"""Writes trained weights as Hugging Face files: an adapter with its config, or a full model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CONFIG = "config.json"
 
 
 def save_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write trained weights into a folder: an adapter with its config, or a whole model.
+    """Write trained weights into a folder: an adapter with its config, or a full model.
 
-    Every file has the mode that the process's umask gives a new file.
+    Every file gets the mode of a new file under the process's umask.
 
     Args:
-        model: gives names, config and what is not trained.
+        model: provides names, config and what is not trained.
         weights: the trained weights, by the names of `model`'s parameters.
     """
     if not isinstance(model, PeftModel):
@@ -45,13 +45,13 @@ def save_adapter(model: PeftModel, weights: Mapping[str, torch.Tensor], folder: 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     save_file(_apart(contiguous), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     values = {**model.peft_config["default"].to_dict(), "inference_mode": True}
-    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # a set's own order differs between processes
+    text = json.dumps(values, indent=2, sort_keys=True, default=sorted)  # the order of a set differs between processes
     (folder / ADAPTER_CONFIG).write_text(text + "\n")
     _share_mode(folder, ADAPTER_CONFIG)
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give every name memory of its own: safetensors refuses two names for one."""
+    """Give every name memory of its own: safetensors refuses two names for the same memory."""
     seen: set[int] = set()
     apart: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -61,6 +61,6 @@ def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _share_mode(folder: Path, name: str) -> None:
-    """Give weights the mode of a plainly written file: safetensors makes them readable by their owner alone."""
+    """Give weights the mode of an ordinary new file: safetensors makes them readable only by their owner."""
     for path in folder.glob("*.safetensors"):
         shutil.copymode(folder / name, path)

@@ -1,4 +1,4 @@
-"""Optimizers as named methods: whoever reads the state of an optimizer asks its method."""
+"""Optimizers as named methods: everything that reads an optimizer's state goes through its method."""
 
 from __future__ import annotations
 

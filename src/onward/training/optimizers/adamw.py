@@ -1,4 +1,4 @@
-"""AdamW with moments of the weights' type, as PyTorch has it."""
+"""PyTorch's AdamW, with moments in the type of the weights."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class AdamW:
         )
 
     def require(self, device: torch.device) -> None:
-        """Refuse nothing: PyTorch has it everywhere."""
+        """Accept any device: PyTorch has AdamW everywhere."""
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
-        """Return AdamW over two groups, as the Trainer makes them."""
+        """Return AdamW over two groups like the Trainer's."""
         groups = [{"params": [parameter for _, parameter in group]} for group in self.groups(model)]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, eps=config.eps, fused=True)
         self.configure(optimizer, config)
         return optimizer
 
     def configure(self, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        """Put weight decay, betas, eps and the peak learning rate in force."""
+        """Set weight decay, betas, eps and the peak learning rate."""
         for group, weight_decay in zip(optimizer.param_groups, (config.weight_decay, 0.0), strict=True):
             group["weight_decay"] = weight_decay
             group["betas"] = config.betas
@@ -72,7 +72,7 @@ class AdamW:
         return f"its {wrong[0]} has shape {tuple(entry[wrong[0]].shape)} instead of {shape}" if wrong else None
 
     def to_file(self, entry: Entry) -> dict[str, Any]:
-        """Return the entry: it is as the Trainer's `adamw_torch` saves it."""
+        """Return the entry, which has the form of the Trainer's `adamw_torch`."""
         return dict(entry)
 
     def from_file(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:

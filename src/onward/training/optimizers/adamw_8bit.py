@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits as a method: a quarter of the memory of AdamW's, in the files of `adamw_bnb_8bit`."""
+"""AdamW with 8-bit moments as a method: a quarter of the memory, in the file format of `adamw_bnb_8bit`."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ from onward.training.optimizers.blockwise import (
 from onward.training.optimizers.method import Entry
 
 WRAPPED = "__bnb_optimizer_quant_state__"
-"""Where bitsandbytes since 0.49 puts its tensors."""
+"""The key under which bitsandbytes since 0.49 puts its tensors."""
 SCALES = ("absmax1", "absmax2")
 
 
 class AdamW8bit(AdamW):
-    """AdamW with moments in 8 bits, of weights of 4,096 numbers or more; the groups are those of `adamw`.
+    """AdamW with 8-bit moments for weights of 4,096 numbers or more; the groups are those of `adamw`.
 
-    Where a file holds moments of such a weight in 32 bits, as the Trainer keeps those of embeddings, they stay so.
+    If a file has 32-bit moments for such a weight, as the Trainer keeps them for embeddings, they stay so.
     """
 
     name = "adamw_8bit"
     slots = ("state1", "state2")
 
     def require(self, device: torch.device) -> None:
-        """Refuse where bitsandbytes is missing, or has no kernel for the device: tried on one small weight.
+        """Refuse to compute if bitsandbytes is missing or has no kernel for the device; this is tried on one small
+        weight.
 
         Raises:
-            ModelError: it is so.
+            ModelError: steps cannot be taken here.
         """
         if importlib.util.find_spec("bitsandbytes") is None:
             raise _missing("optimizer adamw_8bit needs bitsandbytes")
@@ -53,7 +54,7 @@ class AdamW8bit(AdamW):
             raise _missing(what, upgrade=True) from None
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
-        """Return the optimizer over two groups, as the Trainer makes them."""
+        """Return the optimizer over two groups like the Trainer's."""
         self.require(next(model.parameters()).device)
         groups = [{"params": [parameter for _, parameter in group]} for group in self.groups(model)]
         optimizer = BlockwiseAdamW(groups, lr=config.learning_rate, eps=config.eps)
@@ -61,7 +62,7 @@ class AdamW8bit(AdamW):
         return optimizer
 
     def bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
-        """Return the bytes of moments as they begin: one for each number and four for each block, or four."""
+        """Return the bytes of initial moments: one per number and four per block, or four per number."""
         each = (
             weight.numel() + 4 * blocks_of(weight) if is_rounded(weight) else 4 * weight.numel()
             for weight in weights.values()
@@ -84,7 +85,7 @@ class AdamW8bit(AdamW):
         return None
 
     def to_file(self, entry: Entry) -> dict[str, Any]:
-        """Return the entry as bitsandbytes saves it, in the form that all its releases load: with the codebooks."""
+        """Return the entry as bitsandbytes saves it, in the form that all its releases load, with the codebooks."""
         saved = {**entry, self.counter: int(entry[self.counter])}
         return {**saved, **codebooks()} if SCALES[0] in entry else saved
 

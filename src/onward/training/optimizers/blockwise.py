@@ -1,8 +1,8 @@
-"""AdamW whose moments have 8 bits, by the kernels of bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861).
+"""AdamW with 8-bit moments, by the kernels of bitsandbytes (Dettmers et al., 2022, arXiv:2110.02861).
 
 A moment is rounded to one of 256 values, times the largest number of its block. That is done in each step, by block, so
-equal gradients give equal bits, in one process or many. What drives the kernels is our own: the optimizer of
-bitsandbytes waits for the device after each weight and keeps settings of the process by the addresses of weights.
+equal gradients give equal bits, in one process or many. The code that drives the kernels is Onward's own: the optimizer
+of bitsandbytes waits for the device after each weight and keeps process-wide settings by the addresses of weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 BLOCK = 256
-"""Numbers that share a scale."""
+"""How many numbers share a scale."""
 LEAST = 4096
-"""Numbers of a weight from which its moments have 8 bits, as in bitsandbytes; smaller ones have 32."""
+"""The size of a weight from which its moments have 8 bits, as in bitsandbytes; smaller ones have 32."""
 CODEBOOKS = ("qmap1", "qmap2")
 
 
@@ -48,9 +48,9 @@ def _kernels() -> Any:
 
 
 class BlockwiseAdamW(torch.optim.Optimizer):
-    """AdamW that keeps `state1` and `state2` as integers with a scale for each block, `absmax1` and `absmax2`.
+    """AdamW that keeps `state1` and `state2` as integers with a scale per block, `absmax1` and `absmax2`.
 
-    The counters lie in main memory, since the kernels take a number.
+    The counters are in main memory, since the kernels take a plain number.
 
     Args:
         groups: parameter groups.
@@ -63,12 +63,12 @@ class BlockwiseAdamW(torch.optim.Optimizer):
     def __init__(self, groups: Iterable[dict[str, Any]], lr: float, eps: float) -> None:
         self._kernels = _kernels()
         self._codebooks: dict[torch.device, list[torch.Tensor]] = {}
-        rest = {"weight_decay": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None}  # as bitsandbytes has them
+        rest = {"weight_decay": 0.0, "alpha": 0.0, "t_alpha": None, "t_beta3": None}  # bitsandbytes' values
         super().__init__(groups, {"lr": lr, "betas": (0.9, 0.999), "eps": eps, **rest})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Take a step; every parameter has a gradient."""
+        """Take a step; every parameter must have a gradient."""
         assert closure is None
         for group in self.param_groups:
             for weight in cast(list[nn.Parameter], group["params"]):
@@ -78,7 +78,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
                     self._update(group, weight, entry)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over groups and entries; types stay as they are, where PyTorch would give all that of the weight."""
+        """Load groups and entries; types stay as they are, whereas PyTorch would convert all to the weight's."""
         super().load_state_dict({**state_dict, "state": {}})
         order = [key for group in state_dict["param_groups"] for key in group["params"]]
         weights = [weight for group in self.param_groups for weight in group["params"]]

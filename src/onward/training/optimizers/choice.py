@@ -1,4 +1,4 @@
-"""Which optimizers there are, and which one a config names."""
+"""The available optimizers, and the one that a config names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What an optimizer is to all others: what is built, which tensors it keeps, how it counts, how a file holds them.
+"""The interface of an optimizer: how it is built, which tensors it keeps, how it counts steps, and its file format.
 
-Whoever reads the state of an optimizer (checkpoints, the handover, `verify`, `adopt`) asks its method.
+Everything that reads an optimizer's state (checkpoints, the handover, `verify`, `adopt`) goes through its method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class OptimizerMethod(Protocol):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Names of the moments that it keeps for each parameter; its step counter is not among them."""
+        """Names of the moments that it keeps for each parameter, without its step counter."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class OptimizerMethod(Protocol):
         ...
 
     def require(self, device: torch.device) -> None:
-        """Refuse to compute on a device, or without a package.
+        """Refuse a device on which it cannot compute, or a missing package.
 
         Raises:
             ModelError: steps cannot be taken here; the hint says what is missing.
@@ -49,7 +49,7 @@ class OptimizerMethod(Protocol):
         ...
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
-        """Return the optimizer of a model's trainable parameters, with the config's settings in force.
+        """Return the optimizer of a model's trainable parameters, with the config's settings.
 
         Raises:
             ModelError: steps cannot be taken on the model's device.
@@ -57,32 +57,32 @@ class OptimizerMethod(Protocol):
         ...
 
     def configure(self, optimizer: torch.optim.Optimizer, config: Config) -> None:
-        """Put the config's settings in force, also over what a loaded `optimizer.pt` says."""
+        """Apply the config's settings, overriding those of a loaded `optimizer.pt`."""
         ...
 
     def count(self, entries: Collection[Entry], parameters: int) -> int:
         """Return the steps that the optimizer has counted, on which all parameters must agree (-1: they do not).
 
         Args:
-            entries: what is kept, one entry for each parameter that has any.
+            entries: what is kept, one entry per parameter that has any.
             parameters: how many parameters there are.
         """
         ...
 
     def bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
-        """Return the size of the state kept for these weights, counters aside."""
+        """Return the size of the state kept for these weights, without counters."""
         ...
 
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
-        """Return why an entry cannot belong to a parameter; None where it fits."""
+        """Return why an entry cannot belong to a parameter; None if it fits."""
         ...
 
     def to_file(self, entry: Entry) -> dict[str, Any]:
-        """Return an entry as `optimizer.pt` holds it: as the Trainer's optimizer of this kind saves it."""
+        """Return an entry in the form of `optimizer.pt`, as the Trainer's optimizer of this kind saves it."""
         ...
 
     def from_file(self, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return an entry of an `optimizer.pt`, as the optimizer keeps it.
+        """Return an entry of an `optimizer.pt` in the optimizer's own form.
 
         Raises:
             ValueError: its numbers mean something else here.
@@ -91,7 +91,7 @@ class OptimizerMethod(Protocol):
 
 
 def file_state(method: OptimizerMethod, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's `state_dict` as `optimizer.pt` holds it."""
+    """Return an optimizer's `state_dict` in the form of `optimizer.pt`."""
     held = cast(Mapping[int, Entry], optimizer["state"])
     return {**optimizer, "state": {index: method.to_file(entry) for index, entry in held.items()}}
 
@@ -100,18 +100,18 @@ def saved_groups(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the parameter groups of an `optimizer.pt`.
 
     Raises:
-        KeyError, TypeError: it holds none.
+        KeyError, TypeError: it has none.
     """
     return [dict(group) for group in cast(list[Mapping[str, Any]], saved["param_groups"])]
 
 
 def saved_count(method: OptimizerMethod, saved: Mapping[str, Any]) -> int:
-    """Return the steps that an `optimizer.pt` has counted; -1 where its parameters differ."""
+    """Return the steps that an `optimizer.pt` has counted; -1 if its parameters disagree."""
     entries = cast(dict[int, Entry], saved["state"])
     return method.count(list(entries.values()), sum(len(group["params"]) for group in saved_groups(saved)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Put a learning rate in force for the next step."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = rate

@@ -1,1 +1,1 @@
-"""The processes that train one run together on several devices."""
+"""The processes that train a run together on several devices."""

@@ -1,9 +1,10 @@
 """How the gradients of a step's shares become one gradient, on one device or on several, with the same bits.
 
 Each share has a gradient of its own: the sum over its parts. They are added in the order of the shares. On several
-devices rank r computes shares r, r + N, ...; their gradients are only moved: each rank gets its slice of all of them
-(all-to-all), adds them in that order, and gives the sum to all (all-gather). So the sum does not know N, and as much is
-moved as by a plain all-reduce. EasyScale (SC '23) fixes the order of a sum for elastic training in the same spirit.
+devices, rank r computes shares r, r + N, ...; their gradients are only moved: each rank gets its slice of all of them
+(all-to-all), adds them in that order, and gives the sum to all (all-gather). So the sum does not depend on N, and as
+much is moved as by a plain all-reduce. EasyScale (SC '23) fixes the order of a sum for elastic training in the same
+way.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from onward.training.ranks.group import Group
 from onward.training.world import World
 
 BUCKET = 1 << 24
-"""Numbers of a gradient that are moved at a time: 64 MB of float32."""
+"""How many numbers of a gradient are moved at a time: 64 MB of float32."""
 
 Part = TypeVar("Part")
 Compute = Callable[[Sequence[Part]], torch.Tensor]
@@ -32,9 +33,10 @@ class Exchange(Protocol):
     def total(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], parameters: Iterable[nn.Parameter]
     ) -> torch.Tensor:
-        """Compute every share once, by whichever rank; leave the sum in the parameters' gradients, return the loss's.
+        """Compute every share once, on any rank; leave the sum in the parameters' gradients, and return the summed
+        loss.
 
-        Gradients are None before; after it they are where no row of the step reached a weight.
+        Gradients are None before; afterwards they are None for weights that no row of the step reached.
 
         Raises:
             Exception: what a rank's `compute` raised, on every rank.
@@ -48,7 +50,7 @@ class InTurn:
     def total(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], parameters: Iterable[nn.Parameter]
     ) -> torch.Tensor:
-        """Add each share to those before; one of a single part is added by the backward pass itself."""
+        """Add each share to the previous ones; the backward pass itself adds a share with a single part."""
         weights = list(parameters)
         loss = compute(shares[0])
         for share in shares[1:]:
@@ -66,7 +68,7 @@ class InTurn:
 
 
 class InAnyOrder:
-    """Several devices, whose gradients are added as the transport likes: a plain all-reduce."""
+    """Several devices, whose gradients are added in any order the transport chooses: a plain all-reduce."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
@@ -75,7 +77,7 @@ class InAnyOrder:
     def total(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], parameters: Iterable[nn.Parameter]
     ) -> torch.Tensor:
-        """Compute the own shares, then add what all ranks have."""
+        """Compute this rank's shares, then add those of all ranks."""
         group, weights = self._group, list(parameters)
         own = shares[group.rank :: group.size]
         loss = torch.zeros((), device=group.device)
@@ -99,7 +101,7 @@ class InOrder:
     """Several devices, whose gradients are added in the order of the shares.
 
     Args:
-        bucket: numbers that are moved at a time.
+        bucket: how many numbers are moved at a time.
     """
 
     def __init__(self, group: Group, bucket: int = BUCKET) -> None:
@@ -108,7 +110,7 @@ class InOrder:
     def total(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], parameters: Iterable[nn.Parameter]
     ) -> torch.Tensor:
-        """Go through the shares in rounds, one share of each rank in a round."""
+        """Go through the shares in rounds, with one share per rank in a round."""
         group, weights = self._group, list(parameters)
         sums = [_Sum(group, bucket) for bucket in _buckets(weights, group.size, self._bucket)]
         reached = [False] * len(weights)
@@ -136,7 +138,7 @@ class InOrder:
     def _computed(
         self, shares: Sequence[Sequence[Part]], compute: Compute[Part], weights: Sequence[nn.Parameter]
     ) -> tuple[torch.Tensor, list[list[bool]]]:
-        """Compute the own share of a round, if there is one; returns its loss, and which weights each rank reached."""
+        """Compute this rank's share of a round, if any; return its loss, and which weights each rank reached."""
         group, failure = self._group, None
         loss = torch.zeros((), device=group.device)
         with group.in_step():
@@ -155,7 +157,7 @@ class InOrder:
 
 
 def exchange_of(world: World, kind: str) -> Exchange:
-    """Return the way of a world: `exact` or `fast`, which is the same where there is one rank."""
+    """Return the exchange of a world: `exact` or `fast`, which are the same with one rank."""
     if not isinstance(world, Group):
         return InTurn()
     return InAnyOrder(world) if kind == "fast" else InOrder(world)
@@ -163,10 +165,10 @@ def exchange_of(world: World, kind: str) -> Exchange:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Pieces of gradients that are moved as one tensor of `length` numbers, the last ones of which may be idle.
+    """Pieces of gradients that are moved as one tensor of `length` numbers, the last ones of which may be unused.
 
     Args:
-        pieces: index of the weight, first and last number of it, by their order in the bucket.
+        pieces: index of the weight, and its first and last number, in the order of the bucket.
     """
 
     pieces: tuple[tuple[int, int, int], ...]
@@ -186,7 +188,7 @@ class _Bucket:
         return whole
 
     def put(self, whole: torch.Tensor, weights: Sequence[nn.Parameter]) -> None:
-        """Write the pieces back into the gradients that there are."""
+        """Write the pieces back into those gradients that exist."""
         place = 0
         for index, first, last in self.pieces:
             grad = weights[index].grad
@@ -195,7 +197,7 @@ class _Bucket:
             place += last - first
 
     def spans(self, first: int, last: int) -> list[tuple[int, int, int]]:
-        """Return the weights of a slice of the bucket: index, and the numbers of the slice that are its."""
+        """Return the weights in a slice of the bucket: index, and the range of the slice that belongs to each."""
         found: list[tuple[int, int, int]] = []
         place = 0
         for index, begin, end in self.pieces:
@@ -220,7 +222,7 @@ class _Sum:
 
         Args:
             found: which weights each share of the round reached.
-            reached: which weights a share of an earlier round did.
+            reached: which weights a share of an earlier round reached.
         """
         sent = self._bucket.taken(weights)
         slices = torch.empty_like(sent)
@@ -238,14 +240,14 @@ class _Sum:
             known = {index: known[index] or has[index] for index in known}
 
     def spread(self, weights: Sequence[nn.Parameter]) -> None:
-        """Give the sum to all ranks, into the gradients that there are."""
+        """Give the sum to all ranks, into those gradients that exist."""
         whole = torch.empty(self._bucket.length, dtype=self._bucket.dtype, device=self._bucket.device)
         self._group.gather_into(whole, self._sum)
         self._bucket.put(whole, weights)
 
 
 def _buckets(weights: Sequence[nn.Parameter], multiple: int, size: int) -> list[_Bucket]:
-    """Cut gradients into buckets of one type and device, each of a length that `multiple` divides."""
+    """Split gradients into buckets of one type and device, each with a length that is a multiple of `multiple`."""
     buckets: list[_Bucket] = []
     pieces: list[tuple[int, int, int]] = []
     filled = 0

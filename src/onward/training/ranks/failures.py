@@ -1,4 +1,4 @@
-"""An error of one rank, as it reaches all: by its kind, with the rank named."""
+"""An error of one rank, passed on to all: as the same kind of error, naming the rank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from onward.training.device_errors import is_device_lost, is_out_of_memory
 
 
 class Released(BaseException):
-    """Rank 0 has ended, and with it the work of the others. No `Exception`: nothing outlives it."""
+    """Rank 0 has ended, and with it the work of the others. Not an `Exception`, so that nothing catches it."""
 
 
 def to_message(error: BaseException) -> dict[str, Any]:
-    """Return what the other ranks are told of an error, as JSON values."""
+    """Return an error as JSON values for the other ranks."""
     if isinstance(error, OnwardError):
         return {"kind": type(error).__name__, "what": error.what, "where": error.where, "hint": error.hint}
     if is_out_of_memory(error):
@@ -27,7 +27,7 @@ def to_message(error: BaseException) -> dict[str, Any]:
 
 
 def from_message(rank: int, told: dict[str, Any]) -> Exception:
-    """Return the error that another rank told of, as one of the same kind."""
+    """Return the error that another rank reported, as one of the same kind."""
     what = f"rank {rank}: {told['what']}"
     if told["kind"] == "memory":
         return torch.OutOfMemoryError(what)
@@ -35,6 +35,6 @@ def from_message(rank: int, told: dict[str, Any]) -> Exception:
     if isinstance(known, type) and issubclass(known, OnwardError):
         try:
             return known(what, where=told["where"], hint=told["hint"])
-        except TypeError:  # one that takes more
+        except TypeError:  # its constructor takes more arguments
             return OnwardError(what, where=told["where"], hint=told["hint"])
     return RuntimeError(what)

@@ -1,4 +1,4 @@
-"""Forming the group: every rank says who it is, what it computes with is compared, and the connections are made."""
+"""Forms the group: every rank says who it is, their environments are compared, and connections are made."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from onward.training.ranks.meeting import meet
 from onward.training.ranks.watch import Watch
 
 FOREVER = timedelta(days=365)
-"""The time-out of a collective, which looks after the others by itself."""
+"""The timeout of a collective; while waiting, Onward itself watches the others."""
 
 
 def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
-    """Form the group of all ranks; returns when all are there.
+    """Form the group of all ranks; return when all have joined.
 
     Args:
         patience: seconds to wait for a rank, now and later.
-        report: receives, at rank 0, what is unequal between ranks.
+        report: receives, on rank 0, differences between ranks.
 
     Raises:
         UsageError: this machine has no device for the rank.
-        RankLost: a rank did not come.
+        RankLost: a rank did not join.
     """
     device = device_of(place)
     store, watched = _stores(place, patience)
@@ -50,7 +50,7 @@ def form(place: Place, patience: float, report: Callable[[str], None]) -> Group:
 
 
 def device_of(place: Place) -> torch.device:
-    """Return the device of a rank: the GPU of its number on this machine, or the CPU where there is none.
+    """Return the device of a rank: the GPU with its number on this machine, or the CPU if there are no GPUs.
 
     Raises:
         UsageError: there are fewer GPUs than ranks here.
@@ -72,7 +72,7 @@ def device_of(place: Place) -> torch.device:
 def _stores(place: Place, patience: float) -> tuple[Any, Any]:
     """Return two connections to the store by which torchrun's processes find each other.
 
-    They are made in a thread: a foreign program that listens on the port may never answer.
+    They are made in a thread: an unrelated program that listens on the port may never answer.
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     made: list[tuple[Any, Any]] = []
@@ -100,7 +100,7 @@ def _stores(place: Place, patience: float) -> tuple[Any, Any]:
 
 
 def _equalize(found: Sequence[Mapping[str, Any]], report: Callable[[str], None]) -> list[str]:
-    """Compute with as many threads as the rank that has fewest; returns in what ranks still differ."""
+    """Compute with as many threads as the rank with the fewest; return in what ranks still differ."""
     records = [dict(each["environment"]) for each in found]
     threads = sorted({record["threads"] for record in records})
     if len(threads) > 1:

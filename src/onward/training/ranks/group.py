@@ -1,7 +1,7 @@
-"""Several processes as a world: what they tell each other, what they move, and how an error of one reaches all.
+"""Several processes as a world: how they communicate, move tensors, and pass an error of one on to all.
 
 Data goes through PyTorch's process group (NCCL between GPUs, gloo between CPUs), small messages always through gloo.
-No collective has a time-out of its own: who waits looks every half second whether those it waits for are alive.
+No collective has a timeout of its own: a waiting rank checks every half second whether the others are alive.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from onward.training.ranks.watch import Watch
 from onward.training.world import Message
 
 GLANCE = timedelta(seconds=0.5)
-"""Between two looks at the life of the others, while this rank waits."""
+"""Time between two checks of whether the others are alive, while this rank waits."""
 FRAME, LENGTH = 512, 8
-"""Bytes that every message of rank 0 has, and those of them that say how long it is."""
+"""Bytes of every frame from rank 0, and how many of them give the length of the message."""
 NAP = 1e-4
-"""Seconds between two looks at a GPU."""
+"""Seconds between two checks of a GPU."""
 
 
 class Group:
-    """All ranks of a run, as one of them sees it, once PyTorch's process group is there.
+    """All ranks of a run, as one of them sees them, once PyTorch's process group exists.
 
     Args:
         device: what this rank computes on.
-        watch: knows who is alive.
+        watch: knows which ranks are alive.
         is_uniform: whether all ranks compute the same bits: equal devices, threads and versions.
     """
 
@@ -45,14 +45,14 @@ class Group:
         self.watch = watch
         self.is_uniform = is_uniform
         self.is_broken = False
-        """Whether the ranks may stand in different places, so that nothing can be told any more."""
+        """Whether the ranks may be in different places, so that they can no longer communicate."""
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return any(found == b"\1" for found in self._all(bytes([flag])))
 
     def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors: every rank holds them whole."""
+        """Return the tensors, which every rank holds whole."""
         return tensors
 
     def barrier(self) -> None:
@@ -60,12 +60,12 @@ class Group:
         self._all(b"\0")
 
     def tell(self, make: Callable[[], Message]) -> None:
-        """Tell the other ranks what is done next; rank 0 only."""
+        """Tell the other ranks what to do next; rank 0 only."""
         if not self.is_broken:
             self._say(json.dumps(make()).encode())
 
     def listen(self) -> Message:
-        """Return what rank 0 tells next; every rank but 0.
+        """Return the next message from rank 0; every rank but 0.
 
         Raises:
             RankLost: rank 0 is gone.
@@ -83,7 +83,7 @@ class Group:
         ]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Give every rank the tensors of rank 0, bit for bit, in the memory of its own."""
+        """Copy the tensors of rank 0, bit for bit, into the memory of every rank's own."""
         for tensor in tensors:
             plain = tensor.detach().contiguous().reshape(-1)
             work = distributed.broadcast(plain.view(torch.uint8), 0, async_op=True)
@@ -95,7 +95,7 @@ class Group:
                 tensor.detach().copy_(plain.view(tensor.shape))
 
     def meet(self, failure: Exception | None, payload: bytes = b"") -> list[bytes]:
-        """Come together after work that may have failed; returns the payloads of all ranks, which have one length.
+        """Meet after work that may have failed; return the payloads of all ranks, which must have the same length.
 
         Raises:
             Exception: the work of a rank failed: this rank's own error, or one of the same kind that names the first.
@@ -111,7 +111,7 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Generator[None]:
-        """Raise what the body raises on any rank on every rank."""
+        """Raise on every rank what the body raises on any rank."""
         failure: Exception | None = None
         with self.in_step():
             try:
@@ -122,7 +122,7 @@ class Group:
 
     @contextlib.contextmanager
     def in_step(self) -> Generator[None]:
-        """Note where the body ends in the middle, so that the ranks no longer stand in the same place."""
+        """Note if the body is left early, so that the ranks are no longer in the same place."""
         try:
             yield
         except Exception:
@@ -132,10 +132,10 @@ class Group:
             raise
 
     def wait(self, work: Any, *, limited: bool = False) -> None:
-        """Wait for a collective, and look meanwhile whether the others are alive.
+        """Wait for a collective, and check meanwhile that the others are alive.
 
         Args:
-            limited: the others are about to come; else they may take any time.
+            limited: whether the others are about to join; otherwise they may take any time.
 
         Raises:
             RankLost: a rank is gone or frozen, or its connection broke.
@@ -147,31 +147,31 @@ class Group:
             try:
                 work.wait(GLANCE)
                 return
-            except RuntimeError as error:  # this glance is over, or the collective failed
-                if has_ended:  # it may also have ended right after the glance
+            except RuntimeError as error:  # this wait timed out, or the collective failed
+                if has_ended:  # it may also have ended right after the timeout
                     self.is_broken = True
                     raise self.watch.blame(error) from None
             self._look(time.monotonic() - begun if limited else 0.0)
 
     def moved(self, work: Any) -> None:
-        """Have what is computed next come after a collective on the device's tensors, which all ranks come to."""
+        """Order what is computed next after a collective on the device's tensors, which all ranks join."""
         if self.device.type == "cuda":
-            work.wait()  # the stream does; the process does in `settle`
+            work.wait()  # the stream waits; the process waits in `settle`
         else:
             self.wait(work, limited=True)
 
     def gather_into(self, whole: torch.Tensor, own: torch.Tensor) -> None:
-        """Fill `whole` with the tensors of all ranks, one after another; what is computed next comes after it."""
+        """Fill `whole` with the tensors of all ranks, one after another; what is computed next is ordered after it."""
         library: Any = distributed
         gather = getattr(library, "all_gather_single", None) or library.all_gather_into_tensor  # its old name
         self.moved(gather(whole, own, async_op=True))
 
     def wait_unseen(self) -> None:
-        """Note that this rank waits in PyTorch's own collectives from now on, which no look interrupts."""
+        """Note that this rank from now on waits in PyTorch's own collectives, which no check interrupts."""
         self.watch.may_hang = True
 
     def settle(self) -> None:
-        """Wait until the device has done what it was given; a CPU has."""
+        """Wait until the device has finished its work; a CPU already has."""
         if self.device.type != "cuda":
             return
         done = torch.cuda.Event()
@@ -184,10 +184,10 @@ class Group:
                 self._look(looked - begun)
 
     def end(self, last: Message | None = None) -> None:
-        """Leave the group; what is on its way to a rank that is gone is not waited for.
+        """Leave the group; messages to a rank that is gone are not waited for.
 
         Args:
-            last: what rank 0 tells the others before; where they cannot be told they find out by themselves.
+            last: what rank 0 tells the others first; if they cannot be told, they find out by themselves.
         """
         try:
             if last is not None:
@@ -207,7 +207,7 @@ class Group:
             raise
 
     def _all(self, own: bytes, *, limited: bool = False) -> list[bytes]:
-        """Return the bytes of all ranks, which have one length."""
+        """Return the bytes of all ranks, which must have the same length."""
         self.watch.place += 1
         mine = torch.frombuffer(bytearray(own), dtype=torch.uint8)
         found = [torch.empty_like(mine) for _ in range(self.size)]
@@ -215,7 +215,7 @@ class Group:
         return [each.numpy().tobytes() for each in found]
 
     def _say(self, text: bytes | None) -> bytes:
-        """Bring a text of any length from rank 0 to all: what is short goes at once."""
+        """Send a text of any length from rank 0 to all; a short one takes a single message."""
         frame = bytearray(FRAME)
         if text is not None:
             start = len(text).to_bytes(LENGTH, "little") + text[: FRAME - LENGTH]
@@ -233,9 +233,9 @@ class Group:
 
 
 def _keep_groups() -> None:
-    """Have PyTorch's process groups outlive the interpreter.
+    """Keep PyTorch's process groups alive past the end of the interpreter.
 
-    The end of one waits for its threads, and a thread of gloo for what a rank that is frozen never sends: the process
+    Destroying one waits for its threads, and a thread of gloo waits for what a frozen rank never sends: the process
     would not end. `abort` does not help (seen with torch 2.13).
     """
     library: Any = distributed.distributed_c10d

@@ -1,7 +1,7 @@
-"""How the processes of one start find each other in a store that processes of an earlier start may have written to.
+"""How the processes of one start find each other in a store that processes of earlier starts may have written to.
 
-torchrun's agents keep one store for all starts of a command, and count the starts each for itself. So every process has
-a name of its own: rank 0 says its name, the others answer under it, and who finds itself in rank 0's list is in.
+torchrun's agents keep one store for all starts of a command, and each counts the starts by itself. So every process has
+a unique name: rank 0 publishes its name, the others answer under it, and those in rank 0's list are in.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from onward.errors import RankLost
 from onward.training.ranks.watch import HINT
 
 PAUSE = 0.02
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 _FIRST, _ALL = "first", "all"
 
 
 def meet(store: Any, place: tuple[int, int], own: dict[str, Any], patience: float) -> tuple[str, list[dict[str, Any]]]:
-    """Meet all ranks; returns a name for keys of this group alone, and what each rank said of itself.
+    """Meet all ranks; return a name for keys of this group alone, and what each rank said about itself.
 
     Args:
         store: holds bytes by key; keys of earlier groups may be in it.
         place: this rank, and how many there are.
-        own: what this rank says, JSON values.
+        own: what this rank says about itself, as JSON values.
         patience: seconds to wait.
 
     Raises:

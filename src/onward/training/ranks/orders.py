@@ -1,4 +1,4 @@
-"""What rank 0 tells the others, as JSON values: the file that begins, the next step, that they may let go, the end."""
+"""What rank 0 tells the others, as JSON values: the file that begins, the next step, to free the model, the end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def file_order(
     files: Mapping[str, TokenizedFile],
     anchor: AnchorTerm | None,
 ) -> Message:
-    """Return what another rank needs to take the steps of a file, the state and the anchor's tensors apart."""
+    """Return what another rank needs to take the steps of a file, apart from the state and the anchor's tensors."""
     return {
         "order": FILE,
         "config": config.recorded(),
@@ -46,7 +46,7 @@ def file_order(
 
 
 def step_order(recomputation: str) -> Message:
-    """Return what another rank needs to take the next step: the key `activation_checkpointing` in force."""
+    """Return what another rank needs to take the next step: the current value of `activation_checkpointing`."""
     return {"order": STEP, "recomputation": recomputation}
 
 
@@ -65,7 +65,7 @@ def plan_message(plan: Plan) -> Message:
 
 
 def plan_told(told: Mapping[str, Any]) -> FilePlan | ReplayPlan:
-    """Return the plan of a message."""
+    """Return the plan that a message describes."""
     own = FilePlan(**_with_tuple(told["own"]))
     if "earlier" not in told:
         return own

@@ -1,4 +1,4 @@
-"""Every rank holds the state of rank 0: compared before each file, and sent where it is not so."""
+"""Ensures that every rank holds the state of rank 0: compares before each file, and sends it where it differs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Slot = tuple[int, str, list[int], str, str]
 def hold_same(
     make: Callable[[], TrainState], world: World, anchor: AnchorTerm | None = None, *, followed: bool = True
 ) -> None:
-    """Compare the state with that of rank 0, take it over where it is another, and get the anchor's tensors.
+    """Compare the state with that of rank 0, take over rank 0's if it differs, and receive the anchor's tensors.
 
     Args:
         make: returns the state; what it raises is raised on every rank.
         followed: whether this rank took every step of the state, so that it must be the same bit for bit.
 
     Raises:
-        VerificationFailed: a rank took every step and holds another state.
+        VerificationFailed: a rank took every step but holds another state.
         ModelError: a rank has other weights to train.
     """
     if world.size == 1:
@@ -51,7 +51,7 @@ def hold_same(
 
 
 def _mark(state: TrainState) -> Any:
-    """Return what two ranks compare of their states: marks on a GPU, a digest on a CPU."""
+    """Return what ranks compare of their states: marks on a GPU, a digest on a CPU."""
     marks = state.marks()
     if marks is not None:
         return [int(mark) for mark in marks]

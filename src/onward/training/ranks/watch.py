@@ -1,7 +1,7 @@
-"""Signs of life: every rank writes one each second; who misses another's for too long says which rank it was.
+"""Signs of life: every rank writes one per second; a rank that misses another's for too long reports which it was.
 
-They go through the store by which the group found each other, from a thread of their own: a rank that computes, waits
-for a collective or commits shows them, one that is killed or frozen does not.
+They go through the store by which the ranks found each other, from a thread of their own: a rank that computes, waits
+for a collective or commits shows them; one that was killed or is frozen does not.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from onward.training.ranks.failures import Released
 BEAT = 1.0
 """Seconds between two signs of life."""
 MISSED = 3.0
-"""Seconds without a sign after which a rank is the one whose connection broke."""
+"""Seconds without a sign after which a rank is taken to be the one whose connection broke."""
 GRACE = 20.0
-"""Seconds, if that is less than the patience, that a process has to end once another rank is lost."""
+"""Seconds (at most the patience) that a process has to end once another rank is lost."""
 STUCK = 10.0
-"""Times the patience that a rank may stay away from the others while it shows signs of life."""
+"""How many times the patience a rank may stay away from the others while it shows signs of life."""
 HINT = "What was committed is safe. onward train goes on from the last commit, on as many devices as there are."
 _LOST, _RELEASED, _STOP, _SAID = "lost", "released", "stop", "said"
 
 
 class Watch:
-    """What one rank knows of the life of the others. Rank 0 watches all, the others rank 0.
+    """What one rank knows about whether the others are alive. Rank 0 watches all of them, the others watch rank 0.
 
     Args:
         store: the store of the group, for this watch alone.
-        names: who each rank is, in words.
+        names: descriptions of the ranks.
         patience: seconds without a sign of life after which a rank is lost.
         clock: seconds that never jump.
     """
@@ -40,15 +40,15 @@ class Watch:
         self, store: Any, rank: int, names: Sequence[str], patience: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.place = 0
-        """How many times this rank met the others."""
+        """How often this rank has met the others."""
         self.on_stop: Callable[[str], None] | None = None
-        """Rank 0: called, from another thread, with who asked for a stop."""
+        """On rank 0: called, from another thread, with who asked for a stop."""
         self.asked: Callable[[], str | None] = lambda: None
-        """Other ranks: asked who wants a stop."""
+        """On other ranks: returns who asked for a stop."""
         self.on_loss: Callable[[RankLost], None] = lambda _: None
-        """Called, from another thread, where a rank is lost and this one `may_hang` and has not ended in time."""
+        """Called, from another thread, if a rank is lost, this one `may_hang`, and it has not ended in time."""
         self.may_hang = False
-        """Whether this rank also waits for the others where it cannot look whether they live."""
+        """Whether this rank also waits for others in places where it cannot check whether they are alive."""
         self._lost_since: float | None = None
         self._store, self._rank, self._names, self._patience, self._clock = store, rank, names, patience, clock
         self._others = range(1, len(names)) if rank == 0 else range(1)
@@ -63,12 +63,12 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="onward-ranks", daemon=True)
 
     def start(self) -> None:
-        """Give the first sign of life, and go on in a thread."""
+        """Give the first sign of life, and continue in a thread."""
         self._store.set(f"beat/{self._rank}", "0 0")
         self._thread.start()
 
     def close(self, *, released: bool) -> None:
-        """End the thread; with `released` the others are told that their work is over."""
+        """End the thread; with `released`, the others are told that their work is over."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join(BEAT)
@@ -76,13 +76,13 @@ class Watch:
             self._try(lambda: self._store.set(_RELEASED, "1"))
 
     def check(self, waited: float = 0.0) -> None:
-        """Look whether those that this rank waits for are alive.
+        """Check that those that this rank waits for are alive.
 
         Args:
-            waited: seconds that it has waited for them to come to the same place; 0 where they may take any time.
+            waited: seconds that it has waited for them to reach the same place; 0 if they may take any time.
 
         Raises:
-            RankLost: one is not, or does not come.
+            RankLost: one is not, or does not arrive.
             Released: rank 0 has ended.
         """
         if self._is_released:
@@ -94,14 +94,15 @@ class Watch:
             raise self._lost(self._problem)
 
     def blame(self, error: BaseException) -> RankLost:
-        """Return the error for a connection that broke, which names the rank that is gone, where that shows."""
+        """Return the error for a broken connection, which names the rank that is gone, if that is known."""
         self._wait_for_gone()
         return self._lost(self._problem or f"the connection to another rank broke: {first_line(error)}")
 
     def explain(self, error: RankLost) -> RankLost:
-        """Return the error that ends this rank in the words of whoever knows why, and tell the others if it does.
+        """Return the error that ends this rank in the words of the rank that knows why, and tell the others if this one
+        does.
 
-        A rank that fails while all compute together breaks the connections of the others once it ends, and only then.
+        A rank that fails while all compute together breaks the connections of the others only when it ends.
         """
         self._wait_for_gone()
         if self._problem is None:
@@ -123,16 +124,16 @@ class Watch:
         return RankLost(problem, where="devices", hint=HINT)
 
     def is_first_to_say(self) -> bool:
-        """Whether nobody else has said yet what ended the group; true for one rank only."""
+        """Whether no other rank has reported yet what ended the group; True for only one rank."""
         try:
             return bool(self._store.add(_SAID, 1) == 1)
         except Exception:  # the store is gone
             return True
 
     def look(self) -> None:
-        """Give a sign of life, look at those of the others, and pass on what was asked; the thread does it."""
+        """Give a sign of life, check those of the others, and pass on stop requests; called by the thread."""
         now = self._clock()
-        if now - self._last > 3 * BEAT:  # this process itself stood still: nothing is known of the others
+        if now - self._last > 3 * BEAT:  # this process itself was suspended: nothing is known about the others
             self._seen = {rank: (beat, now) for rank, (beat, _) in self._seen.items()}
         self._last = now
         self._store.set(f"beat/{self._rank}", f"{now} {self.place}")
@@ -184,7 +185,7 @@ class Watch:
             self._store.set(_STOP, f"{reason} to rank {self._rank}")
 
     def _without_store(self) -> None:
-        """The store went with what started the processes: rank 0 stops as on a signal, and the others follow it."""
+        """Handle the loss of the store, whose agent is gone: rank 0 stops as on a signal, and the others follow."""
         if self.on_stop is not None:
             self.on_stop("the end of the process that started the others")
 
@@ -195,7 +196,7 @@ class Watch:
     def _try(call: Callable[[], None]) -> None:
         try:
             call()
-        except Exception:  # the store is gone, and with it whoever was to read this
+        except Exception:  # the store is gone, and with it the readers of this
             return
 
 

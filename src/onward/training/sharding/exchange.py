@@ -1,10 +1,9 @@
-"""Gradients of a step's parts, added in the order of the parts, whatever the number of ranks.
+"""Adds the gradients of a step's parts in the order of the parts, whatever the number of ranks.
 
-Each round, as many parts are computed as there are ranks, one by each. FSDP2's own reduce-scatter would add them in an
-order that depends on that number. Here gradients only move (all-to-all), and each rank adds what belongs to its shards
-in the order of the parts, going on from round to round: the parts of a share to each other, and the shares to each
-other, as autograd adds them on one device.
-That parts, not devices, make up a step is the idea of EasyScale (Li et al., SC'23).
+In each round, as many parts are computed as there are ranks, one by each. FSDP2's own reduce-scatter would add them in
+an order that depends on that number. Here gradients only move (all-to-all), and each rank adds what belongs to its
+shards in the order of the parts, across rounds: the parts of a share to each other, and the shares to each other, as
+autograd adds them on one device. That parts, not devices, make up a step is the idea of EasyScale (Li et al., SC'23).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part stands in its share.
+    """The place of a part in its share.
 
     Args:
         begins, ends: whether it is the first, and the last one.
@@ -39,7 +38,7 @@ class PartSum:
         self._share: torch.Tensor | None = None
 
     def begin(self) -> None:
-        """Begin a step: nothing is summed."""
+        """Begin a step: nothing is summed yet."""
         self._total = self._share = None
 
     def add(self, parts: Iterable[torch.Tensor], places: Sequence[Place], out: torch.Tensor) -> None:
@@ -86,7 +85,7 @@ class Exchange:
         cast(FSDPModule, root).set_reduce_scatter_unused_params(True)
 
     def begin(self) -> None:
-        """Begin a step: nothing is summed."""
+        """Begin a step: nothing is summed yet."""
         for total in self._sums:
             total.sum.begin()
 
@@ -151,7 +150,7 @@ class WholeExchange:
         self._own: torch.Tensor | None = None
 
     def begin(self) -> None:
-        """Begin a step: nothing is summed, and no weight has a gradient."""
+        """Begin a step: nothing is summed yet, and no weight has a gradient."""
         self._sum.begin()
         for weight in self._weights:
             weight.grad = None
@@ -177,7 +176,7 @@ class WholeExchange:
             weight.grad = place.clone()
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the sums to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        """Scale the sums to a norm of at most `limit`; return the norm that they had (scalar)."""
         return nn.utils.clip_grad_norm_(self._weights, limit)
 
     def stepped(self) -> None:

@@ -1,7 +1,7 @@
-"""A state written by all ranks at once: each writes and hashes its own shards, and rank 0 the manifest last.
+"""A state written by all ranks at once: each writes and hashes its own shards, and rank 0 writes the manifest last.
 
-The files are those of torch.distributed.checkpoint in safetensors, so they hold nothing but numbers and are read for
-any number of ranks. A folder without its manifest is not a state.
+The files are those of torch.distributed.checkpoint in safetensors, so they contain only numbers and can be read by any
+number of ranks. A folder without its manifest is not a state.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ShardManifest(BaseModel):
 
     @property
     def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups as an `optimizer.pt` has them: JSON has lists for tuples."""
+        """The optimizer's groups as in an `optimizer.pt`: JSON has lists in place of tuples."""
         return [{key: tuple(value) if key == "betas" else value for key, value in each.items()} for each in self.groups]
 
     def sealed(self) -> ShardManifest:
@@ -75,7 +75,7 @@ class ShardManifest(BaseModel):
 def host_mesh() -> DeviceMesh:
     """Return all ranks with main memory as their device, in a group of their own; every rank calls this once.
 
-    The group may be used in a thread while the one that trains is in use.
+    The group may be used in a thread while the training group is in use.
     """
     group: Any = dist.new_group(backend="gloo", timeout=FOREVER, group_desc="onward-shards")
     return DeviceMesh.from_group(group, "cpu")
@@ -84,8 +84,8 @@ def host_mesh() -> DeviceMesh:
 def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> None:
     """Write a state into a folder that appears whole or not at all. Every rank calls this, with its own snapshot.
 
-    The ranks write to one disk. Where a rank cannot write, all raise what it met; where one is lost, the others raise.
-    Nothing appears then.
+    The ranks write to one disk. If a rank cannot write, all raise its error; if one is lost, the others raise. Then
+    nothing appears.
 
     Args:
         snapshot: this rank's copy of its shards, in main memory.
@@ -120,7 +120,7 @@ def write_shards(target: Path, snapshot: Snapshot, shards: Shards, host: DeviceM
 def _write_files(
     folder: Path, snapshot: Snapshot, tensors: Mapping[str, DTensor], host: DeviceMesh
 ) -> dict[str, dict[str, Any]]:
-    """Write and hash this rank's shards; returns size and hash of the files of all ranks, by name."""
+    """Write and hash this rank's shards; return size and hash of the files of all ranks, by name."""
     writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
     held = {key: tensor for key, tensor in tensors.items() if tensor.to_local().numel()}
     try:
@@ -142,7 +142,7 @@ def _write_files(
 
 
 def _met(error: CheckpointException) -> Exception:
-    """Return what a rank met: an error of the disk before all others."""
+    """Return the error of a rank, preferring an error of the disk."""
     failures = [failure for failure, _ in error.failures.values()]
     found = next((failure for failure in failures if isinstance(failure, OSError)), failures[0])
     return found if isinstance(found, Exception) else RuntimeError(str(found))
@@ -150,7 +150,7 @@ def _met(error: CheckpointException) -> Exception:
 
 @contextlib.contextmanager
 def _on_all(host: DeviceMesh) -> Generator[None]:
-    """Raise an error of the disk that the body meets on any rank on every rank, once all are at its end."""
+    """Raise on every rank a disk error that the body meets on any rank, once all have reached its end."""
     failure: OSError | None = None
     try:
         yield
@@ -167,7 +167,7 @@ def _on_all(host: DeviceMesh) -> Generator[None]:
 
 
 def read_manifest(folder: Path) -> ShardManifest:
-    """Return the manifest of shards, which says nothing yet of the files.
+    """Return the manifest of shards; this does not check the files yet.
 
     Raises:
         DamagedState: it is missing, or is not what was written.
@@ -188,7 +188,7 @@ def read_manifest(folder: Path) -> ShardManifest:
 
 
 def require_files(folder: Path, manifest: ShardManifest, rank: int = 0, size: int = 1) -> None:
-    """Hold every file of a rank's share against the manifest.
+    """Check every file of a rank's share against the manifest.
 
     Raises:
         DamagedState: one is missing or was changed.
@@ -209,11 +209,11 @@ def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards
     """Load what this rank holds of a state that any number of ranks wrote; every rank calls this.
 
     Args:
-        folder: the shards, whose files hold (`require_files`).
+        folder: the shards, whose files were checked (`require_files`).
         host: `host_mesh()`.
 
     Raises:
-        DamagedState: the state is not one of this model and this optimizer.
+        DamagedState: the state does not belong to this model and this optimizer.
         Unreadable: a file cannot be read now.
     """
     rows = {name: torch.empty_like(shard.local, device="cpu") for name, shard in shards.items()}
@@ -238,7 +238,7 @@ def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards
 
 
 def _tensors(snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> dict[str, DTensor]:
-    """Return every tensor of a state by key, this rank's rows in it."""
+    """Return every tensor of a state by key, with this rank's rows in it."""
     rows = {f"{WEIGHT}/{name}": shards[name].rows(tensor) for name, tensor in snapshot.weights.items()}
     for slot in snapshot.method.slots:
         rows.update({f"{slot}/{name}": shards[name].rows(entry[slot]) for name, entry in snapshot.moments.items()})
@@ -248,7 +248,7 @@ def _tensors(snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> dict[str, 
 
 
 def _whole(rows: torch.Tensor, shape: torch.Size, host: DeviceMesh) -> DTensor:
-    """Return a tensor of which this rank has these rows."""
+    """Return a distributed tensor of which this rank has these rows."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(rows, host, [ByRows(0)], run_check=False, shape=shape, stride=stride)
 

@@ -1,4 +1,4 @@
-"""Whole tensors out of shards: each on one rank, one at a time, so that no rank ever holds more than one of them."""
+"""Gathers whole tensors from shards: each on one rank, one at a time, so that no rank holds more than one."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def rows_of(rows: int, rank: int, size: int) -> tuple[int, int]:
 def wholes(
     mesh: DeviceMesh, shapes: Sequence[torch.Size], tensors: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield tensors whole, with their place; tensor i on rank i modulo N. All ranks call this and take all of it.
+    """Yield whole tensors with their index; tensor i on rank i modulo N. All ranks must call and exhaust this.
 
     Each rank sends its rows once, so the traffic is that of a reduce-scatter.
 
     Args:
-        shapes: those of the whole tensors.
+        shapes: the shapes of the whole tensors.
         tensors: this rank's rows of them.
     """
     rank, size = mesh.get_local_rank(), mesh.size()
@@ -41,9 +41,9 @@ def wholes(
 
 
 def norms(mesh: DeviceMesh, shapes: Sequence[torch.Size], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the norm of each whole tensor, shape (tensors,): the bits that one device gets, on every rank.
+    """Return the norm of each whole tensor, shape (tensors,), on every rank, with the bits that one device gets.
 
-    A sum over shards would depend on where they are cut, so each tensor is made whole once, on one rank.
+    A sum over shards would depend on where they are split, so each tensor is gathered once, on one rank.
     """
     size = mesh.size()
     each = -(-len(tensors) // size)
@@ -59,7 +59,7 @@ def first_gets(mesh: DeviceMesh, shape: torch.Size, rows: torch.Tensor) -> torch
     """Return a tensor whole on the first rank, and None on the others. All ranks call this.
 
     Args:
-        shape: that of the whole tensor.
+        shape: the shape of the whole tensor.
         rows: this rank's rows of it.
     """
     size, group = mesh.size(), mesh.get_group()

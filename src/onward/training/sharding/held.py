@@ -1,4 +1,4 @@
-"""What one rank holds of a run whose model is in shards: its part of the state, and how steps are taken with it."""
+"""What one rank holds of a run with a sharded model: its part of the state, and how steps are taken with it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from onward.training.sharding.steps import Gradients, InShards, loss_in_shards
 from onward.training.state import TrainState
 
 LONGEST = timedelta(minutes=10)
-"""How long a collective within a step may take: ranks come to it about at once, and one that never does must end."""
+"""How long a collective within a step may take: ranks reach it almost together, and one that never does must end."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Held:
     """A rank's part of a run.
 
     Args:
-        state: on each rank its rows alone; with an adapter the same on every rank.
-        gradients: where those of a step go.
+        state: on each rank only its rows; with an adapter, the same on every rank.
+        gradients: where the gradients of a step go.
         host: all ranks with main memory as their device.
         dtype: compute type.
-        exact: compute with operations only that repeat.
+        exact: use only deterministic operations.
     """
 
     sharded: ShardedModel
@@ -56,20 +56,20 @@ class Held:
 
     @property
     def shards(self) -> Shards | None:
-        """The shards of what is trained; None where every rank has it whole."""
+        """The shards of what is trained; None if every rank has all of it."""
         return self.gradients if isinstance(self.gradients, Shards) else None
 
     def probe(self, seed: int) -> Probed:
-        """Return what `Probe.of_model` does; every rank calls this between two steps."""
+        """Return the same as `Probe.of_model`; every rank must call this between two steps."""
         return probe_in_shards(self.sharded, self.gradients, self.dtype, seed, exact=self.exact)
 
     def placement(self, pad_id: int, *, by_length: bool) -> InShards[Any]:
-        """Return how the trainer takes steps; every rank calls this at once. The arguments are those of `Execution`."""
+        """Return how the trainer takes steps; every rank must call this. The arguments are those of `Execution`."""
         loss = loss_in_shards(self.sharded, self.sharded.device, self.dtype, pad_id, by_length=by_length)
         return InShards(self.sharded, self.gradients, loss)
 
     def measure(self, probed: Probed) -> Measurement:
-        """Return the whole state as measured; every rank calls this."""
+        """Return the measurement of the whole state; every rank must call this."""
         state, shards = self.state, self.shards
         digest = state.view().digest() if shards is None else digest_in_shards(state, shards)
         count = state.view().adam_step()
@@ -79,17 +79,17 @@ class Held:
 def hold(
     spec: ModelSpec, host: DeviceMesh, folder: Path | None, manifest: Manifest | None, treatment: Treatment | None
 ) -> Held:
-    """Build this rank's part of a run, as every rank does; nothing is told meanwhile, so one may fail alone.
+    """Build this rank's part of a run, as every rank does; ranks do not communicate meanwhile, so one may fail alone.
 
     Args:
         host: `host_mesh()`.
         folder: the checkpoint, or what a new run starts from, if anything.
-        manifest: that of the checkpoint; None for a new run.
+        manifest: the checkpoint's manifest; None for a new run.
 
     Raises:
-        ConfigError: the config asks for what shards do not have.
+        ConfigError: the config asks for something that sharding does not support.
         DamagedState: the checkpoint is not what its manifest says.
-        ModelError: the model cannot be loaded, or not cut.
+        ModelError: the model cannot be loaded or sharded.
     """
     require_shardable(spec.config)
     group: Any = distributed.new_group(timeout=LONGEST, group_desc="onward-weights")

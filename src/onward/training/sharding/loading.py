@@ -1,4 +1,4 @@
-"""Loading a checkpoint into shards: every rank maps the whole files, and copies its part of them alone."""
+"""Loads a checkpoint into shards: every rank maps the whole files, but copies only its part of them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from onward.training.state import TrainState
 def load_sharded(
     folder: Path, manifest: Manifest, spec: ModelSpec, mesh: DeviceMesh, *, treatment: Treatment | None = None
 ) -> tuple[ShardedModel, TrainState, Shards]:
-    """Build what a rank of a mesh holds of the TrainState of a verified checkpoint; every rank calls this.
+    """Build a rank's part of the TrainState of a verified checkpoint; every rank must call this.
 
     Weights and moments are mapped from their files, and only this rank's part is copied.
 
     Raises:
         DamagedState: names, shapes or types are not those of the manifest.
-        ModelError: the model cannot be cut.
+        ModelError: the model cannot be sharded.
         Unreadable: a file cannot be read now.
     """
     model = build_model(spec, checkpoint=folder, treatment=treatment, mapped=True)

@@ -1,4 +1,4 @@
-"""What the handover compares of a state in shards, measured by all ranks together: the numbers of one device."""
+"""What the handover compares of a sharded state, measured by all ranks together, with the results of one device."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from onward.training.state import StateDigest, TrainState, digest_tensors
 def probe_in_shards(
     sharded: ShardedModel, gradients: Gradients, dtype: torch.dtype, seed: int, *, exact: bool = True
 ) -> Probed:
-    """Return what `Probe.of_model` measures of the same model on one device. Every rank calls this, between two steps.
+    """Return what `Probe.of_model` measures of the same model on one device; every rank must call this between two
+    steps.
 
-    It is measured on the model itself, in evaluation mode: a twin would not be made whole. What the passes leave in
-    buffers is put back, and gradients are dropped.
+    It is measured on the model itself, in evaluation mode: a twin would not be gathered. Buffers are restored after the
+    passes, and gradients are dropped.
 
     Args:
-        gradients: those of the model (`InShards`).
+        gradients: the gradients of the model (`InShards`).
         dtype: compute type.
-        seed: the run's.
-        exact: compute with operations only that repeat.
+        seed: the run's seed.
+        exact: use only deterministic operations.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -59,9 +60,10 @@ def probe_in_shards(
 
 
 def digest_in_shards(state: TrainState, shards: Shards) -> StateDigest:
-    """Return the digest of the whole state, on every rank; every rank calls this, and holds one tensor at most.
+    """Return the digest of the whole state, on every rank; every rank must call this, and holds at most one whole
+    tensor.
 
-    The digest reads one tensor after another, so each goes to the first rank: as much moves as the state has bytes.
+    The digest reads one tensor after another, so each is sent to the first rank: all bytes of the state move once.
     """
     snapshot, mesh = state.view(), shards.mesh
     weights = ((name, name, tensor) for name, tensor in sorted(snapshot.weights.items()))

@@ -1,7 +1,7 @@
-"""A model in shards: every decoder layer is made whole while it computes, and nowhere else.
+"""A sharded model: every decoder layer is gathered only while it computes.
 
-Stands on FSDP2 (`fully_shard`; Zhao et al., 2023, "PyTorch FSDP"). Weights keep the type in which one device holds
-them, also while they travel, so that a forward pass under autocast gives the bits of one device.
+Based on FSDP2 (`fully_shard`; Zhao et al., 2023, "PyTorch FSDP"). Weights keep the type in which one device holds them,
+even in transit, so that a forward pass under autocast gives the bits of one device.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NEEDS = "set_custom_reduce_scatter"
 
 
 class ShardedModel:
-    """A model whose weights lie in shards on the ranks of a mesh. Every rank makes it of the same model.
+    """A model whose weights are sharded over the ranks of a mesh. Every rank makes it from the same model.
 
-    What is trained alongside a frozen base (an adapter) stays whole on every rank: it is small, and is then written,
+    What is trained with a frozen base (an adapter) stays whole on every rank: it is small, and is then written,
     measured and clipped as on one device.
 
     Args:
-        model: a causal language model, with or without an adapter; its parameters are replaced by shards. Where it is
-            trained whole, its weights may be in the type of their files: shards of them are in float32.
+        model: a causal language model, with or without an adapter; its parameters are replaced by shards. In full
+            training, its weights may be in the type of their files; their shards are in float32.
         mesh: the ranks, in one dimension, and their kind of device.
 
     Raises:
@@ -64,15 +64,15 @@ class ShardedModel:
         self.exchange = Exchange(self._whole, layers, mesh.size())
 
     def compute(self, function: Callable[[], Result]) -> Result:
-        """Return what a function computes with the model. Every rank calls this at once, with any function that runs
-        the same layers in the same order.
+        """Return what a function computes with the model. Every rank must call this at once, with any function that
+        runs the same layers in the same order.
 
-        The weights outside of the decoder layers (embedding, norm, head) are whole meanwhile, so the function may read
+        The weights outside the decoder layers (embedding, norm, head) are whole meanwhile, so the function may read
         them. They stay so until the backward pass of a loss that it returns. Autocast keeps no copies of weights, which
         would add up to the whole model.
 
         Raises:
-            Exception: what the function raises; the model is in shards again.
+            Exception: what the function raises; the model is sharded again.
         """
         caches = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
@@ -88,7 +88,7 @@ class ShardedModel:
         return result
 
     def forget(self) -> None:
-        """Drop what an interrupted pass left, gradients included; weights are in shards again."""
+        """Drop what an interrupted pass left, including gradients; weights are sharded again."""
         cast(Any, self._root).reset_iter_state()
         self.exchange.begin()
 
@@ -98,7 +98,7 @@ def _has_graph(result: object) -> bool:
 
 
 class _Whole(nn.Module):
-    """The root of the shards: it computes whatever it is given."""
+    """The root module of the shards: it runs any function it is given."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _Whole(nn.Module):
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a model that transformers can compute again, outermost ones, each once.
+    """Return the layers of a model that transformers can recompute, the outermost ones, each once.
 
     Raises:
         ModelError: it has none.
@@ -124,7 +124,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _kept_whole(model: nn.Module) -> set[nn.Parameter]:
-    """Return what is trained alongside a frozen base."""
+    """Return what is trained with a frozen base."""
     if not isinstance(model, PeftModel):
         return set()
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -142,7 +142,7 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _require_apart(model: nn.Module, layers: Collection[nn.Module], kept_whole: Collection[nn.Parameter]) -> None:
-    """Refuse weights that two layers share, or a layer and the rest of the model, and what FSDP2 cannot cut."""
+    """Refuse weights shared by two layers, or by a layer and the rest of the model, and what FSDP2 cannot shard."""
     owners: dict[nn.Parameter, set[nn.Module]] = {}
     inside = {part: layer for layer in layers for part in layer.modules()}
     for part in model.modules():

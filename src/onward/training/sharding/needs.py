@@ -1,4 +1,4 @@
-"""What a config may ask for where the model is in shards."""
+"""What a config may ask for if the model is sharded."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from onward.errors import ConfigError
 
 
 def require_shardable(config: Config) -> None:
-    """Refuse a config with what needs a forward pass of rank 0 alone, or weights that cannot be cut.
+    """Refuse a config with anything that needs a forward pass of rank 0 alone, or weights that cannot be sharded.
 
     Raises:
-        ConfigError: it has.
+        ConfigError: it has such a key.
     """
     needs = {
         "evaluation.share": (config.evaluation.share, 0),

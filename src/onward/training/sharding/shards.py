@@ -1,8 +1,8 @@
-"""Shards of weights as plain tensors: which rows a rank holds, their gradients, and what the optimizer is given.
+"""Shards of weights as plain tensors: which rows a rank holds, their gradients, and what the optimizer gets.
 
 An optimizer's kernel on a CPU computes the last few numbers of a tensor one by one, and those may get other last bits
-than numbers computed together. So that a shard gets the bits of the whole tensor, it is laid out with its neighbours'
-places around it wherever it does not begin and end where the kernel would cut (`span`).
+than numbers computed together. So that a shard gets the bits of the whole tensor, it is laid out with room for its
+neighbours around it unless it begins and ends where the kernel would split (`span`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from onward.training.sharding.gathering import norms, rows_of, wholes
 from onward.training.sharding.model import ShardedModel
 
 UNIT = 16
-"""Numbers of float32 in the widest register of a processor (AVX-512); the others have a part of it."""
+"""float32 numbers in the widest register of a processor (AVX-512); narrower ones divide it."""
 
 
 def span(first: int, last: int, total: int) -> tuple[int, int]:
-    """Return the places of a flat tensor of `total` numbers that are computed with those from `first` up to `last`.
+    """Return the range in a flat tensor of `total` numbers that is computed with the numbers from `first` up to `last`.
 
-    They begin at a whole unit, and end at one or, where the numbers reach into the rest behind the last whole unit, at
-    the end of the tensor. Each number is then computed as in the tensor itself.
+    It begins at a whole unit, and ends at one or, if the numbers reach into the rest after the last whole unit, at the
+    end of the tensor. Each number is then computed as in the tensor itself.
     """
     if first == last:
         return first, last
@@ -43,10 +43,10 @@ class Shard:
     """The rows of one weight that this rank holds.
 
     Args:
-        weight: the weight as FSDP2 has it between computations.
-        held: what the optimizer is given: the rows in the weight's own memory, or a flat copy with places around them.
-        start: place in the flat whole weight at which `held` begins.
-        before: places before the rows in `held`, where it is a copy; else None.
+        weight: FSDP2's weight between computations.
+        held: what the optimizer gets: the rows in the weight's own memory, or a flat copy with room around them.
+        start: index in the flat whole weight at which `held` begins.
+        before: numbers before the rows in `held` if it is a copy; otherwise None.
     """
 
     weight: DTensor
@@ -65,14 +65,14 @@ class Shard:
         return self.weight.to_local().detach()
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the rows in a tensor that is laid out as `held` is (one of the moments), shape (rows, ...)."""
+        """Return the rows in a tensor with the layout of `held` (one of the moments), shape (rows, ...)."""
         if self.before is None:
             return tensor
         local = self.weight.to_local()
         return tensor[self.before : self.before + local.numel()].view(local.shape)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return a copy of what belongs to this rank of a whole tensor of the weight's shape, laid out as `held` is."""
+        """Return a copy of this rank's part of a whole tensor of the weight's shape, in the layout of `held`."""
         flat = whole.reshape(-1)[self.start : self.start + self.held.numel()]
         return torch.empty_like(self.held).copy_(flat.view(self.held.shape))
 
@@ -89,12 +89,12 @@ class Shard:
         self.rows(self.held.grad).copy_(gradient.to_local())
 
     def give_back(self) -> None:
-        """Put the rows as the optimizer left them into the weight's own memory."""
+        """Copy the rows from the optimizer back into the weight's own memory."""
         if self.before is not None:
             self.local.copy_(self.rows(self.held.detach()))
 
     def take(self) -> None:
-        """Put the rows as they are in the weight's own memory before the optimizer."""
+        """Copy the rows from the weight's own memory to the optimizer."""
         if self.before is not None:
             self.rows(self.held.detach()).copy_(self.local)
 
@@ -103,7 +103,7 @@ class Shards(Mapping[str, Shard]):
     """This rank's shards of all trained weights by name, in the order of `optimizer.pt`.
 
     Args:
-        sharded: a model in shards, all that is trained too; between two computations.
+        sharded: a sharded model, including all that is trained, between two computations.
         method: how it is trained.
     """
 
@@ -115,7 +115,7 @@ class Shards(Mapping[str, Shard]):
         trained = [name for group in method.groups(sharded.model) for name, _ in group]
         self._shards = {name: _shard(weights[name], self.mesh) for name in trained}
         self.frozen = {name: weight for name, weight in weights.items() if name not in self._shards}
-        """What is not trained; it is in shards too, and never changes."""
+        """What is not trained; it is sharded too, and never changes."""
 
     def __getitem__(self, name: str) -> Shard:
         return self._shards[name]
@@ -142,18 +142,18 @@ class Shards(Mapping[str, Shard]):
             shard.weight.grad = shard.held.grad = None
 
     def add(self, places: Sequence[Place]) -> None:
-        """After the backward pass of a round: move the sums so far to what the optimizer is given."""
+        """After the backward pass of a round, move the sums so far to what the optimizer gets."""
         del places
         for shard in self._shards.values():
             shard.take_gradient()
 
     def give(self) -> None:
-        """After the last round: they are there."""
+        """Do nothing after the last round: the sums are already in place."""
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar).
+        """Scale the gradients to a norm of at most `limit`; return the norm that they had (scalar).
 
-        As `torch.nn.utils.clip_grad_norm_` does with whole gradients, to the last bit.
+        The result equals that of `torch.nn.utils.clip_grad_norm_` with whole gradients, to the last bit.
         """
         gradients = [shard.rows(cast(torch.Tensor, shard.held.grad)) for shard in self.values()]
         each = norms(self.mesh, [shard.shape for shard in self.values()], gradients)
@@ -162,13 +162,13 @@ class Shards(Mapping[str, Shard]):
         return total
 
     def wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the whole gradients by name, each on one rank; every rank takes all that it gets."""
+        """Yield the whole gradients by name, each on one rank; every rank must exhaust this."""
         names, shapes = list(self), [shard.shape for shard in self.values()]
         gradients = [shard.rows(cast(torch.Tensor, shard.held.grad)) for shard in self.values()]
         return ((names[place], whole) for place, whole in wholes(self.mesh, shapes, gradients))
 
     def stepped(self) -> None:
-        """After the optimizer's step: put what it changed where the model reads it."""
+        """After the optimizer's step, put what it changed where the model reads it."""
         for shard in self._shards.values():
             shard.give_back()
 

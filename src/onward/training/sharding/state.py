@@ -1,4 +1,4 @@
-"""The TrainState of a model in shards: on each rank its rows alone, with an optimizer over them."""
+"""The TrainState of a sharded model: on each rank only its rows, with an optimizer over them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from onward.training.state import TrainState
 
 
 def start_sharded(sharded: ShardedModel, config: Config) -> tuple[TrainState, Shards]:
-    """Return the state of step 0 of a model that is trained whole, and the shards that it is made of.
+    """Return the state of step 0 of a fully trained model, and the shards that make it up.
 
-    Weights, moments and copies of the state are this rank's, laid out as `Shard.held` is.
+    Weights, moments and copies of the state are this rank's, in the layout of `Shard.held`.
     """
     method = optimizer_method(config)
     shards = Shards(sharded, method)

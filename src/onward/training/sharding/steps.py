@@ -1,4 +1,4 @@
-"""The gradients of a step of a model in shards: which part each rank computes, and when."""
+"""The gradients of a step of a sharded model: which part each rank computes, and when."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gradients(Protocol):
 
     @property
     def holds_whole(self) -> bool:
-        """Whether every rank has all that is trained."""
+        """Whether every rank has everything that is trained."""
         ...
 
     def begin(self) -> None:
@@ -39,7 +39,7 @@ class Gradients(Protocol):
         ...
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale them to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        """Scale them to a norm of at most `limit`; return the norm that they had (scalar)."""
         ...
 
     def stepped(self) -> None:
@@ -47,14 +47,14 @@ class Gradients(Protocol):
         ...
 
     def wholes(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the whole gradients by name, each on one rank; every rank takes all that it gets."""
+        """Yield the whole gradients by name, each on one rank; every rank must exhaust this."""
         ...
 
 
 def loss_in_shards(
     sharded: ShardedModel, device: torch.device, dtype: torch.dtype, pad_id: int = 0, *, by_length: bool = False
 ) -> TargetLoss:
-    """Return the loss of a model in shards; every rank calls this at once. The arguments are those of `TargetLoss`."""
+    """Return the loss of a sharded model; every rank must call this. The arguments are those of `TargetLoss`."""
     loss = sharded.compute(partial(TargetLoss, sharded.model, device, dtype, pad_id, by_length=by_length))
     loss.through = sharded.compute
     return loss
@@ -77,11 +77,11 @@ class InShards(Generic[Part]):
 
     @property
     def holds_whole(self) -> bool:
-        """Whether every rank has all that is trained."""
+        """Whether every rank has everything that is trained."""
         return self._gradients.holds_whole
 
     def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradients to a norm of at most `limit`; returns the norm that they had (scalar)."""
+        """Scale the gradients to a norm of at most `limit`; return the norm that they had (scalar)."""
         return self._gradients.clip(limit)
 
     def stepped(self) -> None:

@@ -1,6 +1,6 @@
-"""A whole state out of shards on disk, tensor by tensor: what a checkpoint is written from, as on one device.
+"""Assembles a whole state from shards on disk, tensor by tensor, to write a checkpoint as on one device.
 
-Whole tensors are copied into files and mapped from there, so that they take no memory that the system cannot have back.
+Whole tensors are copied into files and mapped from there, so that the system can reclaim their memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Whole:
     """A whole state, mapped from files.
 
     Args:
-        model: the model with these weights, to be written and not to be computed with.
+        model: the model with these weights, for writing, not for computing.
         state: what was trained.
     """
 
@@ -43,12 +43,12 @@ class Whole:
 def whole_state(
     folder: Path, manifest: ShardManifest, bare: nn.Module, method: OptimizerMethod, scratch: Path
 ) -> Whole:
-    """Return the whole state that shards hold. At most one tensor is in memory at a time, and its pieces.
+    """Return the whole state of shards. At most one tensor and its pieces are in memory at a time.
 
     Args:
-        folder: the shards, whose files hold (`require_files`).
-        bare: the model as it was before it was cut (`ShardedModel.bare`).
-        method: the optimizer's.
+        folder: the shards, whose files were checked (`require_files`).
+        bare: the model as it was before sharding (`ShardedModel.bare`).
+        method: the optimizer's method.
         scratch: a folder for whole tensors; it must stay as long as the state is used.
     """
     names = [key.split("/", 1)[1] for key in manifest.tensors if key.startswith(f"{WEIGHT}/")]
@@ -88,7 +88,7 @@ def _mapped(
 
 
 def _header(manifest: ShardManifest, keys: Sequence[str]) -> bytes:
-    """Return what a safetensors file of these whole tensors begins with."""
+    """Return the beginning of a safetensors file of these whole tensors."""
     place = 0
     entries: dict[str, Any] = {}
     for key in keys:
@@ -97,5 +97,5 @@ def _header(manifest: ShardManifest, keys: Sequence[str]) -> bytes:
         entries[key] = {"dtype": TYPES[kind], "shape": shape, "data_offsets": [place, end]}
         place = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # numbers begin where a processor reads them fast
+    text += b" " * (-(8 + len(text)) % 64)  # aligned, so that a processor reads numbers fast
     return struct.pack("<Q", len(text)) + text

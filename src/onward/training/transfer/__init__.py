@@ -1,4 +1,4 @@
-"""Copies of a state to main memory: at once on a CPU; from a GPU behind training, which does not wait for them."""
+"""Copies a state to main memory: immediately on a CPU; from a GPU behind training, which does not wait for it."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ __all__ = [
 
 
 def transfer_of(device: torch.device) -> Transfer:
-    """Return the way from a device."""
+    """Return how to copy from a device."""
     return Overlapped() if device.type == "cuda" else InPlace()

@@ -1,4 +1,4 @@
-"""Tensors read in main memory, wherever they lie: many small ones in one copy, which waits for the device once."""
+"""Reads tensors in main memory, wherever they are: many small ones in one copy, which waits for the device once."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterable, Iterator
 import torch
 
 FETCHED = 1 << 26
-"""Bytes that are fetched at once, where tensors are smaller than that."""
+"""Bytes that are fetched at once, unless a tensor is larger."""
 
 Named = tuple[str, torch.Tensor]
 
 
 def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Named]:
-    """Yield tensors in the order given, contiguous and in main memory; at most `FETCHED` bytes wait for others.
+    """Yield tensors in the order given, contiguous and in main memory; at most `FETCHED` bytes are held back.
 
     Args:
-        home: the kind of device whose tensors are yielded as they are.
+        home: the type of device whose tensors are yielded as they are.
     """
     waiting: list[Named] = []
     size = 0
@@ -34,7 +34,7 @@ def in_main_memory(tensors: Iterable[Named], home: str = "cpu") -> Iterator[Name
 
 
 def _fetched(waiting: list[Named]) -> Iterator[Named]:
-    """Yield copies of tensors, made with one copy for each device and type."""
+    """Yield copies of tensors, made with one copy per device and type."""
     alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for _, tensor in waiting:
         alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.reshape(-1))

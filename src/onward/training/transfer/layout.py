@@ -1,4 +1,4 @@
-"""Where the tensors of a state lie in main memory, and which of them travel there together."""
+"""Where the tensors of a state are placed in main memory, and which of them are copied together."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ ALIGNMENT = 64
 """A tensor in a shared storage begins at a multiple of this many elements."""
 
 Key = tuple[str, str]
-"""Name of a storage: what it holds, and of which type."""
+"""The name of a storage: what it holds, and its type."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is gathered, and how much memory of the device that takes, in bytes.
+    """What is gathered, and how much device memory that takes, in bytes.
 
     Args:
-        small: the largest tensor that is gathered; the copy of a larger one takes longer than its launch.
-        slot: what travels at once.
-        slots: how many lie on the device at most. Where there is more to gather, a slot is filled again once it left.
+        small: the largest tensor that is gathered; copying a larger one takes longer than its launch.
+        slot: the bytes that are copied at once.
+        slots: the most slots on the device. If there is more to gather, a slot is refilled once it was copied.
     """
 
     small: int = 1 << 22
@@ -32,7 +32,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Form:
-    """What a tensor is, apart from its numbers."""
+    """The properties of a tensor apart from its numbers."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -47,18 +47,18 @@ class Form:
 
     @property
     def count(self) -> int:
-        """Its elements."""
+        """The number of its elements."""
         return self.shape.numel()
 
     @property
     def room(self) -> int:
-        """The elements that it takes of a storage, up to the next tensor."""
+        """The number of elements that it occupies in a storage, up to the next tensor."""
         return -(-self.count // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass
 class Segment:
-    """Neighbours in one storage that travel together.
+    """Neighbours in one storage that are copied together.
 
     Args:
         key: the storage.
@@ -77,7 +77,7 @@ class Segment:
 
 @dataclass
 class Chunk:
-    """What travels at once: segments of one device that fill a slot of `size` bytes."""
+    """What is copied at once: segments of one device that fill a slot of `size` bytes."""
 
     device: torch.device
     segments: list[Segment] = field(default_factory=list[Segment])
@@ -85,13 +85,13 @@ class Chunk:
 
 
 class Layout:
-    """The places of a state's tensors, a function of their forms.
+    """The placement of a state's tensors, as a function of their forms.
 
-    Weights and moments never share a storage: `torch.save` writes whole storages. Small tensors of one type are
-    neighbours, so that a few copies are enough for any number of them.
+    Weights and moments never share a storage, because `torch.save` writes whole storages. Small tensors of one type are
+    neighbours, so that a few copies suffice for any number of them.
 
     Args:
-        forms: of all tensors, weights first.
+        forms: the forms of all tensors, weights first.
         weights: how many of them are weights.
     """
 
@@ -118,7 +118,7 @@ class Layout:
         return "weights" if number < self.weights else "moments"
 
     def _place(self, number: int) -> None:
-        """Give a tensor its place: moments share a storage with all of their type, large weights with none."""
+        """Place a tensor: moments share a storage with all others of their type, large weights with none."""
         form, kind = self.forms[number], self._kind(number)
         is_alone = kind == "weights" and not self._is_gathered(form)
         key = (f"weight {number}" if is_alone else kind, str(form.dtype))
@@ -127,7 +127,7 @@ class Layout:
         self.storages[key] = form.dtype, filled + form.room
 
     def _add(self, number: int) -> None:
-        """Have a tensor travel with those before it, as long as the slot has room."""
+        """Add a tensor to the current slot, as long as that has room."""
         form, (key, first) = self.forms[number], self.places[number]
         size = form.room * form.dtype.itemsize
         last = self.chunks[-1] if self.chunks else None
@@ -146,7 +146,7 @@ class Memory:
     """Main memory for a copy of a state, with zeros in the gaps.
 
     Args:
-        pins: whether the device reads and writes it by itself.
+        pins: whether the memory is pinned, so that the device accesses it directly.
     """
 
     def __init__(self, layout: Layout, *, pins: bool) -> None:
@@ -162,4 +162,4 @@ class Memory:
             [storages[each.key][each.first : each.first + each.count] for each in chunk.segments]
             for chunk in layout.chunks
         ]
-        """What each chunk is copied to, segment by segment."""
+        """The targets of each chunk, segment by segment."""

@@ -1,4 +1,4 @@
-"""Marks: one number of all bits of a state, computed where it lies, with few launches."""
+"""Marks: a checksum of all bits of a state, computed on its device with few launches."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from functools import cache
 import torch
 
 ROW = 1 << 16
-"""Words that are added up to one sum. The factors of their places take a megabyte."""
+"""How many words are added up to one sum. The factors of their places take a megabyte."""
 PIECE = 1 << 24
-"""Words that are looked at together; while they are, they take eight bytes each once more."""
+"""How many words are processed together; meanwhile each takes another eight bytes."""
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)
-"""The golden ratio of 64 bits, odd, as a signed number: neighbouring places get very different factors."""
+"""The odd 64-bit golden ratio, as a signed number: neighbouring places get very different factors."""
 
 Marks = tuple[torch.Tensor, ...]
-"""The mark of what each device holds of a state, int64 scalars."""
+"""The mark of each device's part of a state, int64 scalars."""
 
 
 def mark(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a number of all bits of a tensor and of their places (int64 scalar), the same on every device.
+    """Return a checksum of all bits of a tensor and their places (int64 scalar), the same on every device.
 
     Eight bytes are a word. A word is multiplied by an odd number that belongs to its place in a row of words, and the
-    sums of all rows are words again. Integers are added modulo 2^64, so it does not depend on the order in which a
-    device adds, and one word that changes always changes it. It tells a state that was touched from one that was not;
-    it is no protection against somebody who wants two states to look equal.
+    sums of all rows are words again. Integers are added modulo 2^64, so the result does not depend on the order in
+    which a device adds, and a change of a single word always changes it. It distinguishes a state that was modified
+    from one that was not; it does not protect against someone who wants two states to look equal.
     """
     return folded(row_sums(tensor))[0]
 
@@ -42,7 +42,7 @@ def row_sums(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def folded(sums: Iterable[torch.Tensor]) -> Marks:
-    """Return one mark for each device of the sums that lie there."""
+    """Return one mark per device, from the sums on that device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for each in sums:
         by_device.setdefault(each.device, []).append(each)
@@ -61,7 +61,7 @@ def _folded(sums: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _rows(words: torch.Tensor) -> list[torch.Tensor]:
-    """Return the sums of rows of words, of which the last may be shorter."""
+    """Return the sums of rows of words; the last row may be shorter."""
     whole = len(words) // ROW * ROW
     sums = [_sum(words[:whole].view(-1, ROW))] if whole else []
     return [*sums, _sum(words[None, whole:])] if whole < len(words) else sums
@@ -76,6 +76,6 @@ def _sum(words: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _factors(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two numbers for each place in a row, of which the second is odd."""
+    """Return two numbers for each place in a row; the second one is odd."""
     factor = torch.arange(1, ROW + 1, device=device) * _ODD
     return factor >> 29, factor | 1

@@ -1,8 +1,8 @@
-"""The way of a GPU: behind training, in a number of launches that hardly grows with the number of tensors.
+"""Copies from a GPU: behind training, in a number of launches that hardly grows with the number of tensors.
 
-Small tensors are gathered on the device, by the stream that computes, and leave it in a few copies on a stream of their
-own; so the next step may change them at once. Large ones are copied one by one, and the stream that computes waits for
-these before it changes a weight. The process waits for nothing: whoever reads the copy does.
+Small tensors are gathered on the device, by the computing stream, and leave it in a few copies on a stream of their
+own; so the next step may change them at once. Large ones are copied one by one, and the computing stream waits for
+these before it changes a weight. The process waits for nothing; the reader of the copy does.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from onward.training.transfer.ways import Copied
 
 
 class Overlapped:
-    """The way of a GPU.
+    """Copies from a GPU.
 
     Args:
-        streams: `torch.cuda`, or what stands in for it.
+        streams: `torch.cuda`, or a substitute for it.
         pins: whether copies are pinned.
         sizes: what is gathered.
     """
@@ -40,7 +40,7 @@ class Overlapped:
 
     @torch.no_grad()
     def copy(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor], into: Copied | None = None) -> Copied:
-        """Copy after what was computed and before what will be."""
+        """Copy after everything computed so far and before what comes next."""
         tensors = [*weights, *rest]
         layout = self._layout_of(tensors, len(weights))
         memory = None if into is None else into.memory
@@ -64,7 +64,7 @@ class Overlapped:
 
     @torch.no_grad()
     def marks(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor]) -> Marks:
-        """Return one number of 64 bits for each device that holds a part of the state."""
+        """Return a 64-bit number for each device that holds a part of the state."""
         tensors = [*weights, *rest]
         layout = self._layout_of(tensors, len(weights))
         computing, sums = self._streams.current_stream(), list[torch.Tensor]()
@@ -76,7 +76,7 @@ class Overlapped:
         return folded(sums)
 
     def _send(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> Any:
-        """Copy on the other stream, after what was computed so far; returns the event of its end."""
+        """Copy on the other stream, after what was computed so far; return the event of its end."""
         self._side.wait_stream(self._streams.current_stream())
         with self._streams.stream(self._side):
             for target, source in zip(targets, sources, strict=True):
@@ -86,14 +86,14 @@ class Overlapped:
         return done
 
     def _layout_of(self, tensors: list[torch.Tensor], weights: int) -> Layout:
-        """Return the layout of tensors; that of the last ones where these are the same, or of the same forms."""
+        """Return the layout of tensors; the last one if the tensors, or their forms, are the same."""
         if len(tensors) == len(self._seen) and all(map(is_, map(call, self._seen), tensors)):
             return self._layout
         self._seen = [weakref.ref(tensor) for tensor in tensors]
         self._side = self._side or self._streams.Stream()
         forms = tuple(map(Form.of, tensors))
         if forms != self._layout.forms or weights != self._layout.weights:
-            self._stages = []  # their memory first
+            self._stages = []  # free their memory first
             self._layout = Layout(forms, weights, self._layout.sizes)
             self._stages = stages_of(self._layout, self._side)
         return self._layout

@@ -1,4 +1,4 @@
-"""Memory of the device in which the small tensors of a state are gathered, to leave it in a few copies."""
+"""Device memory in which the small tensors of a state are gathered, to be copied out in a few copies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onward.training.transfer.marks import ROW
 
 
 class Slot:
-    """Memory that chunks are gathered in, one after another.
+    """Memory in which chunks are gathered, one after another.
 
     Args:
         size: bytes.
@@ -22,24 +22,24 @@ class Slot:
     def __init__(self, size: int, device: torch.device, side: Any) -> None:
         self.memory = torch.zeros(_in_rows(size), dtype=torch.uint8, device=device)
         self.left: Any = None
-        """The event after which it may be filled again."""
+        """The event after which it may be refilled."""
         if device.type != "cpu":
             self.memory.record_stream(side)
 
 
 class Stage:
-    """A chunk's place in a slot, with a view for each tensor, which are made once.
+    """A chunk's place in a slot, with a view for each tensor, made once.
 
-    A view has the strides of its tensor, also those of dimensions of one element: only so is a whole list of tensors
+    A view has the strides of its tensor, even for dimensions of one element: only then is a whole list of tensors
     copied in a few launches.
     """
 
     def __init__(self, layout: Layout, chunk: Chunk, slot: Slot) -> None:
         self.slot = slot
         self.filled = slot.memory[: _in_rows(chunk.size)]
-        """All that is gathered, as bytes, up to the end of a row of words that are marked together."""
+        """Everything gathered, as bytes, up to the end of a row of words that are marked together."""
         self.segments: list[torch.Tensor] = []
-        """What leaves in one copy each."""
+        """Memory that is copied out in one copy each."""
         self._gathers: dict[torch.dtype, tuple[list[torch.Tensor], list[int]]] = {}
         """Views of one type, and the numbers of the tensors that are copied there."""
         for segment in chunk.segments:
@@ -54,7 +54,7 @@ class Stage:
             members += segment.members
 
     def gather(self, tensors: Sequence[torch.Tensor], computing: Any) -> None:
-        """Copy tensors into the slot on the stream that computes, once what was there before has left."""
+        """Copy tensors into the slot on the computing stream, once its previous content was copied out."""
         if self.slot.left is not None:
             computing.wait_event(self.slot.left)
         self.filled.zero_()  # another chunk has its gaps elsewhere
@@ -64,7 +64,7 @@ class Stage:
 
 
 def _in_rows(size: int) -> int:
-    """Return bytes rounded up to whole rows: a rest would be marked by launches of its own."""
+    """Return bytes rounded up to whole rows: a remainder would take launches of its own to mark."""
     return -(-size // (8 * ROW)) * 8 * ROW
 
 
@@ -72,7 +72,7 @@ def stages_of(layout: Layout, side: Any) -> list[Stage]:
     """Return a stage for each chunk of a layout; those of one device share its slots in turn.
 
     Args:
-        side: the stream on which chunks leave.
+        side: the stream on which chunks are copied out.
     """
     turns: dict[tuple[torch.device, int], list[int]] = {}
     counts: dict[torch.device, int] = {}

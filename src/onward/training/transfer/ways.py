@@ -1,4 +1,4 @@
-"""What a way from the memory that training changes to main memory is, and that of a CPU."""
+"""The interface for copying a state to main memory, and its implementation for a CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Wait = Callable[[], None]
 
 
 def at_once() -> None:
-    """Wait for nothing: the copy is made."""
+    """Wait for nothing: the copy is complete."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Copied:
 
     Args:
         tensors: the copies, in the order of what was copied.
-        wait: returns when they hold what they are to hold.
-        marks: those of what was copied, where a digest of it costs more.
-        memory: what another copy may be put into; None where its tensors are all there is.
+        wait: returns when the copies are complete.
+        marks: the marks of what was copied, if a digest costs more.
+        memory: memory that another copy may reuse; None if there are only the tensors.
     """
 
     tensors: list[torch.Tensor]
@@ -36,23 +36,23 @@ class Copied:
 
 
 class Transfer(Protocol):
-    """A way from the memory that training changes to main memory."""
+    """A way to copy from the memory that training changes to main memory."""
 
     def copy(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor], into: Copied | None = None) -> Copied:
-        """Begin to copy weights and what an optimizer keeps; the next step changes none of them before.
+        """Begin to copy weights and the optimizer's tensors; the next step changes none of them before they are copied.
 
         Args:
-            into: an earlier copy that is no longer needed; its memory is used again where it fits.
+            into: an earlier copy that is no longer needed; its memory is reused if it fits.
         """
         ...
 
     def marks(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor]) -> Marks | None:
-        """Return marks of all bits, computed where the tensors lie; None where their digest costs no more."""
+        """Return marks of all bits, computed on the tensors' devices; None if a digest costs no more."""
         ...
 
 
 class InPlace:
-    """The way of a CPU: training's memory is main memory."""
+    """Copies on a CPU, where training's memory is main memory."""
 
     def copy(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor], into: Copied | None = None) -> Copied:
         """Copy now."""
@@ -65,15 +65,15 @@ class InPlace:
         return Copied(targets)
 
     def marks(self, weights: Sequence[torch.Tensor], rest: Sequence[torch.Tensor]) -> None:
-        """Return none: a digest reads the same memory."""
+        """Return None: a digest reads the same memory."""
         return
 
 
 def in_one_storage(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return memory for copies of tensors, one storage for each type, with zeros in the gaps.
+    """Return memory for copies of tensors, one storage per type, with zeros in the gaps.
 
-    `torch.save` writes one storage at a time and takes Python's lock about four times for each. While another thread
-    computes in Python, saving 249 storages took 2.7 s; saving one takes 0.15 s.
+    `torch.save` writes one storage at a time and takes the GIL about four times for each. While another thread ran
+    Python code, saving 249 storages took 2.7 s; saving one takes 0.15 s.
     """
     sizes: dict[torch.dtype, list[int]] = {}
     for tensor in tensors:

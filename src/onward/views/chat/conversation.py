@@ -20,7 +20,7 @@ class Column:
     """What was said with one state.
 
     Args:
-        engine: it answers.
+        engine: gives the answers.
         system: the system message; None leaves it to the chat template.
     """
 
@@ -31,7 +31,7 @@ class Column:
         """Questions and answers so far, in turn."""
 
     def ask(self, text: str, sampling: Sampling) -> Reply:
-        """Begin the answer to a message; a model without a chat template goes on with its text.
+        """Begin the answer to a message; a model without a chat template continues its text.
 
         Raises:
             UsageError: it cannot be asked.
@@ -41,7 +41,7 @@ class Column:
         return self.engine.reply([*self._opening(), *self.turns, {"role": "user", "content": text}], sampling)
 
     def keep(self, text: str, outcome: Outcome) -> None:
-        """Keep a message with its answer, so that what is asked next goes on from it; nothing without an answer."""
+        """Keep a message with its answer as context for the next one; without an answer, keep nothing."""
         if outcome.text.strip():
             answer = {"role": "assistant", "content": outcome.text}
             self.turns += [{"role": "user", "content": text}, answer]
@@ -70,10 +70,10 @@ def save_row(row: dict[str, Any], layout: RunLayout, path: Path | None = None) -
         path: the file; None for the inbox, from which a process that watches trains it.
 
     Returns:
-        The file that has it now.
+        The file that now contains it.
 
     Raises:
-        UsageError: the file is no `.jsonl`, or cannot be written.
+        UsageError: the file is not a `.jsonl` file, or cannot be written.
     """
     line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
     try:
@@ -89,7 +89,7 @@ def save_row(row: dict[str, Any], layout: RunLayout, path: Path | None = None) -
 
 
 def _into_inbox(line: bytes, inbox: Path) -> Path:
-    """Put a file into the inbox in one act, under a name that is not taken."""
+    """Atomically put a file into the inbox, under a name that is not taken."""
     stem = time.strftime("chat-%Y%m%d-%H%M%S")
     names = [f"{stem}.jsonl", *(f"{stem}-{number}.jsonl" for number in range(2, 1000))]
     temporary = inbox / f".{stem}.part"

@@ -1,7 +1,7 @@
-"""Answers from a model in memory, piece by piece; one after another, and another state put in place between two.
+"""Answers from a model in memory, piece by piece; one after another, with a possible change of state between two.
 
-Without anything of a terminal, a page or a server: those call it. `reply` and `go_on` return at once; the answer is
-computed by the engine's one thread, in the order in which answers were asked for.
+It knows nothing of terminals, pages or servers, which call it. `reply` and `go_on` return at once; the engine's only
+thread computes answers in the order in which they were asked for.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Finish = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an answer.
+    """The outcome of an answer.
 
     Args:
         text: all of it.
         finish: why it ended: at a token or text that ends answers, at the most tokens allowed, or it was cancelled.
         prompt_tokens: tokens that the model was asked with.
-        tokens: tokens of the answer, the one that ended it included.
+        tokens: tokens of the answer, including the one that ended it.
         seconds: that it took.
         label, step: the state that answered.
     """
@@ -55,9 +55,9 @@ class Outcome:
 
 
 class Reply:
-    """An answer while it is computed: iterate over it for its pieces of text; then `outcome` says what came of it.
+    """An answer while it is computed: iterate over it for its pieces of text; then `outcome` has the result.
 
-    `cancel` ends it after the token in hand. An error of the model is raised by the iteration.
+    `cancel` ends it after the current token. An error of the model is raised by the iteration.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Reply:
 
     @property
     def outcome(self) -> Outcome:
-        """What came of it; waits for its end."""
+        """The outcome; waits for the answer to end."""
         for _ in self:
             pass
         assert self._outcome is not None
@@ -85,15 +85,15 @@ class Reply:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether it was to end early."""
+        """Whether it was cancelled."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
-        """Have it end early; its pieces so far, and its outcome, can still be read."""
+        """End it early; its pieces so far, and its outcome, can still be read."""
         self._cancelled.set()
 
     def put(self, item: str | Outcome | BaseException) -> None:
-        """Add a piece, or what came of it; called by the engine."""
+        """Add a piece, or the outcome; called by the engine."""
         self._pieces.put(item)
 
 
@@ -101,7 +101,7 @@ class Engine:
     """A model that answers. Close it when it is no longer needed.
 
     Args:
-        loaded: the state that answers, until another is put in its place.
+        loaded: the state that answers, until it is replaced by another.
     """
 
     def __init__(self, loaded: Loaded) -> None:
@@ -124,7 +124,7 @@ class Engine:
 
     @property
     def prompts(self) -> Prompts:
-        """How the state is asked."""
+        """How to prompt the state."""
         return self._prompts
 
     def reply(
@@ -142,22 +142,22 @@ class Engine:
             tools: schemas of tools, for templates that write them.
 
         Raises:
-            UsageError: the messages cannot be asked, or leave no room for an answer.
+            UsageError: the messages are not acceptable, or leave no room for an answer.
         """
         return self._begin(self._prompts.of_messages(messages, tools), sampling, stops)
 
     def go_on(self, text: str, sampling: Sampling, *, stops: Sequence[str] = ()) -> Reply:
-        """Begin the continuation of a text, as a model without a chat template takes it; arguments as for `reply`."""
+        """Begin the continuation of a text, for a model without a chat template; arguments as for `reply`."""
         return self._begin(self._prompts.of_text(text), sampling, stops)
 
     def move_to(self, layout: RunLayout, point: Point) -> None:
-        """Put another state of the run in place, once the answers that were asked for before are given.
+        """Switch to another state of the run, once the answers asked for before are given.
 
-        Where only the adapter differs, its weights are exchanged and the base stays in memory; else the other model is
-        loaded alongside this one, which answers until then. Whatever fails leaves this one in place.
+        If only the adapter differs, its weights are exchanged and the base stays in memory; otherwise the other model
+        is loaded in addition to this one, which answers until then. If anything fails, this one stays in place.
 
         Raises:
-            ModelError, Unreadable: as `load`.
+            ModelError, Unreadable: as for `load`.
         """
         device = causal_lm(self._loaded.model).device
         other = exchanged(layout, point, self._loaded)
@@ -168,7 +168,7 @@ class Engine:
         self._thread.submit(self._put, other, Prompts(other.tokenizer)).result()
 
     def close(self) -> None:
-        """End the answer in hand, and those that wait; the model's memory is free when nobody else holds it."""
+        """End the current answer and those that wait; the model's memory is freed when nothing else holds it."""
         self._open.clear()
         self._thread.shutdown(wait=True, cancel_futures=False)
 
@@ -202,7 +202,7 @@ class Engine:
         return min(sampling.max_tokens, length - len(ids))
 
     def _answer(self, reply: Reply, ids: Sequence[int], sampling: Sampling, most: int, stops: Sequence[str]) -> None:
-        """Compute an answer; every error goes to whoever reads it."""
+        """Compute an answer; every error is raised to its reader."""
         loaded, begun = self._loaded, time.monotonic()
         pieces = Pieces(loaded.tokenizer, stops)
         try:
@@ -213,7 +213,7 @@ class Engine:
         except OnwardError as error:
             reply.put(error)
             return
-        except Exception as error:  # of the model: memory, a device that was lost
+        except Exception as error:  # from the model: memory, a lost device
             reply.put(ModelError(f"the model cannot answer: {first_line(error)}", where=loaded.label))
             return
         finish: Finish = "stop" if streamer.has_stopped or pieces.has_ended else "length"
@@ -229,7 +229,7 @@ class Engine:
         model: Any = self._loaded.model
         device = causal_lm(model).device
         stops = list(self._prompts.stop_ids)
-        # complete, so that nothing that the base's own settings say changes what the trained model would answer
+        # complete, so that the base's own settings cannot change what the trained model would answer
         settings = GenerationConfig(
             do_sample=False, num_beams=1, max_new_tokens=most, max_length=None, use_cache=True,
             eos_token_id=stops or None, pad_token_id=stops[0] if stops else 0,
@@ -254,7 +254,7 @@ class _Streamer(BaseStreamer):
         self.has_stopped = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the next token ids, in any shape."""
+        """Receive the next token ids, in any shape."""
         for token in value.flatten().tolist():
             if self._left:
                 self._left -= 1
@@ -265,7 +265,7 @@ class _Streamer(BaseStreamer):
                 self._reply.put(self._pieces.add(token))
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 class _Ends(StoppingCriteria):

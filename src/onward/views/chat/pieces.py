@@ -10,11 +10,11 @@ from onward.data.tokenizer import TokenizerState
 
 
 class Pieces:
-    """The pieces of one answer; joined, they are the decoded text of its tokens, special tokens left out.
+    """The pieces of one answer; joined, they are the decoded text of its tokens, without special tokens.
 
     Args:
         state: the tokenizer.
-        stops: texts at the first of which the answer ends; it is not part of it.
+        stops: texts, the first of which ends the answer and is not part of it.
     """
 
     def __init__(self, state: TokenizerState, stops: Sequence[str] = ()) -> None:
@@ -32,13 +32,13 @@ class Pieces:
         return self._seen[: self._given]
 
     def add(self, token: int) -> str:
-        """Take the next token; return the text that is certain by now, which may be empty."""
+        """Add the next token; return the text that is certain by now, which may be empty."""
         self._ids.append(token)
         self._seen += self._stream.step(self._tokenizer, token) or ""
         return self._certain()
 
     def rest(self) -> str:
-        """Return what is left at the end; half a character becomes the sign that stands for one."""
+        """Return what is left at the end; an incomplete character becomes the replacement character."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         if not self.has_ended and whole.startswith(self._seen):
             self._seen = whole

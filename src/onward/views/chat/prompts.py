@@ -1,4 +1,4 @@
-"""What a model is asked with: token ids of a prompt, written as the run's rows were, and the ids at which it stops."""
+"""Prompts for a model: token ids, formatted like the run's rows, and the ids at which an answer stops."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Prompts:
 
     @property
     def has_template(self) -> bool:
-        """Whether the model takes messages; if not, it goes on with a text."""
+        """Whether the model takes messages; if not, it continues a text."""
         return bool(self._state.chat_template)
 
     def of_messages(self, messages: Sequence[Message], tools: list[object] | None = None) -> list[int]:
@@ -39,7 +39,7 @@ class Prompts:
             messages: each with `role` and `content`, as in a row.
 
         Raises:
-            UsageError: the run's chat template refuses them, or they hold what is no character.
+            UsageError: the run's chat template refuses them, or they contain invalid characters.
         """
         try:
             text = self._template.prompt(Chat(list(messages), tools))
@@ -49,10 +49,10 @@ class Prompts:
         return self._state.tokenizer.encode(text, add_special_tokens=False).ids
 
     def of_text(self, text: str) -> list[int]:
-        """Return the token ids of a text that the model is to go on with; a tokenizer's end token is left out.
+        """Return the token ids of a text that the model should continue, without the tokenizer's end token.
 
         Raises:
-            UsageError: it holds what is no character.
+            UsageError: it contains invalid characters.
         """
         _require_characters(text)
         ids: list[int] = self._state.tokenizer.encode(text, add_special_tokens=True).ids
@@ -62,7 +62,7 @@ class Prompts:
 
 
 def _require_characters(text: str) -> None:
-    """Refuse half of a surrogate pair: a byte that is no UTF-8, or half of an escape in JSON."""
+    """Refuse half of a surrogate pair, which comes from bytes that are not UTF-8 or from half an escape in JSON."""
     try:
         check_text(text, "the prompt")
     except RowError as error:

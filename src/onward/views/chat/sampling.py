@@ -1,8 +1,8 @@
 """How an answer is drawn: settings, and draws that are a function of the seed.
 
-transformers draws from the global generator, which belongs to the process. Here noise of Gumbel's distribution from a
-generator of the answer's own is added to the scores, and the largest is taken: the same distribution (Gumbel-max trick;
-Maddison et al., arXiv 1411.0030), and two answers at the same time do not disturb each other.
+transformers draws from the process's global generator. Here Gumbel noise from a generator of the answer's own is added
+to the scores, and the largest is taken: the distribution is the same (Gumbel-max trick; Maddison et al., arXiv
+1411.0030), and simultaneous answers do not disturb each other.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Sampling:
     """How an answer is drawn.
 
     Args:
-        temperature: scores are divided by it; 0 always takes the most probable token.
-        top_p: share of the probability within which the next token is drawn.
-        top_k: most probable tokens among which the next one is drawn; 0 for all.
-        max_tokens: tokens that an answer has at most.
-        seed: the answer is a function of it, of the prompt and of the model.
+        temperature: what scores are divided by; 0 always takes the most probable token.
+        top_p: the share of probability mass from which the next token is drawn.
+        top_k: how many of the most probable tokens the next one is drawn from; 0 for all.
+        max_tokens: the most tokens of an answer.
+        seed: with the prompt and the model, determines the answer.
 
     Raises:
         UsageError: a value is impossible.
@@ -56,7 +56,7 @@ class Sampling:
                 raise UsageError(f"{name} cannot be {getattr(self, name)}", where=name, hint=f"It is {allowed}.")
 
     def processors(self, device: torch.device) -> LogitsProcessorList:
-        """Return what turns a model's scores into ones whose largest is the next token."""
+        """Return the processors that turn a model's scores into ones whose largest is the next token."""
         made = LogitsProcessorList()
         if self.temperature == 0.0:
             return made
@@ -80,7 +80,7 @@ class _Noise(LogitsProcessor):
 
         Args:
             input_ids: the tokens so far, shape (1, T).
-            scores: of the next token, shape (1, V).
+            scores: scores of the next token, shape (1, V).
         """
         del input_ids
         wide: torch.Tensor = scores.float()

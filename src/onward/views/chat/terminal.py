@@ -1,6 +1,6 @@
 """A conversation in the terminal: answers on stdout as they come, everything else on stderr.
 
-What a model writes is text of others: control characters reach the terminal as escapes, ends of lines and tabs apart.
+A model's text is not trusted: control characters except line ends and tabs reach the terminal as escapes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ HELP = """/reset            begin a new conversation
 
 @dataclass(frozen=True)
 class Asking:
-    """What a chat was started with.
+    """The options that a chat was started with.
 
     Args:
         points: the states to ask, as `--at` names them; None is the newest commit.
         sampling: how answers are drawn.
-        seed: of every answer; None draws one for each message.
+        seed: the seed of every answer; None draws one for each message.
         system: the system message.
-        refresh: go on to newer commits.
+        refresh: whether to switch to newer commits.
     """
 
     points: Sequence[str | None]
@@ -128,7 +128,7 @@ class Chat:
                     show_text(_printable(piece))
             except KeyboardInterrupt as interrupt:
                 reply.cancel()
-                if isinstance(interrupt, Ended):  # not for this answer alone
+                if isinstance(interrupt, Ended):  # meant for the process, not only for this answer
                     raise
             outcome = reply.outcome
             show_text("\n")
@@ -180,7 +180,7 @@ class Chat:
         say(f"saved the conversation{which} in {quoted(saved)}")
 
     def _refresh(self) -> None:
-        """Go on to the newest commit; one that cannot be loaded is told, and the state in memory goes on answering."""
+        """Switch to the newest commit; if it cannot be loaded, report that and keep the state in memory."""
         if not self._asking.refresh or (mark := newest_mark(self._layout)) == self._mark:
             return
         self._mark = mark
@@ -197,11 +197,11 @@ class Chat:
 
 
 def typed_lines() -> Iterator[str]:
-    """Yield what a person types, line by line, with editing; or the lines of a stdin that is no terminal."""
+    """Yield what the user types, line by line, with editing; or the lines of a stdin that is not a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    import readline  # gives `input` editing and its history of this session
+    import readline  # gives `input` line editing and a history of this session
 
     readline.set_auto_history(True)
     while True:

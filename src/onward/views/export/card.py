@@ -1,4 +1,4 @@
-"""The model card: what the ledger says of a state, as README.md with a picture of the loss."""
+"""The model card: what the ledger says about a state, as README.md with a picture of the loss."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
 _LEFT_OUT = ("notify", "model", "adapter", "chat_template")
-"""Keys of the config that say something of this machine, or that the card says elsewhere."""
+"""Config keys that are about this machine, or that the card gives elsewhere."""
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the card says of the base: the name under which others find it, its digest and its licence."""
+    """What the card says about the base: the name under which others find it, its digest and its licence."""
 
     name: str
     digest: str
@@ -39,7 +39,7 @@ class BaseFacts:
 
 
 def base_facts(layout: RunLayout, folder: Path, digest: str) -> BaseFacts:
-    """Return what is known of a run's base model; a folder of this machine is named by its last part."""
+    """Return what is known about a run's base model; a folder of this machine is named by its last part."""
     name = read_config(layout.config).model
     if name in EMBEDDED:
         return BaseFacts(EMBEDDED[name].model, digest, EMBEDDED[name].licence)
@@ -53,8 +53,8 @@ def write_card(
     """Write the card and the picture into a folder.
 
     Args:
-        facts: what else the card says of the files, by name: their format, the difference that merging made.
-        proof: what `onward verify` found, as `proof_of` or `verify_now` says it.
+        facts: what else the card says about the files, by name: their format, the difference made by merging.
+        proof: what `onward verify` found, as returned by `proof_of` or `verify_now`.
     """
     last = point.step
     history = [
@@ -120,7 +120,7 @@ def _file(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
-    """Return what was measured at boundaries: the grid, and what other hooks measured, where there is any."""
+    """Return what was measured at boundaries: the grid, and what other hooks measured, if anything."""
     places = {entry["position"] for entry in history}
     parts = [_grid(read_grid(layout), places)]
     with Ledger(layout.ledger, read_only=True) as ledger:
@@ -137,7 +137,7 @@ def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
 
 
 def _grid(grid: dict[str, Any], places: Collection[int]) -> str:
-    """Return the losses of the grid for the files and boundaries of a state; a line for each boundary."""
+    """Return the losses of the grid for the files and boundaries of a state, one line per boundary."""
     columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] in places]
     rows = [
         ("base" if after == 0 else str(after), *(_loss(losses[at]) for at in columns), _loss(anchor))
@@ -156,7 +156,7 @@ def _loss(value: float | None) -> str:
 
 
 def verify_now(layout: RunLayout) -> str:
-    """Verify the run, and return what the card says of it."""
+    """Verify the run, and return what the card says about the proof."""
     from onward.run import Run
 
     try:
@@ -167,7 +167,7 @@ def verify_now(layout: RunLayout) -> str:
 
 
 def proof_of(checks: Mapping[str, bool]) -> str:
-    """Return what the card says of a proof, by whether each of its checks holds."""
+    """Return what the card says about a proof, by whether each of its checks holds."""
     failed = ", ".join(name for name, ok in checks.items() if not ok)
     verdict = f"FAILED: {failed}" if failed else "everything holds"
     return f"`onward verify` when this was written: {verdict} ({', '.join(checks)})."
@@ -179,7 +179,7 @@ def _config(layout: RunLayout) -> str:
 
 
 def _licence(folder: Path) -> str:
-    """Return the licence that a base's own card states; "unknown" where it states none."""
+    """Return the licence that a base's own card states; "unknown" if it states none."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
         front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
@@ -195,5 +195,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text of others as it can stand in a table: printable, no Markdown, no HTML."""
+    """Return untrusted text in a form that is safe in a table: printable, no Markdown, no HTML."""
     return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", printable(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")

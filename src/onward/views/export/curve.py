@@ -1,4 +1,4 @@
-"""The loss over all steps as a picture (SVG): thinned, its extremes kept, with the boundaries of files."""
+"""The loss over all steps as a picture (SVG): thinned but keeping extremes, with the boundaries of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 
 WIDTH, HEIGHT, MARGIN = 860, 280, 44
 POINTS = 400
-"""Places along the picture; of the steps that fall on one, the lowest and the highest loss are drawn."""
+"""How many places there are along the picture; at each, the lowest and the highest loss of its steps are drawn."""
 
 
 def curve(steps: Sequence[tuple[int, float]], boundaries: Sequence[int]) -> str:
@@ -53,7 +53,7 @@ def curve(steps: Sequence[tuple[int, float]], boundaries: Sequence[int]) -> str:
 
 
 def thinned(steps: Sequence[tuple[int, float]], points: int = POINTS) -> list[tuple[int, float]]:
-    """Return at most two steps for each of so many places: those of lowest and of highest loss, in order."""
+    """Return at most two steps for each of `points` places: those of lowest and of highest loss, in order."""
     if len(steps) <= 2 * points:
         return list(steps)
     cuts = [len(steps) * place // points for place in range(points + 1)]

@@ -1,4 +1,4 @@
-"""A committed state written as files for others: checked, whole or not at all, never over something that is there."""
+"""Writes a committed state as files for others: checked, whole or not at all, never over something that exists."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ FORMATS = ("adapter", "merged", "gguf", "ollama")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODEL_GGUF, ADAPTER_GGUF, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 SPARE = 64 << 20
-"""Bytes in addition to the weights that are asked for before anything is written."""
+"""Bytes in addition to the weights that must be free before anything is written."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be exported.
+    """What to export.
 
     Args:
-        target: a folder to be made; for `gguf` also a file whose name ends in `.gguf`.
+        target: the folder to make; for `gguf`, it may also be a file whose name ends in `.gguf`.
         format: one of `FORMATS`; None for the adapter, or the model of a run that trains all weights.
         at: the state, as `--at` names it.
         dtype: type of the weights; None for those of the base (merged), or as trained (adapter).
@@ -54,19 +54,19 @@ class Wanted:
 
     @property
     def is_file(self) -> bool:
-        """Whether one file is written, not a folder."""
+        """Whether a single file is written, not a folder."""
         return self.format == "gguf" and self.target.suffix == ".gguf"
 
     @property
     def kind(self) -> str:
-        """How a GGUF file has its weights."""
+        """How the weights of a GGUF file are stored."""
         return self.quantize or self.dtype or "f16"
 
     def require_possible(self) -> None:
-        """Refuse what makes no sense, before anything is loaded.
+        """Refuse options that make no sense, before anything is loaded.
 
         Raises:
-            UsageError: a word is not known, or two do not go together, or the target is there.
+            UsageError: a value is unknown, two do not go together, or the target exists.
         """
         kinds = (*gguf.DIRECT, *gguf.K_QUANTS)
         for word, known, option in ((self.format, FORMATS, "--format"), (self.dtype, DTYPES, "--dtype")):
@@ -83,17 +83,17 @@ class Wanted:
 
 
 def export(layout: RunLayout, wanted: Wanted, report: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Export a state; the target is there whole when this returns, and not at all when it raises.
+    """Export a state; the target is complete when this returns, and does not exist if it raises.
 
     Args:
         report: receives a line for each thing done.
 
     Returns:
         What was written: `target`, `format`, `step`, `at`, `base` (name, digest, licence), `files` with their bytes,
-        and for a merged model `difference`, the largest of its logits from those of base and adapter.
+        and for a merged model `difference`, the largest difference of its logits from those of base and adapter.
 
     Raises:
-        UsageError: it cannot be as wanted.
+        UsageError: it cannot be exported like that.
         NoSpace: the disk has no room.
         VerificationFailed: the merged model computes something else.
     """
@@ -128,7 +128,7 @@ class _Writing:
         self._tokenizer = tokenizer_of(layout, config, point)
 
     def require_space(self) -> None:
-        """Refuse before anything is written what does not fit on the disk.
+        """Refuse an export that does not fit on the disk, before anything is written.
 
         Raises:
             NoSpace: it does not.
@@ -143,7 +143,7 @@ class _Writing:
             raise NoSpace(what, where=self._wanted.target.parent, hint="Free some space, or name another place.")
 
     def write(self, converters: Path | None) -> dict[str, Any]:
-        """Write everything; returns what to tell the user."""
+        """Write everything; return what to tell the user."""
         facts, result = {"Format": str(self._wanted.format)}, dict[str, Any]()
         if self._wanted.format == "adapter":
             self._write_adapter(self._folder)
@@ -168,7 +168,7 @@ class _Writing:
         return DTYPES.get(name, torch.float32)
 
     def _write_adapter(self, folder: Path) -> None:
-        """Copy the adapter, under the name of its base that others know it by."""
+        """Copy the adapter, with the public name of its base."""
         if not self._is_adapter:
             what = "this run trains all weights, so there is no adapter"
             raise UsageError(what, where="--format", hint="--format merged writes the model.")
@@ -193,7 +193,7 @@ class _Writing:
         return {"difference": merging.merged, "written_difference": merging.written, "dtype": name}
 
     def _write_gguf(self, converters: Path) -> dict[str, Any]:
-        """Write the merged model as GGUF, and into a folder the adapter alone too where there is one."""
+        """Write the merged model as GGUF and, if the target is a folder and there is one, the adapter alone too."""
         said = {"onward.base.digest": self._facts.digest, "onward.base.name": self._facts.name,
                 "onward.state": self._point.label}  # fmt: skip
         merged = self._folder / "merged"
@@ -213,13 +213,13 @@ class _Writing:
     def _write_gguf_adapter(self, converters: Path, said: dict[str, str]) -> None:
         try:
             gguf.write_adapter(self._point.folder, self._base, self._folder / ADAPTER_GGUF, converters)
-        except OnwardError as error:  # llama.cpp knows fewer kinds of adapters than PEFT
+        except OnwardError as error:  # llama.cpp supports fewer kinds of adapters than PEFT
             self._report(f"without {ADAPTER_GGUF}: {error.what}")
             return
         gguf.add_metadata(self._folder / ADAPTER_GGUF, said)
 
     def _copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer with the run's chat template from the state, or else from the run."""
+        """Copy the tokenizer with the run's chat template from the state or, failing that, from the run."""
         source = self._point.folder
         if not any((source / name).is_file() for name in TOKENIZER):
             source = self._layout.tokenizer(self._base)
@@ -230,13 +230,13 @@ class _Writing:
 
 
 def _mode(folder: Path) -> int:
-    """Return the mode of a plainly written file, as the folder's own tells it: that of a new folder."""
+    """Return the mode of an ordinary new file, derived from that of a new folder."""
     return folder.stat().st_mode & 0o666
 
 
 @contextmanager
 def _published(wanted: Wanted) -> Generator[Path]:
-    """Give the body a folder next to the target, and make it, or its one file, the target afterwards."""
+    """Give the body a folder next to the target; afterwards make it, or its only file, the target."""
     parent = wanted.target.absolute().parent
     if not parent.is_dir():
         raise UsageError("there is no such folder", where=parent, hint=f"mkdir -p {quoted(parent)}")
@@ -246,9 +246,9 @@ def _published(wanted: Wanted) -> Generator[Path]:
         temporary.mkdir()
         yield temporary
         for path in temporary.iterdir():
-            path.chmod(_mode(temporary))  # safetensors makes its files readable by their owner alone
+            path.chmod(_mode(temporary))  # safetensors makes its files readable only by their owner
             fsync_file(path)
-        wanted.require_possible()  # somebody may have made it meanwhile
+        wanted.require_possible()  # it may exist by now
         if wanted.is_file:
             (temporary / wanted.target.name).rename(wanted.target)
             fsync_directory(parent)

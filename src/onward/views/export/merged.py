@@ -1,4 +1,4 @@
-"""One model of a base and its adapter, proven: what it computes is what base and adapter compute together."""
+"""Merges a base and its adapter into one model, and proves that it computes what they compute together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from onward.training.model.load import load_model
 from onward.training.model.quiet import quiet
 
 TOLERANCE = 1e-4
-"""Largest difference of logits in float32, as a share of the largest logit, that other orders of sums explain."""
+"""The largest difference of float32 logits, relative to the largest logit, that other orders of sums explain."""
 ROWS, LENGTH = 2, 48
-"""Of the tokens that both are asked with."""
+"""The shape of the tokens that both models are run on."""
 CPU = torch.device("cpu")
 
 
@@ -41,8 +41,8 @@ def write_merged(checkpoint: Path, base: Path, dtype: torch.dtype, target: Path)
     """Write the model of a checkpoint, its adapter merged into a freshly loaded base, and prove it.
 
     Args:
-        checkpoint: an adapter, or a whole model.
-        base: the base of an adapter; it is loaded as it is, also where training quantizes it.
+        checkpoint: an adapter, or a full model.
+        base: the base of an adapter; it is loaded as it is, even if training quantizes it.
         dtype: type of the weights that are written.
         target: folder to write into.
 
@@ -71,14 +71,14 @@ def _write(model: PreTrainedModel, dtype: torch.dtype, target: Path) -> None:
     model.to(cast(Any, dtype))
     model.config.use_cache = True
     generation: Any = model.generation_config
-    if generation is not None and not generation.do_sample:  # what only sampling reads is refused next to greedy
+    if generation is not None and not generation.do_sample:  # sampling settings are refused if decoding is greedy
         generation.temperature = generation.top_p = generation.top_k = None
     with quiet():
         model.save_pretrained(target)
 
 
 def _tokens(model: nn.Module) -> torch.Tensor:
-    """Return the tokens that both are asked with, shape (ROWS, LENGTH): a function of the vocabulary's size."""
+    """Return the tokens that both models are run on, shape (ROWS, LENGTH): a function of the vocabulary's size."""
     rows = int(cast(Any, model).get_input_embeddings().weight.shape[0])
     return torch.randint(rows, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,7 @@
-"""Ollama's Modelfile: the chat template in its own language, found by asking the run's template, and proven.
+"""Ollama's Modelfile: the chat template in Ollama's language, found by probing the run's template, and proven.
 
-A chat template is asked what it writes around the content of each role. Where a chat is nothing but those pieces one
-after another, Ollama's template can say it too; that is proven on chats of several shapes, else it is refused.
+The chat template is probed for what it writes around the content of each role. If a chat is nothing but those pieces
+one after another, Ollama's template can express it; that is proven on chats of several shapes, or else refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WORDS = tuple(f"onwardContent{number}Ends" for number in range(6))
 
 @dataclass(frozen=True)
 class Written:
-    """What a template writes: around the content of each role, before the next answer, and where no system stands.
+    """What a template writes: around the content of each role, before the next answer, and without a system message.
 
     `first` is what begins every text.
     """
@@ -42,7 +42,7 @@ def modelfile(state: TokenizerState, gguf: str, context: int | None = None) -> s
     Args:
         state: the run's tokenizer.
         gguf: the name of the file.
-        context: tokens of a conversation at most; None leaves Ollama's default.
+        context: the most tokens of a conversation; None leaves Ollama's default.
 
     Raises:
         UsageError: the run's chat template is more than pieces around contents.
@@ -126,7 +126,7 @@ def _pieces(asked: Callable[[str], str]) -> Written:
             default = given.removeprefix(around["system"][0]).removesuffix(around["system"][1])
     answer_after = between.removesuffix(user_before)
     user_after = _common_beginning(tail, before_answer)
-    # where a question ends and the next answer begins cannot be seen: the asking part has what only it shares
+    # the border between question and next answer cannot be seen: the asking part gets what only it shares
     asking, answer_before = tail[len(user_after) :], before_answer[len(user_after) :]
     around["user"] = (user_before, user_after)
     around["assistant"] = (answer_before, answer_after)
@@ -134,7 +134,7 @@ def _pieces(asked: Callable[[str], str]) -> Written:
 
 
 def _with_system(asked: Callable[[str], str]) -> str | None:
-    """Return a prompt that begins with a system message; None where the template takes none."""
+    """Return a prompt that begins with a system message; None if the template takes none."""
     try:
         text = asked("su")
     except RowError:
@@ -143,7 +143,7 @@ def _with_system(asked: Callable[[str], str]) -> str | None:
 
 
 def _expand(written: Written, roles: str) -> str:
-    """Return what Ollama makes of a chat."""
+    """Return a chat as Ollama renders it."""
     names = {"s": "system", "u": "user", "a": "assistant"}
     parts = [written.first]
     if not roles.startswith("s") and written.default_system:
@@ -165,10 +165,10 @@ def _common_end(first: str, second: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a value of a Modelfile.
+    """Return a text quoted as a value of a Modelfile.
 
     Raises:
-        UsageError: it has the marks in it that would end it.
+        UsageError: it contains the quotes that would end it.
     """
     if '"""' in text:
         raise UsageError('a text with """ in it cannot be in a Modelfile', where="--format")

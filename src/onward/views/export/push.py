@@ -1,4 +1,4 @@
-"""An export brought to a hub by huggingface_hub, which finds the token by itself; it is neither read nor shown here."""
+"""Uploads an export to a hub with huggingface_hub, which finds the token itself; it is neither read nor shown here."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def push(
     private: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Export a state and upload it as one commit; the repository is made where it is missing.
+    """Export a state and upload it as one commit; the repository is created if it is missing.
 
     Args:
         repository: `NAME` or `OWNER/NAME`.
         at, file_format: as for an export.
-        private: whether a repository that is made now is private.
+        private: whether a newly created repository is private.
 
     Returns:
         What was exported, with `repository` and the `url` of the commit.
 
     Raises:
-        UsageError: the name is not one of a repository, or the state cannot be exported.
+        UsageError: the name is not valid for a repository, or the state cannot be exported.
         OnwardError: the hub refuses, or cannot be reached.
     """
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="onward")
@@ -57,7 +57,7 @@ def push(
 
 @contextlib.contextmanager
 def _refusals(repository: str) -> Generator[None]:
-    """Say in our words what the hub, or the way to it, refuses; a token in its own words is masked."""
+    """Turn errors of the hub, or on the way to it, into Onward's own; a token in their text is masked."""
     try:
         yield
     except HFValidationError as error:

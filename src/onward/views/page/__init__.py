@@ -1,1 +1,1 @@
-"""A run in the browser: what the ledger says, live, and the same requests as the command line makes."""
+"""A run in the browser: what the ledger says, live, and the same requests as on the command line."""

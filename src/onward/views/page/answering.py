@@ -1,7 +1,7 @@
 """The process that answers the page's questions: a model in memory, alongside training and at a lower priority.
 
-Wishes come as JSON lines on stdin, answers go as JSON lines on stdout. It is a process of its own, so that the page
-itself stays small and a model that dies takes nothing with it: `python -m onward.views.page.answering RUN`.
+Wishes come as JSON lines on stdin, answers go as JSON lines to stdout. It is a separate process, so that the page
+itself stays small and survives the death of a model: `python -m onward.views.page.answering RUN`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onward.errors import OnwardError, first_line
 from onward.layout import RunLayout
 
 NICENESS = 10
-"""On a busy processor it gets a tenth of what training gets."""
+"""The niceness of the process: on a busy processor it gets a tenth of what training gets."""
 LOADED = 2
 """States that are kept in memory: the two columns."""
 
@@ -29,7 +29,7 @@ LOADED = 2
 class Answering:
     """Answers wishes: `{"id", "at", "messages", "system", "temperature", "max_tokens", "seed"}`.
 
-    `{"cancel": ID}` ends an answer early. What goes out are pieces `{"id", "text"}`, and at last `{"id", "done"}` or
+    `{"cancel": ID}` ends an answer early. The output is pieces `{"id", "text"}`, and finally `{"id", "done"}` or
     `{"id", "error"}`.
     """
 
@@ -51,7 +51,7 @@ class Answering:
                 self._begin(wish)
             except OnwardError as error:
                 self._tell({"id": wish["id"], "error": str(error)})
-            except Exception as error:  # who asks next, and whoever is being answered, is answered all the same
+            except Exception as error:  # other questions, current and later ones, are still answered
                 self._tell({"id": wish["id"], "error": f"this cannot be answered: {first_line(error)}"})
         for engine in self._engines.values():
             engine.close()
@@ -68,7 +68,7 @@ class Answering:
         settings = {name: wish[name] for name in ("temperature", "max_tokens", "seed") if name in wish}
         reply = column.ask(last["content"], Sampling(**settings))
         self._replies[wish["id"]] = reply
-        # read apart, so that the other column's state is loaded meanwhile
+        # read in a thread, so that the other column's state is loaded meanwhile
         threading.Thread(target=self._read, args=(wish["id"], reply), daemon=True).start()
 
     def _read(self, number: int, reply: Any) -> None:
@@ -85,7 +85,7 @@ class Answering:
         self._tell({"id": number, "done": {**done, "seconds": outcome.seconds, "text": outcome.text}})
 
     def _engine(self, at: str | None) -> Any:
-        """Return the engine of a state; that of the newest commit goes on to newer ones."""
+        """Return the engine of a state; that of the newest commit switches to newer ones."""
         from onward.views.chat.engine import Engine
         from onward.views.loaded import load
         from onward.views.points import hold, newest_step
@@ -113,7 +113,7 @@ class Answering:
 def main() -> None:
     """Answer questions about the run that the first argument names."""
     startup.set_environment()
-    os.nice(max(0, NICENESS - os.nice(0)))  # before any thread begins: each keeps what it began with
+    os.nice(max(0, NICENESS - os.nice(0)))  # before any thread starts: each keeps the niceness it started with
     with startup.large_imports():
         importlib.import_module("onward.views.chat.engine")
     Answering(RunLayout(Path(sys.argv[1]))).run(sys.stdin)

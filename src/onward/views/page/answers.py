@@ -1,4 +1,4 @@
-"""How a value or an error becomes an answer, and what of a request is a number or a wish."""
+"""How values and errors become answers, and how numbers and wishes are read from requests."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from onward.text import printable
 from onward.views.connections import incoming
 
 BODY_BYTES = 64 << 10
-"""Bytes that the body of a request may have."""
+"""The most bytes of a request's body."""
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileRejected, 422), (RunLocked, 409), (NotMadeHere, 409), (NoSpace, 507), (UsageError, 400),
 )  # fmt: skip
-"""The status of an answer by the kind of error; 500 for others."""
+"""The status of an answer by the kind of error; 500 for all others."""
 
 
 def json_answer(value: Any, status: int = 200) -> Response:
-    """Return a value as JSON; a number that JSON has no word for is null."""
+    """Return a value as JSON; a number that JSON cannot express becomes null."""
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
@@ -32,29 +32,29 @@ def json_answer(value: Any, status: int = 200) -> Response:
 
 
 async def onward_error(_: Request, error: Exception) -> Response:
-    """Answer with an error that a person can mend, as `--json` prints it."""
+    """Answer with an error that the user can fix, as `--json` prints it."""
     assert isinstance(error, OnwardError)
     status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
     return json_answer(error.to_dict(), status)
 
 
 async def http_error(_: Request, error: Exception) -> Response:
-    """Answer an address that there is not, or a method that it does not have."""
+    """Answer a request for an unknown address, or with a method that it does not allow."""
     assert isinstance(error, HTTPException)
     return json_answer({"error": error.detail, "hint": None}, error.status_code)
 
 
 async def machine_error(_: Request, error: Exception) -> Response:
-    """Answer where the machine fails: the ledger is busy, or a disk."""
+    """Answer if the machine fails: the ledger or a disk is busy."""
     hint = "onward doctor says more. What was committed is safe."
     return json_answer({"error": printable(str(error)), "hint": hint}, 503)
 
 
 def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) -> int | None:
-    """Return a number of the query, None where it is not there.
+    """Return a number from the query; None if it is absent.
 
     Raises:
-        UsageError: it is no such number.
+        UsageError: it is not such a number.
     """
     text = request.query_params.get(name)
     if not text:
@@ -65,16 +65,16 @@ def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) ->
 
 
 async def gone(_: Request, error: Exception) -> Response:
-    """Answer nobody: whoever asked went away before the request was whole."""
+    """Answer nobody: the client went away before the request was complete."""
     del error
     return Response(status_code=400)
 
 
 async def wanted(request: Request) -> dict[str, Any]:
-    """Return the JSON object that a request brings; an empty one where it brings nothing.
+    """Return the JSON object in a request; an empty one if it has no body.
 
     Raises:
-        UsageError: it is none, or too large.
+        UsageError: it is not an object, or too large.
     """
     body = bytearray()
     async for chunk in incoming(request.stream()):

@@ -1,4 +1,4 @@
-"""The application: one run at the root, or a list of runs with each below its name."""
+"""The application: one run at the root, or a list of runs, each below its name."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class PageSettings:
 
     Args:
         hosts: names that it answers to.
-        key: its token.
+        key: the page's token.
         read_only: whether it offers nothing that changes a run.
-        seconds: between two looks at a run that somebody follows.
+        seconds: time between two looks at a run that a browser follows.
     """
 
     hosts: Hosts
@@ -48,7 +48,7 @@ class PageSettings:
 
 
 def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
-    """Return the application for these runs: one alone has the plain addresses, each of several `/runs/NAME/`."""
+    """Return the application for these runs: a single one has the plain addresses, several have `/runs/NAME/`."""
     several = len(runs) != 1
     routes = {
         run.name: RunRoutes(run, home=several, read_only=settings.read_only, seconds=settings.seconds) for run in runs
@@ -75,7 +75,7 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
 
 
 async def _let_go(routes: dict[str, RunRoutes]) -> None:
-    """End what requests wait for, so that none keeps the server from ending."""
+    """End what requests wait for, so that none keeps the server from exiting."""
     for route in routes.values():
         await route.watcher.end()
         await route.talker.end()
@@ -121,7 +121,7 @@ class _Everything:
 
 
 def _status(route: RunRoutes) -> dict[str, Any]:
-    """Return the status of a run, or why it cannot be read: the other runs are shown all the same."""
+    """Return the status of a run, or why it cannot be read; the other runs are shown in any case."""
     try:
         return {"status": route.reader.status(), "error": None}
     except (OnwardError, sqlite3.Error, OSError) as error:

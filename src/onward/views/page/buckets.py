@@ -12,27 +12,27 @@ from onward.store.database import Values
 from onward.store.metrics import RANGE
 
 POINTS = 2000
-"""Ranges that a whole run is kept in, at most this and at least half of it: more than a screen has columns."""
+"""A whole run is kept in at most this many ranges and at least half as many: more than a screen has columns."""
 AT_ONCE = 50_000
-"""Steps that are added up while a browser waits; of more, each range is shown by one step until they are. There are
-that many only in ledgers of earlier releases, which nothing has trained since."""
+"""How many steps are added up while a browser waits; if there are more, each range is shown by a single step until they
+are added up. There are that many only in ledgers of earlier releases that were not trained since."""
 COARSE = 4
-"""Times that kept ranges may be longer than those asked for, before steps are read again for a closer look."""
+"""How many times longer than requested kept ranges may be before steps are read again for a closer look."""
 DRAWN = (
     "step", "loss", "loss_min", "loss_max", "learning_rate", "grad_norm", "grad_norm_min", "grad_norm_max",
     "tokens_per_second",
 )  # fmt: skip
-"""Columns of what is drawn; `step` is the last of its range. Loss and gradient norm are means over it."""
+"""The columns that are drawn; `step` is the last of its range. Loss and gradient norm are means over the range."""
 
 Bucket: TypeAlias = list[Piece]
 Identity: TypeAlias = tuple[tuple[int, int, int], ...]
 
 
 class KeptBuckets:
-    """Sums over ranges of steps of one run. Ranges that stay as they are are added up once, however often drawn.
+    """Sums over ranges of steps of one run. Ranges that do not change are added up once, however often they are drawn.
 
     Args:
-        points: ranges that the whole run is kept in, at most.
+        points: the most ranges that the whole run is kept in.
     """
 
     def __init__(self, points: int = POINTS) -> None:
@@ -41,8 +41,8 @@ class KeptBuckets:
         self._kept: dict[Identity, Values] = {}
 
     def fill(self, ledger: Curve) -> None:
-        """Add up the whole run, as far as it is not known."""
-        with self._lock:  # once, whoever asks
+        """Add up the whole run, as far as that was not done yet."""
+        with self._lock:  # once for all callers
             spans = ledger.spans()
             size = size_for(_newest(spans), self._points)
             found = list(buckets(spans, size))
@@ -50,9 +50,9 @@ class KeptBuckets:
             self._kept = {_identity(bucket): self._sums(adding, bucket) for bucket in found}
 
     def draw(self, ledger: Curve, points: int, first: int | None, last: int | None) -> dict[str, Any]:
-        """Return columns of `DRAWN` between two global steps, of at most about so many ranges, and the files there.
+        """Return columns of `DRAWN` between two global steps, with about `points` ranges at most, and the files there.
 
-        `exact` is false where ranges are shown by their last step alone until `fill` has added them up.
+        `exact` is false if ranges are shown by their last step alone until `fill` has added them up.
         """
         spans = ledger.spans()
         newest = _newest(spans)
@@ -78,7 +78,7 @@ class KeptBuckets:
         return [bucket for bucket in found if _identity(bucket) not in self._kept]
 
     def _sums(self, adding: _Adding, bucket: Bucket, *, quick: bool = False) -> Values:
-        """Return what the steps of a bucket add up to; where it has to be quick, those of its last one if need be."""
+        """Return the totals of a bucket's steps or, with `quick` and if they are not kept, those of its last step."""
         known = self._kept.get(_identity(bucket))
         if known is not None:
             return known
@@ -86,7 +86,7 @@ class KeptBuckets:
 
 
 class _Adding:
-    """Adds up buckets of one size, from the ranges that the ledger keeps where these are no longer than the buckets."""
+    """Adds up buckets of one size, from the ledger's ranges if these are no longer than the buckets."""
 
     def __init__(self, ledger: Curve, size: int, wanted: Sequence[Bucket]) -> None:
         self._ledger = ledger
@@ -98,7 +98,7 @@ class _Adding:
         return sum(max(0, piece.last + 1 - self._kept(piece)[1]) for piece in bucket)
 
     def sums(self, bucket: Bucket) -> Values:
-        """Return what the steps of a bucket add up to."""
+        """Return the totals of a bucket's steps."""
         parts: list[Values] = []
         for piece in bucket:
             kept, following = self._kept(piece)
@@ -108,7 +108,7 @@ class _Adding:
         return _added([part for part in parts if part["steps"]])
 
     def last(self, bucket: Bucket) -> Values:
-        """Return the last step of a bucket, standing for all of it."""
+        """Return the last step of a bucket, as representative of all of it."""
         rows = self._ledger.step_values(bucket[-1].span.file_id, bucket[-1].last, bucket[-1].last)
         return _added([_alone(row) for row in rows])
 
@@ -135,7 +135,7 @@ def _newest(spans: Sequence[Span]) -> int:
 
 
 def _identity(bucket: Bucket) -> Identity:
-    """What a bucket's sums depend on: a step that is recorded does not change."""
+    """Return what a bucket's sums depend on: recorded steps do not change."""
     return tuple((piece.span.file_id, piece.first, piece.last) for piece in bucket)
 
 
@@ -169,5 +169,5 @@ def _drawn(values: Values) -> tuple[Any, ...]:
 
 
 def _short(value: Any) -> Any:
-    """Return a number in as many digits as a screen has pixels for."""
+    """Return a number with as many digits as a screen can show."""
     return float(f"{value:.6g}") if isinstance(value, float) else value

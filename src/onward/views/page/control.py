@@ -1,4 +1,4 @@
-"""What a page may ask for: the requests of the command line, made as it makes them."""
+"""What a page may ask for: the same requests as on the command line, made in the same way."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def ask(layout: RunLayout, kind: str, wanted: Mapping[str, Any]) -> dict[str, An
 
     Args:
         kind: pause, resume, stop or skip.
-        wanted: what the command has options for: `release`; `after_file`; `file` and `reason`.
+        wanted: the command's options: `release`; `after_file`; `file` and `reason`.
 
     Raises:
         UsageError: an option makes no sense.
-        OnwardError: what the command line would say.
+        OnwardError: as on the command line.
     """
-    from onward.run import Run  # at the first request: it loads what only who acts needs
+    from onward.run import Run  # at the first request: it loads what only actions need
 
     run = Run(layout.root)
     if kind == "pause":
@@ -47,7 +47,7 @@ def rollback(layout: RunLayout, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         UsageError: no file or step is named.
-        OnwardError: what the command said.
+        OnwardError: the command failed.
     """
     to = _text(wanted, "to")
     if not to:
@@ -62,7 +62,7 @@ def verify(layout: RunLayout) -> dict[str, Any]:
     """Check the run's proof, by the command line in a process of its own.
 
     Raises:
-        RunLocked: a process trains; a proof needs a state that stands still.
+        RunLocked: a process trains; a proof needs a state that does not change.
     """
     return _command(layout, "verify")
 

@@ -26,17 +26,17 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 STATIC = "/static/"
-"""Below it lie styles and scripts, which show nothing of a run; the page that says how to get in needs them."""
+"""The folder of styles and scripts, which show nothing of a run; the page that explains how to get in needs them."""
 
 
 class Gate:
     """ASGI middleware.
 
     Args:
-        app: what lies behind it.
+        app: the application behind it.
         key: the token.
         hosts: names that the page answers to.
-        read_only: refuse everything that is not for looking.
+        read_only: refuse everything but reading.
     """
 
     def __init__(self, app: ASGIApp, key: Key, hosts: Hosts, *, read_only: bool) -> None:
@@ -54,7 +54,7 @@ class Gate:
             await (answer or self._app)(scope, receive, _with_headers(send, scope["path"]))
 
     def _refusal(self, scope: Scope) -> Response | None:
-        """Refuse what no token makes good."""
+        """Refuse requests that no token could make acceptable."""
         headers = Headers(scope=scope)
         if not self._hosts.know(headers.get("host", "")):
             return _refused(403, "this page has no such host name", "Open the link that onward page printed.")
@@ -65,16 +65,16 @@ class Gate:
         return None
 
     def _entry(self, scope: Scope) -> Response | None:
-        """Change the token of the link into a cookie, and lead on to the same page without it."""
+        """Turn the token of the link into a cookie, and redirect to the same page without it."""
         query = parse_qsl(scope["query_string"].decode("latin-1"))
         token = dict(query).get("token")
         if token is None or "/api/" in scope["path"] or not self._key.is_token(token):
             return None
         rest = urlencode([pair for pair in query if pair[0] != "token"])
-        # one slash: two would name another host
+        # a single slash: two would name another host
         target = "/" + scope["path"].lstrip("/") + (f"?{rest}" if rest else "")
         site = Headers(scope=scope).get("sec-fetch-site", "none")
-        # a browser that was sent here by another site sends no strict cookie along with what a redirect leads to
+        # a browser that came from another site sends no strict cookie to the target of a redirect
         answer = RedirectResponse(target, 303) if site in ("none", "same-origin") else enter_page(target)
         answer.set_cookie(cookie_name(scope), self._key.cookie, httponly=True, samesite="strict", path="/")
         return answer
@@ -95,7 +95,7 @@ class Gate:
 
 
 def cookie_name(scope: Scope) -> str:
-    """Return the cookie's name: browsers do not keep cookies of two ports of one host apart."""
+    """Return the cookie's name: browsers share cookies between ports of one host."""
     server = scope.get("server")
     return f"{COOKIE}_{server[1]}" if server else COOKIE
 
@@ -112,7 +112,7 @@ def _with_headers(send: Send, path: str) -> Send:
             for name, value in HEADERS.items():
                 headers[name] = value
             if path.startswith(STATIC):
-                headers["Cache-Control"] = "no-cache"  # kept, but asked for each time whether it is still the same
+                headers["Cache-Control"] = "no-cache"  # cached, but revalidated each time
         await send(message)
 
     return wrapped

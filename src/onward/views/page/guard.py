@@ -1,8 +1,8 @@
-"""Who may look and who may act: the token, the cookie that stands for it, and where a request came from.
+"""Who may read and who may act: the token, the cookie in its place, and where a request came from.
 
-A page on this machine can be reached by every site that the same browser shows. So a request has to name a host that
-this page is known by (DNS rebinding gives a stranger's name an address of ours), and one that a browser makes for
-another site is refused whatever cookie comes with it.
+Every site that the same browser shows can reach a page on this machine. So a request has to name a host that this page
+is known by (DNS rebinding points a stranger's name at a local address), and one that a browser makes for another site
+is refused whatever cookie comes with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Key:
     """The token of a page, and the value of the cookie that a browser gets for it.
 
     Args:
-        token: the secret; a random one where none is given.
+        token: the secret; random if none is given.
     """
 
     def __init__(self, token: str | None = None) -> None:
@@ -36,16 +36,16 @@ class Key:
         self.cookie = hmac.new(self.token.encode(), b"onward page: cookie", sha256).hexdigest()
 
     def is_token(self, text: str) -> bool:
-        """Whether a text is the token, compared in constant time."""
+        """Return whether a text is the token, compared in constant time."""
         return hmac.compare_digest(text.encode(errors="replace"), self.token.encode())
 
     def is_in_header(self, headers: Headers) -> bool:
-        """Whether a request brings the token as `Authorization: Bearer TOKEN`."""
+        """Return whether a request has the token as `Authorization: Bearer TOKEN`."""
         scheme, _, text = headers.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and self.is_token(text.strip())
 
     def is_in_cookie(self, headers: Headers, name: str) -> bool:
-        """Whether a request brings the cookie."""
+        """Return whether a request has the cookie."""
         try:
             morsel = SimpleCookie(headers.get("cookie", "")).get(name)
         except CookieError:
@@ -59,7 +59,7 @@ class Hosts:
 
     Args:
         names: lower-case names without a port.
-        any_address: whether it also answers to every address in figures: those cannot be rebound.
+        any_address: whether it also answers to every numeric address: those cannot be rebound.
     """
 
     names: frozenset[str]
@@ -67,18 +67,18 @@ class Hosts:
 
     @classmethod
     def of(cls, bound_to: str, others: Iterable[str] = ()) -> Hosts:
-        """Return the hosts of a page that listens at an address and has other names, as behind a proxy."""
+        """Return the hosts of a page that listens on an address and has other names, as behind a proxy."""
         names = {*LOCAL_NAMES, "127.0.0.1", "::1", bound_to, *others}
         return cls(frozenset(name.lower().strip("[]") for name in names), any_address=not is_loopback(bound_to))
 
     def know(self, host: str) -> bool:
-        """Whether the `Host` of a request is one of them, at any port: a tunnel has a port of its own."""
+        """Return whether the `Host` of a request is one of them, with any port: a tunnel has a port of its own."""
         name = _name_of(host)
         return name is not None and (name in self.names or (self.any_address and _is_address(name)))
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens at `host`."""
+    """Return whether only this machine can reach a server that listens on `host`."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -86,7 +86,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_foreign(headers: Headers) -> bool:
-    """Whether a browser says that another site made a request. Programs that are no browsers say nothing."""
+    """Return whether a browser says that another site made a request. Programs other than browsers say nothing."""
     origin = headers.get("origin")
     if origin is not None and not _is_same(origin, headers.get("host", "")):
         return True

@@ -1,4 +1,4 @@
-"""The HTML pages. Everything that a run says is put in by script, as text."""
+"""The HTML pages. Scripts insert everything about a run, as text."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def list_page() -> HTMLResponse:
 
 
 def closed_page() -> HTMLResponse:
-    """Return the page for who comes without the token."""
+    """Return the page for visitors without the token."""
     return _page("closed.html", status=401, title="Closed", root="/")
 
 
 def enter_page(target: str) -> HTMLResponse:
-    """Return a page that leads on to `target` by itself."""
+    """Return a page that forwards to `target` by itself."""
     return _page("enter.html", title="Opening", root="/", target=target)
 
 

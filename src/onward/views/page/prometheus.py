@@ -24,7 +24,7 @@ GAUGES = {
 
 
 def exposition(statuses: Mapping[str, Mapping[str, Any]], files: Mapping[str, Mapping[str, int]]) -> str:
-    """Return the metrics of runs, each given by its name; a value that there is not now is left out.
+    """Return the metrics of runs, given by name; missing values are left out.
 
     Args:
         statuses: as `onward status --json` prints them.

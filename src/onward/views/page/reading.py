@@ -1,4 +1,4 @@
-"""What the page reads of a run: the ledger, for reading only, and the names in a few folders. Nothing is written."""
+"""What the page reads of a run: the ledger, read-only, and the names in a few folders. Nothing is written."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from onward.text import printable
 from onward.views.page.buckets import KeptBuckets
 
 LISTED = 200
-"""Entries of the inbox, of the queue, of refused files and of events that are shown at most."""
+"""The most entries shown of the inbox, of the queue, of refused files and of events."""
 GRID = 12
-"""Newest files, and boundaries, of which the grid is shown."""
+"""How many of the newest files and boundaries are shown in the grid."""
 REPORT_BYTES = 1 << 20
 AUTOMATIC = 2000
-"""Records that are returned where a request does not say how many."""
+"""How many records are returned if a request does not say."""
 
 
 class RunReader:
-    """Reads one run, from any thread; what is costly to add up is kept."""
+    """Reads one run, from any thread; costly sums are kept."""
 
     def __init__(self, layout: RunLayout) -> None:
         self.layout = layout
@@ -61,17 +61,17 @@ class RunReader:
 
     def history(self) -> list[dict[str, Any]]:
         """Return what `onward history --json` prints."""
-        with self._lock:  # who asks while a long run is added up waits for that
+        with self._lock:  # requests wait while a long run is being added up
             return read_history(self.layout, self._totals)
 
     def warm(self) -> None:
-        """Add up once what later readings start from."""
+        """Add up once what later reads build on."""
         self.history()
         with self.ledger() as ledger:
             self._buckets.fill(ledger)
 
     def metrics(self, every: int | None) -> dict[str, list[Any]]:
-        """Return the step records as columns, one in `every` (see `read_curve`); by default a few thousand in all."""
+        """Return the step records as columns, one in `every` (see `read_curve`); by default, a few thousand in all."""
         with self.ledger() as ledger:
             if every is None:
                 spans = ledger.spans()
@@ -84,7 +84,7 @@ class RunReader:
             return self._buckets.draw(ledger, points, first, last)
 
     def states(self) -> dict[str, int]:
-        """Return how many files are in which state."""
+        """Return how many files are in each state."""
         with self.ledger() as ledger:
             return {row["state"]: row["files"] for row in ledger.files_mark()}
 
@@ -94,7 +94,7 @@ class RunReader:
             return [asdict(event) for event in ledger.events(limit)]
 
     def overview(self) -> dict[str, Any]:
-        """Return what stands around the curve: inbox, queue, refused files, proof, restore points, disk, events."""
+        """Return what is shown around the curve: inbox, queue, refused files, proof, restore points, disk, events."""
         layout = self.layout
         with self.ledger() as ledger:
             waiting = [_waiting(row) for row in ledger.files("queued", "arriving")[:LISTED]]
@@ -120,7 +120,7 @@ class RunReader:
         return read_grid(self.layout)
 
     def inbox(self) -> list[dict[str, Any]]:
-        """Return the files that lie in the inbox, those that are still being written marked as such."""
+        """Return the files in the inbox, with those still being written marked as such."""
         found: list[dict[str, Any]] = []
         for below in ("", *PRIORITIES):
             with (
@@ -138,12 +138,12 @@ class RunReader:
 
 
 def disk_reserve(reader: RunReader) -> int:
-    """Return the bytes that training needs to be free on the disk: the config's margin and the next checkpoint."""
+    """Return the bytes that training needs free on the disk: the config's margin and the next checkpoint."""
     with reader.ledger() as ledger:
         newest = ledger.newest_checkpoint()
     try:
         margin = read_config(reader.layout.config).disk_margin_mb << 20
-    except OnwardError:  # a config that is refused stops training, not looking
+    except OnwardError:  # a refused config stops training, not reading
         margin = 0
     return margin + (newest.bytes if newest else 0)
 
@@ -186,7 +186,7 @@ def _is_shown(entry: os.DirEntry[str]) -> bool:
 
 def _arrived(entry: os.DirEntry[str], below: str) -> dict[str, Any]:
     size, time = 0, 0.0
-    with contextlib.suppress(FileNotFoundError):  # it was taken meanwhile
+    with contextlib.suppress(FileNotFoundError):  # it was taken in meanwhile
         found = entry.stat(follow_symlinks=False)
         size, time = found.st_size, found.st_mtime
     is_whole = not entry.name.endswith(IGNORED)
@@ -194,7 +194,7 @@ def _arrived(entry: os.DirEntry[str], below: str) -> dict[str, Any]:
 
 
 def _report(path: Path) -> dict[str, Any] | None:
-    """Return a report as it was written; None where somebody put another file there."""
+    """Return a report as it was written; None if the file is something else."""
     try:
         if path.stat().st_size > REPORT_BYTES:
             return None

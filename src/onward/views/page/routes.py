@@ -28,11 +28,11 @@ from onward.views.page.upload import Upload, require_name
 
 T = TypeVar("T")
 READING, ACTING = 2, 4
-"""Requests that read, and that wait for an owner, at the same time; others wait their turn."""
+"""How many requests may read, and how many may wait for an owner, at the same time; others wait their turn."""
 POINTS, MOST_POINTS = 1200, 4000
 ROWS, MOST_ROWS = 20, 100
 SEND_SECONDS = 30.0
-"""In which a browser has to take an event; one that sleeps comes back by itself."""
+"""Seconds in which a browser has to accept an event; one that sleeps reconnects by itself."""
 
 
 class RunRoutes:
@@ -42,7 +42,7 @@ class RunRoutes:
         run: the run.
         home: whether there is a list of runs to go back to.
         read_only: whether the page offers nothing that changes the run.
-        seconds: between two looks at the run while somebody follows it.
+        seconds: time between two looks at the run while a browser follows it.
     """
 
     def __init__(self, run: NamedRun, *, home: bool, read_only: bool, seconds: float) -> None:
@@ -57,7 +57,7 @@ class RunRoutes:
         self._acting = CapacityLimiter(ACTING)
 
     def routes(self) -> list[BaseRoute]:
-        """Return the addresses, below wherever the run is mounted."""
+        """Return the addresses, relative to where the run is mounted."""
         look = (
             ("/", self.page), ("/api/status", self.status), ("/api/history", self.history),
             ("/api/metrics", self.metrics), ("/api/events", self.events), ("/api/curve", self.curve),
@@ -97,7 +97,7 @@ class RunRoutes:
         return json_answer(await self._read(lambda: self.reader.curve(points, first, last)))
 
     async def overview(self, _: Request) -> Response:
-        """Answer with what stands around the curve."""
+        """Answer with what is shown around the curve."""
         return json_answer(await self._read(self.reader.overview))
 
     async def grid(self, _: Request) -> Response:
@@ -105,7 +105,7 @@ class RunRoutes:
         return json_answer(await self._read(self.reader.grid))
 
     async def events(self, request: Request) -> Response:
-        """Answer with what happens from now on, as server-sent events; or, as JSON, with what has happened so far."""
+        """Answer with what happens from now on, as server-sent events, or with what has happened so far, as JSON."""
         accepted = request.headers.get("accept", "*/*")
         if "application/json" in accepted and "text/event-stream" not in accepted:
             return json_answer(await self._read(self.reader.log))
@@ -128,7 +128,7 @@ class RunRoutes:
         return json_answer(await self._read(page))
 
     async def upload(self, request: Request) -> Response:
-        """Take a file into the inbox."""
+        """Receive a file into the inbox."""
         name = require_name(request.path_params["name"])
         length = request.headers.get("content-length", "")
         size = int(length) if length.isascii() and length.isdecimal() else None
@@ -137,9 +137,9 @@ class RunRoutes:
         return json_answer({"name": name, "bytes": await upload.receive(incoming(request.stream()), size)}, 201)
 
     async def chat(self, request: Request) -> Response:
-        """Answer a message by a state of the run: lines of JSON, pieces of text and at last what came of it."""
+        """Answer a message with a state of the run: lines of JSON, with pieces of text and finally the outcome."""
         pieces = self.talker.ask(await wanted(request))
-        first = await anext(pieces)  # a wish that makes no sense is refused before anything is answered
+        first = await anext(pieces)  # an invalid wish is refused before anything is answered
 
         async def lines() -> AsyncGenerator[str]:
             yield json.dumps(first) + "\n"
@@ -175,9 +175,9 @@ class RunRoutes:
 
 
 def _one(found: list[FileRow], position: int | None) -> FileRow:
-    """Return the file that is meant: that at the position, else the newest with this content.
+    """Return the file that is meant: the one at the position, else the newest with this content.
 
-    One that waits has the position only in the history: the place that it gets if nothing goes before it.
+    A waiting file has its position only in the history: the place that it gets if nothing is put before it.
     """
     at = [row for row in found if position is None or row.position in (position, None)]
     at.sort(key=lambda row: row.position is not None)

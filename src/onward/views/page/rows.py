@@ -1,7 +1,7 @@
 """The rows of an accepted file as the model sees them: in order, the longest, the cut, the left out, the costliest.
 
-They are made again from the archived original, under the config that the file was trained with, up to a number of rows
-and a time, so that looking at a file of any size neither fills the memory nor keeps a core from training.
+They are recreated from the archived original, under the config that the file was trained with, up to a number of rows
+and a time, so that viewing a file of any size neither fills the memory nor keeps a core from training.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from onward.store.rows import FileRow, StepRecord
 from onward.views.preview import ShownRow, split_text
 
 ROWS, SECONDS = 20_000, 10.0
-"""Rows that are looked at, and the time that is spent on that, at most."""
+"""The most rows that are read, and the most time spent on it in seconds."""
 OPEN = 3
-"""Files that are kept open."""
+"""How many files are kept open."""
 COSTLY = 10
-"""Steps of highest loss whose rows are shown."""
+"""How many steps of highest loss have their rows shown."""
 VIEWS = ("all", "longest", "cut", "dropped", "loss")
 
 
 class _Enough(Exception):
-    """Enough rows were looked at."""
+    """Enough rows were read."""
 
 
 @dataclass
 class OpenedFile:
-    """Rows of a file: `kept` are line, tokens and whether it was cut, `dropped` the lines of those left out."""
+    """Rows of a file: `kept` has line, tokens and whether they were cut, `dropped` the lines of rows left out."""
 
     decode: Callable[[list[int]], str] = field(repr=False)
     kept: list[tuple[int, PackedRow, bool]] = field(default_factory=list[tuple[int, PackedRow, bool]], repr=False)
@@ -53,7 +53,7 @@ class OpenedFile:
     is_whole: bool = True
 
     def see(self, line: int, fitted: Fitted) -> None:
-        """Take in a row."""
+        """Add a row."""
         if fitted.packed is None:
             self.dropped.append(line)
         else:
@@ -69,7 +69,7 @@ class OpenedFile:
 
 
 class RowsOfFiles:
-    """Opens files of one run, the newest few of which stay open."""
+    """Opens files of one run; the last few stay open."""
 
     def __init__(self, layout: RunLayout) -> None:
         self._layout = layout
@@ -81,7 +81,7 @@ class RowsOfFiles:
 
         Args:
             view: one of `VIEWS`.
-            offset, limit: which of them, and how many.
+            offset, limit: the first of them, and how many.
 
         Raises:
             UsageError: there is no such view.
@@ -136,7 +136,7 @@ def _config(layout: RunLayout, ledger: Ledger, row: FileRow) -> Config:
 
 
 def _found(ledger: Ledger, row: FileRow, opened: OpenedFile, view: str) -> Iterable[dict[str, Any]]:
-    """Yield which rows a view shows, by their index among those kept, in its order."""
+    """Yield the rows that a view shows, by their index among those kept, in its order."""
     places = range(len(opened.kept))
     if view == "longest":
         places = sorted(places, key=lambda index: -len(opened.kept[index][1]))

@@ -1,4 +1,4 @@
-"""Which runs a page shows, and the names that they have in its addresses."""
+"""Which runs a page shows, and their names in its addresses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class NamedRun:
 
     @property
     def title(self) -> str:
-        """The name of its directory, for a person to read."""
+        """The name of its directory, for people."""
         return printable(self.layout.root.resolve().name or str(self.layout.root))
 
 
 def find_runs(directories: Sequence[Path]) -> list[NamedRun]:
-    """Return the runs in these directories: each is one, or a folder whose folders are.
+    """Return the runs in these directories: each is a run, or a folder of runs.
 
     Raises:
         UsageError: one of them is neither.

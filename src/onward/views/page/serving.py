@@ -1,4 +1,4 @@
-"""The server: one process alongside the run, at a lower priority than training, bound where it was told to."""
+"""The server: one process alongside the run, at a lower priority than training, bound to the given address."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
 
 NICENESS = 5
-"""Steps by which training goes before the page where both want a core."""
+"""The niceness of the page: training goes first if both want a core."""
 TOKEN = "ONWARD_PAGE_TOKEN"
-"""Variable with a token that stays the same, as a service and Prometheus need; without it each start has a new one."""
+"""The variable with a fixed token, as a service and Prometheus need; without it, each start has a new one."""
 SHORTEST = 16
 WAIT_SECONDS = 3
 """Seconds that open requests have to end when the page does."""
@@ -30,12 +30,12 @@ WAIT_SECONDS = 3
 
 @dataclass(frozen=True)
 class Address:
-    """Where the page listens, and the other names that it has.
+    """Where the page listens, and its other names.
 
     Args:
         host: an address or a name of this machine.
-        port: 0 for any that is free.
-        names: names that a proxy gives it.
+        port: 0 for any free one.
+        names: names under which a proxy serves it.
     """
 
     host: str = "127.0.0.1"
@@ -51,7 +51,7 @@ def serve(
 
     Args:
         show: receives the link with the token, once the page can be opened.
-        say: receives what a person should know besides.
+        say: receives what else the user should know.
 
     Raises:
         UsageError: there is no run, or the address cannot be bound.
@@ -68,7 +68,7 @@ def serve(
         os.nice(NICENESS)
     server = PageServer(server_config(make_app(runs, settings)))
     show(link(address.host, listener.getsockname()[1], settings.key))
-    with listener, contextlib.suppress(KeyboardInterrupt):  # that is how a page is ended
+    with listener, contextlib.suppress(KeyboardInterrupt):  # this is how a page is ended
         server.run(sockets=[listener])
 
 
@@ -76,15 +76,15 @@ class PageServer(Server):
     """Ends what requests wait for before it waits for them."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End."""
+        """End the server."""
         await self.config.app.state.let_go()  # type: ignore[union-attr]
         await super().shutdown(sockets)
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """Return how the application is served: quietly, since addresses and headers hold the token.
+    """Return uvicorn's config for the application: without logs, since addresses and headers contain the token.
 
-    By h11 wherever httptools is installed too: it bounds the size of a request's head.
+    It uses h11 even if httptools is installed, because h11 bounds the size of a request's head.
     """
     return uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, date_header=False,

@@ -1,4 +1,4 @@
-"""What changes in a run, as server-sent events: one look every two seconds, however many browsers are open."""
+"""Changes in a run as server-sent events: one look every two seconds, however many browsers are open."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from onward.store.ledger import Ledger
 from onward.views.page.reading import RunReader
 
 SECONDS = 2.0
-"""Between two looks."""
+"""Seconds between two looks."""
 PULSE = 5.0
-"""Seconds after which the state is told again though nothing was written: a process may have frozen."""
+"""Seconds after which the state is sent again even if nothing was written: a process may have frozen."""
 NEW_STEPS = 500
-"""Steps that are sent one by one; where there are more, a browser draws the curve anew."""
+"""The most steps that are sent one by one; if there are more, a browser draws the curve anew."""
 WAITING = 100
-"""Messages that a browser may leave unread before it is let go; it comes back by itself."""
+"""How many messages a browser may leave unread before it is disconnected; it reconnects by itself."""
 
 FOLLOWERS = 100
-"""Browsers that follow one run at the same time."""
+"""The most browsers that follow one run at the same time."""
 
 Message: TypeAlias = tuple[str, Any]
 
@@ -47,11 +47,11 @@ class Seen:
 
 
 class Watcher:
-    """Looks at one run, and tells what it finds to everybody who follows. Nobody follows: it does not look.
+    """Watches one run, and sends what it finds to all followers. Without followers, it does not look.
 
     Args:
         reader: reads the run.
-        seconds: between two looks.
+        seconds: time between two looks.
         clock: seconds that never jump.
     """
 
@@ -68,7 +68,7 @@ class Watcher:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many follow as may."""
+        """Whether the most followers are reached."""
         return len(self._followers) >= FOLLOWERS
 
     async def follow(self) -> AsyncGenerator[ServerSentEvent]:
@@ -85,7 +85,7 @@ class Watcher:
             self._followers.discard(queue)
 
     async def end(self) -> None:
-        """Stop looking, and let everybody go."""
+        """Stop looking, and disconnect all followers."""
         self._followers.clear()
         if self._task is not None:
             self._task.cancel()
@@ -116,7 +116,7 @@ class Watcher:
             return "trouble", {"error": str(error)}
 
     def _begin(self) -> Seen:
-        """Return what is there when the first browser comes, which reads it all by itself."""
+        """Return the state when the first browser comes, which loads everything so far by itself."""
         seen = Seen()
         with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
             ledger = self._opened()
@@ -126,7 +126,7 @@ class Watcher:
         return seen
 
     def look(self) -> list[Message]:
-        """Return what changed since the last look; a run that cannot be read is told, and looked at again."""
+        """Return what changed since the last look; if a run cannot be read, report that and try again later."""
         try:
             ledger = self._opened()
             return self._changes(ledger)
@@ -152,7 +152,7 @@ class Watcher:
         return messages
 
     def _steps(self, ledger: Ledger) -> list[Message]:
-        """Return the steps that came since the last look, or that steps went away."""
+        """Return the steps since the last look, or a message that steps were removed."""
         seen = self._seen
         spans = ledger.spans(max(0, seen.position - 1))
         newest, position = (spans[-1].last, spans[-1].position) if spans else (0, 0)
@@ -173,7 +173,7 @@ class Watcher:
         return ledger.last_event(), ledger.get("verified"), times
 
     def _opened(self) -> Ledger:
-        """Return the ledger, opened once: whether others wrote to it is told to a connection that stays."""
+        """Return the ledger, opened once: only a lasting connection can tell whether others wrote to it."""
         self._reader.layout.require()
         if self._ledger is not None:
             self._ledger.require_in_place()

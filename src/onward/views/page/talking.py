@@ -1,4 +1,4 @@
-"""Questions from browsers to the process that answers, and its answers back to whoever asked."""
+"""Passes questions from browsers to the process that answers, and its answers back to those who asked."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from onward.errors import ModelError, UsageError
 from onward.layout import RunLayout
 
 IDLE_SECONDS = 600.0
-"""Seconds without a question after which the process ends and gives its memory back."""
+"""Seconds without a question after which the process ends and frees its memory."""
 LINE_BYTES = 16 << 20
 MOST_TURNS, MOST_TOKENS = 200, 4096
 
 Answer = dict[str, Any]
 Askers = dict[int, asyncio.Queue[Answer | None]]
-"""Whoever waits for an answer of one process, by the number of the question."""
+"""Those who wait for an answer from one process, by the number of the question."""
 COMMAND = (sys.executable, "-P", "-m", "onward.views.page.answering")
 
 
 class Talker:
-    """Starts the process that answers at the first question, and ends it when nobody asks any more.
+    """Starts the process that answers at the first question, and ends it when there are no more questions.
 
     Args:
-        command: starts the process, which the run's directory is added to.
+        command: starts the process; the run's directory is appended to it.
     """
 
     def __init__(self, layout: RunLayout, command: Sequence[str] = COMMAND) -> None:
@@ -42,11 +42,11 @@ class Talker:
         self._rest: asyncio.TimerHandle | None = None
 
     async def ask(self, wish: Mapping[str, Any]) -> AsyncGenerator[Answer]:
-        """Yield the pieces of an answer, then what came of it.
+        """Yield the pieces of an answer, then its outcome.
 
         Raises:
-            UsageError: the wish makes no sense.
-            ModelError: the process that answers has ended.
+            UsageError: the wish is invalid.
+            ModelError: the process that answers ended.
         """
         known = require_wish(wish)
         process, askers = await self._started()
@@ -67,7 +67,7 @@ class Talker:
             raise ModelError("the process that answers has ended", hint="Ask again; onward chat says more.")
         finally:
             del askers[number]
-            if is_open and process.returncode is None:  # whoever asked went away
+            if is_open and process.returncode is None:  # the browser went away
                 process.stdin.write(json.dumps({"cancel": number}).encode() + b"\n")
             self._rest_later()
 
@@ -84,26 +84,26 @@ class Talker:
             await self._reading
 
     async def _started(self) -> tuple[asyncio.subprocess.Process, Askers]:
-        """Return the process, started once however many ask at the same moment, and who waits for its answers."""
+        """Return the process, started only once even for simultaneous questions, and those waiting for its answers."""
         async with self._starting:
             if self._process is None or self._process.returncode is not None:
                 words = (*self._command, str(self._layout.root.absolute()))
                 self._process = await asyncio.create_subprocess_exec(
                     *words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=LINE_BYTES
                 )
-                self._askers = {}  # those of an earlier process hear of its end
+                self._askers = {}  # those of an earlier process are told of its end
                 self._reading = asyncio.create_task(self._read(self._process, self._askers))
             return self._process, self._askers
 
     async def _read(self, process: asyncio.subprocess.Process, askers: Askers) -> None:
-        """Hand each line to whoever asked; at the process' end, its end to everybody."""
+        """Pass each line to the one who asked, and the end of the process to everybody."""
         assert process.stdout is not None
         while line := await process.stdout.readline():
             answer = json.loads(line)
             queue = askers.get(answer.pop("id"))
             if queue is not None:
                 queue.put_nowait(answer)
-        await process.wait()  # whoever asks now starts another
+        await process.wait()  # a question from now on starts another process
         for queue in askers.values():
             queue.put_nowait(None)
 
@@ -116,15 +116,15 @@ class Talker:
     def _let_go(self) -> None:
         process = self._process
         if process is not None and process.stdin is not None and not self._askers:
-            process.stdin.close()  # it ends by itself
+            process.stdin.close()  # then it ends by itself
             self._process = None
 
 
 def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is asked, as far as the process that answers may be told it.
+    """Return the wish, reduced to what may be passed to the process that answers.
 
     Raises:
-        UsageError: something of it is not what it has to be.
+        UsageError: a part of it is not what it has to be.
     """
     messages = wish.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MOST_TURNS or not all(map(_is_message, messages)):

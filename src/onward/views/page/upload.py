@@ -1,6 +1,6 @@
-"""A file that a browser sends into the inbox: streamed next to it, in place only when it is whole.
+"""A file that a browser sends into the inbox: streamed under a temporary name, in place only when complete.
 
-While it grows it has a name that the inbox passes over, and a lock that a later page recognizes a dead one's by.
+While it grows, it has a name that the inbox ignores, and a lock by which a later page recognizes abandoned ones.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from onward.service.intake.inbox import IGNORED, PRIORITIES
 from onward.text import printable
 
 CHUNK = 4 << 20
-"""Bytes that are written at once; between two writes the disk is looked at again."""
+"""Bytes that are written at once; between two writes the disk is checked again."""
 NAME_BYTES = 255
 UNFINISHED = re.compile(r"upload-[0-9a-f]{16}\.part")
 
 
 class BadName(UsageError):
-    """A name that no file of the inbox can have."""
+    """A name is impossible for a file of the inbox."""
 
 
 def require_name(name: str) -> str:
-    """Return a name that the inbox takes.
+    """Return a name if the inbox accepts it.
 
     Raises:
-        BadName: it leads elsewhere, or the inbox would pass the file over for good.
+        BadName: it leads elsewhere, or the inbox would ignore the file forever.
     """
     hint = "Send it under a plain name, such as data.jsonl."
     if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
@@ -58,8 +58,8 @@ class Upload:
 
     Args:
         inbox: the folder.
-        name: of the file, as `require_name` let it pass.
-        reserve: bytes that the disk has to keep free.
+        name: the file's name, accepted by `require_name`.
+        reserve: bytes that must stay free on the disk.
     """
 
     def __init__(self, inbox: Path, name: str, reserve: int) -> None:
@@ -68,10 +68,10 @@ class Upload:
         self._reserve = reserve
 
     async def receive(self, chunks: AsyncIterator[bytes], size: int | None) -> int:
-        """Take in all chunks and put the file in place; returns its size.
+        """Receive all chunks and put the file in place; return its size.
 
         Args:
-            size: bytes that are announced, None where no size is announced.
+            size: the announced bytes; None if no size is announced.
 
         Raises:
             NotMadeHere: a file of that name waits already.
@@ -80,12 +80,12 @@ class Upload:
         self._require_free_name()
         self._require_room(size or 0)
         writer = await to_thread.run_sync(self._open)
-        held = os.open(self._part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # a lock that outlives the writing
+        held = os.open(self._part, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)  # keeps the lock until after the writing
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
             written = await self._copy(chunks, writer)
             await to_thread.run_sync(self._finish, writer)
-        finally:  # also where the browser went away: nothing half stays
+        finally:  # even if the browser went away: no partial file stays
             writer.close()
             os.close(held)
             self._part.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ class Upload:
             raise self._full(len(data)) from None
 
     def _finish(self, writer: io.FileIO) -> None:
-        """Force the bytes to the disk and close the file, then name it, unless another one got the name meanwhile."""
+        """Force the bytes to the disk, close the file and name it, unless another one got the name meanwhile."""
         os.fsync(writer.fileno())
         writer.close()
         try:
@@ -149,7 +149,7 @@ class Upload:
 
 
 def remove_dead_parts(inbox: Path) -> None:
-    """Remove what pages that were killed left half received; parts that still grow are locked."""
+    """Remove partial files of pages that were killed; parts that still grow are locked."""
     for path in inbox.glob("upload-*.part"):
         if not UNFINISHED.fullmatch(path.name):
             continue

@@ -1,4 +1,4 @@
-"""Adds up long runs once when the page starts, behind its back, so that the first to open it need not wait."""
+"""Adds up long runs once in the background when the page starts, so that its first visitor need not wait."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Warming:
         self._thread = threading.Thread(target=self._work, name="onward-page-warming", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start."""
         self._thread.start()
 
     def end(self) -> None:
@@ -31,5 +31,5 @@ class Warming:
         for reader in self._readers:
             if self._ended.is_set():
                 return
-            with contextlib.suppress(OnwardError, sqlite3.Error, OSError):  # whoever opens the page is told
+            with contextlib.suppress(OnwardError, sqlite3.Error, OSError):  # shown to those who open the page
                 reader.warm()

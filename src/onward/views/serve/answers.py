@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI's interface: whole, or piece by piece."""
+"""Answers in the form of OpenAI's interface: whole, or piece by piece."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def event(values: dict[str, Any]) -> str:
 
 
 def failure(message: str, *, kind: str = "invalid_request_error", param: str | None = None) -> dict[str, Any]:
-    """Return an error as clients expect it."""
+    """Return an error in the form that clients expect."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one answer.
+    """The form of one answer.
 
     Args:
-        is_chat: of a chat; else of a continued text.
+        is_chat: whether it belongs to a chat; otherwise to a continued text.
         model: the name under which the model is listed.
     """
 
@@ -47,7 +47,7 @@ class Shape:
         return {**self._head(outcome.step, ""), "choices": [choice], "usage": _usage(outcome)}
 
     def first(self) -> str:
-        """Return the event that begins a stream; "" where none does."""
+        """Return the event that begins a stream; "" if none does."""
         return event(self._chunk({"role": "assistant", "content": ""}, None)) if self.is_chat else ""
 
     def piece(self, text: str) -> str:

@@ -1,7 +1,7 @@
 """The interface over HTTP: routes, and who may ask.
 
-transformers has a server of its own. It loads whatever model a request names, from the network too, reads the seed into
-the generator of the whole process, and cannot put another adapter into a model that answers; so the routes are here.
+transformers has a server of its own. It loads whatever model a request names, even from the network, seeds the
+process's global generator, and cannot put another adapter into a model that is answering; so the routes are here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from onward.views.serve.answers import Shape, event, failure
 from onward.views.serve.requests import Asked, BadRequest, read_request
 
 LARGEST = 8 << 20
-"""Bytes of a request."""
+"""The most bytes of a request."""
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -37,9 +37,9 @@ class Service:
     """What the routes need.
 
     Args:
-        engine: it answers.
+        engine: gives the answers.
         model: the name under which the model is listed.
-        key: what `Authorization: Bearer` has to hold; None lets everybody ask who reaches the port.
+        key: what `Authorization: Bearer` must contain; None lets everybody ask who can reach the port.
         hosts: names under which the server may be addressed; a page of another site cannot use them.
     """
 
@@ -66,7 +66,7 @@ class Service:
         return await self._answer(request, is_chat=True)
 
     async def complete(self, request: Request) -> Response:
-        """Go on with a text."""
+        """Continue a text."""
         return await self._answer(request, is_chat=False)
 
     async def models(self, request: Request) -> Response:
@@ -129,7 +129,7 @@ class Service:
 
 
 async def _body(request: Request) -> Any:
-    """Return the JSON of a request, which is read only as far as it may be long."""
+    """Return the JSON of a request, reading no more than it may have."""
     data = bytearray()
     try:
         async for chunk in incoming(request.stream()):
@@ -144,7 +144,7 @@ async def _body(request: Request) -> Any:
 
 
 async def _events(reply: Reply, shape: Shape, asked: Asked) -> AsyncGenerator[str]:
-    """Yield an answer as events; when the client goes away the answer ends."""
+    """Yield an answer as events; if the client goes away, the answer ends."""
     try:
         yield shape.first()
         async for piece in iterate_in_threadpool(reply):
@@ -162,7 +162,7 @@ async def _refused(request: Request, error: BadRequest) -> Response:
 
 
 async def _gone(request: Request, error: ClientDisconnect) -> Response:
-    """Answer nobody: the client went away before its request was whole."""
+    """Answer nobody: the client went away before its request was complete."""
     del request, error
     return Response(status_code=400)
 

@@ -1,4 +1,4 @@
-"""What a client of OpenAI's interface asks for, checked: what cannot be done is refused, never ignored."""
+"""Checks what a client of OpenAI's interface asks for: what cannot be done is refused, never ignored."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from onward.errors import UsageError
 from onward.views.chat.sampling import Sampling
 
 MOST_TOKENS = 512
-"""Of an answer, where the request names no number."""
+"""The most tokens of an answer if the request does not say."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
     "tool_choice": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
 }  # fmt: skip
-"""Keys that ask for what is not done here, with the values that ask for nothing."""
+"""Keys that ask for unsupported features, with the values that are harmless."""
 
 
 class BadRequest(Exception):
-    """A request that cannot be answered; `param` is the key that is to blame."""
+    """A request cannot be answered; `param` is the key to blame."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -34,8 +34,8 @@ class Asked:
     """A request.
 
     Args:
-        messages: of a chat; None where a text is to be continued.
-        text: to be continued; None for a chat.
+        messages: messages of a chat; None if a text is to be continued.
+        text: the text to continue; None for a chat.
         sampling: how the answer is drawn.
         stops: texts before which it ends.
         tools: schemas for the chat template.
@@ -56,7 +56,7 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
     """Return what a request asks for.
 
     Raises:
-        BadRequest: it is malformed, or asks for what is not done here.
+        BadRequest: it is malformed, or asks for something unsupported.
     """
     if not isinstance(body, dict):
         raise BadRequest("the request is not a JSON object")

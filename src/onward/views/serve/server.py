@@ -1,4 +1,4 @@
-"""A server for one run: the socket, the model, and the newest commit put in its place while requests are answered."""
+"""A server for one run: the socket, the model, and switching to the newest commit while requests are answered."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from onward.views.points import hold, newest_mark
 from onward.views.serve.app import LOOPBACK, Service
 
 LOOK_SECONDS = 1.0
-"""Between two looks for a newer commit."""
+"""Seconds between two checks for a newer commit."""
 GRACE = 10
-"""Seconds that answers in hand get when the server is to end."""
+"""Seconds that current answers get when the server ends."""
 BACKLOG = 128
 
 
@@ -32,10 +32,10 @@ class Served:
     """What is served, and where.
 
     Args:
-        host, port: where to listen; port 0 takes any that is free.
-        key: what clients have to send, or None.
+        host, port: where to listen; port 0 takes any free one.
+        key: the key that clients must send, or None.
         at: the state, as `--at` names it.
-        follow: put newer commits in its place.
+        follow: whether to switch to newer commits.
     """
 
     host: str
@@ -49,10 +49,10 @@ def serve(
     layout: RunLayout, served: Served, *, said: Callable[[str], None], give_way: Callable[[], None],
     ready: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answer requests until the process is told to end, as by Ctrl-C.
+    """Answer requests until the process is asked to end, as by Ctrl-C.
 
     Args:
-        said: receives lines for a person.
+        said: receives lines for the user.
         give_way: called while another process trains the run.
         ready: receives the base URL once requests are answered.
 
@@ -71,7 +71,7 @@ def serve(
             app = Service(engine, layout.root.absolute().name, key, _hosts(host)).app()
             server = _Announcing(_config(app), lambda: ready(url))
             following = Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext()
-            with following, contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
+            with following, contextlib.suppress(KeyboardInterrupt):  # this is how it is ended
                 server.run([listening])
 
 
@@ -82,10 +82,10 @@ def _config(app: Starlette) -> uvicorn.Config:
 
 
 def listen(host: str, port: int, key: str | None) -> socket.socket:
-    """Return a socket that listens.
+    """Return a listening socket.
 
     Raises:
-        UsageError: it cannot, or others than this machine could use it without a key.
+        UsageError: it cannot listen, or other machines could use it without a key.
     """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -107,9 +107,9 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
 
 
 class Following:
-    """While its body runs, the newest commit is put in place of the one that answers; both answer, one after the other.
+    """While its body runs, switches from the answering commit to the newest one without interrupting answers.
 
-    A commit that cannot be loaded is told once, and the one in memory goes on answering.
+    A commit that cannot be loaded is reported once, and the one in memory continues to answer.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Following:
                 self._said(f"the newest commit cannot be loaded: {error}")
 
     def look(self) -> None:
-        """Put the newest commit in place, if it is another.
+        """Switch to the newest commit, if it is another.
 
         Raises:
             OnwardError: it cannot be loaded; it is not tried again.

@@ -1,1 +1,1 @@
-"""Trackers: the run's steps, told behind training to programs that draw them; one continuous run in each."""
+"""Trackers: sends the run's steps, behind training, to programs that draw them, as one continuous run in each."""

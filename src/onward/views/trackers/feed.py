@@ -1,7 +1,7 @@
-"""One tracker's feed: what it lacks is read from the ledger, told to it, and written down as told.
+"""One tracker's feed: what it lacks is read from the ledger, sent to it, and recorded as sent.
 
-The cursor is in the ledger, so an outage, a kill or another machine loses nothing: the feed goes on where it was. What
-was told right before a kill and not written down is asked of the tracker, so that nothing is told twice.
+The cursor is in the ledger, so an outage, a kill or a move to another machine loses nothing: the feed continues where
+it was. The tracker is asked for what was sent right before a kill but not recorded, so that nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from onward.store.rows import FileRow, StepRecord, TrackerRow
 from onward.views.trackers.tracker import Point, Tracker
 
 BATCH = 500
-"""Points that are told at a time."""
+"""How many points are sent at a time."""
 
 
 class Feed:
-    """Tells one tracker of a run's steps.
+    """Sends a run's steps to one tracker.
 
     Args:
-        ledger: the run's; used by the thread that calls.
-        open_tracker: reaches the tracker; given the id that it had when it was last reached.
+        ledger: the run's ledger, used by the calling thread.
+        open_tracker: connects to the tracker, given the id that it had when last reached.
     """
 
     def __init__(self, ledger: Ledger, name: str, open_tracker: Callable[[str | None], Tracker]) -> None:
@@ -33,10 +33,10 @@ class Feed:
         self._tracker: Tracker | None = None
 
     def tell(self) -> int:
-        """Tell the tracker all that it lacks; returns how many points that were.
+        """Send the tracker everything that it lacks; return how many points that were.
 
-        It is not even reached while there is nothing to tell. What the tracker raises comes through, and the next call
-        reaches it anew.
+        It is not even connected to while there is nothing to send. What the tracker raises is passed on, and the next
+        call connects anew.
         """
         told = 0
         while (count := self._tell_batch()) > 0:
@@ -44,14 +44,14 @@ class Feed:
         return told
 
     def close(self) -> None:
-        """Let go of the tracker."""
+        """Close the tracker."""
         tracker, self._tracker = self._tracker, None
         if tracker is not None:
             tracker.close()
 
     @property
     def cursor(self) -> TrackerRow:
-        """How far the tracker was told; a new one begins at the first step, whatever was undone before."""
+        """Return how far the tracker has got; a new one begins at the first step, whatever was undone before."""
         row = self._ledger.tracker(self.name)
         if row is not None:
             return row
@@ -78,7 +78,7 @@ class Feed:
         return bool(self._ledger.steps_after(cursor.step, 1))
 
     def _reached(self) -> Tracker:
-        """Reach the tracker, once; what it holds beyond the cursor was told right before a process died."""
+        """Connect to the tracker once; what it holds beyond the cursor was sent right before a process died."""
         if self._tracker is not None:
             return self._tracker
         cursor = self.cursor
@@ -91,7 +91,7 @@ class Feed:
         return tracker
 
     def _go_back(self, tracker: Tracker, cursor: TrackerRow) -> TrackerRow:
-        """Follow the run where it went back behind what the tracker was told."""
+        """Follow the run back if it was rolled back past what the tracker received."""
         for rewind in self._ledger.rewinds_after(cursor.rewind):
             if rewind.step < cursor.step:
                 number = cursor.shift + cursor.step
@@ -108,7 +108,7 @@ class Feed:
         return cursor
 
     def _read(self, cursor: TrackerRow) -> tuple[TrackerRow, list[Point]]:
-        """Return the next points, and the cursor behind them; none where the run went back while they were read."""
+        """Return the next points, and the cursor after them; none if the run was rolled back while they were read."""
         steps = self._ledger.steps_after(cursor.step, BATCH)
         points = [self._point(cursor, row, record) for row, record in steps]
         if not points or self._ledger.last_rewind() != cursor.rewind:
@@ -128,7 +128,7 @@ class Feed:
         if tracker is not None:
             try:
                 tracker.close()
-            except Exception:  # what it failed at is told already
+            except Exception:  # its failure was already reported
                 return
 
 

@@ -1,4 +1,4 @@
-"""Which trackers there are: four that Onward knows, and those that other packages bring."""
+"""The available trackers: four that Onward knows, and those from other packages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from onward.errors import UsageError
 from onward.views.trackers.tracker import Factory
 
 GROUP = "onward.trackers"
-"""The entry points by which packages bring trackers."""
+"""The entry point group by which packages provide trackers."""
 BUILT_IN = {
     "trackio": ("trackio", "onward.views.trackers.to_trackio:TrackioTracker"),
     "wandb": ("wandb", "onward.views.trackers.to_wandb:WandbTracker"),
     "mlflow": ("mlflow", "onward.views.trackers.to_mlflow:MlflowTracker"),
     "tensorboard": ("tensorboard", "onward.views.trackers.to_tensorboard:TensorboardTracker"),
 }
-"""The package that each needs, and what makes it."""
+"""The package that each needs, and its factory."""
 
 
 def find_tracker(name: str) -> Factory:
-    """Return what makes a tracker.
+    """Return the factory of a tracker.
 
     Raises:
         UsageError: its package is not installed, or there is no such tracker.

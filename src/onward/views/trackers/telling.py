@@ -1,7 +1,7 @@
-"""Trackers told of a run, each in a thread of its own, so that one that hangs or fails keeps no other from its points.
+"""Sends a run to its trackers, each in a thread of its own, so that one that hangs or fails does not hold up others.
 
-It reads the ledger and writes nothing there but how far each tracker is. The owner of a run starts it as a process of
-its own, at the lowest priority: whatever a tracker's library does, it does not do to training.
+It reads the ledger and writes nothing there but how far each tracker is. The owner of a run starts it as a separate
+process, at the lowest priority: whatever a tracker's library does, it does not affect training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from onward.views.trackers.tracker import Factory, TrackedRun, Tracker
 SECONDS = 5.0
 """Seconds between two looks at the ledger."""
 LONGEST_PAUSE = 300.0
-"""Seconds that pass at most before a tracker that failed is tried again."""
+"""The most seconds before a tracker that failed is tried again."""
 PATIENCE = 60.0
 """Seconds that the last points may take once the run's owner has ended."""
 REASON_LENGTH = 300
@@ -39,12 +39,12 @@ Find = Callable[[str], Factory]
 
 
 class Telling(threading.Thread):
-    """Tells one tracker of a run until it is ended; then once more.
+    """Sends a run to one tracker until it is ended; then once more.
 
     Args:
-        name: the tracker's, as the config says it.
-        find: returns what makes a tracker of that name.
-        seconds: between two looks at the ledger.
+        name: the tracker's name in the config.
+        find: returns the factory of a tracker with that name.
+        seconds: time between two looks at the ledger.
     """
 
     def __init__(self, layout: RunLayout, name: str, *, find: Find = find_tracker, seconds: float = SECONDS) -> None:
@@ -56,11 +56,11 @@ class Telling(threading.Thread):
         self._ended = threading.Event()
 
     def end(self) -> None:
-        """Let it tell what is left, once, and end."""
+        """Let it send what is left, once, and end."""
         self._ended.set()
 
     def run(self) -> None:
-        """Tell, wait, tell."""
+        """Send, wait, and send again, until ended."""
         failures = 0
         with open_ledger(self._layout) as ledger:
             feed = self._feed(ledger)
@@ -78,7 +78,7 @@ class Telling(threading.Thread):
 
 
 def make_feed(layout: RunLayout, ledger: Ledger, name: str, find: Find = find_tracker) -> Feed:
-    """Return the feed of a tracker, which reaches it when there is something to tell."""
+    """Return the feed of a tracker, which connects to it when there is something to send."""
 
     def reach(known_as: str | None) -> Tracker:
         return find(name)(tracked_run(layout, ledger, name, known_as))
@@ -87,7 +87,7 @@ def make_feed(layout: RunLayout, ledger: Ledger, name: str, find: Find = find_tr
 
 
 def tracked_run(layout: RunLayout, ledger: Ledger, tracker: str, known_as: str | None) -> TrackedRun:
-    """Return the run as a tracker knows it."""
+    """Return the run as described to a tracker."""
     run_id = str(ledger.get("run"))
     directory = re.sub(r"[^\w.-]", "_", layout.root.absolute().name, flags=re.ASCII)
     config = public_config(Settings(layout.config).current)
@@ -100,7 +100,7 @@ def public_config(config: Config) -> dict[str, Any]:
 
 
 def tell(feed: Feed, ledger: Ledger) -> str | None:
-    """Tell a tracker what it lacks; returns why that failed, or None. A failure, and its end, are noted once."""
+    """Send a tracker what it lacks; return why that failed, or None. A failure, and its end, are recorded once."""
     try:
         feed.tell()
     except Exception as error:
@@ -112,7 +112,7 @@ def tell(feed: Feed, ledger: Ledger) -> str | None:
 
 
 def close(feed: Feed, ledger: Ledger) -> None:
-    """Let go of a tracker; what it fails at then is noted too."""
+    """Close a tracker; a failure of that is recorded too."""
     try:
         feed.close()
     except Exception as error:
@@ -120,10 +120,10 @@ def close(feed: Feed, ledger: Ledger) -> None:
 
 
 def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) -> dict[str, str | None]:
-    """Tell trackers all that they lack, now; returns for each why that failed, or None.
+    """Send trackers everything that they lack, now; return for each why that failed, or None.
 
     Raises:
-        RunLocked: another process tells them.
+        RunLocked: another process reports to them.
     """
     results: dict[str, str | None] = {}
     lock = FileLock(layout.track_lock)
@@ -143,13 +143,13 @@ def tell_once(layout: RunLayout, names: list[str], find: Find = find_tracker) ->
 
 
 def follow(layout: RunLayout, ended: threading.Event, *, find: Find = find_tracker, seconds: float = SECONDS) -> None:
-    """Tell the trackers that the config names, as it is by then, until the event is set; then what is left."""
+    """Report to the trackers that the current config names until the event is set; then send what is left."""
     lock = FileLock(layout.track_lock)
     while True:
         try:
             lock.acquire(timeout=0.2)
             break
-        except Timeout:  # the process of an earlier owner tells its last points
+        except Timeout:  # the process of an earlier owner sends its last points
             if ended.is_set():
                 return
     with lock:
@@ -194,7 +194,7 @@ def _note_success(feed: Feed, ledger: Ledger) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Say what failed, in a line, without what an address may hold of a password."""
+    """Return what failed, in one line, without a password that an address may contain."""
     text = f"{error.what}; {error.hint}" if isinstance(error, UsageError) and error.hint else first_line(error)
     if not isinstance(error, OnwardError):
         text = f"{type(error).__name__}: {text}"

@@ -17,9 +17,9 @@ from onward.views.trackers.tracker import Held, Point, TrackedRun
 EXPERIMENT = "onward"
 """The experiment, unless `MLFLOW_EXPERIMENT_NAME` names another."""
 TAG = "onward.run"
-"""The tag that holds the run's id: by it a run is found again that was made right before a kill."""
+"""The tag with the run's id, by which a run created right before a kill is found again."""
 METRICS, PARAMS, VALUE_LENGTH = 1000, 100, 6000
-"""What MLflow takes in one call, and characters of a parameter."""
+"""What MLflow accepts in one call, and the most characters of a parameter."""
 
 
 class MlflowTracker:
@@ -40,7 +40,7 @@ class MlflowTracker:
         return Held(int(metrics["step"]), int(metrics["rollbacks"]))
 
     def log(self, points: Sequence[Point]) -> None:
-        """Log the points, a call for as many whole points as one call takes."""
+        """Log the points, with as many whole points per call as one call takes."""
         batch: list[Metric] = []
         for point in points:
             time = int(point.time * 1000)
@@ -52,12 +52,12 @@ class MlflowTracker:
         self._client.log_batch(self.id, metrics=batch)
 
     def rolled_back(self, rollbacks: int, step: int, number: int) -> None:
-        """Tag the run: which steps of MLflow are undone."""
+        """Tag the run with the steps of MLflow that are undone."""
         text = f"back to step {step}: MLflow's steps up to {number} whose step is above it are undone"
         self._client.set_tag(self.id, f"onward.rollback.{rollbacks}", text)
 
     def close(self) -> None:
-        """Nothing is held open; the run stays open, for it goes on."""
+        """Do nothing: nothing is held open, and the run stays open because it continues."""
 
     def _experiment(self, name: str, run: TrackedRun) -> str:
         found = self._client.get_experiment_by_name(name)

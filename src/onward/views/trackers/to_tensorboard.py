@@ -1,8 +1,8 @@
 """TensorBoard: event files below `trackers/tensorboard/`.
 
 Each opening writes a new event file that begins with TensorBoard's own mark of a restart (`SessionLog.START` with a
-step): its readers then leave out what earlier files say of that step and later ones. So a step is shown once, after a
-kill and after a rollback too.
+step): its readers then ignore what earlier files say about that step and later ones. So a step is shown once, even
+after a kill or a rollback.
 """
 
 # pyright: reportMissingImports=false
@@ -34,11 +34,11 @@ class TensorboardTracker:
 
     @property
     def folder(self) -> Path:
-        """Where the event files lie."""
+        """The folder of the event files."""
         return self._folder
 
     def held(self) -> None:
-        """Nothing needs to be known: a step that is told again replaces itself."""
+        """Return None, because a step that is sent again replaces itself."""
         return
 
     def log(self, points: Sequence[Point]) -> None:
@@ -50,7 +50,7 @@ class TensorboardTracker:
         writer.flush()
 
     def rolled_back(self, rollbacks: int, step: int, number: int) -> None:
-        """Go on in another file, whose beginning undoes the later steps."""
+        """Continue in another file, whose beginning undoes the later steps."""
         del rollbacks, step, number
         self.close()
 
@@ -61,7 +61,7 @@ class TensorboardTracker:
             writer.close()
 
     def _begun(self, first: Point) -> Any:
-        """Return the writer; a new one leaves out what earlier files say of the first point's step and later ones."""
+        """Return the writer; a new one invalidates earlier files from the first point's step on."""
         if self._writer is None:
             self._writer = EventFileWriter(str(self._folder))
             start = SessionLog(status=SessionLog.START)

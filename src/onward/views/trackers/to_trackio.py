@@ -1,8 +1,8 @@
 """trackio: below `trackers/trackio/`, or the Space or server that `TRACKIO_SPACE_ID` or `TRACKIO_SERVER_URL` names.
 
 Its own client drops what it cannot write, with a warning. Locally, points are therefore written by its storage layer,
-which raises, takes the time of each, and leaves out what it holds already. A Space or a server is told through the
-client, which keeps what could not be sent and sends it later.
+which raises, takes the time of each, and skips what it already has. A Space or a server is reached through the client,
+which keeps what could not be sent and sends it later.
 """
 
 # pyright: reportMissingImports=false
@@ -36,7 +36,7 @@ class TrackioTracker:
         return self._run.known_as or self._run.name
 
     def held(self) -> Held | None:
-        """Nothing locally, where a point that is told again is left out; else it cannot be asked."""
+        """Return None: locally, a point that is sent again is skipped; otherwise trackio cannot be asked."""
         return None
 
     def log(self, points: Sequence[Point]) -> None:
@@ -59,7 +59,7 @@ class TrackioTracker:
         )
 
     def rolled_back(self, rollbacks: int, step: int, number: int) -> None:
-        """Nothing: trackio has no marks, so the value `rollbacks` of each point is the mark."""
+        """Do nothing: trackio has no marks, so the value `rollbacks` of each point serves as one."""
 
     def close(self) -> None:
         """Wait until the client has sent what it holds."""
@@ -82,5 +82,5 @@ def _named(point: Point) -> dict[str, float]:
 
 
 def _log_id(run: TrackedRun, point: Point) -> str:
-    """Return what trackio knows a point by: the same each time it is told."""
+    """Return trackio's id of a point, which is the same each time it is sent."""
     return f"{run.id}-{point.number}"

@@ -44,27 +44,27 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")  # drawn over the global step, which may go back
 
     def held(self) -> Held | None:
-        """Return what the server says that it holds; offline, what wandb's own files hold."""
+        """Return what the server reports to have; offline, what wandb's own files have."""
         if self._run.offline or not self._run.resumed:
             return self._held
         step, rollbacks = (self._run.summary.get(name) for name in ("step", "rollbacks"))
         return None if step is None or rollbacks is None else Held(int(step), int(rollbacks))
 
     def log(self, points: Sequence[Point]) -> None:
-        """Hand the points to wandb, which writes them to its files before it sends them."""
+        """Pass the points to wandb, which writes them to its files before sending them."""
         for point in points:
             self._run.log(dict(point.values), step=point.number, commit=True)
 
     def rolled_back(self, rollbacks: int, step: int, number: int) -> None:
-        """Note in the run's summary which of wandb's steps are undone."""
+        """Record in the run's summary which of wandb's steps are undone."""
         self._run.summary[f"rollback_{rollbacks}"] = {"to_step": step, "undone_up_to": number}
 
     def close(self) -> None:
-        """Wait until wandb has written, and online sent, all of it; the run goes on in another process."""
+        """Wait until wandb has written, and online sent, everything; the run continues in another process."""
         self._run.finish()
 
     def _held_offline(self) -> Held | None:
-        """Return the newest step in the files that are still here."""
+        """Return the newest step in the files that still exist."""
         logged = histories(self._folder / "wandb", self.id)
         newest = max(((int(values["rollbacks"]), int(values["step"])) for values in logged), default=None)
         return None if newest is None else Held(newest[1], newest[0], is_all=False)

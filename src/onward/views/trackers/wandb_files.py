@@ -1,7 +1,8 @@
-"""What wandb wrote offline: the history of a run, read from its `run-ID.wandb` files.
+"""Reads what wandb wrote offline: the history of a run, from its `run-ID.wandb` files.
 
-wandb has no reader of its own for Python. The file is a log as LevelDB writes it (its `doc/log_format.md`): blocks of
-32 KiB with records or pieces of records, each a protobuf message of wandb's; a head of 7 bytes lies in the first block.
+wandb has no reader of its own for Python. The file is a log in LevelDB's format (its `doc/log_format.md`): blocks of 32
+KiB with records or pieces of records, each a protobuf message of wandb's; the first block begins with a header of 7
+bytes.
 """
 
 # pyright: reportMissingImports=false
@@ -35,7 +36,7 @@ def histories(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of a log; one that was cut off ends it."""
+    """Yield the records of a log, up to a truncated one."""
     place, parts = HEAD, b""
     while place + HEAD <= len(data):
         left = BLOCK - place % BLOCK

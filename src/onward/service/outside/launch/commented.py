@@ -1,4 +1,4 @@
-"""YAML with comments: values are written by PyYAML, so that every text arrives as it is; comments stand above keys."""
+"""YAML with comments above keys; PyYAML writes the values, so that every text is read back as it is."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import yaml
 from onward.text import printable
 
 WIDTH = 1 << 16
-"""Characters of a line before PyYAML breaks it: paths and commands stay whole."""
+"""The line length at which PyYAML breaks lines, large enough to keep paths and commands whole."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as such."""
+    """Writes texts of several lines as block scalars."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -31,7 +31,7 @@ def render(document: Mapping[str, Any], comments: Mapping[str, str]) -> str:
     """Return a document as YAML with comments.
 
     Args:
-        comments: the text above a key, by the path to it: `spec.template`, `containers.0.resources`.
+        comments: the comment above a key, by the key's path: `spec.template`, `containers.0.resources`.
     """
     text = yaml.dump(dict(document), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)
     above: dict[int, list[str]] = {}

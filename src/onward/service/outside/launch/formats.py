@@ -1,4 +1,4 @@
-"""The formats by the name that a person gives."""
+"""The formats by the names that users give."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ from onward.service.outside.launch.slurm import slurm_script
 SCHEDULERS: Mapping[str, Callable[[Job], str]] = {
     "slurm": slurm_script, "ray": ray_script, "skypilot": skypilot_task, "kubernetes": kubernetes_manifest,
 }  # fmt: skip
-"""What prints the file of each scheduler."""
+"""The function that prints the file for each scheduler."""

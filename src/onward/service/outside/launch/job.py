@@ -1,4 +1,4 @@
-"""What a scheduler is to start, before it is written in any scheduler's own way."""
+"""What a scheduler should start, independently of any scheduler's format."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from onward.service.outside.unit import KEPT_VARIABLES, Host
 from onward.text import how_many, printable, quoted
 
 PERSON = (2, 4, 5)
-"""Exit statuses that no restart mends: the config is refused, another process owns the run, the state is damaged."""
+"""Exit statuses that no restart can fix: the config is refused, another process owns the run, the state is damaged."""
 NOTICE = 300
-"""Seconds between a scheduler's notice and its end: room for a step and its commit."""
+"""Seconds between a scheduler's notice and the end: time for a step and its commit."""
 NAME_LENGTH = 40
 THREADS_BESIDE_GPU = 4
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run, and what trains it.
+    """One run, and the devices that train it.
 
     Args:
         run: its directory, absolute.
-        base: the folder of its base model, where that lies outside of the run.
-        devices: of each node.
-        on_cpu: devices are processes on CPU cores, not GPUs.
-        threads: of each device; the bits of CPU operations depend on them.
+        base: the folder of its base model, if that is outside the run.
+        devices: devices per node.
+        on_cpu: whether devices are processes on CPU cores, not GPUs.
+        threads: threads per device; the bits of CPU operations depend on them.
     """
 
     run: Path
@@ -47,21 +47,21 @@ class Job:
 
     @property
     def name(self) -> str:
-        """A name that every scheduler takes: the folder's, and a part of the path's hash that keeps two runs apart."""
+        """A name that every scheduler accepts: the folder's, and a part of the path's hash to keep two runs apart."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.run.name.lower()).strip("-")[:NAME_LENGTH].strip("-")
         return "-".join(part for part in ("onward", slug, hashlib.sha256(bytes(self.run)).hexdigest()[:6]) if part)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that the processes need: where models are kept, and how many threads compute."""
+        """Variables that the processes need: where models are kept, and how many threads to use."""
         kept = {name: self.host.environment[name] for name in KEPT_VARIABLES if self.host.environment.get(name)}
         return {**kept, "OMP_NUM_THREADS": str(self.threads)}
 
     def words(self, python: str, *, once: bool) -> list[str]:
-        """Return the command that owns the run on one node, word by word.
+        """Return the words of the command that owns the run on one node.
 
         Args:
-            once: end when nothing waits, and give the devices back.
+            once: whether to end when nothing waits, and release the devices.
         """
         words = [python, "-P", "-m", "onward", "watch", "--run", str(self.run)]
         words += ["--once"] if once else []
@@ -69,7 +69,7 @@ class Job:
 
 
 def read_asked(text: str) -> Devices:
-    """Return the devices that `N` or `A:B` asks for, wherever they will be.
+    """Return the devices that `N` or `A:B` asks for, whatever this machine has.
 
     Raises:
         UsageError: it is neither.
@@ -81,7 +81,7 @@ def read_asked(text: str) -> Devices:
 
 
 def require_parts(layout: RunLayout, devices: Devices, nodes: int) -> None:
-    """Refuse more devices than a step has parts, before they are asked for.
+    """Refuse more devices than a step has parts, before they are requested.
 
     Raises:
         UsageError: the run's config has fewer.
@@ -96,15 +96,15 @@ def require_parts(layout: RunLayout, devices: Devices, nodes: int) -> None:
 
 
 def as_asked(devices: Devices) -> str:
-    """Return devices as `--devices` takes them."""
+    """Return devices in the form that `--devices` takes."""
     return str(devices.most) if devices.least == devices.most else f"{devices.least}:{devices.most}"
 
 
 def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | None, host: Host | None = None) -> Job:
-    """Return the job of a run; what is not said is as its last checkpoint was made.
+    """Return the job of a run; what is not given is taken from its last checkpoint.
 
     Raises:
-        UsageError: a path cannot be written in any file of lines.
+        UsageError: a path cannot be written into a text file line by line.
     """
     host = host or Host.here()
     run = layout.root.absolute()
@@ -120,7 +120,7 @@ def describe(layout: RunLayout, devices: Devices, nodes: int, *, on_cpu: bool | 
 
 
 def require_whole(job: Job) -> None:
-    """Refuse a run that is copied to where it is trained, and would leave its ledger behind.
+    """Refuse a run that would leave its ledger behind when copied to where it is trained.
 
     Raises:
         UsageError: the ledger is a link to a disk of this machine.
@@ -133,7 +133,7 @@ def require_whole(job: Job) -> None:
 
 
 def _environment(layout: RunLayout) -> Mapping[str, Any]:
-    """Return where the newest checkpoint was made; nothing where there is none, or none that can be read."""
+    """Return the environment that the newest checkpoint was made in; empty if there is none, or none readable."""
     for folder in layout.checkpoints():
         try:
             found = json.loads((folder / MANIFEST).read_bytes())["environment"]
@@ -144,6 +144,6 @@ def _environment(layout: RunLayout) -> Mapping[str, Any]:
 
 
 def _base_elsewhere(layout: RunLayout) -> Path | None:
-    """Return the folder of the base model where the config names one outside of the run."""
+    """Return the folder of the base model if the config names one outside the run."""
     base = Path(read_config(layout.config).model).expanduser()
     return base if base.is_absolute() and base.is_dir() and not base.is_relative_to(layout.root.absolute()) else None

@@ -1,8 +1,8 @@
-"""A Job of Kubernetes with its volume: a pod that watches the run, replaced when it or its node is lost.
+"""A Kubernetes Job with its volume: a pod that watches the run, replaced if it or its node is lost.
 
-A Job, not a Deployment: what ends with status 0, as after `onward stop`, stays stopped, and what no start mends is
-given up. References: kubernetes.io, "Jobs" (pod failure policy, pod replacement policy), and "Define a command" for
-`$(...)` in the words of a command.
+A Job, not a Deployment: a pod that ends with status 0, as after `onward stop`, stays stopped, and one that no restart
+can fix is given up. References: kubernetes.io, "Jobs" (pod failure policy, pod replacement policy), and "Define a
+command" for `$(...)` in the words of a command.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FILL = f"until [ -e {READY} ]; do sleep 2; done"
 
 
 def kubernetes_manifest(job: Job) -> str:
-    """Return a claim and a Job, each with comments.
+    """Return a volume claim and a Job, both with comments.
 
     Raises:
-        UsageError: the run is spread over nodes, its ledger lies elsewhere, or a path cannot be mounted.
+        UsageError: the run is spread over nodes, its ledger is elsewhere, or a path cannot be mounted.
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm, or --for ray in KubeRay."
@@ -50,7 +50,7 @@ def kubernetes_manifest(job: Job) -> str:
 
 
 def _mounted(job: Job) -> dict[str, str]:
-    """Return what lies in the volume, by its folder there."""
+    """Return the paths that are in the volume, by their folder there."""
     return {"run": str(job.run), **({"base": str(job.base)} if job.base else {})}
 
 
@@ -153,7 +153,7 @@ COMMENTS = {
 
 
 def _variables(job: Job) -> dict[str, str]:
-    """The image has caches of its own; they lie in the volume."""
+    """Return the variables of the container; the image has caches of its own, which are put into the volume."""
     return {"OMP_NUM_THREADS": str(job.threads), "ONWARD_RUN": str(job.run)}
 
 

@@ -82,7 +82,7 @@ def ray_script(job: Job) -> str:
     """Return the script.
 
     Raises:
-        UsageError: nodes are asked for, which Ray chooses itself.
+        UsageError: a number of nodes is asked for, which Ray chooses itself.
     """
     if job.nodes > 1:
         hint = "Leave --nodes out; --devices is the number of all workers, on as many nodes as Ray has."

@@ -1,7 +1,7 @@
-"""A task for SkyPilot: a managed job on whichever cloud or cluster has devices, with the run in a volume that stays.
+"""A task for SkyPilot: a managed job on whichever cloud or cluster has devices, with the run in a persistent volume.
 
-References: SkyPilot's task YAML, "Managed jobs" (recovery) and "Volumes". A bucket mounted into the machine is no place
-for a run: it has no locks, and no links.
+References: SkyPilot's task YAML, "Managed jobs" (recovery) and "Volumes". A bucket mounted into the machine is
+unsuitable for a run: it has neither locks nor links.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from onward.service.outside.launch.job import Job, require_whole
 from onward.version import __version__
 
 GPUS = ("H100", "A100-80GB", "A100", "L40S", "L4")
-"""Kinds that are asked for, whichever is there; a person leaves in those whose memory the model needs."""
+"""The kinds of GPU requested, whichever is available; the user keeps those with enough memory for the model."""
 SEED = "~/onward-seed"
 RETRIES = 10
 
@@ -34,7 +34,7 @@ def skypilot_task(job: Job) -> str:
     """Return the task with comments.
 
     Raises:
-        UsageError: the run is spread over nodes, or its ledger lies elsewhere.
+        UsageError: the run is spread over nodes, or its ledger is elsewhere.
     """
     if job.nodes > 1:
         hint = "One node has up to 8 or 16 GPUs: --devices 8. For several nodes: --for slurm."

@@ -1,4 +1,4 @@
-"""A batch script for Slurm: `sbatch` starts it; it goes on after preemption, a time limit and a lost node.
+"""A batch script for Slurm: `sbatch` starts it; it continues after preemption, a time limit or a lost node.
 
 Rules of `#SBATCH` lines: sbatch(1). A backslash escapes inside either kind of quotes; file name patterns read `%`, so
 none of them contains the run's path.
@@ -94,17 +94,17 @@ def slurm_script(job: Job) -> str:
 
 
 def _node(job: Job) -> str:
-    """The machine's name as clusters know it: without its domain."""
+    """Return the machine's name as clusters know it: without its domain."""
     return job.host.machine.partition(".")[0]
 
 
 def _word(text: str) -> str:
-    """A word of an `#SBATCH` line."""
+    """Return a text quoted as a word of an `#SBATCH` line."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _words(job: Job) -> str:
-    """Return what runs on each node: Onward, or torchrun with it where nodes have to find each other."""
+    """Return the command that runs on each node: Onward, or torchrun with it if nodes have to find each other."""
     if job.nodes == 1:
         return shlex.join(job.words(job.host.python, once=True))
     rank = f"$(( (SLURM_NODEID - ONWARD_FIRST_NODE + {job.nodes}) % {job.nodes} ))"

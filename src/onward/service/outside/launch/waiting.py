@@ -22,7 +22,7 @@ def start_and_wait(command: str, notice: str) -> str:
     """Return the script's lines, in the language of any POSIX shell; they set `status`, and `noticed` after a notice.
 
     Args:
-        command: what is started, quoted for a shell.
+        command: the command to start, quoted for a shell.
         notice: the signal, as `trap` and `kill` take it.
     """
     return WAIT.format(command=command, notice=notice)

@@ -1,1 +1,1 @@
-"""How the owner trains a file: from its place in the queue to the boundary that is committed."""
+"""How the owner trains a file: from its place in the queue to a committed boundary."""

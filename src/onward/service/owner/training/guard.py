@@ -1,7 +1,7 @@
-"""The guard: a file that harms the model, or that cannot be learnt, is warned of or taken back.
+"""The guard: warns of files that harm the model or cannot be learnt, or takes them back.
 
-What it finds is a function of what the ledger has of the file and of the boundaries before, so that a process that goes
-on after a kill finds the same.
+What it finds is a function of what the ledger has on the file and on earlier boundaries, so that a process that
+continues after a kill finds the same.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from onward.text import printable
 from onward.training.state import TrainState
 
 NAMED = 10
-"""Rows that a report names: those of the steps with the largest loss and the largest gradient, by their own loss."""
+"""The most rows that a report names, by loss, out of the steps with the largest loss and the largest gradient."""
 Problems = list[dict[str, Any]]
-"""Rows of a report: the line, the reason, what to do."""
+"""Rows of a report: line, reason and remedy."""
 
 
 @dataclass(frozen=True)
 class InHand:
-    """The file that is trained: its row in the ledger, its plan and its tokens."""
+    """The current file: its row in the ledger, its plan and its tokens."""
 
     row: FileRow
     plan: StreamPlan
@@ -42,10 +42,10 @@ class InHand:
 
 
 class Guard:
-    """Holds files against the limits of the config as it stands.
+    """Judges files by the limits of the current config.
 
     Args:
-        evaluation: measures rows for a report.
+        evaluation: measures rows, for reports.
     """
 
     def __init__(self, ledger: Ledger, settings: Settings, evaluation: Evaluation) -> None:
@@ -56,11 +56,11 @@ class Guard:
         self._told = False
 
     def judges_answers(self, row: FileRow) -> bool:
-        """Whether the answers of a file are to be judged before it is begun."""
+        """Whether the answers of a file have to be judged before it is begun."""
         return self._settings.current.guard.action == "reject" and bool(self._limits().answers) and not row.accepted
 
     def begin(self, file: InHand, state: TrainState) -> Iterator[Note]:
-        """Look at a file from here on; one that is resumed is judged by the steps that it took before, too.
+        """Watch a file from now on; a resumed one is also judged by the steps that it took before.
 
         Raises:
             GuardRejected: its answers say nothing, or do not belong to their questions.
@@ -78,7 +78,7 @@ class Guard:
                 yield from self._act(row, found, state, lambda: rows)
 
     def after_step(self, file: InHand, result: StepTaken, state: TrainState) -> Iterator[Note]:
-        """Judge a step; yields what a person should read.
+        """Judge a step; yield what the user should read.
 
         Raises:
             GuardRejected: loss or gradient norm left the file's usual range.
@@ -93,10 +93,10 @@ class Guard:
             yield from self._act(file.row, [found], state, partial(self._worst_rows, file, state))
 
     def at_boundary(self, row: FileRow, state: TrainState, file: InHand | None = None) -> Iterator[Note]:
-        """Judge a file by what was measured at its boundary; yields what a person should read.
+        """Judge a file by what was measured at its boundary; yield what the user should read.
 
         Args:
-            file: its plan and tokens, for the rows that a report names.
+            file: the file with its plan and tokens, for the rows that a report names.
 
         Raises:
             GuardRejected: an earlier file suffered, or the model moved too far away from its base.
@@ -148,7 +148,7 @@ class Guard:
         return finding.text if row is None else f"{finding.text}: {printable(row.name)}"
 
     def _worst_rows(self, file: InHand | None, state: TrainState) -> Problems:
-        """Name rows of the steps with the largest loss and the largest gradient, those of largest loss first."""
+        """Name rows of the steps with the largest loss and the largest gradient, the largest loss first."""
         if file is None or not self._evaluation.is_possible:
             return []
         steps = self._ledger.steps(file.row.id)
@@ -167,5 +167,5 @@ class Guard:
 
 
 def _limits_of(guard: GuardConfig) -> Limits:
-    """Return the limits of a config, in which 0 is off."""
+    """Return the limits of a config, in which 0 means off."""
     return Limits(guard.forgetting or None, guard.anchor or None, guard.spike or None, guard.answers or None)

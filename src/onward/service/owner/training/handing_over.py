@@ -1,4 +1,4 @@
-"""Handovers kept in the ledger: that the state before the first step of a file is the one that was committed."""
+"""Handovers recorded in the ledger: that the state before the first step of a file is the one that was committed."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from onward.training.state import Snapshot
 Found: TypeAlias = tuple[HandoverClass, float]
 """The class that holds and the relative difference of the probe's losses, as `compare` returns them."""
 _UNPROBED = Probed(0.0, "")
-"""Stands on both sides for what is computed of the probe with a state and with its copy, as long as it is unknown."""
+"""A placeholder on both sides for what the probe gives with a state and with its copy, while that is unknown."""
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a state is handed over.
+    """The place where a state is handed over.
 
     Args:
         kind: `boundary`, or `resume` after a stop within a file.
-        file_id: the file that begins or goes on.
+        file_id: the file that begins or continues.
     """
 
     kind: str
@@ -36,7 +36,7 @@ class Crossing:
 def keep_handover(
     ledger: Ledger, crossing: Crossing, before: Mapping[str, Any], after: Measurement, found: Found
 ) -> None:
-    """Record a handover, with what was measured on both sides and the class and difference that were found."""
+    """Record a handover: the measurements on both sides, and the class and difference that were found."""
     name, difference = found
     with ledger.without_waiting():
         ledger.add_handover(
@@ -46,9 +46,9 @@ def keep_handover(
 
 
 class FirstHandover:
-    """The handover of the state of step 0 while its copy is being committed: the two are compared at once.
+    """The handover of the state of step 0 while its copy is being committed; the two are compared at once.
 
-    Nothing was trained yet that a second probe could tell, so the state has one only. It is measured where the copy is
+    Nothing was trained yet that a second probe could reveal, so only one is computed. It is measured where the copy is
     written, behind the first steps, and recorded with the handover before anything later is committed.
 
     Args:
@@ -70,7 +70,7 @@ class FirstHandover:
         return self._found[0]
 
     def keep(self, ledger: Ledger, committed: Manifest) -> None:
-        """Record it with what was measured of the copy."""
+        """Record the handover with what was measured of the copy."""
         before = committed.measured
         after = replace(self._after, probe_loss=before["probe_loss"], probe_gradient=before[GRADIENT])
         keep_handover(ledger, self._crossing, before, after, self._found)

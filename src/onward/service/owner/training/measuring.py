@@ -1,4 +1,4 @@
-"""Measuring as the owner does it: shown, recorded, and left within a step when something is asked for."""
+"""Measuring in the owner: its state is shown, results are recorded, and a request interrupts it within a step."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from onward.training.state import TrainState
 
 
 class Measuring:
-    """What is measured at boundaries, and the other hooks that are called there.
+    """Measures at boundaries, and calls the other hooks there.
 
-    Results are recorded before the boundary is committed, as step records are: a kill in between leaves either both or
-    what settling trims. A stop that comes first leaves the measurement owed, and the next process makes it of the same
-    state before it trains.
+    Results are recorded before the boundary is committed, like step records: a kill in between leaves either both or
+    results that settling trims. If a stop comes first, the measurement is owed, and the next process makes it with the
+    same state before it trains.
 
     Args:
-        look: called between two forward passes; raises `Stopped` to leave.
+        look: called between two forward passes; raises `Stopped` to interrupt the measurement.
 
     Raises:
-        ConfigError: there are hooks, and the model is in shards.
+        ConfigError: there are hooks, and the model is sharded.
     """
 
     def __init__(self, session: Session, shown: Shown, hooks: tuple[AtBoundary, ...], look: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class Measuring:
     def at_boundary(
         self, row: FileRow, state: TrainState, config: Config, plan: StreamPlan, tokens: TokenizedFile
     ) -> None:
-        """Call the hooks at a boundary that was reached and is not committed yet, and record their results."""
+        """Call the hooks at a boundary that is not committed yet, and record their results."""
         if not (config.evaluation.share or self._has_others):
             return
         boundary = Boundary(state.step, row.name, state.model, tokens, plan, config, state.cursor.position)
@@ -68,10 +68,10 @@ class Measuring:
         return self._or_nothing(GRID, boundary.step, lambda: self.evaluation.at_boundary(boundary))
 
     def _or_nothing(self, name: str, step: int, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Measure; what fails in the model's own code leaves blanks and is reported: it never stops training."""
+        """Measure; a failure in the model's own code is reported and leaves blanks, but never stops training."""
         try:
             return measure()
-        except (Stopped, OnwardError, OSError, sqlite3.Error):  # of the machine or the config, or asked for
+        except (Stopped, OnwardError, OSError, sqlite3.Error):  # from the machine or the config, or requested
             raise
         except Exception as error:
             reason = f"the model was not measured here: {type(error).__name__}: {first_line(error)}"
@@ -84,11 +84,11 @@ class Measuring:
         """Measure a file before its first step.
 
         Args:
-            judge: judge its answers too, for the guard.
+            judge: whether to judge its answers too, for the guard.
 
         Raises:
             ConfigError: a file of `evaluation.files` cannot be read.
-            Stopped: something was asked for; nothing is recorded, and the file is not begun.
+            Stopped: there was a request; nothing is recorded, and the file is not begun.
         """
         evaluation, results = self.evaluation, dict[str, Any]()
         if not (config.evaluation.share or judge):
@@ -105,10 +105,10 @@ class Measuring:
             self._ledger.keep_boundary_results(row.id, state.step, results)
 
     def catch_up(self, state: TrainState) -> FileRow | None:
-        """Measure the boundary that the state stands at, if a stop came first; returns the file that it is after.
+        """Measure the boundary that the state is at, if a stop came first; return the file before it.
 
         Raises:
-            Stopped: another one did.
+            Stopped: another stop came first.
         """
         row = owed_evaluation(self._ledger)
         if row is None or not state.cursor.at_boundary or row.position != state.cursor.position:

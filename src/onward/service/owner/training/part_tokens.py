@@ -1,4 +1,4 @@
-"""The tokens of a part of a step: chosen once for a run, since its bits depend on them, and kept wherever it goes."""
+"""The tokens per part of a step: chosen once for a run, since its bits depend on them, and kept on every machine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from onward.training.memory import USABLE, part_tokens
 from onward.training.state import TrainState
 
 FACT = "micro_batch_tokens"
-"""The fact of the ledger under which a run keeps its number."""
+"""The ledger's fact in which a run keeps its number."""
 
 
 def with_part_tokens(session: Session, state: TrainState, config: Config, learned: Learned) -> Config:
     """Return the config with the run's own number in place of `micro_batch_tokens: auto`.
 
-    The number follows from the memory of the device that the run begins on. A run that trained before there was a
-    number, and one that began on a CPU, has that of earlier releases, which is not written out.
+    The number follows from the memory of the device that the run begins on. Runs that trained before there was a
+    number, and those that began on a CPU, have the number of earlier releases, which is not written out.
     """
     if config.micro_batch_tokens != "auto" or config.gradient_accumulation != "auto":
         return config

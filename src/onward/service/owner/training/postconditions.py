@@ -1,4 +1,4 @@
-"""What must hold when a file is done, as counted: nothing is believed because it was planned."""
+"""What must hold when a file is done, by counting what was trained, not by what was planned."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onward.training.state import TrainState
 
 
 def require_done(ledger: Ledger, state: TrainState, file_id: int, plan: StreamPlan) -> None:
-    """Hold a file against its plan: steps and rows as counted in the ledger, and the optimizer's own counter.
+    """Check a file against its plan: steps and rows as counted in the ledger, and the optimizer's own counter.
 
     Raises:
         TrainingError: it was not trained as planned.

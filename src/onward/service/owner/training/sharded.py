@@ -1,4 +1,4 @@
-"""A run whose model is in shards, as rank 0 leads it: what is done together is told to the others first."""
+"""A run with a sharded model, as led by rank 0: whatever all ranks do together is first announced to the others."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from onward.training.state import Snapshot
 from onward.training.world import Message
 
 COPIES = 3
-"""Times the size of a state that a commit takes on the disk: shards, whole tensors, the checkpoint."""
+"""How many times the size of a state a commit takes on the disk: shards, whole tensors, the checkpoint."""
 GatherContext = AbstractContextManager[tuple[nn.Module, Snapshot]]
 
 
 def load_order(session: Session, config: Config, folder: Path | None, manifest: Manifest | None) -> Message:
-    """Return what another rank needs to build its part of a run."""
+    """Return the order with what another rank needs to build its part of a run."""
     root = session.layout.root
     return {
         "order": LOAD,
@@ -47,10 +47,10 @@ def load_order(session: Session, config: Config, folder: Path | None, manifest: 
 
 
 def load_in_shards(session: Session, config: Config, folder: Path | None, manifest: Manifest | None) -> ShardedRun:
-    """Build the run's model in shards, on all ranks.
+    """Build the run's sharded model, on all ranks.
 
     Raises:
-        ConfigError: the config asks for what shards do not have.
+        ConfigError: the config asks for something that sharding does not support.
         DamagedState, ModelError: a rank cannot build its part.
     """
     require_shardable(config)
@@ -65,12 +65,12 @@ def load_in_shards(session: Session, config: Config, folder: Path | None, manife
 
 
 class ShardedRun:
-    """What rank 0 has all ranks do together, besides steps. It stands in for the `Probe` of a whole model.
+    """What rank 0 makes all ranks do together, besides steps. It takes the place of the `Probe` of a whole model.
 
     Args:
         held: rank 0's part.
         placement: how steps are taken.
-        seed: the run's.
+        seed: the run's seed.
     """
 
     writers: frozenset[type[nn.Module]] = frozenset()
@@ -82,7 +82,7 @@ class ShardedRun:
 
     @property
     def is_cut(self) -> bool:
-        """Whether no rank has all that is trained."""
+        """Whether no single rank has everything that is trained."""
         return self.held.shards is not None
 
     def of_model(self) -> Probed:
@@ -91,23 +91,23 @@ class ShardedRun:
         return self.held.probe(self._seed)
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
-        """Measure the probe now: it takes all ranks, which train on while the copy is written."""
+        """Measure the probe now: it takes all ranks, which continue to train while the copy is written."""
         del snapshot
         probed = self.of_model()
         return lambda: probed
 
     def measure(self) -> Measurement:
-        """Measure the state as it is now, on whatever ranks it lies."""
+        """Measure the state as it is now, across all ranks."""
         self._world.tell(lambda: {"order": MEASURE, "seed": self._seed, "whole": True})
         return self.held.measure(self.held.probe(self._seed))
 
     def commit(self, snapshot: Snapshot) -> Callable[[], GatherContext] | None:
-        """Have all ranks copy their shards and begin to write them; returns what makes the state whole for a commit.
+        """Make all ranks copy their shards and begin to write them; return the context that makes the state whole.
 
-        Nothing has to be made whole where every rank has all that is trained.
+        Return None if every rank has everything that is trained, so that nothing has to be made whole.
 
         Raises:
-            NoSpace: it does not fit; nothing was told.
+            NoSpace: it does not fit; the other ranks were told nothing.
         """
         if self.held.shards is None:
             return None
@@ -143,7 +143,7 @@ class ShardedRun:
         """Return the bytes that a commit takes on the disk.
 
         Args:
-            size: those of the checkpoint that rank 0 would write alone, of what it holds.
+            size: the bytes of the checkpoint that rank 0 would write alone, of what it holds.
         """
         return size if self.held.shards is None else COPIES * self._world.size * size
 

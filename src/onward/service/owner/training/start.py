@@ -1,4 +1,4 @@
-"""Where a process goes on from: the state of the newest checkpoint, or that of step 0; nothing is written."""
+"""Where a process continues from: the state of the newest checkpoint, or that of step 0. Nothing is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Log = deque[dict[str, Any]]
 class Start:
     """A loaded state.
 
-    `manifest` is that of its checkpoint, None for the state of step 0. `config` was in force when it was committed.
+    `manifest` is its checkpoint's, or None for the state of step 0. `config` was in force when it was committed.
     """
 
     state: TrainState
@@ -37,14 +37,14 @@ class Start:
     config: Config
     log: Log
     in_shards: ShardedRun | None = None
-    """The run's model where it is cut into shards."""
+    """The run's model if it is sharded."""
 
 
 def load_start(session: Session, settled: Settled) -> Start:
-    """Load the state that settling found, or make that of step 0.
+    """Load the state that settling found, or make the state of step 0.
 
     Raises:
-        DamagedState: it is not what its manifest says.
+        DamagedState: the checkpoint is not what its manifest says.
         ModelError: the base model cannot be loaded.
     """
     log: Log = deque(maxlen=huggingface.LOG_TAIL)
@@ -68,7 +68,7 @@ def load_start(session: Session, settled: Settled) -> Start:
 
 
 def _in_shards(session: Session, config: Config, folder: Path | None, manifest: Manifest | None) -> ShardedRun | None:
-    """Return the run's model in shards, if it is to be; what that needs is imported only then."""
+    """Return the run's sharded model, if it should be sharded; what that needs is imported only then."""
     if not session.in_shards:
         return None
     from onward.service.owner.training.sharded import load_in_shards

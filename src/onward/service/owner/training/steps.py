@@ -1,4 +1,4 @@
-"""The steps of one file as its owner sees them: timed by the heartbeat, and blamed for what fails inside one."""
+"""The steps of one file as its owner sees them: timed by the heartbeat, and blamed for failures inside them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from onward.training.state import Cursor
 
 
 class StepFailed(Exception):
-    """A step of a file failed, whatever the reason.
+    """A step of a file failed, for whatever reason.
 
     Args:
-        file_id: the file in hand.
+        file_id: the current file.
         cause: what was raised.
-        crowded: whether other processes held much of the GPU's memory then.
+        crowded: whether other processes then held much of the GPU's memory.
     """
 
     def __init__(self, file_id: int, cause: Exception, *, crowded: bool = False) -> None:
@@ -32,13 +32,13 @@ class StepFailed(Exception):
 def watched(
     steps: Iterator[StepTaken], file_id: int, heartbeat: Heartbeat, is_crowded: Callable[[], bool]
 ) -> Iterator[StepTaken]:
-    """Yield steps; the heartbeat's limit holds while one is in hand, and only then.
+    """Yield steps; the heartbeat's time limit holds during a step, and only then.
 
     Args:
-        is_crowded: asked when a step fails: whether other processes hold much of the GPU's memory.
+        is_crowded: called if a step fails; returns whether other processes hold much of the GPU's memory.
 
     Raises:
-        StepFailed: a step failed; it belongs to the file in hand.
+        StepFailed: a step of the current file failed.
     """
     seconds: float | None = None
     while True:
@@ -62,8 +62,8 @@ def file_started(
     """Return the event of a file's first step, or of its next one after a stop.
 
     Args:
-        tokens: what is known of its tokens, as `TokenizedFile.meta` has it.
-        handover: the class that held.
+        tokens: what is known about its tokens, as in `TokenizedFile.meta`.
+        handover: the class of its handover.
     """
     return FileStarted(
         name=row.name,
@@ -83,7 +83,7 @@ def file_started(
 
 
 def record_of(file_id: int, result: StepTaken) -> StepRecord:
-    """Return what the ledger keeps of a step."""
+    """Return the ledger's record of a step."""
     values = asdict(result)
     del values["steps_in_file"]
     values["replayed"] = len(result.replayed)
@@ -91,7 +91,7 @@ def record_of(file_id: int, result: StepTaken) -> StepRecord:
 
 
 def log_entry(result: StepTaken) -> dict[str, Any]:
-    """Return what `trainer_state.json` says of a step."""
+    """Return the entry for a step in `trainer_state.json`."""
     return {
         "step": result.step,
         "epoch": result.epoch,

@@ -1,4 +1,4 @@
-"""The surroundings of a worker: what it looks at and whom it tells while it trains."""
+"""The surroundings of a worker: what it consults and what it informs while it trains."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from onward.training.device_memory import ReadUsage, read_usage
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a worker looks at and tells while it trains.
+    """What a worker consults and informs while it trains.
 
     Args:
-        wishes: polled after every step; once it is true the state is committed and the file is left.
-        settings: the config as it stands on disk.
-        shown: where the run's state is shown.
+        wishes: polled after every step; once true, the state is committed and the file is left.
+        settings: the config as it is on disk.
+        shown: shows the run's state.
         heartbeat: told when a step begins and ends.
-        goes_on: asked at a boundary: whether the next file may begin while the boundary is committed behind it.
+        goes_on: called at a boundary; returns whether the next file may begin while the boundary is being committed.
         hooks: called at each boundary, before it is committed.
         look: called while rows are read again; raises `Stopped` to leave the file.
-        memory: asked for the device's memory when a step fails.
+        memory: returns the device's memory; called if a step fails.
     """
 
     wishes: Wishes

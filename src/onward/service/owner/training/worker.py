@@ -1,7 +1,7 @@
 """One file's journey: from the queue through its steps to a committed boundary. Read this first.
 
-`Worker.train_next` is a generator of events; whoever iterates renders them. The state lives in `TrainState`, the
-account of it in the ledger, and a kill at any instant leaves both where `Settlement` finds them.
+`Worker.train_next` is a generator of events, for its caller to show. The state is in `TrainState`, the record of it in
+the ledger, and after a kill at any instant `Settlement` can recover both.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Worker:
 
     Args:
         session: the run, opened by the one process that owns it.
-        start: the state to go on from.
+        start: the state to continue from.
     """
 
     def __init__(self, session: Session, start: Start, around: Surroundings) -> None:
@@ -83,15 +83,15 @@ class Worker:
         self._compute_as_asked()
 
     def train_next(self) -> Iterator[Event]:
-        """Take the file that is to be trained now to its boundary, or as far as the wishes let it come.
+        """Take the file whose turn it is to its boundary, or as far as the wishes allow.
 
-        Files that may begin at once follow, each while the boundary before it is committed. A worker that was left at
-        a step goes on from there when it is called again; nothing is being written then.
+        Files that may begin at once follow, each while the boundary before it is committed. A worker that was left at a
+        step continues from there when called again; nothing is being written meanwhile.
 
         Raises:
-            StepFailed: a step of the file in hand failed.
-            OnwardError: the state or the machine does not allow to go on. What was committed stays, and this worker
-                cannot be used again.
+            StepFailed: a step of the current file failed.
+            OnwardError: the state or the machine does not allow training to continue. What was committed stays, and
+                this worker cannot be used again.
         """
         row = self.ledger.next_owed()
         if row is None and owed_evaluation(self.ledger) is None:
@@ -103,7 +103,7 @@ class Worker:
             while row is not None:
                 row = yield from self._journey(row, metrics)
         except Exception:
-            yield from self._collect(wait=True)  # before anyone goes back, the commit in flight has to end
+            yield from self._collect(wait=True)  # before the run is rolled back, the pending commit has to end
             raise
         except GeneratorExit:
             self._writer.join()
@@ -119,7 +119,7 @@ class Worker:
         return int((self._in_shards.bytes_needed(size) if self._in_shards else size) * SPACE_MARGIN)
 
     def _begin_run(self) -> Iterator[Event]:
-        """Once: begin to commit the state of step 0, or say what is resumed and measure its handover."""
+        """Begin to commit the state of step 0, or report what is resumed and measure its handover; called once."""
         if self._has_begun:
             return
         newest = self._newest
@@ -133,23 +133,23 @@ class Worker:
         self._has_begun = True
 
     def _catch_up(self) -> Iterator[Event]:
-        """Measure and judge the boundary that the state stands at, if a stop came before that."""
+        """Measure and judge the boundary that the state is at, if a stop came before that was done."""
         row = self._measuring.catch_up(self.state)
         if row is not None:
             yield from self._guard.at_boundary(row, self.state)
 
     def _journey(self, row: FileRow, metrics: Metrics) -> Generator[Event, None, FileRow | None]:
-        """Take one file from where it stands to its boundary; returns the file that follows at once."""
+        """Take one file from where it is to its boundary; return the file that follows at once."""
         self.around.wishes.in_hand = row.id
         resumed = row.state == "training" and self.state.cursor.position == row.position
         if not resumed:
             self.config = self._config_in_force(row)
-            if self.config != self._in_force:  # the commit in flight is of the old config
+            if self.config != self._in_force:  # the pending commit has the old config
                 yield from self._collect(wait=True)
         self._compute_as_asked()
         self.around.shown.set("tokenizing")
         tokens = open_tokens(self.session, row, self.config, self.around.look)
-        if self.config.replay.policy == "forgotten":  # it reads what was measured at the boundary before
+        if self.config.replay.policy == "forgotten":  # it reads what was measured at the previous boundary
             yield from self._collect(wait=True)
         position = self.state.cursor.position + (not resumed)
         plan = plan_of(self.ledger, row, tokens.rows, self.config, position)
@@ -169,10 +169,10 @@ class Worker:
         return (yield from self._finish(in_hand)) if self.state.cursor.at_boundary else None
 
     def _config_in_force(self, row: FileRow) -> Config:
-        """Read the config as it is now: it changes at boundaries only, and never its identity.
+        """Read the current config: it takes effect only at boundaries, and its identity never changes.
 
-        A file that was begun before and lost is trained again under the config that it had, and one that did not
-        fit into memory in smaller parts.
+        A file that was begun before and lost is trained again under the config that it had; one that did not fit into
+        memory is trained in smaller parts.
         """
         session = self.session
         if row.config is not None:
@@ -184,13 +184,13 @@ class Worker:
         return with_part_tokens(session, self.state, config, self._learned)
 
     def _compute_as_asked(self) -> None:
-        """Have environment and probe say whether the config in force asks for operations that repeat."""
+        """Make environment and probe state whether the config in force asks for deterministic operations."""
         if self.config.deterministic != self.session.config.deterministic:
             self.session = replace(self.session, config=self.config)
             self._facts, self._probed, self._probe_repeats = None, self._in_shards, False
 
     def _begin(self, row: FileRow, plan: StreamPlan) -> str:
-        """Cross the boundary before a file: measure the handover, put the config in force, set the cursor."""
+        """Cross the boundary before a file: measure the handover, put the config into force, set the cursor."""
         state, config, old = self.state, self.config, self._in_force
         if state.step > 0:
             require_unstretched(old, config)
@@ -238,7 +238,7 @@ class Worker:
                 yield from self._begin_commit(file_id)
 
     def _finish(self, file: InHand) -> Generator[Event, None, FileRow | None]:
-        """Hold the file against its postconditions and commit its boundary; returns the file that follows at once."""
+        """Check the file's postconditions and commit its boundary; return the file that follows at once."""
         row, plan, step = file.row, file.plan, self.state.step
         require_done(self.ledger, self.state, row.id, plan)
         self._measuring.at_boundary(row, self.state, self.config, plan, file.tokens)
@@ -258,7 +258,7 @@ class Worker:
         return following
 
     def _hand_over(self, kind: str, row: FileRow | None) -> str:
-        """Measure the state and hold it against what was measured before the last commit, written or not."""
+        """Measure the state and compare it with what was measured before the last commit, written or not."""
         crossing = Crossing(kind, self.state.step, row.id if row else None)
         here = self.session.environment
         if self._newest is None and self._copy is not None and self._copy.known is not None:
@@ -276,10 +276,10 @@ class Worker:
         return found[0]
 
     def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
-        """Measure the state as it is now; `known` was measured of its last copy, which has this digest.
+        """Measure the current state; `known` was measured of its last copy, which has this digest.
 
-        A second probe of one state tells whether the probe repeats. It is left out where nothing was trained yet, and
-        where it has repeated in this process and the state is proven, on its device, to be the one that was copied.
+        A second probe of one state shows whether the probe is repeatable. It is left out if nothing was trained yet, or
+        if it was repeatable in this process and the state is proven, on its device, to be the one that was copied.
         """
         if self._in_shards and self._in_shards.is_cut:
             return self._in_shards.measure()
@@ -304,7 +304,7 @@ class Worker:
         return self._probed
 
     def _wait_for_commit(self) -> Iterator[Event]:
-        """Wait until what was begun is committed."""
+        """Wait until the pending commit is done."""
         self.around.shown.set("saving")
         yield from self._collect(wait=True)
 
@@ -312,7 +312,7 @@ class Worker:
         self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None,
         *, is_awaited: bool = False,
     ) -> Iterator[Event]:  # fmt: skip
-        """Copy the state, to be committed while training goes on; the commit before is waited for."""
+        """Copy the state, to be committed while training continues; the previous commit is waited for."""
         yield from self._collect(wait=True)
         self._facts = self._facts or self.session.facts()
         self._copy = self.state.snapshot(into=self._copy)
@@ -329,7 +329,7 @@ class Worker:
         )  # fmt: skip
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:
-        """Take note of a commit that is finished; what made it fail is raised here."""
+        """Collect a finished commit; what made it fail is raised here."""
         written = self._writer.collect(wait=wait)
         if written is None:
             return
