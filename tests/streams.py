@@ -1,61 +1,67 @@
-"""Streams of a GPU, for tests of copies on a machine without one."""
+"""Streams that a test moves as their owner would, without a model: trained, lost, undone."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from ledgers import add_file, made_up_run
+
+from onward.store.ledger import Ledger
+from onward.store.metrics import Metrics
+from onward.store.rows import StepRecord
 
 
-class Late:
-    """Stands in for `torch.cuda` at its worst: a copy on the other stream is made when somebody waits for it."""
+class Stream:
+    """A run whose files are trained, lost and undone by a test, as their owner would."""
 
-    def __init__(self) -> None:
-        self._queue: list[Callable[[], object]] = []
-        self._done = 0
-        self._lock = threading.Lock()
+    def __init__(self, directory: Path) -> None:
+        self.layout = made_up_run(directory, [], lambda step: 0.0)
+        self.ledger = Ledger(self.layout.ledger)
+        self.step = 0
+        self.file: int | None = None
+        self.lineage: list[float] = []
+        self.boundaries = [0]
+        self.losses = 0
 
-    def current_stream(self) -> Any:
-        return self
+    def train(self, steps: int, *, last: bool) -> None:
+        """Train steps of a file, which is done with the last one."""
+        if self.file is None:
+            self.position = len(self.boundaries)
+            self.file = add_file(
+                self.ledger, f"{self.losses}.jsonl", state="training", position=self.position, start_step=self.step,
+                planned_steps=1000,
+            )  # fmt: skip
+        metrics = Metrics(self.layout.ledger, clock=lambda: 1000.0 + self.losses)
+        for _ in range(steps):
+            self.step += 1
+            self.losses += 1
+            self.lineage.append(float(self.losses))
+            metrics.append(StepRecord(self.file, self.step, 1, 0, 2, "d", 20, 10, float(self.losses), 1e-4, 0.5, 0.25))
+        metrics.close()
+        if last:
+            self.ledger.set_file(self.file, state="done", planned_steps=self.step - self.boundaries[-1])
+            self.boundaries.append(self.step)
+            self.file = None
 
-    def wait_event(self, event: Any) -> None:
-        event.synchronize()
+    def die_and_train_again(self, steps: int) -> None:
+        """Forget uncommitted steps of the file in hand, then train them again: the same bits."""
+        if self.file is None:
+            return
+        back = max(self.boundaries[-1], self.step - steps)
+        again = self.lineage[back:]
+        self.ledger.trim(back, [self.file], "lost")
+        metrics = Metrics(self.layout.ledger, clock=lambda: 1000.0)
+        for step, loss in enumerate(again, start=back + 1):
+            metrics.append(StepRecord(self.file, step, 1, 0, 2, "d", 20, 10, loss, 1e-4, 0.5, 0.25))
+        metrics.close()
 
-    def Stream(self) -> Any:
-        class Side:
-            def wait_stream(self, other: Any) -> None:
-                """What the other computes is done."""
-
-        return Side()
-
-    @contextmanager
-    def stream(self, side: Any) -> Iterator[None]:
-        late = self
-
-        class Queued(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                assert torch.ops.aten.copy_.default is func
-                late._queue.append(lambda: func(*args, **(kwargs or {})))
-                return args[0]
-
-        with Queued():
-            yield
-
-    def Event(self) -> Any:
-        late = self
-
-        class Event:
-            def record(self, side: Any) -> None:
-                self.until = len(late._queue)
-
-            def synchronize(self) -> None:
-                with late._lock:  # whoever trains and whoever writes may wait for one copy
-                    while late._done < self.until:
-                        late._queue[late._done]()
-                        late._done += 1
-
-        return Event()
+    def roll_back(self, boundary: int) -> None:
+        """Go back to the boundary after a file."""
+        step = self.boundaries[boundary]
+        with self.ledger.transaction():
+            for row in self.ledger.files("training", "done"):
+                if (row.position or 0) > boundary:
+                    self.ledger.move_file(row.id, "undone")
+            self.ledger.trim(step, [], "undone")
+        del self.boundaries[boundary + 1 :], self.lineage[step:]
+        self.step, self.file = step, None

@@ -37,5 +37,5 @@ def test_name_of_a_dead_holder_refuses_nobody(tmp_path: Path) -> None:
 def test_holder_without_a_name_is_still_an_owner(tmp_path: Path) -> None:
     """A lock whose holder left no name still refuses."""
     lock = tmp_path / ".lock"
-    with FileLock(lock), pytest.raises(RunLocked, match="no name"), RunLock(lock, patience=0):
+    with FileLock(lock), pytest.raises(RunLocked, match="its name is not recorded"), RunLock(lock, patience=0):
         pass

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
+from late_copies import Late
 from runs import new_run
-from streams import Late
 
 from onward import Run
 from onward.store.ledger import Ledger

@@ -76,7 +76,7 @@ def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
     assert 0 == end(process)
     printed, log = (tmp_path / "log").read_text(), run.layout.log.read_text()
     step = run.status()["global_step"]
-    left = "inbox/monday is a directory and is left alone"
+    left = "inbox/monday is a directory and is ignored"
     for words in ("rejected: bad.jsonl", left, "paused by an operator at step 3", "resumed by an operator"):
         assert (1, 1) == (printed.count(words), log.count(words)), words
     here = f"pid {process.pid} on {socket.gethostname()}"

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from late_copies import Late
 from peft import LoraConfig, get_peft_model
 from rows import CPU, tiny_model
-from streams import Late
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.config import Config
