@@ -48,7 +48,9 @@ def member_of(descriptor: int) -> tuple[str, Any]:
     assert form is not None
     try:
         stream: Any = archive.open(member)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a damaged directory may name any place in the file
+        if is_of_machine(error):
+            raise
         raise _damage(error) from None
     return form, io.BufferedReader(_Member(stream), BUFFER)
 
