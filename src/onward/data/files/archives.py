@@ -75,7 +75,7 @@ class _Member(io.RawIOBase):
 
 def _opened(descriptor: int) -> zipfile.ZipFile:
     file = io.FileIO(descriptor, closefd=False)
-    if _directory_bytes(file) > DIRECTORY_BYTES:
+    if os.fstat(descriptor).st_size >= _directory_bytes(file) > DIRECTORY_BYTES:
         raise FileError("the archive holds many files", "unpack it, and add its files one by one")
     try:
         return zipfile.ZipFile(file)
