@@ -221,3 +221,11 @@ def test_a_real_process_refuses_the_same_way(untouched: Path, tmp_path: Path) ->
     assert_refused(onward_process("train", bad, "--run", untouched), 3, "real.jsonl, line 2: not valid JSON")
     assert_refused(onward_process("learn"), 2, "No such command 'learn'")
     assert_refused(onward_process("status", cwd=tmp_path), 2, "there is no run in this directory")
+
+
+@pytest.mark.parametrize("arguments", [("status", "{}"), ("{}",), ("status", "--{}")])
+def test_wrong_arguments_are_shown_without_control_characters(arguments: tuple[str, ...]) -> None:
+    """What a shell's pattern made of a file's name is printable where the command line refuses it, too."""
+    outcome = onward(*(word.format("\u202ea\x1b[31m") for word in arguments))
+    assert_refused(outcome, 2, "[31m")
+    assert outcome.err.replace("\n", "").isprintable()

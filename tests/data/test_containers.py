@@ -8,6 +8,7 @@ import json
 import lzma
 import shlex
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
         assert remedy.startswith(("unpack it", "rename or convert it"))
 
 
+def misplaced(archive: bytes, size: int | None = None) -> bytes:
+    """Return an archive whose end states a directory beyond its place, so that its file begins before the archive.
+
+    Args:
+        size: what the end states as the bytes of the directory, if not what they are.
+    """
+    end = archive.rfind(b"PK\x05\x06")
+    size = struct.unpack_from("<L", archive, end + 12)[0] if size is None else size
+    return archive[: end + 12] + struct.pack("<2L", size, end) + archive[end + 20 :]
+
+
 @pytest.mark.parametrize(
     ("data", "reason", "remedy"),
     [
@@ -254,6 +266,9 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
         (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive uses a compression", "unpack it"),
         (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive contains another archive", "unpack it"),
         (b"PK\x03\x04" + b"a" * 50, "the zip archive cannot be read", "make or download it again"),
+        (b"PK" + zipped(("a.jsonl", JSONL)), "the content is not zip, but the name says so", "give it the ending"),
+        (misplaced(zipped(("a.jsonl", JSONL)), 1 << 30), "the zip archive cannot be read", "make or download it again"),
+        (misplaced(zipped(("a.jsonl", JSONL))), "the zip archive cannot be read", "make or download it again"),
         (JSONL, "the content is not zip, but the name says so", "give it the ending of its content"),
     ],
 )  # fmt: skip

@@ -21,6 +21,7 @@ from tiny import byte_state, chat_rows, write_jsonl
 from onward.data.files.containers import SourceFile, check_readable
 from onward.data.files.faults import FileError, SourceChanged, refusal_of
 from onward.data.files.limits import DEFAULT_LIMITS, Limits
+from onward.data.files.parquet_footer import StatedGroup, stated_groups
 from onward.data.files.reading import Reading
 from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
@@ -173,6 +174,55 @@ def test_values_that_json_does_not_know_inside_a_chat(tmp_path: Path) -> None:
     (problem,) = intake(put(tmp_path, "a.parquet", as_parquet(rows))).problems
     expected = Problem(1, "message 2 holds a date, which JSON does not know", "write it as a string")
     assert expected == problem
+
+
+@pytest.mark.parametrize("name", ["text", "element"])
+def test_a_parquet_footer_that_contradicts_itself_ends_no_process(tmp_path: Path, name: str) -> None:
+    """A column that was made required behind its statistics' back is refused; pyarrow's own classes would abort."""
+    optional = b"\x25\x02\x18" + bytes([len(name)]) + name.encode()
+    data = as_parquet(pyarrow.table({"text": ["a", None, "b"], "list": [["x"], ["y"], None]}))
+    assert 1 == data.count(optional)
+    damaged = data.replace(optional, b"\x25\x00" + optional[2:])
+    (problem,) = intake(put(tmp_path, "a.parquet", damaged)).problems
+    assert problem.reason.startswith("not a readable parquet file (OSError: Definition level histogram size mismatch")
+    assert "write or download it again" == problem.remedy
+
+
+def test_a_page_is_held_against_its_checksum(tmp_path: Path) -> None:
+    """Where a Parquet file has checksums of its pages, a letter that was changed in one refuses it."""
+    rows = [{"text": f"row {number}"} for number in range(20)]
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    data = as_parquet(rows, **options)
+    assert intake(put(tmp_path, "a.parquet", data)).ok
+    (problem,) = intake(put(tmp_path, "b.parquet", data.replace(b"row 13", b"cow 13"))).problems
+    assert "CRC checksum verification failed" in problem.reason
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"row_group_size": 2}, {"write_statistics": False}, {"data_page_version": "2.0", "write_page_index": True}],
+    ids=str,
+)
+def test_what_a_parquet_footer_states(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Rows, values and sizes of every column and row group are those that pyarrow reads."""
+    columns = {
+        "chats": CHATS, "list": [[1, 2], [], None] * 2, "truth": [True, None] * 3, "bytes": [b"1", b"22", None] * 2,
+    }  # fmt: skip
+    path = put(tmp_path, "a.parquet", as_parquet(pyarrow.table(columns), **options))
+    meta = parquet.read_metadata(path)
+    groups = [meta.row_group(place) for place in range(meta.num_row_groups)]
+    expected = [
+        StatedGroup(
+            group.num_rows,
+            tuple(
+                (column.num_values, column.total_uncompressed_size)
+                for column in map(group.column, range(meta.num_columns))
+            ),
+        )
+        for group in groups
+    ]
+    with path.open("rb") as file:
+        assert expected == stated_groups(file)
 
 
 PANIC = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})  # what Rust's panics look like

@@ -39,3 +39,12 @@ def test_holder_without_a_name_is_still_an_owner(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     with FileLock(lock), pytest.raises(RunLocked, match="its name is not recorded"), RunLock(lock, patience=0):
         pass
+
+
+def test_a_name_that_cannot_be_removed_keeps_no_lock(tmp_path: Path) -> None:
+    """What lies where the holder writes its name stays, and the run is free when the holder is done."""
+    lock = tmp_path / ".lock"
+    (tmp_path / ".lock.holder").mkdir()
+    with RunLock(lock):
+        assert is_held(lock)
+    assert not is_held(lock)

@@ -111,6 +111,24 @@ def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -
     assert problem["reason"].startswith("checking it killed the process 3 times")
 
 
+def test_a_command_that_is_given_again_counts_the_deaths_at_its_file(run: Run, tmp_path: Path) -> None:
+    """Whoever adds a file once more whose content ended the process three times gets the refusal, not a fourth end."""
+    poison = tiny.write_jsonl(tmp_path / "poison.jsonl", tiny.chat_rows(3))
+    for _ in range(ATTEMPTS):
+        child = os.fork()
+        if child == 0:
+            with Ledger(run.layout.ledger) as ledger:
+                Intake(run.layout, ledger, begun=die).take([poison])
+            os._exit(0)
+        assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with Ledger(run.layout.ledger) as ledger:
+        intake = Intake(run.layout, ledger, begun=die)
+        with pytest.raises(FileRejected, match="checking it ended the process 3 times"):
+            intake.take([poison])
+        assert [True] * ATTEMPTS == [intake.check_next() for _ in range(ATTEMPTS)]
+        assert not ledger.files("arriving")
+
+
 @pytest.mark.parametrize("error", [MemoryError, KeyError("odd")])
 def test_a_command_prints_a_refusal_whatever_checking_raises(
     run: Run, tmp_path: Path, error: BaseException | type[BaseException]
@@ -270,6 +288,50 @@ def test_a_report_never_overwrites_a_file(run: Run, tmp_path: Path) -> None:
     assert ["x.jsonl.report.json", "x.jsonl.report_.json.report.json"] == sorted(
         path.name for path in run.layout.rejected.glob("*.report.json")
     )
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "folder": lambda path: (path.mkdir(), (path / "mine").write_text("mine")),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to a folder": lambda path: path.symlink_to(path.parent.parent / "mine", target_is_directory=True),
+    "link to a file": lambda path: path.symlink_to(path.parent.parent / "mine/file"),
+    "fifo": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.report.json", ".tmp-x.jsonl", ".tmp-x.jsonl.report.json"])
+def test_what_others_put_into_rejected_blocks_no_refusal(run: Run, name: str, kind: str) -> None:
+    """Whatever lies in `rejected/` under a name of a refused file stays; the file and its report get other names."""
+    mine = run.layout.root / "mine"
+    mine.mkdir()
+    (mine / "file").write_text("mine")
+    way = run.layout.rejected / name
+    IN_THE_WAY[kind](way)
+    before = way.lstat()
+    (run.layout.inbox / "x.jsonl").write_text("{}\n")
+    with Ledger(run.layout.ledger) as ledger:
+        announce(run.layout, ledger, "x.jsonl")
+        assert Intake(run.layout, ledger).check_next()
+        assert {"x.jsonl": "rejected"} == states(ledger)
+    kept = next(path for path in run.layout.rejected.iterdir() if path != way and not path.name.endswith("report.json"))
+    assert "{}\n" == kept.read_text()
+    assert "x.jsonl" == json.loads(kept.with_name(f"{kept.name}.report.json").read_text())["file"]
+    assert (before.st_ino, before.st_mode) == (way.lstat().st_ino, way.lstat().st_mode)
+    assert ["file"] == [path.name for path in mine.iterdir()]
+    assert "mine" == (mine / "file").read_text()
+
+
+def test_a_folder_in_the_archive_is_left_alone(run: Run, tmp_path: Path) -> None:
+    """A start removes copies that were never recorded, and nothing else that has a name like theirs."""
+    folder = run.layout.archive / ".tmp-mine"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    (run.layout.archive / ".tmp-a.jsonl").write_text("half of a copy")
+    (run.layout.archive / ".tmp-link").symlink_to(folder / "mine")
+    run.add(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(3)))
+    assert [".tmp-link", ".tmp-mine", "a.jsonl"] == sorted(path.name for path in run.layout.archive.iterdir())
+    assert "mine" == (folder / "mine").read_text()
 
 
 def test_a_command_that_was_killed_before_it_read_its_files_is_finished(run: Run, tmp_path: Path) -> None:

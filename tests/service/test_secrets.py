@@ -47,14 +47,28 @@ def test_a_record_of_before_is_read_all_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"notify.url": f"htps://{SECRET}"}, {"notify.ulr": SECRET}, {"notify.command": [SECRET]}]
+    ("values", "key"),
+    [
+        ({"notify.url": f"htps://{SECRET}"}, "notify.url"),
+        ({"notify.ulr": SECRET}, "notify.ulr"),
+        ({"notify.command": [SECRET]}, "notify.command"),
+        ({"notify": SECRET}, "notify"),
+        ({"notify": {"events": [f"https://{SECRET}"]}}, "notify.events.0"),
+        ({"notfy": {"url": SECRET}}, "notfy"),
+        ({"notify_url": SECRET}, "notify_url"),
+        ({"hub_token": SECRET}, "hub_token"),
+        ({"evaluation": {"token": SECRET}}, "evaluation.token"),
+        ({"track": [f"https://{SECRET}@127.0.0.1"]}, "track.0"),
+        ({"track": [{"wandb": {"api_key": SECRET}}]}, "track.0"),
+        ({"track": {"wandb": SECRET}}, "track"),
+    ],
 )
-def test_a_refusal_does_not_repeat_it(values: dict[str, object]) -> None:
-    """A secret that is misspelt or under a misspelt key is refused without being shown."""
+def test_a_refusal_does_not_repeat_it(values: dict[str, object], key: str) -> None:
+    """A secret that is misspelt, under a misspelt key or in the wrong place is refused without being shown."""
     with pytest.raises(ConfigError) as refused:
         parse_config(values)
     assert SECRET not in str(refused.value)
-    assert "notify" in str(refused.value)
+    assert key in str(refused.value)
 
 
 @pytest.mark.parametrize(

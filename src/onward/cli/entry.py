@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -45,8 +45,9 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
             outcome = app(standalone_mode=False)
         flush_results()
     except CommandLineError as error:
-        with contextlib.suppress(OSError, ValueError):
-            error.show()
+        words = io.StringIO()
+        error.show(words)
+        say(words.getvalue().rstrip())
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted(came)

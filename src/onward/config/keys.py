@@ -39,6 +39,10 @@ LATER_KEYS = (
 SECRET_KEYS = ("notify.command", "notify.url")
 """Keys that may hold a password or a token: their values appear in the config file and nowhere else."""
 
+NEAR_SECRETS = ("notify", "track")
+"""Keys next to which people write addresses and tokens, be it in the wrong place: a refusal does not repeat what it
+refuses of them, nor the value of a key that it does not know."""
+
 NEW_RUN = {
     "over_length": "auto", "text.documents": "auto", "holdout": "auto", "evaluation.share": 0.05,
     "guard.action": "warn",

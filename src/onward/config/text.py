@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from onward.config.config import Config, known_keys
-from onward.config.keys import IDENTITY_KEYS, SECRET_KEYS, SECTIONS
+from onward.config.keys import IDENTITY_KEYS, NEAR_SECRETS, SECTIONS
 from onward.errors import ConfigError, Unreadable
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -123,16 +123,9 @@ def _nested(values: Mapping[str, Any], where: object) -> dict[str, Any]:
     names += [f"{name}.{key}" for name, section in sections.items() for key in section]
     known = set(known_keys())
     for name in names:
-        if name not in known:
-            value = _lookup(result, name)
-            shown = "" if name.startswith("notify.") else f" with value {value!r}"  # maybe a misspelt secret
-            raise ConfigError(f"unknown key {name!r}{shown}{_nearest(name)}", where=where, hint=KEYS_HINT)
+        if name not in known:  # its value is not shown: it may be a misspelt secret
+            raise ConfigError(f"unknown key {name!r}{_nearest(name)}", where=where, hint=KEYS_HINT)
     return result
-
-
-def _lookup(values: dict[str, Any], name: str) -> Any:
-    section, dot, rest = name.partition(".")
-    return values[section][rest] if dot and isinstance(values[section], dict) else values[section]
 
 
 def _nearest(name: str) -> str:
@@ -147,12 +140,11 @@ def _describe(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:
         return message
-    if key in SECRET_KEYS:
-        return f"{key}: its value is refused: {message[:1].lower()}{message[1:]}"
     value = problem["input"]
     near = ""
     if problem["type"] == "literal_error" and isinstance(value, str):
         allowed = [word.strip("'") for word in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         close = difflib.get_close_matches(value, allowed, n=1)
         near = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{key}: {value!r} is refused: {message[:1].lower()}{message[1:]}{near}"
+    shown = "its value" if key.partition(".")[0] in NEAR_SECRETS else repr(value)
+    return f"{key}: {shown} is refused: {message[:1].lower()}{message[1:]}{near}"

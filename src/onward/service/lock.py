@@ -48,7 +48,8 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._holder.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a name that is left says no more than one of a process that was killed
+            self._holder.unlink(missing_ok=True)
         self._lock.release()
 
     def _require_locks(self) -> None:

@@ -75,6 +75,16 @@ class Files(Ranges):
         self.write("UPDATE files SET attempts = max(0, attempts + ?) WHERE id = ?", by, file_id)
         return self.file(file_id).attempts
 
+    def attempts_at(self, row: FileRow) -> int:
+        """Return how often checking a file's content was begun and never ended, under whatever name it arrived."""
+        known = "SELECT coalesce(sum(attempts), 0) FROM files WHERE state = 'arriving' AND sha256 = ? AND id != ?"
+        return self.file(row.id).attempts + (int(self.scalar(known, row.sha256, row.id)) if row.sha256 else 0)
+
+    def share_attempts(self, row: FileRow, attempts: int) -> None:
+        """Count attempts at a file for every file of its content that arrived, so that all are given up with it."""
+        if row.sha256:
+            self.write("UPDATE files SET attempts = ? WHERE state = 'arriving' AND sha256 = ?", attempts, row.sha256)
+
     def next_occurrence(self, sha256: str) -> int:
         """Return the occurrence that a file with this content gets if it joins the stream now; 0 for the first."""
         last = self.scalar(

@@ -48,7 +48,9 @@ def member_of(descriptor: int) -> tuple[str, Any]:
     assert form is not None
     try:
         stream: Any = archive.open(member)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a damaged directory may name any place in the file
+        if is_of_machine(error):
+            raise
         raise _damage(error) from None
     return form, io.BufferedReader(_Member(stream), BUFFER)
 
@@ -73,7 +75,7 @@ class _Member(io.RawIOBase):
 
 def _opened(descriptor: int) -> zipfile.ZipFile:
     file = io.FileIO(descriptor, closefd=False)
-    if _directory_bytes(file) > DIRECTORY_BYTES:
+    if os.fstat(descriptor).st_size >= _directory_bytes(file) > DIRECTORY_BYTES:
         raise FileError("the archive contains many files", "unpack it, and add its files one by one")
     try:
         return zipfile.ZipFile(file)

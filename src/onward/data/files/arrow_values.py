@@ -38,7 +38,7 @@ def rows_of_arrow(form: str, read: Callable[[], Iterator[dict[str, Any]]]) -> It
         for row in read():
             rows += 1
             yield row
-    except (pyarrow.ArrowException, OSError, struct.error, IndexError) as error:
+    except (pyarrow.ArrowException, OSError, struct.error, IndexError, KeyError, TypeError, ValueError) as error:
         if is_of_machine(error):
             raise
         what = f"not a readable {form} file ({described(error)})"

@@ -18,6 +18,7 @@ from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, 
 from onward.data.files.containers import SourceFile
 from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
+from onward.data.files.parquet_footer import stated_groups
 from onward.text import printable
 
 READ_BUFFER = 1 << 18
@@ -42,6 +43,7 @@ class _Reader:
         # by descriptor, not by name, so that what is read is what was hashed
         self._file: Any = io.FileIO(source.fileno(), closefd=False)
         self._metadata: Any = parquet.read_metadata(self._file)
+        self._stated_groups = stated_groups(self._file)
         self._columns = [self._metadata.schema.column(place) for place in range(self._metadata.num_columns)]
         self._bytes = source.size
         self._limits = limits
@@ -67,6 +69,7 @@ class _Reader:
             read_dictionary=list(dictionaries),
             pre_buffer=False,
             buffer_size=READ_BUFFER,
+            page_checksum_verification=True,  # where there are any
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -102,13 +105,12 @@ class _Reader:
 
     def _stated(self, group: int) -> tuple[int, int]:
         """Return the bytes that a row group unpacks to at least, according to its metadata, and its number of rows."""
-        meta = self._metadata.row_group(group)
+        meta = self._stated_groups[group]
         stated = 0
-        for place, column in enumerate(self._columns):
-            chunk = meta.column(place)
+        for column, (values, size) in zip(self._columns, meta.columns, strict=True):
             width = column.length if column.physical_type == "FIXED_LEN_BYTE_ARRAY" else 4
-            stated += max(chunk.total_uncompressed_size, chunk.num_values * width)
-        return stated, meta.num_rows
+            stated += max(size, values * width)
+        return stated, meta.rows
 
     def _batches(self, reader: Any, group: int, rows: int) -> Iterator[Any]:
         # one thread: two would share the position in the file

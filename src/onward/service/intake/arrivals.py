@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.data.files.containers import FileError, check_readable
 from onward.data.files.sources import file_format
 from onward.digest import sha256_file
 from onward.errors import Unreadable
-from onward.layout import RunLayout
+from onward.layout import RunLayout, entries
 from onward.service.intake.folders import is_saved_dataset, joined
 from onward.service.intake.guard import BudgetSpent, Guard
 from onward.service.intake.names import plain_name, unused_name
-from onward.service.intake.reading import Changed, identity, look, move_durably, read_whole
+from onward.service.intake.reading import Changed, identity, is_regular, look, move_durably, read_whole
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -181,7 +181,9 @@ class Arrivals:
     def clean(self) -> None:
         """Finish the arrivals of a process that was killed, and remove copies that were never recorded."""
         self.complete(self.ledger.files("arriving"))
-        remove_temporaries(self.layout.archive)
+        for entry in entries(self.layout.archive):
+            if entry.name.startswith(TEMPORARY_PREFIX) and is_regular(entry):  # a folder or a link is not a copy
+                entry.unlink()
 
     def _read_in(self, row: FileRow, reserved: set[str], guard: Guard, *, flush: bool) -> Values:
         assert row.inbox is not None

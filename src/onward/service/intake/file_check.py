@@ -63,8 +63,10 @@ class FileCheck:
         """
         rules = self._rules()  # before the attempt: a failure here is not the file's fault
         original = self.layout.kept(row.copy)
-        if row.attempts >= ATTEMPTS:
-            return Refusal.of_deaths(row)
+        deaths = self.ledger.attempts_at(row)
+        if deaths >= ATTEMPTS:
+            self.ledger.share_attempts(row, deaths)
+            return Refusal.of_deaths(row, deaths)
         self.ledger.count_attempt(row.id)
         try:
             self._begun(row)

@@ -33,6 +33,16 @@ def look(path: Path) -> os.stat_result | None:
         return None
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a regular file lies at a path, and no link to one.
+
+    Raises:
+        OSError: the machine cannot tell.
+    """
+    found = look(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
 def identity(status: os.stat_result) -> str:
     """Return device, inode, size and modification time, in which any change of a file shows."""
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"

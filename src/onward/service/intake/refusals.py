@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from onward.errors import FileRejected
 from onward.layout import RunLayout
 from onward.service.intake.guard import Guard
 from onward.service.intake.names import plain_name, rejected_name, report_of, unused_name
-from onward.service.intake.reading import Changed, look, move_durably, read_whole
+from onward.service.intake.reading import Changed, is_regular, look, move_durably, read_whole
 from onward.store.rows import FileRow
 from onward.text import printable
 
@@ -66,9 +65,9 @@ class Refusal:
         return cls(row.name, [_problem(None, reason, "add it again when its writer is done")], 1)
 
     @classmethod
-    def of_deaths(cls, row: FileRow) -> Refusal:
+    def of_deaths(cls, row: FileRow, deaths: int) -> Refusal:
         """Return the refusal of a file at which processes died."""
-        reason = f"checking it killed the process {row.attempts} times, through lack of memory or a fault in a library"
+        reason = f"checking it killed the process {deaths} times, through lack of memory or a fault in a library"
         return cls(row.name, [_problem(None, reason, "split the file, or export its rows again")], 1)
 
     @classmethod
@@ -123,15 +122,24 @@ def keep_refused(layout: RunLayout, path: Path, refusal: Refusal, now: float, *,
 
 
 def _may_take(target: Path, path: Path, *, links: bool) -> bool:
-    """Whether a refused file and its report may take these names: they are free, or taken by the same file."""
+    """Whether a refused file and its report may take these names: they are free, or taken by the same file.
+
+    Anything else is left alone, also under the names that both have while they are written.
+    """
     report = report_of(target)
-    if look(report) is not None and not _is_report(report):
+    if not all(is_free(each.with_name(f"{TEMPORARY_PREFIX}{each.name}")) for each in (target, report)):
+        return False
+    if look(report) is not None and not (is_regular(report) and _is_report(report)):
         return False
     if look(target) is None:
         return True
-    found = look(path)
-    is_file = path.is_file() if links else found is not None and stat.S_ISREG(found.st_mode)
-    return is_file and filecmp.cmp(path, target, shallow=False)
+    is_file = path.is_file() if links else is_regular(path)
+    return is_file and is_regular(target) and filecmp.cmp(path, target, shallow=False)
+
+
+def is_free(unfinished: Path) -> bool:
+    """Whether a name for what is being written may be used; a file is what an interrupted write left."""
+    return look(unfinished) is None or is_regular(unfinished)
 
 
 def _is_report(path: Path) -> bool:

@@ -19,7 +19,8 @@ from onward.config import Config, stored_config
 from onward.errors import DeviceLost, GuardRejected, NoSpace, OnwardError, TrainingError, first_line
 from onward.layout import RunLayout
 from onward.service.client import skip_queued
-from onward.service.intake.refusals import Refusal, keep_refused
+from onward.service.intake.names import unused_name
+from onward.service.intake.refusals import Refusal, is_free, keep_refused
 from onward.service.owner.training.steps import StepFailed
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
@@ -200,6 +201,7 @@ def _link(layout: RunLayout, row: FileRow) -> Path:
     """Return a second link to the archived original, to be moved to `rejected/`."""
     copy = layout.kept(row.copy)
     link = layout.rejected / f".tmp-{copy.name}"
+    link = link if is_free(link) else unused_name(layout.rejected, link.name)
     link.unlink(missing_ok=True)
     if copy.is_file():
         link_or_copy(copy, link)
