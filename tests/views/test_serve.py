@@ -26,7 +26,7 @@ from onward.layout import RunLayout
 from onward.views.chat.engine import Engine
 from onward.views.chat.sampling import Sampling
 from onward.views.loaded import load
-from onward.views.points import hold, newest_mark
+from onward.views.points import hold, state_mark
 
 uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed")
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
@@ -173,7 +173,7 @@ def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_p
         loaded = load(layout, point)
     said: list[str] = []
     with Engine(loaded) as engine, served(engine) as url, ThreadPoolExecutor(4) as threads:
-        following = Following(layout, engine, newest_mark(layout), said.append, lambda: None)
+        following = Following(layout, engine, state_mark(layout), said.append, lambda: None)
         body = {"messages": QUESTION, **GREEDY}
         early = [threads.submit(ask, f"{url}/chat/completions", body) for _ in range(8)]
         Run(layout.root).train(rows)

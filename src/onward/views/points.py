@@ -77,29 +77,23 @@ def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Ge
         yield Point(folder, describe(layout, manifest), manifest.step, manifest)
 
 
-def newest_step(layout: RunLayout) -> int:
-    """Return the step of the newest commit, for whoever goes on to newer ones; nothing is read but a manifest.
+def state_mark(layout: RunLayout, at: str | None = None) -> tuple[int, int]:
+    """Return what tells a state from every other that is meant by the same words, as of a step that was trained again.
+
+    Nothing is read but a manifest's place, so that it can be asked before every answer.
+
+    Args:
+        at: the state, as for `hold`.
 
     Raises:
-        UsageError: nothing was committed yet.
-    """
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        return step_of(newest_checkpoint(layout, ledger.get("run")))
-
-
-def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
-    """Return what tells the newest commit from every other, also from one of the same step that was trained again.
-
-    Raises:
-        UsageError: nothing was committed yet.
+        UsageError: there is no such state, or it is no longer kept.
     """
     for _ in range(ATTEMPTS):
-        with Ledger(layout.ledger, read_only=True) as ledger:
-            folder = newest_checkpoint(layout, ledger.get("run"))
+        seen_at = _stated_by(layout, at)
         with contextlib.suppress(FileNotFoundError):  # it was replaced just now
-            seen = (folder / MANIFEST).stat()
-            return step_of(folder), seen.st_ino, seen.st_mtime_ns
-    raise DamagedState("the newest checkpoint is replaced again and again", where=layout.current)
+            seen = seen_at.stat()
+            return seen.st_ino, seen.st_mtime_ns
+    raise DamagedState("the state is replaced again and again", where=layout.current)
 
 
 def describe(layout: RunLayout, manifest: Manifest) -> str:
@@ -214,18 +208,41 @@ def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collecti
     return Point(folder, f"release {name}", step, manifest, release=name)
 
 
+def _stated_by(layout: RunLayout, at: str | None) -> Path:
+    """Return the manifest of a state, or the folder of a release, which may have none."""
+    if at is None:
+        with Ledger(layout.ledger, read_only=True) as ledger:
+            return newest_checkpoint(layout, ledger.get("run")) / MANIFEST
+    release = _release_meant(layout, at)
+    if release is not None:
+        return layout.releases / release
+    kept, step = _kept_states(layout, at)
+    if step not in kept:
+        raise _no_longer_kept(layout, step, kept)
+    return kept[step] / MANIFEST
+
+
 def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[str]) -> Manifest:
     """Link and verify the state of a boundary, or the newest commit where its step is named."""
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        kept = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
-        newest = find_newest(layout, ledger.get("run"))
-        here = kept if newest is None else {step_of(newest): newest, **kept}
-        step = find_step(ledger, at, sorted(here), AT)
-    found = link_checkpoint(here[step], folder, left_out=left_out) if step in here else None
+    kept, step = _kept_states(layout, at)
+    found = link_checkpoint(kept[step], folder, left_out=left_out) if step in kept else None
     if found is None:
-        steps = ", ".join(map(str, sorted(here)))
-        hint = f"Kept are those of steps {steps}: {AT} {STEP}N. keep_boundaries in the config keeps more."
-        raise UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)
+        raise _no_longer_kept(layout, step, kept)
     if found.verified is None:
-        raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=here[step])
+        raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=kept[step])
     return found.verified
+
+
+def _kept_states(layout: RunLayout, at: str) -> tuple[dict[int, Path], int]:
+    """Return the folders of all states that are kept, by step, and the step that is meant."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        points = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
+        newest = find_newest(layout, ledger.get("run"))
+        kept = points if newest is None else {step_of(newest): newest, **points}
+        return kept, find_step(ledger, at, sorted(kept), AT)
+
+
+def _no_longer_kept(layout: RunLayout, step: int, kept: Collection[int]) -> UsageError:
+    steps = ", ".join(map(str, sorted(kept)))
+    hint = f"Kept are those of steps {steps}: {AT} {STEP}N. keep_boundaries in the config keeps more."
+    return UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)

@@ -17,7 +17,7 @@ from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
 from onward.views.connections import Server
 from onward.views.loaded import load
-from onward.views.points import hold, newest_mark
+from onward.views.points import hold, state_mark
 from onward.views.serve.app import LOOPBACK, Service
 
 LOOK_SECONDS = 1.0
@@ -65,7 +65,7 @@ def serve(
         url = f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
         if is_held(layout.lock):
             give_way()
-        mark = newest_mark(layout) if served.follow else None
+        mark = state_mark(layout) if served.follow else None
         with hold(layout, served.at) as point, Engine(load(layout, point)) as engine:
             said(f"{engine.loaded.label} answers")
             app = Service(engine, layout.root.absolute().name, key, _hosts(host)).app()
@@ -146,7 +146,7 @@ class Following:
         Raises:
             OnwardError: it cannot be loaded; it is not tried again.
         """
-        mark = newest_mark(self._layout)
+        mark = state_mark(self._layout)
         if mark == self._mark:
             return
         if is_held(self._layout.lock):
