@@ -32,6 +32,10 @@ export async function loadCurve() {
   const where = range ? `&first=${range[0]}&last=${range[1]}` : "";
   const values = await get(`curve?points=${Math.min(2000, Math.max(300, Math.round(byId("chart-loss").clientWidth * NEAR)))}${where}`);
   if (number !== asked) return; // another one was asked for meanwhile
+  if (range && !values.columns.step.length) { // what was looked at closely was undone
+    range = null;
+    return loadCurve();
+  }
   drawn = values;
   draw();
   if (!values.exact) later(900);

@@ -23,6 +23,12 @@ export function followStatus(status) {
   byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index, status));
 }
 
+/* What tells the file in training from every other, as requests name it; null where there is none. */
+export function training() {
+  const entry = entries.find((one) => one.state === "training");
+  return entry ? `file:${entry.position}` : null;
+}
+
 function warnings(entry) {
   const parts = [[entry.truncated, "cut"], [entry.dropped, "left out"], [entry.split, "split"], [entry.bad_rows, "bad"]];
   const words = parts.filter(([number]) => number).map(([number, word]) => `${count(number)} ${word}`);
