@@ -8,7 +8,6 @@ reader's own, verified there, and removed when the reader is done, or by the nex
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 from collections.abc import Collection, Generator
@@ -24,6 +23,7 @@ from onward.store.ledger import Ledger
 from onward.store.lookup import FILE, STEP, find_step
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.huggingface import FOR_TRAINING
+from onward.views.locked import make_locked
 
 AT = "--at"
 RELEASE = "release:"
@@ -134,41 +134,9 @@ def _lockable(layout: RunLayout) -> tuple[Path, int] | None:
     """Make a folder below `cache/reading/` and lock it; None where that cannot be."""
     try:
         layout.reading.mkdir(parents=True, exist_ok=True)
-        gate = os.open(layout.reading, os.O_RDONLY | os.O_CLOEXEC)
+        return make_locked(layout.reading, mode=0o700)
     except OSError:
         return None
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody takes a folder that is not locked yet for one of a dead reader
-        _remove_left(layout.reading)
-        folder = Path(tempfile.mkdtemp(dir=layout.reading))
-        return folder, _locked(folder)
-    except OSError:
-        return None
-    finally:
-        os.close(gate)
-
-
-def _locked(folder: Path) -> int:
-    """Lock a folder, without waiting; the lock ends with the descriptor that is returned.
-
-    Raises:
-        OSError: another process has it.
-    """
-    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _remove_left(parent: Path) -> None:
-    for folder in entries(parent):
-        with contextlib.suppress(OSError):
-            lock = _locked(folder)
-            remove_tree(folder)
-            os.close(lock)
 
 
 def _release_meant(layout: RunLayout, at: str) -> str | None:
