@@ -112,6 +112,15 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
     assert first == again == engine.reply(QUESTION, Sampling(2.0, 1.0, max_tokens=20, seed=7)).outcome.text
     cut = ask(f"{url}/chat/completions", {**body, "stop": [first[5:7]]})[1]["choices"][0]
     assert (first[: first.index(first[5:7])], "stop") == (cut["message"]["content"], cut["finish_reason"])
+    unrelated = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "n": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "top_logprobs": None,
+    }
+    assert first == ask(f"{url}/chat/completions", {**body, **unrelated})[1]["choices"][0]["message"]["content"]
     parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
     assert first == ask(f"{url}/chat/completions", {**body, "messages": parts})[1]["choices"][0]["message"]["content"]
 
@@ -130,6 +139,9 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": QUESTION, "max_tokens": 0}, "max_tokens cannot be 0"),
         ({"messages": QUESTION, "logprobs": True}, "logprobs is not supported"),
         ({"messages": QUESTION, "stop": 5}, "stop is to be"),
+        ({"messages": QUESTION, "min_p": 0.1}, "min_p is not known here"),
+        ({"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, "does not write the tools"),
+        ({"messages": QUESTION, "tools": ["f"]}, "tools are to be objects"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes 1024"),
