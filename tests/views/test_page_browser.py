@@ -244,9 +244,10 @@ def _misses_nothing(page: Any, layout: RunLayout) -> None:
     """What happened while the page had no connection stands on it once it has one, whatever refused it meanwhile."""
     sync_api.expect(page.locator("#trouble")).to_contain_text("not connected")
     with Ledger(layout.ledger) as ledger:
-        add_file(ledger, "missed.jsonl", state="queued")
+        add_file(ledger, "missed.jsonl", state="queued", rows=1)
     page.unroute("**/api/events")
     sync_api.expect(page.locator("#files")).to_contain_text("missed.jsonl")
+    sync_api.expect(page.locator("#waiting li", has_text="missed.jsonl").locator(".dim")).to_have_text("1 row")
 
 
 def _skips_what_was_meant(page: Any, layout: RunLayout) -> None:

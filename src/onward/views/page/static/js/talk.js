@@ -1,7 +1,7 @@
 /* Talk to a state of the run, or to two at once: the same messages, the same seed. */
 import { answer as answerOf } from "./api.js";
 import { byId, make, readOnly } from "./dom.js";
-import { afterFile, count } from "./format.js";
+import { afterFile, count, counted } from "./format.js";
 
 const MOST_TOKENS = 512;
 let points = [];
@@ -73,7 +73,7 @@ async function ask(column, text, signal) {
       if (line.text) answer.textContent = whole += line.text;
       if (line.done) {
         answer.textContent = line.done.text;
-        add(column, `${line.done.label} · ${count(line.done.tokens)} tokens in ${line.done.seconds.toFixed(1)} s`, "about");
+        add(column, `${line.done.label} · ${counted(line.done.tokens, "token")} in ${line.done.seconds.toFixed(1)} s`, "about");
         keep(column, messages, line.done.text);
       }
     }
