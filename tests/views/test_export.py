@@ -145,6 +145,25 @@ def test_nothing_is_written_over(stream: Path, tmp_path: Path) -> None:
     assert "mine" == (tmp_path / "x.gguf").read_text()
 
 
+def test_two_exports_of_one_target_never_mix(stream: Path, tmp_path: Path) -> None:
+    """While one is written another is done: the target is that one's alone, and the first is refused. What an export
+    that was killed left goes with the next.
+    """
+    layout, target = RunLayout(stream), tmp_path / "out"
+    left = tmp_path / ".tmp-export-left"
+    left.mkdir()
+    written: list[dict[str, Any]] = []
+
+    def meanwhile(_: str) -> None:
+        written.append(export(layout, Wanted(target, "merged")))
+
+    with pytest.raises(UsageError, match="nothing is written over it"):
+        export(layout, Wanted(target, "adapter", "b.jsonl"), meanwhile)
+    assert written[0]["files"] == {path.name: path.stat().st_size for path in target.iterdir()}
+    assert "step 5, after file 3" in (target / "README.md").read_text()
+    assert [target] == list(tmp_path.iterdir())
+
+
 def test_gguf_without_its_converters(stream: Path, tmp_path: Path) -> None:
     """The refusal names the extra; a folder that is no llama.cpp is none."""
     before = os.environ.get("LLAMA_CPP")

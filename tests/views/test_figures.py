@@ -133,6 +133,17 @@ def test_the_command_of_the_documentation_runs(
     assert (tmp_path / "curve.svg").is_file()
 
 
+@pytest.mark.parametrize(("kind", "told"), [("svg", []), ("png", ["some names have characters that the font lacks"])])
+def test_names_of_other_scripts_are_drawn_or_told(tmp_path: Path, kind: str, told: list[str]) -> None:
+    """In SVG they are text; in a picture of points the command says in a line that they are not shown."""
+    pytest.importorskip("matplotlib", reason="pip install 'onward[plot]'")
+    layout = made_up_run(tmp_path / "run", [("\u65e5\u672c.jsonl", 3)], lambda step: 1 / step)
+    outcome = onward("plot", tmp_path / f"a.{kind}", "--run", layout.root)
+    assert 0 == outcome.status
+    assert told == [line.partition(",")[0] for line in outcome.err.splitlines()[1:]]
+    assert kind == "png" or "\u65e5\u672c.jsonl" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
 def test_columns_are_what_pandas_takes(layout: RunLayout) -> None:
     """`pandas.DataFrame(run.metrics())` has a row per step, of the types that the values have."""
     columns = Run(layout.root).metrics()

@@ -33,8 +33,9 @@ from pages import Page, serve
 from onward.views.connections import MOST_QUIET
 from onward.views.page.guard import Hosts, Key, is_foreign, is_loopback
 from onward.views.page.pages import STATIC
+from onward.views.page.reading import RunReader
 from onward.views.page.runs import find_runs
-from onward.views.page.streams import FOLLOWERS
+from onward.views.page.streams import FOLLOWERS, Watcher
 from onward.views.page.upload import remove_dead_parts, require_name
 
 FILES = [("a.jsonl", 7), ("b.jsonl", 93)]
@@ -157,6 +158,57 @@ def test_events_are_a_list_where_json_is_wanted(page: Page, made: RunLayout) -> 
     answer = page.ask("GET", "/api/events", headers={**page.bearer, "Accept": "application/json"})
     with Ledger(made.ledger, read_only=True) as ledger:
         assert [event.message for event in ledger.events()] == [event["message"] for event in answer.json]
+
+
+def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
+    """Between two looks a file was undone and another one trained beyond its last step: nothing of it stays drawn."""
+    layout = made_up_run(tmp_path / "run", FILES, falling)
+    watcher = Watcher(RunReader(layout))
+    watcher.look()
+    with Ledger(layout.ledger) as ledger:
+        ledger.trim(7, [2], "undone")
+        ledger.set_file(2, state="undone", position=None)
+        other = add_file(ledger, "other.jsonl", state="done", position=2, start_step=7)
+    metrics = Metrics(layout.ledger, clock=lambda: 7.0)
+    for step in range(8, 102):
+        metrics.append(StepRecord(other, step, step - 7, 0, 2, "digest", 20, 10, 0.25, 1e-4, 0.5, 0.25))
+    metrics.close()
+    assert ("changed", ["curve"]) in watcher.look()
+    assert [] == [message for message in watcher.look() if message[0] != "status"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status", "where"),
+    [
+        ("GET", "/api/nothing", {}, 404, None),
+        ("DELETE", "/api/status", {}, 405, None),
+        ("GET", "/api/metrics?every=0", {}, 400, "every"),
+        ("GET", "/api/status", {"Authorization": ""}, 401, None),
+        ("GET", "/api/status", {"Host": "elsewhere"}, 403, None),
+        ("GET", "/api/status", {"Origin": "http://elsewhere"}, 403, None),
+        ("POST", "/api/pause", {}, 400, "now"),
+        ("POST", "/api/stop", {}, 400, "now"),
+        ("POST", "/api/rollback", {}, 400, "now"),
+        ("POST", "/api/verify", {}, 400, "now"),
+    ],
+)
+def test_every_error_has_one_shape(
+    page: Page, method: str, path: str, headers: dict[str, str], status: int, where: str | None
+) -> None:
+    """What, where and the way out, as JSON, whoever refuses; a key that would be ignored is refused, too."""
+    answer = page.ask(method, path, b'{"now": true}' if method == "POST" else None, {**page.bearer, **headers})
+    assert (status, "application/json") == (answer.status, answer.headers["content-type"])
+    assert {"error", "where", "hint"} <= set(answer.json)
+    assert where == answer.json["where"]
+    if status == 405:
+        assert {"GET", "HEAD"} == set(answer.headers["allow"].split(", "))
+
+
+def test_the_head_of_the_events_ends(page: Page) -> None:
+    """Who asks for the head of a stream alone gets it, and follows nothing."""
+    answer = page.ask("HEAD", "/api/events", headers=page.bearer)
+    assert (200, b"") == (answer.status, answer.body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
 
 
 def test_rows_are_shown_as_the_model_sees_them(untouched: Path) -> None:
@@ -480,6 +532,11 @@ def test_what_needs_a_still_state_says_so(page: Page, made: RunLayout) -> None:
         {"messages": [{"role": "user", "content": "x"}], "seed": True},
         {"messages": [{"role": "user", "content": "x"}], "max_tokens": 10**6},
         {"messages": [{"role": "user", "content": "x"}], "temperature": "0"},
+        {"messages": [{"role": "user", "content": "x"}], "temperature": -1},
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
+        {"messages": [{"role": "user", "content": "x"}], "seed": 2**64},
+        {"messages": [{"role": "user", "content": "x"}], "top_p": 0.5},
+        {"messages": [{"role": "assistant", "content": "x"}]},
     ],
 )  # fmt: skip
 def test_a_question_that_makes_no_sense_starts_no_model(page: Page, wish: dict[str, Any]) -> None:

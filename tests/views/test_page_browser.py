@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 import tiny
 from daemons import SETTINGS, done, end, hold, is_in, rows_file, twin_of, until, watch
+from ledgers import add_file, made_up_run
 from processes import start_command
 
 from onward import Run
+from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 
 pytest.importorskip("uvicorn")
+pytest.importorskip("sse_starlette")
+
+from pages import serve
+
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium: apt-get install -y chromium")
@@ -213,3 +219,82 @@ def _fits(page: Any) -> None:
     stream = page.locator("#stream")
     assert stream.evaluate("table => table.parentElement.scrollWidth <= table.parentElement.clientWidth")
     assert "First loss" in stream.locator("td[data-label]").nth(4).get_attribute("data-label")
+
+
+def test_the_page_follows_what_becomes_of_a_run(tmp_path: Path, browser: Any) -> None:
+    """Whatever happens while it is open: a request is about the file that it was asked for, what was undone is not
+    drawn any more, an answer can be stopped, a folder is told from a file, and no news is missed while it is apart.
+    """
+    layout = made_up_run(tmp_path / "run", [("a.jsonl", 7), ("b.jsonl", 93)], lambda step: 1 / step)
+    with Ledger(layout.ledger) as ledger:
+        add_file(ledger, "c.jsonl", state="training", position=3, start_step=100, planned_steps=50)
+    with serve([layout.root]) as served:
+        page = browser.new_page()
+        page.route("**/api/events", lambda route: route.fulfill(status=502))
+        page.goto(f"{served.origin}/?token={served.key.token}")
+        page.wait_for_selector("#curve[data-ready]")
+        _misses_nothing(page, layout)
+        _skips_what_was_meant(page, layout)
+        _draws_no_undone_step(page, layout)
+        _stops_an_answer(page)
+        _takes_no_folder(page, tmp_path)
+
+
+def _misses_nothing(page: Any, layout: RunLayout) -> None:
+    """What happened while the page had no connection stands on it once it has one, whatever refused it meanwhile."""
+    sync_api.expect(page.locator("#trouble")).to_contain_text("not connected")
+    with Ledger(layout.ledger) as ledger:
+        add_file(ledger, "missed.jsonl", state="queued", rows=1)
+    page.unroute("**/api/events")
+    sync_api.expect(page.locator("#files")).to_contain_text("missed.jsonl")
+    sync_api.expect(page.locator("#waiting li", has_text="missed.jsonl").locator(".dim")).to_have_text("1 row")
+
+
+def _skips_what_was_meant(page: Any, layout: RunLayout) -> None:
+    """While the question is open the next file begins: the answer is about the file in the question, and Enter gives
+    it.
+    """
+    page.click("#skip")
+    sync_api.expect(page.locator("#ask-title")).to_have_text("Skip c.jsonl?")
+    with Ledger(layout.ledger) as ledger:
+        ledger.set_file(3, state="done")
+        add_file(ledger, "d.jsonl", state="training", position=4, start_step=150, planned_steps=50)
+    sync_api.expect(page.locator("#going")).to_have_text("d.jsonl")
+    page.fill("#ask-fields input", "old")
+    with page.expect_request("**/api/skip") as asked:
+        page.keyboard.press("Enter")
+    assert {"file": "file:3", "reason": "old"} == asked.value.post_data_json
+    sync_api.expect(page.locator("#toasts")).to_contain_text("'file:3' is done")
+
+
+def _draws_no_undone_step(page: Any, layout: RunLayout) -> None:
+    """The steps that were looked at closely are undone: the page shows the run as it is."""
+    page.click("#closer")
+    sync_api.expect(page.locator("#readout")).to_contain_text("of 100")
+    with Ledger(layout.ledger) as ledger:
+        ledger.trim(7, [2], "undone")
+        ledger.set_file(2, state="undone", position=None)
+    sync_api.expect(page.locator("#readout")).to_have_text("7 steps · 1 file")
+
+
+def _stops_an_answer(page: Any) -> None:
+    """The button that sends a message stops its answer, and then sends the next one."""
+    page.route("**/api/chat", lambda _: None)  # a model that thinks for long
+    page.fill("#message", "Hello")
+    page.click("#send")
+    sync_api.expect(page.locator("#send")).to_have_text("Stop")
+    page.click("#send")
+    sync_api.expect(page.locator(".said .about")).to_have_text("stopped")
+    sync_api.expect(page.locator("#send")).to_have_text("Send")
+
+
+def _takes_no_folder(page: Any, tmp_path: Path) -> None:
+    """A folder that is dropped is named as one."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    dropped = {"items": [], "files": [str(folder)], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.context.new_cdp_session(page).send(
+            "Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": dropped}
+        )
+    sync_api.expect(page.locator("#toasts")).to_contain_text("rows is a folder")

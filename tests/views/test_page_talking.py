@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
+from faults import copy_run
+
+from onward import Run
 
 pytest.importorskip("uvicorn")
 
@@ -64,6 +69,37 @@ def test_whatever_a_wish_does_the_next_one_is_answered(tmp_path: Path, capsys: p
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [1, 2] == [answer["id"] for answer in told]
     assert all("cannot be answered" in answer["error"] for answer in told)
+
+
+@pytest.mark.parametrize("at", [None, "step:5"])
+def test_what_was_trained_again_answers_as_it_is_now(
+    stream: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], at: str | None
+) -> None:
+    """After a rollback another file leads to the same step: the state that is kept in memory is not asked for it."""
+    run = Run(copy_run(stream, tmp_path / "run"))
+    wish = {"at": at, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "temperature": 0.0}
+
+    def told() -> Any:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            last = (capsys.readouterr().out.splitlines() or ["{}"])[-1]
+            if "text" not in (answer := json.loads(last)) and answer:
+                return answer["done"]["label"]
+            time.sleep(0.01)
+        raise TimeoutError
+
+    labels: list[str] = []
+
+    def wishes() -> Iterator[str]:
+        yield json.dumps({"id": 1, **wish})
+        labels.append(told())
+        run.rollback("step:3")
+        run.train(tiny.write_jsonl(tmp_path / "d.jsonl", tiny.chat_rows(8, seed=9)))
+        yield json.dumps({"id": 2, **wish})
+        labels.append(told())
+
+    answering.Answering(run.layout).run(wishes())
+    assert ["step 5, after file 3 (c.jsonl)", "step 5, after file 3 (d.jsonl)"] == labels
 
 
 def test_a_body_of_which_nothing_comes_is_given_up() -> None:

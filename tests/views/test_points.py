@@ -15,7 +15,7 @@ from onward import Run
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.training.checkpoint import inspect_checkpoint
-from onward.views.points import hold, newest_step, own_folder
+from onward.views.points import hold, own_folder, state_mark
 
 INFERENCE = ["adapter_config.json", "adapter_model.safetensors", "onward.json"]
 
@@ -47,7 +47,19 @@ def test_a_state_is_found(layout: RunLayout, at: str | None, step: int, label: s
     with hold(layout, at, whole=True) as point:
         assert point.manifest == inspect_checkpoint(point.folder).verified
     assert [] == list(layout.reading.iterdir())
-    assert 5 == newest_step(layout)
+
+
+def test_a_state_has_a_mark_of_its_own(layout: RunLayout) -> None:
+    """However it is named; and another one once its step was trained again."""
+    marks = [state_mark(layout, at) for at in (None, "step:5", "c.jsonl", "b.jsonl")]
+    assert marks[0] == marks[1] == marks[2] != marks[3]
+    run = Run(layout.root)
+    run.rollback("step:3")
+    run.train(next(layout.archive.glob("*c.jsonl")))
+    assert marks[2:] != [state_mark(layout, at) for at in ("c.jsonl", "b.jsonl")]
+    assert marks[3] == state_mark(layout, "b.jsonl")
+    with pytest.raises(UsageError, match="no longer kept"):
+        state_mark(layout, "a.jsonl")
 
 
 def test_a_state_is_found_by_a_hash(layout: RunLayout) -> None:

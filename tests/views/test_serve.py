@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import threading
 import urllib.error
@@ -23,31 +24,31 @@ from processes import start_command
 
 from onward import Run
 from onward.layout import RunLayout
-from onward.views.chat.engine import Engine
+from onward.views.chat.engine import Engine, Outcome, Reply
 from onward.views.chat.sampling import Sampling
-from onward.views.loaded import load
-from onward.views.points import hold, newest_mark
+from onward.views.loaded import Loaded, load
+from onward.views.points import hold, state_mark
 
 uvicorn = pytest.importorskip("uvicorn", reason="onward[serve] is not installed")
 pytest.importorskip("starlette", reason="onward[serve] is not installed")
 
 from onward.views.serve.app import Service  # noqa: E402
-from onward.views.serve.server import Following, listen  # noqa: E402
+from onward.views.serve.server import Following, base_url, listen, names_of  # noqa: E402
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
 
 
 @contextmanager
-def served(engine: Engine, key: str | None = None) -> Iterator[str]:
+def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1") -> Iterator[str]:
     """Yield the base URL of a server over an engine."""
-    listening = listen("127.0.0.1", 0, None)
-    service = Service(engine, "run", key)
+    listening = listen(host, 0, None)
+    service = Service(engine, "run", key, names_of(host))
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        yield base_url(host, listening)
     finally:
         server.should_exit = True
         thread.join()
@@ -73,7 +74,7 @@ def url(engine: Engine) -> Iterator[str]:
 
 def ask(url: str, body: Any, **headers: str) -> tuple[int, Any]:
     """Send a request as it is; returns status and JSON."""
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.urlopen(request) as answer:
@@ -111,6 +112,15 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
     assert first == again == engine.reply(QUESTION, Sampling(2.0, 1.0, max_tokens=20, seed=7)).outcome.text
     cut = ask(f"{url}/chat/completions", {**body, "stop": [first[5:7]]})[1]["choices"][0]
     assert (first[: first.index(first[5:7])], "stop") == (cut["message"]["content"], cut["finish_reason"])
+    unrelated = {
+        "user": "u",
+        "metadata": {"a": "b"},
+        "n": 1,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "top_logprobs": None,
+    }
+    assert first == ask(f"{url}/chat/completions", {**body, **unrelated})[1]["choices"][0]["message"]["content"]
     parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"]}]}]
     assert first == ask(f"{url}/chat/completions", {**body, "messages": parts})[1]["choices"][0]["message"]["content"]
 
@@ -129,6 +139,9 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": QUESTION, "max_tokens": 0}, "max_tokens cannot be 0"),
         ({"messages": QUESTION, "logprobs": True}, "logprobs is not supported"),
         ({"messages": QUESTION, "stop": 5}, "stop must be"),
+        ({"messages": QUESTION, "min_p": 0.1}, "min_p is not known here"),
+        ({"messages": QUESTION, "tools": [{"function": {"name": "f"}}]}, "does not write the tools"),
+        ({"messages": QUESTION, "tools": ["f"]}, "tools must be objects"),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes only 1024"),
@@ -165,6 +178,56 @@ def test_a_client_that_goes_away_ends_its_answer(url: str, engine: Engine) -> No
     assert 200 == ask(f"{url}/chat/completions", {"messages": QUESTION, **GREEDY})[0]
 
 
+class Recorded(Engine):
+    """An engine that remembers what came of its answers."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__(loaded)
+        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+
+    def reply(self, *arguments: Any, **named: Any) -> Reply:
+        reply = super().reply(*arguments, **named)
+        put = reply.put
+
+        def recorded(item: Any) -> None:
+            put(item)
+            if isinstance(item, Outcome):
+                self.outcomes.put(item)
+
+        reply.put = recorded  # type: ignore[method-assign]
+        return reply
+
+
+def test_a_client_that_goes_away_ends_its_whole_answer(stream: Path) -> None:
+    """Also one that is not streamed, as of a client whose patience ended and which asks again."""
+    layout = RunLayout(stream)
+    with hold(layout) as point, Recorded(load(layout, point)) as engine, served(engine) as url:
+        body = json.dumps({"messages": QUESTION, "temperature": 0, "max_tokens": 900}).encode()
+        with pytest.raises(TimeoutError), urllib.request.urlopen(f"{url}/chat/completions", body, timeout=0.2):
+            pass
+        assert "cancelled" == engine.outcomes.get(timeout=60).finish
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("POST", "/embeddings", 404), ("GET", "/chat/completions", 405)]
+)
+def test_what_is_not_answered_is_told_as_openai_tells_it(url: str, method: str, path: str, status: int) -> None:
+    """An address that there is not, or a wrong method: an error that its client shows."""
+    request = urllib.request.Request(f"{url}{path}", b"{}" if method == "POST" else None, method=method)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    error = json.loads(refused.value.read())["error"]
+    assert (status, "invalid_request_error") == (refused.value.code, error["type"])
+    assert f"{method} /v1{path}" in error["message"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "::1"])
+def test_a_server_goes_by_the_name_that_it_listens_at(engine: Engine, host: str) -> None:
+    """Every address of this machine's loopback is one that it can be asked at."""
+    with served(engine, host=host) as url:
+        assert "run" == ask(f"{url}/models", None)[1]["data"][0]["id"]
+
+
 def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_path: Path) -> None:
     """Requests come all the while a file is trained: each is answered, by the step before or by the one after."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
@@ -173,7 +236,7 @@ def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_p
         loaded = load(layout, point)
     said: list[str] = []
     with Engine(loaded) as engine, served(engine) as url, ThreadPoolExecutor(4) as threads:
-        following = Following(layout, engine, newest_mark(layout), said.append, lambda: None)
+        following = Following(layout, engine, state_mark(layout), said.append, lambda: None)
         body = {"messages": QUESTION, **GREEDY}
         early = [threads.submit(ask, f"{url}/chat/completions", body) for _ in range(8)]
         Run(layout.root).train(rows)

@@ -64,8 +64,10 @@ def plot(
     from onward.text import how_many, quoted
     from onward.views.plot import plot
 
-    count = plot(RunLayout(run), file)
+    count, is_whole = plot(RunLayout(run), file)
     say(f"{how_many(count, 'step')} drawn into {quoted(file)}")
+    if not is_whole:
+        say("some names have characters that the font lacks, and are drawn with boxes; .svg keeps them as text")
 
 
 @contextlib.contextmanager

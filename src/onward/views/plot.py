@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,12 @@ class Drawing:
     title: str
 
 
-def plot(layout: RunLayout, target: Path) -> int:
-    """Draw the run's curve into a file, which is replaced atomically; return how many steps are drawn.
+def plot(layout: RunLayout, target: Path) -> tuple[int, bool]:
+    """Draw the run's curve into a file, which is replaced atomically.
+
+    Returns:
+        How many steps are drawn, and whether all characters of the names are: the font does not have every script. In
+        an SVG, names stay text, for which the viewer finds fonts.
 
     Raises:
         UsageError: unknown kind of file, nothing to draw, or matplotlib is not installed.
@@ -51,12 +56,12 @@ def plot(layout: RunLayout, target: Path) -> int:
     figure = _draw(drawing)
     temporary = target.with_name(f".{target.name}.part")
     try:
-        _save(figure, temporary, kind)
+        is_whole = _save(figure, temporary, kind)
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UsageError(f"the picture cannot be written: {error.strerror}", where=target) from None
-    return len(drawing.columns["step"])
+    return len(drawing.columns["step"]), is_whole
 
 
 def read_drawing(layout: RunLayout) -> Drawing:
@@ -116,10 +121,13 @@ def _plain(text: str) -> str:
     return re.sub(r"([$\\])", r"\\\1", text) if "$" in text else text
 
 
-def _save(figure: Any, path: Path, kind: str) -> None:
-    """Write the picture; the same curve gives the same bytes."""
+def _save(figure: Any, path: Path, kind: str) -> bool:
+    """Write the picture, the same curve in the same bytes; returns whether the font has all that is written."""
     from matplotlib import rc_context
 
     nothing = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}[kind]
-    with rc_context({"svg.hashsalt": "onward", "svg.fonttype": "none"}):
+    settings = {"svg.hashsalt": "onward", "svg.fonttype": "none"}
+    with rc_context(settings), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(path, format=kind, metadata=nothing, dpi=150)
+    return kind == "svg" or not any("missing from" in str(warning.message) for warning in caught)

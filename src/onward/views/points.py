@@ -8,7 +8,6 @@ reader's own, verified there, and removed when the reader is done, or by the nex
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 from collections.abc import Collection, Generator
@@ -24,6 +23,7 @@ from onward.store.ledger import Ledger
 from onward.store.lookup import FILE, STEP, find_step
 from onward.training.checkpoint import Manifest, inspect_checkpoint
 from onward.training.huggingface import FOR_TRAINING
+from onward.views.locked import make_locked
 
 AT = "--at"
 RELEASE = "release:"
@@ -77,29 +77,23 @@ def hold(layout: RunLayout, at: str | None = None, *, whole: bool = False) -> Ge
         yield Point(folder, describe(layout, manifest), manifest.step, manifest)
 
 
-def newest_step(layout: RunLayout) -> int:
-    """Return the step of the newest commit, reading only a manifest, for callers that switch to newer ones.
+def state_mark(layout: RunLayout, at: str | None = None) -> tuple[int, int]:
+    """Return a mark of a state, unlike that of any other meant by the same words, such as a step trained again.
+
+    It reads only where a manifest is stored, so that it can be asked for before every answer.
+
+    Args:
+        at: the state, as for `hold`.
 
     Raises:
-        UsageError: nothing has been committed yet.
-    """
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        return step_of(newest_checkpoint(layout, ledger.get("run")))
-
-
-def newest_mark(layout: RunLayout) -> tuple[int, int, int]:
-    """Return a mark of the newest commit that differs from that of any other, even of the same step trained again.
-
-    Raises:
-        UsageError: nothing has been committed yet.
+        UsageError: there is no such state, or it is no longer kept.
     """
     for _ in range(ATTEMPTS):
-        with Ledger(layout.ledger, read_only=True) as ledger:
-            folder = newest_checkpoint(layout, ledger.get("run"))
+        seen_at = _stated_by(layout, at)
         with contextlib.suppress(FileNotFoundError):  # it was replaced just now
-            seen = (folder / MANIFEST).stat()
-            return step_of(folder), seen.st_ino, seen.st_mtime_ns
-    raise DamagedState("the newest checkpoint is being replaced again and again", where=layout.current)
+            seen = seen_at.stat()
+            return seen.st_ino, seen.st_mtime_ns
+    raise DamagedState("the state is being replaced again and again", where=layout.current)
 
 
 def describe(layout: RunLayout, manifest: Manifest) -> str:
@@ -140,41 +134,9 @@ def _lockable(layout: RunLayout) -> tuple[Path, int] | None:
     """Make a folder below `cache/reading/` and lock it; None if that is not possible."""
     try:
         layout.reading.mkdir(parents=True, exist_ok=True)
-        gate = os.open(layout.reading, os.O_RDONLY | os.O_CLOEXEC)
+        return make_locked(layout.reading, mode=0o700)
     except OSError:
         return None
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # an unlocked folder must not pass for a dead reader's
-        _remove_left(layout.reading)
-        folder = Path(tempfile.mkdtemp(dir=layout.reading))
-        return folder, _locked(folder)
-    except OSError:
-        return None
-    finally:
-        os.close(gate)
-
-
-def _locked(folder: Path) -> int:
-    """Lock a folder, without waiting; the lock ends with the descriptor that is returned.
-
-    Raises:
-        OSError: another process has it.
-    """
-    lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
-
-
-def _remove_left(parent: Path) -> None:
-    for folder in entries(parent):
-        with contextlib.suppress(OSError):
-            lock = _locked(folder)
-            remove_tree(folder)
-            os.close(lock)
 
 
 def _release_meant(layout: RunLayout, at: str) -> str | None:
@@ -214,18 +176,41 @@ def _hold_release(layout: RunLayout, name: str, folder: Path, left_out: Collecti
     return Point(folder, f"release {name}", step, manifest, release=name)
 
 
+def _stated_by(layout: RunLayout, at: str | None) -> Path:
+    """Return the manifest of a state, or the folder of a release, which may have none."""
+    if at is None:
+        with Ledger(layout.ledger, read_only=True) as ledger:
+            return newest_checkpoint(layout, ledger.get("run")) / MANIFEST
+    release = _release_meant(layout, at)
+    if release is not None:
+        return layout.releases / release
+    kept, step = _kept_states(layout, at)
+    if step not in kept:
+        raise _no_longer_kept(layout, step, kept)
+    return kept[step] / MANIFEST
+
+
 def _link_step(layout: RunLayout, at: str, folder: Path, left_out: Collection[str]) -> Manifest:
     """Link and verify the state of a boundary, or the newest commit if its step is named."""
-    with Ledger(layout.ledger, read_only=True) as ledger:
-        kept = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
-        newest = find_newest(layout, ledger.get("run"))
-        here = kept if newest is None else {step_of(newest): newest, **kept}
-        step = find_step(ledger, at, sorted(here), AT)
-    found = link_checkpoint(here[step], folder, left_out=left_out) if step in here else None
+    kept, step = _kept_states(layout, at)
+    found = link_checkpoint(kept[step], folder, left_out=left_out) if step in kept else None
     if found is None:
-        steps = ", ".join(map(str, sorted(here)))
-        hint = f"States of these steps are kept: {steps}. Give one as {AT} {STEP}N; keep_boundaries keeps more."
-        raise UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)
+        raise _no_longer_kept(layout, step, kept)
     if found.verified is None:
-        raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=here[step])
+        raise DamagedState(f"it is not what was committed: {'; '.join(found.problems)}", where=kept[step])
     return found.verified
+
+
+def _kept_states(layout: RunLayout, at: str) -> tuple[dict[int, Path], int]:
+    """Return the folders of all states that are kept, by step, and the step that is meant."""
+    with Ledger(layout.ledger, read_only=True) as ledger:
+        points = {step_of(point): point for point in Ownership(layout, ledger).restore_points()}
+        newest = find_newest(layout, ledger.get("run"))
+        kept = points if newest is None else {step_of(newest): newest, **points}
+        return kept, find_step(ledger, at, sorted(kept), AT)
+
+
+def _no_longer_kept(layout: RunLayout, step: int, kept: Collection[int]) -> UsageError:
+    steps = ", ".join(map(str, sorted(kept)))
+    hint = f"States of these steps are kept: {steps}. Give one as {AT} {STEP}N; keep_boundaries keeps more."
+    return UsageError(f"the state of step {step} is no longer kept", where=layout.boundaries, hint=hint)

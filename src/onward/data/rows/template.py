@@ -102,13 +102,17 @@ class ChatTemplate:
         """Return the text that asks the model for the next answer in a chat, exactly as before the answers in training.
 
         Raises:
-            RowError: there is no template, it refuses the chat, or a message contains a control token.
+            RowError: there is no template, it refuses the chat or leaves its tools out, or a message contains a control
+                token.
         """
         if self._renderer is None:
             raise NO_TEMPLATE
         self._refuse_control_tokens(chat.messages)
-        asking = self._renderer.render(self._forms.messages(chat), chat.tools, chat.arguments, prompt=True)
-        return without_marks(asking) + self._habits.header
+        asking = without_marks(
+            self._renderer.render(self._forms.messages(chat), chat.tools, chat.arguments, prompt=True)
+        )
+        self._require_tools(chat, asking)
+        return asking + self._habits.header
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from onward.views.chat.conversation import Column, save_row
 from onward.views.chat.engine import Engine, Outcome
 from onward.views.chat.sampling import Sampling
 from onward.views.loaded import load
-from onward.views.points import hold, newest_mark
+from onward.views.points import hold, state_mark
 
 HELP = """/reset            begin a new conversation
 /system TEXT      set the system message (without TEXT: the template's own) and begin anew
@@ -66,7 +66,7 @@ class Chat:
         self._layout, self._asking, self._give_way = layout, asking, give_way
         self._open = ExitStack()
         self._columns: list[Column] = []
-        self._mark = newest_mark(layout) if asking.refresh else None
+        self._mark = state_mark(layout) if asking.refresh else None
         try:
             self._yield_to_training()
             for at in asking.points:
@@ -181,7 +181,7 @@ class Chat:
 
     def _refresh(self) -> None:
         """Switch to the newest commit; if it cannot be loaded, report that and keep the state in memory."""
-        if not self._asking.refresh or (mark := newest_mark(self._layout)) == self._mark:
+        if not self._asking.refresh or (mark := state_mark(self._layout)) == self._mark:
             return
         self._mark = mark
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from onward.views.export.card import BaseFacts, base_facts, verify_now, write_ca
 from onward.views.export.merged import write_merged
 from onward.views.export.ollama import modelfile
 from onward.views.loaded import base_of_point, has_adapter, tokenizer_of
+from onward.views.locked import make_locked
 from onward.views.points import Point, hold
 
 FORMATS = ("adapter", "merged", "gguf", "ollama")
@@ -240,10 +242,9 @@ def _published(wanted: Wanted) -> Generator[Path]:
     parent = wanted.target.absolute().parent
     if not parent.is_dir():
         raise UsageError("there is no such folder", where=parent, hint=f"mkdir -p {quoted(parent)}")
-    temporary = parent / f"{TEMPORARY_PREFIX}export-{wanted.target.name}"
-    remove_tree(temporary)
+    temporary = lock = None
     try:
-        temporary.mkdir()
+        temporary, lock = make_locked(parent, f"{TEMPORARY_PREFIX}export-")  # two of one target never share it
         yield temporary
         for path in temporary.iterdir():
             path.chmod(_mode(temporary))  # safetensors makes its files readable only by their owner
@@ -257,4 +258,6 @@ def _published(wanted: Wanted) -> Generator[Path]:
     except OSError as error:
         raise UsageError(f"cannot write it: {error.strerror}", where=error.filename or wanted.target) from None
     finally:
-        remove_tree(temporary)
+        if temporary is not None and lock is not None:
+            remove_tree(temporary)
+            os.close(lock)

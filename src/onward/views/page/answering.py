@@ -35,7 +35,7 @@ class Answering:
 
     def __init__(self, layout: RunLayout) -> None:
         self._layout = layout
-        self._engines: OrderedDict[str, Any] = OrderedDict()
+        self._engines: OrderedDict[str | None, tuple[Any, Any]] = OrderedDict()
         self._replies: dict[int, Any] = {}
         self._writing = threading.Lock()
 
@@ -53,7 +53,7 @@ class Answering:
                 self._tell({"id": wish["id"], "error": str(error)})
             except Exception as error:  # other questions, current and later ones, are still answered
                 self._tell({"id": wish["id"], "error": f"this cannot be answered: {first_line(error)}"})
-        for engine in self._engines.values():
+        for engine, _ in self._engines.values():
             engine.close()
 
     def _begin(self, wish: Mapping[str, Any]) -> None:
@@ -85,23 +85,23 @@ class Answering:
         self._tell({"id": number, "done": {**done, "seconds": outcome.seconds, "text": outcome.text}})
 
     def _engine(self, at: str | None) -> Any:
-        """Return the engine of a state; that of the newest commit switches to newer ones."""
+        """Return the engine of a state; it switches to the state that the same words mean now."""
         from onward.views.chat.engine import Engine
         from onward.views.loaded import load
-        from onward.views.points import hold, newest_step
+        from onward.views.points import hold, state_mark
 
-        key = at or ""
-        engine = self._engines.get(key)
+        mark = state_mark(self._layout, at)
+        engine, known = self._engines.get(at, (None, None))
         if engine is None:
             with hold(self._layout, at) as point:
                 engine = Engine(load(self._layout, point))
-        elif at is None and engine.loaded.step != newest_step(self._layout):
-            with hold(self._layout) as point:
+        elif known != mark:
+            with hold(self._layout, at) as point:
                 engine.move_to(self._layout, point)
-        self._engines[key] = engine
-        self._engines.move_to_end(key)
+        self._engines[at] = engine, mark
+        self._engines.move_to_end(at)
         while len(self._engines) > LOADED:
-            self._engines.popitem(last=False)[1].close()
+            self._engines.popitem(last=False)[1][0].close()
         return engine
 
     def _tell(self, value: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,20 +16,33 @@ from onward.text import printable
 from onward.views.connections import incoming
 
 BODY_BYTES = 64 << 10
-"""The most bytes of a request's body."""
+"""The most bytes of a request's body, unless a route says otherwise."""
 STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (FileRejected, 422), (RunLocked, 409), (NotMadeHere, 409), (NoSpace, 507), (UsageError, 400),
 )  # fmt: skip
 """The status of an answer by the kind of error; 500 for all others."""
 
 
-def json_answer(value: Any, status: int = 200) -> Response:
+def as_json(value: Any) -> str:
     """Return a value as JSON; a number that JSON cannot express becomes null."""
     try:
-        text = json.dumps(value, allow_nan=False)
+        return json.dumps(value, allow_nan=False)
     except ValueError:
-        text = json.dumps(_finite(value), allow_nan=False)
-    return Response(text, status, media_type="application/json")
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def json_answer(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a value as JSON."""
+    return Response(as_json(value), status, headers, media_type="application/json")
+
+
+def refusal(status: int, what: str, hint: str | None = None, *, where: str | None = None, **headers: str) -> Response:
+    """Return an error in the shape that all errors of the page have.
+
+    Args:
+        headers: more of the answer's, by name.
+    """
+    return json_answer({"error": what, "where": where, "hint": hint}, status, headers)
 
 
 async def onward_error(_: Request, error: Exception) -> Response:
@@ -41,13 +55,15 @@ async def onward_error(_: Request, error: Exception) -> Response:
 async def http_error(_: Request, error: Exception) -> Response:
     """Answer a request for an unknown address, or with a method that it does not allow."""
     assert isinstance(error, HTTPException)
-    return json_answer({"error": error.detail, "hint": None}, error.status_code)
+    words = {404: "there is no such address", 405: "this address does not take this method"}
+    what = words.get(error.status_code, error.detail)
+    return refusal(error.status_code, what, "docs/page.md lists the addresses.", **dict(error.headers or {}))
 
 
 async def machine_error(_: Request, error: Exception) -> Response:
     """Answer if the machine fails: the ledger or a disk is busy."""
     hint = "onward doctor says more. What was committed is safe."
-    return json_answer({"error": printable(str(error)), "hint": hint}, 503)
+    return refusal(503, printable(str(error)), hint)
 
 
 def number(request: Request, name: str, *, least: int = 0, most: int = 2**62) -> int | None:
@@ -70,17 +86,21 @@ async def gone(_: Request, error: Exception) -> Response:
     return Response(status_code=400)
 
 
-async def wanted(request: Request) -> dict[str, Any]:
+async def wanted(request: Request, known: Collection[str], most: int = BODY_BYTES) -> dict[str, Any]:
     """Return the JSON object in a request; an empty one if it has no body.
 
+    Args:
+        known: keys that it may have.
+        most: bytes that it may have.
+
     Raises:
-        UsageError: it is not an object, or too large.
+        UsageError: it is not an object, is too large, or has a key that would be ignored.
     """
     body = bytearray()
     async for chunk in incoming(request.stream()):
         body += chunk
-        if len(body) > BODY_BYTES:
-            raise UsageError(f"the request has more than {BODY_BYTES} bytes", where="body")
+        if len(body) > most:
+            raise UsageError(f"the request has more than {most} bytes", where="body")
     if not body.strip():
         return {}
     try:
@@ -89,6 +109,10 @@ async def wanted(request: Request) -> dict[str, Any]:
         raise UsageError("the request is no JSON", where="body") from None
     if not isinstance(value, dict):
         raise UsageError("the request is no JSON object", where="body", hint='For example {"file": "day-2.jsonl"}.')
+    for key in value:
+        if key not in known:
+            hint = f"There are: {', '.join(known)}." if known else "Nothing can be said here."
+            raise UsageError("nothing is known by this name here", where=printable(key), hint=hint)
     return value
 
 

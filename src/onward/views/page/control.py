@@ -15,6 +15,12 @@ PATIENCE = 30.0
 """Seconds that a browser waits for the owner's answer; the request stays open after that."""
 LONG = 3600.0
 """Seconds that a command in a process of its own may take."""
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "pause": ("release",), "resume": (), "stop": ("after_file",), "skip": ("file", "reason")
+}  # fmt: skip
+"""What may be asked of an owner, and what each request may say."""
+ROLLBACK = ("to", "requeue")
+"""What a way back may say."""
 _ERRORS = {2: UsageError, 4: RunLocked, 5: VerificationFailed}
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onward.views.page.answers import refusal
 from onward.views.page.guard import COOKIE, SAFE_METHODS, Hosts, Key, is_foreign
 from onward.views.page.pages import closed_page, enter_page
 
@@ -57,11 +58,11 @@ class Gate:
         """Refuse requests that no token could make acceptable."""
         headers = Headers(scope=scope)
         if not self._hosts.know(headers.get("host", "")):
-            return _refused(403, "this page has no such host name", "Open the link that onward page printed.")
+            return refusal(403, "this page has no such host name", "Open the link that onward page printed.")
         if is_foreign(headers):
-            return _refused(403, "another site made this request", "Use the page itself, or a token in the header.")
+            return refusal(403, "another site made this request", "Use the page itself, or a token in the header.")
         if self._read_only and scope["method"] not in SAFE_METHODS:
-            return _refused(403, "this page is read-only", "Start it without --read-only.")
+            return refusal(403, "this page is read-only", "Start it without --read-only.")
         return None
 
     def _entry(self, scope: Scope) -> Response | None:
@@ -86,23 +87,21 @@ class Gate:
         if self._key.is_in_cookie(headers, cookie_name(scope)):
             if scope["method"] in SAFE_METHODS or "origin" in headers:
                 return None
-            return _refused(
+            return refusal(
                 403, "a request that changes something must say where it comes from", "Send an Origin header."
             )
         if "text/html" in headers.get("accept", "") and "/api/" not in scope["path"]:
             return closed_page()
-        return _refused(401, "the token is missing or wrong", "Authorization: Bearer TOKEN, as in the link.")
+        return refusal(
+            401, "the token is missing or wrong", "Authorization: Bearer TOKEN, as in the link.",
+            **{"WWW-Authenticate": "Bearer"},
+        )  # fmt: skip
 
 
 def cookie_name(scope: Scope) -> str:
     """Return the cookie's name: browsers share cookies between ports of one host."""
     server = scope.get("server")
     return f"{COOKIE}_{server[1]}" if server else COOKIE
-
-
-def _refused(status: int, what: str, hint: str) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse({"error": what, "hint": hint}, status, headers)
 
 
 def _with_headers(send: Send, path: str) -> Send:

@@ -17,13 +17,13 @@ from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
 from onward.views.connections import incoming
 from onward.views.page import control
-from onward.views.page.answers import json_answer, number, wanted
+from onward.views.page.answers import json_answer, number, refusal, wanted
 from onward.views.page.pages import run_page
 from onward.views.page.reading import RunReader, disk_reserve
 from onward.views.page.rows import RowsOfFiles
 from onward.views.page.runs import NamedRun
 from onward.views.page.streams import Watcher
-from onward.views.page.talking import Talker
+from onward.views.page.talking import WISHED, Talker
 from onward.views.page.upload import Upload, require_name
 
 T = TypeVar("T")
@@ -31,6 +31,8 @@ READING, ACTING = 2, 4
 """How many requests may read, and how many may wait for an owner, at the same time; others wait their turn."""
 POINTS, MOST_POINTS = 1200, 4000
 ROWS, MOST_ROWS = 20, 100
+CONVERSATION_BYTES = 1 << 20
+"""Bytes that a conversation may have: more than a model takes."""
 SEND_SECONDS = 30.0
 """Seconds in which a browser has to accept an event; one that sleeps reconnects by itself."""
 
@@ -63,11 +65,10 @@ class RunRoutes:
             ("/api/metrics", self.metrics), ("/api/events", self.events), ("/api/curve", self.curve),
             ("/api/overview", self.overview), ("/api/grid", self.grid), ("/api/rows", self.rows),
         )  # fmt: skip
-        kinds = ("pause", "resume", "stop", "skip")
         return [
             *(Route(path, answer, methods=["GET"]) for path, answer in look),
             Route("/api/inbox/{name:path}", self.upload, methods=["PUT"]),
-            *(Route(f"/api/{kind}", self._asking(kind), methods=["POST"]) for kind in kinds),
+            *(Route(f"/api/{kind}", self._asking(kind), methods=["POST"]) for kind in control.OPTIONS),
             Route("/api/chat", self.chat, methods=["POST"]),
             Route("/api/rollback", self.rollback, methods=["POST"]),
             Route("/api/verify", self.verify, methods=["POST"]),
@@ -109,8 +110,10 @@ class RunRoutes:
         accepted = request.headers.get("accept", "*/*")
         if "application/json" in accepted and "text/event-stream" not in accepted:
             return json_answer(await self._read(self.reader.log))
+        if request.method == "HEAD":  # whose answer ends with its head
+            return Response(media_type="text/event-stream")
         if self.watcher.is_full:
-            return json_answer({"error": "too many browsers follow this run", "hint": "Close some of them."}, 503)
+            return refusal(503, "too many browsers follow this run", "Close some of them.")
         return EventSourceResponse(self.watcher.follow(), send_timeout=SEND_SECONDS)
 
     async def rows(self, request: Request) -> Response:
@@ -138,7 +141,7 @@ class RunRoutes:
 
     async def chat(self, request: Request) -> Response:
         """Answer a message with a state of the run: lines of JSON, with pieces of text and finally the outcome."""
-        pieces = self.talker.ask(await wanted(request))
+        pieces = self.talker.ask(await wanted(request, WISHED, CONVERSATION_BYTES))
         first = await anext(pieces)  # an invalid wish is refused before anything is answered
 
         async def lines() -> AsyncGenerator[str]:
@@ -153,16 +156,17 @@ class RunRoutes:
 
     async def rollback(self, request: Request) -> Response:
         """Go back to a restore point."""
-        what = await wanted(request)
+        what = await wanted(request, control.ROLLBACK)
         return json_answer(await self._act(lambda: control.rollback(self.run.layout, what)))
 
-    async def verify(self, _: Request) -> Response:
+    async def verify(self, request: Request) -> Response:
         """Check the run's proof."""
+        await wanted(request, ())
         return json_answer(await self._act(lambda: control.verify(self.run.layout)))
 
     def _asking(self, kind: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            what = await wanted(request)
+            what = await wanted(request, control.OPTIONS[kind])
             return json_answer(await self._act(lambda: control.ask(self.run.layout, kind, what)))
 
         return answer

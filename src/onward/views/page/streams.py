@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +16,9 @@ from sse_starlette import ServerSentEvent
 from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.service.holder import is_held
+from onward.store.curve import Span
 from onward.store.ledger import Ledger
+from onward.views.page.answers import as_json
 from onward.views.page.reading import RunReader
 
 SECONDS = 2.0
@@ -42,8 +43,7 @@ class Seen:
     written: Any = None
     around: Any = None
     files: Any = None
-    step: int = 0
-    position: int = 0
+    newest: Span | None = None
 
 
 class Watcher:
@@ -120,8 +120,7 @@ class Watcher:
         seen = Seen()
         with contextlib.suppress(OnwardError, sqlite3.Error, OSError):
             ledger = self._opened()
-            newest = ledger.spans(ledger.last_position() - 1)[-1:]
-            seen.step, seen.position = (newest[0].last, newest[0].position) if newest else (0, 0)
+            seen.newest = next(reversed(ledger.spans(ledger.last_position() - 1)), None)
             seen.files, seen.around = ledger.files_mark(), self._around(ledger)
         return seen
 
@@ -152,16 +151,17 @@ class Watcher:
         return messages
 
     def _steps(self, ledger: Ledger) -> list[Message]:
-        """Return the steps since the last look, or a message that steps were removed."""
-        seen = self._seen
-        spans = ledger.spans(max(0, seen.position - 1))
-        newest, position = (spans[-1].last, spans[-1].position) if spans else (0, 0)
-        before, seen.step, seen.position = seen.step, newest, position
-        if newest < before or newest > before + NEW_STEPS:
+        """Return the steps since the last look, or a message that steps were removed, even if others replaced them."""
+        before = self._seen.newest
+        spans = ledger.spans(max(0, before.position - 1) if before else 0)
+        self._seen.newest = spans[-1] if spans else None
+        newest, known = spans[-1].last if spans else 0, before.last if before else 0
+        goes_on = before is None or any(_goes_on(before, span) for span in spans)
+        if not goes_on or newest > known + NEW_STEPS:
             return [("changed", ["curve"])]
-        if newest == before:
+        if newest == known:
             return []
-        return [("steps", as_columns(read_curve(ledger, first=before + 1)))]
+        return [("steps", as_columns(read_curve(ledger, first=known + 1)))]
 
     def _around(self, ledger: Ledger) -> Any:
         layout = self._reader.layout
@@ -187,6 +187,12 @@ class Watcher:
             self._ledger = None
 
 
+def _goes_on(before: Span, now: Span) -> bool:
+    """Whether a file still has the steps that it had, perhaps with more behind them."""
+    has_moved = (before.file_id, before.position, before.first) != (now.file_id, now.position, now.first)
+    return not has_moved and now.last >= before.last
+
+
 def _event(message: Message) -> ServerSentEvent:
     name, value = message
-    return ServerSentEvent(data=json.dumps(value), event=name)
+    return ServerSentEvent(data=as_json(value), event=name)

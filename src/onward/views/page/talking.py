@@ -17,6 +17,11 @@ IDLE_SECONDS = 600.0
 """Seconds without a question after which the process ends and frees its memory."""
 LINE_BYTES = 16 << 20
 MOST_TURNS, MOST_TOKENS = 200, 4096
+RANGES = {"temperature": (0, 100), "max_tokens": (1, MOST_TOKENS), "seed": (-(2**63), 2**63 - 1)}
+WISHED: dict[str, Any] = {
+    "messages": list, "at": str, "system": str, "temperature": (int, float), "max_tokens": int, "seed": int
+}  # fmt: skip
+"""What a wish may say."""
 
 Answer = dict[str, Any]
 Askers = dict[int, asyncio.Queue[Answer | None]]
@@ -129,14 +134,15 @@ def require_wish(wish: Mapping[str, Any]) -> dict[str, Any]:
     messages = wish.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MOST_TURNS or not all(map(_is_message, messages)):
         raise UsageError(f"messages must be 1 to {MOST_TURNS} objects with role and content", where="messages")
-    kinds = {"at": str, "system": str, "temperature": (int, float), "max_tokens": int, "seed": int}
-    known: dict[str, Any] = {name: wish[name] for name in kinds if wish.get(name) is not None}
+    if messages[-1]["role"] != "user":
+        raise UsageError("the last message must be the one to answer, with the role user", where="messages")
+    known: dict[str, Any] = {name: wish[name] for name in WISHED if wish.get(name) is not None}
     for name, value in known.items():
-        if isinstance(value, bool) or not isinstance(value, kinds[name]):
+        if isinstance(value, bool) or not isinstance(value, WISHED[name]):
             raise UsageError(f"{name} is no such value", where=name)
-    tokens = known.get("max_tokens", 0)
-    if tokens > MOST_TOKENS:
-        raise UsageError(f"max_tokens may be at most {MOST_TOKENS}", where="max_tokens")
+        least, most = RANGES.get(name, (None, None))
+        if least is not None and not least <= value <= most:
+            raise UsageError(f"{name} must be from {least} to {most}", where=name)
     return {**known, "messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
 
 

@@ -6,6 +6,7 @@ process's global generator, and cannot put another adapter into a model that is 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -58,7 +60,7 @@ class Service:
             Route("/health", self.health),
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
-        handlers: Any = {BadRequest: _refused, ClientDisconnect: _gone, Exception: _failed}
+        handlers: Any = {BadRequest: _refused, HTTPException: _unknown, ClientDisconnect: _gone, Exception: _failed}
         return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
@@ -112,11 +114,13 @@ class Service:
         shape = Shape(is_chat, self.model)
         if asked.stream:
             return StreamingResponse(_events(reply, shape, asked), media_type="text/event-stream")
+        leaving = asyncio.create_task(_cancel_when_left(request, reply))
         try:
             return JSONResponse(shape.whole(await run_in_threadpool(lambda: reply.outcome)))
         except OnwardError as error:
             return JSONResponse(failure(error.what, kind="server_error"), 500)
         finally:
+            leaving.cancel()
             reply.cancel()
 
     def _begin(self, asked: Asked) -> Reply:
@@ -154,6 +158,21 @@ async def _events(reply: Reply, shape: Shape, asked: Asked) -> AsyncGenerator[st
         yield event(failure(error.what, kind="server_error"))
     finally:
         reply.cancel()
+
+
+async def _cancel_when_left(request: Request, reply: Reply) -> None:
+    """End an answer when its client goes away: whoever asks next need not wait for it."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    reply.cancel()
+
+
+async def _unknown(request: Request, error: HTTPException) -> Response:
+    """Answer an address that there is not, or a method that it does not have."""
+    where = f"{request.method} {request.url.path}"
+    return JSONResponse(
+        failure(f"{where}: {error.detail}; docs/serve.md lists what is answered"), error.status_code, error.headers
+    )
 
 
 async def _refused(request: Request, error: BadRequest) -> Response:

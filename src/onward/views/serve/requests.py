@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from onward.data.row_types import Message
 from onward.errors import UsageError
+from onward.text import printable
 from onward.views.chat.sampling import Sampling
 
 MOST_TOKENS = 512
@@ -16,9 +17,18 @@ MOST_TOKENS = 512
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,), "best_of": (1,), "logprobs": (False, 0), "top_logprobs": (0,), "echo": (False,), "suffix": ("",),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "response_format": ({"type": "text"},),
-    "tool_choice": ("auto", "none"), "functions": ([],), "modalities": (["text"],),
+    "tool_choice": ("auto", "none"), "functions": ([],), "modalities": (["text"],), "parallel_tool_calls": (True,),
 }  # fmt: skip
 """Keys that ask for unsupported features, with the values that are harmless."""
+FOLLOWED = frozenset((
+    "model", "messages", "prompt", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed",
+    "stop", "tools", "stream", "stream_options",
+))  # fmt: skip
+"""Keys that are followed."""
+UNRELATED = frozenset((
+    "user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_retention",
+))  # fmt: skip
+"""Keys that matter to OpenAI's own service only, not to the answer."""
 
 
 class BadRequest(Exception):
@@ -64,13 +74,16 @@ def read_request(body: Any, *, is_chat: bool) -> Asked:
     for key, neutral in NEUTRAL.items():
         if values.get(key) is not None and values[key] not in neutral:
             raise BadRequest(f"{key} is not supported here", key)
+    for key, value in values.items():
+        if value is not None and not (key in FOLLOWED or key in UNRELATED or key in NEUTRAL):
+            raise BadRequest(f"{printable(key)[:60]} is not known here", key)
     options = values.get("stream_options")
     return Asked(
         messages=_messages(values.get("messages")) if is_chat else None,
         text=None if is_chat else _prompt(values.get("prompt")),
         sampling=_sampling(values),
         stops=_stops(values.get("stop")),
-        tools=_of_kind(values, "tools", list) if is_chat else None,
+        tools=_tools(values) if is_chat else None,
         stream=bool(_of_kind(values, "stream", bool)),
         with_usage=isinstance(options, dict) and bool(cast(dict[str, Any], options).get("include_usage")),
     )
@@ -90,6 +103,13 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
         )
     except UsageError as error:
         raise BadRequest(f"{error.what}: {error.hint}", error.where) from None
+
+
+def _tools(values: Mapping[str, Any]) -> list[Any] | None:
+    tools = _of_kind(values, "tools", list)
+    if not all(isinstance(tool, dict) for tool in tools or ()):
+        raise BadRequest("tools must be objects", "tools")
+    return tools or None
 
 
 def _messages(value: Any) -> list[Message]:

@@ -17,7 +17,7 @@ from onward.service.holder import is_held
 from onward.views.chat.engine import Engine
 from onward.views.connections import Server
 from onward.views.loaded import load
-from onward.views.points import hold, newest_mark
+from onward.views.points import hold, state_mark
 from onward.views.serve.app import LOOPBACK, Service
 
 LOOK_SECONDS = 1.0
@@ -62,13 +62,13 @@ def serve(
     """
     host, key = served.host, served.key
     with listen(host, served.port, key) as listening:
-        url = f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
+        url = base_url(host, listening)
         if is_held(layout.lock):
             give_way()
-        mark = newest_mark(layout) if served.follow else None
+        mark = state_mark(layout) if served.follow else None
         with hold(layout, served.at) as point, Engine(load(layout, point)) as engine:
             said(f"{engine.loaded.label} answers")
-            app = Service(engine, layout.root.absolute().name, key, _hosts(host)).app()
+            app = Service(engine, layout.root.absolute().name, key, names_of(host)).app()
             server = _Announcing(_config(app), lambda: ready(url))
             following = Following(layout, engine, mark, said, give_way) if served.follow else contextlib.nullcontext()
             with following, contextlib.suppress(KeyboardInterrupt):  # this is how it is ended
@@ -146,7 +146,7 @@ class Following:
         Raises:
             OnwardError: it cannot be loaded; it is not tried again.
         """
-        mark = newest_mark(self._layout)
+        mark = state_mark(self._layout)
         if mark == self._mark:
             return
         if is_held(self._layout.lock):
@@ -171,9 +171,14 @@ class _Announcing(Server):
             self._started()
 
 
-def _hosts(host: str) -> tuple[str, ...]:
+def base_url(host: str, listening: socket.socket) -> str:
+    """Return the URL that clients ask at."""
+    return f"http://{_named(host)}:{listening.getsockname()[1]}/v1"
+
+
+def names_of(host: str) -> tuple[str, ...]:
     """Return the names under which clients may address the server."""
-    return ("*",) if not _is_loopback(host) and host != "localhost" else LOOPBACK
+    return (*LOOPBACK, _named(host)) if _is_loopback(host) else ("*",)
 
 
 def _is_loopback(host: str) -> bool:

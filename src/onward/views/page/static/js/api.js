@@ -6,7 +6,7 @@ export class Refused extends Error {
   }
 }
 
-async function answer(response) {
+export async function answer(response) {
   const text = await response.text();
   let values = {};
   try {
@@ -29,7 +29,7 @@ export function put(file, progressed) {
     const request = new XMLHttpRequest();
     request.open("PUT", `api/inbox/${encodeURIComponent(file.name)}`);
     request.upload.addEventListener("progress", (event) => progressed(event.loaded, file.size));
-    request.addEventListener("error", () => reject(new Refused({ error: "the connection broke", hint: "Nothing of the file was kept." }, 0)));
+    request.addEventListener("error", () => reject(new Refused({ error: "the connection broke, or the file cannot be read", hint: "Nothing of the file was kept." }, 0)));
     request.addEventListener("load", () => {
       let values = { error: `the page answered with status ${request.status}` };
       try { values = JSON.parse(request.responseText); } catch { /* said by the status */ }

@@ -1,7 +1,7 @@
 /* What stands around the curve: inbox and queue, refused files, proof, restore points, disk, events. */
 import { get } from "./api.js";
 import { byId, make, readOnly, say, show } from "./dom.js";
-import { afterFile, ago, clock, count, files, fixed, named, size } from "./format.js";
+import { afterFile, ago, clock, count, counted, files, fixed, named, size } from "./format.js";
 import { goBack } from "./controls.js";
 import { offerPoints } from "./talk.js";
 
@@ -23,7 +23,7 @@ function showWaiting(queue, inbox) {
   const announced = new Set(queue.map((file) => file.name));
   const arrived = inbox.filter((file) => !announced.has(file.name));
   const items = [
-    ...queue.map((file) => [file.name, file.state === "queued" ? `${count(file.rows)} rows` : "being checked"]),
+    ...queue.map((file) => [file.name, file.state === "queued" ? counted(file.rows, "row") : "being checked"]),
     ...arrived.map((file) => [file.name, file.whole ? `in the inbox, ${size(file.bytes)}` : `arriving, ${size(file.bytes)}`]),
   ];
   const shown = items.slice(0, FEW).map(([name, what]) => make("li", {}, make("span", { class: "grow" }, named(name)), make("span", { class: "dim" }, what)));
@@ -42,7 +42,7 @@ function showRefused(reports) {
   say("refused-count", reports.length ? count(reports.length) : "");
   const shown = reports.map((report) => {
     const key = `${report.file} ${report.rejected}`;
-    const problems = `${count(report.problem_count)} ${report.problem_count === 1 ? "problem" : "problems"}`;
+    const problems = counted(report.problem_count, "problem");
     const hidden = report.problem_count - report.problems.length;
     return make("details", { "data-key": key, open: open.has(key) },
       make("summary", { title: report.file }, make("span", { class: "clamp" }, named(report.file)), make("span", { class: "dim block" }, `${problems} · ${ago(report.rejected)}`)),
@@ -56,7 +56,7 @@ function showRefused(reports) {
 export function showVerified(proof) {
   byId("verified").className = proof.ok ? "accent-text" : "error-text";
   const when = proof.at ? `, ${ago(proof.at)} at step ${count(proof.step)}` : "";
-  say("verified", proof.ok ? `Verified${when}: ${count(proof.checks.length)} claims hold.` : `Not verified${when}.`);
+  say("verified", proof.ok ? `Verified${when}: ${proof.checks.length === 1 ? "1 claim holds" : `${count(proof.checks.length)} claims hold`}.` : `Not verified${when}.`);
   const lines = proof.checks.filter((check) => !proof.ok ? !check.ok : false);
   byId("checks").replaceChildren(make("ul", { class: "checks" }, ...lines.map((check) => make("li", {}, make("strong", {}, `${check.name}: `), check.detail))));
 }

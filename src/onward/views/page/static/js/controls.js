@@ -3,6 +3,7 @@ import { post, put } from "./api.js";
 import { byId, make, readOnly, toast } from "./dom.js";
 import { size } from "./format.js";
 import { current } from "./now.js";
+import { training } from "./stream.js";
 
 let answered = null;
 
@@ -56,12 +57,12 @@ async function stop() {
 }
 
 async function skip() {
-  const file = current()?.file;
+  const { file } = current(), which = training() ?? file; // by the time of the answer another one may be in training
   const wanted = await ask({
     title: `Skip ${file}?`, words: "It is taken out of the stream, and the run is as if it had never begun it.", yes: "Skip",
     fields: [{ name: "reason", label: "Reason", type: "text" }],
   });
-  if (wanted) request("skip", wanted.reason ? wanted : {}, byId("skip"));
+  if (wanted) request("skip", wanted.reason ? { file: which, ...wanted } : { file: which }, byId("skip"));
 }
 
 export async function goBack(step) {
@@ -95,6 +96,11 @@ export async function upload(list) {
 
 export function startControls(verified) {
   byId("ask").addEventListener("close", () => { answered?.(); answered = null; });
+  byId("ask").addEventListener("keydown", (event) => { // without this Enter in a field would press the first button, Cancel
+    if (event.key !== "Enter" || event.target.type !== "text") return;
+    event.preventDefault();
+    byId("ask-yes").click();
+  });
   if (readOnly()) return;
   byId("pause").addEventListener("click", () => request("pause", {}, byId("pause")));
   byId("resume").addEventListener("click", () => request("resume", {}, byId("resume")));
@@ -117,6 +123,9 @@ function startDrop() {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     drop.classList.remove("over");
-    upload([...event.dataTransfer.files]);
+    const items = [...event.dataTransfer.items].filter((item) => item.kind === "file");
+    const folders = items.map((item) => item.webkitGetAsEntry?.()).filter((entry) => entry?.isDirectory).map((entry) => entry.name);
+    for (const name of folders) toast(`${name} is a folder\nDrop the files that are in it.`, true);
+    upload([...event.dataTransfer.files].filter((file) => !folders.includes(file.name)));
   });
 }

@@ -1,7 +1,7 @@
 /* The curve over the whole run or a part of it: loss, learning rate, gradient norm, speed. */
 import { get } from "./api.js";
 import { byId, say, show } from "./dom.js";
-import { count, few, fixed } from "./format.js";
+import { count, counted, few, files, fixed } from "./format.js";
 import { showNorm } from "./now.js";
 import { makePlot, smoothed, syncGroup } from "./plot.js";
 import { onTheme } from "./theme.js";
@@ -32,6 +32,10 @@ export async function loadCurve() {
   const where = range ? `&first=${range[0]}&last=${range[1]}` : "";
   const values = await get(`curve?points=${Math.min(2000, Math.max(300, Math.round(byId("chart-loss").clientWidth * NEAR)))}${where}`);
   if (number !== asked) return; // another one was asked for meanwhile
+  if (range && !values.columns.step.length) { // what was looked at closely was undone
+    range = null;
+    return loadCurve();
+  }
   drawn = values;
   draw();
   if (!values.exact) later(900);
@@ -121,8 +125,8 @@ function fileAt(step) {
 function hovered(index) {
   if (!drawn || index === null || index === undefined) {
     const total = drawn ? drawn.files.length : 0;
-    const part = range ? `steps ${count(drawn.first)} to ${count(drawn.last)} of ${count(drawn.newest)}` : `${count(drawn?.newest)} steps`;
-    say("readout", drawn ? `${part} · ${count(total)} ${total === 1 ? "file" : "files"}` : "");
+    const part = range ? `steps ${count(drawn.first)} to ${count(drawn.last)} of ${count(drawn.newest)}` : counted(drawn?.newest, "step");
+    say("readout", drawn ? `${part} · ${files(total)}` : "");
     return;
   }
   const { columns } = drawn;

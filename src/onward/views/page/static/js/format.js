@@ -16,7 +16,9 @@ export const named = (name) => (name === name.trim() && name !== "" ? name : `"$
 
 export const afterFile = (point) => (point.file === null ? "the base" : `after ${named(point.file)}`);
 
-export const files = (number) => `${count(number)} ${number === 1 ? "file" : "files"}`;
+export const counted = (number, word) => `${count(number)} ${word}${number === 1 ? "" : "s"}`;
+
+export const files = (number) => counted(number, "file");
 
 export function size(bytes) {
   if (bytes === null || bytes === undefined) return "–";

@@ -22,9 +22,10 @@ async function load(names) {
   if (failed) trouble(failed.reason.message);
 }
 
+let wasLost = false;
+
 function follow() {
   const events = new EventSource("api/events");
-  let wasLost = false;
   events.addEventListener("open", () => {
     trouble("");
     if (wasLost) load(Object.keys(LOADERS)); // what happened meanwhile was not told

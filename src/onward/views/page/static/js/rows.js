@@ -1,7 +1,7 @@
 /* The rows of a file as the model sees them, what is trained marked. */
 import { get } from "./api.js";
 import { byId, make, say } from "./dom.js";
-import { count, named } from "./format.js";
+import { count, counted, named } from "./format.js";
 
 const VIEWS = [["all", "All"], ["longest", "Longest"], ["cut", "Cut"], ["dropped", "Left out"], ["loss", "Highest loss"]];
 const PAGE = 20;
@@ -38,7 +38,7 @@ async function load() {
 }
 
 function words(page) {
-  const looked = page.is_whole ? `${count(page.counts.all)} rows` : `the first ${count(page.counts.all)} of ${count(page.rows_of_file)} rows`;
+  const looked = page.is_whole ? counted(page.counts.all, "row") : `the first ${count(page.counts.all)} of ${counted(page.rows_of_file, "row")}`;
   const parts = [looked, `${count(page.counts.cut)} cut`, `${count(page.counts.dropped)} left out`];
   const loss = view === "loss" ? ". The loss is that of the step in which the row was." : "";
   return `${parts.join(", ")}. Marked text is trained.${loss}`;
@@ -47,7 +47,7 @@ function words(page) {
 function row(values) {
   if (values.segments === undefined) return make("article", { class: "row" }, make("h3", {}, `line ${count(values.line)}: left out, longer than max_length`));
   const step = values.step === undefined ? "" : ` · step ${count(values.step)}, loss ${values.loss.toFixed(4)}`;
-  const head = `line ${count(values.line)} · ${count(values.tokens)} tokens, ${count(values.trained)} trained${values.cut ? " · cut" : ""}${step}`;
+  const head = `line ${count(values.line)} · ${counted(values.tokens, "token")}, ${count(values.trained)} trained${values.cut ? " · cut" : ""}${step}`;
   const text = make("pre");
   for (const segment of values.segments) text.append(segment.trained ? make("mark", {}, segment.text) : segment.text);
   return make("article", { class: "row" }, make("h3", {}, head), text);

@@ -1,7 +1,7 @@
 /* The stream as a table: one row per file. */
 import { get } from "./api.js";
 import { byId, cell, make, say, show } from "./dom.js";
-import { count, duration, files, fixed, named } from "./format.js";
+import { count, counted, duration, files, fixed, named } from "./format.js";
 import { openRows } from "./rows.js";
 
 const FIRST = 200;
@@ -23,10 +23,16 @@ export function followStatus(status) {
   byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index, status));
 }
 
+/* What tells the file in training from every other, as requests name it; null where there is none. */
+export function training() {
+  const entry = entries.find((one) => one.state === "training");
+  return entry ? `file:${entry.position}` : null;
+}
+
 function warnings(entry) {
   const parts = [[entry.truncated, "cut"], [entry.dropped, "left out"], [entry.split, "split"], [entry.bad_rows, "bad"]];
   const words = parts.filter(([number]) => number).map(([number, word]) => `${count(number)} ${word}`);
-  if (entry.lost_tokens) words.push(`${count(entry.lost_tokens)} tokens lost`);
+  if (entry.lost_tokens) words.push(`${counted(entry.lost_tokens, "token")} lost`);
   return words.join(", ");
 }
 

@@ -1,10 +1,12 @@
 /* Talk to a state of the run, or to two at once: the same messages, the same seed. */
+import { answer as answerOf } from "./api.js";
 import { byId, make, readOnly } from "./dom.js";
-import { afterFile, count } from "./format.js";
+import { afterFile, count, counted } from "./format.js";
 
 const MOST_TOKENS = 512;
 let points = [];
 let columns = [];
+let asking = null; // what ends the answers that are being given
 
 /* A column: the state that it asks, and what was said with it. */
 function makeColumn(index) {
@@ -56,7 +58,7 @@ function add(column, text, kind) {
   return place;
 }
 
-async function ask(column, text) {
+async function ask(column, text, signal) {
   const messages = [...column.turns, { role: "user", content: text }];
   add(column, text, "mine");
   const answer = add(column, "…", "");
@@ -64,32 +66,45 @@ async function ask(column, text) {
   let whole = "";
   try {
     const body = { messages, at: column.choice.value, temperature: Number(byId("heat").value), seed: Number(byId("seed").value), max_tokens: MOST_TOKENS };
-    const response = await fetch("api/chat", { method: "POST", body: JSON.stringify(body) });
-    if (!response.ok) throw new Error((await response.json()).error);
+    const response = await fetch("api/chat", { method: "POST", body: JSON.stringify(body), signal });
+    if (!response.ok) await answerOf(response); // throws what is wrong with it, and the way out
     for await (const line of lines(response)) {
       if (line.error) throw new Error(line.error);
       if (line.text) answer.textContent = whole += line.text;
       if (line.done) {
         answer.textContent = line.done.text;
-        add(column, `${line.done.label} · ${count(line.done.tokens)} tokens in ${line.done.seconds.toFixed(1)} s`, "about");
-        if (line.done.text.trim()) column.turns = [...messages, { role: "assistant", content: line.done.text }];
+        add(column, `${line.done.label} · ${counted(line.done.tokens, "token")} in ${line.done.seconds.toFixed(1)} s`, "about");
+        keep(column, messages, line.done.text);
       }
     }
   } catch (error) {
-    answer.textContent = error.message;
-    answer.className = "error-text";
+    if (signal.aborted) {
+      answer.textContent = whole;
+      add(column, "stopped", "about");
+      keep(column, messages, whole);
+    } else {
+      answer.textContent = error.message;
+      answer.className = "error-text";
+    }
   }
   column.said.removeAttribute("aria-busy");
+}
+
+/* What is asked next goes on from an answer; from nothing where there was none. */
+function keep(column, messages, text) {
+  if (text.trim()) column.turns = [...messages, { role: "assistant", content: text }];
 }
 
 async function send(event) {
   event.preventDefault();
   const text = byId("message").value.trim();
-  if (!text || byId("send").disabled) return;
+  if (!text || asking) return;
   byId("message").value = "";
-  byId("send").disabled = true;
-  await Promise.all(columns.map((column) => ask(column, text)));
-  byId("send").disabled = false;
+  const own = (asking = new AbortController());
+  byId("send").textContent = "Stop";
+  await Promise.all(columns.map((column) => ask(column, text, own.signal)));
+  byId("send").textContent = "Send";
+  asking = null;
 }
 
 export function startTalk() {
@@ -97,8 +112,13 @@ export function startTalk() {
   arrange();
   byId("compare").addEventListener("change", arrange);
   byId("say").addEventListener("submit", send);
+  byId("send").addEventListener("click", (event) => {
+    if (!asking) return;
+    event.preventDefault();
+    asking.abort();
+  });
   byId("message").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey) send(event);
   });
-  byId("talk-reset").addEventListener("click", () => { columns = []; arrange(); });
+  byId("talk-reset").addEventListener("click", () => { asking?.abort(); columns = []; arrange(); });
 }
