@@ -243,7 +243,7 @@ def test_an_unknown_ending_names_the_way(tmp_path: Path, name: str) -> None:
         (zipped(), "the archive holds no file that Onward reads (its files: none)", "unpack or convert"),
         (zipped(("a.parquet", b"PAR1")), "the archive holds a.parquet", "unpack it, and add that file"),
         (zipped(("a.zip", b"PK")), "the archive holds a.zip", "unpack it, and add that file"),
-        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive is packed in a way", "unpack it"),
+        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive is packed with bzip2", "unpack it"),
         (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive holds another archive", "unpack it"),
         (b"PK\x03\x04" + b"a" * 50, "the zip archive cannot be read", "make or download it again"),
         (JSONL, "the content is not zip, but the name says so", "give it the ending of what it holds"),

@@ -20,6 +20,7 @@ _END = struct.Struct("<4s4H2LH")
 _WIDE_END = struct.Struct("<4sQ2H2L4Q")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Methods of which zipfile unpacks no more at a time than it is asked for."""
+_OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard"}
 
 
 def member_name(descriptor: int) -> str:
@@ -101,7 +102,11 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     if info.flag_bits & 1:
         raise FileError("the archive is encrypted", "unpack it, and add the file that is in it")
     if info.compress_type not in _METHODS:
-        raise FileError("the archive is packed in a way that Python cannot read", "unpack it, and add the file in it")
+        how = _OTHER_METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise FileError(
+            f"the archive is packed with {how}, and only stored and deflated files are read",
+            "unpack it, and add the file in it",
+        )
     return info
 
 
