@@ -276,9 +276,10 @@ CHAT_RULES = """\
 - {reasoning} of an assistant message are its reasoning. A thought next to one in the content (`<think>...</think>`) is
   refused: both would be trained.
 - Every other key of a message that the template reads reaches it.
-- No message contains the template's own end token.
-- The template is that of the run's tokenizer. A tokenizer without one takes no chats. Its clock always shows the same
-  day, so that a row always renders the same.
+- No message contains an end token of the template, and no answer that of the tokenizer.
+- The template is that of the run's tokenizer; where this has one named `tool_use`, chats with tools are rendered by it.
+  A tokenizer without a template, or one that splits special tokens, takes no chats. A template's clock always shows the
+  same day, so that a row always renders the same; one that draws at random is refused.
 
 Beside the messages of a row:
 
@@ -332,8 +333,9 @@ FORMATS_TAIL = """\
 | `prompt` and `completion` | every token of the completion, and the end token after it |
 | `text` | every token but the first, and the end token after it |
 
-A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. An
-answer of a rendered chat begins where the prompt that inference would have ends, and ends with the end token after it:
+A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it, nor
+is a header that takes white space of the answer along (Phi-3's). An answer of a rendered chat begins where the prompt
+that inference would have ends, and ends with the end token after it:
 what the template writes in between, such as the frame of a call, is a part of it. A template with `{% generation %}`
 markers says itself what is covered; its end token is added where it left it out. Where the messages say something is
 found by rendering the chat once more with unique words in their place. No row is trained with an empty mask.
