@@ -20,6 +20,7 @@ from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
 from onward.training.admission.longer import causal_length
+from onward.training.admission.narrow import still
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
 from onward.training.model.adapter import named_targets
@@ -88,6 +89,17 @@ def test_rows_are_padded_where_they_would_mix(family: str, tmp_path: Path) -> No
     assert "padded" == found.rows
     assert why in found.why_padded
     assert found.difference < 1e-5
+
+
+def test_dropout_that_a_model_asks_its_config_for(tmp_path: Path) -> None:
+    """Two ways to compute a row compare without dropout, wherever a model keeps it; the config has it again after."""
+    settings = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
+    model = small.small_model("falcon", **settings).train()
+    kept = {key: getattr(model.config, key) for key in settings}
+    with still(model):
+        assert dict.fromkeys(settings, 0.0) == {key: getattr(model.config, key) for key in settings}
+    assert kept == {key: getattr(model.config, key) for key in settings} == settings
+    assert prove(tmp_path, "falcon", **settings).difference < 1e-5
 
 
 def prove_working(folder: Path, family: str, **settings: Any) -> Findings:
