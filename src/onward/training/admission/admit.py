@@ -169,8 +169,10 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
     _compare(proof, model, vocabulary, found)
-    if not found.end_to_end and longer.longest_of(proof.spec.config) > LONG:
+    is_equal = found.difference <= gradients.TOLERANCE[proof.spec.dtype]
+    if not found.end_to_end and not (is_equal and longer.longest_of(proof.spec.config) <= LONG):
         _compare_longer(proof, model, vocabulary, found)
+    _require_equal(proof, found.difference)
     _require_repeatable(proof, model, vocabulary)
     found.writers = _require_untouched(proof, model)
 
@@ -243,9 +245,6 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) 
         if why:
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
-            if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-                what = f"a step has other gradients than its rows by themselves (relative difference {largest:.0e})"
-                proof.refuse(what, NO_REMEDY)
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
 
 
@@ -253,17 +252,20 @@ def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _
     """Prove with a long row what attention of a model's own makes of it; rows that filling changes are not filled."""
     limit = longer.causal_length(proof.spec, model, vocabulary)
     if limit is not None:
-        hint = f"Up to {limit} tokens it does not: --set max_length={limit}"
-        proof.refuse("the model looks ahead in longer rows: later tokens change logits before them", hint)
-    tolerance = gradients.TOLERANCE[proof.spec.dtype]
-    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=False)
+        what = "the model looks ahead in longer rows: later tokens change logits before them"
+        proof.refuse(what, f"Up to {limit} tokens it does not: --set max_length={limit}")
+    tolerance, difference, row = gradients.TOLERANCE[proof.spec.dtype], found.difference, "rows have"
     if difference <= tolerance:
+        difference, row = longer.filling_difference(proof.spec, model, vocabulary, by_length=False), "a long row has"
         found.difference = max(found.difference, difference)
+    if difference <= tolerance:
         return
-    found.by_length = True
-    found.why_padded = f"filled up, a long row has other gradients (relative difference {difference:.0e})"
-    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
-    if not difference <= tolerance:
+    found.by_length, found.why_padded = True, f"filled up, {row} other gradients (relative difference {difference:.0e})"
+    found.difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
+
+
+def _require_equal(proof: _Proof, difference: float) -> None:
+    if not difference <= gradients.TOLERANCE[proof.spec.dtype]:
         what = f"a step has other gradients than its rows by themselves (relative difference {difference:.0e})"
         proof.refuse(what, NO_REMEDY)
 
