@@ -287,6 +287,7 @@ Beside the messages of a row:
 |---|---|
 | {system} | a system message before the others: a string, or a list of text parts |
 | `tools`, `functions` | schemas of tools, a list or its JSON text, for the template; `functions` as OpenAI had them |
+| `documents` | texts that the chat is about, a list of objects, for templates that read them; ignored for others |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
 | {weights} | of an answer or a row: 0, `false`: not in the loss; another number: what its tokens count in it |
 | `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |

@@ -235,6 +235,23 @@ def test_arguments_of_the_template() -> None:
     assert ("chat_template_kwargs.mood",) == template("THINKING_SWITCH").ignored(chat_of(row))
 
 
+def test_documents_next_to_a_chat() -> None:
+    """Texts that a chat is about reach a template that reads them, which has to write each; others ignore the key."""
+    written = "{% for d in documents or [] %}{{ d.title ~ ': ' ~ d.text ~ '\n' }}{% endfor %}"
+    reading = ChatTemplate(byte_state(templates.chatml("{{ m.content }}", before=written)))
+    row = {**PLAIN_ROW, "documents": [{"title": "One", "text": "Done"}, {"title": "Two", "text": "Dtwo"}], "id": 3}
+    text, spans = reading.render(chat_of(row))
+    assert text.startswith("One: Done\nTwo: Dtwo\n<|im_start|>user")
+    assert ["Aone<|im_end|>"] == [text[start:end] for start, end in spans]
+    assert ("id",) == reading.ignored(chat_of(row))
+    assert ("documents", "id") == template("DROPS_CALLS").ignored(chat_of(row))
+    assert template("DROPS_CALLS").render(chat_of(row)) == template("DROPS_CALLS").render(chat_of(PLAIN_ROW))
+    first = written.replace("documents or []", "(documents or [])[:1]")
+    with pytest.raises(RowError, match="does not write the documents of the row"):
+        ChatTemplate(byte_state(templates.chatml("{{ m.content }}", before=first))).render(chat_of(row))
+    assert () == reading.ignored(chat_of({**PLAIN_ROW, "chat_template_kwargs": {"documents": row["documents"]}}))
+
+
 def test_every_key_that_the_template_reads() -> None:
     """Keys of a message reach the template where it reads them; the others are named."""
     row = {"messages": [{**USER, "name": "Ann", "mood": "!", "at": 5}, ANSWER], "source": "web"}

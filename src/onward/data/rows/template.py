@@ -20,6 +20,7 @@ from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, split_token
 from onward.data.rows.forms import Forms
 from onward.data.rows.plain import PlainChats
 from onward.data.rows.proof import REMEDY, lay_out
+from onward.data.rows.records import DOCUMENTS
 from onward.data.rows.turns import THINK_START, Habits, Span, Target, Turns
 from onward.data.tokenizer import TokenizerState
 
@@ -96,6 +97,7 @@ class ChatTemplate:
             raise SPLIT
         if (other := self._other(chat)) is not None:
             return other.render(chat)
+        chat = self._forms.followed(chat)
         messages = self._forms.messages(chat)
         is_plain = not chat.tools and not chat.arguments and max(map(len, messages)) == 2
         texts: list[str] = [message["content"] for message in messages] if is_plain else []
@@ -142,6 +144,7 @@ class ChatTemplate:
             return chat.ignored
         if (other := self._other(chat)) is not None:
             return other.ignored(chat)
+        chat = self._forms.followed(chat)
         return (*chat.ignored, *self._forms.ignored(chat))
 
     def _other(self, chat: Chat) -> ChatTemplate | None:
@@ -161,6 +164,7 @@ class ChatTemplate:
         render = partial(_rendered, self._renderer, chat)
         layout = lay_out(messages, text, render, self._reads.marks)
         self._require_tools(chat, messages, text)
+        _require_documents(chat, text)
         turns = Turns(layout, messages, render, self._habits)
         return turns.marked(chat.turns, spans) if self._marked else turns.found(chat.turns)
 
@@ -196,6 +200,16 @@ class ChatTemplate:
                 raise RowError(
                     f"the answer of message {place + 1} {what}", "remove it: the model would learn to stop there"
                 )
+
+
+def _require_documents(chat: Chat, text: str) -> None:
+    """Refuse a chat of whose documents the template leaves one out: none of its strings stands in the text."""
+    documents = chat.arguments.get(DOCUMENTS)
+    for document in documents if isinstance(documents, list) else ():
+        values = document.values() if isinstance(document, dict) else [document]
+        strings = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+        if strings and not any(value in text for value in strings):
+            raise RowError("the chat template does not write the documents of the row", REMEDY)
 
 
 def _named(tool: Any) -> dict[str, Any]:
