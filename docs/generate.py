@@ -281,9 +281,11 @@ CHAT_RULES = """\
 - {reasoning} of an assistant message hold its reasoning. A row that has reasoning both there and in the content
   (`<think>...</think>`) is refused: both would be trained.
 - Every other key of a message is passed to the template if the template reads it.
-- No message contains the template's own end token.
-- The template is that of the run's tokenizer, or `chat_template`. Without one, chats are refused. In the template, the
-  current date is always the same, so that a row always renders the same.
+- No message contains an end token of the template, and no answer contains that of the tokenizer.
+- The template is that of the run's tokenizer, or `chat_template`. If the tokenizer has one named `tool_use`, chats with
+  tools are rendered with it. Chats are refused if there is no template, if the template draws at random, or if the
+  tokenizer splits special tokens. In the template, the current date is always the same, so that a row always renders
+  the same.
 
 A row may have these keys in addition to its messages:
 
@@ -291,6 +293,7 @@ A row may have these keys in addition to its messages:
 |---|---|
 | {system} | a system message that comes before the others: a string, or a list of text parts |
 | `tools`, `functions` | schemas of tools for the template, a list or its JSON text; `functions` is OpenAI's old form |
+| `documents` | texts that the chat is about, a list of objects, for templates that read them; otherwise ignored |
 | `chat_template_kwargs` | an object whose values the template gets by name, for example `enable_thinking` |
 | {weights} | of an answer or a row: 0 or `false` leaves it out of the loss; any other number weights its tokens |
 | `messages`, `conversations`, `prompt` with `completion` | may be the JSON text of the list |
@@ -337,9 +340,10 @@ FORMATS_TAIL = """\
 | `prompt` and `completion` | every token of the completion, and the end token after it |
 | `text` | every token but the first, and the end token after it |
 
-A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it. An
-answer in a rendered chat begins where the prompt would end at inference, and ends with the end token after it: what the
-template writes in between, such as the markup of a call, is part of it. A template with `{% generation %}` markers says
+A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it, nor
+is a header token that includes leading white space of the answer (Phi-3's). An answer in a rendered chat begins where
+the prompt would end at inference, and ends with the end token after it: what the template writes in between, such as
+the markup of a call, is part of it. A template with `{% generation %}` markers says
 itself what is covered; the end token is added if the markers leave it out. To find where each message's text ends up,
 the chat is rendered once more with unique words in its place. No row is trained with an empty mask.
 

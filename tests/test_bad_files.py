@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,11 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-9], ("cut.jsonl.gz: the compressed file is cut off", "again")),
     "plain.jsonl.gz": (GOOD, ("plain.jsonl.gz: the content is not gz", "rename it without .gz")),
+    "alone.jsonl.xz": (
+        lzma.compress(GOOD, lzma.FORMAT_ALONE),
+        ("the content is not xz", "xz -dc --format=lzma < alone.jsonl.xz > alone.jsonl"),
+    ),
+    "zlib.jsonl.gz": (zlib.compress(GOOD, 0), ("the content is not gz", "compress or download it again")),
     "gzip.jsonl": (gzip.compress(GOOD), ("gzip.jsonl: the content is gz, but the name does not say so", "rename")),
     "flipped.jsonl.zst": (
         b"\x28\xb5\x2f\xfd" + b"garbage" * 9,

@@ -263,7 +263,7 @@ def misplaced(archive: bytes, size: int | None = None) -> bytes:
         (zipped(), "the archive contains no file that Onward reads (its files: none)", "unpack or convert"),
         (zipped(("a.parquet", b"PAR1")), "the archive contains a.parquet", "unpack it, and add that file"),
         (zipped(("a.zip", b"PK")), "the archive contains a.zip", "unpack it, and add that file"),
-        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive uses a compression", "unpack it"),
+        (zipped(("a.jsonl", JSONL), method=zipfile.ZIP_BZIP2), "the archive is compressed with bzip2", "unpack it"),
         (zipped(("a.jsonl", zipped(("b.jsonl", JSONL)))), "the archive contains another archive", "unpack it"),
         (b"PK\x03\x04" + b"a" * 50, "the zip archive cannot be read", "make or download it again"),
         (b"PK" + zipped(("a.jsonl", JSONL)), "the content is not zip, but the name says so", "give it the ending"),

@@ -44,6 +44,7 @@ HALF = "the chat template leaves out a part of the answer of message 2"
 TORN = "the chat template splits the answer of message 2 at '</think>'"
 MOVED = "the chat template writes the system text of message 1 after a later message"
 MARKS = "the chat template's {% generation %} markers "
+PLAIN_ROW: dict[str, Any] = {"messages": [USER, ANSWER]}
 CALLED = '\n<call>look_up {"city": "Rome", "n": 3}</call>'
 
 
@@ -92,7 +93,7 @@ def thinking(text: str) -> dict[str, Any]:
         ("MOVES_THOUGHTS", [USER, ANSWER, *AGAIN], ["Aone<|im_end|>", "<think>\n\n</think>\n\nAtwo<|im_end|>"]),
         ("ASKS_TO_THINK", [USER, thinking("<think>\nT</think>A")], ["T</think>A<|im_end|>"]),
         ("TWO_ENDS", [USER, ANSWER, *AGAIN], ["Aone<|end|>", "Atwo<|return|>"]),
-        ("SYSTEM_LAST", [USER, ANSWER, *AGAIN], ["Aone<|im_end|>", "Atwo<|im_end|>"]),
+        ("SYSTEM_LAST", [USER, ANSWER, *AGAIN], [" Aone<|im_end|>", " Atwo<|im_end|>"]),
         ("PARTS", [SYSTEM, USER, ANSWER], ["Aone<|im_end|>"]),
         ("DROPS_CALLS", [USER, {**ANSWER, "tool_calls": []}], ["Aone<|im_end|>"]),
         ("DROPS_CALLS", [USER, thinking("a </think> b")], ["a </think> b<|im_end|>"]),
@@ -156,6 +157,75 @@ def test_tools_that_a_template_does_not_write_are_refused() -> None:
         pieces("DROPS_CALLS", row)
 
 
+SOME_TOOLS = [{"type": "function", "function": {"name": "one"}}, {"type": "function", "function": {"name": "look_up"}}]
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "{% if tools and messages[0].role != 'system' %}{{ tools | tojson }}{% endif %}",
+        "{% if tools %}{{ tools[0] | tojson }}{% endif %}",
+    ],
+)
+def test_tools_that_are_not_written_though_a_message_has_their_names(before: str) -> None:
+    """A tool is written where another name of it would be, not where a question happens to hold its name."""
+    asked = {"role": "user", "content": "May I look_up one?"}
+    row = {"messages": [SYSTEM, asked, ANSWER], "tools": SOME_TOOLS}
+    source = templates.chatml("{{ m.content }}", before=before)
+    with pytest.raises(RowError, match="does not write the tools of the row"):
+        ChatTemplate(byte_state(source)).render(chat_of(row))
+    text, _ = template("WHOLE").render(chat_of({**row, "tools": [*SOME_TOOLS, {"type": "no_name"}]}))
+    assert "no_name" in text
+
+
+def test_a_chat_with_tools_is_rendered_by_the_template_for_tools() -> None:
+    """Where a tokenizer has a template `tool_use`, transformers takes it for chats with tools, and so do rows."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": templates.DROPS_CALLS, "tool_use": templates.WHOLE, "rag": "{{ messages }}"}
+    made = ChatTemplate(TokenizerState.of(tokenizer))
+    messages: list[dict[str, Any]] = [USER, CALLS, RESULT, ANSWER]
+    row = chat_of({"messages": messages, "tools": SOME_TOOLS})
+    text, spans = made.render(row)
+    assert tokenizer.apply_chat_template(row.messages, tools=row.tools, tokenize=False) == text
+    assert [CALLED + "<|im_end|>", "Aone<|im_end|>"] == [text[start:end] for start, end in spans]
+    assert tokenizer.apply_chat_template(
+        messages[:1], tools=row.tools, tokenize=False, add_generation_prompt=True
+    ) == made.prompt(Chat(messages[:1], row.tools))
+    assert made.render(chat_of({"messages": [USER, ANSWER]})) == template("DROPS_CALLS").render(
+        chat_of({"messages": [USER, ANSWER]})
+    )
+    with pytest.raises(RowError, match="does not write the tool call"):
+        made.render(chat_of({"messages": messages}))
+    whole = ChatTemplate(TokenizerState.of(tokenizer).with_template(templates.WHOLE))
+    assert whole.render(row) == (text, spans)
+
+
+@pytest.mark.parametrize("drawn", ["{{ ['a', 'b'] | random }}", "{{ lipsum(n=1) }}"])
+def test_templates_that_draw_at_random_are_refused(drawn: str) -> None:
+    """A row has to render to the same text each time, whoever renders it."""
+    with pytest.raises(RowError, match="draws at random") as refusal:
+        ChatTemplate(byte_state(templates.chatml("{{ m.content }}", before=drawn))).render(chat_of(PLAIN_ROW))
+    assert "chat_template: FILE" in refusal.value.remedy
+
+
+def test_a_prompt_that_depends_on_the_length_of_all_contents() -> None:
+    """A template that joins contents to decide what to write is proven with the contents at hand."""
+    long = "{% if messages | map(attribute='content') | join | length > 50 %}Long{% endif %}"
+    ask = "{% if add_generation_prompt %}" + long + "{% endif %}" + templates.ASK
+    made = ChatTemplate(byte_state(templates.chatml("{{ m.content }}", ask=ask)))
+    assert "Aone" in made.render(chat_of(PLAIN_ROW))[0]
+    with pytest.raises(RowError, match=r"the text before the answer of message 2"):
+        made.render(chat_of({"messages": [{**USER, "content": "Q" * 60}, ANSWER]}))
+
+
+def test_a_single_answer_is_not_advised_to_be_left_out() -> None:
+    """A row whose only answer has the weight 0 is refused, so that this is no remedy for it."""
+    for messages, advised in (([USER, ANSWER], False), ([USER, ANSWER, *AGAIN], True)):
+        with pytest.raises(RowError, match="what the model is given at inference") as refusal:
+            pieces("ASKS_TO_THINK", {"messages": messages})
+        assert ("the weight 0" in refusal.value.remedy) is advised
+
+
 def test_arguments_of_the_template() -> None:
     """`chat_template_kwargs` reach the template, in the text and in the prompt that inference has."""
     row = {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False, "mood": 1}}
@@ -163,6 +233,23 @@ def test_arguments_of_the_template() -> None:
     assert "assistant\n<think></think>Aone" in text
     assert ["Aone<|im_end|>"] == [text[start:end] for start, end in spans]
     assert ("chat_template_kwargs.mood",) == template("THINKING_SWITCH").ignored(chat_of(row))
+
+
+def test_documents_next_to_a_chat() -> None:
+    """Texts that a chat is about reach a template that reads them, which has to write each; others ignore the key."""
+    written = "{% for d in documents or [] %}{{ d.title ~ ': ' ~ d.text ~ '\n' }}{% endfor %}"
+    reading = ChatTemplate(byte_state(templates.chatml("{{ m.content }}", before=written)))
+    row = {**PLAIN_ROW, "documents": [{"title": "One", "text": "Done"}, {"title": "Two", "text": "Dtwo"}], "id": 3}
+    text, spans = reading.render(chat_of(row))
+    assert text.startswith("One: Done\nTwo: Dtwo\n<|im_start|>user")
+    assert ["Aone<|im_end|>"] == [text[start:end] for start, end in spans]
+    assert ("id",) == reading.ignored(chat_of(row))
+    assert ("documents", "id") == template("DROPS_CALLS").ignored(chat_of(row))
+    assert template("DROPS_CALLS").render(chat_of(row)) == template("DROPS_CALLS").render(chat_of(PLAIN_ROW))
+    first = written.replace("documents or []", "(documents or [])[:1]")
+    with pytest.raises(RowError, match="does not write the documents of the row"):
+        ChatTemplate(byte_state(templates.chatml("{{ m.content }}", before=first))).render(chat_of(row))
+    assert () == reading.ignored(chat_of({**PLAIN_ROW, "chat_template_kwargs": {"documents": row["documents"]}}))
 
 
 def test_every_key_that_the_template_reads() -> None:

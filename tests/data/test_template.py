@@ -229,6 +229,11 @@ def test_generation_markers_that_leave_out_an_answer_are_refused() -> None:
     [
         ("default_system", chat("Hi", "a<|im_end|>b"), "a message contains the control token '<|im_end|>'"),
         ("default_system", chat("<|im_end|>", "b"), "a message contains the control token '<|im_end|>'"),
+        (
+            "phi3",
+            chat("Hi", "a<|endoftext|>b"),
+            "the answer of message 2 contains the end token '<|endoftext|>', at which inference stops",
+        ),
         ("default_system", chat("Hi", "\ufdd0"), "a message contains the control token '\\ufdd0'"),
         ("gemma", chat("Hi", "Hello", system="x"), "the chat template refuses the row: System role not supported"),
         ("brackets", Chat(chat("a", "b").messages[1:]), f"the chat template refuses the row: {ALTERNATE}"),
@@ -239,6 +244,37 @@ def test_refused_rows(name: str, row: Chat, reason: str) -> None:
     with pytest.raises(RowError) as refusal:
         template(name).render(row)
     assert reason == refusal.value.reason
+
+
+def test_each_of_several_end_tokens_is_a_control_token() -> None:
+    """Inference stops at the first of two end tokens, so that neither may stand in a message."""
+    source = CHATML.replace("'<|im_end|>'", "'<|im_end|></s>'")
+    made = ChatTemplate(byte_state(source, eos_token="</s>"))
+    assert ["Hello<|im_end|></s>"] == pieces(made, chat("Hi", "Hello"))
+    for token in ("<|im_end|>", "</s>"):
+        with pytest.raises(RowError, match="contains the control token"):
+            made.render(chat("Hi", f"a{token}b"))
+
+
+def test_white_space_before_an_answer_is_a_part_of_it() -> None:
+    """Without a generation prompt, white space before an answer is what the model writes: nobody gives it that."""
+    source = (
+        "{% for m in messages %}{{ '[ASK] ' ~ m.content ~ ' [/ASK]' if m.role == 'user' "
+        "else ' ' ~ m.content ~ eos_token }}{% endfor %}"
+    )
+    made, tokenizer = ChatTemplate(byte_state(source)), byte_tokenizer(source)
+    assert [" Hello<|im_end|>"] == pieces(made, chat("Hi", "Hello"))
+    asked = chat("Hi", "Hello").messages[:1]
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == made.prompt(Chat(asked))
+
+
+def test_a_tokenizer_that_splits_special_tokens_takes_no_chats() -> None:
+    """The end token would be several tokens, none of which inference stops at."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    with pytest.raises(RowError, match="splits special tokens") as refusal:
+        ChatTemplate(TokenizerState.of(tokenizer)).render(chat("Hi", "Hello"))
+    assert '"split_special_tokens": false' in refusal.value.remedy
 
 
 def test_tokenizer_without_template() -> None:

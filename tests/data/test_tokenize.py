@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer, chat_rows, write_jsonl
-from tokenizers import normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
@@ -122,6 +122,31 @@ def test_a_token_that_overlaps_the_answer_is_a_target() -> None:
     (row,) = encode(tokenizer, Completion("ca", "bc"))
     assert [2, 3, 2, 4] == row.ids.tolist()
     assert [False, True, True, True] == row.targets.tolist()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_header_that_takes_white_space_of_the_answer_is_no_target(both: bool) -> None:
+    """A token that takes the white space after it along (Phi-3's headers) is a target by its own text alone."""
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{{ '<|' ~ m.role ~ '|>\n' ~ m.content ~ '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        eos_token="<|end|>",
+    )
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                AddedToken(token, lstrip=both, rstrip=True, special=True)
+                for token in ("<|user|>", "<|assistant|>", "<|end|>")
+            ]
+        }
+    )
+    messages = [{"role": "user", "content": "Hi "}, {"role": "assistant", "content": "\n a\n"}]
+    for answers in ([messages[1]], [messages[1], messages[0], {"role": "assistant", "content": "b"}]):
+        (row,) = encode(tokenizer, parse_record({"messages": [messages[0], *answers]}))
+        texts = ["".join(tokenizer.convert_ids_to_tokens([i])) for i in row.ids[row.targets].tolist()]
+        assert 1 + len(answers) // 2 == texts.count("<|end|>")
+        assert not {"<|user|>", "<|assistant|>"}.intersection(texts)
+        assert "a" in texts
 
 
 def test_white_space_trimmed_off_the_offsets_stays_a_target() -> None:

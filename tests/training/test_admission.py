@@ -12,6 +12,7 @@ import small
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from onward import Run
@@ -19,7 +20,8 @@ from onward.config import Config
 from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
-from onward.training.admission.longer import causal_length
+from onward.training.admission.longer import causal_length, filling_difference
+from onward.training.admission.narrow import still
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
 from onward.training.model.adapter import named_targets
@@ -90,6 +92,17 @@ def test_rows_are_padded_where_they_would_mix(family: str, tmp_path: Path) -> No
     assert found.difference < 1e-5
 
 
+def test_dropout_that_a_model_asks_its_config_for(tmp_path: Path) -> None:
+    """Two ways to compute a row compare without dropout, wherever a model keeps it; the config has it again after."""
+    settings = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
+    model = small.small_model("falcon", **settings).train()
+    kept = {key: getattr(model.config, key) for key in settings}
+    with still(model):
+        assert dict.fromkeys(settings, 0.0) == {key: getattr(model.config, key) for key in settings}
+    assert kept == {key: getattr(model.config, key) for key in settings} == settings
+    assert prove(tmp_path, "falcon", **settings).difference < 1e-5
+
+
 def prove_working(folder: Path, family: str, **settings: Any) -> Findings:
     """Return what the admission finds with the settings that work."""
     targets = ["in_proj"] if "mamba" in family else "all-linear"
@@ -157,6 +170,39 @@ def test_rows_are_not_filled_up_where_that_changes_them(tmp_path: Path) -> None:
     assert any(
         line.startswith("rows are computed together with rows of equal length: padded") for line in found.lines()
     )
+
+
+class MixesRows(nn.Module):
+    """Lets the rows of a step change each other, unless one of them is alone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer returns; of several rows with their mean."""
+        out = self.inner(x)
+        return out + out.mean(dim=0, keepdim=True) if len(x) > 1 else out
+
+
+@pytest.mark.parametrize("max_length", [16, 64])
+def test_filling_that_changes_short_rows_too(max_length: int, tmp_path: Path) -> None:
+    """ProphetNet counts places by the length of all rows: they are computed with those of their own length."""
+    asked = config(save(tmp_path, "prophetnet"), method="full", max_length=max_length)
+    found = admit(ModelSpec(asked, tmp_path, CPU, torch.float32))
+    assert ("by length", True) == (found.rows, found.treatment.by_length)
+    assert "filled up, rows have other gradients" in found.why_padded
+    assert found.difference < 1e-5
+
+
+def test_rows_of_one_length_that_change_each_other_are_seen(tmp_path: Path) -> None:
+    """A step by length has two rows of one length, so that what they do to each other shows."""
+    folder = save(tmp_path, "llama")
+    spec = ModelSpec(config(folder, method="full"), folder, CPU, torch.float32)
+    model: Any = LlamaForCausalLM.from_pretrained(folder).train()
+    assert filling_difference(spec, model, VOCABULARY, by_length=True) < 1e-5
+    model.model.layers[0].mlp.down_proj = MixesRows(model.model.layers[0].mlp.down_proj)
+    assert filling_difference(spec, model, VOCABULARY, by_length=True) > 1e-2
 
 
 class LooksAheadInLongRows(LlamaForCausalLM):

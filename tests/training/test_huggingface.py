@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from onward import Run
-from onward.training.huggingface import LOG_TAIL
+from onward.training.huggingface import LOG_TAIL, tokenizer_files
 from onward.training.optimizers import ADAMW
 
 METHODS = ("lora", "full")
@@ -164,6 +164,15 @@ def test_the_tokenizer_is_the_base_models(model: Path, current: Path) -> None:
         assert text == ours.apply_chat_template(row["messages"], tokenize=False)
         assert base(f"{text} ünïcode")["input_ids"] == ours(f"{text} ünïcode")["input_ids"]
     assert (base.eos_token, base.pad_token, len(base)) == (ours.eos_token, ours.pad_token, len(ours))
+
+
+def test_all_templates_of_a_tokenizer_are_kept(tmp_path: Path) -> None:
+    """A template for tools is not lost on the way into a checkpoint, whose files all lie in one folder."""
+    tokenizer = tiny.byte_tokenizer()
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": "{{ tools }}" + tiny.CHATML}
+    for name, data in tokenizer_files(tokenizer).items():
+        (tmp_path / name).write_bytes(data)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tmp_path).chat_template
 
 
 def test_every_file_is_there_once(current: Path, method: str) -> None:

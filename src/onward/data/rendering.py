@@ -1,8 +1,8 @@
 """Chat templates as pure functions: the text of a row depends on the row and the template and nothing else.
 
-The environment is that of `transformers.utils.chat_template_utils` (a test holds the two equal), with two changes:
-`strftime_now` always answers the same day, so that a row always renders the same, and `{% generation %}` blocks
-leave marks in the text instead of indices in the tokens.
+The environment is that of `transformers.utils.chat_template_utils` (a test holds the two equal), with three changes:
+`strftime_now` always answers the same day, so that a row always renders the same; what Jinja draws at random is refused
+for the same reason; and `{% generation %}` blocks leave marks in the text instead of indices in the tokens.
 """
 
 from __future__ import annotations
@@ -91,11 +91,20 @@ class Renderer:
             return self._template.render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._variables
             )
+        except _Random:
+            raise RowError(
+                "the chat template draws at random, and a row has to render to the same text each time",
+                "use one without the filter random and the function lipsum: the config key chat_template: FILE",
+            ) from None
         except TEMPLATE_FAILURES as error:
             raise RowError(
                 f"the chat template refuses the row: {error or type(error).__name__}",
                 "use the roles and the order that this model's template expects",
             ) from error
+
+
+class _Random(jinja2.TemplateError):
+    """What a template asked for is drawn at random."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -129,9 +138,11 @@ def _in_parts(message: Message) -> Message:
 def _environment() -> jinja2.Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
+    environment.filters["random"] = _refuse_random
     names = cast(dict[str, Any], environment.globals)  # jinja2 declares only its own defaults
     names["raise_exception"] = _raise_exception
     names["strftime_now"] = TODAY.strftime
+    names["lipsum"] = _refuse_random
     return environment
 
 
@@ -147,3 +158,7 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _refuse_random(*_values: Any, **_options: Any) -> None:
+    raise _Random

@@ -60,6 +60,7 @@ class RowTokenizer:
         self._lengths = byte_lengths(self._backend)
         self._template = ChatTemplate(state)
         self._begins = _start_token(state)
+        self._takers = _space_takers(self._backend)
 
     @property
     def fingerprint(self) -> str:
@@ -217,6 +218,9 @@ class RowTokenizer:
         offsets: list[Span] = encoding.offsets
         if not row.closed:
             self._close(row, ids, offsets)
+        for place, index in enumerate(ids) if self._takers else ():
+            if index in self._takers:
+                offsets[place] = _without_space(row.text, offsets[place], self._takers[index])
         flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
@@ -234,6 +238,18 @@ def _start_token(state: TokenizerState) -> str:
     token = state.special_tokens_map.get("bos_token", "")
     added: list[int] = state.tokenizer.encode("a", add_special_tokens=True).ids
     return token if token and added[:1] == [state.bos_id] else ""
+
+
+def _space_takers(backend: Any) -> dict[int, str]:
+    """Return the added tokens, by id, that take the white space after them along (`rstrip`, as Phi-3's do)."""
+    return {index: token.content for index, token in backend.get_added_tokens_decoder().items() if token.rstrip}
+
+
+def _without_space(text: str, span: Span, token: str) -> Span:
+    """Return where a token ends by itself: white space of an answer makes no target of the header before it."""
+    start, end = span
+    at = text.find(token, start, end)
+    return (start, at + len(token)) if at >= 0 else span
 
 
 def _is_text(row: RowText) -> bool:

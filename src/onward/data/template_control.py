@@ -98,7 +98,8 @@ class _Contents:
 
     def made_of(self, node: nodes.Node) -> bool:
         """Whether a content is part of an expression."""
-        return any(self._is_one(part) for part in [node, *node.find_all((nodes.Name, nodes.Getattr, nodes.Getitem))])
+        kinds = (nodes.Name, nodes.Getattr, nodes.Getitem, nodes.Keyword)
+        return any(self._is_one(part) for part in [node, *node.find_all(kinds)])
 
     def _is_one(self, node: nodes.Node) -> bool:
         if isinstance(node, nodes.Name):
@@ -106,7 +107,8 @@ class _Contents:
         if isinstance(node, nodes.Getattr):
             owner = node.node.name if isinstance(node.node, nodes.Name) else ""
             return node.attr in CONTENTS or f"{owner}.{node.attr}" in self._names
-        return isinstance(node, nodes.Getitem) and bool(CONTENTS.intersection(_strings([node.arg])))
+        named = node.arg if isinstance(node, nodes.Getitem) else node.value if isinstance(node, nodes.Keyword) else None
+        return named is not None and bool(CONTENTS.intersection(_strings([named])))  # map(attribute="content")
 
 
 class _Judge:

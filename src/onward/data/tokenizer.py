@@ -23,7 +23,7 @@ from onward.data.tokenized import FORMAT
 from onward.digest import sha256_file, sha256_json
 from onward.errors import ModelError
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 _KIND = f"onward tokenizer {STATE_FORMAT}.{FORMAT} "
 """The beginning of the file of a stored state."""
 LAST_CALL = ("padding", "truncation")
@@ -31,6 +31,7 @@ LAST_CALL = ("padding", "truncation")
 WEIGHT_ENDINGS = frozenset(
     (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npz", ".onnx", ".pt", ".pth", ".safetensors")
 )
+TOOL_TEMPLATE = "tool_use"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 
@@ -47,7 +48,10 @@ class TokenizerState:
         eos_id: id of the token that ends a text, if there is one.
         pad_id: id of the padding token, if there is one.
         splits_special_tokens: whether special tokens found in a text are tokenized like any other text.
-        fingerprint: SHA-256 of all of the above, by which a run recognizes its tokenizer.
+        fingerprint: SHA-256 of all that decides how rows become tokens and targets, by which a run recognizes its
+            tokenizer.
+        tool_template: the Jinja source of the template for chats with tools, if it is a separate one; else "". The
+            fingerprint does not cover it, because earlier releases did not read it.
     """
 
     backend: str
@@ -59,6 +63,7 @@ class TokenizerState:
     pad_id: int | None
     splits_special_tokens: bool
     fingerprint: str
+    tool_template: str = ""
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenizerState:
@@ -69,8 +74,10 @@ class TokenizerState:
                 own serialized form.
         """
         backend, template = _backend(tokenizer), _default_template(tokenizer)
+        tool_template = _tool_template(tokenizer, template)
         named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-        Renderer(template, dict(named))  # refuses a template that is not valid Jinja
+        for source in (template, tool_template):
+            Renderer(source, dict(named))  # refuses a template that is not valid Jinja
         text: str = backend.to_str()
         state = cls(
             backend=_as_never_called(backend, text),
@@ -82,6 +89,7 @@ class TokenizerState:
             pad_id=tokenizer.pad_token_id,
             splits_special_tokens=backend.encode_special_tokens,
             fingerprint=_fingerprint(text, template, named, tokenizer.eos_token_id),
+            tool_template=tool_template,
         )
         if _added_ids(state.tokenizer) != _added_ids(backend):
             raise ModelError(
@@ -91,7 +99,7 @@ class TokenizerState:
         return state
 
     def with_template(self, template: str | None) -> TokenizerState:
-        """Return the state of this tokenizer with another chat template; with None, itself.
+        """Return the state of this tokenizer with another chat template, also for chats with tools; with None, itself.
 
         Raises:
             ModelError: the template is not valid Jinja.
@@ -100,7 +108,7 @@ class TokenizerState:
             return self
         Renderer(template, dict(self.special_tokens_map))
         fingerprint = _fingerprint(self.backend, template, self.special_tokens_map, self.eos_id)
-        return replace(self, chat_template=template, fingerprint=fingerprint)
+        return replace(self, chat_template=template, tool_template="", fingerprint=fingerprint)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TokenizerState:
@@ -221,6 +229,13 @@ def _default_template(tokenizer: Any) -> str:
             f"the tokenizer has several chat templates ({names}) and none is the default",
             hint="save the one to use as chat_template.jinja in the folder of the tokenizer",
         ) from None
+
+
+def _tool_template(tokenizer: Any, default: str) -> str:
+    """Return the template that transformers takes for chats with tools, if that is another one than the default."""
+    named = tokenizer.chat_template
+    found: str = named.get(TOOL_TEMPLATE, "") if isinstance(named, dict) else ""
+    return "" if found == default else found
 
 
 def _special_tokens(tokenizer: Any) -> tuple[str, ...]:

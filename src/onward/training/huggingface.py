@@ -141,7 +141,10 @@ def training_arguments(config: Config) -> bytes:
 
 
 def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
-    """Return the tokenizer's files by name, including the chat template."""
+    """Return the tokenizer's files by name, including its chat templates.
+
+    Several templates go into its config: transformers would put those with other names into a folder of their own.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, save_jinja_files=not isinstance(tokenizer.chat_template, dict))
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}

@@ -20,6 +20,7 @@ _END = struct.Struct("<4s4H2LH")
 _WIDE_END = struct.Struct("<4sQ2H2L4Q")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Compression methods for which zipfile unpacks no more at a time than was asked for."""
+_OTHER_METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard"}
 
 
 def member_name(descriptor: int) -> str:
@@ -103,7 +104,11 @@ def _member(archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     if info.flag_bits & 1:
         raise FileError("the archive is encrypted", "unpack it, and add the file inside")
     if info.compress_type not in _METHODS:
-        raise FileError("the archive uses a compression that Python cannot read", "unpack it, and add the file inside")
+        how = _OTHER_METHODS.get(info.compress_type, f"method {info.compress_type}")
+        raise FileError(
+            f"the archive is compressed with {how}, but only stored and deflated files are read",
+            "unpack it, and add the file inside",
+        )
     return info
 
 

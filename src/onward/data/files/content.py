@@ -22,6 +22,10 @@ SIGNS = (
 """Formats with the bytes that their files begin with; bzip2's second form is an empty file, and pzstd begins
 with a frame that is skipped."""
 
+LZMA = re.compile(rb"\x5d\0\0")
+BINARY = re.compile(rb"[\0-\x08\x0e-\x1f]")
+"""A byte that no text in UTF-8 begins with."""
+
 
 def require_content(head: bytes, form: str, descriptor: int | None, path: Path) -> None:
     """Refuse a file that does not begin as its format does; an empty file passes as any format.
@@ -42,9 +46,17 @@ def require_content(head: bytes, form: str, descriptor: int | None, path: Path) 
     if found is not None:
         raise _misnamed(found, form, descriptor, path)
     if expected in COMPRESSIONS:
-        raise FileError(f"the content is not {expected}, but the name says so", f"rename it without .{expected}")
+        raise FileError(f"the content is not {expected}, but the name says so", _plain_way(head, expected, path))
     if expected == ARCHIVE:
         raise FileError("the content is not zip, but the name says so", "give it the ending of its content")
+
+
+def _plain_way(head: bytes, expected: str, path: Path) -> str:
+    """Return what helps where a name says a compression that the content is not."""
+    if LZMA.match(head):
+        packed, plain = quoted(Path(path.name)), quoted(Path(path.with_suffix("").name))
+        return f"unpack it, it is in the older format of LZMA: xz -dc --format=lzma < {packed} > {plain}"
+    return "compress or download it again" if BINARY.search(head) else f"rename it without .{expected}"
 
 
 def _misnamed(found: str, form: str, descriptor: int | None, path: Path) -> FileError:

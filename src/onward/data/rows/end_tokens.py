@@ -50,7 +50,11 @@ def end_tokens(renderer: Renderer, special_tokens: Sequence[str]) -> EndTokens:
 
 def tokens_after(text: str, word: str, special_tokens: Sequence[str]) -> list[str]:
     """Return the special tokens that directly follow `word`; white space before the first of them is skipped."""
-    rest = text.partition(word)[2].lstrip()
+    return split_tokens(text.partition(word)[2].lstrip(), special_tokens)
+
+
+def split_tokens(rest: str, special_tokens: Sequence[str]) -> list[str]:
+    """Return the special tokens with which a text begins, one after another."""
     tokens: list[str] = []
     while token := next((token for token in special_tokens if rest.startswith(token)), None):
         tokens.append(token)

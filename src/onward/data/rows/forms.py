@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ from onward.data.rendering import Renderer
 from onward.data.row_types import Chat, Message, RowError, check_strings
 from onward.data.rows.end_tokens import QUESTION
 from onward.data.rows.messages import REASONING_KEYS
+from onward.data.rows.records import DOCUMENTS
 from onward.data.template_reads import Reads
 
 ALWAYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))
@@ -31,6 +33,19 @@ class Forms:
     def __init__(self, renderer: Renderer, reads: Reads) -> None:
         self._renderer = renderer
         self._reads = reads
+
+    def followed(self, chat: Chat) -> Chat:
+        """Return a chat of which the key `documents` of its row is an argument or ignored, as the template reads it.
+
+        Raises:
+            RowError: the template reads documents, and they hold what JSON does not know.
+        """
+        if DOCUMENTS not in chat.ignored or DOCUMENTS not in chat.arguments:
+            return chat
+        if DOCUMENTS in self._reads.names:
+            check_strings(chat.arguments[DOCUMENTS], DOCUMENTS)
+            return replace(chat, ignored=tuple(key for key in chat.ignored if key != DOCUMENTS))
+        return replace(chat, arguments={key: value for key, value in chat.arguments.items() if key != DOCUMENTS})
 
     def messages(self, chat: Chat) -> list[Message]:
         """Return the messages as the template takes them."""

@@ -48,6 +48,9 @@ CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_t
 OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
 """Keys that only a chat can follow."""
 
+DOCUMENTS = "documents"
+"""A list of texts that a chat is about, which some templates write."""
+
 OURS = frozenset(("messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"))
 """Arguments of a template that a row must not set."""
 
@@ -259,7 +262,16 @@ def _template_arguments(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
     if taken:
         raise RowError(f'"chat_template_kwargs" sets "{taken[0]}"', f'remove "{taken[0]}": the row itself sets it')
     check_strings(given, "chat_template_kwargs")
-    return without_nulls(given) if is_padded(row.get("chat_template_kwargs"), padded=padded) else given
+    given = without_nulls(given) if is_padded(row.get("chat_template_kwargs"), padded=padded) else given
+    return {**_documents(row, padded=padded), **given}
+
+
+def _documents(row: dict[str, Any], *, padded: bool) -> dict[str, Any]:
+    """Return the texts that a chat is about as an argument of the template; it is ignored where none reads it."""
+    documents = row.get(DOCUMENTS)
+    if not isinstance(documents, list) or not documents or not all(isinstance(each, dict) for each in documents):
+        return {}
+    return {DOCUMENTS: without_nulls(documents) if padded else documents}
 
 
 def _weight(row: dict[str, Any]) -> float:

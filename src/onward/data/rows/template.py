@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
 from typing import Any
 
 from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.row_types import Chat, Message, RowError
-from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, without_marks
+from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, split_tokens, without_marks
 from onward.data.rows.forms import Forms
 from onward.data.rows.plain import PlainChats
 from onward.data.rows.proof import REMEDY, lay_out
+from onward.data.rows.records import DOCUMENTS
 from onward.data.rows.turns import THINK_START, Habits, Span, Target, Turns
 from onward.data.tokenizer import TokenizerState
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SPLIT = RowError(
+    "the tokenizer splits special tokens (split_special_tokens): the model would not learn the token at which it stops",
+    'set "split_special_tokens": false in the tokenizer_config.json of the model',
+)
 NO_TEMPLATE = RowError(
     "the tokenizer has no chat template", "use prompt/completion rows, or a model with a chat template"
 )
@@ -50,10 +55,10 @@ class RowText:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """A tokenizer's chat template; chats with tools have one of their own where the tokenizer has one for them.
 
     Args:
-        state: the tokenizer, with its chat template and special tokens.
+        state: the tokenizer, with its chat templates and special tokens.
 
     Raises:
         ModelError: the template is not valid Jinja.
@@ -61,6 +66,9 @@ class ChatTemplate:
 
     def __init__(self, state: TokenizerState) -> None:
         self._renderer = _renderer(state) if state.chat_template else None
+        self._splits = state.splits_special_tokens
+        tools = state.tool_template
+        self._of_tools = ChatTemplate(state.with_template(tools)) if tools else None
         if self._renderer is None:
             return
         self._marked = bool(GENERATION_BLOCK.search(state.chat_template))
@@ -69,8 +77,10 @@ class ChatTemplate:
         self._habits = _habits(self._renderer, state)
         self._start = state.special_tokens_map.get("bos_token", "")
         ends = self._habits.ends
-        endings = (ends.inner, ends.last, GENERATION_START, GENERATION_END)
-        self._control = tuple(dict.fromkeys(ending for ending in endings if ending))
+        written = [token for end in (ends.inner, ends.last) for token in split_tokens(end, self._habits.special_tokens)]
+        self._control = tuple(dict.fromkeys((*written, GENERATION_START, GENERATION_END)))
+        end = state.special_tokens_map.get("eos_token", "")
+        self._stop = "" if end in self._control else end
         self._plain = PlainChats(self._proven)
 
     def render(self, chat: Chat) -> tuple[str, list[Span]]:
@@ -83,11 +93,18 @@ class ChatTemplate:
         """
         if self._renderer is None:
             raise NO_TEMPLATE
+        if self._splits:
+            raise SPLIT
+        if (other := self._other(chat)) is not None:
+            return other.render(chat)
+        chat = self._forms.followed(chat)
         messages = self._forms.messages(chat)
         is_plain = not chat.tools and not chat.arguments and max(map(len, messages)) == 2
         texts: list[str] = [message["content"] for message in messages] if is_plain else []
         said = "\0".join(texts)
         self._refuse_control_tokens(said if is_plain else chat.messages)
+        if self._stop and (not is_plain or self._stop in said):
+            self._refuse_stops(chat)
         marked = self._renderer.render(messages, chat.tools, chat.arguments)
         text = without_marks(marked) if self._marked else marked
         if self._start and text.startswith(2 * self._start):
@@ -107,6 +124,8 @@ class ChatTemplate:
         """
         if self._renderer is None:
             raise NO_TEMPLATE
+        if (other := self._other(chat)) is not None:
+            return other.prompt(chat)
         self._refuse_control_tokens(chat.messages)
         asking = without_marks(
             self._renderer.render(self._forms.messages(chat), chat.tools, chat.arguments, prompt=True)
@@ -120,14 +139,21 @@ class ChatTemplate:
         if self._renderer is None:
             return ()
         ends = (self._habits.ends.inner, self._habits.ends.last)
-        firsts = (next((token for token in self._habits.special_tokens if end.startswith(token)), "") for end in ends)
-        return tuple(dict.fromkeys(token for token in firsts if token))
+        tokens = [token for end in ends for token in split_tokens(end, self._habits.special_tokens)[:1]]
+        return tuple(dict.fromkeys([*tokens, *(self._of_tools.stops if self._of_tools is not None else ())]))
 
     def ignored(self, chat: Chat) -> tuple[str, ...]:
         """Return the keys of a row and of its messages that nothing reads."""
         if self._renderer is None:
             return chat.ignored
+        if (other := self._other(chat)) is not None:
+            return other.ignored(chat)
+        chat = self._forms.followed(chat)
         return (*chat.ignored, *self._forms.ignored(chat))
+
+    def _other(self, chat: Chat) -> ChatTemplate | None:
+        """Return the template for chats with tools, if the chat is one and the tokenizer has one; None for this one."""
+        return self._of_tools if chat.tools else None
 
     def _proven(self, chat: Chat) -> tuple[str, list[Target]]:
         assert self._renderer is not None
@@ -141,16 +167,23 @@ class ChatTemplate:
         text, spans = _split_marks(marked)
         render = partial(_rendered, self._renderer, chat)
         layout = lay_out(messages, text, render, self._reads.marks)
-        self._require_tools(chat, text)
+        self._require_tools(chat, messages, text)
+        _require_documents(chat, text)
         turns = Turns(layout, messages, render, self._habits)
         return turns.marked(chat.turns, spans) if self._marked else turns.found(chat.turns)
 
-    def _require_tools(self, chat: Chat, text: str) -> None:
-        for tool in chat.tools or ():
-            named = tool.get("function", tool)
-            name = named.get("name") if isinstance(named, dict) else None
-            if not self._forms.writes_tools or (isinstance(name, str) and name not in text):
-                raise RowError("the chat template does not write the tools of the row", REMEDY)
+    def _require_tools(self, chat: Chat, messages: Sequence[Message], text: str) -> None:
+        """Refuse tools that the template does not write. Each gets a unique name, since a message may hold its own."""
+        assert self._renderer is not None
+        tools = chat.tools or []
+        wanted = [PROBE.format(place) for place in range(len(tools))]
+        renamed = [_renamed(tool, word) for tool, word in zip(tools, wanted, strict=True)]
+        try:
+            text = _rendered(self._renderer, replace(chat, tools=renamed), messages)
+        except RowError:  # the template knows tools by their names
+            wanted = [name for tool in tools if isinstance(name := _named(tool).get("name"), str)]
+        if tools and not (self._forms.writes_tools and all(word in text for word in wanted)):
+            raise RowError("the chat template does not write the tools of the row", REMEDY)
 
     def _refuse_control_tokens(self, value: Any) -> None:
         if isinstance(value, str):
@@ -162,6 +195,44 @@ class ChatTemplate:
         elif isinstance(value, dict | list):
             for item in value.values() if isinstance(value, dict) else value:
                 self._refuse_control_tokens(item)
+
+    def _refuse_stops(self, chat: Chat) -> None:
+        """Refuse an answer with the tokenizer's end token in it, where the template ends answers with another one."""
+        for place in chat.turns:
+            if _holds(chat.messages[place], self._stop):
+                what = f"contains the end token {self._stop!r}, at which inference stops"
+                raise RowError(
+                    f"the answer of message {place + 1} {what}", "remove it: the model would learn to stop there"
+                )
+
+
+def _require_documents(chat: Chat, text: str) -> None:
+    """Refuse a chat of whose documents the template leaves one out: none of its strings stands in the text."""
+    documents = chat.arguments.get(DOCUMENTS)
+    for document in documents if isinstance(documents, list) else ():
+        values = document.values() if isinstance(document, dict) else [document]
+        strings = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+        if strings and not any(value in text for value in strings):
+            raise RowError("the chat template does not write the documents of the row", REMEDY)
+
+
+def _named(tool: Any) -> dict[str, Any]:
+    """Return the part of a tool's schema that has its name."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, dict) else tool
+
+
+def _renamed(tool: Any, name: str) -> Any:
+    """Return a tool of another name; one without a name as it is, called otherwise by its description."""
+    named = _named(tool)
+    renamed = {**named, "name": name}
+    return renamed if named is tool else {**tool, "function": renamed}
+
+
+def _holds(value: Any, token: str) -> bool:
+    if isinstance(value, dict | list):
+        return any(_holds(item, token) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and token in value
 
 
 def _rendered(renderer: Renderer, chat: Chat, messages: Sequence[Message], *, prompt: bool = False) -> str:
@@ -223,7 +294,10 @@ def _generation_prompt(renderer: Renderer, special_tokens: Sequence[str]) -> tup
 
 
 def _header(renderer: Renderer) -> str:
-    """Return what the template writes before an answer, with or without a thought first."""
+    """Return what the template writes before an answer, with or without a thought first.
+
+    White space alone is no header: inference does not give it, so that the answer begins with it.
+    """
     word, thought = PROBE.format(0), PROBE.format(1)
     answer: Message = {"role": "assistant", "content": word}
     thinking: Message = {**answer, "reasoning_content": thought, "thinking": thought, "reasoning": thought}
@@ -235,4 +309,5 @@ def _header(renderer: Renderer) -> str:
     if not all(text.startswith(asking) and word in text for text in texts):
         return ""
     before = [text[len(asking) :].partition(word)[0].partition(thought)[0] for text in texts]
-    return commonprefix(before).partition(THINK_START)[0]  # noqa: RUF071 (texts, not paths)
+    header = commonprefix(before).partition(THINK_START)[0]  # noqa: RUF071 (texts, not paths)
+    return header if header.strip() else ""

@@ -113,10 +113,11 @@ class Turns:
         prompt = self._prompt(place, first)
         given = len(prompt) - first  # characters of the answer that are already in the prompt: `<think>`
         if not self._text.startswith(prompt) or given > len(self._habits.prompt):
+            others = sum(message["role"] == "assistant" for message in self._messages) > 1
             raise RowError(
                 f"the text before the answer of message {place + 1} is not what the model gets at inference: "
                 "the chat template renders the beginning of the chat differently",
-                f"{REMEDY}, or give the answer the weight 0",
+                f"{REMEDY}, or give the answer the weight 0" if others else REMEDY,
             )
         header = self._habits.header
         return len(prompt) + (len(header) if self._text.startswith(header, len(prompt)) else 0)

@@ -169,8 +169,10 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
     _compare(proof, model, vocabulary, found)
-    if not found.end_to_end and longer.longest_of(proof.spec.config) > LONG:
+    is_equal = found.difference <= gradients.TOLERANCE[proof.spec.dtype]
+    if not found.end_to_end and not (is_equal and longer.longest_of(proof.spec.config) <= LONG):
         _compare_longer(proof, model, vocabulary, found)
+    _require_equal(proof, found.difference)
     _require_repeatable(proof, model, vocabulary)
     found.writers = _require_untouched(proof, model)
 
@@ -233,11 +235,6 @@ def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> No
         proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
 
 
-_OTHER_GRADIENTS = (
-    "the gradients of a step differ from those of its rows computed separately (relative difference {:.0e})"
-)
-
-
 def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
     """Compare the gradients of a step with those of its single rows: laid end to end or, failing that, padded."""
     batch = rows([MIDDLE, SHORT, LONG], vocabulary)
@@ -248,8 +245,6 @@ def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) 
         if why:
             causal_lm(model).set_attn_implementation(plain)
             largest = _difference(proof, model, batch, expected)
-            if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-                proof.refuse(_OTHER_GRADIENTS.format(largest), NO_REMEDY)
     found.end_to_end, found.why_padded, found.difference = not why, why, largest
 
 
@@ -257,18 +252,23 @@ def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _
     """Check a model's own kind of attention with a long row; if padding changes results, rows are not padded."""
     limit = longer.causal_length(proof.spec, model, vocabulary)
     if limit is not None:
-        hint = f"Up to {limit} tokens it does not: --set max_length={limit}"
-        proof.refuse("the model looks ahead in longer rows: later tokens change logits before them", hint)
-    tolerance = gradients.TOLERANCE[proof.spec.dtype]
-    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=False)
+        what = "the model looks ahead in longer rows: later tokens change logits before them"
+        proof.refuse(what, f"Up to {limit} tokens it does not: --set max_length={limit}")
+    tolerance, difference, row = gradients.TOLERANCE[proof.spec.dtype], found.difference, "rows have"
     if difference <= tolerance:
+        difference, row = longer.filling_difference(proof.spec, model, vocabulary, by_length=False), "a long row has"
         found.difference = max(found.difference, difference)
+    if difference <= tolerance:
         return
     found.by_length = True
-    found.why_padded = f"padded, a long row has different gradients (relative difference {difference:.0e})"
-    difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
-    if not difference <= tolerance:
-        proof.refuse(_OTHER_GRADIENTS.format(difference), NO_REMEDY)
+    found.why_padded = f"padded, {row} different gradients (relative difference {difference:.0e})"
+    found.difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
+
+
+def _require_equal(proof: _Proof, difference: float) -> None:
+    if not difference <= gradients.TOLERANCE[proof.spec.dtype]:
+        what = "the gradients of a step differ from those of its rows computed separately"
+        proof.refuse(f"{what} (relative difference {difference:.0e})", NO_REMEDY)
 
 
 def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def filling_difference(spec: ModelSpec, model: nn.Module, vocabulary: range, *, 
         by_length: whether rows are computed only with others of the same length, so that none is padded.
     """
     longest = longest_of(spec.config)
-    batch = rows([max(SHORT, int(share * longest)) for share in SHARES], vocabulary)
+    lengths = [max(SHORT, int(share * longest)) for share in SHARES]
+    batch = rows([*lengths, *(lengths[-2:] if by_length else ())], vocabulary)  # rows of one length do not mix either
     with still(model):
         expected = _row_by_row(spec, model, batch)
         actual = gradients.of_step(model, batch, spec.config, spec.device, spec.dtype, by_length=by_length)

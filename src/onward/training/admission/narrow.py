@@ -59,20 +59,23 @@ def lower_choices(model: PreTrainedModel, max_length: int) -> int | None:
 
 @contextlib.contextmanager
 def still(model: nn.Module) -> Generator[None]:
-    """Turn off dropout, layer drop and jitter in the body, so that two ways to compute the same can be compared."""
-    found: list[tuple[nn.Module, str, float]] = []
-    for part in model.modules():
-        for key, value in vars(part).items():
-            is_dropout = key == "p" and isinstance(part, nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
+    """Turn off dropout, layer drop and jitter in the body, so that two ways to compute the same can be compared.
+
+    Some models read them from their config in every pass (Falcon).
+    """
+    found: list[tuple[Any, str, float]] = []
+    for owner in (*configs_of(model), *model.modules()):
+        for key, value in vars(owner).items():
+            is_dropout = key == "p" and isinstance(owner, nn.modules.dropout._DropoutNd)  # pyright: ignore[reportPrivateUsage]
             if isinstance(value, float) and (is_dropout or "drop" in key or "jitter" in key):
-                found.append((part, key, value))
-    for part, key, _ in found:
-        setattr(part, key, 0.0)
+                found.append((owner, key, value))
+    for owner, key, _ in found:
+        setattr(owner, key, 0.0)
     try:
         yield
     finally:
-        for part, key, value in found:
-            setattr(part, key, value)
+        for owner, key, value in found:
+            setattr(owner, key, value)
 
 
 def _lower(owner: Any, key: str) -> None:
@@ -85,7 +88,7 @@ def _is_above(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > LIMIT
 
 
-def configs_of(model: PreTrainedModel) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """Return every config that a part of the model holds, each once."""
     found = {id(config): config for part in model.modules() if (config := vars(part).get("config")) is not None}
     for config in list(found.values()):
