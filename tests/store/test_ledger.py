@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -207,3 +211,32 @@ def test_a_machine_that_fails_is_no_damage(tmp_path: Path, code: int, is_damage:
     make_ledger(path)
     assert is_damage is isinstance(refusal(path, error), DamagedState)
     assert is_damage is (refusal(path, error) is not error)
+
+
+def test_a_signal_is_noticed_while_others_write(ledger: Ledger) -> None:
+    """Who waits to write because somebody else does is interrupted by a signal at once, not when the wait is over."""
+    other = sqlite3.connect(ledger.path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    came, first = threading.Event(), list[bool]()
+
+    def interrupt(*_: object) -> None:
+        came.set()
+        raise InterruptedError
+
+    def signal_and_let_go() -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        first.append(came.wait(10))
+        other.rollback()
+
+    before = signal.signal(signal.SIGUSR2, interrupt)
+    waiting = threading.Timer(0.3, signal_and_let_go)
+    try:
+        waiting.start()
+        with contextlib.suppress(sqlite3.OperationalError), pytest.raises(InterruptedError):
+            ledger.put(paused=None)
+    finally:
+        waiting.join()
+        signal.signal(signal.SIGUSR2, before)
+        other.close()
+    assert [True] == first
+    ledger.put(paused=None)

@@ -22,6 +22,10 @@ PASSING = {
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite errors that mean that the content is damaged."""
 
+PATIENCE = 30.0
+"""Seconds to wait for others who write."""
+TRY = 0.2
+"""Seconds of one try to write, after which a signal that came meanwhile is noticed."""
 LOG_BYTES = 16 << 20
 """Bytes that SQLite's log is truncated to after a long-lived reader let it grow."""
 
@@ -30,7 +34,7 @@ Record = TypeVar("Record")
 
 
 def connect(
-    path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = 30.0
+    path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = PATIENCE
 ) -> sqlite3.Connection:
     """Open a ledger file; a missing one is made only with `create`, because a run is made once.
 
@@ -47,7 +51,7 @@ def connect(
             connection = _connect_to_look(path)
         else:
             connection = _connect(f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}")
-        connection.execute(f"PRAGMA busy_timeout = {round(1000 * patience)}")
+        _be_patient(connection, patience)
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA fullfsync = ON")  # macOS: `fsync` alone does not reach the disk
@@ -65,6 +69,31 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino
+
+
+def begin(connection: sqlite3.Connection) -> None:
+    """Begin to write, once nobody else does; signals are noticed while this waits, which SQLite alone would not do.
+
+    Raises:
+        sqlite3.OperationalError: others still write after a while, or the machine fails.
+    """
+    ends = time.monotonic() + PATIENCE
+    _be_patient(connection, TRY)
+    try:
+        while True:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
+                    raise
+            else:
+                return
+    finally:
+        _be_patient(connection, PATIENCE)
+
+
+def _be_patient(connection: sqlite3.Connection, seconds: float) -> None:
+    connection.execute(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
 
 
 def _connect_to_look(path: Path) -> sqlite3.Connection:
@@ -160,7 +189,7 @@ class Database:
             yield
             return
         try:  # a signal may interrupt right after BEGIN
-            self._connection.execute("BEGIN IMMEDIATE")
+            begin(self._connection)
             yield
             self._connection.execute("COMMIT")
         except BaseException as error:

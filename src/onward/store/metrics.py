@@ -12,7 +12,7 @@ from dataclasses import astuple, fields
 from functools import cached_property
 from pathlib import Path
 
-from onward.store.database import Database, Values, connect
+from onward.store.database import Database, Values, begin, connect
 from onward.store.rows import StepRecord
 
 RANGE = 512
@@ -59,7 +59,7 @@ class Metrics:
         of_step = (record.file_id, record.step)
         rows = [(*of_step, place, sha256, row) for place, (sha256, row) in enumerate(replayed)]
         with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
+            begin(self._connection)
             self._connection.execute(self._INSERT, astuple(record))
             self._connection.execute("INSERT OR REPLACE INTO step_times VALUES (?, ?, ?)", (*of_step, self._clock()))
             if rows:

@@ -127,10 +127,9 @@ class ChatTemplate:
         if (other := self._other(chat)) is not None:
             return other.prompt(chat)
         self._refuse_control_tokens(chat.messages)
-        asking = without_marks(
-            self._renderer.render(self._forms.messages(chat), chat.tools, chat.arguments, prompt=True)
-        )
-        self._require_tools(chat, asking)
+        messages = self._forms.messages(chat)
+        asking = _rendered(self._renderer, chat, messages, prompt=True)
+        self._require_tools(chat, messages, asking)
         return asking + self._habits.header
 
     @property
@@ -175,14 +174,15 @@ class ChatTemplate:
     def _require_tools(self, chat: Chat, messages: Sequence[Message], text: str) -> None:
         """Refuse tools that the template does not write. Each gets a unique name, since a message may hold its own."""
         assert self._renderer is not None
-        tools = chat.tools or []
+        if not (tools := chat.tools or []):
+            return
         wanted = [PROBE.format(place) for place in range(len(tools))]
         renamed = [_renamed(tool, word) for tool, word in zip(tools, wanted, strict=True)]
         try:
             text = _rendered(self._renderer, replace(chat, tools=renamed), messages)
         except RowError:  # the template knows tools by their names
             wanted = [name for tool in tools if isinstance(name := _named(tool).get("name"), str)]
-        if tools and not (self._forms.writes_tools and all(word in text for word in wanted)):
+        if not (self._forms.writes_tools and all(word in text for word in wanted)):
             raise RowError("the chat template does not write the tools of the row", REMEDY)
 
     def _refuse_control_tokens(self, value: Any) -> None:
