@@ -34,7 +34,7 @@ LOST = (
     "the beginning of the chat differently"
 )
 NO_END = (
-    "the chat template writes no end token after the answer of message {}, or leaves it out of the loss: the model "
+    "the chat template writes no end token right after the answer of message {}, or leaves it out of the loss: the model "
     "would not learn to stop"
 )
 OUT = "the chat template does not write the {} of message {}"

@@ -1,4 +1,4 @@
-"""Folders that a process works in, and that others tell from what a dead one left by a lock that lives with it."""
+"""Folders that a process works in; others tell them from what a dead process left by a lock that ends with it."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from onward.layout import entries
 
 
 def make_locked(parent: Path, prefix: str = "", *, mode: int = 0o777) -> tuple[Path, int]:
-    """Make a folder of a new name and lock it; those whose names begin alike and that nobody locks any more go.
+    """Make a folder with a new name and lock it; remove those with the same prefix that nobody has locked any more.
+
+    Nothing is waited for, and `parent` itself is not locked: others may have locked it, or this process.
 
     Args:
-        prefix: of its name, which only such folders have there.
+        prefix: the beginning of its name, which only such folders have there.
         mode: as for `Path.mkdir`.
 
     Returns:
-        The folder, and a descriptor: the lock ends when it is closed, also by the process' death.
+        The folder, and a descriptor: the lock ends when it is closed, or when the process dies.
 
     Raises:
         OSError: it cannot be made or locked there.
     """
-    gate = os.open(parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody takes a folder that is not locked yet for one of a dead process
-        _remove_left(parent, prefix)
+    _remove_left(parent, prefix)
+    while True:
         folder = parent / f"{prefix}{secrets.token_hex(6)}"
         folder.mkdir(mode)
-        return folder, _locked(folder)
-    finally:
-        os.close(gate)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):  # taken for a dead one before it was locked
+            lock = _locked(folder)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
 
 
 def _locked(folder: Path) -> int:
