@@ -34,8 +34,8 @@ LOST = (
     "the beginning of the chat differently"
 )
 NO_END = (
-    "the chat template writes no end token right after the answer of message {}, or leaves it out of the loss: the model "
-    "would not learn to stop"
+    "the chat template writes no end token right after the answer of message {}, or leaves it out of the loss: the "
+    "model would not learn to stop"
 )
 OUT = "the chat template does not write the {} of message {}"
 NO_CALL = OUT.format("tool call", 2) + " (tool_calls)"

@@ -124,8 +124,8 @@ def test_a_header_before_a_thought_that_the_template_always_writes() -> None:
 
 
 NO_END = (
-    "the chat template writes no end token right after the answer of message {}, or leaves it out of the loss: the model "
-    "would not learn to stop"
+    "the chat template writes no end token right after the answer of message {}, or leaves it out of the loss: the "
+    "model would not learn to stop"
 )
 
 

@@ -186,8 +186,8 @@ class Turns:
 
     def _no_end(self, place: int) -> RowError:
         return RowError(
-            f"the chat template writes no end token right after the answer of message {place + 1}, or leaves it out of the "
-            "loss: the model would not learn to stop",
+            f"the chat template writes no end token right after the answer of message {place + 1}, or leaves it out of "
+            "the loss: the model would not learn to stop",
             REMEDY,
         )
 
