@@ -209,7 +209,7 @@ def test_templates_that_draw_at_random_are_refused(drawn: str) -> None:
 
 
 def test_a_prompt_that_depends_on_the_length_of_all_contents() -> None:
-    """A template that joins contents to decide what to write is proven with the contents at hand."""
+    """A template that joins contents to decide what to write is proven with the actual contents."""
     long = "{% if messages | map(attribute='content') | join | length > 50 %}Long{% endif %}"
     ask = "{% if add_generation_prompt %}" + long + "{% endif %}" + templates.ASK
     made = ChatTemplate(byte_state(templates.chatml("{{ m.content }}", ask=ask)))
@@ -221,7 +221,7 @@ def test_a_prompt_that_depends_on_the_length_of_all_contents() -> None:
 def test_a_single_answer_is_not_advised_to_be_left_out() -> None:
     """A row whose only answer has the weight 0 is refused, so that this is no remedy for it."""
     for messages, advised in (([USER, ANSWER], False), ([USER, ANSWER, *AGAIN], True)):
-        with pytest.raises(RowError, match="what the model is given at inference") as refusal:
+        with pytest.raises(RowError, match="what the model gets at inference") as refusal:
             pieces("ASKS_TO_THINK", {"messages": messages})
         assert ("the weight 0" in refusal.value.remedy) is advised
 

@@ -112,7 +112,7 @@ def test_a_file_that_kills_the_checker_is_refused_after_three_deaths(run: Run) -
 
 
 def test_a_command_that_is_given_again_counts_the_deaths_at_its_file(run: Run, tmp_path: Path) -> None:
-    """Whoever adds a file once more whose content ended the process three times gets the refusal, not a fourth end."""
+    """Adding a file again whose content killed the process three times gives the refusal, not a fourth death."""
     poison = tiny.write_jsonl(tmp_path / "poison.jsonl", tiny.chat_rows(3))
     for _ in range(ATTEMPTS):
         child = os.fork()

@@ -246,7 +246,7 @@ def _space_takers(backend: Any) -> dict[int, str]:
 
 
 def _without_space(text: str, span: Span, token: str) -> Span:
-    """Return where a token ends by itself: white space of an answer makes no target of the header before it."""
+    """Return where a token ends without the white space after it, which may belong to an answer that is a target."""
     start, end = span
     at = text.find(token, start, end)
     return (start, at + len(token)) if at >= 0 else span

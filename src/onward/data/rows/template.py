@@ -207,7 +207,7 @@ class ChatTemplate:
 
 
 def _require_documents(chat: Chat, text: str) -> None:
-    """Refuse a chat of whose documents the template leaves one out: none of its strings stands in the text."""
+    """Refuse a chat if the template leaves out one of its documents: none of its strings is in the text."""
     documents = chat.arguments.get(DOCUMENTS)
     for document in documents if isinstance(documents, list) else ():
         values = document.values() if isinstance(document, dict) else [document]

@@ -161,7 +161,7 @@ async def _events(reply: Reply, shape: Shape, asked: Asked) -> AsyncGenerator[st
 
 
 async def _cancel_when_left(request: Request, reply: Reply) -> None:
-    """End an answer when its client goes away: whoever asks next need not wait for it."""
+    """End an answer when its client goes away, so that the next client need not wait for it."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     reply.cancel()

@@ -23,7 +23,7 @@ export function followStatus(status) {
   byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index, status));
 }
 
-/* What tells the file in training from every other, as requests name it; null where there is none. */
+/* Identifies the file in training, as requests name it; null if there is none. */
 export function training() {
   const entry = entries.find((one) => one.state === "training");
   return entry ? `file:${entry.position}` : null;

@@ -90,7 +90,7 @@ async function ask(column, text, signal) {
   column.said.removeAttribute("aria-busy");
 }
 
-/* What is asked next goes on from an answer; from nothing where there was none. */
+/* The next question continues from an answer, or from nothing if there was none. */
 function keep(column, messages, text) {
   if (text.trim()) column.turns = [...messages, { role: "assistant", content: text }];
 }
