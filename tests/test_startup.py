@@ -207,7 +207,7 @@ def test_what_needs_no_model_loads_no_torch(tmp_path: Path) -> None:
     assert [
         "skipped a.jsonl",
         "no process owns this run; the next onward watch begins paused",
-        "no longer paused; onward watch goes on",
+        "no longer paused; onward watch continues the run",
         "no process owns this run",
         "['skipped']",
     ] == answers.split("|")

@@ -84,7 +84,7 @@ def _doing(ledger: Ledger, state: str, *, held: bool) -> str:
     if ledger.get("paused") is not None:
         return "paused, and no process owns the run; onward watch begins paused, onward resume cancels the pause"
     if ledger.next_owed() is not None or state in ("stopped", "failed"):
-        return "no process owns the run; onward train or onward watch goes on"
+        return "no process owns the run; onward train or onward watch continues it"
     return "no process owns the run, and no file is waiting"
 
 

@@ -506,7 +506,7 @@ def test_the_cookie_acts_for_the_page_itself(page: Page) -> None:
     asked = page.ask("POST", "/api/pause", headers={**page.cookie, "Origin": page.origin})
     assert "no process owns this run; the next onward watch begins paused" == asked.json["answer"]
     assert "paused" == page.get("/api/status")["state"]
-    assert "no longer paused; onward watch goes on" == page.post("/api/resume").json["answer"]
+    assert "no longer paused; onward watch continues the run" == page.post("/api/resume").json["answer"]
     assert "no process owns this run" == page.post("/api/stop", {"after_file": True}).json["answer"]
     for path, wrong in (("pause", {"release": 1}), ("skip", {"file": 3}), ("skip", {}), ("rollback", {})):
         assert 400 == page.post(f"/api/{path}", wrong).status

@@ -35,7 +35,7 @@ def stop(
     after_file: Annotated[bool, typer.Option("--after-file", help="Finish the current file first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Commit and end the process that trains; the next start goes on in the same file."""
+    """Commit and end the process that trains; the next start continues in the same file."""
     from onward.run import Run
 
     answer(Run(run).stop(after_file=after_file), as_json)

@@ -20,7 +20,7 @@ DevicesOption = Annotated[
     typer.Option(
         "--devices",
         metavar="N|all|A:B",
-        help="Train on several devices of this machine; A:B goes on with fewer if one is lost.",
+        help="Train on several devices of this machine; A:B continues with fewer if one is lost.",
         show_default="one",
     ),
 ]

@@ -66,7 +66,7 @@ def resume(layout: RunLayout, ledger: Ledger, patience: Patience) -> str:
     was_paused = ledger.get("paused") is not None
     ledger.put(paused=None)
     Shown(ledger).at_rest()
-    return "no longer paused; onward watch goes on" if was_paused else "it was not paused"
+    return "no longer paused; onward watch continues the run" if was_paused else "it was not paused"
 
 
 def stop(layout: RunLayout, ledger: Ledger, seconds: float, *, after_file: bool) -> str:

@@ -77,7 +77,7 @@ def _resources(job: Job) -> dict[str, Any]:
 COMMENTS = {
     "resources.accelerators": "Any of these; keep those with enough memory (see onward doctor).\n"
     "Equal bits are promised on one kind of device; after a change of kind the handover says how close.",
-    "resources.use_spot": "A machine that is taken away is replaced; the run goes on from its last commit.",
+    "resources.use_spot": "A machine that is taken away is replaced; the run continues from its last commit.",
     "resources.job_recovery": "How often a failed process is restarted on the same machine.",
     "volumes": "Outlives the machine. One machine at a time: several must not share the disk of the ledger.",
     "file_mounts": "The run as it is now, for the first start.",

@@ -49,8 +49,8 @@ if [ -n "$noticed" ]; then
   scontrol requeue "$SLURM_JOB_ID"
   exit 0
 fi
-# No start mends a refused config (2), a run that another process owns (4) or a state that is damaged (5). What fails
-# within five minutes would fail again. All else is tried again.
+# A restart does not fix a refused config (2), a run that another process owns (4) or a damaged state (5). What fails
+# within five minutes would fail again. Everything else is tried again.
 case "$status" in
   0 | 3 | {person}) exit "$status" ;;
 esac

@@ -50,7 +50,7 @@ export function followControls(status) {
 
 async function stop() {
   const wanted = await ask({
-    title: "Stop training?", words: "The state is committed and the process ends. The next start goes on in the same file.",
+    title: "Stop training?", words: "The state is committed and the process ends. The next start continues in the same file.",
     yes: "Stop", fields: [{ name: "after_file", label: "Finish the file in training first", type: "checkbox" }],
   });
   if (wanted) request("stop", wanted, byId("stop"));

@@ -61,7 +61,7 @@ function draw() {
   const found = shown.length;
   if (!all) shown = shown.slice(0, FIRST);
   byId("files").replaceChildren(...shown.map(([entry, index]) => row(entry, index)));
-  if (!found) byId("files").append(make("tr", { role: "row" }, make("td", { role: "cell", colspan: 10, class: "empty" }, entries.length ? "No file has such a name." : "No file yet. Drop one into the inbox.")));
+  if (!found) byId("files").append(make("tr", { role: "row" }, make("td", { role: "cell", colspan: 10, class: "empty" }, entries.length ? "No file has that name." : "No file yet. Drop one into the inbox.")));
   const done = entries.filter((entry) => entry.state === "done").length;
   say("stream-count", `${files(entries.length)}, ${count(done)} done`);
   show("all-files", shown.length < found);
