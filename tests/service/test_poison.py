@@ -123,7 +123,7 @@ def test_a_command_that_is_given_again_counts_the_deaths_at_its_file(run: Run, t
         assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with Ledger(run.layout.ledger) as ledger:
         intake = Intake(run.layout, ledger, begun=die)
-        with pytest.raises(FileRejected, match="checking it ended the process 3 times"):
+        with pytest.raises(FileRejected, match="checking it killed the process 3 times"):
             intake.take([poison])
         assert [True] * ATTEMPTS == [intake.check_next() for _ in range(ATTEMPTS)]
         assert not ledger.files("arriving")
