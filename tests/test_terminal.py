@@ -196,6 +196,15 @@ def test_names_of_others_move_no_cursor(tmp_path: Path, capsys: pytest.CaptureFi
     assert [] == [text for text in texts if not text.isprintable()]
 
 
+def test_an_event_of_several_lines_is_one_line_of_the_screen(tmp_path: Path) -> None:
+    """What a refusal said row by row is shown in one line, without escapes for its line ends."""
+    make_ledger(tmp_path / "ledger.sqlite3")
+    with Ledger(tmp_path / "ledger.sqlite3") as ledger:
+        ledger.add_event("warning", "1 of 1 files rejected:\n  a.jsonl, line 1: empty\n  a.jsonl, line 2: empty")
+        (line,) = status_lines({}, ledger.events())
+    assert line.endswith("  warning 1 of 1 files rejected: a.jsonl, line 1: empty a.jsonl, line 2: empty")
+
+
 def test_a_hint_can_be_pasted(tmp_path: Path) -> None:
     """A hint that names a path is one command with that path as one word, whatever characters the path has."""
     root = tmp_path / "x';touch pwned;'"

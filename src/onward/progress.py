@@ -279,7 +279,8 @@ def status_lines(values: dict[str, Any], events: list[EventRow]) -> list[str]:
     lines = [f"{title:<18} {printable(text)}" for title, text in _status_texts(values)]
     for event in events:
         at = time.strftime("%m-%d %H:%M:%S", time.localtime(event.created))
-        lines.append(f"{at}  {event.level:<8}{printable(event.message)}")
+        message = " ".join(line.strip() for line in event.message.split("\n"))  # an event is one line of the screen
+        lines.append(f"{at}  {event.level:<8}{printable(message)}")
     return lines
 
 

@@ -91,8 +91,8 @@ def test_a_file_is_found(name: str, states: tuple[str, ...], found: str, ledger:
     [
         ("b.jsonl", "'b.jsonl' is done, file 2 of the stream", "onward rebuild --without file:2"),
         ("left.jsonl", "'left.jsonl' is skipped", "queued waits.jsonl"),
-        ("nothing", "'nothing' is not a file that can be given here", "queued waits.jsonl"),
-        ("step:2", "'step:2' is not a file that can be given here", "queued waits.jsonl"),
+        ("nothing", "this run has no file 'nothing'", "queued waits.jsonl"),
+        ("step:2", "this run has no file 'step:2'", "queued waits.jsonl"),
     ],
 )
 def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, ledger: Ledger) -> None:

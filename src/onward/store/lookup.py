@@ -38,7 +38,7 @@ def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:
         place = f", file {row.position} of the stream" if row.position else ""
         raise UsageError(f"{name!r} is {row.state}{place}", where="FILE", hint=hint)
     raise UsageError(
-        f"{name!r} is not a file that can be given here", where="FILE", hint=f"Those are: {_listed(rows)}."
+        f"this run has no file {name!r}", where="FILE", hint=f"Files that can be given here: {_listed(rows)}."
     )
 
 
