@@ -8,7 +8,7 @@ text, once and in place. What cannot be proven is refused; transformers only war
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os.path import commonprefix
@@ -186,20 +186,17 @@ class ChatTemplate:
             raise RowError("the chat template does not write the tools of the row", REMEDY)
 
     def _refuse_control_tokens(self, value: Any) -> None:
-        if isinstance(value, str):
+        for text in _texts(value):
             for token in self._control:
-                if token in value:
+                if token in text:
                     raise RowError(
                         f"a message contains the control token {token!r}", "remove it: the template adds it by itself"
                     )
-        elif isinstance(value, dict | list):
-            for item in value.values() if isinstance(value, dict) else value:
-                self._refuse_control_tokens(item)
 
     def _refuse_stops(self, chat: Chat) -> None:
         """Refuse an answer with the tokenizer's end token in it, where the template ends answers with another one."""
         for place in chat.turns:
-            if _holds(chat.messages[place], self._stop):
+            if any(self._stop in text for text in _texts(chat.messages[place])):
                 what = f"contains the end token {self._stop!r}, at which inference stops"
                 raise RowError(
                     f"the answer of message {place + 1} {what}", "remove it: the model would learn to stop there"
@@ -229,10 +226,13 @@ def _renamed(tool: Any, name: str) -> Any:
     return renamed if named is tool else {**tool, "function": renamed}
 
 
-def _holds(value: Any, token: str) -> bool:
-    if isinstance(value, dict | list):
-        return any(_holds(item, token) for item in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str) and token in value
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every string in a value, at any depth; the keys of objects are left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _rendered(renderer: Renderer, chat: Chat, messages: Sequence[Message], *, prompt: bool = False) -> str:
