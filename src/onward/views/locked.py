@@ -58,5 +58,7 @@ def _remove_left(parent: Path, prefix: str) -> None:
         if folder.name.startswith(prefix):
             with contextlib.suppress(OSError):
                 lock = _locked(folder)
-                remove_tree(folder)
-                os.close(lock)
+                try:
+                    remove_tree(folder)
+                finally:
+                    os.close(lock)
