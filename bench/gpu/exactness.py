@@ -109,7 +109,11 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def files(shape: str) -> None:
-    """Report whether three files in one process and in three give the same state, and whether the run's proof holds."""
+    """Report whether three files in one process and in three give the same state, and whether the run's proof holds.
+
+    What the one process measured of its last state, as a replay on a GPU, must be what the next process computes.
+    """
+    from onward import Run
     from processes import command
 
     with tempfile.TemporaryDirectory() as place:
@@ -124,7 +128,13 @@ def files(shape: str) -> None:
                 _trained(parts, output, name)
             at_once.result()
         emit("one process and three", equal=_same(whole, parts))
-        status = command(output, "verify", "--deep", "--run", parts)
+        more = text_file(folder / "more.jsonl", 4, (5, 60), seed=9)
+        with ThreadPoolExecutor(1) as beside:
+            at_once = beside.submit(_trained, whole, folder / "output of more", more)
+            status = command(output, "verify", "--deep", "--run", parts)
+            at_once.result()
+        handovers = [entry["handover"] for entry in Run(whole).history()]
+        emit("handovers", equal=handovers == ["bitwise"] * 4, said=" ".join(handovers))
         said = "" if status == 0 else output.read_text()[-600:]
         emit("verify --deep", equal=status == 0, status=status, said=said)
 

@@ -7,6 +7,7 @@ same bytes; `resume` the time to the first step after a stop, against that of a 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import statistics
@@ -47,6 +48,7 @@ def gap(shape: str) -> None:
         base = saved_model(shape, folder / "base")
         run = Run.create(folder / "run", str(base), later=True, **settings(shape))
         ends: list[tuple[int, float]] = []
+        gc.freeze()  # as the command line does
 
         def observe(event: object) -> None:
             if isinstance(event, StepTaken):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -26,6 +27,25 @@ from onward.training.parts import RowLayout
 
 _Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """For each target: the head's input or output, shape (targets, any); the label; its weight (None for 1 each)."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The rows of a batch laid end to end, on the computing device.
+
+    Args:
+        ids: token ids, int64, shape (tokens,).
+        positions: of each token in its row, int64, shape (tokens,).
+        before: the index of the token before each target, int64, shape (targets,).
+        counts: the weight of each target's loss, float32, shape (targets,); None if each has weight 1.
+        rows: keywords that tell attention where rows begin.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    before: torch.Tensor
+    counts: torch.Tensor | None
+    rows: Mapping[str, Any]
 
 
 def add_gradients(loss: torch.Tensor) -> None:
@@ -74,17 +94,32 @@ class TargetLoss:
         known = self._takes_rows and self._causal_lm.config.model_type in PADDING_FREE
         self._head = None if known else self._find_head()
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch | Placed) -> torch.Tensor:
         """Return the loss, with its graph if gradients are enabled.
 
         All rows must have the same angles (`layout.angles`), as the rows of a part of a step do.
+
+        Args:
+            batch: the rows, or what `placed` returned for them.
         """
         self.forget()
         return self.through(partial(self._compute, batch))
 
-    def _compute(self, batch: Batch) -> torch.Tensor:
+    def placed(self, batch: Batch) -> Batch | Placed:
+        """Return a batch on the computing device, for losses that nothing is copied for; as it is if it is padded."""
+        return self._place(batch) if self._takes_rows else batch
+
+    def _place(self, batch: Batch) -> Placed:
+        flat = flatten(batch)
+        counts = None if flat.weights is None else self._to_device(flat.weights)
+        ids, positions, before = map(self._to_device, (flat.input_ids, flat.position_ids, flat.before_targets))
+        return Placed(ids, positions, before, counts, row_arguments(flat.lengths, self.device, self._kernel))
+
+    def _compute(self, batch: Batch | Placed) -> torch.Tensor:
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-            return self._flat(batch) if self._takes_rows else self._padded(batch)
+            if isinstance(batch, Placed):
+                return self._flat(batch)
+            return self._flat(self._place(batch)) if self._takes_rows else self._padded(batch)
 
     def _find_head(self) -> Head | None:
         try:
@@ -149,21 +184,18 @@ class TargetLoss:
 
     def _hidden(self, batch: Batch) -> _Targets:
         """Return the head's input for each target, shape (targets, width), the labels, and the weights."""
-        return self._flat_hidden(batch) if self._takes_rows else self._padded_hidden(batch)
+        return self._flat_hidden(self._place(batch)) if self._takes_rows else self._padded_hidden(batch)
 
-    def _flat_hidden(self, batch: Batch) -> _Targets:
-        flat = flatten(batch)
-        counts = None if flat.weights is None else self._to_device(flat.weights)
-        ids, places, before = map(self._to_device, (flat.input_ids, flat.position_ids, flat.before_targets))
-        rows = row_arguments(flat.lengths, self.device, self._kernel)
-        if self._head is not None:
-            forward = partial(self.model, input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-            return self._head.hidden(forward)[0].index_select(0, before), ids[before + 1], counts
-        outputs = self._causal_lm.base_model(input_ids=ids[None], position_ids=places[None], use_cache=False, **rows)
-        return outputs.last_hidden_state[0].index_select(0, before), ids[before + 1], counts
+    def _flat_hidden(self, rows: Placed) -> _Targets:
+        model = self.model if self._head is not None else self._causal_lm.base_model
+        forward = partial(
+            model, input_ids=rows.ids[None], position_ids=rows.positions[None], use_cache=False, **rows.rows
+        )
+        hidden = self._head.hidden(forward) if self._head is not None else forward().last_hidden_state
+        return hidden[0].index_select(0, rows.before), rows.ids[rows.before + 1], rows.counts
 
-    def _flat(self, batch: Batch) -> torch.Tensor:
-        hidden, labels, counts = self._flat_hidden(batch)
+    def _flat(self, rows: Placed) -> torch.Tensor:
+        hidden, labels, counts = self._flat_hidden(rows)
         if self._head is not None:
             return self._head.loss(hidden, labels, self.dtype, counts)
         head = self._causal_lm.get_output_embeddings()

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +19,8 @@ from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError
 from onward.training.environment import deterministic
+from onward.training.fingerprints import Fingerprints
+from onward.training.layers.recording import Recordable, Recorder, recorder_for
 from onward.training.layers.twin import (
     keeps_process_state,
     let_write_nothing,
@@ -28,22 +29,16 @@ from onward.training.layers.twin import (
     writers_in_evaluation,
     writes,
 )
-from onward.training.loss import TargetLoss
+from onward.training.loss import Placed, TargetLoss
 from onward.training.model.load import causal_lm
 from onward.training.seeds import fold, seeded
-from onward.training.state import Snapshot, digest_tensors
+from onward.training.state import Snapshot
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 GRADIENT_LENGTH = {"cpu": 8}
 """The length of rows whose gradient is digested, by device; elsewhere `LONG_LENGTH`."""
 LONG_LENGTH = 512
 """GPU kernels add in any order only if a row is longer than one of their blocks; long rows cost little there."""
-PIECE = 1 << 24
-"""How many elements of gradients are mixed at a time on a GPU."""
-ROW = 1 << 12
-"""How many elements of a gradient are added up together if many are mixed at once."""
-_MIXERS = (-7046029254386353131, -4417276706812531889)
-"""Odd 64-bit factors (golden ratio, and a prime of xxHash's)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,25 @@ def probe_batches(model: nn.Module, seed: int, device: torch.device) -> tuple[Ba
     return short, long
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """What was computed on the device; the process waits for it only when it is read."""
+
+    total: torch.Tensor
+    fingerprints: Fingerprints
+
+    def probed(self) -> Probed:
+        return Probed(mean_loss(self.total), sha256_json(self.fingerprints.by_name()))
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A twin's computation, and where the weights that it was made with are."""
+
+    places: list[int]
+    compute: Recordable[_Computed]
+
+
 class Probe:
     """The mean loss (nats) of a model on the run's fixed probe batch, and the digest of its gradients.
 
@@ -96,6 +110,7 @@ class Probe:
         dtype: compute type.
         exact: use only deterministic operations (`deterministic`).
         writers: types of modules that write to weights in evaluation mode; None to find out.
+        recorder: records what is computed for `again`; by default the device's, if it has one.
 
     Raises:
         ModelError: the model cannot be evaluated without changing its weights.
@@ -103,7 +118,7 @@ class Probe:
 
     def __init__(
         self, model: nn.Module, seed: int, device: torch.device, dtype: torch.dtype, *, exact: bool = True,
-        writers: Collection[str] | None = None,
+        writers: Collection[str] | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self._batch, self._with_gradient = probe_batches(model, seed, device)
         self._model = model
@@ -111,7 +126,9 @@ class Probe:
         self.writers = self._find_writers() if writers is None else types_named(model, writers)
         self._keeps_state = keeps_process_state(model)
         self._at_once = device.type != "cpu" or bool(self.writers) or self._keeps_state
-        self._twins: dict[str, tuple[list[int], TargetLoss]] = {}
+        can_record = not self.writers and not self._keeps_state
+        self._recorder = (recorder or recorder_for(device)) if can_record else None
+        self._twins: dict[str, _Twin] = {}
 
     def _find_writers(self) -> frozenset[type[nn.Module]]:
         return writers_in_evaluation(self._model, lambda twin: self._loss(twin)(_shortened(self._batch)))
@@ -124,12 +141,23 @@ class Probe:
             ModelError: a weight changed nevertheless.
         """
         before = self._places()
-        trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
-        probed = self._measure(self._twin("model", trained))
+        probed = self._twin_of_model().compute().probed()
         changed = [name for name, place in self._places().items() if before[name] != place]
         if changed:
             raise writes(changed[0])
         return probed
+
+    def again(self, before: Probed) -> Probed:
+        """Measure the model a second time, in a state for which it gave `before`.
+
+        On a GPU this time is recorded, if it can be; if that gives the same, every later one replays it.
+        """
+        twin = self._twin_of_model()
+        if twin.compute.record():
+            if self.of_model() == before:
+                return before
+            twin.compute.forget()
+        return self.of_model()
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
         """Return a function that measures a copy of the state, in any thread, while training continues.
@@ -140,24 +168,30 @@ class Probe:
         if self._at_once:
             probed = self.of_model()
             return lambda: probed
-        return partial(self._measure, self._twin("copy", snapshot.weights))
+        twin = self._twin("copy", snapshot.weights)
+        return lambda: twin.compute().probed()
 
-    def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> TargetLoss:
-        """Return the loss of a twin with these weights; the twin is made anew if their memory has changed."""
+    def _twin_of_model(self) -> _Twin:
+        trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
+        return self._twin("model", trained)
+
+    def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> _Twin:
+        """Return a twin with these weights; it is made anew if their memory has changed."""
         places = [weight.data_ptr() for weight in weights.values()]
-        if kind not in self._twins or self._twins[kind][0] != places:
-            twin = let_write_nothing(with_weights(self._model, weights), self.writers)
-            self._twins[kind] = places, self._loss(twin)
-        return self._twins[kind][1]
+        if kind not in self._twins or self._twins[kind].places != places:
+            loss_of = self._loss(let_write_nothing(with_weights(self._model, weights), self.writers))
+            compute = partial(self._compute, loss_of, *map(loss_of.placed, (self._batch, self._with_gradient)))
+            self._twins[kind] = _Twin(places, Recordable(compute, self._device, self._recorder))
+        return self._twins[kind]
 
     def _loss(self, twin: nn.Module) -> TargetLoss:
         return TargetLoss(twin, self._device, self._dtype)
 
-    def _measure(self, loss_of: TargetLoss) -> Probed:
+    def _compute(self, loss_of: TargetLoss, batch: Batch | Placed, with_gradient: Batch | Placed) -> _Computed:
         with self._repeatably(), torch.no_grad():
-            mean = mean_loss(loss_of(self._batch))
+            total = loss_of(batch)
         with self._repeatably(), torch.enable_grad():
-            return Probed(mean, _digest_of_gradients(loss_of, self._with_gradient))
+            return _Computed(total, _fingerprints(loss_of, with_gradient))
 
     def _places(self) -> dict[str, tuple[int, int, torch.Size, torch.dtype]]:
         """Return each weight's address, how often it was written to, its shape and its type.
@@ -198,8 +232,8 @@ def length_with_gradient(model: nn.Module, device: torch.device) -> int:
     return min(GRADIENT_LENGTH.get(device.type, LONG_LENGTH), positions or LONG_LENGTH)
 
 
-def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
-    """Return the digest of the gradients of a batch's loss, keeping only a few at a time."""
+def _fingerprints(loss_of: TargetLoss, batch: Batch | Placed) -> Fingerprints:
+    """Return those of the gradients of a batch's loss, keeping only a few gradients at a time."""
     fingerprints = Fingerprints()
 
     def take(name: str, weight: torch.Tensor) -> None:
@@ -214,108 +248,12 @@ def _digest_of_gradients(loss_of: TargetLoss, batch: Batch) -> str:
     ]
     try:
         loss_of(batch).backward()
+        fingerprints.mix()
     finally:
         for hook in hooks:
             hook.remove()
         loss_of.forget()
-    return sha256_json(fingerprints.by_name())
-
-
-class Fingerprints:
-    """Computes `fingerprint` for a series of gradients with few launches and waits on a GPU.
-
-    There, small gradients are kept until it pays to mix them together, and the process waits for the device only when
-    it asks for the results.
-
-    Args:
-        home: the type of device whose tensors are digested immediately.
-    """
-
-    def __init__(self, home: str = "cpu") -> None:
-        self._home = home
-        self._found: dict[str, str] = {}
-        self._waiting: dict[str, torch.Tensor] = {}
-        self._kind: tuple[torch.dtype, torch.device] | None = None
-        self._rows = 0
-        self._sums: list[tuple[dict[str, int], torch.Tensor]] = []
-        """Names with the number of sums of each, and these sums."""
-
-    def add(self, name: str, gradient: torch.Tensor) -> None:
-        """Add a gradient, which must not be written to any more."""
-        if gradient.device.type == self._home:
-            self._found[name] = fingerprint(gradient)
-            return
-        bits = _integers(gradient)
-        if len(bits) > PIECE // 4:
-            self._sums.append(({name: 1}, _mixed_sum(bits).reshape(1)))
-            return
-        kind = bits.dtype, bits.device
-        if kind != self._kind or (self._rows + _rows(bits)) * ROW > PIECE:
-            self._mix()
-        self._waiting[name], self._kind, self._rows = bits, kind, self._rows + _rows(bits)
-
-    def by_name(self) -> dict[str, str]:
-        """Return the fingerprints of all gradients."""
-        self._mix()
-        for counts, sums in self._sums:
-            left = iter(sums.tolist())
-            for name, count in counts.items():
-                self._found[name] = f"{sum(islice(left, count)) % (1 << 64):016x}"
-        self._sums = []
-        return self._found
-
-    def _mix(self) -> None:
-        """Mix the waiting gradients, each in rows of its own, filled up with zeros, which add nothing."""
-        bits, counts = list(self._waiting.values()), {name: _rows(each) for name, each in self._waiting.items()}
-        if not bits:
-            return
-        laid_out = bits[0].new_zeros(self._rows * ROW)
-        places = laid_out.split([count * ROW for count in counts.values()])
-        parts = [place[: len(each)] for place, each in zip(places, bits, strict=True)]
-        torch._foreach_copy_(parts, bits)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        self._sums.append((counts, _mixed(laid_out).view(-1, ROW).sum(1)))
-        self._waiting, self._rows = {}, 0
-
-
-def fingerprint(gradient: torch.Tensor) -> str:
-    """Return a digest of a tensor's bits, computed on its device: only one number leaves a GPU.
-
-    On a GPU, elements are mixed one by one and added up as integers, whose sum does not depend on the order.
-    """
-    if gradient.device.type == "cpu":
-        return digest_tensors([("", gradient)])
-    return f"{mixed_sum(_integers(gradient)):016x}"
-
-
-def mixed_sum(bits: torch.Tensor) -> int:
-    """Return the sum (modulo 2**64) of integers, each mixed so that several changes do not cancel out."""
-    return int(_mixed_sum(bits)) % (1 << 64)
-
-
-def _integers(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bits of a tensor's elements as integers of their size, one dimension."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().reshape(-1).view(width)
-
-
-def _rows(bits: torch.Tensor) -> int:
-    return -(-len(bits) // ROW)
-
-
-def _mixed_sum(bits: torch.Tensor) -> torch.Tensor:
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(PIECE):
-        total += _mixed(piece).sum()
-    return total
-
-
-def _mixed(bits: torch.Tensor) -> torch.Tensor:
-    """Return integers mixed one by one; 0 stays 0."""
-    mixed = bits.to(torch.int64) * _MIXERS[0]
-    mixed ^= mixed >> 29
-    mixed *= _MIXERS[1]
-    mixed ^= mixed >> 32
-    return mixed
+    return fingerprints
 
 
 def _shortened(batch: Batch) -> Batch:

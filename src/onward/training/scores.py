@@ -29,7 +29,8 @@ from onward.training.seeds import fold, seeded
 from onward.training.texts import Order, write_texts
 
 BATCH_TOKENS = 2048
-"""The most tokens of a forward pass: fewer than those of a step, so that a stop is noticed within its duration."""
+"""The most tokens of a forward pass: fewer than those of a step, so that a stop is noticed within its duration. A GPU,
+which so few leave idle, gets as many as a part of a step has."""
 Look = Callable[[], None]
 """Called between two forward passes; raises to give up."""
 
@@ -67,6 +68,13 @@ class Compute:
     def device(self) -> torch.device:
         """The device that computes."""
         return self.execution.world.device
+
+    @property
+    def tokens_at_once(self) -> int:
+        """The most tokens of a forward pass, unless one row has more."""
+        if self.device.type != "cuda" or self.config.gradient_accumulation != "auto":
+            return BATCH_TOKENS
+        return max(BATCH_TOKENS, self.config.part_tokens)
 
     def loss(self, model: nn.Module) -> TargetLoss:
         """Return the loss of a model as training computes it."""
@@ -163,10 +171,10 @@ class Meter:
         return total / tokens
 
     def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
-        """Yield rows in batches of at most `BATCH_TOKENS` tokens, including padding, or one row."""
+        """Yield rows in batches of at most `tokens_at_once`, including padding, or one row."""
         some: list[Row] = []
         for row in (*rows, None):
-            if row is None or (some and self._tokens_of([*some, row]) > BATCH_TOKENS):
+            if row is None or (some and self._tokens_of([*some, row]) > self._compute.tokens_at_once):
                 yield from self._parts(some)
                 some = []
             if row is not None:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from onward.digest import sha256_json
 from onward.training.environment import deterministic
-from onward.training.probe import Probed, fingerprint, mean_loss, probe_batches
+from onward.training.fingerprints import fingerprint
+from onward.training.probe import Probed, mean_loss, probe_batches
 from onward.training.sharding.gathering import first_gets
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.shards import Shards

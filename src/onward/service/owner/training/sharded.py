@@ -90,6 +90,11 @@ class ShardedRun:
         self._world.tell(lambda: {"order": MEASURE, "seed": self._seed, "whole": False})
         return self.held.probe(self._seed)
 
+    def again(self, before: Probed) -> Probed:
+        """Measure it a second time."""
+        del before
+        return self.of_model()
+
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:
         """Measure the probe now: it takes all ranks, which continue to train while the copy is written."""
         del snapshot

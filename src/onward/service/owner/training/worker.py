@@ -289,7 +289,7 @@ class Worker:
         before = Probed(known.probe_loss, known.probe_gradient)
         if not self.state.step or (self._probe_repeats and now.known is not None):
             return measure(now, before)
-        probed = self._probe().of_model()
+        probed = self._probe().again(before)
         self._probe_repeats = probed == before
         return measure(now, probed)
 

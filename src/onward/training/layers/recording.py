@@ -1,0 +1,177 @@
+"""A computation that a GPU records once and replays in one launch (CUDA graphs), with the same kernels and memory.
+
+A short computation on a GPU is mostly the host launching kernels, which a replay does not. A computation can be
+recorded if nothing in it waits for the device, comes from main memory or draws random numbers. That is found out in an
+ordinary pass (`Watch`), because a recording that fails halfway leaves PyTorch's allocator and its generators unusable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Result = TypeVar("Result", covariant=True)
+KNOWN = frozenset({"aten", "prims", "torch_attn"})
+"""Namespaces of operations that do nothing on the host but launch kernels, unless their tags say otherwise."""
+DROPOUT = "dropout_p"
+"""The argument of attention whose value 0 means that it draws no random numbers."""
+MASKS = (torch.bool, torch.uint8)
+"""Types of an index that selects a number of elements that only the device knows."""
+FREE, KEPT = 0.25, 0.05
+"""The share of a GPU's memory that must be free for something to be recorded, and the most that a recording may keep.
+What it keeps must fit beside a step, which may take `memory.USABLE` of all."""
+
+
+class Replay(Protocol[Result]):
+    """A recorded computation."""
+
+    def __call__(self) -> Result:
+        """Compute again; the result is the same object every time, in the same memory."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records computations."""
+
+    def __call__(self, compute: Callable[[], Result]) -> Replay[Result] | None:
+        """Record a computation, without a result yet; return None if there is no room for it."""
+        ...
+
+
+class Watch(TorchDispatchMode):
+    """Sees whether a computation could be recorded.
+
+    Args:
+        device: the device that computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self.hindrance = ""
+        """The first operation that cannot be recorded; empty if there was none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        taken = func._schema.arguments
+        given = {each.name: each.default_value for each in taken} | {each.name: one for each, one in zip(taken, args)}
+        if not self.hindrance and not self._can_record(func, given | (kwargs or {}), found):
+            self.hindrance = str(func)
+        return found
+
+    def _can_record(self, func: Any, arguments: Mapping[str, Any], found: Any) -> bool:
+        tags = set(func.tags)
+        if func.namespace not in KNOWN or torch.Tag.data_dependent_output in tags:
+            return False
+        if torch.Tag.nondeterministic_seeded in tags and arguments.get(DROPOUT) != 0:
+            return False
+        if torch.Tag.dynamic_output_shape in tags and func.overloadpacket is not torch.ops.aten.index:
+            return False
+        given = _tensors(arguments)
+        if func.overloadpacket is torch.ops.aten.index and any(each.dtype in MASKS for each in given[1:]):
+            return False
+        return all(each.device.type == self._device.type for each in [*given, *_tensors(found)])
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
+
+
+class Recordable(Generic[Result]):
+    """A computation without arguments that is watched the first time, may be recorded then, and is replayed afterwards.
+
+    Args:
+        compute: the computation.
+        device: the device that computes; no other thread may use a GPU while it is watched.
+        recorder: records it; None if it never is.
+    """
+
+    def __init__(self, compute: Callable[[], Result], device: torch.device, recorder: Recorder | None) -> None:
+        self._compute, self._device, self._recorder = compute, device, recorder
+        self._was_watched = False
+        self._replay: Replay[Result] | None = None
+
+    def __call__(self) -> Result:
+        """Compute, or replay what was recorded."""
+        if self._replay is not None:
+            return self._replay()
+        return self._compute() if self._was_watched or self._recorder is None else self._watched()
+
+    def record(self) -> bool:
+        """Record it, if that was not done before and is possible; return whether the next call replays it."""
+        if self._recorder is not None and self._was_watched and self._replay is None:
+            try:
+                self._replay = self._recorder(self._compute)
+            except RuntimeError:  # too little memory, for example
+                self._replay = None
+            self._recorder = None
+        return self._replay is not None
+
+    def forget(self) -> None:
+        """Forget the recording; from now on it is computed each time."""
+        self._recorder = self._replay = None
+
+    def _watched(self) -> Result:
+        self._was_watched, watch = True, Watch(self._device)
+        is_gpu = self._device.type == "cuda"
+        before = torch.cuda.get_sync_debug_mode() if is_gpu else 0
+        try:
+            if is_gpu:
+                torch.cuda.set_sync_debug_mode("error")
+            with watch:
+                found = self._compute()
+        except RuntimeError:  # it waited for the GPU; if it was something else, that is raised again
+            self._recorder = None
+        else:
+            self._recorder = None if watch.hindrance else self._recorder
+            return found
+        finally:
+            if is_gpu:
+                torch.cuda.set_sync_debug_mode(before)
+        return self._compute()
+
+
+class Recording(Generic[Result]):
+    """A computation recorded on a GPU; what it computes with stays allocated.
+
+    Args:
+        compute: the computation, which was run before, so that everything that it compiles and keeps exists.
+        device: a CUDA device.
+    """
+
+    def __init__(self, compute: Callable[[], Result], device: torch.device) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        ordinary, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        stream.wait_stream(ordinary)
+        with torch.cuda.stream(stream):
+            self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy and write meanwhile
+            try:
+                self._result = compute()
+            finally:
+                self._graph.capture_end()
+        ordinary.wait_stream(stream)
+
+    def __call__(self) -> Result:
+        """Compute again."""
+        self._graph.replay()
+        return self._result
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """Return what records on a device; None if it cannot."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+
+    def record(compute: Callable[[], Result]) -> Replay[Result] | None:
+        free, total = torch.cuda.mem_get_info(device)
+        if free < FREE * total:
+            return None
+        before = torch.cuda.memory_reserved(device)
+        recording = Recording(compute, device)
+        return recording if torch.cuda.memory_reserved(device) - before <= KEPT * total else None
+
+    return record
