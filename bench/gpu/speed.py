@@ -21,6 +21,8 @@ from record import emit
 from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
 
 WARM = 3
+SETTLED = 60
+"""Steps after which Onward replays most sizes of mixed rows; what comes before is a fixed cost of each process."""
 DETERMINISM = "determinism"
 PEERS = {"trl": "trl padding-free", "trainer": "trainer"}
 """Sides, and how each takes rows that are not packed."""
@@ -54,6 +56,7 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: A
     from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
     from onward.training.model.adapter_shape import new_adapter_config
+    from onward.training.probe import Probe
     from onward.training.state import Cursor, TrainState
     from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
@@ -78,6 +81,10 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: A
     if where.type == "cuda" and usage is not None:  # as a run chooses it when it begins
         tokens = part_tokens(trainer.economy.profile, int(USABLE * usage.available), longest)
         trainer.config = config.model_copy(update={"micro_batch_tokens": tokens})
+    if where.type == "cuda":  # as a run finds it out at its first checkpoint
+        probe = Probe(state.model, 0, where, dtype)
+        probe.of_model()
+        trainer.economy.learned.can_record = probe.can_record
     return trainer
 
 
@@ -96,15 +103,20 @@ def batch_of(rows: list[Any]) -> Any:
     return Batch(rows, [RowReference("bench", place) for place in range(len(rows))], list(range(len(rows))))
 
 
-def onward_steps(trainer: Any, shape: str, kind: str, steps: int) -> Iterator[tuple[float, int]]:
-    """Yield the seconds and the tokens of each step, including the first ones."""
+def onward_steps(trainer: Any, shape: str, kind: str, steps: int, before: int = WARM) -> Iterator[tuple[float, int]]:
+    """Yield the seconds and the tokens of each step, including those before, which are not timed."""
     plan = endless_plan()
-    for rows in batches(shape, kind, steps + WARM):
+    for rows in batches(shape, kind, steps + before):
         synchronize()
         begun = time.perf_counter()
         taken = trainer.take_step(batch_of(rows), plan)
         synchronize()
         yield time.perf_counter() - begun, taken.tokens
+
+
+def warm(kind: str, shape: str) -> int:
+    """Return how many of Onward's steps are not timed."""
+    return SETTLED if kind == "mixed" and shape != "tiny" else WARM
 
 
 def synchronize() -> None:
@@ -123,7 +135,10 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
             continue
         reset_peak()
         before = allocated()
-        records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps))[WARM:]
+        settled = warm(kind, shape)
+        records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps, settled))
+        first, records = records[:settled], records[settled:]
+        emit("first steps", shape=shape, kind=kind, seconds=[round(each, 3) for each, _ in first])
         say(f"onward {method}", shape, kind, records, method, part_tokens=trainer.config.part_tokens)
         if torch.cuda.is_available():
             parts = largest_parts(trainer, shape, kind)
@@ -138,6 +153,7 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
 def measure_determinism(trainer: Any, shape: str) -> None:
     """Report what determinism costs: steps with and without it in turn, so that both see the same machine."""
     exact = trainer.config
+    trainer.economy.record_nothing()  # only what repeats can be replayed, and that would be compared then
     seconds: dict[bool, list[float]] = {True: [], False: []}
     plan = endless_plan()
     for place, rows in enumerate(batches(shape, "packed", 2 * (SHAPES[shape].steps + WARM))):
@@ -158,7 +174,7 @@ def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
     """Return the lengths of the rows of each part that was trained."""
     from onward.training.parts import parts_of
 
-    steps = batches(shape, kind, SHAPES[shape].steps + WARM)
+    steps = batches(shape, kind, SHAPES[shape].steps + warm(kind, shape))
     parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]
     return [[len(row.ids) for row in part.rows] for part in parts]
 

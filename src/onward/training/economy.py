@@ -16,8 +16,10 @@ from onward.errors import ConfigError
 from onward.training.device_memory import ReadUsage, read_usage
 from onward.training.environment import deterministic
 from onward.training.layers.recompute import Recomputation
+from onward.training.layers.recording import sharing_recorder
 from onward.training.loss import TargetLoss, add_gradients
-from onward.training.memory import USABLE, Profile, crude_bytes, profile_of
+from onward.training.memory import USABLE, Profile, crude_bytes, largest_part, profile_of
+from onward.training.recorded_parts import RecordedParts
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 
@@ -40,6 +42,10 @@ class Learned:
     read: ReadUsage = read_usage
     profiles: dict[float, Profile] = field(default_factory=dict[float, Profile])
     exact: dict[float, bool] = field(default_factory=dict[float, bool])
+    can_record: bool = False
+    """Whether the model's computation was watched and could be recorded on this GPU."""
+    recorded: RecordedParts | None = None
+    """The recordings, once there are some."""
 
 
 class Economy:
@@ -61,14 +67,16 @@ class Economy:
         """The key in force; it may change between two steps."""
         self.always = False
         """Whether memory ran out without recomputation."""
+        self.learned = learned
         self._state, self._loss, self._config = state, loss, config
-        self._device, self._learned = device, learned
+        self._device = device
         self._dropout = config.lora.dropout
+        self._roomy: dict[int, bool] = {}
 
     @property
     def profile(self) -> Profile:
         """What the model takes, measured on first use, between two steps."""
-        known = self._learned.profiles
+        known = self.learned.profiles
         if self._dropout not in known:
             with deterministic(self._device, exact=self._config.deterministic), seeded(0, self._device):
                 known[self._dropout] = self._measured()
@@ -97,6 +105,34 @@ class Economy:
             return True
         return (self.always or not self._fits(part)) and self._is_exact()
 
+    def recorded_parts(self, part: Batch) -> RecordedParts | None:
+        """Return what computes parts from recordings; None if this one is not recorded."""
+        learned = self.learned
+        if not learned.can_record or not self._has_room_to_record(part):
+            return None
+        if learned.recorded is None:
+            recorder = sharing_recorder(self._device)
+            if recorder is None:
+                learned.can_record = False
+                return None
+            learned.recorded = RecordedParts(list(self._state.parameters.values()), recorder)
+        return learned.recorded
+
+    def record_nothing(self) -> None:
+        """Record nothing any more, and let go of what recordings keep."""
+        self.learned.can_record, self.learned.recorded = False, None
+
+    def _has_room_to_record(self, part: Batch) -> bool:
+        """Whether what the part is computed with may stay allocated beside the largest part that a step can have."""
+        size = (part.tokens - 1).bit_length()
+        if size not in self._roomy:
+            usage = self.learned.read(self._device)
+            own = self.profile.estimate([1 << size])
+            beside = self.profile.estimate(largest_part(self._config)).total
+            kept = own.gradients + own.activations + own.logits
+            self._roomy[size] = usage is not None and kept + beside <= USABLE * usage.available
+        return self._roomy[size]
+
     def may_recompute(self) -> bool:
         """Return whether a step that ran out of memory may be tried again with recomputation."""
         return self.setting == "auto" and self._is_exact()
@@ -105,7 +141,10 @@ class Economy:
         lengths = [len(row.ids) for row in part.rows]
         if self._loss.layout.padded:
             lengths = [max(lengths)] * len(lengths)
-        usage = self._learned.read(self._device)
+        sizes = self._loss.sizes(lengths, part.target_tokens)
+        if sizes is not None:
+            lengths.append(sizes.tokens - sum(lengths))
+        usage = self.learned.read(self._device)
         if usage is None or self._crude_bytes * sum(lengths) <= ROOMY * usage.free:
             return True
         return self.profile.estimate(lengths).total <= USABLE * usage.available
@@ -115,7 +154,7 @@ class Economy:
         return crude_bytes(self._state.model)
 
     def _is_exact(self) -> bool:
-        known = self._learned.exact
+        known = self.learned.exact
         if self._dropout not in known:
             known[self._dropout] = self.recomputation.is_exact(self._gradients)
         return known[self._dropout]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,10 +20,11 @@ from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.fused_lora import fused_layers, lowered
 from onward.training.layers.head import Head, Tail, counted_cross_entropy, find_head, scores_of
 from onward.training.layers.rope import EVERY_LENGTH, angles_of
-from onward.training.layers.varlen import Varlen, kernel_for, to_device
+from onward.training.layers.varlen import RowKernel, Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
 from onward.training.parts import RowLayout
+from onward.training.sizes import Sizes, filled, sizes_of
 
 _Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """For each target: the head's input or output, shape (targets, any); the label; its weight (None for 1 each)."""
@@ -39,6 +40,8 @@ class Placed:
         before: the index of the token before each target, int64, shape (targets,).
         counts: the weight of each target's loss, float32, shape (targets,); None if each has weight 1.
         rows: keywords that tell attention where rows begin.
+        sizes: the sizes that they are filled up to; None if they are not.
+        share: what the loss of a part is multiplied by for the mean over its step, float32 scalar.
     """
 
     ids: torch.Tensor
@@ -46,6 +49,25 @@ class Placed:
     before: torch.Tensor
     counts: torch.Tensor | None
     rows: Mapping[str, Any]
+    sizes: Sizes | None = None
+    share: torch.Tensor | float = 1.0
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that differs between parts of the same sizes."""
+        given = (self.ids, self.positions, self.before, self.counts, self.rows["row_kernel"].places, self.share)
+        return [tensor for tensor in given if isinstance(tensor, torch.Tensor)]
+
+    def copied(self) -> Placed:
+        """Return a copy in other memory, which knows the lengths of rows on the device only."""
+        kernel: RowKernel = self.rows["row_kernel"]
+        rows = {**self.rows, "row_lengths": (), "row_kernel": replace(kernel, places=kernel.places.clone())}
+        copies = {
+            each.name: value.clone()
+            for each in fields(self)
+            if isinstance(value := getattr(self, each.name), torch.Tensor)
+        }
+        return replace(self, rows=rows, **copies)
 
 
 def add_gradients(loss: torch.Tensor) -> None:
@@ -109,11 +131,33 @@ class TargetLoss:
         """Return a batch on the computing device, for losses that nothing is copied for; as it is if it is padded."""
         return self._place(batch) if self._takes_rows else batch
 
-    def _place(self, batch: Batch) -> Placed:
-        flat = flatten(batch)
+    def sizes(self, lengths: Sequence[int], targets: int) -> Sizes | None:
+        """Return the sizes that a part of a step is filled up to; None if it is not."""
+        return None if self._kernel is None or not self._takes_rows else sizes_of(lengths, targets, self._count)
+
+    def filled(self, batch: Batch, weight: float) -> Batch | Placed:
+        """Return a part of a step on the computing device, filled up to round sizes, or as it is if it is not.
+
+        Args:
+            weight: the total weight of the targets of the step.
+        """
+        sizes = self.sizes([len(row.ids) for row in batch.rows], batch.target_tokens)
+        if sizes is None:
+            return batch
+        share = to_device(torch.tensor(1.0 / weight, dtype=torch.float32), self.device)
+        return replace(self._place(batch, sizes), share=share)
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    def _place(self, batch: Batch, sizes: Sizes | None = None) -> Placed:
+        flat = flatten(batch) if sizes is None else filled(flatten(batch), sizes)
+        shape = None if sizes is None else (sizes.rows, sizes.longest)
         counts = None if flat.weights is None else self._to_device(flat.weights)
         ids, positions, before = map(self._to_device, (flat.input_ids, flat.position_ids, flat.before_targets))
-        return Placed(ids, positions, before, counts, row_arguments(flat.lengths, self.device, self._kernel))
+        rows = row_arguments(flat.lengths, self.device, self._kernel, shape)
+        return Placed(ids, positions, before, counts, rows, sizes)
 
     def _compute(self, batch: Batch | Placed) -> torch.Tensor:
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):

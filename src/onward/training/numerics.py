@@ -29,6 +29,10 @@ ON_GPU = 6
 """On a GPU: norms, rotations and gates in one kernel each, few large parts of the head, grouped heads as they are."""
 
 
+FILLED = 7
+"""On a GPU: parts of steps that are short for the model are filled up to round sizes."""
+
+
 def numerics_of(
     base: Path,
     config: Config,
@@ -45,7 +49,7 @@ def numerics_of(
         end_to_end: whether its rows are laid end to end; None if only the model's type decides.
     """
     if device.type == "cuda":
-        return ON_GPU
+        return FILLED if dtype != torch.float32 else ON_GPU
     if dtype != torch.float32:
         return IN_HALF
     try:

@@ -147,6 +147,11 @@ class Probe:
             raise writes(changed[0])
         return probed
 
+    @property
+    def can_record(self) -> bool:
+        """Whether the model's computation was watched and could be recorded."""
+        return "model" in self._twins and self._twins["model"].compute.can_record
+
     def again(self, before: Probed) -> Probed:
         """Measure the model a second time, in a state for which it gave `before`.
 

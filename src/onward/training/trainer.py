@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -24,7 +25,7 @@ from onward.training.device_errors import forget_frames, is_out_of_memory
 from onward.training.economy import Economy, Learned
 from onward.training.environment import deterministic, release_freed_memory
 from onward.training.execution import Execution
-from onward.training.loss import TargetLoss, add_gradients
+from onward.training.loss import Placed, TargetLoss, add_gradients
 from onward.training.optimizers import set_learning_rate
 from onward.training.parts import Part, parts_of
 from onward.training.ranks.exchange import exchange_of
@@ -178,6 +179,7 @@ class Trainer:
             if not is_out_of_memory(error) or self.economy.setting != "auto" or not self.world.any(not all(recompute)):
                 raise
             forget_frames(error)  # they hold the graph
+            self.economy.record_nothing()
             release_freed_memory()
             with self.world.together():
                 may_recompute = self.economy.may_recompute()
@@ -201,23 +203,45 @@ class Trainer:
         """Leave the gradients of all parts in the weights, added share by share, and return the loss."""
         pairs = zip(parts, recompute, strict=True)
         shares = [list(share) for _, share in groupby(pairs, key=lambda pair: pair[0].share)]
-        compute = partial(self._compute, weight=weight, factor=factor)
+        alone = len(parts) == 1 and self.world.size == 1
+        compute = partial(self._compute, weight=weight, factor=factor, alone=alone)
         return self.exchange.total(shares, compute, self.state.parameters.values())
 
-    def _compute(self, share: Sequence[tuple[Part, bool]], weight: float, factor: float) -> torch.Tensor:
+    def _compute(
+        self, share: Sequence[tuple[Part, bool]], weight: float, factor: float, *, alone: bool
+    ) -> torch.Tensor:
         """Add the gradients of some parts to those of the weights, and return their loss."""
         total = torch.zeros((), device=self.world.device)
         try:
             for part, again in share:
-                exactly = deterministic(self.world.device, exact=self.config.deterministic)
-                with exactly, seeded(part.seed, self.world.device):
-                    with self.economy.recomputation.on(again):
-                        loss = self.loss(part.batch) / weight
-                    add_gradients(loss if factor == 1.0 else loss * factor)
-                total += loss.detach()
+                total += self._add_part(part, weight, factor, again=again, alone=alone)
         finally:
             self.loss.forget()
         return total
+
+    def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
+        rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
+        if isinstance(rows, Placed) and not again and factor == 1.0:
+            recorded = self.economy.recorded_parts(part.batch)
+            if recorded is not None:
+                kind = rows.sizes, self.config.lora.dropout, self.config.deterministic
+                return recorded.add(rows, self._add_gradients, context, kind, alone=alone)
+        with context():
+            with self.economy.recomputation.on(again):
+                loss = self.loss(rows) / weight if isinstance(rows, Batch) else self.loss(rows) * rows.share
+            add_gradients(loss if factor == 1.0 else loss * factor)
+        return loss.detach()
+
+    def _add_gradients(self, rows: Placed) -> torch.Tensor:
+        loss = self.loss(rows) * rows.share
+        add_gradients(loss)
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _context(self, seed: int) -> Generator[None]:
+        device = self.world.device
+        with deterministic(device, exact=self.config.deterministic), seeded(seed, device):
+            yield
 
     def _anchor_gradients(self, factor: float) -> float | None:
         """Add the gradient of the anchor's term, if there is one, and return the divergence that it is made of."""
@@ -225,8 +249,7 @@ class Trainer:
             return None
         step = self.state.step
         try:
-            exactly = deterministic(self.world.device, exact=self.config.deterministic)
-            with exactly, seeded(self.anchor.seed(step, self.config), self.world.device):
+            with self._context(self.anchor.seed(step, self.config)):
                 return self.anchor.add_gradients(self.loss, step, self.config, factor)
         finally:
             self.loss.forget()

@@ -50,7 +50,9 @@ def lay_end_to_end(model: PreTrainedModel) -> None:
         raise ValueError("its attention cannot be set")
 
 
-def row_arguments(lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None = None) -> dict[str, Any]:
+def row_arguments(
+    lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None = None, shape: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Return the keywords of a forward pass over one sequence made of rows of these lengths.
 
     The empty mask has four dimensions, so transformers makes none of its own and passes it on as it is. Attention that
@@ -58,9 +60,10 @@ def row_arguments(lengths: tuple[int, ...], device: torch.device, kernel: Varlen
 
     Args:
         kernel: attends to all rows in one call, if it fits; otherwise attention is computed row by row.
+        shape: the rows that the kernel is called with (`RowKernel.of`).
     """
     mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
-    called = {} if kernel is None else {"row_kernel": RowKernel.of(kernel, lengths, device)}
+    called = {} if kernel is None else {"row_kernel": RowKernel.of(kernel, lengths, device, shape)}
     return {"row_lengths": lengths, "attention_mask": mask, **called}
 
 

@@ -47,11 +47,12 @@ class Watch(TorchDispatchMode):
 
     Args:
         device: the device that computes.
+        draws: whether it may draw random numbers on the device, which are drawn anew for each replay.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, draws: bool = False) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._draws = device, draws
         self.hindrance = ""
         """The first operation that cannot be recorded; empty if there was none."""
 
@@ -67,7 +68,7 @@ class Watch(TorchDispatchMode):
         tags = set(func.tags)
         if func.namespace not in KNOWN or torch.Tag.data_dependent_output in tags:
             return False
-        if torch.Tag.nondeterministic_seeded in tags and arguments.get(DROPOUT) != 0:
+        if torch.Tag.nondeterministic_seeded in tags and not self._draws and arguments.get(DROPOUT) != 0:
             return False
         if torch.Tag.dynamic_output_shape in tags and func.overloadpacket is not torch.ops.aten.index:
             return False
@@ -93,6 +94,8 @@ class Recordable(Generic[Result]):
     def __init__(self, compute: Callable[[], Result], device: torch.device, recorder: Recorder | None) -> None:
         self._compute, self._device, self._recorder = compute, device, recorder
         self._was_watched = False
+        self.can_record = False
+        """Whether it was watched and could be recorded."""
         self._replay: Replay[Result] | None = None
 
     def __call__(self) -> Result:
@@ -127,7 +130,8 @@ class Recordable(Generic[Result]):
         except RuntimeError:  # it waited for the GPU; if it was something else, that is raised again
             self._recorder = None
         else:
-            self._recorder = None if watch.hindrance else self._recorder
+            self.can_record = not watch.hindrance
+            self._recorder = self._recorder if self.can_record else None
             return found
         finally:
             if is_gpu:
@@ -141,14 +145,17 @@ class Recording(Generic[Result]):
     Args:
         compute: the computation, which was run before, so that everything that it compiles and keeps exists.
         device: a CUDA device.
+        pool: the memory that it shares with other recordings, of which one is replayed at a time.
     """
 
-    def __init__(self, compute: Callable[[], Result], device: torch.device) -> None:
+    def __init__(self, compute: Callable[[], Result], device: torch.device, pool: Any = None) -> None:
         self._graph = torch.cuda.CUDAGraph()
         ordinary, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         stream.wait_stream(ordinary)
         with torch.cuda.stream(stream):
-            self._graph.capture_begin(capture_error_mode="thread_local")  # other threads may copy and write meanwhile
+            self._graph.capture_begin(
+                pool, capture_error_mode="thread_local"
+            )  # other threads may copy and write meanwhile
             try:
                 self._result = compute()
             finally:
@@ -173,5 +180,20 @@ def recorder_for(device: torch.device) -> Recorder | None:
         before = torch.cuda.memory_reserved(device)
         recording = Recording(compute, device)
         return recording if torch.cuda.memory_reserved(device) - before <= KEPT * total else None
+
+    return record
+
+
+def sharing_recorder(device: torch.device) -> Recorder | None:
+    """Return what records on a device into memory that all its recordings share; None if it cannot."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(compute: Callable[[], Result]) -> Replay[Result]:
+        free, total = torch.cuda.mem_get_info(device)
+        if free < FREE * total:
+            torch.cuda.empty_cache()
+        return Recording(compute, device, pool)
 
     return record

@@ -159,10 +159,18 @@ class RowKernel:
     longest: int
 
     @classmethod
-    def of(cls, kernel: Varlen, lengths: Sequence[int], device: torch.device) -> RowKernel:
-        """Return the kernel for rows of these lengths; nothing waits for the copy to a GPU."""
-        places = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(kernel, to_device(places, device), max(lengths))
+    def of(
+        cls, kernel: Varlen, lengths: Sequence[int], device: torch.device, shape: tuple[int, int] | None = None
+    ) -> RowKernel:
+        """Return the kernel for rows of these lengths; nothing waits for the copy to a GPU.
+
+        Args:
+            shape: how many rows, the last ones empty, and at least the tokens of the longest; by default as they are.
+        """
+        rows, longest = shape or (len(lengths), max(lengths))
+        empty = [0] * (rows - len(lengths))
+        places = torch.tensor([0, *accumulate([*lengths, *empty])], dtype=torch.int32)
+        return cls(kernel, to_device(places, device), longest)
 
     def attend(
         self, rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor], window: int | None, scaling: float | None

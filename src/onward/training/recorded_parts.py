@@ -1,0 +1,197 @@
+"""Gradients of the parts of a step on a GPU, replayed where a part has the sizes of earlier ones.
+
+The first part of any sizes is computed as usual. The second is computed as usual and recorded; what the replay gives
+must have the same bits. For the first recording, so must the third, with other rows and other random numbers, before
+replays are trusted. One bit that differs, too little memory or an operation that cannot be recorded, and nothing is
+recorded any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onward.training.layers.recording import Recorder, Replay, Watch
+from onward.training.loss import Placed
+
+PROOFS = 2
+"""How many parts must have been computed both ways, with equal bits, for the first recording; for others, one."""
+MOST = 64
+"""The most recordings of a process; each takes some memory of the host and of the driver."""
+ALIGNED = 64
+"""Gradients begin at multiples of this many numbers, as separate tensors would: sums over them depend on it."""
+
+Compute = Callable[[Placed], torch.Tensor]
+"""Adds the gradients of a part to those of the weights, and returns its loss (scalar)."""
+Context = Callable[[], AbstractContextManager[Any]]
+"""Makes the context in which a part is computed: with its seed, deterministic."""
+
+
+@dataclass
+class _Known:
+    """What is known of parts of the same sizes."""
+
+    seen: int = 0
+    proofs: int = 0
+    inputs: Placed | None = None
+    replay: Replay[torch.Tensor] | None = None
+
+
+class RecordedParts:
+    """Computes parts of steps, from recordings if it can.
+
+    Args:
+        weights: the trained weights; their memory must stay where it is.
+        recorder: records, into memory that all recordings share.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], recorder: Recorder) -> None:
+        self._weights, self._recorder = list(weights), recorder
+        self._places = self._now()
+        self._known: dict[Hashable, _Known] = {}
+        self._flat: torch.Tensor | None = None
+        self._gradients: list[torch.Tensor] = []
+        self._was_watched = self._is_proven = False
+        self.hindrance = ""
+        """Why nothing is recorded any more; empty as long as something may be."""
+
+    def add(self, part: Placed, compute: Compute, context: Context, kind: Hashable, *, alone: bool) -> torch.Tensor:
+        """Add the gradients of a part to those of the weights, and return its loss.
+
+        Args:
+            compute: does it as usual.
+            kind: what the computation depends on besides the part: its sizes and settings.
+            alone: whether no other part is computed before the gradients are used.
+        """
+        known = self._known.setdefault(kind, _Known())
+        known.seen += 1
+        if not self._was_watched:
+            return self._watched(part, compute, context)
+        if not self.hindrance and self._now() != self._places:
+            self.forget("the weights are elsewhere")
+        if self.hindrance or (known.replay is None and not self._begins(known)):
+            return self._plain(part, compute, context)
+        if known.proofs < (1 if self._is_proven else PROOFS):
+            return self._proven(known, part, compute, context)
+        loss = self._replayed(known, part, context)
+        self._keep(alone=alone)
+        return loss
+
+    def forget(self, why: str) -> None:
+        """Forget all recordings, and record nothing any more; their memory is free then."""
+        self.hindrance = why
+        self._known.clear()
+        self._flat, self._gradients = None, []
+
+    def _now(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
+
+    def _begins(self, known: _Known) -> bool:
+        recorded = sum(each.replay is not None for each in self._known.values())
+        return known.seen > 1 and recorded < MOST
+
+    def _plain(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
+        with context():
+            return compute(part)
+
+    def _watched(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
+        self._was_watched, watch = True, Watch(part.ids.device, draws=True)
+        with context(), watch:
+            loss = compute(part)
+        if watch.hindrance:
+            self.forget(watch.hindrance)
+        return loss
+
+    def _proven(self, known: _Known, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
+        """Compute a part both ways; what counts is what is computed as usual."""
+        before = self._taken()
+        loss = self._plain(part, compute, context)
+        usual = self._taken()
+        try:
+            if any(gradient is None for gradient in usual):
+                raise RuntimeError("the part does not reach all weights")
+            if known.replay is None:
+                self._record(known, part, compute, context)
+            replayed = self._replayed(known, part, context)
+            same = _same([loss, *usual], [replayed, *self._gradients])
+        except RuntimeError as error:  # there is too little memory, for example
+            self.forget(f"{type(error).__name__}: {error}")
+        else:
+            known.proofs += 1
+            self._is_proven |= known.proofs == PROOFS
+            if not same:
+                self.forget("a replay gave other bits")
+        self._put(_added(before, usual))
+        return loss
+
+    def _record(self, known: _Known, part: Placed, compute: Compute, context: Context) -> None:
+        if self._flat is None:
+            self._flat, self._gradients = _laid_out(self._weights)
+        inputs = known.inputs = part.copied()
+
+        def whole() -> torch.Tensor:
+            loss = compute(inputs)
+            found = self._taken()
+            torch._foreach_copy_(self._gradients, found)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+            return loss
+
+        with context():
+            known.replay = self._recorder(whole)
+
+    def _replayed(self, known: _Known, part: Placed, context: Context) -> torch.Tensor:
+        assert known.inputs is not None
+        assert known.replay is not None
+        for target, source in zip(known.inputs.tensors, part.tensors, strict=True):
+            target.copy_(source)
+        with context():
+            return known.replay().clone()
+
+    def _keep(self, *, alone: bool) -> None:
+        """Add the gradients of a replay to those of the weights; a later replay overwrites its own."""
+        assert self._flat is not None
+        found = self._gradients if alone else _views(self._flat.clone(), self._weights)
+        self._put(_added(self._taken(), found))
+
+    def _taken(self) -> list[Any]:
+        """Take the gradients off the weights."""
+        found = [weight.grad for weight in self._weights]
+        self._put([None] * len(found))
+        return found
+
+    def _put(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        for weight, gradient in zip(self._weights, gradients, strict=True):
+            weight.grad = gradient
+
+
+def _added(before: Sequence[Any], more: Sequence[Any]) -> list[Any]:
+    """Add gradients to earlier ones where there are both, and return what there is."""
+    both = [pair for pair in zip(before, more, strict=True) if pair[0] is not None and pair[1] is not None]
+    if both:
+        torch._foreach_add_(*map(list, zip(*both, strict=True)))  # pyright: ignore
+    return [one if other is None else other if one is None else one for one, other in zip(before, more, strict=True)]
+
+
+def _laid_out(weights: Sequence[nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    size = sum(_room(weight) for weight in weights)
+    flat = torch.zeros(size, dtype=weights[0].dtype, device=weights[0].device)
+    return flat, _views(flat, weights)
+
+
+def _views(flat: torch.Tensor, weights: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+    pieces = flat.split([_room(weight) for weight in weights])
+    return [piece[: weight.numel()].view(weight.shape) for piece, weight in zip(pieces, weights, strict=True)]
+
+
+def _room(weight: nn.Parameter) -> int:
+    return -(-weight.numel() // ALIGNED) * ALIGNED
+
+
+def _same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors have the same bits."""
+    pairs = zip(some, others, strict=True)
+    return all(torch.equal(one.view(torch.int32), other.view(torch.int32)) for one, other in pairs)

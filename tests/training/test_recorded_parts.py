@@ -1,0 +1,197 @@
+"""Parts of a step that are replayed: the bits of those computed as usual, or nothing is replayed.
+
+A recording of a CPU computes again: everything is tested but the GPU's own recording (`gpu/test_recording.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rows import CPU, VOCABULARY, tiny_model
+
+from onward.config import Config
+from onward.data.loader import Batch
+from onward.data.order import FilePlan, RowReference
+from onward.data.tokenized import Row
+from onward.training.economy import Learned
+from onward.training.execution import Execution
+from onward.training.layers.attention import lay_end_to_end
+from onward.training.layers.fused_lora import fuse_lora
+from onward.training.layers.varlen import Varlen
+from onward.training.loss import TargetLoss
+from onward.training.recorded_parts import PROOFS, RecordedParts
+from onward.training.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
+from onward.training.state import Cursor, TrainState
+from onward.training.trainer import Trainer
+from onward.training.world import SingleProcess
+
+Compute = Callable[[], torch.Tensor]
+LENGTHS = ((9, 2, 17, 6), (30, 4), (9, 3, 17, 6), (50, 60, 50, 33), (12,), (60, 60, 50, 30), (20, 20, 20))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Attend as `varlen_attn` does, to rows of which some may be empty."""
+    assert (max_q, (-1, 0)) == (max_k, window_size)
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
+    behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    seen = (row[:, None] == row) & (behind >= 0)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+KERNEL = Varlen.of(attend)
+
+
+@pytest.fixture(autouse=True)
+def _one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU attend to all rows in one call, and not look into small buffers, as on a GPU."""
+    monkeypatch.setattr("onward.training.loss.kernel_for", lambda *_: KERNEL)
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)
+
+
+class Recorder:
+    """Records a computation by keeping it; counts replays.
+
+    Args:
+        spoils: the number of the replay whose gradients get another bit, from 1; 0 for none.
+    """
+
+    def __init__(self, spoils: int = 0) -> None:
+        self.recorded = self.replays = 0
+        self._spoils = spoils
+
+    def __call__(self, compute: Compute) -> Compute:
+        """Record."""
+        self.recorded += 1
+
+        def replay() -> torch.Tensor:
+            self.replays += 1
+            loss = compute()
+            return loss + (self.replays == self._spoils)
+
+        return replay
+
+
+def make_trainer(recorder: Any, method: str = "lora", **settings: Any) -> Trainer:
+    """Return a trainer of a tiny model; None as a recorder for one that records nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    config = Config.model_validate({"method": method, "max_length": 64, "batch_size": 4, **settings})
+    model: Any = tiny_model("llama", "sdpa")
+    lay_end_to_end(model)
+    if method == "lora":
+        torch.manual_seed(1)
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_dropout=config.lora.dropout, target_modules="all-linear")
+        ).train()
+        fuse_lora(model)
+    state = TrainState.start(model, config)
+    state.cursor = Cursor(1, "file", 0, 1 << 10)
+    learned = Learned(can_record=recorder is not None)
+    if recorder is not None:
+        learned.recorded = RecordedParts(list(state.parameters.values()), recorder)
+    return Trainer(state, config, Execution(SingleProcess(CPU), torch.float32), learned=learned)
+
+
+def batch(lengths: tuple[int, ...], seed: int) -> Batch:
+    """Return rows of these lengths, of other tokens for each seed."""
+    source = np.random.default_rng(seed)
+    rows = [Row(source.integers(3, VOCABULARY, length), source.random(length) < 0.7) for length in lengths]
+    return Batch(rows, [RowReference("file", place) for place in range(len(rows))], list(range(len(rows))))
+
+
+def train(trainer: Trainer, rounds: int = 4) -> tuple[list[float], str, str]:
+    """Return the losses of some steps, and the digests of weights and moments after them."""
+    plan = FilePlan("file", rows=1 << 12, batch_size=4, epochs=1, seed=0)
+    losses = [
+        trainer.take_step(batch(lengths, 10 * turn + place), plan).loss
+        for turn in range(rounds)
+        for place, lengths in enumerate(LENGTHS)
+    ]
+    digest = trainer.state.view().digest()
+    return losses, digest.weights, digest.moments
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora": {"rank": 4, "dropout": 0.0}},
+        {"lora": {"rank": 4, "dropout": 0.2}},
+        {"lora": {"rank": 4, "dropout": 0.2}, "gradient_accumulation": 2},
+        {"lora": {"rank": 4, "dropout": 0.1}, "micro_batch_tokens": 64},
+        {"method": "full"},
+    ],
+    ids=["plain", "dropout", "two parts", "parts by tokens", "full"],
+)
+def test_replays_give_the_bits_of_what_is_computed_as_usual(settings: dict[str, Any]) -> None:
+    """Steps of many sizes, with other rows and dropout each time: losses, weights and moments are equal."""
+    recorder = Recorder()
+    trainer = make_trainer(recorder, **settings)
+    found = train(trainer)
+    assert "" == trainer.economy.recorded_parts(batch((9,), 0)).hindrance  # type: ignore[union-attr]
+    assert train(make_trainer(None, **settings)) == found
+    assert recorder.recorded + PROOFS < recorder.replays
+
+
+@pytest.mark.parametrize("spoiled", [1, 2])
+def test_one_other_bit_ends_recording(spoiled: int) -> None:
+    """A replay that does not give what was computed as usual counts for nothing, and is the last one."""
+    recorder = Recorder(spoiled)
+    trainer = make_trainer(recorder)
+    found = train(trainer)
+    assert spoiled == recorder.replays
+    assert train(make_trainer(None)) == found
+
+
+def test_what_cannot_be_recorded_is_computed_as_usual() -> None:
+    """Too little memory while recording: the step is taken nevertheless, and nothing is tried again."""
+    calls: list[int] = []
+
+    def fail(compute: Compute) -> Compute:
+        calls.append(1)
+        compute()
+        raise torch.OutOfMemoryError("out of memory")
+
+    assert train(make_trainer(None)) == train(make_trainer(fail))
+    assert [1] == calls
+
+
+def test_a_part_that_is_filled_up_trains_the_same() -> None:
+    """The row and the targets that fill it up change neither loss nor gradients, but for rounding."""
+    model: Any = tiny_model("llama", "sdpa")
+    lay_end_to_end(model)
+    loss_of = TargetLoss(model, CPU, torch.float32)
+    rows = batch((9, 2, 17, 6), 0)
+    filled = loss_of.filled(rows, rows.weight)
+    assert Sizes(LEAST, LEAST // 4, 8, LEAST) == filled.sizes  # type: ignore[union-attr]
+    found: list[dict[str, torch.Tensor]] = []
+    for loss in (loss_of(rows) / rows.weight, loss_of(filled) * filled.share):  # type: ignore[union-attr]
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append({"loss": loss.detach(), **gradients})
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_sizes_are_few_and_near() -> None:
+    """At most an eighth more tokens than there are, and of every power of two only a few sizes."""
+    found = [sizes_of([length], length - 1, 1000) for length in range(2, 5000)]
+    assert all(each is not None for each in found)
+    for length, each in enumerate(found, 2):
+        assert each is not None
+        assert length <= each.tokens <= max(LEAST, length + length // STEPS + LEAST)
+        assert length - 1 <= each.targets < each.tokens
+        assert each.targets in {each.tokens - 1, *(place * each.tokens // STEPS for place in range(STEPS))}
+        assert max(length, each.tokens - length) <= each.longest
+    assert len({each.tokens for each in found if each is not None}) < 40
+    assert sizes_of([2048] * 8, 8 * 2047, 600_000_000) == Sizes(16384, 16383, 16, 2048)
+    assert sizes_of([2048] * 8, 8 * 2047, int(WORK / 16384) + 1) is None
