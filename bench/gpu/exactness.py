@@ -113,8 +113,9 @@ def files(shape: str) -> None:
 
     What the one process measured of its last state, as a replay on a GPU, must be what the next process computes.
     """
-    from onward import Run
     from processes import command
+
+    from onward import Run
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_call import let_attend_in_one_call
 from rows import CPU, VOCABULARY, tiny_model
 
 from onward.config import Config
@@ -21,7 +22,7 @@ from onward.training.economy import Learned
 from onward.training.execution import Execution
 from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
-from onward.training.layers.varlen import Varlen
+from onward.training.layers.recording import is_held
 from onward.training.loss import TargetLoss
 from onward.training.recorded_parts import PROOFS, RecordedParts
 from onward.training.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
@@ -33,29 +34,9 @@ Compute = Callable[[], torch.Tensor]
 LENGTHS = ((9, 2, 17, 6), (30, 4), (9, 3, 17, 6), (50, 60, 50, 33), (12,), (60, 60, 50, 30), (20, 20, 20))
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
-    max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Attend as `varlen_attn` does, to rows of which some may be empty."""
-    assert (max_q, (-1, 0)) == (max_k, window_size)
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-    row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
-    behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
-    scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
-    seen = (row[:, None] == row) & (behind >= 0)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
-
-
-KERNEL = Varlen.of(attend)
-
-
 @pytest.fixture(autouse=True)
 def _one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a CPU attend to all rows in one call, and not look into small buffers, as on a GPU."""
-    monkeypatch.setattr("onward.training.loss.kernel_for", lambda *_: KERNEL)
-    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)
+    let_attend_in_one_call(monkeypatch)
 
 
 class Recorder:
@@ -180,6 +161,13 @@ def test_a_part_that_is_filled_up_trains_the_same() -> None:
         found.append({"loss": loss.detach(), **gradients})
         model.zero_grad()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+def test_measuring_memory_lets_go_of_what_it_computed() -> None:
+    """No weight is held by a graph that is never freed: a GPU could not record a step then."""
+    trainer = make_trainer(None)
+    assert trainer.economy.profile.whole.token > 0
+    assert [] == [name for name, weight in trainer.state.parameters.items() if is_held(weight)]
 
 
 def test_sizes_are_few_and_near() -> None:

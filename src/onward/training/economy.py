@@ -43,7 +43,9 @@ class Learned:
     profiles: dict[float, Profile] = field(default_factory=dict[float, Profile])
     exact: dict[float, bool] = field(default_factory=dict[float, bool])
     can_record: bool = False
-    """Whether the model's computation was watched and could be recorded on this GPU."""
+    """Whether the model's computation can be recorded on this GPU, as far as is known."""
+    lacks_memory: bool = False
+    """Whether memory ran out in a step: then nothing is recorded."""
     recorded: RecordedParts | None = None
     """The recordings, once there are some."""
 
@@ -108,19 +110,19 @@ class Economy:
     def recorded_parts(self, part: Batch) -> RecordedParts | None:
         """Return what computes parts from recordings; None if this one is not recorded."""
         learned = self.learned
-        if not learned.can_record or not self._has_room_to_record(part):
+        may_record = learned.can_record and not learned.lacks_memory and self._config.deterministic
+        if not may_record or not self._has_room_to_record(part):
             return None
         if learned.recorded is None:
             recorder = sharing_recorder(self._device)
             if recorder is None:
-                learned.can_record = False
                 return None
             learned.recorded = RecordedParts(list(self._state.parameters.values()), recorder)
         return learned.recorded
 
     def record_nothing(self) -> None:
         """Record nothing any more, and let go of what recordings keep."""
-        self.learned.can_record, self.learned.recorded = False, None
+        self.learned.lacks_memory, self.learned.recorded = True, None
 
     def _has_room_to_record(self, part: Batch) -> bool:
         """Whether what the part is computed with may stay allocated beside the largest part that a step can have."""

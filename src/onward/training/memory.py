@@ -234,8 +234,8 @@ def _kept(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         place = _place(tensor)
         if place not in places:
-            kept.setdefault(place, tensor)  # held, so that no other tensor gets its memory
-        return tensor
+            kept.setdefault(place, tensor.detach())  # held, so that no other tensor gets its memory
+        return tensor.detach()  # nodes that hold their own outputs, here or in `kept`, are never freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()

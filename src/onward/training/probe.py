@@ -149,7 +149,7 @@ class Probe:
 
     @property
     def can_record(self) -> bool:
-        """Whether the model's computation was watched and could be recorded."""
+        """Whether the model's computation was watched and can be recorded."""
         return "model" in self._twins and self._twins["model"].compute.can_record
 
     def again(self, before: Probed) -> Probed:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onward.training.layers.recording import Recorder, Replay, Watch
+from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.loss import Placed
 
 PROOFS = 2
@@ -114,7 +114,9 @@ class RecordedParts:
         usual = self._taken()
         try:
             if any(gradient is None for gradient in usual):
-                raise RuntimeError("the part does not reach all weights")
+                raise RuntimeError("a part does not reach all weights")
+            if known.replay is None and any(map(is_held, self._weights)):
+                raise RuntimeError("an earlier computation holds a weight")
             if known.replay is None:
                 self._record(known, part, compute, context)
             replayed = self._replayed(known, part, context)

@@ -7,7 +7,8 @@ ordinary pass (`Watch`), because a recording that fails halfway leaves PyTorch's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Generator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -59,7 +60,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         taken = func._schema.arguments
-        given = {each.name: each.default_value for each in taken} | {each.name: one for each, one in zip(taken, args)}
+        given = {each.name: each.default_value for each in taken} | {
+            each.name: one for each, one in zip(taken, args, strict=False)
+        }
         if not self.hindrance and not self._can_record(func, given | (kwargs or {}), found):
             self.hindrance = str(func)
         return found
@@ -95,7 +98,7 @@ class Recordable(Generic[Result]):
         self._compute, self._device, self._recorder = compute, device, recorder
         self._was_watched = False
         self.can_record = False
-        """Whether it was watched and could be recorded."""
+        """Whether it was watched and can be recorded."""
         self._replay: Replay[Result] | None = None
 
     def __call__(self) -> Result:
@@ -144,23 +147,20 @@ class Recording(Generic[Result]):
 
     Args:
         compute: the computation, which was run before, so that everything that it compiles and keeps exists.
-        device: a CUDA device.
-        pool: the memory that it shares with other recordings, of which one is replayed at a time.
+        place: where it is recorded.
+
+    Raises:
+        RuntimeError: it cannot be recorded; nothing of the attempt is left.
     """
 
-    def __init__(self, compute: Callable[[], Result], device: torch.device, pool: Any = None) -> None:
+    def __init__(self, compute: Callable[[], Result], place: RecordingPlace) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        ordinary, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-        stream.wait_stream(ordinary)
-        with torch.cuda.stream(stream):
-            self._graph.capture_begin(
-                pool, capture_error_mode="thread_local"
-            )  # other threads may copy and write meanwhile
+        with place.current():
+            self._graph.capture_begin(place.pool, capture_error_mode="thread_local")  # other threads copy meanwhile
             try:
                 self._result = compute()
             finally:
-                self._graph.capture_end()
-        ordinary.wait_stream(stream)
+                place.end(self._graph)
 
     def __call__(self) -> Result:
         """Compute again."""
@@ -168,8 +168,44 @@ class Recording(Generic[Result]):
         return self._result
 
 
+class RecordingPlace:
+    """A stream of a GPU and memory, for recordings of which one is replayed at a time.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def current(self) -> Generator[None]:
+        """Compute the body on the stream, after what was begun before it and before what comes after it."""
+        ordinary = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(ordinary)
+        with torch.cuda.stream(self._stream):
+            yield
+        ordinary.wait_stream(self._stream)
+
+    def end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording.
+
+        If that fails, PyTorch would refuse to draw random numbers from then on, and keep some memory; so the generator
+        gets a fresh state, and the allocator is told.
+        """
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            generator, index = torch.cuda.default_generators[self._device.index], self._device.index
+            generator.graphsafe_set_state(generator.clone_state())
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)  # pyright: ignore
+            raise
+
+
 def recorder_for(device: torch.device) -> Recorder | None:
-    """Return what records on a device; None if it cannot."""
+    """Return what records a short computation on a device; None if it cannot."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
 
@@ -178,7 +214,7 @@ def recorder_for(device: torch.device) -> Recorder | None:
         if free < FREE * total:
             return None
         before = torch.cuda.memory_reserved(device)
-        recording = Recording(compute, device)
+        recording = Recording(compute, RecordingPlace(device))
         return recording if torch.cuda.memory_reserved(device) - before <= KEPT * total else None
 
     return record
@@ -188,12 +224,26 @@ def sharing_recorder(device: torch.device) -> Recorder | None:
     """Return what records on a device into memory that all its recordings share; None if it cannot."""
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    pool = torch.cuda.graph_pool_handle()
+    place = RecordingPlace(device)
 
     def record(compute: Callable[[], Result]) -> Replay[Result]:
         free, total = torch.cuda.mem_get_info(device)
         if free < FREE * total:
             torch.cuda.empty_cache()
-        return Recording(compute, device, pool)
+        return Recording(compute, place)
 
     return record
+
+
+def is_held(weight: torch.Tensor) -> bool:
+    """Return whether an earlier computation still holds a weight's place in its graph.
+
+    Its gradient would be added on the stream of that computation, which a recording does not allow.
+    """
+    _accumulator(weight).metadata[__name__] = True
+    return __name__ in _accumulator(weight).metadata
+
+
+def _accumulator(weight: torch.Tensor) -> Any:
+    with torch.enable_grad():
+        return weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]

@@ -74,6 +74,7 @@ class ShardedRun:
     """
 
     writers: frozenset[type[nn.Module]] = frozenset()
+    can_record = False
 
     def __init__(self, held: Held, placement: Placement, session: Session, seed: int) -> None:
         self.held = held

@@ -218,7 +218,7 @@ class Worker:
         yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
-        self._learned.can_record = isinstance(self._probed, Probe) and self._probed.can_record
+        self._learned.can_record = self._probe().can_record
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.setting = self.around.settings.current.activation_checkpointing
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)

@@ -1,0 +1,86 @@
+"""On a GPU: what is recorded and replayed has the bits of what is computed as usual, and a failed recording leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu_runs import DEVICE, ON_CPU, VARIANTS, needs_gpu, save_model, write_files
+from processes import train
+from states import assert_same_state
+
+from onward import Run
+from onward.training.layers.recording import Recordable, Recording, RecordingPlace, is_held, recorder_for
+
+pytestmark = [*needs_gpu, pytest.mark.skipif(ON_CPU, reason="a CPU records nothing")]
+
+
+def test_a_replay_computes_with_the_current_numbers() -> None:
+    """Numbers are read anew, and random numbers follow from the seed, as without a recording."""
+    weight = torch.ones(64, 64, device=DEVICE)
+
+    def compute() -> torch.Tensor:
+        return torch.nn.functional.dropout(weight, 0.5) @ weight
+
+    torch.cuda.manual_seed(5)
+    usual = compute()
+    replay = Recording(compute, RecordingPlace(DEVICE))
+    torch.cuda.manual_seed(5)
+    assert torch.equal(usual, replay())
+    weight.mul_(3.0)
+    torch.cuda.manual_seed(6)
+    usual = compute()
+    torch.cuda.manual_seed(6)
+    assert torch.equal(usual, replay())
+
+
+def test_a_recording_that_fails_leaves_nothing_behind() -> None:
+    """Something in it waits for the device: it is refused, and random numbers and later recordings are as before."""
+    torch.cuda.manual_seed(5)
+    wanted = torch.rand(100, device=DEVICE)
+    place = RecordingPlace(DEVICE)
+    with pytest.raises(RuntimeError):
+        Recording(lambda: torch.rand(100, device=DEVICE).sum().item(), place)
+    torch.cuda.manual_seed(5)
+    assert torch.equal(wanted, torch.rand(100, device=DEVICE))
+    replay = Recording(lambda: torch.rand(100, device=DEVICE), place)
+    torch.cuda.manual_seed(5)
+    assert torch.equal(wanted, replay())
+
+
+def test_what_waits_is_found_before() -> None:
+    """It is computed as usual, each time."""
+    values = torch.arange(10.0, device=DEVICE)
+    compute = Recordable(lambda: float(values.sum()), DEVICE, recorder_for(DEVICE))
+    assert [45.0, 45.0] == [compute(), compute()]
+    assert not compute.can_record
+    assert not compute.record()
+
+
+def test_a_held_weight_is_found() -> None:
+    """As long as the graph of an earlier computation is there."""
+    weight = torch.nn.Parameter(torch.ones(3, device=DEVICE))
+    assert not is_held(weight)
+    loss = (weight * 2).sum()
+    assert is_held(weight)
+    del loss
+    assert not is_held(weight)
+
+
+@pytest.mark.parametrize("variant", ["lora-bfloat16", "full-bfloat16"])
+def test_replays_in_one_process_and_in_three(variant: str, tmp_path: Path) -> None:
+    """With dropout: a process that replays most steps leaves the state of processes that replay few."""
+    base, files = save_model(tmp_path / "model"), write_files(tmp_path)
+    settings: dict[str, Any] = {"batch_size": 2, "max_length": 512, "warmup_steps": 2, "save_steps": 5}
+    runs = [
+        Run.create(tmp_path / name, str(base), later=True, **{**settings, **VARIANTS[variant]}).layout.root
+        for name in ("one", "three")
+    ]
+    assert 0 == train(runs[0], files)
+    assert [0, 0, 0] == [train(runs[1], [file]) for file in files]
+    assert_same_state(*runs)
+    assert ["bitwise"] * 3 == [entry["handover"] for entry in Run(runs[0]).history()]

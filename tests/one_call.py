@@ -1,0 +1,33 @@
+"""Attention to all rows in one call, on a CPU: a plain kernel with the signature of PyTorch's `varlen_attn`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onward.training.layers.varlen import Varlen
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Attend to rows of which some may be empty; nothing waits for a number."""
+    assert (max_q, (-1, 0)) == (max_k, window_size)
+    del enable_gqa
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
+    behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    seen = (row[:, None] == row) & (behind >= 0)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+KERNEL = Varlen.of(attend)
+
+
+def let_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU attend so, and not look into small buffers, as on a GPU: parts of steps are filled up then."""
+    monkeypatch.setattr("onward.training.loss.kernel_for", lambda *_: KERNEL)
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)

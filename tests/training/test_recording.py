@@ -1,0 +1,194 @@
+"""What may be recorded on a GPU, as seen on a CPU: nothing that waits, draws, or moves between devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from rows import CPU, tiny_model
+from torch.nn import functional
+
+from onward.training.layers.attention import lay_end_to_end
+from onward.training.layers.recording import Recordable, Watch, is_held
+from onward.training.probe import Probe
+
+VALUES = torch.arange(12.0).view(3, 4)
+META = torch.empty(3, 4, device="meta")
+HEADS = torch.ones(1, 2, 5, 8)
+
+NOT_RECORDED: dict[str, Callable[[], object]] = {
+    "a number": lambda: float(VALUES.sum()),
+    "a truth": lambda: bool(VALUES.any()),
+    "a comparison": lambda: torch.equal(VALUES, VALUES + 1),
+    "where": lambda: VALUES.nonzero(),
+    "a mask": lambda: VALUES[VALUES > 3],
+    "a mask of bytes": lambda: VALUES[:, torch.tensor([1, 0, 1, 1], dtype=torch.uint8)],
+    "selected": lambda: torch.masked_select(VALUES, VALUES > 3),
+    "different ones": lambda: VALUES.unique(),
+    "repeated by numbers": lambda: torch.repeat_interleave(VALUES, torch.tensor([1, 2, 0]), 0),
+    "drawn": lambda: torch.rand(3),
+    "dropout": lambda: functional.dropout(VALUES, 0.5),
+    "attention with dropout": lambda: functional.scaled_dot_product_attention(HEADS, HEADS, HEADS, dropout_p=0.5),
+    "another device": lambda: torch.empty_like(VALUES, device="meta").copy_(VALUES),
+    "from another device": lambda: META + 1,
+}
+RECORDED: dict[str, Callable[[], object]] = {
+    "a product": lambda: VALUES @ VALUES.T,
+    "indices": lambda: VALUES[torch.tensor([0, 2, 2])],
+    "no dropout": lambda: functional.dropout(VALUES, 0.5, training=False),
+    "attention": lambda: functional.scaled_dot_product_attention(HEADS, HEADS, HEADS, is_causal=True),
+    "a mask to fill": lambda: VALUES.masked_fill(VALUES > 3, 0.0).where(VALUES < 9, VALUES),
+    "sums by place": lambda: torch.zeros(3, 4).index_add_(0, torch.tensor([0, 2]), VALUES[:2]),
+}
+
+
+@pytest.mark.parametrize("name", NOT_RECORDED)
+def test_what_cannot_be_recorded_is_seen(name: str) -> None:
+    """By the operations that PyTorch runs, whoever calls them."""
+    with Watch(CPU) as watch:
+        NOT_RECORDED[name]()
+    assert watch.hindrance
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_can_be_recorded_is_seen(name: str) -> None:
+    """Operations whose sizes the host knows."""
+    with Watch(CPU) as watch:
+        RECORDED[name]()
+    assert "" == watch.hindrance
+
+
+def test_a_backward_pass_is_watched_too() -> None:
+    """What a gradient is computed with counts like the rest."""
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(_: object, x: torch.Tensor) -> torch.Tensor:
+            """Return the input."""
+            return x.clone()
+
+        @staticmethod
+        def backward(_: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            """Wait for a number."""
+            return grad * float(grad.sum())
+
+    x = VALUES.clone().requires_grad_()
+    with Watch(CPU) as watch:
+        loss = Waits.apply(x).sum()  # type: ignore[no-untyped-call]
+        before = watch.hindrance
+        loss.backward()
+    assert "" == before
+    assert "aten._local_scalar_dense.default" == watch.hindrance
+
+
+def test_draws_may_be_allowed() -> None:
+    """A recording draws anew each time, which is what dropout is for."""
+    with Watch(CPU, draws=True) as watch:
+        functional.dropout(VALUES, 0.5)
+    assert "" == watch.hindrance
+
+
+def test_a_computation_is_watched_once_and_recorded_on_demand() -> None:
+    """Before that it is computed each time; after `forget` again."""
+    computed, replayed = [0], [0]
+
+    def compute() -> int:
+        computed[0] += 1
+        return computed[0]
+
+    def replay() -> int:
+        replayed[0] += 1
+        return -1
+
+    own = Recordable(compute, CPU, lambda _: replay)
+    assert not own.record()
+    assert [1, 2] == [own(), own()]
+    assert own.record()
+    assert own.can_record
+    assert -1 == own()
+    own.forget()
+    assert 3 == own()
+    assert not own.record()
+    assert ([3], [1]) == (computed, replayed)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, NotImplementedError])
+def test_a_recording_that_fails_is_not_tried_again(error: type[RuntimeError]) -> None:
+    """It is computed as usual."""
+    tries: list[int] = []
+
+    def fail(_: object) -> None:
+        tries.append(1)
+        raise error("no")
+
+    own = Recordable(lambda: 7, CPU, fail)
+    assert 7 == own()
+    assert [False, False] == [own.record(), own.record()]
+    assert 7 == own()
+    assert [1] == tries
+
+
+class Replays:
+    """Records a probe: computes it again, with another result from some replay on."""
+
+    def __init__(self, right: int = 1 << 30) -> None:
+        self.replays, self._right = 0, right
+
+    def __call__(self, compute: Callable[[], object]) -> Callable[[], object]:
+        """Record."""
+
+        def replay() -> object:
+            self.replays += 1
+            found = compute()
+            if self.replays > self._right:
+                found.total.add_(1)  # type: ignore[attr-defined]
+            return found
+
+        return replay
+
+
+def end_to_end() -> Any:
+    """Return a model that attends to rows laid end to end; padded ones wait for their number of targets."""
+    model: Any = tiny_model("llama", "sdpa")
+    lay_end_to_end(model)
+    return model
+
+
+def test_a_probe_is_replayed_once_it_gave_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And tells of changed weights what one without a recording tells."""
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)
+    model = end_to_end()
+    recorder = Replays()
+    probe, plain = Probe(model, 0, CPU, torch.float32, recorder=recorder), Probe(model, 0, CPU, torch.float32)
+    before = probe.of_model()
+    assert probe.can_record
+    assert before == probe.again(before) == plain.of_model()
+    assert 1 == recorder.replays
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] += 1.0
+    after = probe.of_model()
+    assert 2 == recorder.replays
+    assert before != after
+    assert after == plain.of_model()
+
+
+def test_a_probe_that_is_recorded_wrongly_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not give what was computed is dropped at once."""
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)
+    recorder = Replays(right=0)
+    probe = Probe(end_to_end(), 0, CPU, torch.float32, recorder=recorder)
+    before = probe.of_model()
+    assert [before, before] == [probe.again(before), probe.of_model()]
+    assert 1 == recorder.replays
+
+
+def test_a_weight_is_held_as_long_as_a_graph_is() -> None:
+    """Graphs are freed with the losses that hold them."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert not is_held(weight)
+    loss = (weight * 2).sum()
+    assert is_held(weight)
+    del loss
+    assert not is_held(weight)
