@@ -1,6 +1,7 @@
 """Whether steps give the same bits: `exactness.py twice SHAPE METHOD DTYPE`, `exactness.py files|kills SHAPE`.
 
-`twice` takes 20 steps from the same weights two times in one process. `files` trains three files in one process and in
+`twice` takes 20 steps from the same weights two times in one process; the first time, parts of the same sizes are
+replayed, where the method and the type allow that. `files` trains three files in one process and in
 three, and lets the run prove itself. `kills` ends a process by SIGKILL at five instants of a file and its commits, and
 lets another one go on.
 """
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 from record import emit
 from shapes import device, saved_model, text_file
-from speed import batch_of, endless_plan
+from speed import batch_of, endless_plan, let_record
 
-STEPS, INSTANTS = 20, 5
+STEPS, SHAPES, INSTANTS = 20, 4, 5
+"""Steps, after how many of them the lengths of rows repeat, and the instants of kills."""
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
 """Tokens of the rows of one batch, by shape."""
 
@@ -38,13 +40,17 @@ def twice(shape: str, method: str, dtype: str) -> None:
                 "lora": {"rank": 16, "dropout": 0.1}, "warmup_steps": 0,
             }
         )  # fmt: skip
-        outcomes = [_steps(base, config, (least, most)) for _ in range(2)]
-    first, second = outcomes
+        (first, replays), (second, _) = (
+            _steps(base, config, (least, most), records=records) for records in (True, False)
+        )
     emit("twice", method=method, dtype=dtype, steps=STEPS, lengths=[least, most], equal=first == second,
-         losses=[first[0][0], first[0][-1]])  # fmt: skip
+         losses=[first[0][0], first[0][-1]], replays=replays)  # fmt: skip
 
 
-def _steps(base: Path, config: Any, lengths: tuple[int, int]) -> tuple[list[float], str, str]:
+def _steps(
+    base: Path, config: Any, lengths: tuple[int, int], *, records: bool
+) -> tuple[tuple[list[float], str, str], int]:
+    """Return losses and digests of weights and moments after some steps, and how many parts were replayed."""
     from onward.data.tokenized import Row
     from onward.training.environment import pick_dtype
     from onward.training.execution import Execution
@@ -61,17 +67,20 @@ def _steps(base: Path, config: Any, lengths: tuple[int, int]) -> tuple[list[floa
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "exact", 0, STEPS)
     trainer = Trainer(state, config, Execution(SingleProcess(where), dtype))
+    if records:
+        let_record(trainer)
     losses: list[float] = []
     for step in range(STEPS):
         source = np.random.default_rng(step)
-        sizes = [lengths[0], lengths[1], *source.integers(*lengths, 3)]
+        sizes = [lengths[0], lengths[1], *np.random.default_rng(step % SHAPES).integers(*lengths, 3)]
         rows = [Row(source.integers(3, 250, size), np.arange(size) > 0) for size in sizes]
         losses.append(trainer.take_step(batch_of(rows), endless_plan()).loss)  # type: ignore[arg-type]
-    digest = state.view().digest()
-    del model, state, trainer
+    digest, recorded = state.view().digest(), trainer.economy.learned.recorded
+    replays = recorded.replays if recorded else 0
+    del model, state, trainer, recorded
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return losses, digest.weights, digest.moments
+    return (losses, digest.weights, digest.moments), replays
 
 
 def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:

@@ -56,7 +56,6 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: A
     from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
     from onward.training.model.adapter_shape import new_adapter_config
-    from onward.training.probe import Probe
     from onward.training.state import Cursor, TrainState
     from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
@@ -81,11 +80,18 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, **settings: A
     if where.type == "cuda" and usage is not None:  # as a run chooses it when it begins
         tokens = part_tokens(trainer.economy.profile, int(USABLE * usage.available), longest)
         trainer.config = config.model_copy(update={"micro_batch_tokens": tokens})
-    if where.type == "cuda":  # as a run finds it out at its first checkpoint
-        probe = Probe(state.model, 0, where, dtype)
+    let_record(trainer)
+    return trainer
+
+
+def let_record(trainer: Any) -> None:
+    """Let a trainer replay parts of steps if its model allows it, as a run finds that out at its first checkpoint."""
+    from onward.training.probe import Probe
+
+    if device().type == "cuda":
+        probe = Probe(trainer.state.model, 0, device(), trainer.execution.dtype)
         probe.of_model()
         trainer.economy.learned.can_record = probe.can_record
-    return trainer
 
 
 def endless_plan() -> Any:

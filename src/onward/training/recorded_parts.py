@@ -57,6 +57,8 @@ class RecordedParts:
         self._flat: torch.Tensor | None = None
         self._gradients: list[torch.Tensor] = []
         self._was_watched = self._is_proven = False
+        self.replays = 0
+        """How many parts were replayed, not counting those that were computed as usual too."""
         self.hindrance = ""
         """Why nothing is recorded any more; empty as long as something may be."""
 
@@ -79,6 +81,7 @@ class RecordedParts:
         if known.proofs < (1 if self._is_proven else PROOFS):
             return self._proven(known, part, compute, context)
         loss = self._replayed(known, part, context)
+        self.replays += 1
         self._keep(alone=alone)
         return loss
 
