@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -141,11 +142,14 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
             continue
         reset_peak()
         before = allocated()
-        settled = warm(kind, shape)
-        records = list(onward_steps(trainer, shape, kind, SHAPES[shape].steps, settled))
-        first, records = records[:settled], records[settled:]
-        emit("first steps", shape=shape, kind=kind, seconds=[round(each, 3) for each, _ in first])
-        say(f"onward {method}", shape, kind, records, method, part_tokens=trainer.config.part_tokens)
+        settled, timed = warm(kind, shape), SHAPES[shape].steps
+        steps = onward_steps(trainer, shape, kind, timed, settled)
+        first = [round(seconds, 3) for seconds, _ in islice(steps, settled)]
+        replays = replayed(trainer)
+        records = list(steps)
+        share, why = (replayed(trainer) - replays) / timed, hindrance(trainer)
+        more = {"replayed": share, "kept": kept_by_recordings(), "hindrance": why, "first": first}
+        say(f"onward {method}", shape, kind, records, method, part_tokens=trainer.config.part_tokens, **more)
         if torch.cuda.is_available():
             parts = largest_parts(trainer, shape, kind)
             estimate = max((profile.estimate(part) for part in parts), key=lambda each: each.total)
@@ -154,6 +158,24 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
                 "memory", shape=shape, kind=kind, method=method, estimate=estimate.total, measured=peak,
                 before=before, off=abs(estimate.total / peak - 1), goal=0.15,
             )  # fmt: skip
+
+
+def replayed(trainer: Any) -> int:
+    """Return how many parts of steps were replayed so far."""
+    recorded = trainer.economy.learned.recorded
+    return recorded.replays if recorded else 0
+
+
+def hindrance(trainer: Any) -> str:
+    """Return why nothing is recorded, or nothing."""
+    learned = trainer.economy.learned
+    return learned.recorded.hindrance if learned.recorded else f"can record: {learned.can_record}"
+
+
+def kept_by_recordings() -> int:
+    """Return the bytes that recordings keep allocated on the device."""
+    segments = torch.cuda.memory_snapshot() if torch.cuda.is_available() else []
+    return sum(each["total_size"] for each in segments if tuple(each.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
 def measure_determinism(trainer: Any, shape: str) -> None:

@@ -140,11 +140,12 @@ class Probe:
             TrainingError: the loss is not finite.
             ModelError: a weight changed nevertheless.
         """
-        before = self._places()
-        probed = self._twin_of_model().compute().probed()
-        changed = [name for name, place in self._places().items() if before[name] != place]
-        if changed:
-            raise writes(changed[0])
+        weights = dict(self._model.named_parameters())
+        before = [self._place(weight) for weight in weights.values()]
+        probed = self._twin_of_model(weights).compute().probed()
+        for (name, weight), place in zip(weights.items(), before, strict=True):
+            if self._place(weight) != place:
+                raise writes(name)
         return probed
 
     @property
@@ -157,7 +158,7 @@ class Probe:
 
         On a GPU this time is recorded, if it can be; if that gives the same, every later one replays it.
         """
-        twin = self._twin_of_model()
+        twin = self._twin_of_model(dict(self._model.named_parameters()))
         if twin.compute.record():
             if self.of_model() == before:
                 return before
@@ -176,9 +177,8 @@ class Probe:
         twin = self._twin("copy", snapshot.weights)
         return lambda: twin.compute().probed()
 
-    def _twin_of_model(self) -> _Twin:
-        trained = {name: weight.detach() for name, weight in self._model.named_parameters() if weight.requires_grad}
-        return self._twin("model", trained)
+    def _twin_of_model(self, weights: Mapping[str, torch.Tensor]) -> _Twin:
+        return self._twin("model", {name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
 
     def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> _Twin:
         """Return a twin with these weights; it is made anew if their memory has changed."""
@@ -198,15 +198,12 @@ class Probe:
         with self._repeatably(), torch.enable_grad():
             return _Computed(total, _fingerprints(loss_of, with_gradient))
 
-    def _places(self) -> dict[str, tuple[int, int, torch.Size, torch.dtype]]:
-        """Return each weight's address, how often it was written to, its shape and its type.
+    def _place(self, weight: torch.Tensor) -> tuple[int, int, torch.Size, torch.dtype]:
+        """Return a weight's address, how often it was written to, its shape and its type.
 
         Parametrizing a weight for a forward pass sets it to itself, which counts as a write.
         """
-        return {
-            name: (weight.data_ptr(), 0 if self._keeps_state else weight._version, weight.shape, weight.dtype)
-            for name, weight in self._model.named_parameters()
-        }
+        return weight.data_ptr(), 0 if self._keeps_state else weight._version, weight.shape, weight.dtype
 
     @contextlib.contextmanager
     def _repeatably(self) -> Generator[None]:
