@@ -20,6 +20,7 @@ import torch
 from record import emit
 from shapes import device, saved_model, text_file
 from speed import batch_of, endless_plan, let_record
+from turns import wait
 
 STEPS, SHAPES, INSTANTS = 20, 4, 5
 """Steps, after how many of them the lengths of rows repeat, and the instants of kills."""
@@ -201,4 +202,5 @@ if __name__ == "__main__":
     from onward import startup
 
     startup.set_environment()
+    wait()
     main()

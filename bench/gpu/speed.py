@@ -19,11 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from record import emit
-from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
+from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, model_modules, token_rows
+from turns import present, wait
 
 WARM = 3
-SETTLED = 60
-"""Steps after which Onward replays most sizes of mixed rows; what comes before is a fixed cost of each process."""
+SHORT = ("Qwen3-0.6B", "Qwen3-1.7B")
+"""Shapes for which mixed parts are short enough to be replayed."""
+SETTLED, TIMED = 60, 20
+"""Steps of them after which Onward replays most sizes, and those that are timed then. What comes before is a cost that
+each process has once; the page shows it."""
 DETERMINISM = "determinism"
 PEERS = {"trl": "trl padding-free", "trainer": "trainer"}
 """Sides, and how each takes rows that are not packed."""
@@ -123,13 +127,38 @@ def onward_steps(trainer: Any, shape: str, kind: str, steps: int, before: int = 
 
 def warm(kind: str, shape: str) -> int:
     """Return how many of Onward's steps are not timed."""
-    return SETTLED if kind == "mixed" and shape != "tiny" else WARM
+    return SETTLED if kind == "mixed" and shape in SHORT else WARM
+
+
+def timed_steps(kind: str, shape: str) -> int:
+    """Return how many of Onward's steps are timed."""
+    return TIMED if kind == "mixed" and shape in SHORT else SHAPES[shape].steps
 
 
 def synchronize() -> None:
     """Wait until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def onward_modules(shape: str) -> list[str]:
+    """Return the modules that Onward's steps need, for a process that imports before its turn."""
+    kernels = ["onward.training.layers.kernels"] if present("triton") else []
+    return [*model_modules(shape), "onward.training.trainer", "onward.training.model.load", *kernels]
+
+
+def peer_modules(shape: str) -> list[str]:
+    """Return the modules that a peer's steps need."""
+    own = ["onward.training.environment", "onward.data.tokenized", "peers"]
+    trl = present("trl.trainer.sft_trainer", "liger_kernel.transformers")
+    return [*model_modules(shape), "datasets", "transformers.trainer", *trl, *own]
+
+
+def modules(side: str, shape: str) -> list[str]:
+    """Return the modules that a side needs."""
+    if side == "machine":
+        return []
+    return onward_modules(shape) if side == "onward" else peer_modules(shape)
 
 
 def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
@@ -142,7 +171,7 @@ def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
             continue
         reset_peak()
         before = allocated()
-        settled, timed = warm(kind, shape), SHAPES[shape].steps
+        settled, timed = warm(kind, shape), timed_steps(kind, shape)
         steps = onward_steps(trainer, shape, kind, timed, settled)
         first = [round(seconds, 3) for seconds, _ in islice(steps, settled)]
         replays = replayed(trainer)
@@ -202,7 +231,7 @@ def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
     """Return the lengths of the rows of each part that was trained."""
     from onward.training.parts import parts_of
 
-    steps = batches(shape, kind, SHAPES[shape].steps + warm(kind, shape))
+    steps = batches(shape, kind, timed_steps(kind, shape) + warm(kind, shape))
     parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]
     return [[len(row.ids) for row in part.rows] for part in parts]
 
@@ -328,4 +357,5 @@ if __name__ == "__main__":
     from onward import startup
 
     startup.set_environment()
+    wait(*modules(*[*sys.argv[1:], ""][:2]))
     main()
