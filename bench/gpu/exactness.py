@@ -19,6 +19,7 @@ import torch
 from record import emit
 from shapes import device, saved_model, text_file
 from speed import batch_of, endless_plan
+from turns import wait
 
 STEPS, INSTANTS = 20, 5
 LENGTHS = {"small": (5, 4000), "tiny": (5, 60)}
@@ -191,4 +192,5 @@ if __name__ == "__main__":
     from onward import startup
 
     startup.set_environment()
+    wait()
     main()

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from record import emit
-from shapes import saved_model, text_file
-from speed import onward_steps, onward_trainer, synchronize
+from shapes import model_modules, saved_model, text_file
+from speed import onward_modules, onward_steps, onward_trainer, synchronize
+from turns import wait
 
 FILES, STEPS, ROWS = 5, 6, 8
 
@@ -158,6 +159,16 @@ def take_steps(job: dict[str, Any]) -> None:
     print(first[0])
 
 
+def modules(what: str, shape: str) -> list[str]:
+    """Return what to import before a turn: not in the processes of `resume`, whose start is what is measured."""
+    if what == "step":
+        return []
+    if what == "resume":
+        return model_modules(shape)
+    run = ("onward.run", "onward.making", "onward.service.owner.daemon", "onward.service.owner.process")
+    return [*onward_modules(shape), *run, "transformers.training_args", "transformers.trainer_callback"]
+
+
 def main() -> None:
     """Measure one thing."""
     what, argument = sys.argv[1:3]
@@ -173,4 +184,5 @@ if __name__ == "__main__":
 
     startup.set_environment()
     startup.keep_freed_memory()
+    wait(*modules(*sys.argv[1:3]))
     main()

@@ -20,17 +20,17 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from record import RECORDS, emit
 from shapes import SHAPES
-from speed import onward_steps, onward_trainer
+from speed import onward_modules, onward_steps, onward_trainer
 from torch import nn
+from turns import Prepared, present, wait
 
 WARM = 3
 PATIENCE = 70.0
@@ -90,37 +90,55 @@ def take_steps(shape: str, way: str) -> dict[str, Any]:
     }
 
 
-def child(shape: str, way: str) -> dict[str, Any]:
-    """Run `take_steps` in a process of its own; returns what it found, or why it did not."""
+def child(shape: str, way: str) -> Prepared:
+    """Start a process that calls `take_steps` in its turn."""
     command = [sys.executable, "-W", "ignore", __file__, shape, way, "--child"]
     own = {name: value for name, value in os.environ.items() if name != RECORDS}
     own.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
+    return Prepared(command, own)
+
+
+def found(process: Prepared) -> dict[str, Any]:
+    """Let a process have its turn; returns what it found, or why it did not."""
+    status = process.take_turn(PATIENCE)
+    if status is None:
         return {"failed": f"not finished in {PATIENCE:.0f} s"}
-    lines = done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    return json.loads(last) if done.returncode == 0 else {"failed": last[:300]}
+    lines = [line for line in process.said().splitlines() if line.strip()] or ["it said nothing"]
+    if status:
+        return {"failed": lines[-1][:300]}
+    return json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+
+
+def compare(shape: str, way: str, processes: Sequence[Prepared]) -> bool:
+    """Report what two processes find one way; returns whether both found something."""
+    first = found(processes[0])
+    again = found(processes[1]) if "failed" not in first else first
+    if "failed" in again:
+        processes[1].end()
+        emit("layers", shape=shape, way=way, failed=again["failed"])
+        return False
+    equal = first["digest"] == again["digest"]
+    emit("layers", shape=shape, way=way, equal=equal, **{**first, "again": again["tokens_per_second"]})
+    return True
 
 
 def main() -> None:
     """Compare the ways, or be one of the processes."""
     shape, *asked = sys.argv[1:]
     if asked[-1:] == ["--child"]:
+        wait(*onward_modules(shape), *(present("liger_kernel.transformers") if asked[0] == "liger" else ()))
         gc.freeze()  # as in speed.py
         print(json.dumps(take_steps(shape, asked[0])))
         return
+    ways = asked or list(WAYS)
+    pair = [child(shape, ways[0]) for _ in range(2)]  # both import; the second has done so when the first is timed
+    wait()
     broken: list[str] = []
-    for way in asked or WAYS:
-        first = child(shape, way)
-        again = child(shape, way) if "failed" not in first else first
-        if "failed" in again:
-            emit("layers", shape=shape, way=way, failed=again["failed"])
+    for place, way in enumerate(ways):
+        if place:
+            pair = [child(shape, way) for _ in range(2)]
+        if not compare(shape, way, pair):
             broken.append(way)
-            continue
-        equal = first["digest"] == again["digest"]
-        emit("layers", shape=shape, way=way, equal=equal, **{**first, "again": again["tokens_per_second"]})
     if broken:
         sys.exit(f"not computed: {', '.join(broken)}")
 

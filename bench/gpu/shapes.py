@@ -61,6 +61,13 @@ def config_of(name: str) -> Any:
     return AutoConfig.for_model(shape.kind, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape.values)
 
 
+def model_modules(name: str) -> list[str]:
+    """Return the modules that a model of a shape needs, and an adapter for it."""
+    kind = SHAPES[name].kind
+    adapter = ["peft", "peft.utils.transformers_weight_conversion"]  # the second is what an adapter imports when made
+    return [f"transformers.models.{kind}.modeling_{kind}", "transformers.models.auto.modeling_auto", *adapter]
+
+
 def device() -> torch.device:
     """Return the GPU, or the CPU if there is none."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from record import emit
-from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, token_rows
+from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, model_modules, token_rows
+from turns import present, wait
 
 WARM = 3
 DETERMINISM = "determinism"
@@ -111,6 +112,26 @@ def synchronize() -> None:
     """Wait until the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def onward_modules(shape: str) -> list[str]:
+    """Return the modules that Onward's steps need, for a process that imports before its turn."""
+    kernels = ["onward.training.layers.kernels"] if present("triton") else []
+    return [*model_modules(shape), "onward.training.trainer", "onward.training.model.load", *kernels]
+
+
+def peer_modules(shape: str) -> list[str]:
+    """Return the modules that a peer's steps need."""
+    own = ["onward.training.environment", "onward.data.tokenized", "peers"]
+    trl = present("trl.trainer.sft_trainer", "liger_kernel.transformers")
+    return [*model_modules(shape), "datasets", "transformers.trainer", *trl, *own]
+
+
+def modules(side: str, shape: str) -> list[str]:
+    """Return the modules that a side needs."""
+    if side == "machine":
+        return []
+    return onward_modules(shape) if side == "onward" else peer_modules(shape)
 
 
 def measure_onward(shape: str, kinds: Sequence[str], method: str) -> None:
@@ -284,4 +305,5 @@ if __name__ == "__main__":
     from onward import startup
 
     startup.set_environment()
+    wait(*modules(*[*sys.argv[1:], ""][:2]))
     main()

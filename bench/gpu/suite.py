@@ -2,18 +2,19 @@
 ...]`.
 
 Each check is a process of its own with a limit of its own; the most valuable come first, and results are written as
-they come, so that a run that is cut short still tells something. Nothing is downloaded. `--tiny` runs everything with
-tiny shapes, on a CPU too: that is how the script itself is tested. `--render FILE` recreates the page.
+they come, so that a run that is cut short still tells something. While a check runs, the process of the next one
+imports and waits for its turn without touching the GPU (`turns.py`). Nothing is downloaded. `--tiny` runs everything
+with tiny shapes, on a CPU too: that is how the script itself is tested. `--render FILE` recreates the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,24 +22,29 @@ from pathlib import Path
 
 import record
 from report import render
+from turns import Prepared
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "RESULTS-GPU.md"
 SECONDS, RESERVE, LEAST = 480.0, 15.0, 20.0
 """Seconds of the whole, reserved for its end, and the fewest with which a check is begun."""
+FIRST, PATIENCE = 5, 60.0
+"""Timed checks that are prepared beside those that are not timed: with the one after the quiet ones; and the seconds
+that an import may take where nothing may import beside a check."""
 MISSING = "ModuleNotFoundError: No module named '"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Check:
     """One process.
 
     Args:
         name: its name in the results.
         words: the script of this folder, and its arguments.
-        seconds: when to end it.
+        seconds: when to end it, from its turn.
         needs: a package without which it is not run.
-        alone: whether nothing else may run meanwhile, since it is timed.
+        alone: whether no other check may run meanwhile, since it is timed.
+        quiet: whether nothing may be prepared meanwhile either.
     """
 
     name: str
@@ -46,10 +52,11 @@ class Check:
     seconds: float = 60.0
     needs: str = ""
     alone: bool = True
+    quiet: bool = False
 
 
 def checks(tiny: bool) -> list[Check]:
-    """Return all checks, the most telling first."""
+    """Return all checks in their order: exactness, then the most telling of those that are timed."""
     small, least = ("tiny", "tiny") if tiny else ("small", "Qwen3-0.6B")
     middle, large = ("tiny", "tiny") if tiny else ("Qwen3-1.7B", "Llama-3.1-8B")
     exact = [
@@ -59,82 +66,114 @@ def checks(tiny: bool) -> list[Check]:
             ("lora", "float32", ""), ("full", "float32", ""),
         )
     ]  # fmt: skip
-    speed = [
+    first, *speed = [
         Check(", ".join((side, shape, kinds, *more)), ("speed.py", side, shape, kinds, *more), 90, needs)
         for side, shape, kinds, more, needs in (
             ("onward", least, "packed,mixed,determinism", (), ""), ("trl", least, "packed,mixed", (), "trl"),
-            ("onward", large, "packed,mixed", (), ""), ("onward", middle, "packed,mixed", (), ""),
+            ("onward", middle, "packed,mixed", (), ""), ("onward", large, "packed,mixed", (), ""),
             ("trl", middle, "packed,mixed", (), "trl"), ("trl", large, "packed", (), "trl"),
             ("onward", middle, "packed", ("full",), ""), ("trainer", least, "mixed", (), "datasets"),
         )
     ]  # fmt: skip
-    beside = Check("gap, stall", ("journeys.py", "gap,stall", least), 90)
-    resume = Check("resume", ("journeys.py", "resume", least), 90)
+    beside = Check("gap, stall", ("journeys.py", "gap,stall", least), 90, quiet=True)
+    resume = Check("resume", ("journeys.py", "resume", least), 90, quiet=True)
     ways = [
         Check(f"layers, {way}", ("layers.py", least, way), 145, "liger_kernel" if way == "liger" else "")
         for way in ("kernels", "liger", "norms", "layers")
     ]
     return [
-        *exact, Check("files", ("exactness.py", "files", small), 150, "", False),
-        Check("kills", ("exactness.py", "kills", small), 150, "", False), Check("machine", ("speed.py", "machine"), 40),
-        *speed[:4], beside, resume, *ways[:2], *speed[4:], *ways[2:],
+        Check("files", ("exactness.py", "files", small), 150, "", False),
+        Check("kills", ("exactness.py", "kills", small), 150, "", False), *exact,
+        Check("machine", ("speed.py", "machine"), 40), first, beside, resume, *speed, *ways,
     ]  # fmt: skip
 
 
-def run(chosen: list[Check], out: Path, deadline: float, *, any_device: bool) -> None:
-    """Run checks until the deadline, in parallel if none is timed; each leaves a line on its outcome."""
-    records, log = out / "results.jsonl", out / "log.txt"
-    reason = "" if any_device or _has_gpu() else "no GPU"
+class Suite:
+    """Checks that run until a deadline, and their processes, which are started before their turn.
 
-    def make(check: Check) -> None:
-        left = deadline - time.monotonic() - RESERVE
-        why = reason or _missing(check.needs) or ("no time left" if left < LEAST else "")
-        begun = time.monotonic()
-        status = f"not run: {why}" if why else _make(check, min(check.seconds, left), records, log)
+    Args:
+        out: folder for what is found; each check leaves a line on its outcome.
+        reason: why no check can run, or nothing.
+    """
+
+    def __init__(self, out: Path, deadline: float, reason: str) -> None:
+        self._out, self._deadline, self._reason = out, deadline, reason
+        self._records = out / "results.jsonl"
+        self._processes: dict[Check, Prepared] = {}
+
+    def run(self, chosen: list[Check]) -> None:
+        """Make those that are not timed in parallel, then each of the others alone.
+
+        The first of those are prepared meanwhile, so that nothing is imported beside them; later, the next one is
+        prepared beside each that is not quiet.
+        """
+        timed = [check for check in chosen if check.alone]
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as together:
+            try:
+                self._prepare(timed[:FIRST])
+                list(together.map(self._make, [check for check in chosen if not check.alone]))
+            except BaseException:
+                self.close()  # else the pool waits for what it runs
+                raise
+        self._settle()
+        for place, check in enumerate(timed):
+            self._prepare([check] if check.quiet else timed[place : place + 2])
+            if check.quiet:
+                self._settle()
+            self._make(check)
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in list(self._processes.values()):
+            process.end()
+
+    def _prepare(self, checks: list[Check]) -> None:
+        for check in checks:
+            if check not in self._processes and not self._obstacle(check):
+                script, *words = check.words
+                command = [sys.executable, "-W", "ignore", str(HERE / script), *words]
+                self._processes[check] = Prepared(command, _environment(self._records, check.name), apart=True)
+
+    def _settle(self) -> None:
+        """Wait until no process imports."""
+        for process in self._processes.values():
+            process.wait_until_ready(PATIENCE)
+
+    def _obstacle(self, check: Check) -> str:
+        """Return why a check cannot be run now, or nothing."""
+        return self._reason or _missing(check.needs) or ("no time left" if self._left() < LEAST else "")
+
+    def _left(self) -> float:
+        return self._deadline - time.monotonic() - RESERVE
+
+    def _make(self, check: Check) -> None:
+        """Let a check have its turn; its seconds count from there."""
+        self._prepare([check])
+        begun, why = time.monotonic(), self._obstacle(check)
+        process = self._processes.get(check)
+        if why or process is None:
+            status = f"not run: {why}"
+        else:
+            status = self._outcome(check, process, min(check.seconds, self._left()))
         seconds = round(time.monotonic() - begun, 1)
-        record.append(records, {"check": check.name, "status": status, "seconds": seconds})
+        record.append(self._records, {"check": check.name, "status": status, "seconds": seconds})
         print(f"{check.name}: {status} ({seconds} s)", file=sys.stderr, flush=True)
-        (out / PAGE.name).write_text(render(record.read(records)), encoding="utf-8")
+        (self._out / PAGE.name).write_text(render(record.read(self._records)), encoding="utf-8")
 
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as together:
-        list(together.map(make, [check for check in chosen if not check.alone]))
-    for check in chosen:
-        if check.alone:
-            make(check)
-
-
-def _make(check: Check, seconds: float, records: Path, log: Path) -> str:
-    script, *words = check.words
-    command = [sys.executable, "-W", "ignore", str(HERE / script), *words]
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env=_environment(records, check.name), stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            status = None
-        output.seek(0)
-        said = output.read().decode(errors="replace")
-    with log.open("a", encoding="utf-8") as stream:
-        stream.write(f"== {check.name}\n{said[-8000:]}\n")
-    if status is None:
-        return f"not finished in {seconds:.0f} s"
-    if status == 0:
-        return "done"
-    last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-    if MISSING in last:
-        return f"not run: {last.partition(MISSING)[2].partition(chr(39))[0]} missing"
-    return f"failed: {last[:300]}"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started, which share its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
-    process.wait()
+    def _outcome(self, check: Check, process: Prepared, seconds: float) -> str:
+        status = process.take_turn(seconds)
+        del self._processes[check]
+        said = process.said()
+        with (self._out / "log.txt").open("a", encoding="utf-8") as stream:
+            stream.write(f"== {check.name}\n{said[-8000:]}\n")
+        if status is None:
+            return f"not finished in {seconds:.0f} s"
+        if status == 0:
+            return "done"
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+        if MISSING in last:
+            return f"not run: {last.partition(MISSING)[2].partition(chr(39))[0]} missing"
+        return f"failed: {last[:300]}"
 
 
 def _environment(records: Path, name: str) -> dict[str, str]:
@@ -149,6 +188,7 @@ def _has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+@functools.cache
 def _missing(package: str) -> str:
     if not package:
         return ""
@@ -174,7 +214,10 @@ def main() -> None:
     chosen = [
         check for check in checks(options.tiny) if not options.only or any(word in check.name for word in options.only)
     ]
-    run(chosen, options.out, time.monotonic() + options.seconds, any_device=options.tiny)
+    deadline = time.monotonic() + options.seconds
+    reason = "" if options.tiny or _has_gpu() else "no GPU"
+    with contextlib.closing(Suite(options.out, deadline, reason)) as suite:
+        suite.run(chosen)
     has_run = any("subject" in each for each in record.read(options.out / "results.jsonl"))
     if not options.tiny and not options.only and (has_run or not PAGE.exists()):  # nothing replaces what was seen
         PAGE.write_text((options.out / PAGE.name).read_text(encoding="utf-8"), encoding="utf-8")
