@@ -22,7 +22,7 @@ from onward.run import Run
 from onward.service.wishes import Wishes
 
 _CHOOSING = threading.Lock()
-_IMPORTED = ("processes", "onward.service.owner.daemon")
+IMPORTED = ["processes", "onward.service.owner.daemon"]
 """What the process has imported that others are forked from; without a GPU it has also built a model (`preloaded`)."""
 
 
@@ -35,7 +35,7 @@ def _context() -> Any:
 def _chosen() -> Any:
     """Return how processes are started: forked from one that imported everything, where such a one can use the GPU."""
     server, has_gpu = multiprocessing.get_context("forkserver"), torch.cuda.is_available()
-    server.set_forkserver_preload([*_IMPORTED, *([] if has_gpu else ["preloaded"])])
+    server.set_forkserver_preload([*IMPORTED, *([] if has_gpu else ["preloaded"])])
     _start_server()
     if not has_gpu:
         return server

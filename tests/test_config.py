@@ -19,8 +19,8 @@ from onward.store.ledger import Ledger
 
 KEYS = [
     "model", "method", "seed", "dtype", "deterministic", "max_length", "over_length", "batch_size",
-    "gradient_accumulation", "micro_batch_tokens", "activation_checkpointing", "epochs", "parts", "exchange",
-    "rank_timeout", "sharding",
+    "gradient_accumulation", "micro_batch_tokens", "activation_checkpointing", "cuda_graphs", "epochs", "parts",
+    "exchange", "rank_timeout", "sharding",
     "learning_rate", "schedule", "warmup_steps", "total_steps", "track", "min_learning_rate", "weight_decay", "betas",
     "max_grad_norm", "eps", "schedule_offset", "save_steps", "log_steps", "keep_boundaries", "boundary",
     "lora.rank", "lora.alpha", "lora.dropout", "lora.targets", "keep_days", "settle_seconds", "retries",

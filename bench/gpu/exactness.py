@@ -192,10 +192,11 @@ def main() -> None:
     what, shape = sys.argv[1:3]
     if what == "twice":
         twice(shape, *sys.argv[3:5])
-    elif what == "files":
-        files(shape)
-    else:
-        kills(shape)
+        return
+    import processes
+
+    processes.IMPORTED.insert(0, "lean")
+    {"files": files, "kills": kills}[what](shape)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ PAGE = HERE.parent / "RESULTS-GPU.md"
 SECONDS, RESERVE, LEAST = 480.0, 15.0, 20.0
 """Seconds of the whole, reserved for its end, and the fewest with which a check is begun."""
 FIRST, PATIENCE = 5, 60.0
-"""Timed checks that are prepared beside those that are not timed: with the one after the quiet ones; and the seconds
-that an import may take where nothing may import beside a check."""
+"""Timed checks that are prepared together before the first: with the one after the quiet ones; and the seconds that an
+import may take where nothing may import beside a check."""
 MISSING = "ModuleNotFoundError: No module named '"
 
 
@@ -104,17 +104,17 @@ class Suite:
     def run(self, chosen: list[Check]) -> None:
         """Make those that are not timed in parallel, then each of the others alone.
 
-        The first of those are prepared meanwhile, so that nothing is imported beside them; later, the next one is
-        prepared beside each that is not quiet.
+        The first of those are prepared together before the first has its turn, so that nothing is imported beside them;
+        later, the next one is prepared beside each that is not quiet.
         """
         timed = [check for check in chosen if check.alone]
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as together:
             try:
-                self._prepare(timed[:FIRST])
                 list(together.map(self._make, [check for check in chosen if not check.alone]))
             except BaseException:
                 self.close()  # else the pool waits for what it runs
                 raise
+        self._prepare(timed[:FIRST])
         self._settle()
         for place, check in enumerate(timed):
             self._prepare([check] if check.quiet else timed[place : place + 2])

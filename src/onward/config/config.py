@@ -130,6 +130,12 @@ class Config(Section):
         description="Compute the layers of a part again in its backward pass instead of keeping their activations: "
         "less memory, a third more time, the same bits. `auto`: for parts that would not fit otherwise.",
     )
+    cuda_graphs: Annotated[Literal["auto", "off"], BeforeValidator(on_or_off)] = Field(
+        default="auto",
+        description="Record short steps on an NVIDIA GPU as CUDA graphs and replay them for rows of about the same "
+        "sizes: the same bits, which is checked, in less time and more memory. `auto`: where a GPU waits for the host "
+        "otherwise.",
+    )
     epochs: Count = Field(default=1, description="Number of times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(
         default=2e-4, description="Peak learning rate."

@@ -21,7 +21,7 @@ _NO_MEMORY = re.compile(
 
 _LOST = re.compile(
     r"^(CUDA|HIP)( driver)? error|^cuDNN( Frontend)? error|^CUDA unknown error|CU(BLAS|SOLVER|SPARSE)_STATUS_\w+"
-    r"|CUDNN_STATUS_\w+|device-side assert|unspecified launch failure",
+    r"|CUDNN_STATUS_\w+|device-side assert|unspecified launch failure|outside graph capture",
     re.IGNORECASE,
 )
 

@@ -65,8 +65,7 @@ class Economy:
         self, state: TrainState, loss: TargetLoss, config: Config, device: torch.device, learned: Learned
     ) -> None:
         self.recomputation = Recomputation(state.model)
-        self.setting = config.activation_checkpointing
-        """The key in force; it may change between two steps."""
+        self.follow(config)
         self.always = False
         """Whether memory ran out without recomputation."""
         self.learned = learned
@@ -74,6 +73,10 @@ class Economy:
         self._device = device
         self._dropout = config.lora.dropout
         self._roomy: dict[int, bool] = {}
+
+    def follow(self, config: Config) -> None:
+        """Follow the keys that may change between two steps."""
+        self.setting, self._records = config.activation_checkpointing, config.cuda_graphs == "auto"
 
     @property
     def profile(self) -> Profile:
@@ -110,7 +113,7 @@ class Economy:
     def recorded_parts(self, part: Batch) -> RecordedParts | None:
         """Return what computes parts from recordings; None if this one is not recorded."""
         learned = self.learned
-        may_record = learned.can_record and not learned.lacks_memory and self._config.deterministic
+        may_record = self._records and learned.can_record and not learned.lacks_memory and self._config.deterministic
         if not may_record or not self._has_room_to_record(part):
             return None
         if learned.recorded is None:

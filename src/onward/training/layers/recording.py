@@ -113,7 +113,7 @@ class Recordable(Generic[Result]):
             try:
                 self._replay = self._recorder(self._compute)
             except RuntimeError:  # too little memory, for example
-                self._replay = None
+                self.can_record = False
             self._recorder = None
         return self._replay is not None
 
@@ -176,6 +176,7 @@ class RecordingPlace:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         self._device, self._stream = device, torch.cuda.Stream(device)
         self.pool: Any = torch.cuda.graph_pool_handle()
 
@@ -197,10 +198,10 @@ class RecordingPlace:
         try:
             graph.capture_end()
         except RuntimeError:
-            generator, index = torch.cuda.default_generators[self._device.index], self._device.index
+            generator = torch.cuda.default_generators[self._index]
             generator.graphsafe_set_state(generator.clone_state())
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(index, self.pool)  # pyright: ignore
+                torch._C._cuda_endAllocateToPool(self._index, self.pool)  # pyright: ignore
             raise
 
 

@@ -15,7 +15,7 @@ from onward.config import Config, stored_config
 from onward.data.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
-from onward.events import Committed, Event, FileDone, Note, Resumed, StepTaken
+from onward.events import Committed, Event, FileDone, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
@@ -45,7 +45,8 @@ from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from onward.service.owner.training.sharded import ShardedRun
+from onward.service.owner.training.recordings import Recordings
+from onward.service.owner.training.sharded import ShardedRun
 
 LedgerMoves = Callable[[Ledger], None]
 
@@ -218,19 +219,21 @@ class Worker:
         yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
-        self._learned.can_record = self._probe().can_record
+        recordings = Recordings(self.ledger, self._learned, session.environment, self._probe())
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
-        trainer.economy.setting = self.around.settings.current.activation_checkpointing
+        trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         for result in watched(trainer.steps(files, file.plan), file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
-            self._remember(result)
+            if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
+                self._log.append(log_entry(result))
+            recordings.look(result.step)
             yield result
             yield from self._collect(wait=False)
             yield from self._guard.after_step(file, result, state)
             if state.cursor.at_boundary:
                 return
-            trainer.economy.setting = self.around.settings.current.activation_checkpointing
+            trainer.economy.follow(self.around.settings.current)
             if self.around.wishes:
                 yield from self._begin_commit(file_id, is_awaited=True)
                 yield from self._wait_for_commit()
@@ -344,7 +347,3 @@ class Worker:
                 yield Note(f"{written.done.name} changed no weight: is the learning rate too small?")
             forget_tokens(self.session, self._sources)
             yield written.done
-
-    def _remember(self, result: StepTaken) -> None:
-        if result.step % self.around.settings.current.log_steps == 0 or self.state.cursor.at_boundary:
-            self._log.append(log_entry(result))

@@ -1,0 +1,9 @@
+"""Imported first by the process that others are forked from: hides bitsandbytes from it.
+
+peft imports bitsandbytes, which asks the GPU what it can do as it is imported. Processes that are forked afterwards
+could not use the GPU, so that each would have to import everything itself.
+"""
+
+import sys
+
+sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
