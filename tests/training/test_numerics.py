@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from onward.config import Config
 from onward.training.environment import NUMERICS, describe_environment
-from onward.training.numerics import IN_HALF, ON_GPU, PROVEN_APART, numerics_of
+from onward.training.numerics import FILLED, IN_HALF, ON_GPU, PROVEN_APART, numerics_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LONGROPE = {
@@ -57,4 +57,6 @@ def test_otherwise(family: str, settings: dict[str, Any], tmp_path: Path) -> Non
 def test_on_a_gpu(tmp_path: Path) -> None:
     """Kernels of its own compute there, whatever the method and the type."""
     assert ON_GPU == number(tmp_path, "llama", device=GPU) == number(tmp_path, "llama", method="qlora", device=GPU)
-    assert ON_GPU == numerics_of(tmp_path, Config(), GPU, torch.bfloat16) > IN_HALF
+    half = [numerics_of(tmp_path, Config(), GPU, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    assert [FILLED, FILLED] == half
+    assert FILLED > ON_GPU > IN_HALF

@@ -176,8 +176,8 @@ class RecordingPlace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._index = torch.cuda.current_device() if device.index is None else device.index
         self._device, self._stream = device, torch.cuda.Stream(device)
+        self._index = self._stream.device_index
         self.pool: Any = torch.cuda.graph_pool_handle()
 
     @contextlib.contextmanager

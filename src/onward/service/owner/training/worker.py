@@ -24,6 +24,7 @@ from onward.service.owner.training.handing_over import Crossing, FirstHandover, 
 from onward.service.owner.training.measuring import Measuring
 from onward.service.owner.training.part_tokens import with_part_tokens
 from onward.service.owner.training.postconditions import require_done
+from onward.service.owner.training.recordings import Recordings
 from onward.service.owner.training.start import Start
 from onward.service.owner.training.steps import file_started, log_entry, record_of, watched
 from onward.service.owner.training.surroundings import Surroundings
@@ -45,8 +46,7 @@ from onward.training.state import Snapshot, StateDigest
 from onward.training.trainer import Trainer
 
 if TYPE_CHECKING:
-from onward.service.owner.training.recordings import Recordings
-from onward.service.owner.training.sharded import ShardedRun
+    from onward.service.owner.training.sharded import ShardedRun
 
 LedgerMoves = Callable[[Ledger], None]
 
