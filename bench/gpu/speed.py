@@ -22,7 +22,7 @@ from record import emit
 from shapes import LENGTH, ROWS, SHAPES, base_model, config_of, device, dtype_of, model_modules, token_rows
 from turns import present, wait
 
-WARM = 3
+WARM = 5
 SHORT = ("Qwen3-0.6B", "Qwen3-1.7B")
 """Shapes for which mixed parts are short enough to be replayed."""
 SETTLED, TIMED = 60, 20

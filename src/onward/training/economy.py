@@ -24,7 +24,8 @@ from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
 
 ROOMY = 0.75
-"""The share of free memory up to which a rough estimate suffices and nothing is measured."""
+"""The share of free memory up to which a rough estimate suffices and nothing is measured, and the share of all memory
+that recordings and the largest part may take together."""
 PROOF_ROWS = (12, 5)
 """Tokens of the rows on which recomputation is proven."""
 
@@ -135,7 +136,7 @@ class Economy:
             own = self.profile.estimate([1 << size])
             beside = self.profile.estimate(largest_part(self._config)).total
             kept = own.gradients + own.activations + own.logits
-            self._roomy[size] = usage is not None and kept + beside <= USABLE * usage.available
+            self._roomy[size] = usage is not None and kept + beside <= ROOMY * usage.available
         return self._roomy[size]
 
     def may_recompute(self) -> bool:

@@ -1,9 +1,9 @@
 """Gradients of the parts of a step on a GPU, replayed where a part has the sizes of earlier ones.
 
-The first part of any sizes is computed as usual. The second is computed as usual and recorded; what the replay gives
-must have the same bits. For the first recording, so must the third, with other rows and other random numbers, before
-replays are trusted. One bit that differs, too little memory or an operation that cannot be recorded, and nothing is
-recorded any more.
+The first two parts of any sizes are computed as usual. So is the third, which is also recorded; what the replay gives
+must have the same bits. For the first recording, that must hold for the fourth part too, with other rows and other
+random numbers, before replays are trusted. One bit that differs, too little memory or an operation that cannot be
+recorded, and nothing is recorded any more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import nn
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.loss import Placed
 
+SEEN = 2
+"""After how many parts of the same sizes they are recorded, which takes about as long as two of them."""
 PROOFS = 2
 """How many parts must have been computed both ways, with equal bits, for the first recording; for others, one."""
 MOST = 64
@@ -96,7 +98,7 @@ class RecordedParts:
 
     def _begins(self, known: _Known) -> bool:
         recorded = sum(each.replay is not None for each in self._known.values())
-        return known.seen > 1 and recorded < MOST
+        return known.seen > SEEN and recorded < MOST
 
     def _plain(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
         with context():
