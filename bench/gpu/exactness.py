@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from own_steps import batch_of, endless_plan, let_record
 from record import emit
 from shapes import device, saved_model, text_file
-from speed import batch_of, endless_plan, let_record
 from turns import wait
 
 STEPS, SHAPES, INSTANTS = 20, 4, 5

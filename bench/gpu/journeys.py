@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_steps import onward_steps, onward_trainer, synchronize
 from record import emit
 from shapes import model_modules, saved_model, text_file
-from speed import onward_modules, onward_steps, onward_trainer, synchronize
+from speed import onward_modules
 from turns import wait
 
 FILES, STEPS, ROWS = 5, 6, 8

@@ -30,7 +30,7 @@ def render(records: Sequence[Record]) -> str:
     """Return the page in Markdown."""
     found = [each for each in records if "subject" in each]
     statuses = [each for each in records if "check" in each]
-    parts = (_machine, _exactness, _speed, _layers, _memory, _ratios)
+    parts = (_machine, _exactness, _speed, _layers, _memory, _room, _ratios)
     sections = [*(part(found) for part in parts), _statuses(statuses)]
     remarks = REMARKS.read_text(encoding="utf-8") if REMARKS.exists() and found else ""
     head = (
@@ -141,6 +141,19 @@ def _memory(found: Sequence[Record]) -> str:
     ]  # fmt: skip
     columns = ("shape", "rows", "method", "estimated GB", "measured GB", "off by", "within 0.15")
     return _table("Memory at the peak of a step", columns, rows)
+
+
+def _room(found: Sequence[Record]) -> str:
+    rows = [
+        (
+            each["shape"], each["method"], each.get("optimizer"), each["gibibytes"], each["fits"],
+            _gigabytes(each.get("peak")), each.get("tokens_per_second"), each.get("part_tokens"),
+        )
+        for each in _of(found, "fits")
+    ]  # fmt: skip
+    columns = ("shape", "method", "optimizer", "GiB", "fits", "reserved GB", "tokens/s", "tokens of a part")
+    note = "The process may allocate no more than such a card leaves it. Rows of 2,048 tokens, 8 a step."
+    return _table("On a smaller card", columns, rows, note)
 
 
 def _ratios(found: Sequence[Record]) -> str:

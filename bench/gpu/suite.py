@@ -77,6 +77,12 @@ def checks(tiny: bool) -> list[Check]:
     ]  # fmt: skip
     beside = Check("gap, stall", ("journeys.py", "gap,stall", least), 90, quiet=True)
     resume = Check("resume", ("journeys.py", "resume", least), 90, quiet=True)
+    room = [
+        Check(f"{shape}, {method}, on {size} GiB", ("room.py", shape, method, size, *more), 60, needs)
+        for shape, method, size, more, needs in (
+            (large, "lora", "24", (), ""), (middle, "full", "24", ("adamw_8bit",), "bitsandbytes"),
+        )
+    ]  # fmt: skip
     ways = [
         Check(f"layers, {way}", ("layers.py", least, way), 145, "liger_kernel" if way == "liger" else "")
         for way in ("kernels", "liger", "norms", "layers")
@@ -84,7 +90,7 @@ def checks(tiny: bool) -> list[Check]:
     return [
         Check("files", ("exactness.py", "files", small), 150, "", False),
         Check("kills", ("exactness.py", "kills", small), 150, "", False), *exact,
-        Check("machine", ("speed.py", "machine"), 40), first, beside, resume, *speed, *ways,
+        Check("machine", ("speed.py", "machine"), 40), first, beside, resume, *speed[:5], *room, *speed[5:], *ways,
     ]  # fmt: skip
 
 

@@ -146,6 +146,19 @@ def test_what_cannot_be_recorded_is_computed_as_usual() -> None:
     assert [1] == calls
 
 
+def test_what_cannot_be_watched_is_computed_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch itself may meet an operation that allows none; the step is taken nevertheless."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("no rule for this operation")
+
+    wanted = train(make_trainer(None))
+    monkeypatch.setattr("onward.training.recorded_parts.Watch.__torch_dispatch__", refuse)
+    recorder = Recorder()
+    assert wanted == train(make_trainer(recorder))
+    assert 0 == recorder.recorded
+
+
 def test_a_part_that_is_filled_up_trains_the_same() -> None:
     """The row and the targets that fill it up change neither loss nor gradients, but for rounding."""
     model: Any = tiny_model("llama", "sdpa")

@@ -83,6 +83,13 @@ def test_a_backward_pass_is_watched_too() -> None:
     assert "aten._local_scalar_dense.default" == watch.hindrance
 
 
+def test_operations_that_take_functions_are_not_recorded() -> None:
+    """They have no list of arguments to look at."""
+    watch = Watch(CPU)
+    assert [3] == watch.__torch_dispatch__(lambda: [3], ())
+    assert watch.hindrance
+
+
 def test_draws_may_be_allowed() -> None:
     """A recording draws anew each time, which is what dropout is for."""
     with Watch(CPU, draws=True) as watch:

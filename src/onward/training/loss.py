@@ -144,7 +144,7 @@ class TargetLoss:
         sizes = self.sizes([len(row.ids) for row in batch.rows], batch.target_tokens)
         if sizes is None:
             return batch
-        share = to_device(torch.tensor(1.0 / weight, dtype=torch.float32), self.device)
+        share = to_device(torch.ones(()) / weight, self.device)
         return replace(self._place(batch, sizes), share=share)
 
     @cached_property

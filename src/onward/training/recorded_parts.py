@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onward.errors import first_line
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.loss import Placed
 
@@ -106,10 +107,17 @@ class RecordedParts:
 
     def _watched(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
         self._was_watched, watch = True, Watch(part.ids.device, draws=True)
-        with context(), watch:
-            loss = compute(part)
-        if watch.hindrance:
+        before = self._taken()
+        try:
+            with context(), watch:
+                loss = compute(part)
+        except RuntimeError as error:  # something cannot be watched; if it was something else, that is raised again
+            self.forget(f"{type(error).__name__}: {first_line(error)}")
+            self._taken()
+            loss = self._plain(part, compute, context)
+        if watch.hindrance and not self.hindrance:
             self.forget(watch.hindrance)
+        self._put(_added(before, self._taken()))
         return loss
 
     def _proven(self, known: _Known, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
@@ -127,7 +135,7 @@ class RecordedParts:
             replayed = self._replayed(known, part, context)
             same = _same([loss, *usual], [replayed, *self._gradients])
         except RuntimeError as error:  # there is too little memory, for example
-            self.forget(f"{type(error).__name__}: {error}")
+            self.forget(f"{type(error).__name__}: {first_line(error)}")
         else:
             known.proofs += 1
             self._is_proven |= known.proofs == PROOFS

@@ -8,6 +8,7 @@ ordinary pass (`Watch`), because a recording that fails halfway leaves PyTorch's
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -59,17 +60,15 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        taken = func._schema.arguments
-        given = {each.name: each.default_value for each in taken} | {
-            each.name: one for each, one in zip(taken, args, strict=False)
-        }
-        if not self.hindrance and not self._can_record(func, given | (kwargs or {}), found):
+        if not self.hindrance and not self._can_record(func, _by_name(func, args) | (kwargs or {}), found):
             self.hindrance = str(func)
         return found
 
     def _can_record(self, func: Any, arguments: Mapping[str, Any], found: Any) -> bool:
+        if getattr(func, "namespace", None) not in KNOWN:
+            return False
         tags = set(func.tags)
-        if func.namespace not in KNOWN or torch.Tag.data_dependent_output in tags:
+        if torch.Tag.data_dependent_output in tags:
             return False
         if torch.Tag.nondeterministic_seeded in tags and not self._draws and arguments.get(DROPOUT) != 0:
             return False
@@ -79,6 +78,14 @@ class Watch(TorchDispatchMode):
         if func.overloadpacket is torch.ops.aten.index and any(each.dtype in MASKS for each in given[1:]):
             return False
         return all(each.device.type == self._device.type for each in [*given, *_tensors(found)])
+
+
+def _by_name(func: Any, given: Any) -> dict[str, Any]:
+    """Return the values of an operation's arguments by name, with defaults for those not given."""
+    schema = getattr(func, "_schema", None)  # operations that take functions have none
+    arguments = schema.arguments if schema is not None else []
+    named = zip(arguments, given, strict=False)
+    return {each.name: each.default_value for each in arguments} | {each.name: value for each, value in named}
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -123,23 +130,31 @@ class Recordable(Generic[Result]):
 
     def _watched(self) -> Result:
         self._was_watched, watch = True, Watch(self._device)
-        is_gpu = self._device.type == "cuda"
-        before = torch.cuda.get_sync_debug_mode() if is_gpu else 0
         try:
-            if is_gpu:
-                torch.cuda.set_sync_debug_mode("error")
-            with watch:
+            with _without_waiting(self._device), watch:
                 found = self._compute()
         except RuntimeError:  # it waited for the GPU; if it was something else, that is raised again
             self._recorder = None
-        else:
-            self.can_record = not watch.hindrance
-            self._recorder = self._recorder if self.can_record else None
-            return found
-        finally:
-            if is_gpu:
-                torch.cuda.set_sync_debug_mode(before)
-        return self._compute()
+            return self._compute()
+        self.can_record = not watch.hindrance
+        self._recorder = self._recorder if self.can_record else None
+        return found
+
+
+@contextlib.contextmanager
+def _without_waiting(device: torch.device) -> Generator[None]:
+    """Let PyTorch raise if something in the body waits for a GPU, in any thread."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():  # it warns that it does not find everything
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Recording(Generic[Result]):
@@ -211,7 +226,7 @@ def recorder_for(device: torch.device) -> Recorder | None:
         return None
 
     def record(compute: Callable[[], Result]) -> Replay[Result] | None:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = _memory(device)
         if free < FREE * total:
             return None
         before = torch.cuda.memory_reserved(device)
@@ -228,12 +243,18 @@ def sharing_recorder(device: torch.device) -> Recorder | None:
     place = RecordingPlace(device)
 
     def record(compute: Callable[[], Result]) -> Replay[Result]:
-        free, total = torch.cuda.mem_get_info(device)
-        if free < FREE * total:
-            torch.cuda.empty_cache()
+        _memory(device)
         return Recording(compute, place)
 
     return record
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the free and the total bytes of a GPU, after returning what this process only keeps, if little is free."""
+    free, total = torch.cuda.mem_get_info(device)
+    if free < FREE * total:
+        torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)
 
 
 def is_held(weight: torch.Tensor) -> bool:
