@@ -14,13 +14,13 @@ def attend(
     enable_gqa: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Attend to rows of which some may be empty; nothing waits for a number."""
-    assert (max_q, (-1, 0)) == (max_k, window_size)
+    assert (max_q, 0) == (max_k, window_size[1])
     del enable_gqa
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
     row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
     behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
     scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
-    seen = (row[:, None] == row) & (behind >= 0)
+    seen = (row[:, None] == row) & (behind >= 0) & (behind <= window_size[0] if window_size[0] >= 0 else True)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
 

@@ -1,4 +1,4 @@
-"""A run whose parts are replayed: the state of one that computes each as usual. A recording of a CPU computes again."""
+"""A run whose parts are replayed: the state of one that computes each as usual."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 from one_call import let_attend_in_one_call
+from op_recorder import OpRecorder
 from runs import new_run
 
 from onward import Run
@@ -43,7 +44,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(monkeypatch: pytest.MonkeyPatch, steps: Recorder) -> Generator[Recorder]:
+def recording(monkeypatch: pytest.MonkeyPatch, steps: Recorder | OpRecorder) -> Generator[Recorder]:
     """Let processes in the body record steps, and probes; yields the recorder of probes."""
     probes = Recorder()
     with monkeypatch.context() as patched:
@@ -64,7 +65,7 @@ def test_a_run_that_replays_has_the_state_of_one_that_does_not(
     let_attend_in_one_call(monkeypatch)
     plain = new_run(tmp_path / "plain", model, batch_size=2)
     plain.train(*files)
-    run, steps = new_run(tmp_path / "run", model, batch_size=2), Recorder()
+    run, steps = new_run(tmp_path / "run", model, batch_size=2), OpRecorder()
     with recording(monkeypatch, steps) as probes:
         run.train(*files[:3])
     assert 10 < steps.replays

@@ -1,6 +1,7 @@
 """Parts of a step that are replayed: the bits of those computed as usual, or nothing is replayed.
 
-A recording of a CPU computes again: everything is tested but the GPU's own recording (`gpu/test_recording.py`).
+Everything is tested but the GPU's own recording (`gpu/test_recording.py`): here its operations are kept and run again,
+or the whole computation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from one_call import let_attend_in_one_call
+from op_recorder import OpRecorder
 from rows import CPU, VOCABULARY, tiny_model
 
 from onward.config import Config
@@ -20,9 +22,9 @@ from onward.data.order import FilePlan, RowReference
 from onward.data.tokenized import Row
 from onward.training.economy import Learned
 from onward.training.execution import Execution
-from onward.training.layers.attention import lay_end_to_end
+from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
-from onward.training.layers.recording import is_held
+from onward.training.layers.recording import Watch, is_held
 from onward.training.loss import TargetLoss
 from onward.training.recorded_parts import PROOFS, RecordedParts
 from onward.training.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
@@ -31,6 +33,7 @@ from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
 Compute = Callable[[], torch.Tensor]
+WINDOWED = ("mistral", "starcoder2", "phi3")
 LENGTHS = ((9, 2, 17, 6), (30, 4), (9, 3, 17, 6), (50, 60, 50, 33), (12,), (60, 60, 50, 30), (20, 20, 20))
 
 
@@ -90,7 +93,7 @@ def batch(lengths: tuple[int, ...], seed: int) -> Batch:
     return Batch(rows, [RowReference("file", place) for place in range(len(rows))], list(range(len(rows))))
 
 
-def train(trainer: Trainer, rounds: int = 4) -> tuple[list[float], str, str]:
+def train(trainer: Trainer, rounds: int = 2) -> tuple[list[float], str, str]:
     """Return the losses of some steps, and the digests of weights and moments after them."""
     plan = FilePlan("file", rows=1 << 12, batch_size=4, epochs=1, seed=0)
     losses = [
@@ -115,7 +118,7 @@ def train(trainer: Trainer, rounds: int = 4) -> tuple[list[float], str, str]:
 )
 def test_replays_give_the_bits_of_what_is_computed_as_usual(settings: dict[str, Any]) -> None:
     """Steps of many sizes, with other rows and dropout each time: losses, weights and moments are equal."""
-    recorder = Recorder()
+    recorder = OpRecorder()
     trainer = make_trainer(recorder, **settings)
     found = train(trainer)
     assert "" == trainer.economy.recorded_parts(batch((9,), 0)).hindrance  # type: ignore[union-attr]
@@ -174,6 +177,34 @@ def test_a_part_that_is_filled_up_trains_the_same() -> None:
         found.append({"loss": loss.detach(), **gradients})
         model.zero_grad()
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("model_type", [*sorted(PADDING_FREE), "granite", "glm", "helium", "olmo", "exaone4"])
+def test_nothing_of_a_step_is_left_to_the_host(model_type: str) -> None:
+    """Its operations alone, run again on the same memory for rows of other lengths, give their loss and gradients."""
+    model: Any = tiny_model(model_type, "sdpa", **({"sliding_window": 5} if model_type in WINDOWED else {}))
+    lay_end_to_end(model)
+    loss_of = TargetLoss(model, CPU, torch.float32)
+
+    def computed(rows: Any) -> list[torch.Tensor]:
+        loss = loss_of(rows) * rows.share
+        loss.backward()
+        gradients = [weight.grad for weight in model.parameters()]
+        model.zero_grad()
+        return [loss.detach(), *gradients]
+
+    rows: list[Any] = [
+        loss_of.filled(batch(lengths, place), 7.0) for place, lengths in enumerate(((30, 4), (9, 3, 22)))
+    ]
+    assert rows[0].sizes == rows[1].sizes
+    inputs = rows[0].copied()
+    with Watch(CPU) as watch:
+        computed(inputs)
+    assert "" == watch.hindrance
+    replay = OpRecorder()(lambda: computed(inputs))
+    for target, source in zip(inputs.tensors, rows[1].tensors, strict=True):
+        target.copy_(source)
+    assert all(map(torch.equal, computed(rows[1]), replay()))
 
 
 def test_measuring_memory_lets_go_of_what_it_computed() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from op_recorder import OpRecorder
 from rows import CPU, tiny_model
 from torch.nn import functional
 
+from onward.training.fingerprints import Fingerprints
 from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.recording import Recordable, Watch, is_held
 from onward.training.probe import Probe
@@ -179,6 +181,21 @@ def test_a_probe_is_replayed_once_it_gave_the_same(monkeypatch: pytest.MonkeyPat
     assert 2 == recorder.replays
     assert before != after
     assert after == plain.of_model()
+
+
+def test_nothing_of_a_probe_is_left_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operations alone, run again on the same memory, tell of other weights what they are."""
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)
+    monkeypatch.setattr(Fingerprints.__init__, "__defaults__", ("none",))  # digested as on a GPU, wherever it is
+    model, recorder = end_to_end(), OpRecorder()
+    probe, plain = (Probe(model, 0, CPU, torch.float32, recorder=each) for each in (recorder, None))
+    before = probe.of_model()
+    assert before == probe.again(before)
+    for weight in model.parameters():
+        with torch.no_grad():
+            weight.mul_(1.5)
+        assert plain.of_model() == probe.of_model() != before
+    assert recorder.replays > 10
 
 
 def test_a_probe_that_is_recorded_wrongly_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
