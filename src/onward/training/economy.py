@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -49,6 +48,10 @@ class Learned:
     """Whether memory ran out in a step: then nothing is recorded."""
     recorded: RecordedParts | None = None
     """The recordings, once there are some."""
+    loss: TargetLoss | None = None
+    recomputation: Recomputation | None = None
+    crude: int | None = None
+    """What was found by walking through the model's modules: its loss, its layers, and what a token takes at most."""
 
 
 class Economy:
@@ -65,7 +68,7 @@ class Economy:
     def __init__(
         self, state: TrainState, loss: TargetLoss, config: Config, device: torch.device, learned: Learned
     ) -> None:
-        self.recomputation = Recomputation(state.model)
+        self.recomputation = learned.recomputation = learned.recomputation or Recomputation(state.model)
         self.follow(config)
         self.always = False
         """Whether memory ran out without recomputation."""
@@ -151,13 +154,14 @@ class Economy:
         if sizes is not None:
             lengths.append(sizes.tokens - sum(lengths))
         usage = self.learned.read(self._device)
-        if usage is None or self._crude_bytes * sum(lengths) <= ROOMY * usage.free:
+        if usage is None or self._crude_bytes() * sum(lengths) <= ROOMY * usage.free:
             return True
         return self.profile.estimate(lengths).total <= USABLE * usage.available
 
-    @cached_property
     def _crude_bytes(self) -> int:
-        return crude_bytes(self._state.model)
+        if self.learned.crude is None:
+            self.learned.crude = crude_bytes(self._state.model)
+        return self.learned.crude
 
     def _is_exact(self) -> bool:
         known = self.learned.exact

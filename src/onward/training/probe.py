@@ -121,7 +121,7 @@ class Probe:
         writers: Collection[str] | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         self._batch, self._with_gradient = probe_batches(model, seed, device)
-        self._model = model
+        self._model, self._weights = model, dict(model.named_parameters())
         self._seed, self._device, self._dtype, self._exact = fold(seed, "probe"), device, dtype, exact
         self.writers = self._find_writers() if writers is None else types_named(model, writers)
         self._keeps_state = keeps_process_state(model)
@@ -140,10 +140,9 @@ class Probe:
             TrainingError: the loss is not finite.
             ModelError: a weight changed nevertheless.
         """
-        weights = dict(self._model.named_parameters())
-        before = [self._place(weight) for weight in weights.values()]
-        probed = self._twin_of_model(weights).compute().probed()
-        for (name, weight), place in zip(weights.items(), before, strict=True):
+        before = [self._place(weight) for weight in self._weights.values()]
+        probed = self._twin_of_model().compute().probed()
+        for (name, weight), place in zip(self._weights.items(), before, strict=True):
             if self._place(weight) != place:
                 raise writes(name)
         return probed
@@ -158,7 +157,7 @@ class Probe:
 
         On a GPU this time is recorded, if it can be; if that gives the same, every later one replays it.
         """
-        twin = self._twin_of_model(dict(self._model.named_parameters()))
+        twin = self._twin_of_model()
         if twin.compute.record():
             if self.of_model() == before:
                 return before
@@ -177,8 +176,9 @@ class Probe:
         twin = self._twin("copy", snapshot.weights)
         return lambda: twin.compute().probed()
 
-    def _twin_of_model(self, weights: Mapping[str, torch.Tensor]) -> _Twin:
-        return self._twin("model", {name: weight.detach() for name, weight in weights.items() if weight.requires_grad})
+    def _twin_of_model(self) -> _Twin:
+        trained = {name: weight.detach() for name, weight in self._weights.items() if weight.requires_grad}
+        return self._twin("model", trained)
 
     def _twin(self, kind: str, weights: Mapping[str, torch.Tensor]) -> _Twin:
         """Return a twin with these weights; it is made anew if their memory has changed."""

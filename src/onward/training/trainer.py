@@ -68,15 +68,19 @@ class Trainer:
         self.world = execution.world
         self.exchange = execution.placement or exchange_of(execution.world, config.exchange)
         device = execution.world.device
-        self.loss = self._loss()
-        self.economy = Economy(state, self.loss, config, device, learned or Learned())
+        learned = learned or Learned()
+        self.loss = self._loss(learned)
+        self.economy = Economy(state, self.loss, config, device, learned)
 
-    def _loss(self) -> TargetLoss:
+    def _loss(self, learned: Learned) -> TargetLoss:
         execution = self.execution
         if execution.placement is not None:
             return execution.placement.loss
-        device, by_length = execution.world.device, execution.by_length
-        return TargetLoss(self.state.model, device, execution.dtype, execution.pad_id, by_length=by_length)
+        if learned.loss is None:  # it walks through the whole model
+            device, by_length = execution.world.device, execution.by_length
+            model, pad_id = self.state.model, execution.pad_id
+            learned.loss = TargetLoss(model, device, execution.dtype, pad_id, by_length=by_length)
+        return learned.loss
 
     def steps(self, files: Mapping[str, TokenizedFile], plan: Plan) -> Iterator[StepTaken]:
         """Take the remaining steps of the plan, from the cursor on, and yield each after it was taken.

@@ -157,7 +157,7 @@ def head_weight(head: nn.Module) -> torch.Tensor | None:
 
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set the adapter's dropout (the key may change at a boundary)."""
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and cast(Any, model.peft_config[ADAPTER]).lora_dropout != probability:
         cast(Any, model.peft_config[ADAPTER]).lora_dropout = probability
         for name in [name for name, _ in model.named_modules()]:
             if name.endswith("lora_dropout.default"):

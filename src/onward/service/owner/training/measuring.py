@@ -41,8 +41,7 @@ class Measuring:
         self._ledger = session.ledger
         self._shown = shown
         self.evaluation = Evaluation(session, look)
-        self._hooks: tuple[AtBoundary, ...] = (self._at_boundary, *hooks)
-        self._has_others = bool(hooks)
+        self._others = hooks
         if session.in_shards and hooks:
             raise ConfigError(
                 "hooks at boundaries compute on rank 0 only, which a sharded model does not allow",
@@ -54,15 +53,21 @@ class Measuring:
         self, row: FileRow, state: TrainState, config: Config, plan: StreamPlan, tokens: TokenizedFile
     ) -> None:
         """Call the hooks at a boundary that is not committed yet, and record their results."""
-        if not (config.evaluation.share or self._has_others):
+        if not (config.evaluation.share or self._others):
             return
         boundary = Boundary(state.step, row.name, state.model, tokens, plan, config, state.cursor.position)
         with self._showing("saving"):
             try:
-                results = run_hooks(self._hooks, boundary, self._session.device)
+                results = self._results(boundary)
             except Stopped:
                 return
             self._ledger.keep_boundary_results(row.id, state.step, results)
+
+    def _results(self, boundary: Boundary) -> Mapping[str, Any]:
+        """Return the results of all hooks. This run's own measures a twin, for which the model need not be prepared."""
+        if not self._others:
+            return self._at_boundary(boundary)
+        return run_hooks((self._at_boundary, *self._others), boundary, self._session.device)
 
     def _at_boundary(self, boundary: Boundary) -> Mapping[str, Any]:
         return self._or_nothing(GRID, boundary.step, lambda: self.evaluation.at_boundary(boundary))
