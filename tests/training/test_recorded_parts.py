@@ -136,14 +136,15 @@ def test_one_other_bit_ends_recording(spoiled: int) -> None:
     assert train(make_trainer(None)) == found
 
 
-def test_what_cannot_be_recorded_is_computed_as_usual() -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, TypeError])
+def test_what_cannot_be_recorded_is_computed_as_usual(error: type[Exception]) -> None:
     """Too little memory while recording: the step is taken nevertheless, and nothing is tried again."""
     calls: list[int] = []
 
     def fail(compute: Compute) -> Compute:
         calls.append(1)
         compute()
-        raise torch.OutOfMemoryError("out of memory")
+        raise error("out of memory")
 
     assert train(make_trainer(None)) == train(make_trainer(fail))
     assert [1] == calls
@@ -153,7 +154,7 @@ def test_what_cannot_be_watched_is_computed_as_usual(monkeypatch: pytest.MonkeyP
     """The watch itself may meet an operation that allows none; the step is taken nevertheless."""
 
     def refuse(*_: object) -> None:
-        raise NotImplementedError("no rule for this operation")
+        raise TypeError("no rule for this operation")
 
     wanted = train(make_trainer(None))
     monkeypatch.setattr("onward.training.recorded_parts.Watch.__torch_dispatch__", refuse)

@@ -111,7 +111,7 @@ class RecordedParts:
         try:
             with context(), watch:
                 loss = compute(part)
-        except RuntimeError as error:  # something cannot be watched; if it was something else, that is raised again
+        except Exception as error:  # something cannot be watched; if it was something else, that is raised again
             self.forget(f"{type(error).__name__}: {first_line(error)}")
             self._taken()
             loss = self._plain(part, compute, context)
@@ -134,7 +134,7 @@ class RecordedParts:
                 self._record(known, part, compute, context)
             replayed = self._replayed(known, part, context)
             same = _same([loss, *usual], [replayed, *self._gradients])
-        except RuntimeError as error:  # there is too little memory, for example
+        except Exception as error:  # too little memory, for example; the part is computed already
             self.forget(f"{type(error).__name__}: {first_line(error)}")
         else:
             known.proofs += 1

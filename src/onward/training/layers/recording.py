@@ -119,7 +119,7 @@ class Recordable(Generic[Result]):
         if self._recorder is not None and self._was_watched and self._replay is None:
             try:
                 self._replay = self._recorder(self._compute)
-            except RuntimeError:  # too little memory, for example
+            except Exception:  # too little memory, for example; it can still be computed
                 self.can_record = False
             self._recorder = None
         return self._replay is not None
@@ -133,7 +133,7 @@ class Recordable(Generic[Result]):
         try:
             with _without_waiting(self._device), watch:
                 found = self._compute()
-        except RuntimeError:  # it waited for the GPU; if it was something else, that is raised again
+        except Exception:  # it waited for the GPU; if it was something else, that is raised again
             self._recorder = None
             return self._compute()
         self.can_record = not watch.hindrance
