@@ -16,11 +16,20 @@ def attend(
     """Attend to rows of which some may be empty; nothing waits for a number."""
     assert (max_q, 0) == (max_k, window_size[1])
     del enable_gqa
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-    row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
+    return attended((query, key, value), cu_seq_q, scale, window_size)
+
+
+def attended(
+    parts: tuple[torch.Tensor, torch.Tensor, torch.Tensor], places: torch.Tensor, scale: float | None,
+    window: tuple[int, int],
+) -> torch.Tensor:  # fmt: skip
+    """Return the attention of rows to themselves: softmax over whole matrices, with a mask."""
+    query, (left, right) = parts[0], window
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in parts[1:])
+    row = torch.bucketize(torch.arange(len(query)), places[1:-1].long(), right=True)
     behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
+    seen = (row[:, None] == row) & (behind >= -right if right >= 0 else True) & (behind <= left if left >= 0 else True)
     scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
-    seen = (row[:, None] == row) & (behind >= 0) & (behind <= window_size[0] if window_size[0] >= 0 else True)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
 
 

@@ -15,6 +15,8 @@ from onward.training.loss import TargetLoss
 
 CPU = torch.device("cpu")
 VOCABULARY = 60
+WINDOWED = ("mistral", "starcoder2", "phi3")
+"""Types that a test gives a sliding window."""
 
 
 def batch(*lengths: int, seed: int = 0) -> Batch:

@@ -26,14 +26,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from own_steps import onward_steps, onward_trainer
+from own_steps import WARM, onward_steps, onward_trainer
 from record import RECORDS, emit
 from shapes import SHAPES
 from speed import onward_modules
 from torch import nn
 from turns import Prepared, present, wait
 
-WARM = 3
 PATIENCE = 70.0
 """Seconds of one process."""
 

@@ -1,7 +1,7 @@
-"""Imported first by the process that others are forked from: hides bitsandbytes from it.
+"""Imported first by a process that must not initialize CUDA yet: hides bitsandbytes from it.
 
-peft imports bitsandbytes, which asks the GPU what it can do as it is imported. Processes that are forked afterwards
-could not use the GPU, so that each would have to import everything itself.
+peft imports bitsandbytes, which asks the GPU what it can do as it is imported, and that initializes CUDA. Processes
+that are forked afterwards could not use the GPU, so that each would have to import everything itself.
 """
 
 import sys

@@ -78,8 +78,7 @@ class Prepared:
 def wait(*modules: str) -> None:
     """Import modules and return when the turn comes; at once in a process that was not started ahead of it.
 
-    bitsandbytes is hidden from a process that imports modules here: peft imports it, it then asks what the GPU can do,
-    and that initializes CUDA. Nothing that is timed uses it.
+    A process that imports modules here does without bitsandbytes (`lean`). Nothing that is timed uses it.
 
     Raises:
         ImportError: a package is missing.
@@ -87,9 +86,7 @@ def wait(*modules: str) -> None:
     """
     if os.environ.pop(TURN, None) is None:
         return
-    if modules:
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    for name in modules:
+    for name in ("lean", *modules) if modules else ():
         importlib.import_module(name)
         assert not _uses_gpu(), f"{name} initializes CUDA before the turn"
     turn = b""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rows import CPU, VOCABULARY, batch, loss_and_gradients, tiny_model
+from rows import CPU, VOCABULARY, WINDOWED, batch, loss_and_gradients, tiny_model
 from torch import nn
 
 from onward.errors import ModelError
@@ -17,7 +17,6 @@ from onward.training.loss import TargetLoss
 from onward.training.model.load import causal_lm
 
 ROWS = (9, 2, 17, 6)
-WINDOWED = ("mistral", "starcoder2", "phi3")
 
 
 def row_model(model_type: str, method: str = "full", dropout: float = 0.0) -> nn.Module:

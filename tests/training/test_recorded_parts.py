@@ -14,7 +14,7 @@ import pytest
 import torch
 from one_call import let_attend_in_one_call
 from op_recorder import OpRecorder
-from rows import CPU, VOCABULARY, tiny_model
+from rows import CPU, VOCABULARY, WINDOWED, tiny_model
 
 from onward.config import Config
 from onward.data.loader import Batch
@@ -33,7 +33,6 @@ from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
 Compute = Callable[[], torch.Tensor]
-WINDOWED = ("mistral", "starcoder2", "phi3")
 LENGTHS = ((9, 2, 17, 6), (30, 4), (9, 3, 17, 6), (50, 60, 50, 33), (12,), (60, 60, 50, 30), (20, 20, 20))
 
 

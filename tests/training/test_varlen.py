@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from one_call import attended
 from peft import LoraConfig, get_peft_model
-from rows import CPU, batch, tiny_model
+from rows import CPU, WINDOWED, batch, tiny_model
 from torch import nn
 
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
@@ -17,7 +18,6 @@ from onward.training.layers.varlen import VARLEN, RowKernel, Varlen, kernel_for,
 from onward.training.loss import TargetLoss
 
 LENGTHS = (9, 2, 17, 6)
-WINDOWED = ("mistral", "starcoder2", "phi3")
 
 
 def newest(
@@ -38,13 +38,7 @@ def newest(
     assert torch.int32 == cu_seq_q.dtype
     assert max_q == max_k == int(cu_seq_q.diff().max())
     assert query.shape[1] == key.shape[1] or enable_gqa
-    left, right = window_size
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
-    row = torch.bucketize(torch.arange(len(query)), cu_seq_q[1:-1].long(), right=True)
-    behind = torch.arange(len(query))[:, None] - torch.arange(len(query))
-    seen = (row[:, None] == row) & (behind >= -right if right >= 0 else True) & (behind <= left if left >= 0 else True)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+    return attended((query, key, value), cu_seq_q, scale, window_size)
 
 
 def without_window(

@@ -22,7 +22,7 @@ SECTIONS = ("lora", "text", "notify", "evaluation", "anchor", "replay", "guard")
 OPERATION_KEYS = (
     "save_steps", "log_steps", "keep_boundaries", "keep_days", "settle_seconds", "retries", "disk_margin_mb",
     "compress_archive", "notify", "track", "guard", "activation_checkpointing", "cuda_graphs", "rank_timeout",
-    "sharding",    "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
+    "sharding", "max_row_mb", "max_unpacked_mb", "max_unpack_ratio", "bad_rows", "bad_rows_share",
 )  # fmt: skip
 """Keys that no weight depends on: they take effect at once, even in a running process, except for `START_KEYS`."""
 

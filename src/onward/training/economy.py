@@ -121,10 +121,8 @@ class Economy:
         if not may_record or not self._has_room_to_record(part):
             return None
         if learned.recorded is None:
-            recorder = sharing_recorder(self._device)
-            if recorder is None:
-                return None
-            learned.recorded = RecordedParts(list(self._state.parameters.values()), recorder)
+            weights = list(self._state.parameters.values())
+            learned.recorded = RecordedParts(weights, sharing_recorder(self._device))
         return learned.recorded
 
     def record_nothing(self) -> None:

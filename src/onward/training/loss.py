@@ -133,7 +133,7 @@ class TargetLoss:
 
     def sizes(self, lengths: Sequence[int], targets: int) -> Sizes | None:
         """Return the sizes that a part of a step is filled up to; None if it is not."""
-        return None if self._kernel is None or not self._takes_rows else sizes_of(lengths, targets, self._count)
+        return None if self._kernel is None or not self._takes_rows else sizes_of(lengths, targets, self.parameters)
 
     def filled(self, batch: Batch, weight: float) -> Batch | Placed:
         """Return a part of a step on the computing device, filled up to round sizes, or as it is if it is not.
@@ -148,7 +148,8 @@ class TargetLoss:
         return replace(self._place(batch, sizes), share=share)
 
     @cached_property
-    def _count(self) -> int:
+    def parameters(self) -> int:
+        """About how many weights a forward pass multiplies by: all of the model's, once."""
         return sum(weight.numel() for weight in self.model.parameters())
 
     def _place(self, batch: Batch, sizes: Sizes | None = None) -> Placed:
@@ -161,9 +162,8 @@ class TargetLoss:
 
     def _compute(self, batch: Batch | Placed) -> torch.Tensor:
         with autocast(self.device, self.dtype), lowered(self._fused, self.dtype):
-            if isinstance(batch, Placed):
-                return self._flat(batch)
-            return self._flat(self._place(batch)) if self._takes_rows else self._padded(batch)
+            rows = batch if isinstance(batch, Placed) else self.placed(batch)
+            return self._flat(rows) if isinstance(rows, Placed) else self._padded(rows)
 
     def _find_head(self) -> Head | None:
         try:

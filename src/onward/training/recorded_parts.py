@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onward.errors import first_line
+from onward.training.gradients import added, put, taken
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.loss import Placed
 
@@ -107,24 +108,24 @@ class RecordedParts:
 
     def _watched(self, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
         self._was_watched, watch = True, Watch(part.ids.device, draws=True)
-        before = self._taken()
+        before = taken(self._weights)
         try:
             with context(), watch:
                 loss = compute(part)
         except Exception as error:  # something cannot be watched; if it was something else, that is raised again
             self.forget(f"{type(error).__name__}: {first_line(error)}")
-            self._taken()
+            taken(self._weights)
             loss = self._plain(part, compute, context)
         if watch.hindrance and not self.hindrance:
             self.forget(watch.hindrance)
-        self._put(_added(before, self._taken()))
+        put(self._weights, added(before, taken(self._weights)))
         return loss
 
     def _proven(self, known: _Known, part: Placed, compute: Compute, context: Context) -> torch.Tensor:
         """Compute a part both ways; what counts is what is computed as usual."""
-        before = self._taken()
+        before = taken(self._weights)
         loss = self._plain(part, compute, context)
-        usual = self._taken()
+        usual = taken(self._weights)
         try:
             if any(gradient is None for gradient in usual):
                 raise RuntimeError("a part does not reach all weights")
@@ -141,7 +142,7 @@ class RecordedParts:
             self._is_proven |= known.proofs == PROOFS
             if not same:
                 self.forget("a replay gave other bits")
-        self._put(_added(before, usual))
+        put(self._weights, added(before, usual))
         return loss
 
     def _record(self, known: _Known, part: Placed, compute: Compute, context: Context) -> None:
@@ -151,7 +152,7 @@ class RecordedParts:
 
         def whole() -> torch.Tensor:
             loss = compute(inputs)
-            found = self._taken()
+            found = taken(self._weights)
             torch._foreach_copy_(self._gradients, found)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
             return loss
 
@@ -170,25 +171,7 @@ class RecordedParts:
         """Add the gradients of a replay to those of the weights; a later replay overwrites its own."""
         assert self._flat is not None
         found = self._gradients if alone else _views(self._flat.clone(), self._weights)
-        self._put(_added(self._taken(), found))
-
-    def _taken(self) -> list[Any]:
-        """Take the gradients off the weights."""
-        found = [weight.grad for weight in self._weights]
-        self._put([None] * len(found))
-        return found
-
-    def _put(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        for weight, gradient in zip(self._weights, gradients, strict=True):
-            weight.grad = gradient
-
-
-def _added(before: Sequence[Any], more: Sequence[Any]) -> list[Any]:
-    """Add gradients to earlier ones where there are both, and return what there is."""
-    both = [pair for pair in zip(before, more, strict=True) if pair[0] is not None and pair[1] is not None]
-    if both:
-        torch._foreach_add_(*map(list, zip(*both, strict=True)))  # pyright: ignore
-    return [one if other is None else other if one is None else one for one, other in zip(before, more, strict=True)]
+        put(self._weights, added(taken(self._weights), found))
 
 
 def _laid_out(weights: Sequence[nn.Parameter]) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -99,6 +98,11 @@ class Meter:
         writers = writers_in_evaluation(model, self._try) if writers is None else writers
         self._twin = let_write_nothing(with_weights(model, {}), writers)
         self._loss = compute.loss(self._twin)
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        return self._loss.parameters
 
     def _try(self, twin: nn.Module) -> object:
         row = Row(torch.tensor([0, 1]).numpy(), torch.tensor([False, True]).numpy())
@@ -213,8 +217,3 @@ def divergences(base: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """Return KL(base || model) in nats for each token, shape (tokens,), from logits of shape (tokens, vocabulary)."""
     there, here = functional.log_softmax(base, -1), functional.log_softmax(model, -1)
     return (there.exp() * (there - here)).sum(-1)
-
-
-def parameters_of(model: Any) -> int:
-    """Return about how many weights a forward pass multiplies by: all of the model's, once."""
-    return sum(weight.numel() for weight in model.parameters())

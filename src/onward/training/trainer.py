@@ -225,20 +225,19 @@ class Trainer:
 
     def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
         rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
+        add = partial(self._add_gradients, weight=weight, factor=factor, again=again)
         if isinstance(rows, Placed) and not again and factor == 1.0:
             recorded = self.economy.recorded_parts(part.batch)
             if recorded is not None:
-                kind = rows.sizes, self.config.lora.dropout, self.config.deterministic
-                return recorded.add(rows, self._add_gradients, context, kind, alone=alone)
+                return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)
         with context():
-            with self.economy.recomputation.on(again):
-                loss = self.loss(rows) / weight if isinstance(rows, Batch) else self.loss(rows) * rows.share
-            add_gradients(loss if factor == 1.0 else loss * factor)
-        return loss.detach()
+            return add(rows)
 
-    def _add_gradients(self, rows: Placed) -> torch.Tensor:
-        loss = self.loss(rows) * rows.share
-        add_gradients(loss)
+    def _add_gradients(self, rows: Batch | Placed, weight: float, factor: float, *, again: bool) -> torch.Tensor:
+        with self.economy.recomputation.on(again):
+            total = self.loss(rows)
+            loss = total / weight if isinstance(rows, Batch) else total * rows.share
+        add_gradients(loss if factor == 1.0 else loss * factor)
         return loss.detach()
 
     @contextlib.contextmanager

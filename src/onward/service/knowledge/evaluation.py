@@ -29,7 +29,7 @@ from onward.store.rows import FileRow
 from onward.training.anchor import AnchorTerm
 from onward.training.boundary import Boundary
 from onward.training.model.load import build_model
-from onward.training.scores import Compute, Meter, parameters_of
+from onward.training.scores import Compute, Meter
 from onward.training.seeds import fold
 
 KNOWN_FILES = 3
@@ -70,7 +70,6 @@ class Evaluation:
         self._samples = Samples(session, look, samples or session.layout.samples)
         self.account = Account(self._ledger)
         self._meter: tuple[nn.Module, Meter] | None = None
-        self._size: tuple[nn.Module, int] | None = None
         self.writers: frozenset[type[nn.Module]] | None = None
         """Types of modules that write to weights in evaluation mode, if that was found out before."""
 
@@ -183,9 +182,7 @@ class Evaluation:
         if row is not None:
             trained += self._ledger.tokens_of(row.id)
             spent += self._ledger.boundary_results(row.id).get(BEFORE, {}).get("cost", 0)
-        if self._size is None or self._size[0] is not model:
-            self._size = model, parameters_of(model)
-        return allowance(config, trained, spent, self._size[1])
+        return allowance(config, trained, spent, self._meter_of(model, config).parameters)
 
     def _meter_of(self, model: nn.Module, config: Config) -> Meter:
         """Return the meter of a model under a config, reused if it is the same model."""

@@ -226,8 +226,8 @@ def recorder_for(device: torch.device) -> Recorder | None:
         return None
 
     def record(compute: Callable[[], Result]) -> Replay[Result] | None:
-        free, total = _memory(device)
-        if free < FREE * total:
+        total = torch.cuda.mem_get_info(device)[1]
+        if _freed(device) < FREE * total:
             return None
         before = torch.cuda.memory_reserved(device)
         recording = Recording(compute, RecordingPlace(device))
@@ -236,25 +236,24 @@ def recorder_for(device: torch.device) -> Recorder | None:
     return record
 
 
-def sharing_recorder(device: torch.device) -> Recorder | None:
-    """Return what records on a device into memory that all its recordings share; None if it cannot."""
-    if device.type != "cuda" or torch.version.cuda is None:
-        return None
+def sharing_recorder(device: torch.device) -> Recorder:
+    """Return what records into memory that all its recordings share, on a GPU that `recorder_for` has a recorder of."""
     place = RecordingPlace(device)
 
     def record(compute: Callable[[], Result]) -> Replay[Result]:
-        _memory(device)
+        _freed(device)
         return Recording(compute, place)
 
     return record
 
 
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Return the free and the total bytes of a GPU, after returning what this process only keeps, if little is free."""
+def _freed(device: torch.device) -> int:
+    """Return the free bytes of a GPU; if few are, what this process only keeps is returned to it first."""
     free, total = torch.cuda.mem_get_info(device)
     if free < FREE * total:
         torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)
+        free, _ = torch.cuda.mem_get_info(device)
+    return free
 
 
 def is_held(weight: torch.Tensor) -> bool:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import distributed, nn
 
+from onward.training.gradients import added, put, taken
 from onward.training.ranks.group import Group
 from onward.training.world import World
 
@@ -57,13 +58,9 @@ class InTurn:
             if len(share) == 1:
                 loss = loss + compute(share)
                 continue
-            before = [weight.grad for weight in weights]
-            _clear(weights)
+            before = taken(weights)
             loss = loss + compute(share)
-            for weight, held in zip(weights, before, strict=True):
-                if held is not None and weight.grad is not None:
-                    held += weight.grad
-                weight.grad = weight.grad if held is None else held
+            put(weights, added(before, taken(weights)))
         return loss
 
 
@@ -123,7 +120,7 @@ class InOrder:
                     each.add(weights, found[:count], reached)
                 losses += self._losses(loss)[:count]
             reached = [known or any(has) for known, has in zip(reached, zip(*found[:count], strict=True), strict=True)]
-            _clear(weights)
+            taken(weights)
         with group.in_step():
             for weight, known in zip(weights, reached, strict=True):
                 weight.grad = torch.empty_like(weight) if known else None
@@ -272,8 +269,3 @@ def _buckets(weights: Sequence[nn.Parameter], multiple: int, size: int) -> list[
     if pieces:
         close(weights[pieces[-1][0]])
     return buckets
-
-
-def _clear(weights: Iterable[Any]) -> None:
-    for weight in weights:
-        weight.grad = None

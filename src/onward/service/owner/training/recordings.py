@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from onward.store.ledger import Ledger
 from onward.training.economy import Learned
@@ -12,15 +12,6 @@ FACT = "records_nothing"
 """The ledger's fact in which a run keeps the machine on which a recording went wrong."""
 MACHINE = ("processor", "driver", "cuda", "torch")
 """Entries of the environment's record that say whether another try may go better."""
-
-
-class Watched(Protocol):
-    """A probe of the model."""
-
-    @property
-    def can_record(self) -> bool:
-        """Whether its computation was watched and can be recorded."""
-        ...
 
 
 class Recordings:
@@ -32,12 +23,13 @@ class Recordings:
     Args:
         learned: what the process knows of its model; told whether steps may be recorded.
         environment: the environment's record.
+        can_record: whether the model's computation was watched and can be recorded.
     """
 
-    def __init__(self, ledger: Ledger, learned: Learned, environment: Mapping[str, Any], probe: Watched) -> None:
+    def __init__(self, ledger: Ledger, learned: Learned, environment: Mapping[str, Any], *, can_record: bool) -> None:
         self._ledger, self._learned = ledger, learned
         self._machine = {key: environment.get(key) for key in MACHINE}
-        learned.can_record = probe.can_record and ledger.get(FACT) != self._machine
+        learned.can_record = can_record and ledger.get(FACT) != self._machine
 
     def look(self, step: int) -> None:
         """Keep it if recording has gone wrong; called after each step."""

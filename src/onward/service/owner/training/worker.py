@@ -219,7 +219,8 @@ class Worker:
         yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
-        recordings = Recordings(self.ledger, self._learned, session.environment, self._probe())
+        can_record = self._probe().can_record
+        recordings = Recordings(self.ledger, self._learned, session.environment, can_record=can_record)
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
