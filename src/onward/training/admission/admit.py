@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, longer, reach
 from onward.training.admission.alike import reached_by_kinds
@@ -29,16 +29,16 @@ from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import layers_to_shorten, shorten
 from onward.training.admission.vocabulary import runs, shorten_vocabulary, vocabulary_of
 from onward.training.admission.width import narrow_width
-from onward.training.device_errors import is_of_the_device
-from onward.training.environment import describe_environment, deterministic
+from onward.training.device.environment import describe_environment, deterministic
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE
 from onward.training.layers.facts import layer_facts
 from onward.training.layers.twin import named_types
+from onward.training.measuring.probe import Probe
 from onward.training.model.adapter import ALL_LINEAR
 from onward.training.model.load import build_plain, causal_lm, make_fast
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import optimizer_method
-from onward.training.probe import Probe
 
 
 @dataclass

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from onward.config import Config, stored_config
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.events import Committed, Event, FileDone, Note, Resumed
@@ -36,13 +36,13 @@ from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
-from onward.training.device_memory import gpu_is_crowded
-from onward.training.economy import Learned
-from onward.training.handover import Measurement, compare, measure
-from onward.training.probe import Probe, Probed
+from onward.training.checkpoints.checkpoint import SPACE_MARGIN, Facts, estimate_size
+from onward.training.device.memory import gpu_is_crowded
+from onward.training.measuring.handover import Measurement, compare, measure
+from onward.training.measuring.probe import Probe, Probed
 from onward.training.schedule import require_horizon, require_unstretched
 from onward.training.state import Snapshot, StateDigest
+from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
 
 if TYPE_CHECKING:
