@@ -36,7 +36,7 @@ def export(
     quantize: Annotated[str | None, typer.Option(help="For gguf and ollama: q8_0, q4_k_m or f16.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a committed state for others: adapter, merged, GGUF, Ollama. A model card is included."""
+    """Write a committed state as files: adapter, merged, GGUF, Ollama. A model card is included."""
     layout = RunLayout(run)
     layout.require()
     with startup.large_imports():
