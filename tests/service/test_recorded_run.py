@@ -15,8 +15,10 @@ from op_recorder import OpRecorder
 from runs import new_run
 
 from onward import Run
+from onward.errors import DeviceLost
 from onward.service.owner.training.recordings import FACT
 from onward.store.ledger import Ledger
+from onward.training.trainer import Trainer
 
 
 class Recorder:
@@ -94,6 +96,29 @@ def test_a_recording_that_goes_wrong_is_not_tried_by_the_next_process(
     with recording(monkeypatch, works):
         Run(run.layout.root).train(files[3])
     assert 0 < works.replays
+
+
+def test_a_recording_that_breaks_its_step_is_not_tried_by_the_next_process(
+    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the device is lost together with it, the process ends; the next one trains the file without recordings."""
+    let_attend_in_one_call(monkeypatch)
+    run, failing = new_run(tmp_path / "run", model, batch_size=2), Recorder(fails=True)
+    fill = Trainer._fill
+
+    def lost(trainer: Trainer) -> None:
+        if failing.recorded:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        fill(trainer)
+
+    with recording(monkeypatch, failing), monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_fill", lost)
+        with pytest.raises(DeviceLost):
+            run.train(*files[:2])
+    with recording(monkeypatch, failing):
+        Run(run.layout.root).train()
+    assert 1 == failing.recorded
+    assert ["done"] * 2 == [entry["state"] for entry in run.history()]
 
 
 def test_cuda_graphs_may_be_off(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from onward.events import StepTaken
 from onward.store.ledger import Ledger
 from onward.training.steps.economy import Learned
 
@@ -31,8 +32,19 @@ class Recordings:
         self._machine = {key: environment.get(key) for key in MACHINE}
         learned.can_record = can_record and ledger.get(FACT) != self._machine
 
-    def look(self, step: int) -> None:
-        """Keep it if recording has gone wrong; called after each step."""
+    def watched(self, steps: Iterator[StepTaken]) -> Iterator[StepTaken]:
+        """Yield steps; if recording has gone wrong in one, keep it first, also if that made the step fail."""
+        step: int | None = None
+        try:
+            for result in steps:
+                step = result.step
+                self._look(step)
+                yield result
+        except Exception:
+            self._look(step)
+            raise
+
+    def _look(self, step: int | None) -> None:
         recorded = self._learned.recorded
         if recorded is None or not recorded.hindrance or not self._learned.can_record:
             return
