@@ -240,7 +240,8 @@ class Trainer:
     def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
         rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
         add = partial(self._add_gradients, weight=weight, factor=factor, again=again)
-        if isinstance(rows, Placed) and self.world.size == 1 and not again and factor == 1.0:
+        is_plain = not again and self.state.scale is None and self.world.size == 1
+        if isinstance(rows, Placed) and is_plain:
             recorded = self.economy.recorded_parts(part.batch)
             if recorded is not None:
                 return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)
