@@ -21,12 +21,14 @@ from onward.data.plan.loader import Batch
 from onward.data.plan.order import FilePlan, RowReference
 from onward.data.tokenized import Row
 from onward.training.device.execution import Execution
+from onward.training.device.memory import Usage
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.recording import Watch, is_held
 from onward.training.state import Cursor, TrainState
-from onward.training.steps.economy import Learned
+from onward.training.steps.economy import ROOMY, Learned
 from onward.training.steps.loss import TargetLoss
+from onward.training.steps.memory import largest_part
 from onward.training.steps.recorded_parts import PROOFS, RecordedParts
 from onward.training.steps.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
 from onward.training.trainer import Trainer
@@ -189,6 +191,18 @@ def test_recordings_are_the_first_to_go_if_memory_runs_out(setting: str, monkeyp
     assert (True, None) == (trainer.economy.learned.lacks_memory, trainer.economy.learned.recorded)
     assert not trainer.economy.always
     assert train(make_trainer(None)) == found
+
+
+@pytest.mark.parametrize(("missing", "records"), [(0, True), (1 << 20, False)])
+def test_parts_are_recorded_where_there_is_room(missing: int, records: bool) -> None:
+    """What they keep, their gradients twice, and the largest part of a step must take at most three quarters."""
+    trainer = make_trainer(Recorder())
+    rows = batch((20, 20, 20), 0)
+    own, largest = (trainer.economy.profile.estimate(part) for part in ([64], largest_part(trainer.config)))
+    taken = own.gradients + own.gradients + own.activations + own.logits + largest.total
+    room = int(taken / ROOMY) + 2 - missing
+    trainer.economy.learned.read = lambda _: Usage(room, room, 0)
+    assert records == (trainer.economy.recorded_parts(rows) is not None)
 
 
 def test_recordings_go_where_they_are_switched_off() -> None:

@@ -238,7 +238,7 @@ class RecordingPlace:
             _FAILED.append(graph)
             generator = self._cuda.default_generators[index]
             generator.graphsafe_set_state(generator.clone_state())
-            with contextlib.suppress(RuntimeError):  # the allocator knows: only the graph could not be made
+            with contextlib.suppress(AttributeError, RuntimeError):  # it cannot be told, or knows
                 self._cuda.memory._cuda_endAllocateToPool(index, pool)
                 self._cuda.memory._cuda_releasePool(index, pool)
         graph.reset()

@@ -140,7 +140,7 @@ class Economy:
             usage = self.learned.read(self._device)
             own = self.profile.estimate([1 << size])
             beside = self.profile.estimate(largest_part(self._config)).total
-            kept = own.gradients + own.activations + own.logits
+            kept = 2 * own.gradients + own.activations + own.logits  # where they are computed, and where they are left
             self._roomy[size] = usage is not None and kept + beside <= ROOMY * usage.available
         return self._roomy[size]
 
