@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from one_call import let_attend_in_one_call
 from op_recorder import OpRecorder
+from processes import apart
 from runs import new_run
 
 from onward import Run
@@ -119,6 +121,29 @@ def test_a_recording_that_breaks_its_step_is_not_tried_by_the_next_process(
         Run(run.layout.root).train()
     assert 1 == failing.recorded
     assert ["done"] * 2 == [entry["state"] for entry in run.history()]
+
+
+def _die_recording(root: str) -> None:
+    patch = pytest.MonkeyPatch()
+    let_attend_in_one_call(patch)
+    patch.setattr("onward.training.measuring.probe.recorder_for", lambda _: Recorder())
+    patch.setattr("onward.training.steps.economy.sharing_recorder", lambda _: lambda _: os._exit(9))
+    Run(root).train()
+
+
+def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
+    model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """After two deaths in the same place, the next process records nothing in that file, and an event says so."""
+    run = new_run(tmp_path / "run", model, batch_size=2)
+    run.add(*files[:2])
+    assert [9, 9, 0] == [apart(_die_recording, str(run.layout.root)) for _ in range(3)]
+    assert ["done"] * 2 == [entry["state"] for entry in run.history()]
+    with Ledger(run.layout.ledger) as ledger:
+        found = [event.message for event in ledger.events(100) if "replayed" in event.message]
+    assert ["steps are not replayed in this file: 2 processes died in it"] == found
+    run.add(files[2])
+    assert 9 == apart(_die_recording, str(run.layout.root))
 
 
 def test_cuda_graphs_may_be_off(

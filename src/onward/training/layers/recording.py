@@ -236,11 +236,12 @@ class RecordingPlace:
             graph.capture_end()
         except RuntimeError:
             _FAILED.append(graph)
-            generator = self._cuda.default_generators[index]
-            generator.graphsafe_set_state(generator.clone_state())
             with contextlib.suppress(AttributeError, RuntimeError):  # it cannot be told, or knows
                 self._cuda.memory._cuda_endAllocateToPool(index, pool)
                 self._cuda.memory._cuda_releasePool(index, pool)
+            with contextlib.suppress(RuntimeError):  # the device is lost, as the next computation says
+                generator = self._cuda.default_generators[index]
+                generator.graphsafe_set_state(generator.clone_state())
         graph.reset()
 
 

@@ -201,7 +201,7 @@ class Worker:
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
         can_record = self._committed.probe().can_record
-        recordings = Recordings(self.ledger, self._learned, session.environment, can_record=can_record)
+        recordings = Recordings(self.ledger, self._learned, session.environment, file_id, can_record=can_record)
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
