@@ -45,6 +45,21 @@ def test_bits_that_differ_stand_out() -> None:
     assert ["| SIGKILL | change 1 | == | - |", "| SIGKILL | change 2 | **differs** | - |"] == lines
 
 
+def test_an_exactness_check_that_did_not_end_is_not_passed_over() -> None:
+    """It has a line like one whose bits differ, and `make gpu` fails; one that was not begun is only called so."""
+    report = load("report")
+    records = [
+        {"check": "files", "status": "failed: out of memory", "seconds": 1.0, "exact": True},
+        {"check": "kills", "status": "not run: no time left", "seconds": 0.0, "exact": True},
+        {"check": "machine", "status": "failed: out of memory", "seconds": 1.0},
+        *({"subject": "twice", "method": method, "equal": method == "lora"} for method in ("lora", "full")),
+    ]
+    lines = section(report.render(records), "Exactness").strip().splitlines()[2:]
+    assert "| files | - | **not seen** | failed: out of memory |" == lines[-1]
+    assert 3 == len(lines)
+    assert ["twice", "files"] == report.not_equal(records)
+
+
 def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
     """What a process was writing when it was ended costs one figure, not the page."""
     record, path = load("record"), tmp_path / "results.jsonl"

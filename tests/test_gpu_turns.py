@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,3 +89,31 @@ def test_a_waiting_process_ends_with_the_suite(tmp_path: Path) -> None:
     while not ended.exists() and time.monotonic() < patience:
         time.sleep(0.05)
     assert ended.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_suite_ends_its_checks_and_shows_what_it_has(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM: no process of a check stays on the GPU, and the page has what was found before."""
+    began = tmp_path / "began"
+    scripts = [
+        script(tmp_path / "first.py", "wait(); import record; record.emit('verify --deep', equal=True)"),
+        script(
+            tmp_path / "second.py",
+            f"import os, time; wait(); open({str(began)!r}, 'w').write(str(os.getpid())); time.sleep(99)",
+        ),
+    ]
+    code = (
+        f"import sys, suite; sys.argv = ['suite', '--tiny', '--out', {str(tmp_path / 'out')!r}]\n"
+        f"suite.checks = lambda _: [suite.Check(path, (path,)) for path in {scripts!r}]\nsuite.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    patience = time.monotonic() + 60
+    while not (began.exists() and began.read_text()) and time.monotonic() < patience:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert 0 != process.returncode
+    assert "| verify --deep | - | == | - |" in said
+    assert said.strip() == (tmp_path / "out" / "RESULTS-GPU.md").read_text().strip()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(began.read_text()), 0)

@@ -30,8 +30,8 @@ def render(records: Sequence[Record]) -> str:
     """Return the page in Markdown."""
     found = [each for each in records if "subject" in each]
     statuses = [each for each in records if "check" in each]
-    parts = (_machine, _exactness, _speed, _layers, _memory, _room, _ratios)
-    sections = [*(part(found) for part in parts), _statuses(statuses)]
+    parts = (_speed, _layers, _memory, _room, _ratios)
+    sections = [_machine(found), _exactness(found, statuses), *(part(found) for part in parts), _statuses(statuses)]
     remarks = REMARKS.read_text(encoding="utf-8") if REMARKS.exists() and found else ""
     head = (
         "# Results on a GPU\n\n"
@@ -79,12 +79,25 @@ def _machine(found: Sequence[Record]) -> str:
     )
 
 
-def _exactness(found: Sequence[Record]) -> str:
+def not_equal(records: Sequence[Record]) -> list[str]:
+    """Return the exactness checks whose bits differ, or that began and did not end."""
+    differing = [each["subject"] for each in records if each.get("subject") in EQUAL and not each["equal"]]
+    return [*differing, *(each["check"] for each in _unseen(records))]
+
+
+def _unseen(statuses: Iterable[Record]) -> list[Record]:
+    """Return the exactness checks that began and did not end."""
+    exact = [each for each in statuses if each.get("exact")]
+    return [each for each in exact if each["status"] != "done" and not each["status"].startswith("not run")]
+
+
+def _exactness(found: Sequence[Record], statuses: Sequence[Record]) -> str:
     rows: list[Sequence[object]] = []
     for each in _of(found, *EQUAL):
         detail = each.get("instant") or " ".join(filter(None, (each.get("method"), each.get("dtype"))))
         said = each.get("said") or (f"{each['replays']} parts of steps replayed" if each.get("replays") else None)
         rows.append((each["subject"], detail or None, "==" if each["equal"] else "**differs**", said))
+    rows += [(each["check"], None, "**not seen**", each["status"]) for each in _unseen(statuses)]
     return _table("Exactness", ("check", "of", "bits", "said"), rows)
 
 

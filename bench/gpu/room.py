@@ -20,6 +20,7 @@ STEPS = 2
 
 def fits(shape: str, method: str, gibibytes: float, **settings: Any) -> None:
     """Report whether steps fit into a card of this size, and how fast they are there."""
+    from onward.errors import first_line
     from onward.training.device.errors import is_out_of_memory
     from onward.training.device.memory import Usage
 
@@ -38,7 +39,7 @@ def fits(shape: str, method: str, gibibytes: float, **settings: Any) -> None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        emit("fits", **found, fits=False, said=str(error).splitlines()[0][:200])
+        emit("fits", **found, fits=False, said=first_line(error)[:200])
         return
     rate = sum(tokens for _, tokens in steps) / sum(seconds for seconds, _ in steps)
     peak = torch.cuda.max_memory_reserved() if has_gpu else None

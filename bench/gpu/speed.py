@@ -125,12 +125,16 @@ def measure_determinism(trainer: Any, shape: str) -> None:
 
 
 def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
-    """Return the lengths of the rows of each part that was trained."""
+    """Return the lengths of the rows of each part that was trained, with the row that fills it up."""
     from onward.training.steps.parts import parts_of
 
-    steps = batches(shape, kind, timed_steps(kind, shape) + warm(kind, shape))
-    parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]
-    return [[len(row.ids) for row in part.rows] for part in parts]
+    found: list[list[int]] = []
+    for rows in batches(shape, kind, timed_steps(kind, shape) + warm(kind, shape)):
+        for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout):
+            lengths = [len(row.ids) for row in part.batch.rows]
+            sizes = trainer.loss.sizes(lengths, part.batch.target_tokens)
+            found.append(lengths if sizes is None else [*lengths, sizes.tokens - sum(lengths)])
+    return found
 
 
 def measure_peer(side: str, shape: str, kind: str) -> None:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import record
-from report import render
+from report import not_equal, render
 from turns import Prepared
 
 HERE = Path(__file__).parent
@@ -162,7 +163,8 @@ class Suite:
         else:
             status = self._outcome(check, process, min(check.seconds, self._left()))
         seconds = round(time.monotonic() - begun, 1)
-        record.append(self._records, {"check": check.name, "status": status, "seconds": seconds})
+        exact = {} if check.alone else {"exact": True}
+        record.append(self._records, {"check": check.name, "status": status, "seconds": seconds, **exact})
         print(f"{check.name}: {status} ({seconds} s)", file=sys.stderr, flush=True)
         (self._out / PAGE.name).write_text(render(record.read(self._records)), encoding="utf-8")
 
@@ -216,18 +218,33 @@ def main() -> None:
         PAGE.write_text(render(record.read(options.render)), encoding="utf-8")
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.jsonl").unlink(missing_ok=True)
+    for name in ("results.jsonl", PAGE.name):
+        (options.out / name).unlink(missing_ok=True)
     chosen = [
         check for check in checks(options.tiny) if not options.only or any(word in check.name for word in options.only)
     ]
     deadline = time.monotonic() + options.seconds
     reason = "" if options.tiny or _has_gpu() else "no GPU"
-    with contextlib.closing(Suite(options.out, deadline, reason)) as suite:
-        suite.run(chosen)
-    has_run = any("subject" in each for each in record.read(options.out / "results.jsonl"))
-    if not options.tiny and not options.only and (has_run or not PAGE.exists()):  # nothing replaces what was seen
-        PAGE.write_text((options.out / PAGE.name).read_text(encoding="utf-8"), encoding="utf-8")
-    print((options.out / PAGE.name).read_text(encoding="utf-8"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # like Ctrl-C: processes of checks end too
+    try:
+        with contextlib.closing(Suite(options.out, deadline, reason)) as suite:
+            suite.run(chosen)
+    finally:
+        _publish(options.out, replaces=not options.tiny and not options.only)
+    broken = not_equal(record.read(options.out / "results.jsonl"))
+    if broken:
+        sys.exit(f"not exact, or not shown to be: {', '.join(broken)}")
+
+
+def _publish(out: Path, *, replaces: bool) -> None:
+    """Print the page of what was found, and keep it if anything was seen: nothing else replaces an earlier one."""
+    page = out / PAGE.name
+    has_run = any("subject" in each for each in record.read(out / "results.jsonl"))
+    if not page.exists():
+        return
+    if replaces and (has_run or not PAGE.exists()):
+        PAGE.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    print(page.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,20 @@ def test_a_signal_to_any_rank_commits(made: Run, files: list[Path], alone: Path)
     assert_same_state(alone, root)
 
 
+def test_a_released_pause_frees_the_models_of_all(made: Run, files: list[Path], alone: Path) -> None:
+    """`pause --release` in the middle of a file: a resume loads the model again on every rank and loses no bit."""
+    root = made.layout.root
+    log = root.parent / "log"
+    with Ranks(log, 2, "train", *files, "--run", root, prepare={0: hold(made, 3)}) as ranks:
+        until(is_in(made, files[0].name), ranks.processes[0])
+        made.pause(release=True)
+        until(lambda: made.status()["state"] == "paused", ranks.processes[0])
+        hold(made).let_go.touch()
+        made.resume()
+        assert [0, 0] == ranks.join(), log.read_text()
+    assert_same_state(alone, root)
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_rank_ends_all(lost: int, made: Run, files: list[Path], alone: Path) -> None:
     """The others say which rank is gone and end with status 1; from the last commit on the bits are the same."""

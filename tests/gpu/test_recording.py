@@ -39,17 +39,65 @@ def test_a_replay_computes_with_the_current_numbers() -> None:
 
 
 def test_a_recording_that_fails_leaves_nothing_behind() -> None:
-    """Something in it waits for the device: it is refused, and random numbers and later recordings are as before."""
+    """Something in it waits for the device: it is refused, and random numbers and later recordings are as before.
+
+    Its memory is free again. What was recorded before it is not replayed.
+    """
     torch.cuda.manual_seed(5)
     wanted = torch.rand(100, device=DEVICE)
+    earlier = Recording(lambda: torch.rand(100, device=DEVICE), RecordingPlace(DEVICE))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(DEVICE)
     place = RecordingPlace(DEVICE)
     with pytest.raises(RuntimeError):
-        Recording(lambda: torch.rand(100, device=DEVICE).sum().item(), place)
+        Recording(lambda: torch.rand(64 << 20, device=DEVICE).sum().item(), place)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(DEVICE) < before + (64 << 20)
     torch.cuda.manual_seed(5)
     assert torch.equal(wanted, torch.rand(100, device=DEVICE))
+    assert torch.ones(8).pin_memory().to(DEVICE, non_blocking=True).sum() == 8
+    with pytest.raises(RuntimeError, match="another recording failed"):
+        earlier()
     replay = Recording(lambda: torch.rand(100, device=DEVICE), place)
     torch.cuda.manual_seed(5)
     assert torch.equal(wanted, replay())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyError])
+def test_an_error_of_the_host_ends_a_recording_too(error: type[Exception]) -> None:
+    """It is raised as it is; recordings made before it stay, and others can be made."""
+    place = RecordingPlace(DEVICE)
+    earlier = Recording(lambda: torch.rand(100, device=DEVICE), place)
+
+    def fail() -> None:
+        torch.rand(1000, device=DEVICE)
+        raise error("no")
+
+    with pytest.raises(error, match="no"):
+        Recording(fail, place)
+    for replay in (earlier, Recording(lambda: torch.rand(100, device=DEVICE), place)):
+        torch.cuda.manual_seed(6)
+        wanted = torch.rand(100, device=DEVICE)
+        torch.cuda.manual_seed(6)
+        assert torch.equal(wanted, replay())
+
+
+def test_a_step_after_a_failed_recording_is_computed() -> None:
+    """Dropout, a backward pass and a product, on the stream that every step uses."""
+    weight = torch.nn.Parameter(torch.ones(64, 64, device=DEVICE))
+
+    def step() -> torch.Tensor:
+        weight.grad = None
+        (torch.nn.functional.dropout(weight, 0.5) @ weight).sum().backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    torch.cuda.manual_seed(5)
+    wanted = step().clone()
+    with pytest.raises(RuntimeError):
+        Recording(lambda: step().sum().item(), RecordingPlace(DEVICE))
+    torch.cuda.manual_seed(5)
+    assert torch.equal(wanted, step())
 
 
 def test_what_waits_is_found_before() -> None:

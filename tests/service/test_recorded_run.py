@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,11 +13,14 @@ import pytest
 import tiny
 from one_call import let_attend_in_one_call
 from op_recorder import OpRecorder
+from processes import apart
 from runs import new_run
 
 from onward import Run
+from onward.errors import DeviceLost
 from onward.service.owner.training.recordings import FACT
 from onward.store.ledger import Ledger
+from onward.training.trainer import Trainer
 
 
 class Recorder:
@@ -94,6 +98,52 @@ def test_a_recording_that_goes_wrong_is_not_tried_by_the_next_process(
     with recording(monkeypatch, works):
         Run(run.layout.root).train(files[3])
     assert 0 < works.replays
+
+
+def test_a_recording_that_breaks_its_step_is_not_tried_by_the_next_process(
+    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the device is lost together with it, the process ends; the next one trains the file without recordings."""
+    let_attend_in_one_call(monkeypatch)
+    run, failing = new_run(tmp_path / "run", model, batch_size=2), Recorder(fails=True)
+    fill = Trainer._fill
+
+    def lost(trainer: Trainer) -> None:
+        if failing.recorded:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        fill(trainer)
+
+    with recording(monkeypatch, failing), monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_fill", lost)
+        with pytest.raises(DeviceLost):
+            run.train(*files[:2])
+    with recording(monkeypatch, failing):
+        Run(run.layout.root).train()
+    assert 1 == failing.recorded
+    assert ["done"] * 2 == [entry["state"] for entry in run.history()]
+
+
+def _die_recording(root: str) -> None:
+    patch = pytest.MonkeyPatch()
+    let_attend_in_one_call(patch)
+    patch.setattr("onward.training.measuring.probe.recorder_for", lambda _: Recorder())
+    patch.setattr("onward.training.steps.economy.sharing_recorder", lambda _: lambda _: os._exit(9))
+    Run(root).train()
+
+
+def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
+    model: Path, files: list[Path], tmp_path: Path
+) -> None:
+    """After two deaths in the same place, the next process records nothing in that file, and an event says so."""
+    run = new_run(tmp_path / "run", model, batch_size=2)
+    run.add(*files[:2])
+    assert [9, 9, 0] == [apart(_die_recording, str(run.layout.root)) for _ in range(3)]
+    assert ["done"] * 2 == [entry["state"] for entry in run.history()]
+    with Ledger(run.layout.ledger) as ledger:
+        found = [event.message for event in ledger.events(100) if "replayed" in event.message]
+    assert ["steps are not replayed in this file: 2 processes died in it"] == found
+    run.add(files[2])
+    assert 9 == apart(_die_recording, str(run.layout.root))
 
 
 def test_cuda_graphs_may_be_off(

@@ -21,12 +21,14 @@ from onward.data.plan.loader import Batch
 from onward.data.plan.order import FilePlan, RowReference
 from onward.data.tokenized import Row
 from onward.training.device.execution import Execution
+from onward.training.device.memory import Usage
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.recording import Watch, is_held
 from onward.training.state import Cursor, TrainState
-from onward.training.steps.economy import Learned
+from onward.training.steps.economy import ROOMY, Learned
 from onward.training.steps.loss import TargetLoss
+from onward.training.steps.memory import largest_part
 from onward.training.steps.recorded_parts import PROOFS, RecordedParts
 from onward.training.steps.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
 from onward.training.trainer import Trainer
@@ -147,6 +149,88 @@ def test_what_cannot_be_recorded_is_computed_as_usual(error: type[Exception]) ->
 
     assert train(make_trainer(None)) == train(make_trainer(fail))
     assert [1] == calls
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+def test_a_replay_that_fails_is_computed_as_usual(failing: int) -> None:
+    """Before replays are trusted and after: the step is taken nevertheless, and nothing is replayed any more."""
+    recorder = Recorder()
+
+    def fails(compute: Compute) -> Compute:
+        replay = recorder(compute)
+
+        def run() -> torch.Tensor:
+            found = replay()
+            if recorder.replays == failing:
+                raise RuntimeError("another recording failed")
+            return found
+
+        return run
+
+    trainer = make_trainer(fails)
+    assert train(make_trainer(None)) == train(trainer)
+    assert failing == recorder.replays
+    assert trainer.economy.learned.recorded is not None
+    assert "RuntimeError: another recording failed" == trainer.economy.learned.recorded.hindrance
+
+
+@pytest.mark.parametrize("setting", ["auto", "off"])
+def test_recordings_are_the_first_to_go_if_memory_runs_out(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is taken again without them; only if that lacks memory too, layers are recomputed, if they may be."""
+    trainer = make_trainer(Recorder(), activation_checkpointing=setting)
+    left, parts = [9], Trainer._add_part
+
+    def add_part(self: Trainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return parts(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "_add_part", add_part)
+    found = train(trainer)
+    assert (True, None) == (trainer.economy.learned.lacks_memory, trainer.economy.learned.recorded)
+    assert not trainer.economy.always
+    assert train(make_trainer(None)) == found
+
+
+@pytest.mark.parametrize(("missing", "records"), [(0, True), (1 << 20, False)])
+def test_parts_are_recorded_where_there_is_room(missing: int, records: bool) -> None:
+    """What they keep, their gradients twice, and the largest part of a step must take at most three quarters."""
+    trainer = make_trainer(Recorder())
+    rows = batch((20, 20, 20), 0)
+    own, largest = (trainer.economy.profile.estimate(part) for part in ([64], largest_part(trainer.config)))
+    taken = own.gradients + own.gradients + own.activations + own.logits + largest.total
+    room = int(taken / ROOMY) + 2 - missing
+    trainer.economy.learned.read = lambda _: Usage(room, room, 0)
+    assert records == (trainer.economy.recorded_parts(rows) is not None)
+
+
+def test_recordings_go_where_they_are_switched_off() -> None:
+    """What they keep is free then."""
+    recorder = OpRecorder()
+    trainer = make_trainer(recorder)
+    train(trainer)
+    trainer.economy.follow(trainer.config.model_copy(update={"cuda_graphs": "off"}))
+    replays = recorder.replays
+    train(trainer)
+    assert 0 < replays == recorder.replays
+    assert trainer.economy.learned.recorded is None
+
+
+def test_several_processes_record_nothing() -> None:
+    """Then the parts of a step are computed as usual."""
+    recorder = Recorder()
+    trainer = make_trainer(recorder)
+    trainer.world = SingleProcess(CPU, size=2)  # as far as a step asks
+    train(trainer)
+    assert 0 == recorder.recorded
+
+
+def test_what_was_learned_of_another_model_is_refused() -> None:
+    """Its loss would leave the gradients in the other model's weights."""
+    one, other = make_trainer(None), make_trainer(None)
+    with pytest.raises(AssertionError, match="another model"):
+        Trainer(one.state, one.config, one.execution, learned=other.economy.learned)
 
 
 def test_what_cannot_be_watched_is_computed_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from fake_cuda import Graphs
 from op_recorder import OpRecorder
 from rows import CPU, tiny_model
 from torch.nn import functional
 
 from onward.training.layers.attention import lay_end_to_end
-from onward.training.layers.recording import Recordable, Watch, is_held
+from onward.training.layers.recording import Recordable, Recording, RecordingPlace, Watch, is_held
 from onward.training.measuring.fingerprints import Fingerprints
 from onward.training.measuring.probe import Probe
 
@@ -137,6 +138,42 @@ def test_a_recording_that_fails_is_not_tried_again(error: type[Exception]) -> No
     assert [False, False] == [own.record(), own.record()]
     assert 7 == own()
     assert [1] == tries
+
+
+@pytest.mark.parametrize("where", ["on the device", "in Python", "at its end"])
+def test_a_recording_that_fails_leaves_nothing_behind(where: str) -> None:
+    """No memory is taken for it any more, none is kept, random numbers can be drawn, and others can be recorded.
+
+    What is raised is the first error, not the one that follows from it at the end.
+    """
+    cuda = Graphs(lacks_memory=where == "at its end")
+    compute = {"on the device": cuda.fail, "in Python": lambda: {}["no"], "at its end": lambda: 7}[where]
+    place = RecordingPlace(CPU, cuda)
+    wanted = {"on the device": "not permitted", "in Python": "no", "at its end": "out of memory"}[where]
+    with pytest.raises((RuntimeError, KeyError), match=wanted):
+        Recording(compute, place)
+    cuda.default_generators[0].draw()
+    assert ([], [0]) == (cuda.device.underway, list(cuda.device.users.values()))
+    cuda.lacks_memory = False
+    assert 7 == Recording(lambda: 7, place)()
+
+
+def test_after_a_failure_on_the_device_earlier_recordings_are_not_replayed() -> None:
+    """They might draw other random numbers; what a recordable computation gives is computed again."""
+    cuda = Graphs()
+    first = Recordable(lambda: 7, CPU, lambda compute: Recording(compute, RecordingPlace(CPU, cuda)))
+    first()
+    assert first.record()
+    earlier = Recording(lambda: 8, RecordingPlace(CPU, cuda))
+    with pytest.raises(KeyError):
+        Recording(lambda: {}["no"], RecordingPlace(CPU, cuda))
+    assert (7, 8) == (first(), earlier())
+    with pytest.raises(RuntimeError, match="not permitted"):
+        Recording(cuda.fail, RecordingPlace(CPU, cuda))
+    with pytest.raises(RuntimeError, match="another recording failed"):
+        earlier()
+    assert 7 == first()
+    assert not first.record()
 
 
 class Replays:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from one_call import attended
+from one_call import attend, attended
 from peft import LoraConfig, get_peft_model
 from rows import CPU, WINDOWED, batch, tiny_model
 from torch import nn
 
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
+from onward.training.layers.recording import Watch
 from onward.training.layers.varlen import VARLEN, RowKernel, Varlen, kernel_for, kernel_name
 from onward.training.steps.loss import TargetLoss
 
@@ -33,7 +34,7 @@ def newest(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Attend as `varlen_attn` of PyTorch 2.11 and later says it does: softmax over whole matrices, with a mask."""
+    """Attend as `varlen_attn` of PyTorch 2.13 says it does: softmax over whole matrices, with a mask."""
     assert torch.equal(cu_seq_q, cu_seq_k)
     assert torch.int32 == cu_seq_q.dtype
     assert max_q == max_k == int(cu_seq_q.diff().max())
@@ -89,6 +90,28 @@ def test_one_call_is_row_by_row(model_type: str, kernel: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     window = model_type in WINDOWED and kernel is without_window  # such a kernel is not asked
     assert ([] if window else [sum(LENGTHS)] * 2) == calls
+
+
+def test_what_a_kernel_takes_is_tried_before_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trying it waits for the device; a process may watch its first pass, to see whether it can be recorded."""
+    tried: list[tuple[object, ...]] = []
+
+    def tries(*given: object) -> bool:
+        if given not in tried:
+            tried.append(given)
+            torch.rand(2).tolist()
+        return False
+
+    def ungrouped(*args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> torch.Tensor:
+        return attend(*args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr("onward.training.layers.varlen.takes_groups", tries)
+    monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)  # as on a GPU
+    loss_of = TargetLoss(tiny_model("llama", ROW_ATTENTION), CPU, torch.float32, kernel=found(ungrouped))
+    rows = loss_of.placed(batch(*LENGTHS))
+    with Watch(CPU) as watch:
+        loss_of(rows).backward()
+    assert ("", 1) == (watch.hindrance, len(tried))
 
 
 def test_a_window_sees_itself_and_those_before() -> None:

@@ -69,6 +69,7 @@ class Trainer:
         self.exchange = execution.placement or exchange_of(execution.world, config.exchange)
         device = execution.world.device
         learned = learned or Learned()
+        assert learned.loss is None or learned.loss.model is state.model, "what was learned is of another model"
         self.loss = self._loss(learned)
         self.economy = Economy(state, self.loss, config, device, learned)
 
@@ -171,26 +172,39 @@ class Trainer:
         Args:
             factor: what the gradient, but not the loss, is multiplied by.
 
-        If memory runs out and layers may be recomputed, everything is repeated with recomputation, to the same bits.
+        If memory runs out, everything is repeated without recordings, then with recomputation, to the same bits.
         """
         parts = parts_of(batch, self.config, self.state.step, self.loss.layout)
+        again: Sequence[bool] | None
         with self.world.together():
-            recompute = self._recomputed(parts)
-        try:
-            return self._accumulate(parts, recompute, batch.weight, factor)
-        except Exception as error:
-            self.state.optimizer.zero_grad(set_to_none=True)
-            if not is_out_of_memory(error) or self.economy.setting != "auto" or not self.world.any(not all(recompute)):
-                raise
-            forget_frames(error)  # they hold the graph
-            self.economy.record_nothing()
-            release_freed_memory()
-            with self.world.together():
-                may_recompute = self.economy.may_recompute()
-            if not may_recompute:
-                raise
+            again = self._recomputed(parts)
+        while True:
+            try:
+                return self._accumulate(parts, again, batch.weight, factor)
+            except Exception as error:
+                self.state.optimizer.zero_grad(set_to_none=True)
+                again = self._with_less(error, again) if is_out_of_memory(error) else None
+                if again is None:
+                    raise
+
+    def _with_less(self, error: Exception, recompute: Sequence[bool]) -> Sequence[bool] | None:
+        """Let go of what a step that lacked memory can do without; return which parts to recompute, None if it cannot.
+
+        Recordings go first, which only a process that trains alone has.
+        """
+        had_recordings = self.economy.record_nothing()
+        if not had_recordings and (self.economy.setting != "auto" or not self.world.any(not all(recompute))):
+            return None
+        forget_frames(error)  # they hold the graph
+        release_freed_memory()
+        if had_recordings:
+            return recompute
+        with self.world.together():
+            may_recompute = self.economy.may_recompute()
+        if not may_recompute:
+            return None
         self.economy.always = True
-        return self._accumulate(parts, [True] * len(parts), batch.weight, factor)
+        return [True] * len(recompute)
 
     def _recomputed(self, parts: Sequence[Part]) -> list[bool]:
         """Return for each part whether its layers are recomputed. This may measure, so it comes before any gradient.
@@ -226,7 +240,8 @@ class Trainer:
     def _add_part(self, part: Part, weight: float, factor: float, *, again: bool, alone: bool) -> torch.Tensor:
         rows, context = self.loss.filled(part.batch, weight), partial(self._context, part.seed)
         add = partial(self._add_gradients, weight=weight, factor=factor, again=again)
-        if isinstance(rows, Placed) and not again and factor == 1.0:
+        is_plain = not again and self.state.scale is None and self.world.size == 1
+        if isinstance(rows, Placed) and is_plain:
             recorded = self.economy.recorded_parts(part.batch)
             if recorded is not None:
                 return recorded.add(rows, add, context, (rows.sizes, self.config.lora.dropout), alone=alone)

@@ -9,6 +9,8 @@ from onward.service.shown import BUSY
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
+DIED = "died"
+"""The ledger's fact with the last deaths (`Deaths`); None after a process that ended in order."""
 LIMIT = 5
 """How often the process may die in one file without a commit before the file is quarantined."""
 PATIENT = 3
@@ -50,15 +52,15 @@ def find_crash(ledger: Ledger) -> Crash | None:
     """
     state = str(ledger.get("state"))
     if state not in BUSY:
-        ledger.put(died=None)
+        ledger.put(**{DIED: None})
         return None
-    known: dict[str, Any] = ledger.get("died") or {}
+    known: dict[str, Any] = ledger.get(DIED) or {}
     before = Deaths(**known)
     row = next(reversed(ledger.files("training")), None)
     step, file_id = ledger.committed_step(), row.id if row else None
     same = before.step == step and before.file == file_id
     deaths = Deaths(step, file_id, before.count + 1 if same else 1)
     with ledger.transaction():
-        ledger.put(died=asdict(deaths))
+        ledger.put(**{DIED: asdict(deaths)})
         ledger.add_event("warning", f"the process before this one died while it was {state}, after step {step}")
     return Crash(state, row, deaths)

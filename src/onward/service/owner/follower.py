@@ -254,7 +254,7 @@ class Follower:
     def _let_go(self) -> None:
         self._wait_for_shards()
         self._state = self._trainer = self._plan = self._model = self._held = self._placement = self._copy = None
-        self._files = {}
+        self._files, self._learned = {}, Learned()
         gc.collect()
         release_freed_memory()
 

@@ -6,7 +6,7 @@ import time
 
 from onward.errors import OnwardError
 from onward.service.owner import faults
-from onward.service.owner.crashes import Crash
+from onward.service.owner.crashes import DIED, Crash
 from onward.service.owner.owned import Owned
 from onward.service.shown import FAILED, PAUSED
 
@@ -50,7 +50,7 @@ class Recovery:
         if crash.gives_up and row is not None and row.state == "training":  # unless it was skipped since
             reason = f"the process died {deaths.count} times in this file without getting past step {deaths.step}"
             faults.quarantine(owned.layout, owned.ledger, row, reason)
-            owned.ledger.put(died=None)
+            owned.ledger.put(**{DIED: None})
         elif crash.waits:
             seconds = min(crash.waits, LONGEST)
             problem = f"the process died {deaths.count} times after step {deaths.step}; goes on in {seconds:.0f} s"

@@ -111,7 +111,10 @@ class Recordable(Generic[Result]):
     def __call__(self) -> Result:
         """Compute, or replay what was recorded."""
         if self._replay is not None:
-            return self._replay()
+            try:
+                return self._replay()
+            except Exception:  # another recording failed, for example; if it was something else, that is raised again
+                self.forget()
         return self._compute() if self._was_watched or self._recorder is None else self._watched()
 
     def record(self) -> bool:
@@ -165,22 +168,28 @@ class Recording(Generic[Result]):
         place: where it is recorded.
 
     Raises:
-        RuntimeError: it cannot be recorded; nothing of the attempt is left.
+        Exception: it cannot be recorded, and is not. If that was found at its end, earlier recordings are invalid.
     """
 
     def __init__(self, compute: Callable[[], Result], place: RecordingPlace) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        with place.current():
-            self._graph.capture_begin(place.pool, capture_error_mode="thread_local")  # other threads copy meanwhile
-            try:
-                self._result = compute()
-            finally:
-                place.end(self._graph)
+        with place.recorded() as self._graph:
+            self._result = compute()
+        self._failures = len(_FAILED)
 
     def __call__(self) -> Result:
-        """Compute again."""
+        """Compute again.
+
+        Raises:
+            RuntimeError: another recording failed since this one was made.
+        """
+        if self._failures != len(_FAILED):
+            raise RuntimeError("another recording failed, which may have changed how random numbers are drawn")
         self._graph.replay()
         return self._result
+
+
+_FAILED: list[Any] = []
+"""Graphs whose recording failed. PyTorch's allocator of pinned memory may refer to them as long as the process runs."""
 
 
 class RecordingPlace:
@@ -188,36 +197,52 @@ class RecordingPlace:
 
     Args:
         device: a CUDA device.
+        cuda: `torch.cuda`, or a substitute for it.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, torch.cuda.Stream(device)
-        self._index = self._stream.device_index
-        self.pool: Any = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda, self._stream = device, cuda, cuda.Stream(device)
+        self._pool: Any = cuda.graph_pool_handle()
 
     @contextlib.contextmanager
-    def current(self) -> Generator[None]:
-        """Compute the body on the stream, after what was begun before it and before what comes after it."""
-        ordinary = torch.cuda.current_stream(self._device)
+    def recorded(self) -> Generator[Any]:
+        """Record what the body launches, and yield the graph of it, which can be replayed afterwards.
+
+        The stream computes after what was begun before it and before what comes after it. The error of the body is
+        raised, not the one that follows from it at the end of the recording.
+        """
+        graph, ordinary = self._cuda.CUDAGraph(), self._cuda.current_stream(self._device)
         self._stream.wait_stream(ordinary)
-        with torch.cuda.stream(self._stream):
-            yield
+        with self._cuda.stream(self._stream):
+            try:
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")  # other threads copy meanwhile
+                yield graph
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
         ordinary.wait_stream(self._stream)
 
-    def end(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a recording.
+    def _abandon(self, graph: Any) -> None:
+        """End a recording that failed; what comes after it is recorded into other memory.
 
-        If that fails, PyTorch would refuse to draw random numbers from then on, and keep some memory; so the generator
-        gets a fresh state, and the allocator is told.
+        If an operation failed on the device, PyTorch's own end stops halfway: what the recording allocated would never
+        be free again, and the generator would refuse to draw. So the allocator is told, and the generator gets a fresh
+        state.
         """
+        index, pool = self._stream.device_index, self._pool
+        self._pool = self._cuda.graph_pool_handle()
         try:
             graph.capture_end()
         except RuntimeError:
-            generator = torch.cuda.default_generators[self._index]
-            generator.graphsafe_set_state(generator.clone_state())
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self._index, self.pool)  # pyright: ignore
-            raise
+            _FAILED.append(graph)
+            with contextlib.suppress(AttributeError, RuntimeError):  # it cannot be told, or knows
+                self._cuda.memory._cuda_endAllocateToPool(index, pool)
+                self._cuda.memory._cuda_releasePool(index, pool)
+            with contextlib.suppress(RuntimeError):  # the device is lost, as the next computation says
+                generator = self._cuda.default_generators[index]
+                generator.graphsafe_set_state(generator.clone_state())
+        graph.reset()
 
 
 def recorder_for(device: torch.device) -> Recorder | None:

@@ -19,6 +19,8 @@ import torch
 HALF = (torch.bfloat16, torch.float16)
 WIDEST, MULTIPLE = 256, 8
 """The largest head size for FlashAttention, and what the size must be a multiple of."""
+GROUPED = "enable_gqa"
+"""The parameter that lets several heads of queries share one of keys and values."""
 FIRST_CAPABILITY = (8, 0)
 """The compute capability from which it runs."""
 
@@ -44,6 +46,11 @@ class Varlen:
         if kernel is None or "scale" not in takes or not takes & {"window_size", "is_causal"}:
             return None
         return cls(kernel, takes)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Find out now what would else be tried in the first pass, which may be watched and must not wait then."""
+        if GROUPED not in self.takes:
+            takes_groups(self.kernel, device, dtype)
 
     def fits(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None) -> bool:
         """Return whether it can attend to rows of these tensors, shape (1, heads, tokens, dim), with this window."""
@@ -79,8 +86,8 @@ class Varlen:
         else:
             extra["is_causal"] = True
         groups = query.shape[1] // key.shape[1]
-        if groups > 1 and "enable_gqa" in self.takes:
-            extra["enable_gqa"] = True
+        if groups > 1 and GROUPED in self.takes:
+            extra[GROUPED] = True
         elif groups > 1 and not takes_groups(self.kernel, query.device, query.dtype):
             key, value = (_repeated(part, groups) for part in (key, value))
         rows = (part[0].transpose(0, 1) for part in (query, key, value))

@@ -117,17 +117,21 @@ class Economy:
     def recorded_parts(self, part: Batch) -> RecordedParts | None:
         """Return what computes parts from recordings; None if this one is not recorded."""
         learned = self.learned
-        may_record = self._records and learned.can_record and not learned.lacks_memory and self._config.deterministic
-        if not may_record or not self._has_room_to_record(part):
+        if not (self._records and learned.can_record and not learned.lacks_memory and self._config.deterministic):
+            learned.recorded = None  # and what it keeps
+            return None
+        if not self._has_room_to_record(part):
             return None
         if learned.recorded is None:
             weights = list(self._state.parameters.values())
             learned.recorded = RecordedParts(weights, sharing_recorder(self._device))
         return learned.recorded
 
-    def record_nothing(self) -> None:
-        """Record nothing any more, and let go of what recordings keep."""
+    def record_nothing(self) -> bool:
+        """Record nothing any more, and let go of what recordings keep; return whether there were any."""
+        had_some = self.learned.recorded is not None and self.learned.recorded.keeps_some
         self.learned.lacks_memory, self.learned.recorded = True, None
+        return had_some
 
     def _has_room_to_record(self, part: Batch) -> bool:
         """Whether what the part is computed with may stay allocated beside the largest part that a step can have."""
@@ -136,7 +140,7 @@ class Economy:
             usage = self.learned.read(self._device)
             own = self.profile.estimate([1 << size])
             beside = self.profile.estimate(largest_part(self._config)).total
-            kept = own.gradients + own.activations + own.logits
+            kept = 2 * own.gradients + own.activations + own.logits  # where they are computed, and where they are left
             self._roomy[size] = usage is not None and kept + beside <= ROOMY * usage.available
         return self._roomy[size]
 

@@ -105,6 +105,8 @@ class TargetLoss:
         self.dtype = dtype
         self.pad_id = pad_id
         self._kernel = kernel or kernel_for(device, dtype)
+        if self._kernel is not None:
+            self._kernel.prepare(device, dtype)
         self._causal_lm: Any = causal_lm(model)
         self._takes_rows = takes_rows(self._causal_lm)
         self._keeps_logits = keeps_logits(self._causal_lm)

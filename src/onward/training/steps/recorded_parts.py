@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from onward.errors import first_line
+from onward.training.device.errors import forget_frames
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
 from onward.training.steps.gradients import added, put, taken
 from onward.training.steps.loss import Placed
@@ -84,16 +85,29 @@ class RecordedParts:
             return self._plain(part, compute, context)
         if known.proofs < (1 if self._is_proven else PROOFS):
             return self._proven(known, part, compute, context)
-        loss = self._replayed(known, part, context)
+        try:
+            loss = self._replayed(known, part, context)
+        except Exception as error:  # another recording failed, for example; nothing was added yet
+            self._forget(error)
+            return self._plain(part, compute, context)
         self.replays += 1
         self._keep(alone=alone)
         return loss
+
+    @property
+    def keeps_some(self) -> bool:
+        """Whether there are recordings, which keep memory."""
+        return self._flat is not None
 
     def forget(self, why: str) -> None:
         """Forget all recordings, and record nothing any more; their memory is free then."""
         self.hindrance = why
         self._known.clear()
         self._flat, self._gradients = None, []
+
+    def _forget(self, error: Exception) -> None:
+        self.forget(f"{type(error).__name__}: {first_line(error)}")
+        forget_frames(error)  # they hold what was allocated for the recording
 
     def _now(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
@@ -113,7 +127,7 @@ class RecordedParts:
             with context(), watch:
                 loss = compute(part)
         except Exception as error:  # something cannot be watched; if it was something else, that is raised again
-            self.forget(f"{type(error).__name__}: {first_line(error)}")
+            self._forget(error)
             taken(self._weights)
             loss = self._plain(part, compute, context)
         if watch.hindrance and not self.hindrance:
@@ -136,7 +150,7 @@ class RecordedParts:
             replayed = self._replayed(known, part, context)
             same = _same([loss, *usual], [replayed, *self._gradients])
         except Exception as error:  # too little memory, for example; the part is computed already
-            self.forget(f"{type(error).__name__}: {first_line(error)}")
+            self._forget(error)
         else:
             known.proofs += 1
             self._is_proven |= known.proofs == PROOFS

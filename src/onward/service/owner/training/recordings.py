@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from onward.events import StepTaken
+from onward.service.owner.crashes import DIED, Deaths
 from onward.store.ledger import Ledger
 from onward.training.steps.economy import Learned
 
@@ -12,27 +14,48 @@ FACT = "records_nothing"
 """The ledger's fact in which a run keeps the machine on which a recording went wrong."""
 MACHINE = ("processor", "driver", "cuda", "torch")
 """Entries of the environment's record that say whether another try may go better."""
+DEATHS = 2
+"""How many processes must have died in one place of a file before the next one records nothing in that file."""
 
 
 class Recordings:
     """Decides whether a process records steps, and keeps what came of it.
 
     A recording that goes wrong may leave a process that cannot use its GPU any more. So the ledger has it before the
-    next step, and the process that continues the run does not try again.
+    next step, and the process that continues the run does not try again. A process that dies of a recording cannot say
+    so; after two deaths in one place, the next process records nothing in that file.
 
     Args:
         learned: what the process knows of its model; told whether steps may be recorded.
         environment: the environment's record.
+        file_id: the file that is trained.
         can_record: whether the model's computation was watched and can be recorded.
     """
 
-    def __init__(self, ledger: Ledger, learned: Learned, environment: Mapping[str, Any], *, can_record: bool) -> None:
+    def __init__(
+        self, ledger: Ledger, learned: Learned, environment: Mapping[str, Any], file_id: int, *, can_record: bool
+    ) -> None:
         self._ledger, self._learned = ledger, learned
         self._machine = {key: environment.get(key) for key in MACHINE}
         learned.can_record = can_record and ledger.get(FACT) != self._machine
+        deaths = Deaths(**(ledger.get(DIED) or {}))
+        if learned.can_record and deaths.file == file_id and deaths.count >= DEATHS:
+            learned.can_record = False
+            ledger.add_event("info", f"steps are not replayed in this file: {deaths.count} processes died in it")
 
-    def look(self, step: int) -> None:
-        """Keep it if recording has gone wrong; called after each step."""
+    def watched(self, steps: Iterator[StepTaken]) -> Iterator[StepTaken]:
+        """Yield steps; if recording has gone wrong in one, keep it first, also if that made the step fail."""
+        step: int | None = None
+        try:
+            for result in steps:
+                step = result.step
+                self._look(step)
+                yield result
+        except Exception:
+            self._look(step)
+            raise
+
+    def _look(self, step: int | None) -> None:
         recorded = self._learned.recorded
         if recorded is None or not recorded.hindrance or not self._learned.can_record:
             return

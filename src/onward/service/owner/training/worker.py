@@ -201,15 +201,15 @@ class Worker:
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
         can_record = self._committed.probe().can_record
-        recordings = Recordings(self.ledger, self._learned, session.environment, can_record=can_record)
+        recordings = Recordings(self.ledger, self._learned, session.environment, file_id, can_record=can_record)
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
-        for result in watched(trainer.steps(files, file.plan), file_id, self.around.heartbeat, is_crowded):
+        steps = recordings.watched(trainer.steps(files, file.plan))
+        for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
                 self._committed.log.append(log_entry(result))
-            recordings.look(result.step)
             yield result
             yield from self._collect(wait=False)
             yield from self._guard.after_step(file, result, state)
