@@ -223,8 +223,9 @@ class Run(Controlled):
         """Check the rows of files that arrived while another process trains; end when that process does."""
         from onward.service.intake.checker import check_arrived
 
-        with open_ledger(self.layout) as ledger:
-            check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
+        wishes = Wishes() if stop is None else stop
+        with open_ledger(self.layout, wishes.waiting) as ledger:
+            check_arrived(self.layout, ledger, wishes.check)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the current file, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -317,7 +318,7 @@ class Run(Controlled):
 
     @contextlib.contextmanager
     def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
-        with open_ledger(self.layout) as ledger:
+        with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
                 client.expire_requests(ledger, asked)
