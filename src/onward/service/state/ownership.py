@@ -10,8 +10,8 @@ from pathlib import Path
 from onward.errors import NotMadeHere, Unreadable
 from onward.layout import RunLayout, entries, step_of
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import remove_checkpoint, stated_origin
-from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
+from onward.training.checkpoints.checkpoint import remove_checkpoint, stated_origin
+from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 
 
 class Ownership:
