@@ -21,6 +21,7 @@ from onward.service.client import Patience
 from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
+from onward.service.moment import require_same_moment
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import OpenedRun, account, operate, require_kept
 from onward.service.settings import Settings
@@ -143,6 +144,7 @@ class Run(Controlled):
         """
         require_priority(priority)
         with open_ledger(self.layout) as ledger:
+            require_same_moment(self.layout, ledger)
             left_out = NewNotes(ledger, ("left_out",))
             taken = self._opened(ledger).intake().take([Path(path) for path in paths], again=again, priority=priority)
             for note in left_out():
@@ -234,6 +236,7 @@ class Run(Controlled):
             UsageError: no such file waits, or no file is being trained.
         """
         with open_ledger(self.layout) as ledger:
+            require_same_moment(self.layout, ledger)
             row = client.find_removable(self.layout, ledger, file)
             if is_held(self.layout.lock):
                 return client.request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
@@ -321,6 +324,7 @@ class Run(Controlled):
         with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
+                require_same_moment(self.layout, ledger)
                 client.expire_requests(ledger, asked)
                 if wishes is not None:
                     wishes.ignore_up_to(asked)

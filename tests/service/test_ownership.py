@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from commands import onward, snapshot
 from faults import copy_run
 from runs import UNMEASURED, new_run
 from states import assert_same_state
@@ -220,6 +221,38 @@ def test_an_older_ledger_is_refused(also_boundaries: bool, root: Path, twin: Pat
     with pytest.raises(DamagedState, match="the ledger ends at step 3"):
         Run(root).train()
     assert before == contents(root / "current_model")
+
+
+CHANGES: list[list[str]] = [
+    ["train"], ["watch", "--once"], ["verify"], ["rollback", "--to", "step:3", "--yes"],
+    ["rollback", "--to", "step:5", "--yes"], ["reset", "--yes"], ["rebuild", "--without", "9.jsonl", "--yes"],
+    ["rebuild", "--without", "6.jsonl", "--yes"], ["skip"], ["skip", "6.jsonl"], ["accept", "9.jsonl"], ["add", "FILE"],
+]  # fmt: skip
+"""Every command that changes a run, and the one that proves it."""
+
+
+@pytest.mark.parametrize("words", CHANGES, ids=" ".join)
+@pytest.mark.parametrize("age", ["older", "new"])
+def test_no_command_works_on_a_ledger_of_another_moment(
+    age: str, words: list[str], root: Path, twin: Path, model: Path, files: list[Path]
+) -> None:
+    """Every command that changes the run refuses an older ledger, and a new one, by name and with the way out, and
+    changes nothing; `doctor` says the same.
+    """
+    for name in ("current_model", "boundaries"):
+        shutil.rmtree(root / name)
+        shutil.copytree(twin / name, root / name)
+    if age == "new":
+        fresh_ledger(root, model)
+    before = snapshot(root)
+    outcome = onward(*[str(files[1]) if word == "FILE" else word for word in words], "--run", root)
+    assert 5 == outcome.status, outcome.err
+    assert "they are not from the same moment" in outcome.err
+    way = shlex.join(["onward", "adopt", str(root / "current_model/checkpoint-5"), "--run", "NEW_RUN"])
+    assert way in outcome.err
+    assert before == snapshot(root)
+    examined = onward("doctor", "--run", root)
+    assert (1, True) == (examined.status, way in examined.out)
 
 
 def lose_name(folder: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from onward.errors import NotMadeHere, Unreadable
 from onward.layout import RunLayout, entries, step_of
+from onward.stated import stated_origin
 from onward.store.ledger import Ledger
-from onward.training.checkpoints.checkpoint import remove_checkpoint, stated_origin
+from onward.training.checkpoints.checkpoint import remove_checkpoint
 from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 
 
