@@ -257,7 +257,7 @@ class Run(Controlled):
         Raises:
             RunLocked: another process trains; a proof needs a state that does not change.
         """
-        with self._owned() as ledger:
+        with self._owned(same_moment=False) as ledger:
             with self._loading():
                 from onward.service.proof.kept import verify_and_keep
 
@@ -320,11 +320,13 @@ class Run(Controlled):
             return reset(self.layout, ledger)
 
     @contextlib.contextmanager
-    def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
+    def _owned(self, wishes: Wishes | None = None, *, same_moment: bool = True) -> Generator[Ledger]:
+        """Own the run; by default only if its ledger is of the same moment as its model."""
         with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
-                require_same_moment(self.layout, ledger)
+                if same_moment:
+                    require_same_moment(self.layout, ledger)
                 client.expire_requests(ledger, asked)
                 if wishes is not None:
                     wishes.ignore_up_to(asked)

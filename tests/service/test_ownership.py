@@ -107,14 +107,24 @@ def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, fil
     ]
     (current / ".tmp-download").mkdir()
     (root / ".tmp-notes").write_text("mine")
-    (current / ".tmp-checkpoint-9").mkdir()
+    (current / ".tmp-link-notes").write_text("mine")
+    (current / ".tmp-shards").mkdir()
+    (current / ".tmp-shards/notes").write_text("mine")
+    for place in (current / ".tmp-checkpoint-9", boundaries / ".tmp-step-9"):
+        place.mkdir()
+        (place / "notes").write_text("mine")
+    (current / ".tmp-removed-checkpoint-3").mkdir()
+    (current / ".tmp-link-optimizer.pt").write_text("half of a copy")
     before = [contents(folder) for folder in others]
     run = Run(root)
     run.train(files[1])
     assert_same_state(twin, root)
     assert before == [contents(folder) for folder in others]
-    assert [".tmp-download"] == [path.name for path in current.iterdir() if path.name.startswith(".tmp-")]
-    assert "mine" == (root / ".tmp-notes").read_text()
+    mine = [".tmp-checkpoint-9", ".tmp-download", ".tmp-link-notes", ".tmp-shards"]
+    assert mine == sorted(path.name for path in current.iterdir() if path.name.startswith(".tmp-"))
+    kept = [current / ".tmp-checkpoint-9/notes", boundaries / ".tmp-step-9/notes", current / ".tmp-shards/notes"]
+    for place in (*kept, current / ".tmp-link-notes", root / ".tmp-notes"):
+        assert "mine" == place.read_text()
     proof = run.verify(deep=True)
     assert [] == [check for check in proof.checks if not check.ok]
     assert all(folder.name in next(c.detail for c in proof.checks if c.name == "one checkpoint") for folder in others)
@@ -246,10 +256,11 @@ def test_no_command_works_on_a_ledger_of_another_moment(
         fresh_ledger(root, model)
     before = snapshot(root)
     outcome = onward(*[str(files[1]) if word == "FILE" else word for word in words], "--run", root)
-    assert 5 == outcome.status, outcome.err
-    assert "they are not from the same moment" in outcome.err
+    said = outcome.err + outcome.out
+    assert 5 == outcome.status, said
+    assert "they are not from the same moment" in said
     way = shlex.join(["onward", "adopt", str(root / "current_model/checkpoint-5"), "--run", "NEW_RUN"])
-    assert way in outcome.err
+    assert way in said
     assert before == snapshot(root)
     examined = onward("doctor", "--run", root)
     assert (1, True) == (examined.status, way in examined.out)

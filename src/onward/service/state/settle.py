@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import remove_tree
+from onward.atomic import remove_temporaries
 from onward.config import stored_config
 from onward.errors import DamagedState
 from onward.layout import RunLayout, entries, step_of
@@ -64,8 +64,7 @@ class Settlement:
             Unreadable: something cannot be read now; nothing was changed, and a later call may succeed.
             NotMadeHere: a directory that the run did not make is where one of the run must go.
         """
-        for left in self.layout.temporaries():
-            remove_tree(left)
+        remove_temporaries(self.layout.temporaries(), self._ownership.left)
         self.finish_going_back()
         claimed = self.ledger.newest_checkpoint()
         if claimed and claimed.step > self._origin() and not entries(self.layout.current):
