@@ -63,11 +63,6 @@ class RowTokenizer:
         self._takers = _space_takers(self._backend)
 
     @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the tokenizer."""
-        return self.state.fingerprint
-
-    @property
     def largest_id(self) -> int:
         """The largest id that a token of a row can have."""
         if self._lengths is None:
@@ -76,7 +71,7 @@ class RowTokenizer:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide which tokens a row becomes."""
-        return {"tokenizer": self.fingerprint, "max_length": self.max_length, "over_length": self.over_length}
+        return {"tokenizer": self.state.key, "max_length": self.max_length, "over_length": self.over_length}
 
     def prepare(self, record: Record) -> RowText:
         """Return the text of a row and which of its characters are targets.
@@ -289,7 +284,7 @@ def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArr
 
 def cache_key(
     sha256: str,
-    tokenizer_fingerprint: str,
+    tokenizer_key: str,
     max_length: int,
     over_length: OverLength,
     settings: Mapping[str, Any] = MappingProxyType({}),
@@ -300,4 +295,4 @@ def cache_key(
         settings: how the file is read, as `Reading.settings` returns it.
     """
     added = [dict(settings)] if settings else []
-    return sha256_json([FORMAT, sha256, tokenizer_fingerprint, max_length, over_length, *added])
+    return sha256_json([FORMAT, sha256, tokenizer_key, max_length, over_length, *added])

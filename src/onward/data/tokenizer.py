@@ -48,10 +48,9 @@ class TokenizerState:
         eos_id: id of the token that ends a text, if there is one.
         pad_id: id of the padding token, if there is one.
         splits_special_tokens: whether special tokens found in a text are tokenized like any other text.
-        fingerprint: SHA-256 of all that decides how rows become tokens and targets, by which a run recognizes its
-            tokenizer.
-        tool_template: the Jinja source of the template for chats with tools, if it is a separate one; else "". The
-            fingerprint does not cover it, because earlier releases did not read it.
+        fingerprint: SHA-256 of what decides how rows become tokens and targets, except for what `extras` covers; a run
+            recognizes its tokenizer by both.
+        tool_template: the Jinja source of the template for chats with tools, if it is a separate one; else "".
     """
 
     backend: str
@@ -134,6 +133,21 @@ class TokenizerState:
         made = Tokenizer.from_str(self.backend)
         made.encode_special_tokens = self.splits_special_tokens
         return made
+
+    @property
+    def extras(self) -> str:
+        """SHA-256 of what else decides how rows become tokens and targets; "" if the tokenizer has nothing of it.
+
+        The fingerprint has stood in the ledgers of runs since before these were covered. All other fields follow from
+        what it covers: the special tokens are those that the backend or the named ones call special.
+        """
+        found = [self.tool_template, self.splits_special_tokens]
+        return sha256_json(found) if any(found) else ""
+
+    @property
+    def key(self) -> str:
+        """By which tokens are kept: states with equal keys turn rows into equal tokens and targets."""
+        return sha256_json([self.fingerprint, self.extras]) if self.extras else self.fingerprint
 
     @property
     def largest_id(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onward.atomic import read_checked, remove_tree, replace_checked
 from onward.config import Config
@@ -82,6 +82,16 @@ class KeptTokenizer:
         loaded = load_with_files(self.folder)
         self.keep(loaded)
         return loaded
+
+
+def tokenizer_identity(state: TokenizerState) -> dict[str, str]:
+    """Return what a run's identity contains of its tokenizer."""
+    return {"tokenizer": state.fingerprint, "tokenizer_extras": state.extras}
+
+
+def is_tokenizer_of(identity: Mapping[str, Any], state: TokenizerState) -> bool:
+    """Whether a tokenizer is the one in an identity; one that an earlier release locked may have no `extras`."""
+    return all(identity.get(key, digest) == digest for key, digest in tokenizer_identity(state).items())
 
 
 def load_tokenizer_of(folder: Path) -> TokenizerState:
