@@ -259,7 +259,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     data = path.read_bytes()
     middle = len(data) // 2
     flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    for damaged in (b"", data[:10], data[:-1], data + b"\n", flipped, data.replace(b" 2.1 ", b" 0.1 ", 1), data[1:]):
+    for damaged in (b"", data[:10], data[:-1], data + b"\n", flipped, data.replace(b" 3.1 ", b" 0.1 ", 1), data[1:]):
         path.write_bytes(damaged)
         assert load_tokenizer_state(path) is None
     path.write_bytes(data)

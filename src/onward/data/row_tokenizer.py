@@ -17,7 +17,7 @@ from onward.data.rows.turns import Span
 from onward.data.splitting import LEAST, cuts, places_of_bytes, places_of_ranges
 from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, Weights, ids_of, pack, weighed
-from onward.data.tokenizer import TokenizerState
+from onward.data.tokenizer import TokenizerState, closing_tokens
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
@@ -212,20 +212,26 @@ class RowTokenizer:
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
         if not row.closed:
-            self._close(row, ids, offsets)
+            self._close(row, ids, offsets, closing_tokens(encoding) if self.state.trains_closing else 0)
         for place, index in enumerate(ids) if self._takers else ():
             if index in self._takers:
                 offsets[place] = _without_space(row.text, offsets[place], self._takers[index])
         flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
-    def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
-        """Make a row end with exactly one end token, whatever the tokenizer or the text already added."""
+    def _close(self, row: RowText, ids: list[int], offsets: list[Span], closing: int) -> None:
+        """Make a row end with exactly one end token, whatever the tokenizer or the text already added.
+
+        Args:
+            closing: how many tokens of the tokenizer's own close the text, and are learned like the end token.
+        """
+        end = (len(row.text), len(row.text) + 1)
+        offsets[len(ids) - closing :] = [end] * closing
         while ids and ids[-1] == self._end_id:
             ids.pop()
         del offsets[len(ids) :]
         ids.append(self._end_id)
-        offsets.append((len(row.text), len(row.text) + 1))
+        offsets.append(end)
 
 
 def _start_token(state: TokenizerState) -> str:

@@ -174,7 +174,7 @@ def open_session(
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     kept = KeptTokenizer(layout, layout.tokenizer(base))
-    tokenizer_state = kept.state(config)
+    tokenizer_state = kept.state(config, ledger)
     check_identity(ledger, config, base_digest, tokenizer_state)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)

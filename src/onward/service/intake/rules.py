@@ -136,7 +136,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = KeptTokenizer(layout, folder).state(config)
+    state = KeptTokenizer(layout, folder).state(config, ledger)
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and not is_tokenizer_of(identity, state):
         require_template_of(identity, config)
