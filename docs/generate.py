@@ -337,8 +337,11 @@ FORMATS_TAIL = """\
 | row | covered |
 |---|---|
 | chat | every assistant turn and its end token, nothing else: no header, no other role, no white space after it |
-| `prompt` and `completion` | every token of the completion, and the end token after it |
-| `text` | every token but the first, and the end token after it |
+| `prompt` and `completion` | every token of the completion, and what closes it |
+| `text` | every token but the first, and what closes it |
+
+What closes a completion or a text is the end token, after any other tokens that the tokenizer itself puts after a text,
+such as BERT's `[SEP]`. A run that was trained before this was so goes on without those.
 
 A token that overlaps a covered character is covered. The first token of a row never is, since nothing predicts it, nor
 is a header token that includes leading white space of the answer (Phi-3's). An answer in a rendered chat begins where

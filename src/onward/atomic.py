@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,18 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def remove_temporaries(directory: Path) -> list[Path]:
-    """Remove what interrupted writes left in `directory`; return what was removed."""
-    if not directory.is_dir():
-        return []
-    left = [entry for entry in sorted(directory.iterdir()) if entry.name.startswith(TEMPORARY_PREFIX)]
-    for entry in left:
-        remove_tree(entry)
-    return left
+def remove_temporaries(found: Iterable[Path], is_own: Callable[[Path], bool]) -> None:
+    """Remove what interrupted writes left; everything else in the same folders stays.
+
+    Args:
+        found: entries of folders in which Onward writes, with any names.
+        is_own: whether Onward made an entry with a temporary name; a name alone does not show that.
+    """
+    for entry in found:
+        if entry.name.startswith(TEMPORARY_PREFIX) and is_own(entry):
+            remove_tree(entry)
+
+
+def is_own_folder(entry: Path, is_named: Callable[[str], object]) -> bool:
+    """Whether an entry is a directory, and no link to one, that has only names which Onward gives there."""
+    return entry.is_dir() and not entry.is_symlink() and all(is_named(path.name) for path in entry.iterdir())

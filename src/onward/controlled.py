@@ -6,6 +6,7 @@ from onward.making import open_ledger
 from onward.observed import Observed
 from onward.service import client
 from onward.service.client import Patience
+from onward.service.moment import require_same_moment
 
 
 class Controlled(Observed):
@@ -34,4 +35,5 @@ class Controlled(Observed):
         from onward.service.state.accept import accept
 
         with open_ledger(self.layout) as ledger:
+            require_same_moment(self.layout, ledger)
             return accept(self.layout, ledger, file)

@@ -16,8 +16,13 @@ MANIFEST = "onward.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _BOUNDARY = re.compile(r"step-(\d+)")
-_TEMPORARY = re.compile(r"\.tmp-((removed-)?(checkpoint|step)-\d+|link-.+|shards|ledger\.sqlite3(-wal|-shm|-journal)?)")
-"""Temporary names of unfinished writes of state or of a new ledger."""
+_UNFINISHED = re.compile(r"\.tmp-(?:removed-)?((?:checkpoint|step)-\d+)")
+_LEFT = (
+    ("", re.compile(r"\.tmp-ledger\.sqlite3(-wal|-shm|-journal)?")),
+    ("current_model", re.compile(r"\.tmp-((removed-)?checkpoint-\d+|link-.+|shards)")),
+    ("boundaries", re.compile(r"\.tmp-(removed-)?step-\d+")),
+)
+"""Temporary names of unfinished writes of a new ledger and of state, by folder of the run."""
 _KEPT = re.compile(r"(?:archive|rejected)/([^/\0]+)")
 _DROPPED = re.compile(r"(?:(?:high|low)/)?([^/\0]+)")
 
@@ -28,6 +33,12 @@ def step_of(directory: Path) -> int:
     if match is None:
         raise ValueError(f"not the name of a checkpoint: {directory}")
     return int(match.group(1))
+
+
+def unfinished_step(entry: Path) -> int | None:
+    """Return the step of a checkpoint or restore point that is being written or removed under a temporary name."""
+    match = _UNFINISHED.fullmatch(entry.name)
+    return None if match is None else step_of(entry.with_name(match.group(1)))
 
 
 def _named(pattern: re.Pattern[str], path: str) -> str:
@@ -182,9 +193,11 @@ class RunLayout:
         return self._by_step(self.boundaries, _BOUNDARY)
 
     def taken(self) -> list[Path]:
-        """Return everything named like a checkpoint or a restore point, directory or not."""
+        """Return each path of a checkpoint or restore point at which, or at whose temporary name, there is anything."""
         named = ((self.current, _CHECKPOINT), (self.boundaries, _BOUNDARY))
-        return [entry for folder, pattern in named for entry in entries(folder) if pattern.fullmatch(entry.name)]
+        found = ((entry, pattern) for folder, pattern in named for entry in entries(folder))
+        names = ((entry.with_name(entry.name.removeprefix(".tmp-")), pattern) for entry, pattern in found)
+        return list(dict.fromkeys(path for path, pattern in names if pattern.fullmatch(path.name)))
 
     @property
     def shards(self) -> Path:
@@ -192,9 +205,9 @@ class RunLayout:
         return self.current / ".tmp-shards"
 
     def temporaries(self) -> list[Path]:
-        """Return what interrupted writes of state left; other names are not Onward's."""
-        folders = (self.root, self.current, self.boundaries)
-        return [entry for folder in folders for entry in entries(folder) if _TEMPORARY.fullmatch(entry.name)]
+        """Return what has the name of an interrupted write of state, whoever made it."""
+        named = ((self.root / folder, pattern) for folder, pattern in _LEFT)
+        return [entry for folder, pattern in named for entry in entries(folder) if pattern.fullmatch(entry.name)]
 
     def make(self) -> None:
         """Create the run's directories."""

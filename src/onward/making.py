@@ -22,6 +22,7 @@ from onward.layout import RunLayout
 from onward.service.state.own_parts import OwnParts, is_made
 from onward.store.disks import require_local, require_locks
 from onward.store.ledger import Ledger, make_ledger
+from onward.store.waiting import Waiting
 from onward.text import quoted
 
 if TYPE_CHECKING:
@@ -161,15 +162,18 @@ def _require_locks(folder: Path) -> None:
         require_locks(file.fileno(), there)
 
 
-def open_ledger(layout: RunLayout) -> Ledger:
+def open_ledger(layout: RunLayout, waiting: Waiting | None = None) -> Ledger:
     """Open the ledger of a run.
+
+    Args:
+        waiting: how long to wait for others that hold it.
 
     Raises:
         UsageError: it is on a disk that other machines use.
         DamagedState: it is empty, so it is not the one that the run was made with.
     """
     require_local(layout)
-    ledger = Ledger(layout.ledger)
+    ledger = Ledger(layout.ledger, waiting=waiting)
     if ledger.get("run") is not None:
         return ledger
     ledger.close()

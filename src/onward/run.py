@@ -21,6 +21,7 @@ from onward.service.client import Patience
 from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
 from onward.service.lock import RunLock
+from onward.service.moment import require_same_moment
 from onward.service.outside.reporting import NewNotes
 from onward.service.owner.process import OpenedRun, account, operate, require_kept
 from onward.service.settings import Settings
@@ -143,6 +144,7 @@ class Run(Controlled):
         """
         require_priority(priority)
         with open_ledger(self.layout) as ledger:
+            require_same_moment(self.layout, ledger)
             left_out = NewNotes(ledger, ("left_out",))
             taken = self._opened(ledger).intake().take([Path(path) for path in paths], again=again, priority=priority)
             for note in left_out():
@@ -223,8 +225,9 @@ class Run(Controlled):
         """Check the rows of files that arrived while another process trains; end when that process does."""
         from onward.service.intake.checker import check_arrived
 
-        with open_ledger(self.layout) as ledger:
-            check_arrived(self.layout, ledger, (Wishes() if stop is None else stop).check)
+        wishes = Wishes() if stop is None else stop
+        with open_ledger(self.layout, wishes.waiting) as ledger:
+            check_arrived(self.layout, ledger, wishes.check)
 
     def skip(self, file: str | None = None, *, reason: str | None = None, patience: float = 60.0) -> str:
         """Take the current file, or one that waits, out of the stream; the run is as if it had never begun it.
@@ -233,6 +236,7 @@ class Run(Controlled):
             UsageError: no such file waits, or no file is being trained.
         """
         with open_ledger(self.layout) as ledger:
+            require_same_moment(self.layout, ledger)
             row = client.find_removable(self.layout, ledger, file)
             if is_held(self.layout.lock):
                 return client.request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
@@ -253,7 +257,7 @@ class Run(Controlled):
         Raises:
             RunLocked: another process trains; a proof needs a state that does not change.
         """
-        with self._owned() as ledger:
+        with self._owned(same_moment=False) as ledger:
             with self._loading():
                 from onward.service.proof.kept import verify_and_keep
 
@@ -316,10 +320,13 @@ class Run(Controlled):
             return reset(self.layout, ledger)
 
     @contextlib.contextmanager
-    def _owned(self, wishes: Wishes | None = None) -> Generator[Ledger]:
-        with open_ledger(self.layout) as ledger:
+    def _owned(self, wishes: Wishes | None = None, *, same_moment: bool = True) -> Generator[Ledger]:
+        """Own the run; by default only if its ledger is of the same moment as its model."""
+        with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
+                if same_moment:
+                    require_same_moment(self.layout, ledger)
                 client.expire_requests(ledger, asked)
                 if wishes is not None:
                     wishes.ignore_up_to(asked)

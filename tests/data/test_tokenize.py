@@ -201,7 +201,7 @@ def test_truncation_left_switched_on_does_not_cut_rows() -> None:
     row_tokenizer = RowTokenizer(TokenizerState.of(tokenizer), 1000)
     (packed,) = row_tokenizer.encode([row_tokenizer.prepare(Text("abcdef"))])
     assert 7 == len(packed)
-    assert STATE.fingerprint == row_tokenizer.fingerprint
+    assert STATE.fingerprint == row_tokenizer.state.fingerprint
 
 
 def test_over_length() -> None:

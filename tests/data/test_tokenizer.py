@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,26 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
     assert states[0] == tiny.byte_state()
 
 
+def test_what_the_fingerprint_leaves_out_is_told_apart_too() -> None:
+    """A template for chats with tools, and whether special tokens are split, give a tokenizer another key; without
+    either the key is the fingerprint.
+    """
+    plain = tiny.byte_state()
+    assert ("", plain.fingerprint) == (plain.extras, plain.key)
+    others = [replace(plain, tool_template=text) for text in ("{{ 1 }}", "{{ 2 }}")]
+    others.append(replace(plain, splits_special_tokens=True))
+    assert {plain.fingerprint} == {state.fingerprint for state in others}
+    assert 4 == len({state.key for state in [plain, *others]}) == len({state.extras for state in [plain, *others]})
+    assert plain.with_template("{{ 3 }}").key == others[0].with_template("{{ 3 }}").key
+
+
+def test_special_tokens_follow_from_what_the_fingerprint_covers(tokenizer: Any) -> None:
+    """Every special token is one that the serialized backend or a name calls special."""
+    state = TokenizerState.of(tokenizer)
+    added = {token["content"] for token in json.loads(state.backend)["added_tokens"] if token["special"]}
+    assert {*state.special_tokens} == added | {*state.special_tokens_map.values()}
+
+
 def test_the_largest_id() -> None:
     """It counts added tokens, gaps in the vocabulary, and what the post-processor puts around a text."""
 
@@ -238,7 +259,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     data = path.read_bytes()
     middle = len(data) // 2
     flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    for damaged in (b"", data[:10], data[:-1], data + b"\n", flipped, data.replace(b" 2.1 ", b" 0.1 ", 1), data[1:]):
+    for damaged in (b"", data[:10], data[:-1], data + b"\n", flipped, data.replace(b" 3.1 ", b" 0.1 ", 1), data[1:]):
         path.write_bytes(damaged)
         assert load_tokenizer_state(path) is None
     path.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from onward.config.text import read_config
 from onward.data.templates.own_template import find_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError
+from onward.store.ledger import Ledger
 
 TEXT = tiny.CHATML.replace("message['role']", "message['role'] | upper").replace("assistant\n", "ASSISTANT\n")
 """A template that differs from that of the tiny model."""
@@ -51,6 +53,33 @@ def test_a_run_keeps_a_copy_and_gives_it_to_inference(
     assert 0 == onward("verify", "--run", run).status
     findings = {finding["subject"]: finding for finding in onward("doctor", "--run", run, "--json").json}
     assert ("ok", "mine.jinja, the run's own") == tuple(findings["chat template"][key] for key in ("level", "message"))
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+def test_the_template_for_chats_with_tools_is_locked_too(
+    tmp_path: Path, model: Path, rows: Path, had_one: bool
+) -> None:
+    """A model's template `tool_use` that appears or changes after a run has trained is refused; a run whose ledger is
+    of a release that did not lock it goes on, and locks it.
+    """
+    folder = shutil.copytree(model, tmp_path / "model")
+    tools = folder / "additional_chat_templates/tool_use.jinja"
+    tools.parent.mkdir()
+    if had_one:
+        tools.write_text("{{ tools }}" + tiny.CHATML)
+    run = make_run(tmp_path / "run", folder)
+    assert 0 == onward("train", rows, "--run", run).status
+    tools.write_text("{{ tools | length }}" + tiny.CHATML)
+    more, last = (tiny.write_jsonl(tmp_path / f"{n}.jsonl", tiny.chat_rows(4, seed=n)) for n in (1, 2))
+    for command in ("add", "preview", "train"):
+        assert_refused(onward(command, more, "--run", run), 1, "tokenizer or chat template changed on disk")
+    with Ledger(run / "ledger.sqlite3") as ledger:
+        locked = ledger.get("identity")
+        ledger.put(identity={key: value for key, value in locked.items() if key != "tokenizer_extras"})
+    assert 0 == onward("train", more, "--run", run).status
+    tools.write_text("{{ tools }}" + tiny.CHATML)
+    for command in ("add", "preview", "train"):
+        assert_refused(onward(command, last, "--run", run), 1, "tokenizer or chat template changed on disk")
 
 
 def test_it_is_locked_once_the_run_has_trained(tmp_path: Path, model: Path, rows: Path) -> None:

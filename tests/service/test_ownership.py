@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+from commands import onward, snapshot
 from faults import copy_run
 from runs import UNMEASURED, new_run
 from states import assert_same_state
@@ -106,14 +107,24 @@ def test_what_others_put_there_stays(root: Path, twin: Path, stranger: Path, fil
     ]
     (current / ".tmp-download").mkdir()
     (root / ".tmp-notes").write_text("mine")
-    (current / ".tmp-checkpoint-9").mkdir()
+    (current / ".tmp-link-notes").write_text("mine")
+    (current / ".tmp-shards").mkdir()
+    (current / ".tmp-shards/notes").write_text("mine")
+    for place in (current / ".tmp-checkpoint-9", boundaries / ".tmp-step-9"):
+        place.mkdir()
+        (place / "notes").write_text("mine")
+    (current / ".tmp-removed-checkpoint-3").mkdir()
+    (current / ".tmp-link-optimizer.pt").write_text("half of a copy")
     before = [contents(folder) for folder in others]
     run = Run(root)
     run.train(files[1])
     assert_same_state(twin, root)
     assert before == [contents(folder) for folder in others]
-    assert [".tmp-download"] == [path.name for path in current.iterdir() if path.name.startswith(".tmp-")]
-    assert "mine" == (root / ".tmp-notes").read_text()
+    mine = [".tmp-checkpoint-9", ".tmp-download", ".tmp-link-notes", ".tmp-shards"]
+    assert mine == sorted(path.name for path in current.iterdir() if path.name.startswith(".tmp-"))
+    kept = [current / ".tmp-checkpoint-9/notes", boundaries / ".tmp-step-9/notes", current / ".tmp-shards/notes"]
+    for place in (*kept, current / ".tmp-link-notes", root / ".tmp-notes"):
+        assert "mine" == place.read_text()
     proof = run.verify(deep=True)
     assert [] == [check for check in proof.checks if not check.ok]
     assert all(folder.name in next(c.detail for c in proof.checks if c.name == "one checkpoint") for folder in others)
@@ -220,6 +231,39 @@ def test_an_older_ledger_is_refused(also_boundaries: bool, root: Path, twin: Pat
     with pytest.raises(DamagedState, match="the ledger ends at step 3"):
         Run(root).train()
     assert before == contents(root / "current_model")
+
+
+CHANGES: list[list[str]] = [
+    ["train"], ["watch", "--once"], ["verify"], ["rollback", "--to", "step:3", "--yes"],
+    ["rollback", "--to", "step:5", "--yes"], ["reset", "--yes"], ["rebuild", "--without", "9.jsonl", "--yes"],
+    ["rebuild", "--without", "6.jsonl", "--yes"], ["skip"], ["skip", "6.jsonl"], ["accept", "9.jsonl"], ["add", "FILE"],
+]  # fmt: skip
+"""Every command that changes a run, and the one that proves it."""
+
+
+@pytest.mark.parametrize("words", CHANGES, ids=" ".join)
+@pytest.mark.parametrize("age", ["older", "new"])
+def test_no_command_works_on_a_ledger_of_another_moment(
+    age: str, words: list[str], root: Path, twin: Path, model: Path, files: list[Path]
+) -> None:
+    """Every command that changes the run refuses an older ledger, and a new one, by name and with the way out, and
+    changes nothing; `doctor` says the same.
+    """
+    for name in ("current_model", "boundaries"):
+        shutil.rmtree(root / name)
+        shutil.copytree(twin / name, root / name)
+    if age == "new":
+        fresh_ledger(root, model)
+    before = snapshot(root)
+    outcome = onward(*[str(files[1]) if word == "FILE" else word for word in words], "--run", root)
+    said = outcome.err + outcome.out
+    assert 5 == outcome.status, said
+    assert "they are not from the same moment" in said
+    way = shlex.join(["onward", "adopt", str(root / "current_model/checkpoint-5"), "--run", "NEW_RUN"])
+    assert way in said
+    assert before == snapshot(root)
+    examined = onward("doctor", "--run", root)
+    assert (1, True) == (examined.status, way in examined.out)
 
 
 def lose_name(folder: Path) -> None:

@@ -60,7 +60,7 @@ ANOTHER_STEP = "UPDATE checkpoints SET step = step - 1 WHERE step = (SELECT max(
 TAMPERING: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file of the state": (raise_counter, "state files"),
     "a second checkpoint": (lambda root: put_back(root, 6), "one checkpoint"),
-    "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-9").mkdir(), "one checkpoint"),
+    "a temporary file": (lambda root: (root / "current_model" / ".tmp-checkpoint-6").mkdir(), "one checkpoint"),
     "a root file": (lambda root: (root / "current_model" / "optimizer.pt").unlink(), "root files"),
     "a step too few": (sql("DELETE FROM steps WHERE step = 4"), "rows"),
     "other rows": (sql("UPDATE steps SET rows_digest = 'x' WHERE step = 2"), "rows"),

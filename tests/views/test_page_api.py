@@ -318,6 +318,16 @@ def test_a_name_that_leads_elsewhere_is_refused(page: Page, made: RunLayout, pat
     assert [] == files_in(made)
 
 
+@pytest.mark.parametrize("character", ["%0A", "%0D", "%09", "%E2%80%A8", "%C2%A0"])
+def test_a_name_that_cannot_be_printed_is_said_to_be_that(page: Page, made: RunLayout, character: str) -> None:
+    """Every name of a file is an address that the page knows, and is refused for what it is, with the way out."""
+    for name in (f"a{character}b.jsonl", f"{character}.jsonl", f"a.jsonl{character}"):
+        answer = page.put(f"/api/inbox/{name}", b"{}")
+        assert (400, "the name has characters that cannot be printed") == (answer.status, answer.json["error"])
+        assert "plain name" in answer.json["hint"]
+    assert [] == files_in(made)
+
+
 def test_a_file_that_does_not_fit_is_refused_before_it_is_sent(page: Page, made: RunLayout) -> None:
     """A size above the free disk is refused at once: nothing of 10 TB is read."""
     head = f"PUT /api/inbox/large.jsonl HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {page.key.token}\r\n"

@@ -171,13 +171,18 @@ def _cannot_be_attacked(browser: Any, link: str, run: Run) -> None:
 
 
 def _takes_files(page: Any, folder: Path) -> None:
-    """Files that are dropped are trained or refused; a refused one shows its rows and what is wrong with them."""
+    """Files that are dropped are trained or refused; a refused one shows its rows and what is wrong with them. What
+    cannot be printed in a name is replaced.
+    """
     good, evil = rows_file(folder / "good.jsonl", 4), hostile_rows(folder / f"{HOSTILE}.jsonl")
     bad = folder / "bad.jsonl"
     bad.write_text('{"text": 1}\n')
-    page.set_input_files("#pick", [good, evil, bad])
+    broken = rows_file(folder / "two\nlines\u00a0.jsonl", 5)
+    page.set_input_files("#pick", [good, evil, bad, broken])
     sync_api.expect(page.locator("#files tr", has_text="good.jsonl")).to_contain_text("done", timeout=SECONDS)
     sync_api.expect(page.locator("#files tr", has_text=HOSTILE)).to_contain_text("done", timeout=SECONDS)
+    sync_api.expect(page.locator("#files tr", has_text="two_lines_.jsonl")).to_contain_text("done", timeout=SECONDS)
+    broken.rename(folder / "two_lines_.jsonl")
     page.click("#refused summary")
     sync_api.expect(page.locator("#refused li")).to_contain_text("line 1:")
 

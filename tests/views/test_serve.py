@@ -8,6 +8,7 @@ import queue
 import signal
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,10 +41,10 @@ QUESTION: list[Any] = [{"role": "user", "content": "what runs past the river?"}]
 
 
 @contextmanager
-def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1") -> Iterator[str]:
+def served(engine: Engine, key: str | None = None, host: str = "127.0.0.1", name: str = "run") -> Iterator[str]:
     """Yield the base URL of a server over an engine."""
     listening = listen(host, 0, None)
-    service = Service(engine, "run", key, names_of(host))
+    service = Service(engine, name, key, names_of(host))
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -70,6 +71,16 @@ def url(engine: Engine) -> Iterator[str]:
     """The base URL of a server that lives as long as this module's tests."""
     with served(engine) as address:
         yield address
+
+
+@pytest.mark.parametrize("name", ["my\nrun", "run\n", "a/b", "..", "x?y#z%0A", "zwölf\u2028"])
+def test_a_model_of_any_name_has_an_address(engine: Engine, name: str) -> None:
+    """The name comes from a folder and may hold any character; quoted, it is an address."""
+    with (
+        served(engine, name=name) as address,
+        urllib.request.urlopen(f"{address}/models/{urllib.parse.quote(name, safe='')}") as answer,
+    ):
+        assert name == json.load(answer)["id"]
 
 
 def ask(url: str, body: Any, **headers: str) -> tuple[int, Any]:

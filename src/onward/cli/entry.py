@@ -13,6 +13,7 @@ import typer
 from onward import startup
 from onward.cli.application import app
 from onward.errors import OnwardError
+from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, open_standard_streams, say
 
 CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[2])
@@ -56,7 +57,7 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
         seen(error)
         return error.exit_status
     except sqlite3.DatabaseError as error:
-        say(f"onward: the ledger cannot be used: {error}\n  onward doctor says more.")
+        say(_about_ledger(error))
         return 1
     except OSError as error:
         say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
@@ -65,6 +66,16 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
     if outcome == INTERRUPTED:
         return _interrupted(came)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _about_ledger(error: sqlite3.DatabaseError) -> str:
+    """Return what to print for an error of SQLite."""
+    if not is_held_by_others(error):
+        return f"onward: the ledger cannot be used: {error}\n  onward doctor says more."
+    return (
+        "onward: another program holds the ledger locked [ledger.sqlite3]\n"
+        "  What was committed is safe. lsof ledger.sqlite3 names the program; once it ended, repeat the command."
+    )
 
 
 def _interrupted(came: list[str]) -> int:

@@ -17,7 +17,7 @@ from onward.data.rows.turns import Span
 from onward.data.splitting import LEAST, cuts, places_of_bytes, places_of_ranges
 from onward.data.tiling import byte_lengths, pack_tiled
 from onward.data.tokenized import FORMAT, TARGET_BIT, PackedRow, Weights, ids_of, pack, weighed
-from onward.data.tokenizer import TokenizerState
+from onward.data.tokenizer import TokenizerState, closing_tokens
 from onward.digest import sha256_json
 from onward.errors import ModelError
 
@@ -63,11 +63,6 @@ class RowTokenizer:
         self._takers = _space_takers(self._backend)
 
     @property
-    def fingerprint(self) -> str:
-        """The fingerprint of the tokenizer."""
-        return self.state.fingerprint
-
-    @property
     def largest_id(self) -> int:
         """The largest id that a token of a row can have."""
         if self._lengths is None:
@@ -76,7 +71,7 @@ class RowTokenizer:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide which tokens a row becomes."""
-        return {"tokenizer": self.fingerprint, "max_length": self.max_length, "over_length": self.over_length}
+        return {"tokenizer": self.state.key, "max_length": self.max_length, "over_length": self.over_length}
 
     def prepare(self, record: Record) -> RowText:
         """Return the text of a row and which of its characters are targets.
@@ -217,20 +212,26 @@ class RowTokenizer:
         ids: list[int] = encoding.ids
         offsets: list[Span] = encoding.offsets
         if not row.closed:
-            self._close(row, ids, offsets)
+            self._close(row, ids, offsets, closing_tokens(encoding) if self.state.trains_closing else 0)
         for place, index in enumerate(ids) if self._takers else ():
             if index in self._takers:
                 offsets[place] = _without_space(row.text, offsets[place], self._takers[index])
         flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
         return np.fromiter(ids, dtype=np.uint32, count=len(ids)), flat
 
-    def _close(self, row: RowText, ids: list[int], offsets: list[Span]) -> None:
-        """Make a row end with exactly one end token, whatever the tokenizer or the text already added."""
+    def _close(self, row: RowText, ids: list[int], offsets: list[Span], closing: int) -> None:
+        """Make a row end with exactly one end token, whatever the tokenizer or the text already added.
+
+        Args:
+            closing: how many tokens of the tokenizer's own close the text, and are learned like the end token.
+        """
+        end = (len(row.text), len(row.text) + 1)
+        offsets[len(ids) - closing :] = [end] * closing
         while ids and ids[-1] == self._end_id:
             ids.pop()
         del offsets[len(ids) :]
         ids.append(self._end_id)
-        offsets.append((len(row.text), len(row.text) + 1))
+        offsets.append(end)
 
 
 def _start_token(state: TokenizerState) -> str:
@@ -289,7 +290,7 @@ def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArr
 
 def cache_key(
     sha256: str,
-    tokenizer_fingerprint: str,
+    tokenizer_key: str,
     max_length: int,
     over_length: OverLength,
     settings: Mapping[str, Any] = MappingProxyType({}),
@@ -300,4 +301,4 @@ def cache_key(
         settings: how the file is read, as `Reading.settings` returns it.
     """
     added = [dict(settings)] if settings else []
-    return sha256_json([FORMAT, sha256, tokenizer_fingerprint, max_length, over_length, *added])
+    return sha256_json([FORMAT, sha256, tokenizer_key, max_length, over_length, *added])

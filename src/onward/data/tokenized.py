@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from onward.atomic import TEMPORARY_PREFIX, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, is_own_folder, remove_tree
 from onward.data.row_types import RowError
 from onward.digest import xxh3_file
 from onward.errors import DamagedState
@@ -30,6 +30,7 @@ WEIGHT_SHIFT, MOST_WEIGHTS = 24, 127
 ID_BITS = np.uint32((1 << WEIGHT_SHIFT) - 1)
 """The bits of a token's id: no vocabulary has 16 million tokens."""
 DTYPES = {"tokens.bin": "<u4", "offsets.bin": "<i8", "lines.bin": "<i8"}
+META = "meta.json"
 HINT = "remove this directory: it is a cache that is rebuilt from the archived file"
 
 PackedRow = NDArray[np.uint32]
@@ -170,7 +171,7 @@ class TokenizedWriter(RowCount):
             "target_tokens": self.target_tokens,
             "longest": self.longest,
         }
-        (self._temporary / "meta.json").write_text(json.dumps(counts | meta | {"files": files}, indent=2))
+        (self._temporary / META).write_text(json.dumps(counts | meta | {"files": files}, indent=2))
         if self._final.exists():
             raise FileExistsError(self._final)
         self._temporary.rename(self._final)
@@ -180,6 +181,11 @@ class TokenizedWriter(RowCount):
         for stream in self._streams.values():
             stream.close()
         remove_tree(self._temporary)
+
+    @staticmethod
+    def left(entry: Path) -> bool:
+        """Whether an entry with a temporary name is what a killed writer left."""
+        return is_own_folder(entry, (*DTYPES, META).__contains__)
 
     def _append(self, name: str, values: NDArray[Any]) -> None:
         data = values.tobytes()
@@ -213,7 +219,7 @@ class TokenizedFile:
             DamagedState: a file is missing or its size (with `verify`, also its hash) is not what was published.
         """
         try:
-            meta: dict[str, Any] = json.loads((directory / "meta.json").read_bytes())
+            meta: dict[str, Any] = json.loads((directory / META).read_bytes())
             if meta["format"] not in (FORMAT, WEIGHED_FORMAT):
                 raise DamagedState(f"tokenized with format {meta['format']}, not {FORMAT}", where=directory, hint=HINT)
             for name in DTYPES:

@@ -12,6 +12,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from onward.data.tokenized import FORMAT
 from onward.digest import sha256_file, sha256_json
 from onward.errors import ModelError
 
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 _KIND = f"onward tokenizer {STATE_FORMAT}.{FORMAT} "
 """The beginning of the file of a stored state."""
 LAST_CALL = ("padding", "truncation")
@@ -48,10 +49,11 @@ class TokenizerState:
         eos_id: id of the token that ends a text, if there is one.
         pad_id: id of the padding token, if there is one.
         splits_special_tokens: whether special tokens found in a text are tokenized like any other text.
-        fingerprint: SHA-256 of all that decides how rows become tokens and targets, by which a run recognizes its
-            tokenizer.
-        tool_template: the Jinja source of the template for chats with tools, if it is a separate one; else "". The
-            fingerprint does not cover it, because earlier releases did not read it.
+        fingerprint: SHA-256 of what decides how rows become tokens and targets, except for what `extras` covers; a run
+            recognizes its tokenizer by both.
+        tool_template: the Jinja source of the template for chats with tools, if it is a separate one; else "".
+        trains_closing: whether the tokenizer closes a text with tokens other than the end token (as BERT's with
+            `[SEP]`), which are then targets.
     """
 
     backend: str
@@ -64,6 +66,7 @@ class TokenizerState:
     splits_special_tokens: bool
     fingerprint: str
     tool_template: str = ""
+    trains_closing: bool = False
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenizerState:
@@ -96,7 +99,12 @@ class TokenizerState:
                 "the tokenizer gives different token ids after it is loaded from its own serialized form",
                 hint="give the tokens in its vocabulary ids without gaps, then save it again with save_pretrained",
             )
-        return state
+        return replace(state, trains_closing=state.has_closing())
+
+    def has_closing(self) -> bool:
+        """Return whether the tokenizer puts tokens other than the end token after a text."""
+        encoding: Any = self.tokenizer.encode("a", add_special_tokens=True)
+        return any(index != self.eos_id for index in encoding.ids[len(encoding.ids) - closing_tokens(encoding) :])
 
     def with_template(self, template: str | None) -> TokenizerState:
         """Return the state of this tokenizer with another chat template, also for chats with tools; with None, itself.
@@ -136,6 +144,21 @@ class TokenizerState:
         return made
 
     @property
+    def extras(self) -> str:
+        """SHA-256 of what else decides how rows become tokens and targets; "" if the tokenizer has nothing of it.
+
+        The fingerprint has stood in the ledgers of runs since before these were covered. All other fields follow from
+        what it covers: the special tokens are those that the backend or the named ones call special.
+        """
+        found = [self.tool_template, self.splits_special_tokens, *(["closing"] if self.trains_closing else [])]
+        return sha256_json(found) if any(found) else ""
+
+    @property
+    def key(self) -> str:
+        """By which tokens are kept: states with equal keys turn rows into equal tokens and targets."""
+        return sha256_json([self.fingerprint, self.extras]) if self.extras else self.fingerprint
+
+    @property
     def largest_id(self) -> int:
         """The largest id that a token of any text can have, special tokens included."""
         return max(*self.tokenizer.get_vocab(with_added_tokens=True).values(), self.largest_special_id)
@@ -147,6 +170,11 @@ class TokenizerState:
         processor: Any = self.tokenizer.post_processor
         inserted = [] if processor is None else _inserted_ids(json.loads(processor.__getstate__()))
         return max(*named, *inserted, -1, -1)
+
+
+def closing_tokens(encoding: Any) -> int:
+    """Return how many tokens the tokenizer put after a text."""
+    return sum(1 for _ in takewhile(bool, reversed(encoding.special_tokens_mask)))
 
 
 def save_tokenizer_state(path: Path, state: TokenizerState) -> None:

@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import KeptTokenizer
+from onward.service.tokenizer import KeptTokenizer, tokenizer_identity
 from onward.store.ledger import Ledger
 from onward.text import how_many
 from onward.training.admission.findings import FACT, Findings
@@ -36,8 +36,6 @@ from onward.training.steps.numerics import numerics_of
 from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]
-DIGESTS = ("base", "tokenizer")
-"""What a run's identity contains in addition to the keys of its config."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class Session:
         Raises:
             ConfigError: it does not match.
         """
-        check_identity(self.ledger, config, self.base_digest, self.tokenizer_digest)
+        check_identity(self.ledger, config, self.base_digest, self.tokenizer_state)
         if self.in_shards:
             require_shardable(config)
 
@@ -176,8 +174,8 @@ def open_session(
     base = base_of_run(layout.root, config.model, report)
     base_digest = begun.result() if begun is not None and begun.folder == base else digest_base(base)
     kept = KeptTokenizer(layout, layout.tokenizer(base))
-    tokenizer_state = kept.state(config)
-    check_identity(ledger, config, base_digest, tokenizer_state.fingerprint)
+    tokenizer_state = kept.state(config, ledger)
+    check_identity(ledger, config, base_digest, tokenizer_state)
     world = world or SingleProcess(pick_device())
     _require_shares(config, world)
     dtype = pick_dtype(config.dtype, world.device)
@@ -199,20 +197,23 @@ def _require_shares(config: Config, world: World) -> None:
         )
 
 
-def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_digest: str) -> None:
+def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer: TokenizerState) -> None:
     """Check the identity of the run against its lock; before the first commit it is only recorded.
+
+    What an earlier release did not lock is locked as it is now.
 
     Raises:
         ConfigError: an identity key was changed.
         ModelError: the base model or the tokenizer changed.
     """
-    here = {**config.identity(), "base": base_digest, "tokenizer": tokenizer_digest}
+    digests = {"base": base_digest, **tokenizer_identity(tokenizer)}
+    here = {**config.identity(), **digests}
     locked = ledger.get("identity")
     if locked is None or ledger.newest_checkpoint() is None:
         ledger.put(identity=here)
         return
     keys = config.identity_changes(locked)
-    changed = [key for key in DIGESTS if key in locked and locked[key] != here.get(key)]
+    changed = [key for key, digest in digests.items() if locked.get(key, digest) != digest]
     if list(keys) == ["model"] and not changed:  # the same bits in another place
         ledger.put(identity=here)
         return
@@ -225,3 +226,5 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer_d
             where=config.model,
             hint="Restore the original files; to start over with the changed ones: onward reset",
         )
+    if not digests.keys() <= locked.keys():
+        ledger.put(identity={**digests, **locked})

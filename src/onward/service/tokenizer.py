@@ -6,10 +6,10 @@ import contextlib
 import io
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onward.atomic import read_checked, remove_tree, replace_checked
 from onward.config import Config
@@ -20,6 +20,11 @@ from onward.layout import RunLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from onward.store.ledger import Ledger
+
+EXTRAS = "tokenizer_extras"
+"""The key in a run's identity that runs which earlier releases trained do not have."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,21 @@ class KeptTokenizer:
     layout: RunLayout
     folder: Path
 
-    def state(self, config: Config) -> TokenizerState:
+    def state(self, config: Config, ledger: Ledger) -> TokenizerState:
         """Return the state that turns rows into tokens, with the chat template of the run's config, if it names one.
+
+        A run that an earlier release trained keeps that release's targets.
 
         Raises:
             ConfigError: there is no such template, or the file is not one.
             ModelError: there is no tokenizer, or it cannot be used.
         """
         own = load_tokenizer_state(_state_place(self.layout, self._digest)) or self._load().state
-        return own.with_template(read_template(config.chat_template, self.layout.root))
+        state = own.with_template(read_template(config.chat_template, self.layout.root))
+        identity: Mapping[str, Any] = (ledger.get("identity") if ledger.newest_checkpoint() else None) or {}
+        before = replace(state, trains_closing=False)
+        is_earlier = bool(identity) and identity.get(EXTRAS, before.extras) == before.extras
+        return before if is_earlier else state
 
     def files(self) -> Mapping[str, bytes]:
         """Return the files that transformers writes into a checkpoint, by name.
@@ -82,6 +93,16 @@ class KeptTokenizer:
         loaded = load_with_files(self.folder)
         self.keep(loaded)
         return loaded
+
+
+def tokenizer_identity(state: TokenizerState) -> dict[str, str]:
+    """Return what a run's identity contains of its tokenizer."""
+    return {"tokenizer": state.fingerprint, EXTRAS: state.extras}
+
+
+def is_tokenizer_of(identity: Mapping[str, Any], state: TokenizerState) -> bool:
+    """Whether a tokenizer is the one in an identity; one that an earlier release locked may have no `extras`."""
+    return all(identity.get(key, digest) == digest for key, digest in tokenizer_identity(state).items())
 
 
 def load_tokenizer_of(folder: Path) -> TokenizerState:

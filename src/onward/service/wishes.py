@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from onward.store.ledger import Ledger
 from onward.store.rows import RequestRow
+from onward.store.waiting import Waiting
 
 AFTER_FILE = "after-file"
 RELEASE = "release"
@@ -67,6 +68,10 @@ class Wishes:
         """Who asked for the first stop."""
         self.was_interrupted = False
         """Whether a SIGINT was among the wishes."""
+        self.waiting = Waiting(should_end=lambda: self.ending)
+        """How long the process waits for others that hold the ledger: not for long once it should end."""
+        self.ending = False
+        """Whether an end at the next step was ever asked for, answered or not."""
         self._open: deque[Wish] = deque()
         self._seen = 0
         self._listens = False
@@ -94,6 +99,7 @@ class Wishes:
         """Add a wish. From another thread, this also interrupts interruptible work."""
         self._open.append(wish)
         if _is_stop(wish):
+            self.ending = True
             self.reason = self.reason or wish.argument or "onward stop"
         self.wake()
 

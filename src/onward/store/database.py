@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
+from onward.store.waiting import TRY, Waiting, is_held_by_others
 from onward.text import quoted
 
 PASSING = {
@@ -22,10 +23,6 @@ PASSING = {
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite errors that mean that the content is damaged."""
 
-PATIENCE = 30.0
-"""Seconds to wait for others who write."""
-TRY = 0.2
-"""Seconds of one try to write, after which a signal that came meanwhile is noticed."""
 LOG_BYTES = 16 << 20
 """Bytes that SQLite's log is truncated to after a long-lived reader let it grow."""
 
@@ -34,26 +31,30 @@ Record = TypeVar("Record")
 
 
 def connect(
-    path: Path, *, durable: bool = True, read_only: bool = False, create: bool = False, patience: float = PATIENCE
+    path: Path,
+    *,
+    durable: bool = True,
+    read_only: bool = False,
+    create: bool = False,
+    waiting: Waiting | None = None,
 ) -> sqlite3.Connection:
     """Open a ledger file; a missing one is made only with `create`, because a run is made once.
 
     Args:
         durable: make each transaction wait for the disk (`synchronous=FULL`).
-        patience: seconds to wait for other writers.
+        waiting: how long to wait for others that hold it.
 
     Raises:
         DamagedState: it is gone, or not a database.
-        sqlite3.DatabaseError: the machine fails.
+        sqlite3.DatabaseError: the machine fails, or others hold it.
     """
+    waiting = waiting or Waiting()
     try:
         if read_only:
-            connection = _connect_to_look(path)
+            connection = _connect_to_look(path, waiting)
         else:
             connection = _connect(f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}")
-        _be_patient(connection, patience)
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
+            waiting.for_others(lambda: connection.execute("PRAGMA journal_mode = WAL"))
             connection.execute("PRAGMA fullfsync = ON")  # macOS: `fsync` alone does not reach the disk
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
@@ -71,32 +72,16 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def begin(connection: sqlite3.Connection) -> None:
-    """Begin to write, once nobody else does; signals are noticed while this waits, which SQLite alone would not do.
+def begin(connection: sqlite3.Connection, waiting: Waiting) -> None:
+    """Begin to write, once nobody else does.
 
     Raises:
         sqlite3.OperationalError: others still write after a while, or the machine fails.
     """
-    ends = time.monotonic() + PATIENCE
-    _be_patient(connection, TRY)
-    try:
-        while True:
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() >= ends:
-                    raise
-            else:
-                return
-    finally:
-        _be_patient(connection, PATIENCE)
+    waiting.for_others(lambda: connection.execute("BEGIN IMMEDIATE"))
 
 
-def _be_patient(connection: sqlite3.Connection, seconds: float) -> None:
-    connection.execute(f"PRAGMA busy_timeout = {round(1000 * seconds)}")
-
-
-def _connect_to_look(path: Path) -> sqlite3.Connection:
+def _connect_to_look(path: Path, waiting: Waiting) -> sqlite3.Connection:
     """Open a ledger for reading only.
 
     SQLite needs the two files of its log next to the ledger, and makes them if they are missing. For a user who may not
@@ -109,10 +94,10 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
     address = f"{path.as_uri()}?mode=ro"
     try:
         connection = _connect(address)
-        connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+        waiting.for_others(lambda: connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall())
         return connection
-    except sqlite3.OperationalError:
-        if os.access(path.parent, os.W_OK) or not path.exists():
+    except sqlite3.OperationalError as error:
+        if is_held_by_others(error) or os.access(path.parent, os.W_OK) or not path.exists():
             raise  # not a matter of permissions
         if not os.access(path, os.R_OK) or path.with_name(f"{path.name}-wal").exists():
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
@@ -121,7 +106,7 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
 
 
 def _connect(address: str) -> sqlite3.Connection:
-    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(address, TRY, uri=True, isolation_level=None, check_same_thread=False)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
@@ -144,14 +129,22 @@ class Database:
     Args:
         clock: seconds since the epoch.
         create: make the file if it is missing.
+        waiting: how long to wait for others that hold it.
     """
 
     def __init__(
-        self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False, create: bool = False
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        read_only: bool = False,
+        create: bool = False,
+        waiting: Waiting | None = None,
     ) -> None:
         self.path = path
         self.clock = clock
-        self._connection = connect(path, read_only=read_only, create=create)
+        self.waiting = waiting or Waiting()
+        self._connection = connect(path, read_only=read_only, create=create, waiting=self.waiting)
         self._identity = _identity(path)
 
     def close(self) -> None:
@@ -189,7 +182,7 @@ class Database:
             yield
             return
         try:  # a signal may interrupt right after BEGIN
-            begin(self._connection)
+            begin(self._connection, self.waiting)
             yield
             self._connection.execute("COMMIT")
         except BaseException as error:
@@ -218,7 +211,7 @@ class Database:
     def query(self, sql: str, *values: Any) -> list[Values]:
         """Return the rows of a query as dictionaries."""
         try:
-            cursor = self._connection.execute(sql, values)
+            cursor = self.waiting.for_others(lambda: self._connection.execute(sql, values))
             names = [column[0] for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
         except sqlite3.DatabaseError as error:

@@ -15,12 +15,13 @@ from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
 from onward.layout import RunLayout
 from onward.store.curve import Curve
-from onward.store.database import connect, refusal
+from onward.store.database import begin, connect, refusal
 from onward.store.files import BEGUN, Files, marks
 from onward.store.migrations import migrate
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
 from onward.store.tracking import Tracking
+from onward.store.waiting import Waiting
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 PUT = "INSERT OR REPLACE INTO run VALUES (?, ?)"
@@ -40,13 +41,14 @@ def make_ledger(path: Path, **facts: Any) -> None:
     fsync_directory(path.parent)
 
 
-def put_soon(path: Path, patience: float, **facts: Any) -> None:
+def put_soon(path: Path, waiting: Waiting, **facts: Any) -> None:
     """Set facts of the run without waiting for the disk; a crash of the machine may forget them.
 
-    Args:
-        patience: seconds to wait for other writers.
+    Raises:
+        sqlite3.OperationalError: others write for too long; nothing was set.
     """
-    with contextlib.closing(connect(path, durable=False, patience=patience)) as connection:
+    with contextlib.closing(connect(path, durable=False, waiting=waiting)) as connection, connection:
+        begin(connection, waiting)
         for key, value in facts.items():
             connection.execute(PUT, (key, json.dumps(value)))
 
@@ -58,17 +60,24 @@ class Ledger(Files, Requests, Curve, Tracking):
         path: the file `ledger.sqlite3`.
         clock: seconds since the epoch; injected by tests.
         create: make the file with its schema if it is missing; otherwise that is an error.
+        waiting: how long to wait for others that hold it; a process shares one among its connections.
     """
 
     def __init__(
-        self, path: Path, *, clock: Callable[[], float] = time.time, read_only: bool = False, create: bool = False
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        read_only: bool = False,
+        create: bool = False,
+        waiting: Waiting | None = None,
     ) -> None:
-        super().__init__(path, clock=clock, read_only=read_only, create=create)
+        super().__init__(path, clock=clock, read_only=read_only, create=create, waiting=waiting)
         try:
             if not create and not self.scalar("PRAGMA user_version"):
                 raise RunLayout(path.parent).empty_ledger()
             if not read_only:
-                migrate(self._connection)
+                self.waiting.for_others(lambda: migrate(self._connection))
         except (sqlite3.DatabaseError, OnwardError) as error:
             self._connection.close()
             raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None

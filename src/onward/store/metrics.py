@@ -14,6 +14,7 @@ from pathlib import Path
 
 from onward.store.database import Database, Values, begin, connect
 from onward.store.rows import StepRecord
+from onward.store.waiting import Waiting
 
 RANGE = 512
 """Global steps per range: ranges end at multiples of this and at the ends of files. A power of two, as in the curve."""
@@ -39,6 +40,7 @@ class Metrics:
 
     Args:
         clock: seconds since the epoch.
+        waiting: how long to wait for others that hold it.
     """
 
     _INSERT = (
@@ -46,9 +48,10 @@ class Metrics:
         f" VALUES ({', '.join('?' * len(fields(StepRecord)))})"
     )
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, waiting: Waiting | None = None) -> None:
         self._clock = clock
-        self._connection = connect(path, durable=False)
+        self._waiting = waiting or Waiting()
+        self._connection = connect(path, durable=False, waiting=self._waiting)
 
     def append(self, record: StepRecord, replayed: Sequence[tuple[str, int]] = ()) -> None:
         """Write one record, its time and the rows replayed in its step, all or nothing.
@@ -59,7 +62,7 @@ class Metrics:
         of_step = (record.file_id, record.step)
         rows = [(*of_step, place, sha256, row) for place, (sha256, row) in enumerate(replayed)]
         with self._connection:
-            begin(self._connection)
+            begin(self._connection, self._waiting)
             self._connection.execute(self._INSERT, astuple(record))
             self._connection.execute("INSERT OR REPLACE INTO step_times VALUES (?, ?, ?)", (*of_step, self._clock()))
             if rows:

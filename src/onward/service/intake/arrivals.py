@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_directory
+from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
 from onward.data.files.containers import FileError, check_readable
 from onward.data.files.sources import file_format
 from onward.digest import sha256_file
@@ -181,9 +181,7 @@ class Arrivals:
     def clean(self) -> None:
         """Finish the arrivals of a process that was killed, and remove copies that were never recorded."""
         self.complete(self.ledger.files("arriving"))
-        for entry in entries(self.layout.archive):
-            if entry.name.startswith(TEMPORARY_PREFIX) and is_regular(entry):  # a folder or a link is not a copy
-                entry.unlink()
+        remove_temporaries(entries(self.layout.archive), is_regular)  # a folder or a link is not a copy
 
     def _read_in(self, row: FileRow, reserved: set[str], guard: Guard, *, flush: bool) -> Values:
         assert row.inbox is not None

@@ -18,8 +18,9 @@ from onward.atomic import remove_temporaries
 from onward.config.text import read_config
 from onward.data.files.containers import FileError
 from onward.data.tokenize import IntakeReport
+from onward.data.tokenized import TokenizedWriter
 from onward.errors import FileRejected, OnwardError
-from onward.layout import RunLayout
+from onward.layout import RunLayout, entries
 from onward.service.intake.arrivals import TOGETHER, Arrivals, Values
 from onward.service.intake.file_check import FileCheck, Withdrawn
 from onward.service.intake.folders import require_file
@@ -234,7 +235,7 @@ class Intake:
                 self.layout.make_own()
             if mine and not self._is_clean:
                 self._arrivals.clean()
-                remove_temporaries(self.layout.tokens)
+                remove_temporaries(entries(self.layout.tokens), TokenizedWriter.left)
                 self._is_clean = True
             yield mine
 

@@ -17,7 +17,7 @@ from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.service.settings import locked_refusal
-from onward.service.tokenizer import KeptTokenizer
+from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
 from onward.training.model.capacity import read_capacity, require_fits
@@ -93,7 +93,7 @@ class RowRules:
         """Return the name under which the tokens of a file are kept."""
         tokenizer = self.tokenizer
         settings = self.reading.settings()
-        return cache_key(sha256, tokenizer.fingerprint, tokenizer.max_length, tokenizer.over_length, settings)
+        return cache_key(sha256, tokenizer.state.key, tokenizer.max_length, tokenizer.over_length, settings)
 
 
 class RulesOfRun:
@@ -136,9 +136,9 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     """
     base = base_of_run(layout.root, config.model)
     folder = layout.tokenizer(base)
-    state = KeptTokenizer(layout, folder).state(config)
+    state = KeptTokenizer(layout, folder).state(config, ledger)
     identity = ledger.get("identity")
-    if identity is not None and ledger.newest_checkpoint() and identity["tokenizer"] != state.fingerprint:
+    if identity is not None and ledger.newest_checkpoint() and not is_tokenizer_of(identity, state):
         require_template_of(identity, config)
         raise ModelError(
             "the tokenizer or chat template changed on disk since this run began",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onward.store.ledger import put_soon
+from onward.store.waiting import Waiting
 
 SECONDS = 5.0
 """Seconds between two beats."""
@@ -61,7 +62,7 @@ class Heartbeat:
     def beat(self) -> None:
         """Write the heartbeat to the ledger, without waiting for the disk."""
         fact = {"at": self._clock(), "quiet": self._monotonic() - self._moved, "hangs": self.hangs, "pid": os.getpid()}
-        put_soon(self._path, PATIENCE, heartbeat=fact)
+        put_soon(self._path, Waiting(PATIENCE), heartbeat=fact)
         if not self.hangs:
             tell_systemd("WATCHDOG=1")
 

@@ -157,7 +157,7 @@ def operate(
     crash = find_crash(opened.ledger)
     owned = _own(opened, wishes, observe)
     reporter.notify = lambda: owned.settings.current.notify
-    requests = Ledger(opened.layout.ledger, read_only=True)
+    requests = Ledger(opened.layout.ledger, read_only=True, waiting=opened.ledger.waiting)
     tracking = Tracking(opened.start_tracking, lambda: bool(owned.settings.current.track))
     vital: list[Job] = [(POLL_SECONDS, lambda: wishes.poll(requests)), (BEAT_SECONDS, owned.heartbeat.beat)]
     failure: str | None = None

@@ -21,6 +21,7 @@ from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout, step_of
+from onward.service import moment
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
@@ -237,8 +238,14 @@ def _owner(layout: RunLayout) -> Iterator[Finding]:
 def _state(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         run, step = ledger.get("run"), ledger.committed_step()
-    for folder in [*layout.checkpoints(), *layout.restore_points()]:
-        yield _checkpoint(folder, str(folder.relative_to(layout.root)), run, step)
+        folders = [*layout.checkpoints(), *layout.restore_points()]
+        strange = [folder for folder in folders if moment.is_of_another_moment(ledger, folder)]
+    for folder in folders:
+        found = _checkpoint(folder, str(folder.relative_to(layout.root)), run, step)
+        if folder in strange and found.level != "error":
+            what = f"the ledger ends at step {step} and knows nothing of it: they are not from the same moment"
+            found = Finding("error", found.subject, what, moment.way_out(folder))
+        yield found
 
 
 def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:

@@ -16,8 +16,10 @@ from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
 from onward.service.intake.archive import require_original
+from onward.service.intake.reading import is_regular
 from onward.service.knowledge.anchor import FACT, changed_anchors
 from onward.service.knowledge.plans import plan_of
+from onward.service.moment import require_same_moment
 from onward.service.proof.replay import replay
 from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
@@ -70,7 +72,8 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     """
     newest = ledger.newest_checkpoint()
     if newest is None:
-        return Proof([Check("state", True, "nothing has been trained yet"), _check("queue", lambda: _queue(ledger))])
+        nothing = _check("state", lambda: _nothing_trained(layout, ledger))
+        return Proof([nothing, _check("queue", lambda: _queue(ledger))])
     folder = layout.checkpoint(newest.step)
     found = inspect_checkpoint(folder)
     manifest, problems = found.manifest, found.problems
@@ -108,6 +111,11 @@ def _require(holds: bool, problem: str) -> None:
         raise _Failed(problem)
 
 
+def _nothing_trained(layout: RunLayout, ledger: Ledger) -> str:
+    require_same_moment(layout, ledger)
+    return "nothing has been trained yet"
+
+
 def _queue(ledger: Ledger) -> str:
     return f"{ledger.queued()} files wait"
 
@@ -119,10 +127,12 @@ def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
 
 
 def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
+    require_same_moment(layout, ledger)
     ownership = Ownership(layout, ledger)
     names = [folder.name for folder in ownership.checkpoints()]
     _require(names == [f"checkpoint-{step}"], f"current_model has {names}, the ledger says checkpoint-{step}")
-    left = [*layout.temporaries(), *layout.archive.glob(f"{TEMPORARY_PREFIX}*")]
+    copies = [path for path in layout.archive.glob(f"{TEMPORARY_PREFIX}*") if is_regular(path)]
+    left = [*filter(ownership.left, layout.temporaries()), *copies]
     _require(not left, f"an interrupted write left {', '.join(map(str, left))}; onward train removes it")
     others = [str(folder.relative_to(layout.root)) for folder in ownership.others()]
     return "; not made by this run, and left alone: ".join([names[0], ", ".join(others)] if others else names)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
@@ -11,17 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
+from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_temporaries
 from onward.config import Config
 from onward.config.schema import write_config
 from onward.data.templates.own_template import keep_template, write_template
-from onward.errors import DamagedState, UsageError
+from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
 from onward.service.session import open_session
 from onward.service.state.adopted import describe
 from onward.service.state.adopted_config import Adopted, read_adopted
 from onward.service.state.commits import Commit, Commits
+from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
@@ -148,9 +151,7 @@ def _make(
         _copy(checkpoint, ("config.json", *TOKENIZER_FILES), layout.root / "tokenizer")
     final = layout.ledger.resolve()  # a link leads to a disk of this machine
     unfinished = final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
-    unfinished.unlink(missing_ok=True)
-    for left in layout.temporaries():
-        remove_tree(left)
+    _remove_unfinished(layout, unfinished)
     with Ledger(unfinished, create=True) as ledger:
         ledger.put(run=uuid.uuid4().hex, state="idle", origin_step=state.step)
         keep(ledger, findings)
@@ -162,6 +163,14 @@ def _make(
         ledger.add_event("info", f"adopted {checkpoint.absolute()} at step {state.step}", state.step)
     write_config(layout.config, config)
     unfinished.rename(final)
+
+
+def _remove_unfinished(layout: RunLayout, ledger: Path) -> None:
+    """Remove what an interrupted adoption left; its own ledger shows what that is."""
+    with contextlib.suppress(OnwardError, sqlite3.Error), Ledger(ledger) as begun:
+        remove_temporaries(layout.temporaries(), Ownership(layout, begun).left)
+    for ending in ("", "-wal", "-shm", "-journal"):
+        ledger.with_name(f"{ledger.name}{ending}").unlink(missing_ok=True)
 
 
 def _copy(source: Path, patterns: Iterable[str], target: Path) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shlex
 from pathlib import Path
 
+from onward.atomic import TEMPORARY_PREFIX, is_own_folder
 from onward.errors import NotMadeHere, Unreadable
-from onward.layout import RunLayout, entries, step_of
+from onward.layout import RunLayout, entries, step_of, unfinished_step
+from onward.stated import stated_origin
 from onward.store.ledger import Ledger
-from onward.training.checkpoints.checkpoint import remove_checkpoint, stated_origin
+from onward.training.checkpoints.checkpoint import remove_checkpoint
 from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
+
+_IN_SHARDS = re.compile(r"(\.tmp-)?state|.+\.safetensors")
+"""Names in the folder in which shards are written and merged."""
 
 
 class Ownership:
@@ -64,10 +70,28 @@ class Ownership:
         return [step_of(folder) for folder in self.restore_points()]
 
     def others(self) -> list[Path]:
-        """Return directories with the names of checkpoints or restore points that the run did not make."""
-        return [
-            folder for folder in (*self.layout.checkpoints(), *self.layout.restore_points()) if not self.made(folder)
-        ]
+        """Return what has the name of a checkpoint, a restore point or an interrupted write, and is not the run's."""
+        folders = (*self.layout.checkpoints(), *self.layout.restore_points())
+        unfinished = [entry for entry in self.layout.temporaries() if not self.left(entry)]
+        return [*(folder for folder in folders if not self.made(folder)), *unfinished]
+
+    def left(self, entry: Path) -> bool:
+        """Return whether an interrupted write of the run left an entry with a temporary name.
+
+        The ledger has every step at which the run began a checkpoint, before anything was written.
+        """
+        step = unfinished_step(entry)
+        if step is not None:
+            return bool(self.ledger.checkpoint_states(step))
+        if entry == self.layout.shards:
+            return is_own_folder(entry, _IN_SHARDS.fullmatch)
+        if entry.is_symlink() or not entry.is_file():
+            return False
+        name = entry.name.removeprefix(f"{TEMPORARY_PREFIX}link-")
+        return entry.parent == self.layout.root or any((folder / name).is_file() for folder in self._own())
+
+    def _own(self) -> list[Path]:
+        return [*self.checkpoints(), *self.restore_points()]
 
     def require_free(self, folder: Path) -> None:
         """Refuse to write where there is something that the run did not make.
@@ -75,12 +99,15 @@ class Ownership:
         Raises:
             NotMadeHere: there is; the hint is the command that moves it away.
         """
-        if os.path.lexists(folder) and not self.made(folder):
-            source, aside = folder.absolute(), self._free_name(folder.name)
-            kind = "directory" if folder.is_dir() else "file"
+        unfinished = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+        for place, is_own in ((folder, self.made), (unfinished, self.left)):
+            if not os.path.lexists(place) or is_own(place):
+                continue
+            source, aside = place.absolute(), self._free_name(place.name)
+            kind = "directory" if place.is_dir() else "file"
             raise NotMadeHere(
                 f"this {kind} was not made by this run, but the next checkpoint needs its name",
-                where=folder,
+                where=place,
                 hint=f"Move it away, then start again: mv {shlex.quote(str(source))} {shlex.quote(str(aside))}",
             )
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from onward.atomic import TEMPORARY_PREFIX, link_or_copy, publish_directory, remove_tree
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
+from onward.stated import stated_origin
 from onward.store.ledger import Ledger
-from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint, stated_origin
+from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint
 
 ATTEMPTS = 10
 """How often reading is tried: a checkpoint may be replaced while it is read."""

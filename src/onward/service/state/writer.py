@@ -92,11 +92,12 @@ class Writer:
 
         if not commit.is_waited_for:
             give_way()
+        own = self._ledger
         try:
-            self._ledger.require_in_place()
-            with Ledger(self._layout.ledger, clock=self._ledger.clock) as ledger:
+            own.require_in_place()
+            with Ledger(own.path, clock=own.clock, waiting=own.waiting) as ledger:
                 written = Commits(self._layout, ledger).commit(commit, measured)
-                self._ledger.require_in_place()  # if it was removed, records would be lost
+                own.require_in_place()  # if it was removed, records would be lost
                 self._written = written
                 self._call_after_commit(ledger, written.manifest)
         except BaseException as error:  # raised when the commit is collected

@@ -7,13 +7,12 @@ A directory is a checkpoint only if its manifest, with the hash of every file, i
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
@@ -23,6 +22,7 @@ from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
 from onward.layout import MANIFEST
+from onward.stated import NO_SUCH_FILE, read_manifest
 from onward.training.checkpoints import huggingface
 from onward.training.measuring.handover import GRADIENT, Measurement
 from onward.training.model.roundtrip import prove_roundtrip
@@ -34,8 +34,6 @@ FORMAT = 1
 SPACE_MARGIN = 1.1
 SMALL_FILES = 1 << 16
 """Bytes reserved for the manifest, the configs and everything else that is not weights, moments or static files."""
-_CERTAIN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-"""Read errors that mean that there is no such file; all others say nothing about it."""
 
 
 class Manifest(BaseModel):
@@ -251,7 +249,7 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
     Raises:
         Unreadable: something cannot be read now, or another release made the checkpoint, so nothing is known about it.
     """
-    values = _read_manifest(folder / MANIFEST)
+    values = read_manifest(folder)
     if values is None:
         return Inspection(None, [f"{MANIFEST} is missing"], is_ours=False)
     digest = values.pop("digest", "")
@@ -267,19 +265,6 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
     looked_at = ((name, entry) for name, entry in manifest.files.items() if name not in left_out)
     found = (_check_file(folder / name, entry) for name, entry in looked_at)
     return Inspection(manifest, [problem for problem in found if problem])
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """Return the content of a manifest; empty if it is not JSON, None if there is no manifest."""
-    try:
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        if error.errno in _CERTAIN:
-            return None
-        raise Unreadable.of(error, path) from None
-    except (ValueError, RecursionError):
-        return {}
-    return cast(dict[str, Any], values) if isinstance(values, dict) else {}
 
 
 def _digest_of(values: dict[str, Any]) -> str | None:
@@ -302,7 +287,7 @@ def _check_file(path: Path, entry: Mapping[str, Any]) -> str | None:
             return f"{path.name} has {status.st_size} bytes instead of {entry['size']}"
         return None if xxh3_file(path) == entry["xxh3"] else f"{path.name} was changed (its hash differs)"
     except OSError as error:
-        if error.errno in _CERTAIN:
+        if error.errno in NO_SUCH_FILE:
             return f"{path.name} is missing"
         raise Unreadable.of(error, path) from None
 
@@ -324,7 +309,7 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
         return
     except OSError as error:
         raise Unreadable.of(error, folder) from None
-    values = _read_manifest(folder / MANIFEST) or {}
+    values = read_manifest(folder) or {}
     if values.get("run") != run and not recorded:
         raise NotMadeHere(
             "this directory was not made by this run of Onward, so it is neither replaced nor removed",
@@ -335,13 +320,3 @@ def remove_checkpoint(folder: Path, *, run: str, recorded: bool = False) -> None
     remove_tree(doomed)
     folder.rename(doomed)  # so that a kill leaves a temporary, not a directory without a manifest
     remove_tree(doomed)
-
-
-def stated_origin(folder: Path) -> tuple[Any, Any] | None:
-    """Return the run and the step that a manifest states, unchecked; None if there is no manifest.
-
-    Raises:
-        Unreadable: the manifest cannot be read now.
-    """
-    values = _read_manifest(folder / MANIFEST)
-    return None if values is None else (values.get("run"), values.get("step"))

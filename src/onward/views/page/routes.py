@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Route
 from onward.errors import OnwardError, UsageError
 from onward.store.lookup import ALL_STATES
 from onward.store.rows import FileRow
+from onward.views.addresses import NameRoute
 from onward.views.connections import incoming
 from onward.views.page import control
 from onward.views.page.answers import json_answer, number, refusal, wanted
@@ -67,7 +68,7 @@ class RunRoutes:
         )  # fmt: skip
         return [
             *(Route(path, answer, methods=["GET"]) for path, answer in look),
-            Route("/api/inbox/{name:path}", self.upload, methods=["PUT"]),
+            NameRoute("/api/inbox", self.upload, methods=["PUT"]),
             *(Route(f"/api/{kind}", self._asking(kind), methods=["POST"]) for kind in control.OPTIONS),
             Route("/api/chat", self.chat, methods=["POST"]),
             Route("/api/rollback", self.rollback, methods=["POST"]),

@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from onward.errors import OnwardError, UsageError
+from onward.views.addresses import NameRoute
 from onward.views.chat.engine import Engine, Reply
 from onward.views.connections import ReadToEnd, incoming
 from onward.views.serve.answers import Shape, event, failure
@@ -56,7 +57,7 @@ class Service:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name:path}", self.one_model),
+            NameRoute("/v1/models", self.one_model, methods=["GET"]),
             Route("/health", self.health),
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)

@@ -22,6 +22,7 @@ from onward.layout import RunLayout
 from onward.making import open_ledger
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
+from onward.store.waiting import Waiting
 from onward.text import printable
 from onward.views.trackers.feed import Feed
 from onward.views.trackers.registry import find_tracker
@@ -62,7 +63,7 @@ class Telling(threading.Thread):
     def run(self) -> None:
         """Send, wait, and send again, until ended."""
         failures = 0
-        with open_ledger(self._layout) as ledger:
+        with open_ledger(self._layout, Waiting(should_end=self._ended.is_set)) as ledger:
             feed = self._feed(ledger)
             while True:
                 is_last = self._ended.is_set()

@@ -78,7 +78,7 @@ class Worker:
         row = self.ledger.next_owed()
         if row is None and owed_evaluation(self.ledger) is None:
             return
-        metrics = Metrics(self.session.layout.ledger)
+        metrics = Metrics(self.session.layout.ledger, waiting=self.ledger.waiting)
         try:
             yield from self._begin_run()
             yield from self._catch_up()

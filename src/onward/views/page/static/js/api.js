@@ -23,11 +23,14 @@ export const get = async (path) => answer(await fetch(`api/${path}`, { headers: 
 export const post = async (path, body = {}) =>
   answer(await fetch(`api/${path}`, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }));
 
+/* A file's name as the archive would write it: what cannot be printed is replaced, as the page takes no such names. */
+const plain = (name) => name.replace(/[\p{C}\p{Z}]/gu, (character) => (character === " " ? " " : "_"));
+
 /* A request that tells how far it is, which fetch cannot. */
 export function put(file, progressed) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
-    request.open("PUT", `api/inbox/${encodeURIComponent(file.name)}`);
+    request.open("PUT", `api/inbox/${encodeURIComponent(plain(file.name))}`);
     request.upload.addEventListener("progress", (event) => progressed(event.loaded, file.size));
     request.addEventListener("error", () => reject(new Refused({ error: "the connection broke, or the file cannot be read", hint: "Nothing of the file was kept." }, 0)));
     request.addEventListener("load", () => {

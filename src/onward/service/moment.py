@@ -1,0 +1,53 @@
+"""Whether ledger and model are from the same moment, which every command that changes the run asks first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onward.errors import DamagedState
+from onward.layout import RunLayout, step_of
+from onward.stated import stated_origin
+from onward.store.ledger import Ledger
+from onward.text import quoted
+
+
+def require_same_moment(layout: RunLayout, ledger: Ledger) -> None:
+    """Refuse a ledger that is older than the state it should describe, or that is another run's.
+
+    Raises:
+        DamagedState: it is; the hint says what to do.
+        Unreadable: a manifest cannot be read now.
+    """
+    for folder in (*layout.checkpoints(), *layout.restore_points()):
+        if is_of_another_moment(ledger, folder):
+            last = ledger.newest_checkpoint()
+            claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
+            raise DamagedState(
+                f"the ledger {claim}, but there is a checkpoint of step {step_of(folder)}: "
+                "they are not from the same moment",
+                where=folder,
+                hint=way_out(folder),
+            )
+
+
+def is_of_another_moment(ledger: Ledger, folder: Path) -> bool:
+    """Whether a checkpoint or restore point shows that the ledger is not the one that it was committed to.
+
+    Every step at which the run ever began a checkpoint is in its ledger.
+    """
+    step = step_of(folder)
+    if ledger.checkpoint_states(step):
+        return False
+    origin = stated_origin(folder)
+    if origin is not None and not ledger.has_checkpoints():
+        return True
+    last = ledger.newest_checkpoint()
+    return origin == (ledger.get("run"), step) and step > (last.step if last else -1)
+
+
+def way_out(folder: Path) -> str:
+    """Return what to do about it."""
+    return (
+        "Restore ledger.sqlite3 from a copy of that moment. Without one, this makes a new run: "
+        f"onward adopt {quoted(folder)} --run NEW_RUN"
+    )
