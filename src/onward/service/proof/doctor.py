@@ -22,8 +22,10 @@ from onward.data.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.proof.access import in_words, unwritable, user_name, way_to_write
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
+from onward.service.state.ownership import way_out_of
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
@@ -73,6 +75,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("memory", lambda: _memory(layout)),
         ("ledger", lambda: _ledger(layout)),
         ("ledger's disk", lambda: _ledger_disk(layout)),
+        ("access", lambda: _access(layout)),
         ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
         ("disk", lambda: _disk(layout)),
@@ -214,6 +217,16 @@ def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
             require_locks(file.fileno(), layout.root.absolute())
 
 
+def _access(layout: RunLayout) -> Iterator[Finding]:
+    """Name what this user may not write although training must; whoever looks at another's run is told so."""
+    closed, owner = unwritable(layout), layout.root.stat().st_uid
+    if closed and owner == os.geteuid():
+        yield Finding("error", "access", in_words(layout, closed), way_to_write(layout, closed))
+    elif closed:
+        hint = f"To train, add or control, be the user who owns the run: {user_name(owner)}"
+        yield Finding("warning", "access", in_words(layout, closed), hint)
+
+
 def _owner(layout: RunLayout) -> Iterator[Finding]:
     """Report who owns the run, whether it makes progress, and what keeps it from continuing."""
     with Ledger(layout.ledger, read_only=True) as ledger:
@@ -236,13 +249,13 @@ def _owner(layout: RunLayout) -> Iterator[Finding]:
 
 def _state(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
-        run, step = ledger.get("run"), ledger.committed_step()
-    for folder in [*layout.checkpoints(), *layout.restore_points()]:
-        yield _checkpoint(folder, str(folder.relative_to(layout.root)), run, step)
+        for folder in [*layout.checkpoints(), *layout.restore_points()]:
+            yield _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
 
 
-def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:
-    """Check one checkpoint; `run` and `step` are what the ledger has."""
+def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:
+    """Check one checkpoint against the ledger."""
+    run, step = ledger.get("run"), ledger.committed_step()
     if not (folder / MANIFEST).exists():
         hint = f"Move it out of the run; to continue from it: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("warning", place, f"not made by Onward: it has no {MANIFEST}", hint)
@@ -257,6 +270,9 @@ def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding
     if manifest.step != step_of(folder):
         what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
         return Finding("warning", place, what, "Move it out of the run")
+    if manifest.step > step and not ledger.checkpoint_states(manifest.step):
+        what = f"the ledger, which is at step {step}, knows nothing of it: they are not from the same moment"
+        return Finding("error", place, what, way_out_of(folder))
     if manifest.step > step:
         hint = "onward train brings the ledger up to date; onward verify shows whether something is missing"
         return Finding("warning", place, f"newer than the ledger, which is at step {step}", hint)

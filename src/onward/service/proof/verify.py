@@ -70,11 +70,11 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     """
     newest = ledger.newest_checkpoint()
     if newest is None:
-        return Proof([Check("state", True, "nothing has been trained yet"), _check("queue", lambda: _queue(ledger))])
+        return Proof([_check("state", lambda: _nothing(layout, ledger)), _check("queue", lambda: _queue(ledger))])
     folder = layout.checkpoint(newest.step)
     found = inspect_checkpoint(folder)
     manifest, problems = found.manifest, found.problems
-    checks = [_check("state files", lambda: _state_files(manifest, problems))]
+    checks = [_check("state files", lambda: _state_files(layout, ledger, manifest, problems))]
     checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, ledger, newest.step)))
     if manifest is not None:
         known = manifest
@@ -108,18 +108,25 @@ def _require(holds: bool, problem: str) -> None:
         raise _Failed(problem)
 
 
+def _nothing(layout: RunLayout, ledger: Ledger) -> str:
+    Ownership(layout, ledger).require_same_moment()
+    return "nothing has been trained yet"
+
+
 def _queue(ledger: Ledger) -> str:
     return f"{ledger.queued()} files wait"
 
 
-def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
+def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
     if manifest is None or problems:
+        Ownership(layout, ledger).require_same_moment()  # nothing is repaired with the ledger of another moment
         raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
     return f"{how_many(len(manifest.files), 'file')}, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 
 def _one_checkpoint(layout: RunLayout, ledger: Ledger, step: int) -> str:
     ownership = Ownership(layout, ledger)
+    ownership.require_same_moment()
     names = [folder.name for folder in ownership.checkpoints()]
     _require(names == [f"checkpoint-{step}"], f"current_model has {names}, the ledger says checkpoint-{step}")
     left = [*layout.temporaries(), *layout.archive.glob(f"{TEMPORARY_PREFIX}*")]

@@ -7,9 +7,10 @@ import os
 import shlex
 from pathlib import Path
 
-from onward.errors import NotMadeHere, Unreadable
+from onward.errors import DamagedState, NotMadeHere, Unreadable
 from onward.layout import RunLayout, entries, step_of
 from onward.store.ledger import Ledger
+from onward.text import quoted
 from onward.training.checkpoint import remove_checkpoint, stated_origin
 from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
 
@@ -69,6 +70,24 @@ class Ownership:
             folder for folder in (*self.layout.checkpoints(), *self.layout.restore_points()) if not self.made(folder)
         ]
 
+    def require_same_moment(self) -> None:
+        """Refuse a ledger that is older than the state it should describe, or that is another run's.
+
+        Raises:
+            DamagedState: it is; the hint says what to do.
+        """
+        last, begun = self.ledger.newest_checkpoint(), self.ledger.has_checkpoints()
+        for folder in self.others():
+            origin, step = stated_origin(folder), step_of(folder)
+            is_later = origin == (self.run, step) and step > (last.step if last else -1)
+            if is_later or (origin is not None and not begun):
+                claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
+                raise DamagedState(
+                    f"the ledger {claim}, but there is a checkpoint of step {step}: they are not from the same moment",
+                    where=folder,
+                    hint=way_out_of(folder),
+                )
+
     def require_free(self, folder: Path) -> None:
         """Refuse to write where there is something that the run did not make.
 
@@ -117,6 +136,14 @@ class Ownership:
         root = self.layout.root.absolute()
         names = [f"moved-{name}", *(f"moved-{name}-{number}" for number in range(2, 100))]
         return next(root / free for free in names if not os.path.lexists(root / free))
+
+
+def way_out_of(folder: Path) -> str:
+    """Return what to do about a checkpoint that is of a later moment than the ledger, or of another run."""
+    return (
+        "Restore ledger.sqlite3 from a copy of that moment. Without one, this makes a new run: "
+        f"onward adopt {quoted(folder)} --run NEW_RUN"
+    )
 
 
 def _is_equal(path: Path, other: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from onward.service.state.commits import Commits, basis_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint, stated_origin
+from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint
 
 TO_NOTHING = -1
 """The step that stands for no state at all, when a run is reset."""
@@ -74,10 +73,9 @@ class Settlement:
                 where=self.layout.current,
                 hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
             )
-        others = self._ownership.others()
-        self._require_same_moment(others)
+        self._ownership.require_same_moment()
         found = self._newest_verifiable()
-        notes = self._name_once(others)
+        notes = self._name_once(self._ownership.others())
         if found.folder is None or found.manifest is None:
             begun = claimed.step if claimed else self._origin()
             if begun > 0 or found.damage:
@@ -123,25 +121,6 @@ class Settlement:
             self._ownership.remove(folder)
         with contextlib.suppress(OSError):  # it has files that the run did not make, or it is gone
             self.layout.current.rmdir()
-
-    def _require_same_moment(self, others: list[Path]) -> None:
-        """Refuse a ledger that is older than the state it should describe, or that is another run's.
-
-        Raises:
-            DamagedState: it is; the hint says what to do.
-        """
-        last, begun = self.ledger.newest_checkpoint(), self.ledger.has_checkpoints()
-        for folder in others:
-            origin, step = stated_origin(folder), step_of(folder)
-            is_later = origin == (self._ownership.run, step) and step > (last.step if last else -1)
-            if is_later or (origin is not None and not begun):
-                claim = f"ends at step {last.step}" if last else "knows of no checkpoint"
-                raise DamagedState(
-                    f"the ledger {claim}, but there is a checkpoint of step {step}: they are not from the same moment",
-                    where=folder,
-                    hint="Restore ledger.sqlite3 from a copy of that moment. Without one, this makes a new run: "
-                    f"onward adopt {shlex.quote(str(folder))} --run NEW_RUN",
-                )
 
     def _name_once(self, others: list[Path]) -> list[str]:
         """Record and return notes on directories that the run did not make, unless they were named before."""
