@@ -19,6 +19,8 @@ PASSING = {
     sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
 """SQLite errors that say nothing about the content: the disk is full or failing, or others use the file."""
+FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+"""SQLite errors that may mean that the disk has no room for the files of its log."""
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite errors that mean that the content is damaged."""
 
@@ -28,6 +30,8 @@ TRY = 0.2
 """Seconds of one try to write, after which a signal that came meanwhile is noticed."""
 LOG_BYTES = 16 << 20
 """Bytes that SQLite's log is truncated to after a long-lived reader let it grow."""
+
+OPTIONS: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
 
 Values = dict[str, Any]
 Record = TypeVar("Record")
@@ -99,8 +103,9 @@ def _be_patient(connection: sqlite3.Connection, seconds: float) -> None:
 def _connect_to_look(path: Path) -> sqlite3.Connection:
     """Open a ledger for reading only.
 
-    SQLite needs the two files of its log next to the ledger, and makes them if they are missing. For a user who may not
-    write there, a ledger without a log is read as a single file: nobody is writing to it then.
+    SQLite needs the two files of its log next to the ledger, and makes them if they are missing. Where they cannot be
+    made, because this user may not or the disk is full, a ledger without a log is read as a single file: nobody is
+    writing to it then.
 
     Raises:
         UsageError: the user may not read it.
@@ -111,17 +116,26 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
         connection = _connect(address)
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
         return connection
-    except sqlite3.OperationalError:
-        if os.access(path.parent, os.W_OK) or not path.exists():
-            raise  # not a matter of permissions
-        if not os.access(path, os.R_OK) or path.with_name(f"{path.name}-wal").exists():
+    except sqlite3.OperationalError as error:
+        log = path.with_name(f"{path.name}-wal")
+        if not path.exists():
+            raise
+        if os.access(path.parent, os.W_OK):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code not in FULL or (log.exists() and log.stat().st_size):
+                raise  # not a matter of permissions or room
+        elif not os.access(path, os.R_OK) or log.exists():
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
             raise UsageError("this user may not read the ledger", where=path, hint=hint) from None
-    return _connect(f"{address}&immutable=1")
+    return sqlite3.connect(f"{address}&immutable=1", factory=Snapshot, **OPTIONS)
+
+
+class Snapshot(sqlite3.Connection):
+    """A connection that does not notice what others write after it was opened."""
 
 
 def _connect(address: str) -> sqlite3.Connection:
-    return sqlite3.connect(address, uri=True, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(address, **OPTIONS)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
@@ -178,8 +192,15 @@ class Database:
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
 
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether what others write is seen only once the file is opened again."""
+        return isinstance(self._connection, Snapshot)
+
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""
+        if self.is_snapshot:
+            return self.path.stat().st_mtime_ns
         return int(self.scalar("PRAGMA data_version"))
 
     @contextlib.contextmanager

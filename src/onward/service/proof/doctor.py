@@ -283,13 +283,18 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
     newest = next(iter(layout.checkpoints()), None)
     needed = sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
-    kept = _kept(layout) * needed
+    config = _config_or_defaults(layout)
+    kept = (config.keep_boundaries + 1) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
-    enough = free > max(kept, LITTLE_DISK)
-    hint = None if enough else "Free some space, or lower keep_boundaries"
-    yield Finding("ok" if enough else "warning", "disk", message, hint)
+    if free < needed + (config.disk_margin_mb << 20):
+        level, hint = "error", "Free some space: training pauses until there is room for the next checkpoint"
+    elif free > max(kept, LITTLE_DISK):
+        level, hint = "ok", None
+    else:
+        level, hint = "warning", "Free some space, or lower keep_boundaries"
+    yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
 
 
@@ -321,11 +326,11 @@ def _queue(layout: RunLayout) -> Iterator[Finding]:
         yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
 
 
-def _kept(layout: RunLayout) -> int:
+def _config_or_defaults(layout: RunLayout) -> Config:
     try:
-        return read_config(layout.config).keep_boundaries + 1
+        return read_config(layout.config)
     except OnwardError:
-        return Config().keep_boundaries + 1
+        return Config()
 
 
 def _trackers(layout: RunLayout) -> Iterator[Finding]:
