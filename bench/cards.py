@@ -53,11 +53,11 @@ def profile(case: Case) -> Any:
     from shapes import config_of
 
     from onward.config import Config
-    from onward.training.loss import TargetLoss
-    from onward.training.memory import profile_of
     from onward.training.model.outline import outlined
     from onward.training.model.treatment import Treatment
     from onward.training.optimizers import optimizer_method
+    from onward.training.steps.loss import TargetLoss
+    from onward.training.steps.memory import profile_of
 
     config = Config.model_validate({"max_length": LENGTH, **case.settings})
     four_bit = config.method == "qlora"
@@ -72,7 +72,7 @@ def profile(case: Case) -> Any:
 
 def main() -> None:
     """Print the table."""
-    from onward.training.memory import USABLE, part_tokens
+    from onward.training.steps.memory import USABLE, part_tokens
 
     print(
         "| model | card | settings | estimate | tokens of a part | layers computed again |\n|---|---|---|---|---|---|"

@@ -25,7 +25,7 @@ import recipe
 
 from onward import Run
 from onward.config import Config
-from onward.data.order import make_plan, rows_digest
+from onward.data.plan.order import make_plan, rows_digest
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 

@@ -97,7 +97,7 @@ class Files:
     @classmethod
     def make(cls, folder: Path, rows: Mapping[str, Sequence[str]]) -> Files:
         """Write them, holding out the rows that Onward itself will hold out."""
-        from onward.data.holdout import count_held_out, held_out_rows
+        from onward.data.plan.holdout import count_held_out, held_out_rows
         from onward.digest import sha256_file
 
         domains, questions, trained = dict[str, Path](), dict[str, Path](), list[str]()
@@ -174,7 +174,7 @@ def measure(trial: Trial, rows: Mapping[str, Sequence[str]], model: str, dtype: 
 def trained_tokens(run: Any) -> int:
     """Return the tokens that a run trained, including the anchor's texts in the loss."""
     from onward.store.ledger import Ledger
-    from onward.training.anchor import ROWS_PER_TEXT
+    from onward.training.steps.anchor import ROWS_PER_TEXT
 
     with Ledger(run.layout.ledger, read_only=True) as ledger:
         tokens = ledger.trained_tokens(1 << 60)
@@ -221,8 +221,8 @@ def divergence(run: Any, at: str | None = None) -> float:
     from onward.making import open_ledger
     from onward.service.knowledge.anchor import anchor_rows
     from onward.service.session import open_session
+    from onward.training.measuring.scores import Compute, Meter
     from onward.training.model.load import build_model
-    from onward.training.scores import Compute, Meter
     from onward.views.points import hold
 
     with hold(run.layout, at) as point, open_ledger(run.layout) as ledger:

@@ -25,10 +25,10 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from onward.config import Config
-    from onward.data.loader import Batch
-    from onward.data.order import FilePlan, RowReference
+    from onward.data.plan.loader import Batch
+    from onward.data.plan.order import FilePlan, RowReference
     from onward.data.tokenized import Row
-    from onward.training.execution import Execution
+    from onward.training.device.execution import Execution
     from onward.training.model.base import resolve_base
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec

@@ -28,8 +28,8 @@ from onward.service.state.retention import Retention
 from onward.service.state.settle import Settlement
 from onward.service.wishes import Wishes
 from onward.store.ledger import Ledger
-from onward.training.loading import load_state
-from onward.training.probe import Probe
+from onward.training.checkpoints.loading import load_state
+from onward.training.measuring.probe import Probe
 
 BATCH, TRAINED, NEAR = 8, 10, 1000
 COLD_GOAL, POSITION_GOAL = 1.15, 1.15

@@ -80,19 +80,19 @@ def rank(place: int, ranks: int, folder: Path) -> None:
 def measured(folder: Path, ranks: int) -> dict[str, Any]:
     """Load, train, copy, write, and gather."""
     from onward.config import Config
-    from onward.data.loader import Batch
-    from onward.data.order import RowReference
+    from onward.data.plan.loader import Batch
+    from onward.data.plan.order import RowReference
     from onward.data.tokenized import Row
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.model.weights import save_weights
     from onward.training.optimizers import ADAMW
-    from onward.training.parts import Part
     from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
     from onward.training.sharding.model import ShardedModel
     from onward.training.sharding.state import start_sharded
     from onward.training.sharding.steps import InShards, loss_in_shards
     from onward.training.sharding.whole import whole_state
+    from onward.training.steps.parts import Part
 
     config = Config.model_validate({"model": str(folder / "model"), "method": "full"})
     mesh = init_device_mesh("cpu", (ranks,))
@@ -157,10 +157,10 @@ def plain_gradients(folder: Path, batch: Any, ranks: int) -> float:
     from torch.distributed.fsdp import fully_shard
 
     from onward.config import Config
-    from onward.training.loss import TargetLoss
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.sharding.model import decoder_layers
+    from onward.training.steps.loss import TargetLoss
 
     class Root(nn.Module):
         def __init__(self, model: nn.Module) -> None:

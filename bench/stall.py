@@ -19,7 +19,7 @@ import measuring
 import torch
 
 from onward.config import Config
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState

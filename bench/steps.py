@@ -19,12 +19,12 @@ from measuring import tune_process
 
 from onward import Run
 from onward.config import Config
-from onward.data.order import FilePlan
+from onward.data.plan.order import FilePlan
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.events import StepTaken
-from onward.training.environment import pick_dtype
+from onward.training.device.environment import pick_dtype
 from onward.training.model.load import build_model, load_tokenizer
 from onward.training.model.spec import ModelSpec
 

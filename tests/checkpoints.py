@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from onward.config import Config
-from onward.training.checkpoint import Contents, Facts
-from onward.training.handover import measure
+from onward.training.checkpoints.checkpoint import Contents, Facts
+from onward.training.measuring.handover import measure
+from onward.training.measuring.probe import Probed
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probed
 from onward.training.state import TrainState
 
 CPU = torch.device("cpu")

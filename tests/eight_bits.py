@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from onward import Run
 from onward.errors import OnwardError
-from onward.training.checkpoint import inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.optimizers import ADAMW_8BIT
 from onward.training.optimizers.blockwise import BlockwiseAdamW
 from onward.training.state import TrainState

@@ -24,7 +24,7 @@ from states import assert_same_state, temporary_files
 from onward.layout import RunLayout
 from onward.run import Run
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.model import weights
 
 ERRORS = ("ENOSPC", "EIO")

@@ -38,5 +38,5 @@ KERNEL = Varlen.of(attend)
 
 def let_attend_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a CPU attend so, and not look into small buffers, as on a GPU: parts of steps are filled up then."""
-    monkeypatch.setattr("onward.training.loss.kernel_for", lambda *_: KERNEL)
+    monkeypatch.setattr("onward.training.steps.loss.kernel_for", lambda *_: KERNEL)
     monkeypatch.setattr("onward.training.layers.buffers.SMALL", 0)

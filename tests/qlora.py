@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from onward import Run
 from onward.config.text import read_config
 from onward.events import StepTaken
-from onward.training.checkpoint import inspect_checkpoint
-from onward.training.loading import load_state
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
+from onward.training.checkpoints.loading import load_state
 from onward.training.model.base import resolve_base
 from onward.training.model.spec import ModelSpec
 from onward.training.state import digest_tensors

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.data.tokenized import Row
-from onward.training.loss import TargetLoss
+from onward.training.steps.loss import TargetLoss
 
 CPU = torch.device("cpu")
 VOCABULARY = 60

@@ -20,20 +20,18 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import RowReference, make_plan
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference, make_plan
 from onward.data.tokenized import Row
 from onward.errors import RankLost
 from onward.ranks import place_here
-from onward.training.checkpoint import Contents, Facts, inspect_checkpoint
-from onward.training.execution import Execution
-from onward.training.handover import measure
+from onward.training.checkpoints.checkpoint import Contents, Facts, inspect_checkpoint
+from onward.training.device.execution import Execution
 from onward.training.layers.recompute import Recomputation
-from onward.training.loss import TargetLoss
+from onward.training.measuring.handover import measure
+from onward.training.measuring.probe import Probe, Probed
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
-from onward.training.parts import Part
-from onward.training.probe import Probe, Probed
 from onward.training.ranks.exchange import InTurn
 from onward.training.ranks.forming import form
 from onward.training.seeds import seeded
@@ -45,6 +43,8 @@ from onward.training.sharding.model import ShardedModel, decoder_layers
 from onward.training.sharding.state import start_sharded
 from onward.training.sharding.steps import InShards, loss_in_shards
 from onward.training.state import Cursor, Snapshot, TrainState
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.parts import Part
 from onward.training.trainer import Trainer
 
 CPU = torch.device("cpu")

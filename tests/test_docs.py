@@ -17,7 +17,7 @@ from ledgers import made_up_run
 from runs import new_run
 
 from onward.data.rows.records import parse_record
-from onward.training.checkpoint import Manifest
+from onward.training.checkpoints.checkpoint import Manifest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]

@@ -53,8 +53,8 @@ def _steps(
 ) -> tuple[tuple[list[float], str, str], int]:
     """Return losses and digests of weights and moments after some steps, and how many parts were replayed."""
     from onward.data.tokenized import Row
-    from onward.training.environment import pick_dtype
-    from onward.training.execution import Execution
+    from onward.training.device.environment import pick_dtype
+    from onward.training.device.execution import Execution
     from onward.training.model.load import build_model
     from onward.training.model.spec import ModelSpec
     from onward.training.model.treatment import Treatment

@@ -36,16 +36,16 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, read: Any = N
     from pathlib import Path
 
     from onward.config import Config
-    from onward.training.device_memory import read_usage
-    from onward.training.economy import Learned
-    from onward.training.execution import Execution
+    from onward.training.device.execution import Execution
+    from onward.training.device.memory import read_usage
     from onward.training.layers.attention import lay_end_to_end
     from onward.training.layers.decoder_parts import fuse_parts, kernels_work
     from onward.training.layers.fused_lora import fuse_lora
-    from onward.training.memory import USABLE, part_tokens
     from onward.training.model.adapter import add_adapter, train_in_float32
     from onward.training.model.adapter_shape import new_adapter_config
     from onward.training.state import Cursor, TrainState
+    from onward.training.steps.economy import Learned
+    from onward.training.steps.memory import USABLE, part_tokens
     from onward.training.trainer import Trainer
     from onward.training.world import SingleProcess
 
@@ -76,7 +76,7 @@ def onward_trainer(shape: str, method: str, *, fused: bool = True, read: Any = N
 
 def let_record(trainer: Any) -> None:
     """Let a trainer replay parts of steps if its model allows it, as a run finds that out at its first checkpoint."""
-    from onward.training.probe import Probe
+    from onward.training.measuring.probe import Probe
 
     if device().type == "cuda":
         probe = Probe(trainer.state.model, 0, device(), trainer.execution.dtype)
@@ -86,15 +86,15 @@ def let_record(trainer: Any) -> None:
 
 def endless_plan() -> Any:
     """Return a plan with more steps than are needed."""
-    from onward.data.order import FilePlan
+    from onward.data.plan.order import FilePlan
 
     return FilePlan("bench", rows=1 << 23, batch_size=ROWS, epochs=1, seed=0)
 
 
 def batch_of(rows: list[Any]) -> Any:
     """Return the batch of a step."""
-    from onward.data.loader import Batch
-    from onward.data.order import RowReference
+    from onward.data.plan.loader import Batch
+    from onward.data.plan.order import RowReference
 
     return Batch(rows, [RowReference("bench", place) for place in range(len(rows))], list(range(len(rows))))
 

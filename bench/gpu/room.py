@@ -20,8 +20,8 @@ STEPS = 2
 
 def fits(shape: str, method: str, gibibytes: float, **settings: Any) -> None:
     """Report whether steps fit into a card of this size, and how fast they are there."""
-    from onward.training.device_errors import is_out_of_memory
-    from onward.training.device_memory import Usage
+    from onward.training.device.errors import is_out_of_memory
+    from onward.training.device.memory import Usage
 
     limit, has_gpu = int(gibibytes * (1 << 30)) - RUNTIME, torch.cuda.is_available()
     if has_gpu:

@@ -75,7 +75,7 @@ def device() -> torch.device:
 
 def dtype_of(where: torch.device) -> torch.dtype:
     """Return the compute type that a run picks there."""
-    from onward.training.environment import pick_dtype
+    from onward.training.device.environment import pick_dtype
 
     return pick_dtype("auto", where)
 

@@ -64,7 +64,7 @@ def onward_modules(shape: str) -> list[str]:
 
 def peer_modules(shape: str) -> list[str]:
     """Return the modules that a peer's steps need."""
-    own = ["onward.training.environment", "onward.data.tokenized", "peers"]
+    own = ["onward.training.device.environment", "onward.data.tokenized", "peers"]
     trl = present("trl.trainer.sft_trainer", "liger_kernel.transformers")
     return [*model_modules(shape), "datasets", "transformers.trainer", *trl, *own]
 
@@ -126,7 +126,7 @@ def measure_determinism(trainer: Any, shape: str) -> None:
 
 def largest_parts(trainer: Any, shape: str, kind: str) -> list[list[int]]:
     """Return the lengths of the rows of each part that was trained."""
-    from onward.training.parts import parts_of
+    from onward.training.steps.parts import parts_of
 
     steps = batches(shape, kind, timed_steps(kind, shape) + warm(kind, shape))
     parts = [part.batch for rows in steps for part in parts_of(batch_of(rows), trainer.config, 0, trainer.loss.layout)]

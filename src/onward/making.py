@@ -70,7 +70,7 @@ class _Making:
         self.loading = loading
 
     def make(self, later: bool) -> None:
-        from onward.data.own_template import keep_template, write_template
+        from onward.data.templates.own_template import keep_template, write_template
         from onward.service.tokenizer import KeptTokenizer
         from onward.training.model.base import base_of_run, resolve_base, with_stored_path
 

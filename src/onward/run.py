@@ -29,7 +29,7 @@ from onward.store.ledger import Ledger
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
-    from onward.training.checkpoint import Manifest
+    from onward.training.checkpoints.checkpoint import Manifest
     from onward.training.world import World
 
 PathLike = str | os.PathLike[str]

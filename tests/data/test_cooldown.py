@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onward.data.cooldown import CooldownPlan
-from onward.data.replay import Source
+from onward.data.plan.cooldown import CooldownPlan
+from onward.data.plan.replay import Source
 
 FILES = st.lists(st.integers(1, 40), min_size=1, max_size=5)
 

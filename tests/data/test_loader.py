@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import byte_state, chat_rows, write_jsonl
 
-from onward.data.loader import Batch, batch_at, flatten, pad
-from onward.data.order import FilePlan, Plan, RowReference
+from onward.data.plan.loader import Batch, batch_at, flatten, pad
+from onward.data.plan.order import FilePlan, Plan, RowReference
 from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
 from onward.data.tokenized import Row
 from onward.digest import sha256_file

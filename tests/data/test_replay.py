@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onward.config import Config
-from onward.data.holdout import Share, count_held_out, held_out_rows, rows_in_question
-from onward.data.order import FilePlan, RowReference, make_plan
-from onward.data.replay import ReplayPlan, Source, needed_by, replayed_of
+from onward.data.plan.holdout import Share, count_held_out, held_out_rows, rows_in_question
+from onward.data.plan.order import FilePlan, RowReference, make_plan
+from onward.data.plan.replay import ReplayPlan, Source, needed_by, replayed_of
 
 OWN, FIRST, SECOND = "0" * 64, "1" * 64, "2" * 64
 

@@ -4,9 +4,9 @@ from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
 from trait_templates import template_text
 
-from onward.data.rendering import Renderer
 from onward.data.rows.records import Chat, RowError, parse_record
 from onward.data.rows.template import ChatTemplate
+from onward.data.templates.rendering import Renderer
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 

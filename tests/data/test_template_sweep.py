@@ -11,8 +11,8 @@ from tiny import CHATML, byte_state
 from trait_templates import template_text
 
 from onward.config import Config
-from onward.data.own_template import training_twin
 from onward.data.rows.records import Chat, RowError
+from onward.data.templates.own_template import training_twin
 from onward.service.intake.rules import RunTokenizer
 
 EVERY = 1 if os.environ.get("ONWARD_SOAK") else 6

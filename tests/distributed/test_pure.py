@@ -18,22 +18,22 @@ from ledgers import add_file, made_up_run
 from torch.distributed.run import get_args_parser
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import FilePlan, RowReference
-from onward.data.replay import ReplayPlan, Source
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import FilePlan, RowReference
+from onward.data.plan.replay import ReplayPlan, Source
 from onward.data.tokenized import Row
 from onward.errors import FileRejected, RankLost, UsageError
 from onward.ranks import Place, place_here, start_here
 from onward.service.client import Given
 from onward.service.outside.elastic import Devices, read_devices
 from onward.store.ledger import Ledger
-from onward.training.environment import promises_bits, ranks_facts
-from onward.training.parts import parts_of, shares_of
+from onward.training.device.environment import promises_bits, ranks_facts
 from onward.training.ranks.failures import Released
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.orders import plan_message, plan_told
 from onward.training.ranks.watch import Watch
+from onward.training.steps.parts import parts_of, shares_of
 from onward.training.world import SingleProcess
 
 TORCHRUN = {

@@ -21,10 +21,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3MoeConfig, Qwen
 from onward.config import Config
 from onward.errors import ConfigError, DamagedState, ModelError
 from onward.layout import MANIFEST as MANIFEST_OF_CHECKPOINT
-from onward.training.checkpoint import write_checkpoint
-from onward.training.execution import Execution
-from onward.training.huggingface import OPTIMIZER
-from onward.training.loading import load_moments
+from onward.training.checkpoints.checkpoint import write_checkpoint
+from onward.training.checkpoints.huggingface import OPTIMIZER
+from onward.training.checkpoints.loading import load_moments
+from onward.training.device.execution import Execution
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import ADAMW

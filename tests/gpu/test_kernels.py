@@ -10,14 +10,14 @@ from gpu_runs import DEVICE, LENGTHS, ON_CPU, needs_gpu
 from torch import nn
 
 from onward.errors import ModelError
-from onward.training.environment import describe_environment, deterministic, pick_dtype
-from onward.training.fingerprints import fingerprint, mixed_sum
-from onward.training.hardware import UNKNOWN
+from onward.training.device.environment import describe_environment, deterministic, pick_dtype
+from onward.training.device.hardware import UNKNOWN
 from onward.training.layers.attention import row_arguments, row_attention
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.facts import layer_facts
 from onward.training.layers.matmul import product_in_float
 from onward.training.layers.varlen import kernel_for
+from onward.training.measuring.fingerprints import fingerprint, mixed_sum
 
 pytestmark = needs_gpu
 HALF = torch.bfloat16

@@ -19,9 +19,9 @@ from onward import Run
 from onward.digest import xxh3_file
 from onward.errors import ModelError
 from onward.store.ledger import Ledger
-from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
-from onward.training.checkpoint import Manifest
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest
 
 SMALL: dict[str, Any] = {"evaluation": {"share": 0}, "max_length": 128, "batch_size": 4, "lora": {"rank": 2}}
 

@@ -18,7 +18,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.errors import ConfigError, DeviceLost, NoSpace, OnwardError, TrainingError, Unreadable
 from onward.events import Event, FileDone, Note, StepTaken
 from onward.service.owner import daemon as daemons

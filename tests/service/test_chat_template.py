@@ -14,7 +14,7 @@ from trait_templates import template_text
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.own_template import find_template
+from onward.data.templates.own_template import find_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError
 

@@ -26,7 +26,7 @@ from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
-from onward.training.checkpoint import MANIFEST, Manifest
+from onward.training.checkpoints.checkpoint import MANIFEST, Manifest
 
 NOBODY = 65534
 FILE: dict[str, Any] = {

@@ -17,7 +17,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.errors import ModelError, TrainingError
 from onward.events import FileDone, Note, StepTaken
 from onward.layout import RunLayout
@@ -28,7 +28,7 @@ from onward.service.proof.doctor import examine
 from onward.service.wishes import Wishes
 from onward.status import read_status
 from onward.store.ledger import Ledger
-from onward.training.loss import Placed, TargetLoss
+from onward.training.steps.loss import Placed, TargetLoss
 from onward.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {

@@ -17,7 +17,7 @@ from onward.errors import VerificationFailed
 from onward.events import Committed, FileStarted
 from onward.service.owner.training.handing_over import Crossing, FirstHandover
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState

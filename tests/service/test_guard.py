@@ -18,7 +18,7 @@ from states import assert_same_state
 from onward import Run
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.order import make_plan
+from onward.data.plan.order import make_plan
 from onward.errors import FileRejected, UsageError
 from onward.events import Event, StepTaken
 from onward.service.wishes import Wishes

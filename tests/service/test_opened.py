@@ -12,7 +12,7 @@ from onward.service.owner.process import OpenedRun
 from onward.service.session import Session
 from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
-from onward.training.huggingface import tokenizer_files
+from onward.training.checkpoints.huggingface import tokenizer_files
 from onward.training.model.load import load_tokenizer
 
 

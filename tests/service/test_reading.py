@@ -18,9 +18,9 @@ from onward.service.state.commits import Commit
 from onward.service.state.reading import snapshot
 from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.loading import load_state
-from onward.training.probe import Probe
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.loading import load_state
+from onward.training.measuring.probe import Probe
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},

@@ -48,8 +48,8 @@ def recording(monkeypatch: pytest.MonkeyPatch, steps: Recorder | OpRecorder) -> 
     """Let processes in the body record steps, and probes; yields the recorder of probes."""
     probes = Recorder()
     with monkeypatch.context() as patched:
-        patched.setattr("onward.training.economy.sharing_recorder", lambda _: steps)
-        patched.setattr("onward.training.probe.recorder_for", lambda _: probes)
+        patched.setattr("onward.training.steps.economy.sharing_recorder", lambda _: steps)
+        patched.setattr("onward.training.measuring.probe.recorder_for", lambda _: probes)
         yield probes
 
 

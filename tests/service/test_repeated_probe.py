@@ -13,7 +13,7 @@ from runs import new_run
 
 from onward import Run
 from onward.store.ledger import Ledger
-from onward.training.probe import Probe, Probed
+from onward.training.measuring.probe import Probe, Probed
 from onward.training.transfer import InPlace, Overlapped, Transfer
 
 

@@ -16,7 +16,7 @@ from onward import Run
 from onward.errors import FileRejected, UsageError
 from onward.service.state.rollback import move_ledger_back, undone
 from onward.service.state.settle import TO_NOTHING
-from onward.store.ledger import Ledger
+from onward.store.ledger import PROOF, Ledger
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
@@ -73,6 +73,26 @@ def test_another_file_after_going_back(run: Run, stopped: Path, files: list[Path
     twin.train(files[2])
     assert_same_state(twin.layout.root, run.layout.root)
     assert run.verify(deep=True).ok
+
+
+def test_a_proof_of_what_is_undone_is_forgotten(run: Run) -> None:
+    """The last proof stays while its state does: at a step that is undone, other rows may be trained now."""
+
+    def proven() -> int | None:
+        with Ledger(run.layout.ledger) as ledger:
+            proof = ledger.get(PROOF)
+        return proof and proof["step"]
+
+    assert run.verify().ok
+    newest = proven()
+    run.rollback("14.jsonl")
+    assert (9, None) == (newest, proven())
+    assert run.verify().ok
+    at = proven()
+    run.rollback("14.jsonl")
+    assert at == proven()
+    run.reset()
+    assert proven() is None
 
 
 def test_undone_files_can_come_again(run: Run, files: list[Path], tmp_path: Path) -> None:

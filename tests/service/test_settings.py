@@ -16,7 +16,7 @@ from states import assert_same_state
 from onward import Run
 from onward.config import known_keys
 from onward.config.keys import OPERATION_KEYS, START_KEYS, acts
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.errors import ConfigError, TrainingError
 from onward.events import Committed, Event, FileStarted, Note, StepTaken
 from onward.progress import PlainLines

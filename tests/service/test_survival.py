@@ -117,7 +117,7 @@ def test_asked_to_stop(
 
 def read_without_log(root: Path) -> Any:
     """The measurement and cursor in the manifest of the newest checkpoint."""
-    from onward.training.checkpoint import inspect_checkpoint
+    from onward.training.checkpoints.checkpoint import inspect_checkpoint
 
     manifest = inspect_checkpoint(Run(root).layout.checkpoints()[0]).verified
     assert manifest is not None

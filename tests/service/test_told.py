@@ -14,7 +14,7 @@ from states import assert_same_state
 
 from onward import Run
 from onward.atomic import remove_tree
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.errors import FileRejected
 from onward.events import Event, FileDone, Hub, Note, StepTaken
 from onward.service.owner.heartbeat import Heartbeat

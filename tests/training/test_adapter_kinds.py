@@ -20,19 +20,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from onward import Run
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, OnwardError, VerificationFailed
-from onward.training.checkpoint import Contents, Facts, Manifest, write_checkpoint
-from onward.training.handover import measure
+from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, write_checkpoint
+from onward.training.checkpoints.loading import load_state
 from onward.training.layers.fused_lora import FusedLoraLinear
 from onward.training.layers.twin import with_weights
-from onward.training.loading import load_state
-from onward.training.loss import TargetLoss
+from onward.training.measuring.handover import measure
+from onward.training.measuring.probe import Probed, probe_batch
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from onward.training.model.load import build_model
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probed, probe_batch
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
+from onward.training.steps.loss import TargetLoss
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

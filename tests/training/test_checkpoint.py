@@ -18,8 +18,8 @@ import torch
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json
 from onward.errors import DamagedState, NoSpace, NotMadeHere, Unreadable
-from onward.training import huggingface
-from onward.training.checkpoint import (
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import (
     MANIFEST,
     Inspection,
     inspect_checkpoint,
@@ -27,11 +27,11 @@ from onward.training.checkpoint import (
     require_space,
     write_checkpoint,
 )
-from onward.training.execution import Execution
-from onward.training.loading import load_state
+from onward.training.checkpoints.loading import load_state
+from onward.training.device.execution import Execution
+from onward.training.measuring.probe import Probe, probe_batch
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probe, probe_batch
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer

@@ -7,8 +7,8 @@ import errno
 import pytest
 import torch
 
-from onward.training.device_errors import is_device_lost, is_out_of_memory
-from onward.training.device_memory import Usage, gpu_is_crowded, read_usage
+from onward.training.device.errors import is_device_lost, is_out_of_memory
+from onward.training.device.memory import Usage, gpu_is_crowded, read_usage
 
 GIB = 1 << 30
 NO_MEMORY = [

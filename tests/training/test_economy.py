@@ -13,17 +13,17 @@ from torch import nn
 
 from onward.config import Config
 from onward.config.text import parse_config
-from onward.data.loader import Batch
-from onward.data.order import FilePlan, RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import FilePlan, RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
-from onward.training.device_memory import Usage
-from onward.training.economy import Learned
-from onward.training.execution import Execution
+from onward.training.device.execution import Execution
+from onward.training.device.memory import Usage
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
-from onward.training.memory import Polynomial, Profile, largest_part, part_tokens
 from onward.training.state import Cursor, TrainState
+from onward.training.steps.economy import Learned
+from onward.training.steps.memory import Polynomial, Profile, largest_part, part_tokens
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 

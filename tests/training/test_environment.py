@@ -12,7 +12,7 @@ import torch
 
 from onward.errors import ModelError
 from onward.training.admission.findings import Findings
-from onward.training.environment import (
+from onward.training.device.environment import (
     LATER_FACTS,
     describe_environment,
     deterministic,
@@ -21,7 +21,7 @@ from onward.training.environment import (
     promises_bits,
     same_environment,
 )
-from onward.training.hardware import (
+from onward.training.device.hardware import (
     UNKNOWN,
     cublas_version,
     driver_version,

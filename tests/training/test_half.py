@@ -16,7 +16,7 @@ from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.fused_lora import FusedLoraLinear, fuse_lora, fused_layers, lowered
 from onward.training.layers.matmul import product_in_float
-from onward.training.loss import TargetLoss
+from onward.training.steps.loss import TargetLoss
 
 HALF = torch.bfloat16
 

@@ -11,10 +11,10 @@ import torch
 
 from onward.config import Config
 from onward.errors import TrainingError, VerificationFailed
-from onward.training.handover import Measurement, compare
+from onward.training.measuring.handover import Measurement, compare
+from onward.training.measuring.probe import Probe, probe_batch
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probe, probe_batch
 from onward.training.state import TrainState
 
 BEFORE = Measurement(weights="w", moments="m", adam_step=7, learning_rate=1e-3, probe_loss=2.0)

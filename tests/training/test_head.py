@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Gemma3Config
 
-from onward.data.loader import Batch
-from onward.training.environment import autocast
+from onward.data.plan.loader import Batch
+from onward.training.device.environment import autocast
 from onward.training.layers import cross_entropy
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.layers.head import Head, Tail, find_head
-from onward.training.loss import TargetLoss
+from onward.training.steps.loss import TargetLoss
 
 TAILS: dict[str, tuple[dict[str, Any], Tail]] = {
     "llama": ({}, Tail()),

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from onward import Run
-from onward.training.huggingface import LOG_TAIL, tokenizer_files
+from onward.training.checkpoints.huggingface import LOG_TAIL, tokenizer_files
 from onward.training.optimizers import ADAMW
 
 METHODS = ("lora", "full")

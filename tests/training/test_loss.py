@@ -10,12 +10,12 @@ import torch
 from rows import CPU, VOCABULARY, batch, loss_and_gradients, tiny_model
 from torch.nn import functional
 
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.layers import cross_entropy
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.layers.cross_entropy import linear_cross_entropy
 from onward.training.layers.matmul import LARGE, times
-from onward.training.loss import TargetLoss
+from onward.training.steps.loss import TargetLoss
 
 
 @pytest.mark.parametrize("model_type", sorted(PADDING_FREE))

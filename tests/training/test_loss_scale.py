@@ -20,11 +20,11 @@ from torch import nn
 
 from onward import Run
 from onward.config import Config
-from onward.data.order import FilePlan, RowReference
+from onward.data.plan.order import FilePlan, RowReference
 from onward.errors import DamagedState, TrainingError
 from onward.events import StepTaken
 from onward.layout import RunLayout
-from onward.training.execution import Execution
+from onward.training.device.execution import Execution
 from onward.training.foreign.scaler import read_scale
 from onward.training.layers.attention import ROW_ATTENTION
 from onward.training.loss_scale import FIRST, LARGEST, LEAST, PATIENCE, LossScale

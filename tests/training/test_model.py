@@ -15,7 +15,7 @@ import torch
 from onward import Run
 from onward.config import Config
 from onward.errors import ModelError
-from onward.training.checkpoint import write_checkpoint
+from onward.training.checkpoints.checkpoint import write_checkpoint
 from onward.training.model.base import find_here, resolve_base, with_stored_path
 from onward.training.model.load import build_model, load_model
 from onward.training.model.spec import ModelSpec

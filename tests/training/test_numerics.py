@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from onward.config import Config
-from onward.training.environment import NUMERICS, describe_environment
-from onward.training.numerics import FILLED, IN_HALF, ON_GPU, PROVEN_APART, numerics_of
+from onward.training.device.environment import NUMERICS, describe_environment
+from onward.training.steps.numerics import FILLED, IN_HALF, ON_GPU, PROVEN_APART, numerics_of
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LONGROPE = {

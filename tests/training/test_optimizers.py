@@ -12,8 +12,8 @@ from torch import nn
 
 from onward.config import Config
 from onward.errors import DamagedState
-from onward.training import huggingface
-from onward.training.loading import load_moments, read_optimizer
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.loading import load_moments, read_optimizer
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import ADAMW, AdamW, OptimizerMethod, file_state, saved_count

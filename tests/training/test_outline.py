@@ -12,13 +12,13 @@ from rows import CPU
 from transformers import AutoConfig
 
 from onward.config import Config
-from onward.training.loss import TargetLoss
-from onward.training.memory import Profile, profile_of
 from onward.training.model.load import build_model
 from onward.training.model.outline import outlined
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
 from onward.training.optimizers import OPTIMIZERS, optimizer_method
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.memory import Profile, profile_of
 
 END_TO_END = Treatment(end_to_end=True)
 SETTINGS: dict[str, dict[str, Any]] = {

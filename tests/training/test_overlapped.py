@@ -15,7 +15,7 @@ from rows import CPU, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.config import Config
-from onward.training import huggingface
+from onward.training.checkpoints import huggingface
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state

@@ -11,9 +11,9 @@ from rows import CPU, tiny_model
 from torch import nn
 
 from onward.errors import VerificationFailed
-from onward.training.fingerprints import PIECE, ROW, Fingerprints, fingerprint, mixed_sum
-from onward.training.handover import Measurement, compare, same_measurement
-from onward.training.probe import Probe
+from onward.training.measuring.fingerprints import PIECE, ROW, Fingerprints, fingerprint, mixed_sum
+from onward.training.measuring.handover import Measurement, compare, same_measurement
+from onward.training.measuring.probe import Probe
 
 BEFORE = Measurement("w", "m", 7, 1e-3, 2.0, "one")
 HERE = {"device": "cpu", "threads": 2, "dtype": "float32"}

@@ -14,9 +14,9 @@ from faults import FULL_SIZE
 from read_faults import REFUSALS, ReadFault
 
 from onward.errors import Unreadable
-from onward.training import huggingface
-from onward.training.checkpoint import inspect_checkpoint, remove_checkpoint, write_checkpoint
-from onward.training.loading import load_moments, read_optimizer
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import inspect_checkpoint, remove_checkpoint, write_checkpoint
+from onward.training.checkpoints.loading import load_moments, read_optimizer
 from onward.training.model.adapter import load_adapter, saved_adapter_config
 
 BEYOND = 2

@@ -13,8 +13,8 @@ from torch import nn
 from onward.errors import ModelError
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
-from onward.training.loss import TargetLoss
 from onward.training.model.load import causal_lm
+from onward.training.steps.loss import TargetLoss
 
 ROWS = (9, 2, 17, 6)
 

@@ -17,18 +17,18 @@ from op_recorder import OpRecorder
 from rows import CPU, VOCABULARY, WINDOWED, tiny_model
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import FilePlan, RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import FilePlan, RowReference
 from onward.data.tokenized import Row
-from onward.training.economy import Learned
-from onward.training.execution import Execution
+from onward.training.device.execution import Execution
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.recording import Watch, is_held
-from onward.training.loss import TargetLoss
-from onward.training.recorded_parts import PROOFS, RecordedParts
-from onward.training.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
 from onward.training.state import Cursor, TrainState
+from onward.training.steps.economy import Learned
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.recorded_parts import PROOFS, RecordedParts
+from onward.training.steps.sizes import LEAST, STEPS, WORK, Sizes, sizes_of
 from onward.training.trainer import Trainer
 from onward.training.world import SingleProcess
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_watched_is_computed_as_usual(monkeypatch: pytest.MonkeyP
         raise TypeError("no rule for this operation")
 
     wanted = train(make_trainer(None))
-    monkeypatch.setattr("onward.training.recorded_parts.Watch.__torch_dispatch__", refuse)
+    monkeypatch.setattr("onward.training.steps.recorded_parts.Watch.__torch_dispatch__", refuse)
     recorder = Recorder()
     assert wanted == train(make_trainer(recorder))
     assert 0 == recorder.recorded

@@ -11,10 +11,10 @@ from op_recorder import OpRecorder
 from rows import CPU, tiny_model
 from torch.nn import functional
 
-from onward.training.fingerprints import Fingerprints
 from onward.training.layers.attention import lay_end_to_end
 from onward.training.layers.recording import Recordable, Watch, is_held
-from onward.training.probe import Probe
+from onward.training.measuring.fingerprints import Fingerprints
+from onward.training.measuring.probe import Probe
 
 VALUES = torch.arange(12.0).view(3, 4)
 META = torch.empty(3, 4, device="meta")

@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from onward import Run
 from onward.config import Config
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.rope import Angles, angles_of, rope_kinds
-from onward.training.loss import TargetLoss
-from onward.training.parts import Part, RowLayout, parts_of
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.parts import Part, RowLayout, parts_of
 
 ORIGINAL = 16
 LENGTHS = (9, 30, ORIGINAL, ORIGINAL + 1, 30, 7)

@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from onward.config import Config
 from onward.data.tokenized import Row
-from onward.training.anchor import AnchorTerm, top_divergences, top_of
-from onward.training.execution import Execution
+from onward.training.device.execution import Execution
 from onward.training.layers import cross_entropy
 from onward.training.layers.head import scores_of
+from onward.training.measuring.scores import Compute, Meter, divergences
 from onward.training.model.expert_lora import wrap_experts
 from onward.training.model.load import make_fast
-from onward.training.scores import Compute, Meter, divergences
+from onward.training.steps.anchor import AnchorTerm, top_divergences, top_of
 from onward.training.world import SingleProcess
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,9 @@ import torch
 from rows import batch, tiny_model
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.training.ahead import Ahead
+from onward.data.plan.loader import Batch
 from onward.training.state import StateDigest, TrainState
+from onward.training.steps.ahead import Ahead
 from onward.training.transfer import InPlace, Overlapped, Sizes, mark, transfer_of
 from onward.training.transfer.marks import PIECE, ROW
 

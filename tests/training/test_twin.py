@@ -20,9 +20,9 @@ from onward.errors import ModelError
 from onward.training.boundary import Boundary, run_hooks
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.twin import keeps_process_state, named_types, with_weights, writers_in_evaluation
-from onward.training.loss import TargetLoss
-from onward.training.probe import Probe
+from onward.training.measuring.probe import Probe
 from onward.training.state import TrainState, digest_tensors
+from onward.training.steps.loss import TargetLoss
 
 ROPE: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},

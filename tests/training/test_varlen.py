@@ -15,7 +15,7 @@ from torch import nn
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
 from onward.training.layers.fused_lora import fuse_lora
 from onward.training.layers.varlen import VARLEN, RowKernel, Varlen, kernel_for, kernel_name
-from onward.training.loss import TargetLoss
+from onward.training.steps.loss import TargetLoss
 
 LENGTHS = (9, 2, 17, 6)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from onward.config import Config
 from onward.config.keys import MICRO_BATCH_TOKENS
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
-from onward.training.parts import RowLayout, parts_of
 from onward.training.seeds import fold
+from onward.training.steps.parts import RowLayout, parts_of
 from onward.training.world import SingleProcess
 
 LENGTHS = (7, 300, 20, MICRO_BATCH_TOKENS, 5)

@@ -357,6 +357,19 @@ def test_an_upload_leaves_the_margin_of_the_disk_free(tmp_path: Path, in_chunks:
     assert [] == files_in(layout)
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/api/inbox/x.part", {}, 400), ("/api/nothing", {}, 404),
+        ("/api/inbox/x.jsonl", {"Host": "evil.example"}, 403),
+        ("/api/inbox/x.jsonl", {"Authorization": "Bearer wrong"}, 401),
+    ],
+)  # fmt: skip
+def test_a_sender_sees_why_a_file_is_refused(page: Page, path: str, headers: dict[str, str], status: int) -> None:
+    """Whoever sends all of a large file before reading the answer gets the answer, not a broken connection."""
+    assert status == page.put(path, b"x" * (64 << 20), Connection="close", **headers).status
+
+
 def test_an_upload_that_breaks_off_leaves_nothing(
     page: Page, made: RunLayout, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -131,6 +131,7 @@ def state_digest(run: Path) -> str:
 def _is_live(page: Any) -> None:
     """The state, the file in training and its steps stand on the page, and the curve is drawn."""
     sync_api.expect(page.locator("#state-word")).to_have_text("training")
+    sync_api.expect(page.locator("#doing")).to_have_text("")  # the same word is not shown twice
     sync_api.expect(page.locator("#going")).to_have_text("first.jsonl")
     sync_api.expect(page.locator("#files tr.going-on")).to_contain_text("first.jsonl")
     page.wait_for_selector("#curve[data-ready]")

@@ -14,7 +14,7 @@ from processes import apart
 from onward import Run
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.training.checkpoint import inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.views.points import hold, own_folder, state_mark
 
 INFERENCE = ["adapter_config.json", "adapter_model.safetensors", "onward.json"]

@@ -145,7 +145,7 @@ def test_answers_by_plain_http(url: str, engine: Engine) -> None:
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "control token"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model takes only 1024"),
-        (b" " * (9 << 20), "longer than"),
+        (b" " * (64 << 20), "longer than"),
     ],
 )
 def test_bad_requests_are_told(url: str, body: Any, words: str) -> None:
@@ -167,6 +167,7 @@ def test_strangers_are_refused(url: str, engine: Engine) -> None:
             ask(f"{locked}/chat/completions", body, Authorization=f"Bearer {key}")[0] for key in ("x", "secret")
         ]
         assert [401, 200] == statuses
+        assert 401 == ask(f"{locked}/chat/completions", b" " * (64 << 20))[0]
 
 
 def test_a_client_that_goes_away_ends_its_answer(url: str, engine: Engine) -> None:

@@ -31,7 +31,7 @@ def rollback(
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Go back to the boundary after FILE; later files are marked undone."""
+    """Go back to the boundary after FILE. Later files are marked undone."""
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
@@ -56,7 +56,10 @@ def rebuild(
     yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make the run as if it had never seen FILE: train the later files again, from the boundary before it."""
+    """Make the run as if it had never seen FILE.
+
+    The later files are trained again, from the boundary before it.
+    """
     from onward.progress import make_observer
     from onward.run import Run
     from onward.service.wishes import Wishes
@@ -80,7 +83,7 @@ def rebuild(
 
 
 def reset(run: RunOption = Path(), yes: YesOption = False, as_json: JsonOption = False) -> None:
-    """Forget all progress: remove the model and its restore points, mark every file undone."""
+    """Forget all progress. The model and its restore points are removed, and every file is marked undone."""
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)

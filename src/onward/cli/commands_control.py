@@ -35,7 +35,7 @@ def stop(
     after_file: Annotated[bool, typer.Option("--after-file", help="Finish the current file first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Commit and end the process that trains; the next start continues in the same file."""
+    """Commit and end the process that trains. The next start continues in the same file."""
     from onward.run import Run
 
     answer(Run(run).stop(after_file=after_file), as_json)
@@ -54,7 +54,7 @@ def skip(
     reason: Annotated[str | None, typer.Option("--reason", help="Kept in the ledger.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take a file out of the stream; the run is as if it had never begun it."""
+    """Take a file out of the stream. The run is as if it had never begun it."""
     from onward.run import Run
 
     answer(Run(run).skip(file, reason=reason), as_json)

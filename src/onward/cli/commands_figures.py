@@ -36,7 +36,7 @@ def metrics(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write there.", show_default="stdout")
     ] = None,
 ) -> None:
-    """Print the steps of all files: loss, learning rate, gradient norm, tokens, time."""
+    """Print the steps of all files: loss, learning rate, tokens, time."""
     from onward.views import figures
 
     if as_csv + as_json + as_parquet > 1:
@@ -60,7 +60,10 @@ def plot(
     ],
     run: RunOption = Path(),
 ) -> None:
-    """Draw the curve of all files as a picture, with the boundaries between them; needs onward[plot]."""
+    """Draw the curve of all files as a picture.
+
+    The boundaries between them are marked. This needs onward[plot].
+    """
     from onward.text import how_many, quoted
     from onward.views.plot import plot
 
@@ -107,7 +110,7 @@ def track(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Send the run's trackers what they lack, after an outage or on another machine."""
+    """Send the run's trackers what they lack. Use it after an outage, or from another machine."""
     from onward.config.text import read_config
 
     layout = RunLayout(run)

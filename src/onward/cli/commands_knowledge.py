@@ -21,7 +21,10 @@ def grid(
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write a heat map.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what the model knows, file by file, after each file: loss, forgetting, transfer, distance from the base."""
+    """Show what the model knows, file by file, after each file.
+
+    Loss, forgetting, transfer, distance from the base.
+    """
     from onward.status import read_grid
     from onward.views.grid import grid_csv, grid_lines, grid_svg
 
@@ -57,7 +60,10 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a kept state: on all files, the anchor and evaluation.files, or on public tasks; nothing is recorded."""
+    """Measure a kept state on all files, or on public tasks.
+
+    The anchor and evaluation.files are measured too. Nothing is recorded.
+    """
     with startup.large_imports():
         from onward.views.evaluate import lines_of, measure, measure_tasks
 

@@ -87,7 +87,7 @@ def adopt(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run from a Hugging Face Trainer checkpoint, moments and step included."""
+    """Make a run from a Trainer's checkpoint, with moments and step."""
     from onward.config.text import parse_settings
     from onward.run import Run
 

@@ -19,7 +19,10 @@ from onward.text import printable
 
 
 def mcp(run: RunOption = Path()) -> None:
-    """Answer an assistant over the Model Context Protocol, on standard input and output; needs onward[mcp]."""
+    """Answer an assistant over the Model Context Protocol.
+
+    It speaks on standard input and output. This needs onward[mcp].
+    """
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
@@ -59,7 +62,7 @@ def service(
         ),
     ] = None,
 ) -> None:
-    """Print a file that starts this run unattended: a systemd unit, or a file for a scheduler."""
+    """Print a systemd unit or a scheduler's file to start the run."""
     from onward.service.outside.launch.formats import SCHEDULERS
     from onward.service.outside.launch.job import as_asked, describe, read_asked, require_parts
     from onward.service.outside.unit import systemd_unit

@@ -30,7 +30,7 @@ def page(
         ),
     ] = None,
 ) -> None:
-    """Show runs in the browser, live; the link to open is the first line on stdout."""
+    """Show runs in the browser, live. The link to open is the first line on stdout."""
     try:
         from onward.views.page.serving import Address, serve
     except ModuleNotFoundError as error:

@@ -55,7 +55,7 @@ def accept(
     run: RunOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Queue a quarantined FILE again; the guard lets it through."""
+    """Queue a quarantined FILE again. The guard lets it through."""
     from onward.run import Run
 
     opened = Run(run, loading=startup.large_imports)
@@ -74,7 +74,7 @@ def compare(
     ] = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Train the last files again under different settings, on copies of the run, and say which did better."""
+    """Train the last files again under other settings, to compare. This happens on copies of the run."""
     with _apart(run) as apart:
         from onward.views.compare import Trials, lines, parse_variants
 
@@ -109,7 +109,7 @@ def release(
     notes: Annotated[str, typer.Option("--notes", help="Text for the model card.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a model to publish, on a branch of the run in which the learning rate decays to zero."""
+    """Make a model to publish, on a branch of the run. On the branch, the learning rate decays to zero."""
     with _apart(run) as apart:
         from onward.views.release import Making, Order
 

@@ -36,7 +36,7 @@ def export(
     quantize: Annotated[str | None, typer.Option(help="For gguf and ollama: q8_0, q4_k_m or f16.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a committed state with a model card: as an adapter, a merged model, GGUF, or Ollama's files."""
+    """Write a committed state as files: adapter, merged, GGUF, Ollama. A model card is included."""
     layout = RunLayout(run)
     layout.require()
     with startup.large_imports():
@@ -63,7 +63,7 @@ def push(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Export a committed state and upload it to a hub, with the token of `hf auth login` or HF_TOKEN."""
+    """Export a committed state and upload it to a hub. The token is that of `hf auth login`, or HF_TOKEN."""
     layout = RunLayout(run)
     layout.require()
     with startup.large_imports():

@@ -27,7 +27,7 @@ def status(
     keep_showing: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show step, file, queue, loss, learning rate, ETA, disk and the last events."""
+    """Show step, file, queue, loss, time left, disk and last events."""
     from onward.status import read_status, recent_events
 
     layout = RunLayout(run)
@@ -42,7 +42,7 @@ def status(
 
 
 def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
-    """Show one row per file: rows, steps, loss, learning rate, handover, time."""
+    """Show one row per file: rows, steps, loss, handover, time."""
     from onward.status import read_history
 
     entries = read_history(RunLayout(run))
@@ -74,7 +74,7 @@ def preview(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show a file's rows as the model would see them, trained text marked; nothing is added."""
+    """Show a file's rows as the model sees them, trained text marked. Nothing is added to the run."""
     if with_estimate:
         estimate(RunLayout(run), file, price, as_json=as_json)
         return
@@ -139,7 +139,7 @@ def verify(
     deep: Annotated[bool, typer.Option("--deep", help="Train again from the last boundary and compare.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check the run's proof: files, hashes, counters, rows, learning rates, handovers."""
+    """Check the run's proof: files, hashes, steps, rows, handovers."""
     from onward.run import Run
 
     proof = Run(run, loading=startup.large_imports).verify(deep=deep)
@@ -155,7 +155,7 @@ def verify(
 
 
 def doctor(run: RunOption = Path(), as_json: JsonOption = False) -> None:
-    """Check this machine and run for anything that would stop training later."""
+    """Find what on this machine or in the run would stop training."""
     from onward.service.proof.doctor import examine
 
     findings = examine(RunLayout(run))

@@ -40,7 +40,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of every answer.", show_default="random")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to the model as it was last committed, or to an earlier state, alongside a process that trains."""
+    """Talk to the model as it was last committed, or earlier. This works alongside a process that trains."""
     if compare is not None and (at is not None or refresh):
         raise UsageError("--compare already names both states", where="--compare", hint="Leave --at and --refresh out.")
     if at is not None and refresh:
@@ -75,7 +75,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for any that is free.")] = 8000,
 ) -> None:
-    """Serve OpenAI's interface; the base URL is the first line on stdout."""
+    """Serve OpenAI's interface. The base URL is the first line on stdout."""
     if at is not None and follow:
         raise UsageError(
             "--follow follows the newest commit, --at stays at one state", where="--follow", hint="Leave one out."

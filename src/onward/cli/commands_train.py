@@ -33,7 +33,7 @@ def train(
     devices: DevicesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add files and train them in order, now; without files, train those that are waiting."""
+    """Add files and train them in order. Without files, train those that are waiting."""
     if devices is not None:
         switches = flags(("--profile", profile), ("--json", as_json), ("--again", again))
         on_devices(devices, ["train", "--run", str(run), *switches, "--", *map(str, files or [])])

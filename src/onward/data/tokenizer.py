@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from onward.atomic import read_checked, replace_checked
-from onward.data.rendering import Renderer
+from onward.data.templates.rendering import Renderer
 from onward.data.tokenized import FORMAT
 from onward.digest import sha256_file, sha256_json
 from onward.errors import ModelError

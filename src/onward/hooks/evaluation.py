@@ -13,7 +13,7 @@ from typing import Any
 
 from onward.config import Config
 from onward.data.tokenized import Row
-from onward.training.scores import Meter, Score
+from onward.training.measuring.scores import Meter, Score
 from onward.training.seeds import fold
 
 TRAINING_COST = {"full": 3}

@@ -14,7 +14,7 @@ from onward.store.ledger import Ledger
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import FACT, Findings
 from onward.training.admission.remedies import working_config
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.model.spec import ModelSpec
 
 

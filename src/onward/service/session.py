@@ -20,19 +20,19 @@ from onward.service.settings import locked_refusal
 from onward.service.tokenizer import KeptTokenizer
 from onward.store.ledger import Ledger
 from onward.text import how_many
-from onward.training import huggingface
 from onward.training.admission.findings import FACT, Findings
-from onward.training.checkpoint import Facts
-from onward.training.environment import describe_environment, pick_device, pick_dtype, ranks_facts
-from onward.training.execution import Execution
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Facts
+from onward.training.device.environment import describe_environment, pick_device, pick_dtype, ranks_facts
+from onward.training.device.execution import Execution
 from onward.training.layers.facts import layer_facts
 from onward.training.model.base import BaseDigest, base_of_run, digest_base
 from onward.training.model.capacity import read_capacity
 from onward.training.model.load import load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
-from onward.training.numerics import numerics_of
 from onward.training.sharding.needs import require_shardable
+from onward.training.steps.numerics import numerics_of
 from onward.training.world import SingleProcess, World
 
 Report = Callable[[str], None]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onward.atomic import read_checked, remove_tree, replace_checked
 from onward.config import Config
-from onward.data.own_template import read_template
+from onward.data.templates.own_template import read_template
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
 from onward.errors import ModelError
 from onward.layout import RunLayout
@@ -99,7 +99,7 @@ def load_with_files(folder: Path) -> LoadedTokenizer:
     Raises:
         ModelError: there is none, or it cannot be used.
     """
-    from onward.training.huggingface import tokenizer_files
+    from onward.training.checkpoints.huggingface import tokenizer_files
 
     tokenizer = _load(folder)
     return LoadedTokenizer(_state_of(tokenizer, folder), tokenizer_files(tokenizer))

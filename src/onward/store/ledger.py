@@ -24,6 +24,8 @@ from onward.store.tracking import Tracking
 
 HANDOVER = "h.id, h.kind, h.step, h.file_id, h.class AS name, h.before, h.after, h.difference, h.created"
 PUT = "INSERT OR REPLACE INTO run VALUES (?, ?)"
+PROOF = "verified"
+"""The fact with the last proof: what `verify --json` prints, with `at` (seconds since the epoch), `step` and `deep`."""
 HELD_OVER = "FROM handovers h LEFT JOIN files f ON f.id = h.file_id WHERE f.state IS NOT 'undone'"
 
 
@@ -278,11 +280,14 @@ class Ledger(Files, Requests, Curve, Tracking):
     def trim(self, step: int, file_ids: Sequence[int], checkpoint_state: str) -> None:
         """Forget these files' step records after `step`, and mark later checkpoints as lost or undone.
 
+        A proof of what is undone is forgotten too: other steps may get the same numbers.
         The record of a checkpoint stays, because it shows that the run made the directory.
         """
         with self.transaction():
             if checkpoint_state == "undone":  # steps lost to damage are trained again, to the same bits
                 self.add_rewind(step)
+                if (self.get(PROOF) or {"step": step})["step"] > step:
+                    self.put(**{PROOF: None})
             for file_id in file_ids:
                 self.write("DELETE FROM steps WHERE file_id = ? AND step > ?", file_id, step)
                 self.forget_ranges(file_id, step)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.data.order import Plan
+from onward.data.plan.order import Plan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.training.layers.buffers import Buffers

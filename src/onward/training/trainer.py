@@ -14,26 +14,26 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.data.loader import Batch, batch_at
-from onward.data.order import Plan, rows_digest
+from onward.data.plan.loader import Batch, batch_at
+from onward.data.plan.order import Plan, rows_digest
 from onward.data.tokenize import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
-from onward.training.ahead import Ahead
-from onward.training.anchor import AnchorTerm
-from onward.training.device_errors import forget_frames, is_out_of_memory
-from onward.training.economy import Economy, Learned
-from onward.training.environment import deterministic, release_freed_memory
-from onward.training.execution import Execution
-from onward.training.loss import Placed, TargetLoss, add_gradients
+from onward.training.device.environment import deterministic, release_freed_memory
+from onward.training.device.errors import forget_frames, is_out_of_memory
+from onward.training.device.execution import Execution
 from onward.training.optimizers import set_learning_rate
-from onward.training.parts import Part, parts_of
 from onward.training.ranks.exchange import exchange_of
 from onward.training.ranks.orders import file_order, step_order
 from onward.training.ranks.sameness import hold_same
 from onward.training.schedule import learning_rate
 from onward.training.seeds import seeded
 from onward.training.state import TrainState
+from onward.training.steps.ahead import Ahead
+from onward.training.steps.anchor import AnchorTerm
+from onward.training.steps.economy import Economy, Learned
+from onward.training.steps.loss import Placed, TargetLoss, add_gradients
+from onward.training.steps.parts import Part, parts_of
 
 Rates = Callable[[int, int], float]
 

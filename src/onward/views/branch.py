@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from onward.config import Config, stored_config
-from onward.data.cooldown import CooldownPlan
+from onward.data.plan.cooldown import CooldownPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import DamagedState, UsageError
 from onward.events import Observe
@@ -22,8 +22,8 @@ from onward.service.knowledge.plans import first_in_stream, sources_of
 from onward.service.session import Session, open_session
 from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.loading import load_state
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.loading import load_state
 from onward.training.schedule import cooling, learning_rate
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer

@@ -1,6 +1,7 @@
-"""A server that closes connections on which no request comes, so that opening many keeps nobody else out.
+"""A server that closes connections when it should: neither too late nor too early.
 
-uvicorn by itself waits for the head of a request as long as the sender likes (the attack is known as Slowloris).
+uvicorn by itself waits for the head of a request as long as the sender likes (the attack is known as Slowloris), and
+closes a connection on which the rest of a refused request is still coming, so that its sender never sees the refusal.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import anyio
 import uvicorn
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from onward.errors import UsageError
 from onward.startup import ENDINGS
@@ -27,6 +30,10 @@ MOST_QUIET = 100
 """The most connections without a request; if there are more, the oldest are closed at once."""
 STALLED_SECONDS = 60.0
 """Seconds without a byte after which a request with an incomplete body is given up."""
+LINGERING_SECONDS = 30.0
+"""Seconds for which the rest of an answered request is read."""
+LINGERING_STALLED_SECONDS = 5.0
+"""Seconds without a byte of it after which the rest is given up."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +122,51 @@ async def incoming(pieces: AsyncIterator[bytes], seconds: float = STALLED_SECOND
         except TimeoutError:
             raise UsageError(f"nothing came for {seconds:.0f} seconds", where="body", hint="Send it again.") from None
         yield piece
+
+
+class ReadToEnd:
+    """ASGI middleware that reads the rest of a request that was answered before all of it had come.
+
+    Closing a connection on which bytes are unread resets it, and whoever still sends never sees the answer. nginx does
+    the same (`lingering_close`).
+
+    Args:
+        app: the application behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and hold the end of its answer back until the request has come."""
+        if scope["type"] != "http" or not _sends_body(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        has_come = False
+
+        async def received() -> Message:
+            nonlocal has_come
+            message = await receive()
+            has_come = not message.get("more_body", False)
+            return message
+
+        async def sent(message: Message) -> None:
+            if has_come or message["type"] != "http.response.body" or message.get("more_body", False):
+                await send(message)
+                return
+            await send({**message, "more_body": True})
+            with anyio.move_on_after(LINGERING_SECONDS):
+                while not has_come:
+                    with anyio.move_on_after(LINGERING_STALLED_SECONDS) as stalled:
+                        await received()
+                    if stalled.cancelled_caught:
+                        break
+            await send({"type": "http.response.body"})
+
+        await self._app(scope, received, sent)
+
+
+def _sends_body(headers: Headers) -> bool:
+    """Whether a request has a body that comes without being asked for."""
+    announced = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+    return announced and headers.get("expect", "").lower() != "100-continue"

@@ -21,8 +21,8 @@ import torch
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.loader import batch_at
-from onward.data.order import FilePlan, make_plan
+from onward.data.plan.loader import batch_at
+from onward.data.plan.order import FilePlan, make_plan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import TokenizedFile, check_rows
 from onward.data.tokenized import TokenizedWriter
@@ -40,8 +40,8 @@ from onward.service.state.reading import snapshot
 from onward.service.state.settle import Settled
 from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import estimate_size
-from onward.training.device_errors import is_out_of_memory
+from onward.training.checkpoints.checkpoint import estimate_size
+from onward.training.device.errors import is_out_of_memory
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 from onward.views.preview import rejection

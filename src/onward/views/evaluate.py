@@ -18,7 +18,7 @@ from onward.service.knowledge.evaluation import Evaluation
 from onward.service.session import Session, open_session
 from onward.store.rows import FileRow
 from onward.text import printable
-from onward.training.checkpoint import Manifest
+from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.model.load import build_model, load_model
 from onward.views.points import AT, hold
 

@@ -10,14 +10,14 @@ from torch import nn
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.own_template import read_template
+from onward.data.templates.own_template import read_template
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ModelError
 from onward.layout import RunLayout
 from onward.service.holder import is_held
 from onward.service.tokenizer import load_tokenizer_of
 from onward.store.ledger import Ledger
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.model.adapter import ADAPTER_CONFIG
 from onward.training.model.base import TOKENIZER, base_of_run, digest_base
 from onward.training.model.load import fits_shape, load_model

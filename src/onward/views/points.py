@@ -21,8 +21,8 @@ from onward.service.state.ownership import Ownership
 from onward.service.state.reading import ATTEMPTS, find_newest, link_checkpoint, link_newest, newest_checkpoint
 from onward.store.ledger import Ledger
 from onward.store.lookup import FILE, STEP, find_step
-from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.huggingface import FOR_TRAINING
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.huggingface import FOR_TRAINING
 from onward.views.locked import make_locked
 
 AT = "--at"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onward.config import Config
 from onward.config.text import read_config
 from onward.data.files.faults import FileError
-from onward.data.order import make_plan
+from onward.data.plan.order import make_plan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import IntakeReport, check_rows
 from onward.data.tokenized import PackedRow, unpack

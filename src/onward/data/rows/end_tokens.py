@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.row_types import Message, RowError
+from onward.data.templates.rendering import GENERATION_END, GENERATION_START, Renderer
 
 PROBE = "onwardProbeNumber{}End"  # letters and digits only: no template trims or escapes them
 QUESTION: Message = {"role": "user", "content": "Question"}

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from onward.data.rendering import Renderer
 from onward.data.row_types import Chat, Message, RowError, check_strings
 from onward.data.rows.end_tokens import QUESTION
 from onward.data.rows.messages import REASONING_KEYS
 from onward.data.rows.records import DOCUMENTS
-from onward.data.template_reads import Reads
+from onward.data.templates.reads import Reads
+from onward.data.templates.rendering import Renderer
 
 ALWAYS = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", *REASONING_KEYS))
 UNNAMED = ALWAYS - {"name"}

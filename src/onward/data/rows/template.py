@@ -14,7 +14,6 @@ from functools import partial
 from os.path import commonprefix
 from typing import Any
 
-from onward.data.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.row_types import Chat, Message, RowError
 from onward.data.rows.end_tokens import PROBE, QUESTION, end_tokens, split_tokens, without_marks
 from onward.data.rows.forms import Forms
@@ -22,6 +21,7 @@ from onward.data.rows.plain import PlainChats
 from onward.data.rows.proof import REMEDY, lay_out
 from onward.data.rows.records import DOCUMENTS
 from onward.data.rows.turns import THINK_START, Habits, Span, Target, Turns
+from onward.data.templates.rendering import GENERATION_END, GENERATION_START, Renderer
 from onward.data.tokenizer import TokenizerState
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")

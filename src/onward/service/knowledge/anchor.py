@@ -17,8 +17,8 @@ from onward.errors import DamagedState
 from onward.layout import RunLayout
 from onward.service.session import Session
 from onward.store.ledger import Ledger
-from onward.training.anchor import TOP, AnchorTerm, top_of
-from onward.training.scores import Meter
+from onward.training.measuring.scores import Meter
+from onward.training.steps.anchor import TOP, AnchorTerm, top_of
 
 FACT = "anchor"
 """The ledger's fact: hashes of the texts, by their count and length, and of the base's distributions on them."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
-from onward.data.holdout import rows_in_question
+from onward.data.plan.holdout import rows_in_question
 from onward.data.tokenize import TokenizedFile
 from onward.data.tokenized import Row
 from onward.errors import ConfigError, DamagedState
@@ -26,11 +26,11 @@ from onward.service.session import Session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.anchor import AnchorTerm
 from onward.training.boundary import Boundary
+from onward.training.measuring.scores import Compute, Meter
 from onward.training.model.load import build_model
-from onward.training.scores import Compute, Meter
 from onward.training.seeds import fold
+from onward.training.steps.anchor import AnchorTerm
 
 KNOWN_FILES = 3
 """How many of the newest earlier files are tried to see whether the model can tell their answers apart."""

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from onward.config import Config, stored_config
-from onward.data.holdout import count_held_out, held_out_rows
-from onward.data.order import make_plan
-from onward.data.replay import ReplayPlan, Source, StreamPlan, needed_by
+from onward.data.plan.holdout import count_held_out, held_out_rows
+from onward.data.plan.order import make_plan
+from onward.data.plan.replay import ReplayPlan, Source, StreamPlan, needed_by
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.service.intake.tokens import open_tokens

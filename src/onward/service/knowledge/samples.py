@@ -10,7 +10,7 @@ from typing import Any
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
 from onward.data.files.reading import Reading
-from onward.data.holdout import count_held_out, rows_in_question
+from onward.data.plan.holdout import count_held_out, rows_in_question
 from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
 from onward.data.tokenized import Row, TokenizedWriter, pack
 from onward.digest import sha256_file

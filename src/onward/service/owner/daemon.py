@@ -34,8 +34,8 @@ from onward.service.shown import IDLE, PAUSED
 from onward.service.state.retention import Retention
 from onward.service.state.settle import Settled, Settlement
 from onward.service.wishes import Stopped
-from onward.training.device_errors import forget_frames, is_device_lost
-from onward.training.environment import release_freed_memory
+from onward.training.device.environment import release_freed_memory
+from onward.training.device.errors import forget_frames, is_device_lost
 
 TICK = 0.1
 """Seconds between two checks for requests while idle."""

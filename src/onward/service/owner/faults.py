@@ -26,7 +26,7 @@ from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.text import quoted
-from onward.training.device_errors import LESS_MEMORY, is_device_lost, is_out_of_memory
+from onward.training.device.errors import LESS_MEMORY, is_device_lost, is_out_of_memory
 
 
 @dataclass(frozen=True)

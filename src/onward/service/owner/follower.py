@@ -21,19 +21,17 @@ import numpy as np
 import torch
 
 from onward.config import Config, stored_config
-from onward.data.loader import Batch, batch_at
-from onward.data.replay import StreamPlan
+from onward.data.plan.loader import Batch, batch_at
+from onward.data.plan.replay import StreamPlan
 from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import DamagedState, ModelError, RankLost
 from onward.layout import RunLayout
 from onward.ranks import LOST, Place
 from onward.service.wishes import Wishes
-from onward.training.anchor import AnchorTerm
-from onward.training.checkpoint import Manifest
-from onward.training.device_errors import forget_frames
-from onward.training.economy import Learned
-from onward.training.environment import release_freed_memory
-from onward.training.execution import Execution, Placement
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.device.environment import release_freed_memory
+from onward.training.device.errors import forget_frames
+from onward.training.device.execution import Execution, Placement
 from onward.training.model.adapter import adapter_told, set_dropout
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import build_model
@@ -48,6 +46,8 @@ from onward.training.ranks.watch import Watch
 from onward.training.sharding.files import host_mesh, write_shards
 from onward.training.sharding.held import Held, hold
 from onward.training.state import Snapshot, TrainState
+from onward.training.steps.anchor import AnchorTerm
+from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
 from onward.training.world import Message
 

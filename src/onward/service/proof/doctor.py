@@ -18,7 +18,7 @@ import torch
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.data.own_template import read_template
+from onward.data.templates.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held, read_heartbeat, read_holder
@@ -30,9 +30,9 @@ from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
-from onward.training.checkpoint import MANIFEST, inspect_checkpoint
-from onward.training.device_errors import LESS_MEMORY
-from onward.training.environment import HALF, pick_device, pick_dtype
+from onward.training.checkpoints.checkpoint import MANIFEST, inspect_checkpoint
+from onward.training.device.environment import HALF, pick_device, pick_dtype
+from onward.training.device.errors import LESS_MEMORY
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.model.load import load_tokenizer
 from onward.training.optimizers import optimizer_method

@@ -7,10 +7,7 @@ import sqlite3
 
 from onward.layout import RunLayout
 from onward.service.proof.verify import Proof, verify
-from onward.store.ledger import Ledger
-
-FACT = "verified"
-"""The fact: the proof as `verify --json` prints it, with `at` (seconds since the epoch), `step` and `deep`."""
+from onward.store.ledger import PROOF, Ledger
 
 
 def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
@@ -18,5 +15,5 @@ def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool = False) ->
     proof = verify(layout, ledger, deep=deep)
     with contextlib.suppress(sqlite3.Error):
         at = {"at": ledger.clock(), "step": ledger.committed_step(), "deep": deep}
-        ledger.put(**{FACT: {**at, **proof.to_dict()}})
+        ledger.put(**{PROOF: {**at, **proof.to_dict()}})
     return proof

@@ -15,16 +15,16 @@ from onward.layout import RunLayout
 from onward.service.session import Session, open_session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
-from onward.training.device_memory import Usage, read_usage
-from onward.training.economy import Economy, Learned
-from onward.training.environment import pick_device, pick_dtype
-from onward.training.loss import TargetLoss
-from onward.training.memory import FACT, Estimate, Profile, fits, largest_part, profile_of
+from onward.training.device.environment import pick_device, pick_dtype
+from onward.training.device.memory import Usage, read_usage
 from onward.training.model.load import build_model
 from onward.training.model.outline import outlined
 from onward.training.model.quiet import quiet
 from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
+from onward.training.steps.economy import Economy, Learned
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.memory import FACT, Estimate, Profile, fits, largest_part, profile_of
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:

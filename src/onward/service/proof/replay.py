@@ -22,9 +22,9 @@ from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 from onward.text import how_many
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.environment import promises_bits, same_environment
-from onward.training.loading import load_state
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.loading import load_state
+from onward.training.device.environment import promises_bits, same_environment
 from onward.training.model.weights import save_weights
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer

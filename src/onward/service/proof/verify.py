@@ -10,8 +10,8 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config, stored_config
 from onward.config.text import read_config
-from onward.data.order import rows_digest
-from onward.data.replay import StreamPlan, replayed_of
+from onward.data.plan.order import rows_digest
+from onward.data.plan.replay import StreamPlan, replayed_of
 from onward.digest import xxh3_file
 from onward.errors import OnwardError
 from onward.layout import RunLayout, step_of
@@ -24,10 +24,10 @@ from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow, StepRecord
 from onward.text import how_many
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest, inspect_checkpoint
-from onward.training.handover import same_measurement
-from onward.training.loading import read_optimizer
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.loading import read_optimizer
+from onward.training.measuring.handover import same_measurement
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate

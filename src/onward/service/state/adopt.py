@@ -14,7 +14,7 @@ from typing import Any
 from onward.atomic import TEMPORARY_PREFIX, fsync_file, remove_tree
 from onward.config import Config
 from onward.config.schema import write_config
-from onward.data.own_template import keep_template, write_template
+from onward.data.templates.own_template import keep_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.service.admission import admit_new, keep
@@ -25,17 +25,17 @@ from onward.service.state.commits import Commit, Commits
 from onward.store.ledger import Ledger
 from onward.text import quoted
 from onward.training.admission.findings import Findings
-from onward.training.environment import pick_device, pick_dtype
+from onward.training.device.environment import pick_device, pick_dtype
 from onward.training.foreign.carried import without_carried
 from onward.training.foreign.folders import fresh_hint
 from onward.training.foreign.moments import load_into
 from onward.training.foreign.scaler import read_scale
 from onward.training.foreign.settings import router_loss
+from onward.training.measuring.probe import Probe
 from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
 from onward.training.model.capacity import read_capacity, require_fits
 from onward.training.model.load import build_model, load_tokenizer
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probe
 from onward.training.state import TrainState
 
 TOKENIZER_FILES = (

@@ -9,9 +9,9 @@ from onward.config import Config
 from onward.config.keys import HORIZON_SCHEDULES
 from onward.errors import ConfigError
 from onward.service.state.adopted_config import SCHEDULE_SOURCE, Adopted
+from onward.training.checkpoints.huggingface import TRAINING_ARGUMENTS
 from onward.training.foreign.schedules import TrainerSchedule
 from onward.training.foreign.settings import batch_words, left_out
-from onward.training.huggingface import TRAINING_ARGUMENTS
 from onward.training.schedule import learning_rate
 
 ADAMS = ("adamw", "paged_adamw")

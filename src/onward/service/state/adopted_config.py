@@ -12,8 +12,8 @@ from onward.config.keys import IDENTITY_KEYS, NEW_RUN, SECTIONS
 from onward.config.text import parse_config
 from onward.errors import ConfigError, UsageError
 from onward.layout import MANIFEST
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.foreign.arguments import Arguments, read_arguments
 from onward.training.foreign.folders import TrainerFolder, open_folder
 from onward.training.foreign.moments import Moments, read_moments

@@ -25,10 +25,10 @@ from onward.layout import RunLayout, step_of
 from onward.service.state.ownership import Ownership
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
-from onward.training.environment import promises_bits
-from onward.training.handover import Measurement, measure
-from onward.training.probe import Probed
+from onward.training.checkpoints.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
+from onward.training.device.environment import promises_bits
+from onward.training.measuring.handover import Measurement, measure
+from onward.training.measuring.probe import Probed
 from onward.training.state import Snapshot
 
 

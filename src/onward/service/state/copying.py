@@ -14,7 +14,7 @@ from pathlib import Path
 from onward.atomic import link_or_copy, link_tree
 from onward.config import Config
 from onward.config.text import read_config, render_yaml
-from onward.data.own_template import read_template, write_template
+from onward.data.templates.own_template import read_template, write_template
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
 from onward.service.state.ownership import Ownership

@@ -11,8 +11,8 @@ from onward.errors import DamagedState, NotMadeHere, Unreadable
 from onward.layout import RunLayout, entries, step_of
 from onward.store.ledger import Ledger
 from onward.text import quoted
-from onward.training.checkpoint import remove_checkpoint, stated_origin
-from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
+from onward.training.checkpoints.checkpoint import remove_checkpoint, stated_origin
+from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 
 
 class Ownership:

@@ -13,7 +13,7 @@ from onward.atomic import TEMPORARY_PREFIX, link_or_copy, publish_directory, rem
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout, entries
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import Inspection, Manifest, inspect_checkpoint, stated_origin
+from onward.training.checkpoints.checkpoint import Inspection, Manifest, inspect_checkpoint, stated_origin
 
 ATTEMPTS = 10
 """How often reading is tried: a checkpoint may be replaced while it is read."""

@@ -16,7 +16,7 @@ from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_file, find_step
 from onward.store.rows import FileRow
-from onward.training.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
 KEPT = (
     "command",

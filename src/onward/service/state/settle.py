@@ -16,7 +16,7 @@ from onward.service.state.commits import Commits, basis_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.checkpoint import MANIFEST, Manifest, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import MANIFEST, Manifest, inspect_checkpoint
 
 TO_NOTHING = -1
 """The step that stands for no state at all, when a run is reset."""

@@ -16,8 +16,8 @@ from onward.errors import first_line
 from onward.layout import RunLayout
 from onward.service.state.commits import Commit, Commits, Written
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import Manifest
-from onward.training.handover import Measurement
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.measuring.handover import Measurement
 
 NICENESS = 19
 AfterCommit: TypeAlias = Callable[[Path, Manifest], None]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Collection, Generator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import nn
 
-from onward.data.loader import Batch
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, longer, reach
 from onward.training.admission.alike import reached_by_kinds
@@ -21,71 +17,25 @@ from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import BY_LENGTH, END_TO_END, PADDED, Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
 from onward.training.admission.narrow import narrow, still
-from onward.training.admission.neighbours import influence
 from onward.training.admission.positions import most_positions
+from onward.training.admission.proof import Found, Proof
 from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
 from onward.training.admission.shorten import layers_to_shorten, shorten
+from onward.training.admission.together import examine_together
 from onward.training.admission.vocabulary import runs, shorten_vocabulary, vocabulary_of
 from onward.training.admission.width import narrow_width
-from onward.training.device_errors import is_of_the_device
-from onward.training.environment import describe_environment, deterministic
+from onward.training.device.environment import describe_environment
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE
 from onward.training.layers.facts import layer_facts
 from onward.training.layers.twin import named_types
+from onward.training.measuring.probe import Probe
 from onward.training.model.adapter import ALL_LINEAR
-from onward.training.model.load import build_plain, causal_lm, make_fast
+from onward.training.model.load import build_plain, causal_lm
 from onward.training.model.spec import ModelSpec
 from onward.training.optimizers import optimizer_method
-from onward.training.probe import Probe
-
-
-@dataclass
-class _Proof:
-    """A model being proven.
-
-    Args:
-        strict: raise at the first problem; otherwise collect problems as warnings.
-    """
-
-    spec: ModelSpec
-    strict: bool
-    warnings: list[str] = field(default_factory=list)
-    is_finite: bool = True
-    """Whether every loss that plain transformers computed so far is finite."""
-
-    def refuse(self, what: str, hint: str, *, where: object = None) -> None:
-        if self.strict:
-            raise ModelError(what, where=where or self.spec.base, hint=hint)
-        self.warnings.append(what)
-
-    def row_by_row(self, model: nn.Module, batch: Batch) -> gradients.Gradients:
-        """Return the gradients that plain transformers computes for rows."""
-        spec = self.spec
-        taken = gradients.row_by_row(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
-        self.is_finite &= math.isfinite(taken.loss)
-        return taken
-
-    def logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        spec = self.spec
-        return gradients.logits_of(model, batch, spec.device, spec.dtype, exact=spec.config.deterministic)
-
-
-@dataclass
-class _Found:
-    """What was found about a model, as far as the proof got."""
-
-    trained: int = 0
-    reach: float = 0.0
-    left_out: tuple[str, ...] = ()
-    unreached: tuple[str, ...] = ()
-    """Large weights that `all-linear` gives no adapter; not looked for if targets are named."""
-    end_to_end: bool = False
-    by_length: bool = False
-    why_padded: str = ""
-    difference: float = 0.0
-    writers: tuple[str, ...] | None = None
 
 
 def admit(
@@ -106,11 +56,11 @@ def admit(
         ModelError: the model cannot be loaded, or something about it cannot be proven.
         ConfigError: a setting does not fit the model.
     """
-    proof = _Proof(spec, strict)
+    proof = Proof(spec, strict)
     optimizer_method(spec.config).require(spec.device)
     model = build_plain(spec, checkpoint=checkpoint, strict=strict)
     begun = time.perf_counter()
-    found = _Found()
+    found = Found()
     try:
         _prove(proof, model, found)
     except OnwardError:
@@ -124,7 +74,7 @@ def admit(
     return _findings(proof, found, settings or {}, time.perf_counter() - begun)
 
 
-def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: float) -> Findings:
+def _findings(proof: Proof, found: Found, settings: dict[str, Any], seconds: float) -> Findings:
     """Return the findings of a finished proof."""
     spec = proof.spec
     return Findings(
@@ -148,7 +98,7 @@ def _findings(proof: _Proof, found: _Found, settings: dict[str, Any], seconds: f
     )
 
 
-def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
+def _prove(proof: Proof, model: nn.Module, found: Found) -> None:
     """Prove which weights of the whole model are reached, and everything else with as few layers as it takes."""
     vocabulary = vocabulary_of(model)
     few = rows([SHORT], vocabulary)
@@ -168,16 +118,12 @@ def _prove(proof: _Proof, model: nn.Module, found: _Found) -> None:
     _require_causal(proof, model, vocabulary)
     _require_positions(proof, model, vocabulary)
     narrow(causal_lm(model))
-    _compare(proof, model, vocabulary, found)
-    is_equal = found.difference <= gradients.TOLERANCE[proof.spec.dtype]
-    if not found.end_to_end and not (is_equal and longer.longest_of(proof.spec.config) <= LONG):
-        _compare_longer(proof, model, vocabulary, found)
-    _require_equal(proof, found.difference)
+    examine_together(proof, model, vocabulary, found)
     _require_repeatable(proof, model, vocabulary)
     found.writers = _require_untouched(proof, model)
 
 
-def _make_small(proof: _Proof, model: nn.Module, vocabulary: range) -> range:
+def _make_small(proof: Proof, model: nn.Module, vocabulary: range) -> range:
     """Keep a share of the inner columns and of the vocabulary; return the token ids that are left.
 
     A model with a non-finite number in it stays whole, so that it is found. So does one on a GPU: products cost little
@@ -191,7 +137,7 @@ def _make_small(proof: _Proof, model: nn.Module, vocabulary: range) -> range:
 
 
 @contextlib.contextmanager
-def _told_why_not(proof: _Proof) -> Generator[None]:
+def _told_why_not(proof: Proof) -> Generator[None]:
     """Refuse a model that cannot process a row in the body: a failure here is the model's own."""
     try:
         yield
@@ -206,7 +152,7 @@ def _told_why_not(proof: _Proof) -> Generator[None]:
         ) from None
 
 
-def _examine_reach(proof: _Proof, model: nn.Module, reached: Collection[str], found: _Found) -> None:
+def _examine_reach(proof: Proof, model: nn.Module, reached: Collection[str], found: Found) -> None:
     """Leave out what no gradient reaches, and determine the share of the model that is left."""
     found.left_out = _leave_out(proof, model, reached)
     found.trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -215,7 +161,7 @@ def _examine_reach(proof: _Proof, model: nn.Module, reached: Collection[str], fo
         found.unreached = reach.large_without_adapter(model, causal_lm(model), found.left_out)
 
 
-def _require_causal(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
+def _require_causal(proof: Proof, model: nn.Module, vocabulary: range) -> None:
     model.eval()
     with as_float32(model):
         ahead = looks_ahead(model, vocabulary, proof.spec.device)
@@ -225,7 +171,7 @@ def _require_causal(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
         proof.refuse(what, causal_hint(proof.spec.base, proof.spec.device))
 
 
-def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
+def _require_positions(proof: Proof, model: nn.Module, vocabulary: range) -> None:
     model.eval()
     longest = proof.spec.config.max_length
     limit = most_positions(causal_lm(model), vocabulary, longest, proof.spec.device)
@@ -235,43 +181,7 @@ def _require_positions(proof: _Proof, model: nn.Module, vocabulary: range) -> No
         proof.refuse(f"max_length is {longest}, the model has {limit} positions", hint, where="max_length")
 
 
-def _compare(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
-    """Compare the gradients of a step with those of its single rows: laid end to end or, failing that, padded."""
-    batch = rows([MIDDLE, SHORT, LONG], vocabulary)
-    with still(model):
-        expected = proof.row_by_row(model, batch)
-        plain = cast(Any, causal_lm(model).config)._attn_implementation
-        largest, why = _try_end_to_end(proof, model, batch, vocabulary, expected)
-        if why:
-            causal_lm(model).set_attn_implementation(plain)
-            largest = _difference(proof, model, batch, expected)
-    found.end_to_end, found.why_padded, found.difference = not why, why, largest
-
-
-def _compare_longer(proof: _Proof, model: nn.Module, vocabulary: range, found: _Found) -> None:
-    """Check a model's own kind of attention with a long row; if padding changes results, rows are not padded."""
-    limit = longer.causal_length(proof.spec, model, vocabulary)
-    if limit is not None:
-        what = "the model looks ahead in longer rows: later tokens change logits before them"
-        proof.refuse(what, f"Up to {limit} tokens it does not: --set max_length={limit}")
-    tolerance, difference, row = gradients.TOLERANCE[proof.spec.dtype], found.difference, "rows have"
-    if difference <= tolerance:
-        difference, row = longer.filling_difference(proof.spec, model, vocabulary, by_length=False), "a long row has"
-        found.difference = max(found.difference, difference)
-    if difference <= tolerance:
-        return
-    found.by_length = True
-    found.why_padded = f"padded, {row} different gradients (relative difference {difference:.0e})"
-    found.difference = longer.filling_difference(proof.spec, model, vocabulary, by_length=True)
-
-
-def _require_equal(proof: _Proof, difference: float) -> None:
-    if not difference <= gradients.TOLERANCE[proof.spec.dtype]:
-        what = "the gradients of a step differ from those of its rows computed separately"
-        proof.refuse(f"{what} (relative difference {difference:.0e})", NO_REMEDY)
-
-
-def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:
+def _leave_out(proof: Proof, model: nn.Module, reached: Collection[str]) -> tuple[str, ...]:
     """Freeze weights that no gradient reaches; return the names by which a run leaves them out.
 
     Raises:
@@ -291,42 +201,7 @@ def _leave_out(proof: _Proof, model: nn.Module, reached: Collection[str]) -> tup
     return dead if proof.spec.config.method == "full" else reach.modules_of(dead)
 
 
-def _try_end_to_end(
-    proof: _Proof, model: nn.Module, batch: Batch, vocabulary: range, expected: gradients.Gradients
-) -> tuple[float, str]:
-    """Make the model fast; return the relative difference of rows laid end to end, and any reason against these."""
-    try:
-        make_fast(model, proof.spec.device, end_to_end=True)
-    except ValueError as error:
-        make_fast(model, proof.spec.device, end_to_end=False)
-        return math.inf, first_line(error)
-    try:
-        largest = _difference(proof, model, batch, expected)
-        mixed = _influence(proof, model, batch, vocabulary)
-    except Exception as error:  # whatever a model does with rows that it was not made for, padded ones are left
-        if is_of_the_device(error):
-            raise
-        model.zero_grad(set_to_none=True)
-        return math.inf, first_line(error)
-    if not largest <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, f"laid end to end, they have different gradients (relative difference {largest:.0e})"
-    if not mixed <= gradients.TOLERANCE[proof.spec.dtype]:
-        return largest, "laid end to end, one row changes the logits of another"
-    return largest, ""
-
-
-def _influence(proof: _Proof, model: nn.Module, batch: Batch, vocabulary: range) -> float:
-    spec = proof.spec
-    with deterministic(spec.device, exact=spec.config.deterministic):
-        return influence(model, batch, vocabulary, spec.device, spec.dtype)
-
-
-def _difference(proof: _Proof, model: nn.Module, batch: Batch, expected: gradients.Gradients) -> float:
-    actual = gradients.of_step(model, batch, proof.spec.config, proof.spec.device, proof.spec.dtype)
-    return gradients.difference(expected, actual)
-
-
-def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> None:
+def _require_repeatable(proof: Proof, model: nn.Module, vocabulary: range) -> None:
     """Take a step, one with longer rows, and the first one again, with dropout."""
     short, long = rows([MIDDLE], vocabulary), rows([LONG], vocabulary)
     taken = [
@@ -338,7 +213,7 @@ def _require_repeatable(proof: _Proof, model: nn.Module, vocabulary: range) -> N
         proof.refuse(what, NO_REMEDY)
 
 
-def _require_untouched(proof: _Proof, model: nn.Module) -> tuple[str, ...]:
+def _require_untouched(proof: Proof, model: nn.Module) -> tuple[str, ...]:
     """Evaluate the model like the handover's probe, and check every weight and buffer; return what writes to them."""
     marks = Marks(model)
     config = proof.spec.config

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from onward.training.admission.inputs import LONG, others, rows, tokens
-from onward.training.environment import HALF, autocast
+from onward.training.device.environment import HALF, autocast
 
 TOLERANCE = 1e-5
 """The change of an earlier logit, relative to the spread of the logits, up to which it is rounding."""

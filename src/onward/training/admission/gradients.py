@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn import functional
 
 from onward.config import Config
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.admission.inputs import tokens
-from onward.training.environment import autocast, deterministic
+from onward.training.device.environment import autocast, deterministic
 from onward.training.layers.buffers import Buffers
-from onward.training.loss import TargetLoss, add_gradients
-from onward.training.parts import parts_of
 from onward.training.seeds import fold, seeded
 from onward.training.state import digest_tensors
+from onward.training.steps.loss import TargetLoss, add_gradients
+from onward.training.steps.parts import parts_of
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 1e-1}
 """The relative difference up to which it is rounding, by compute type."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
 from onward.training.seeds import fold
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from onward.config import Config
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.inputs import LONG, SHORT, rows

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from onward.data.loader import Batch, flatten, pad
+from onward.data.plan.loader import Batch, flatten, pad
 from onward.data.tokenized import Row
 from onward.training.admission.inputs import others
-from onward.training.environment import autocast
+from onward.training.device.environment import autocast
 from onward.training.layers.attention import row_arguments
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.varlen import kernel_for

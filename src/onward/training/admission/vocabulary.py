@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.admission.alike import NUMBER
 from onward.training.admission.inputs import LONG, SHORT, rows, tokens
 from onward.training.admission.narrow import configs_of, still
-from onward.training.device_errors import is_of_the_device
-from onward.training.environment import autocast
+from onward.training.device.environment import autocast
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.head import RANGE, explain
 from onward.training.layers.twin import HOOKS

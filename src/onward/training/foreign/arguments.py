@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from onward.errors import Unreadable
+from onward.training.checkpoints.huggingface import TRAINING_ARGUMENTS
 from onward.training.foreign.pickles import Inert, NotAPickle, read_saved
-from onward.training.huggingface import TRAINING_ARGUMENTS
 
 _RANDOM_STATES = "rng_state_*.pth"
 """One file per process, if there were several."""

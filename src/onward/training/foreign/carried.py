@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from onward.errors import DamagedState, ModelError
 from onward.text import quoted
+from onward.training.checkpoints.huggingface import OPTIMIZER
 from onward.training.foreign.folders import FRESH
-from onward.training.huggingface import OPTIMIZER
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _PREFIX = "base_model.model."

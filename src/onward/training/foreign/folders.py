@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from onward.errors import UsageError
 from onward.text import printable, quoted
-from onward.training.huggingface import OPTIMIZER, TRAINER_STATE
+from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 FULL_OPTIMIZER = "optimizer.bin"

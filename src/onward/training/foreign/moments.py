@@ -18,13 +18,13 @@ from torch import nn
 
 from onward.errors import DamagedState, ModelError, UsageError, first_line
 from onward.text import quoted
-from onward.training.environment import pick_device
+from onward.training.checkpoints.loading import read_optimizer
+from onward.training.device.environment import pick_device
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder, fresh_hint
 from onward.training.foreign.grouping import GROUPINGS
 from onward.training.foreign.refusal import NotTaken
 from onward.training.foreign.rounded import as_adamw_8bit, as_small, is_of_8_bits
-from onward.training.loading import read_optimizer
 from onward.training.optimizers import ADAMW, ADAMW_8BIT, OptimizerMethod
 from onward.training.optimizers.adamw_8bit import WRAPPED
 from onward.training.state import TrainState

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from onward.errors import DamagedState, Unreadable, first_line
-from onward.training.huggingface import SCALER
+from onward.training.checkpoints.huggingface import SCALER
 from onward.training.loss_scale import LossScale
 
 

@@ -21,10 +21,10 @@ from onward.config.keys import HORIZON_SCHEDULES
 from onward.config.text import parse_config
 from onward.errors import ConfigError, DamagedState, Unreadable, UsageError
 from onward.text import quoted
+from onward.training.checkpoints.huggingface import SCHEDULER
 from onward.training.foreign.arguments import Arguments
 from onward.training.foreign.folders import TrainerFolder, fresh_hint
 from onward.training.foreign.pickles import NotAPickle, read_saved
-from onward.training.huggingface import SCHEDULER
 from onward.training.schedule import learning_rate
 
 COMPARED = 10_000

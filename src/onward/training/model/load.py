@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from onward.config import Config
 from onward.errors import ConfigError, ModelError, Unreadable, first_line
-from onward.training.device_errors import is_of_the_device
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.decoder_parts import fuse_parts, kernels_work
 from onward.training.layers.experts import let_experts_repeat

@@ -16,8 +16,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import distributed, nn
 
-from onward.training.gradients import added, put, taken
 from onward.training.ranks.group import Group
+from onward.training.steps.gradients import added, put, taken
 from onward.training.world import World
 
 BUCKET = 1 << 24

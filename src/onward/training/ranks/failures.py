@@ -8,7 +8,7 @@ import torch
 
 from onward import errors
 from onward.errors import OnwardError, first_line
-from onward.training.device_errors import is_device_lost, is_out_of_memory
+from onward.training.device.errors import is_device_lost, is_out_of_memory
 
 
 class Released(BaseException):

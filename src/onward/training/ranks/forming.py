@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from onward.errors import RankLost, UsageError, first_line
 from onward.ranks import Place
 from onward.text import how_many
-from onward.training.environment import describe_environment, same_environment
+from onward.training.device.environment import describe_environment, same_environment
 from onward.training.ranks.group import Group
 from onward.training.ranks.meeting import meet
 from onward.training.ranks.watch import Watch

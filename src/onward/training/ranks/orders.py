@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import Any
 
 from onward.config import Config
-from onward.data.order import FilePlan, Plan
-from onward.data.replay import ReplayPlan, Source
+from onward.data.plan.order import FilePlan, Plan
+from onward.data.plan.replay import ReplayPlan, Source
 from onward.data.tokenized import TokenizedFile
-from onward.training.anchor import AnchorTerm
-from onward.training.execution import Execution
+from onward.training.device.execution import Execution
 from onward.training.model.adapter import adapter_message
 from onward.training.state import TrainState
+from onward.training.steps.anchor import AnchorTerm
 from onward.training.world import Message
 
 FILE, STEP, RELEASE, END = "file", "step", "release", "end"

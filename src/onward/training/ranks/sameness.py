@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from onward.errors import ModelError, VerificationFailed
-from onward.training.anchor import AnchorTerm
 from onward.training.state import TrainState
+from onward.training.steps.anchor import AnchorTerm
 from onward.training.world import World
 
 Slot = tuple[int, str, list[int], str, str]

@@ -13,14 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from onward.config import Config
 from onward.errors import DamagedState
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest
-from onward.training.handover import Measurement
-from onward.training.loading import load_moments
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.checkpoints.loading import load_moments
+from onward.training.measuring.handover import Measurement
+from onward.training.measuring.probe import Probed
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
-from onward.training.probe import Probed
 from onward.training.sharding.exchange import WholeExchange
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.measuring import digest_in_shards, probe_in_shards

@@ -7,9 +7,9 @@ from pathlib import Path
 from torch.distributed.device_mesh import DeviceMesh
 
 from onward.errors import DamagedState
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest
-from onward.training.loading import load_moments
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.checkpoints.loading import load_moments
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment

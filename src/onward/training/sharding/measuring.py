@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from onward.digest import sha256_json
-from onward.training.environment import deterministic
-from onward.training.fingerprints import fingerprint
-from onward.training.probe import Probed, mean_loss, probe_batches
+from onward.training.device.environment import deterministic
+from onward.training.measuring.fingerprints import fingerprint
+from onward.training.measuring.probe import Probed, mean_loss, probe_batches
 from onward.training.sharding.gathering import first_gets
 from onward.training.sharding.model import ShardedModel
 from onward.training.sharding.shards import Shards

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from onward.errors import RankLost, first_line
-from onward.training.loss import TargetLoss
 from onward.training.sharding.exchange import Place
 from onward.training.sharding.model import ShardedModel
+from onward.training.steps.loss import TargetLoss
 
 Part = TypeVar("Part")
 

@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
+from onward.views.connections import ReadToEnd
 from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error
 from onward.views.page.gate import Gate
 from onward.views.page.guard import Hosts, Key
@@ -69,7 +70,8 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
         sqlite3.Error: machine_error,
         OSError: machine_error,
     }
-    app = Starlette(routes=paths, middleware=[gate], exception_handlers=errors, lifespan=_lifespan(routes))
+    middleware = [Middleware(ReadToEnd), gate]
+    app = Starlette(routes=paths, middleware=middleware, exception_handlers=errors, lifespan=_lifespan(routes))
     app.state.let_go = lambda: _let_go(routes)
     return app
 

@@ -22,7 +22,7 @@ from onward.service.knowledge.table import read_newest
 from onward.status import read_grid, read_history, read_status
 from onward.store.database import Values
 from onward.store.files import Finished
-from onward.store.ledger import Ledger
+from onward.store.ledger import PROOF, Ledger
 from onward.text import printable
 from onward.views.page.buckets import KeptBuckets
 
@@ -98,7 +98,7 @@ class RunReader:
         layout = self.layout
         with self.ledger() as ledger:
             waiting = [_waiting(row) for row in ledger.files("queued", "arriving")[:LISTED]]
-            proof = {"verified": ledger.get("verified"), **_handovers(ledger)}
+            proof = {"verified": ledger.get(PROOF), **_handovers(ledger)}
             events = [asdict(event) for event in ledger.events(LISTED)]
             grid = read_newest(ledger, GRID)
             margin = disk_reserve(self)

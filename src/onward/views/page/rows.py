@@ -18,7 +18,7 @@ import numpy as np
 from onward.config import Config, stored_config
 from onward.config.text import read_config
 from onward.data.files.reading import Reading
-from onward.data.order import make_plan
+from onward.data.plan.order import make_plan
 from onward.data.row_tokenizer import Fitted
 from onward.data.tokenize import check_rows
 from onward.data.tokenized import PackedRow, unpack

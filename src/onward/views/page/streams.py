@@ -17,7 +17,7 @@ from onward.curve import as_columns, read_curve
 from onward.errors import OnwardError
 from onward.service.holder import is_held
 from onward.store.curve import Span
-from onward.store.ledger import Ledger
+from onward.store.ledger import PROOF, Ledger
 from onward.views.page.answers import as_json
 from onward.views.page.reading import RunReader
 
@@ -170,7 +170,7 @@ class Watcher:
         for folder in folders:
             with contextlib.suppress(OSError):
                 times.append(folder.stat().st_mtime_ns)
-        return ledger.last_event(), ledger.get("verified"), times
+        return ledger.last_event(), ledger.get(PROOF), times
 
     def _opened(self) -> Ledger:
         """Return the ledger, opened once: only a lasting connection can tell whether others wrote to it."""

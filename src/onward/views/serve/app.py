@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from onward.errors import OnwardError, UsageError
 from onward.views.chat.engine import Engine, Reply
-from onward.views.connections import incoming
+from onward.views.connections import ReadToEnd, incoming
 from onward.views.serve.answers import Shape, event, failure
 from onward.views.serve.requests import Asked, BadRequest, read_request
 
@@ -61,7 +61,7 @@ class Service:
         ]
         hosts = Middleware(TrustedHostMiddleware, allowed_hosts=list(self.hosts), www_redirect=False)
         handlers: Any = {BadRequest: _refused, HTTPException: _unknown, ClientDisconnect: _gone, Exception: _failed}
-        return Starlette(routes=routes, middleware=[hosts], exception_handlers=handlers)
+        return Starlette(routes=routes, middleware=[Middleware(ReadToEnd), hosts], exception_handlers=handlers)
 
     async def chat(self, request: Request) -> Response:
         """Answer messages."""

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from onward.config.sections import GuardConfig
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import GuardRejected
 from onward.events import Note, StepTaken

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from onward.store.ledger import Ledger
-from onward.training.checkpoint import Manifest
-from onward.training.handover import GRADIENT, HandoverClass, Measurement, compare, measure
-from onward.training.probe import Probed
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.measuring.handover import GRADIENT, HandoverClass, Measurement, compare, measure
+from onward.training.measuring.probe import Probed
 from onward.training.state import Snapshot
 
 Found: TypeAlias = tuple[HandoverClass, float]

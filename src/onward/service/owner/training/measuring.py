@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from onward.config import Config, stored_config
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.errors import ConfigError, OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation

@@ -5,10 +5,10 @@ from __future__ import annotations
 from onward.config import Config
 from onward.config.keys import MICRO_BATCH_TOKENS
 from onward.service.session import Session
-from onward.training.economy import Economy, Learned
-from onward.training.loss import TargetLoss
-from onward.training.memory import USABLE, part_tokens
 from onward.training.state import TrainState
+from onward.training.steps.economy import Economy, Learned
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.memory import USABLE, part_tokens
 
 FACT = "micro_batch_tokens"
 """The ledger's fact in which a run keeps its number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.errors import TrainingError
 from onward.store.ledger import Ledger
 from onward.training.state import TrainState

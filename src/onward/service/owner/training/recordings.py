@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onward.store.ledger import Ledger
-from onward.training.economy import Learned
+from onward.training.steps.economy import Learned
 
 FACT = "records_nothing"
 """The ledger's fact in which a run keeps the machine on which a recording went wrong."""

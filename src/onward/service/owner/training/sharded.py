@@ -13,11 +13,11 @@ from onward.atomic import remove_tree
 from onward.config import Config
 from onward.errors import RankLost, first_line
 from onward.service.session import Session
-from onward.training.checkpoint import Manifest, require_space
-from onward.training.execution import Execution, Placement
-from onward.training.handover import Measurement
+from onward.training.checkpoints.checkpoint import Manifest, require_space
+from onward.training.device.execution import Execution, Placement
+from onward.training.measuring.handover import Measurement
+from onward.training.measuring.probe import Probed
 from onward.training.model.spec import ModelSpec
-from onward.training.probe import Probed
 from onward.training.ranks.orders import COMMIT, LOAD, MEASURE
 from onward.training.sharding.files import host_mesh, read_manifest, require_files, write_shards
 from onward.training.sharding.held import Held, hold

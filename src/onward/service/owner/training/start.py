@@ -13,9 +13,9 @@ from onward.service.admission import admit_at_start
 from onward.service.session import Session
 from onward.service.state.own_parts import start_folder
 from onward.service.state.settle import Settled
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest
-from onward.training.loading import load_state
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.checkpoints.loading import load_state
 from onward.training.model.load import build_model
 from onward.training.state import TrainState
 

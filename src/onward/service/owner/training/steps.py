@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.events import FileStarted, StepTaken
 from onward.service.owner.heartbeat import Heartbeat
 from onward.store.rows import FileRow, StepRecord

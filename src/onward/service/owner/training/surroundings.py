@@ -10,7 +10,7 @@ from onward.service.settings import Settings
 from onward.service.shown import Shown
 from onward.service.wishes import Wishes
 from onward.training.boundary import AtBoundary
-from onward.training.device_memory import ReadUsage, read_usage
+from onward.training.device.memory import ReadUsage, read_usage
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,20 @@ the ledger, and after a kill at any instant `Settlement` can recover both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from onward.config import Config, stored_config
-from onward.data.replay import StreamPlan
+from onward.data.plan.replay import StreamPlan
 from onward.data.tokenize import TokenizedFile
 from onward.digest import sha256_json
 from onward.events import Committed, Event, FileDone, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.knowledge.plans import OpenSources, plan_of
+from onward.service.owner.training.committed import CommittedState, Reached
 from onward.service.owner.training.guard import Guard, InHand
-from onward.service.owner.training.handing_over import Crossing, FirstHandover, keep_handover
 from onward.service.owner.training.measuring import Measuring
 from onward.service.owner.training.part_tokens import with_part_tokens
 from onward.service.owner.training.postconditions import require_done
@@ -29,26 +28,15 @@ from onward.service.owner.training.start import Start
 from onward.service.owner.training.steps import file_started, log_entry, record_of, watched
 from onward.service.owner.training.surroundings import Surroundings
 from onward.service.session import Session
-from onward.service.state.commits import Commit
 from onward.service.state.ownership import Ownership
-from onward.service.state.writer import Writer
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoint import SPACE_MARGIN, Facts, estimate_size
-from onward.training.device_memory import gpu_is_crowded
-from onward.training.economy import Learned
-from onward.training.handover import Measurement, compare, measure
-from onward.training.probe import Probe, Probed
+from onward.training.device.memory import gpu_is_crowded
 from onward.training.schedule import require_horizon, require_unstretched
-from onward.training.state import Snapshot, StateDigest
+from onward.training.steps.economy import Learned
 from onward.training.trainer import Trainer
-
-if TYPE_CHECKING:
-    from onward.service.owner.training.sharded import ShardedRun
-
-LedgerMoves = Callable[[Ledger], None]
 
 
 class Worker:
@@ -66,16 +54,9 @@ class Worker:
         self.around, self._in_shards = around, start.in_shards
         self.config = session.config if start.manifest is None or start.manifest.cursor.at_boundary else start.config
         self._in_force = start.config
-        self._newest = start.manifest
-        self._log = start.log
         self._has_begun = False
-        self._writer = Writer(session.layout, session.ledger)
+        self._committed = CommittedState(session, start)
         self._ownership = Ownership(session.layout, session.ledger)
-        self._copy: Snapshot | None = None
-        self._first: FirstHandover | None = None
-        self._probed: Probe | ShardedRun | None = start.in_shards
-        self._probe_repeats = False
-        self._facts: Facts | None = None
         self._sources: tuple[str, ...] = ()
         self._files = OpenSources(session, around.look)
         self._measuring = Measuring(session, around.shown, around.hooks, around.look)
@@ -107,7 +88,7 @@ class Worker:
             yield from self._collect(wait=True)  # before the run is rolled back, the pending commit has to end
             raise
         except GeneratorExit:
-            self._writer.join()
+            self._committed.join()
             raise
         finally:
             self.around.wishes.in_hand = None
@@ -115,22 +96,22 @@ class Worker:
 
     def bytes_needed(self) -> int:
         """Return the free bytes that the next checkpoint needs."""
-        self._facts = self._facts or self.session.facts()
-        size = estimate_size(self.state.view(), self._facts)
-        return int((self._in_shards.bytes_needed(size) if self._in_shards else size) * SPACE_MARGIN)
+        return self._committed.bytes_needed()
 
     def _begin_run(self) -> Iterator[Event]:
         """Begin to commit the state of step 0, or report what is resumed and measure its handover; called once."""
         if self._has_begun:
             return
-        newest = self._newest
+        newest = self._committed.newest
         if newest is None:
-            yield from self._begin_commit(None)
+            yield from self._begin_commit(Reached(None))
         else:
             checkpoint = self.session.layout.checkpoint(newest.step).relative_to(self.session.layout.root)
             yield Resumed(newest.step, checkpoint.as_posix(), self.state.learning_rate)
             if not newest.cursor.at_boundary:
-                self._hand_over("resume", self.ledger.at_position(newest.cursor.position))
+                row = self.ledger.at_position(newest.cursor.position)
+                self._committed.hand_over("resume", row.id if row else None)
+        self._measuring.evaluation.writers = self._committed.probe().writers
         self._has_begun = True
 
     def _catch_up(self) -> Iterator[Event]:
@@ -157,7 +138,7 @@ class Worker:
         self._sources = plan.sources
         trained = self.state.cursor.step if resumed else 0
         files = self._files.of_plan(plan, tokens, trained)
-        first = self.state.step + (self._newest is not None)
+        first = self.state.step + (self._committed.newest is not None)
         self._ownership.require_room(first, self.state.step + plan.steps - trained)
         if not resumed:
             self._measuring.before_file(row, self.state, self.config, tokens, judge=self._guard.judges_answers(row))
@@ -188,7 +169,7 @@ class Worker:
         """Make environment and probe state whether the config in force asks for deterministic operations."""
         if self.config.deterministic != self.session.config.deterministic:
             self.session = replace(self.session, config=self.config)
-            self._facts, self._probed, self._probe_repeats = None, self._in_shards, False
+            self._committed.compute_as(self.session)
 
     def _begin(self, row: FileRow, plan: StreamPlan) -> str:
         """Cross the boundary before a file: measure the handover, put the config into force, set the cursor."""
@@ -196,7 +177,7 @@ class Worker:
         if state.step > 0:
             require_unstretched(old, config)
         require_horizon(config, state.step + plan.steps)
-        handover = self._hand_over("boundary", row)
+        handover = self._committed.hand_over("boundary", row.id)
         position = state.cursor.position + 1
         recorded = config.recorded()
         fingerprint = sha256_json(recorded)
@@ -219,7 +200,7 @@ class Worker:
         yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
-        can_record = self._probe().can_record
+        can_record = self._committed.probe().can_record
         recordings = Recordings(self.ledger, self._learned, session.environment, can_record=can_record)
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.follow(self.around.settings.current)
@@ -227,7 +208,7 @@ class Worker:
         for result in watched(trainer.steps(files, file.plan), file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
-                self._log.append(log_entry(result))
+                self._committed.log.append(log_entry(result))
             recordings.look(result.step)
             yield result
             yield from self._collect(wait=False)
@@ -236,11 +217,11 @@ class Worker:
                 return
             trainer.economy.follow(self.around.settings.current)
             if self.around.wishes:
-                yield from self._begin_commit(file_id, is_awaited=True)
+                yield from self._begin_commit(Reached(file_id), is_awaited=True)
                 yield from self._wait_for_commit()
                 return
             if result.step % self.around.settings.current.save_steps == 0:
-                yield from self._begin_commit(file_id)
+                yield from self._begin_commit(Reached(file_id))
 
     def _finish(self, file: InHand) -> Generator[Event, None, FileRow | None]:
         """Check the file's postconditions and commit its boundary; return the file that follows at once."""
@@ -257,91 +238,27 @@ class Worker:
         yield from self._collect(wait=True)
         may_go_on = not self.around.wishes.pending and self.around.goes_on()
         following = self.ledger.next_queued() if may_go_on else None
-        yield from self._begin_commit(row.id, done, end, is_awaited=following is None)
+        yield from self._begin_commit(Reached(row.id, done, end), is_awaited=following is None)
         if following is None:
             yield from self._wait_for_commit()
         return following
-
-    def _hand_over(self, kind: str, row: FileRow | None) -> str:
-        """Measure the state and compare it with what was measured before the last commit, written or not."""
-        crossing = Crossing(kind, self.state.step, row.id if row else None)
-        here = self.session.environment
-        if self._newest is None and self._copy is not None and self._copy.known is not None:
-            self._first = FirstHandover(crossing, self._copy, self.state.view_of_copied(self._copy.known), here)
-            return self._first.name
-        measured = self._writer.measured()
-        if measured is not None:
-            before, environment = measured.to_dict(), here
-        else:
-            assert self._newest is not None
-            before, environment = self._newest.measured, self._newest.environment
-        after = self._measured_now(measured, StateDigest(before["weights"], before["moments"]))
-        found = compare(before, after, environment, here)
-        keep_handover(self.ledger, crossing, before, after, found)
-        return found[0]
-
-    def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
-        """Measure the current state; `known` was measured of its last copy, which has this digest.
-
-        A second probe of one state shows whether the probe is repeatable. It is left out if nothing was trained yet, or
-        if it was repeatable in this process and the state is proven, on its device, to be the one that was copied.
-        """
-        if self._in_shards and self._in_shards.is_cut:
-            return self._in_shards.measure()
-        now = self.state.view_of_copied(digest)
-        if known is None:
-            return measure(now, self._probe().of_model())
-        before = Probed(known.probe_loss, known.probe_gradient)
-        if not self.state.step or (self._probe_repeats and now.known is not None):
-            return measure(now, before)
-        probed = self._probe().again(before)
-        self._probe_repeats = probed == before
-        return measure(now, probed)
-
-    def _probe(self) -> Probe | ShardedRun:
-        if self._probed is None:
-            session, config = self.session, self.config
-            self._probed = Probe(
-                self.state.model, config.seed, session.device, session.dtype, exact=config.deterministic,
-                writers=session.writers,
-            )  # fmt: skip
-            self._measuring.evaluation.writers = self._probed.writers
-        return self._probed
 
     def _wait_for_commit(self) -> Iterator[Event]:
         """Wait until the pending commit is done."""
         self.around.shown.set("saving")
         yield from self._collect(wait=True)
 
-    def _begin_commit(
-        self, file_id: int | None, with_ledger: LedgerMoves = lambda _: None, done: FileDone | None = None,
-        *, is_awaited: bool = False,
-    ) -> Iterator[Event]:  # fmt: skip
+    def _begin_commit(self, reached: Reached, *, is_awaited: bool = False) -> Iterator[Event]:
         """Copy the state, to be committed while training continues; the previous commit is waited for."""
         yield from self._collect(wait=True)
-        self._facts = self._facts or self.session.facts()
-        self._copy = self.state.snapshot(into=self._copy)
-        if self._newest is None and not (self._in_shards and self._in_shards.is_cut):  # for `FirstHandover`
-            self._copy = replace(self._copy, known=self._copy.digest())
-        config = self.around.settings.over(self.config)
-        self._writer.submit(
-            Commit(
-                self.state.model, self._copy, config, self._probe().of_copy(self._copy), self._facts,
-                tuple(self._log), self._newest, file_id, with_ledger, done,
-                self._in_shards.commit(self._copy) if self._in_shards else None,
-            ),
-            is_awaited=is_awaited,
-        )  # fmt: skip
+        self._committed.begin(self.around.settings.over(self.config), reached, is_awaited=is_awaited)
 
     def _collect(self, *, wait: bool) -> Iterator[Event]:
         """Collect a finished commit; what made it fail is raised here."""
-        written = self._writer.collect(wait=wait)
+        before = self._committed.newest
+        written = self._committed.collect(wait=wait)
         if written is None:
             return
-        before, self._newest = self._newest, written.manifest
-        if self._first is not None:
-            self._first.keep(self.ledger, written.manifest)
-            self._first = None
         yield Committed(written.manifest.step, written.removed, written.restore_point)
         if written.done is not None:
             if before is not None and written.manifest.measurement["weights"] == before.measurement["weights"]:

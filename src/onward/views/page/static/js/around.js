@@ -115,6 +115,7 @@ function showGrid(grid) {
 function gridWords(grid) {
   const parts = [grid.files.some((file) => file.trained === false) ? "Measured on held-out rows, which are never trained." : ""];
   if (grid.files.some((file) => file.trained)) parts.push("* Measured on rows that were trained: what is retained, not how well it generalizes.");
+  if (grid.loss.some((row) => row.includes(null))) parts.push("A dash was not measured: evaluation.share bounds the cost. onward evaluate measures a state on everything.");
   if (grid.earlier) parts.push(`${files(grid.earlier)} before these: onward grid shows all.`);
   return parts.filter(Boolean).join(" ");
 }

@@ -31,7 +31,7 @@ export function showStatus(values) {
   status = values;
   byId("state").dataset.kind = kind(values);
   say("state-word", values.state);
-  say("doing", values.doing === "trains" ? "" : values.doing);
+  say("doing", values.doing === values.state ? "" : values.doing);
   say("problem", values.problem ?? "");
   show("problem", values.problem !== null);
   showFile(values);

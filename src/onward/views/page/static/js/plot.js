@@ -105,7 +105,7 @@ export function makePlot({ target, height, log, band, sync, files, zoomed, hover
     cursor: { y: false, sync: { key: sync.key }, drag: { x: true, y: false, setScale: false }, points: { size: (_, series) => (series === 1 ? 6 : 0), fill: accent } },
     scales: { x: { time: false }, y: log ? { distr: 3 } : {} },
     axes: [axis(26, (_, splits) => splits.map((step) => (!Number.isInteger(step) ? "" : step >= 1e4 ? short.format(step) : step.toLocaleString("en"))), 70),
-      axis(52, (_, splits) => splits.map((value) => (value === null ? "" : few(value, digits(splits)))), 34)],
+      axis(52, (_, splits) => splits.map((value) => (value === null ? "" : few(value, digits(splits)))), band ? 34 : 20)],
     plugins: [fileMarks(files)],
     hooks: {
       setCursor: [(plot) => hovered(plot.cursor.idx)],

@@ -9,6 +9,7 @@ const OUT = ["undone", "skipped", "quarantined"];
 let entries = [];
 let all = false;
 let ascending = false;
+let newest = null;
 
 export async function loadHistory() {
   entries = await get("history");
@@ -17,10 +18,11 @@ export async function loadHistory() {
 
 /* The row of the file in training follows the state, without asking for all rows again. */
 export function followStatus(status) {
+  newest = status;
   const index = entries.findIndex((entry) => entry.state === "training" && entry.name === status.file);
   if (index < 0) return;
   entries[index] = { ...entries[index], steps: status.file_step, last_loss: status.loss ?? entries[index].last_loss };
-  byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index, status));
+  byId("files").querySelector('[data-index="' + index + '"]')?.replaceWith(row(entries[index], index));
 }
 
 /* Identifies the file in training, as requests name it; null if there is none. */
@@ -36,10 +38,10 @@ function warnings(entry) {
   return words.join(", ");
 }
 
-function row(entry, index, status = null) {
+function row(entry, index) {
   const warned = warnings(entry);
   const kind = OUT.includes(entry.state) ? "out" : entry.state === "training" ? "going-on" : "";
-  const steps = entry.state === "training" && status ? `${count(status.file_step)} / ${count(status.file_steps)}` : count(entry.steps);
+  const steps = entry.state === "training" && newest?.file === entry.name ? `${count(newest.file_step)} / ${count(newest.file_steps)}` : count(entry.steps);
   const name = make("button", { type: "button", class: "name", title: `${entry.name}: show its rows as the model sees them`, onclick: () => openRows(entry) }, named(entry.name));
   return make("tr", { class: kind, role: "row", "data-index": index },
     cell("#", { class: "num" }, entry.position ?? "–"),

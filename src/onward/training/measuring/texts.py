@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from onward.training.environment import autocast, deterministic
+from onward.training.device.environment import autocast, deterministic
 from onward.training.model.load import causal_lm
 from onward.training.model.quiet import quiet
 from onward.training.seeds import fold, seeded

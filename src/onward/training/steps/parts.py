@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onward.config import Config
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 from onward.training.layers.rope import CONSTANT, Angles
 from onward.training.seeds import fold
 

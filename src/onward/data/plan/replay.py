@@ -17,9 +17,9 @@ from typing import Literal, TypeAlias
 
 import xxhash
 
-from onward.data.holdout import exact
-from onward.data.order import FilePlan, RowReference, nth_left
-from onward.data.permutation import Permutation
+from onward.data.plan.holdout import exact
+from onward.data.plan.order import FilePlan, RowReference, nth_left
+from onward.data.plan.permutation import Permutation
 
 Policy = Literal["uniform", "recent", "forgotten"]
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
-from onward.data.loader import Batch, PaddedBatch, flatten, pad
-from onward.training.environment import autocast
+from onward.data.plan.loader import Batch, PaddedBatch, flatten, pad
+from onward.training.device.environment import autocast
 from onward.training.layers.attention import PADDING_FREE, row_arguments, takes_rows
 from onward.training.layers.buffers import Buffers
 from onward.training.layers.cross_entropy import linear_cross_entropy
@@ -23,8 +23,8 @@ from onward.training.layers.rope import EVERY_LENGTH, angles_of
 from onward.training.layers.varlen import RowKernel, Varlen, kernel_for, to_device
 from onward.training.model.adapter import head_weight
 from onward.training.model.load import causal_lm, keeps_logits
-from onward.training.parts import RowLayout
-from onward.training.sizes import Sizes, filled, sizes_of
+from onward.training.steps.parts import RowLayout
+from onward.training.steps.sizes import Sizes, filled, sizes_of
 
 _Targets: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """For each target: the head's input or output, shape (targets, any); the label; its weight (None for 1 each)."""

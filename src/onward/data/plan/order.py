@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import xxhash
 
-from onward.data.holdout import count_held_out, held_out_rows
-from onward.data.permutation import Permutation
+from onward.data.plan.holdout import count_held_out, held_out_rows
+from onward.data.plan.permutation import Permutation
 
 if TYPE_CHECKING:
     from onward.config import Config

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.order import Plan, RowReference
+from onward.data.plan.order import Plan, RowReference
 from onward.data.tokenized import Row, TokenizedFile
 
 

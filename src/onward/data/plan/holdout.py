@@ -10,7 +10,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
-from onward.data.permutation import Permutation
+from onward.data.plan.permutation import Permutation
 
 Share = float | Literal["auto"]
 

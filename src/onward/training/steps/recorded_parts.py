@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from onward.errors import first_line
-from onward.training.gradients import added, put, taken
 from onward.training.layers.recording import Recorder, Replay, Watch, is_held
-from onward.training.loss import Placed
+from onward.training.steps.gradients import added, put, taken
+from onward.training.steps.loss import Placed
 
 SEEN = 2
 """After how many parts of the same sizes they are recorded, which takes about as long as two of them."""

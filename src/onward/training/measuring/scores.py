@@ -16,16 +16,16 @@ from torch import nn
 from torch.nn import functional
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
-from onward.training.environment import deterministic
-from onward.training.execution import Execution
+from onward.training.device.environment import deterministic
+from onward.training.device.execution import Execution
 from onward.training.layers.twin import let_write_nothing, with_weights, writers_in_evaluation
-from onward.training.loss import TargetLoss
-from onward.training.parts import parts_of
+from onward.training.measuring.texts import Order, write_texts
 from onward.training.seeds import fold, seeded
-from onward.training.texts import Order, write_texts
+from onward.training.steps.loss import TargetLoss
+from onward.training.steps.parts import parts_of
 
 BATCH_TOKENS = 2048
 """The most tokens of a forward pass: fewer than those of a step, so that a stop is noticed within its duration. A GPU,

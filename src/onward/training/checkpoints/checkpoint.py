@@ -23,8 +23,8 @@ from onward.config import Config
 from onward.digest import canonical_json, sha256_json, xxh3_file
 from onward.errors import NoSpace, NotMadeHere, Unreadable, VerificationFailed
 from onward.layout import MANIFEST
-from onward.training import huggingface
-from onward.training.handover import GRADIENT, Measurement
+from onward.training.checkpoints import huggingface
+from onward.training.measuring.handover import GRADIENT, Measurement
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.weights import save_weights
 from onward.training.optimizers import file_state

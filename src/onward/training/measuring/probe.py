@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
 from onward.digest import sha256_json
 from onward.errors import TrainingError
-from onward.training.environment import deterministic
-from onward.training.fingerprints import Fingerprints
+from onward.training.device.environment import deterministic
 from onward.training.layers.recording import Recordable, Recorder, recorder_for
 from onward.training.layers.twin import (
     keeps_process_state,
@@ -29,10 +28,11 @@ from onward.training.layers.twin import (
     writers_in_evaluation,
     writes,
 )
-from onward.training.loss import Placed, TargetLoss
+from onward.training.measuring.fingerprints import Fingerprints
 from onward.training.model.load import causal_lm
 from onward.training.seeds import fold, seeded
 from onward.training.state import Snapshot
+from onward.training.steps.loss import Placed, TargetLoss
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 GRADIENT_LENGTH = {"cpu": 8}

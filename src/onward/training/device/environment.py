@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from onward.errors import ModelError
-from onward.training.hardware import gpu_facts, multiplies_bfloat16, processor_model
+from onward.training.device.hardware import gpu_facts, multiplies_bfloat16, processor_model
 from onward.training.world import World
 
 NUMERICS = 3

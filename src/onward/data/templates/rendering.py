@@ -20,7 +20,7 @@ from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from onward.data.row_types import Message, RowError
-from onward.data.template_reads import Reads
+from onward.data.templates.reads import Reads
 from onward.errors import ModelError
 
 TODAY = datetime(2024, 7, 26)  # the day that Llama 3.2's own template falls back to

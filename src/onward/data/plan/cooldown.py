@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from onward.data.order import RowReference
-from onward.data.replay import Pool, Source
+from onward.data.plan.order import RowReference
+from onward.data.plan.replay import Pool, Source
 from onward.digest import sha256_json
 
 

@@ -17,10 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from onward.config import Config
 from onward.config.keys import MICRO_BATCH_TOKENS
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
-from onward.training.device_memory import Usage
+from onward.training.device.memory import Usage
 from onward.training.layers.cross_entropy import LOGITS_BYTES, TILE_BYTES
 from onward.training.layers.recompute import Recomputation
 from onward.training.model.load import causal_lm

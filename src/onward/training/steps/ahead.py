@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from onward.data.loader import Batch
+from onward.data.plan.loader import Batch
 
 Make = Callable[[int], Batch]
 

@@ -12,7 +12,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from onward.data.rendering import Renderer
+from onward.data.templates.rendering import Renderer
 from onward.errors import ConfigError, ModelError
 from onward.text import quoted
 

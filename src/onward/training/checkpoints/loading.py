@@ -9,8 +9,8 @@ from typing import Any, Protocol, cast
 import torch
 
 from onward.errors import DamagedState, Unreadable, first_line
-from onward.training import huggingface
-from onward.training.checkpoint import Manifest
+from onward.training.checkpoints import huggingface
+from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from onward.digest import sha256_json
 from onward.errors import VerificationFailed
-from onward.training.environment import promises_bits, same_environment
-from onward.training.probe import Probed
+from onward.training.device.environment import promises_bits, same_environment
+from onward.training.measuring.probe import Probed
 from onward.training.state import Snapshot
 
 GRADIENT = "probe_gradient"

@@ -14,13 +14,13 @@ import torch
 from torch.nn import functional
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import RowReference
-from onward.data.permutation import Permutation
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
+from onward.data.plan.permutation import Permutation
 from onward.data.tokenized import Row
-from onward.training.loss import TargetLoss, add_gradients
-from onward.training.parts import parts_of
 from onward.training.seeds import fold
+from onward.training.steps.loss import TargetLoss, add_gradients
+from onward.training.steps.parts import parts_of
 
 TOP = 64
 """How many tokens of the base's distribution, the most probable ones, are kept."""

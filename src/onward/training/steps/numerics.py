@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from onward.config import Config
-from onward.training.environment import NUMERICS
+from onward.training.device.environment import NUMERICS
 from onward.training.layers.attention import PADDING_FREE
 from onward.training.layers.rope import angles_of
 from onward.training.model.quiet import quiet

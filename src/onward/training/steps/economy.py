@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from onward.config import Config
-from onward.data.loader import Batch
-from onward.data.order import RowReference
+from onward.data.plan.loader import Batch
+from onward.data.plan.order import RowReference
 from onward.data.tokenized import Row
 from onward.errors import ConfigError
-from onward.training.device_memory import ReadUsage, read_usage
-from onward.training.environment import deterministic
+from onward.training.device.environment import deterministic
+from onward.training.device.memory import ReadUsage, read_usage
 from onward.training.layers.recompute import Recomputation
 from onward.training.layers.recording import sharing_recorder
-from onward.training.loss import TargetLoss, add_gradients
-from onward.training.memory import USABLE, Profile, crude_bytes, largest_part, profile_of
-from onward.training.recorded_parts import RecordedParts
 from onward.training.seeds import fold, seeded
 from onward.training.state import TrainState
+from onward.training.steps.loss import TargetLoss, add_gradients
+from onward.training.steps.memory import USABLE, Profile, crude_bytes, largest_part, profile_of
+from onward.training.steps.recorded_parts import RecordedParts
 
 ROOMY = 0.75
 """The share of free memory up to which a rough estimate suffices and nothing is measured, and the share of all memory

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta, nodes
 
-from onward.data.template_control import SEARCHES, control_of
+from onward.data.templates.control import SEARCHES, control_of
 
 WORD = re.compile(r"\w\w+", re.ASCII)
 SAYING = ("raise_exception", "strftime_now")

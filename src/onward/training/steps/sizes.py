@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onward.data.loader import FlatBatch
+from onward.data.plan.loader import FlatBatch
 
 WORK = 3e13
 """Tokens times weights of a part up to which a GPU waits for the host, which launches its kernels; only there it pays

@@ -1,0 +1,1 @@
+"""Which rows a step trains, as pure functions of the run's position."""

@@ -1,0 +1,1 @@
+"""Chat templates: rendered, and examined by their syntax trees."""
