@@ -117,7 +117,7 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
         connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
         return connection
     except sqlite3.OperationalError as error:
-        log = path.with_name(f"{path.name}-wal")
+        log = log_of(path)
         if not path.exists():
             raise
         if os.access(path.parent, os.W_OK):
@@ -128,6 +128,11 @@ def _connect_to_look(path: Path) -> sqlite3.Connection:
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
             raise UsageError("this user may not read the ledger", where=path, hint=hint) from None
     return sqlite3.connect(f"{address}&immutable=1", factory=Snapshot, **OPTIONS)
+
+
+def log_of(path: Path) -> Path:
+    """Return the file with what SQLite has not written into a database yet."""
+    return path.with_name(f"{path.name}-wal")
 
 
 class Snapshot(sqlite3.Connection):
@@ -166,6 +171,8 @@ class Database:
         self.path = path
         self.clock = clock
         self._connection = connect(path, read_only=read_only, create=create)
+        self.is_snapshot = isinstance(self._connection, Snapshot)
+        """Whether what others write is seen only once the file is opened again."""
         self._identity = _identity(path)
 
     def close(self) -> None:
@@ -192,15 +199,10 @@ class Database:
         if not self.path.stat().st_size:
             raise RunLayout(self.path.parent).empty_ledger()
 
-    @property
-    def is_snapshot(self) -> bool:
-        """Whether what others write is seen only once the file is opened again."""
-        return isinstance(self._connection, Snapshot)
-
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""
         if self.is_snapshot:
-            return self.path.stat().st_mtime_ns
+            return sum(path.stat().st_mtime_ns for path in (self.path, log_of(self.path)) if path.exists())
         return int(self.scalar("PRAGMA data_version"))
 
     @contextlib.contextmanager
