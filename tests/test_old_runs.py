@@ -16,6 +16,9 @@ from commands import onward
 from faults import FULL_SIZE
 from old_runs import read_environment, read_states, read_steps
 
+from onward.layout import RunLayout
+from onward.views.page.reading import RunReader
+
 FIXTURES = Path(__file__).parent / "fixtures"
 OLD = sorted(archive.name.partition(".")[0] for archive in FIXTURES.glob("run-*.tar.xz"))
 METHODS = ("lora", "full")
@@ -76,6 +79,18 @@ def test_verifies(old: Path, unpacked: Path) -> None:
     assert [] == failing(old)
     replayed = failing(old, "--deep")
     assert replayed == [] or (replayed == ["replay"] and recorded["environment"] != read_environment(old))
+
+
+def test_can_be_looked_at(old: Path) -> None:
+    """Whoever only looks at an old run that nothing has brought up to date finds all there is, and changes nothing."""
+    before = (old / "ledger.sqlite3").read_bytes()
+    for words in (["status"], ["history"], ["metrics", "--every", "2"], ["grid"], ["releases"], ["doctor"]):
+        outcome = onward(*words, "--run", old, "--json")
+        assert 0 == outcome.status, outcome.err
+    reader = RunReader(RunLayout(old))
+    assert reader.curve(10, None, None)["columns"]["step"]
+    assert reader.overview()["restore_points"]
+    assert before == (old / "ledger.sqlite3").read_bytes()
 
 
 def test_goes_on(old: Path, unpacked: Path) -> None:

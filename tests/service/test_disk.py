@@ -19,6 +19,8 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.events import StepTaken
+from onward.service.proof.doctor import examine
+from onward.store.ledger import Ledger
 
 ROWS = 60
 MEGABYTE = 1 << 20
@@ -144,3 +146,27 @@ def test_an_observer_that_fails_on_a_full_disk(disk: Path, model: Path, tmp_path
     assert 0 == run.watch(once=True, observe=observe)
     assert ["a.jsonl"] == done(run)
     assert run.verify().ok
+
+
+def test_a_run_on_a_full_disk_can_be_looked_at(disk: Path, model: Path, tmp_path: Path) -> None:
+    """Without a process, and without room for SQLite's log, status, history and doctor still say what is there.
+
+    A connection that could not have a log says so, and tells that others wrote.
+    """
+    run = new_run(disk / "run", model, **SETTINGS)
+    run.train(rows_file(tmp_path / "a.jsonl", 4))
+    for path in run.layout.root.glob("ledger.sqlite3-*"):
+        path.unlink()
+    ballast = fill(disk, leave=0)
+    assert ["a.jsonl"] == done(run)
+    assert ("idle", 2) == (run.status()["state"], run.status()["global_step"])
+    assert [("error", "disk")] == [(entry.level, entry.subject) for entry in examine(run.layout) if entry.level != "ok"]
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        assert ledger.is_snapshot
+        before = ledger.version()
+        ballast.unlink()
+        run.train(rows_file(tmp_path / "b.jsonl", 5))
+        assert before != ledger.version()
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        assert not ledger.is_snapshot
+    assert ["a.jsonl", "b.jsonl"] == done(run)

@@ -17,6 +17,7 @@ from filelock import FileLock
 from runs import new_run
 
 from onward import Run
+from onward.errors import DamagedState
 from onward.layout import RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
@@ -240,3 +241,68 @@ def test_a_run_of_before_verifies(layout: RunLayout) -> None:
             ledger.write("UPDATE configs SET config = ? WHERE fingerprint = ?", text, row.config)
     proof = Run(layout.root).verify(deep=True)
     assert [] == [(check.name, check.detail) for check in proof.checks if not check.ok]
+
+
+@pytest.mark.parametrize("kept", ["both states", "the newer state"])
+def test_a_ledger_of_an_earlier_moment_is_named_before_a_start_refuses_it(
+    layout: RunLayout, tmp_path: Path, kept: str
+) -> None:
+    """After a copy of the ledger was put back, doctor and verify say what a start says, with a command that works."""
+    later = RunLayout(Path(shutil.copytree(layout.root, tmp_path / "later")))
+    Run(later.root).train(tiny.write_jsonl(tmp_path / "c.jsonl", tiny.chat_rows(4, seed=9)))
+    newer = later.checkpoints()[0]
+    if kept == "the newer state":
+        shutil.rmtree(layout.current)
+        shutil.copytree(later.current, layout.current)
+    else:
+        shutil.copytree(newer, layout.checkpoint(step_of(newer)))
+    words = f"onward adopt {layout.checkpoint(step_of(newer))} --run NEW_RUN"
+    (found,) = findings(layout, f"current_model/{newer.name}")
+    assert ("error", True) == (found.level, words in str(found.hint))
+    failed = [check.detail for check in Run(layout.root).verify().checks if not check.ok]
+    assert failed
+    assert all(words in detail for detail in failed)
+    with pytest.raises(DamagedState, match="not from the same moment") as refused:
+        Run(layout.root).train()
+    assert words in str(refused.value.hint)
+    adopted = Run.adopt(layout.checkpoint(step_of(newer)), tmp_path / "new")
+    assert step_of(newer) == adopted.status()["global_step"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("closed", "is_others"),
+    [
+        ("archive", False),
+        ("ledger.sqlite3", False),
+        ("cache/tokens", True),
+        ("current_model/checkpoint-3", True),
+        (".lock", True),
+        ("", False),
+        ("", True),
+    ],
+)
+def test_what_may_not_be_written_is_named_with_a_way_out(closed: str, is_others: bool, layout: RunLayout) -> None:
+    """A folder or file that its user may not write, or that a command of root left behind, is an error with a command.
+
+    Whoever only looks at another user's run gets a warning.
+    """
+    for path in [layout.root, *layout.root.parents][: len(layout.root.parts) - 2]:
+        path.chmod(path.stat().st_mode | 0o055)
+    for path in [layout.root, *layout.root.rglob("*")]:
+        os.chown(path, NOBODY, NOBODY)
+    place = layout.root / closed
+
+    def look() -> Any:
+        return [[found.level, found.message, found.hint] for found in findings(layout, "access")]
+
+    assert [] == as_nobody(look)
+    way = f"chmod -R u+rwX {layout.root}"
+    if is_others:
+        os.chown(place, 0, 0)
+        way = f"sudo chown -R nobody {layout.root}" if closed else "be the user who owns the run: root"
+    place.chmod(0o555 if place.is_dir() else 0o444)
+    ((level, message, hint),) = as_nobody(look)
+    assert ("warning" if is_others and not closed else "error") == level
+    assert message.startswith(f"this user may not write {closed or 'its folder'}")
+    assert hint.endswith(way)

@@ -240,3 +240,30 @@ def test_a_signal_is_noticed_while_others_write(ledger: Ledger) -> None:
         other.close()
     assert [True] == first
     ledger.put(paused=None)
+
+
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_ledger_of_any_release_has_all_columns_for_who_reads_it(version: int, ledger: Ledger, tmp_path: Path) -> None:
+    """Whoever only reads finds every table and column of today: missing ones are empty or have their defaults."""
+    path = tmp_path / "old.sqlite3"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:
+        for script in MIGRATIONS[:version]:
+            old.executescript(script)
+        old.execute(f"PRAGMA user_version = {version}")
+        columns = "file_id, step, step_in_file, epoch, rows, rows_digest, tokens, target_tokens, loss, learning_rate"
+        old.execute(
+            f"INSERT INTO steps ({columns}, grad_norm, seconds) VALUES (7, 1, 1, 0, 1, 'd', 1, 1, 0.5, 0.1, 1.0, 0.1)"
+        )
+    before = path.read_bytes()
+    with Ledger(path, read_only=True) as reader:
+        for (table,) in map(dict.values, ledger.query("SELECT name FROM sqlite_master WHERE type = 'table'")):
+            todays = {row["name"] for row in ledger.query(f"PRAGMA table_info({table})")}
+            assert todays <= {row["name"] for row in reader.query(f"PRAGMA table_info({table})")}
+            reader.query(f"SELECT {', '.join(todays)} FROM {table}")
+        assert [(1, 0, None)] == [(row.step, row.replayed, row.anchor) for row in reader.steps(7)]
+        assert reader.is_snapshot
+    assert before == path.read_bytes()
+    with Ledger(path) as owner:
+        assert not owner.is_snapshot
+    with Ledger(path, read_only=True) as reader:
+        assert not reader.is_snapshot

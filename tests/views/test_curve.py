@@ -85,6 +85,7 @@ def test_a_ledger_of_an_earlier_release_has_no_times(tmp_path: Path) -> None:
     layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], wavy)
     with Ledger(layout.ledger) as ledger:
         ledger.write("DROP TABLE step_times")
+        ledger.write("PRAGMA user_version = 6")
     with Ledger(layout.ledger, read_only=True) as reader:
         assert [None] * 3 == as_columns(read_curve(reader))["time"]
 

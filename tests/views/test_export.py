@@ -222,6 +222,16 @@ def test_the_card(stream: Path, model: Path, tmp_path: Path) -> None:
     assert 2 == picture.count("<line")
 
 
+def test_a_run_that_may_only_be_read_can_be_exported(stream: Path, tmp_path: Path) -> None:
+    """An export writes nothing into the run; if its lock cannot be taken, the card says that nothing was verified."""
+    layout = RunLayout(copy_run(stream, tmp_path / "run"))
+    layout.lock.unlink(missing_ok=True)
+    layout.lock.mkdir()  # cannot be opened for writing, not even by root
+    outcome = onward("export", tmp_path / "out", "--run", layout.root)
+    assert 0 == outcome.status, outcome.err
+    assert "`onward verify` was not run: Is a directory." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_names_in_a_card_are_text(stream: Path, model: Path, tmp_path: Path) -> None:
     """A file's name with Markdown, HTML or an escape sequence in it stays a name."""
     run = Run(copy_run(stream, tmp_path / "run"))

@@ -177,6 +177,25 @@ def test_steps_that_others_replaced_are_drawn_anew(tmp_path: Path) -> None:
     assert [] == [message for message in watcher.look() if message[0] != "status"]
 
 
+QUERIES = ("metrics", "curve", "rows", "status", "history", "events", "overview", "grid")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("GET", f"/api/{name}") for name in QUERIES),
+        ("GET", "/metrics"),
+        *(("POST", f"/api/{name}") for name in ("pause", "resume", "stop", "skip", "chat", "rollback", "verify")),
+        ("PUT", "/api/inbox/a.jsonl"),
+    ],
+)
+def test_a_query_that_would_be_ignored_is_refused(page: Page, made: RunLayout, method: str, path: str) -> None:
+    """A misspelt key, or an option of a request that belongs into its body, is named, and nothing is done."""
+    answer = page.ask(method, f"{path}?evry=2", None if method == "GET" else b"{}", page.bearer)
+    assert (400, "evry") == (answer.status, answer.json["where"])
+    assert [] == list(made.inbox.iterdir())
+
+
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status", "where"),
     [

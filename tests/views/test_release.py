@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from onward.events import Event, StepTaken
 from onward.service.lock import RunLock
 from onward.service.wishes import Stopped, Wishes
 from onward.views.release import Making, Order
-from onward.views.releases import list_releases, remove_release
+from onward.views.releases import RECORD, list_releases, remove_release
 
 SETTINGS: dict[str, Any] = {"batch_size": 4, "max_length": 256, "learning_rate": 1e-2, "lora": {"rank": 4}}
 WEIGHTS = "adapter_model.safetensors"
@@ -120,6 +121,30 @@ def test_a_stop_leaves_nothing(run: Run) -> None:
         make(run, Order("v1"), wishes=wishes)
     assert not run.layout.releases.exists()
     assert [] == list((run.layout.cache / "reading").iterdir())
+
+
+def test_two_releases_of_one_name_never_mix(run: Run) -> None:
+    """While one is made another is done: the name is that one's, whole, and the first is refused and leaves nothing."""
+    made: list[dict[str, Any]] = []
+
+    def meanwhile(line: str) -> None:
+        if line == "measuring it":
+            made.append(make(run, Order("v1", cooldown=1)))
+
+    with pytest.raises(UsageError, match="a release of this name already exists"):
+        Making(run.layout, lambda _: None, meanwhile, Wishes()).release(Order("v1"))
+    assert ["v1"] == [path.name for path in run.layout.releases.iterdir()]
+    assert made[0]["weights"] == json.loads((run.layout.releases / "v1" / RECORD).read_bytes())["weights"]
+
+
+def test_a_release_that_cannot_be_written_computes_nothing(run: Run) -> None:
+    """Where its folder cannot be made, that is said before the first step of the cooldown, not after the last."""
+    run.layout.releases.write_text("")
+    seen: list[StepTaken] = []
+    with pytest.raises(OSError, match="exists"):
+        make(run, Order("v1"), seen)
+    assert [] == seen
+    assert "" == run.layout.releases.read_text()
 
 
 def test_releases_are_listed_and_removed_but_never_with_what_others_put_there(run: Run) -> None:

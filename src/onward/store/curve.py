@@ -6,7 +6,6 @@ Every query reads a range of the table's key, so that none sorts, and none holds
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 from onward.store.database import Values
 from onward.store.files import IN_STREAM
@@ -17,6 +16,10 @@ SPANS = f"""
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step LIMIT 1) AS first,
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step DESC LIMIT 1) AS last
     FROM files WHERE {IN_STREAM} AND position > ? AND first IS NOT NULL ORDER BY position
+"""
+COLUMNS = """
+    step, step_in_file, loss, learning_rate, grad_norm, rows, tokens, target_tokens, seconds,
+    (SELECT t.time FROM step_times t WHERE t.file_id = steps.file_id AND t.step = steps.step) AS time
 """
 SUMS = """
     SELECT count(*) AS steps, max(step) AS last, sum(loss) AS loss, min(loss) AS loss_min,
@@ -50,7 +53,7 @@ class Curve(Ranges):
     def step_values(self, file_id: int, first: int, last: int) -> list[Values]:
         """Return the records of a file between two global steps, both included, in order."""
         where = "WHERE file_id = ? AND step BETWEEN ? AND ? ORDER BY step"
-        return self.query(f"SELECT {self._columns} FROM steps {where}", file_id, first, last)
+        return self.query(f"SELECT {COLUMNS} FROM steps {where}", file_id, first, last)
 
     def step_extremes(self, file_id: int, first: int, last: int) -> list[Values]:
         """Return the records of lowest and highest loss in a range: one if they are the same, none if it is empty.
@@ -61,7 +64,7 @@ class Curve(Ranges):
         found: dict[int, Values] = {}
         for extreme in ("min", "max"):
             for row in self.query(
-                f"SELECT {self._columns}, {extreme}(loss) AS extreme FROM steps {where}", file_id, first, last
+                f"SELECT {COLUMNS}, {extreme}(loss) AS extreme FROM steps {where}", file_id, first, last
             ):
                 del row["extreme"]
                 if row["step"] is not None:
@@ -71,11 +74,3 @@ class Curve(Ranges):
     def step_sums(self, file_id: int, first: int, last: int) -> Values:
         """Return sums and extremes over records, and the last learning rate; `steps` says how many there are."""
         return self.query(SUMS, file_id, first, last)[0]
-
-    @cached_property
-    def _columns(self) -> str:
-        """Return the columns to read; a ledger that was not migrated yet has no times."""
-        time = "NULL AS time"
-        if self.query("SELECT 1 FROM sqlite_master WHERE name = 'step_times'"):
-            time = "(SELECT t.time FROM step_times t WHERE t.file_id = steps.file_id AND t.step = steps.step) AS time"
-        return f"step, step_in_file, loss, learning_rate, grad_norm, rows, tokens, target_tokens, seconds, {time}"

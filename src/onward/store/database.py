@@ -20,11 +20,15 @@ PASSING = {
     sqlite3.SQLITE_NOMEM,
 }  # fmt: skip
 """SQLite errors that say nothing about the content: the disk is full or failing, or others use the file."""
+FULL = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+"""SQLite errors that may mean that the disk has no room for the files of its log."""
 DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 """SQLite errors that mean that the content is damaged."""
 
 LOG_BYTES = 16 << 20
 """Bytes that SQLite's log is truncated to after a long-lived reader let it grow."""
+
+OPTIONS: dict[str, Any] = {"uri": True, "isolation_level": None, "check_same_thread": False}
 
 Values = dict[str, Any]
 Record = TypeVar("Record")
@@ -84,8 +88,9 @@ def begin(connection: sqlite3.Connection, waiting: Waiting) -> None:
 def _connect_to_look(path: Path, waiting: Waiting) -> sqlite3.Connection:
     """Open a ledger for reading only.
 
-    SQLite needs the two files of its log next to the ledger, and makes them if they are missing. For a user who may not
-    write there, a ledger without a log is read as a single file: nobody is writing to it then.
+    SQLite needs the two files of its log next to the ledger, and makes them if they are missing. Where they cannot be
+    made, because this user may not or the disk is full, a ledger without a log is read as a single file: nobody is
+    writing to it then.
 
     Raises:
         UsageError: the user may not read it.
@@ -97,16 +102,30 @@ def _connect_to_look(path: Path, waiting: Waiting) -> sqlite3.Connection:
         waiting.for_others(lambda: connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall())
         return connection
     except sqlite3.OperationalError as error:
-        if is_held_by_others(error) or os.access(path.parent, os.W_OK) or not path.exists():
-            raise  # not a matter of permissions
-        if not os.access(path, os.R_OK) or path.with_name(f"{path.name}-wal").exists():
+        log = log_of(path)
+        if is_held_by_others(error) or not path.exists():
+            raise
+        if os.access(path.parent, os.W_OK):
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code not in FULL or (log.exists() and log.stat().st_size):
+                raise  # not a matter of permissions or room
+        elif not os.access(path, os.R_OK) or log.exists():
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
             raise UsageError("this user may not read the ledger", where=path, hint=hint) from None
-    return _connect(f"{address}&immutable=1")
+    return sqlite3.connect(f"{address}&immutable=1", factory=Snapshot, **OPTIONS)
+
+
+def log_of(path: Path) -> Path:
+    """Return the file with what SQLite has not written into a database yet."""
+    return path.with_name(f"{path.name}-wal")
+
+
+class Snapshot(sqlite3.Connection):
+    """A connection that does not notice what others write after it was opened."""
 
 
 def _connect(address: str) -> sqlite3.Connection:
-    return sqlite3.connect(address, TRY, uri=True, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(address, TRY, **OPTIONS)
 
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
@@ -145,6 +164,8 @@ class Database:
         self.clock = clock
         self.waiting = waiting or Waiting()
         self._connection = connect(path, read_only=read_only, create=create, waiting=self.waiting)
+        self.is_snapshot = isinstance(self._connection, Snapshot)
+        """Whether what others write is seen only once the file is opened again."""
         self._identity = _identity(path)
 
     def close(self) -> None:
@@ -173,6 +194,8 @@ class Database:
 
     def version(self) -> int:
         """Return a number that changes when another connection has written to the file since the last call."""
+        if self.is_snapshot:
+            return sum(path.stat().st_mtime_ns for path in (self.path, log_of(self.path)) if path.exists())
         return int(self.scalar("PRAGMA data_version"))
 
     @contextlib.contextmanager

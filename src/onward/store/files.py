@@ -209,9 +209,7 @@ class Files(Ranges):
 
     def _totals(self, file_ids: Sequence[int], *, all_files: bool) -> list[Values]:
         """Return the totals of the steps of files; files without steps have no row."""
-        columns = {row["name"] for row in self.query("PRAGMA table_info(steps)")}  # it may not be migrated yet
-        replayed = "s.replayed" if "replayed" in columns else "0"
-        parts = (RANGED if self.has_ranges else SINGLE).format(replayed=replayed)
+        parts = RANGED if self.has_ranges else SINGLE
         if all_files:
             return self.query(TOTALS.format(which="", parts=parts))
         found: list[Values] = []
@@ -234,7 +232,7 @@ SOME = 500
 """The most files that one query names."""
 
 SINGLE = """
-    SELECT s.file_id, s.rows, 1 AS steps, s.seconds, {replayed} AS replayed
+    SELECT s.file_id, s.rows, 1 AS steps, s.seconds, s.replayed
     FROM wanted w JOIN steps s ON s.file_id = w.id
 """
 RANGED = f"""

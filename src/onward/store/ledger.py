@@ -17,7 +17,7 @@ from onward.layout import RunLayout
 from onward.store.curve import Curve
 from onward.store.database import begin, connect, refusal
 from onward.store.files import BEGUN, Files, marks
-from onward.store.migrations import migrate
+from onward.store.migrations import fill_in, migrate
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
 from onward.store.tracking import Tracking
@@ -76,7 +76,9 @@ class Ledger(Files, Requests, Curve, Tracking):
         try:
             if not create and not self.scalar("PRAGMA user_version"):
                 raise RunLayout(path.parent).empty_ledger()
-            if not read_only:
+            if read_only:
+                self.is_snapshot = fill_in(self._connection) or self.is_snapshot
+            else:
                 self.waiting.for_others(lambda: migrate(self._connection))
         except (sqlite3.DatabaseError, OnwardError) as error:
             self._connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 
 from onward.errors import OnwardError
@@ -275,3 +276,28 @@ def migrate(connection: sqlite3.Connection) -> None:
     for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
         connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {number};\nCOMMIT;")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def fill_in(connection: sqlite3.Connection) -> bool:
+    """Let a connection that only reads an earlier release's ledger see all tables and columns of today.
+
+    Missing tables are empty, and missing columns have their defaults, by views that exist for this connection alone.
+
+    Returns:
+        Whether there are such views: they would hide what a migration adds later.
+    """
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if version >= len(MIGRATIONS):
+        return False
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as today:
+        migrate(today)
+        connection.execute("PRAGMA temp_store = MEMORY")  # the disk may be full
+        for (table,) in today.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            there = {name for _, name, *_ in connection.execute(f"PRAGMA main.table_info({table})")}
+            columns = today.execute(f"PRAGMA table_info({table})").fetchall()
+            missing = [f"{default or 'NULL'} AS {name}" for _, name, _, _, default, _ in columns if name not in there]
+            if missing:
+                rows = f"SELECT *, {', '.join(missing)} FROM main.{table}"
+                none = f"SELECT {', '.join(missing)} WHERE 0"
+                connection.execute(f"CREATE TEMP VIEW {table} AS {rows if there else none}")
+    return True

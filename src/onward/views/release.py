@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from onward.training.model.weights import save_weights
 from onward.training.state import digest_tensors
 from onward.views.branch import Branch
 from onward.views.export.card import base_facts, proof_of, write_card
+from onward.views.locked import make_locked
 from onward.views.points import Point, own_folder
 from onward.views.releases import RECORD
 
@@ -97,7 +100,7 @@ class Making:
         """
         target = self._free(order.name)
         step, averaged = self._boundaries(order)
-        with own_folder(self.layout) as scratch:
+        with self._published(target) as folder, own_folder(self.layout) as scratch:
             copy = copy_run(self.layout, scratch / "run", step)
             self.report("verifying the boundary")
             proof = Run(copy.root).verify()
@@ -113,8 +116,24 @@ class Making:
                 self.report("measuring it")
                 about |= {"measured": measured(branch, ledger)}
                 record = self._record(order, ledger, branch, about)
-                self._write(target, branch, record)
+                self._write(folder, branch, record)
         return record
+
+    @contextlib.contextmanager
+    def _published(self, target: Path) -> Generator[Path]:
+        """Give the body a folder, before anything is computed; afterwards make it the release, if the name is free."""
+        is_first = not target.parent.exists()
+        target.parent.mkdir(exist_ok=True)
+        temporary, lock = make_locked(target.parent, f"{TEMPORARY_PREFIX}release-")  # two of one name never share it
+        try:
+            yield temporary
+            publish_directory(temporary, self._free(target.name))
+        finally:
+            remove_tree(temporary)
+            os.close(lock)
+            if is_first:
+                with contextlib.suppress(OSError):  # there is a release now
+                    target.parent.rmdir()
 
     def _free(self, name: str) -> Path:
         if NAME.fullmatch(name) is None:
@@ -163,26 +182,18 @@ class Making:
             "weights": digest_tensors(sorted(state.view().weights.items())),
         }
 
-    def _write(self, target: Path, branch: Branch, record: dict[str, Any]) -> None:
-        """Write the folder, prove that it loads back equal, and make it visible atomically."""
-        target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-        remove_tree(temporary)
-        temporary.mkdir()
-        try:
-            weights = branch.state.view().weights
-            save_weights(branch.state.model, weights, temporary)
-            prove_roundtrip(branch.state.model, temporary, weights)
-            for name, data in branch.session.facts().static_files.items():
-                (temporary / name).write_bytes(data)
-            self._write_card(temporary, branch, record)
-            record["files"] = {path.name: xxh3_file(path) for path in entries(temporary)}
-            (temporary / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            for path in entries(temporary):
-                fsync_file(path)
-            publish_directory(temporary, target)
-        finally:
-            remove_tree(temporary)
+    def _write(self, folder: Path, branch: Branch, record: dict[str, Any]) -> None:
+        """Write everything, and prove that it loads back equal."""
+        weights = branch.state.view().weights
+        save_weights(branch.state.model, weights, folder)
+        prove_roundtrip(branch.state.model, folder, weights)
+        for name, data in branch.session.facts().static_files.items():
+            (folder / name).write_bytes(data)
+        self._write_card(folder, branch, record)
+        record["files"] = {path.name: xxh3_file(path) for path in entries(folder)}
+        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in entries(folder):
+            fsync_file(path)
 
     def _write_card(self, folder: Path, branch: Branch, record: Mapping[str, Any]) -> None:
         """Write the model card from the ledger of the copy, which ends where the release begins."""

@@ -23,6 +23,7 @@ from onward.errors import DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout, step_of
 from onward.service import moment
 from onward.service.holder import is_held, read_heartbeat, read_holder
+from onward.service.proof.access import in_words, unwritable, user_name, way_to_write
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.disks import mount_of, refusal, require_locks, way_out
@@ -74,6 +75,7 @@ def examine(layout: RunLayout) -> list[Finding]:
         ("memory", lambda: _memory(layout)),
         ("ledger", lambda: _ledger(layout)),
         ("ledger's disk", lambda: _ledger_disk(layout)),
+        ("access", lambda: _access(layout)),
         ("owner", lambda: _owner(layout)),
         ("state", lambda: _state(layout)),
         ("disk", lambda: _disk(layout)),
@@ -215,6 +217,16 @@ def _ledger_disk(layout: RunLayout) -> Iterator[Finding]:
             require_locks(file.fileno(), layout.root.absolute())
 
 
+def _access(layout: RunLayout) -> Iterator[Finding]:
+    """Name what this user may not write although training must; whoever looks at another's run is told so."""
+    closed, owner = unwritable(layout), layout.root.stat().st_uid
+    if closed and owner == os.geteuid():
+        yield Finding("error", "access", in_words(layout, closed), way_to_write(layout, closed))
+    elif closed:
+        hint = f"To train, add or control, be the user who owns the run: {user_name(owner)}"
+        yield Finding("warning", "access", in_words(layout, closed), hint)
+
+
 def _owner(layout: RunLayout) -> Iterator[Finding]:
     """Report who owns the run, whether it makes progress, and what keeps it from continuing."""
     with Ledger(layout.ledger, read_only=True) as ledger:
@@ -237,19 +249,13 @@ def _owner(layout: RunLayout) -> Iterator[Finding]:
 
 def _state(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
-        run, step = ledger.get("run"), ledger.committed_step()
-        folders = [*layout.checkpoints(), *layout.restore_points()]
-        strange = [folder for folder in folders if moment.is_of_another_moment(ledger, folder)]
-    for folder in folders:
-        found = _checkpoint(folder, str(folder.relative_to(layout.root)), run, step)
-        if folder in strange and found.level != "error":
-            what = f"the ledger ends at step {step} and knows nothing of it: they are not from the same moment"
-            found = Finding("error", found.subject, what, moment.way_out(folder))
-        yield found
+        for folder in [*layout.checkpoints(), *layout.restore_points()]:
+            yield _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
 
 
-def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding:
-    """Check one checkpoint; `run` and `step` are what the ledger has."""
+def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:
+    """Check one checkpoint against the ledger."""
+    run, step = ledger.get("run"), ledger.committed_step()
     if not (folder / MANIFEST).exists():
         hint = f"Move it out of the run; to continue from it: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("warning", place, f"not made by Onward: it has no {MANIFEST}", hint)
@@ -261,6 +267,9 @@ def _checkpoint(folder: Path, place: str, run: str | None, step: int) -> Finding
     if manifest.run != run:
         hint = f"Restore the ledger that it belongs to, or: onward adopt {quoted(folder)} --run NEW_RUN"
         return Finding("error", place, f"belongs to another run than the ledger, which is at step {step}", hint)
+    if moment.is_of_another_moment(ledger, folder):
+        what = f"the ledger, which is at step {step}, knows nothing of it: they are not from the same moment"
+        return Finding("error", place, what, moment.way_out(folder))
     if manifest.step != step_of(folder):
         what = f"a copy of step {manifest.step}, not made by this run under this name, and left alone"
         return Finding("warning", place, what, "Move it out of the run")
@@ -274,13 +283,18 @@ def _disk(layout: RunLayout) -> Iterator[Finding]:
     free = shutil.disk_usage(layout.root).free
     newest = next(iter(layout.checkpoints()), None)
     needed = sum(path.stat().st_size for path in newest.iterdir()) if newest else 0
-    kept = _kept(layout) * needed
+    config = _config_or_defaults(layout)
+    kept = (config.keep_boundaries + 1) * needed
     message = (
         f"{free / 1e9:.1f} GB free; a checkpoint takes {needed / 1e6:.0f} MB, restore points up to {kept / 1e6:.0f} MB"
     )
-    enough = free > max(kept, LITTLE_DISK)
-    hint = None if enough else "Free some space, or lower keep_boundaries"
-    yield Finding("ok" if enough else "warning", "disk", message, hint)
+    if free < needed + (config.disk_margin_mb << 20):
+        level, hint = "error", "Free some space: training pauses until there is room for the next checkpoint"
+    elif free > max(kept, LITTLE_DISK):
+        level, hint = "ok", None
+    else:
+        level, hint = "warning", "Free some space, or lower keep_boundaries"
+    yield Finding(level, "disk", message, hint)
     yield from _inodes(layout)
 
 
@@ -312,11 +326,11 @@ def _queue(layout: RunLayout) -> Iterator[Finding]:
         yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
 
 
-def _kept(layout: RunLayout) -> int:
+def _config_or_defaults(layout: RunLayout) -> Config:
     try:
-        return read_config(layout.config).keep_boundaries + 1
+        return read_config(layout.config)
     except OnwardError:
-        return Config().keep_boundaries + 1
+        return Config()
 
 
 def _trackers(layout: RunLayout) -> Iterator[Finding]:

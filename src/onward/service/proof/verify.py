@@ -77,7 +77,7 @@ def verify(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
     folder = layout.checkpoint(newest.step)
     found = inspect_checkpoint(folder)
     manifest, problems = found.manifest, found.problems
-    checks = [_check("state files", lambda: _state_files(manifest, problems))]
+    checks = [_check("state files", lambda: _state_files(layout, ledger, manifest, problems))]
     checks.append(_check("one checkpoint", lambda: _one_checkpoint(layout, ledger, newest.step)))
     if manifest is not None:
         known = manifest
@@ -120,8 +120,9 @@ def _queue(ledger: Ledger) -> str:
     return f"{ledger.queued()} files wait"
 
 
-def _state_files(manifest: Manifest | None, problems: list[str]) -> str:
+def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
     if manifest is None or problems:
+        require_same_moment(layout, ledger)  # nothing is repaired with the ledger of another moment
         raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
     return f"{how_many(len(manifest.files), 'file')}, {manifest.size / 1e6:.1f} MB, hashes equal"
 

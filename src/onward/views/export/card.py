@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,13 +157,17 @@ def _loss(value: float | None) -> str:
 
 
 def verify_now(layout: RunLayout) -> str:
-    """Verify the run, and return what the card says about the proof."""
+    """Verify the run, and return what the card says about the proof.
+
+    A proof takes the run's lock, which a process may hold, or which this user or a full disk may not allow.
+    """
     from onward.run import Run
 
     try:
         proof = Run(layout.root).verify()
-    except OnwardError as error:
-        return f"`onward verify` was not run: {_cell(error.what)}."
+    except (OnwardError, sqlite3.Error, OSError) as error:
+        why = error.what if isinstance(error, OnwardError) else getattr(error, "strerror", None) or str(error)
+        return f"`onward verify` was not run: {_cell(why)}."
     return proof_of({check.name: check.ok for check in proof.checks})
 
 

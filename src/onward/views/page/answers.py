@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,6 +14,8 @@ from starlette.responses import Response
 from onward.errors import FileRejected, NoSpace, NotMadeHere, OnwardError, RunLocked, UsageError
 from onward.text import printable
 from onward.views.connections import incoming
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 BODY_BYTES = 64 << 10
 """The most bytes of a request's body, unless a route says otherwise."""
@@ -109,11 +111,29 @@ async def wanted(request: Request, known: Collection[str], most: int = BODY_BYTE
         raise UsageError("the request is no JSON", where="body") from None
     if not isinstance(value, dict):
         raise UsageError("the request is no JSON object", where="body", hint='For example {"file": "day-2.jsonl"}.')
-    for key in value:
+    _require_known(value, known)
+    return value
+
+
+def knowing(answer: Endpoint, *known: str) -> Endpoint:
+    """Return an endpoint that refuses a query with a key that it would ignore.
+
+    Args:
+        known: keys that the query may have.
+    """
+
+    async def checked(request: Request) -> Response:
+        _require_known(request.query_params, known)
+        return await answer(request)
+
+    return checked
+
+
+def _require_known(keys: Iterable[str], known: Collection[str]) -> None:
+    for key in keys:
         if key not in known:
             hint = f"There are: {', '.join(known)}." if known else "Nothing can be said here."
             raise UsageError("nothing is known by this name here", where=printable(key), hint=hint)
-    return value
 
 
 def _finite(value: Any) -> Any:

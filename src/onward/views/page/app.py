@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
 from onward.views.connections import ReadToEnd
-from onward.views.page.answers import gone, http_error, json_answer, machine_error, onward_error
+from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error
 from onward.views.page.gate import Gate
 from onward.views.page.guard import Hosts, Key
 from onward.views.page.pages import STATIC, list_page
@@ -56,8 +56,8 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
     }
     everything = _Everything(routes)
     paths: list[BaseRoute] = [
-        Route("/metrics", everything.metrics, methods=["GET"]),
-        Route("/api/runs", everything.runs, methods=["GET"]),
+        Route("/metrics", knowing(everything.metrics), methods=["GET"]),
+        Route("/api/runs", knowing(everything.runs), methods=["GET"]),
         Mount("/static", StaticFiles(directory=STATIC)),
         *(Mount(f"/runs/{name}", routes=route.routes()) for name, route in routes.items()),
     ]

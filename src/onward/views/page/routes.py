@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
@@ -18,7 +18,7 @@ from onward.store.rows import FileRow
 from onward.views.addresses import NameRoute
 from onward.views.connections import incoming
 from onward.views.page import control
-from onward.views.page.answers import json_answer, number, refusal, wanted
+from onward.views.page.answers import Endpoint, json_answer, knowing, number, refusal, wanted
 from onward.views.page.pages import run_page
 from onward.views.page.reading import RunReader, disk_reserve
 from onward.views.page.rows import RowsOfFiles
@@ -61,18 +61,21 @@ class RunRoutes:
 
     def routes(self) -> list[BaseRoute]:
         """Return the addresses, relative to where the run is mounted."""
-        look = (
-            ("/", self.page), ("/api/status", self.status), ("/api/history", self.history),
-            ("/api/metrics", self.metrics), ("/api/events", self.events), ("/api/curve", self.curve),
-            ("/api/overview", self.overview), ("/api/grid", self.grid), ("/api/rows", self.rows),
-        )  # fmt: skip
+        look: list[tuple[str, Endpoint, tuple[str, ...]]] = [
+            ("status", self.status, ()), ("history", self.history, ()), ("metrics", self.metrics, ("every",)),
+            ("events", self.events, ()), ("curve", self.curve, ("points", "first", "last")),
+            ("overview", self.overview, ()), ("grid", self.grid, ()),
+            ("rows", self.rows, ("sha256", "position", "view", "offset", "limit")),
+        ]  # fmt: skip
+        act: list[tuple[str, Endpoint]] = [
+            *((kind, self._asking(kind)) for kind in control.OPTIONS),
+            ("chat", self.chat), ("rollback", self.rollback), ("verify", self.verify),
+        ]  # fmt: skip
         return [
-            *(Route(path, answer, methods=["GET"]) for path, answer in look),
-            NameRoute("/api/inbox", self.upload, methods=["PUT"]),
-            *(Route(f"/api/{kind}", self._asking(kind), methods=["POST"]) for kind in control.OPTIONS),
-            Route("/api/chat", self.chat, methods=["POST"]),
-            Route("/api/rollback", self.rollback, methods=["POST"]),
-            Route("/api/verify", self.verify, methods=["POST"]),
+            Route("/", self.page, methods=["GET"]),
+            *(Route(f"/api/{name}", knowing(answer, *known), methods=["GET"]) for name, answer, known in look),
+            NameRoute("/api/inbox", knowing(self.upload), methods=["PUT"]),
+            *(Route(f"/api/{name}", knowing(answer), methods=["POST"]) for name, answer in act),
         ]
 
     async def page(self, _: Request) -> Response:
@@ -165,7 +168,7 @@ class RunRoutes:
         await wanted(request, ())
         return json_answer(await self._act(lambda: control.verify(self.run.layout)))
 
-    def _asking(self, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    def _asking(self, kind: str) -> Endpoint:
         async def answer(request: Request) -> Response:
             what = await wanted(request, control.OPTIONS[kind])
             return json_answer(await self._act(lambda: control.ask(self.run.layout, kind, what)))

@@ -175,6 +175,8 @@ class Watcher:
     def _opened(self) -> Ledger:
         """Return the ledger, opened once: only a lasting connection can tell whether others wrote to it."""
         self._reader.layout.require()
+        if self._ledger is not None and self._ledger.is_snapshot:
+            self._close()
         if self._ledger is not None:
             self._ledger.require_in_place()
         else:
