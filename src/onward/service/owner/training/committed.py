@@ -164,10 +164,11 @@ class CommittedState:
     def _probed_again(self, before: Probed, *, records: bool) -> Probed:
         """Measure the probe a second time; if recording it goes wrong, keep that first."""
         recordings, probe = Recordings(self._ledger, self._session.environment, None), self.probe()
+        known = probe.hindrance
         try:
-            return probe.again(before, records=records and recordings.may_be_made())
+            return probe.again(before, records=records and probe.can_record and recordings.may_be_made())
         finally:
-            if probe.hindrance:
+            if probe.hindrance != known:
                 recordings.give_up("the probe is", probe.hindrance, self._state.step)
 
     def _recorded_facts(self) -> Facts:
