@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from onward.errors import OnwardError
 from onward.run import Run
 from onward.service.wishes import Wishes
 
-_CHOOSING = threading.Lock()
+_CHOOSING, _POLLING = threading.Lock(), threading.Lock()
+"""The second one because a process that starts another one asks of all others whether they have ended, and of two
+threads that ask of the same at once, one gets 255 for its exit status."""
 IMPORTED = ["processes", "onward.service.owner.daemon"]
 """What the process has imported that others are forked from; without a GPU it has also built a model (`preloaded`)."""
 
@@ -61,6 +64,20 @@ def _start_server() -> None:
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
+def _started(process: Any) -> BaseProcess:
+    with _POLLING:
+        process.start()
+    return process
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Wait for a process, in any thread; returns its exit status, negative for a signal."""
+    wait([process.sentinel])
+    with _POLLING:
+        process.join()
+    return process.exitcode
+
+
 def _train(directory: str, files: list[str], threads: int) -> None:
     torch.set_num_threads(threads)
     stop = Wishes()
@@ -88,49 +105,38 @@ def as_it_is() -> None:
 
 def start_command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> BaseProcess:
     """Start the command line in a process of its own; `prepare` runs in it first, `output` gets what it prints."""
-    process = _context().Process(target=_command, args=([str(word) for word in arguments], str(output), prepare))
-    process.start()
-    return process
+    return _started(_context().Process(target=_command, args=([str(word) for word in arguments], str(output), prepare)))
 
 
 def command(output: Path, *arguments: object, prepare: Callable[[], None] = as_it_is) -> int | None:
     """Run the command line in a process of its own to its end; returns its exit status, negative for a signal."""
-    process = start_command(output, *arguments, prepare=prepare)
-    process.join()
-    return process.exitcode
+    return ended(start_command(output, *arguments, prepare=prepare))
 
 
 def start_apart(function: Callable[..., None], *arguments: object) -> BaseProcess:
     """Call a function in a process of its own."""
-    process = _context().Process(target=function, args=arguments)
-    process.start()
-    return process
+    return _started(_context().Process(target=function, args=arguments))
 
 
 def apart(function: Callable[..., None], *arguments: object) -> int | None:
     """Call a function in a process of its own to its end; returns its exit status."""
-    process = start_apart(function, *arguments)
-    process.join()
-    return process.exitcode
+    return ended(start_apart(function, *arguments))
 
 
 def apart_with(function: Callable[..., None], *arguments: object) -> None:
     """Call a function in a process of its own, which ends with this one."""
-    _context().Process(target=function, args=arguments, daemon=True).start()
+    _started(_context().Process(target=function, args=arguments, daemon=True))
 
 
 def start(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> BaseProcess:
     """Start a process that trains `files` in a run; its exit code is the command line's exit status."""
-    process = _context().Process(target=_train, args=(str(run), [str(file) for file in files], threads))
-    process.start()
-    return process
+    return _started(_context().Process(target=_train, args=(str(run), [str(file) for file in files], threads)))
 
 
 def train(run: Path, files: Sequence[Path] = (), *, threads: int = 1) -> int:
     """Train `files` in a process of its own to its end; returns its exit status."""
-    process = start(run, files, threads=threads)
-    process.join()
-    return process.exitcode if process.exitcode is not None else -1
+    status = ended(start(run, files, threads=threads))
+    return -1 if status is None else status
 
 
 def kill_after(process: BaseProcess, seconds: float, number: signal.Signals = signal.SIGKILL) -> bool:

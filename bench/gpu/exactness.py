@@ -41,17 +41,20 @@ def twice(shape: str, method: str, dtype: str) -> None:
                 "lora": {"rank": 16, "dropout": 0.1}, "warmup_steps": 0,
             }
         )  # fmt: skip
-        (first, replays), (second, _) = (
+        (first, replays, why), (second, *_) = (
             _steps(base, config, (least, most), records=records) for records in (True, False)
         )
+    said = f"{replays} parts of steps replayed, then: {why}" if why else ""
     emit("twice", method=method, dtype=dtype, steps=STEPS, lengths=[least, most], equal=first == second,
-         losses=[first[0][0], first[0][-1]], replays=replays)  # fmt: skip
+         losses=[first[0][0], first[0][-1]], replays=replays, said=said)  # fmt: skip
 
 
 def _steps(
     base: Path, config: Any, lengths: tuple[int, int], *, records: bool
-) -> tuple[tuple[list[float], str, str], int]:
-    """Return losses and digests of weights and moments after some steps, and how many parts were replayed."""
+) -> tuple[tuple[list[float], str, str], int, str]:
+    """Return losses and digests of weights and moments after some steps, how many parts were replayed, and why not all
+    could be.
+    """
     from onward.data.tokenized import Row
     from onward.training.device.environment import pick_dtype
     from onward.training.device.execution import Execution
@@ -77,11 +80,11 @@ def _steps(
         rows = [Row(source.integers(3, 250, size), np.arange(size) > 0) for size in sizes]
         losses.append(trainer.take_step(batch_of(rows), endless_plan()).loss)  # type: ignore[arg-type]
     digest, recorded = state.view().digest(), trainer.economy.learned.recorded
-    replays = recorded.replays if recorded else 0
+    replays, why = (recorded.replays, recorded.hindrance) if recorded else (0, "")
     del model, state, trainer, recorded
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return (losses, digest.weights, digest.moments), replays
+    return (losses, digest.weights, digest.moments), replays, why
 
 
 def _material(shape: str, folder: Path) -> tuple[Path, list[Path]]:

@@ -48,9 +48,11 @@ class Recorder:
 
 
 @contextmanager
-def recording(monkeypatch: pytest.MonkeyPatch, steps: Recorder | OpRecorder) -> Generator[Recorder]:
+def recording(
+    monkeypatch: pytest.MonkeyPatch, steps: Recorder | OpRecorder, probes: Recorder | None = None
+) -> Generator[Recorder]:
     """Let processes in the body record steps, and probes; yields the recorder of probes."""
-    probes = Recorder()
+    probes = probes or Recorder()
     with monkeypatch.context() as patched:
         patched.setattr("onward.training.steps.economy.sharing_recorder", lambda _: steps)
         patched.setattr("onward.training.measuring.probe.recorder_for", lambda _: probes)
@@ -100,6 +102,26 @@ def test_a_recording_that_goes_wrong_is_not_tried_by_the_next_process(
     assert 0 < works.replays
 
 
+def test_a_probe_that_cannot_be_recorded_is_not_tried_by_the_next_process(
+    model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed at every boundary, an event says it, and from then on no steps are recorded either."""
+    let_attend_in_one_call(monkeypatch)
+    run, steps, failing = new_run(tmp_path / "run", model, batch_size=2), Recorder(), Recorder(fails=True)
+    with recording(monkeypatch, steps, failing):
+        run.train(*files[:3])
+        replays = steps.replays
+        Run(run.layout.root).train(files[3])
+    assert 1 == failing.recorded
+    assert 0 < replays == steps.replays
+    assert ["bitwise"] * 4 == [entry["handover"] for entry in run.history()]
+    with Ledger(run.layout.ledger) as ledger:
+        found = [event.message for event in ledger.events(100) if "replayed" in event.message]
+    assert [
+        "the probe is no longer replayed here: RuntimeError: operation not permitted when stream is capturing"
+    ] == found
+
+
 def test_a_recording_that_breaks_its_step_is_not_tried_by_the_next_process(
     model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +163,7 @@ def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
     assert ["done"] * 2 == [entry["state"] for entry in run.history()]
     with Ledger(run.layout.ledger) as ledger:
         found = [event.message for event in ledger.events(100) if "replayed" in event.message]
-    assert ["steps are not replayed in this file: 2 processes died in it"] == found
+    assert ["nothing is replayed here: 2 processes died in this place"] == found
     run.add(files[2])
     assert 9 == apart(_die_recording, str(run.layout.root))
 
@@ -149,12 +171,12 @@ def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
 def test_cuda_graphs_may_be_off(
     model: Path, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then nothing is recorded; the key changes no bit, and may change between two steps."""
+    """Then neither steps nor probes are recorded; the key changes no bit, and may change between two steps."""
     let_attend_in_one_call(monkeypatch)
     run, steps = new_run(tmp_path / "run", model, batch_size=2, cuda_graphs="off"), Recorder()
-    with recording(monkeypatch, steps):
+    with recording(monkeypatch, steps) as probes:
         run.train(*files[:2])
-        assert 0 == steps.recorded
+        assert (0, 0) == (steps.recorded, probes.recorded)
         text = run.layout.config.read_text()
         run.layout.config.write_text(re.sub(r"(?m)^cuda_graphs: .*$", "cuda_graphs: auto", text))
         Run(run.layout.root).train(files[2])

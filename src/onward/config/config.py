@@ -134,7 +134,7 @@ class Config(Section):
         default="auto",
         description="Record short steps on an NVIDIA GPU as CUDA graphs and replay them for rows of about the same "
         "sizes: the same bits, which is checked, in less time and more memory. `auto`: where a GPU waits for the host "
-        "otherwise.",
+        "otherwise, as in the probe of a boundary.",
     )
     epochs: Count = Field(default=1, description="Number of times that every row of a file is trained.")
     learning_rate: Annotated[float, BeforeValidator(refuse_bool), Field(gt=0.0, allow_inf_nan=False)] = Field(

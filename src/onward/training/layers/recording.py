@@ -16,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from onward.errors import first_line
+
 Result = TypeVar("Result", covariant=True)
 KNOWN = frozenset({"aten", "prims", "torch_attn"})
 """Namespaces of operations that do nothing on the host but launch kernels, unless their tags say otherwise."""
@@ -106,6 +108,8 @@ class Recordable(Generic[Result]):
         self._was_watched = False
         self.can_record = False
         """Whether it was watched and can be recorded."""
+        self.hindrance = ""
+        """What went wrong when it was recorded or replayed; empty if nothing did."""
         self._replay: Replay[Result] | None = None
 
     def __call__(self) -> Result:
@@ -113,8 +117,8 @@ class Recordable(Generic[Result]):
         if self._replay is not None:
             try:
                 return self._replay()
-            except Exception:  # another recording failed, for example; if it was something else, that is raised again
-                self.forget()
+            except Exception as error:  # another recording failed, for example; a lost device raises again
+                self._fail(error)
         return self._compute() if self._was_watched or self._recorder is None else self._watched()
 
     def record(self) -> bool:
@@ -122,14 +126,18 @@ class Recordable(Generic[Result]):
         if self._recorder is not None and self._was_watched and self._replay is None:
             try:
                 self._replay = self._recorder(self._compute)
-            except Exception:  # too little memory, for example; it can still be computed
-                self.can_record = False
+            except Exception as error:  # too little memory, for example; it can still be computed
+                self._fail(error)
             self._recorder = None
         return self._replay is not None
 
     def forget(self) -> None:
         """Forget the recording; from now on it is computed each time."""
         self._recorder = self._replay = None
+
+    def _fail(self, error: Exception) -> None:
+        self.forget()
+        self.can_record, self.hindrance = False, f"{type(error).__name__}: {first_line(error)}"
 
     def _watched(self) -> Result:
         self._was_watched, watch = True, Watch(self._device)

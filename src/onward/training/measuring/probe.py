@@ -152,13 +152,21 @@ class Probe:
         """Whether the model's computation was watched and can be recorded."""
         return "model" in self._twins and self._twins["model"].compute.can_record
 
-    def again(self, before: Probed) -> Probed:
+    @property
+    def hindrance(self) -> str:
+        """What went wrong when the model's computation was recorded or replayed; empty if nothing did."""
+        return self._twins["model"].compute.hindrance if "model" in self._twins else ""
+
+    def again(self, before: Probed, *, records: bool = True) -> Probed:
         """Measure the model a second time, in a state for which it gave `before`.
 
         On a GPU this time is recorded, if it can be; if that gives the same, every later one replays it.
+
+        Args:
+            records: whether it may be recorded.
         """
         twin = self._twin_of_model()
-        if twin.compute.record():
+        if records and twin.compute.record():
             if self.of_model() == before:
                 return before
             twin.compute.forget()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from onward.config import Config
 from onward.events import FileDone
 from onward.service.owner.training.handing_over import Crossing, FirstHandover, keep_handover
+from onward.service.owner.training.recordings import Recordings
 from onward.service.owner.training.start import Start
 from onward.service.session import Session
 from onward.service.state.commits import Commit, Written
@@ -115,8 +116,11 @@ class CommittedState:
         """Wait until nothing is being written."""
         self._writer.join()
 
-    def hand_over(self, kind: str, file_id: int | None) -> str:
+    def hand_over(self, kind: str, file_id: int | None, *, records: bool = False) -> str:
         """Compare the state with what was measured before the last commit, written or not; return the class that holds.
+
+        Args:
+            records: whether the probe may be recorded.
 
         Raises:
             VerificationFailed: they are not the same state.
@@ -133,12 +137,13 @@ class CommittedState:
         else:
             assert self.newest is not None
             before, environment = self.newest.measured, self.newest.environment
-        after = self._measured_now(measured, StateDigest(before["weights"], before["moments"]))
+        digest = StateDigest(before["weights"], before["moments"])
+        after = self._measured_now(measured, digest, records=records)
         found = compare(before, after, environment, here)
         keep_handover(self._ledger, crossing, before, after, found)
         return found[0]
 
-    def _measured_now(self, known: Measurement | None, digest: StateDigest) -> Measurement:
+    def _measured_now(self, known: Measurement | None, digest: StateDigest, *, records: bool) -> Measurement:
         """Measure the current state; `known` was measured of its last copy, which has this digest.
 
         A second probe of one state shows whether the probe is repeatable. It is left out if nothing was trained yet, or
@@ -152,9 +157,19 @@ class CommittedState:
         before = Probed(known.probe_loss, known.probe_gradient)
         if not self._state.step or (self._probe_repeats and now.known is not None):
             return measure(now, before)
-        probed = self.probe().again(before)
+        probed = self._probed_again(before, records=records)
         self._probe_repeats = probed == before
         return measure(now, probed)
+
+    def _probed_again(self, before: Probed, *, records: bool) -> Probed:
+        """Measure the probe a second time; if recording it goes wrong, keep that first."""
+        recordings, probe = Recordings(self._ledger, self._session.environment, None), self.probe()
+        known = probe.hindrance
+        try:
+            return probe.again(before, records=records and probe.can_record and recordings.may_be_made())
+        finally:
+            if probe.hindrance != known:
+                recordings.give_up("the probe is", probe.hindrance, self._state.step)
 
     def _recorded_facts(self) -> Facts:
         self._facts = self._facts or self._session.facts()

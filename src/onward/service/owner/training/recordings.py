@@ -19,47 +19,51 @@ DEATHS = 2
 
 
 class Recordings:
-    """Decides whether a process records steps, and keeps what came of it.
+    """Decides whether a process records steps and probes, and keeps what came of it.
 
     A recording that goes wrong may leave a process that cannot use its GPU any more. So the ledger has it before the
     next step, and the process that continues the run does not try again. A process that dies of a recording cannot say
-    so; after two deaths in one place, the next process records nothing in that file.
+    so; after two deaths in one place, the next process records nothing there.
 
     Args:
-        learned: what the process knows of its model; told whether steps may be recorded.
         environment: the environment's record.
-        file_id: the file that is trained.
-        can_record: whether the model's computation was watched and can be recorded.
+        file_id: the file that is trained; None between two files.
     """
 
-    def __init__(
-        self, ledger: Ledger, learned: Learned, environment: Mapping[str, Any], file_id: int, *, can_record: bool
-    ) -> None:
-        self._ledger, self._learned = ledger, learned
+    def __init__(self, ledger: Ledger, environment: Mapping[str, Any], file_id: int | None) -> None:
+        self._ledger, self._file_id = ledger, file_id
         self._machine = {key: environment.get(key) for key in MACHINE}
-        learned.can_record = can_record and ledger.get(FACT) != self._machine
-        deaths = Deaths(**(ledger.get(DIED) or {}))
-        if learned.can_record and deaths.file == file_id and deaths.count >= DEATHS:
-            learned.can_record = False
-            ledger.add_event("info", f"steps are not replayed in this file: {deaths.count} processes died in it")
 
-    def watched(self, steps: Iterator[StepTaken]) -> Iterator[StepTaken]:
+    def may_be_made(self) -> bool:
+        """Return whether nothing speaks against recordings, as far as the ledger knows."""
+        if self._ledger.get(FACT) == self._machine:
+            return False
+        deaths = Deaths(**(self._ledger.get(DIED) or {}))
+        if deaths.file != self._file_id or deaths.count < DEATHS:
+            return True
+        self._ledger.add_event("info", f"nothing is replayed here: {deaths.count} processes died in this place")
+        return False
+
+    def give_up(self, what: str, why: str, step: int | None) -> None:
+        """Keep that something cannot be replayed on this machine, and why."""
+        with self._ledger.transaction():
+            self._ledger.put(**{FACT: self._machine})
+            self._ledger.add_event("info", f"{what} no longer replayed here: {why}", step)
+
+    def watched(self, steps: Iterator[StepTaken], learned: Learned) -> Iterator[StepTaken]:
         """Yield steps; if recording has gone wrong in one, keep it first, also if that made the step fail."""
         step: int | None = None
         try:
             for result in steps:
                 step = result.step
-                self._look(step)
+                self._look(learned, step)
                 yield result
         except Exception:
-            self._look(step)
+            self._look(learned, step)
             raise
 
-    def _look(self, step: int | None) -> None:
-        recorded = self._learned.recorded
-        if recorded is None or not recorded.hindrance or not self._learned.can_record:
-            return
-        self._learned.can_record = False
-        with self._ledger.transaction():
-            self._ledger.put(**{FACT: self._machine})
-            self._ledger.add_event("info", f"steps are no longer replayed here: {recorded.hindrance}", step)
+    def _look(self, learned: Learned, step: int | None) -> None:
+        recorded = learned.recorded
+        if recorded is not None and recorded.hindrance and learned.can_record:
+            learned.can_record = False
+            self.give_up("steps are", recorded.hindrance, step)

@@ -75,6 +75,7 @@ class ShardedRun:
 
     writers: frozenset[type[nn.Module]] = frozenset()
     can_record = False
+    hindrance = ""
 
     def __init__(self, held: Held, placement: Placement, session: Session, seed: int) -> None:
         self.held = held
@@ -91,9 +92,9 @@ class ShardedRun:
         self._world.tell(lambda: {"order": MEASURE, "seed": self._seed, "whole": False})
         return self.held.probe(self._seed)
 
-    def again(self, before: Probed) -> Probed:
+    def again(self, before: Probed, *, records: bool = True) -> Probed:
         """Measure it a second time."""
-        del before
+        del before, records
         return self.of_model()
 
     def of_copy(self, snapshot: Snapshot) -> Callable[[], Probed]:

@@ -177,7 +177,8 @@ class Worker:
         if state.step > 0:
             require_unstretched(old, config)
         require_horizon(config, state.step + plan.steps)
-        handover = self._committed.hand_over("boundary", row.id)
+        records = self.around.settings.current.cuda_graphs == "auto"
+        handover = self._committed.hand_over("boundary", row.id, records=records)
         position = state.cursor.position + 1
         recorded = config.recorded()
         fingerprint = sha256_json(recorded)
@@ -200,12 +201,12 @@ class Worker:
         yield from self._guard.begin(file, self.state)
         anchor = self._measuring.evaluation.anchor_term(state.model, self.config)
         execution = self._in_shards.execution(session) if self._in_shards else session.execution
-        can_record = self._committed.probe().can_record
-        recordings = Recordings(self.ledger, self._learned, session.environment, file_id, can_record=can_record)
+        recordings = Recordings(self.ledger, session.environment, file_id)
+        self._learned.can_record = self._committed.probe().can_record and recordings.may_be_made()
         trainer = Trainer(state, self.config, execution, anchor, learned=self._learned)
         trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
-        steps = recordings.watched(trainer.steps(files, file.plan))
+        steps = recordings.watched(trainer.steps(files, file.plan), self._learned)
         for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
