@@ -31,6 +31,7 @@ from onward.data.tokenizer import load_tokenizer_state
 from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, UsageError
 from onward.layout import RunLayout
 from onward.service.state.adopt import adopt
+from onward.store.ledger import Ledger
 
 METHODS = ("lora", "full")
 STEPS, HORIZON, RATE = 5, 40, 3e-3
@@ -433,6 +434,20 @@ def test_the_run_on_disk_is_a_run(saved: dict[str, Saved], tmp_path: Path) -> No
     stock.assert_equal(load_file(saved["full"].folder / "model.safetensors"), load_file(base / "model.safetensors"))
     assert [] == [path for path in base.iterdir() if path.suffix in (".pt", ".pth")]
     assert [] == list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_an_interrupted_adoption_is_made_again(saved: dict[str, Saved], tmp_path: Path) -> None:
+    """What it left is removed, as its unfinished ledger shows; what somebody else put beside it stays."""
+    layout = RunLayout(tmp_path / "run")
+    left, mine = layout.current / ".tmp-checkpoint-40", layout.current / ".tmp-checkpoint-7"
+    for folder in (left, mine):
+        folder.mkdir(parents=True)
+        (folder / "notes").write_text("some")
+    with Ledger(tmp_path / "run/.tmp-ledger.sqlite3", create=True) as begun:
+        begun.begin_checkpoint(step=40, file_id=None, boundary=1, state_digest="", basis="")
+    assert Run.adopt(saved["lora"].folder, layout.root).verify().ok
+    assert [mine] == list(layout.root.rglob(".tmp-*"))
+    assert "some" == (mine / "notes").read_text()
 
 
 def test_reset_is_back_at_the_adopted_step(

@@ -17,6 +17,7 @@ from runs import new_run
 from states import assert_same_state
 
 from onward import Run
+from onward.store.ledger import Ledger, make_ledger
 from onward.store.waiting import LAST, Waiting
 
 ROWS = 20
@@ -100,6 +101,20 @@ def test_only_waiting_counts() -> None:
     program = Program(held=1000.0 + LAST / 2, ends_at=10.0)
     program.now = 1000.0
     assert program.held == program.access()
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_opening_and_reading_wait_as_writing_does(tmp_path: Path, read_only: bool) -> None:
+    """Who holds the whole file keeps others from opening it; they wait as long as they would for a writer."""
+    path = tmp_path / "ledger.sqlite3"
+    make_ledger(path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            Ledger(path, read_only=read_only, waiting=Waiting(0.0))
+    with Ledger(path, read_only=read_only) as ledger:
+        assert "idle" == ledger.get("state")
 
 
 def test_other_failures_are_raised_at_once() -> None:
