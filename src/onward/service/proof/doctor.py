@@ -28,6 +28,7 @@ from onward.service.settings import PUT_BACK, changes_in_words
 from onward.service.state.ownership import way_out_of
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
+from onward.store.lookup import typed
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.checkpoints.checkpoint import MANIFEST, inspect_checkpoint
@@ -323,7 +324,7 @@ def _queue(layout: RunLayout) -> Iterator[Finding]:
         stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
     for row in stuck:
         message = f"checking {printable(row.name)} was begun {row.attempts} times and never finished"
-        yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
+        yield Finding("warning", "queue", message, f"onward skip {typed(row.name)} takes it out")
 
 
 def _config_or_defaults(layout: RunLayout) -> Config:
