@@ -25,7 +25,7 @@ from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.access import in_words, unwritable, user_name, way_to_write
 from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
-from onward.service.state.ownership import way_out_of
+from onward.service.state.ownership import Ownership, way_out_of
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
@@ -236,7 +236,7 @@ def _owner(layout: RunLayout) -> Iterator[Finding]:
     if paused is not None:
         yield Finding("ok", "paused", "paused by an operator", "onward resume goes on")
     elif problem and state == "failed":
-        yield Finding("warning", "last failure", problem, "onward train goes on from the last commit")
+        yield Finding("warning", "last failure", problem, "onward train tries again, from the last commit")
     elif problem:
         yield Finding("warning", str(state), problem)
     holder = read_holder(layout.lock)
@@ -252,6 +252,7 @@ def _state(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         for folder in [*layout.checkpoints(), *layout.restore_points()]:
             yield _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
+        Ownership(layout, ledger).require_present()
 
 
 def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:

@@ -33,6 +33,9 @@ from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 
 
+NO_WAY_BACK = "No restore point verifies: restore the files from a copy. To start over: onward reset"
+
+
 @dataclass(frozen=True)
 class Check:
     """One claim: its name, whether it holds, and what was seen."""
@@ -119,8 +122,12 @@ def _queue(ledger: Ledger) -> str:
 
 def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
     if manifest is None or problems:
-        Ownership(layout, ledger).require_same_moment()  # nothing is repaired with the ledger of another moment
-        raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
+        ownership = Ownership(layout, ledger)  # nothing is repaired where a start is refused
+        ownership.require_present()
+        ownership.require_same_moment()
+        can_go_back = any(inspect_checkpoint(point).verified for point in ownership.restore_points())
+        way = "onward train repairs it from a restore point" if can_go_back else NO_WAY_BACK
+        raise _Failed(f"{'; '.join(problems)}. {way}")
     return f"{how_many(len(manifest.files), 'file')}, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 

@@ -70,6 +70,20 @@ class Ownership:
             folder for folder in (*self.layout.checkpoints(), *self.layout.restore_points()) if not self.made(folder)
         ]
 
+    def require_present(self) -> None:
+        """Refuse a run that has trained and whose state was removed: that may have been meant as a fresh start, or not.
+
+        Raises:
+            DamagedState: it was; the hint says what to do.
+        """
+        claimed = self.ledger.newest_checkpoint()
+        if claimed and claimed.step > int(self.ledger.get("origin_step", 0)) and not entries(self.layout.current):
+            raise DamagedState(
+                f"current_model is gone, but the ledger claims {claimed.step} steps",
+                where=self.layout.current,
+                hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
+            )
+
     def require_same_moment(self) -> None:
         """Refuse a ledger that is older than the state it should describe, or that is another run's.
 

@@ -67,12 +67,7 @@ class Settlement:
             remove_tree(left)
         self.finish_going_back()
         claimed = self.ledger.newest_checkpoint()
-        if claimed and claimed.step > self._origin() and not entries(self.layout.current):
-            raise DamagedState(
-                f"current_model is gone, but the ledger claims {claimed.step} steps",
-                where=self.layout.current,
-                hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
-            )
+        self._ownership.require_present()
         self._ownership.require_same_moment()
         found = self._newest_verifiable()
         notes = self._name_once(self._ownership.others())
