@@ -32,7 +32,6 @@ from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
 
-
 NO_WAY_BACK = "No restore point verifies: restore the files from a copy. To start over: onward reset"
 
 
