@@ -54,6 +54,7 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
         ),
         ({"messages": [{**USER, "training": False}, {**ANSWER, "training": True}]}, Chat([USER, ANSWER])),
         ({"messages": [USER, ANSWER], "weight": 1, "label": True}, Chat([USER, ANSWER])),
+        ({"messages": [USER, ANSWER], "label": "math"}, Chat([USER, ANSWER], ignored=("label",))),
         ({"prompt": PAIR, "completion": [USER, ANSWER]}, Chat([*PAIR, USER, ANSWER], untrained=frozenset({1}))),
         ({"instruction": "Hi", "output": "Hello", "history": [["Q", "A"]]}, Chat([*PAIR, USER, ANSWER])),
         ({"instruction": "Hi", "output": "Hello", "history": []}, Chat([USER, ANSWER])),
@@ -102,6 +103,7 @@ def turns(*said: tuple[str, str]) -> list[dict[str, str]]:
             Chat([USER, {**ANSWER, "reasoning_content": "hm", "thinking": "hm"}]),
         ),
         ({"prompt": "a", "completion": "b", "label": True, "id": 1}, Completion("a", "b", ("id",))),
+        ({"prompt": "a", "completion": "b", "kto_tag": 1, "label": "math"}, Completion("a", "b", ("label",))),
         ({"prompt": json.dumps(PAIR[:1]), "completion": json.dumps(PAIR[1:])}, Chat(PAIR)),
         ({"prompt": "[1, 2]", "completion": "[3]", "weight": "1.0"}, Completion("[1, 2]", "[3]")),
         (

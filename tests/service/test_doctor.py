@@ -269,6 +269,33 @@ def test_a_ledger_of_an_earlier_moment_is_named_before_a_start_refuses_it(
     assert step_of(newer) == adopted.status()["global_step"]
 
 
+def test_a_removed_state_is_named_before_a_start_refuses_it(layout: RunLayout) -> None:
+    """Without current_model doctor and verify say what a start says; nobody promises that training repairs it."""
+    shutil.rmtree(layout.current)
+    (found,) = findings(layout, "state")
+    assert ("error", "current_model is gone, but the ledger claims 3 steps") == (found.level, found.message)
+    (state,) = [check for check in Run(layout.root).verify().checks if check.name == "state files"]
+    with pytest.raises(DamagedState, match="current_model is gone") as refused:
+        Run(layout.root).train()
+    assert (False, found.hint) == (state.ok, refused.value.hint)
+    assert str(found.hint) in state.detail
+
+
+@pytest.mark.parametrize("spared", [True, False])
+def test_verify_promises_a_repair_only_where_a_start_makes_it(layout: RunLayout, spared: bool) -> None:
+    """Damage is repaired from a restore point that verifies; where none does, the way out is a copy."""
+    for folder in [*layout.checkpoints(), *layout.restore_points()[: -1 if spared else None]]:
+        (folder / "optimizer.pt").write_bytes(b"damaged")
+    (state,) = [check for check in Run(layout.root).verify().checks if check.name == "state files"]
+    assert spared == ("onward train repairs it" in state.detail)
+    if spared:
+        Run(layout.root).train()
+        assert Run(layout.root).verify().ok
+        return
+    with pytest.raises(DamagedState, match="no checkpoint or restore point verifies"):
+        Run(layout.root).train()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize(
     ("closed", "is_others"),

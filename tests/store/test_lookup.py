@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from onward.errors import UsageError
 from onward.store.ledger import Ledger
-from onward.store.lookup import find_file, find_step
+from onward.store.lookup import find_file, find_step, typed
 
 STEPS = (0, 2, 4, 9, 12, 1234)
 """Steps that have a restore point."""
@@ -101,3 +102,13 @@ def test_a_file_that_is_not_meant_is_refused(name: str, what: str, hint: str, le
         find_file(ledger, name, "queued")
     assert what in caught.value.what
     assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["waits too.jsonl", "-rf.jsonl", "--help.jsonl"])
+def test_a_name_in_a_suggested_command_is_understood(name: str, ledger: Ledger) -> None:
+    """The word that is suggested is no option, and means that file."""
+    fixed: dict[str, Any] = {"command": "c", "bytes": 1, "format": "jsonl", "copy": "archive/x"}
+    ledger.insert_file(name=name, sha256="bbbb" + "0" * 60, state="queued", **fixed)
+    (word,) = shlex.split(typed(name))
+    assert not word.startswith("-")
+    assert name == find_file(ledger, word, "queued").name

@@ -1,11 +1,11 @@
-"""Whether ledger and model are from the same moment, which every command that changes the run asks first."""
+"""Whether ledger and model belong together, which every command that changes the run asks first."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from onward.errors import DamagedState
-from onward.layout import RunLayout, step_of
+from onward.layout import RunLayout, entries, step_of
 from onward.stated import stated_origin
 from onward.store.ledger import Ledger
 from onward.text import quoted
@@ -28,6 +28,21 @@ def require_same_moment(layout: RunLayout, ledger: Ledger) -> None:
                 where=folder,
                 hint=way_out(folder),
             )
+
+
+def require_present(layout: RunLayout, ledger: Ledger) -> None:
+    """Refuse a run that has trained and whose state was removed: that may have been meant as a fresh start, or not.
+
+    Raises:
+        DamagedState: it was; the hint says what to do.
+    """
+    claimed = ledger.newest_checkpoint()
+    if claimed and claimed.step > int(ledger.get("origin_step", 0)) and not entries(layout.current):
+        raise DamagedState(
+            f"current_model is gone, but the ledger claims {claimed.step} steps",
+            where=layout.current,
+            hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
+        )
 
 
 def is_of_another_moment(ledger: Ledger, folder: Path) -> bool:

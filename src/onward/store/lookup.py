@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from onward.errors import UsageError
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
+from onward.text import quoted
 
 FILE, STEP = "file:", "step:"
 ALL_STATES = ("arriving", "queued", "training", "done", "undone", "skipped", "quarantined", "rejected")
 _HASH = re.compile(r"[0-9a-f]{4,64}")
 _STEP = re.compile(r"step[:-](\d+)")
+
+
+def typed(name: str) -> str:
+    """Return a file's name as one word of a command; one that begins with a dash would be taken for an option."""
+    return quoted(f"{FILE}{name}" if name.startswith("-") else name)
 
 
 def find_file(ledger: Ledger, name: str, *states: str) -> FileRow:

@@ -7,7 +7,7 @@ or refused, and all others are listed in the record as ignored. The formats are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from onward.data.row_types import (
@@ -31,8 +31,9 @@ from onward.data.rows.messages import (
     message_of,
     said_weight,
     text_of_parts,
+    weight_of,
 )
-from onward.data.rows.refused import refuse_known, refuse_shapes, refuse_tokens
+from onward.data.rows.refused import LABEL_KEYS, refuse_known, refuse_shapes, refuse_tokens
 
 __all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
 
@@ -42,7 +43,7 @@ SHAPES = (
 )
 HALVES = {"prompt": "completion", "completion": "prompt", "instruction": "output", "output": "instruction"}
 SYSTEM_KEYS = ("system", "system_prompt")
-CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_template_kwargs", "label"))
+CHAT_KEYS = frozenset((*SYSTEM_KEYS, *WEIGHT_KEYS, "tools", "functions", "chat_template_kwargs"))
 """Keys that are followed in any row that is a chat."""
 
 OF_CHATS = (*SYSTEM_KEYS, "history", "tools", "functions", "chat_template_kwargs")
@@ -118,7 +119,7 @@ def _prompt_row(row: dict[str, Any], padded: bool) -> Chat | Completion:
     _refuse_next_to(row, OF_CHATS, "a prompt that is plain text", "write prompt and completion as messages")
     check_text(prompt, "prompt")
     check_answer(completion, "completion")
-    ignored = _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, "label"))
+    ignored = _ignored(row, ("prompt", "completion", *WEIGHT_KEYS, *_good_labels(row)))
     return Completion(prompt, completion, ignored, _weight(row))
 
 
@@ -188,7 +189,7 @@ def _chat(
         weights = {place: whole * weights.get(place, 1.0) for place in answers if place not in untrained}
     tools = _tools(row, padded=padded)
     arguments = _template_arguments(row, padded=padded)
-    ignored = _ignored(row, (*read, *CHAT_KEYS))
+    ignored = _ignored(row, (*read, *CHAT_KEYS, *_good_labels(row)))
     return _with_targets(Chat(messages, tools, frozenset(untrained), _others(weights), arguments, ignored))
 
 
@@ -280,6 +281,11 @@ def _weight(row: dict[str, Any]) -> float:
     if weight == 0:
         raise RowError("the row has the weight 0: none of it is in the loss", "remove the row")
     return 1.0 if weight is None else weight
+
+
+def _good_labels(row: dict[str, Any]) -> Iterator[str]:
+    """Yield the keys that call the answer good; one that calls it bad is refused, and any other label is ignored."""
+    return (key for key in LABEL_KEYS if key in row and weight_of(row[key]) == 1)
 
 
 def _ignored(row: dict[str, Any], read: Sequence[str]) -> tuple[str, ...]:

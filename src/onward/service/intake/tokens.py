@@ -14,8 +14,8 @@ from onward.service.intake.archive import require_original
 from onward.service.session import Session
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
+from onward.store.lookup import typed
 from onward.store.rows import FileRow
-from onward.text import quoted
 
 LATELY = 32
 """How many finished files are looked at when tokens are removed: a boundary frees one, older releases left more."""
@@ -52,7 +52,7 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
             where="max_length, over_length, columns, text.documents",
             hint="The file was accepted under another config, or by an earlier release that checked less. Put "
             "that back, or leave the file out: "
-            f"onward skip {quoted(row.name)}",
+            f"onward skip {typed(row.name)}",
         )
     session.layout.tokens.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():

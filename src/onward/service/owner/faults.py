@@ -24,8 +24,8 @@ from onward.service.intake.refusals import Refusal, is_free, keep_refused
 from onward.service.owner.training.steps import StepFailed
 from onward.service.state.rollback import Move, Values, go_back
 from onward.store.ledger import Ledger
+from onward.store.lookup import typed
 from onward.store.rows import FileRow
-from onward.text import quoted
 from onward.training.device.errors import LESS_MEMORY, is_device_lost, is_out_of_memory
 
 
@@ -80,7 +80,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
 
 
 def _named(row: FileRow) -> str:
-    return f"file:{row.position}" if row.position else quoted(row.name)
+    return f"file:{row.position}" if row.position else typed(row.name)
 
 
 def _place(error: BaseException) -> str | None:
@@ -156,7 +156,7 @@ def quarantine(
     """
     refusal = Refusal.of_training(row.name, reason, "fix it, then add it again; its content stays in archive/")
     if found:
-        way = f"onward accept {quoted(row.name)} trains it anyway"
+        way = f"onward accept {typed(row.name)} trains it anyway"
         refusal = Refusal.of_guard(row.name, found, way)
     report = keep_refused(layout, _link(layout, row), refusal, ledger.clock(), move=True).relative_to(layout.root)
     move = Move(row, "quarantined", {"note": reason, "position": None, "failures": row.failures + 1})

@@ -28,6 +28,7 @@ from onward.service.proof.memory import memory_in_words
 from onward.service.settings import PUT_BACK, changes_in_words
 from onward.store.disks import mount_of, refusal, require_locks, way_out
 from onward.store.ledger import Ledger
+from onward.store.lookup import typed
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
 from onward.training.checkpoints.checkpoint import MANIFEST, inspect_checkpoint
@@ -235,7 +236,7 @@ def _owner(layout: RunLayout) -> Iterator[Finding]:
     if paused is not None:
         yield Finding("ok", "paused", "paused by an operator", "onward resume goes on")
     elif problem and state == "failed":
-        yield Finding("warning", "last failure", problem, "onward train goes on from the last commit")
+        yield Finding("warning", "last failure", problem, "onward train tries again, from the last commit")
     elif problem:
         yield Finding("warning", str(state), problem)
     holder = read_holder(layout.lock)
@@ -251,6 +252,7 @@ def _state(layout: RunLayout) -> Iterator[Finding]:
     with Ledger(layout.ledger, read_only=True) as ledger:
         for folder in [*layout.checkpoints(), *layout.restore_points()]:
             yield _checkpoint(folder, str(folder.relative_to(layout.root)), ledger)
+        moment.require_present(layout, ledger)
 
 
 def _checkpoint(folder: Path, place: str, ledger: Ledger) -> Finding:
@@ -323,7 +325,7 @@ def _queue(layout: RunLayout) -> Iterator[Finding]:
         stuck = [row for row in ledger.files("arriving", "queued") if row.attempts > 0]
     for row in stuck:
         message = f"checking {printable(row.name)} was begun {row.attempts} times and never finished"
-        yield Finding("warning", "queue", message, f"onward skip {quoted(row.name)} takes it out")
+        yield Finding("warning", "queue", message, f"onward skip {typed(row.name)} takes it out")
 
 
 def _config_or_defaults(layout: RunLayout) -> Config:

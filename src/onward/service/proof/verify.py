@@ -19,7 +19,7 @@ from onward.service.intake.archive import require_original
 from onward.service.intake.reading import is_regular
 from onward.service.knowledge.anchor import FACT, changed_anchors
 from onward.service.knowledge.plans import plan_of
-from onward.service.moment import require_same_moment
+from onward.service.moment import require_present, require_same_moment
 from onward.service.proof.replay import replay
 from onward.service.state.own_parts import start_folder
 from onward.service.state.ownership import Ownership
@@ -33,6 +33,8 @@ from onward.training.measuring.handover import same_measurement
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
 from onward.training.schedule import learning_rate
+
+NO_WAY_BACK = "No restore point verifies: restore the files from a copy. To start over: onward reset"
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,11 @@ def _queue(ledger: Ledger) -> str:
 
 def _state_files(layout: RunLayout, ledger: Ledger, manifest: Manifest | None, problems: list[str]) -> str:
     if manifest is None or problems:
-        require_same_moment(layout, ledger)  # nothing is repaired with the ledger of another moment
-        raise _Failed("; ".join(problems) + ". onward train repairs it from a restore point")
+        require_present(layout, ledger)  # nothing is repaired where a start is refused
+        require_same_moment(layout, ledger)
+        can_go_back = any(inspect_checkpoint(point).verified for point in Ownership(layout, ledger).restore_points())
+        way = "onward train repairs it from a restore point" if can_go_back else NO_WAY_BACK
+        raise _Failed(f"{'; '.join(problems)}. {way}")
     return f"{how_many(len(manifest.files), 'file')}, {manifest.size / 1e6:.1f} MB, hashes equal"
 
 

@@ -12,7 +12,7 @@ from onward.atomic import remove_temporaries
 from onward.config import stored_config
 from onward.errors import DamagedState
 from onward.layout import RunLayout, entries, step_of
-from onward.service.moment import require_same_moment
+from onward.service.moment import require_present, require_same_moment
 from onward.service.state.commits import Commits, basis_of
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
@@ -67,12 +67,7 @@ class Settlement:
         remove_temporaries(self.layout.temporaries(), self._ownership.left)
         self.finish_going_back()
         claimed = self.ledger.newest_checkpoint()
-        if claimed and claimed.step > self._origin() and not entries(self.layout.current):
-            raise DamagedState(
-                f"current_model is gone, but the ledger claims {claimed.step} steps",
-                where=self.layout.current,
-                hint="onward rollback --to FILE restores a boundary; onward reset starts over, if you mean it.",
-            )
+        require_present(self.layout, self.ledger)
         require_same_moment(self.layout, self.ledger)
         found = self._newest_verifiable()
         notes = self._name_once(self._ownership.others())
