@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from typing import Any
 
@@ -132,6 +133,39 @@ def test_a_gate_with_another_activation_or_an_addition_stays() -> None:
             return super().forward(x) + x
 
     assert not is_gated(Doubled(made))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_an_attention_with_a_decorator_keeps_it(keeps: bool) -> None:
+    """What decorates the forward pass goes on to; if it does not show what it calls, the attention stays as it is."""
+    calls: list[int] = []
+
+    def counted(forward: Any) -> Any:
+        hidden = {"forward": forward}
+
+        @functools.wraps(forward)
+        def shows(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(*args, **kwargs)
+
+        @functools.wraps(forward)
+        def hides(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return hidden["forward"](*args, **kwargs)
+
+        return shows if keeps else hides
+
+    plain = model_of("llama")
+    kind: Any = type(plain.model.layers[0].self_attn)
+    decorated = type("Decorated", (kind,), {"forward": counted(counted(kind.forward))})
+    for layer in plain.model.layers:
+        layer.self_attn.__class__ = decorated
+    fused = copy.deepcopy(plain)
+    fuse_parts(fused)
+    assert FUSED["llama"]["rotates"] * keeps == fused_in(fused).get("rotates", 0)
+    (logits, _), (fused_logits, _) = (outcome(model, torch.float32) for model in (plain, fused))
+    assert torch.equal(logits, fused_logits)
+    assert 2 * 2 * len(plain.model.layers) == len(calls)
 
 
 def test_an_attention_without_a_known_rotation_stays() -> None:

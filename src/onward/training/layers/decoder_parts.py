@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
 from importlib import metadata
-from types import FunctionType, MethodType, SimpleNamespace
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -163,16 +163,35 @@ def is_gated(module: nn.Module) -> bool:
 
 def rotating(kind: type[nn.Module]) -> FunctionType | None:
     """Return the forward pass of an attention with another rotation; None if its own is not understood."""
-    forward: Any = kind.forward
-    if not isinstance(forward, FunctionType) or ROTATE not in forward.__code__.co_names:
+    return _with_rotation(cast(Any, kind.forward))
+
+
+def _with_rotation(forward: object) -> FunctionType | None:
+    """Return the same function with another rotation; decorators are kept if they keep what they decorate."""
+    if not isinstance(forward, FunctionType):
         return None
-    rotate = forward.__globals__.get(ROTATE)
-    if rotate is None or not _rotates_by_halves(rotate):
-        return None
-    names = {**forward.__globals__, ROTATE: partial(rotated, rotate)}
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    names, cells = forward.__globals__, forward.__closure__
+    if ROTATE in forward.__code__.co_names:
+        rotate = names.get(ROTATE)
+        if rotate is None or not _rotates_by_halves(rotate):
+            return None
+        names = {**names, ROTATE: partial(rotated, rotate)}
+    else:
+        within = getattr(forward, "__wrapped__", None)
+        made = _with_rotation(within)
+        if made is None or not any(_holds(cell, within) for cell in cells or ()):
+            return None
+        cells = tuple(CellType(made) if _holds(cell, within) else cell for cell in cells or ())
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, cells)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
+
+
+def _holds(cell: CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # it is empty
+        return False
 
 
 def _rotates_by_halves(rotate: Callable[..., Any]) -> bool:
