@@ -321,7 +321,10 @@ class Run(Controlled):
 
     @contextlib.contextmanager
     def _owned(self, wishes: Wishes | None = None, *, same_moment: bool = True) -> Generator[Ledger]:
-        """Own the run; by default only if its ledger is of the same moment as its model."""
+        """Own the run; by default only if its ledger is of the same moment as its model.
+
+        What trains learns that when it settles, and waits while a disk cannot be read.
+        """
         with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
             asked = ledger.last_request()  # later requests are meant for this process
             with RunLock(self.layout.lock):
@@ -337,7 +340,7 @@ class Run(Controlled):
         """Own the run, and lead the other processes if several train it; yield what is asked of it, too."""
         wishes = Wishes() if stop is None else stop
         interrupts = interrupts_of_host(wishes, are_own=stop is None)
-        with self._leading(wishes, report) as world, self._owned(wishes) as ledger, interrupts:
+        with self._leading(wishes, report) as world, self._owned(wishes, same_moment=False) as ledger, interrupts:
             yield wishes, self._opened(ledger, report, world)
 
     @contextlib.contextmanager
