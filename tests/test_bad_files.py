@@ -108,6 +108,19 @@ BAD_FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
         gzip.compress(b'{"text": "' + b"a" * (65 << 20), 1),
         ("endless-line.jsonl.gz, line 1: the line is larger than 16 MiB", "raise max_row_mb"),
     ),
+    "utf-16.jsonl.gz": (
+        gzip.compress(GOOD.decode().encode("utf-16")),
+        ("the text is UTF-16, not UTF-8", "gzip -dc utf-16.jsonl.gz | iconv -f UTF-16 -t UTF-8 > new-file"),
+    ),
+    "mac.jsonl.xz": (
+        lzma.compress(GOOD.strip() + b"\r" + GOOD.strip() + b"\r"),
+        ("its lines end in a carriage return only", "xz -dc mac.jsonl.xz | tr '\\r' '\\n' > new-file"),
+    ),
+    "nul.jsonl.zst": (zstandard.compress(b'{"a": "\x00b"}\n'), ("zero bytes", "zstd -dc nul.jsonl.zst | tr")),
+    "twice.jsonl.gz": (
+        gzip.compress(gzip.compress(GOOD)),
+        ("it is packed twice: what it contains is gz", "unpack it once: gzip -dc twice.jsonl.gz > new-file.gz"),
+    ),
     "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-9], ("cut.jsonl.gz: the compressed file is cut off", "again")),
     "plain.jsonl.gz": (GOOD, ("plain.jsonl.gz: the content is not gz", "rename it without .gz")),
     "alone.jsonl.xz": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from onward.data.files.content import SIGNS
 from onward.data.files.faults import FileError
 from onward.text import quoted
 
@@ -27,6 +28,10 @@ OTHERS = (
 """Formats that Onward does not read: their magic bytes, the offset of these, the format's name, and what to do."""
 
 
+UNPACKERS = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc", ".bz2": "bzip2 -dc", ".zip": "unzip -p"}
+"""Commands that write what a file of such an ending holds to standard output."""
+
+
 def require_text(stream: Any, path: Path, form: str) -> None:
     """Refuse a text that does not begin like UTF-8 with the usual line endings.
 
@@ -38,28 +43,41 @@ def require_text(stream: Any, path: Path, form: str) -> None:
         FileError: it is something else; the remedy says how to have it read.
     """
     head: bytes = stream.peek(LOOKED_AT)
-    name = quoted(Path(path.name))
     for sign, place, kind, remedy in OTHERS:
         if head.startswith(sign, place):
             raise FileError(f"the content is {kind}, not text", remedy)
     encoding = _encoding(head[:LOOKED_AT])
     if encoding:
-        convert = f"convert it to UTF-8: iconv -f {encoding} -t UTF-8 {name} > new-file"
-        raise FileError(f"the text is {encoding}, not UTF-8", convert, line=1)
+        way = _filtered(f"iconv -f {encoding} -t UTF-8", path, opens=True)
+        raise FileError(f"the text is {encoding}, not UTF-8", f"convert it to UTF-8: {way}", line=1)
+    again = next((sign for sign, pattern in SIGNS if pattern.match(head)), None)
+    if again is not None and path.suffix.lower() in UNPACKERS:
+        way = f"{UNPACKERS[path.suffix.lower()]} {quoted(Path(path.name))} > new-file"
+        raise FileError(f"it is packed twice: what it contains is {again}", f"unpack it once: {way}.{again}")
     if b"\x00" in head[:LOOKED_AT]:
-        raise FileError(
-            "the content is not text: it contains zero bytes",
-            f"write it as text; if it is text, remove them: tr -d '\\000' < {name} > new-file", line=1,
-        )  # fmt: skip
+        way = _filtered("tr -d '\\000'", path)
+        what = "the content is not text: it contains zero bytes"
+        raise FileError(what, f"write it as text; if it is text, remove them: {way}", line=1)
     if head.startswith(POINTER):
         raise FileError("the file is a pointer of Git LFS, not what it points to", "fetch the content: git lfs pull")
     if form != "txt" and head.lstrip()[:LOOKED_AT].lower().startswith(PAGES):
         raise FileError("the file is a web page, not data", "download the file itself, not the page that shows it")
     if form != "json" and b"\n" not in head and b"\r" in head.rstrip(b"\r"):
-        raise FileError(
-            "its lines end in a carriage return only, as on old Macs",
-            f"convert them to line feeds: tr '\\r' '\\n' < {name} > new-file", line=1,
-        )  # fmt: skip
+        way = _filtered("tr '\\r' '\\n'", path)
+        what = "its lines end in a carriage return only, as on old Macs"
+        raise FileError(what, f"convert them to line feeds: {way}", line=1)
+
+
+def _filtered(command: str, path: Path, *, opens: bool = False) -> str:
+    """Return a line that applies a command to the text of a file, which may be packed.
+
+    Args:
+        opens: whether the command takes the name of a file.
+    """
+    name, unpack = quoted(Path(path.name)), UNPACKERS.get(path.suffix.lower())
+    if unpack:
+        return f"{unpack} {name} | {command} > new-file"
+    return f"{command} {'' if opens else '< '}{name} > new-file"
 
 
 def _encoding(head: bytes) -> str | None:
