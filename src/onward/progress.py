@@ -294,7 +294,7 @@ def _status_texts(values: dict[str, Any]) -> list[tuple[str, str]]:
     }
     texts: list[tuple[str, str]] = []
     for key, value in values.items():
-        if value is not None and (key, value) != ("doing", values["state"]):
+        if value is not None and (key, value) != ("doing", values.get("state")):
             title, form = shown.get(key, (key.replace("_", " "), _plain))
             texts.append((title, form(value)))
     return texts

@@ -145,12 +145,17 @@ def test_a_recording_that_breaks_its_step_is_not_tried_by_the_next_process(
     assert ["done"] * 2 == [entry["state"] for entry in run.history()]
 
 
-def _die_recording(root: str) -> None:
+def _train(root: str) -> None:
     patch = pytest.MonkeyPatch()
     let_attend_in_one_call(patch)
+    Run(root).train()
+
+
+def _die_recording(root: str) -> None:
+    patch = pytest.MonkeyPatch()
     patch.setattr("onward.training.measuring.probe.recorder_for", lambda _: Recorder())
     patch.setattr("onward.training.steps.economy.sharing_recorder", lambda _: lambda _: os._exit(9))
-    Run(root).train()
+    _train(root)
 
 
 def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
@@ -158,7 +163,9 @@ def test_a_process_that_dies_of_a_recording_does_not_cost_the_file(
 ) -> None:
     """After two deaths in the same place, the next process records nothing in that file, and an event says so."""
     run = new_run(tmp_path / "run", model, batch_size=2)
-    run.add(*files[:2])
+    run.add(files[0])
+    assert 0 == apart(_train, str(run.layout.root))  # its commits are complete: each death is at the same one
+    run.add(files[1])
     assert [9, 9, 0] == [apart(_die_recording, str(run.layout.root)) for _ in range(3)]
     assert ["done"] * 2 == [entry["state"] for entry in run.history()]
     with Ledger(run.layout.ledger) as ledger:
