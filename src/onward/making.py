@@ -6,9 +6,11 @@ Everything that can be refused is refused before anything is made, so that a ref
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +53,8 @@ def create(
         ModelError: the base model or its tokenizer is missing or unusable, or cannot be proven.
         UsageError: the directory is in use.
     """
-    refuse_occupied(layout)
-    _Making(layout, values, report, loading).make(later)
+    with place_for_run(layout):
+        _Making(layout, values, report, loading).make(later)
 
 
 class _Making:
@@ -137,6 +139,39 @@ def _require_usable(base: Path, config: Config, tokenizer: TokenizerState) -> No
     require_embedded(capacity, tokenizer)
 
 
+@contextlib.contextmanager
+def place_for_run(layout: RunLayout) -> Generator[None]:
+    """Hold a directory for the making of a run in it; one that was made for that is removed again if it stays empty.
+
+    Raises:
+        UsageError: there is something in the directory, or another process makes a run in it.
+    """
+    refuse_occupied(layout)
+    missing = [folder for folder in (layout.root, *layout.root.parents) if not folder.exists()]
+    try:
+        layout.root.mkdir(parents=True, exist_ok=True)
+        held = os.open(layout.root, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
+    try:
+        _take(held, layout)
+        refuse_occupied(layout)
+        yield
+    finally:
+        os.close(held)
+        with contextlib.suppress(OSError):  # there is something in it
+            for folder in missing:
+                folder.rmdir()
+
+
+def _take(held: int, layout: RunLayout) -> None:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        what, hint = "another process is making a run in this directory", "Wait for it, or name another directory."
+        raise UsageError(what, where=layout.root.absolute(), hint=hint) from None
+
+
 def refuse_occupied(layout: RunLayout) -> None:
     """Refuse a directory that holds a run or a model already, or whose disk cannot hold a ledger.
 
@@ -191,7 +226,6 @@ def _choose_config(layout: RunLayout, values: Mapping[str, Any]) -> Config:
 
 def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
     try:
-        layout.root.mkdir(parents=True, exist_ok=True)
         layout.make()
         if replace or not layout.config.exists():
             write_config(layout.config, config)

@@ -14,7 +14,7 @@ from onward.config import Config
 from onward.controlled import Controlled
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.making import create, open_ledger, refuse_occupied
+from onward.making import create, open_ledger, place_for_run
 from onward.ranks import Place, Start
 from onward.service import client
 from onward.service.client import Patience
@@ -116,12 +116,12 @@ class Run(Controlled):
             loading: as for `Run`.
         """
         layout = RunLayout(Path(directory))
-        refuse_occupied(layout)
-        with loading():
-            from onward.service.state.adopt import adopt
+        with place_for_run(layout):
+            with loading():
+                from onward.service.state.adopt import adopt
 
-        for line in adopt(Path(checkpoint), layout, model, settings or {}, report, fresh_moments=fresh_moments):
-            report(line)
+            for line in adopt(Path(checkpoint), layout, model, settings or {}, report, fresh_moments=fresh_moments):
+                report(line)
         return cls(directory, loading=loading)
 
     @property

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from onward.errors import RunLocked
+from onward import Run
+from onward.errors import OnwardError, RunLocked, UsageError
 from onward.service.holder import is_held, read_holder
 from onward.service.lock import RunLock
 
@@ -48,3 +49,36 @@ def test_a_name_that_cannot_be_removed_keeps_no_lock(tmp_path: Path) -> None:
     with RunLock(lock):
         assert is_held(lock)
     assert not is_held(lock)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_one_process_at_a_time_makes_a_run_in_a_directory(model: Path, tmp_path: Path, there: bool) -> None:
+    """A second one is refused while the first one proves its model, and afterwards; the first run stays as it is."""
+    root, refusals = tmp_path / "new" / "run", list[str]()
+    if there:
+        root.mkdir(parents=True)
+
+    def make(batch_size: int) -> Run:
+        return Run.create(root, str(model), batch_size=batch_size, report=make_another)
+
+    def make_another(line: str) -> None:
+        del line
+        with pytest.raises(UsageError) as refused:
+            make(8)
+        refusals.append(refused.value.what)
+
+    run = make(2)
+    identity = run.status()
+    assert {"another process is making a run in this directory"} == set(refusals)
+    with pytest.raises(UsageError, match="already a run"):
+        make(8)
+    assert (2, identity) == (Run(root).config.batch_size, run.status())
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path: Path) -> None:
+    """Folders that were made for it are removed again; others stay."""
+    (tmp_path / "mine").mkdir()
+    for place in ("mine/new/run", "mine"):
+        with pytest.raises(OnwardError):
+            Run.create(tmp_path / place, str(tmp_path / "no-model"))
+    assert [tmp_path / "mine"] == list(tmp_path.rglob("*"))

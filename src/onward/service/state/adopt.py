@@ -83,7 +83,6 @@ def adopt(
     _require_tokenizer(checkpoint, base)
     state, findings, notes = _load(adopted, base)
     config = _with_base(adopted.config, base, checkpoint, layout).model_copy(update={"chat_template": template_name})
-    layout.root.mkdir(parents=True, exist_ok=True)
     write_template(template_name, template, layout.root)
     _make(checkpoint, layout, config, state, findings, report)
     notes += router_loss(adopted.arguments, base)

@@ -88,18 +88,11 @@ class OwnParts:
         """
         if not is_made(config):
             return config
-        root, was_there = self._layout.root, self._layout.root.exists()
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            if self._start is None:
-                config = self._make_base(config, base, tokenizer)
-            else:
-                self._keep_start(self._start, tokenizer)
-                config = config.model_copy(update={"adapter": OWN_ADAPTER})
-        except BaseException:
-            if not was_there:
-                remove_tree(root)
-            raise
+        if self._start is None:
+            config = self._make_base(config, base, tokenizer)
+        else:
+            self._keep_start(self._start, tokenizer)
+            config = config.model_copy(update={"adapter": OWN_ADAPTER})
         made = _made(config)
         if config.adapter:
             from onward.training.model.start_adapter import digest_adapter
