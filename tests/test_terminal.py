@@ -159,7 +159,10 @@ def test_a_result_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     layout.make()
     make_ledger(layout.ledger)
     words = shlex.join([sys.executable, "-m", "onward", "status", "--run", str(tmp_path)])
-    assert 1 == subprocess.run(["bash", "-c", f"{words} >/dev/full"], env=ENVIRONMENT, check=False).returncode
+    done = subprocess.run(
+        ["bash", "-c", f"{words} >/dev/full"], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (1, True) == (done.returncode, "No space left on device [standard output]" in done.stderr)
     piped = f"{words} | true; exit ${{PIPESTATUS[0]}}"
     assert 0 == subprocess.run(["bash", "-c", piped], env=ENVIRONMENT, check=False).returncode
 

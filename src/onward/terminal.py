@@ -51,10 +51,8 @@ def show_line(text: str) -> None:
     Raises:
         OSError: the result cannot be written, as on a full disk.
     """
-    try:
+    with reader_may_leave():
         print(text)
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 @contextlib.contextmanager
@@ -68,6 +66,10 @@ def reader_may_leave() -> Generator[None]:
         yield
     except BrokenPipeError:
         silence(sys.stdout)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def show_text(text: str) -> None:
@@ -86,10 +88,8 @@ def flush_results() -> None:
     Raises:
         OSError: the result cannot be written, as on a full disk.
     """
-    try:
+    with reader_may_leave():
         sys.stdout.flush()
-    except BrokenPipeError:
-        silence(sys.stdout)
 
 
 def write(stream: TextIO, text: str) -> None:
