@@ -12,6 +12,7 @@ from onward import Run
 from onward.errors import OnwardError, RunLocked, UsageError
 from onward.service.holder import is_held, read_holder
 from onward.service.lock import RunLock
+from onward.store.ledger import Ledger
 
 
 def test_second_owner_is_refused_with_the_first_named(tmp_path: Path) -> None:
@@ -51,6 +52,12 @@ def test_a_name_that_cannot_be_removed_keeps_no_lock(tmp_path: Path) -> None:
     assert not is_held(lock)
 
 
+def run_id(run: Run) -> str:
+    """Return what the ledger calls the run."""
+    with Ledger(run.layout.ledger) as ledger:
+        return ledger.get("run")
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_one_process_at_a_time_makes_a_run_in_a_directory(model: Path, tmp_path: Path, there: bool) -> None:
     """A second one is refused while the first one proves its model, and afterwards; the first run stays as it is."""
@@ -68,11 +75,11 @@ def test_one_process_at_a_time_makes_a_run_in_a_directory(model: Path, tmp_path:
         refusals.append(refused.value.what)
 
     run = make(2)
-    identity = run.status()
+    first = run_id(run)
     assert {"another process is making a run in this directory"} == set(refusals)
     with pytest.raises(UsageError, match="already a run"):
         make(8)
-    assert (2, identity) == (Run(root).config.batch_size, run.status())
+    assert (2, first) == (Run(root).config.batch_size, run_id(run))
 
 
 def test_a_refused_run_leaves_no_directory(tmp_path: Path) -> None:

@@ -70,9 +70,9 @@ def test_what_a_daemon_did_is_told_once(run: Run, tmp_path: Path) -> None:
     process = watch(run, prepare=held)
     until(is_in(run, "a.jsonl"), process)
     assert "paused at step 3" == run.pause()
+    until(lambda: "rejected" in run.layout.log.read_text(), process)  # held at a step, it would look at no file
     assert "goes on" == run.resume()
     until(is_in(run, "a.jsonl", step=4), process)
-    until(lambda: "rejected" in run.layout.log.read_text(), process)
     assert 0 == end(process)
     printed, log = (tmp_path / "log").read_text(), run.layout.log.read_text()
     step = run.status()["global_step"]
