@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 from onward.making import open_ledger
 from onward.observed import Observed
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.moment import require_same_moment
+from onward.store.ledger import Ledger
 
 
 class Controlled(Observed):
@@ -34,6 +38,12 @@ class Controlled(Observed):
         """Queue a quarantined file again, and let it pass the guard; return its name."""
         from onward.service.state.accept import accept
 
+        with self._ledger_to_change() as ledger:
+            return accept(self.layout, ledger, file)
+
+    @contextlib.contextmanager
+    def _ledger_to_change(self) -> Generator[Ledger]:
+        """Open the ledger, unless it is of another moment than the model."""
         with open_ledger(self.layout) as ledger:
             require_same_moment(self.layout, ledger)
-            return accept(self.layout, ledger, file)
+            yield ledger

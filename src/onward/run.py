@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.config import Config
-from onward.controlled import Controlled
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.making import create, open_ledger, place_for_run
-from onward.ranks import Place, Start
+from onward.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held
 from onward.service.intake.inbox import require_priority
-from onward.service.lock import RunLock
-from onward.service.moment import require_same_moment
 from onward.service.outside.reporting import NewNotes
-from onward.service.owner.process import OpenedRun, account, operate, require_kept
-from onward.service.settings import Settings
-from onward.service.wishes import Wishes, interrupts_of_host
-from onward.store.ledger import Ledger
+from onward.service.owner.process import account, operate, require_kept
+from onward.service.wishes import Wishes
 
 if TYPE_CHECKING:
     from onward.service.proof.verify import Proof
     from onward.training.checkpoints.checkpoint import Manifest
-    from onward.training.world import World
-
-PathLike = str | os.PathLike[str]
-Report = Callable[[str], None]
-Loading = Callable[[], AbstractContextManager[None]]
 
 
-def _silent(_: Any) -> None:
-    return None
-
-
-class Run(Controlled):
+class Run(Owning):
     """One run: a directory with a base model, a config, a stream and a state.
 
     Args:
@@ -58,22 +41,13 @@ class Run(Controlled):
         UsageError: the directory is not a run.
     """
 
-    def __init__(
-        self, directory: PathLike = ".", *, loading: Loading = contextlib.nullcontext, place: Place | None = None,
-        start: Start | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(RunLayout(Path(directory)))
-        self._loading = loading
-        self._place, self._start = place, start
-        self._settings: Settings | None = None
-
     @classmethod
     def create(
         cls,
         directory: PathLike,
         model: str | None = None,
         *,
-        report: Report = _silent,
+        report: Report = silent,
         loading: Loading = contextlib.nullcontext,
         later: bool = False,
         **settings: Any,
@@ -102,7 +76,7 @@ class Run(Controlled):
         *,
         settings: Mapping[str, Any] | None = None,
         fresh_moments: bool = False,
-        report: Report = _silent,
+        report: Report = silent,
         loading: Loading = contextlib.nullcontext,
     ) -> Run:
         """Make a run from a checkpoint of transformers' Trainer, which continues its weights, moments and step.
@@ -124,15 +98,8 @@ class Run(Controlled):
                 report(line)
         return cls(directory, loading=loading)
 
-    @property
-    def config(self) -> Config:
-        """The config as it is in the run's directory; read again only when the file changed."""
-        if self._settings is None:
-            self._settings = Settings(self.layout.config)
-        return self._settings.read()
-
     def add(
-        self, *paths: PathLike, priority: str = "normal", again: bool = False, report: Report = _silent
+        self, *paths: PathLike, priority: str = "normal", again: bool = False, report: Report = silent
     ) -> list[dict[str, Any]]:
         """Check files and put them in the stream, all or none; a process that trains picks them up by itself.
 
@@ -143,8 +110,7 @@ class Run(Controlled):
             FileRejected: a file was refused; its report is in `rejected/`.
         """
         require_priority(priority)
-        with open_ledger(self.layout) as ledger:
-            require_same_moment(self.layout, ledger)
+        with self._ledger_to_change() as ledger:
             left_out = NewNotes(ledger, ("left_out",))
             taken = self._opened(ledger).intake().take([Path(path) for path in paths], again=again, priority=priority)
             for note in left_out():
@@ -155,9 +121,9 @@ class Run(Controlled):
         self,
         *paths: PathLike,
         again: bool = False,
-        observe: Observe = _silent,
+        observe: Observe = silent,
         stop: Wishes | None = None,
-        report: Report = _silent,
+        report: Report = silent,
     ) -> list[dict[str, Any]]:
         """Add files and train everything that waits, in order; return the history entries of the files done now.
 
@@ -193,9 +159,9 @@ class Run(Controlled):
         self,
         *,
         once: bool = False,
-        observe: Observe = _silent,
+        observe: Observe = silent,
         stop: Wishes | None = None,
-        report: Report = _silent,
+        report: Report = silent,
     ) -> int:
         """Train whatever arrives in the inbox and the stream, until stopped; survive every error that can be survived.
 
@@ -235,8 +201,7 @@ class Run(Controlled):
         Raises:
             UsageError: no such file waits, or no file is being trained.
         """
-        with open_ledger(self.layout) as ledger:
-            require_same_moment(self.layout, ledger)
+        with self._ledger_to_change() as ledger:
             row = client.find_removable(self.layout, ledger, file)
             if is_held(self.layout.lock):
                 return client.request(self.layout, ledger, Patience(patience), "skip", reason, row.id)
@@ -290,7 +255,7 @@ class Run(Controlled):
             return rollback(self.layout, ledger, str(to), requeue=requeue)
 
     def rebuild(
-        self, without: str, *, observe: Observe = _silent, stop: Wishes | None = None, report: Report = _silent
+        self, without: str, *, observe: Observe = silent, stop: Wishes | None = None, report: Report = silent
     ) -> dict[str, Any]:
         """Make the run as if it had never seen a file: go back to before it and train the later ones again.
 
@@ -318,41 +283,3 @@ class Run(Controlled):
             from onward.service.state.rollback import reset
 
             return reset(self.layout, ledger)
-
-    @contextlib.contextmanager
-    def _owned(self, wishes: Wishes | None = None, *, same_moment: bool = True) -> Generator[Ledger]:
-        """Own the run; by default only if its ledger is of the same moment as its model.
-
-        What trains learns that when it settles, and waits while a disk cannot be read.
-        """
-        with open_ledger(self.layout, None if wishes is None else wishes.waiting) as ledger:
-            asked = ledger.last_request()  # later requests are meant for this process
-            with RunLock(self.layout.lock):
-                if same_moment:
-                    require_same_moment(self.layout, ledger)
-                client.expire_requests(ledger, asked)
-                if wishes is not None:
-                    wishes.ignore_up_to(asked)
-                yield ledger
-
-    @contextlib.contextmanager
-    def _working(self, stop: Wishes | None, report: Report) -> Generator[tuple[Wishes, OpenedRun]]:
-        """Own the run, and lead the other processes if several train it; yield what is asked of it, too."""
-        wishes = Wishes() if stop is None else stop
-        interrupts = interrupts_of_host(wishes, are_own=stop is None)
-        with self._leading(wishes, report) as world, self._owned(wishes, same_moment=False) as ledger, interrupts:
-            yield wishes, self._opened(ledger, report, world)
-
-    @contextlib.contextmanager
-    def _leading(self, wishes: Wishes, report: Report) -> Generator[World | None]:
-        """Form the group of all processes that train, and lead it; yield None if this is the only one."""
-        if self._place is None:
-            yield None
-            return
-        with self._loading():
-            from onward.service.owner.leading import leading
-        with leading(self._place, self.config.rank_timeout, wishes, report) as world:
-            yield world
-
-    def _opened(self, ledger: Ledger, report: Report = _silent, world: World | None = None) -> OpenedRun:
-        return OpenedRun(self.layout, ledger, report, loading=self._loading, world=world)
