@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.store.waiting import TRY, Waiting, is_held_by_others
+from onward.store.waiting import TRY, Waiting, code_of, is_held_by_others
 from onward.text import quoted
 
 PASSING = {
@@ -106,8 +106,7 @@ def _connect_to_look(path: Path, waiting: Waiting) -> sqlite3.Connection:
         if is_held_by_others(error) or not path.exists():
             raise
         if os.access(path.parent, os.W_OK):
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            if code not in FULL or (log.exists() and log.stat().st_size):
+            if code_of(error) not in FULL or (log.exists() and log.stat().st_size):
                 raise  # not a matter of permissions or room
         elif not os.access(path, os.R_OK) or log.exists():
             hint = f"Run this as the user who owns the run, or make {quoted(path)} and its -wal and -shm readable."
@@ -130,8 +129,7 @@ def _connect(address: str) -> sqlite3.Connection:
 
 def refusal(path: Path, error: sqlite3.DatabaseError) -> Exception:
     """Return what to raise for an SQLite error: the error itself if the machine, not the ledger, is at fault."""
-    code: int = getattr(error, "sqlite_errorcode", 0)  # an error of the sqlite3 module itself has none
-    if code & 0xFF not in PASSING:
+    if code_of(error) not in PASSING:
         return damaged(path, error)
     return error if path.exists() else RunLayout(path.parent).lost_ledger()
 
@@ -211,7 +209,7 @@ class Database:
         except BaseException as error:
             if self._connection.in_transaction:  # a full or failing disk may have caused a rollback
                 self._connection.execute("ROLLBACK")
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE:
+            if code_of(error) in DAMAGE:
                 raise damaged(self.path, error) from None
             raise
 

@@ -68,4 +68,9 @@ class Waiting:
 
 def is_held_by_others(error: sqlite3.Error) -> bool:
     """Whether SQLite says that somebody else holds the file."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+    return code_of(error) == sqlite3.SQLITE_BUSY
+
+
+def code_of(error: BaseException) -> int:
+    """Return SQLite's primary code of an error; 0 if it has none, as one of the sqlite3 module itself."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
