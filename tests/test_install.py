@@ -59,6 +59,17 @@ def test_the_image_is_made_as_images_should_be() -> None:
         assert source in kept, source
 
 
+def test_volumes_are_mounted_where_the_user_may_write() -> None:
+    """A named volume gets the owner of the folder of the image; where there is none, it would be root's. The base's
+    cache is one of them, since the next container does not download it.
+    """
+    (made,) = re.findall(r"install -d -o onward -g onward (.*)", DOCKERFILE)
+    shown = DOCKERFILE + (ROOT / "docs" / "install.md").read_text()
+    for command in re.findall(r"docker run .*", shown):
+        assert ["/run-dir", "/home/onward/.cache"] == re.findall(r"-v [\w-]+:(\S+)", command)
+        assert set(made.split()) >= set(re.findall(r"-v [\w-]+:(\S+)", command))
+
+
 def test_the_health_check_is_that_of_status(run: Path) -> None:
     """Its command ends with 0 for a run that is well, and with 1 for one that failed."""
     (words,) = [words for name, words in instructions() if name == "HEALTHCHECK"]
