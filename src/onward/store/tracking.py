@@ -46,7 +46,7 @@ class Tracking(Database):
         """Return the steps of the stream after a step, each with its file, in order; at most about `limit`.
 
         The last step of a file is returned only when the file is done, when the hooks' measurements at its boundary are
-        known, and no step of a later file before it: the file may be finished, and the next one begun, while this reads.
+        known. No step of a later file comes before it: that file begins while this one's boundary is committed.
         """
         found: list[tuple[FileRow, StepRecord]] = []
         for row in self._files_after(step):
