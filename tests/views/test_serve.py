@@ -265,7 +265,7 @@ def test_a_newer_commit_takes_over_without_a_dropped_request(stream: Path, tmp_p
 
 
 def test_a_run_without_a_commit_is_said_once_and_the_old_one_answers(stream: Path, tmp_path: Path) -> None:
-    """Whoever resets a run that is served reads one line in its log, not one a second, until there is a commit again."""
+    """Whoever resets a run that is served reads one line in its log, not one every second."""
     layout = RunLayout(copy_run(stream, tmp_path / "run"))
     said: list[str] = []
     with hold(layout) as point, Engine(load(layout, point)) as engine:
