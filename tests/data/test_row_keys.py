@@ -222,6 +222,27 @@ def test_refused(row: dict[str, Any], reason: str) -> None:
     assert refusal.value.remedy
 
 
+def test_arguments_in_text_keep_their_white_space() -> None:
+    """A template may write the text of the arguments as it is, so that it is what the row has to the last character."""
+    text = '{"city":  "Rome"}'
+    call = {"type": "function", "function": {"name": "f", "arguments": text}}
+    record = parse_record({"messages": [USER, {**CALLS, "tool_calls": [call]}]})
+    assert isinstance(record, Chat)
+    assert text == record.messages[1]["tool_calls"][0]["function"]["arguments"]
+
+
+def test_a_thought_that_is_there_twice_is_one() -> None:
+    """The same thought under several keys and in a part of the content is thought once; another one is refused."""
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "Hello"}]
+    answer = {"role": "assistant", "content": parts, "reasoning": "hm", "reasoning_content": "hm"}
+    record = parse_record({"messages": [USER, answer]})
+    assert isinstance(record, Chat)
+    assert "hm" == record.messages[1]["reasoning_content"]
+    for key in ("reasoning", "reasoning_content"):
+        with pytest.raises(RowError, match="message 2 has two different thoughts"):
+            parse_record({"messages": [USER, {**answer, key: "hm."}]})
+
+
 def test_nulls_that_columns_pad() -> None:
     """Null fields of tools and arguments mean nothing in a row of Arrow, and what they say in JSON and its text."""
     arguments = {"city": "Rome", "n": None}

@@ -81,6 +81,15 @@ def test_blank_lines_bom_and_crlf(tmp_path: Path) -> None:
     assert list(read_rows(path)) == [SourceRow(1, {"text": "a"}), SourceRow(4, {"text": "b"})]
 
 
+def test_a_byte_order_mark_inside_a_file(tmp_path: Path) -> None:
+    """Concatenated files have one at the start of a line: it is no part of JSON, and a character of a text."""
+    mark = b"\xef\xbb\xbf"
+    assert [{"text": "a"}] * 2 == values(
+        put(tmp_path, "a.jsonl", mark + b'{"text": "a"}\n' + mark + b'{"text": "a"}\n')
+    )
+    assert [{"text": "a"}, {"text": "\ufeffa"}] == values(put(tmp_path, "a.txt", mark + b"a\n" + mark + b"a\n"))
+
+
 def test_bad_lines_are_reported_and_reading_goes_on(tmp_path: Path) -> None:
     """Invalid JSON, invalid UTF-8, deep nesting and a cut last line are problems of their line only."""
     deep = b"[" * 100_000
