@@ -177,7 +177,7 @@ def trained_tokens(run: Any) -> int:
     from onward.training.steps.anchor import ROWS_PER_TEXT
 
     with Ledger(run.layout.ledger, read_only=True) as ledger:
-        tokens = ledger.trained_tokens(1 << 60)
+        tokens = sum(ledger.tokens_of(row.id) for row in ledger.files("training", "done"))
     anchor, steps = run.config.anchor, run.status()["global_step"]
     return tokens + (steps * max(1, BATCH // ROWS_PER_TEXT) * anchor.tokens if anchor.weight else 0)
 

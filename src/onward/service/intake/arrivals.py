@@ -150,11 +150,11 @@ class Arrivals:
         self.complete([self.ledger.file(number) for number in arrived])
         return [row for row in map(self.ledger.file, arrived) if row.state == "arriving"]
 
-    def refuse_announced(self, row: FileRow, refusal: Refusal, state: str = "rejected") -> None:
+    def refuse_announced(self, row: FileRow, refusal: Refusal) -> None:
         """Move a file that was not read from the inbox into `rejected/`."""
         assert row.inbox is not None
         self._refuse(self.layout.dropped(row.inbox), refusal)
-        self.ledger.move_file(row.id, state, note=refusal.lines()[0])
+        self.ledger.move_file(row.id, "rejected", note=refusal.lines()[0])
 
     # both
 

@@ -79,13 +79,13 @@ class Guard:
         self._bytes_left -= count
 
 
-def at_intervals(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+def at_intervals(*checks: Callable[[], None]) -> Callable[[], None]:
     """Return a function that calls checks at most every `SELDOM` seconds, however often it is called itself."""
-    due = monotonic()
+    due = time.monotonic()
 
     def call() -> None:
         nonlocal due
-        now = monotonic()
+        now = time.monotonic()
         if now >= due:
             due = now + SELDOM
             for check in checks:

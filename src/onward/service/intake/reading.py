@@ -105,7 +105,7 @@ def _open(path: Path, links: bool) -> int:
         raise
 
 
-def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None:
+def move_durably(source: Path, target: Path) -> None:
     """Move a file; between disks, by a copy that is durable before the source is removed.
 
     A link is moved as a link. Any other special file has no content: between disks it is only removed.
@@ -119,14 +119,14 @@ def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy_over(source, target, guard or Guard())
+        _copy_over(source, target)
         fsync_directory(target.parent)
         source.unlink()
     else:
         fsync_directory(target.parent)
 
 
-def _copy_over(source: Path, target: Path, guard: Guard) -> None:
+def _copy_over(source: Path, target: Path) -> None:
     mode = source.lstat().st_mode
     if stat.S_ISLNK(mode):
         target.symlink_to(source.readlink())
@@ -135,7 +135,7 @@ def _copy_over(source: Path, target: Path, guard: Guard) -> None:
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
-            read_whole(source, guard, writer=writer)
+            read_whole(source, Guard(), writer=writer)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.replace(target)

@@ -223,7 +223,7 @@ class Evaluation:
         for name in now.config.evaluation.files:
             key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
             now.measuring.names[key] = name
-            asked[key] = Subject(key, name, partial(_given, sample))
+            asked[key] = Subject(key, partial(_given, sample))
         places = self.account.up_to(now.position - 1).contents
         keys = [*(key for key in places if key != now.row.sha256 and key not in asked), *asked]
 
@@ -244,7 +244,7 @@ class Evaluation:
                 self._ledger.add_event("warning", f"{row.name} cannot be measured: {error.what}", now.step)
                 return None
 
-        return Subject(row.sha256, row.name, sample)
+        return Subject(row.sha256, sample)
 
 
 def owed_evaluation(ledger: Ledger) -> FileRow | None:

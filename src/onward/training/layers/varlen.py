@@ -138,11 +138,11 @@ VARLEN = Varlen.of(_of_this_release())
 """The kernel of the installed PyTorch; None if it has no suitable one."""
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype, kernel: Varlen | None = VARLEN) -> Varlen | None:
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Varlen | None:
     """Return the kernel if it can be used: in a 16-bit type, on an NVIDIA GPU that FlashAttention supports."""
     if device.type != "cuda" or dtype not in HALF or torch.version.cuda is None:
         return None
-    return kernel if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
+    return VARLEN if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:

@@ -36,13 +36,12 @@ class Written:
         return [*(piece for pair in self.around.values() for piece in pair), self.asking, self.first]
 
 
-def modelfile(state: TokenizerState, gguf: str, context: int | None = None) -> str:
+def modelfile(state: TokenizerState, gguf: str) -> str:
     """Return the Modelfile for a GGUF file next to it.
 
     Args:
         state: the run's tokenizer.
         gguf: the name of the file.
-        context: the most tokens of a conversation; None leaves Ollama's default.
 
     Raises:
         UsageError: the run's chat template is more than pieces around contents.
@@ -59,8 +58,6 @@ def modelfile(state: TokenizerState, gguf: str, context: int | None = None) -> s
     else:
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in template.stops]
-    if context is not None:
-        lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"
 
 
