@@ -66,8 +66,8 @@ def measure_tasks(
     layout: RunLayout,
     at: str | None,
     tasks: Sequence[str],
-    limit: int | None = None,
-    report: Callable[[str], None] = lambda _: None,
+    limit: int | None,
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness (Gao et al.) on a kept state.
 

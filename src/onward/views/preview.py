@@ -144,7 +144,7 @@ class _Kept:
         return fitted.truncated, len(packed)
 
 
-def preview(layout: RunLayout, path: Path, count: int | None = None, *, worst: bool = False) -> Preview:
+def preview(layout: RunLayout, path: Path, count: int | None, *, worst: bool) -> Preview:
     """Read a file as `add` would under the run's config, and keep its first or longest rows for showing.
 
     The whole file is checked, in memory that does not grow with it. Rows that the length policy leaves out are counted

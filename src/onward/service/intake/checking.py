@@ -94,7 +94,7 @@ class Intake:
                 self._settling.withdraw(command)
                 raise
 
-    def finish_left_over(self, intent: int | None = None) -> list[FileRejected]:
+    def finish_left_over(self, intent: int | None) -> list[FileRejected]:
         """Finish what an interrupted process took in or was about to; return the refusals that it cannot report.
 
         Args:
@@ -171,7 +171,7 @@ class Intake:
             return self._arrivals.bring_in(rows, Guard(self.stop, budget)) if mine else []
 
     def check_ahead(
-        self, *, seconds: float, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
+        self, *, seconds: float, budget: Budget | None, leaves: Callable[[FileRow], bool]
     ) -> FileRow | None:
         """Check arrived files in the order of the queue; return a file that has to be left to a process of its own.
 

@@ -59,8 +59,8 @@ class Daemon:
         intake: Intake,
         incoming: Incoming,
         *,
-        crash: Crash | None = None,
-        patient: bool = True,
+        crash: Crash | None,
+        patient: bool,
     ) -> None:
         self.owned = owned
         self.ledger = owned.ledger

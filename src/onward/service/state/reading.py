@@ -79,7 +79,7 @@ def link_checkpoint(
     folder: Path,
     target: Path,
     *,
-    left_out: Collection[str] = (),
+    left_out: Collection[str],
     between: Callable[[str], None] = lambda _: None,
 ) -> Inspection | None:
     """Link the files of a checkpoint into `target`, which is emptied first, and inspect what was linked.

@@ -127,7 +127,7 @@ def build_plain(
     return model.train() if stays else model.to(device).train()
 
 
-def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str] = ()) -> None:
+def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str]) -> None:
     """Freeze every weight whose name matches no pattern; without patterns, all are trained.
 
     Args:

@@ -14,7 +14,6 @@ from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import UsageError
 
-ROLES = ("system", "user", "assistant")
 _WORDS = tuple(f"onwardContent{number}Ends" for number in range(6))
 
 

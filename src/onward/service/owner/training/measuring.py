@@ -84,7 +84,7 @@ class Measuring:
             return {name: NOTHING}
 
     def before_file(
-        self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile, *, judge: bool = False
+        self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile, *, judge: bool
     ) -> None:
         """Measure a file before its first step.
 
