@@ -6,6 +6,13 @@ Columns that later migrations added have defaults: an observer may read a ledger
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+KEPT = (
+    "command", "name", "sha256", "bytes", "format", "copy", "rows", "tokens", "target_tokens", "truncated", "dropped",
+    "split", "lost_tokens", "bad_rows", "priority", "occurrence", "accepted",
+)  # fmt: skip
+"""Columns that a file keeps when it is queued again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,10 @@ class FileRow:
         """The position of the file, which must have one."""
         assert self.position is not None, self.name
         return self.position
+
+    def kept(self) -> dict[str, Any]:
+        """Return the columns that a file keeps when it is queued again: its identity, and the order of its rows."""
+        return {column: getattr(self, column) for column in KEPT}
 
 
 @dataclass(frozen=True, kw_only=True)

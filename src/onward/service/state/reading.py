@@ -99,6 +99,18 @@ def link_checkpoint(
     return inspect_checkpoint(target, left_out)
 
 
+def verified_point(folder: Path) -> Manifest:
+    """Return the manifest of a restore point whose files are all as it states.
+
+    Raises:
+        DamagedState: they are not.
+    """
+    found = inspect_checkpoint(folder)
+    if found.verified is None:
+        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+    return found.verified
+
+
 def newest_checkpoint(layout: RunLayout, run: str) -> Path:
     """Return the folder of the newest checkpoint that a run made.
 

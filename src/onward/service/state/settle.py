@@ -14,6 +14,7 @@ from onward.errors import DamagedState
 from onward.layout import RunLayout, entries, step_of
 from onward.service.moment import require_present, require_same_moment
 from onward.service.state.commits import Commits, basis_of
+from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
@@ -96,10 +97,7 @@ class Settlement:
             self._remove_all()
         else:
             folder = self.layout.boundary(step)
-            found = inspect_checkpoint(folder)
-            if found.verified is None:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
-            self._commits.install(folder, found.verified, self.retention)
+            self._commits.install(folder, verified_point(folder), self.retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
