@@ -218,7 +218,7 @@ def _summed(last: Mapping[str, float], best: Mapping[str, float], trial: Trial) 
 
 def divergence(run: Any, at: str | None = None) -> float:
     """Return KL(base || model) in nats per token on texts that the base wrote and that no policy trains on."""
-    from onward.making import open_ledger
+    from onward.library.making import open_ledger
     from onward.service.knowledge.anchor import anchor_rows
     from onward.service.session import open_session
     from onward.training.measuring.scores import Compute, Meter
@@ -258,7 +258,7 @@ def released(run: Any, trial: Trial, found: Mapping[str, Any]) -> dict[str, Any]
 
 def measured_questions(run: Any, at: str) -> dict[str, float]:
     """Return the losses of a release on the files of `evaluation.files`."""
-    from onward.making import open_ledger
+    from onward.library.making import open_ledger
     from onward.service.knowledge.evaluation import Evaluation
     from onward.service.session import open_session
     from onward.training.model.load import build_model

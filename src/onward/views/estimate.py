@@ -29,7 +29,7 @@ from onward.data.tokenized import TokenizedWriter
 from onward.digest import sha256_file
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.intake.folders import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal

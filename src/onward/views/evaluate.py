@@ -13,7 +13,7 @@ from typing import Any, cast
 from onward.config import Config, stored_config
 from onward.errors import UsageError
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.knowledge.evaluation import Evaluation
 from onward.service.session import Session, open_session
 from onward.store.rows import FileRow

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.data.files.arrow_ipc import END, SCHEMA, messages_of
+from onward.data.files.columnar.arrow_ipc import END, SCHEMA, messages_of
 from onward.data.files.faults import FileError
 from onward.errors import UsageError
 from onward.service.intake.guard import Guard

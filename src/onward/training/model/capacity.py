@@ -136,7 +136,7 @@ def _header(stream: BinaryIO) -> bytes:
     return stream.read(size) if size <= _LARGEST_HEADER else b""
 
 
-def _read_json(path: Path, part: Callable[[BinaryIO], bytes] = BinaryIO.read) -> Mapping[str, Any]:
+def _read_json(path: Path, part: Callable[[BinaryIO], bytes] = lambda stream: stream.read()) -> Mapping[str, Any]:
     """Return the JSON object that a file, or a part of it, holds; empty if there is none."""
     try:
         with path.open("rb") as stream:

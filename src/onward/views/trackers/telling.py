@@ -19,7 +19,7 @@ from onward.config import Config
 from onward.config.keys import SECRET_KEYS
 from onward.errors import OnwardError, RunLocked, UsageError, first_line
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting

@@ -14,11 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes, rows_of_arrow
+from onward.data.files.columnar.arrow_values import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    batch_rows,
+    batch_values,
+    row_sizes,
+    rows_of_arrow,
+)
+from onward.data.files.columnar.parquet_footer import stated_groups
 from onward.data.files.containers import SourceFile
 from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
-from onward.data.files.parquet_footer import stated_groups
 from onward.text import printable
 
 READ_BUFFER = 1 << 18

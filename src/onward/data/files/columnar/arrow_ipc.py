@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import (
+from onward.data.files.columnar.arrow_values import (
     batch_rows,
     batch_values,
     require_sound,
