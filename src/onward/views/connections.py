@@ -51,11 +51,17 @@ def _tells_of_trouble(record: logging.LogRecord) -> bool:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with limits on waiting."""
+    """uvicorn with limits on waiting.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    Args:
+        config: uvicorn's config.
+        head_seconds: seconds in which a request's head has to come.
+    """
+
+    def __init__(self, config: uvicorn.Config, *, head_seconds: float = HEAD_SECONDS) -> None:
         super().__init__(config)
         logging.getLogger("uvicorn.error").addFilter(_tells_of_trouble)
+        self._head_seconds = head_seconds
         self._quiet: dict[Any, _Quiet] = {}
 
     @contextlib.contextmanager
@@ -90,9 +96,9 @@ class Server(uvicorn.Server):
         oldest = sorted(waiting, key=lambda connection: waiting[connection].since)
         for place, connection in enumerate(oldest):
             waited = now - waiting[connection].since
-            if waited > 2 * HEAD_SECONDS:  # not even its answer is being read
+            if waited > 2 * self._head_seconds:  # not even its answer is being read
                 connection.transport.abort()
-            elif waited > HEAD_SECONDS or place < len(oldest) - MOST_QUIET:
+            elif waited > self._head_seconds or place < len(oldest) - MOST_QUIET:
                 connection.transport.close()
 
 
