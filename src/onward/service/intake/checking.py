@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from onward.atomic import remove_temporaries
@@ -297,24 +297,10 @@ class Intake:
 
     def _settle(self, command: str, guard: Guard) -> list[FileRow]:
         """Accept everything that arrived with a command, or refuse it all; return the accepted files."""
-        rows = self.ledger.arriving(command)
-        announced = [row for row in rows if row.is_announced]
-        if announced:
-            self._arrivals.bring_in(announced, guard)
-        elif any(look(self.layout.kept(row.copy)) is None for row in rows):
-            self._arrivals.complete(rows)
-        rows = self.ledger.arriving(command)
-        if any(row.is_announced for row in rows):
-            raise BudgetSpent
+        rows = self._arrived(command, guard)
         fresh, refusals = self._settling.without_duplicates(rows)
         reports: list[tuple[FileRow, IntakeReport]] = []
-        for row in fresh:
-            try:
-                outcome = self._check.check(row, guard)
-            except Withdrawn:
-                continue
-            if len(fresh) > 1:  # that it was checked must be remembered if another file of the command ends the process
-                self.ledger.count_attempt(row.id, -1)
+        for row, outcome in self._checked(fresh, guard):
             if isinstance(outcome, Refusal):
                 refusals.append((row, outcome))
             else:
@@ -325,6 +311,30 @@ class Intake:
                 self._check.forget_tokens(row)
             raise rejection([refusal for _, refusal in refusals], len(rows))
         return self._settling.accept(rows, reports)
+
+    def _arrived(self, command: str, guard: Guard) -> list[FileRow]:
+        """Return the files of a command, all of them in the archive by now."""
+        rows = self.ledger.arriving(command)
+        announced = [row for row in rows if row.is_announced]
+        if announced:
+            self._arrivals.bring_in(announced, guard)
+        elif any(look(self.layout.kept(row.copy)) is None for row in rows):
+            self._arrivals.complete(rows)
+        rows = self.ledger.arriving(command)
+        if any(row.is_announced for row in rows):
+            raise BudgetSpent
+        return rows
+
+    def _checked(self, rows: Sequence[FileRow], guard: Guard) -> Iterator[tuple[FileRow, IntakeReport | Refusal]]:
+        """Check the rows of files; one that is withdrawn meanwhile is left out."""
+        for row in rows:
+            try:
+                outcome = self._check.check(row, guard)
+            except Withdrawn:
+                continue
+            if len(rows) > 1:  # that it was checked must be remembered if another file of the command ends the process
+                self.ledger.count_attempt(row.id, -1)
+            yield row, outcome
 
     def _settle_at_last(self, command: str) -> list[FileRow]:
         """Settle a command in this process, whatever memory it takes; attempts bound how often that is tried."""
