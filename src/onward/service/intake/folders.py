@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from onward.data.files.columnar.arrow_ipc import END, SCHEMA, Message, messages_of
 from onward.data.files.faults import FileError
 from onward.errors import UsageError
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.text import printable, quoted
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -41,7 +41,7 @@ def require_one_split(folder: Path) -> None:
     )
 
 
-def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
+def joined(folder: Path, writer: BinaryIO, spending: Spending) -> tuple[str, int]:
     """Write the files of a folder as one file; return its SHA-256 and its size in bytes.
 
     Raises:
@@ -50,18 +50,18 @@ def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
     if _names(folder / STATE, "_indices_data_files") or _names(folder / STATE, "_indices_files"):
         raise FileError("the folder contains a selection of rows, not the rows themselves", SAVE_AGAIN)
     digest, size = hashlib.sha256(), 0
-    for part in _parts(folder, _names(folder / STATE, "_data_files"), guard):
+    for part in _parts(folder, _names(folder / STATE, "_data_files"), spending):
         writer.write(part)
         digest.update(part)
         size += len(part)
     return digest.hexdigest(), size
 
 
-def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
+def _parts(folder: Path, names: list[str], spending: Spending) -> Iterator[bytes]:
     """Yield the messages of all files as one stream: the schema that they share once, then every batch."""
     schema: bytes | None = None
     for name in names:
-        for message in _messages(folder / name, guard):
+        for message in _messages(folder / name, spending):
             if message.kind == SCHEMA:
                 if schema not in (None, message.metadata):
                     raise FileError(f"{printable(name)} has different columns from the files before it", SAVE_AGAIN)
@@ -73,12 +73,12 @@ def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
     yield END
 
 
-def _messages(path: Path, guard: Guard) -> Iterator[Message]:
+def _messages(path: Path, spending: Spending) -> Iterator[Message]:
     """Yield the messages of a file, and refuse it at its end if it changed meanwhile."""
     with path.open("rb") as stream:
         before = os.fstat(stream.fileno())
         for message in messages_of(stream):
-            guard.spend(0)
+            spending.spend_bytes(0)
             yield message
         after = path.stat()
     if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.data.files.containers import FileError
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 
 CHUNK = 1 << 20
 """Bytes read at once; a stop or a spent budget is noticed between two chunks."""
@@ -49,7 +49,7 @@ def identity(status: os.stat_result) -> str:
 
 
 def read_whole(
-    path: Path, guard: Guard, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
+    path: Path, spending: Spending, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
 ) -> tuple[str, os.stat_result]:
     """Read a file through one descriptor; return its SHA-256 and its status.
 
@@ -70,9 +70,9 @@ def read_whole(
         if not stat.S_ISREG(before.st_mode):
             raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
         memory = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
-        guard.spend(before.st_size)
+        spending.spend_bytes(before.st_size)
         while count := _read(descriptor, memory, path):
-            guard.spend(0)
+            spending.spend_bytes(0)
             digest.update(memory[:count])
             if writer is not None:
                 writer.write(memory[:count])
@@ -135,7 +135,7 @@ def _copy_over(source: Path, target: Path) -> None:
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
-            read_whole(source, Guard(), writer=writer)
+            read_whole(source, Spending(), writer=writer)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.replace(target)

@@ -15,7 +15,7 @@ from onward.data.files.faults import FileError, described
 from onward.data.tokenize import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.service.intake.names import plain_name, rejected_name, report_of, unused_name
 from onward.service.intake.reading import Changed, is_regular, look, move_durably, read_whole
 from onward.store.rows import FileRow
@@ -156,7 +156,7 @@ def _keep_copy(path: Path, target: Path) -> None:
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
-            read_whole(path, Guard(), writer=writer, links=True)
+            read_whole(path, Spending(), writer=writer, links=True)
         temporary.replace(target)
     except (OSError, Changed, FileError):
         temporary.unlink(missing_ok=True)
