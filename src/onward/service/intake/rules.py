@@ -80,20 +80,23 @@ class RowRules:
     """The rules that rows of a run must obey.
 
     Args:
+        config: the config in force.
         tokenizer: turns rows into tokens.
-        reading: how a file is read, and how many rows may be bad.
         room: bytes that checking leaves free on the disk.
     """
 
+    config: Config
     tokenizer: RowTokenizer
-    reading: Reading
     room: int
+
+    @property
+    def reading(self) -> Reading:
+        """How a file is read, and how many rows may be bad."""
+        return Reading.of(self.config)
 
     def key(self, sha256: str) -> str:
         """Return the name under which the tokens of a file are kept."""
-        tokenizer = self.tokenizer
-        settings = self.reading.settings()
-        return cache_key(sha256, tokenizer.state.key, tokenizer.max_length, tokenizer.over_length, settings)
+        return cache_key(sha256, self.tokenizer.state.key, self.config)
 
 
 class RulesOfRun:
@@ -107,7 +110,6 @@ class RulesOfRun:
         self._layout = layout
         self._ledger = ledger
         self._read = config
-        self._config: Config | None = None
         self._rules: RowRules | None = None
 
     def __call__(self) -> RowRules:
@@ -118,12 +120,11 @@ class RulesOfRun:
             ModelError: the base model or its tokenizer is missing, or is no longer the run's.
         """
         config = self._read()
-        if self._rules is None or config != self._config:
+        if self._rules is None or config != self._rules.config:
             newest = self._ledger.newest_checkpoint()
             needed = int(newest.bytes * CHECKPOINT_ROOM) if newest else 0
             tokenizer = run_tokenizer(self._layout, self._ledger, config)
-            self._rules = RowRules(tokenizer, Reading.of(config), needed + (config.disk_margin_mb << 20))
-            self._config = config
+            self._rules = RowRules(config, tokenizer, needed + (config.disk_margin_mb << 20))
         return self._rules
 
 

@@ -97,5 +97,4 @@ def _is_needed(ledger: Ledger, row: FileRow, first: int) -> bool:
 
 
 def _key(session: Session, row: FileRow, config: Config) -> str:
-    settings = Reading.of(config).settings()
-    return cache_key(row.sha256, session.tokenizer_state.key, config.max_length, config.over_length, settings)
+    return cache_key(row.sha256, session.tokenizer_state.key, config)

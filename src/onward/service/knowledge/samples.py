@@ -123,8 +123,7 @@ class Samples:
         return TokenizedFile.open(target)
 
     def _key(self, sha256: str, config: Config) -> str:
-        settings = Reading.of(config).settings()
-        return cache_key(sha256, self._session.tokenizer_state.key, config.max_length, config.over_length, settings)
+        return cache_key(sha256, self._session.tokenizer_state.key, config)
 
 
 def _open(folder: Path) -> TokenizedFile | None:
