@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from onward.data.row_types import Message
+from onward.data.rows.messages import REASONING_KEYS
 
 CONTENT, REASONING, NAME, ARGUMENT = "content", "reasoning", "name", "argument"
-SAME_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Probe:
 
     def _message(self, place: int, message: Message) -> Message:
         made = dict(message)
-        written = [key for key in SAME_REASONING if isinstance(message.get(key), str)]
+        written = [key for key in REASONING_KEYS if isinstance(message.get(key), str)]
         if written:
             made |= dict.fromkeys(written, self._text(place, REASONING, message[written[0]]))
         if isinstance(message["content"], str):

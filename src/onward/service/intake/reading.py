@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.data.files.containers import FileError
+from onward.data.files.faults import SPECIAL_FILE
 from onward.service.intake.budget import Spending
 
 CHUNK = 1 << 20
@@ -68,7 +69,7 @@ def read_whole(
     try:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
-            raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+            raise FileError(*SPECIAL_FILE)
         memory = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
         spending.spend_bytes(before.st_size)
         while count := _read(descriptor, memory, path):

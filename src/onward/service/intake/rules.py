@@ -14,9 +14,8 @@ from onward.data.rows.records import Record, RowError
 from onward.data.templates.own_template import KEY, other_template_hint
 from onward.data.tokenized import PackedRow, ids_of
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ModelError
 from onward.layout import RunLayout
-from onward.service.settings import locked_refusal
+from onward.service.settings import changed_refusal, locked_refusal
 from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
@@ -141,11 +140,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and not is_tokenizer_of(identity, state):
         require_template_of(identity, config)
-        raise ModelError(
-            "the tokenizer or chat template changed on disk since this run began",
-            where=folder,
-            hint="Restore the original files; to start over with the changed ones: onward reset",
-        )
+        raise changed_refusal("tokenizer or chat template", folder)
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     return RunTokenizer(state, config, capacity.embedding_rows)

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-HALF = (torch.bfloat16, torch.float16)
+from onward.training.device.environment import HALF
+
 WIDEST, MULTIPLE = 256, 8
 """The largest head size for FlashAttention, and what the size must be a multiple of."""
 GROUPED = "enable_gqa"
