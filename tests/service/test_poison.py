@@ -28,7 +28,7 @@ from onward.service.intake.checking import Intake
 from onward.service.intake.file_check import ATTEMPTS
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.intake.writers import is_being_written
-from onward.service.owner.checker import Checker
+from onward.service.owner.alongside.checker import Checker
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 

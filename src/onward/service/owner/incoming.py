@@ -19,7 +19,7 @@ from onward.service.intake.checking import Intake
 from onward.service.intake.inbox import Inbox
 from onward.service.intake.watcher import POLL_SECONDS, Watcher
 from onward.service.owner import faults
-from onward.service.owner.checker import Checker
+from onward.service.owner.alongside.checker import Checker
 from onward.service.owner.owned import Owned
 from onward.store.rows import FileRow
 from onward.text import printable

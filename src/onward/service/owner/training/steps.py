@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.data.plan.replay import StreamPlan
 from onward.events import FileStarted, StepTaken
-from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.store.rows import FileRow, StepRecord
 from onward.training.state import Cursor
 
