@@ -1,10 +1,14 @@
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import byte_state, chat_rows, write_jsonl
 
 from onward.data.plan.loader import Batch, batch_at, flatten, pad
@@ -135,12 +139,27 @@ def test_end_to_end() -> None:
     assert (3, 5, 1) == flat.lengths
 
 
+def tokens_of(rows: list[Row]) -> int:
+    """Return the tokens of rows laid end to end."""
+    return sum(len(each.ids) for each in rows)
+
+
+def padded_size(rows: list[Row]) -> int:
+    """Return the tokens of rows padded to the longest of them."""
+    return len(rows) * max(len(each.ids) for each in rows)
+
+
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(1, [1, 1, 1, 1]), (5, [1, 2, 1]), (6, [2, 1, 1]), (7, [2, 2]), (99, [4])]
+    ("split", "size"), [(Batch.split_by_tokens, tokens_of), (Batch.split_by_padded_size, padded_size)]
 )
-def test_split_by_tokens(limit: int, expected: list[int]) -> None:
-    """The parts have as many rows as fit; a row that is too long is a part by itself."""
-    batch = batch_of(*(row(*range(length)) for length in (4, 2, 3, 4)))
-    split = batch.split_by_tokens(limit)
-    assert expected == [len(part) for part in split]
-    assert batch.references == [reference for part in split for reference in part.references]
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), limit=st.integers(1, 40))
+def test_split_by_size(
+    split: Callable[[Batch, int], list[Batch]], size: Callable[[list[Row]], int], lengths: list[int], limit: int
+) -> None:
+    """Each part takes as many rows as fit, a row that is too long is a part by itself, and together they are all."""
+    batch = batch_of(*(row(*range(length)) for length in lengths))
+    parts = split(batch, limit)
+    assert batch.references == [reference for part in parts for reference in part.references]
+    assert batch.lines == [line for part in parts for line in part.lines]
+    assert all(len(part) == 1 or size(part.rows) <= limit for part in parts)
+    assert all(size([*one.rows, following.rows[0]]) > limit for one, following in pairwise(parts))
