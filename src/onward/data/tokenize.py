@@ -93,7 +93,7 @@ def check_rows(
     observe: Callable[[int, Fitted], None],
     *,
     stop: Callable[[], None] = lambda: None,
-    reading: Reading | None = None,
+    reading: Reading,
 ) -> IntakeReport:
     """Check every row of `source` as `tokenize_file` does, with the same arguments and errors, but write nothing.
 
@@ -102,7 +102,7 @@ def check_rows(
     Args:
         observe: receives the line and the tokens of every row that is not refused, in order.
     """
-    intake = _Intake(row_tokenizer, RowCount(), reading or Reading(), _Stop(stop), observe)
+    intake = _Intake(row_tokenizer, RowCount(), reading, _Stop(stop), observe)
     intake.read(source, None)
     return intake.report()
 

@@ -43,7 +43,7 @@ class FileCheck:
         layout: RunLayout,
         ledger: Ledger,
         rules: Callable[[], RowRules],
-        begun: Callable[[FileRow], None] = lambda _: None,
+        begun: Callable[[FileRow], None],
     ) -> None:
         self.layout = layout
         self.ledger = ledger

@@ -21,15 +21,13 @@ from onward.service.intake.reading import Changed, is_regular, look, move_durabl
 from onward.store.rows import FileRow
 from onward.text import printable
 
-REPORTED = 20
-"""The most rows that a rejection names."""
 REASON_LENGTH = 500
 """The most characters of a reason, which may quote the row."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a file was not accepted. `problems` is a list of `{"line", "reason", "remedy"}`, at most `REPORTED`.
+    """Why a file was not accepted. `problems` is a list of `{"line", "reason", "remedy"}`, at most `PROBLEMS_SHOWN`.
 
     `way_out` is what may be done instead of fixing the rows; "" if there is nothing.
     """
