@@ -24,8 +24,9 @@ from onward.data.files.faults import FileError, SourceChanged, refusal_of
 from onward.data.files.limits import DEFAULT_LIMITS, Limits
 from onward.data.files.reading import Reading
 from onward.data.files.sources import read_rows
+from onward.data.report import IntakeReport, Problem
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.tokenize import IntakeReport, Problem, tokenize_file
+from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
 from onward.errors import ModelError
 

@@ -13,10 +13,12 @@ from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 from onward.atomic import TEMPORARY_PREFIX
 from onward.config import Config
+from onward.data.report import IntakeReport, Problem
 from onward.data.row_tokenizer import OverLength, RowTokenizer, cache_key
-from onward.data.rows.records import Chat, Completion, RowError, Text, parse_record
-from onward.data.tokenize import IntakeReport, Problem, TokenizedFile, tokenize_file
-from onward.data.tokenized import Row, unpack
+from onward.data.row_types import Chat, Completion, RowError, Text
+from onward.data.rows.records import parse_record
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import Row, TokenizedFile, unpack
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.errors import DamagedState, ModelError

@@ -18,9 +18,9 @@ import torch
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json
 from onward.errors import DamagedState, NoSpace, NotMadeHere, Unreadable
+from onward.layout import MANIFEST
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import (
-    MANIFEST,
     Inspection,
     inspect_checkpoint,
     remove_checkpoint,

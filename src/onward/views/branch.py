@@ -13,7 +13,7 @@ import torch
 
 from onward.config import Config, stored_config
 from onward.data.plan.cooldown import CooldownPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import UsageError
 from onward.events import Observe
 from onward.layout import RunLayout

@@ -24,8 +24,8 @@ from onward.config.text import read_config
 from onward.data.plan.loader import batch_at
 from onward.data.plan.order import FilePlan, make_plan
 from onward.data.row_tokenizer import Fitted
-from onward.data.tokenize import TokenizedFile, check_rows
-from onward.data.tokenized import TokenizedWriter
+from onward.data.tokenize import check_rows
+from onward.data.tokenized import TokenizedFile, TokenizedWriter
 from onward.digest import sha256_file
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout

@@ -20,8 +20,9 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.data.files.faults import FileError
 from onward.data.plan.order import make_plan
+from onward.data.report import IntakeReport
 from onward.data.row_tokenizer import Fitted
-from onward.data.tokenize import IntakeReport, check_rows
+from onward.data.tokenize import check_rows
 from onward.data.tokenized import PackedRow, unpack
 from onward.errors import FileRejected
 from onward.layout import RunLayout

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
-from onward.data.files.containers import FileError, check_readable
-from onward.data.files.sources import file_format
+from onward.data.files.containers import check_readable
+from onward.data.files.faults import FileError
+from onward.data.files.formats import file_format
 from onward.digest import sha256_file
 from onward.errors import Unreadable
 from onward.layout import RunLayout, entries

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from onward.atomic import remove_temporaries
 from onward.config.text import read_config
-from onward.data.files.containers import FileError
-from onward.data.tokenize import IntakeReport
+from onward.data.files.faults import FileError
+from onward.data.report import IntakeReport
 from onward.data.tokenized import TokenizedWriter
 from onward.errors import FileRejected, OnwardError
 from onward.layout import RunLayout, entries

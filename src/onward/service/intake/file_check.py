@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onward.atomic import remove_tree
-from onward.data.files.faults import is_of_machine
-from onward.data.tokenize import IntakeReport, SourceChanged, tokenize_file
+from onward.data.files.faults import SourceChanged, is_of_machine
+from onward.data.report import IntakeReport
+from onward.data.tokenize import tokenize_file
 from onward.errors import NoSpace, Unreadable
 from onward.layout import RunLayout
 from onward.service.intake.budget import BudgetSpent, Spending, at_intervals

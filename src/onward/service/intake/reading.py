@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
-from onward.data.files.containers import FileError
-from onward.data.files.faults import SPECIAL_FILE
+from onward.data.files.faults import SPECIAL_FILE, FileError
 from onward.service.intake.budget import Spending
 
 CHUNK = 1 << 20

@@ -12,7 +12,7 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, replace_json
 from onward.data.files.faults import FileError, described
-from onward.data.tokenize import IntakeReport
+from onward.data.report import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout
 from onward.service.intake.budget import Spending

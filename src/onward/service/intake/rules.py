@@ -9,8 +9,9 @@ from typing import Any
 
 from onward.config import Config
 from onward.data.files.reading import Reading
-from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
-from onward.data.rows.records import Record, RowError
+from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.row_types import Record, RowError
+from onward.data.rows.template import RowText
 from onward.data.templates.own_template import KEY, other_template_hint
 from onward.data.tokenized import PackedRow, ids_of
 from onward.data.tokenizer import TokenizerState

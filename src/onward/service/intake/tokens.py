@@ -7,8 +7,11 @@ from pathlib import Path
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
+from onward.data.files.faults import SourceChanged
 from onward.data.files.reading import Reading
-from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
+from onward.data.row_tokenizer import RowTokenizer, cache_key
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of
 from onward.service.intake.archive import require_original

@@ -13,8 +13,7 @@ from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
 from onward.data.plan.holdout import rows_in_question
-from onward.data.tokenize import TokenizedFile
-from onward.data.tokenized import Row
+from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation

@@ -9,7 +9,7 @@ from onward.config import Config, stored_config
 from onward.data.plan.holdout import count_held_out, held_out_rows
 from onward.data.plan.order import make_plan
 from onward.data.plan.replay import ReplayPlan, Source, StreamPlan, needed_by
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
 from onward.service.intake.tokens import open_tokens
 from onward.service.knowledge.table import read_table

@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
-from onward.layout import RunLayout, step_of
+from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service import moment
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.access import in_words, unwritable, user_name, way_to_write
@@ -31,7 +31,7 @@ from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
-from onward.training.checkpoints.checkpoint import MANIFEST, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.device.environment import HALF, pick_device, pick_dtype
 from onward.training.device.errors import LESS_MEMORY
 from onward.training.model.base import base_of_run, digest_base

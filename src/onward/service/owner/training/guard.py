@@ -14,7 +14,7 @@ from typing import Any
 
 from onward.config.sections import GuardConfig
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import GuardRejected
 from onward.events import Note, StepTaken
 from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked, unanswered

@@ -10,7 +10,7 @@ from typing import Any
 
 from onward.config import Config, stored_config
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError, OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
 from onward.service.knowledge.table import ANSWERS, BEFORE, GRID, NOTHING

@@ -12,7 +12,7 @@ from functools import partial
 
 from onward.config import Config, stored_config
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
 from onward.events import Committed, Event, FileDone, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
