@@ -40,8 +40,7 @@ class Writer:
         self._ledger = ledger
         self._thread: threading.Thread | None = None
         self._after_commit = tuple(after_commit)
-        self._written: Written | None = None
-        self._error: BaseException | None = None
+        self._written: Future[Written] = Future()
         self._measured: Future[Measurement] = Future()
 
     def submit(self, commit: Commit, *, is_awaited: bool) -> None:
@@ -51,7 +50,7 @@ class Writer:
             is_awaited: whether nothing is trained until it is done, so that it need not give way to training.
         """
         assert self._thread is None
-        self._measured = Future()
+        self._written, self._measured = Future(), Future()
         run = partial(self._run, commit, give_way=(lambda: None) if is_awaited else _give_way)
         self._thread = threading.Thread(target=run, name="onward-writer", daemon=True)
         self._thread.start()
@@ -66,11 +65,7 @@ class Writer:
             return None
         self.join()
         self._thread = None
-        written, error = self._written, self._error
-        self._written = self._error = None
-        if error is not None:
-            raise error
-        return written
+        return self._written.result()
 
     def measured(self) -> Measurement | None:
         """Wait for and return the measurement of the state that is being committed; None if none is.
@@ -92,18 +87,23 @@ class Writer:
 
         if not commit.is_waited_for:
             give_way()
-        own = self._ledger
         try:
-            own.require_in_place()
-            with Ledger(own.path, clock=own.clock, waiting=own.waiting) as ledger:
-                written = Commits(self._layout, ledger).commit(commit, measured)
-                own.require_in_place()  # if it was removed, records would be lost
-                self._written = written
-                self._call_after_commit(ledger, written.manifest)
+            written = self._commit(commit, measured)
         except BaseException as error:  # raised when the commit is collected
-            self._error = error
+            self._written.set_exception(error)
             if not self._measured.done():
                 self._measured.set_exception(error)
+        else:
+            self._written.set_result(written)
+
+    def _commit(self, commit: Commit, measured: Callable[[Measurement], None]) -> Written:
+        own = self._ledger
+        own.require_in_place()
+        with Ledger(own.path, clock=own.clock, waiting=own.waiting) as ledger:
+            written = Commits(self._layout, ledger).commit(commit, measured)
+            own.require_in_place()  # if it was removed, records would be lost
+            self._call_after_commit(ledger, written.manifest)
+        return written
 
     def _call_after_commit(self, ledger: Ledger, manifest: Manifest) -> None:
         for call in self._after_commit:
