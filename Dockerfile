@@ -2,8 +2,10 @@
 #
 #   docker build --target cpu -t onward:cpu .
 #   docker build --target cuda -t onward:cuda .
-#   docker run -v my-run:/run-dir onward:cpu init --model /run-dir/base
-#   docker run -d -v my-run:/run-dir onward:cpu
+#   docker run --rm -v my-run:/run-dir -v onward-cache:/home/onward/.cache onward:cpu init --model smollm2-135m
+#   docker run -d -v my-run:/run-dir -v onward-cache:/home/onward/.cache onward:cpu
+#
+# The second volume keeps the base model, which only `init` downloads from a hub; one can serve many runs.
 #
 # TORCH_INDEX names the package index that has PyTorch's build for this machine (pytorch.org shows it: for the target
 # cpu the one for "CPU"). Without it the default index is used, whose Linux build is for NVIDIA GPUs.
@@ -30,7 +32,7 @@ RUN torch="$(grep '^torch==' /tmp/constraints.txt)" \
     && pip install --constraint /tmp/constraints.txt "${wheel}[${EXTRAS}]" \
     && rm -rf /tmp/wheels /tmp/constraints.txt \
     && useradd --create-home --uid 1000 onward \
-    && install -d -o onward -g onward /run-dir
+    && install -d -o onward -g onward /run-dir /home/onward/.cache
 ENV ONWARD_RUN=/run-dir
 WORKDIR /run-dir
 VOLUME /run-dir

@@ -19,12 +19,15 @@ class Stream:
         self.ledger = Ledger(self.layout.ledger)
         self.step = 0
         self.file: int | None = None
+        self.being_committed: int | None = None
         self.lineage: list[float] = []
         self.boundaries = [0]
         self.losses = 0
 
-    def train(self, steps: int, *, last: bool) -> None:
-        """Train steps of a file, which is done with the last one."""
+    def train(self, steps: int, *, last: bool, late: bool = False) -> None:
+        """Train steps of a file, which is done with the last one, or if it is late by the next `commit`: the next file
+        begins while its boundary is written.
+        """
         if self.file is None:
             self.position = len(self.boundaries)
             self.file = add_file(
@@ -39,12 +42,22 @@ class Stream:
             metrics.append(StepRecord(self.file, self.step, 1, 0, 2, "d", 20, 10, float(self.losses), 1e-4, 0.5, 0.25))
         metrics.close()
         if last:
-            self.ledger.set_file(self.file, state="done", planned_steps=self.step - self.boundaries[-1])
+            self.commit()
+            self.ledger.set_file(self.file, planned_steps=self.step - self.boundaries[-1])
             self.boundaries.append(self.step)
-            self.file = None
+            self.file, self.being_committed = None, self.file
+            if not late:
+                self.commit()
+
+    def commit(self) -> None:
+        """Commit the boundary that is being written, if there is one."""
+        if self.being_committed is not None:
+            self.ledger.set_file(self.being_committed, state="done")
+        self.being_committed = None
 
     def die_and_train_again(self, steps: int) -> None:
         """Forget uncommitted steps of the file in hand, then train them again: the same bits."""
+        self.commit()
         if self.file is None:
             return
         back = max(self.boundaries[-1], self.step - steps)
@@ -57,6 +70,7 @@ class Stream:
 
     def roll_back(self, boundary: int) -> None:
         """Go back to the boundary after a file."""
+        self.commit()
         step = self.boundaries[boundary]
         with self.ledger.transaction():
             for row in self.ledger.files("training", "done"):

@@ -91,6 +91,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rows_of_tables_have_the_columns_of_their_head(page: Path) -> None:
+    """A row with more cells than its table has columns loses the last ones where the page is rendered."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
+        head, *rows = [len(re.findall(r"(?<!\\)\|", line.strip())) for line in table.splitlines()]
+        assert [head] * len(rows) == rows, table
+
+
 def test_every_module_is_in_the_house() -> None:
     """The picture of the house names every module of the package, and none that is not there."""
     picture = section(DOCS / "architecture.md", "The house").split("```text", 1)[1].split("```", 1)[0]

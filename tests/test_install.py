@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +57,17 @@ def test_the_image_is_made_as_images_should_be() -> None:
     for source in [Path(word).as_posix() for words in copied for word in words]:
         assert (ROOT / source).exists(), source
         assert source in kept, source
+
+
+def test_volumes_are_mounted_where_the_user_may_write() -> None:
+    """A named volume gets the owner of the folder of the image; where there is none, it would be root's. The base's
+    cache is one of them, since the next container does not download it.
+    """
+    (made,) = re.findall(r"install -d -o onward -g onward (.*)", DOCKERFILE)
+    shown = DOCKERFILE + (ROOT / "docs" / "install.md").read_text()
+    for command in re.findall(r"docker run .*", shown):
+        assert ["/run-dir", "/home/onward/.cache"] == re.findall(r"-v [\w-]+:(\S+)", command)
+        assert set(made.split()) >= set(re.findall(r"-v [\w-]+:(\S+)", command))
 
 
 def test_the_health_check_is_that_of_status(run: Path) -> None:
@@ -115,6 +127,27 @@ def test_the_wheel_of_what_the_image_copies_runs(tmp_path: Path) -> None:
         "onward = onward.cli:main"
         in (tmp_path / "installed" / f"{wheel.stem.split('-py3')[0]}.dist-info" / "entry_points.txt").read_text()
     )
+
+
+def test_the_sdist_is_the_checkout(tmp_path: Path) -> None:
+    """It holds every file of the repository, so that whatever the Makefile, the tests and CI read is there."""
+    pytest.importorskip("hatchling", reason="part of onward[dev]")
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    present = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    for name in present:  # a copy, because what else lies in a checkout is nothing of the repository's
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "src" / name)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=tmp_path / "src", check=True,
+        capture_output=True,
+    )  # fmt: skip
+    (made,) = tmp_path.glob("onward-*.tar.gz")
+    with tarfile.open(made) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert set() == present - held
+    assert {"PKG-INFO"} == held - present
 
 
 @pytest.mark.parametrize("platform", ["win32", "cygwin"])

@@ -32,6 +32,7 @@ from onward.errors import ConfigError, DamagedState, ModelError, OnwardError, Us
 from onward.layout import RunLayout
 from onward.service.state.adopt import adopt
 from onward.store.ledger import Ledger
+from onward.training.foreign.scaler import read_scale
 
 METHODS = ("lora", "full")
 STEPS, HORIZON, RATE = 5, 40, 3e-3
@@ -333,6 +334,42 @@ def test_what_does_not_fit_is_refused(
         Run.adopt(folder, tmp_path / "run", str(model))
     assert reason in caught.value.what
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_torn_file_is_damage_and_no_fault_of_the_disk(
+    name: str, share: float, checkpoint: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
+    """Wherever a file ends too early, the refusal says that it is damaged and what can be adopted in its place."""
+    folder = checkpoint("lora")
+    os.truncate(folder / name, int(share * (folder / name).stat().st_size))
+    with pytest.raises(DamagedState) as caught:
+        Run.adopt(folder, tmp_path / "run", str(model))
+    assert "onward train" not in str(caught.value.hint)
+    assert re.search("onward adopt .* --fresh-moments|another checkpoint", str(caught.value.hint))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+def test_a_torn_loss_scale_is_damage(share: float, tmp_path: Path) -> None:
+    """It is not blamed on the disk either."""
+    torch.save({"scale": torch.zeros(20_000)}, tmp_path / "scaler.pt")
+    os.truncate(tmp_path / "scaler.pt", int(share * (tmp_path / "scaler.pt").stat().st_size))
+    with pytest.raises(DamagedState, match="not the state of a GradScaler"):
+        read_scale(tmp_path)
+
+
+@pytest.mark.parametrize("inner", ["", "current_model"])
+def test_a_run_is_no_checkpoint(inner: str, model: Path, tmp_path: Path) -> None:
+    """Who names a run, or its current_model, is told its checkpoint; following the advice works."""
+    run = new_run(tmp_path / "run", model)
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(2)))
+    with pytest.raises(UsageError, match="not a checkpoint") as caught:
+        Run.adopt(tmp_path / "run" / inner, tmp_path / "new", str(model))
+    named = re.search("onward adopt (.*) --run NEW_RUN", str(caught.value.hint))
+    assert named is not None
+    Run.adopt(Path(named[1]), tmp_path / "new", str(model))
+    assert run.status()["global_step"] == Run(tmp_path / "new").status()["global_step"]
 
 
 def test_an_optimizer_of_a_larger_model_is_refused(model: Path, saved: dict[str, Saved], tmp_path: Path) -> None:

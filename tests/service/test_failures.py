@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -24,6 +27,7 @@ from onward.layout import RunLayout
 from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
 from onward.service.owner.alongside.heartbeat import Heartbeat
+from onward.service.owner.crashes import Crash, Deaths
 from onward.service.proof.doctor import examine
 from onward.service.wishes import Wishes
 from onward.status import read_status
@@ -197,6 +201,28 @@ def test_deaths_in_one_file_are_counted(run: Run, before: int, refused: int, sta
     assert refused == run.watch(once=True)
     assert {"10.jsonl": "done", "14.jsonl": state, "7.jsonl": "done"} == states(run)
     assert run.verify().ok
+
+
+def test_a_process_waits_longer_after_each_death_from_the_third_on() -> None:
+    """The first deaths in one place cost no time; then each wait is twice the one before."""
+    assert [0, 0, 0, 2, 4, 8] == [Crash("training", None, Deaths(count=count)).waits for count in range(6)]
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_room_is_what_is_needed_and_the_margin(run: Run, monkeypatch: pytest.MonkeyPatch, missing: int) -> None:
+    """A daemon waits if one byte is missing of both together, and for nothing if none is."""
+
+    class Waits(Exception):
+        pass
+
+    def obey() -> None:
+        raise Waits
+
+    needed, usage = 1000, namedtuple("usage", "free")
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage(needed + (1 << 20) - missing))
+    owned = MagicMock(settings=SimpleNamespace(current=run.config), layout=run.layout, wishes=Wishes())
+    with pytest.raises(Waits) if missing else contextlib.nullcontext():
+        disk.DiskRoom(owned, True, obey).wait(needed)
 
 
 def test_disk_below_the_margin_pauses_and_goes_on(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,10 @@ def test_back_to_a_boundary(to: str, run: Run, stopped: Path) -> None:
     assert_same_state(stopped, run.layout.root)
     assert ["done", "undone", "undone"] == [entry["state"] for entry in run.history()]
     assert run.verify().ok
+    run.rollback("step-3")
+    with Ledger(run.layout.ledger) as ledger:
+        told = [event.message for event in ledger.events(2)]
+    assert [f"went back to step 3; undone: {names}" for names in ("14.jsonl, 6.jsonl", "nothing")] == told
 
 
 def test_another_file_after_going_back(run: Run, stopped: Path, files: list[Path], tmp_path: Path) -> None:

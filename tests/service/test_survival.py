@@ -6,12 +6,13 @@ import os
 import random
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from daemons import hold, until
+from daemons import hold, is_in, until
 from faults import FULL_SIZE
 from processes import kill_after, start, start_command, train
 from runs import new_run
@@ -19,6 +20,10 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.errors import DamagedState, TrainingError
+from onward.service.state.commits import Commits
+from onward.service.state.retention import Retention
+from onward.service.state.settle import Settlement
+from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {
     "evaluation": {"share": 0},
@@ -80,6 +85,30 @@ def test_killed_at_random_instants(
     assert_same_state(uninterrupted, root)
     assert temporary_files(root) == []
     assert Run(root).verify().ok
+
+
+def never_commits() -> None:
+    """Make every commit of this process wait for ever."""
+    Commits.commit = lambda *_: threading.Event().wait()  # type: ignore[assignment,method-assign]
+
+
+def test_killed_before_anything_was_committed(
+    model: Path, files: list[Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Steps taken while the state of step 0 was still being written are lost; their file is owed from its start."""
+    run = new_run(tmp_path / "run", model, **SETTINGS)
+    run.add(*files)
+    process = start_command(tmp_path / "output", "train", "--run", run.layout.root, prepare=never_commits)
+    until(is_in(run, "20.jsonl", 2), process)
+    kill_after(process, 0)
+    assert ["training", "queued", "queued"] == [entry["state"] for entry in run.history()]
+    with Ledger(run.layout.ledger) as ledger:
+        settled = Settlement(run.layout, ledger, Retention.of(run.config)).settle()
+        owed = ledger.files("queued")
+        assert (None, 3, []) == (settled.manifest, len(owed), ledger.steps(owed[0].id))
+    assert train(run.layout.root) == 0
+    assert_same_state(uninterrupted, run.layout.root)
+    assert run.verify().ok
 
 
 @pytest.mark.parametrize("delay", [0.02, 0.1, 0.25, 0.4] if FULL_SIZE else [0.1, 0.4])

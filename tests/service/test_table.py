@@ -9,7 +9,7 @@ from ledgers import made_up_run
 
 from onward.service.knowledge.table import Column, Table, read_newest, read_table
 from onward.store.ledger import Ledger
-from onward.views.grid import grid_csv, grid_lines, grid_svg
+from onward.views.grid import ON_PAPER, grid_csv, grid_lines, grid_svg
 
 
 def score(loss: float, rows: tuple[int, ...] = (1, 2), *, trained: bool = False) -> dict[str, Any]:
@@ -69,6 +69,9 @@ def test_a_grid_without_a_value_says_how_to_get_some() -> None:
     blank = {"loss": [[None] * len(row) for row in grid["loss"]], "anchor": [None] * len(grid["anchor"])}
     (line,) = grid_lines({**grid, **blank})
     assert "onward evaluate measures everything now" in line
+    assert ["nothing has been measured, because nothing has been trained yet; onward train FILE"] == (
+        grid_lines(Table([], [0], [{}], [None]).to_dict())
+    )
 
 
 def test_the_grid_as_text_csv_and_picture() -> None:
@@ -89,6 +92,23 @@ def test_the_grid_as_text_csv_and_picture() -> None:
     picture = grid_svg(grid)
     assert (True, False, False) == ("&lt;a&gt;" in picture, "<a>" in picture, "\x1b" in picture)
     assert 4 * 5 == picture.count("<rect") - 1
+
+
+def test_a_table_of_many_files_is_shown_for_the_newest() -> None:
+    """It grows with the square of the files: text and picture show the newest and say so, CSV has every cell."""
+    columns = [Column(str(place), place, f"{place}.jsonl") for place in range(1, 1001)]
+    rows = [{}, *({column.key: score(float(column.position or 0))} for column in columns)]
+    grid = Table([*columns, Column("q", None, "q.jsonl")], list(range(1001)), rows, [None] * 1001).to_dict()
+    lines = grid_lines(grid)
+    assert ["loss", "after", *(word for place in range(989, 1001) for word in (str(place), f"{place}.jsonl"))] == (
+        lines[0].split()[:-2]
+    )
+    assert ["q.jsonl", "anchor"] == lines[0].split()[-2:]
+    assert ["base", "989", "1000"] == [lines[at].split()[0] for at in (1, 2, 13)]
+    assert "988 earlier files are not shown; onward grid --csv and --json have every file" == lines[14]
+    assert "average loss now   1000.0000" == lines[16]
+    assert (ON_PAPER + 2) * (ON_PAPER + 1) == grid_svg(grid).count("<rect") - 1
+    assert (1002, 1003) == (len(grid_csv(grid).splitlines()), grid_csv(grid).splitlines()[1].count(",") + 1)
 
 
 def test_the_corner_of_the_newest_files_is_that_of_the_whole_table(tmp_path: Path) -> None:

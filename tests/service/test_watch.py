@@ -43,6 +43,31 @@ def test_an_inbox_is_one_run(run: Run, model: Path, tmp_path: Path) -> None:
     assert run.verify().ok
 
 
+def test_an_inbox_that_cannot_be_used_is_told_once(run: Run, tmp_path: Path) -> None:
+    """A file where the inbox should be is named once, however often it is looked at; afterwards files are taken in."""
+
+    def events() -> list[str]:
+        with Ledger(run.layout.ledger, read_only=True) as ledger:
+            found = [event.message for event in ledger.events(1000)]
+        return [message for message in found if "inbox" in message or "taken in again" in message]
+
+    shutil.rmtree(run.layout.inbox)
+    run.layout.inbox.touch()
+    process = watch(run)
+    until(lambda: bool(events()), process)
+    rows_file(tmp_path / "b.jsonl", 4)
+    run.add(tmp_path / "b.jsonl")  # the inbox is looked at before and after it
+    until(lambda: ["b.jsonl"] == done(run), process)
+    run.layout.inbox.unlink()
+    run.layout.inbox.mkdir()
+    rows_file(run.layout.inbox / "a.jsonl", 5)
+    until(lambda: ["b.jsonl", "a.jsonl"] == done(run), process)
+    assert 0 == end(process)
+    problem, again = events()
+    assert problem.startswith("the inbox cannot be used: [Errno 20] Not a directory")
+    assert "files can be taken in again" == again
+
+
 @pytest.mark.slow
 def test_a_large_file_is_checked_beside_the_steps(run: Run, tmp_path: Path) -> None:
     """While one file trains, a large one that arrives is checked in another process and waits in the queue."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from commands import assert_refused, onward
+from runs import new_run
 
 from onward.errors import ConfigError, UsageError
 from onward.views.compare import FIGURES, Comparison, Outcome, Trial, Variant, lines, parse_variants
@@ -63,6 +67,13 @@ def test_what_cannot_be_compared_is_refused(texts: list[str], refusal: type[Exce
     """Fewer than two settings, keys that are locked and keys that change no weight are refused by name."""
     with pytest.raises(refusal, match=reason):
         parse_variants(texts)
+
+
+def test_without_a_finished_file_there_is_nothing_to_compare_on(model: Path, tmp_path: Path) -> None:
+    """The refusal names the command that helps: to train one."""
+    run = new_run(tmp_path / "run", model)
+    refused = onward("compare", "epochs=1", "epochs=2", "--last", "1", "--run", run.layout.root)
+    assert_refused(refused, 2, "0 files are done", "onward train FILE")
 
 
 def test_settings_that_belong_together_are_one_variant() -> None:

@@ -66,6 +66,24 @@ def test_an_adapter_is_peft_s(stream: Path, model: Path, expected: torch.Tensor,
     assert tiny.CHATML == AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
 
 
+def test_an_adapter_whose_base_is_the_run_s_own_says_so(model: Path, tmp_path: Path) -> None:
+    """What PiSSA leaves of a base is in the run alone: export and card say that the adapter fits nothing else, the
+    folder that is named works, and no name of a published model is given."""
+    run = Run.create(tmp_path / "run", str(model), lora={"init": "pissa", "rank": 2, "dropout": 0})
+    run.train(tiny.write_jsonl(tmp_path / "a.jsonl", tiny.chat_rows(2)))
+    outcome = onward("export", tmp_path / "out", "--run", run.layout.root)
+    (named,) = re.findall("the adapter fits no other: pass (.*) on with it", outcome.err)
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named), tmp_path / "out").eval()
+    with hold(run.layout) as point:
+        assert torch.equal(logits(load(run.layout, point).model), logits(whole))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Fits | only the run's own model" in card
+    assert "| Base | run-base |" in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])
+    merged = onward("export", tmp_path / "merged", "--format", "merged", "--run", run.layout.root)
+    assert (0, False) == (merged.status, "fits no other" in merged.err)
+
+
 def test_an_earlier_state(stream: Path, model: Path, tmp_path: Path) -> None:
     """`--at` exports the state after a file, and its card knows nothing of later files."""
     result = export(RunLayout(stream), Wanted(tmp_path / "out", "adapter", "b.jsonl", dtype="bfloat16"))

@@ -304,3 +304,34 @@ def _takes_no_folder(page: Any, tmp_path: Path) -> None:
             "Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": dropped}
         )
     sync_api.expect(page.locator("#toasts")).to_contain_text("rows is a folder")
+
+
+def test_files_whose_names_begin_alike_can_be_told_apart_in_the_grid(tmp_path: Path, browser: Any) -> None:
+    """A name is cut off where it is longer than its cell: the file's position stands before it."""
+    names = [f"2026-11-27-support-chats-part-{number:04d}.jsonl" for number in range(2)]
+    layout = made_up_run(tmp_path / "run", [(name, 3) for name in names], float)
+    with Ledger(layout.ledger) as ledger:
+        for file_id, key in enumerate("ab", start=1):
+            ledger.set_file(file_id, sha256=key)
+            score = {"loss": 1.0, "accuracy": 0.5, "tokens": 5, "rows": [1], "trained": False}
+            grid = {"model": {key: score}, "base": {}, "anchor": None, "names": {}, "cost": 1}
+            ledger.keep_boundary_results(file_id, file_id, {"grid": grid})
+    with serve([layout.root]) as served:
+        page = browser.new_page()
+        page.goto(f"{served.origin}/?token={served.key.token}")
+        heads = page.locator("#grid-table th")
+        expected = ["After", f"1 {names[0]}", f"2 {names[1]}", "the base", f"1 {names[0]}", f"2 {names[1]}"]
+        sync_api.expect(heads).to_have_text(expected)
+
+
+def test_without_scripts_the_page_says_what_it_needs(tmp_path: Path, browser: Any) -> None:
+    """A browser that runs no JavaScript shows why nothing happens, with the commands that tell the same."""
+    layout = made_up_run(tmp_path / "run", [("a.jsonl", 3)], float)
+    other = made_up_run(tmp_path / "other", [("a.jsonl", 3)], float)
+    plain = browser.browser.new_context(java_script_enabled=False)
+    for runs in ([layout.root], [layout.root, other.root]):
+        with serve(runs) as served:
+            page = plain.new_page()
+            page.goto(f"{served.origin}/?token={served.key.token}")
+            assert "This page needs JavaScript" in page.content()
+            sync_api.expect(page.locator("noscript code").first).to_be_visible()

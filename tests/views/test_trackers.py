@@ -81,16 +81,19 @@ def shown(points: Sequence[Point]) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_every_step_is_told_once_whatever_happens(tmp_path: Path, seed: int) -> None:
-    """Trained, killed, rolled back, failing and restarted in any order: what is told is the stream, and nothing twice.
+    """Trained, killed, rolled back, failing and restarted in any order, the next file begun while a boundary is still
+    being committed or not: what is told is the stream, and nothing twice.
 
     Numbers only grow, a step that replaces an undone one says so, and what is not replaced is the run's own curve.
     """
     source, stream, store = random.Random(seed), Stream(tmp_path / "run"), Store()
     feed = Feed(stream.ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
     for _ in range(60):
-        match source.randrange(7):
+        match source.randrange(8):
             case 0 | 1 | 2:
-                stream.train(source.randrange(1, 5), last=source.random() < 0.5)
+                stream.train(source.randrange(1, 5), last=source.random() < 0.5, late=source.random() < 0.5)
+            case 7:
+                stream.commit()
             case 3:
                 stream.die_and_train_again(source.randrange(1, 4))
             case 4:
@@ -111,6 +114,20 @@ def test_every_step_is_told_once_whatever_happens(tmp_path: Path, seed: int) -> 
         went_back = after.step <= before.step
         assert went_back == (after.values["rollbacks"] > before.values["rollbacks"])
         assert not went_back or (after.values["rollbacks"], after.step - 1, before.number) in store.marks
+    stream.ledger.close()
+
+
+def test_the_last_step_of_a_file_is_not_passed_over_while_its_boundary_is_committed(tmp_path: Path) -> None:
+    """The next file begins meanwhile: its steps wait for the one before them, and then all are told in order."""
+    stream, store = Stream(tmp_path / "run"), Store()
+    feed = Feed(stream.ledger, "it", lambda known: store.open(TrackedRun("r", "n", tmp_path, {}, known)))
+    stream.train(3, last=True, late=True)
+    stream.train(2, last=False)
+    feed.tell()
+    assert [1, 2] == [point.step for point in store.points]
+    stream.commit()
+    feed.tell()
+    assert [1, 2, 3, 4, 5] == [point.step for point in store.points]
     stream.ledger.close()
 
 

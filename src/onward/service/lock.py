@@ -40,7 +40,7 @@ class RunLock:
             raise RunLocked(
                 f"another process owns this run: {self.describe_holder()}",
                 where=self._holder.parent,
-                hint="onward status shows what it is doing; onward add gives it more files.",
+                hint="onward status shows what it is doing, onward add gives it more files, onward stop ends it.",
             ) from None
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
         with contextlib.suppress(OSError):  # the lock also works on a full disk

@@ -46,15 +46,16 @@ class Tracking(Database):
         """Return the steps of the stream after a step, each with its file, in order; at most about `limit`.
 
         The last step of a file is returned only when the file is done, when the hooks' measurements at its boundary are
-        known.
+        known. No step of a later file comes before it: that file begins while this one's boundary is committed.
         """
         found: list[tuple[FileRow, StepRecord]] = []
         for row in self._files_after(step):
             sql = "SELECT * FROM steps WHERE file_id = ? AND step > ? ORDER BY step LIMIT ?"
             records = self.records(StepRecord, sql, row.id, step, limit - len(found))
-            last = None if row.state == "done" else row.first_step + (row.planned_steps or 0)
+            is_done = row.state == "done"
+            last = None if is_done else row.first_step + (row.planned_steps or 0)
             found += [(row, record) for record in records if record.step != last]
-            if len(found) >= limit:
+            if len(found) >= limit or not is_done:
                 break
         return found
 

@@ -76,7 +76,10 @@ def _looking(run: Run) -> list[Tool]:
 
 def _asking(run: Run) -> list[Tool]:
     def add(paths: list[str], priority: str = "normal") -> list[dict[str, Any]]:
-        """Check training files of this machine and put them in the stream, all or none. Priority: high, normal, low."""
+        """Check training files of this machine and put them in the stream, all or none. Priority: high, normal, low.
+
+        The answer has one entry per new file; it leaves out those that the stream already has.
+        """
         keys = ("name", "sha256", "rows", "tokens", "state", "note")
         return [{key: row[key] for key in keys} for row in run.add(*paths, priority=priority)]
 

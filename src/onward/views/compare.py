@@ -211,9 +211,8 @@ def _beginning(layout: RunLayout, last: int) -> tuple[int, list[FileRow]]:
         done = ledger.files("done")
         kept = Ownership(layout, ledger).restore_steps()
     if len(done) < last:
-        raise UsageError(
-            f"{len(done)} files are done, but {last} would be trained again", where="--last", hint="--last 1"
-        )
+        what = f"{len(done)} files are done, but {last} would be trained again"
+        raise UsageError(what, where="--last", hint="--last 1" if done else "onward train FILE")
     rows = done[-last:]
     step = rows[0].first_step
     if step not in kept:

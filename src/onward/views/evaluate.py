@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
+
 from onward.config import Config, stored_config
-from onward.errors import UsageError
+from onward.errors import UsageError, first_line
 from onward.layout import RunLayout
 from onward.library.making import open_ledger
 from onward.service.knowledge.evaluation import Evaluation
@@ -128,7 +130,7 @@ def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int 
         if not path.is_file():
             raise UsageError("there is no such file", where=path)
     manager = known.TaskManager(include_path=[str(path.parent.absolute()) for path in own] or None)
-    names = [Path(name).stem if name.endswith(".yaml") else name for name in tasks]
+    names = [task_in(Path(name)) if name.endswith(".yaml") else name for name in tasks]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
         hint = "lm-eval ls tasks lists them; give your own task as a file with its ending, .yaml."
@@ -139,3 +141,27 @@ def _run_harness(model: Any, session: Session, tasks: Sequence[str], limit: int 
         task: {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
         for task, values in found["results"].items()
     }
+
+
+def task_in(path: Path) -> str:
+    """Return the name that a file of the harness gives its group or task, which need not be that of the file.
+
+    Raises:
+        UsageError: the file is not YAML, or names none.
+    """
+    try:
+        values = yaml.load(path.read_bytes(), _Untagged)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"it is not YAML: {first_line(error)}", where=path) from None
+    keys = cast(dict[str, Any], values) if isinstance(values, dict) else {}
+    name = next((keys[key] for key in ("group", "task") if isinstance(keys.get(key), str)), None)
+    if name is None:
+        raise UsageError("it names no task of lm-evaluation-harness", where=path, hint="Write into it: task: NAME")
+    return name
+
+
+class _Untagged(yaml.SafeLoader):
+    """Reads files of the harness without its tags, such as `!function`, which name code."""
+
+
+_Untagged.add_multi_constructor("!", lambda *_: None)

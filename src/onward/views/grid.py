@@ -13,6 +13,8 @@ from rich.cells import cell_len, set_cell_size
 from onward.text import printable
 
 NAME_WIDTH = 16
+ON_SCREEN, ON_PAPER = 12, 50
+"""Files that a terminal shows, and that a heat map or a model card shows: the table grows with their square."""
 TRAINED = "*"
 """Marks files that are measured on rows that were trained."""
 CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
@@ -20,9 +22,34 @@ CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
 Values = Mapping[str, Any]
 
 
-def grid_lines(grid: Values) -> list[str]:
-    """Return the table as lines, with the figures under it."""
-    if not any(value is not None for row in (*grid["loss"], grid["anchor"]) for value in row):
+def newest_corner(grid: Values, count: int) -> tuple[dict[str, Any], str]:
+    """Return the part of the table that is of its newest `count` files, and words on what it leaves out.
+
+    Files that are only measured on stay; so does the row of the base.
+    """
+    placed = [file["position"] for file in grid["files"] if file["position"] is not None]
+    left = placed[:-count]
+    if not left:
+        return dict(grid), ""
+    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] > left[-1]]
+    rows = [at for at, after in enumerate(grid["after"]) if after == 0 or after > left[-1]]
+    cut = {
+        **grid,
+        "files": [grid["files"][at] for at in columns],
+        "after": [grid["after"][at] for at in rows],
+        "loss": [[grid["loss"][row][at] for at in columns] for row in rows],
+        "anchor": [grid["anchor"][row] for row in rows],
+    }
+    are = f"{len(left)} earlier files are" if len(left) > 1 else "1 earlier file is"
+    return cut, f"{are} not shown; onward grid --csv and --json have every file"
+
+
+def grid_lines(whole: Values) -> list[str]:
+    """Return the table of the newest files as lines, with the figures of the whole one under it."""
+    grid, words = newest_corner(whole, ON_SCREEN)
+    if not whole["files"]:
+        return ["nothing has been measured, because nothing has been trained yet; onward train FILE"]
+    if not any(value is not None for row in (*whole["loss"], whole["anchor"]) for value in row):
         return [
             "nothing has been measured yet: evaluation.share in the config limits how much may be measured, "
             "and short files allow little; onward evaluate measures everything now"
@@ -36,7 +63,7 @@ def grid_lines(grid: Values) -> list[str]:
     widths = [max(cell_len(row[column]) for row in (head, *body)) for column in range(len(head))]
     lines = ["  ".join(_padded(cell, width, place) for place, (cell, width) in enumerate(zip(row, widths, strict=True)))
              for row in (head, *body)]  # fmt: skip
-    return [*(line.rstrip() for line in lines), "", *_figures(grid)]
+    return [*(line.rstrip() for line in lines), *([words] if words else []), "", *_figures(whole)]
 
 
 def _figures(grid: Values) -> list[str]:
@@ -65,7 +92,8 @@ def grid_csv(grid: Values) -> str:
 
 
 def grid_svg(grid: Values) -> str:
-    """Return the table as a heat map: in each column the lowest loss is lightest, the highest darkest."""
+    """Return the newest files' table as a heat map: in each column the lowest loss is lightest, the highest darkest."""
+    grid, _ = newest_corner(grid, ON_PAPER)
     columns = [*(_title(file, NAME_WIDTH) for file in grid["files"]), "anchor"]
     rows = [[*row, anchor] for row, anchor in zip(grid["loss"], grid["anchor"], strict=True)]
     width, height = LEFT + CELL * len(columns) + 16, TOP + HIGH * len(rows) + 16

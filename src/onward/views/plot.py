@@ -16,7 +16,7 @@ from onward.errors import UsageError
 from onward.layout import RunLayout
 from onward.store.curve import Span
 from onward.store.ledger import Ledger
-from onward.text import printable
+from onward.text import how_many, printable
 
 FORMATS = ("svg", "png", "pdf")
 POINTS = 4000
@@ -77,8 +77,8 @@ def read_drawing(layout: RunLayout) -> Drawing:
             raise UsageError("the run has no steps yet", where=layout.root.absolute(), hint="onward train FILE")
         count = spans[-1].last - spans[0].first + 1
         columns = as_columns(read_curve(ledger, max(1, -(-count // POINTS))))
-    name = printable(layout.root.absolute().name)
-    return Drawing(columns, [_boundary(span) for span in spans], f"{name}: {count} steps, {len(spans)} files")
+    title = f"{printable(layout.root.absolute().name)}: {how_many(count, 'step')}, {how_many(len(spans), 'file')}"
+    return Drawing(columns, [_boundary(span) for span in spans], title)
 
 
 def _boundary(span: Span) -> tuple[int, str]:

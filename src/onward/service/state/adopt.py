@@ -78,6 +78,22 @@ def adopt(
     if layout.config.exists():
         what = "there is already a config in this directory"
         raise UsageError(what, where=layout.config, hint="Name another directory.")
+    try:
+        return _adopt(checkpoint, layout, model, settings, report, fresh_moments=fresh_moments)
+    except DamagedState as error:
+        hint = error.hint or "Adopt another checkpoint of the same training: each checkpoint-N can be continued."
+        raise DamagedState(error.what, where=error.where, hint=hint) from None
+
+
+def _adopt(
+    checkpoint: Path,
+    layout: RunLayout,
+    model: str | None,
+    settings: Mapping[str, Any],
+    report: Callable[[str], None],
+    *,
+    fresh_moments: bool,
+) -> list[str]:
     adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
     template_name, template = keep_template(adopted.config.chat_template, layout.root)
     base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -83,13 +84,18 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         return cast(dict[str, Any], torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
     except FileNotFoundError:
         raise DamagedState("the optimizer's state is missing", where=path) from None
-    except OSError as error:
-        raise Unreadable.of(error, path) from None
     except Exception as error:
-        refused = error.__context__
-        if isinstance(refused, OSError):  # PyTorch's reader hides it behind its own error
+        refused = refused_read(error)
+        if refused is not None:
             raise Unreadable.of(refused, path) from None
         raise DamagedState(f"the optimizer's state is damaged: {first_line(error)}", where=path) from None
+
+
+def refused_read(error: Exception) -> OSError | None:
+    """Return the system's refusal of a read in an error of `torch.load`; None if the file's content is to blame."""
+    refused = error if isinstance(error, OSError) else error.__context__  # PyTorch's reader hides it behind its own
+    is_torn = isinstance(refused, OSError) and refused.errno == errno.EINVAL  # it seeks to before the start of the file
+    return refused if isinstance(refused, OSError) and not is_torn else None
 
 
 def load_moments(state: TrainState, path: Path, shards: Mapping[str, Cut] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from onward.errors import UsageError
+from onward.layout import MANIFEST, RunLayout
 from onward.text import printable, quoted
 from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
 from onward.training.model.adapter import ADAPTER_WEIGHTS
@@ -62,6 +63,10 @@ def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
     """
     if not path.is_dir():
         raise UsageError("there is no such checkpoint directory", where=path)
+    made = _newest_checkpoint(path) or _newest_checkpoint(RunLayout(path).current)
+    if made is not None and (made / MANIFEST).is_file():
+        hint = f"The run's checkpoint: onward adopt {quoted(made)} --run NEW_RUN"
+        raise UsageError("this is a run of Onward or its current_model, not a checkpoint", where=path, hint=hint)
     found = next((name for name in (OPTIMIZER, FULL_OPTIMIZER) if (path / name).is_file()), None)
     if found is None and not fresh and _newest_checkpoint(path) is not None:
         raise _without_optimizer(path)

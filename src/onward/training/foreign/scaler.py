@@ -8,6 +8,7 @@ import torch
 
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training.checkpoints.huggingface import SCALER
+from onward.training.checkpoints.loading import refused_read
 from onward.training.loss_scale import LossScale
 
 
@@ -23,8 +24,9 @@ def read_scale(checkpoint: Path) -> LossScale:
         return LossScale.from_file(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         return LossScale()
-    except OSError as error:
-        raise Unreadable.of(error, path) from None
     except Exception as error:  # from PyTorch's reader, or what it read
+        refused = refused_read(error)
+        if refused is not None:
+            raise Unreadable.of(refused, path) from None
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise DamagedState(f"this is not the state of a GradScaler: {reason}", where=path) from None

@@ -86,6 +86,11 @@ def base_of_run(root: Path, name: str, report: Callable[[str], None] = lambda _:
     return resolve_base(name, root=root, report=report)
 
 
+def is_own_base(root: Path, folder: Path) -> bool:
+    """Return whether a base is the one that a run made and keeps, so that nobody else has it."""
+    return folder.resolve() == (root / OWN_BASE).resolve()
+
+
 def find_here(name: str, *, root: Path | None = None) -> Path | None:
     """Return the folder of a base model if there is one on this disk; None leaves the name to `resolve_base`.
 

@@ -20,9 +20,11 @@ from onward.service.knowledge.table import BEFORE, GRID
 from onward.status import read_grid, read_history
 from onward.store.ledger import Ledger
 from onward.text import printable
+from onward.training.model.base import is_own_base
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
+from onward.views.grid import ON_PAPER
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -40,10 +42,13 @@ class BaseFacts:
 
 
 def base_facts(layout: RunLayout, folder: Path, digest: str) -> BaseFacts:
-    """Return what is known about a run's base model; a folder of this machine is named by its last part."""
+    """Return what is known about a run's base model; a folder of this machine is named by its last part,
+    and the model that a run made for itself by the run."""
     name = read_config(layout.config).model
     if name in EMBEDDED:
         return BaseFacts(EMBEDDED[name].model, digest, EMBEDDED[name].licence)
+    if is_own_base(layout.root, folder):
+        return BaseFacts(f"{layout.root.absolute().name}-base", digest, _licence(folder))
     known = name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else folder.name
     return BaseFacts(known, digest, _licence(folder))
 
@@ -138,17 +143,21 @@ def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
 
 
 def _grid(grid: dict[str, Any], places: Collection[int]) -> str:
-    """Return the losses of the grid for the files and boundaries of a state, one line per boundary."""
-    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] in places]
-    rows = [
-        ("base" if after == 0 else str(after), *(_loss(losses[at]) for at in columns), _loss(anchor))
+    """Return the losses of the grid for the newest files and boundaries of a state, one line per boundary."""
+    shown = sorted(places)[-ON_PAPER:]
+    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] in shown]
+    lines = [
+        (after, [*(losses[at] for at in columns), anchor])
         for after, losses, anchor in zip(grid["after"], grid["loss"], grid["anchor"], strict=True)
-        if after == 0 or after in places
+        if after == 0 or after in shown
     ]
-    if len(rows) < 2:
+    if not any(value is not None for after, values in lines if after for value in values):
         return ""
+    rows = [("base" if after == 0 else str(after), *map(_loss, values)) for after, values in lines]
     names = [_cell(grid["files"][at]["name"]) for at in columns]
     words = "Mean loss on the rows of each file that it is measured on, and the KL divergence from the base, in nats."
+    if len(shown) < len(places):
+        words += f" The newest {len(shown)} of {len(places)} files are shown."
     return f"## What it knows\n\n{words}\n\n" + _table(("After file", *names, "KL from the base"), rows)
 
 

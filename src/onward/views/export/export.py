@@ -20,7 +20,14 @@ from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout, entries
 from onward.text import quoted
 from onward.training.model.adapter import ADAPTER_WEIGHTS
-from onward.training.model.base import ADAPTER_CONFIG, TOKENIZER, TOKENIZER_FILES, base_of_run, digest_base
+from onward.training.model.base import (
+    ADAPTER_CONFIG,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    base_of_run,
+    digest_base,
+    is_own_base,
+)
 from onward.views.export import gguf
 from onward.views.export.card import BaseFacts, base_facts, verify_now, write_card
 from onward.views.export.merged import write_merged
@@ -149,6 +156,8 @@ class _Writing:
         facts, result = {"Format": str(self._wanted.format)}, dict[str, Any]()
         if self._wanted.format == "adapter":
             self._write_adapter(self._folder)
+            if is_own_base(self._layout.root, self._base):
+                facts["Fits"] = "only the run's own model, in its folder `base/`: on any other it is another model"
         elif converters is None:
             result = self._write_merged(self._folder, self._dtype())
         else:
@@ -183,6 +192,11 @@ class _Writing:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         self._copy_tokenizer(folder)
         self._report(f"the adapter of {self._point.label}; its base is {self._facts.name}")
+        if is_own_base(self._layout.root, self._base):
+            self._report(
+                f"that base is the run's own, and the adapter fits no other: pass {quoted(self._base)} on with it, or "
+                "export --format merged"
+            )
 
     def _write_merged(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         merging = write_merged(self._point.folder, self._base, dtype, folder)

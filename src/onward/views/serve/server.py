@@ -109,7 +109,7 @@ def listen(host: str, port: int, key: str | None) -> socket.socket:
 class Following:
     """While its body runs, switches from the answering commit to the newest one without interrupting answers.
 
-    A commit that cannot be loaded is reported once, and the one in memory continues to answer.
+    What keeps the newest commit from being loaded is reported once, and the one in memory continues to answer.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Following:
     ) -> None:
         self._layout, self._engine, self._mark = layout, engine, mark
         self._said, self._give_way = said, give_way
+        self._problem = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="onward-follow", daemon=True)
 
@@ -135,10 +136,18 @@ class Following:
 
     def _run(self) -> None:
         while not self._end.wait(LOOK_SECONDS):
-            try:
-                self.look()
-            except OnwardError as error:
-                self._said(f"the newest commit cannot be loaded: {error}")
+            self.try_to_look()
+
+    def try_to_look(self) -> None:
+        """Switch to the newest commit, or say why that is impossible if it was not said before."""
+        problem = ""
+        try:
+            self.look()
+        except OnwardError as error:
+            problem = f"the newest commit cannot be loaded: {error}"
+        if problem and problem != self._problem:
+            self._said(problem)
+        self._problem = problem
 
     def look(self) -> None:
         """Switch to the newest commit, if it is another.

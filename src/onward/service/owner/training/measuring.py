@@ -99,11 +99,10 @@ class Measuring:
         if not (config.evaluation.share or judge):
             return
         with self._showing("tokenizing"):
-            if config.evaluation.share:
-                evaluation.require_questions(config)
-                place = (state.cursor.position + 1, state.step)
-                measure = partial(evaluation.before, state.model, row, config, tokens, place)
-                results |= self._or_nothing(BEFORE, state.step, measure)
+            evaluation.require_questions(config)
+            place = (state.cursor.position + 1, state.step)
+            measure = partial(evaluation.before, state.model, row, config, tokens, place)
+            results |= self._or_nothing(BEFORE, state.step, measure)
             if judge and evaluation.is_possible:
                 answers = partial(evaluation.answers, state.model, row, tokens)
                 results |= self._or_nothing(ANSWERS, state.step, lambda: {ANSWERS: answers()})

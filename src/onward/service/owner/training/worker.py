@@ -32,6 +32,7 @@ from onward.service.state.ownership import Ownership
 from onward.store.ledger import Ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import FileRow
+from onward.text import how_many
 from onward.training.boundary import cross_boundary
 from onward.training.device.memory import gpu_is_crowded
 from onward.training.schedule import require_horizon, require_unstretched
@@ -233,7 +234,7 @@ class Worker:
 
         def done(ledger: Ledger) -> None:
             ledger.move_file(row.id, "done", finished=ledger.clock())
-            ledger.add_event("info", f"{row.name} done: {plan.steps} steps", step, kind="done")
+            ledger.add_event("info", f"{row.name} done: {how_many(plan.steps, 'step')}", step, kind="done")
 
         end = FileDone(row.name, self.state.cursor.position, step - plan.steps + 1, step)
         yield from self._collect(wait=True)

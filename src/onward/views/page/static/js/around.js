@@ -103,9 +103,10 @@ function showGrid(grid) {
   show("grid", isMeasured);
   if (!isMeasured) return;
   const names = new Map(grid.files.map((file) => [file.position, file.name]));
-  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, file.trained ? `* ${file.name}` : file.name)));
+  const place = (position, name) => [position, name].filter(Boolean).join(" "); // names that begin alike differ where they are cut off
+  const head = make("tr", {}, make("th", { scope: "col" }, "After"), ...grid.files.map((file) => make("th", { scope: "col", class: "num", title: file.name }, (file.trained ? "* " : "") + place(file.position, file.name))));
   const lines = grid.after.map((after, line) => make("tr", {},
-    make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : names.get(after) ?? `file ${after}`),
+    make("th", { scope: "row", title: names.get(after) ?? "" }, after === 0 ? "the base" : place(after, names.get(after))),
     ...grid.files.map((_, index) => cell(grid.loss.map((row) => row[index]), line))));
   byId("grid-table").replaceChildren(make("caption", { class: "unseen" }, "Loss on each file after each file"), make("thead", {}, head), make("tbody", {}, ...lines));
   say("grid-words", gridWords(grid));
@@ -116,7 +117,7 @@ function gridWords(grid) {
   const parts = [grid.files.some((file) => file.trained === false) ? "Measured on held-out rows, which are never trained." : ""];
   if (grid.files.some((file) => file.trained)) parts.push("* Measured on rows that were trained: what is retained, not how well it generalizes.");
   if (grid.loss.some((row) => row.includes(null))) parts.push("A dash was not measured: evaluation.share bounds the cost. onward evaluate measures a state on everything.");
-  if (grid.earlier) parts.push(`${files(grid.earlier)} before these: onward grid shows all.`);
+  if (grid.earlier) parts.push(`${files(grid.earlier)} before these: onward grid --csv has all.`);
   return parts.filter(Boolean).join(" ");
 }
 
