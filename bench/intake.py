@@ -18,8 +18,9 @@ from typing import Any
 from measuring import child, docstrings, held_against, interleaved, resident, spread
 
 from onward.data.files.sources import read_rows
+from onward.data.row_tokenizer import RowTokenizer
 from onward.data.rows.records import parse_record
-from onward.data.tokenize import CHUNK_ROWS, RowTokenizer, tokenize_file
+from onward.data.tokenize import CHUNK_ROWS, tokenize_file
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.training.model.base import resolve_base

@@ -177,7 +177,7 @@ def trained_tokens(run: Any) -> int:
     from onward.training.steps.anchor import ROWS_PER_TEXT
 
     with Ledger(run.layout.ledger, read_only=True) as ledger:
-        tokens = ledger.trained_tokens(1 << 60)
+        tokens = sum(ledger.tokens_of(row.id) for row in ledger.files("training", "done"))
     anchor, steps = run.config.anchor, run.status()["global_step"]
     return tokens + (steps * max(1, BATCH // ROWS_PER_TEXT) * anchor.tokens if anchor.weight else 0)
 
@@ -218,7 +218,7 @@ def _summed(last: Mapping[str, float], best: Mapping[str, float], trial: Trial) 
 
 def divergence(run: Any, at: str | None = None) -> float:
     """Return KL(base || model) in nats per token on texts that the base wrote and that no policy trains on."""
-    from onward.making import open_ledger
+    from onward.library.making import open_ledger
     from onward.service.knowledge.anchor import anchor_rows
     from onward.service.session import open_session
     from onward.training.measuring.scores import Compute, Meter
@@ -258,7 +258,7 @@ def released(run: Any, trial: Trial, found: Mapping[str, Any]) -> dict[str, Any]
 
 def measured_questions(run: Any, at: str) -> dict[str, float]:
     """Return the losses of a release on the files of `evaluation.files`."""
-    from onward.making import open_ledger
+    from onward.library.making import open_ledger
     from onward.service.knowledge.evaluation import Evaluation
     from onward.service.session import open_session
     from onward.training.model.load import build_model

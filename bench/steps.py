@@ -20,7 +20,9 @@ from measuring import tune_process
 from onward import Run
 from onward.config import Config
 from onward.data.plan.order import FilePlan
-from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
+from onward.data.row_tokenizer import RowTokenizer
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import TokenizedFile
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 from onward.events import StepTaken

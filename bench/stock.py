@@ -28,7 +28,7 @@ class TokenRows:
     """Rows that Onward tokenized, mapped into memory: a peer that resumes need not tokenize them again."""
 
     def __init__(self, folder: Path) -> None:
-        from onward.data.tokenize import TokenizedFile
+        from onward.data.tokenized import TokenizedFile
 
         self._file = TokenizedFile.open(folder, verify=False)
 

@@ -25,12 +25,14 @@ from onward.config import Config
 from onward.config.keys import SECTIONS, acts
 from onward.config.schema import schema_text
 from onward.config.text import parse_config
+from onward.data.files.faults import FileError
 from onward.data.files.formats import COMPRESSIONS, listed
-from onward.data.files.sources import FileError, read_rows
+from onward.data.files.sources import read_rows
+from onward.data.report import PROBLEMS_SHOWN
+from onward.data.row_types import RowError
 from onward.data.rows import messages, records
 from onward.data.rows.columns import ANSWERS, BESIDES, QUESTIONS
-from onward.data.rows.records import RowError, parse_record
-from onward.data.tokenize import PROBLEMS_SHOWN
+from onward.data.rows.records import parse_record
 from onward.errors import ConfigError
 
 DOCS = Path(__file__).parent

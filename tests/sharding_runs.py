@@ -25,7 +25,7 @@ from onward.data.plan.order import RowReference, make_plan
 from onward.data.tokenized import Row
 from onward.errors import RankLost
 from onward.ranks import place_here
-from onward.training.checkpoints.checkpoint import Contents, Facts, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, inspect_checkpoint
 from onward.training.device.execution import Execution
 from onward.training.layers.recompute import Recomputation
 from onward.training.measuring.handover import measure
@@ -36,7 +36,7 @@ from onward.training.ranks.exchange import InTurn
 from onward.training.ranks.forming import form
 from onward.training.seeds import seeded
 from onward.training.sharding.exchange import WholeExchange
-from onward.training.sharding.files import host_mesh, load_shards, read_manifest, require_files, write_shards
+from onward.training.sharding.files import host_mesh, write_shards
 from onward.training.sharding.loading import load_sharded
 from onward.training.sharding.measuring import digest_in_shards, probe_in_shards
 from onward.training.sharding.model import ShardedModel, decoder_layers
@@ -132,16 +132,15 @@ def in_group(function: Callable[..., None], *arguments: object) -> None:
 def train_in_shards(
     folder: Path, steps: range, source: Path | None, target: Path, dtype: torch.dtype, recomputed: bool
 ) -> None:
-    """Load a whole model's state that any number of ranks wrote, train some steps, and write it again."""
-    config, model = built(folder, "full", dtype)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    sharded = ShardedModel(model, mesh)
-    state, shards = start_sharded(sharded, config)
-    if source is not None:
-        manifest = read_manifest(source)
-        require_files(source, manifest, dist.get_rank(), dist.get_world_size())
-        load_shards(source, manifest, state, shards, host_mesh())
-    loss_of, recomputation = loss_in_shards(sharded, CPU, dtype), Recomputation(model)
+    """Start from a model or load a checkpoint into shards, train some steps, and write the shards."""
+    config = config_of(folder, "full")
+    spec, mesh = ModelSpec(config, folder, CPU, dtype), init_device_mesh("cpu", (dist.get_world_size(),))
+    if source is None:
+        sharded = ShardedModel(build_model(spec), mesh)
+        state, shards = start_sharded(sharded, config)
+    else:
+        sharded, state, shards = load_sharded(source, verified(source), spec, mesh)
+    loss_of, recomputation = loss_in_shards(sharded, CPU, dtype), Recomputation(sharded.model)
     in_shards = InShards[Part](sharded, shards, loss_of)
     told: list[list[float]] = []
 
@@ -204,13 +203,18 @@ def contents_of(model: nn.Module, state: Snapshot, base: Path) -> Contents:
     return Contents(model, state, config_of(base, "full"), measure(state, Probed(1.0, "")), facts)
 
 
+def verified(checkpoint: Path) -> Manifest:
+    """Return the manifest of a checkpoint whose files are as it states."""
+    manifest = inspect_checkpoint(checkpoint).verified
+    assert manifest is not None
+    return manifest
+
+
 def cut_checkpoint(base: Path, checkpoint: Path, target: Path) -> None:
     """Load a checkpoint into shards, and write those."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    manifest = inspect_checkpoint(checkpoint).verified
-    assert manifest is not None
     spec = ModelSpec(config_of(base, "full"), base, CPU, torch.float32)
-    _, state, shards = load_sharded(checkpoint, manifest, spec, mesh)
+    _, state, shards = load_sharded(checkpoint, verified(checkpoint), spec, mesh)
     write_shards(target, state.snapshot(), shards, host_mesh())
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -197,3 +199,28 @@ def _small(kind: type[PreTrainedConfig], wins: Mapping[str, Any]) -> dict[str, A
 
 def _is_of_words(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def beside_weights(model: nn.Module) -> dict[str, Any]:
+    """Return copies of the buffers of a model, and of the plain values of the modules that hold them, by name."""
+    plain = (bool, int, float, str, type(None), torch.Tensor)
+    found: dict[str, Any] = {}
+    for place, module in model.named_modules():
+        if module._buffers:
+            held = {name: value for name, value in vars(module).items() if isinstance(value, plain)}
+            named = {**held, **module._buffers, "training": None}
+            found |= {f"{place}:{type(module).__name__}.{name}": copy.deepcopy(value) for name, value in named.items()}
+    return found
+
+
+def changed_beside_weights(model: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Return which of these values have changed since, by module type and name."""
+    after = beside_weights(model)
+    same = {name for name in before.keys() & after.keys() if _is_same(before[name], after[name])}
+    return sorted(name.rpartition(":")[2] for name in (before.keys() | after.keys()) - same)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return one is None and other is None if one is None or other is None else bool(one == other)

@@ -22,8 +22,8 @@ from typing import Any, TypeAlias
 import tiny
 from trait_templates import template_text, trl_folder
 
+from onward.data.row_types import Chat, RowError
 from onward.data.rows import records
-from onward.data.rows.records import Chat, RowError
 from onward.data.rows.template import ChatTemplate
 
 Span: TypeAlias = tuple[int, int]

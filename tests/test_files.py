@@ -16,8 +16,10 @@ from commands import assert_refused, make_run, onward
 from onward.config import Config
 from onward.config.keys import NEW_RUN
 from onward.config.text import read_config
-from onward.data.files.reading import BadRows, Reading
+from onward.data.files.reading import BadRows
 from onward.data.row_tokenizer import cache_key
+from onward.data.tokenized import FORMAT
+from onward.digest import sha256_json
 from onward.errors import UsageError
 from onward.service.intake.hub import Hub, HubName, is_hub_name
 from onward.service.wishes import Stopped
@@ -53,7 +55,7 @@ def test_a_new_run_keeps_all_of_a_text_and_an_old_one_reads_as_it_did(model: Pat
     (run / "onward.yaml").write_text(f"model: {model}\nmax_length: 40\n")
     old = read_config(run / "onward.yaml")
     assert ("truncate", "line") == (old.over_length, old.text.documents)
-    assert cache_key("a", "b", 40, "truncate") == cache_key("a", "b", 40, "truncate", Reading.of(old).settings())
+    assert sha256_json([FORMAT, "a", "b", 40, "truncate"]) == cache_key("a", "b", old)
     added = onward("add", text, "--again", "--run", run)
     assert "accepted book.txt: 4 rows, " in added.err
 

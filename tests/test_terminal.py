@@ -18,15 +18,17 @@ from rich.console import Console
 from rich.progress import Progress
 
 from onward import cli
+from onward.cli.tables import print_history, status_lines
 from onward.errors import UsageError
 from onward.events import Committed, Event, FileDone, FileStarted, Note, Resumed, StepTaken
 from onward.layout import RunLayout
-from onward.progress import Bar, InOrder, bar_columns, describe, duration, print_history, size, status_lines
+from onward.progress import Bar, InOrder, bar_columns, describe
 from onward.service.outside.reporting import NewNotes
 from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.rows import EventRow
 from onward.terminal import tolerant
+from onward.text import duration, size
 
 NASTY = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e.jsonl"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}

@@ -167,7 +167,7 @@ def modules(what: str, shape: str) -> list[str]:
         return []
     if what == "resume":
         return model_modules(shape)
-    run = ("onward.run", "onward.making", "onward.service.owner.daemon", "onward.service.owner.process")
+    run = ("onward.run", "onward.library.making", "onward.service.owner.daemon", "onward.service.owner.process")
     return [*onward_modules(shape), *run, "transformers.training_args", "transformers.trainer_callback"]
 
 

@@ -117,10 +117,6 @@ class Hub:
         self._warned: set[int] = set()
         self._warn = warn
 
-    def add(self, observe: Observe) -> None:
-        """Add an observer, which is called with every event from now on."""
-        self._observers.append(observe)
-
     def tell(self, event: Event) -> None:
         """Pass an event to every observer that was not dropped."""
         for observe in tuple(self._observers):

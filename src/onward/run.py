@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from onward.events import Observe
 from onward.layout import RunLayout
-from onward.making import create, open_ledger, place_for_run
-from onward.owning import Loading, Owning, PathLike, Report, silent
+from onward.library.making import create, open_ledger, place_for_run
+from onward.library.owning import Loading, Owning, PathLike, Report, silent
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.holder import is_held

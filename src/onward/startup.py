@@ -122,14 +122,14 @@ def set_environment(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault(name, value)
 
 
-def set_tracker_environment(local: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+def set_tracker_environment(local: Path) -> None:
     """Set the variables that trackers read when they are imported; the user's own values stay.
 
     Args:
         local: the folder of trackers that were not told to keep their data elsewhere.
     """
     for name, value in {**_TRACKERS, "TRACKIO_DIR": str((local / "trackio").absolute())}.items():
-        environment.setdefault(name, value)
+        os.environ.setdefault(name, value)
 
 
 def keep_freed_memory() -> None:

@@ -21,6 +21,8 @@ FAILURES = 100
 """How many of the newest events are searched for the last failure."""
 PACE = 20
 """Steps over which speed is averaged."""
+RECENT = 5
+"""How many of the newest events are shown with the status."""
 
 
 def read_status(layout: RunLayout) -> dict[str, Any]:
@@ -107,11 +109,11 @@ def _pace(live: list[StepRecord], current: FileRow | None, state: str) -> dict[s
     }
 
 
-def recent_events(layout: RunLayout, limit: int = 5) -> list[EventRow]:
+def recent_events(layout: RunLayout) -> list[EventRow]:
     """Return the newest events, oldest first."""
     layout.require()
     with Ledger(layout.ledger, read_only=True) as ledger:
-        return ledger.events(limit)
+        return ledger.events(RECENT)
 
 
 def read_history(layout: RunLayout, known: dict[Finished, Values] | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Makes text from others safe on a terminal: names and contents can neither move the cursor nor end a quotation."""
+"""Text for people. What comes from others is made safe: it can neither move the cursor nor end a quotation."""
 
 from __future__ import annotations
 
@@ -36,6 +36,26 @@ def quoted(word: object) -> str:
 def how_many(count: int, noun: str) -> str:
     """Return a count with a noun whose plural ends in `s`: `1 row`, `2 rows`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in its two largest units."""
+    whole = round(seconds)
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in decimal units, with at most three digits."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
 
 
 def _is_shown(character: str) -> bool:

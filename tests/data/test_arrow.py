@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from onward.data.files.arrow_ipc import messages_of
+from onward.data.files.columnar.arrow_ipc import messages_of
+from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
 from onward.data.files.reading import Reading
-from onward.data.files.sources import FileError, read_rows
+from onward.data.files.sources import read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 

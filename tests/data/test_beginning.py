@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from onward.data.files.sources import FileError, read_rows
+from onward.data.files.faults import FileError
+from onward.data.files.sources import read_rows
 
 ROWS: list[Any] = [{"text": "one"}, {"prompt": "two", "completion": "é"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

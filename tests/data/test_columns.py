@@ -9,8 +9,9 @@ import yaml
 
 from onward.config.text import parse_config
 from onward.data.files.reading import Reading
+from onward.data.row_types import Completion, Record, RowError, Text
 from onward.data.rows.columns import ANSWERS, FORMATS, QUESTIONS, Columns
-from onward.data.rows.records import Completion, Record, RowError, Text, parse_record
+from onward.data.rows.records import parse_record
 
 CHAT = parse_record({"instruction": "Q", "output": "A"})
 WITH_CONTEXT = parse_record({"instruction": "Q", "input": "C", "output": "A"})

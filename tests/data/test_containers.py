@@ -19,7 +19,7 @@ import zstandard
 from tiny import byte_state
 
 from onward.data.files.archives import DIRECTORY_BYTES
-from onward.data.files.containers import FileError
+from onward.data.files.faults import FileError
 from onward.data.files.formats import PACKED
 from onward.data.files.limits import Limits
 from onward.data.files.reading import Reading

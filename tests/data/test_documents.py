@@ -13,9 +13,10 @@ from tiny import byte_state
 
 from onward.data.files.containers import SourceFile
 from onward.data.files.documents import SAMPLE, detected
+from onward.data.files.faults import FileError
 from onward.data.files.limits import Limits
 from onward.data.files.reading import Documents, Reading
-from onward.data.files.sources import FileError, read_rows, rows_of
+from onward.data.files.sources import read_rows, rows_of
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file

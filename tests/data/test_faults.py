@@ -18,14 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import byte_state, chat_rows, write_jsonl
 
+from onward.data.files.columnar.parquet_footer import StatedGroup, stated_groups
 from onward.data.files.containers import SourceFile, check_readable
 from onward.data.files.faults import FileError, SourceChanged, refusal_of
 from onward.data.files.limits import DEFAULT_LIMITS, Limits
-from onward.data.files.parquet_footer import StatedGroup, stated_groups
 from onward.data.files.reading import Reading
 from onward.data.files.sources import read_rows
+from onward.data.report import IntakeReport, Problem
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.tokenize import IntakeReport, Problem, tokenize_file
+from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file
 from onward.errors import ModelError
 

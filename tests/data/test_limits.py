@@ -13,9 +13,10 @@ from tiny import byte_state, write_jsonl
 
 from onward.config import Config
 from onward.config.text import parse_config
+from onward.data.files.faults import FileError
 from onward.data.files.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
 from onward.data.files.reading import Reading
-from onward.data.files.sources import FileError, read_rows
+from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.tokenize import tokenize_file
 from onward.digest import sha256_file

@@ -13,8 +13,9 @@ from tiny import byte_state, chat_rows, write_jsonl
 
 from onward.data.plan.loader import Batch, batch_at, flatten, pad
 from onward.data.plan.order import FilePlan, Plan, RowReference
-from onward.data.tokenize import RowTokenizer, TokenizedFile, tokenize_file
-from onward.data.tokenized import Row
+from onward.data.row_tokenizer import RowTokenizer
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import Row, TokenizedFile
 from onward.digest import sha256_file
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onward.data.plan.order import FilePlan, Permutation, RowReference, row_order, rows_digest
+from onward.data.plan.order import FilePlan, RowReference, row_order, rows_digest
+from onward.data.plan.permutation import Permutation
 
 SHA = "ab" * 32
 SECOND = [96, 74, 87, 19, 14, 97, 8, 43, 83, 2]

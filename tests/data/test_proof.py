@@ -15,8 +15,9 @@ from tiny import byte_state, byte_tokenizer
 from tokenizers import processors
 
 from onward.data.row_tokenizer import RowTokenizer
+from onward.data.row_types import Chat, RowError
 from onward.data.rows.end_tokens import without_marks
-from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.rows.records import parse_record
 from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 

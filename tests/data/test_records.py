@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from onward.data.rows.records import Chat, Completion, RowError, Text, parse_record
+from onward.data.row_types import Chat, Completion, RowError, Text
+from onward.data.rows.records import parse_record
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}

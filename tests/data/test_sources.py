@@ -11,10 +11,12 @@ import pytest
 import zstandard
 
 from onward.data.files import json_rows
-from onward.data.files.formats import unit_of
+from onward.data.files.faults import FileError
+from onward.data.files.formats import file_format, unit_of
 from onward.data.files.limits import Limits
+from onward.data.files.lines import SourceRow
 from onward.data.files.reading import Reading
-from onward.data.files.sources import FileError, SourceRow, file_format, read_rows
+from onward.data.files.sources import read_rows
 
 ROWS = [{"text": "one"}, {"text": "zwei \U0001f600 \u00e9"}, {"text": "three\n"}]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.rows.records import Completion, Text, parse_record
+from onward.data.row_types import Completion, Text
+from onward.data.rows.records import parse_record
 from onward.data.splitting import INSIDE, cuts, places_of_bytes, places_of_ranges
-from onward.data.tokenize import TokenizedFile, tokenize_file
-from onward.data.tokenized import TARGET_BIT, PackedRow
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import TARGET_BIT, PackedRow, TokenizedFile
 from onward.data.tokenizer import TokenizerState
 from onward.digest import sha256_file
 

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onward.data.files.faults import FileError
 from onward.data.files.limits import DEFAULT_LIMITS, Limits
 from onward.data.files.lines import SourceRow
 from onward.data.files.reading import Reading
-from onward.data.files.sources import FileError, read_rows
+from onward.data.files.sources import read_rows
 from onward.data.files.table import table_rows
 
 FIELD = st.text(st.sampled_from("ab,;\t|\"'\r\n \u00e9"), max_size=8)

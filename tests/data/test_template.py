@@ -4,7 +4,8 @@ from hypothesis import strategies as st
 from tiny import CHATML, TOKENIZERS, byte_state, byte_tokenizer
 from trait_templates import template_text
 
-from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.row_types import Chat, RowError
+from onward.data.rows.records import parse_record
 from onward.data.rows.template import ChatTemplate
 from onward.data.templates.rendering import Renderer
 from onward.data.tokenizer import TokenizerState

@@ -11,7 +11,7 @@ from tiny import CHATML, byte_state
 from trait_templates import template_text
 
 from onward.config import Config
-from onward.data.rows.records import Chat, RowError
+from onward.data.row_types import Chat, RowError
 from onward.data.templates.own_template import training_twin
 from onward.service.intake.rules import RunTokenizer
 

@@ -19,7 +19,8 @@ from trait_templates import template_text
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onward.data.row_tokenizer import RowTokenizer
-from onward.data.rows.records import Completion, RowError, Text, parse_record
+from onward.data.row_types import Completion, RowError, Text
+from onward.data.rows.records import parse_record
 from onward.data.tokenized import FORMAT, unpack
 from onward.data.tokenizer import TokenizerState, load_tokenizer_state, save_tokenizer_state, tokenizer_files_digest
 from onward.digest import sha256_json

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from tiny import byte_tokenizer
 
-from onward.data.rows.records import Chat, RowError, parse_record
+from onward.data.row_types import Chat, RowError
+from onward.data.rows.records import parse_record
 from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 

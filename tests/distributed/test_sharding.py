@@ -56,12 +56,22 @@ def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "two"
 
 
+@pytest.fixture(scope="module")
+def committed(model: Path, written: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint that is made of those shards, as a commit makes it."""
+    folder = tmp_path_factory.mktemp("committed")
+    _, bare = sharding_runs.built(model, "full", torch.float32)
+    whole = whole_state(written, read_manifest(written), bare, ADAMW, folder)
+    write_checkpoint(folder / "checkpoint", sharding_runs.contents_of(whole.model, whole.state, model))
+    return folder / "checkpoint"
+
+
 @pytest.mark.parametrize(("size", "recomputed"), [(4, True), (3, False)])
 def test_two_ranks_and_then_others_give_the_bits_of_one_device(
-    model: Path, written: Path, tmp_path: Path, size: int, recomputed: bool
+    model: Path, written: Path, committed: Path, tmp_path: Path, size: int, recomputed: bool
 ) -> None:
     """Two steps on two ranks, then two on others, with four parts: weights, moments, losses and norms of one device."""
-    arguments = (model, range(2, 4), written, tmp_path / "last", torch.float32, recomputed)
+    arguments = (model, range(2, 4), committed, tmp_path / "last", torch.float32, recomputed)
     assert [0] * size == call_on_ranks(sharding_runs.in_group, size, sharding_runs.train_in_shards, *arguments)
     state, told = sharding_runs.on_one_device(model, "full", 4)
     first, last = (json.loads(path.with_suffix(".json").read_text()) for path in (written, tmp_path / "last"))

@@ -14,7 +14,7 @@ from runs import new_run
 
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.service.intake.inbox import Inbox
 from onward.service.state.retention import DAY, Retention
 from onward.store.ledger import Ledger, make_ledger
@@ -147,7 +147,7 @@ def move_in(layout: RunLayout, *paths: Path) -> list[str]:
     with Ledger(layout.ledger) as ledger:
         arrivals = Arrivals(layout, ledger)
         arrivals.announce([(path, 0) for path in paths], "c")
-        return [row.copy for row in arrivals.bring_in(ledger.announced(), Guard())]
+        return [row.copy for row in arrivals.bring_in(ledger.announced(), Spending())]
 
 
 def test_files_are_moved_never_over_another(layout: RunLayout) -> None:
@@ -193,7 +193,7 @@ def killed_before_the_move(layout: RunLayout, path: Path) -> None:
         arrivals = Killed(layout, ledger)
         arrivals.announce([(path, 0)], "c")
         with pytest.raises(KeyboardInterrupt):
-            arrivals.bring_in(ledger.announced(), Guard())
+            arrivals.bring_in(ledger.announced(), Spending())
 
 
 def clean(layout: RunLayout) -> list[tuple[str, str]]:

@@ -23,8 +23,8 @@ from onward.errors import NoSpace, OnwardError
 from onward.events import StepTaken
 from onward.service.client import Patience, request
 from onward.service.holder import SILENCE
+from onward.service.intake.budget import Spending
 from onward.service.intake.file_check import FileCheck
-from onward.service.intake.guard import Guard
 from onward.service.intake.lock import IntakeLock
 from onward.service.owner import daemon
 from onward.service.owner.process import account, operate
@@ -72,10 +72,10 @@ class Stuck:
         while True:
             time.sleep(60)
 
-    def _check(self, _row: Any, _rules: Any, _original: Path, guard: Guard) -> Any:
+    def _check(self, _row: Any, _rules: Any, _original: Path, spending: Spending) -> Any:
         self._arrive()
         while True:
-            guard()
+            spending.spend_row()
             time.sleep(0.01)
 
 

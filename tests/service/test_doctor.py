@@ -18,7 +18,7 @@ from runs import new_run
 
 from onward import Run
 from onward.errors import DamagedState
-from onward.layout import RunLayout, step_of
+from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.holder import is_held
 from onward.service.lock import RunLock
 from onward.service.proof.doctor import Finding, examine
@@ -26,7 +26,7 @@ from onward.status import read_history, read_status
 from onward.store.ledger import Ledger, make_ledger
 from onward.store.metrics import Metrics
 from onward.store.rows import StepRecord
-from onward.training.checkpoints.checkpoint import MANIFEST, Manifest
+from onward.training.checkpoints.checkpoint import Manifest
 
 NOBODY = 65534
 FILE: dict[str, Any] = {

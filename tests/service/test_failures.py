@@ -26,8 +26,8 @@ from onward.events import FileDone, Note, StepTaken
 from onward.layout import RunLayout
 from onward.service.holder import read_heartbeat
 from onward.service.owner import disk
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.crashes import Crash, Deaths
-from onward.service.owner.heartbeat import Heartbeat
 from onward.service.proof.doctor import examine
 from onward.service.wishes import Wishes
 from onward.status import read_status

@@ -148,6 +148,6 @@ def test_who_is_blamed_for_lack_of_memory_in_a_step(form: Callable[[], Exception
         yield
 
     with pytest.raises(StepFailed) as raised:
-        next(watched(steps(), 1, Still(), lambda: crowded))  # type: ignore[arg-type]
+        next(watched(steps(), Still(), lambda: crowded))  # type: ignore[arg-type]
     assert (not crowded) is faults.blames_file(raised.value)
-    assert faults.blames_file(StepFailed(1, IndexError("a row"), crowded=True))
+    assert faults.blames_file(StepFailed(IndexError("a row"), crowded=True))

@@ -23,12 +23,12 @@ from onward import Run
 from onward.errors import DamagedState, FileRejected
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
+from onward.service.intake.budget import Budget, BudgetSpent, Spending
 from onward.service.intake.checking import Intake
 from onward.service.intake.file_check import ATTEMPTS
-from onward.service.intake.guard import Budget, BudgetSpent, Guard
 from onward.service.intake.refusals import Refusal, keep_refused
 from onward.service.intake.writers import is_being_written
-from onward.service.owner.checker import Checker
+from onward.service.owner.alongside.checker import Checker
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
 
@@ -155,7 +155,7 @@ def test_a_budget_that_is_spent_leaves_the_file_and_counts_no_attempt(run: Run) 
         announce(run.layout, ledger, "a.jsonl")
         intake = Intake(run.layout, ledger)
         for budget in (Budget(size=10), Budget(rows=5, seconds=600.0), Budget(seconds=0.0)):
-            row = intake.check_ahead(seconds=1.0, budget=budget)
+            row = intake.check_ahead(seconds=1.0, budget=budget, leaves=lambda _: False)
             assert row is not None
             assert ("a.jsonl", 0) == (row.name, ledger.file(row.id).attempts)
             assert {"a.jsonl": "arriving"} == states(ledger)
@@ -163,21 +163,21 @@ def test_a_budget_that_is_spent_leaves_the_file_and_counts_no_attempt(run: Run) 
         assert {"a.jsonl": "queued"} == states(ledger)
 
 
-def test_the_guard_counts_bytes_rows_and_seconds() -> None:
+def test_a_budget_is_of_bytes_rows_and_seconds() -> None:
     """The part of the budget that is spent first ends the work; without a budget nothing does."""
     clock = [0.0]
-    guard = Guard(budget=Budget(size=10, rows=2, seconds=1.0), monotonic=lambda: clock[0])
-    guard.spend(10)
-    guard()
-    guard()
-    for spend in (guard, lambda: guard.spend(1)):
+    spending = Spending(budget=Budget(size=10, rows=2, seconds=1.0), monotonic=lambda: clock[0])
+    spending.spend_bytes(10)
+    spending.spend_row()
+    spending.spend_row()
+    for spend in (spending.spend_row, lambda: spending.spend_bytes(1)):
         with pytest.raises(BudgetSpent):
             spend()
-    late = Guard(budget=Budget(seconds=1.0), monotonic=lambda: clock[0])
+    late = Spending(budget=Budget(seconds=1.0), monotonic=lambda: clock[0])
     clock[0] = 1.0
     with pytest.raises(BudgetSpent):
-        late()
-    Guard()()
+        late.spend_row()
+    Spending().spend_row()
 
 
 def test_a_file_is_withdrawn_while_it_is_checked(run: Run) -> None:
@@ -354,7 +354,7 @@ import errno, os, resource, sys
 from pathlib import Path
 from onward.layout import RunLayout
 from onward.service.intake.arrivals import Arrivals
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.service.intake.inbox import Inbox
 from onward.store.ledger import Ledger
 layout = RunLayout(Path(sys.argv[1]))
@@ -366,7 +366,7 @@ with Ledger(layout.ledger) as ledger:
     lowest = os.dup(0)
     os.close(lowest)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for act in (inbox.scan, lambda: arrivals.bring_in(rows, Guard())):
+    for act in (inbox.scan, lambda: arrivals.bring_in(rows, Spending())):
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
         try:
             act()

@@ -22,8 +22,8 @@ from onward import Run
 from onward.config import NotifyConfig
 from onward.layout import RunLayout
 from onward.service.outside.reporting import LOG_BYTES, LOG_PARTS, Reporter
-from onward.service.owner.background import Background
-from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.alongside.background import Background
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.store.ledger import Ledger, make_ledger
 
 

@@ -17,7 +17,7 @@ from onward.atomic import remove_tree
 from onward.data.plan.loader import Batch
 from onward.errors import FileRejected
 from onward.events import Event, FileDone, Hub, Note, StepTaken
-from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.process import OpenedRun, account, operate
 from onward.service.owner.training.start import load_start
 from onward.service.owner.training.surroundings import Surroundings

@@ -17,7 +17,7 @@ from states import assert_same_state, temporary_files
 
 from onward import Run
 from onward.errors import RunLocked, UsageError
-from onward.service.lock import read_holder
+from onward.service.holder import read_holder
 from onward.service.owner.incoming import SMALL_FILE
 from onward.service.wishes import AFTER_FILE
 from onward.store.ledger import Ledger

@@ -25,9 +25,9 @@ from onward.events import Hub
 from onward.service.client import expire_requests
 from onward.service.intake.checking import Intake
 from onward.service.outside.reporting import NewNotes
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.answers import Answers
 from onward.service.owner.control import Control, Work
-from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.owned import Owned
 from onward.service.settings import Settings
 from onward.service.shown import Shown

@@ -26,7 +26,8 @@ from onward.training.layers.fused_lora import FusedLoraLinear
 from onward.training.layers.twin import with_weights
 from onward.training.measuring.handover import measure
 from onward.training.measuring.probe import Probed, probe_batch
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import ADAPTER_CONFIG
 from onward.training.model.load import build_model
 from onward.training.model.roundtrip import prove_roundtrip
 from onward.training.model.spec import ModelSpec

@@ -21,9 +21,9 @@ from onward.errors import ConfigError, ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.findings import Findings
 from onward.training.admission.longer import causal_length, filling_difference
-from onward.training.admission.narrow import still
 from onward.training.admission.reach import without_gradient
 from onward.training.admission.remedies import working_config
+from onward.training.admission.small.narrow import still
 from onward.training.model.adapter import named_targets
 from onward.training.model.spec import ModelSpec
 

@@ -18,8 +18,8 @@ from onward.config import Config
 from onward.errors import ModelError
 from onward.training.admission.admit import admit
 from onward.training.admission.causality import as_float32
-from onward.training.admission.vocabulary import ROWS, shorten_vocabulary
-from onward.training.admission.width import COLUMNS, narrow_width
+from onward.training.admission.small.vocabulary import ROWS, shorten_vocabulary
+from onward.training.admission.small.width import COLUMNS, narrow_width
 from onward.training.model.spec import ModelSpec
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 
-from onward.training.admission.alike import reached_by_kinds
 from onward.training.admission.gradients import logits_of, row_by_row
 from onward.training.admission.inputs import rows
-from onward.training.admission.shorten import layers_to_shorten
+from onward.training.admission.small.alike import reached_by_kinds
+from onward.training.admission.small.shorten import layers_to_shorten
 
 CPU = torch.device("cpu")
 VOCABULARY = range(small.VOCABULARY)

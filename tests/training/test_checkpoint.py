@@ -18,9 +18,9 @@ import torch
 from onward.config import Config
 from onward.digest import canonical_json, sha256_json
 from onward.errors import DamagedState, NoSpace, NotMadeHere, Unreadable
+from onward.layout import MANIFEST
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import (
-    MANIFEST,
     Inspection,
     inspect_checkpoint,
     remove_checkpoint,
@@ -47,7 +47,7 @@ def test_no_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
 
 def test_a_directory_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     """Missing, unreadable or foreign manifests are named, and never taken for a state."""
-    assert Inspection(None, ["onward.json is missing"], is_ours=False) == inspect_checkpoint(tmp_path)
+    assert Inspection(None, ["onward.json is missing"]) == inspect_checkpoint(tmp_path)
     (tmp_path / "onward.json").write_text('{"format": 1}')
     assert Inspection(None, ["onward.json was changed"]) == inspect_checkpoint(tmp_path)
 
@@ -134,12 +134,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_what_was_read_and_differs_is_damage(kind: str, checkpoint: Path) -> None:
-    """Damage is named, and what is damaged is still known to be a checkpoint of Onward."""
+    """Damage is named."""
     damage, words = DAMAGE[kind]
     damage(checkpoint)
     found = inspect_checkpoint(checkpoint)
     assert found.verified is None
-    assert found.is_ours
     assert [words] == [problem[: len(words)] for problem in found.problems]
 
 

@@ -99,7 +99,7 @@ def saved_arguments(folder: Path, **settings: Any) -> Arguments:
 def test_arguments_are_those_of_the_trainer(tmp_path: Path) -> None:
     """Numbers and words, of enumerations the value."""
     arguments = saved_arguments(tmp_path, lr_scheduler_type="cosine", seed=7, max_grad_norm=0.3)
-    assert ("TrainingArguments", "", 1) == (arguments.kind, arguments.missing, arguments.processes)
+    assert ("", 1) == (arguments.missing, arguments.processes)
     assert ("cosine", 7, 0.3) == (
         arguments.text("lr_scheduler_type"), arguments.number("seed", 0), arguments.number("max_grad_norm", 0)
     )  # fmt: skip

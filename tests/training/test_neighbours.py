@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
-from onward.training.admission.narrow import still
 from onward.training.admission.neighbours import influence
+from onward.training.admission.small.narrow import still
 from onward.training.layers.attention import lay_end_to_end
 
 CPU = torch.device("cpu")

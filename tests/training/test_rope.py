@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import tiny
 import torch
 from rows import CPU, VOCABULARY, batch
@@ -19,8 +20,7 @@ from onward import Run
 from onward.config import Config
 from onward.data.plan.loader import Batch
 from onward.training.layers.attention import PADDING_FREE, ROW_ATTENTION
-from onward.training.layers.buffers import Buffers
-from onward.training.layers.rope import Angles, angles_of, rope_kinds
+from onward.training.layers.rope import Angles, angles_of
 from onward.training.steps.loss import TargetLoss
 from onward.training.steps.parts import Part, RowLayout, parts_of
 
@@ -114,9 +114,9 @@ def test_a_row_has_the_angles_that_it_has_alone(family: str, kind: str) -> None:
     rows = batch(*LENGTHS)
     expected, model = make_model(family, kind), make_model(family, kind)
     loss = row_by_row(expected, rows)
-    buffers = Buffers(model)
+    before = small.beside_weights(model)
     in_parts(model, batch(40, 3, seed=1))
-    assert [] == buffers.changed()
+    assert [] == small.changed_beside_weights(model, before)
     model.zero_grad()
     assert in_parts(model, rows) == pytest.approx(loss, rel=1e-5)
     assert gradients(expected).keys() == gradients(model).keys()
@@ -128,14 +128,14 @@ def test_a_row_has_the_angles_that_it_has_alone(family: str, kind: str) -> None:
 
 def test_angles_are_read_from_the_config() -> None:
     """Kinds whose angles depend on the length are found, also where each kind of layer has its own; others are not."""
-    found = {kind: (rope_kinds(model.config), angles_of(model.config)) for kind, model in models("llama")}
+    found = {kind: angles_of(model.config) for kind, model in models("llama")}
     assert {kind: Angles() for kind in KINDS if kind not in DEPENDENT} == {
-        kind: angles for kind, (_, angles) in found.items() if angles.are_constant
+        kind: angles for kind, angles in found.items() if angles.are_constant
     }
-    assert (("longrope",), Angles((ORIGINAL,))) == found["longrope"]
-    assert (("dynamic",), Angles(own_beyond=ORIGINAL)) == found["dynamic"]
+    assert Angles((ORIGINAL,)) == found["longrope"]
+    assert Angles(own_beyond=ORIGINAL) == found["dynamic"]
     nested: Any = make_model("gemma3_text", "longrope").config
-    assert (("default", "longrope"), Angles((ORIGINAL,))) == (rope_kinds(nested), angles_of(nested))
+    assert Angles((ORIGINAL,)) == angles_of(nested)
 
 
 def models(family: str) -> list[tuple[str, Any]]:

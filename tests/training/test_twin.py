@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 
 import pytest
+import small
 import torch
 from peft import LoraConfig, get_peft_model
 from rows import CPU, VOCABULARY, batch, tiny_model
@@ -18,7 +19,6 @@ from transformers.models.rwkv.modeling_rwkv import RwkvModel
 from onward.config import Config
 from onward.errors import ModelError
 from onward.training.boundary import Boundary, run_hooks
-from onward.training.layers.buffers import Buffers
 from onward.training.layers.twin import keeps_process_state, named_types, with_weights, writers_in_evaluation
 from onward.training.measuring.probe import Probe
 from onward.training.state import TrainState, digest_tensors
@@ -67,14 +67,14 @@ KINDS = ("rwkv", "rwkv with an adapter", "parameters", *ROPE)
 def test_the_probe_changes_no_bit(kind: str) -> None:
     """Weights, buffers and the values next to them stay as they are, and so do gradients that follow."""
     measured, plain = make_model(kind), make_model(kind)
-    before, buffers = digest(measured), Buffers(measured)
+    before, beside = digest(measured), small.beside_weights(measured)
     probe = Probe(measured, 0, CPU, torch.float32)
     state = TrainState.start(measured, Config.model_validate({"method": "full"}))
     with ThreadPoolExecutor(1) as other:
         losses = {probe.of_model(), probe.of_model(), other.submit(probe.of_copy(state.snapshot())).result()}
     assert 1 == len(losses)
     assert before == digest(measured)
-    assert [] == buffers.changed()
+    assert [] == small.changed_beside_weights(measured, beside)
     for model in (measured, plain):
         TargetLoss(model, CPU, torch.float32)(batch(6, 5)).backward()
     for name, weight in measured.named_parameters():
@@ -171,17 +171,17 @@ def test_state_of_the_process_is_known() -> None:
 def test_hooks_leave_nothing_in_buffers() -> None:
     """What a hook's forward passes at a boundary leave in buffers is put back."""
     model: Any = make_model("longrope")
-    buffers = Buffers(model)
+    before = small.beside_weights(model)
     boundary = Boundary(0, "a.jsonl", model, None, None, Config())  # type: ignore[arg-type]
 
     def hook(_boundary: Boundary) -> dict[str, Any]:
         model(input_ids=torch.arange(20)[None])
-        return {"changed": buffers.changed()}
+        return {"changed": small.changed_beside_weights(model, before)}
 
     assert {"changed": ["LlamaRotaryEmbedding.inv_freq", "LlamaRotaryEmbedding.long_inv_freq"]} == run_hooks(
         [hook], boundary, CPU
     )
-    assert [] == buffers.changed()
+    assert [] == small.changed_beside_weights(model, before)
 
 
 def test_a_hook_on_the_model_is_not_the_twins() -> None:

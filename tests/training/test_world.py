@@ -62,10 +62,7 @@ def test_padded_rows_of_like_length_are_together() -> None:
 
 
 def test_one_process_is_a_world_without_others() -> None:
-    """It is rank 0 of 1, its flags are those of all ranks, its tensors are whole, and it waits for nothing."""
+    """It is rank 0 of 1, and its flags are those of all ranks."""
     world = SingleProcess(torch.device("cpu"))
-    tensors = {"weight": torch.ones(2)}
     assert (0, 1) == (world.rank, world.size)
     assert (True, False) == (world.any(True), world.any(False))
-    assert tensors is world.gather(tensors)
-    world.barrier()

@@ -17,7 +17,7 @@ from processes import apart
 from trait_templates import template_text
 
 from onward import Run
-from onward.cli.commands_talk import NICENESS, give_way
+from onward.cli.commands.talk import NICENESS, give_way
 from onward.data.row_types import Chat as Row
 from onward.data.row_types import RowError
 from onward.data.rows.template import ChatTemplate

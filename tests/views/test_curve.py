@@ -63,7 +63,7 @@ def test_buckets_cover_every_step_once(counts: list[int], size: int) -> None:
     spans: list[Span] = []
     for position, count in enumerate(counts, start=1):
         began = spans[-1].last if spans else 0
-        spans.append(Span(position, f"{position}", position, began, began + 1, began + count))
+        spans.append(Span(position, f"{position}", position, began + 1, began + count))
     found = list(buckets(spans, size))
     steps = [[step for piece in bucket for step in range(piece.first, piece.last + 1)] for bucket in found]
     assert list(range(1, sum(counts) + 1)) == [step for bucket in steps for step in bucket]

@@ -17,7 +17,7 @@ from ledgers import made_up_run
 
 import onward as package
 from onward.layout import RunLayout
-from onward.observed import Observed
+from onward.library.observed import Observed
 from onward.run import Run
 
 ROOT = Path(__file__).parents[2]

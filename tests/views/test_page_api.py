@@ -31,7 +31,7 @@ pytest.importorskip("sse_starlette")
 from pages import Page, serve
 
 from onward.views.connections import MOST_QUIET
-from onward.views.page.guard import Hosts, Key, is_foreign, is_loopback
+from onward.views.page.access import Hosts, Key, is_foreign, is_loopback
 from onward.views.page.pages import STATIC
 from onward.views.page.reading import RunReader
 from onward.views.page.runs import find_runs

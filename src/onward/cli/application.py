@@ -7,18 +7,18 @@ from typing import Annotated
 import typer
 
 from onward import __version__
-from onward.cli.commands_back import rebuild, reset, rollback
-from onward.cli.commands_control import pause, resume, skip, stop
-from onward.cli.commands_figures import metrics, plot, track
-from onward.cli.commands_knowledge import evaluate, grid
-from onward.cli.commands_make import adopt, init
-from onward.cli.commands_outside import mcp, service
-from onward.cli.commands_page import page
-from onward.cli.commands_policy import accept, compare, release, releases
-from onward.cli.commands_publish import export, push
-from onward.cli.commands_show import doctor, history, preview, status, verify
-from onward.cli.commands_talk import chat, serve
-from onward.cli.commands_train import add, check, train, watch
+from onward.cli.commands.back import rebuild, reset, rollback
+from onward.cli.commands.control import pause, resume, skip, stop
+from onward.cli.commands.figures import metrics, plot, track
+from onward.cli.commands.knowledge import evaluate, grid
+from onward.cli.commands.make import adopt, init
+from onward.cli.commands.outside import mcp, service
+from onward.cli.commands.page import page
+from onward.cli.commands.policy import accept, compare, release, releases
+from onward.cli.commands.publish import export, push
+from onward.cli.commands.show import doctor, history, preview, status, verify
+from onward.cli.commands.talk import chat, serve
+from onward.cli.commands.train import add, check, train, watch
 from onward.terminal import show_line
 
 app = typer.Typer(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from onward.data.files.faults import FileError
 from onward.data.files.reading import BadRows
@@ -69,10 +68,6 @@ class IntakeReport:
     def lengths(self) -> Lengths:
         """What became of the rows that are longer than `max_length`."""
         return Lengths(self.rows, self.truncated, self.dropped, self.split, self.tokens, self.lost_tokens)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, as `rejected/` keeps it."""
-        return asdict(self)
 
 
 class IgnoredKeys:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, takewhile
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from onward.config import Config
+from onward.data.files.reading import Reading
 from onward.data.row_types import Chat, Record, RowError, Text
 from onward.data.rows.template import ChatTemplate, RowText
 from onward.data.rows.turns import Span
@@ -288,17 +289,8 @@ def _targets(rows: Sequence[RowText], offsets: NDArray[np.int64], lengths: NDArr
     return targets
 
 
-def cache_key(
-    sha256: str,
-    tokenizer_key: str,
-    max_length: int,
-    over_length: OverLength,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-) -> str:
-    """Return the name under which the tokens of a file are kept: equal keys mean equal tokens and targets.
-
-    Args:
-        settings: how the file is read, as `Reading.settings` returns it.
-    """
-    added = [dict(settings)] if settings else []
-    return sha256_json([FORMAT, sha256, tokenizer_key, max_length, over_length, *added])
+def cache_key(sha256: str, tokenizer_key: str, config: Config) -> str:
+    """Return the name under which the tokens of a file are kept: equal keys mean equal tokens and targets."""
+    settings = Reading.of(config).settings()
+    added = [settings] if settings else []
+    return sha256_json([FORMAT, sha256, tokenizer_key, config.max_length, config.over_length, *added])

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError, SourceChanged, refusal_of
+from onward.data.files.faults import FileError, refusal_of
 from onward.data.files.formats import SEEKS, TABLE_FORMATS, format_of, unit_of
-from onward.data.files.limits import Limits
 from onward.data.files.lines import SourceRow
 from onward.data.files.reading import Reading
 from onward.data.files.sources import rows_of
-from onward.data.report import PROBLEMS_SHOWN, IgnoredKeys, IntakeReport, Problem, Problems
-from onward.data.row_tokenizer import Fitted, OverLength, RowText, RowTokenizer, TooLong, cache_key
+from onward.data.report import IgnoredKeys, IntakeReport, Problems
+from onward.data.row_tokenizer import Fitted, RowTokenizer, TooLong
+from onward.data.row_types import RowError
 from onward.data.rows.columns import Columns
-from onward.data.rows.records import RowError, parse_record
-from onward.data.tokenized import PackedRow, Row, RowCount, TokenizedFile, TokenizedWriter, Weights
+from onward.data.rows.records import parse_record
+from onward.data.rows.template import RowText
+from onward.data.tokenized import PackedRow, RowCount, TokenizedWriter, Weights
 
 CHUNK_ROWS = 1024
 CHUNK_CHARACTERS = 1 << 19  # a chunk of long rows ends earlier: the work cannot be stopped inside a chunk
@@ -27,22 +28,6 @@ COUNTS = ("truncated", "dropped", "split", "lost_tokens", "unit")
 
 _Chunk: TypeAlias = list[tuple[int, RowText]]
 _Ahead: TypeAlias = tuple[_Chunk, Future[list[Any]]]
-
-__all__ = [
-    "PROBLEMS_SHOWN",
-    "IntakeReport",
-    "Limits",
-    "OverLength",
-    "Problem",
-    "Reading",
-    "Row",
-    "RowTokenizer",
-    "SourceChanged",
-    "TokenizedFile",
-    "cache_key",
-    "check_rows",
-    "tokenize_file",
-]
 
 
 def tokenize_file(
@@ -93,7 +78,7 @@ def check_rows(
     observe: Callable[[int, Fitted], None],
     *,
     stop: Callable[[], None] = lambda: None,
-    reading: Reading | None = None,
+    reading: Reading,
 ) -> IntakeReport:
     """Check every row of `source` as `tokenize_file` does, with the same arguments and errors, but write nothing.
 
@@ -102,7 +87,7 @@ def check_rows(
     Args:
         observe: receives the line and the tokens of every row that is not refused, in order.
     """
-    intake = _Intake(row_tokenizer, RowCount(), reading or Reading(), _Stop(stop), observe)
+    intake = _Intake(row_tokenizer, RowCount(), reading, _Stop(stop), observe)
     intake.read(source, None)
     return intake.report()
 

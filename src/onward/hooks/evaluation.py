@@ -61,7 +61,6 @@ class Subject:
     """
 
     key: str
-    name: str
     sample: Callable[[], Sample | None]
 
 

@@ -12,9 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
-
-Kind = Literal["forgetting", "anchor", "spike", "answers"]
+from typing import Any
 
 WINDOW = 50
 """How many preceding steps of the file the usual range of a step is taken from, at most."""
@@ -53,7 +51,6 @@ class Limits:
 class Finding:
     """A limit that was exceeded: what was found, in words, and the position of the earlier file that suffered."""
 
-    kind: Kind
     text: str
     position: int | None = None
 
@@ -81,7 +78,6 @@ def grown(
             change = f"{before[position]:.4f} to {after[position]:.4f}"
             of_what = "" if whole[position] == before[position] else " of what it had gained over the base"
             yield Finding(
-                "forgetting",
                 f"loss on file {position} grew by {share:.0%}{of_what}, from {change} (limit {limits.forgetting:.0%})",
                 position,
             )
@@ -94,7 +90,7 @@ def moved_away(before: float | None, after: float | None, limits: Limits) -> Ite
     growth = after - (before or 0.0)
     if growth > limits.anchor:
         text = f"KL from the base grew by {growth:.3f} nats per token, to {after:.3f} (limit {limits.anchor:g})"
-        yield Finding("anchor", text)
+        yield Finding(text)
 
 
 def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Finding]:
@@ -106,10 +102,9 @@ def unanswered(judged: Mapping[str, Any] | None, limits: Limits) -> Iterator[Fin
     if limits.answers is None or judged is None or "same" not in judged:
         return
     if judged["same"]:
-        yield Finding("answers", f"its rows all say the same ({judged['rows']} were checked)")
+        yield Finding(f"its rows all say the same ({judged['rows']} were checked)")
     elif judged["known"] and judged["z"] < limits.answers:
         yield Finding(
-            "answers",
             f"its answers fit the questions of other rows as well as their own ({judged['rows']} rows: "
             f"{judged['z']:.1f} standard errors better, limit {limits.answers:g}); "
             "the model can tell those of earlier files apart",
@@ -142,7 +137,6 @@ def spiked(steps: Sequence[Judged], limits: Limits) -> Finding | None:
         if min(scores) > limits.spike:
             what = name.replace("grad_norm", "gradient norm")
             return Finding(
-                "spike",
                 f"{what} left its usual range at step {newest[0].step}: {getattr(newest[-1], name):.4f}, "
                 f"median before {median(values):.4f} (robust z {min(scores):.1f}, limit {limits.spike:g})",
             )

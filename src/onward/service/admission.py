@@ -19,7 +19,7 @@ from onward.training.model.spec import ModelSpec
 
 
 def admit_new(
-    config: Config, base: Path, *, has_chosen_dropout: bool, checkpoint: Path | None = None
+    config: Config, base: Path, *, has_chosen_dropout: bool, checkpoint: Path | None
 ) -> tuple[Config, Findings]:
     """Prove the model of a run that is about to be made; return the config with settings that work, and the findings.
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from onward.config import Config
 from onward.config.text import read_config
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ConfigError, ModelError
+from onward.errors import ConfigError
 from onward.layout import RunLayout
-from onward.service.settings import locked_refusal
+from onward.service.settings import changed_refusal, locked_refusal
 from onward.service.tokenizer import KeptTokenizer, tokenizer_identity
 from onward.store.ledger import Ledger
 from onward.text import how_many
@@ -221,10 +221,6 @@ def check_identity(ledger: Ledger, config: Config, base_digest: str, tokenizer: 
         raise locked_refusal(keys)
     if changed:
         thing = "base model" if "base" in changed else "tokenizer or chat template"
-        raise ModelError(
-            f"the {thing} changed on disk since this run began",
-            where=config.model,
-            hint="Restore the original files; to start over with the changed ones: onward reset",
-        )
+        raise changed_refusal(thing, config.model)
     if not digests.keys() <= locked.keys():
         ledger.put(identity={**digests, **locked})

@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.config import Config
 from onward.config.text import read_config
-from onward.errors import ConfigError, Unreadable
+from onward.errors import ConfigError, ModelError, Unreadable
 
 PUT_BACK = "Restore the old values, or make another run: onward init NEW_RUN"
 
@@ -17,6 +17,12 @@ def locked_refusal(changes: Mapping[str, tuple[Any, Any]]) -> ConfigError:
     """Return the refusal of changed identity keys, given as `Config.identity_changes` returns them."""
     what = f"identity keys are locked once a run has begun: {changes_in_words(changes)}"
     return ConfigError(what, where="onward.yaml", hint=PUT_BACK)
+
+
+def changed_refusal(thing: str, where: object) -> ModelError:
+    """Return the refusal of files that are no longer those that the run began with."""
+    hint = "Restore the original files; to start over with the changed ones: onward reset"
+    return ModelError(f"the {thing} changed on disk since this run began", where=where, hint=hint)
 
 
 def changes_in_words(changes: Mapping[str, tuple[Any, Any]]) -> str:

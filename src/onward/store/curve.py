@@ -12,7 +12,7 @@ from onward.store.files import IN_STREAM
 from onward.store.metrics import Ranges
 
 SPANS = f"""
-    SELECT id AS file_id, name, position, start_step AS began,
+    SELECT id AS file_id, name, position,
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step LIMIT 1) AS first,
         (SELECT step FROM steps WHERE file_id = files.id ORDER BY step DESC LIMIT 1) AS last
     FROM files WHERE {IN_STREAM} AND position > ? AND first IS NOT NULL ORDER BY position
@@ -38,7 +38,6 @@ class Span:
     file_id: int
     name: str
     position: int
-    began: int | None
     first: int
     last: int
 

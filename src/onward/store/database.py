@@ -1,4 +1,4 @@
-"""One SQLite file: how it is opened, its transactions, and which of its errors are damage."""
+"""One SQLite file: how it is opened, its schema, its transactions, and which of its errors are damage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onward.errors import DamagedState, UsageError
+from onward.errors import DamagedState, OnwardError, UsageError
 from onward.layout import RunLayout
+from onward.store.migrations import fill_in, migrate
 from onward.store.waiting import TRY, Waiting, code_of, is_held_by_others
 from onward.text import quoted
 
@@ -144,9 +145,10 @@ class Database:
     """A connection with nested transactions and rows as records.
 
     Args:
-        clock: seconds since the epoch.
-        create: make the file if it is missing.
-        waiting: how long to wait for others that hold it.
+        path: the file `ledger.sqlite3`.
+        clock: seconds since the epoch; injected by tests.
+        create: make the file with its schema if it is missing; otherwise that is an error.
+        waiting: how long to wait for others that hold it; a process shares one among its connections.
     """
 
     def __init__(
@@ -165,6 +167,20 @@ class Database:
         self.is_snapshot = isinstance(self._connection, Snapshot)
         """Whether what others write is seen only once the file is opened again."""
         self._identity = _identity(path)
+        try:
+            self._require_schema(read_only=read_only, create=create)
+        except (sqlite3.DatabaseError, OnwardError) as error:
+            self._connection.close()
+            raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
+
+    def _require_schema(self, *, read_only: bool, create: bool) -> None:
+        """Bring the schema up to date; where nothing may be written, let this connection see it as if it were."""
+        if not create and not self.scalar("PRAGMA user_version"):
+            raise RunLayout(self.path.parent).empty_ledger()
+        if read_only:
+            self.is_snapshot = fill_in(self._connection) or self.is_snapshot
+        else:
+            self.waiting.for_others(lambda: migrate(self._connection))
 
     def close(self) -> None:
         """Close the connection."""

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
-import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
 from onward.errors import OnwardError
-from onward.layout import RunLayout
 from onward.store.curve import Curve
-from onward.store.database import begin, connect, refusal
-from onward.store.files import BEGUN, Files, marks
-from onward.store.migrations import fill_in, migrate
+from onward.store.database import begin, connect
+from onward.store.files import Files, marks
 from onward.store.requests import Requests
 from onward.store.rows import CheckpointRow, EventRow, FileRow, HandoverRow, StepRecord
 from onward.store.tracking import Tracking
@@ -54,35 +50,7 @@ def put_soon(path: Path, waiting: Waiting, **facts: Any) -> None:
 
 
 class Ledger(Files, Requests, Curve, Tracking):
-    """Reads the ledger and makes its legal moves. There is one writer of training state, and readers at any time.
-
-    Args:
-        path: the file `ledger.sqlite3`.
-        clock: seconds since the epoch; injected by tests.
-        create: make the file with its schema if it is missing; otherwise that is an error.
-        waiting: how long to wait for others that hold it; a process shares one among its connections.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        clock: Callable[[], float] = time.time,
-        read_only: bool = False,
-        create: bool = False,
-        waiting: Waiting | None = None,
-    ) -> None:
-        super().__init__(path, clock=clock, read_only=read_only, create=create, waiting=waiting)
-        try:
-            if not create and not self.scalar("PRAGMA user_version"):
-                raise RunLayout(path.parent).empty_ledger()
-            if read_only:
-                self.is_snapshot = fill_in(self._connection) or self.is_snapshot
-            else:
-                self.waiting.for_others(lambda: migrate(self._connection))
-        except (sqlite3.DatabaseError, OnwardError) as error:
-            self._connection.close()
-            raise refusal(path, error) if isinstance(error, sqlite3.DatabaseError) else error from None
+    """Reads the ledger and makes its legal moves. There is one writer of training state, and readers at any time."""
 
     def __enter__(self) -> Ledger:
         return self
@@ -231,18 +199,13 @@ class Ledger(Files, Requests, Curve, Tracking):
         """Return the tokens of all recorded steps of a file."""
         return int(self.scalar("SELECT coalesce(sum(tokens), 0) FROM steps WHERE file_id = ?", file_id))
 
-    def trained_tokens(self, position: int) -> int:
-        """Return the tokens of all recorded steps of files of the stream up to a position."""
-        steps = "SELECT coalesce(sum(s.tokens), 0) FROM steps s JOIN files f ON f.id = s.file_id"
-        return int(self.scalar(f"{steps} WHERE f.{BEGUN} AND f.position <= ?", position))
-
     def events(self, limit: int = 20) -> list[EventRow]:
         """Return the newest events, oldest first."""
         return self.records(EventRow, "SELECT * FROM events ORDER BY id DESC LIMIT ?", limit)[::-1]
 
-    def events_after(self, event_id: int, limit: int = 1000) -> list[EventRow]:
+    def events_after(self, event_id: int) -> list[EventRow]:
         """Return the events recorded after one, oldest first."""
-        return self.records(EventRow, "SELECT * FROM events WHERE id > ? ORDER BY id LIMIT ?", event_id, limit)
+        return self.records(EventRow, "SELECT * FROM events WHERE id > ? ORDER BY id", event_id)
 
     def last_event(self) -> int:
         """Return the id of the newest event, 0 if there is none."""

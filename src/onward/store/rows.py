@@ -1,14 +1,18 @@
-"""The ledger's rows as typed records: one class per table, one field per column.
-
-Columns that later migrations added have defaults: an observer may read a ledger that was not migrated yet.
-"""
+"""The ledger's rows as typed records: one class per table, one field per column."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+KEPT = (
+    "command", "name", "sha256", "bytes", "format", "copy", "rows", "tokens", "target_tokens", "truncated", "dropped",
+    "split", "lost_tokens", "bad_rows", "priority", "occurrence", "accepted",
+)  # fmt: skip
+"""Columns that a file keeps when it is queued again."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FileRow:
     """One file: where it came from, what was counted in it, and its state.
 
@@ -45,17 +49,17 @@ class FileRow:
     arrived: float
     finished: float | None
     note: str | None
-    inbox: str | None = None
-    failures: int = 0
-    parts: int | None = None
-    attempts: int = 0
-    occurrence: int = 0
-    seen: str | None = None
-    split: int = 0
-    lost_tokens: int = 0
-    bad_rows: int = 0
-    held_out: int = 0
-    accepted: int = 0
+    inbox: str | None
+    failures: int
+    parts: int | None
+    attempts: int
+    occurrence: int
+    seen: str | None
+    split: int
+    lost_tokens: int
+    bad_rows: int
+    held_out: int
+    accepted: int
 
     @property
     def is_announced(self) -> bool:
@@ -74,8 +78,12 @@ class FileRow:
         assert self.position is not None, self.name
         return self.position
 
+    def kept(self) -> dict[str, Any]:
+        """Return the columns that a file keeps when it is queued again: its identity, and the order of its rows."""
+        return {column: getattr(self, column) for column in KEPT}
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class HistoryRow(FileRow):
     """A file with the totals of its step records; None if no step was trained."""
 
@@ -89,7 +97,7 @@ class HistoryRow(FileRow):
     last_loss: float | None
     last_learning_rate: float | None
     handover: str | None
-    replayed: int | None = None
+    replayed: int | None
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ class EventRow:
     message: str
     step: int | None
     created: float
-    kind: str | None = None
+    kind: str | None
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ class RequestRow:
     created: float
     acknowledged: float | None
     answer: str | None
-    file_id: int | None = None
+    file_id: int | None
 
 
 @dataclass(frozen=True)

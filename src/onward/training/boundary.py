@@ -11,7 +11,7 @@ from torch import nn
 
 from onward.config import Config
 from onward.data.plan.order import Plan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
 from onward.training.layers.buffers import Buffers
 from onward.training.model.adapter import set_dropout

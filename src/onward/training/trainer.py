@@ -16,7 +16,7 @@ from torch import nn
 from onward.config import Config
 from onward.data.plan.loader import Batch, batch_at
 from onward.data.plan.order import Plan, rows_digest
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
 from onward.training.device.environment import deterministic, release_freed_memory

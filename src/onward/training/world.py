@@ -45,14 +45,6 @@ class World(Protocol):
         """Return whether the flag is set on any rank; the answer is the same on every rank."""
         ...
 
-    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return whole tensors, by name, of which each rank holds a part."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        ...
-
     def wait_unseen(self) -> None:
         """Note that this rank from now on waits in PyTorch's own collectives, which no check interrupts."""
         ...
@@ -90,13 +82,6 @@ class SingleProcess:
     def any(self, flag: bool) -> bool:
         """Return the flag: nobody else has one."""
         return flag
-
-    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors: they are whole."""
-        return tensors
-
-    def barrier(self) -> None:
-        """Return at once: there are no other ranks."""
 
     def wait_unseen(self) -> None:
         """Do nothing: there are no other ranks."""

@@ -13,16 +13,17 @@ import torch
 
 from onward.config import Config, stored_config
 from onward.data.plan.cooldown import CooldownPlan
-from onward.data.tokenize import TokenizedFile
-from onward.errors import DamagedState, UsageError
+from onward.data.tokenized import TokenizedFile
+from onward.errors import UsageError
 from onward.events import Observe
 from onward.layout import RunLayout
 from onward.service.intake.tokens import open_tokens
 from onward.service.knowledge.plans import first_in_stream, sources_of
 from onward.service.session import Session, open_session
+from onward.service.state.reading import verified_point
 from onward.store.ledger import Ledger
 from onward.training.boundary import cross_boundary
-from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import Manifest
 from onward.training.checkpoints.loading import load_state
 from onward.training.schedule import cooling, learning_rate
 from onward.training.state import TrainState
@@ -53,7 +54,7 @@ class Branch:
             DamagedState: it does not verify.
         """
         session = open_session(copy, ledger, report=report)
-        manifest = _verified(copy, step)
+        manifest = verified_point(copy.boundary(step))
         config = stored_config(manifest.config)
         return cls(session, manifest, config, _load(session, copy, manifest, config))
 
@@ -72,7 +73,7 @@ class Branch:
         """
         sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self.state.parameters.items()}
         for step in steps:
-            manifest = _verified(layout, step)
+            manifest = verified_point(layout.boundary(step))
             other = _load(self.session, layout, manifest, stored_config(manifest.config))
             for name, weight in other.parameters.items():
                 sums[name] += weight.detach()
@@ -113,14 +114,6 @@ class Branch:
 
 def _rate(peak: float, steps: int, _step: int, step_in_file: int) -> float:
     return cooling(peak, step_in_file, steps)
-
-
-def _verified(layout: RunLayout, step: int) -> Manifest:
-    folder = layout.boundary(step)
-    found = inspect_checkpoint(folder)
-    if found.verified is None:
-        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
-    return found.verified
 
 
 def _load(session: Session, layout: RunLayout, manifest: Manifest, config: Config) -> TrainState:

@@ -24,12 +24,12 @@ from onward.config.text import read_config
 from onward.data.plan.loader import batch_at
 from onward.data.plan.order import FilePlan, make_plan
 from onward.data.row_tokenizer import Fitted
-from onward.data.tokenize import TokenizedFile, check_rows
-from onward.data.tokenized import TokenizedWriter
+from onward.data.tokenize import check_rows
+from onward.data.tokenized import TokenizedFile, TokenizedWriter
 from onward.digest import sha256_file
 from onward.errors import OnwardError, UsageError
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.intake.folders import require_file
 from onward.service.intake.names import plain_name
 from onward.service.intake.refusals import Refusal

@@ -15,7 +15,7 @@ import yaml
 from onward.config import Config, stored_config
 from onward.errors import UsageError, first_line
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.knowledge.evaluation import Evaluation
 from onward.service.session import Session, open_session
 from onward.store.rows import FileRow
@@ -68,8 +68,8 @@ def measure_tasks(
     layout: RunLayout,
     at: str | None,
     tasks: Sequence[str],
-    limit: int | None = None,
-    report: Callable[[str], None] = lambda _: None,
+    limit: int | None,
+    report: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run tasks of lm-evaluation-harness (Gao et al.) on a kept state.
 

@@ -18,8 +18,7 @@ from onward.service.holder import is_held
 from onward.service.tokenizer import load_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.training.device.environment import pick_device, pick_dtype
-from onward.training.model.adapter import ADAPTER_CONFIG
-from onward.training.model.base import TOKENIZER, base_of_run, digest_base
+from onward.training.model.base import ADAPTER_CONFIG, TOKENIZER, base_of_run, digest_base
 from onward.training.model.load import fits_shape, load_model
 from onward.views.points import Point
 

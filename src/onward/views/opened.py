@@ -8,8 +8,8 @@ from collections.abc import Generator
 from pathlib import Path
 
 from onward.errors import UsageError
+from onward.service.intake.budget import Spending
 from onward.service.intake.folders import is_saved_dataset, joined, require_file
-from onward.service.intake.guard import Guard
 from onward.service.intake.hub import Hub, HubName, is_hub_name
 from onward.service.intake.names import plain_name
 
@@ -34,7 +34,7 @@ def opened(path: Path, hub: Hub | None = None) -> Generator[Path]:
     with tempfile.TemporaryDirectory(prefix="onward-") as folder:
         file = Path(folder) / plain_name(f"{path.absolute().name}.arrow")
         with file.open("wb") as writer:
-            joined(path, writer, Guard())
+            joined(path, writer, Spending())
         yield file
 
 

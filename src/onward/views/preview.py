@@ -20,8 +20,9 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.data.files.faults import FileError
 from onward.data.plan.order import make_plan
+from onward.data.report import IntakeReport
 from onward.data.row_tokenizer import Fitted
-from onward.data.tokenize import IntakeReport, check_rows
+from onward.data.tokenize import check_rows
 from onward.data.tokenized import PackedRow, unpack
 from onward.errors import FileRejected
 from onward.layout import RunLayout
@@ -144,7 +145,7 @@ class _Kept:
         return fitted.truncated, len(packed)
 
 
-def preview(layout: RunLayout, path: Path, count: int | None = None, *, worst: bool = False) -> Preview:
+def preview(layout: RunLayout, path: Path, count: int | None, *, worst: bool) -> Preview:
     """Read a file as `add` would under the run's config, and keep its first or longest rows for showing.
 
     The whole file is checked, in memory that does not grow with it. Rows that the length policy leaves out are counted

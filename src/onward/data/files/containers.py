@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from onward.data.files.archives import member_of
 from onward.data.files.compression import DAMAGE, decompressed
 from onward.data.files.content import require_content
-from onward.data.files.faults import FileError, SourceChanged, is_of_machine
+from onward.data.files.faults import SPECIAL_FILE, FileError, SourceChanged, is_of_machine
 from onward.data.files.formats import ARCHIVE, file_format
 from onward.data.files.limits import Limits
 from onward.text import quoted
@@ -176,7 +176,7 @@ def _check_kind(mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise FileError("is a directory", "give the files in it one by one")
     if not stat.S_ISREG(mode):
-        raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+        raise FileError(*SPECIAL_FILE)
 
 
 def _refusal(error: OSError, path: Path) -> Exception:
@@ -190,7 +190,7 @@ def _refusal(error: OSError, path: Path) -> Exception:
     if error.errno == errno.ELOOP:
         return FileError("is a symbolic link", "give the file that it names")
     if error.errno == errno.ENXIO:
-        return FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+        return FileError(*SPECIAL_FILE)
     return FileError(f"cannot be read: {error.strerror or error}", f"check it with: ls -l {quoted(path)}")
 
 

@@ -1,4 +1,4 @@
-"""Checks what the first bytes of a file say it is against what its name says."""
+"""Checks that a file begins as its name says it does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def require_content(head: bytes, form: str, descriptor: int | None, path: Path) 
 
 
 def _plain_way(head: bytes, expected: str, path: Path) -> str:
-    """Return what helps where a name says a compression that the content is not."""
+    """Return the remedy for a name with the ending of a compression that the content does not have."""
     if LZMA.match(head):
         packed, plain = quoted(Path(path.name)), quoted(Path(path.with_suffix("").name))
         return f"unpack it, it is in the older format of LZMA: xz -dc --format=lzma < {packed} > {plain}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
+from collections.abc import Iterable
 
 from onward.data.row_types import RowError
 from onward.errors import OnwardError
@@ -17,6 +19,8 @@ FILE_ERRNOS = frozenset(
 """Errors of the operating system that trying again does not cure; all others are the machine's."""
 
 REASON_LENGTH = 300
+TOO_DEEP = ("the JSON is nested too deeply", "flatten the row")
+SPECIAL_FILE = ("is a special file (fifo, socket or device)", "copy its content to a regular file")
 
 
 class FileError(Exception):
@@ -60,8 +64,19 @@ def refusal_of(error: BaseException) -> FileError | RowError:
     if is_of_machine(error) or isinstance(error, OnwardError) or not (isinstance(error, Exception) or _is_panic(error)):
         raise error
     if isinstance(error, RecursionError):
-        return FileError("the JSON is nested too deeply", "flatten the row")
+        return FileError(*TOO_DEEP)
     return FileError(f"it cannot be used ({described(error)})", "correct or remove it, then add the file again")
+
+
+def refuse_twice(names: Iterable[str], line: int | None = None) -> None:
+    """Refuse columns two of which have the same name.
+
+    Raises:
+        FileError: there are such columns.
+    """
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them", line)
 
 
 def described(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError
+from onward.data.files.faults import TOO_DEEP, FileError
 from onward.data.files.formats import ARCHIVE
 from onward.data.files.json_rows import TOO_MANY_DIGITS
 from onward.data.files.limits import Limits
@@ -44,7 +44,7 @@ def _parse_line(line: int, text: str, limits: Limits) -> SourceRow:
     except json.JSONDecodeError as error:
         reason, remedy = f"not valid JSON: {error.msg} at column {error.colno}", "write one JSON object per line"
     except RecursionError:
-        reason, remedy = "the JSON is nested too deeply", "flatten the row"
+        reason, remedy = TOO_DEEP
     except RepeatedKey as error:
         reason, remedy = str(error), KEPT
     except ValueError:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from onward.data.files.faults import FileError
+from onward.data.files.faults import TOO_DEEP, FileError
 from onward.data.files.limits import Limits
 from onward.data.strict_json import KEPT, RepeatedKey, require_single_keys
 
@@ -35,7 +35,7 @@ def json_values(stream: BinaryIO, limits: Limits) -> Iterator[Any]:
     except UnicodeDecodeError as error:
         raise FileError(f"not UTF-8: {error.reason}", "export the file again as UTF-8", row) from None
     except RecursionError:
-        raise FileError("the JSON is nested too deeply", "flatten the row", row) from None
+        raise FileError(*TOO_DEEP, row) from None
     except RepeatedKey as error:
         raise FileError(str(error), KEPT, row) from None
     except ValueError:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from onward.data.files.arrow_ipc import arrow_rows
 from onward.data.files.beginning import require_text
+from onward.data.files.columnar.arrow_ipc import arrow_rows
+from onward.data.files.columnar.parquet import parquet_rows
 from onward.data.files.containers import SourceFile, open_bytes
 from onward.data.files.content import require_content
 from onward.data.files.documents import document_rows
@@ -21,7 +22,6 @@ from onward.data.files.formats import file_format
 from onward.data.files.json_lines import json_lines
 from onward.data.files.json_rows import json_values
 from onward.data.files.lines import SourceRow
-from onward.data.files.parquet import parquet_rows
 from onward.data.files.reading import Reading
 from onward.data.files.table import table_rows
 

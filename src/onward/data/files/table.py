@@ -8,14 +8,12 @@ closing quote of a field, and a quote after white space, are refused.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from onward.data.files.faults import FileError
+from onward.data.files.faults import FileError, refuse_twice
 from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
 from onward.data.files.lines import SourceRow, decoded, raw_lines
-from onward.text import printable
 
 DELIMITERS = (",", ";", "\t", "|")
 _QUOTED = re.compile(r'((?:[^"]|"")*+)("?)')
@@ -53,9 +51,7 @@ def _header(fields: list[str], line: int, form: str) -> list[str]:
     names = [field.strip() for field in fields]
     if form == "tsv" and len(names) == 1 and _separator(names[0]) in names[0]:
         raise FileError("the first line of a .tsv has no tab", "if it uses another separator, name it .csv", line)
-    twice = next((name for name, count in Counter(names).items() if name and count > 1), None)
-    if twice is not None:
-        raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them", line)
+    refuse_twice(filter(None, names), line)
     return names
 
 

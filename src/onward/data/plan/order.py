@@ -17,10 +17,6 @@ from onward.data.plan.permutation import Permutation
 if TYPE_CHECKING:
     from onward.config import Config
 
-__all__ = [
-    "FilePlan", "Permutation", "Plan", "RowReference", "make_plan", "nth_left", "row_order", "rows_digest"
-]  # fmt: skip
-
 
 @lru_cache(maxsize=16)
 def row_order(seed: int, sha256: str, epoch: int, rows: int, occurrence: int = 0) -> Permutation:

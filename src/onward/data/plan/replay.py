@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import xxhash
 
 from onward.data.plan.holdout import exact
 from onward.data.plan.order import FilePlan, RowReference, nth_left
 from onward.data.plan.permutation import Permutation
-
-Policy = Literal["uniform", "recent", "forgotten"]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from onward.data.row_types import Message
+from onward.data.rows.messages import REASONING_KEYS
 
 CONTENT, REASONING, NAME, ARGUMENT = "content", "reasoning", "name", "argument"
-SAME_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,6 @@ class Slot:
     Args:
         place: the index of the message in the chat.
         kind: what the piece belongs to: content, reasoning, name or argument.
-        text: the piece, without white space around it.
         forms: the ways in which a template may write it.
         before: the text between the previous piece of the content or the reasoning and this one.
         after: the text after the last piece of a content or a reasoning; "" for any other piece.
@@ -29,7 +28,6 @@ class Slot:
 
     place: int
     kind: str
-    text: str
     forms: tuple[str, ...]
     before: str = ""
     after: str = ""
@@ -92,7 +90,7 @@ class Probe:
 
     def _message(self, place: int, message: Message) -> Message:
         made = dict(message)
-        written = [key for key in SAME_REASONING if isinstance(message.get(key), str)]
+        written = [key for key in REASONING_KEYS if isinstance(message.get(key), str)]
         if written:
             made |= dict.fromkeys(written, self._text(place, REASONING, message[written[0]]))
         if isinstance(message["content"], str):
@@ -110,7 +108,7 @@ class Probe:
         made = {**function, "name": self._word(place, NAME, function["name"])}
         arguments = function["arguments"]
         if isinstance(arguments, str):
-            made["arguments"] = self._add(Slot(place, ARGUMENT, arguments, (arguments,)))
+            made["arguments"] = self._add(Slot(place, ARGUMENT, (arguments,)))
         else:
             made["arguments"] = self._value(place, arguments)
         return {**call, "function": made}
@@ -127,14 +125,14 @@ class Probe:
         if (value is None or isinstance(value, bool)) and not self._deep:
             return value
         forms = tuple(dict.fromkeys((json.dumps(value), str(value))))
-        return int(self._digits + self._add(Slot(place, ARGUMENT, str(value), forms))[-9:-3])
+        return int(self._digits + self._add(Slot(place, ARGUMENT, forms))[-9:-3])
 
     def _word(self, place: int, kind: str, text: str) -> str:
         core = text.strip()
         if not core:
             return text
         at = text.index(core)
-        return text[:at] + self._add(Slot(place, kind, core, _forms(core))) + text[at + len(core) :]
+        return text[:at] + self._add(Slot(place, kind, _forms(core))) + text[at + len(core) :]
 
     def _text(self, place: int, kind: str, text: str) -> str:
         """Return a text with words in place of its pieces; white space and marks stay."""
@@ -150,7 +148,7 @@ class Probe:
         for number, (start, end) in enumerate(pieces, start=1):
             core, before = text[start:end], text[behind:start]
             after = text[end:] if number == len(pieces) else ""
-            made += before + self._add(Slot(place, kind, core, _forms(core), before, after))
+            made += before + self._add(Slot(place, kind, _forms(core), before, after))
             behind = end
         return made + text[behind:]
 

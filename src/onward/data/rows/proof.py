@@ -31,12 +31,10 @@ class Layout:
     Args:
         text: the rendered chat.
         placed: the pieces, each once, in the order of the text.
-        repeated: further places of the names of called tools, which templates repeat with the result of a call.
     """
 
     text: str
     placed: list[Placed]
-    repeated: list[Placed]
 
     def of(self, place: int) -> list[Placed]:
         """Return the pieces of one message."""
@@ -93,13 +91,11 @@ def _holds(message: Message, mark: str) -> bool:
 def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
     """Return the layout after checking that all pieces are there, once each, in the order of their messages."""
     placed: list[Placed] = []
-    repeated: list[Placed] = []
     seen: set[int] = set()
     at = 0
     for piece in pieces:
         known = id(piece.slot) in seen
-        if known and piece.slot.kind == NAME:
-            repeated.append(piece)
+        if known and piece.slot.kind == NAME:  # templates repeat it with the result of a call
             continue
         if known:
             raise _refusal("writes", piece.slot.place, piece.slot.kind, probe.messages, "twice")
@@ -115,7 +111,7 @@ def _checked(probe: Probe, pieces: Sequence[Placed], text: str) -> Layout:
     for place, message in enumerate(probe.messages):
         if message["content"] and not any(piece.slot.place == place for piece in placed) and _text_of(message).strip():
             raise _refusal("does not write", place, CONTENT, probe.messages)
-    return Layout(text, placed, repeated)
+    return Layout(text, placed)
 
 
 def _has_siblings(probe: Probe, slot: Slot) -> bool:

@@ -17,7 +17,6 @@ from onward.data.row_types import (
     Record,
     RowError,
     Text,
-    UnreadableValue,
     check_answer,
     check_strings,
     check_text,
@@ -34,8 +33,6 @@ from onward.data.rows.messages import (
     weight_of,
 )
 from onward.data.rows.refused import LABEL_KEYS, refuse_known, refuse_shapes, refuse_tokens
-
-__all__ = ["Chat", "Completion", "Message", "Record", "RowError", "Text", "UnreadableValue", "parse_record"]
 
 SHAPES = (
     '{"messages": [...]}, {"conversations": [...]}, {"prompt": ..., "completion": ...}, '

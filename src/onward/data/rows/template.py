@@ -99,17 +99,16 @@ class ChatTemplate:
             return other.render(chat)
         chat = self._forms.followed(chat)
         messages = self._forms.messages(chat)
-        is_plain = not chat.tools and not chat.arguments and max(map(len, messages)) == 2
-        texts: list[str] = [message["content"] for message in messages] if is_plain else []
-        said = "\0".join(texts)
-        self._refuse_control_tokens(said if is_plain else chat.messages)
-        if self._stop and (not is_plain or self._stop in said):
+        texts = _plain_texts(chat, messages)
+        said = "\0".join(texts or ())
+        self._refuse_control_tokens(chat.messages if texts is None else said)
+        if self._stop and (texts is None or self._stop in said):
             self._refuse_stops(chat)
         marked = self._renderer.render(messages, chat.tools, chat.arguments)
         text = without_marks(marked) if self._marked else marked
         if self._start and text.startswith(2 * self._start):
             raise RowError(f"the chat template writes the start token {self._start!r} twice", REMEDY)
-        if is_plain and not self._reads.weighs and not any(mark in said for mark in self._reads.marks):
+        if texts is not None and not self._reads.weighs and not any(mark in said for mark in self._reads.marks):
             spans = self._plain.targets(chat, texts, text)
             if spans is not None:
                 return text, spans
@@ -233,6 +232,12 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
+
+
+def _plain_texts(chat: Chat, messages: Sequence[Message]) -> list[str] | None:
+    """Return what the messages say, if a chat is nothing but roles and texts."""
+    is_plain = not chat.tools and not chat.arguments and max(map(len, messages)) == 2
+    return [message["content"] for message in messages] if is_plain else None
 
 
 def _rendered(renderer: Renderer, chat: Chat, messages: Sequence[Message], *, prompt: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Finds out from its syntax tree whether a chat template lets what messages say decide what else it writes.
+"""Finds out from a chat template's syntax tree whether what messages say decides what else it writes.
 
 Most templates only write contents, or look for pieces of text in them. One that looks at more (say, the length of a
 question) may render the beginning of a chat differently from the whole, whatever it does with other contents.

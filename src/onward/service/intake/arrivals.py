@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory, remove_temporaries
-from onward.data.files.containers import FileError, check_readable
-from onward.data.files.sources import file_format
+from onward.data.files.containers import check_readable
+from onward.data.files.faults import FileError
+from onward.data.files.formats import file_format
 from onward.digest import sha256_file
 from onward.errors import Unreadable
 from onward.layout import RunLayout, entries
+from onward.service.intake.budget import BudgetSpent, Spending
 from onward.service.intake.folders import is_saved_dataset, joined
-from onward.service.intake.guard import BudgetSpent, Guard
 from onward.service.intake.names import plain_name, unused_name
 from onward.service.intake.reading import Changed, identity, is_regular, look, move_durably, read_whole
 from onward.service.intake.refusals import Refusal, keep_refused
@@ -45,7 +46,7 @@ class Arrivals:
 
     # files of a command
 
-    def copy(self, path: Path, guard: Guard) -> tuple[Path, Values]:
+    def copy(self, path: Path, spending: Spending) -> tuple[Path, Values]:
         """Copy a file to a temporary name in the archive; return the copy and the values of its row in the ledger.
 
         Raises:
@@ -60,7 +61,7 @@ class Arrivals:
             if not is_folder:
                 check_readable(path)
             with temporary.open("wb") as writer:
-                digest, size = joined(path, writer, guard) if is_folder else _copied(path, writer, guard)
+                digest, size = joined(path, writer, spending) if is_folder else _copied(path, writer, spending)
                 writer.flush()
                 os.fsync(writer.fileno())
         except BaseException as error:
@@ -117,21 +118,21 @@ class Arrivals:
                     self.ledger.insert_file(state="arriving", **values)
         return len(fresh)
 
-    def bring_in(self, rows: Sequence[FileRow], guard: Guard) -> list[FileRow]:
-        """Read announced files, record and move them, within the guard's budget; return those that arrived.
+    def bring_in(self, rows: Sequence[FileRow], spending: Spending) -> list[FileRow]:
+        """Read announced files, record and move them, within the budget; return those that arrived.
 
         A file that changed since it was announced is forgotten: it stays where it was and has to settle again.
 
         Raises:
             OSError: the inbox cannot be read, or files cannot be taken out of it; the next call continues.
         """
-        together = len(rows) > MANY and not guard.is_bounded
+        together = len(rows) > MANY and not spending.is_bounded
         reserved: set[str] = set()
         arrived: list[int] = []
         recorded: list[tuple[int, Values]] = []
         for row in rows:
             try:
-                values = self._read_in(row, reserved, guard, flush=not together)
+                values = self._read_in(row, reserved, spending, flush=not together)
             except BudgetSpent:
                 break
             except (Changed, FileNotFoundError):
@@ -150,11 +151,11 @@ class Arrivals:
         self.complete([self.ledger.file(number) for number in arrived])
         return [row for row in map(self.ledger.file, arrived) if row.state == "arriving"]
 
-    def refuse_announced(self, row: FileRow, refusal: Refusal, state: str = "rejected") -> None:
+    def refuse_announced(self, row: FileRow, refusal: Refusal) -> None:
         """Move a file that was not read from the inbox into `rejected/`."""
         assert row.inbox is not None
         self._refuse(self.layout.dropped(row.inbox), refusal)
-        self.ledger.move_file(row.id, state, note=refusal.lines()[0])
+        self.ledger.move_file(row.id, "rejected", note=refusal.lines()[0])
 
     # both
 
@@ -183,7 +184,7 @@ class Arrivals:
         self.complete(self.ledger.files("arriving"))
         remove_temporaries(entries(self.layout.archive), is_regular)  # a folder or a link is not a copy
 
-    def _read_in(self, row: FileRow, reserved: set[str], guard: Guard, *, flush: bool) -> Values:
+    def _read_in(self, row: FileRow, reserved: set[str], spending: Spending, *, flush: bool) -> Values:
         assert row.inbox is not None
         path = self.layout.dropped(row.inbox)
         status = look(path)
@@ -194,7 +195,7 @@ class Arrivals:
         self._require_movable(path)
         form = file_format(path)
         check_readable(path)
-        digest, found = read_whole(path, guard, flush=flush)
+        digest, found = read_whole(path, spending, flush=flush)
         if identity(found) != row.seen:
             raise Changed
         target = unused_name(self.layout.archive, row.name, reserved=reserved)
@@ -250,8 +251,8 @@ def _named(path: Path) -> tuple[str, str]:
     return file_format(path), plain_name(path.name)
 
 
-def _copied(path: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
-    digest, found = read_whole(path, guard, writer=writer, links=True)
+def _copied(path: Path, writer: BinaryIO, spending: Spending) -> tuple[str, int]:
+    digest, found = read_whole(path, spending, writer=writer, links=True)
     return digest, found.st_size
 
 

@@ -13,22 +13,13 @@ from onward.layout import RunLayout
 from onward.service.intake.checking import Intake
 from onward.service.wishes import Stopped
 from onward.store.ledger import Ledger
-from onward.store.rows import FileRow
 
 FACT = "checker"
 """The ledger's fact in which this process leaves why it ended early."""
 
 
-def check_arrived(
-    layout: RunLayout,
-    ledger: Ledger,
-    stop: Callable[[], None],
-    begun: Callable[[FileRow], None] = lambda _: None,
-) -> None:
+def check_arrived(layout: RunLayout, ledger: Ledger, stop: Callable[[], None]) -> None:
     """Read and check files until none is left, a stop is asked for, or the process that started this one is gone.
-
-    Args:
-        begun: called with a file once its attempt is counted, before it is opened.
 
     Raises:
         OnwardError, OSError, sqlite3.Error, MemoryError: checking cannot continue now; the ledger says why.
@@ -40,7 +31,7 @@ def check_arrived(
         if os.getppid() != parent:
             raise Stopped("the process that needed it is gone")
 
-    intake = Intake(layout, ledger, stop=stop_or_orphaned, begun=begun)
+    intake = Intake(layout, ledger, stop=stop_or_orphaned)
     if ledger.get(FACT) is not None:
         ledger.put(**{FACT: None})
     try:

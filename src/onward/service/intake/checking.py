@@ -11,20 +11,20 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from onward.atomic import remove_temporaries
 from onward.config.text import read_config
-from onward.data.files.containers import FileError
-from onward.data.tokenize import IntakeReport
+from onward.data.files.faults import FileError
+from onward.data.report import IntakeReport
 from onward.data.tokenized import TokenizedWriter
 from onward.errors import FileRejected, OnwardError
 from onward.layout import RunLayout, entries
 from onward.service.intake.arrivals import TOGETHER, Arrivals, Values
+from onward.service.intake.budget import Budget, BudgetSpent, Spending
 from onward.service.intake.file_check import FileCheck, Withdrawn
 from onward.service.intake.folders import require_file
-from onward.service.intake.guard import Budget, BudgetSpent, Guard
 from onward.service.intake.hub import Hub
 from onward.service.intake.inbox import PRIORITIES
 from onward.service.intake.lock import IntakeLock
@@ -94,7 +94,7 @@ class Intake:
                 self._settling.withdraw(command)
                 raise
 
-    def finish_left_over(self, intent: int | None = None) -> list[FileRejected]:
+    def finish_left_over(self, intent: int | None) -> list[FileRejected]:
         """Finish what an interrupted process took in or was about to; return the refusals that it cannot report.
 
         Args:
@@ -168,10 +168,10 @@ class Intake:
         if not rows:
             return []
         with self._owned(wait=False) as mine:
-            return self._arrivals.bring_in(rows, Guard(self.stop, budget)) if mine else []
+            return self._arrivals.bring_in(rows, Spending(self.stop, budget)) if mine else []
 
     def check_ahead(
-        self, *, seconds: float, budget: Budget | None = None, leaves: Callable[[FileRow], bool] = lambda _: False
+        self, *, seconds: float, budget: Budget | None, leaves: Callable[[FileRow], bool]
     ) -> FileRow | None:
         """Check arrived files in the order of the queue; return a file that has to be left to a process of its own.
 
@@ -184,7 +184,7 @@ class Intake:
             leaves: returns whether a file is left to a process of its own.
         """
         ends = time.monotonic() + seconds
-        guard = Guard(self.stop, budget)
+        spending = Spending(self.stop, budget)
         with self._owned(wait=False) as mine:
             while mine and (row := self.ledger.next_arriving()):
                 if leaves(row):
@@ -192,8 +192,8 @@ class Intake:
                 if time.monotonic() > ends and (budget is not None or not self.outranks_queue()):
                     return None
                 try:
-                    guard.spend(row.bytes)
-                    self._settle(row.command, guard)
+                    spending.spend_bytes(row.bytes)
+                    self._settle(row.command, spending)
                 except BudgetSpent:
                     return row
                 except MemoryError:  # this process may have little left; another one may have enough
@@ -214,7 +214,7 @@ class Intake:
             if row is None:
                 return False
             with contextlib.suppress(FileRejected):
-                self._settle(row.command, Guard(self.stop))
+                self._settle(row.command, Spending(self.stop))
             return True
 
     def outranks_queue(self) -> bool:
@@ -270,7 +270,7 @@ class Intake:
         try:
             for path in paths:
                 try:
-                    arrived.append(self._arrivals.copy(path, Guard(self.stop)))
+                    arrived.append(self._arrivals.copy(path, Spending(self.stop)))
                 except FileError as error:
                     refusals.append(Refusal.of_file(path.name, error))
                     keep_refused(self.layout, path, refusals[-1], self.ledger.clock())
@@ -295,26 +295,12 @@ class Intake:
             self.ledger.add_event("warning", f"from an earlier command: {error.what} [{error.where}]", kind="rejected")
             raise FileRejected(error.what, where=error.where, hint=error.hint) from None
 
-    def _settle(self, command: str, guard: Guard) -> list[FileRow]:
+    def _settle(self, command: str, spending: Spending) -> list[FileRow]:
         """Accept everything that arrived with a command, or refuse it all; return the accepted files."""
-        rows = self.ledger.arriving(command)
-        announced = [row for row in rows if row.is_announced]
-        if announced:
-            self._arrivals.bring_in(announced, guard)
-        elif any(look(self.layout.kept(row.copy)) is None for row in rows):
-            self._arrivals.complete(rows)
-        rows = self.ledger.arriving(command)
-        if any(row.is_announced for row in rows):
-            raise BudgetSpent
+        rows = self._arrived(command, spending)
         fresh, refusals = self._settling.without_duplicates(rows)
         reports: list[tuple[FileRow, IntakeReport]] = []
-        for row in fresh:
-            try:
-                outcome = self._check.check(row, guard)
-            except Withdrawn:
-                continue
-            if len(fresh) > 1:  # that it was checked must be remembered if another file of the command ends the process
-                self.ledger.count_attempt(row.id, -1)
+        for row, outcome in self._checked(fresh, spending):
             if isinstance(outcome, Refusal):
                 refusals.append((row, outcome))
             else:
@@ -326,10 +312,34 @@ class Intake:
             raise rejection([refusal for _, refusal in refusals], len(rows))
         return self._settling.accept(rows, reports)
 
+    def _arrived(self, command: str, spending: Spending) -> list[FileRow]:
+        """Return the files of a command, all of them in the archive by now."""
+        rows = self.ledger.arriving(command)
+        announced = [row for row in rows if row.is_announced]
+        if announced:
+            self._arrivals.bring_in(announced, spending)
+        elif any(look(self.layout.kept(row.copy)) is None for row in rows):
+            self._arrivals.complete(rows)
+        rows = self.ledger.arriving(command)
+        if any(row.is_announced for row in rows):
+            raise BudgetSpent
+        return rows
+
+    def _checked(self, rows: Sequence[FileRow], spending: Spending) -> Iterator[tuple[FileRow, IntakeReport | Refusal]]:
+        """Check the rows of files; one that is withdrawn meanwhile is left out."""
+        for row in rows:
+            try:
+                outcome = self._check.check(row, spending)
+            except Withdrawn:
+                continue
+            if len(rows) > 1:  # that it was checked must be remembered if another file of the command ends the process
+                self.ledger.count_attempt(row.id, -1)
+            yield row, outcome
+
     def _settle_at_last(self, command: str) -> list[FileRow]:
         """Settle a command in this process, whatever memory it takes; attempts bound how often that is tried."""
         while True:
             try:
-                return self._settle(command, Guard(self.stop))
+                return self._settle(command, Spending(self.stop))
             except MemoryError:
                 continue

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onward.atomic import remove_tree
-from onward.data.files.faults import is_of_machine
-from onward.data.tokenize import IntakeReport, SourceChanged, tokenize_file
+from onward.data.files.faults import SourceChanged, is_of_machine
+from onward.data.report import IntakeReport
+from onward.data.tokenize import tokenize_file
 from onward.errors import NoSpace, Unreadable
 from onward.layout import RunLayout
-from onward.service.intake.guard import BudgetSpent, Guard, at_intervals
+from onward.service.intake.budget import BudgetSpent, Spending, at_intervals
 from onward.service.intake.refusals import Refusal
 from onward.service.intake.rules import RowRules
 from onward.service.wishes import Stopped
@@ -43,14 +44,14 @@ class FileCheck:
         layout: RunLayout,
         ledger: Ledger,
         rules: Callable[[], RowRules],
-        begun: Callable[[FileRow], None] = lambda _: None,
+        begun: Callable[[FileRow], None],
     ) -> None:
         self.layout = layout
         self.ledger = ledger
         self._rules = rules
         self._begun = begun
 
-    def check(self, row: FileRow, guard: Guard) -> IntakeReport | Refusal:
+    def check(self, row: FileRow, spending: Spending) -> IntakeReport | Refusal:
         """Check every row of a file; the attempt is durably counted before the file is opened.
 
         The count stays if the process dies or memory runs out, and is taken back if the file is not to blame.
@@ -70,7 +71,7 @@ class FileCheck:
         self.ledger.count_attempt(row.id)
         try:
             self._begun(row)
-            report = self._read(row, rules, original, guard)
+            report = self._read(row, rules, original, spending)
         except SourceChanged:
             return Refusal.of_change(row)
         except MemoryError:
@@ -87,13 +88,13 @@ class FileCheck:
         if row.sha256 and self.ledger.holding(row.sha256) is None:
             remove_tree(self._tokens(row, self._rules()))
 
-    def _read(self, row: FileRow, rules: RowRules, original: Path, guard: Guard) -> IntakeReport:
+    def _read(self, row: FileRow, rules: RowRules, original: Path, spending: Spending) -> IntakeReport:
         target = self._tokens(row, rules)
         remove_tree(target)
         look = at_intervals(lambda: self._require_arriving(row), lambda: self._require_room(row, rules))
 
         def stop() -> None:
-            guard()
+            spending.spend_row()
             look()
 
         look()

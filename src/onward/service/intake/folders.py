@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from onward.data.files.arrow_ipc import END, SCHEMA, messages_of
+from onward.data.files.columnar.arrow_ipc import END, SCHEMA, Message, messages_of
 from onward.data.files.faults import FileError
 from onward.errors import UsageError
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.text import printable, quoted
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
@@ -41,7 +41,7 @@ def require_one_split(folder: Path) -> None:
     )
 
 
-def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
+def joined(folder: Path, writer: BinaryIO, spending: Spending) -> tuple[str, int]:
     """Write the files of a folder as one file; return its SHA-256 and its size in bytes.
 
     Raises:
@@ -50,33 +50,39 @@ def joined(folder: Path, writer: BinaryIO, guard: Guard) -> tuple[str, int]:
     if _names(folder / STATE, "_indices_data_files") or _names(folder / STATE, "_indices_files"):
         raise FileError("the folder contains a selection of rows, not the rows themselves", SAVE_AGAIN)
     digest, size = hashlib.sha256(), 0
-    for part in _parts(folder, _names(folder / STATE, "_data_files"), guard):
+    for part in _parts(folder, _names(folder / STATE, "_data_files"), spending):
         writer.write(part)
         digest.update(part)
         size += len(part)
     return digest.hexdigest(), size
 
 
-def _parts(folder: Path, names: list[str], guard: Guard) -> Iterator[bytes]:
+def _parts(folder: Path, names: list[str], spending: Spending) -> Iterator[bytes]:
+    """Yield the messages of all files as one stream: the schema that they share once, then every batch."""
     schema: bytes | None = None
     for name in names:
-        path = folder / name
-        with path.open("rb") as stream:
-            before = os.fstat(stream.fileno())
-            for message in messages_of(stream):
-                guard.spend(0)
-                if message.kind == SCHEMA and schema is not None:
-                    if message.metadata != schema:
-                        raise FileError(f"{printable(name)} has different columns from the files before it", SAVE_AGAIN)
+        for message in _messages(folder / name, spending):
+            if message.kind == SCHEMA:
+                if schema not in (None, message.metadata):
+                    raise FileError(f"{printable(name)} has different columns from the files before it", SAVE_AGAIN)
+                if schema is not None:
                     continue
-                if message.kind == SCHEMA:
-                    schema = message.metadata
-                yield message.start + message.metadata
-                yield from message.parts()
-            after = path.stat()
-        if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
-            raise FileError("the folder changed while it was read", "add it again when its writer is done")
+                schema = message.metadata
+            yield message.start + message.metadata
+            yield from message.parts()
     yield END
+
+
+def _messages(path: Path, spending: Spending) -> Iterator[Message]:
+    """Yield the messages of a file, and refuse it at its end if it changed meanwhile."""
+    with path.open("rb") as stream:
+        before = os.fstat(stream.fileno())
+        for message in messages_of(stream):
+            spending.spend_bytes(0)
+            yield message
+        after = path.stat()
+    if (before.st_mtime_ns, before.st_size, before.st_ino) != (after.st_mtime_ns, after.st_size, after.st_ino):
+        raise FileError("the folder changed while it was read", "add it again when its writer is done")
 
 
 def _names(path: Path, key: str) -> list[str]:

@@ -103,23 +103,25 @@ class Inbox:
         return Scan(settled, len(present) - len(settled), strange)
 
     def _entries(self, strange: list[str]) -> list[tuple[os.DirEntry[str], int, str]]:
+        """Return all that may be a file, with its priority and its path; note directories that are no priority."""
         result: list[tuple[os.DirEntry[str], int, str]] = []
         for below, priority in (("", 0), ("high/", 1), ("low/", -1)):
-            folder = self.folder / below
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if entry.name.startswith(".") or entry.name.endswith(IGNORED):
-                            continue
-                        if entry.is_dir(follow_symlinks=False):
-                            if folder != self.folder or entry.name not in PRIORITIES:
-                                strange.append(entry.name)
-                        else:
-                            result.append((entry, priority, f"{below}{entry.name}"))
-            except FileNotFoundError:
-                if folder == self.folder:
-                    raise
+            for entry in self._listed(self.folder / below):
+                if not entry.is_dir(follow_symlinks=False):
+                    result.append((entry, priority, f"{below}{entry.name}"))
+                elif below or entry.name not in PRIORITIES:
+                    strange.append(entry.name)
         return result
+
+    def _listed(self, folder: Path) -> list[os.DirEntry[str]]:
+        """Return the entries of a folder that are neither hidden nor unfinished; a priority may have no folder."""
+        try:
+            with os.scandir(folder) as entries:
+                return [each for each in entries if not each.name.startswith(".") and not each.name.endswith(IGNORED)]
+        except FileNotFoundError:
+            if folder == self.folder:
+                raise
+            return []
 
     def _look(self, entry: os.DirEntry[str]) -> _Sight | None:
         known = self._sights.get(entry.path)

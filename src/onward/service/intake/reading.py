@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from onward.atomic import TEMPORARY_PREFIX, fsync_directory
-from onward.data.files.containers import FileError
-from onward.service.intake.guard import Guard
+from onward.data.files.faults import SPECIAL_FILE, FileError
+from onward.service.intake.budget import Spending
 
 CHUNK = 1 << 20
 """Bytes read at once; a stop or a spent budget is noticed between two chunks."""
@@ -49,7 +49,7 @@ def identity(status: os.stat_result) -> str:
 
 
 def read_whole(
-    path: Path, guard: Guard, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
+    path: Path, spending: Spending, *, writer: BinaryIO | None = None, links: bool = False, flush: bool = False
 ) -> tuple[str, os.stat_result]:
     """Read a file through one descriptor; return its SHA-256 and its status.
 
@@ -68,11 +68,11 @@ def read_whole(
     try:
         before = os.fstat(descriptor)
         if not stat.S_ISREG(before.st_mode):
-            raise FileError("is a special file (fifo, socket or device)", "copy its content to a regular file")
+            raise FileError(*SPECIAL_FILE)
         memory = memoryview(bytearray(min(CHUNK, max(1, before.st_size))))
-        guard.spend(before.st_size)
+        spending.spend_bytes(before.st_size)
         while count := _read(descriptor, memory, path):
-            guard.spend(0)
+            spending.spend_bytes(0)
             digest.update(memory[:count])
             if writer is not None:
                 writer.write(memory[:count])
@@ -105,7 +105,7 @@ def _open(path: Path, links: bool) -> int:
         raise
 
 
-def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None:
+def move_durably(source: Path, target: Path) -> None:
     """Move a file; between disks, by a copy that is durable before the source is removed.
 
     A link is moved as a link. Any other special file has no content: between disks it is only removed.
@@ -119,14 +119,14 @@ def move_durably(source: Path, target: Path, guard: Guard | None = None) -> None
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        _copy_over(source, target, guard or Guard())
+        _copy_over(source, target)
         fsync_directory(target.parent)
         source.unlink()
     else:
         fsync_directory(target.parent)
 
 
-def _copy_over(source: Path, target: Path, guard: Guard) -> None:
+def _copy_over(source: Path, target: Path) -> None:
     mode = source.lstat().st_mode
     if stat.S_ISLNK(mode):
         target.symlink_to(source.readlink())
@@ -135,7 +135,7 @@ def _copy_over(source: Path, target: Path, guard: Guard) -> None:
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
-            read_whole(source, guard, writer=writer)
+            read_whole(source, Spending(), writer=writer)
             writer.flush()
             os.fsync(writer.fileno())
         temporary.replace(target)

@@ -12,24 +12,22 @@ from typing import Any
 
 from onward.atomic import TEMPORARY_PREFIX, replace_json
 from onward.data.files.faults import FileError, described
-from onward.data.tokenize import IntakeReport
+from onward.data.report import IntakeReport
 from onward.errors import FileRejected
 from onward.layout import RunLayout
-from onward.service.intake.guard import Guard
+from onward.service.intake.budget import Spending
 from onward.service.intake.names import plain_name, rejected_name, report_of, unused_name
 from onward.service.intake.reading import Changed, is_regular, look, move_durably, read_whole
 from onward.store.rows import FileRow
 from onward.text import printable
 
-REPORTED = 20
-"""The most rows that a rejection names."""
 REASON_LENGTH = 500
 """The most characters of a reason, which may quote the row."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a file was not accepted. `problems` is a list of `{"line", "reason", "remedy"}`, at most `REPORTED`.
+    """Why a file was not accepted. `problems` is a list of `{"line", "reason", "remedy"}`, at most `PROBLEMS_SHOWN`.
 
     `way_out` is what may be done instead of fixing the rows; "" if there is nothing.
     """
@@ -156,7 +154,7 @@ def _keep_copy(path: Path, target: Path) -> None:
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         with temporary.open("wb") as writer:
-            read_whole(path, Guard(), writer=writer, links=True)
+            read_whole(path, Spending(), writer=writer, links=True)
         temporary.replace(target)
     except (OSError, Changed, FileError):
         temporary.unlink(missing_ok=True)

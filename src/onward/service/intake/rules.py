@@ -9,14 +9,14 @@ from typing import Any
 
 from onward.config import Config
 from onward.data.files.reading import Reading
-from onward.data.row_tokenizer import Fitted, RowText, RowTokenizer, cache_key
-from onward.data.rows.records import Record, RowError
+from onward.data.row_tokenizer import Fitted, RowTokenizer, cache_key
+from onward.data.row_types import Record, RowError
+from onward.data.rows.template import RowText
 from onward.data.templates.own_template import KEY, other_template_hint
 from onward.data.tokenized import PackedRow, ids_of
 from onward.data.tokenizer import TokenizerState
-from onward.errors import ModelError
 from onward.layout import RunLayout
-from onward.service.settings import locked_refusal
+from onward.service.settings import changed_refusal, locked_refusal
 from onward.service.tokenizer import KeptTokenizer, is_tokenizer_of
 from onward.store.ledger import Ledger
 from onward.training.model.base import base_of_run
@@ -80,20 +80,23 @@ class RowRules:
     """The rules that rows of a run must obey.
 
     Args:
+        config: the config in force.
         tokenizer: turns rows into tokens.
-        reading: how a file is read, and how many rows may be bad.
         room: bytes that checking leaves free on the disk.
     """
 
+    config: Config
     tokenizer: RowTokenizer
-    reading: Reading
     room: int
+
+    @property
+    def reading(self) -> Reading:
+        """How a file is read, and how many rows may be bad."""
+        return Reading.of(self.config)
 
     def key(self, sha256: str) -> str:
         """Return the name under which the tokens of a file are kept."""
-        tokenizer = self.tokenizer
-        settings = self.reading.settings()
-        return cache_key(sha256, tokenizer.state.key, tokenizer.max_length, tokenizer.over_length, settings)
+        return cache_key(sha256, self.tokenizer.state.key, self.config)
 
 
 class RulesOfRun:
@@ -107,7 +110,6 @@ class RulesOfRun:
         self._layout = layout
         self._ledger = ledger
         self._read = config
-        self._config: Config | None = None
         self._rules: RowRules | None = None
 
     def __call__(self) -> RowRules:
@@ -118,12 +120,11 @@ class RulesOfRun:
             ModelError: the base model or its tokenizer is missing, or is no longer the run's.
         """
         config = self._read()
-        if self._rules is None or config != self._config:
+        if self._rules is None or config != self._rules.config:
             newest = self._ledger.newest_checkpoint()
             needed = int(newest.bytes * CHECKPOINT_ROOM) if newest else 0
             tokenizer = run_tokenizer(self._layout, self._ledger, config)
-            self._rules = RowRules(tokenizer, Reading.of(config), needed + (config.disk_margin_mb << 20))
-            self._config = config
+            self._rules = RowRules(config, tokenizer, needed + (config.disk_margin_mb << 20))
         return self._rules
 
 
@@ -140,11 +141,7 @@ def run_tokenizer(layout: RunLayout, ledger: Ledger, config: Config) -> RowToken
     identity = ledger.get("identity")
     if identity is not None and ledger.newest_checkpoint() and not is_tokenizer_of(identity, state):
         require_template_of(identity, config)
-        raise ModelError(
-            "the tokenizer or chat template changed on disk since this run began",
-            where=folder,
-            hint="Restore the original files; to start over with the changed ones: onward reset",
-        )
+        raise changed_refusal("tokenizer or chat template", folder)
     capacity = read_capacity(base)
     require_fits(capacity, max_length=config.max_length)
     return RunTokenizer(state, config, capacity.embedding_rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onward.data.tokenize import IntakeReport
+from onward.data.report import IntakeReport
 from onward.layout import RunLayout
 from onward.service.intake.file_check import FileCheck
 from onward.service.intake.reading import look

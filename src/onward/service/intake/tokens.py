@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
+from onward.data.files.faults import SourceChanged
 from onward.data.files.reading import Reading
-from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
+from onward.data.row_tokenizer import RowTokenizer, cache_key
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.layout import step_of
 from onward.service.intake.archive import require_original
@@ -35,9 +39,17 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
         except DamagedState as error:
             session.ledger.add_event("warning", f"the tokens of {row.name} are made again: {error.what}")
             remove_tree(folder)
+    _make_again(session, row, config, folder, stop)
+    return TokenizedFile.open(folder)
+
+
+def _make_again(session: Session, row: FileRow, config: Config, folder: Path, stop: Callable[[], None]) -> None:
+    """Make the tokens of an accepted file from its original.
+
+    They are made apart from those of intake, whose lock is held for as long as the checking of a file takes.
+    """
     original = require_original(session.layout, row)
     row_tokenizer = RowTokenizer(session.tokenizer_state, config.max_length, config.over_length)
-    # apart from those that intake makes, whose lock is held for as long as the checking of a file takes
     made = session.layout.cache / "again" / folder.name
     remove_tree(made.parent)
     reading = Reading.of_accepted(config, row.bad_rows)
@@ -50,15 +62,13 @@ def open_tokens(session: Session, row: FileRow, config: Config, stop: Callable[[
         raise ConfigError(
             f"{row.name}, {report.unit} {first.line}: {first.reason}",
             where="max_length, over_length, columns, text.documents",
-            hint="The file was accepted under another config, or by an earlier release that checked less. Put "
-            "that back, or leave the file out: "
-            f"onward skip {typed(row.name)}",
+            hint="The file was accepted under another config, or by an earlier release that checked less. Put that "
+            f"back, or leave the file out: onward skip {typed(row.name)}",
         )
     session.layout.tokens.mkdir(parents=True, exist_ok=True)
     if not folder.is_dir():
         made.rename(folder)
     remove_tree(made.parent)
-    return TokenizedFile.open(folder)
 
 
 def forget_tokens(session: Session, sources: Collection[str] = ()) -> None:
@@ -90,5 +100,4 @@ def _is_needed(ledger: Ledger, row: FileRow, first: int) -> bool:
 
 
 def _key(session: Session, row: FileRow, config: Config) -> str:
-    settings = Reading.of(config).settings()
-    return cache_key(row.sha256, session.tokenizer_state.key, config.max_length, config.over_length, settings)
+    return cache_key(row.sha256, session.tokenizer_state.key, config)

@@ -13,8 +13,7 @@ from torch import nn
 
 from onward.config import RESIDUAL_INITS, Config, stored_config
 from onward.data.plan.holdout import rows_in_question
-from onward.data.tokenize import TokenizedFile
-from onward.data.tokenized import Row
+from onward.data.tokenized import Row, TokenizedFile
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.answers import LOOKS, judged
 from onward.hooks.evaluation import Anchor, Measuring, Sample, Subject, allowance, in_rotation
@@ -223,7 +222,7 @@ class Evaluation:
         for name in now.config.evaluation.files:
             key, sample = self._samples.of_question_file(Path(name), now.config, now.config.evaluation.rows)
             now.measuring.names[key] = name
-            asked[key] = Subject(key, name, partial(_given, sample))
+            asked[key] = Subject(key, partial(_given, sample))
         places = self.account.up_to(now.position - 1).contents
         keys = [*(key for key in places if key != now.row.sha256 and key not in asked), *asked]
 
@@ -244,7 +243,7 @@ class Evaluation:
                 self._ledger.add_event("warning", f"{row.name} cannot be measured: {error.what}", now.step)
                 return None
 
-        return Subject(row.sha256, row.name, sample)
+        return Subject(row.sha256, sample)
 
 
 def owed_evaluation(ledger: Ledger) -> FileRow | None:

@@ -9,7 +9,7 @@ from onward.config import Config, stored_config
 from onward.data.plan.holdout import count_held_out, held_out_rows
 from onward.data.plan.order import make_plan
 from onward.data.plan.replay import ReplayPlan, Source, StreamPlan, needed_by
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
 from onward.service.intake.tokens import open_tokens
 from onward.service.knowledge.table import read_table
@@ -47,17 +47,16 @@ def plan_of(ledger: Ledger, row: FileRow, rows: int, config: Config, position: i
     return ReplayPlan(own, sources, config.replay.share, config.replay.policy != "uniform", key)
 
 
-def held_out_of(ledger: Ledger, row: FileRow, configs: dict[str, Config] | None = None) -> tuple[int, ...]:
+def held_out_of(ledger: Ledger, row: FileRow, configs: dict[str, Config]) -> tuple[int, ...]:
     """Return the rows of a file in the stream that are never trained, in rising order.
 
     Args:
         configs: a cache of configs by fingerprint; configs that are read are added.
     """
     assert row.config is not None, row.name
-    known = {} if configs is None else configs
-    if row.config not in known:
-        known[row.config] = stored_config(ledger.config_of(row))
-    config = known[row.config]
+    if row.config not in configs:
+        configs[row.config] = stored_config(ledger.config_of(row))
+    config = configs[row.config]
     return held_out_rows(config.seed, row.sha256, row.rows, count_held_out(row.rows, config.holdout))
 
 

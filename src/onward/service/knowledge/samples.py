@@ -9,10 +9,12 @@ from typing import Any
 
 from onward.atomic import remove_tree
 from onward.config import Config, stored_config
+from onward.data.files.faults import SourceChanged
 from onward.data.files.reading import Reading
 from onward.data.plan.holdout import count_held_out, rows_in_question
-from onward.data.tokenize import RowTokenizer, SourceChanged, TokenizedFile, cache_key, tokenize_file
-from onward.data.tokenized import Row, TokenizedWriter, pack
+from onward.data.row_tokenizer import RowTokenizer, cache_key
+from onward.data.tokenize import tokenize_file
+from onward.data.tokenized import Row, TokenizedFile, TokenizedWriter, pack
 from onward.digest import sha256_file
 from onward.errors import ConfigError, DamagedState
 from onward.hooks.evaluation import Sample
@@ -123,8 +125,7 @@ class Samples:
         return TokenizedFile.open(target)
 
     def _key(self, sha256: str, config: Config) -> str:
-        settings = Reading.of(config).settings()
-        return cache_key(sha256, self._session.tokenizer_state.key, config.max_length, config.over_length, settings)
+        return cache_key(sha256, self._session.tokenizer_state.key, config)
 
 
 def _open(folder: Path) -> TokenizedFile | None:

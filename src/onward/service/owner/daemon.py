@@ -19,10 +19,10 @@ from onward.service.intake.archive import compress_original
 from onward.service.intake.checking import Intake
 from onward.service.knowledge.evaluation import owed_evaluation
 from onward.service.owner import faults
+from onward.service.owner.alongside.heartbeat import tell_systemd
 from onward.service.owner.control import PAUSE_NOTE, Control, Work
 from onward.service.owner.crashes import Crash
 from onward.service.owner.disk import DiskRoom
-from onward.service.owner.heartbeat import tell_systemd
 from onward.service.owner.incoming import Incoming
 from onward.service.owner.owned import Owned
 from onward.service.owner.recovery import Recovery
@@ -59,8 +59,8 @@ class Daemon:
         intake: Intake,
         incoming: Incoming,
         *,
-        crash: Crash | None = None,
-        patient: bool = True,
+        crash: Crash | None,
+        patient: bool,
     ) -> None:
         self.owned = owned
         self.ledger = owned.ledger

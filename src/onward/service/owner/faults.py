@@ -22,7 +22,7 @@ from onward.service.client import skip_queued
 from onward.service.intake.names import unused_name
 from onward.service.intake.refusals import Refusal, is_free, keep_refused
 from onward.service.owner.training.steps import StepFailed
-from onward.service.state.rollback import Move, Values, go_back
+from onward.service.state.rollback import Move, go_back
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.store.rows import FileRow
@@ -132,7 +132,7 @@ def handle(layout: RunLayout, ledger: Ledger, row: FileRow, failure: Failure, co
         return
     parts = _smaller_parts(row, ledger, config) if failure.out_of_memory else row.parts
     if failure.out_of_memory and parts is not None:
-        values: Values = {"failures": row.failures, "parts": parts}
+        values: dict[str, Any] = {"failures": row.failures, "parts": parts}
         decision = f"tried again with each step in {parts} parts"
     elif not failure.out_of_memory and failures <= config.retries:
         values = {"failures": failures, "parts": row.parts}

@@ -14,12 +14,12 @@ from collections.abc import Callable, Generator
 
 from onward.data.files.formats import PACKED
 from onward.service.intake.arrivals import TOGETHER
+from onward.service.intake.budget import Budget
 from onward.service.intake.checking import Intake
-from onward.service.intake.guard import Budget
 from onward.service.intake.inbox import Inbox
 from onward.service.intake.watcher import POLL_SECONDS, Watcher
 from onward.service.owner import faults
-from onward.service.owner.checker import Checker
+from onward.service.owner.alongside.checker import Checker
 from onward.service.owner.owned import Owned
 from onward.store.rows import FileRow
 from onward.text import printable

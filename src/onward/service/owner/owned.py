@@ -10,8 +10,8 @@ from onward.errors import OnwardError
 from onward.events import Hub, Note
 from onward.layout import RunLayout
 from onward.service.outside.reporting import NewNotes
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.owner.answers import Answers
-from onward.service.owner.heartbeat import Heartbeat
 from onward.service.settings import Settings
 from onward.service.shown import Shown
 from onward.service.wishes import Wishes

@@ -18,13 +18,13 @@ from onward.errors import DeviceLost, FileRejected, OnwardError, UsageError
 from onward.events import Hub, Note, Observe
 from onward.layout import RunLayout
 from onward.service.outside.reporting import NewNotes, Reporter
+from onward.service.owner.alongside.background import Background, Job
+from onward.service.owner.alongside.heartbeat import SECONDS as BEAT_SECONDS
+from onward.service.owner.alongside.heartbeat import Heartbeat
+from onward.service.owner.alongside.tracking import Tracking
 from onward.service.owner.answers import Answers
-from onward.service.owner.background import Background, Job
 from onward.service.owner.crashes import Crash, find_crash
-from onward.service.owner.heartbeat import SECONDS as BEAT_SECONDS
-from onward.service.owner.heartbeat import Heartbeat
 from onward.service.owner.owned import Owned
-from onward.service.owner.tracking import Tracking
 from onward.service.settings import Settings
 from onward.service.shown import FAILED, STOPPED, Shown
 from onward.service.wishes import Stopped, Wishes

@@ -20,7 +20,7 @@ from onward.config import Config
 from onward.config.text import read_config
 from onward.data.templates.own_template import read_template
 from onward.errors import DamagedState, ModelError, OnwardError, UsageError
-from onward.layout import RunLayout, step_of
+from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service import moment
 from onward.service.holder import is_held, read_heartbeat, read_holder
 from onward.service.proof.access import in_words, unwritable, user_name, way_to_write
@@ -31,7 +31,7 @@ from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.text import printable, quoted
 from onward.training.admission.findings import FACT, REFUSABLE, Findings
-from onward.training.checkpoints.checkpoint import MANIFEST, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import inspect_checkpoint
 from onward.training.device.environment import HALF, pick_device, pick_dtype
 from onward.training.device.errors import LESS_MEMORY
 from onward.training.model.base import base_of_run, digest_base
@@ -68,25 +68,25 @@ def examine(layout: RunLayout) -> list[Finding]:
         return [*findings, Finding("error", "ledger", error.what, error.hint)]
     except UsageError as error:
         return [*findings, Finding("warning", "run", f"{error.what}: {error.where}", error.hint)]
-    looks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
-        ("config", lambda: _config(layout)),
-        ("identity", lambda: _identity(layout)),
-        ("base model", lambda: _base(layout)),
-        ("model", lambda: _admission(layout)),
-        ("memory", lambda: _memory(layout)),
-        ("ledger", lambda: _ledger(layout)),
-        ("ledger's disk", lambda: _ledger_disk(layout)),
-        ("access", lambda: _access(layout)),
-        ("owner", lambda: _owner(layout)),
-        ("state", lambda: _state(layout)),
-        ("disk", lambda: _disk(layout)),
-        ("inbox", lambda: _inbox(layout)),
-        ("queue", lambda: _queue(layout)),
-        ("trackers", lambda: _trackers(layout)),
+    checks: list[tuple[str, Callable[[RunLayout], Iterator[Finding]]]] = [
+        ("config", _config),
+        ("identity", _identity),
+        ("base model", _base),
+        ("model", _admission),
+        ("memory", _memory),
+        ("ledger", _ledger),
+        ("ledger's disk", _ledger_disk),
+        ("access", _access),
+        ("owner", _owner),
+        ("state", _state),
+        ("disk", _disk),
+        ("inbox", _inbox),
+        ("queue", _queue),
+        ("trackers", _trackers),
     ]
-    for subject, look in looks:
+    for subject, check in checks:
         try:
-            findings += look()
+            findings += check(layout)
         except OnwardError as error:
             findings.append(Finding("error", subject, error.what, error.hint))
         except sqlite3.DatabaseError as error:

@@ -10,7 +10,7 @@ from onward.service.proof.verify import Proof, verify
 from onward.store.ledger import PROOF, Ledger
 
 
-def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool = False) -> Proof:
+def verify_and_keep(layout: RunLayout, ledger: Ledger, *, deep: bool) -> Proof:
     """Check every claim of a run (see `verify`) and record the outcome, unless the ledger cannot be written."""
     proof = verify(layout, ledger, deep=deep)
     with contextlib.suppress(sqlite3.Error):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from onward.errors import DamagedState, UsageError
 from onward.layout import RunLayout
-from onward.service.state.rollback import KEPT
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_file
 
@@ -28,8 +27,7 @@ def accept(layout: RunLayout, ledger: Ledger, name: str) -> str:
         if twin is not None and twin.id != row.id:
             place = f"file {twin.position}" if twin.position else twin.state
             raise UsageError(f"the content of {row.name} is already in the stream", where=f"{twin.name} ({place})")
-        values = {key: getattr(row, key) for key in KEPT}
-        values |= {"accepted": 1, "again": 1, "occurrence": ledger.next_occurrence(row.sha256)}
+        values = row.kept() | {"accepted": 1, "again": 1, "occurrence": ledger.next_occurrence(row.sha256)}
         ledger.insert_file(**values, state="queued")
         ledger.move_file(row.id, "undone", note="accepted by an operator")
         ledger.add_event("info", f"{row.name} accepted: it is queued again, and the guard lets it pass")

@@ -35,17 +35,19 @@ from onward.training.foreign.moments import load_into
 from onward.training.foreign.scaler import read_scale
 from onward.training.foreign.settings import router_loss
 from onward.training.measuring.probe import Probe
-from onward.training.model.base import OWN_BASE, WEIGHTS, resolve_base, with_stored_path
+from onward.training.model.base import (
+    OWN_BASE,
+    TOKENIZER_FILES,
+    TOKENIZER_MARK,
+    WEIGHTS,
+    resolve_base,
+    with_stored_path,
+)
 from onward.training.model.capacity import read_capacity, require_fits
 from onward.training.model.load import build_model, load_tokenizer
 from onward.training.model.spec import ModelSpec
 from onward.training.state import TrainState
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-    "merges.txt", "added_tokens.json", "tokenizer.model",
-)  # fmt: skip
-TOKENIZER_MARK = "tokenizer_config.json"
 MODEL_FILES = (*WEIGHTS, "generation_config.json")
 
 

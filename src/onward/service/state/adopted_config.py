@@ -19,8 +19,8 @@ from onward.training.foreign.folders import TrainerFolder, open_folder
 from onward.training.foreign.moments import Moments, read_moments
 from onward.training.foreign.schedules import TrainerSchedule, read_schedule, require_schedule
 from onward.training.foreign.settings import argument_settings, optimizer_arguments
-from onward.training.model.adapter import ADAPTER_CONFIG
 from onward.training.model.adapter_config import adapter_settings, read_adapter
+from onward.training.model.base import ADAPTER_CONFIG
 
 SCHEDULE_SOURCE = "schedule of the Trainer"
 WHOLE_MODEL = "the model's files"

@@ -21,11 +21,11 @@ from onward.config import Config
 from onward.digest import sha256_json
 from onward.errors import VerificationFailed
 from onward.events import FileDone
-from onward.layout import RunLayout, step_of
+from onward.layout import MANIFEST, RunLayout, step_of
 from onward.service.state.ownership import Ownership
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
-from onward.training.checkpoints.checkpoint import MANIFEST, Contents, Facts, Manifest, write_checkpoint
+from onward.training.checkpoints.checkpoint import Contents, Facts, Manifest, write_checkpoint
 from onward.training.device.environment import promises_bits
 from onward.training.measuring.handover import Measurement, measure
 from onward.training.measuring.probe import Probed

@@ -33,7 +33,7 @@ UNTOLD = {"notify", "track"}
 """Keys that a copy does without: those notified of the run are not notified of what is tried on a copy."""
 
 
-def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None = None) -> RunLayout:
+def copy_run(layout: RunLayout, target: Path, step: int) -> RunLayout:
     """Make `target` a run of its own: this one as it was at a restore point, with its later files queued again.
 
     Files that wait in the run are not copied. The copy has the run's identity, so that its checkpoints belong to the
@@ -42,7 +42,6 @@ def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None =
     Args:
         target: a directory that does not exist yet, on the run's disk if links should be possible.
         step: the step of a restore point.
-        config: the copy's config; by default the run's own.
 
     Raises:
         UsageError: the restore point is no longer kept.
@@ -56,7 +55,7 @@ def copy_run(layout: RunLayout, target: Path, step: int, config: Config | None =
     with Ledger(layout.ledger, read_only=True) as ledger:
         ledger.copy_to(copy.ledger)
     _link_parts(layout, copy)
-    _write_config(layout, copy, config or read_config(layout.config))
+    _write_config(layout, copy, read_config(layout.config))
     with Ledger(copy.ledger) as ledger:
         _link_originals(layout, copy, ledger.files(*HELD))
         _go_back(copy, ledger, step)

@@ -18,13 +18,11 @@ from onward.errors import ConfigError, DamagedState, UsageError
 from onward.layout import RunLayout
 from onward.store.ledger import Ledger
 from onward.text import how_many
-from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER
+from onward.training.model.base import OWN_ADAPTER, OWN_BASE, TOKENIZER_FILES, TOKENIZER_MARK
 
 if TYPE_CHECKING:
     from onward.training.model.start_adapter import StartAdapter
 
-TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
-TOKENIZER_MARK = "tokenizer_config.json"
 MADE = "made"
 """The ledger's fact with `{key: value}` of the config's keys that took effect when the run was made."""
 _DIGEST = "adapter digest"

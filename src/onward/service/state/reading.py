@@ -79,7 +79,7 @@ def link_checkpoint(
     folder: Path,
     target: Path,
     *,
-    left_out: Collection[str] = (),
+    left_out: Collection[str],
     between: Callable[[str], None] = lambda _: None,
 ) -> Inspection | None:
     """Link the files of a checkpoint into `target`, which is emptied first, and inspect what was linked.
@@ -97,6 +97,18 @@ def link_checkpoint(
     except FileNotFoundError:
         return None
     return inspect_checkpoint(target, left_out)
+
+
+def verified_point(folder: Path) -> Manifest:
+    """Return the manifest of a restore point whose files are all as it states.
+
+    Raises:
+        DamagedState: they are not.
+    """
+    found = inspect_checkpoint(folder)
+    if found.verified is None:
+        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
+    return found.verified
 
 
 def newest_checkpoint(layout: RunLayout, run: str) -> Path:

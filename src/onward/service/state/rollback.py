@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, cast
+from typing import Any
 
 from onward.config.text import read_config
-from onward.errors import DamagedState, UsageError
+from onward.errors import UsageError
 from onward.layout import RunLayout, step_of
 from onward.service.state.ownership import Ownership
+from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.service.state.settle import TO_NOTHING, Settlement
 from onward.store.files import HELD
@@ -18,63 +19,6 @@ from onward.store.lookup import find_file, find_step
 from onward.store.rows import FileRow
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
-KEPT = (
-    "command",
-    "name",
-    "sha256",
-    "bytes",
-    "format",
-    "copy",
-    "rows",
-    "tokens",
-    "target_tokens",
-    "truncated",
-    "dropped",
-    "split",
-    "lost_tokens",
-    "bad_rows",
-    "priority",
-    "occurrence",
-    "accepted",
-)
-"""Columns that a file keeps when it is queued again: its identity, and the order of its rows."""
-
-
-class Values(TypedDict, total=False):
-    """Columns that are set on a file with its new state."""
-
-    note: str | None
-    position: int | None
-    config: str | None
-    parts: int | None
-    failures: int
-
-
-class Successor(TypedDict, total=False):
-    """Columns of the file that replaces one that is undone."""
-
-    command: str
-    name: str
-    sha256: str
-    bytes: int
-    format: str
-    copy: str
-    rows: int
-    tokens: int
-    target_tokens: int
-    truncated: int
-    dropped: int
-    split: int
-    lost_tokens: int
-    bad_rows: int
-    priority: int
-    occurrence: int
-    accepted: int
-    again: int
-    position: int
-    config: str | None
-    parts: int | None
-
 
 @dataclass(frozen=True)
 class Move:
@@ -82,8 +26,8 @@ class Move:
 
     row: FileRow
     state: str
-    values: Values = field(default_factory=Values)
-    successor: Successor | None = None
+    values: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    successor: Mapping[str, Any] | None = None
 
 
 def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> dict[str, Any]:
@@ -177,12 +121,9 @@ def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config
     """Return moves that mark files undone; requeued, they follow `position` in their order, before all that waits."""
     moves: list[Move] = []
     for place, row in enumerate(rows, start=position + 1):
-        successor: Successor | None = None
-        if requeue:
-            successor = cast(Successor, {key: getattr(row, key) for key in KEPT} | {"again": 1, "position": place})
-            if with_config:
-                successor.update(config=row.config, parts=row.parts)
-        moves.append(Move(row, "undone", successor=successor))
+        again = {**row.kept(), "again": 1, "position": place}
+        kept = {"config": row.config, "parts": row.parts} if with_config else {}
+        moves.append(Move(row, "undone", successor=again | kept if requeue else None))
     return moves
 
 
@@ -239,7 +180,4 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
             where=folder,
             hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
         )
-    found = inspect_checkpoint(folder)
-    if found.verified is None:
-        raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
-    return found.verified
+    return verified_point(folder)

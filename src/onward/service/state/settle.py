@@ -11,13 +11,14 @@ from typing import Any
 from onward.atomic import remove_temporaries
 from onward.config import stored_config
 from onward.errors import DamagedState
-from onward.layout import RunLayout, entries, step_of
+from onward.layout import MANIFEST, RunLayout, entries, step_of
 from onward.service.moment import require_present, require_same_moment
 from onward.service.state.commits import Commits, basis_of
+from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
 from onward.store.ledger import Ledger
 from onward.store.rows import FileRow
-from onward.training.checkpoints.checkpoint import MANIFEST, Manifest, inspect_checkpoint
+from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
 TO_NOTHING = -1
 """The step that stands for no state at all, when a run is reset."""
@@ -96,10 +97,7 @@ class Settlement:
             self._remove_all()
         else:
             folder = self.layout.boundary(step)
-            found = inspect_checkpoint(folder)
-            if found.verified is None:
-                raise DamagedState(f"the restore point does not verify: {'; '.join(found.problems)}", where=folder)
-            self._commits.install(folder, found.verified, self.retention)
+            self._commits.install(folder, verified_point(folder), self.retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:

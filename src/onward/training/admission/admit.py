@@ -12,20 +12,20 @@ from torch import nn
 
 from onward.errors import ModelError, OnwardError, first_line
 from onward.training.admission import gradients, longer, reach
-from onward.training.admission.alike import reached_by_kinds
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.findings import BY_LENGTH, END_TO_END, PADDED, Findings, named
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
-from onward.training.admission.narrow import narrow, still
 from onward.training.admission.positions import most_positions
 from onward.training.admission.proof import Found, Proof
 from onward.training.admission.purity import Marks
 from onward.training.admission.remedies import NO_REMEDY, adapter_hint, causal_hint
 from onward.training.admission.roundtrip import not_loaded_back
-from onward.training.admission.shorten import layers_to_shorten, shorten
+from onward.training.admission.small.alike import reached_by_kinds
+from onward.training.admission.small.narrow import narrow, still
+from onward.training.admission.small.shorten import layers_to_shorten, shorten
+from onward.training.admission.small.vocabulary import runs, shorten_vocabulary, vocabulary_of
+from onward.training.admission.small.width import narrow_width
 from onward.training.admission.together import examine_together
-from onward.training.admission.vocabulary import runs, shorten_vocabulary, vocabulary_of
-from onward.training.admission.width import narrow_width
 from onward.training.device.environment import describe_environment
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE

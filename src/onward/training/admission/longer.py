@@ -16,7 +16,7 @@ from onward.data.plan.loader import Batch
 from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.inputs import LONG, SHORT, rows
-from onward.training.admission.narrow import lower_choices, still
+from onward.training.admission.small.narrow import lower_choices, still
 from onward.training.model.load import causal_lm
 from onward.training.model.spec import ModelSpec
 

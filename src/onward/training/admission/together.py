@@ -11,10 +11,10 @@ from onward.data.plan.loader import Batch
 from onward.errors import first_line
 from onward.training.admission import gradients, longer
 from onward.training.admission.inputs import LONG, MIDDLE, SHORT, rows
-from onward.training.admission.narrow import still
 from onward.training.admission.neighbours import influence
 from onward.training.admission.proof import Found, Proof
 from onward.training.admission.remedies import NO_REMEDY
+from onward.training.admission.small.narrow import still
 from onward.training.device.environment import deterministic
 from onward.training.device.errors import is_of_the_device
 from onward.training.model.load import causal_lm, make_fast

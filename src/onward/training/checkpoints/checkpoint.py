@@ -225,12 +225,10 @@ class Inspection:
     Args:
         manifest: the manifest, if it is valid.
         problems: what was read but differs, or is missing.
-        is_ours: whether Onward apparently made the directory: it has a manifest, valid or not.
     """
 
     manifest: Manifest | None
     problems: list[str]
-    is_ours: bool = True
 
     @property
     def verified(self) -> Manifest | None:
@@ -251,7 +249,7 @@ def inspect_checkpoint(folder: Path, left_out: Collection[str] = ()) -> Inspecti
     """
     values = read_manifest(folder)
     if values is None:
-        return Inspection(None, [f"{MANIFEST} is missing"], is_ours=False)
+        return Inspection(None, [f"{MANIFEST} is missing"])
     digest = values.pop("digest", "")
     if _digest_of(values) != digest:
         return Inspection(None, [f"{MANIFEST} was changed"])

@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from onward.config import Config
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest
@@ -44,12 +45,29 @@ def load_state(folder: Path, manifest: Manifest, spec: ModelSpec, *, treatment: 
     """
     model = build_model(spec, checkpoint=folder, treatment=treatment)
     state = TrainState.start(model, spec.config)
-    if state.view().describe_parameters() != manifest.parameters:
-        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
-    load_moments(state, folder / huggingface.OPTIMIZER)
-    state.method.configure(state.optimizer, spec.config)
-    state.load_plain(manifest.state)
+    load_rest(state, state.view().describe_parameters(), folder, manifest, spec.config)
     return state
+
+
+def load_rest(
+    state: TrainState, parameters: Mapping[str, Any], folder: Path, manifest: Manifest, config: Config,
+    shards: Mapping[str, Cut] | None = None,
+) -> None:  # fmt: skip
+    """Load all that a checkpoint holds besides the weights, which the state has.
+
+    Args:
+        parameters: shape and type of the state's whole weights by name, which have to be those of the checkpoint.
+        shards: as for `load_moments`.
+
+    Raises:
+        DamagedState: names, shapes or types are not those of the manifest.
+        Unreadable: a file cannot be read now.
+    """
+    if parameters != manifest.parameters:
+        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
+    load_moments(state, folder / huggingface.OPTIMIZER, shards)
+    state.method.configure(state.optimizer, config)
+    state.load_plain(manifest.state)
 
 
 def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:

@@ -22,13 +22,11 @@ class Arguments:
 
     Args:
         values: its arguments by name: numbers, strings, lists, and values of enumerations.
-        kind: the class of the arguments, such as `SFTConfig`.
         processes: how many processes trained, as far as the checkpoint shows.
         missing: why there are no arguments; empty if there are.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    kind: str = ""
     processes: int = 1
     missing: str = ""
 
@@ -73,8 +71,7 @@ def read_arguments(checkpoint: Path) -> Arguments:
     if not isinstance(state, dict):
         return Arguments(missing=f"{TRAINING_ARGUMENTS} holds no arguments", processes=_processes(checkpoint, {}))
     values = {str(name): _plain(value) for name, value in cast(dict[Any, Any], state).items()}
-    kind = saved.name.rpartition(".")[2] if isinstance(saved, Inert) else ""
-    return Arguments(values, kind, _processes(checkpoint, state))
+    return Arguments(values, _processes(checkpoint, state))
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,8 @@ from onward.errors import DamagedState, ModelError
 from onward.text import quoted
 from onward.training.checkpoints.huggingface import OPTIMIZER
 from onward.training.foreign.folders import FRESH
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import ADAPTER_CONFIG
 
 _PREFIX = "base_model.model."
 _COPY, _ORIGINAL, _LAYER = ".modules_to_save.", ".original_module.", ".base_layer."

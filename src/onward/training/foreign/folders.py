@@ -12,7 +12,8 @@ from onward.errors import UsageError
 from onward.layout import MANIFEST, RunLayout
 from onward.text import printable, quoted
 from onward.training.checkpoints.huggingface import OPTIMIZER, TRAINER_STATE
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import ADAPTER_CONFIG
 
 FULL_OPTIMIZER = "optimizer.bin"
 """The whole optimizer state by parameter name, as FSDP's full state dict is saved."""

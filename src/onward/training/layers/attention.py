@@ -51,7 +51,7 @@ def lay_end_to_end(model: PreTrainedModel) -> None:
 
 
 def row_arguments(
-    lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None = None, shape: tuple[int, int] | None = None
+    lengths: tuple[int, ...], device: torch.device, kernel: Varlen | None, shape: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """Return the keywords of a forward pass over one sequence made of rows of these lengths.
 

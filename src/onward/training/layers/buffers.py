@@ -7,7 +7,7 @@ tables of positions grow. No checkpoint contains these. Frequencies and tables a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,14 +39,6 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._held = {module: _hold(module) for module in model.modules() if vars(module)["_buffers"]}
 
-    def changed(self) -> list[str]:
-        """Return what has changed since, by module type and name."""
-        return sorted(
-            f"{type(module).__name__}.{name}"
-            for module, held in self._held.items()
-            for name in _differing({**held.values, **held.contents}, {**_plain_values(module), **_buffers(module)})
-        )
-
     def restore(self) -> None:
         """Restore everything, to the last bit; this costs next to nothing if nothing changed."""
         for module, held in self._held.items():
@@ -77,16 +69,6 @@ def _hold(module: nn.Module) -> _Held:
 
 def _buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return cast(dict[str, torch.Tensor | None], vars(module)["_buffers"])
-
-
-def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
-    for name in before.keys() | after.keys():
-        one, other = before.get(name), after.get(name)
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            if one.shape != other.shape or not torch.equal(one, other):
-                yield name
-        elif one != other:
-            yield name
 
 
 def _plain_values(module: nn.Module) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from onward.training.layers.matmul import add_product, product_in_float, times
 
 ADAPTER = "default"
+"""PEFT's name for the only adapter of a run."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that a decoder calls one after another on the same input."""
 

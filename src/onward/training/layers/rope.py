@@ -74,12 +74,6 @@ def _beginnings(model: nn.Module | None) -> Iterator[int]:
             yield int(vars(module)["original_max_seq_len"])
 
 
-def rope_kinds(config: Any) -> tuple[str, ...]:
-    """Return the kinds of RoPE that a model has, each once, in order; empty if its config names none."""
-    found = _parameters(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
-    return tuple(sorted({str(each.get("rope_type", each.get("type", "default"))) for each in found}))
-
-
 def _parameters(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield each set of RoPE parameters: the value itself, or the sets for each kind of layer inside it."""
     if not isinstance(value, Mapping):

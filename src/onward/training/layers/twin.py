@@ -151,13 +151,19 @@ class _Guard(TorchDispatchMode):
         given = dict(kwargs or {})
         if func.overloadpacket is torch.ops.aten.set_ and _place(args[0]) == _place(args[-1]):
             return func(*args, **given)  # parametrizing a weight sets it to itself
-        for place, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else given.get(argument.name)
-                for tensor in value if isinstance(value, list | tuple) else [value]:
-                    if isinstance(tensor, torch.Tensor) and _place(tensor) in self._names:
-                        raise _Write(self._names[_place(tensor)])
+        for tensor in _written(func, args, given):
+            if _place(tensor) in self._names:
+                raise _Write(self._names[_place(tensor)])
         return func(*args, **given)
+
+
+def _written(func: Any, args: Any, given: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation writes to, as its schema says."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else given.get(argument.name)
+            values = value if isinstance(value, list | tuple) else [value]
+            yield from (each for each in values if isinstance(each, torch.Tensor))
 
 
 def _place(held: object) -> int:

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 import torch
 
-HALF = (torch.bfloat16, torch.float16)
+from onward.training.device.environment import HALF
+
 WIDEST, MULTIPLE = 256, 8
 """The largest head size for FlashAttention, and what the size must be a multiple of."""
 GROUPED = "enable_gqa"
@@ -138,11 +139,11 @@ VARLEN = Varlen.of(_of_this_release())
 """The kernel of the installed PyTorch; None if it has no suitable one."""
 
 
-def kernel_for(device: torch.device, dtype: torch.dtype, kernel: Varlen | None = VARLEN) -> Varlen | None:
+def kernel_for(device: torch.device, dtype: torch.dtype) -> Varlen | None:
     """Return the kernel if it can be used: in a 16-bit type, on an NVIDIA GPU that FlashAttention supports."""
     if device.type != "cuda" or dtype not in HALF or torch.version.cuda is None:
         return None
-    return kernel if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
+    return VARLEN if torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY else None
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype) -> str:

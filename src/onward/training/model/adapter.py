@@ -17,14 +17,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.errors import ModelError, Unreadable, first_line
+from onward.training.layers.fused_lora import ADAPTER
+from onward.training.model.base import ADAPTER_CONFIG
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"
 _WORDS = re.compile(r"[\w.]*\w(?:[,\s]+[\w.]*\w)*")
 """One or more names of modules, which may have dots: `q_proj`, `self_attn.q_proj, mlp.up_proj`."""
-ADAPTER = "default"
-"""PEFT's name for the only adapter of a run."""
 MODULES_TO_SAVE = ".modules_to_save."
 """Part of the name of a fully trained module in the model; PEFT's file omits it."""
 

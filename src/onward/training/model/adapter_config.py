@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from onward.config import known_keys
 from onward.errors import DamagedState, ModelError, UsageError
 from onward.text import quoted
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import ADAPTER_CONFIG
 
 KEYS: Mapping[str, str] = {
     "r": "lora.rank",

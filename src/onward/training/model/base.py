@@ -18,10 +18,14 @@ from onward.training.model.embedded import EMBEDDED, cache_directory, ensure_emb
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.index.json", "config.json")
 """Files of a base model that decide what it computes."""
 
-
-ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 """The file that makes a folder a PEFT adapter."""
-TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKENIZER_MARK = "tokenizer_config.json"
+"""The file that every tokenizer of transformers has."""
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_MARK)
+"""Files one of which at least a tokenizer has."""
+TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
+"""Files that a tokenizer may have."""
 OWN_BASE = "base"
 """Folder of a base model that a run keeps in its own directory."""
 OWN_ADAPTER = "adapter"
@@ -49,7 +53,7 @@ def resolve_base(
     if name in EMBEDDED:
         return ensure_embedded(name, cache_directory(), report=report)
     path = Path(name).expanduser()
-    if (path / ADAPTER).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise _is_adapter(path)
     if path.is_dir():
         raise ModelError("this folder is not a Hugging Face model: config.json is missing", where=path, hint=COMPLETE)
@@ -164,7 +168,7 @@ def require_plain(folder: Path, *, method: str) -> None:
     Raises:
         ModelError: the folder holds an adapter, quantized weights, or needs code of its own.
     """
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise _is_adapter(folder)
     config = json.loads((folder / "config.json").read_bytes())
     quantization = config.get("quantization_config")
@@ -193,7 +197,7 @@ def _is_known(model_type: str) -> bool:
 
 def _is_adapter(folder: Path) -> ModelError:
     try:
-        base = json.loads((folder / ADAPTER).read_bytes()).get("base_model_name_or_path")
+        base = json.loads((folder / ADAPTER_CONFIG).read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         base = None
     named = quoted(base) if isinstance(base, str) and base else "BASE"

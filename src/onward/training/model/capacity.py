@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from onward.data.tokenizer import TokenizerState
 from onward.errors import ConfigError, ModelError, Unreadable
@@ -117,7 +117,7 @@ def _usable(rows: int, config: Mapping[str, Any]) -> int:
 def _tables(folder: Path) -> Iterable[tuple[str, int]]:
     """Yield name and rows of every two-dimensional tensor."""
     for path in _weight_files(folder):
-        for name, entry in _read_header(path).items():
+        for name, entry in _read_json(path, _header).items():
             shape = cast(dict[str, Any], entry).get("shape") if isinstance(entry, dict) else None
             if isinstance(shape, list) and len(cast(list[Any], shape)) == 2:
                 yield name, int(cast(list[int], shape)[0])
@@ -130,21 +130,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(indexed) if names else sorted(folder.glob("*.safetensors"))
 
 
-def _read_header(path: Path) -> Mapping[str, Any]:
-    """Return the header of a safetensors file; empty if there is none."""
+def _header(stream: BinaryIO) -> bytes:
+    """Return the header of a safetensors file."""
+    size = int.from_bytes(stream.read(8), "little")
+    return stream.read(size) if size <= _LARGEST_HEADER else b""
+
+
+def _read_json(path: Path, part: Callable[[BinaryIO], bytes] = lambda stream: stream.read()) -> Mapping[str, Any]:
+    """Return the JSON object that a file, or a part of it, holds; empty if there is none."""
     try:
         with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            return _as_mapping(stream.read(size) if size <= _LARGEST_HEADER else b"")
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise Unreadable.of(error, path) from None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return _as_mapping(path.read_bytes())
+            return _as_mapping(part(stream))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from onward.training.model.adapter import ADAPTER
+from onward.training.layers.fused_lora import ADAPTER
 
 
 def wrap_experts(model: nn.Module) -> None:

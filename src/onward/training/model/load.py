@@ -25,17 +25,10 @@ from onward.training.device.errors import is_of_the_device
 from onward.training.layers.attention import PADDING_FREE, lay_end_to_end
 from onward.training.layers.decoder_parts import fuse_parts, kernels_work
 from onward.training.layers.experts import let_experts_repeat
-from onward.training.layers.fused_lora import fuse_lora
-from onward.training.model.adapter import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    add_adapter,
-    load_adapter,
-    saved_adapter_config,
-    train_in_float32,
-)
+from onward.training.layers.fused_lora import ADAPTER, fuse_lora
+from onward.training.model.adapter import add_adapter, load_adapter, saved_adapter_config, train_in_float32
 from onward.training.model.adapter_shape import new_adapter_config, require_effect
-from onward.training.model.base import COMPLETE
+from onward.training.model.base import ADAPTER_CONFIG, COMPLETE
 from onward.training.model.completeness import require_all_weights, require_no_others
 from onward.training.model.expert_lora import wrap_experts
 from onward.training.model.quiet import one_load, quiet
@@ -127,7 +120,7 @@ def build_plain(
     return model.train() if stays else model.to(device).train()
 
 
-def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str] = ()) -> None:
+def train_only(model: nn.Module, patterns: Sequence[str], left_out: Collection[str]) -> None:
     """Freeze every weight whose name matches no pattern; without patterns, all are trained.
 
     Args:

@@ -18,14 +18,9 @@ from onward.config import Config
 from onward.config.sections import LoraConfig
 from onward.digest import sha256_json, xxh3_file
 from onward.errors import ConfigError, DamagedState, ModelError, UsageError
-from onward.training.model.adapter import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    add_adapter,
-    load_adapter,
-    saved_adapter_config,
-)
+from onward.training.model.adapter import ADAPTER_WEIGHTS, add_adapter, load_adapter, saved_adapter_config
 from onward.training.model.adapter_config import KEYS, adapter_settings, read_adapter
+from onward.training.model.base import ADAPTER_CONFIG
 from onward.training.model.quiet import one_load, quiet
 
 

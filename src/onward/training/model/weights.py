@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_tensors
-from onward.training.model.load import quiet
+from onward.training.model.adapter import ADAPTER_WEIGHTS, adapter_tensors
+from onward.training.model.base import ADAPTER_CONFIG
+from onward.training.model.quiet import quiet
 
 CONFIG = "config.json"
 

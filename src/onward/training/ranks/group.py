@@ -51,14 +51,6 @@ class Group:
         """Return whether the flag is set on any rank."""
         return any(found == b"\1" for found in self._all(bytes([flag])))
 
-    def gather(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors, which every rank holds whole."""
-        return tensors
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        self._all(b"\0")
-
     def tell(self, make: Callable[[], Message]) -> None:
         """Tell the other ranks what to do next; rank 0 only."""
         if not self.is_broken:

@@ -17,7 +17,7 @@ Slot = tuple[int, str, list[int], str, str]
 
 
 def hold_same(
-    make: Callable[[], TrainState], world: World, anchor: AnchorTerm | None = None, *, followed: bool = True
+    make: Callable[[], TrainState], world: World, anchor: AnchorTerm | None, *, followed: bool = True
 ) -> None:
     """Compare the state with that of rank 0, take over rank 0's if it differs, and receive the anchor's tensors.
 

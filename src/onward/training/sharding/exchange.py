@@ -70,11 +70,9 @@ class Exchange:
 
     Args:
         root: holds all layers. It and each of them was given to `fully_shard`.
-        size: how many ranks there are.
     """
 
-    def __init__(self, root: nn.Module, layers: Sequence[nn.Module], size: int) -> None:
-        self.size = size
+    def __init__(self, root: nn.Module, layers: Sequence[nn.Module]) -> None:
         self.places: Sequence[Place] = ()
         """Where the parts of this round stand, by rank; what further ranks compute is left out."""
         self._sums = [_ReduceScatter(self) for _ in (*layers, root)]

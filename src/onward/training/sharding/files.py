@@ -1,7 +1,7 @@
 """A state written by all ranks at once: each writes and hashes its own shards, and rank 0 writes the manifest last.
 
-The files are those of torch.distributed.checkpoint in safetensors, so they contain only numbers and can be read by any
-number of ranks. A folder without its manifest is not a state.
+The files are those of torch.distributed.checkpoint in safetensors, so they contain only numbers. A folder without its
+manifest is not a state.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -25,10 +24,10 @@ from torch.distributed.tensor import Shard as ByRows
 
 from onward.atomic import TEMPORARY_PREFIX, publish_directory, remove_tree, write_file
 from onward.digest import canonical_json, sha256_json, xxh3_file
-from onward.errors import DamagedState, Unreadable, VerificationFailed, first_line
+from onward.errors import DamagedState, Unreadable, VerificationFailed
 from onward.training.ranks.forming import FOREVER
 from onward.training.sharding.shards import Shards
-from onward.training.state import Snapshot, TrainState
+from onward.training.state import Snapshot
 
 MANIFEST = "shards.json"
 FORMAT = 1
@@ -187,14 +186,14 @@ def read_manifest(folder: Path) -> ShardManifest:
     return manifest
 
 
-def require_files(folder: Path, manifest: ShardManifest, rank: int = 0, size: int = 1) -> None:
-    """Check every file of a rank's share against the manifest.
+def require_files(folder: Path, manifest: ShardManifest) -> None:
+    """Check every file against the manifest.
 
     Raises:
         DamagedState: one is missing or was changed.
         Unreadable: one cannot be read now.
     """
-    for name in sorted(manifest.files)[rank::size]:
+    for name in sorted(manifest.files):
         try:
             found = _hashed(folder / name)
         except FileNotFoundError:
@@ -203,38 +202,6 @@ def require_files(folder: Path, manifest: ShardManifest, rank: int = 0, size: in
             raise Unreadable.of(error, folder / name) from None
         if found != manifest.files[name]:
             raise DamagedState("a file of the shards was changed (its hash differs)", where=folder / name)
-
-
-def load_shards(folder: Path, manifest: ShardManifest, state: TrainState, shards: Shards, host: DeviceMesh) -> None:
-    """Load what this rank holds of a state that any number of ranks wrote; every rank calls this.
-
-    Args:
-        folder: the shards, whose files were checked (`require_files`).
-        host: `host_mesh()`.
-
-    Raises:
-        DamagedState: the state does not belong to this model and this optimizer.
-        Unreadable: a file cannot be read now.
-    """
-    rows = {name: torch.empty_like(shard.local, device="cpu") for name, shard in shards.items()}
-    _require_fit(folder, manifest, state, shards)
-    _read(folder, {f"{WEIGHT}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
-    for name, shard in shards.items():
-        shard.local.copy_(rows[name])
-        shard.take()
-    entries = {name: {state.method.counter: torch.tensor(float(manifest.count))} for name in state.parameters}
-    for slot in state.method.slots if manifest.count else ():
-        _read(folder, {f"{slot}/{name}": _whole(rows[name], shards[name].shape, host) for name in rows}, host)
-        for name, shard in shards.items():
-            laid_out = torch.zeros_like(shard.held)
-            shard.rows(laid_out).copy_(rows[name])
-            entries[name][slot] = laid_out
-    own = state.optimizer.state_dict()
-    for group, saved in zip(own["param_groups"], manifest.groups, strict=True):
-        group.update(lr=saved["lr"])
-    held = {index: entries[name] for index, name in enumerate(state.parameters)} if manifest.count else {}
-    state.optimizer.load_state_dict({**own, "state": held})
-    state.load_plain(manifest.state)
 
 
 def _tensors(snapshot: Snapshot, shards: Shards, host: DeviceMesh) -> dict[str, DTensor]:
@@ -282,25 +249,3 @@ def _describe(
         tensors=kinds,
         files=files,
     ).sealed()
-
-
-def _require_fit(folder: Path, manifest: ShardManifest, state: TrainState, shards: Shards) -> None:
-    slots = state.method.slots if manifest.count else ()
-    expected = {f"{kind}/{name}": list(shards[name].shape) for kind in (WEIGHT, *slots) for name in shards}
-    found = {key: shape for key, (shape, _) in manifest.tensors.items() if key.split("/", 1)[1] in shards}
-    wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-    if wrong or manifest.trained != list(state.parameters):
-        named = ", ".join(wrong[:3]) or "the order of the optimizer"
-        raise DamagedState(f"the shards are not those of this model: {named}", where=folder)
-
-
-def _read(folder: Path, wanted: Mapping[str, DTensor], host: DeviceMesh) -> None:
-    held = {key: tensor for key, tensor in wanted.items() if tensor.to_local().numel()}
-    reader = HuggingFaceStorageReader(str(folder))
-    try:
-        load(cast(Any, held), storage_reader=reader, process_group=host.get_group())
-    except CheckpointException as error:
-        met = _met(error)
-        if isinstance(met, OSError):
-            raise Unreadable.of(met, folder) from None
-        raise DamagedState(f"the shards do not load: {first_line(met)}", where=folder) from None

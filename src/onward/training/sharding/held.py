@@ -11,11 +11,8 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from onward.config import Config
-from onward.errors import DamagedState
-from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest
-from onward.training.checkpoints.loading import load_moments
+from onward.training.checkpoints.loading import load_rest
 from onward.training.measuring.handover import Measurement
 from onward.training.measuring.probe import Probed
 from onward.training.model.load import build_model
@@ -105,15 +102,7 @@ def hold(
     state = TrainState.start(sharded.model, spec.config)
     if manifest is not None:
         assert folder is not None
-        _load_adapter_state(state, folder, manifest, spec.config)
+        load_rest(state, state.view().describe_parameters(), folder, manifest, spec.config)
     return Held(
         sharded, state, WholeExchange(state.parameters, mesh.get_group()), host, spec.dtype, spec.config.deterministic
     )
-
-
-def _load_adapter_state(state: TrainState, folder: Path, manifest: Manifest, config: Config) -> None:
-    if state.view().describe_parameters() != manifest.parameters:
-        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
-    load_moments(state, folder / huggingface.OPTIMIZER)
-    state.method.configure(state.optimizer, config)
-    state.load_plain(manifest.state)

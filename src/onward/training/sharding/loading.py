@@ -6,10 +6,8 @@ from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from onward.errors import DamagedState
-from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest
-from onward.training.checkpoints.loading import load_moments
+from onward.training.checkpoints.loading import load_rest
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
@@ -34,9 +32,5 @@ def load_sharded(
     model = build_model(spec, checkpoint=folder, treatment=treatment, mapped=True)
     sharded = ShardedModel(model, mesh)
     state, shards = start_sharded(sharded, spec.config)
-    if shards.describe() != manifest.parameters:
-        raise DamagedState("the model's trained parameters are not those of the checkpoint", where=folder)
-    load_moments(state, folder / huggingface.OPTIMIZER, shards)
-    state.method.configure(state.optimizer, spec.config)
-    state.load_plain(manifest.state)
+    load_rest(state, shards.describe(), folder, manifest, spec.config, shards)
     return sharded, state, shards

@@ -61,7 +61,7 @@ class ShardedModel:
             for parameter in self.kept_whole:
                 parameter.data = parameter.data.to(self.device)
         self._root = cast(FSDPModule, self._whole)
-        self.exchange = Exchange(self._whole, layers, mesh.size())
+        self.exchange = Exchange(self._whole, layers)
 
     def compute(self, function: Callable[[], Result]) -> Result:
         """Return what a function computes with the model. Every rank must call this at once, with any function that

@@ -52,11 +52,11 @@ def curve(steps: Sequence[tuple[int, float]], boundaries: Sequence[int]) -> str:
     )
 
 
-def thinned(steps: Sequence[tuple[int, float]], points: int = POINTS) -> list[tuple[int, float]]:
-    """Return at most two steps for each of `points` places: those of lowest and of highest loss, in order."""
-    if len(steps) <= 2 * points:
+def thinned(steps: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return at most two steps for each of `POINTS` places: those of lowest and of highest loss, in order."""
+    if len(steps) <= 2 * POINTS:
         return list(steps)
-    cuts = [len(steps) * place // points for place in range(points + 1)]
+    cuts = [len(steps) * place // POINTS for place in range(POINTS + 1)]
     kept: list[tuple[int, float]] = []
     for start, end in pairwise(cuts):
         part = steps[start:end]

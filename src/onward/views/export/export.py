@@ -19,8 +19,15 @@ from onward.config.text import read_config
 from onward.errors import NoSpace, OnwardError, UsageError
 from onward.layout import RunLayout, entries
 from onward.text import quoted
-from onward.training.model.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from onward.training.model.base import TOKENIZER, base_of_run, digest_base, is_own_base
+from onward.training.model.adapter import ADAPTER_WEIGHTS
+from onward.training.model.base import (
+    ADAPTER_CONFIG,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    base_of_run,
+    digest_base,
+    is_own_base,
+)
 from onward.views.export import gguf
 from onward.views.export.card import BaseFacts, base_facts, verify_now, write_card
 from onward.views.export.merged import write_merged
@@ -232,8 +239,7 @@ class _Writing:
         source = self._point.folder
         if not any((source / name).is_file() for name in TOKENIZER):
             source = self._layout.tokenizer(self._base)
-        names = (*TOKENIZER, "special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json")
-        for name in names:
+        for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 

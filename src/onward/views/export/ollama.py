@@ -14,7 +14,6 @@ from onward.data.rows.template import ChatTemplate
 from onward.data.tokenizer import TokenizerState
 from onward.errors import UsageError
 
-ROLES = ("system", "user", "assistant")
 _WORDS = tuple(f"onwardContent{number}Ends" for number in range(6))
 
 
@@ -36,13 +35,12 @@ class Written:
         return [*(piece for pair in self.around.values() for piece in pair), self.asking, self.first]
 
 
-def modelfile(state: TokenizerState, gguf: str, context: int | None = None) -> str:
+def modelfile(state: TokenizerState, gguf: str) -> str:
     """Return the Modelfile for a GGUF file next to it.
 
     Args:
         state: the run's tokenizer.
         gguf: the name of the file.
-        context: the most tokens of a conversation; None leaves Ollama's default.
 
     Raises:
         UsageError: the run's chat template is more than pieces around contents.
@@ -59,8 +57,6 @@ def modelfile(state: TokenizerState, gguf: str, context: int | None = None) -> s
     else:
         lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in template.stops]
-    if context is not None:
-        lines.append(f"PARAMETER num_ctx {context}")
     return "\n".join(lines) + "\n"
 
 

@@ -20,9 +20,9 @@ from starlette.staticfiles import StaticFiles
 
 from onward.errors import OnwardError
 from onward.views.connections import ReadToEnd
+from onward.views.page.access import Hosts, Key
 from onward.views.page.answers import gone, http_error, json_answer, knowing, machine_error, onward_error
-from onward.views.page.gate import Gate
-from onward.views.page.guard import Hosts, Key
+from onward.views.page.middleware import RequireAccess
 from onward.views.page.pages import STATIC, list_page
 from onward.views.page.prometheus import CONTENT_TYPE, exposition
 from onward.views.page.routes import RunRoutes
@@ -62,7 +62,7 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
         *(Mount(f"/runs/{name}", routes=route.routes()) for name, route in routes.items()),
     ]
     paths += [Route("/", everything.page, methods=["GET"])] if several else next(iter(routes.values())).routes()
-    gate = Middleware(Gate, key=settings.key, hosts=settings.hosts, read_only=settings.read_only)
+    access = Middleware(RequireAccess, key=settings.key, hosts=settings.hosts, read_only=settings.read_only)
     errors = {
         OnwardError: onward_error,
         HTTPException: http_error,
@@ -70,7 +70,7 @@ def make_app(runs: Sequence[NamedRun], settings: PageSettings) -> Starlette:
         sqlite3.Error: machine_error,
         OSError: machine_error,
     }
-    middleware = [Middleware(ReadToEnd), gate]
+    middleware = [Middleware(ReadToEnd), access]
     app = Starlette(routes=paths, middleware=middleware, exception_handlers=errors, lifespan=_lifespan(routes))
     app.state.let_go = lambda: _let_go(routes)
     return app

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.errors import UsageError
 from onward.layout import RunLayout, entries
 from onward.text import printable
 
@@ -49,10 +48,8 @@ def find_runs(directories: Sequence[Path]) -> list[NamedRun]:
 
 def _runs_in(directory: Path) -> list[RunLayout]:
     layout = RunLayout(directory)
-    if layout.ledger.is_file():
-        return [layout]
-    below = [RunLayout(entry) for entry in entries(directory) if (entry / layout.ledger.name).is_file()]
-    if below:
-        return below
-    layout.require()
-    raise UsageError("there is no run in this directory", where=directory)
+    others = [] if layout.ledger.is_file() else [RunLayout(entry) for entry in entries(directory)]
+    below = [other for other in others if other.ledger.is_file()]
+    if not below:
+        layout.require()
+    return below or [layout]

@@ -14,8 +14,8 @@ from starlette.applications import Starlette
 
 from onward.errors import UsageError
 from onward.views.connections import Server
+from onward.views.page.access import Hosts, Key, is_loopback
 from onward.views.page.app import PageSettings, make_app
-from onward.views.page.guard import Hosts, Key, is_loopback
 from onward.views.page.runs import find_runs
 from onward.views.page.upload import remove_dead_parts
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -52,15 +52,11 @@ class Watcher:
     Args:
         reader: reads the run.
         seconds: time between two looks.
-        clock: seconds that never jump.
     """
 
-    def __init__(
-        self, reader: RunReader, *, seconds: float = SECONDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, reader: RunReader, *, seconds: float = SECONDS) -> None:
         self._reader = reader
         self._seconds = seconds
-        self._clock = clock
         self._followers: set[asyncio.Queue[ServerSentEvent]] = set()
         self._task: asyncio.Task[None] | None = None
         self._ledger: Ledger | None = None
@@ -135,7 +131,7 @@ class Watcher:
 
     def _changes(self, ledger: Ledger) -> list[Message]:
         seen = self._seen
-        written = (ledger.version(), is_held(self._reader.layout.lock), self._clock() // PULSE)
+        written = (ledger.version(), is_held(self._reader.layout.lock), time.monotonic() // PULSE)
         around = self._around(ledger)
         messages: list[Message] = []
         if written != seen.written:

@@ -19,7 +19,7 @@ from onward.config import Config
 from onward.config.keys import SECRET_KEYS
 from onward.errors import OnwardError, RunLocked, UsageError, first_line
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.making import open_ledger
 from onward.service.settings import Settings
 from onward.store.ledger import Ledger
 from onward.store.waiting import Waiting
@@ -48,7 +48,7 @@ class Telling(threading.Thread):
         seconds: time between two looks at the ledger.
     """
 
-    def __init__(self, layout: RunLayout, name: str, *, find: Find = find_tracker, seconds: float = SECONDS) -> None:
+    def __init__(self, layout: RunLayout, name: str, *, find: Find, seconds: float) -> None:
         super().__init__(name=f"onward-tracker-{name}", daemon=True)
         self._layout = layout
         self._tracker = name
@@ -78,7 +78,7 @@ class Telling(threading.Thread):
         return make_feed(self._layout, ledger, self._tracker, self._find)
 
 
-def make_feed(layout: RunLayout, ledger: Ledger, name: str, find: Find = find_tracker) -> Feed:
+def make_feed(layout: RunLayout, ledger: Ledger, name: str, find: Find) -> Feed:
     """Return the feed of a tracker, which connects to it when there is something to send."""
 
     def reach(known_as: str | None) -> Tracker:

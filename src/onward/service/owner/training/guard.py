@@ -14,7 +14,7 @@ from typing import Any
 
 from onward.config.sections import GuardConfig
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import GuardRejected
 from onward.events import Note, StepTaken
 from onward.hooks.limits import RUNNING, WINDOW, Finding, Judged, Limits, grown, moved_away, spiked, unanswered
@@ -117,14 +117,16 @@ class Guard:
         now = self._ledger.boundary_results(row.id).get(GRID, {})
         known = self._evaluation.account.up_to(row.place - 1)
         before, after, base = dict[int, float](), dict[int, float](), dict[int, float]()
-        for key, score in now.get("model", {}).items():
+        earlier_files = {key: score for key, score in now.get("model", {}).items() if key != row.sha256}
+        for key, score in earlier_files.items():
             of_base = known.of_base.get(key) or now.get("base", {}).get(key)
-            for place in () if key == row.sha256 else self._ledger.places_of(key, row.place - 1):
+            for place in self._ledger.places_of(key, row.place - 1):
                 earlier = known.newest_loss(key, score["rows"], place)
-                if earlier is not None:
-                    before[place], after[place] = earlier, score["loss"]
-                    if of_base and of_base["rows"] == score["rows"]:
-                        base[place] = of_base["loss"]
+                if earlier is None:
+                    continue
+                before[place], after[place] = earlier, score["loss"]
+                if of_base and of_base["rows"] == score["rows"]:
+                    base[place] = of_base["loss"]
         yield from grown(before, after, limits, base)
         kl = (now.get("anchor") or {}).get("kl")
         yield from moved_away(0.0 if known.anchor is None else known.anchor, kl, limits)

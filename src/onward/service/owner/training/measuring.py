@@ -10,7 +10,7 @@ from typing import Any
 
 from onward.config import Config, stored_config
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError, OnwardError, first_line
 from onward.service.knowledge.evaluation import Evaluation, owed_evaluation
 from onward.service.knowledge.table import ANSWERS, BEFORE, GRID, NOTHING
@@ -84,7 +84,7 @@ class Measuring:
             return {name: NOTHING}
 
     def before_file(
-        self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile, *, judge: bool = False
+        self, row: FileRow, state: TrainState, config: Config, tokens: TokenizedFile, *, judge: bool
     ) -> None:
         """Measure a file before its first step.
 

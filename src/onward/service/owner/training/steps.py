@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.data.plan.replay import StreamPlan
 from onward.events import FileStarted, StepTaken
-from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.store.rows import FileRow, StepRecord
 from onward.training.state import Cursor
 
@@ -17,21 +17,17 @@ class StepFailed(Exception):
     """A step of a file failed, for whatever reason.
 
     Args:
-        file_id: the current file.
         cause: what was raised.
         crowded: whether other processes then held much of the GPU's memory.
     """
 
-    def __init__(self, file_id: int, cause: Exception, *, crowded: bool = False) -> None:
+    def __init__(self, cause: Exception, *, crowded: bool = False) -> None:
         super().__init__(str(cause))
-        self.file_id = file_id
         self.cause = cause
         self.crowded = crowded
 
 
-def watched(
-    steps: Iterator[StepTaken], file_id: int, heartbeat: Heartbeat, is_crowded: Callable[[], bool]
-) -> Iterator[StepTaken]:
+def watched(steps: Iterator[StepTaken], heartbeat: Heartbeat, is_crowded: Callable[[], bool]) -> Iterator[StepTaken]:
     """Yield steps; the heartbeat's time limit holds during a step, and only then.
 
     Args:
@@ -49,7 +45,7 @@ def watched(
         except StopIteration:
             return
         except Exception as error:
-            raise StepFailed(file_id, error, crowded=is_crowded()) from error
+            raise StepFailed(error, crowded=is_crowded()) from error
         finally:
             heartbeat.moved()
         seconds = result.seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from onward.service.owner.heartbeat import Heartbeat
+from onward.service.owner.alongside.heartbeat import Heartbeat
 from onward.service.settings import Settings
 from onward.service.shown import Shown
 from onward.service.wishes import Wishes

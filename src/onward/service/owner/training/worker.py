@@ -12,7 +12,7 @@ from functools import partial
 
 from onward.config import Config, stored_config
 from onward.data.plan.replay import StreamPlan
-from onward.data.tokenize import TokenizedFile
+from onward.data.tokenized import TokenizedFile
 from onward.digest import sha256_json
 from onward.events import Committed, Event, FileDone, Note, Resumed
 from onward.service.intake.tokens import forget_tokens, open_tokens
@@ -208,7 +208,7 @@ class Worker:
         trainer.economy.follow(self.around.settings.current)
         is_crowded = partial(gpu_is_crowded, session.device, self.around.memory)
         steps = recordings.watched(trainer.steps(files, file.plan), self._learned)
-        for result in watched(steps, file_id, self.around.heartbeat, is_crowded):
+        for result in watched(steps, self.around.heartbeat, is_crowded):
             metrics.append(record_of(file_id, result), result.replayed)
             if result.step % self.around.settings.current.log_steps == 0 or state.cursor.at_boundary:
                 self._committed.log.append(log_entry(result))

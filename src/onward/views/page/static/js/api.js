@@ -1,5 +1,5 @@
 /* Requests. Addresses are relative: the page may lie at the root or below the name of its run. */
-export class Refused extends Error {
+class Refused extends Error {
   constructor(values, status) {
     super([values.error, values.hint].filter(Boolean).join("\n"));
     this.status = status;

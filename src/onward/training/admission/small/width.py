@@ -14,10 +14,10 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from onward.training.admission.narrow import still
+from onward.training.admission.small.narrow import still
 from onward.training.device.errors import is_of_the_device
+from onward.training.layers.fused_lora import ADAPTER
 from onward.training.layers.twin import HOOKS
-from onward.training.model.adapter import ADAPTER
 from onward.training.seeds import seeded
 
 COLUMNS = 256

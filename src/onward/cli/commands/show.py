@@ -14,7 +14,7 @@ from onward.cli.output import show, show_each
 from onward.errors import UsageError, printable_lines
 from onward.layout import RunLayout
 from onward.terminal import marker, say, show_line
-from onward.text import how_many, printable, quoted
+from onward.text import duration, how_many, printable, quoted, size
 
 if TYPE_CHECKING:
     from onward.views.preview import Preview
@@ -34,7 +34,7 @@ def status(
     if as_json:
         show(read_status(layout))
         return
-    from onward.progress import print_status, status_lines, watch_status
+    from onward.cli.tables import print_status, status_lines, watch_status
 
     if keep_showing:
         watch_status(lambda: status_lines(read_status(layout), recent_events(layout)), REFRESH_SECONDS)
@@ -49,7 +49,7 @@ def history(run: RunOption = Path(), as_json: JsonOption = False) -> None:
     if as_json:
         show(entries)
         return
-    from onward.progress import print_history
+    from onward.cli.tables import print_history
 
     print_history(entries)
 
@@ -95,8 +95,6 @@ def preview(
 
 def say_previewed(seen: Preview) -> None:
     """Print how much of a file was shown, and what training it will take."""
-    from onward.progress import duration
-
     report = seen.report
     long = report.lengths.words(seen.max_length)
     notes = "".join(f"; {printable(note)}" for note in report.notes)
@@ -113,8 +111,6 @@ def say_previewed(seen: Preview) -> None:
 
 def estimate(layout: RunLayout, file: Path, price: float | None, *, as_json: bool) -> None:
     """Print what training a file will take."""
-    from onward.progress import duration, size
-
     say(f"taking a few steps of {quoted(file)} on a copy")
     with startup.large_imports():
         from onward.views.estimate import estimate

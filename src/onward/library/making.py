@@ -152,7 +152,7 @@ def place_for_run(layout: RunLayout) -> Generator[None]:
         layout.root.mkdir(parents=True, exist_ok=True)
         held = os.open(layout.root, os.O_RDONLY)
     except OSError as error:
-        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
+        raise _cannot_be_made(layout, error) from None
     try:
         _take(held, layout)
         refuse_occupied(layout)
@@ -230,4 +230,8 @@ def _make_files(layout: RunLayout, config: Config, *, replace: bool) -> None:
         if replace or not layout.config.exists():
             write_config(layout.config, config)
     except OSError as error:
-        raise UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute()) from None
+        raise _cannot_be_made(layout, error) from None
+
+
+def _cannot_be_made(layout: RunLayout, error: OSError) -> UsageError:
+    return UsageError(f"the run cannot be made: {error.strerror}", where=layout.root.absolute())

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.data.plan.loader import Batch
-from onward.training.admission.alike import NUMBER
 from onward.training.admission.inputs import LONG, SHORT, rows, tokens
-from onward.training.admission.narrow import configs_of, still
+from onward.training.admission.small.alike import NUMBER
+from onward.training.admission.small.narrow import configs_of, still
 from onward.training.device.environment import autocast
 from onward.training.device.errors import is_of_the_device
 from onward.training.layers.buffers import Buffers

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import (
+from onward.data.files.columnar.arrow_values import (
     batch_rows,
     batch_values,
     require_sound,
@@ -23,7 +23,7 @@ from onward.data.files.arrow_values import (
     unknown_type,
 )
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError
+from onward.data.files.faults import FileError, refuse_twice
 from onward.data.files.limits import VALUE_BYTES, Limits, in_mib
 from onward.text import printable
 
@@ -227,9 +227,7 @@ def _u32(data: bytes, at: int) -> int:
 
 def _names(schema: Any) -> list[str]:
     names: list[str] = list(schema.names)
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them")
+    refuse_twice(names)
     strange = next((field for field in schema if unknown_type(field.type)), None)
     if strange is not None:
         raise FileError(f"the column {printable(strange.name)} has the type {strange.type}", "write the rows as .jsonl")

@@ -1,4 +1,4 @@
-"""The gate in front of every request: refuses what the guard refuses, and puts the security headers on every answer."""
+"""What every request passes: refuses what has no access, and puts the security headers on every answer."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from onward.views.page.access import COOKIE, SAFE_METHODS, Hosts, Key, is_foreign
 from onward.views.page.answers import refusal
-from onward.views.page.guard import COOKIE, SAFE_METHODS, Hosts, Key, is_foreign
 from onward.views.page.pages import closed_page, enter_page
 
 POLICY = "; ".join((
@@ -30,8 +30,8 @@ STATIC = "/static/"
 """The folder of styles and scripts, which show nothing of a run; the page that explains how to get in needs them."""
 
 
-class Gate:
-    """ASGI middleware.
+class RequireAccess:
+    """ASGI middleware: nobody but those with access reaches the application.
 
     Args:
         app: the application behind it.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
-from onward.making import open_ledger
-from onward.observed import Observed
+from onward.library.making import open_ledger
+from onward.library.observed import Observed
 from onward.service import client
 from onward.service.client import Patience
 from onward.service.moment import require_same_moment

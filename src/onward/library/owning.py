@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.config import Config
-from onward.controlled import Controlled
 from onward.layout import RunLayout
-from onward.making import open_ledger
+from onward.library.controlled import Controlled
+from onward.library.making import open_ledger
 from onward.ranks import Place, Start
 from onward.service import client
 from onward.service.lock import RunLock

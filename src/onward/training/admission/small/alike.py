@@ -16,8 +16,8 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import nn
 
-from onward.training.admission.calls import are_called_alike
-from onward.training.admission.shorten import Kind, Layers
+from onward.training.admission.small.calls import are_called_alike
+from onward.training.admission.small.shorten import Kind, Layers
 
 NUMBER = "layer_idx"
 """The attribute in which transformers stores the index of a layer in its parts."""

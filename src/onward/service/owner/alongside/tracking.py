@@ -21,19 +21,11 @@ class Tracking:
     Args:
         start: starts the process with a pipe as standard input; when that is closed, it reports the rest and ends.
         is_wanted: returns whether the config names trackers now.
-        monotonic: seconds that never jump.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], subprocess.Popen[bytes]],
-        is_wanted: Callable[[], bool],
-        *,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, start: Callable[[], subprocess.Popen[bytes]], is_wanted: Callable[[], bool]) -> None:
         self._start = start
         self._is_wanted = is_wanted
-        self._monotonic = monotonic
         self._process: subprocess.Popen[bytes] | None = None
         self._starts = 0
         self._not_before = float("-inf")
@@ -41,10 +33,10 @@ class Tracking:
     def look(self) -> None:
         """Start the process if there is a tracker; if it ends by itself, it is restarted after ever longer pauses."""
         runs = self._process is not None and self._process.poll() is None
-        if runs or not self._is_wanted() or self._monotonic() < self._not_before:
+        if runs or not self._is_wanted() or time.monotonic() < self._not_before:
             return
         self._starts += 1
-        self._not_before = self._monotonic() + min(2.0**self._starts, LONGEST_PAUSE)
+        self._not_before = time.monotonic() + min(2.0**self._starts, LONGEST_PAUSE)
         self._process = self._start()
 
     def end(self) -> bool:

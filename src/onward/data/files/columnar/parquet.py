@@ -14,12 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onward.data.files.arrow_values import BATCH_BYTES, BATCH_ROWS, batch_rows, batch_values, row_sizes, rows_of_arrow
+from onward.data.files.columnar.arrow_values import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    batch_rows,
+    batch_values,
+    row_sizes,
+    rows_of_arrow,
+)
+from onward.data.files.columnar.parquet_footer import stated_groups
 from onward.data.files.containers import SourceFile
-from onward.data.files.faults import FileError
+from onward.data.files.faults import refuse_twice
 from onward.data.files.limits import Limits
-from onward.data.files.parquet_footer import stated_groups
-from onward.text import printable
 
 READ_BUFFER = 1 << 18
 TEXT_TYPES = ("STRING", "NONE", "JSON", "ENUM")
@@ -56,9 +62,7 @@ class _Reader:
         self._coded = self._open(texts)
         self._plain = self._open([])
         self._names = list(self._plain.schema_arrow.names)
-        twice = next((name for name in self._names if self._names.count(name) > 1), None)
-        if twice is not None:
-            raise FileError(f"two columns are named {printable(twice)}", "rename or remove one of them")
+        refuse_twice(self._names)
 
     def _open(self, dictionaries: Sequence[str]) -> Any:
         from pyarrow import parquet

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from onward import startup
-from onward.cli.commands_back import ask
+from onward.cli.commands.back import ask
 from onward.cli.options import JsonOption, RunOption, YesOption, completer
 from onward.cli.output import show
 from onward.events import Observe

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onward.training.admission.shorten import Layers
+from onward.training.admission.small.shorten import Layers
 
 
 @dataclass(frozen=True)

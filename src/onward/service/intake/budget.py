@@ -1,4 +1,4 @@
-"""Ends the reading of files early: when a stop is asked for, or a budget is spent."""
+"""What may be read before the reading of files ends early: a budget is spent, or a stop is asked for."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Budget:
     seconds: float = 0.1
 
 
-class Guard:
-    """Called for every row and buffer while files are read; raises to end the work.
+class Spending:
+    """What is left of a budget while files are read; told of every row and buffer, it raises to end the work.
 
     Args:
         stop: raises if a stop was asked for.
@@ -52,7 +52,7 @@ class Guard:
         self._bytes_left = budget.size if budget else 0
         self._ends = monotonic() + budget.seconds if budget else float("inf")
 
-    def __call__(self) -> None:
+    def spend_row(self) -> None:
         """Account for one row or buffer.
 
         Raises:
@@ -65,7 +65,7 @@ class Guard:
         if self._rows_left < 0 or self._monotonic() >= self._ends:
             raise BudgetSpent
 
-    def spend(self, count: int) -> None:
+    def spend_bytes(self, count: int) -> None:
         """Account for bytes before they are read.
 
         Raises:
@@ -79,13 +79,13 @@ class Guard:
         self._bytes_left -= count
 
 
-def at_intervals(*checks: Callable[[], None], monotonic: Callable[[], float] = time.monotonic) -> Callable[[], None]:
+def at_intervals(*checks: Callable[[], None]) -> Callable[[], None]:
     """Return a function that calls checks at most every `SELDOM` seconds, however often it is called itself."""
-    due = monotonic()
+    due = time.monotonic()
 
     def call() -> None:
         nonlocal due
-        now = monotonic()
+        now = time.monotonic()
         if now >= due:
             due = now + SELDOM
             for check in checks:

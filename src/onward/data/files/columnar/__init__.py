@@ -1,0 +1,1 @@
+"""Files that store rows column by column: Parquet and Arrow. Only these need pyarrow."""
