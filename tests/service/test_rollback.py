@@ -155,7 +155,7 @@ def test_kill_while_going_back(step: int, position: int, run: Run) -> None:
     """Going back that is killed between ledger and directories is finished by the next start, never reverted."""
     with Ledger(run.layout.ledger) as ledger:
         later = [row for row in ledger.files("done") if row.place > position]
-        move_ledger_back(ledger, step, undone(later, position, requeue=False), "test")
+        move_ledger_back(ledger, step, undone(later), "test")
     run.train()
     assert max(step, 0) == run.status()["global_step"]
     assert 3 - position == sum(entry["state"] == "undone" for entry in run.history())

@@ -74,7 +74,7 @@ def _link_state(layout: RunLayout, copy: RunLayout, step: int) -> None:
 def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
     for name in PARTS:
         if (layout.root / name).is_dir():
-            _link_all(layout.root / name, copy.root / name)
+            shutil.copytree(layout.root / name, copy.root / name, copy_function=_link)
     tokenizer = layout.cache / "tokenizer"
     if tokenizer.is_dir():
         shutil.copytree(tokenizer, copy.cache / "tokenizer")
@@ -83,14 +83,8 @@ def _link_parts(layout: RunLayout, copy: RunLayout) -> None:
             link_tree(folder, copy.tokens / folder.name)
 
 
-def _link_all(source: Path, target: Path) -> None:
-    """Link every file below a folder."""
-    target.mkdir()
-    for entry in entries(source):
-        if entry.is_dir():
-            _link_all(entry, target / entry.name)
-        else:
-            link_or_copy(entry, target / entry.name)
+def _link(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))
 
 
 def _write_config(layout: RunLayout, copy: RunLayout, config: Config) -> None:
@@ -120,7 +114,7 @@ def _go_back(copy: RunLayout, ledger: Ledger, step: int) -> None:
     position = _position(ledger, step)
     begun = [row for row in ledger.files("training", "done") if row.place > position]
     waiting = [row for row in ledger.files("queued") if row.id not in {other.id for other in begun}]
-    moves = undone(begun, position, requeue=True, with_config=True) + undone(waiting, 0, requeue=False)
+    moves = undone(begun, queued_after=position, with_config=True) + undone(waiting)
     move_ledger_back(ledger, step, moves, f"a copy that begins at step {step}")
     Settlement(copy, ledger, Retention(len(begun) + 1, 0)).finish_going_back()
 

@@ -48,7 +48,7 @@ def rollback(layout: RunLayout, ledger: Ledger, to: str, *, requeue: bool) -> di
     position = _restore_point(layout, step).cursor.position
     later = [row for row in ledger.files(*HELD) if (row.position or 0) > position]
     what = f"went back to step {step}; undone: {_names(later)}"
-    go_back(layout, ledger, step, undone(later, position, requeue=requeue), what)
+    go_back(layout, ledger, step, undone(later, queued_after=position if requeue else None), what)
     return {"global_step": step, "undone": [row.name for row in later]}
 
 
@@ -70,7 +70,7 @@ def reset(layout: RunLayout, ledger: Ledger) -> dict[str, Any]:
         _require_origin(layout, ledger, origin)
     where = f"back at the adopted step {origin}" if origin > 0 else "went back to the start"
     what = f"{where}; undone: {_names(begun)}"
-    go_back(layout, ledger, origin if origin > 0 else TO_NOTHING, undone(begun, 0, requeue=False), what)
+    go_back(layout, ledger, origin if origin > 0 else TO_NOTHING, undone(begun), what)
     return {"global_step": origin, "undone": [row.name for row in begun]}
 
 
@@ -107,7 +107,7 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     step, position = _boundary_before(layout, ledger, row)
     begun = ledger.in_stream(after=position)
     others = [other for other in begun if other.id != row.id]
-    moves = undone(others, position, requeue=True, with_config=True)
+    moves = undone(others, queued_after=position, with_config=True)
     moves.append(Move(row, "skipped", {"note": "left out by rebuild", "position": None}))
     go_back(layout, ledger, step, moves, f"rebuild without {row.name}; queued again: {_names(others)}")
     return {
@@ -117,13 +117,20 @@ def leave_out(layout: RunLayout, ledger: Ledger, name: str) -> dict[str, Any]:
     }
 
 
-def undone(rows: Sequence[FileRow], position: int, *, requeue: bool, with_config: bool = False) -> list[Move]:
-    """Return moves that mark files undone; requeued, they follow `position` in their order, before all that waits."""
+def undone(rows: Sequence[FileRow], *, queued_after: int | None = None, with_config: bool = False) -> list[Move]:
+    """Return moves that mark files undone.
+
+    Args:
+        queued_after: the position after which they are queued again in their order, before all that waits; None if they
+            are not.
+        with_config: whether each keeps the config that it was trained under.
+    """
+    if queued_after is None:
+        return [Move(row, "undone") for row in rows]
     moves: list[Move] = []
-    for place, row in enumerate(rows, start=position + 1):
-        again = {**row.kept(), "again": 1, "position": place}
+    for place, row in enumerate(rows, start=queued_after + 1):
         kept = {"config": row.config, "parts": row.parts} if with_config else {}
-        moves.append(Move(row, "undone", successor=again | kept if requeue else None))
+        moves.append(Move(row, "undone", successor={**row.kept(), "again": 1, "position": place, **kept}))
     return moves
 
 
