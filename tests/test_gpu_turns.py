@@ -103,7 +103,9 @@ def test_an_ended_suite_ends_its_checks_and_shows_what_it_has(number: signal.Sig
         ),
     ]
     code = (
-        f"import sys, suite; sys.argv = ['suite', '--tiny', '--out', {str(tmp_path / 'out')!r}]\n"
+        "import signal, sys, suite\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # under nohup, it is inherited as ignored\n"
+        f"sys.argv = ['suite', '--tiny', '--out', {str(tmp_path / 'out')!r}]\n"
         f"suite.checks = lambda _: [suite.Check(path, (path,)) for path in {scripts!r}]\nsuite.main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
