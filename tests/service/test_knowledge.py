@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from commands import onward
+from daemons import configure
 from peft import PeftModel
 from states import assert_same_state
 from torch.nn import functional
@@ -21,11 +22,13 @@ from transformers import AutoModelForCausalLM
 from onward import Run
 from onward.atomic import remove_tree
 from onward.config import Config
+from onward.data.plan.holdout import held_out_rows
 from onward.data.tokenized import TokenizedFile
 from onward.errors import ConfigError
 from onward.events import Event, StepTaken
 from onward.hooks.evaluation import WAY, allowance
 from onward.service.knowledge.account import Account
+from onward.service.knowledge.table import GRID
 from onward.service.wishes import Wishes
 from onward.status import read_grid, read_status
 from onward.store.ledger import Ledger
@@ -81,6 +84,24 @@ def test_scores_are_compared_with_those_of_the_same_way(tmp_path: Path, model: P
             ledger.keep_boundary_results(row.id, run.status()["global_step"], {"grid": changed})
         outcomes.append([check.name for check in run.verify(deep=True).checks if not check.ok])
     assert [["replay"], []] == outcomes
+
+
+def test_rows_that_were_ever_trained_are_not_measured_as_held_out(
+    tmp_path: Path, model: Path, files: list[Path]
+) -> None:
+    """A content is measured on the rows that each of its trainings held out, and on trained ones if none did."""
+    run = Run.create(tmp_path / "run", str(model), **{**SETTINGS, "replay": {"share": 0}, "anchor": {"rows": 0}})
+    never_trained, found = set(range(ROWS[0])), list[tuple[int, bool]]()
+    for share in (0.4, 0.2, 0.4, 0):
+        configure(run, holdout=share)
+        run.train(files[0], again=True)
+        with Ledger(run.layout.ledger) as ledger:
+            row = ledger.files("done")[-1]
+            score = ledger.boundary_results(row.id)[GRID]["model"][row.sha256]
+        never_trained &= set(held_out_rows(run.config.seed, row.sha256, row.rows, row.held_out))
+        assert set(score["rows"]) == (never_trained or set(range(row.rows)))
+        found.append((len(score["rows"]), score["trained"]))
+    assert [(4, False), (2, False), (2, False), (11, True)] == found
 
 
 def test_the_proof_recomputes_what_was_replayed(whole: Run) -> None:
