@@ -15,7 +15,7 @@ from onward.config import Config
 from onward.config.text import parse_config
 from onward.data.files.faults import FileError
 from onward.data.files.limits import DEFAULT_LIMITS, NO_LIMITS, Limits
-from onward.data.files.reading import Reading
+from onward.data.files.reading import BadRows, Reading
 from onward.data.files.sources import read_rows
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.tokenize import tokenize_file
@@ -31,7 +31,7 @@ from pathlib import Path
 import pyarrow
 from tiny import byte_state, write_jsonl
 from onward.data.files.limits import Limits
-from onward.data.files.reading import Reading
+from onward.data.files.reading import BadRows, Reading
 from onward.data.row_tokenizer import RowTokenizer
 from onward.data.files.sources import read_rows
 from onward.data.tokenize import tokenize_file
@@ -194,3 +194,22 @@ def test_limits_of_a_config() -> None:
     values = {"max_row_mb": 2, "max_unpacked_mb": 30, "max_unpack_ratio": 4}
     assert Limits(2 * MIB, 30 * MIB, 4) == Limits.of(parse_config(values))
     assert Config().training() == parse_config(values).training()
+
+
+@pytest.mark.parametrize(
+    ("rule", "most", "rows"),
+    [
+        (BadRows(), 0, 10),
+        (BadRows(share=0.25), 2, 8),
+        (BadRows(share=0.25), 2, 11),
+        (BadRows(few=3), 3, 100),
+        (BadRows(few=3), 2, 5),
+        (BadRows(few=3), 1, 4),
+        (BadRows(share=0.1, few=3), 5, 50),
+        (BadRows(known=4), 4, 5),
+        (BadRows(share=0.1, known=1), 1, 5),
+    ],
+)
+def test_bad_rows_may_be_a_share_a_few_or_those_that_are_known(rule: BadRows, most: int, rows: int) -> None:
+    """A few are fewer than half of the file; those that were left out when it was accepted are left out again."""
+    assert [bad for bad in range(rows + 1) if rule.may_leave_out(bad, rows)] == [*range(most + 1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from onward.service.session import Session, open_session
 from onward.service.state.own_parts import start_folder
 from onward.store.ledger import Ledger
 from onward.training.device.environment import pick_device, pick_dtype
-from onward.training.device.memory import Usage, read_usage
+from onward.training.device.memory import read_usage
 from onward.training.model.load import build_model
 from onward.training.model.outline import outlined
 from onward.training.model.quiet import quiet
@@ -24,7 +23,7 @@ from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
 from onward.training.steps.economy import Economy, Learned
 from onward.training.steps.loss import TargetLoss
-from onward.training.steps.memory import FACT, Estimate, Profile, fits, largest_part, profile_of
+from onward.training.steps.memory import FACT, Profile, fits, largest_part, profile_of
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
@@ -70,50 +69,23 @@ def kept_profile(layout: RunLayout, config: Config) -> Profile | None:
     return Profile.of(kept["profile"]) if kept.get("key") == _key(config) else None
 
 
-@dataclass(frozen=True)
-class Outlook:
-    """What a step takes if all of its rows have full length.
-
-    Args:
-        estimate: bytes by purpose.
-        recompute: whether layers are recomputed for it.
-        usage: the device's memory now.
+def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
+    """Return, in words, what a step of rows of full length takes on this machine, and whether it fits, as far as can be
+    told; None if nothing was measured.
     """
-
-    estimate: Estimate
-    recompute: bool
-    usage: Usage | None
-
-    @property
-    def has_room(self) -> bool:
-        """Whether it fits, as far as can be told."""
-        return fits(self.estimate, self.usage)
-
-
-def outlook(layout: RunLayout) -> Outlook | None:
-    """Return what a step of a run takes on this machine; None if nothing was measured."""
     config = read_config(layout.config)
     profile = kept_profile(layout, config)
     if profile is None:
         return None
-    part, usage = largest_part(config), read_usage(pick_device())
-    whole, again = profile.estimate(part), profile.estimate(part, recompute=True)
-    lacks_room = not fits(whole, usage) and profile.recomputed is not None
-    setting = config.activation_checkpointing
-    recompute = setting == "on" or (setting == "auto" and lacks_room)
-    return Outlook(again if recompute else whole, recompute, usage)
-
-
-def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
-    """Return, in words, what a step of rows of full length takes, and whether it fits; None if nothing was measured."""
-    config, found = read_config(layout.config), outlook(layout)
-    if found is None:
-        return None
-    part, usage = largest_part(config), found.usage
+    part, usage, setting = largest_part(config), read_usage(pick_device()), config.activation_checkpointing
+    estimate = profile.estimate(part)
+    lacks_room = profile.recomputed is not None and not fits(estimate, usage)
+    how = "nothing is computed again"
+    if setting == "on" or (setting == "auto" and lacks_room):
+        estimate, how = profile.estimate(part, recompute=True), "layers are computed again"
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
     here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB available"
-    how = "layers are computed again" if found.recompute else "nothing is computed again"
-    return f"{found.estimate}: {rows}, {how}{here}", found.has_room
+    return f"{estimate}: {rows}, {how}{here}", fits(estimate, usage)
 
 
 def _key(config: Config) -> str:

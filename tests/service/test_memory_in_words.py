@@ -1,0 +1,53 @@
+"""What `init` and `doctor` say about the memory of a step before there was one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from daemons import configure
+from runs import new_run
+
+from onward import Run
+from onward.service.proof import memory
+from onward.store.ledger import Ledger
+from onward.training.device.memory import Usage
+from onward.training.steps.memory import largest_part
+
+SMALL, LARGE = Usage(total=1 << 20, free=1 << 20, own=0), Usage(total=1 << 50, free=1 << 50, own=0)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a model of eight layers, whose memory was measured."""
+    folder = tmp_path_factory.mktemp("measured")
+    run = new_run(folder / "run", tiny.save_tiny_model(folder / "model", layers=8), batch_size=2, max_length=4096)
+    with Ledger(run.layout.ledger) as ledger:
+        assert memory.measure_memory(run.layout, ledger).recomputed is not None
+    return run.layout.root
+
+
+@pytest.mark.parametrize(
+    ("setting", "usage", "again"),
+    [
+        ("off", LARGE, False), ("off", SMALL, False), ("on", LARGE, True), ("on", SMALL, True),
+        ("auto", LARGE, False), ("auto", SMALL, True), ("auto", None, False),
+    ],
+)  # fmt: skip
+def test_layers_are_computed_again_if_a_step_does_not_fit_otherwise(
+    setting: str, usage: Usage | None, again: bool, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or if the config says so; the figures are those of what will be done."""
+    run = Run(shutil.copytree(measured, tmp_path / "run"))
+    configure(run, activation_checkpointing=setting)
+    monkeypatch.setattr(memory, "read_usage", lambda _: usage)
+    profile = memory.kept_profile(run.layout, run.config)
+    assert profile is not None
+    estimate = profile.estimate(largest_part(run.config), recompute=again)
+    how = "layers are computed again" if again else "nothing is computed again"
+    found = memory.memory_in_words(run.layout)
+    assert found is not None
+    assert found[0].startswith(f"{estimate}: parts of 2 rows of 4,096 tokens, {how}")
+    assert (usage is not SMALL) == found[1]
