@@ -47,8 +47,9 @@ def test_the_distance_from_the_base_is_judged_by_its_growth() -> None:
     """A run that moved far over many files is not refused for it; one file that moves it far is."""
     limits = Limits(anchor=0.2)
     assert [] == list(moved_away(1.0, 1.1, limits))
-    assert 1 == len(list(moved_away(0.1, 0.4, limits)))
-    assert 1 == len(list(moved_away(None, 0.4, limits)))
+    for before, growth in ((0.1, "0.300"), (None, "0.400")):
+        text = f"KL from the base grew by {growth} nats per token, to 0.400 (limit 0.2)"
+        assert [text] == [finding.text for finding in moved_away(before, 0.4, limits)]
     assert [] == list(moved_away(0.1, None, limits))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -22,26 +22,31 @@ CELL, HIGH, LEFT, TOP = 72, 28, 170, 96
 Values = Mapping[str, Any]
 
 
-def newest_corner(grid: Values, count: int) -> tuple[dict[str, Any], str]:
-    """Return the part of the table that is of its newest `count` files, and words on what it leaves out.
+def part_of(grid: Values, is_shown: Callable[[int], bool]) -> dict[str, Any]:
+    """Return the part of the table whose files and boundaries have certain positions.
 
     Files that are only measured on stay; so does the row of the base.
     """
-    placed = [file["position"] for file in grid["files"] if file["position"] is not None]
-    left = placed[:-count]
-    if not left:
-        return dict(grid), ""
-    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] > left[-1]]
-    rows = [at for at, after in enumerate(grid["after"]) if after == 0 or after > left[-1]]
-    cut = {
+    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or is_shown(file["position"])]
+    rows = [at for at, after in enumerate(grid["after"]) if after == 0 or is_shown(after)]
+    return {
         **grid,
         "files": [grid["files"][at] for at in columns],
         "after": [grid["after"][at] for at in rows],
         "loss": [[grid["loss"][row][at] for at in columns] for row in rows],
         "anchor": [grid["anchor"][row] for row in rows],
     }
+
+
+def newest_corner(grid: Values, count: int) -> tuple[Values, str]:
+    """Return the part of the table that is of its newest `count` files, and words on what it leaves out."""
+    placed = [file["position"] for file in grid["files"] if file["position"] is not None]
+    left = placed[:-count]
+    if not left:
+        return grid, ""
     are = f"{len(left)} earlier files are" if len(left) > 1 else "1 earlier file is"
-    return cut, f"{are} not shown; onward grid --csv and --json have every file"
+    words = f"{are} not shown; onward grid --csv and --json have every file"
+    return part_of(grid, lambda position: position > left[-1]), words
 
 
 def grid_lines(whole: Values) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -78,33 +78,29 @@ def adopt(
     if layout.config.exists():
         what = "there is already a config in this directory"
         raise UsageError(what, where=layout.config, hint="Name another directory.")
+    with _way_out():
+        adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
+        template_name, template = keep_template(adopted.config.chat_template, layout.root)
+        base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
+        require_fits(read_capacity(base), max_length=adopted.config.max_length)
+        _require_tokenizer(checkpoint, base)
+        state, findings, notes = _load(adopted, base)
+        config = _with_base(adopted.config, base, checkpoint, layout)
+        config = config.model_copy(update={"chat_template": template_name})
+        write_template(template_name, template, layout.root)
+        _make(checkpoint, layout, config, state, findings, report)
+        notes += router_loss(adopted.arguments, base)
+    return describe(replace(adopted, config=config), settings, notes)
+
+
+@contextlib.contextmanager
+def _way_out() -> Generator[None]:
+    """Let every refusal of a damaged checkpoint say what to do."""
     try:
-        return _adopt(checkpoint, layout, model, settings, report, fresh_moments=fresh_moments)
+        yield
     except DamagedState as error:
         hint = error.hint or "Adopt another checkpoint of the same training: each checkpoint-N can be continued."
         raise DamagedState(error.what, where=error.where, hint=hint) from None
-
-
-def _adopt(
-    checkpoint: Path,
-    layout: RunLayout,
-    model: str | None,
-    settings: Mapping[str, Any],
-    report: Callable[[str], None],
-    *,
-    fresh_moments: bool,
-) -> list[str]:
-    adopted = read_adopted(checkpoint, model, settings, fresh=fresh_moments)
-    template_name, template = keep_template(adopted.config.chat_template, layout.root)
-    base = _base(adopted, resolve_base(adopted.config.model, download=True, report=report))
-    require_fits(read_capacity(base), max_length=adopted.config.max_length)
-    _require_tokenizer(checkpoint, base)
-    state, findings, notes = _load(adopted, base)
-    config = _with_base(adopted.config, base, checkpoint, layout).model_copy(update={"chat_template": template_name})
-    write_template(template_name, template, layout.root)
-    _make(checkpoint, layout, config, state, findings, report)
-    notes += router_loss(adopted.arguments, base)
-    return describe(replace(adopted, config=config), settings, notes)
 
 
 def _with_base(config: Config, base: Path, checkpoint: Path, layout: RunLayout) -> Config:

@@ -94,8 +94,9 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 def refused_read(error: Exception) -> OSError | None:
     """Return the system's refusal of a read in an error of `torch.load`; None if the file's content is to blame."""
     refused = error if isinstance(error, OSError) else error.__context__  # PyTorch's reader hides it behind its own
-    is_torn = isinstance(refused, OSError) and refused.errno == errno.EINVAL  # it seeks to before the start of the file
-    return refused if isinstance(refused, OSError) and not is_torn else None
+    if isinstance(refused, OSError) and refused.errno != errno.EINVAL:  # in a torn file it seeks to before its start
+        return refused
+    return None
 
 
 def load_moments(state: TrainState, path: Path, shards: Mapping[str, Cut] | None = None) -> None:

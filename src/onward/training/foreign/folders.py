@@ -63,12 +63,13 @@ def open_folder(path: Path, *, fresh: bool) -> TrainerFolder:
     """
     if not path.is_dir():
         raise UsageError("there is no such checkpoint directory", where=path)
-    made = _newest_checkpoint(path) or _newest_checkpoint(RunLayout(path).current)
+    below = _newest_checkpoint(path)
+    made = below or _newest_checkpoint(RunLayout(path).current)
     if made is not None and (made / MANIFEST).is_file():
         hint = f"The run's checkpoint: onward adopt {quoted(made)} --run NEW_RUN"
         raise UsageError("this is a run of Onward or its current_model, not a checkpoint", where=path, hint=hint)
     found = next((name for name in (OPTIMIZER, FULL_OPTIMIZER) if (path / name).is_file()), None)
-    if found is None and not fresh and _newest_checkpoint(path) is not None:
+    if found is None and not fresh and below is not None:
         raise _without_optimizer(path)
     _require_weights(path)
     if fresh:

@@ -24,7 +24,7 @@ from onward.training.model.base import is_own_base
 from onward.training.model.embedded import EMBEDDED
 from onward.version import __version__
 from onward.views.export.curve import curve
-from onward.views.grid import ON_PAPER
+from onward.views.grid import ON_PAPER, part_of
 from onward.views.points import Point
 
 CARD, CURVE = "README.md", "loss.svg"
@@ -145,16 +145,15 @@ def _results(layout: RunLayout, history: Sequence[dict[str, Any]]) -> str:
 def _grid(grid: dict[str, Any], places: Collection[int]) -> str:
     """Return the losses of the grid for the newest files and boundaries of a state, one line per boundary."""
     shown = sorted(places)[-ON_PAPER:]
-    columns = [at for at, file in enumerate(grid["files"]) if file["position"] is None or file["position"] in shown]
+    part = part_of(grid, shown.__contains__)
     lines = [
-        (after, [*(losses[at] for at in columns), anchor])
-        for after, losses, anchor in zip(grid["after"], grid["loss"], grid["anchor"], strict=True)
-        if after == 0 or after in shown
+        (after, [*losses, anchor])
+        for after, losses, anchor in zip(part["after"], part["loss"], part["anchor"], strict=True)
     ]
     if not any(value is not None for after, values in lines if after for value in values):
         return ""
     rows = [("base" if after == 0 else str(after), *map(_loss, values)) for after, values in lines]
-    names = [_cell(grid["files"][at]["name"]) for at in columns]
+    names = [_cell(file["name"]) for file in part["files"]]
     words = "Mean loss on the rows of each file that it is measured on, and the KL divergence from the base, in nats."
     if len(shown) < len(places):
         words += f" The newest {len(shown)} of {len(places)} files are shown."

@@ -155,9 +155,7 @@ class _Writing:
         """Write everything; return what to tell the user."""
         facts, result = {"Format": str(self._wanted.format)}, dict[str, Any]()
         if self._wanted.format == "adapter":
-            self._write_adapter(self._folder)
-            if is_own_base(self._layout.root, self._base):
-                facts["Fits"] = "only the run's own model, in its folder `base/`: on any other it is another model"
+            facts |= self._write_adapter(self._folder)
         elif converters is None:
             result = self._write_merged(self._folder, self._dtype())
         else:
@@ -178,8 +176,8 @@ class _Writing:
         name = str(stated.get("dtype") or stated.get("torch_dtype") or "float32").removeprefix("torch.")
         return DTYPES.get(name, torch.float32)
 
-    def _write_adapter(self, folder: Path) -> None:
-        """Copy the adapter, with the public name of its base."""
+    def _write_adapter(self, folder: Path) -> dict[str, str]:
+        """Copy the adapter, with the public name of its base; return what the card says of it."""
         if not self._is_adapter:
             what = "this run trains all weights, so there is no adapter"
             raise UsageError(what, where="--format", hint="--format merged writes the model.")
@@ -192,11 +190,13 @@ class _Writing:
         (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         self._copy_tokenizer(folder)
         self._report(f"the adapter of {self._point.label}; its base is {self._facts.name}")
-        if is_own_base(self._layout.root, self._base):
-            self._report(
-                f"that base is the run's own, and the adapter fits no other: pass {quoted(self._base)} on with it, or "
-                "export --format merged"
-            )
+        if not is_own_base(self._layout.root, self._base):
+            return {}
+        self._report(
+            f"that base is the run's own, and the adapter fits no other: pass {quoted(self._base)} on with it, or "
+            "export --format merged"
+        )
+        return {"Fits": "only the run's own model, in its folder `base/`: on any other it is another model"}
 
     def _write_merged(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         merging = write_merged(self._point.folder, self._base, dtype, folder)
