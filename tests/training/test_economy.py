@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from peft import LoraConfig, get_peft_model
 from rows import CPU, VOCABULARY, tiny_model
@@ -105,6 +106,15 @@ def test_steps_are_the_same_bit_for_bit(model_type: str, attention: str, method:
         counts.append(len(calls))
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert counts[0] < counts[1] <= counts[2]  # measuring computes, too
+
+
+def test_layers_within_layers_are_computed_again_alike() -> None:
+    """Zamba's hybrid layers hold other layers that can be recomputed: their second pass is cut in the same places."""
+    outcomes: list[Any] = []
+    for setting in ("off", "on"):
+        model = small.small_model("zamba").train()
+        outcomes.append(steps(trainer_of(model, method="full", activation_checkpointing=setting)))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_parts_that_fit_are_computed_once() -> None:

@@ -252,7 +252,7 @@ class Trainer:
         with self.economy.recomputation.on(again):
             total = self.loss(rows)
             loss = total / weight if isinstance(rows, Batch) else total * rows.share
-        add_gradients(loss if factor == 1.0 else loss * factor)
+            add_gradients(loss if factor == 1.0 else loss * factor)  # here, since layers may hold layers
         return loss.detach()
 
     @contextlib.contextmanager
