@@ -11,7 +11,7 @@ from torch import nn
 
 from onward.data.plan.loader import Batch, flatten, pad
 from onward.data.tokenized import Row
-from onward.training.admission.inputs import others
+from onward.training.admission.inputs import SHORT, others, rows
 from onward.training.device.environment import autocast
 from onward.training.layers.attention import row_arguments
 from onward.training.layers.buffers import Buffers
@@ -19,20 +19,27 @@ from onward.training.layers.varlen import kernel_for
 
 Logits = list[torch.Tensor]
 """The logits of each row, shape (tokens, vocabulary)."""
+PLAIN_TRIES = 8
+"""The most batches of short rows in which a row is looked for whose last bits depend on the others."""
 
 
 def influence(model: nn.Module, batch: Batch, vocabulary: range, device: torch.device, dtype: torch.dtype) -> float:
     """Return how much rows laid end to end change each other's logits, relative to their size; 0.0 if not by a bit.
 
     Experts multiply as many tokens at once as were routed to them, so that the last bits of a row depend on the others
-    in any layout. If they do in plain padded rows too, the relative change is returned; otherwise any differing bit is
-    a fault and gives infinity.
+    in any layout. If they do in plain rows of transformers too, the relative change is returned; otherwise any
+    differing bit is a fault and gives infinity. Plain rows are the same ones padded, and short ones of one length, of
+    which an expert gets few.
     """
-    laid = _largest_change(lambda rows: _end_to_end(model, rows, device, dtype), model, batch, vocabulary)
+    laid = _largest_change(lambda given: _end_to_end(model, given, device, dtype), model, batch, vocabulary)
     if laid == 0.0:
         return 0.0
-    padded = _largest_change(lambda rows: _padded(model, rows, device, dtype), model, batch, vocabulary)
-    return laid if padded > 0.0 else float("inf")
+    plain = (batch, *(rows([SHORT] * len(batch), vocabulary, seed) for seed in range(PLAIN_TRIES)))
+    depends = any(
+        _largest_change(lambda given: _padded(model, given, device, dtype), model, each, vocabulary) > 0.0
+        for each in plain
+    )
+    return laid if depends else float("inf")
 
 
 def _largest_change(logits_of: Callable[[Batch], Logits], model: nn.Module, batch: Batch, vocabulary: range) -> float:
