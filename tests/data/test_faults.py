@@ -265,13 +265,14 @@ def test_the_row_at_which_a_library_gives_up_is_named(tmp_path: Path) -> None:
 
 
 MACHINE = [OSError(getattr(errno, name), name) for name in ("EIO", "EMFILE", "ENFILE", "ESTALE", "ENOSPC", "EDQUOT")]
-NOT_OF_THE_FILE = [*MACHINE, MemoryError(), ModelError("no template"), KeyboardInterrupt(), SystemExit()]
+NO_THREAD = RuntimeError("can't start new thread")
+NOT_OF_THE_FILE = [*MACHINE, MemoryError(), NO_THREAD, ModelError("no template"), KeyboardInterrupt(), SystemExit()]
 OF_THE_FILE = [OSError(getattr(errno, name), name) for name in ("ENOENT", "EACCES", "EISDIR", "ELOOP")]
 
 
 @pytest.mark.parametrize("error", NOT_OF_THE_FILE, ids=repr)
 def test_what_no_file_is_to_blame_for_is_raised(error: BaseException) -> None:
-    """Errors of the disk, memory, descriptors and the model, and interrupts, refuse no file."""
+    """Errors of the disk, memory, descriptors, threads and the model, and interrupts, refuse no file."""
     with pytest.raises(type(error)) as raised:
         refusal_of(error)
     assert error is raised.value

@@ -17,7 +17,8 @@ from onward.errors import DeviceLost
 from onward.events import Event, Note
 from onward.service.owner import faults
 from onward.service.owner.training.steps import StepFailed, watched
-from onward.training.model import load
+from onward.store.ledger import PROOF, Ledger
+from onward.training.model import load, roundtrip
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
 
@@ -30,6 +31,9 @@ FORMS: list[Callable[[], Exception]] = [
     lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."),
 ]
 LOAD, FIRST_STEP, MIDDLE, COMMIT = "while loading", "at the first step", "in the middle of a file", "at a commit"
+OPTIMIZER, READ_BACK = "in the optimizer's step", "while what was written is read back"
+IN_ROWS = (FIRST_STEP, MIDDLE)
+PLACES = (LOAD, FIRST_STEP, MIDDLE, COMMIT, OPTIMIZER, READ_BACK)
 
 
 class Shortage:
@@ -54,11 +58,19 @@ class Shortage:
         """Let memory run out there."""
         if place == LOAD:
             self._before(patch, load.AutoModelForCausalLM, "from_pretrained", lambda *_: True)
+        elif place == OPTIMIZER:
+            self._before(patch, torch.optim.AdamW, "step", lambda *_: True)
+        elif place == READ_BACK:
+            self._before(patch, roundtrip, "load_file", lambda *_: True)
         elif place == COMMIT:
             self._before(patch, TrainState, "snapshot", lambda state: state.step == 2)
         else:
             step = 0 if place == FIRST_STEP else 1
             self._before(patch, Trainer, "_gradients", lambda trainer, _: trainer.state.step == step)
+
+    def before(self, patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        """Let memory run out in calls of a function."""
+        self._before(patch, owner, name, lambda *_: True)
 
     def _before(self, patch: pytest.MonkeyPatch, owner: Any, name: str, matches: Callable[..., bool]) -> None:
         plain = getattr(owner, name)
@@ -92,21 +104,22 @@ def watch(run: Run) -> list[str]:
     return told
 
 
-@pytest.mark.parametrize("place", [LOAD, FIRST_STEP, MIDDLE, COMMIT])
+@pytest.mark.parametrize("place", PLACES)
 def test_no_file_is_lost_to_lack_of_memory(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Wherever memory runs out, and in whichever form, the files are trained as if it had not.
 
-    While loading and at a commit the machine is waited for. In a step the file is tried in smaller parts.
+    What the rows of a step need is tried in smaller parts. For everything else the machine is waited for, and the state
+    is the one of a run that never lacked memory.
     """
-    form = FORMS[[LOAD, FIRST_STEP, MIDDLE, COMMIT].index(place)]
+    form = FORMS[PLACES.index(place) % len(FORMS)]
     Shortage(form).at(place, monkeypatch)
     told = watch(run)
     assert {"done"} == {entry["state"] for entry in run.history()}
     blames_file = [note.startswith("a.jsonl failed and is tried again with each step in 2 parts") for note in told]
-    assert (1 if place in (FIRST_STEP, MIDDLE) else 0) == sum(blames_file)
-    if place in (LOAD, COMMIT):
+    assert (place in IN_ROWS) == sum(blames_file)
+    if place not in IN_ROWS:
         assert 1 == sum("tried again in 1 s (failure 1 in a row)" in note for note in told)
         monkeypatch.undo()
         twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
@@ -132,6 +145,47 @@ def test_a_gpu_lost_while_loading_ends_the_process(run: Run, monkeypatch: pytest
         run.watch(once=True)
     assert (8, 1) == (shortage.left, raised.value.exit_status)
     assert {"queued"} == {entry["state"] for entry in run.history()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_moments_that_find_no_memory_are_not_damaged(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Callable[[], Exception]
+) -> None:
+    """A daemon that cannot load a checkpoint's moments for lack of memory waits and goes on exactly from there."""
+    twin = Run.create(tmp_path / "twin", str(model), **SETTINGS)
+    twin.train(*(tmp_path / name for name in NAMES))
+    assert 0 == onward("skip", NAMES[1], "--run", run.layout.root).status
+    watch(run)
+    run.add(tmp_path / NAMES[1])
+    Shortage(form).before(monkeypatch, torch, "load")
+    failures = [note for note in watch(run) if "failure" in note]
+    assert [True] == [note.endswith("tried again in 1 s (failure 1 in a row)") for note in failures]
+    assert_same_state(twin.layout.root, run.layout.root)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_proof_that_lacks_memory_is_no_failed_proof(
+    run: Run, monkeypatch: pytest.MonkeyPatch, form: Callable[[], Exception]
+) -> None:
+    """`verify` ends with status 1 and says what helps; it does not say that the run does not verify, nor keep that."""
+    watch(run)
+    assert 0 == onward("verify", "--run", run.layout.root).status
+    Shortage(form).before(monkeypatch, torch, "load")
+    outcome = onward("verify", "--run", run.layout.root)
+    assert (1, True) == (outcome.status, outcome.err.startswith("onward: memory ran out: "))
+    assert "repeat the command" in outcome.err
+    with Ledger(run.layout.ledger, read_only=True) as ledger:
+        assert (ledger.get(PROOF) or {})["ok"]
+
+
+def test_what_helps_a_step_that_lacks_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train` does not advise to leave the file out; the command that it names trains it in smaller parts."""
+    Shortage(FORMS[0], times=2).at(FIRST_STEP, monkeypatch)
+    outcome = onward("train", "--run", run.layout.root)
+    assert (1, True) == (outcome.status, outcome.err.count("onward: memory ran out in a step of a.jsonl: ") == 1)
+    assert ("onward watch --once" in outcome.err, "onward skip" in outcome.err) == (True, False)
+    assert 0 == onward("watch", "--once", "--run", run.layout.root).status
+    assert {"done"} == {entry["state"] for entry in run.history()}
 
 
 @pytest.mark.parametrize("crowded", [False, True])

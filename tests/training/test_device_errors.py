@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
+import small
 import torch
+from torch import nn
 
+from onward.training.admission.positions import most_positions
 from onward.training.device.errors import is_device_lost, is_out_of_memory
 from onward.training.device.memory import Usage, gpu_is_crowded, read_usage
+from onward.training.layers.decoder_parts import form_of, is_gated
 
 GIB = 1 << 30
 NO_MEMORY = [
@@ -22,6 +28,7 @@ NO_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to"),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes."),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("can't start new thread"),
     RuntimeError("MPS backend out of memory (MPS allocated: 18.00 GB)"),
     RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB."),
 ]
@@ -65,6 +72,46 @@ def test_a_tensor_that_no_machine_can_hold() -> None:
     with pytest.raises(Exception) as raised:  # noqa: PT011
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(raised.value)
+
+
+class Starved(nn.Module):
+    """A model that finds no memory, as cuBLAS says it."""
+
+    def forward(self, *_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def starved_model() -> Any:
+    """Return a small model without memory."""
+    model = small.small_model("gpt2")
+    model.transformer.h[0].attn = Starved()
+    return model
+
+
+TRIALS: dict[str, Callable[[], object]] = {
+    "the longest row": lambda: most_positions(starved_model(), range(60), 40, torch.device("cpu")),
+    "whether a norm is understood": lambda: form_of(with_weight(Starved()), 1e-6),
+    "whether a gate is understood": lambda: is_gated(with_parts(Starved())),
+}
+
+
+def with_weight(module: nn.Module) -> nn.Module:
+    """Return a module that may be a norm."""
+    module.weight = nn.Parameter(torch.ones(8))
+    return module
+
+
+def with_parts(module: Any) -> nn.Module:
+    """Return a module that may be a gate."""
+    module.gate_proj = module.up_proj = module.down_proj = module.act_fn = nn.Identity()
+    return cast(nn.Module, module)
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_lack_of_memory_tells_nothing_of_a_model(name: str) -> None:
+    """What is found out by trying, and decides whether or how a model is trained, is never a lack of memory."""
+    with pytest.raises(RuntimeError, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        TRIALS[name]()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sqlite3
 import sys
@@ -12,7 +13,7 @@ import typer
 
 from onward import startup
 from onward.cli.application import app
-from onward.errors import OnwardError
+from onward.errors import DeviceLost, OnwardError, first_line
 from onward.store.waiting import is_held_by_others
 from onward.terminal import flush_results, open_standard_streams, say
 
@@ -59,13 +60,41 @@ def _status_of(came: list[str], seen: Callable[[OnwardError], None]) -> int:
     except sqlite3.DatabaseError as error:
         say(_about_ledger(error))
         return 1
-    except OSError as error:
-        say(f"onward: {error.strerror or error} [{error.filename or 'system'}]")
-        say("  What was committed is safe; onward doctor says more.")
-        return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        words = _about_machine(error)
+        if words is None:
+            raise
+        say(f"onward: {words}")
+        seen(words)
+        return words.exit_status
     if outcome == INTERRUPTED:
         return _interrupted(came)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _about_machine(error: OSError | MemoryError | RuntimeError) -> OnwardError | None:
+    """Return what to print for an error of the machine (disk, memory, GPU); None if it is another."""
+    what, safe = first_line(error), "What was committed is safe"
+    if _is_out_of_memory(error):
+        hint = f"{safe}. End other processes that use the memory (nvidia-smi, top), then repeat the command."
+        return OnwardError(f"memory ran out: {what}", hint=hint)
+    if isinstance(error, OSError):
+        place = error.filename or "system"
+        return OnwardError(error.strerror or str(error), where=place, hint=f"{safe}; onward doctor says more.")
+    if "torch" in sys.modules:
+        from onward.training.device.errors import is_device_lost
+
+        if is_device_lost(error):
+            return DeviceLost(f"the GPU was lost to this process: {what}", hint=f"{safe}. Repeat the command.")
+    return None
+
+
+def _is_out_of_memory(error: OSError | MemoryError | RuntimeError) -> bool:
+    if "torch" not in sys.modules:  # importing it would take more memory
+        return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    from onward.training.device.errors import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _about_ledger(error: sqlite3.DatabaseError) -> str:

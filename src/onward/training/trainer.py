@@ -20,7 +20,7 @@ from onward.data.tokenized import TokenizedFile
 from onward.errors import TrainingError
 from onward.events import StepTaken
 from onward.training.device.environment import deterministic, release_freed_memory
-from onward.training.device.errors import forget_frames, is_out_of_memory
+from onward.training.device.errors import caused_by_no_row, forget_frames, is_out_of_memory
 from onward.training.device.execution import Execution
 from onward.training.optimizers import set_learning_rate
 from onward.training.ranks.exchange import exchange_of
@@ -112,7 +112,8 @@ class Trainer:
         rate = self.rates(state.step + 1, index + 1)
         loss, grad_norm, divergence = self._finite_gradients(batch)
         set_learning_rate(state.optimizer, rate)
-        state.optimizer.step()
+        with caused_by_no_row("the optimizer took a step"):
+            state.optimizer.step()
         if self.execution.placement is not None:
             self.execution.placement.stepped()
         state.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +148,7 @@ class Trainer:
         while True:
             factor = 1.0 if scale is None else scale.value
             total = self._gradients(batch, factor=factor)
-            with self.world.together():
+            with self.world.together(), caused_by_no_row("the gradients of a step were clipped"):
                 divergence = self._anchor_gradients(factor)
                 self._fill()
                 self._unscale(factor)

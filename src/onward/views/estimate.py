@@ -109,16 +109,16 @@ def estimate(layout: RunLayout, path: Path, price_per_hour: float | None = None)
         tokens = _tokenize(layout, ledger, path, config, Path(scratch) / "tokens")
         plan = make_plan(sha256_file(path), tokens.rows, config)
         session = open_session(layout, ledger, report=lambda _: None)
+        state = _copy_of_state(layout, session, Path(scratch) / "state")
+        measured = _Measured(session, state, config, {plan.sha256: tokens}, plan)
         try:
-            state = _copy_of_state(layout, session, Path(scratch) / "state")
-            measured = _Measured(session, state, config, {plan.sha256: tokens}, plan)
             measured.measure()
-            memory, total = _peak(session.device), _total(session.device)
-            memory += estimate_size(state.view(), session.facts())
         except Exception as error:
             if is_out_of_memory(error):
                 raise _does_not_fit(path, session.device) from None
             raise
+        memory, total = _peak(session.device), _total(session.device)
+        memory += estimate_size(state.view(), session.facts())
     return _result(path, plan, measured, (memory, total), price_per_hour)
 
 

@@ -18,6 +18,8 @@ FILE_ERRNOS = frozenset(
 )  # fmt: skip
 """Errors of the operating system that trying again does not cure; all others are the machine's."""
 
+NO_THREAD = "can't start new thread"
+"""What Python says if a thread finds no room for its stack."""
 REASON_LENGTH = 300
 TOO_DEEP = ("the JSON is nested too deeply", "flatten the row")
 SPECIAL_FILE = ("is a special file (fifo, socket or device)", "copy its content to a regular file")
@@ -50,7 +52,7 @@ def is_of_machine(error: BaseException) -> bool:
     """Return whether an error comes from the machine (disk, memory, descriptors) and not from the file being read."""
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in FILE_ERRNOS
-    return isinstance(error, MemoryError)
+    return isinstance(error, MemoryError) or (type(error) is RuntimeError and str(error) == NO_THREAD)
 
 
 def refusal_of(error: BaseException) -> FileError | RowError:

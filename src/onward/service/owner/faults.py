@@ -26,7 +26,7 @@ from onward.service.state.rollback import Move, go_back
 from onward.store.ledger import Ledger
 from onward.store.lookup import typed
 from onward.store.rows import FileRow
-from onward.training.device.errors import LESS_MEMORY, is_device_lost, is_out_of_memory
+from onward.training.device.errors import END_OTHERS, is_device_lost, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,18 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
     if isinstance(cause, OnwardError | OSError | sqlite3.Error):
         return cause
     if blames_file(error) and row is not None:
+        what, way_out = f"{row.name} cannot be trained", f"onward skip {_named(row)} takes the file out."
+        if is_out_of_memory(cause):
+            what = f"memory ran out in a step of {row.name}"
+            way_out = f"{END_OTHERS}, then: onward train. onward watch --once tries it in smaller parts."
         return TrainingError(
-            f"{row.name} cannot be trained: {describe(cause)}",
+            f"{what}: {describe(cause)}",
             where=f"file {row.position}" if row.position else None,
-            hint=f"Nothing after the last commit was kept. onward skip {_named(row)} takes the file out.",
+            hint=f"Nothing after the last commit was kept. {way_out}",
         )
     hint = "What was committed is safe. onward doctor looks for the cause; onward train tries again."
     if is_out_of_memory(cause):
-        hint = f"What was committed is safe. {LESS_MEMORY} Then: onward train"
+        hint = f"What was committed is safe. {END_OTHERS}, then: onward train"
     return OnwardError(f"training cannot go on: {describe(cause)}", where=_place(cause), hint=hint)
 
 

@@ -29,6 +29,7 @@ from onward.text import how_many
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 from onward.training.checkpoints.loading import read_optimizer
+from onward.training.device.errors import is_of_the_device
 from onward.training.measuring.handover import same_measurement
 from onward.training.model.base import base_of_run, digest_base
 from onward.training.optimizers import optimizer_method, saved_count
@@ -105,6 +106,8 @@ def _check(name: str, claim: Callable[[], str]) -> Check:
     except (_Failed, OnwardError) as error:
         return Check(name, False, str(error))
     except Exception as error:  # damage takes unforeseen forms; it is still a failed check
+        if is_of_the_device(error):  # which says nothing about the run
+            raise
         return Check(name, False, f"{type(error).__name__}: {error}")
 
 

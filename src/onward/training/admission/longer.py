@@ -17,6 +17,7 @@ from onward.training.admission import gradients, reach
 from onward.training.admission.causality import as_float32, looks_ahead
 from onward.training.admission.inputs import LONG, SHORT, rows
 from onward.training.admission.small.narrow import lower_choices, still
+from onward.training.device.errors import is_of_the_device
 from onward.training.model.load import causal_lm
 from onward.training.model.spec import ModelSpec
 
@@ -46,7 +47,9 @@ def reached_by_long_rows(spec: ModelSpec, model: nn.Module, vocabulary: range, r
         return found
     try:
         found |= _row_by_row(spec, model, rows([longest], vocabulary)).of.keys()
-    except Exception:  # it has fewer positions, which is reported later
+    except Exception as error:  # it has fewer positions, which is reported later
+        if is_of_the_device(error):
+            raise
         model.zero_grad(set_to_none=True)
     return found
 

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from onward.training.admission.inputs import LONG, rows, tokens
+from onward.training.device.errors import is_of_the_device
 
 _STATED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 """Config keys that state the number of positions."""
@@ -44,7 +45,9 @@ def _takes(model: PreTrainedModel, vocabulary: range, length: int, device: torch
     try:
         with torch.no_grad():
             cast(Any, model)(input_ids=ids, use_cache=False)
-    except (RuntimeError, IndexError, ValueError, AssertionError):
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+        if is_of_the_device(error):
+            raise
         return False
     return True
 

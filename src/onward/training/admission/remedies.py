@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from onward.config import Config
 from onward.errors import ConfigError, first_line
 from onward.training.admission.causality import looks_ahead
+from onward.training.device.errors import is_of_the_device
 from onward.training.model.adapter_shape import new_adapter_config
 from onward.training.model.quiet import one_load, quiet
 from onward.training.model.spec import ModelSpec
@@ -61,7 +62,9 @@ def causal_hint(base: Path, device: torch.device) -> str:
         model: PreTrainedModel = loaded.to(device).eval()
         vocabulary = range(len(cast(Any, model.get_input_embeddings()).weight))
         works = not looks_ahead(model, vocabulary, device)
-    except Exception:
+    except Exception as error:
+        if is_of_the_device(error):
+            raise
         works = False
     if not works:
         return "The model does not generate text from left to right; train a causal language model."
@@ -85,7 +88,9 @@ def adapter_hint(config: Config, base: Path, device: torch.device, dtype: torch.
     try:
         model = build_plain(ModelSpec(tried, base, device, dtype)).eval()
         looks_ahead(model, range(len(cast(Any, skeleton.get_input_embeddings()).weight)), device)
-    except Exception:  # then the adapter is not the cause
+    except Exception as error:  # then the adapter is not the cause
+        if is_of_the_device(error):
+            raise
         return NO_REMEDY
     return f"With these targets it works: --set 'lora.targets=[{', '.join(targets)}]'"
 
@@ -101,7 +106,9 @@ def _problem(config: Config, base: Path) -> str | None:
     """Return why the adapter does not fit the model; None if it does, or if that cannot be tried."""
     try:
         skeleton = _skeleton(base)
-    except Exception:  # loading the model gives a better error
+    except Exception as error:  # loading the model gives a better error
+        if is_of_the_device(error):
+            raise
         return None
     return _refusal(skeleton, new_adapter_config(config, base, skeleton))
 
@@ -111,6 +118,8 @@ def _refusal(skeleton: PreTrainedModel, adapter: LoraConfig) -> str | None:
         with quiet():
             get_peft_model(skeleton, adapter)
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         return first_line(error)
     return None
 

@@ -13,6 +13,7 @@ from onward.config import Config
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training.checkpoints import huggingface
 from onward.training.checkpoints.checkpoint import Manifest
+from onward.training.device.errors import is_of_the_device
 from onward.training.model.load import build_model
 from onward.training.model.spec import ModelSpec
 from onward.training.model.treatment import Treatment
@@ -85,6 +86,8 @@ def read_optimizer(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedState("the optimizer's state is missing", where=path) from None
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         refused = refused_read(error)
         if refused is not None:
             raise Unreadable.of(refused, path) from None

@@ -6,18 +6,24 @@ product) raises a plain RuntimeError, whose text contains the name of a status.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 import traceback
+from collections.abc import Generator
 
 import torch
 
+from onward.errors import OnwardError, first_line
+
 _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad_alloc|bad allocation"
+    r"|can't start new thread"
     r"|\w+_STATUS_ALLOC_FAILED|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory",
     re.IGNORECASE,
 )
-"""Texts of PyTorch's allocators, of CUDA and HIP, of their libraries, of the C++ runtime and of the system."""
+"""Texts of PyTorch's allocators, of CUDA and HIP, of their libraries, of the C++ runtime, of the system, and of Python
+where the stack of a thread finds no room."""
 
 _LOST = re.compile(
     r"^(CUDA|HIP)( driver)? error|^cuDNN( Frontend)? error|^CUDA unknown error|CU(BLAS|SOLVER|SPARSE)_STATUS_\w+"
@@ -26,11 +32,10 @@ _LOST = re.compile(
 )
 
 
-LESS_MEMORY = (
-    "End other processes that use the memory (nvidia-smi, top), or set activation_checkpointing: on or a lower "
-    "micro_batch_tokens in the config."
-)
-"""What helps if memory ran out."""
+END_OTHERS = "End other processes that use the memory (nvidia-smi, top)"
+"""What helps wherever memory ran out."""
+LESS_MEMORY = f"{END_OTHERS}, or set activation_checkpointing: on or a lower micro_batch_tokens in the config."
+"""What helps if memory is short in a step."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -40,6 +45,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextlib.contextmanager
+def caused_by_no_row(doing: str) -> Generator[None]:
+    """Raise a lack of memory in the body as the machine's: what the body needs depends on no row.
+
+    Raises:
+        OnwardError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = f"What was committed is safe. {END_OTHERS}, then: onward train. onward doctor says what a step takes."
+        raise OnwardError(f"memory ran out while {doing}: {first_line(error)}", hint=hint) from None
 
 
 def is_device_lost(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import torch
 from onward.errors import DamagedState, Unreadable, first_line
 from onward.training.checkpoints.huggingface import SCALER
 from onward.training.checkpoints.loading import refused_read
+from onward.training.device.errors import is_of_the_device
 from onward.training.loss_scale import LossScale
 
 
@@ -25,6 +26,8 @@ def read_scale(checkpoint: Path) -> LossScale:
     except FileNotFoundError:
         return LossScale()
     except Exception as error:  # from PyTorch's reader, or what it read
+        if is_of_the_device(error):
+            raise
         refused = refused_read(error)
         if refused is not None:
             raise Unreadable.of(refused, path) from None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 
+from onward.training.device.errors import is_of_the_device
 from onward.training.layers.decoder_nodes import (
     FORMS,
     NormForm,
@@ -74,9 +75,9 @@ def _try(device: torch.device) -> bool:
     ones = torch.ones(2, 16, device=device, dtype=torch.bfloat16)
     try:
         return bool((kernels_of().gate(ones, ones) > 0).all())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # if Triton fails here for any reason, PyTorch's own kernels are used
+    except Exception as error:  # if Triton fails here for any reason, PyTorch's own kernels are used
+        if is_of_the_device(error):
+            raise
         return False
 
 
@@ -110,7 +111,9 @@ def _has_form(module: nn.Module, form: NormForm, eps: float, width: int, dtype: 
     try:
         with torch.no_grad():
             given = functional_call(module, {"weight": weight}, (x,))
-    except Exception:  # a module of another kind may do anything
+    except Exception as error:  # a module of another kind may do anything
+        if is_of_the_device(error):
+            raise
         return False
     return isinstance(given, torch.Tensor) and _equal(given, plain_norm(x, weight, form, eps)[0])
 
@@ -154,7 +157,9 @@ def is_gated(module: nn.Module) -> bool:
         try:
             with torch.no_grad():
                 given = cast(Any, type(module)).forward(stand_in, x)
-        except Exception:
+        except Exception as error:
+            if is_of_the_device(error):
+                raise
             return False
         if not isinstance(given, torch.Tensor) or not _equal(given, plain_gate(x * 1.5, x - 0.25) * 3.0):
             return False
@@ -201,7 +206,9 @@ def _rotates_by_halves(rotate: Callable[..., Any]) -> bool:
         try:
             with torch.no_grad():
                 given = rotate(query, key, cos, sin)
-        except Exception:
+        except Exception as error:
+            if is_of_the_device(error):
+                raise
             return False
         wanted = [plain_rotation(part, cos[:, None], sin[:, None]) for part in (query, key)]
         if not all(_equal(one, other) for one, other in zip(given, wanted, strict=True)):

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from onward.training.device.errors import is_of_the_device
+
 LARGE = 1 << 27
 """The number of multiplications from which oneDNN is faster."""
 
@@ -70,7 +72,7 @@ def _has_float_output(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         ones = torch.ones(16, 16, device=device, dtype=dtype)
         return _to_float(ones.T, ones).dtype == torch.float32
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+    except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        if is_of_the_device(error):
+            raise
         return False

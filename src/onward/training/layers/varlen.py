@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from onward.training.device.environment import HALF
+from onward.training.device.errors import is_of_the_device
 
 WIDEST, MULTIPLE = 256, 8
 """The largest head size for FlashAttention, and what the size must be a multiple of."""
@@ -110,9 +111,9 @@ def takes_groups(kernel: Callable[..., Any], device: torch.device, dtype: torch.
             with torch.enable_grad():
                 out = kernel(*leaves, places, places, 15, 15, scale=0.25)
                 grads = torch.autograd.grad(out.float().square().sum(), leaves)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # it reports that the numbers of heads must be equal
+        except Exception as error:  # it reports that the numbers of heads must be equal
+            if is_of_the_device(error):
+                raise
             return False
         outcomes.append([out.detach(), *grads])
     few, repeated = outcomes

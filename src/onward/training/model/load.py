@@ -47,6 +47,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if is_of_the_device(error):
+            raise
         raise ModelError(f"the tokenizer cannot be loaded: {first_line(error)}", where=folder, hint=COMPLETE) from None
 
 

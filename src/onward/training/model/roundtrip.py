@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from onward.errors import VerificationFailed, first_line
+from onward.training.device.errors import is_of_the_device
 from onward.training.model.adapter import ADAPTER_WEIGHTS, add_adapter, saved_adapter_config
 from onward.training.model.quiet import one_load, quiet
 
@@ -52,6 +53,8 @@ def prove_roundtrip(
                 _require_keys(folder)
                 _require_file(_every(model, weights), folder)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_of_the_device(error):
+            raise
         raise _refusal(f"{type(error).__name__}: {first_line(error)}", folder) from None
 
 
