@@ -46,7 +46,7 @@ def measure(method: str, rows: int, length: int, *, recompute: bool) -> dict[str
     state = TrainState.start(model, config)
     state.cursor = Cursor(1, "bench", 0, 1 << 20)
     trainer = Trainer(state, config, Execution(SingleProcess(device), torch.float32))
-    estimate = trainer.economy.profile.estimate([length] * rows, recompute=recompute)
+    estimate = trainer.economy.profile.estimate([length] * rows, recompute=recompute, alone=True)
     source = np.random.default_rng(0)
     made = [Row(source.integers(3, 40000, length), np.arange(length) > 0) for _ in range(rows)]
     batch = Batch(made, [RowReference("bench", place) for place in range(rows)], list(range(rows)))

@@ -45,7 +45,7 @@ def test_layers_are_computed_again_if_a_step_does_not_fit_otherwise(
     monkeypatch.setattr(memory, "read_usage", lambda _: usage)
     profile = memory.kept_profile(run.layout, run.config)
     assert profile is not None
-    estimate = profile.estimate(largest_part(run.config), recompute=again)
+    estimate = profile.estimate(largest_part(run.config), recompute=again, alone=True)
     how = "layers are computed again" if again else "nothing is computed again"
     found = memory.memory_in_words(run.layout)
     assert found is not None

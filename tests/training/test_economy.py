@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,20 @@ def test_a_profile_survives_the_ledger() -> None:
     assert profile.whole.pair > 0  # plain attention keeps its scores
     sizes = [profile.estimate([length] * 2).total for length in (8, 16, 32)]
     assert sizes == sorted(set(sizes))
-    assert profile.estimate([60], recompute=True).total < profile.estimate([60]).total
+    assert profile.recomputed is not None
+    assert profile.recomputed([60]) < profile.whole([60])
+    assert profile.estimate([60], recompute=True).total <= profile.estimate([60]).total
+
+
+def test_gradients_take_the_place_of_activations() -> None:
+    """On a CPU a step of one part has either all activations or all gradients; further parts begin with gradients."""
+    linear = Polynomial(0.0, 100.0, 0.0)
+    profile = Profile(0, 50_000, 0, linear, None, 10, 1, 0, "cpu", "full")
+    few, many = profile.estimate([100], alone=True), profile.estimate([1000], alone=True)
+    assert (50_000, 0) == (few.gradients + few.activations + few.logits, many.gradients)
+    assert 50_000 == profile.estimate([1000]).gradients
+    on_gpu = replace(profile, device="cuda")
+    assert on_gpu.estimate([1000], alone=True) == on_gpu.estimate([1000])
 
 
 def test_the_tokens_of_a_part_follow_from_memory() -> None:

@@ -23,7 +23,7 @@ from onward.training.optimizers import optimizer_method
 from onward.training.state import TrainState
 from onward.training.steps.economy import Economy, Learned
 from onward.training.steps.loss import TargetLoss
-from onward.training.steps.memory import FACT, Profile, fits, largest_part, profile_of
+from onward.training.steps.memory import FACT, Profile, fits, is_alone, largest_part, profile_of
 
 
 def measure_memory(layout: RunLayout, ledger: Ledger) -> Profile:
@@ -78,11 +78,12 @@ def memory_in_words(layout: RunLayout) -> tuple[str, bool] | None:
     if profile is None:
         return None
     part, usage, setting = largest_part(config), read_usage(pick_device()), config.activation_checkpointing
-    estimate = profile.estimate(part)
+    alone = is_alone(part, config)
+    estimate = profile.estimate(part, alone=alone)
     lacks_room = profile.recomputed is not None and not fits(estimate, usage)
     how = "nothing is computed again"
     if setting == "on" or (setting == "auto" and lacks_room):
-        estimate, how = profile.estimate(part, recompute=True), "layers are computed again"
+        estimate, how = profile.estimate(part, recompute=True, alone=alone), "layers are computed again"
     rows = f"parts of {len(part)} rows of {config.max_length:,} tokens"
     here = "" if usage is None else f"; {usage.available / 1e9:.1f} GB of {usage.total / 1e9:.1f} GB available"
     return f"{estimate}: {rows}, {how}{here}", fits(estimate, usage)

@@ -63,6 +63,10 @@ class AdamW:
         """Return the bytes of two moments, each of the weights' size."""
         return len(self.slots) * sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
+    def workspace(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Return nothing: a step takes no more than the largest weight, which is little beside the moments."""
+        return 0
+
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
         """Return what is missing, or which moment has another shape than the parameter."""
         if entry is None or set(entry) != {self.counter, *self.slots}:

@@ -25,6 +25,8 @@ from onward.training.optimizers.method import Entry
 WRAPPED = "__bnb_optimizer_quant_state__"
 """The key under which bitsandbytes since 0.49 puts its tensors."""
 SCALES = ("absmax1", "absmax2")
+EXPANDED = 5
+"""How many tensors in 32 bits, of the size of a weight, the kernels for CPUs have at a time: counted by measuring."""
 
 
 class AdamW8bit(AdamW):
@@ -68,6 +70,10 @@ class AdamW8bit(AdamW):
             for weight in weights.values()
         )
         return len(self.slots) * sum(each)
+
+    def workspace(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Return what it takes to expand the moments of the largest weight, as the kernels for CPUs do."""
+        return EXPANDED * max((4 * weight.numel() for weight in weights.values() if is_rounded(weight)), default=0)
 
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
         """Return what is missing, or which tensor has another shape or type than it must have."""

@@ -73,6 +73,10 @@ class OptimizerMethod(Protocol):
         """Return the size of the state kept for these weights, without counters."""
         ...
 
+    def workspace(self, weights: Mapping[str, torch.Tensor]) -> int:
+        """Return what a step on a CPU takes for a moment beside the state, if that is much."""
+        ...
+
     def problem(self, parameter: torch.Tensor, entry: Entry | None) -> str | None:
         """Return why an entry cannot belong to a parameter; None if it fits."""
         ...

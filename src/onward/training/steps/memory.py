@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -32,11 +34,13 @@ LONGEST = 48
 """Tokens of the longest row that is measured."""
 USABLE = 0.92
 """The share of the available memory that a step may take."""
-HOLES, LIBRARIES, FREED = {"cpu": 1.18}, {"cpu": 250_000_000}, {"cpu": 512 << 20}
-"""Memory of the process per byte of activations and logits, since glibc's heap keeps holes among them; what the heap
-retains and libraries take on first use; and the most that the heap retains of recomputed layers after they are freed,
-which is what `startup` allows it. Checked with parts of 512 to 2,048 tokens of a model of 135 million weights
-(`bench/memory.py`); memory that CUDA's allocator reports as allocated has none of these."""
+HOLES = {"full": (1.10, 3.0), "adapter": (1.33, 2.3), "4-bit": (1.75, 8.5)}
+"""Memory of a process on a CPU per byte that the backward pass keeps, without and with recomputation. Its heap keeps
+holes: small tensors that stay, such as those of an adapter, lie among large ones that are freed, such as recomputed
+layers and weights that are expanded from 4 bits. Checked with parts of 64 to 4,096 tokens of a model of 135 million
+weights (`bench/memory.py`). In memory that CUDA's allocator reports as allocated there are no holes."""
+LIBRARIES = {"full": 60_000_000, "adapter": 60_000_000, "4-bit": 110_000_000}
+"""What libraries take on first use on a CPU, and what is left of loading."""
 CRUDE = 8
 """The most bytes that a token leaves, in usual models, per feature that goes into or out of a linear layer."""
 
@@ -68,6 +72,8 @@ class Profile:
         vocabulary: logits of a token.
         trained_head: bytes of the head's weights if they are trained.
         device: type of the device.
+        kind: what is trained, as in `HOLES`.
+        workspace: what a step of the optimizer takes while it runs.
     """
 
     base: int
@@ -79,6 +85,8 @@ class Profile:
     vocabulary: int
     trained_head: int
     device: str
+    kind: str = "adapter"
+    workspace: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as JSON values."""
@@ -95,28 +103,43 @@ class Profile:
         }  # fmt: skip
         return cls(**{**values, **kept})
 
-    def estimate(self, lengths: Sequence[int], *, recompute: bool = False) -> Estimate:
-        """Return what a step takes if its largest part has rows of these lengths."""
+    def estimate(self, lengths: Sequence[int], *, recompute: bool = False, alone: bool = False) -> Estimate:
+        """Return what a step takes if its largest part has rows of these lengths.
+
+        Args:
+            alone: whether the step has no other part; otherwise there are gradients before its backward pass begins.
+        """
         tokens, whole = sum(lengths), self.whole(lengths)
-        holes = HOLES.get(self.device, 1.0)
         one_layer = whole / max(1, self.layers)
-        kept = self.recomputed(lengths) + one_layer if recompute and self.recomputed else whole
+        again = recompute and self.recomputed is not None
+        kept = self.recomputed(lengths) + one_layer if again and self.recomputed else whole
         budget = LOGITS_BYTES if self.trained_head else TILE_BYTES.get(self.device, LOGITS_BYTES)
         logits = 2 * min(budget, 4 * tokens * self.vocabulary)
+        logits += 3 * self.trained_head  # the head's gradient: summed, scaled, and once more
+        gradients = self.trained
+        if self.device == "cpu":
+            plain, recomputed = HOLES[self.kind]
+            activations = int(whole * plain)
+            if again:
+                activations = min(activations, int((kept + one_layer) * recomputed))
+            if alone:  # they take the place of activations that are freed
+                gradients = max(0, gradients - activations - logits)
+        else:
+            activations = int(kept + one_layer)
         return Estimate(
             base=self.base,
             trained=self.trained,
-            gradients=self.trained,
-            moments=self.moments,
-            activations=int((kept + one_layer) * holes),
-            logits=int((logits + 3 * self.trained_head) * holes),  # the head's gradient: summed, scaled, and once more
-            libraries=LIBRARIES.get(self.device, 0) + min(FREED.get(self.device, 0), max(0, int(whole - kept))),
+            gradients=gradients,
+            moments=self.moments + self.workspace,
+            activations=activations,
+            logits=logits,
+            libraries=LIBRARIES[self.kind] if self.device == "cpu" else 0,
         )
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes at its peak, in bytes, by purpose."""
+    """What a step takes at its peak, in bytes, by purpose; moments with what the optimizer's step takes."""
 
     base: int
     trained: int
@@ -134,6 +157,11 @@ class Estimate:
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in asdict(self).items())
         return f"{self.total / 1e9:.2f} GB at the peak of a step ({parts})"
+
+
+def is_alone(part: Sequence[int], config: Config) -> bool:
+    """Return whether the largest part of a step is all of it."""
+    return len(part) >= config.batch_size
 
 
 def largest_part(config: Config) -> list[int]:
@@ -179,7 +207,7 @@ def profile_of(
     with recomputation.on():
         again = _fit(model, loss, config.max_length)
     return Profile(
-        base=sum(weights.values()) - trained + buffers,
+        base=sum(weights.values()) - trained + buffers + _mapped(model, device),
         trained=trained,
         moments=method.bytes(parameters),
         whole=whole,
@@ -188,7 +216,24 @@ def profile_of(
         vocabulary=embedding,
         trained_head=sum(weights[id(weight)] for weight in _trained_in(head)),
         device=device,
+        kind="4-bit" if _quantized(model) else "adapter" if isinstance(model, PeftModel) else "full",
+        workspace=method.workspace(parameters) if device == "cpu" else 0,
     )
+
+
+def _quantized(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if hasattr(weight, "quant_state")]
+
+
+def _mapped(model: nn.Module, device: str) -> int:
+    """Return what the files of a model that was quantized on a CPU take beside its weights: they stay mapped, since the
+    weights that are not quantized lie in them.
+    """
+    if device != "cpu" or not _quantized(model):
+        return 0
+    files = sum(file.stat().st_size for file in Path(str(causal_lm(model).name_or_path)).glob("*.safetensors"))
+    plain = (each for each in model.parameters() if not each.requires_grad and not hasattr(each, "quant_state"))
+    return max(0, files - sum(each.numel() * each.element_size() for each in plain))
 
 
 def _trained_in(head: object) -> list[nn.Parameter]:
