@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
+import small
 import tiny
 from daemons import configure
 from runs import new_run
@@ -14,6 +16,7 @@ from onward import Run
 from onward.service.proof import memory
 from onward.store.ledger import Ledger
 from onward.training.device.memory import Usage
+from onward.training.model.quiet import LEVELS
 from onward.training.steps.memory import largest_part
 
 SMALL, LARGE = Usage(total=1 << 20, free=1 << 20, own=0), Usage(total=1 << 50, free=1 << 50, own=0)
@@ -27,6 +30,21 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Ledger(run.layout.ledger) as ledger:
         assert memory.measure_memory(run.layout, ledger).recomputed is not None
     return run.layout.root
+
+
+def test_a_model_without_an_outline_is_measured_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Experts cannot be outlined; the model is loaded instead, and nothing is said of the attempt."""
+    small.small_model("olmoe").save_pretrained(tmp_path / "model")
+    tiny.byte_tokenizer().save_pretrained(tmp_path / "model")
+    run = new_run(tmp_path / "run", tmp_path / "model", method="full", max_length=64)
+    loggers = [logging.getLogger(name) for name in LEVELS]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    with Ledger(run.layout.ledger) as ledger:
+        assert memory.measure_memory(run.layout, ledger).trained > 0
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+    assert [] == caplog.records
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def _of_outline(session: Session) -> Profile | None:
     try:
         with quiet():
             base = AutoConfig.from_pretrained(session.base, local_files_only=True, trust_remote_code=False)
-        with outlined(base, config, session.dtype, treatment) as model:
+        with quiet(), outlined(base, config, session.dtype, treatment) as model:
             loss = TargetLoss(model, session.device, session.dtype, session.pad_id)
             return profile_of(model, optimizer_method(config), loss, config, session.device.type)
     except Exception:  # an operation needs actual values, such as the choice of experts

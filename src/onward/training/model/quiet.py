@@ -1,4 +1,4 @@
-"""Keeps transformers, PEFT and Python's warnings off the screen while a model is loaded or saved.
+"""Keeps transformers, PEFT, PyTorch's outlines and Python's warnings off the screen while a model is loaded or saved.
 
 Verbosity, progress bars and warning filters belong to the process, so threads share one silence: the first one in
 begins it, the last one out restores what was there before.
@@ -14,6 +14,9 @@ from collections.abc import Generator
 
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging as transformers_logging
+
+LEVELS = {"peft": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+"""What loggers may still say. The second one logs, with a traceback, each operation that cannot be outlined."""
 
 
 class _Silence:
@@ -40,17 +43,19 @@ class _Silence:
                     self._before.close()
 
     def _begin(self) -> None:
-        restore, peft = self._before, logging.getLogger("peft")
+        restore = self._before
         restore.enter_context(warnings.catch_warnings())  # first in, last out: putting bars back may warn
         restore.callback(disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars)
         if transformers_logging.is_progress_bar_enabled():
             restore.callback(transformers_logging.enable_progress_bar)
         restore.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
-        restore.callback(peft.setLevel, peft.level)
         warnings.simplefilter("ignore")
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        peft.setLevel(logging.ERROR)
+        for name, level in LEVELS.items():
+            logger = logging.getLogger(name)
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(level)
 
 
 quiet = _Silence()
