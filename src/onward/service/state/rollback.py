@@ -12,7 +12,7 @@ from onward.layout import RunLayout, step_of
 from onward.service.state.ownership import Ownership
 from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
-from onward.service.state.settle import TO_NOTHING, Settlement
+from onward.service.state.settle import FURTHER, TO_NOTHING, Settlement
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_file, find_step
@@ -140,10 +140,14 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
     Args:
         step: the step of a restore point, or `TO_NOTHING`.
         what: what was done, for the event.
+
+    Raises:
+        DamagedState: the restore point does not verify; nothing was changed.
     """
+    point = None if step == TO_NOTHING else verified_point(layout.boundary(step), FURTHER)
+    retention = Retention(0, 0) if point is None else Retention.of(read_config(layout.config))
     move_ledger_back(ledger, step, moves, what)
-    retention = Retention(0, 0) if step == TO_NOTHING else Retention.of(read_config(layout.config))
-    Settlement(layout, ledger, retention).finish_going_back()
+    Settlement(layout, ledger, retention).finish_going_back(point)
 
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
@@ -187,4 +191,4 @@ def _restore_point(layout: RunLayout, step: int) -> Manifest:
             where=folder,
             hint=f"Restore points at steps: {kept}. keep_boundaries in the config keeps more.",
         )
-    return verified_point(folder)
+    return verified_point(folder, FURTHER)

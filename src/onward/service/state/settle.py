@@ -22,6 +22,8 @@ from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
 
 TO_NOTHING = -1
 """The step that stands for no state at all, when a run is reset."""
+FURTHER = "Restore its files from a copy, or go back further: onward rollback --to FILE"
+"""What to do about a restore point that cannot be gone back to."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,11 @@ class Settlement:
             self.ledger.add_event("error", problem, found.manifest.step)
         return Settled(self.layout.checkpoint(found.manifest.step), found.manifest, found.damage, notes)
 
-    def finish_going_back(self) -> None:
+    def finish_going_back(self, point: Manifest | None = None) -> None:
         """Bring the directories to where the ledger went back to; after a kill in between, the next start does it.
+
+        Args:
+            point: the manifest of the restore point, if it was verified already.
 
         Raises:
             DamagedState: the restore point no longer verifies.
@@ -97,7 +102,7 @@ class Settlement:
             self._remove_all()
         else:
             folder = self.layout.boundary(step)
-            self._commits.install(folder, verified_point(folder), self.retention)
+            self._commits.install(folder, point or verified_point(folder, FURTHER), self.retention)
         self.ledger.put(going_back=None)
 
     def _origin(self) -> int:
