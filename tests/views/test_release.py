@@ -126,7 +126,7 @@ def test_a_stop_leaves_nothing(run: Run) -> None:
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("words", [("release", "v1"), ("compare", "learning_rate=0.1", "learning_rate=0.2")], ids=" ".join)
+@pytest.mark.parametrize("words", [("release", "v1"), ("compare", "batch_size=2", "batch_size=3")], ids=" ".join)
 def test_a_signal_ends_a_command_in_a_line(words: tuple[str, ...], number: str, run: Run, tmp_path: Path) -> None:
     """What works on a copy of the run leaves nothing of it, and says so."""
     before, output = snapshot(run.layout.root), tmp_path / "output"
