@@ -38,7 +38,7 @@ soak: $(READY) ## kills and faults at full size (hours)
 	ONWARD_SOAK=1 ONWARD_KILLS=30 $(BIN)/python -m pytest -q -n 2 tests/data tests/training/test_schedule.py \
 	  tests/service/test_faults.py tests/service/test_read_faults.py tests/service/test_survival.py tests/service/test_watch.py \
 	  tests/service/test_signals.py tests/service/test_going_back.py tests/service/test_continuity.py \
-	  tests/test_old_runs.py
+	  tests/service/test_sequences.py tests/test_old_runs.py
 
 lint: $(READY) ## style, types for the oldest and the newest Python, layers
 	$(BIN)/ruff check .
