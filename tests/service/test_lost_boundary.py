@@ -19,8 +19,10 @@ from states import assert_same_state
 from onward import Run
 from onward.errors import DamagedState
 from onward.events import StepTaken
+from onward.layout import step_of
 from onward.service.owner import faults
 from onward.service.state import commits
+from onward.service.state.rollback import move_ledger_back, undone
 from onward.store.ledger import Ledger
 
 SETTINGS: dict[str, Any] = {"batch_size": 2, "warmup_steps": 0, "lora": {"rank": 2, "dropout": 0.1}}
@@ -132,3 +134,33 @@ def test_a_restore_point_that_does_not_verify_is_not_gone_back_to(run: Run) -> N
     run.rollback("b.jsonl", requeue=True)
     run.train()
     assert dict.fromkeys("abcd", "done") == states(run)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_restore_point_damaged_while_a_kill_left_it_to_be_gone_back_to(run: Run, lost: Lost, *, again: bool) -> None:
+    """An older one is used, what followed it is trained again, and nothing of what was undone comes back."""
+    run.train()
+    with Ledger(run.layout.ledger) as ledger:  # a rollback to the second file that is killed before directories move
+        later = [row for row in ledger.files("done") if row.name > "b.jsonl"]
+        move_ledger_back(ledger, BOUNDARY, undone(later, queued_after=2 if again else None), "test")
+    (run.layout.boundary(BOUNDARY) / "adapter_config.json").write_text("{}")
+    run.train()
+    left = "abcd" if again else "ab"
+    assert dict.fromkeys(left, "done") == states(run)
+    assert_same_state(lost.twin(left), run.layout.root)
+    assert run.verify().ok
+
+
+def test_a_state_that_is_undone_stays_until_another_verifies(run: Run) -> None:
+    """Where none does, a start is refused, and what a person could still copy is not removed."""
+    run.train()
+    with Ledger(run.layout.ledger) as ledger:
+        move_ledger_back(ledger, BOUNDARY, undone(ledger.in_stream(after=2)), "test")
+    for point in run.layout.restore_points():
+        if step_of(point) <= BOUNDARY:
+            (point / "adapter_config.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(DamagedState, match="no checkpoint or restore point verifies"):
+            run.train()
+    newest = run.layout.checkpoint(8)
+    assert (newest / "adapter_config.json").read_text() != "{}"

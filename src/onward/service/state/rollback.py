@@ -12,12 +12,15 @@ from onward.layout import RunLayout, step_of
 from onward.service.state.ownership import Ownership
 from onward.service.state.reading import verified_point
 from onward.service.state.retention import Retention
-from onward.service.state.settle import FURTHER, TO_NOTHING, Settlement
+from onward.service.state.settle import TO_NOTHING, Settlement
 from onward.store.files import HELD
 from onward.store.ledger import Ledger
 from onward.store.lookup import find_file, find_step
 from onward.store.rows import FileRow
 from onward.training.checkpoints.checkpoint import Manifest, inspect_checkpoint
+
+FURTHER = "Restore its files from a copy, or go back further: onward rollback --to FILE"
+"""What to do about a restore point that cannot be gone back to."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def go_back(layout: RunLayout, ledger: Ledger, step: int, moves: Sequence[Move],
     point = None if step == TO_NOTHING else verified_point(layout.boundary(step), FURTHER)
     retention = Retention(0, 0) if point is None else Retention.of(read_config(layout.config))
     move_ledger_back(ledger, step, moves, what)
-    Settlement(layout, ledger, retention).finish_going_back(point)
+    Settlement(layout, ledger, retention).go_to(point)
 
 
 def move_ledger_back(ledger: Ledger, step: int, moves: Sequence[Move], what: str) -> None:
