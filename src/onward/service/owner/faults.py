@@ -68,7 +68,7 @@ def for_person(error: Exception, row: FileRow | None) -> Exception:
             f"the GPU was lost to this process: {first_line(cause)}",
             hint="Start another process; it goes on from the last commit. onward doctor checks the machine.",
         )
-    if isinstance(cause, OnwardError | OSError | sqlite3.Error):
+    if isinstance(cause, OnwardError | OSError | sqlite3.Error) and not is_out_of_memory(cause):
         return cause
     if blames_file(error) and row is not None:
         what, way_out = f"{row.name} cannot be trained", f"onward skip {_named(row)} takes the file out."
