@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from daemons import SETTINGS, rows_file
 from states import assert_same_state
 
 from onward import Run
+from onward.data.tokenized import Row
 from onward.errors import DeviceLost
 from onward.events import Event, Note
 from onward.service.owner import faults
 from onward.service.owner.training.steps import StepFailed, watched
 from onward.store.ledger import PROOF, Ledger
+from onward.training.measuring.scores import Meter, Score
 from onward.training.model import load, roundtrip
 from onward.training.state import TrainState
 from onward.training.trainer import Trainer
@@ -149,6 +151,32 @@ def test_a_gpu_lost_while_loading_ends_the_process(run: Run, monkeypatch: pytest
         run.watch(once=True)
     assert (8, 1) == (shortage.left, raised.value.exit_status)
     assert {"queued"} == {entry["state"] for entry in run.history()}
+
+
+def test_a_gpu_lost_while_measuring_leaves_no_blank(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process ends, and the next one measures what is measured where nothing was lost."""
+    settings = {**SETTINGS, "evaluation": {"share": 0.5}}
+    run, twin = (Run.create(tmp_path / name, str(model), later=True, **settings) for name in ("run", "twin"))
+    files = [rows_file(tmp_path / name, rows) for name, rows in zip(NAMES, (24, 26), strict=True)]
+    twin.train(*files)
+    run.add(*files)
+    shortage, score = (
+        Shortage(lambda: RuntimeError("CUDA error: an illegal memory access was encountered")),
+        Meter.score,
+    )
+
+    def lost(meter: Meter, rows: Sequence[Row]) -> Score:
+        shortage.strike()
+        return score(meter, rows)
+
+    monkeypatch.setattr(Meter, "score", lost)
+    with pytest.raises(DeviceLost):
+        run.watch(once=True)
+    run.train()
+    assert twin.grid() == run.grid()
+    assert_same_state(twin.layout.root, run.layout.root)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,6 +19,7 @@ from onward.service.shown import Shown
 from onward.service.wishes import Stopped
 from onward.store.rows import FileRow
 from onward.training.boundary import AtBoundary, Boundary, run_hooks
+from onward.training.device.errors import is_device_lost
 from onward.training.state import TrainState
 
 
@@ -73,12 +74,17 @@ class Measuring:
         return self._or_nothing(GRID, boundary.step, lambda: self.evaluation.at_boundary(boundary))
 
     def _or_nothing(self, name: str, step: int, measure: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Measure; a failure in the model's own code is reported and leaves blanks, but never stops training."""
+        """Measure; a failure in the model's own code is reported and leaves blanks, but never stops training.
+
+        After a lost device the next process measures. What does not fit into memory may never fit, and leaves blanks.
+        """
         try:
             return measure()
         except (Stopped, OnwardError, OSError, sqlite3.Error):  # from the machine or the config, or requested
             raise
         except Exception as error:
+            if is_device_lost(error):
+                raise
             reason = f"the model was not measured here: {type(error).__name__}: {first_line(error)}"
             self._ledger.add_event("warning", reason, step)
             return {name: NOTHING}
